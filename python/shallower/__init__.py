@@ -1,0 +1,95 @@
+"""Find the layers a large language model can do without, cut them out, measure the cost.
+
+Implements *The Unreasonable Ineffectiveness of the Deeper Layers* (arXiv 2403.17887).
+Layers are counted from 0 and ranges are half-open, everywhere. Importing this package
+loads no torch; the names that need it load it when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._core import __version__
+from .artifacts import Block, Comparison, Cut, Loss, ModelIdentity, Plan, Rejection, TextsIdentity
+from .errors import (
+    LayersError,
+    MetricError,
+    MissingExtraError,
+    ModelError,
+    OutputError,
+    PlanError,
+    RejectedSamplesWarning,
+    ScanError,
+    ShallowerError,
+    StatesError,
+    TextsError,
+    ThreadsError,
+)
+from .selection import deepest_block
+from .similarity import Scan, analyse_states
+
+if TYPE_CHECKING:
+    from .evaluation import evaluate_loss
+    from .figures import save_heat_map
+    from .models.loading import load_model
+    from .pipeline import compare_cuts, run, scan, verify_checkpoint
+    from .pruning import drop_layers, save_model, without_layers
+
+_NEED_TORCH = {
+    "load_model": ".models.loading",
+    "scan": ".pipeline",
+    "run": ".pipeline",
+    "compare_cuts": ".pipeline",
+    "verify_checkpoint": ".pipeline",
+    "drop_layers": ".pruning",
+    "without_layers": ".pruning",
+    "save_model": ".pruning",
+    "evaluate_loss": ".evaluation",
+    "save_heat_map": ".figures",
+}
+
+__all__ = [
+    "Block",
+    "Comparison",
+    "Cut",
+    "LayersError",
+    "Loss",
+    "MetricError",
+    "MissingExtraError",
+    "ModelError",
+    "ModelIdentity",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "RejectedSamplesWarning",
+    "Rejection",
+    "Scan",
+    "ScanError",
+    "ShallowerError",
+    "StatesError",
+    "TextsError",
+    "TextsIdentity",
+    "ThreadsError",
+    "__version__",
+    "analyse_states",
+    "compare_cuts",
+    "deepest_block",
+    "drop_layers",
+    "evaluate_loss",
+    "load_model",
+    "run",
+    "save_heat_map",
+    "save_model",
+    "scan",
+    "verify_checkpoint",
+    "without_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_NEED_TORCH[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""``python -m shallower``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,336 @@
+"""The values that pass between the stages: blocks, plans, losses, rejections.
+
+They know no model and no arithmetic; each can be printed, and a plan can be saved.
+"""
+
+import json
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from .errors import LayersError, PlanError
+from .provenance import versions
+from .storage import write_file
+
+PLAN_FILE = "shallower_plan.json"
+"""The name of the plan beside the checkpoint that it made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The layers ``start .. stop-1``, 0-based and half-open.
+
+    ``score`` is the mean distance between the states x^(start) and x^(stop), the pair that
+    removing the block joins; ``stderr`` is its standard error. They do not count in
+    comparisons: ``Block(11, 19) == scan.best_block(8)`` asks for the range alone.
+    """
+
+    start: int
+    stop: int
+    score: float | None = field(default=None, compare=False)
+    stderr: float | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            object.__setattr__(self, name, _index(getattr(self, name)))
+        if not 0 <= self.start < self.stop:
+            raise LayersError(f"no block [{self.start}, {self.stop}): expected 0 <= start < stop")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.stop})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The block as plain JSON values."""
+        return {**asdict(self), "stderr": _finite(self.stderr)}
+
+    @property
+    def layers(self) -> range:
+        """The indices of the layers in the block."""
+        return range(self.start, self.stop)
+
+
+Layers = Iterable[Block | range | SupportsIndex]
+"""What names layers: blocks, ranges and single indices, in any mixture."""
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool):
+        raise LayersError(f"{value!r} is not a layer index: expected an integer")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise LayersError(f"{value!r} is not a layer index: expected an integer") from None
+
+
+def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
+    """The indices that ``layers`` names, ascending.
+
+    Raises:
+        LayersError: an index outside ``0 .. num_layers-1``, one named twice, none at all,
+            or every layer of the model.
+    """
+    if isinstance(layers, Block):
+        layers = (layers,)
+    if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
+        raise LayersError(f"{layers!r} does not name layers: expected blocks or indices")
+    named: list[int] = []
+    for item in layers:
+        members = item.layers if isinstance(item, Block) else item
+        named.extend(map(_index, members) if isinstance(members, range) else [_index(members)])
+    for position, index in enumerate(sorted(named)):
+        if not 0 <= index < num_layers:
+            raise LayersError(
+                f"the model has no layer {index}: its {num_layers} layers are 0 .. {num_layers - 1}"
+            )
+        if position and sorted(named)[position - 1] == index:
+            raise LayersError(f"layer {index} is named twice: name every layer to drop once")
+    if not named:
+        raise LayersError("no layer is named: name at least one to drop")
+    if len(named) == num_layers:
+        raise LayersError(f"all {num_layers} layers are named: at least one must stay")
+    return tuple(sorted(named))
+
+
+def blocks_of(layers: Sequence[int]) -> tuple[Block, ...]:
+    """The fewest half-open blocks that hold ascending ``layers``."""
+    blocks: list[Block] = []
+    for layer in layers:
+        if blocks and blocks[-1].stop == layer:
+            blocks[-1] = Block(blocks[-1].start, layer + 1)
+        else:
+            blocks.append(Block(layer, layer + 1))
+    return tuple(blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What a scan and a plan remember of a model, so that a plan is not used on another.
+
+    ``fingerprint`` covers the shape and the one-dimensional weights (norms and biases,
+    which no quantiser touches) rounded to bfloat16: the same for every dtype that the
+    model is loaded in.
+    """
+
+    name: str
+    model_type: str
+    num_layers: int
+    dtype: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextsIdentity:
+    """What a scan remembers of its texts: how many, how long at most, and their hash."""
+
+    num_texts: int
+    max_length: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A sample that was left out, by its index among the texts or states, and why."""
+
+    sample: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"sample {self.sample}: {self.reason}"
+
+
+NAMED_REJECTIONS = 100
+"""How many rejected samples are named; the rest are only counted."""
+
+
+def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Rejection]) -> str:
+    """One sentence that counts the rejected samples and names the first of them."""
+    named = "; ".join(str(rejection) for rejection in rejections[:5])
+    more = f"; and {num_rejected - 5} more" if num_rejected > 5 else ""
+    return f"{num_rejected} of {total} samples rejected: {named}{more}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A cut before it is made: which layers go, why, and of which model.
+
+    Attributes:
+        num_layers: layers of the model before the cut.
+        blocks: disjoint half-open ranges to drop, ascending.
+        strategy: ``similarity``, ``deepest`` or ``manual``.
+        metric: the metric behind the score, if one decided.
+        model: the model it was made for, if known.
+        texts: the calibration texts, if any.
+        versions: the packages that made it.
+    """
+
+    num_layers: int
+    blocks: tuple[Block, ...]
+    strategy: str = "manual"
+    metric: str | None = None
+    model: ModelIdentity | None = None
+    texts: tuple[TextsIdentity, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        if dropped_layers(self.num_layers, self.blocks) != self.dropped:
+            raise LayersError("the blocks of a plan must be ascending")
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The indices of the layers that go."""
+        return tuple(layer for block in self.blocks for layer in block.layers)
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """The indices of the layers that stay."""
+        gone = set(self.dropped)
+        return tuple(layer for layer in range(self.num_layers) if layer not in gone)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "format": "shallower.plan",
+            "version": 1,
+            "num_layers": self.num_layers,
+            "drop": [block.to_json() for block in self.blocks],
+            "survivors": list(self.survivors),
+            "strategy": self.strategy,
+            "metric": self.metric,
+            "model": asdict(self.model) if self.model else None,
+            "texts": [asdict(texts) for texts in self.texts],
+            "versions": dict(self.versions),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_file(Path(path), (json.dumps(self.to_json(), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is not there, is not JSON, or is no plan.
+        """
+        try:
+            return cls._from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, LayersError) as error:
+            raise PlanError(f"{path} is not a plan of shallower, or is damaged: {error}") from error
+
+    @classmethod
+    def _from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        if data["format"] != "shallower.plan" or data["version"] != 1:
+            raise ValueError(
+                f"expected format shallower.plan version 1, got {data['format']!r} "
+                f"version {data['version']!r}"
+            )
+        plan = cls(
+            num_layers=_index(data["num_layers"]),
+            blocks=tuple(Block(**block) for block in data["drop"]),
+            strategy=str(data["strategy"]),
+            metric=data["metric"],
+            model=ModelIdentity(**data["model"]) if data["model"] else None,
+            texts=tuple(TextsIdentity(**texts) for texts in data["texts"]),
+            versions=dict(data["versions"]),
+        )
+        if list(plan.survivors) != data["survivors"]:
+            raise ValueError("its survivors are not the layers that its ranges leave")
+        return plan
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuse another model than the one that the plan was made for.
+
+        Raises:
+            PlanError: the number of layers, the type or the fingerprint differs.
+        """
+        if self.num_layers != model.num_layers:
+            raise PlanError(
+                f"the plan is for {self.num_layers} layers, {model.name} has {model.num_layers}"
+            )
+        if self.model and self.model.fingerprint != model.fingerprint:
+            raise PlanError(
+                f"the plan was made for {self.model.name} ({self.model.fingerprint[:12]}), and "
+                f"{model.name} is another model ({model.fingerprint[:12]}): plan again, or name "
+                f"the layers yourself"
+            )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The mean next-token loss over texts.
+
+    Attributes:
+        nats: mean over all predicted tokens, in nats a token.
+        stderr: standard error of ``nats``; texts are the independent units, tokens of one
+            text are not. NaN for a single text.
+        num_tokens: tokens predicted.
+        num_texts: texts that count.
+        num_rejected: texts with fewer than two tokens.
+        vocab_size: size of the vocabulary that the model predicts over.
+    """
+
+    nats: float
+    stderr: float
+    num_tokens: int
+    num_texts: int
+    num_rejected: int
+    vocab_size: int
+
+    @property
+    def normalized(self) -> float:
+        """The loss divided by ln(vocabulary): 1.0 is a uniform guess."""
+        return self.nats / math.log(self.vocab_size)
+
+    @property
+    def normalized_stderr(self) -> float:
+        """The standard error divided by ln(vocabulary)."""
+        return self.stderr / math.log(self.vocab_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The loss as plain JSON values."""
+        return {**asdict(self), "stderr": _finite(self.stderr), "normalized": self.normalized}
+
+    def __str__(self) -> str:
+        error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
+        return f"{self.nats:.3f}{error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A block and the held-out loss of the model without it."""
+
+    strategy: str
+    block: Block
+    loss: Loss
+
+    def to_json(self) -> dict[str, Any]:
+        """The cut as plain JSON values."""
+        return {
+            "strategy": self.strategy,
+            "drop": self.block.to_json(),
+            "loss": self.loss.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The held-out loss of the whole model and of every cut that was tried."""
+
+    base: Loss
+    cuts: tuple[Cut, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON values."""
+        return {"base": self.base.to_json(), "cuts": [cut.to_json() for cut in self.cuts]}

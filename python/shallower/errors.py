@@ -1,0 +1,52 @@
+"""What can go wrong by the user's hand, a class for each kind. Knows nothing else."""
+
+
+class ShallowerError(Exception):
+    """The base of every error that the user can cause; its text names the way out."""
+
+
+class StatesError(ShallowerError):
+    """Hidden states of a wrong shape or dtype, or none that can be compared."""
+
+
+class MetricError(ShallowerError):
+    """A metric that does not exist, or that a scan does not hold."""
+
+
+class LayersError(ShallowerError):
+    """Layers that a model does not have, or cannot do without."""
+
+
+class ThreadsError(ShallowerError):
+    """A number of threads that cannot be started."""
+
+
+class ScanError(ShallowerError):
+    """A scan file that is damaged, or scans that cannot be merged."""
+
+
+class PlanError(ShallowerError):
+    """A plan file that is damaged, or that was made for another model."""
+
+
+class TextsError(ShallowerError):
+    """Texts that are missing, broken or not text."""
+
+
+class ModelError(ShallowerError):
+    """A model that cannot be loaded, read or cut."""
+
+
+class OutputError(ShallowerError):
+    """A place that cannot be written to, or that holds something already."""
+
+
+class MissingExtraError(ShallowerError):
+    """An optional dependency that is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}: pip install 'shallower[{extra}]'")
+
+
+class RejectedSamplesWarning(UserWarning):
+    """Samples were left out of a result; the message counts and names them."""

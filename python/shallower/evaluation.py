@@ -1,0 +1,82 @@
+"""The next-token loss of a model on texts."""
+
+import math
+from collections.abc import Iterable, Sized
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .artifacts import Loss, describe_rejections
+from .calibration import Batch, TokenBatches
+from .errors import ModelError, TextsError
+from .hidden_states import evaluating
+from .models.architecture import find_layers, input_device
+from .progress import track
+
+
+def evaluate_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int = 256,
+    batch_size: int = 8,
+    progress: bool | None = None,
+    description: str = "loss",
+) -> Loss:
+    """The mean cross-entropy of the next token, in nats.
+
+    Every text is tokenised as the tokenizer does by default and truncated to
+    ``max_length``; its first token is given, all others are predicted. The mean is over
+    tokens; its standard error is that of a ratio of sums over texts (tokens of one text are
+    not independent): ``sqrt(S/(S-1) · sum_i (loss_i - nats·n_i)²) / sum_i n_i``.
+
+    Raises:
+        TextsError: no text has two tokens, or a text is no string.
+        ModelError: the loss is not finite.
+    """
+    batches = TokenBatches(tokenizer, texts, max_length, batch_size, min_tokens=2)
+    device = input_device(find_layers(model))
+    losses: list[float] = []
+    counts: list[int] = []
+    vocab_size = 0
+    total = len(texts) if isinstance(texts, Sized) else None
+    with track(description, total, progress) as advance, evaluating(model):
+        for batch in batches:
+            sums, vocab_size = _summed_losses(model, batch, device)
+            losses += sums
+            counts += [int(n) - 1 for n in batch.attention_mask.sum(axis=1)]
+            advance(len(batch))
+    if not losses:
+        raise TextsError(
+            "no text has two tokens, so nothing can be predicted: "
+            + describe_rejections(batches.num_rejected, batches.num_texts, batches.rejections)
+        )
+    num_tokens = sum(counts)
+    nats = math.fsum(losses) / num_tokens
+    deviations = math.fsum((s - nats * n) ** 2 for s, n in zip(losses, counts, strict=True))
+    size = len(losses)
+    stderr = math.sqrt(deviations * size / (size - 1)) / num_tokens if size > 1 else math.nan
+    return Loss(nats, stderr, num_tokens, size, batches.num_rejected, vocab_size)
+
+
+@torch.inference_mode()
+def _summed_losses(
+    model: PreTrainedModel, batch: Batch, device: torch.device
+) -> tuple[list[float], int]:
+    """The summed loss of every text of a batch, and the size of the vocabulary."""
+    input_ids = torch.from_numpy(batch.input_ids).to(device)
+    attention_mask = torch.from_numpy(batch.attention_mask).to(device)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    sums = []
+    for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
+        predicted = logits[row, : length - 1].float()
+        expected = input_ids[row, 1:length].to(predicted.device)
+        loss = functional.cross_entropy(predicted, expected, reduction="none").double().sum()
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"the loss on text {batch.samples[row]} is not finite: the model's logits overflow "
+                f"or are NaN in {logits.dtype}; load it as bfloat16 or float32"
+            )
+        sums.append(float(loss))
+    return sums, logits.shape[-1]

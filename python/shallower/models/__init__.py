@@ -1,0 +1,1 @@
+"""Models: loading them, finding their layers, knowing them again."""

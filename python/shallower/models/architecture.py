@@ -1,0 +1,77 @@
+"""Where a model keeps its decoder layers, found by structure."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayers:
+    """The decoder layers of a model.
+
+    Attributes:
+        owner: the module whose forward runs the layers, the model without its head.
+        name: the attribute of ``owner`` that holds them.
+        path: where they are in the model, such as ``model.layers``.
+    """
+
+    owner: nn.Module
+    name: str
+    path: str
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """The layers, as the model runs them."""
+        return getattr(self.owner, self.name)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of the model's config that describes its decoder.
+
+    Raises:
+        ModelError: the model has no config of transformers.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"{type(model).__name__} has no transformers config: expected a causal language model "
+            f"of transformers"
+        )
+    return config.get_text_config(decoder=True)
+
+
+def find_layers(model: nn.Module) -> DecoderLayers:
+    """Find the list of decoder layers: the module list of ``num_hidden_layers`` modules,
+    the one with the most parameters if there are several.
+
+    Raises:
+        ModelError: there is no such list.
+    """
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    ]
+    fitting = [item for item in lists if len(item[1]) == count]
+    if not fitting:
+        seen = ", ".join(f"{path} ({len(module)})" for path, module in lists) or "none"
+        raise ModelError(
+            f"no list of {count} decoder layers in {type(model).__name__}; its module lists: {seen}"
+        )
+    path, _ = max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    parent, _, name = path.rpartition(".")
+    return DecoderLayers(model.get_submodule(parent), name, path)
+
+
+def input_device(layers: DecoderLayers) -> torch.device:
+    """Where token ids go."""
+    parameter = next(layers.owner.parameters())
+    return parameter.device if parameter.device.type != "meta" else torch.device("cpu")

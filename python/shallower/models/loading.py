@@ -1,0 +1,176 @@
+"""Loading a causal language model: a folder, a hub id or a GGUF file."""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import MissingExtraError, ModelError
+from .quantised import keep_exact, quantisation
+
+Dtype = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
+DeviceMap = str | dict[str, Any] | None
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    NotImplementedError,
+    AssertionError,
+)
+"""What transformers raises for a model that it cannot load; the cause stays attached."""
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: Dtype = "bfloat16",
+    device_map: DeviceMap = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready for inference.
+
+    Args:
+        path_or_id: a local folder, a hub id, or a ``.gguf`` file.
+        dtype: of the weights; ``nf4`` (double quantisation, bfloat16 compute) and ``int8``
+            by bitsandbytes, on CPU and CUDA alike.
+        device_map: as transformers takes it; ``None`` is the CPU for plain weights.
+        gguf_file: the file's name in the folder or hub repository. Its weights are
+            dequantised, then kept in ``dtype``.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: it is not there, is no causal language model, is damaged, or lacks
+            weights.
+        MissingExtraError: ``nf4``/``int8`` without bitsandbytes, GGUF without gguf.
+    """
+    if dtype not in get_args(Dtype):
+        raise ModelError(f"unknown dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
+    source, gguf_file = _locate(path_or_id, gguf_file)
+    config: Any = quantisation(dtype) if dtype in ("nf4", "int8") else None
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    tokenizer = _call(AutoTokenizer.from_pretrained, source, **options)
+    if gguf_file and config:
+        with tempfile.TemporaryDirectory(prefix="shallower-") as folder:
+            plain = _load(source, torch.bfloat16, None, GgufConfig(dequantize=True), options)
+            clear_gguf_marks(plain)
+            plain.save_pretrained(folder)
+            del plain
+            model = _load(folder, torch.bfloat16, device_map, config, {})
+        model.config.name_or_path = model.name_or_path = gguf_file
+    else:
+        torch_dtype = torch.bfloat16 if config else getattr(torch, dtype)
+        if gguf_file:
+            config = GgufConfig(dequantize=True)
+        model = _load(source, torch_dtype, device_map, config, options)
+        if gguf_file:
+            clear_gguf_marks(model)
+            model.config.name_or_path = gguf_file
+    keep_exact(model)
+    return model.eval(), tokenizer
+
+
+def count_layers(
+    path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> int:
+    """The number of decoder layers by the model's config alone.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
+    source, gguf_file = _locate(path_or_id, gguf_file)
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    config = _call(
+        AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
+    )
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ModelError(f"the config of {source} does not tell how many layers it has")
+    return count
+
+
+def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file: expected a folder, a hub id or a .gguf file")
+        path, gguf_file = path.parent, path.name
+    looks_local = isinstance(path_or_id, Path) or str(path_or_id).startswith(("/", ".", "~"))
+    if not path.is_dir() and (looks_local or path.suffix == ".gguf"):
+        raise ModelError(f"there is no model at {path}")
+    if path.is_dir() and gguf_file and not (path / gguf_file).is_file():
+        raise ModelError(f"there is no file {gguf_file} in {path}")
+    if path.is_dir() and not gguf_file and not (path / "config.json").is_file():
+        raise ModelError(f"{path} holds no config.json: expected a checkpoint of transformers")
+    if gguf_file and find_spec("gguf") is None:
+        raise MissingExtraError("gguf", "gguf", "reading a GGUF file")
+    return str(path) if path.is_dir() else str(path_or_id), gguf_file
+
+
+def _load(
+    source: str, dtype: torch.dtype, device_map: DeviceMap, config: Any, options: dict[str, Any]
+) -> PreTrainedModel:
+    if config is not None:
+        options = {**options, "quantization_config": config}
+    model, info = _call(
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        dtype=dtype,
+        device_map=device_map,
+        output_loading_info=True,
+        **options,
+    )
+    absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if absent:
+        raise ModelError(
+            f"{source} lacks {len(absent)} weights, which would stay random: "
+            f"{', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}"
+        )
+    return model
+
+
+def _call(load: Any, source: str, **options: Any) -> Any:
+    try:
+        return load(source, **options)
+    except _LOADING_ERRORS as error:
+        name = "/".join(filter(None, (source, options.get("gguf_file"))))
+        raise ModelError(f"cannot load {name}: {_first_lines(error)}") from error
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
+
+
+def clear_gguf_marks(model: PreTrainedModel) -> None:
+    """Make a dequantised GGUF model a plain one, which ``save_pretrained`` accepts.
+
+    Raises:
+        ModelError: its weights are still packed in GGUF blocks.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(quantizer, "packed_modules", None):
+        raise ModelError(
+            "the model's weights are packed in GGUF blocks: load it with shallower.load_model, "
+            "which dequantises them"
+        )
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(mark, None)
+    vars(model.config).pop("quantization_config", None)

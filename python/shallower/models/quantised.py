@@ -1,0 +1,78 @@
+"""4-bit and 8-bit weights by bitsandbytes, kept exact. The one room that knows it.
+
+On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight at its first forward and
+rounds its block scales to bfloat16; saving then quantises the rounded scales anew, and the
+checkpoint is another model (logits of SmolLM2-135M moved by more than 1). So the scales are
+kept as they were loaded, and put back whenever a state dict is made.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from ..errors import MissingExtraError, ModelError
+
+
+def quantisation(dtype: str) -> BitsAndBytesConfig:
+    """The config for ``nf4`` (double quantisation, bfloat16 compute) or ``int8``."""
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "quantised", f"dtype {dtype}")
+    if dtype == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def keep_exact(model: PreTrainedModel) -> None:
+    """Make the state dict of a just loaded 4-bit model exact, also after a forward."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            module.register_state_dict_post_hook(_Restore(state))
+
+
+class _Restore:
+    """Puts the quantisation state of one weight back as it was loaded."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.loaded = dict(vars(state))
+
+    def __call__(
+        self, module: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any
+    ) -> None:
+        if module.weight.quant_state is not self.state or not _was_repacked(self.state):
+            return
+        vars(self.state).clear()
+        vars(self.state).update(self.loaded)
+        for name, value in self.state.as_dict(packed=True).items():
+            state_dict[f"{prefix}weight.{name}"] = value
+
+
+def _was_repacked(state: Any) -> bool:
+    return hasattr(state, "packing_format_for_cpu")
+
+
+def check_exact(model: PreTrainedModel) -> None:
+    """Refuse a 4-bit model whose scales were rounded and not kept.
+
+    Raises:
+        ModelError: saving it would store other weights than it was loaded with.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None or not _was_repacked(state):
+            continue
+        hooks = module._state_dict_hooks.values()
+        if not any(isinstance(hook, _Restore) and hook.state is state for hook in hooks):
+            raise ModelError(
+                f"{name} was repacked by bitsandbytes at its first forward on this CPU, and its "
+                f"scales were rounded: load the model with shallower.load_model, which keeps them, "
+                f"or save it before the first forward"
+            )

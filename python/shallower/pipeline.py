@@ -1,0 +1,354 @@
+"""The stages joined: scan a model, measure cuts, and the whole way from a model to a
+shallower one. The only room that knows them all.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._core import Accumulator
+from .artifacts import (
+    PLAN_FILE,
+    Block,
+    Comparison,
+    Cut,
+    Loss,
+    ModelIdentity,
+    Plan,
+    Rejection,
+    describe_rejections,
+)
+from .calibration import TokenBatches
+from .errors import LayersError, ModelError, RejectedSamplesWarning, ScanError, TextsError
+from .evaluation import evaluate_loss
+from .hidden_states import stream
+from .models.architecture import find_layers, input_device
+from .models.identity import identify
+from .progress import track
+from .pruning import save_model, without_layers
+from .selection import deepest_block
+from .similarity import Scan, as_array, metric_names, require_samples
+from .storage import write_file
+
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+
+def scan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int = 256,
+    batch_size: int = 8,
+    metrics: Sequence[str] = ("angular", "cosine"),
+    threads: int | None = None,
+    progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    total: int | None = None,
+) -> Scan:
+    """Compare all L+1 states of a model, at the last token of every text, in one pass.
+
+    Args:
+        model: a causal language model of transformers, quantised or not, on any device.
+        tokenizer: its tokenizer.
+        texts: any iterable of strings, read once; one text is one sample, tokenised as the
+            tokenizer does by default and truncated to ``max_length`` tokens.
+        max_length: tokens of a text at most.
+        batch_size: texts in one forward.
+        metrics: ``angular`` and/or ``cosine``.
+        threads: threads of the Rust core, all by default.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the
+            scan goes on from it. It stays when the scan is done: delete it.
+        total: how many texts there are, for the ETA, where ``len(texts)`` does not tell.
+
+    Raises:
+        TextsError: no texts, or one that is no string.
+        StatesError: no text could be compared. Single texts without a token, or whose
+            states hold NaN, infinity or only zeros, are counted and named, with a warning.
+        ModelError: the model has no list of decoder layers.
+        ScanError: ``checkpoint`` is of another model or of other texts.
+    """
+    names = metric_names(metrics)
+    layers = find_layers(model)
+    batches = TokenBatches(tokenizer, texts, max_length, batch_size)
+    work = _Work(Accumulator(len(layers) + 1, names, threads), [], identify(model), batches)
+    if total is None and isinstance(texts, Sized):
+        total = len(texts)
+    saved = time.monotonic()
+    with track("scan", total, progress) as advance:
+        if checkpoint and Path(checkpoint).exists():
+            work.resume(Scan.load(checkpoint), Path(checkpoint))
+            advance(batches.num_texts)
+        for window in batches.windows():
+            for batch, states in stream(model, window):
+                rejected = work.accumulator.update(as_array(states), True)
+                work.reject((int(batch.samples[s]), state, why) for s, state, why in rejected)
+                advance(len(batch))
+            if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                work.scan().save(checkpoint)
+                saved = time.monotonic()
+        if checkpoint:
+            work.scan().save(checkpoint)
+    return work.finish()
+
+
+@dataclass
+class _Work:
+    """A scan in the making."""
+
+    accumulator: Accumulator
+    rejections: list[Rejection]
+    model: ModelIdentity
+    batches: TokenBatches
+
+    def scan(self) -> Scan:
+        return Scan(self.accumulator, self.rejections, self.model, (self.batches.identity,))
+
+    def reject(self, rejected: Iterable[tuple[int, int, str]]) -> None:
+        self.rejections += [Rejection(s, f"state {state} {why}") for s, state, why in rejected]
+
+    def resume(self, before: Scan, path: Path) -> None:
+        """Take over the sums of an interrupted scan of the same model and texts."""
+        if before.model != self.model or before.metrics != tuple(self.accumulator.metrics):
+            raise ScanError(
+                f"{path} keeps a scan of {before.model} by {before.metrics}, not of {self.model}: "
+                f"delete it to start anew"
+            )
+        num_texts = before.texts[0].num_texts if len(before.texts) == 1 else -1
+        if before.texts != (self.batches.skip(num_texts),):
+            raise ScanError(f"{path} keeps a scan of other texts: delete it to start anew")
+        self.accumulator.merge(before._accumulator)
+        self.rejections += before.rejections
+
+    def finish(self) -> Scan:
+        """The scan, with the texts that never became states counted in."""
+        if self.batches.num_texts == 0:
+            raise TextsError("there are no texts to scan")
+        self.accumulator.reject(self.batches.num_rejected)
+        self.rejections = sorted(
+            [*self.rejections, *self.batches.rejections], key=lambda rejection: rejection.sample
+        )
+        require_samples(self.accumulator, self.rejections)
+        if self.accumulator.rejected:
+            warnings.warn(
+                describe_rejections(
+                    self.accumulator.rejected, self.batches.num_texts, self.rejections
+                ),
+                RejectedSamplesWarning,
+                stacklevel=3,
+            )
+        return self.scan()
+
+
+def check_sizes(sizes: Sequence[int], num_layers: int) -> None:
+    """Refuse block sizes that the model cannot lose, before any long work.
+
+    Raises:
+        LayersError: a size is not in ``1 .. num_layers-1``.
+    """
+    if not sizes:
+        raise LayersError("no block size is named: name at least one")
+    for n in sizes:
+        deepest_block(num_layers, n)
+
+
+def compare_cuts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scanned: Scan,
+    texts: Iterable[str],
+    sizes: Sequence[int],
+    max_length: int = 256,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> Comparison:
+    """Measure the loss of the best block and of the deepest one, for every size.
+
+    ``texts`` should be held out; they are read once. The model is as before afterwards.
+
+    Raises:
+        LayersError: a size that the model cannot lose.
+        TextsError: as :func:`evaluate_loss`.
+    """
+    check_sizes(sizes, scanned.num_layers)
+    texts = list(texts)
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    base = evaluate_loss(model, tokenizer, texts, description="loss, all layers", **options)
+    losses: dict[Block, Loss] = {}
+    cuts = []
+    for n in sizes:
+        best, deepest = (
+            scanned.best_block(n),
+            _scored(scanned, deepest_block(scanned.num_layers, n)),
+        )
+        for strategy, block in (("similarity", best), ("deepest", deepest)):
+            if block not in losses:
+                with without_layers(model, [block]):
+                    losses[block] = evaluate_loss(
+                        model, tokenizer, texts, description=f"loss without {block}", **options
+                    )
+            cuts.append(Cut(strategy, block, losses[block]))
+    return Comparison(base, tuple(cuts))
+
+
+def _scored(scanned: Scan, block: Block) -> Block:
+    metric = scanned.metrics[0] if "angular" not in scanned.metrics else "angular"
+    mean = float(scanned.mean(metric)[block.start, block.stop])
+    stderr = float(scanned.stderr(metric)[block.start, block.stop])
+    return Block(block.start, block.stop, 1 - mean if metric == "cosine" else mean, stderr)
+
+
+def logits_difference(
+    model: PreTrainedModel, path: str | Path, layers: Sequence[Block], input_ids: torch.Tensor
+) -> float:
+    """How far the saved checkpoint is from the model with its layers skipped.
+
+    Loads ``path`` with stock transformers and gives the greatest absolute difference of the
+    logits on ``input_ids`` (B, T). ``model`` is the uncut one; nothing is changed.
+
+    Raises:
+        ModelError: the checkpoint lacks weights.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=model.dtype, output_loading_info=True
+    )
+    reloaded, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ModelError(f"{path} lacks the weights {sorted(info['missing_keys'])}")
+    device = input_device(find_layers(model))
+    reloaded.to(device)
+    with torch.inference_mode():
+        with without_layers(model, layers):
+            expected = model(input_ids=input_ids.to(device), use_cache=False).logits
+        got = reloaded(input_ids=input_ids.to(device), use_cache=False).logits
+    return float((got.float() - expected.float()).abs().max())
+
+
+def verify_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    layers: Sequence[Block],
+    text: str,
+) -> float:
+    """Check a saved cut by :func:`logits_difference` on one text; gives the difference.
+
+    Raises:
+        ModelError: it exceeds 1e-5 in float32, or 0.1 in the other dtypes.
+    """
+    input_ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)["input_ids"]
+    difference = logits_difference(model, path, layers, input_ids)
+    tolerance = 1e-5 if model.dtype == torch.float32 else 0.1
+    if not difference <= tolerance:
+        raise ModelError(
+            f"the checkpoint {path} is not the model with its layers skipped: its logits are off "
+            f"by {difference:.2g}, more than {tolerance:.0e}"
+        )
+    return difference
+
+
+def continue_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int = 24
+) -> str:
+    """The greedy continuation of a prompt."""
+    encoded = tokenizer(prompt, return_tensors="pt").to(input_device(find_layers(model)))
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output = generate(**encoded, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run found and where it left it."""
+
+    scan: Scan
+    comparison: Comparison
+    plan: Plan
+    difference: float
+    before: str
+    after: str
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as plain JSON values."""
+        return {
+            "format": "shallower.run",
+            "version": 1,
+            "num_layers": self.scan.num_layers,
+            "num_samples": self.scan.num_samples,
+            "num_rejected": self.scan.num_rejected,
+            **self.comparison.to_json(),
+            "plan": self.plan.to_json(),
+            "max_logits_difference": self.difference,
+            "continuation": {"before": self.before, "after": self.after},
+        }
+
+
+SCAN_FILE = "scan.safetensors"
+PARTIAL_FILE = "scan.partial.safetensors"
+RESULTS_FILE = "results.json"
+CHECKPOINT_FOLDER = "checkpoint"
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    eval_texts: Iterable[str],
+    out: str | Path,
+    sizes: Sequence[int] = (1, 2, 4, 8),
+    max_length: int = 256,
+    batch_size: int = 8,
+    threads: int | None = None,
+    prompt: str = "The most important thing about a good plan is",
+    overwrite: bool = False,
+    progress: bool | None = None,
+    total: int | None = None,
+) -> Run:
+    """From a model to a shallower one: scan, measure every size, save the largest cut.
+
+    Leaves in ``out``: ``scan.safetensors``, ``shallower_plan.json``, ``results.json`` and
+    ``checkpoint/``, which is reloaded with stock transformers and compared. An interrupted
+    scan goes on where it was. The model is as before afterwards.
+
+    Raises:
+        OutputError, LayersError, TextsError, StatesError, ModelError: as the stages do.
+    """
+    out = Path(out)
+    check_sizes(sizes, len(find_layers(model)))
+    eval_texts = list(eval_texts)
+    partial = out / PARTIAL_FILE
+    out.mkdir(parents=True, exist_ok=True)
+    scanned = scan(
+        model, tokenizer, texts, max_length, batch_size,
+        threads=threads, progress=progress, checkpoint=partial, total=total,
+    )  # fmt: skip
+    scanned.save(out / SCAN_FILE)
+    comparison = compare_cuts(
+        model, tokenizer, scanned, eval_texts, sizes, max_length, batch_size, progress
+    )
+    plan = scanned.plan(max(sizes))
+    plan.save(out / PLAN_FILE)
+    before = continue_text(model, tokenizer, prompt)
+    with without_layers(model, plan.blocks):
+        save_model(model, tokenizer, out / CHECKPOINT_FOLDER, plan, overwrite)
+        after = continue_text(model, tokenizer, prompt)
+    difference = verify_checkpoint(
+        model, tokenizer, out / CHECKPOINT_FOLDER, plan.blocks, max(eval_texts, key=len)
+    )
+    done = Run(scanned, comparison, plan, difference, before, after, out)
+    write_file(out / RESULTS_FILE, (json.dumps(done.to_json(), indent=2) + "\n").encode())
+    partial.unlink(missing_ok=True)
+    return done

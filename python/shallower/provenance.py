@@ -1,0 +1,16 @@
+"""Which packages made a result."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("shallower", "torch", "transformers", "bitsandbytes", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that decide a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,222 @@
+"""Dropping layers in memory, and saving what is left as a standard checkpoint.
+
+A cut changes the module list, the layer count, what every layer knows of its place
+(``layer_idx``), and every per-layer list of the config, by surviving index. It is made only
+if a fresh model built from the new config has the same layers: classes, shapes and plain
+attributes are compared on the meta device first, so that no stock loader builds another
+network than the one in memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
+from .errors import ModelError
+from .models.architecture import DecoderLayers, find_layers, text_config
+from .models.identity import identify
+from .models.loading import clear_gguf_marks
+from .models.quantised import check_exact
+from .storage import new_folder
+
+
+def drop_layers(model: PreTrainedModel, layers: Layers) -> Plan:
+    """Remove layers from a model, in place.
+
+    Args:
+        model: a Llama-like causal language model of transformers, quantised or not.
+        layers: blocks, ranges or indices, 0-based.
+
+    Returns:
+        The plan that was carried out, with the identity of the uncut model.
+
+    Raises:
+        LayersError: a layer that is not there, is named twice, or is the last one left.
+        ModelError: no list of decoder layers, or a config that cannot describe the
+            survivors. The model is then as it was.
+    """
+    found = find_layers(model)
+    dropped = dropped_layers(len(found), layers)
+    plan = Plan(len(found), blocks_of(dropped), model=identify(model))
+    _cut(model, found, plan.survivors)
+    return plan
+
+
+@contextmanager
+def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
+    """The model without some layers, for as long as the body runs.
+
+    Raises:
+        LayersError, ModelError: as :func:`drop_layers`.
+    """
+    found = find_layers(model)
+    dropped = set(dropped_layers(len(found), layers))
+    modules = found.modules
+    configs = [(config, copy.copy(vars(config))) for config in _configs(model)]
+    device_map = copy.copy(getattr(model, "hf_device_map", None))
+    survivors = tuple(index for index in range(len(found)) if index not in dropped)
+    _cut(model, found, survivors)
+    try:
+        yield
+    finally:
+        setattr(found.owner, found.name, modules)
+        for config, values in configs:
+            vars(config).clear()
+            vars(config).update(values)
+        for new, old in enumerate(survivors):
+            _renumber(modules[old], new, old)
+        if device_map is not None:
+            setattr(model, "hf_device_map", device_map)  # noqa: B010
+
+
+def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
+    total = len(found)
+    config = copy.deepcopy(model.config)
+    _shorten(config.get_text_config(decoder=True), total, survivors)
+    _check_rebuild(model, found, config, survivors)
+    for live in _configs(model):
+        _shorten(live, total, survivors)
+    kept = [found.modules[index] for index in survivors]
+    for new, (old, layer) in enumerate(zip(survivors, kept, strict=True)):
+        _renumber(layer, old, new)
+    setattr(found.owner, found.name, nn.ModuleList(kept))
+    _renumber_device_map(model, found.path, survivors)
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The distinct config objects in a model that count its decoder layers."""
+    main = text_config(model)
+    seen = {id(main): main}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "num_hidden_layers", None) == main.num_hidden_layers:
+            seen.setdefault(id(config), config)
+    return list(seen.values())
+
+
+def _shorten(config: Any, total: int, survivors: tuple[int, ...]) -> None:
+    """Slice the per-layer lists of a config by survivor, and set its layer count."""
+    per_layer = {
+        name: [value[index] for index in survivors]
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == total and _is_per_layer(name)
+    }
+    for name, value in per_layer.items():
+        setattr(config, name, value)
+    config.num_hidden_layers = len(survivors)
+
+
+def _is_per_layer(name: str) -> bool:
+    """Lists that are not per layer, should they happen to have the right length."""
+    return not name.endswith(("_token_id", "_token_ids")) and name != "architectures"
+
+
+def _renumber(layer: nn.Module, old: int, new: int) -> None:
+    for module in layer.modules():
+        if getattr(module, "layer_idx", None) == old:
+            setattr(module, "layer_idx", new)  # noqa: B010
+
+
+def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int, ...]) -> None:
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is None:
+        return
+    position = {old: new for new, old in enumerate(survivors)}
+    renamed = {}
+    for name, device in device_map.items():
+        rest = name.removeprefix(path + ".")
+        index, _, tail = rest.partition(".")
+        if rest == name or not index.isdigit():
+            renamed[name] = device
+        elif int(index) in position:
+            renamed[".".join(filter(None, (path, str(position[int(index)]), tail)))] = device
+    setattr(model, "hf_device_map", renamed)  # noqa: B010
+
+
+def _check_rebuild(
+    model: PreTrainedModel, found: DecoderLayers, config: Any, survivors: tuple[int, ...]
+) -> None:
+    """Refuse a cut if a model built from the new config would have other layers."""
+    try:
+        with torch.device("meta"):
+            twin = find_layers(type(model)(config)).modules
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, ModelError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be built with the layers {list(survivors)}: {error}"
+        ) from error
+    for new, old in enumerate(survivors):
+        difference = _difference(found.modules[old], twin[new], old, new)
+        if difference:
+            raise ModelError(
+                f"the config of {type(model).__name__} cannot describe this cut: layer {old} "
+                f"would be layer {new}, and a stock loader would build it with {difference}"
+            )
+
+
+def _difference(layer: nn.Module, twin: nn.Module, old: int, new: int) -> str | None:
+    """What a stock loader would build otherwise, in words."""
+    modules, twins = dict(layer.named_modules()), dict(twin.named_modules())
+    if modules.keys() != twins.keys():
+        return f"other modules: {sorted(modules.keys() ^ twins.keys())[:3]}"
+    for path, module in modules.items():
+        other = twins[path]
+        if type(module) is not type(other) and not isinstance(other, nn.Linear):
+            return f"{path or 'the layer'} a {type(other).__name__}, not a {type(module).__name__}"
+        for name, value in _plain_attributes(module).items():
+            expected = new if name == "layer_idx" and value == old else value
+            built = getattr(other, name, expected)
+            if built != expected:
+                return f"{path + '.' if path else ''}{name} = {built!r}, not {expected!r}"
+        if type(module) is type(other):
+            for name, parameter in other.named_parameters(recurse=False):
+                shape = getattr(getattr(module, name), "shape", None)
+                if shape != parameter.shape:
+                    return f"{path}.{name} of shape {tuple(parameter.shape)}, not {shape}"
+    return None
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | None)
+        and not name.startswith("_")
+        and name not in ("training", "gradient_checkpointing")
+    }
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    plan: Plan | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a standard checkpoint, whole or not at all, that stock transformers loads.
+
+    Args:
+        model: cut or not; a 4-bit model becomes a standard 4-bit checkpoint.
+        tokenizer: saved beside it, unless ``None``.
+        path: a folder that does not exist yet, or is empty.
+        plan: what was dropped; saved as ``shallower_plan.json``.
+        overwrite: replace what is at ``path``, once the new checkpoint is complete.
+
+    Raises:
+        OutputError: ``path`` holds something already, or cannot be written to.
+        ModelError: weights that cannot be saved as they are.
+    """
+    check_exact(model)
+    if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
+        clear_gguf_marks(model)
+    with new_folder(Path(path), overwrite) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if plan is not None:
+            plan.save(folder / PLAN_FILE)

@@ -1,0 +1,80 @@
+"""What a person reads in the terminal: tables of blocks and losses."""
+
+import math
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from .artifacts import Block, Comparison, Plan, blocks_of
+from .similarity import Scan
+
+
+def with_error(value: float | None, stderr: float | None, digits: int = 4) -> str:
+    """``0.1234 ± 0.0012``; the error left out where there is none."""
+    if value is None:
+        return "–"
+    if stderr is None or not math.isfinite(stderr):
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending layers as half-open ranges: ``[0, 12) [20, 30)``."""
+    return " ".join(str(block) for block in blocks_of(layers))
+
+
+def scan_table(scan: Scan) -> Table:
+    """For every n the best block and its distance."""
+    metric = "angular" if "angular" in scan.metrics else f"1 - {scan.metrics[0]}"
+    table = Table(
+        title=f"{scan.num_layers} layers, {scan.num_samples} samples"
+        + (f", {scan.num_rejected} rejected" if scan.num_rejected else "")
+    )
+    table.add_column("n", justify="right")
+    table.add_column("drop [start, stop)")
+    table.add_column(f"{metric} ± error")
+    for n in range(1, scan.num_layers):
+        block = scan.best_block(n)
+        table.add_row(str(n), str(block), with_error(block.score, block.stderr))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan drops and keeps."""
+    table = Table(title=f"plan: {len(plan.dropped)} of {plan.num_layers} layers", show_header=False)
+    for block in plan.blocks:
+        table.add_row("drop", str(block), _score(block, plan.metric))
+    table.add_row("keep", ranges(plan.survivors), f"{len(plan.survivors)} layers")
+    return table
+
+
+def _score(block: Block, metric: str | None) -> str:
+    if block.score is None:
+        return ""
+    return f"{metric or 'distance'} {with_error(block.score, block.stderr)}"
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Distance and held-out loss of the best block and of the deepest one, by n."""
+    base = comparison.base
+    table = Table(
+        title=f"held-out loss, nats a token; with all layers {base}\n"
+        f"{base.num_tokens} tokens of {base.num_texts} texts; V = {base.vocab_size}"
+    )
+    table.add_column("n", justify="right")
+    table.add_column("strategy")
+    table.add_column("drop")
+    table.add_column("distance ± error", no_wrap=True)
+    table.add_column("loss ± error", no_wrap=True)
+    table.add_column("/ ln V", no_wrap=True)
+    table.add_row("0", "", "", "", str(base), f"{base.normalized:.3f}")
+    for cut in comparison.cuts:
+        table.add_row(
+            str(len(cut.block)),
+            cut.strategy,
+            str(cut.block),
+            with_error(cut.block.score, cut.block.stderr),
+            str(cut.loss),
+            f"{cut.loss.normalized:.3f}",
+        )
+    return table

@@ -1,0 +1,314 @@
+"""How alike the layers are: the scan, its storage, and scans of stored states.
+
+Sees the Rust core and NumPy, no torch and no model. The core holds exact integer sums, so
+a scan has the same bits at any number of threads, and merging is associative to the bit.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._core import Accumulator
+from .artifacts import (
+    NAMED_REJECTIONS,
+    Block,
+    ModelIdentity,
+    Plan,
+    Rejection,
+    TextsIdentity,
+    describe_rejections,
+)
+from .errors import LayersError, MetricError, ScanError, StatesError
+from .storage import write_file
+
+CHUNK_BYTES = 64 << 20
+"""How much of an array that the core cannot read in place is copied at a time."""
+
+
+class Scan:
+    """Distances between all pairs of the L+1 states x^(0) .. x^(L), over samples.
+
+    x^(l) is the input of layer l (0-based), x^(L) the output of the last layer before the
+    final norm (2403.17887, §3). Made by :func:`shallower.scan` and
+    :func:`shallower.analyse_states`; saved, loaded and merged without loss.
+
+    Attributes:
+        model: the model scanned, if a model was.
+        texts: the texts behind it, one entry for each merged part.
+        rejections: the first of the samples that were left out, and why.
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        rejections: Sequence[Rejection] = (),
+        model: ModelIdentity | None = None,
+        texts: tuple[TextsIdentity, ...] = (),
+    ) -> None:
+        self._accumulator = accumulator
+        self.rejections = tuple(rejections[:NAMED_REJECTIONS])
+        self.model = model
+        self.texts = texts
+
+    def __repr__(self) -> str:
+        return (
+            f"Scan(num_layers={self.num_layers}, num_samples={self.num_samples}, "
+            f"num_rejected={self.num_rejected}, metrics={self.metrics})"
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """L, the layers of the model."""
+        return self._accumulator.num_states - 1
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the means."""
+        return self._accumulator.count
+
+    @property
+    def num_rejected(self) -> int:
+        """Samples left out: no token, or a state with NaN, infinity or only zeros."""
+        return self._accumulator.rejected
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics held, the deciding one first."""
+        return tuple(self._accumulator.metrics)
+
+    def mean(self, metric: str = "angular") -> NDArray[np.float64]:
+        """The mean of ``metric`` over samples, (L+1, L+1) float64, symmetric.
+
+        ``[l, m]`` compares x^(l) with x^(m): ``angular`` in [0, 1], 0 for equal
+        directions; ``cosine`` in [-1, 1], 1 for equal directions.
+
+        Raises:
+            MetricError: the scan does not hold the metric.
+            StatesError: no sample was accepted.
+        """
+        return self._accumulator.mean(metric)
+
+    def variance(self, metric: str = "angular") -> NDArray[np.float64]:
+        """The sample variance (divisor S-1), (L+1, L+1) float64; NaN for one sample."""
+        return self._accumulator.variance(metric)
+
+    def stderr(self, metric: str = "angular") -> NDArray[np.float64]:
+        """The standard error of the mean, (L+1, L+1) float64; NaN for one sample."""
+        return np.sqrt(self.variance(metric) / self.num_samples)
+
+    def best_block(self, n: int, metric: str | None = None) -> Block:
+        """The block of ``n`` layers whose removal joins the most similar states.
+
+        ``start = l*(n) = argmin_l d(l, l+n)`` over ``l = 0 .. L-n`` (2403.17887, eq. 6),
+        the smallest of equals. The block's ``score`` is the mean distance of the pair
+        (start, stop), for ``cosine`` ``1 - mean``, and ``stderr`` its standard error.
+
+        Raises:
+            LayersError: ``n`` is not in ``1 .. L-1``.
+            MetricError: the scan does not hold the metric.
+        """
+        if isinstance(n, bool) or not hasattr(n, "__index__"):
+            raise LayersError(f"n must be an integer, got {n!r}")
+        metric = self._held(metric)
+        start = self._accumulator.best_start(metric, n.__index__())
+        mean = float(self.mean(metric)[start, start + n])
+        score = 1 - mean if metric == "cosine" else mean
+        return Block(start, start + n, score, float(self.stderr(metric)[start, start + n]))
+
+    def plan(self, n: int, metric: str | None = None) -> Plan:
+        """The plan that drops :meth:`best_block`."""
+        return Plan(
+            num_layers=self.num_layers,
+            blocks=(self.best_block(n, metric),),
+            strategy="similarity",
+            metric=self._held(metric),
+            model=self.model,
+            texts=self.texts,
+        )
+
+    def _held(self, metric: str | None) -> str:
+        if metric is None:
+            return "angular" if "angular" in self.metrics else self.metrics[0]
+        if metric not in self.metrics:
+            raise MetricError(
+                f"metric {metric!r} was not accumulated: the scan holds {self.metrics}"
+            )
+        return metric
+
+    def save(self, path: str | Path) -> None:
+        """Write the scan, whole or not at all: exact sums as safetensors.
+
+        Raises:
+            OutputError: the place cannot be written to.
+        """
+        from safetensors.numpy import save
+
+        header = {
+            "num_states": self._accumulator.num_states,
+            "count": self.num_samples,
+            "rejected": self.num_rejected,
+            "metrics": list(self.metrics),
+            "rejections": [asdict(rejection) for rejection in self.rejections],
+            "model": asdict(self.model) if self.model else None,
+            "texts": [asdict(texts) for texts in self.texts],
+        }
+        sums = {metric: self._accumulator.to_words(metric) for metric in self.metrics}
+        described = {"format": "shallower.scan", "version": "1", "scan": json.dumps(header)}
+        write_file(Path(path), save(sums, metadata=described))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scan":
+        """Read a scan.
+
+        Raises:
+            ScanError: the file is not there, is truncated or damaged, or is no scan.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise ScanError(f"there is no scan file {path}")
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                return cls._from_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ScanError(f"{path} is truncated, or is no scan of shallower: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ScanError(f"{path} is no scan of shallower, or is damaged: {error!r}") from error
+        except (ScanError, StatesError, MetricError) as error:
+            raise ScanError(f"{path} is damaged: {error}") from error
+
+    @classmethod
+    def _from_file(cls, file: Any) -> "Scan":
+        described = file.metadata() or {}
+        if described.get("format") != "shallower.scan" or described.get("version") != "1":
+            raise ValueError("expected format shallower.scan version 1")
+        header = json.loads(described["scan"])
+        stored = [(metric, file.get_tensor(metric)) for metric in header["metrics"]]
+        num_states = header["num_states"]
+        pairs = num_states * (num_states - 1) // 2
+        if any(words.dtype != np.uint64 or words.shape != (4 * pairs,) for _, words in stored):
+            raise ValueError(f"its sums are not those of {num_states} states")
+        accumulator = Accumulator.from_words(
+            num_states, header["count"], header["rejected"], stored
+        )
+        return cls(
+            accumulator,
+            [Rejection(**rejection) for rejection in header["rejections"]],
+            ModelIdentity(**header["model"]) if header["model"] else None,
+            tuple(TextsIdentity(**texts) for texts in header["texts"]),
+        )
+
+    @staticmethod
+    def merge(scans: Iterable["Scan"]) -> "Scan":
+        """One scan of all the samples of several, the same bits in whatever order.
+
+        Raises:
+            ScanError: there is none, or they differ in layers, metrics or model.
+        """
+        scans = list(scans)
+        if not scans:
+            raise ScanError("there is no scan to merge")
+        first = scans[0]
+        accumulator = Accumulator(first.num_layers + 1, list(first.metrics), 1)
+        for scan in scans:
+            if (scan.model and scan.model.fingerprint) != (first.model and first.model.fingerprint):
+                raise ScanError(
+                    f"cannot merge scans of different models: {first.model} and {scan.model}"
+                )
+            accumulator.merge(scan._accumulator)
+        return Scan(
+            accumulator,
+            [rejection for scan in scans for rejection in scan.rejections],
+            first.model,
+            tuple(texts for scan in scans for texts in scan.texts),
+        )
+
+
+def analyse_states(
+    states: Any, metrics: Sequence[str] = ("angular",), threads: int | None = None
+) -> Scan:
+    """Compare stored hidden states, without a model.
+
+    Args:
+        states: (samples, L+1, D), a NumPy array or a torch tensor on the CPU, of float32,
+            float16, bfloat16 or float64; an array of uint16 is read as bfloat16 bits. Read
+            in place if C-contiguous as (samples, L+1, D) or (L+1, samples, D), else copied
+            64 MiB at a time.
+        metrics: ``angular`` and/or ``cosine``.
+        threads: threads of the core, all by default.
+
+    Raises:
+        StatesError: wrong shape or dtype, no samples, or none that can be compared. Single
+            samples with NaN, infinity or zero vectors are counted and named in the result.
+        MetricError: an unknown metric, or one named twice.
+        ThreadsError: ``threads`` is less than 1.
+    """
+    array = as_array(states)
+    if array.ndim != 3:
+        raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
+    accumulator = Accumulator(array.shape[1], metric_names(metrics), threads)
+    rejections = []
+    for start, chunk, state_first in _readable(array):
+        for sample, state, reason in accumulator.update(chunk, state_first):
+            rejections.append(Rejection(start + sample, f"state {state} {reason}"))
+    require_samples(accumulator, rejections)
+    return Scan(accumulator, rejections)
+
+
+def metric_names(metrics: Sequence[str]) -> list[str]:
+    """The metrics as a list; a single string would be read letter by letter."""
+    if isinstance(metrics, str):
+        raise MetricError(f"metrics must be a sequence of names, got the string {metrics!r}")
+    return list(metrics)
+
+
+def require_samples(accumulator: Accumulator, rejections: Sequence[Rejection]) -> None:
+    """Raise StatesError if no sample was accepted."""
+    if accumulator.count == 0:
+        if not accumulator.rejected:
+            raise StatesError("there are no samples to compare")
+        total = accumulator.rejected
+        raise StatesError(
+            "there is nothing to compare: " + describe_rejections(total, total, rejections)
+        )
+
+
+def as_array(states: Any) -> NDArray[Any]:
+    """A NumPy view of ``states``; bfloat16 becomes uint16 bits. Never copies a CPU tensor."""
+    if isinstance(states, np.ndarray):
+        array = states
+    elif type(states).__module__.split(".")[0] == "torch":
+        if states.device.type != "cpu":
+            raise StatesError(f"states on {states.device}: bring them to the CPU first")
+        states = states.detach()
+        dtype = str(states.dtype)
+        if dtype == "torch.bfloat16":
+            import torch
+
+            states = states.view(torch.uint16)
+        array = states.numpy()
+    else:
+        raise StatesError(f"states must be a NumPy array or a torch tensor, got {type(states)}")
+    if array.dtype.name == "bfloat16":
+        array = array.view(np.uint16)
+    if array.dtype.newbyteorder("=") != array.dtype:
+        raise StatesError(f"states of dtype {array.dtype}: expected the machine's byte order")
+    return array
+
+
+def _readable(array: NDArray[Any]) -> Iterable[tuple[int, NDArray[Any], bool]]:
+    """Parts that the core can read: (first sample, part, whether the state axis is first)."""
+    if array.flags.c_contiguous:
+        yield 0, array, False
+    elif array.transpose(1, 0, 2).flags.c_contiguous:
+        yield 0, array.transpose(1, 0, 2), True
+    else:
+        sample_bytes = max(1, array[:1].nbytes)
+        step = max(1, CHUNK_BYTES // sample_bytes)
+        for start in range(0, len(array), step):
+            yield start, np.ascontiguousarray(array[start : start + step]), False

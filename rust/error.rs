@@ -1,0 +1,135 @@
+//! What can be wrong with the input, each case with its culprit and the way out.
+
+use crate::metric::Metric;
+
+/// An input that the core refuses.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// The three lengths do not describe the buffer.
+    #[error(
+        "states of shape ({samples}, {states}, {width}) need {expected} values, the buffer has {actual}"
+    )]
+    BufferLength {
+        /// Samples asked for.
+        samples: usize,
+        /// States a sample.
+        states: usize,
+        /// Values a state.
+        width: usize,
+        /// The product of the three, or `usize::MAX` where it overflows.
+        expected: usize,
+        /// The length of the buffer.
+        actual: usize,
+    },
+    /// Fewer than two states, or states without values.
+    #[error(
+        "a sample must hold at least 2 states of at least 1 value to be compared, got {states} states of {width} values"
+    )]
+    TooFewStates {
+        /// States a sample.
+        states: usize,
+        /// Values a state.
+        width: usize,
+    },
+    /// A batch whose number of states is not the accumulator's.
+    #[error("this accumulator compares {expected} states a sample, the batch has {actual}")]
+    StateCount {
+        /// The accumulator's number of states.
+        expected: usize,
+        /// The batch's number of states.
+        actual: usize,
+    },
+    /// A metric's name that is not known.
+    #[error("unknown metric {0:?}: expected one of angular, cosine")]
+    UnknownMetric(String),
+    /// No metric, or the same one twice.
+    #[error("metrics must be named once each and at least one, got {0:?}")]
+    MetricList(Vec<Metric>),
+    /// A metric that was not accumulated.
+    #[error("metric {wanted} was not accumulated: this scan holds {held:?}")]
+    MetricNotHeld {
+        /// The metric asked for.
+        wanted: Metric,
+        /// The metrics there are.
+        held: Vec<Metric>,
+    },
+    /// Accumulators of different shapes or metrics cannot be merged.
+    #[error("cannot merge accumulators of {what}: {left} and {right}")]
+    Unmergeable {
+        /// What differs.
+        what: &'static str,
+        /// The value on this side.
+        left: String,
+        /// The value on the other side.
+        right: String,
+    },
+    /// More samples than the exact sums have room for.
+    #[error("an accumulator holds at most {MAX} samples", MAX = crate::accumulator::MAX_SAMPLES)]
+    TooManySamples,
+    /// No sample was accepted, so there is no mean.
+    #[error("no sample was accepted ({rejected} rejected): there is nothing to compare")]
+    NoSamples {
+        /// Samples rejected.
+        rejected: u64,
+    },
+    /// A block size that leaves no layer, or drops none.
+    #[error("cannot drop n = {n} of {num_layers} layers: expected 1 <= n <= {max}", max = num_layers - 1)]
+    BlockSize {
+        /// Layers to drop.
+        n: i64,
+        /// Layers of the model.
+        num_layers: usize,
+    },
+    /// A number of threads that cannot be.
+    #[error("threads must be at least 1, got {0}")]
+    Threads(i64),
+    /// The operating system refused the threads.
+    #[error("cannot start {threads} threads: {reason}")]
+    ThreadPool {
+        /// Threads asked for.
+        threads: usize,
+        /// The system's words.
+        reason: String,
+    },
+    /// Stored sums that no set of samples can have.
+    #[error("the stored sums of metric {metric} are damaged: {what}")]
+    DamagedSums {
+        /// The metric.
+        metric: Metric,
+        /// What is wrong with them.
+        what: String,
+    },
+}
+
+/// Why a sample cannot be compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// A NaN or an infinity.
+    NotFinite,
+    /// All values are zero.
+    Zero,
+    /// A norm outside 1e-75 .. 1e75, where float64 no longer holds a product of squares.
+    NormOutOfRange,
+}
+
+impl Reason {
+    /// The reason in words, to follow "state 3 ".
+    pub fn words(self) -> &'static str {
+        match self {
+            Reason::NotFinite => "holds NaN or infinity",
+            Reason::Zero => "is a zero vector",
+            Reason::NormOutOfRange => "has a norm outside 1e-75 .. 1e75",
+        }
+    }
+}
+
+/// A sample that was left out of every sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rejection {
+    /// The sample's index in its batch.
+    pub sample: usize,
+    /// The first offending state.
+    pub state: usize,
+    /// What is wrong with it.
+    pub reason: Reason,
+}

@@ -1,0 +1,97 @@
+//! Sums that do not depend on their order.
+//!
+//! A value in `[-1, 1]` is rounded once, to a multiple of 2^-48 (error at most
+//! 1.8e-15), and from there on everything is integer arithmetic: addition is
+//! associative to the bit, whatever the threads, chunks and shards.
+
+/// Bits behind the binary point.
+const SCALE: f64 = (1_u64 << 48) as f64;
+
+/// The greatest magnitude of one rounded value.
+const UNIT: u128 = 1 << 48;
+
+/// The exact sum of rounded values and of their squares.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ExactSum {
+    sum: i128,
+    squares: u128,
+}
+
+impl ExactSum {
+    /// Adds a value in `[-1, 1]`.
+    pub fn add(&mut self, value: f64) {
+        debug_assert!((-1.0..=1.0).contains(&value));
+        let rounded = (value * SCALE).round_ties_even() as i64;
+        let magnitude = u128::from(rounded.unsigned_abs());
+        self.sum += i128::from(rounded);
+        self.squares += magnitude * magnitude;
+    }
+
+    /// Adds the other sum's values.
+    pub fn merge(&mut self, other: &Self) {
+        self.sum += other.sum;
+        self.squares += other.squares;
+    }
+
+    /// The sum in units of 2^-48, for comparisons without rounding.
+    pub fn units(&self) -> i128 {
+        self.sum
+    }
+
+    /// The mean of `count` values.
+    pub fn mean(&self, count: u64) -> f64 {
+        self.sum as f64 / count as f64 / SCALE
+    }
+
+    /// The sample variance of `count` values (divisor `count - 1`); NaN for fewer than two.
+    ///
+    /// Exact in integers but for the last division: with `|sum| = m·count + r`,
+    /// `sum² / count = m²·count + 2·m·r + r² / count`.
+    pub fn variance(&self, count: u64) -> f64 {
+        if count < 2 {
+            return f64::NAN;
+        }
+        let n = u128::from(count);
+        let (m, r) = (self.sum.unsigned_abs() / n, self.sum.unsigned_abs() % n);
+        let whole = (self.squares - m * m * n).saturating_sub(2 * m * r);
+        let deviations = (whole as f64 - (r * r) as f64 / count as f64).max(0.0);
+        deviations / (count - 1) as f64 / (SCALE * SCALE)
+    }
+
+    /// The sum and the squares as four words, low word first.
+    pub fn to_words(self) -> [u64; 4] {
+        let sum = self.sum.cast_unsigned();
+        [
+            sum as u64,
+            (sum >> 64) as u64,
+            self.squares as u64,
+            (self.squares >> 64) as u64,
+        ]
+    }
+
+    /// The inverse of [`ExactSum::to_words`]; refuses words that `count` values cannot give.
+    pub fn from_words(words: [u64; 4], count: u64) -> Result<Self, &'static str> {
+        let [sum_low, sum_high, squares_low, squares_high] = words.map(u128::from);
+        let sum = (sum_low | sum_high << 64).cast_signed();
+        let squares = squares_low | squares_high << 64;
+        let n = u128::from(count);
+        let magnitude = sum.unsigned_abs();
+        if magnitude > n * UNIT {
+            return Err("a sum exceeds the number of samples");
+        }
+        if squares > n * UNIT * UNIT {
+            return Err("a sum of squares exceeds the number of samples");
+        }
+        // Cauchy-Schwarz, sum² <= n·squares, without overflow.
+        if count > 0 {
+            let (m, r) = (magnitude / n, magnitude % n);
+            let least = (m * m * n).saturating_add(2 * m * r);
+            if squares < least {
+                return Err("a sum of squares is less than its sum allows");
+            }
+        } else if sum != 0 || squares != 0 {
+            return Err("there are sums but no samples");
+        }
+        Ok(Self { sum, squares })
+    }
+}

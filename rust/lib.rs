@@ -1,0 +1,23 @@
+//! All-pairs comparison of the hidden states of a transformer's layers.
+//!
+//! A sample is `num_states = L + 1` vectors of one token: the input of every
+//! block and the output of the last one. [`Accumulator`] takes samples in any
+//! order, on any number of threads and in any number of shards, and gives the
+//! mean and the variance of every metric over every pair of states, with the
+//! same bits each time. Nothing here knows Python; `python` alone does.
+
+mod accumulator;
+mod error;
+mod exact;
+mod gram;
+mod metric;
+#[cfg(feature = "python")]
+mod python;
+mod states;
+
+pub use accumulator::{Accumulator, MAX_SAMPLES, MetricSums};
+pub use error::{Error, Reason, Rejection};
+pub use exact::ExactSum;
+pub use gram::Gram;
+pub use metric::Metric;
+pub use states::{Element, Order, States};

@@ -1,0 +1,224 @@
+//! The border: the only file that knows `PyO3` and `NumPy`. It does no arithmetic.
+
+// PyO3 hands arguments over by value.
+#![allow(clippy::needless_pass_by_value)]
+
+use half::f16;
+use numpy::{
+    PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray3,
+    PyUntypedArray, PyUntypedArrayMethods,
+};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+
+use crate::{Accumulator, Element, Error, Metric, Order, Rejection, States};
+
+mod raised {
+    //! The classes of `shallower.errors` that the core raises.
+    use pyo3::import_exception;
+
+    import_exception!(shallower.errors, StatesError);
+    import_exception!(shallower.errors, MetricError);
+    import_exception!(shallower.errors, BlockError);
+    import_exception!(shallower.errors, ScanError);
+    import_exception!(shallower.errors, ThreadsError);
+}
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        match error {
+            Error::BufferLength { .. }
+            | Error::TooFewStates { .. }
+            | Error::StateCount { .. }
+            | Error::TooManySamples
+            | Error::NoSamples { .. } => raised::StatesError::new_err(message),
+            Error::UnknownMetric(_) | Error::MetricList(_) | Error::MetricNotHeld { .. } => {
+                raised::MetricError::new_err(message)
+            }
+            Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
+                raised::ScanError::new_err(message)
+            }
+            Error::BlockSize { .. } => raised::BlockError::new_err(message),
+            Error::Threads(_) | Error::ThreadPool { .. } => raised::ThreadsError::new_err(message),
+        }
+    }
+}
+
+/// The running sums behind a `Scan`; see `shallower.similarity`.
+#[pyclass(name = "Accumulator", module = "shallower._core")]
+struct PyAccumulator {
+    inner: Accumulator,
+    pool: rayon::ThreadPool,
+}
+
+fn pool(threads: Option<i64>) -> Result<rayon::ThreadPool, Error> {
+    let threads = match threads {
+        None => 0,
+        Some(threads) => usize::try_from(threads)
+            .ok()
+            .filter(|&threads| threads > 0)
+            .ok_or(Error::Threads(threads))?,
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .map_err(|error| Error::ThreadPool {
+            threads,
+            reason: error.to_string(),
+        })
+}
+
+fn parse(metrics: &[String]) -> Result<Vec<Metric>, Error> {
+    metrics.iter().map(|name| name.parse()).collect()
+}
+
+type Rejected = Vec<(usize, usize, &'static str)>;
+
+impl PyAccumulator {
+    fn square<'py>(
+        &self,
+        py: Python<'py>,
+        values: Vec<f64>,
+    ) -> PyResult<Bound<'py, PyArrayDyn<f64>>> {
+        let size = self.inner.num_states();
+        PyArray1::from_vec(py, values).reshape([size, size].as_slice())
+    }
+
+    fn add<T: Element + numpy::Element>(
+        &mut self,
+        states: &Bound<'_, PyUntypedArray>,
+        state_first: bool,
+    ) -> PyResult<Rejected> {
+        let array: PyReadonlyArray3<'_, T> = states.extract()?;
+        let &[outer, inner, width] = array.shape() else {
+            return Err(PyTypeError::new_err("states must have three axes"));
+        };
+        let (order, samples, num_states) = if state_first {
+            (Order::StateFirst, inner, outer)
+        } else {
+            (Order::SampleFirst, outer, inner)
+        };
+        let view = States::new(array.as_slice()?, samples, num_states, width, order)?;
+        let Self { inner, pool } = self;
+        let rejections = states
+            .py()
+            .detach(|| pool.install(|| inner.update(&view)))?;
+        let name = |r: Rejection| (r.sample, r.state, r.reason.words());
+        Ok(rejections.into_iter().map(name).collect())
+    }
+}
+
+#[pymethods]
+impl PyAccumulator {
+    #[new]
+    #[pyo3(signature = (num_states, metrics, threads=None))]
+    fn new(num_states: usize, metrics: Vec<String>, threads: Option<i64>) -> PyResult<Self> {
+        Ok(Self {
+            pool: pool(threads)?,
+            inner: Accumulator::new(num_states, &parse(&metrics)?)?,
+        })
+    }
+
+    #[staticmethod]
+    fn from_words(
+        num_states: usize,
+        count: u64,
+        rejected: u64,
+        stored: Vec<(String, PyReadonlyArray1<'_, u64>)>,
+    ) -> PyResult<Self> {
+        let sums = stored
+            .iter()
+            .map(|(name, words)| Ok((name.parse()?, words.as_slice()?.to_vec())))
+            .collect::<PyResult<Vec<_>>>()?;
+        Ok(Self {
+            pool: pool(Some(1))?,
+            inner: Accumulator::from_words(num_states, count, rejected, &sums)?,
+        })
+    }
+
+    #[getter]
+    fn num_states(&self) -> usize {
+        self.inner.num_states()
+    }
+
+    #[getter]
+    fn count(&self) -> u64 {
+        self.inner.count()
+    }
+
+    #[getter]
+    fn rejected(&self) -> u64 {
+        self.inner.rejected()
+    }
+
+    #[getter]
+    fn metrics(&self) -> Vec<&'static str> {
+        self.inner.metrics().into_iter().map(Metric::name).collect()
+    }
+
+    #[pyo3(signature = (states, state_first=false))]
+    fn update(
+        &mut self,
+        states: &Bound<'_, PyUntypedArray>,
+        state_first: bool,
+    ) -> PyResult<Rejected> {
+        let dtype = states.dtype();
+        let py = states.py();
+        if dtype.is_equiv_to(&numpy::dtype::<f32>(py)) {
+            self.add::<f32>(states, state_first)
+        } else if dtype.is_equiv_to(&numpy::dtype::<u16>(py)) {
+            self.add::<u16>(states, state_first)
+        } else if dtype.is_equiv_to(&numpy::dtype::<f16>(py)) {
+            self.add::<f16>(states, state_first)
+        } else if dtype.is_equiv_to(&numpy::dtype::<f64>(py)) {
+            self.add::<f64>(states, state_first)
+        } else {
+            Err(raised::StatesError::new_err(format!(
+                "states of dtype {dtype}: expected float32, float16, bfloat16 (as uint16 bits) or float64"
+            )))
+        }
+    }
+
+    fn reject(&mut self, samples: u64) -> PyResult<()> {
+        Ok(self.inner.reject(samples)?)
+    }
+
+    fn merge(&mut self, other: PyRef<'_, Self>) -> PyResult<()> {
+        Ok(self.inner.merge(&other.inner)?)
+    }
+
+    fn mean<'py>(&self, py: Python<'py>, metric: &str) -> PyResult<Bound<'py, PyArrayDyn<f64>>> {
+        self.square(py, self.inner.mean(metric.parse()?)?)
+    }
+
+    fn variance<'py>(
+        &self,
+        py: Python<'py>,
+        metric: &str,
+    ) -> PyResult<Bound<'py, PyArrayDyn<f64>>> {
+        self.square(py, self.inner.variance(metric.parse()?)?)
+    }
+
+    fn best_start(&self, metric: &str, n: i64) -> PyResult<usize> {
+        Ok(self.inner.best_start(metric.parse()?, n)?)
+    }
+
+    fn to_words<'py>(&self, py: Python<'py>, metric: &str) -> PyResult<Bound<'py, PyArray1<u64>>> {
+        Ok(PyArray1::from_vec(
+            py,
+            self.inner.to_words(metric.parse()?)?,
+        ))
+    }
+}
+
+/// The Rust core of shallower.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::PyAccumulator;
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

@@ -1,0 +1,123 @@
+//! A borrowed, validated view of a batch of hidden states.
+
+use half::{bf16, f16};
+
+use crate::error::Error;
+
+/// A number that a state can be stored in; every one widens to float64 without loss.
+pub trait Element: Copy + Send + Sync {
+    /// The value in float64.
+    fn widen(self) -> f64;
+}
+
+impl Element for f64 {
+    fn widen(self) -> f64 {
+        self
+    }
+}
+
+impl Element for f32 {
+    fn widen(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Element for f16 {
+    fn widen(self) -> f64 {
+        self.to_f64()
+    }
+}
+
+impl Element for bf16 {
+    fn widen(self) -> f64 {
+        self.to_f64()
+    }
+}
+
+/// bfloat16 as bits, for callers whose arrays have no bfloat16.
+impl Element for u16 {
+    fn widen(self) -> f64 {
+        bf16::from_bits(self).widen()
+    }
+}
+
+/// Which of the two outer axes comes first in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// `(samples, L + 1, D)`.
+    SampleFirst,
+    /// `(L + 1, samples, D)`, as hooks collect it.
+    StateFirst,
+}
+
+/// A batch of samples: `num_states` vectors of `width` values each.
+#[derive(Debug, Clone, Copy)]
+pub struct States<'a, T> {
+    data: &'a [T],
+    num_samples: usize,
+    num_states: usize,
+    width: usize,
+    order: Order,
+}
+
+impl<'a, T: Element> States<'a, T> {
+    /// Views `data` as a batch; refuses lengths that do not fit it.
+    pub fn new(
+        data: &'a [T],
+        num_samples: usize,
+        num_states: usize,
+        width: usize,
+        order: Order,
+    ) -> Result<Self, Error> {
+        if num_states < 2 || width == 0 {
+            return Err(Error::TooFewStates {
+                states: num_states,
+                width,
+            });
+        }
+        let expected = num_samples
+            .checked_mul(num_states)
+            .and_then(|rows| rows.checked_mul(width))
+            .unwrap_or(usize::MAX);
+        if expected != data.len() {
+            return Err(Error::BufferLength {
+                samples: num_samples,
+                states: num_states,
+                width,
+                expected,
+                actual: data.len(),
+            });
+        }
+        Ok(Self {
+            data,
+            num_samples,
+            num_states,
+            width,
+            order,
+        })
+    }
+
+    /// Samples in the batch.
+    pub fn num_samples(&self) -> usize {
+        self.num_samples
+    }
+
+    /// States a sample, `L + 1`.
+    pub fn num_states(&self) -> usize {
+        self.num_states
+    }
+
+    /// Values a state, `D`.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// One state of one sample.
+    pub fn row(&self, sample: usize, state: usize) -> &'a [T] {
+        let index = match self.order {
+            Order::SampleFirst => sample * self.num_states + state,
+            Order::StateFirst => state * self.num_samples + sample,
+        };
+        &self.data[index * self.width..][..self.width]
+    }
+}
