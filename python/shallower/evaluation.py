@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .artifacts import Loss, describe_rejections
 from .calibration import Batch, TokenBatches
 from .errors import ModelError, TextsError
-from .hidden_states import evaluating
-from .models.architecture import find_layers, input_device
+from .models.architecture import evaluating, find_layers, input_device
 from .progress import track
 
 

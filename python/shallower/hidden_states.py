@@ -7,7 +7,7 @@ a batch is kept. On CUDA the rows travel to pinned memory while the next batch r
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from .calibration import Batch
 from .errors import ModelError
-from .models.architecture import DecoderLayers, find_layers, input_device
+from .models.architecture import DecoderLayers, evaluating, find_layers, input_device
 
 
 def last_token(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -53,18 +53,6 @@ def _positions(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         return {}
     counted = torch.from_numpy(batch.attention_mask).cumsum(dim=1) - 1
     return {"position_ids": counted.clamp(min=0).to(device)}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; the modes of all modules are put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _LastTokenHooks:

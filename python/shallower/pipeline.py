@@ -4,7 +4,6 @@ shallower one. The only room that knows them all.
 
 import json
 import time
-import warnings
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._core import Accumulator
 from .artifacts import (
     PLAN_FILE,
     Block,
     Comparison,
     Cut,
     Loss,
-    ModelIdentity,
     Plan,
-    Rejection,
-    describe_rejections,
 )
 from .calibration import TokenBatches
-from .errors import LayersError, ModelError, RejectedSamplesWarning, ScanError, TextsError
+from .errors import LayersError, ModelError, ScanError, TextsError
 from .evaluation import evaluate_loss
 from .hidden_states import stream
 from .models.architecture import find_layers, input_device
@@ -34,7 +29,7 @@ from .models.identity import identify
 from .progress import track
 from .pruning import save_model, without_layers
 from .selection import deepest_block
-from .similarity import Scan, as_array, metric_names, require_samples
+from .similarity import Scan, ScanBuilder
 from .storage import write_file
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
@@ -75,76 +70,38 @@ def scan(
         ModelError: the model has no list of decoder layers.
         ScanError: ``checkpoint`` is of another model or of other texts.
     """
-    names = metric_names(metrics)
     layers = find_layers(model)
     batches = TokenBatches(tokenizer, texts, max_length, batch_size)
-    work = _Work(Accumulator(len(layers) + 1, names, threads), [], identify(model), batches)
+    builder = ScanBuilder(len(layers) + 1, metrics, threads, identify(model))
     if total is None and isinstance(texts, Sized):
         total = len(texts)
     saved = time.monotonic()
     with track("scan", total, progress) as advance:
         if checkpoint and Path(checkpoint).exists():
-            work.resume(Scan.load(checkpoint), Path(checkpoint))
+            _resume(builder, batches, Path(checkpoint))
             advance(batches.num_texts)
         for window in batches.windows():
             for batch, states in stream(model, window):
-                rejected = work.accumulator.update(as_array(states), True)
-                work.reject((int(batch.samples[s]), state, why) for s, state, why in rejected)
+                builder.add(states, batch.samples, state_first=True)
                 advance(len(batch))
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                work.scan().save(checkpoint)
+                builder.so_far(batches.identity).save(checkpoint)
                 saved = time.monotonic()
         if checkpoint:
-            work.scan().save(checkpoint)
-    return work.finish()
+            builder.so_far(batches.identity).save(checkpoint)
+    if batches.num_texts == 0:
+        raise TextsError("there are no texts to scan")
+    return builder.finish((batches.identity,), batches.num_rejected, batches.rejections)
 
 
-@dataclass
-class _Work:
-    """A scan in the making."""
-
-    accumulator: Accumulator
-    rejections: list[Rejection]
-    model: ModelIdentity
-    batches: TokenBatches
-
-    def scan(self) -> Scan:
-        return Scan(self.accumulator, self.rejections, self.model, (self.batches.identity,))
-
-    def reject(self, rejected: Iterable[tuple[int, int, str]]) -> None:
-        self.rejections += [Rejection(s, f"state {state} {why}") for s, state, why in rejected]
-
-    def resume(self, before: Scan, path: Path) -> None:
-        """Take over the sums of an interrupted scan of the same model and texts."""
-        if before.model != self.model or before.metrics != tuple(self.accumulator.metrics):
-            raise ScanError(
-                f"{path} keeps a scan of {before.model} by {before.metrics}, not of {self.model}: "
-                f"delete it to start anew"
-            )
-        num_texts = before.texts[0].num_texts if len(before.texts) == 1 else -1
-        if before.texts != (self.batches.skip(num_texts),):
-            raise ScanError(f"{path} keeps a scan of other texts: delete it to start anew")
-        self.accumulator.merge(before._accumulator)
-        self.rejections += before.rejections
-
-    def finish(self) -> Scan:
-        """The scan, with the texts that never became states counted in."""
-        if self.batches.num_texts == 0:
-            raise TextsError("there are no texts to scan")
-        self.accumulator.reject(self.batches.num_rejected)
-        self.rejections = sorted(
-            [*self.rejections, *self.batches.rejections], key=lambda rejection: rejection.sample
-        )
-        require_samples(self.accumulator, self.rejections)
-        if self.accumulator.rejected:
-            warnings.warn(
-                describe_rejections(
-                    self.accumulator.rejected, self.batches.num_texts, self.rejections
-                ),
-                RejectedSamplesWarning,
-                stacklevel=3,
-            )
-        return self.scan()
+def _resume(builder: ScanBuilder, batches: TokenBatches, checkpoint: Path) -> None:
+    before = Scan.load(checkpoint)
+    try:
+        builder.resume(before, batches.skip(sum(texts.num_texts for texts in before.texts)))
+    except ScanError as error:
+        raise ScanError(
+            f"cannot go on from {checkpoint}: {error}; delete it to start anew"
+        ) from error
 
 
 def check_sizes(sizes: Sequence[int], num_layers: int) -> None:

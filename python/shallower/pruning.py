@@ -21,8 +21,7 @@ from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
 from .errors import ModelError
 from .models.architecture import DecoderLayers, find_layers, text_config
 from .models.identity import identify
-from .models.loading import clear_gguf_marks
-from .models.quantised import check_exact
+from .models.quantised import check_exact, clear_gguf_marks
 from .storage import new_folder
 
 

@@ -5,6 +5,8 @@ a scan has the same bits at any number of threads, and merging is associative to
 """
 
 import json
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +25,13 @@ from .artifacts import (
     TextsIdentity,
     describe_rejections,
 )
-from .errors import LayersError, MetricError, ScanError, StatesError
+from .errors import (
+    LayersError,
+    MetricError,
+    RejectedSamplesWarning,
+    ScanError,
+    StatesError,
+)
 from .storage import write_file
 
 CHUNK_BYTES = 64 << 20
@@ -229,6 +237,86 @@ class Scan:
         )
 
 
+class ScanBuilder:
+    """A scan in the making: states go in batch by batch, and a :class:`Scan` comes out.
+
+    Args:
+        num_states: L+1.
+        metrics: ``angular`` and/or ``cosine``.
+        threads: threads of the core, all by default.
+        model: the model that the states come from.
+
+    Raises:
+        MetricError, StatesError, ThreadsError: what the arguments say cannot be done.
+    """
+
+    def __init__(
+        self,
+        num_states: int,
+        metrics: Sequence[str],
+        threads: int | None = None,
+        model: ModelIdentity | None = None,
+    ) -> None:
+        if isinstance(metrics, str):
+            raise MetricError(f"metrics must be a sequence of names, got the string {metrics!r}")
+        self._accumulator = Accumulator(num_states, list(metrics), threads)
+        self._rejections: list[Rejection] = []
+        self._model = model
+
+    def add(
+        self, states: Any, samples: Sequence[int] | NDArray[np.int64], state_first: bool = False
+    ) -> None:
+        """Add a C-contiguous batch, (B, L+1, D), or (L+1, B, D) if ``state_first``.
+
+        ``samples`` are the (B,) indices by which rejected samples are named.
+        """
+        for sample, state, reason in self._accumulator.update(as_array(states), state_first):
+            self._rejections.append(Rejection(int(samples[sample]), f"state {state} {reason}"))
+
+    def resume(self, before: Scan, texts: TextsIdentity) -> None:
+        """Take over an interrupted scan of the same model and metrics, and of ``texts``.
+
+        Raises:
+            ScanError: it is of another model, of other metrics or of other texts.
+        """
+        if before.model != self._model or before.metrics != tuple(self._accumulator.metrics):
+            raise ScanError(
+                f"it is of {before.model} by {before.metrics}, not of {self._model} by "
+                f"{self._accumulator.metrics}"
+            )
+        if before.texts != (texts,):
+            raise ScanError("it is of other texts")
+        self._accumulator.merge(before._accumulator)
+        self._rejections += before.rejections
+
+    def so_far(self, texts: TextsIdentity) -> Scan:
+        """The scan as it stands, to be saved and resumed."""
+        return Scan(self._accumulator, self._rejections, self._model, (texts,))
+
+    def finish(
+        self,
+        texts: tuple[TextsIdentity, ...] = (),
+        num_rejected: int = 0,
+        rejections: Sequence[Rejection] = (),
+    ) -> Scan:
+        """The scan, with samples counted in that never became states; warns of rejections.
+
+        Raises:
+            StatesError: no sample was accepted.
+        """
+        self._accumulator.reject(num_rejected)
+        accepted, rejected = self._accumulator.count, self._accumulator.rejected
+        named = sorted([*self._rejections, *rejections], key=lambda rejection: rejection.sample)
+        if rejected:
+            described = describe_rejections(rejected, accepted + rejected, named)
+            if not accepted:
+                raise StatesError(f"there is nothing to compare: {described}")
+            warnings.warn(described, RejectedSamplesWarning, stacklevel=3)
+        elif not accepted:
+            raise StatesError("there are no samples to compare")
+        return Scan(self._accumulator, named, self._model, texts)
+
+
 def analyse_states(
     states: Any, metrics: Sequence[str] = ("angular",), threads: int | None = None
 ) -> Scan:
@@ -244,38 +332,18 @@ def analyse_states(
 
     Raises:
         StatesError: wrong shape or dtype, no samples, or none that can be compared. Single
-            samples with NaN, infinity or zero vectors are counted and named in the result.
+            samples with NaN, infinity or zero vectors are counted and named in the result,
+            with a warning.
         MetricError: an unknown metric, or one named twice.
         ThreadsError: ``threads`` is less than 1.
     """
     array = as_array(states)
     if array.ndim != 3:
         raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
-    accumulator = Accumulator(array.shape[1], metric_names(metrics), threads)
-    rejections = []
+    builder = ScanBuilder(array.shape[1], metrics, threads)
     for start, chunk, state_first in _readable(array):
-        for sample, state, reason in accumulator.update(chunk, state_first):
-            rejections.append(Rejection(start + sample, f"state {state} {reason}"))
-    require_samples(accumulator, rejections)
-    return Scan(accumulator, rejections)
-
-
-def metric_names(metrics: Sequence[str]) -> list[str]:
-    """The metrics as a list; a single string would be read letter by letter."""
-    if isinstance(metrics, str):
-        raise MetricError(f"metrics must be a sequence of names, got the string {metrics!r}")
-    return list(metrics)
-
-
-def require_samples(accumulator: Accumulator, rejections: Sequence[Rejection]) -> None:
-    """Raise StatesError if no sample was accepted."""
-    if accumulator.count == 0:
-        if not accumulator.rejected:
-            raise StatesError("there are no samples to compare")
-        total = accumulator.rejected
-        raise StatesError(
-            "there is nothing to compare: " + describe_rejections(total, total, rejections)
-        )
+        builder.add(chunk, range(start, len(array)), state_first)
+    return builder.finish()
 
 
 def as_array(states: Any) -> NDArray[Any]:
@@ -288,9 +356,7 @@ def as_array(states: Any) -> NDArray[Any]:
         states = states.detach()
         dtype = str(states.dtype)
         if dtype == "torch.bfloat16":
-            import torch
-
-            states = states.view(torch.uint16)
+            states = states.view(sys.modules["torch"].uint16)
         array = states.numpy()
     else:
         raise StatesError(f"states must be a NumPy array or a torch tensor, got {type(states)}")

@@ -1,5 +1,7 @@
 """Where a model keeps its decoder layers, found by structure."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +77,15 @@ def input_device(layers: DecoderLayers) -> torch.device:
     """Where token ids go."""
     parameter = next(layers.owner.parameters())
     return parameter.device if parameter.device.type != "meta" else torch.device("cpu")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off; the modes of all modules are put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

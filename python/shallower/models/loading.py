@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ..errors import MissingExtraError, ModelError
-from .quantised import keep_exact, quantisation
+from .quantised import clear_gguf_marks, keep_exact, quantisation
 
 Dtype = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
@@ -157,20 +157,3 @@ def _call(load: Any, source: str, **options: Any) -> Any:
 def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__
-
-
-def clear_gguf_marks(model: PreTrainedModel) -> None:
-    """Make a dequantised GGUF model a plain one, which ``save_pretrained`` accepts.
-
-    Raises:
-        ModelError: its weights are still packed in GGUF blocks.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if getattr(quantizer, "packed_modules", None):
-        raise ModelError(
-            "the model's weights are packed in GGUF blocks: load it with shallower.load_model, "
-            "which dequantises them"
-        )
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(mark, None)
-    vars(model.config).pop("quantization_config", None)

@@ -1,4 +1,4 @@
-"""4-bit and 8-bit weights by bitsandbytes, kept exact. The one room that knows it.
+"""Quantised weights: bitsandbytes' kept exact, GGUF's made plain.
 
 On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight at its first forward and
 rounds its block scales to bfloat16; saving then quantises the rounded scales anew, and the
@@ -76,3 +76,20 @@ def check_exact(model: PreTrainedModel) -> None:
                 f"scales were rounded: load the model with shallower.load_model, which keeps them, "
                 f"or save it before the first forward"
             )
+
+
+def clear_gguf_marks(model: PreTrainedModel) -> None:
+    """Make a dequantised GGUF model a plain one, which ``save_pretrained`` accepts.
+
+    Raises:
+        ModelError: its weights are still packed in GGUF blocks.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(quantizer, "packed_modules", None):
+        raise ModelError(
+            "the model's weights are packed in GGUF blocks: load it with shallower.load_model, "
+            "which dequantises them"
+        )
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(mark, None)
+    vars(model.config).pop("quantization_config", None)

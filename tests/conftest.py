@@ -1,0 +1,73 @@
+"""What the tests share: tiny random models for structure, and the real one for numbers."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import shallower as sh
+from shallower import demo
+
+settings.register_profile("fast", max_examples=30, deadline=None)
+settings.register_profile("slow", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = [f"w{i}" for i in range(97)]
+
+
+def tiny_llama(num_layers=6, seed=0, **options):
+    """A random Llama of a few layers; for structure only."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **options,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer of 97 words, w0 .. w96, without special tokens of its own."""
+    vocabulary = {word: index for index, word in enumerate([*WORDS, "<unk>", "<pad>", "<eos>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smol():
+    """SmolLM2-135M-Instruct in float32 and its tokenizer. Tests leave it as it is."""
+    return sh.load_model(demo.model_path(), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def passages():
+    """Real English: calibration and held-out passages of Python's documentation."""
+    return demo.texts(None, 24, 8)
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of real texts named by SHALLOWER_DATA."""
+    folder = Path(os.environ.get("SHALLOWER_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "text" / "c4.jsonl").is_file():
+        pytest.skip(f"no texts in {folder}: set SHALLOWER_DATA")
+    return folder
