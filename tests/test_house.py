@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import shallower
+from conftest import ROOT
 
 SOURCE = ROOT / "python" / "shallower"
 HEAVY = {"torch", "transformers", "bitsandbytes", "datasets", "matplotlib", "gguf", "accelerate"}

@@ -229,6 +229,7 @@ def eval_command(
     """Measure the next-token loss, before and after a cut if one is named."""
     from .evaluation import evaluate_loss
     from .models.architecture import find_layers
+    from .models.identity import identify
     from .pruning import without_layers
 
     held_out = list(Texts(texts, samples))
@@ -237,6 +238,7 @@ def eval_command(
     wanted = None
     if drop is not None or plan is not None:
         wanted = _wanted(drop, plan, len(find_layers(loaded)))
+        wanted.check_model(identify(loaded))
     losses = {"all layers": evaluate_loss(loaded, tokenizer, held_out, **options)}
     if wanted:
         with without_layers(loaded, wanted.blocks):

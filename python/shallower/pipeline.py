@@ -287,7 +287,6 @@ def run(
     check_sizes(sizes, len(find_layers(model)))
     eval_texts = list(eval_texts)
     partial = out / PARTIAL_FILE
-    out.mkdir(parents=True, exist_ok=True)
     scanned = scan(
         model, tokenizer, texts, max_length, batch_size,
         threads=threads, progress=progress, checkpoint=partial, total=total,

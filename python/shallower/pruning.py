@@ -14,15 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
-from .errors import ModelError
+from .errors import ModelError, OutputError
 from .models.architecture import DecoderLayers, find_layers, text_config
 from .models.identity import identify
 from .models.quantised import check_exact, clear_gguf_marks
 from .storage import new_folder
+
+_BUILDING_ERRORS = (
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    ZeroDivisionError,
+    StrictDataclassError,
+    ModelError,
+)
+"""What a model's constructor raises for a config that it does not support."""
 
 
 def drop_layers(model: PreTrainedModel, layers: Layers) -> Plan:
@@ -76,9 +92,7 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
 
 def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
     total = len(found)
-    config = copy.deepcopy(model.config)
-    _shorten(config.get_text_config(decoder=True), total, survivors)
-    _check_rebuild(model, found, config, survivors)
+    _check_rebuild(model, found, survivors)
     for live in _configs(model):
         _shorten(live, total, survivors)
     kept = [found.modules[index] for index in survivors]
@@ -139,15 +153,18 @@ def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int
 
 
 def _check_rebuild(
-    model: PreTrainedModel, found: DecoderLayers, config: Any, survivors: tuple[int, ...]
+    model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
 ) -> None:
     """Refuse a cut if a model built from the new config would have other layers."""
+    config = copy.deepcopy(model.config)
     try:
+        _shorten(config.get_text_config(decoder=True), len(found), survivors)
         with torch.device("meta"):
             twin = find_layers(type(model)(config)).modules
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, ModelError) as error:
+    except _BUILDING_ERRORS as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be built with the layers {list(survivors)}: {error}"
+            f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
+            f"{' '.join(str(error).split())}"
         ) from error
     for new, old in enumerate(survivors):
         difference = _difference(found.modules[old], twin[new], old, new)
@@ -214,7 +231,10 @@ def save_model(
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
     with new_folder(Path(path), overwrite) as folder:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {path}: {error}") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if plan is not None:

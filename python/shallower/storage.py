@@ -76,11 +76,12 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _sibling(path: Path, suffix: str) -> Path:
+    path = path.absolute()
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def _put(partial: Path, path: Path) -> None:
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         partial.rename(path)
         return
     displaced = _sibling(path, "replaced")
@@ -90,7 +91,10 @@ def _put(partial: Path, path: Path) -> None:
     except OSError:
         displaced.rename(path)
         raise
-    shutil.rmtree(displaced, ignore_errors=True)
+    if displaced.is_dir() and not displaced.is_symlink():
+        shutil.rmtree(displaced, ignore_errors=True)
+    else:
+        displaced.unlink()
 
 
 def _settle(folder: Path) -> None:

@@ -6,6 +6,7 @@ checkpoint is another model (logits of SmolLM2-135M moved by more than 1). So th
 kept as they were loaded, and put back whenever a state dict is made.
 """
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +21,8 @@ def quantisation(dtype: str) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "quantised", f"dtype {dtype}")
     if dtype == "int8":
+        # One line a layer and forward: bitsandbytes says that int8 computes in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
