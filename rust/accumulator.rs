@@ -6,10 +6,14 @@ use crate::error::{Error, Rejection};
 use crate::exact::ExactSum;
 use crate::gram::Gram;
 use crate::metric::Metric;
-use crate::states::{Element, States};
+use crate::states::{Element, States, check_num_states};
 
 /// The samples that the exact sums have room for.
 pub const MAX_SAMPLES: u64 = 1 << 31;
+
+/// The states a sample that sums are kept for: more than any model has layers, and few
+/// enough for the sums of a hostile file or shape to fit in memory.
+pub const MAX_STATES: usize = 4096;
 
 /// Sums of one metric over the pairs `(l, m)`, `l < m`, row by row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,12 +38,7 @@ fn num_pairs(num_states: usize) -> usize {
 impl Accumulator {
     /// An empty accumulator for samples of `num_states = L + 1` states.
     pub fn new(num_states: usize, metrics: &[Metric]) -> Result<Self, Error> {
-        if num_states < 2 {
-            return Err(Error::TooFewStates {
-                states: num_states,
-                width: 1,
-            });
-        }
+        check_num_states(num_states)?;
         let repeated = (1..metrics.len()).any(|i| metrics[..i].contains(&metrics[i]));
         if metrics.is_empty() || repeated {
             return Err(Error::MetricList(metrics.to_vec()));
@@ -169,7 +168,8 @@ impl Accumulator {
 
     /// The sample variance of a metric, `(L + 1)²` values row by row; NaN for one sample.
     pub fn variance(&self, metric: Metric) -> Result<Vec<f64>, Error> {
-        self.matrix(metric, 0.0, ExactSum::variance)
+        let of_identical = if self.count > 1 { 0.0 } else { f64::NAN };
+        self.matrix(metric, of_identical, ExactSum::variance)
     }
 
     /// `l*(n)`: the start `l` in `0..=L-n` whose input is most like the input of block
@@ -226,6 +226,9 @@ impl Accumulator {
             }
             for (pair, &words) in sums.pairs.iter_mut().zip(whole) {
                 *pair = ExactSum::from_words(words, count).map_err(|e| damaged(e.to_owned()))?;
+                if pair.units() < 0 && !metric.can_be_negative() {
+                    return Err(damaged("a sum is negative".to_owned()));
+                }
             }
         }
         Ok(this)

@@ -21,16 +21,12 @@ pub enum Error {
         /// The length of the buffer.
         actual: usize,
     },
-    /// Fewer than two states, or states without values.
-    #[error(
-        "a sample must hold at least 2 states of at least 1 value to be compared, got {states} states of {width} values"
-    )]
-    TooFewStates {
-        /// States a sample.
-        states: usize,
-        /// Values a state.
-        width: usize,
-    },
+    /// Too few states to compare, or more than any model has.
+    #[error("a sample must hold 2 to {MAX} states, got {0}", MAX = crate::accumulator::MAX_STATES)]
+    NumStates(usize),
+    /// States without values.
+    #[error("a state must hold at least 1 value, got states of shape (.., 0)")]
+    EmptyStates,
     /// A batch whose number of states is not the accumulator's.
     #[error("this accumulator compares {expected} states a sample, the batch has {actual}")]
     StateCount {

@@ -15,7 +15,7 @@ mod metric;
 mod python;
 mod states;
 
-pub use accumulator::{Accumulator, MAX_SAMPLES, MetricSums};
+pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
 pub use gram::Gram;

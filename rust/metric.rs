@@ -34,6 +34,11 @@ impl Metric {
         self == Metric::Cosine
     }
 
+    /// Whether a value can be less than zero.
+    pub fn can_be_negative(self) -> bool {
+        self == Metric::Cosine
+    }
+
     /// The metric's name.
     pub fn name(self) -> &'static str {
         match self {

@@ -19,7 +19,7 @@ mod raised {
 
     import_exception!(shallower.errors, StatesError);
     import_exception!(shallower.errors, MetricError);
-    import_exception!(shallower.errors, BlockError);
+    import_exception!(shallower.errors, LayersError);
     import_exception!(shallower.errors, ScanError);
     import_exception!(shallower.errors, ThreadsError);
 }
@@ -29,7 +29,8 @@ impl From<Error> for PyErr {
         let message = error.to_string();
         match error {
             Error::BufferLength { .. }
-            | Error::TooFewStates { .. }
+            | Error::NumStates(_)
+            | Error::EmptyStates
             | Error::StateCount { .. }
             | Error::TooManySamples
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
@@ -39,7 +40,7 @@ impl From<Error> for PyErr {
             Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
                 raised::ScanError::new_err(message)
             }
-            Error::BlockSize { .. } => raised::BlockError::new_err(message),
+            Error::BlockSize { .. } => raised::LayersError::new_err(message),
             Error::Threads(_) | Error::ThreadPool { .. } => raised::ThreadsError::new_err(message),
         }
     }

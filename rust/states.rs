@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use crate::accumulator::MAX_STATES;
 use crate::error::Error;
 
 /// A number that a state can be stored in; every one widens to float64 without loss.
@@ -50,6 +51,15 @@ pub enum Order {
     StateFirst,
 }
 
+/// Refuses a number of states that cannot be compared.
+pub(crate) fn check_num_states(num_states: usize) -> Result<(), Error> {
+    if (2..=MAX_STATES).contains(&num_states) {
+        Ok(())
+    } else {
+        Err(Error::NumStates(num_states))
+    }
+}
+
 /// A batch of samples: `num_states` vectors of `width` values each.
 #[derive(Debug, Clone, Copy)]
 pub struct States<'a, T> {
@@ -69,11 +79,9 @@ impl<'a, T: Element> States<'a, T> {
         width: usize,
         order: Order,
     ) -> Result<Self, Error> {
-        if num_states < 2 || width == 0 {
-            return Err(Error::TooFewStates {
-                states: num_states,
-                width,
-            });
+        check_num_states(num_states)?;
+        if width == 0 {
+            return Err(Error::EmptyStates);
         }
         let expected = num_samples
             .checked_mul(num_states)

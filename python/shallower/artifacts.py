@@ -6,10 +6,11 @@ They know no model and no arithmetic; each can be printed, and a plan can be sav
 import json
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar, get_type_hints
 
 from .errors import LayersError, PlanError
 from .provenance import versions
@@ -35,7 +36,7 @@ class Block:
 
     def __post_init__(self) -> None:
         for name in ("start", "stop"):
-            object.__setattr__(self, name, _index(getattr(self, name)))
+            object.__setattr__(self, name, layer_number(getattr(self, name)))
         if not 0 <= self.start < self.stop:
             raise LayersError(f"no block [{self.start}, {self.stop}): expected 0 <= start < stop")
 
@@ -47,7 +48,7 @@ class Block:
 
     def to_json(self) -> dict[str, Any]:
         """The block as plain JSON values."""
-        return {**asdict(self), "stderr": _finite(self.stderr)}
+        return {**asdict(self), "score": _finite(self.score), "stderr": _finite(self.stderr)}
 
     @property
     def layers(self) -> range:
@@ -59,13 +60,18 @@ Layers = Iterable[Block | range | SupportsIndex]
 """What names layers: blocks, ranges and single indices, in any mixture."""
 
 
-def _index(value: Any) -> int:
-    if isinstance(value, bool):
-        raise LayersError(f"{value!r} is not a layer index: expected an integer")
+def layer_number(value: Any) -> int:
+    """An index or a number of layers as a plain integer.
+
+    Raises:
+        LayersError: it is not an integer.
+    """
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise LayersError(f"{value!r} is not a layer index: expected an integer") from None
+        pass
+    raise LayersError(f"{value!r} is no number of layers and no layer index: expected an integer")
 
 
 def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
@@ -81,14 +87,20 @@ def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
         raise LayersError(f"{layers!r} does not name layers: expected blocks or indices")
     named: list[int] = []
     for item in layers:
-        members = item.layers if isinstance(item, Block) else item
-        named.extend(map(_index, members) if isinstance(members, range) else [_index(members)])
-    for position, index in enumerate(sorted(named)):
-        if not 0 <= index < num_layers:
-            raise LayersError(
-                f"the model has no layer {index}: its {num_layers} layers are 0 .. {num_layers - 1}"
-            )
-        if position and sorted(named)[position - 1] == index:
+        members: Sequence[int]
+        if isinstance(item, Block):
+            members = item.layers
+        else:
+            members = item if isinstance(item, range) else (layer_number(item),)
+        for index in (members[0], members[-1]) if members else ():
+            if not 0 <= index < num_layers:
+                raise LayersError(
+                    f"the model has no layer {index}: its {num_layers} layers are "
+                    f"0 .. {num_layers - 1}"
+                )
+        named.extend(members)
+    for index, count in Counter(named).items():
+        if count > 1:
             raise LayersError(f"layer {index} is named twice: name every layer to drop once")
     if not named:
         raise LayersError("no layer is named: name at least one to drop")
@@ -155,6 +167,12 @@ def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Reje
     return f"{num_rejected} of {total} samples rejected: {named}{more}"
 
 
+MAX_LAYERS = 4095
+"""More than any model has; keeps a hostile plan from asking for the memory of the machine."""
+
+STRATEGIES = ("similarity", "deepest", "manual")
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A cut before it is made: which layers go, why, and of which model.
@@ -178,8 +196,16 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
+        if not 1 <= self.num_layers <= MAX_LAYERS:
+            raise LayersError(f"a plan is for 1 to {MAX_LAYERS} layers, not for {self.num_layers}")
         if dropped_layers(self.num_layers, self.blocks) != self.dropped:
             raise LayersError("the blocks of a plan must be ascending")
+        if self.strategy not in STRATEGIES:
+            raise PlanError(f"unknown strategy {self.strategy!r}: expected one of {STRATEGIES}")
+        if self.model and self.model.num_layers != self.num_layers:
+            raise PlanError(
+                f"the plan is for {self.num_layers} layers, its model has {self.model.num_layers}"
+            )
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -222,7 +248,15 @@ class Plan:
             return cls._from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, LayersError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            LayersError,
+            PlanError,
+        ) as error:
             raise PlanError(f"{path} is not a plan of shallower, or is damaged: {error}") from error
 
     @classmethod
@@ -233,13 +267,13 @@ class Plan:
                 f"version {data['version']!r}"
             )
         plan = cls(
-            num_layers=_index(data["num_layers"]),
-            blocks=tuple(Block(**block) for block in data["drop"]),
-            strategy=str(data["strategy"]),
-            metric=data["metric"],
-            model=ModelIdentity(**data["model"]) if data["model"] else None,
-            texts=tuple(TextsIdentity(**texts) for texts in data["texts"]),
-            versions=dict(data["versions"]),
+            num_layers=layer_number(data["num_layers"]),
+            blocks=tuple(_block(block) for block in of_type(list, data["drop"])),
+            strategy=data["strategy"],
+            metric=None if data["metric"] is None else of_type(str, data["metric"]),
+            model=None if data["model"] is None else from_fields(ModelIdentity, data["model"]),
+            texts=tuple(from_fields(TextsIdentity, t) for t in of_type(list, data["texts"])),
+            versions={k: of_type(str, v) for k, v in of_type(dict, data["versions"]).items()},
         )
         if list(plan.survivors) != data["survivors"]:
             raise ValueError("its survivors are not the layers that its ranges leave")
@@ -249,7 +283,7 @@ class Plan:
         """Refuse another model than the one that the plan was made for.
 
         Raises:
-            PlanError: the number of layers, the type or the fingerprint differs.
+            PlanError: the number of layers or the fingerprint differs.
         """
         if self.num_layers != model.num_layers:
             raise PlanError(
@@ -261,6 +295,31 @@ class Plan:
                 f"{model.name} is another model ({model.fingerprint[:12]}): plan again, or name "
                 f"the layers yourself"
             )
+
+
+T = TypeVar("T")
+
+
+def of_type(expected: type[T], value: Any) -> T:
+    """A value from a file, if it is of the type that it should be; raises TypeError."""
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise TypeError(f"expected {expected.__name__}, got {value!r}")
+    return value
+
+
+def from_fields(kind: type[T], data: Any) -> T:
+    """A flat dataclass of plain types from a file; raises TypeError."""
+    for name, expected in get_type_hints(kind).items():
+        of_type(expected, of_type(dict, data)[name])
+    return kind(**data)
+
+
+def _block(data: Any) -> Block:
+    for name in ("score", "stderr"):
+        value = of_type(dict, data)[name]
+        if value is not None and not math.isfinite(of_type(float, value)):
+            raise ValueError(f"its {name} is {value}")
+    return Block(**data)
 
 
 def _finite(value: float | None) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MissingExtraError
+from .errors import LayersError, MissingExtraError
 from .similarity import Scan
 from .storage import write_file
 
@@ -46,11 +46,14 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        LayersError: the model has a single layer.
         OutputError: the place cannot be written to.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
 
+    if scan.num_layers < 2:
+        raise LayersError("a model of one layer has no block that could be dropped")
     rows = block_distances(scan.mean("angular"))
     sizes = np.arange(1, scan.num_layers)
     starts = [scan.best_block(int(n), "angular").start for n in sizes]

@@ -233,9 +233,9 @@ def save_model(
     with new_folder(Path(path), overwrite) as folder:
         try:
             model.save_pretrained(folder)
-        except SafetensorError as error:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {path}: {error}") from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE)

@@ -2,7 +2,7 @@
 
 import re
 
-from .artifacts import Block
+from .artifacts import Block, layer_number
 from .errors import LayersError
 
 
@@ -12,6 +12,7 @@ def deepest_block(num_layers: int, n: int) -> Block:
     Raises:
         LayersError: ``n`` is not in ``1 .. num_layers-1``.
     """
+    num_layers, n = layer_number(num_layers), layer_number(n)
     if not 1 <= n <= num_layers - 1:
         raise LayersError(
             f"cannot drop n = {n} of {num_layers} layers: expected 1 <= n <= {num_layers - 1}"

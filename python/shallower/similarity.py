@@ -4,6 +4,7 @@ Sees the Rust core and NumPy, no torch and no model. The core holds exact intege
 a scan has the same bits at any number of threads, and merging is associative to the bit.
 """
 
+import hashlib
 import json
 import sys
 import warnings
@@ -24,6 +25,9 @@ from .artifacts import (
     Rejection,
     TextsIdentity,
     describe_rejections,
+    from_fields,
+    layer_number,
+    of_type,
 )
 from .errors import (
     LayersError,
@@ -31,11 +35,17 @@ from .errors import (
     RejectedSamplesWarning,
     ScanError,
     StatesError,
+    ThreadsError,
 )
 from .storage import write_file
 
+FORMAT = "shallower.scan.1"
+"""The key of a scan file's metadata."""
+
 CHUNK_BYTES = 64 << 20
-"""How much of an array that the core cannot read in place is copied at a time."""
+"""How much of an array goes to the core at a time."""
+
+MAX_THREADS = 4096
 
 
 class Scan:
@@ -120,10 +130,14 @@ class Scan:
             LayersError: ``n`` is not in ``1 .. L-1``.
             MetricError: the scan does not hold the metric.
         """
-        if isinstance(n, bool) or not hasattr(n, "__index__"):
-            raise LayersError(f"n must be an integer, got {n!r}")
+        n = layer_number(n)
         metric = self._held(metric)
-        start = self._accumulator.best_start(metric, n.__index__())
+        if not 1 <= n < self.num_layers:
+            raise LayersError(
+                f"cannot drop n = {n} of {self.num_layers} layers: "
+                f"expected 1 <= n <= {self.num_layers - 1}"
+            )
+        start = self._accumulator.best_start(metric, n)
         mean = float(self.mean(metric)[start, start + n])
         score = 1 - mean if metric == "cosine" else mean
         return Block(start, start + n, score, float(self.stderr(metric)[start, start + n]))
@@ -166,8 +180,8 @@ class Scan:
             "texts": [asdict(texts) for texts in self.texts],
         }
         sums = {metric: self._accumulator.to_words(metric) for metric in self.metrics}
-        described = {"format": "shallower.scan", "version": "1", "scan": json.dumps(header)}
-        write_file(Path(path), save(sums, metadata=described))
+        header["sha256"] = _digest(header, sums)
+        write_file(Path(path), save(sums, metadata={FORMAT: json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Scan":
@@ -178,37 +192,47 @@ class Scan:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise ScanError(f"there is no scan file {path}")
         try:
+            if not Path(path).is_file():
+                raise ScanError(f"there is no scan file {path}")
             with safe_open(str(path), framework="numpy") as file:
                 return cls._from_file(file)
         except (SafetensorError, OSError) as error:
             raise ScanError(f"{path} is truncated, or is no scan of shallower: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ScanError(f"{path} is no scan of shallower, or is damaged: {error!r}") from error
-        except (ScanError, StatesError, MetricError) as error:
-            raise ScanError(f"{path} is damaged: {error}") from error
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            StatesError,
+            MetricError,
+        ) as error:
+            raise ScanError(f"{path} is no scan of shallower, or is damaged: {error}") from error
 
     @classmethod
     def _from_file(cls, file: Any) -> "Scan":
-        described = file.metadata() or {}
-        if described.get("format") != "shallower.scan" or described.get("version") != "1":
-            raise ValueError("expected format shallower.scan version 1")
-        header = json.loads(described["scan"])
-        stored = [(metric, file.get_tensor(metric)) for metric in header["metrics"]]
-        num_states = header["num_states"]
+        header = of_type(dict, json.loads((file.metadata() or {})[FORMAT]))
+        sums = {metric: file.get_tensor(metric) for metric in header["metrics"]}
+        digest = header.pop("sha256")
+        if digest != _digest(header, sums):
+            raise ValueError("its checksum does not fit its content")
+        if set(file.keys()) != set(sums):
+            raise ValueError(f"it holds {sorted(file.keys())}, its header names {sorted(sums)}")
+        num_states = of_type(int, header["num_states"])
         pairs = num_states * (num_states - 1) // 2
-        if any(words.dtype != np.uint64 or words.shape != (4 * pairs,) for _, words in stored):
+        if any(words.dtype != np.uint64 or words.shape != (4 * pairs,) for words in sums.values()):
             raise ValueError(f"its sums are not those of {num_states} states")
-        accumulator = Accumulator.from_words(
-            num_states, header["count"], header["rejected"], stored
-        )
+        model = None if header["model"] is None else from_fields(ModelIdentity, header["model"])
+        if model and model.num_layers != num_states - 1:
+            raise ValueError(f"it is of {num_states - 1} layers, its model has {model.num_layers}")
+        counts = of_type(int, header["count"]), of_type(int, header["rejected"])
         return cls(
-            accumulator,
-            [Rejection(**rejection) for rejection in header["rejections"]],
-            ModelIdentity(**header["model"]) if header["model"] else None,
-            tuple(TextsIdentity(**texts) for texts in header["texts"]),
+            Accumulator.from_words(num_states, *counts, list(sums.items())),
+            [from_fields(Rejection, rejection) for rejection in header["rejections"]],
+            model,
+            tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),
         )
 
     @staticmethod
@@ -217,6 +241,7 @@ class Scan:
 
         Raises:
             ScanError: there is none, or they differ in layers, metrics or model.
+            StatesError: together they hold more than 2**31 samples.
         """
         scans = list(scans)
         if not scans:
@@ -259,6 +284,8 @@ class ScanBuilder:
     ) -> None:
         if isinstance(metrics, str):
             raise MetricError(f"metrics must be a sequence of names, got the string {metrics!r}")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ThreadsError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
         self._accumulator = Accumulator(num_states, list(metrics), threads)
         self._rejections: list[Rejection] = []
         self._model = model
@@ -340,24 +367,41 @@ def analyse_states(
     array = as_array(states)
     if array.ndim != 3:
         raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
+    if len(array) == 0:
+        raise StatesError("there are no samples to compare")
     builder = ScanBuilder(array.shape[1], metrics, threads)
     for start, chunk, state_first in _readable(array):
         builder.add(chunk, range(start, len(array)), state_first)
     return builder.finish()
 
 
+def _digest(header: dict[str, Any], sums: dict[str, NDArray[np.uint64]]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for metric, words in sums.items():
+        digest.update(metric.encode() + words.tobytes())
+    return digest.hexdigest()
+
+
 def as_array(states: Any) -> NDArray[Any]:
-    """A NumPy view of ``states``; bfloat16 becomes uint16 bits. Never copies a CPU tensor."""
+    """A NumPy view of ``states``; bfloat16 becomes uint16 bits. Never copies a CPU tensor.
+
+    Raises:
+        StatesError: neither an array nor a dense tensor on the CPU.
+    """
     if isinstance(states, np.ndarray):
         array = states
-    elif type(states).__module__.split(".")[0] == "torch":
+    elif "torch" in sys.modules and isinstance(states, sys.modules["torch"].Tensor):
         if states.device.type != "cpu":
             raise StatesError(f"states on {states.device}: bring them to the CPU first")
-        states = states.detach()
-        dtype = str(states.dtype)
-        if dtype == "torch.bfloat16":
-            states = states.view(sys.modules["torch"].uint16)
-        array = states.numpy()
+        tensor = states.detach()
+        try:
+            if str(tensor.dtype) == "torch.bfloat16":
+                tensor = tensor.view(sys.modules["torch"].uint16)
+            array = tensor.numpy()
+        except (TypeError, RuntimeError) as error:
+            raise StatesError(
+                f"states of dtype {states.dtype}, layout {states.layout} cannot be read: {error}"
+            ) from error
     else:
         raise StatesError(f"states must be a NumPy array or a torch tensor, got {type(states)}")
     if array.dtype.name == "bfloat16":
@@ -369,12 +413,10 @@ def as_array(states: Any) -> NDArray[Any]:
 
 def _readable(array: NDArray[Any]) -> Iterable[tuple[int, NDArray[Any], bool]]:
     """Parts that the core can read: (first sample, part, whether the state axis is first)."""
-    if array.flags.c_contiguous:
-        yield 0, array, False
-    elif array.transpose(1, 0, 2).flags.c_contiguous:
+    if array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous:
         yield 0, array.transpose(1, 0, 2), True
-    else:
-        sample_bytes = max(1, array[:1].nbytes)
-        step = max(1, CHUNK_BYTES // sample_bytes)
-        for start in range(0, len(array), step):
-            yield start, np.ascontiguousarray(array[start : start + step]), False
+        return
+    step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        part = array[start : start + step]
+        yield start, np.require(part, requirements=["C", "A"]), False

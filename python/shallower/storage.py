@@ -16,17 +16,20 @@ def check_free(path: Path, overwrite: bool = False) -> None:
     Raises:
         OutputError: something is there and ``overwrite`` is off, or a parent is a file.
     """
-    if path.is_dir() and not path.is_symlink():
-        taken = any(path.iterdir())
-    else:
-        taken = path.exists() or path.is_symlink()
-    if taken and not overwrite:
-        raise OutputError(f"{path} exists already: choose another place, or ask to overwrite it")
-    for parent in path.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise OutputError(f"cannot write {path}: {parent} is not a folder")
-            break
+    with _refusing(path):
+        if path.is_dir() and not path.is_symlink():
+            taken = any(path.iterdir())
+        else:
+            taken = path.exists() or path.is_symlink()
+        if taken and not overwrite:
+            raise OutputError(
+                f"{path} exists already: choose another place, or ask to overwrite it"
+            )
+        for parent in path.parents:
+            if parent.exists():
+                if not parent.is_dir():
+                    raise OutputError(f"cannot write {path}: {parent} is not a folder")
+                break
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -36,10 +39,10 @@ def write_file(path: Path, content: bytes) -> None:
         OutputError: the place cannot be written to.
     """
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: a file name is needed")
     partial = _sibling(path, "partial")
-    try:
+    with _refusing(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder: a file name is needed")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("xb") as file:
@@ -49,8 +52,6 @@ def write_file(path: Path, content: bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
 
 
 @contextmanager
@@ -64,20 +65,31 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     check_free(path, overwrite)
     partial = _sibling(path, "partial")
-    try:
+    with _refusing(path):
         partial.mkdir(parents=True)
+    try:
         yield partial
-        _settle(partial)
-        _put(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
+        check_free(path, overwrite)
+        with _refusing(path):
+            _settle(partial)
+            _put(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+
+
 def _sibling(path: Path, suffix: str) -> Path:
     path = path.absolute()
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+    if not path.name:
+        raise OutputError(f"cannot write {path}: it has no name")
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.{suffix}")
 
 
 def _put(partial: Path, path: Path) -> None:
@@ -101,7 +113,7 @@ def _settle(folder: Path) -> None:
     """Give every file the permissions that a new file has here, and flush it to disk."""
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
-        if file.is_file():
+        if file.is_file() and not file.is_symlink():
             file.chmod(mode)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())

@@ -256,6 +256,8 @@ fn wrong_shapes_and_metrics_are_refused() {
     assert!(States::new(&data, 2, 3, 3, Order::SampleFirst).is_err());
     assert!(States::new(&data, usize::MAX, 3, 2, Order::SampleFirst).is_err());
     assert!(States::new(&data, 12, 1, 1, Order::SampleFirst).is_err());
+    assert!(States::new(&data, 1, 12, 0, Order::SampleFirst).is_err());
+    assert!(Accumulator::new(1 << 40, &METRICS).is_err());
     assert!(Accumulator::new(1, &METRICS).is_err());
     assert!(Accumulator::new(3, &[]).is_err());
     assert!(Accumulator::new(3, &[Metric::Cosine, Metric::Cosine]).is_err());

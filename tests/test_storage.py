@@ -1,0 +1,312 @@
+"""A file or folder appears whole or not at all."""
+
+import os
+import resource
+import stat
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import OutputError
+from shallower.storage import check_free, new_folder, write_file
+
+NOBODY = 65534
+
+
+class BodyError(Exception):
+    """What the body of a ``with`` raises in these tests."""
+
+
+def tree(folder):
+    """Everything below a folder: its kind and content by relative path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        else:
+            found[name] = None if path.is_dir() else path.read_bytes()
+    return found
+
+
+def permissions(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextmanager
+def full_disk(num_bytes=1000):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def file_mode_mask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.fixture
+def forbidden(tmp_path):
+    """A folder that this process may not look into, root or not."""
+    folder = tmp_path / "forbidden"
+    folder.mkdir()
+    folder.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    yield folder
+    if root:
+        os.seteuid(0)
+    folder.chmod(0o700)
+
+
+@pytest.fixture
+def occupied(tmp_path):
+    """A file, a folder, and symlinks to each and to nowhere, by name."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_bytes(b"kept")
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "inner" / "old").write_bytes(b"old")
+    (tmp_path / "to_folder").symlink_to("elsewhere")
+    (tmp_path / "to_file").symlink_to("elsewhere/kept")
+    (tmp_path / "to_nowhere").symlink_to("nowhere")
+    return tmp_path
+
+
+OCCUPIED = ["file", "folder", "to_folder", "to_file", "to_nowhere"]
+
+
+@given(content=st.binary(max_size=2000))
+def test_a_file_holds_what_was_written(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("files")
+    write_file(folder / "a" / "b" / "file", content)
+    assert tree(folder) == {"a": None, "a/b": None, "a/b/file": content}
+
+
+def test_a_file_is_replaced(tmp_path):
+    write_file(tmp_path / "file", b"long and old")
+    write_file(tmp_path / "file", b"new")
+    assert tree(tmp_path) == {"file": b"new"}
+
+
+@pytest.mark.parametrize("name", ["to_file", "to_nowhere"])
+def test_a_file_is_written_where_a_symlink_was(occupied, name):
+    write_file(occupied / name, b"new")
+    assert (occupied / name).read_bytes() == b"new"
+    assert not list(occupied.glob(".*"))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0])
+def test_a_file_has_the_permissions_of_a_new_file(tmp_path, mask):
+    with file_mode_mask(mask):
+        write_file(tmp_path / "file", b"new")
+    assert permissions(tmp_path / "file") == 0o666 & ~mask
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with full_disk(), pytest.raises(OutputError, match="file"):
+        write_file(tmp_path / "file", bytes(5000))
+    assert tree(tmp_path) == {"file": b"old"}
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path):
+    with full_disk(), pytest.raises(OutputError):
+        write_file(tmp_path / "file", bytes(5000))
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["folder", "to_folder", "file/below", "file/far/below", "x" * 300])
+def test_a_place_for_no_file_is_refused(occupied, name):
+    before = tree(occupied)
+    with pytest.raises(OutputError):
+        write_file(occupied / name, b"new")
+    assert tree(occupied) == before
+
+
+def test_a_file_name_with_a_null_byte_is_refused(tmp_path):
+    with pytest.raises(OutputError):
+        write_file(tmp_path / "a\0b", b"new")
+    assert tree(tmp_path) == {}
+
+
+def test_a_file_in_a_forbidden_folder_is_refused(forbidden):
+    with pytest.raises(OutputError):
+        write_file(forbidden / "file", b"new")
+
+
+def test_readers_see_the_old_file_or_the_new_one(tmp_path):
+    contents = [bytes([fill]) * 100_000 for fill in range(20)]
+    path = tmp_path / "file"
+    write_file(path, contents[0])
+    seen, done = set(), threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for content in contents:
+        write_file(path, content)
+    done.set()
+    reader.join()
+    assert seen <= set(contents)
+
+
+def test_writers_of_one_file_leave_the_whole_of_one(tmp_path):
+    contents = [bytes([fill]) * 100_000 for fill in range(6)]
+    path = tmp_path / "file"
+    writers = [threading.Thread(target=write_file, args=(path, content)) for content in contents]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fill(folder):
+    """A body: two files, one of them private and deeper."""
+    (folder / "top").write_bytes(b"top")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "deep").write_bytes(b"deep")
+    (folder / "sub" / "deep").chmod(0o600)
+
+
+FILLED = {"top": b"top", "sub": None, "sub/deep": b"deep"}
+
+
+def test_a_folder_appears_when_the_body_is_done(tmp_path):
+    path = tmp_path / "a" / "b" / "out"
+    with new_folder(path) as partial:
+        fill(partial)
+        assert not path.exists()
+    assert tree(path) == FILLED
+    assert tree(path.parent).keys() == {"out", *(f"out/{name}" for name in FILLED)}
+
+
+def test_an_empty_folder_is_free(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as partial:
+        fill(partial)
+    assert tree(tmp_path / "out") == FILLED
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("error", [BodyError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_body_that_fails_leaves_nothing(tmp_path, error, overwrite):
+    with pytest.raises(error), new_folder(tmp_path / "out", overwrite) as partial:  # noqa: PT012
+        fill(partial)
+        raise error
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", OCCUPIED)
+def test_a_body_that_fails_keeps_what_was_there(occupied, name):
+    before = tree(occupied)
+    with pytest.raises(BodyError), new_folder(occupied / name, overwrite=True) as partial:  # noqa: PT012
+        fill(partial)
+        raise BodyError
+    assert tree(occupied) == before
+
+
+def test_a_body_that_fills_the_disk_keeps_what_was_there(occupied):
+    before = tree(occupied)
+    with (  # noqa: PT012
+        full_disk(),
+        pytest.raises(OSError, match="too large"),
+        new_folder(occupied / "folder", overwrite=True) as partial,
+    ):
+        fill(partial)
+        (partial / "big").write_bytes(bytes(5000))
+    assert tree(occupied) == before
+
+
+@pytest.mark.parametrize("name", OCCUPIED)
+def test_what_is_there_is_refused_before_the_body_runs(occupied, name):
+    before = tree(occupied)
+    with pytest.raises(OutputError, match="overwrite"), new_folder(occupied / name):
+        pytest.fail("the body ran")
+    with pytest.raises(OutputError, match="overwrite"):
+        check_free(occupied / name)
+    assert tree(occupied) == before
+
+
+@pytest.mark.parametrize("name", OCCUPIED)
+def test_overwriting_replaces_and_leaves_nothing_else(occupied, name):
+    others = {path.name for path in occupied.iterdir()}
+    with new_folder(occupied / name, overwrite=True) as partial:
+        fill(partial)
+    assert not (occupied / name).is_symlink()
+    assert tree(occupied / name) == FILLED
+    assert {path.name for path in occupied.iterdir()} == others
+    assert (occupied / "elsewhere" / "kept").read_bytes() == b"kept"
+
+
+def test_a_folder_that_filled_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(OutputError), new_folder(path) as partial:  # noqa: PT012
+        fill(partial)
+        path.mkdir()
+        (path / "theirs").write_bytes(b"theirs")
+    assert tree(tmp_path) == {"out": None, "out/theirs": b"theirs"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["file/below", "file/far/below", "x" * 300, "a\0b"])
+def test_a_place_for_no_folder_is_refused(occupied, name, overwrite):
+    before = tree(occupied)
+    with pytest.raises(OutputError), new_folder(occupied / name, overwrite):
+        pytest.fail("the body ran")
+    assert tree(occupied) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_root_is_never_a_new_folder(overwrite):
+    with pytest.raises(OutputError), new_folder(Path("/"), overwrite):
+        pytest.fail("the body ran")
+
+
+def test_a_folder_in_a_forbidden_folder_is_refused(forbidden):
+    with pytest.raises(OutputError), new_folder(forbidden / "out"):
+        pytest.fail("the body ran")
+
+
+def test_a_relative_path_is_from_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with new_folder(Path("out")) as partial:
+        fill(partial)
+    write_file(Path("file"), b"new")
+    assert tree(tmp_path / "out") == FILLED
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0])
+def test_all_files_of_a_folder_have_the_permissions_of_new_files(tmp_path, mask):
+    with file_mode_mask(mask), new_folder(tmp_path / "out") as partial:
+        fill(partial)
+    assert permissions(tmp_path / "out") == 0o777 & ~mask
+    assert permissions(tmp_path / "out" / "top") == 0o666 & ~mask
+    assert permissions(tmp_path / "out" / "sub" / "deep") == 0o666 & ~mask
+
+
+def test_files_that_a_folder_only_links_to_keep_their_permissions(tmp_path):
+    (tmp_path / "private").write_bytes(b"private")
+    (tmp_path / "private").chmod(0o600)
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "link").symlink_to(tmp_path / "private")
+    assert permissions(tmp_path / "private") == 0o600
