@@ -37,7 +37,7 @@ def bare_forward(model, tokenizer, samples, max_length, batch_size):
     layers = find_layers(model)
     with torch.inference_mode():
         for batch in TokenBatches(tokenizer, samples, max_length, batch_size):
-            layers.owner(
+            layers.runner(
                 input_ids=torch.from_numpy(batch.input_ids),
                 attention_mask=torch.from_numpy(batch.attention_mask),
                 use_cache=False,

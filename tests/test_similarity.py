@@ -738,8 +738,9 @@ def test_a_scan_of_something_else_is_not_resumed(metrics, model, texts):
 def test_samples_that_never_became_states_are_counted():
     builder = ScanBuilder(4, BOTH)
     builder.add(random_states((5, 4, 8), 0), [0, 1, 3, 4, 6])
+    builder.reject(2, [Rejection(5, "no token"), Rejection(2, "no token")])
     with pytest.warns(RejectedSamplesWarning, match=r"2 of 7 .*sample 2: no token"):
-        scan = builder.finish((), 2, [Rejection(5, "no token"), Rejection(2, "no token")])
+        scan = builder.finish()
     assert (scan.num_samples, scan.num_rejected) == (5, 2)
     assert [rejection.sample for rejection in scan.rejections] == [2, 5]
 

@@ -2,12 +2,14 @@
 
 Texts are read once. A window of batches is tokenised, sorted by length and cut into
 batches, longest first; what is kept of a text is its token ids, at most ``max_length``.
-Batches are padded on the right: in a causal model no token sees what follows it, so the
-states of a text are those it has alone, whatever the tokenizer's padding side.
+Batches are padded on the right, with token 0, which every vocabulary has: in a causal model
+no token sees what follows it, so the states of a text are those it has alone, whatever the
+tokenizer's padding side and pad token.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -68,10 +70,16 @@ class TokenBatches:
         self._max_length = max_length
         self._batch_size = batch_size
         self._min_tokens = min_tokens
-        self._pad = tokenizer.pad_token_id or 0
+        self._num_special = tokenizer.num_special_tokens_to_add(pair=False)
+        if max_length <= self._num_special:
+            raise TextsError(
+                f"max_length {max_length} leaves no room beside the {self._num_special} special "
+                f"tokens that the tokenizer adds to every text"
+            )
         self._hash = hashlib.sha256(f"max_length={max_length}".encode()).digest()
         self.num_texts = 0
         self.num_rejected = 0
+        self._taken = 0
         self.rejections: list[Rejection] = []
 
     @property
@@ -103,7 +111,7 @@ class TokenBatches:
             part = texts[offset : offset + self._batch_size]
             for text, ids in zip(part, self._token_ids(part), strict=True):
                 self._hash = hashlib.sha256(self._hash + ids.tobytes()).digest()
-                if not text or len(ids) < self._min_tokens:
+                if not text or len(ids) < self._min_tokens or len(ids) <= self._num_special:
                     self._reject(f"{len(ids)} tokens" if text else "empty text")
                 else:
                     accepted.append((self.num_texts, ids))
@@ -117,10 +125,14 @@ class TokenBatches:
                     f"text {self.num_texts + offset} is of type {type(text).__name__}: expected str"
                 )
         try:
-            encoded = self._tokenizer(
-                texts, truncation=True, max_length=self._max_length, return_attention_mask=False
-            )
-        except (TypeError, UnicodeError, ValueError) as error:
+            with _untouched(self._tokenizer):
+                encoded = self._tokenizer(
+                    texts,
+                    truncation=True,
+                    max_length=self._max_length,
+                    return_attention_mask=False,
+                )
+        except Exception as error:  # tokenizers raises bare ones
             last = self.num_texts + len(texts) - 1
             raise TextsError(
                 f"cannot tokenise a text among {self.num_texts} .. {last}: {error}"
@@ -132,6 +144,12 @@ class TokenBatches:
         if len(self.rejections) < NAMED_REJECTIONS:
             self.rejections.append(Rejection(self.num_texts, reason))
 
+    def take_rejections(self) -> tuple[int, list[Rejection]]:
+        """The number and the first names of the texts rejected since the last call."""
+        taken = self.num_rejected - self._taken, self.rejections[self._taken :]
+        self._taken = self.num_rejected
+        return taken
+
     def _batches(self, accepted: list[tuple[int, NDArray[np.int64]]]) -> list[Batch]:
         accepted.sort(key=lambda item: (-len(item[1]), item[0]))
         starts = range(0, len(accepted), self._batch_size)
@@ -139,9 +157,28 @@ class TokenBatches:
 
     def _pad_right(self, items: list[tuple[int, NDArray[np.int64]]]) -> Batch:
         length = max(len(ids) for _, ids in items)
-        input_ids = np.full((len(items), length), self._pad, dtype=np.int64)
+        input_ids = np.zeros((len(items), length), dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
         for row, (_, ids) in enumerate(items):
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
         return Batch(input_ids, attention_mask, np.array([sample for sample, _ in items]))
+
+
+@contextmanager
+def _untouched(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Put a fast tokenizer's truncation and padding back, which it keeps and would save."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)

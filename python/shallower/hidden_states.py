@@ -62,6 +62,7 @@ class _LastTokenHooks:
         self.layers = layers
         self.rows: list[torch.Tensor | None] = [None] * (len(layers) + 1)
         self.last = torch.empty(0)
+        self.shape = torch.Size()
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_LastTokenHooks":
@@ -81,8 +82,8 @@ class _LastTokenHooks:
         """One forward of the base model; the L+1 rows, (B, D) each."""
         self.rows = [None] * len(self.rows)
         attention_mask = torch.from_numpy(batch.attention_mask).to(device)
-        self.last = last_token(attention_mask)
-        self.layers.owner(
+        self.last, self.shape = last_token(attention_mask), attention_mask.shape
+        self.layers.runner(
             input_ids=torch.from_numpy(batch.input_ids).to(device),
             attention_mask=attention_mask,
             use_cache=False,
@@ -104,9 +105,11 @@ class _LastTokenHooks:
         self._keep(len(self.layers), output[0] if isinstance(output, tuple) else output)
 
     def _keep(self, index: int, states: Any) -> None:
-        if not isinstance(states, torch.Tensor) or states.ndim != 3:
+        if not isinstance(states, torch.Tensor) or states.shape[:-1] != self.shape:
+            shape = tuple(getattr(states, "shape", ()))
             raise ModelError(
-                f"{self.layers.path}: no hidden states of shape (B, T, D) at layer {index}"
+                f"{self.layers.path}: expected hidden states of shape (B, T, D) with (B, T) = "
+                f"{tuple(self.shape)} at layer {index}, got {shape}"
             )
         last = self.last.to(states.device)
         self.rows[index] = states[torch.arange(len(last), device=states.device), last]

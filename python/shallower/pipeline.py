@@ -84,6 +84,7 @@ def scan(
             for batch, states in stream(model, window):
                 builder.add(states, batch.samples, state_first=True)
                 advance(len(batch))
+            builder.reject(*batches.take_rejections())
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 builder.so_far(batches.identity).save(checkpoint)
                 saved = time.monotonic()
@@ -91,13 +92,14 @@ def scan(
             builder.so_far(batches.identity).save(checkpoint)
     if batches.num_texts == 0:
         raise TextsError("there are no texts to scan")
-    return builder.finish((batches.identity,), batches.num_rejected, batches.rejections)
+    return builder.finish((batches.identity,))
 
 
 def _resume(builder: ScanBuilder, batches: TokenBatches, checkpoint: Path) -> None:
     before = Scan.load(checkpoint)
     try:
         builder.resume(before, batches.skip(sum(texts.num_texts for texts in before.texts)))
+        batches.take_rejections()  # the scan before has them
     except ScanError as error:
         raise ScanError(
             f"cannot go on from {checkpoint}: {error}; delete it to start anew"
@@ -204,7 +206,7 @@ def verify_checkpoint(
     Raises:
         ModelError: it exceeds 1e-5 in float32, or 0.1 in the other dtypes.
     """
-    input_ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)["input_ids"]
+    input_ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :128]
     difference = logits_difference(model, path, layers, input_ids)
     tolerance = 1e-5 if model.dtype == torch.float32 else 0.1
     if not difference <= tolerance:

@@ -73,6 +73,7 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
     found = find_layers(model)
     dropped = set(dropped_layers(len(found), layers))
     modules = found.modules
+    places = [(m, m.layer_idx) for m in modules.modules() if hasattr(m, "layer_idx")]
     configs = [(config, copy.copy(vars(config))) for config in _configs(model)]
     device_map = copy.copy(getattr(model, "hf_device_map", None))
     survivors = tuple(index for index in range(len(found)) if index not in dropped)
@@ -84,8 +85,8 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
         for config, values in configs:
             vars(config).clear()
             vars(config).update(values)
-        for new, old in enumerate(survivors):
-            _renumber(modules[old], new, old)
+        for module, place in places:
+            setattr(module, "layer_idx", place)  # noqa: B010
         if device_map is not None:
             setattr(model, "hf_device_map", device_map)  # noqa: B010
 
@@ -103,12 +104,13 @@ def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    """The distinct config objects in a model that count its decoder layers."""
+    """The config of a model's decoder, with its copies in the modules."""
     main = text_config(model)
     seen = {id(main): main}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "num_hidden_layers", None) == main.num_hidden_layers:
+        same = type(config) is type(main)
+        if same and getattr(config, "num_hidden_layers", None) == main.num_hidden_layers:
             seen.setdefault(id(config), config)
     return list(seen.values())
 
@@ -160,12 +162,14 @@ def _check_rebuild(
     try:
         _shorten(config.get_text_config(decoder=True), len(found), survivors)
         with torch.device("meta"):
-            twin = find_layers(type(model)(config)).modules
+            whole = type(model)(config)
+        twin = find_layers(whole).modules
     except _BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
             f"{' '.join(str(error).split())}"
         ) from error
+    _check_outside(model, whole, found.path)
     for new, old in enumerate(survivors):
         difference = _difference(found.modules[old], twin[new], old, new)
         if difference:
@@ -173,6 +177,37 @@ def _check_rebuild(
                 f"the config of {type(model).__name__} cannot describe this cut: layer {old} "
                 f"would be layer {new}, and a stock loader would build it with {difference}"
             )
+
+
+def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, path: str) -> None:
+    """Refuse a cut if what lies outside the layers depends on their number, or is shared."""
+    built = _shapes_outside(twin, path)
+    for name, shape in _shapes_outside(model, path).items():
+        twin_shape = built.pop(name, None)
+        if shape is not None and twin_shape != shape:
+            raise ModelError(
+                f"{name} of {type(model).__name__} depends on the number of layers: a cut would "
+                f"have to change it as well, which is not supported"
+            )
+    if built:
+        raise ModelError(f"{type(model).__name__} would be built with other weights: {min(built)}")
+    owners: dict[int, int] = {}
+    for index, layer in enumerate(find_layers(model).modules):
+        for name, parameter in layer.named_parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise ModelError(
+                    f"layers {owners[id(parameter)]} and {index} of {type(model).__name__} share "
+                    f"the weight {name}, which a checkpoint of other layers cannot express"
+                )
+
+
+def _shapes_outside(model: PreTrainedModel, path: str) -> dict[str, torch.Size | None]:
+    """The shapes of all weights but the layers'; None where they may be packed."""
+    return {
+        name: parameter.shape if parameter.is_floating_point() else None
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(path + ".")
+    }
 
 
 def _difference(layer: nn.Module, twin: nn.Module, old: int, new: int) -> str | None:
@@ -228,6 +263,8 @@ def save_model(
         ModelError: weights that cannot be saved as they are.
     """
     check_exact(model)
+    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
     with new_folder(Path(path), overwrite) as folder:
@@ -237,5 +274,8 @@ def save_model(
                 tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {path}: {error}") from error
+        except (ValueError, NotImplementedError) as error:
+            message = f"transformers cannot save {type(model).__name__}: {error}"
+            raise ModelError(message) from error
         if plan is not None:
             plan.save(folder / PLAN_FILE)

@@ -316,24 +316,23 @@ class ScanBuilder:
         self._accumulator.merge(before._accumulator)
         self._rejections += before.rejections
 
+    def reject(self, count: int, rejections: Sequence[Rejection]) -> None:
+        """Count samples that never became states, the first of them by name."""
+        self._accumulator.reject(count)
+        self._rejections += rejections
+
     def so_far(self, texts: TextsIdentity) -> Scan:
         """The scan as it stands, to be saved and resumed."""
         return Scan(self._accumulator, self._rejections, self._model, (texts,))
 
-    def finish(
-        self,
-        texts: tuple[TextsIdentity, ...] = (),
-        num_rejected: int = 0,
-        rejections: Sequence[Rejection] = (),
-    ) -> Scan:
-        """The scan, with samples counted in that never became states; warns of rejections.
+    def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
+        """The scan; warns of rejected samples.
 
         Raises:
             StatesError: no sample was accepted.
         """
-        self._accumulator.reject(num_rejected)
         accepted, rejected = self._accumulator.count, self._accumulator.rejected
-        named = sorted([*self._rejections, *rejections], key=lambda rejection: rejection.sample)
+        named = sorted(self._rejections, key=lambda rejection: rejection.sample)
         if rejected:
             described = describe_rejections(rejected, accepted + rejected, named)
             if not accepted:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 
@@ -16,14 +17,16 @@ class DecoderLayers:
     """The decoder layers of a model.
 
     Attributes:
-        owner: the module whose forward runs the layers, the model without its head.
-        name: the attribute of ``owner`` that holds them.
-        path: where they are in the model, such as ``model.layers``.
+        owner: the module that holds the list.
+        name: the attribute of ``owner`` that is the list.
+        path: where the list is in the model, such as ``model.layers``.
+        runner: the model without its head, whose forward takes token ids.
     """
 
     owner: nn.Module
     name: str
     path: str
+    runner: nn.Module
 
     @property
     def modules(self) -> nn.ModuleList:
@@ -50,17 +53,19 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_layers(model: nn.Module) -> DecoderLayers:
-    """Find the list of decoder layers: the module list of ``num_hidden_layers`` modules,
-    the one with the most parameters if there are several.
+    """Find the list of decoder layers: the decoder's module list of ``num_hidden_layers``
+    modules, the one with the most parameters if there are several.
 
     Raises:
-        ModelError: there is no such list.
+        ModelError: there is no such list, or a layer's parts are spread over several.
     """
     count = getattr(text_config(model), "num_hidden_layers", None)
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in decoder.modules()}
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and id(module) in inside
     ]
     fitting = [item for item in lists if len(item[1]) == count]
     if not fitting:
@@ -68,14 +73,28 @@ def find_layers(model: nn.Module) -> DecoderLayers:
         raise ModelError(
             f"no list of {count} decoder layers in {type(model).__name__}; its module lists: {seen}"
         )
-    path, _ = max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in fitting}
+    path = max(sizes, key=lambda path: sizes[path])
     parent, _, name = path.rpartition(".")
-    return DecoderLayers(model.get_submodule(parent), name, path)
+    spread = [p for p in sizes if p.rpartition(".")[0] == parent and 100 * sizes[p] > sizes[path]]
+    if len(spread) > 1:
+        raise ModelError(
+            f"{type(model).__name__} spreads its layers over several lists, {', '.join(spread)}: "
+            f"expected one list of whole decoder layers"
+        )
+    return DecoderLayers(model.get_submodule(parent), name, path, _runner(model, parent))
+
+
+def _runner(model: nn.Module, path: str) -> nn.Module:
+    """The innermost model of transformers around a module."""
+    while path and not isinstance(model.get_submodule(path), PreTrainedModel):
+        path = path.rpartition(".")[0]
+    return model.get_submodule(path)
 
 
 def input_device(layers: DecoderLayers) -> torch.device:
     """Where token ids go."""
-    parameter = next(layers.owner.parameters())
+    parameter = next(layers.runner.parameters())
     return parameter.device if parameter.device.type != "meta" else torch.device("cpu")
 
 

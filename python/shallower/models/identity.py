@@ -4,23 +4,38 @@ import hashlib
 from pathlib import Path
 
 import torch
+from accelerate.utils.modeling import align_module_device
 from transformers import PreTrainedModel
 
 from ..artifacts import ModelIdentity
+from ..errors import ModelError
 from .architecture import find_layers, text_config
 
 
 def identify(model: PreTrainedModel) -> ModelIdentity:
-    """The identity of a model as it is now; reads its one-dimensional weights only."""
+    """The identity of a model as it is now; reads its one-dimensional weights only.
+
+    A float32 checkpoint loaded as float16 is rounded twice, and may count as another model.
+
+    Raises:
+        ModelError: the weights are not there.
+    """
+    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
     config = text_config(model)
     num_layers = len(find_layers(model))
     digest = hashlib.sha256()
     shape = (config.model_type, num_layers, config.hidden_size, config.vocab_size)
     digest.update(repr(shape).encode())
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and parameter.device.type != "meta":
-            bits = parameter.detach().to(torch.bfloat16).cpu().view(torch.uint16).numpy()
-            digest.update(name.encode() + bits.tobytes())
+    for path, module in model.named_modules():
+        names = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 1]
+        if not names:
+            continue
+        with align_module_device(module):
+            for name in names:
+                weight = getattr(module, name).detach().to(torch.bfloat16).cpu()
+                bits = weight.view(torch.uint16).numpy()
+                digest.update(f"{path}.{name}".encode() + bits.tobytes())
     return ModelIdentity(
         name=Path(str(config.name_or_path)).name or type(model).__name__,
         model_type=config.model_type,

@@ -21,20 +21,6 @@ from .quantised import clear_gguf_marks, keep_exact, quantisation
 Dtype = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
 
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    NotImplementedError,
-    AssertionError,
-)
-"""What transformers raises for a model that it cannot load; the cause stays attached."""
-
 
 def load_model(
     path_or_id: str | Path,
@@ -83,6 +69,11 @@ def load_model(
         if gguf_file:
             clear_gguf_marks(model)
             model.config.name_or_path = gguf_file
+    if getattr(model.config, "is_decoder", True) is False:
+        raise ModelError(
+            f"{source} is a bidirectional encoder ({model.config.model_type}), its config says "
+            f"is_decoder = false: expected a causal language model"
+        )
     keep_exact(model)
     return model.eval(), tokenizer
 
@@ -140,7 +131,7 @@ def _load(
     absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if absent:
         raise ModelError(
-            f"{source} lacks {len(absent)} weights, which would stay random: "
+            f"{_name(source, options)} lacks {len(absent)} weights, which would stay random: "
             f"{', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}"
         )
     return model
@@ -149,9 +140,13 @@ def _load(
 def _call(load: Any, source: str, **options: Any) -> Any:
     try:
         return load(source, **options)
-    except _LOADING_ERRORS as error:
-        name = "/".join(filter(None, (source, options.get("gguf_file"))))
-        raise ModelError(f"cannot load {name}: {_first_lines(error)}") from error
+    except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
+        message = f"cannot load {_name(source, options)}: {_first_lines(error)}"
+        raise ModelError(message) from error
+
+
+def _name(source: str, options: dict[str, Any]) -> str:
+    return "/".join(filter(None, (source, options.get("gguf_file"))))
 
 
 def _first_lines(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ..errors import MissingExtraError, ModelError
 
@@ -34,6 +35,9 @@ def quantisation(dtype: str) -> BitsAndBytesConfig:
 
 def keep_exact(model: PreTrainedModel) -> None:
     """Make the state dict of a just loaded 4-bit model exact, also after a forward."""
+    if getattr(model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES:
+        # How the checkpoint was read; transformers cannot run it backwards to save the model.
+        setattr(model, "_weight_conversions", None)  # noqa: B010
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:

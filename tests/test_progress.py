@@ -1,0 +1,116 @@
+"""The bar is for a person at a terminal, and for no one else."""
+
+import os
+import pty
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from shallower.progress import track
+
+
+class Terminal:
+    """Standard error as a terminal, and what a person sees there."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.shown = ""
+
+    @contextmanager
+    def watched(self):
+        master, slave = pty.openpty()
+        with os.fdopen(slave, "w", encoding="utf-8") as stderr, self.monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stderr)
+            try:
+                yield
+            finally:
+                stderr.write("end")
+                stderr.flush()
+                while not self.shown.endswith("end"):
+                    self.shown += os.read(master, 100_000).decode()
+                os.close(master)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    return Terminal(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _no_forced_colour(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_terminal_shows_what_is_done_of_how_much_and_how_long_it_takes(terminal):
+    with terminal.watched(), track("measuring", 3) as advance:
+        advance(1)
+        advance(2)
+    assert "measuring" in terminal.shown
+    assert "3/3" in terminal.shown
+    assert "eta" in terminal.shown
+
+
+def test_a_terminal_shows_nothing_when_told_so(terminal, capfd):
+    with terminal.watched(), track("measuring", 3, show=False) as advance:
+        advance(3)
+    assert terminal.shown == "end"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pipe_shows_nothing(capfd):
+    with track("measuring", 3) as advance:
+        advance(3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pipe_shows_the_bar_when_told_so_and_leaves_standard_output_alone(capfd):
+    with track("measuring", 4, show=True) as advance:
+        advance(1)
+        advance(2)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "measuring" in err
+    assert "3/4" in err
+
+
+def test_an_unknown_total_is_shown_as_such(capfd):
+    with track("measuring", None, show=True) as advance:
+        advance(7)
+    assert "7/?" in capfd.readouterr().err
+
+
+def test_a_description_is_not_read_as_markup(capfd):
+    with track("loss without [12, 20) [bold]", 1, show=True) as advance:
+        advance(1)
+    assert "loss without [12, 20) [bold]" in capfd.readouterr().err
+
+
+def fail_half_way(show):
+    with track("measuring", 2, show) as advance:
+        advance(1)
+        raise KeyError("inner")
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_an_exception_passes_through(show, capfd):
+    with pytest.raises(KeyError, match="inner"):
+        fail_half_way(show)
+    assert ("1/2" in capfd.readouterr().err) == show
+
+
+def test_a_terminal_has_its_cursor_back_after_an_exception(terminal):
+    with terminal.watched(), pytest.raises(KeyError):
+        fail_half_way(show=None)
+    assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l")
+
+
+def test_one_bar_may_follow_another(capfd):
+    for name in ("first", "second"):
+        with track(name, 1, show=True) as advance:
+            advance(1)
+    err = capfd.readouterr().err
+    assert err.index("first") < err.index("second")

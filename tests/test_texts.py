@@ -1,0 +1,307 @@
+"""Texts come out of files as they are, or the error names the file and the line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import shallower.texts
+from shallower import MissingExtraError, TextsError
+from shallower.texts import Texts
+
+SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\rend"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write bytes, text, or JSON lines from a list; gives the path as a string."""
+
+    def written(name, content):
+        path = tmp_path / name
+        if isinstance(content, list):
+            content = "".join(json.dumps(record) + "\n" for record in content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return written
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    def written(columns, name="texts.parquet", **options):
+        path = tmp_path / name
+        pq.write_table(pa.table(columns), path, **options)
+        return str(path)
+
+    return written
+
+
+def records(*texts):
+    return [{"text": text} for text in texts]
+
+
+def test_jsonl_gives_the_field_text(write):
+    source = write("a.jsonl", [{"text": "one", "url": "x"}, {"text": "two\nlines"}, {"text": ""}])
+    assert list(Texts(source)) == ["one", "two\nlines", ""]
+
+
+def test_txt_gives_a_document_a_line(write):
+    assert list(Texts(write("a.txt", "one\n  two \nthree"))) == ["one", "  two ", "three"]
+
+
+def test_parquet_gives_the_column_text(parquet):
+    source = parquet({"id": [1, 2, 3], "text": ["one", "", "two\nlines"]})
+    assert list(Texts(source)) == ["one", "", "two\nlines"]
+
+
+def test_parquet_may_hold_large_strings_in_several_row_groups(parquet):
+    texts = [f"text {i}" for i in range(100)]
+    source = parquet({"text": pa.array(texts, pa.large_string())}, row_group_size=7)
+    assert list(Texts(source)) == texts
+
+
+def test_the_three_formats_give_the_same_texts(write, parquet):
+    texts = ["one", "zwei ä", "三 🚋 :train:", SEPARATORS]
+    sources = (
+        write("a.jsonl", records(*texts)),
+        write("a.txt", "\n".join(texts)),
+        parquet({"text": texts}),
+    )
+    assert [list(Texts(source)) for source in sources] == [texts] * 3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("limit", [None, 2, 99])
+def test_texts_can_be_read_again(write, name, limit):
+    content = records("one", "two", "three") if name == "a.jsonl" else "one\ntwo\nthree\n"
+    texts = Texts(write(name, content), limit)
+    first = list(texts)
+    assert first == ["one", "two", "three"][:limit]
+    assert list(texts) == first
+
+
+def test_parquet_can_be_read_again_and_limited(parquet):
+    texts = Texts(parquet({"text": ["one", "two", "three"]}), 2)
+    assert list(texts) == list(texts) == ["one", "two"]
+
+
+def test_two_readers_of_the_same_texts_do_not_disturb_each_other(write):
+    texts = Texts(write("a.txt", "one\ntwo\n"))
+    assert list(zip(texts, texts, strict=True)) == [("one", "one"), ("two", "two")]
+
+
+def test_texts_after_the_limit_are_not_looked_at(write):
+    source = write("a.jsonl", '{"text": "one"}\nbroken\n')
+    assert list(Texts(source, 1)) == ["one"]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(write, limit):
+    with pytest.raises(TextsError, match=f"at least 1, got {limit}"):
+        Texts(write("a.txt", "one\n"), limit)
+
+
+@pytest.mark.parametrize(
+    "content", ["one\r\ntwo\r\n\r\n", "one\n\n  \n\t\ntwo", "\ufeffone\ntwo\n"]
+)
+def test_line_ends_blank_lines_and_a_byte_order_mark_are_no_text(write, content):
+    assert list(Texts(write("a.txt", content))) == ["one", "two"]
+    as_json = content.replace("one", '{"text": "one"}').replace("two", '{"text": "two"}')
+    assert list(Texts(write("a.jsonl", as_json))) == ["one", "two"]
+
+
+def test_only_a_line_feed_ends_a_document(write):
+    assert list(Texts(write("a.txt", f"{SEPARATORS}\nnext\n"))) == [SEPARATORS, "next"]
+    raw = json.dumps({"text": SEPARATORS}, ensure_ascii=False)
+    assert list(Texts(write("a.jsonl", f'{raw}\n{{"text": "next"}}\n'))) == [SEPARATORS, "next"]
+
+
+def test_a_line_may_be_very_long(write):
+    long = "word " * 2_000_000
+    assert list(Texts(write("a.txt", f"{long}\nshort\n"))) == [long, "short"]
+    assert list(Texts(write("a.jsonl", records(long, "short")))) == [long, "short"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("content", ["", "\n", "  \n\r\n\t\n", "\ufeff", "\ufeff\n\n"])
+def test_a_file_without_a_line_has_no_texts(write, name, content):
+    texts = Texts(write(name, content))
+    assert list(texts) == []
+    assert texts.count() == 0
+
+
+@pytest.mark.parametrize("limit", [None, 2, 3, 99])
+@pytest.mark.parametrize(
+    "content", ["one\ntwo\nthree", "one\r\n\r\ntwo\r\n \r\nthree\r\n", "\ufeffone\n\ntwo\nthree\n"]
+)
+def test_count_is_the_number_of_texts(write, content, limit):
+    texts = Texts(write("a.txt", content), limit)
+    assert texts.count() == len(list(texts))
+
+
+@pytest.mark.parametrize("blank", ["\u3000", "\xa0 \xa0", "\u2028", "\x1c", "\x85"])
+def test_count_agrees_on_what_a_blank_line_is(write, blank):
+    texts = Texts(write("a.txt", f"one\n{blank}\ntwo\n"))
+    assert texts.count() == len(list(texts))
+
+
+def test_count_of_what_must_be_loaded_is_the_limit(parquet):
+    source = parquet({"text": ["one", "two"]})
+    assert Texts(source).count() is None
+    assert Texts(source, 2).count() == 2
+
+
+def test_a_broken_line_is_named(write):
+    texts = iter(Texts(write("a.jsonl", '{"text": "one"}\n\n{"text": "tw')))
+    assert next(texts) == "one"
+    with pytest.raises(TextsError, match=r"a\.jsonl, line 3: not JSON"):
+        next(texts)
+
+
+@pytest.mark.parametrize(
+    "record", [{"txt": "one"}, {"text": None}, {"text": 1}, {"text": ["one"]}, ["text"], "text", 1]
+)
+def test_a_record_without_a_string_in_text_is_named(write, record):
+    texts = iter(Texts(write("a.jsonl", [{"text": "one"}, record])))
+    assert next(texts) == "one"
+    with pytest.raises(TextsError, match=r"a\.jsonl, line 2: no field `text` that holds a string"):
+        next(texts)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 200_000, '{"text": ' + "9" * 5000 + "}", "NaN"],
+    ids=["deep", "many digits", "NaN"],
+)
+def test_json_that_python_cannot_take_is_a_broken_line(write, line):
+    with pytest.raises(TextsError, match=r"a\.jsonl, line 1"):
+        list(Texts(write("a.jsonl", line)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_bytes_that_are_not_utf8_are_refused(write, name):
+    line = b'{"text": "one"}\n' if name == "a.jsonl" else b"one\n"
+    with pytest.raises(TextsError, match=rf"{name}.*not UTF-8"):
+        list(Texts(write(name, line * 3 + b"caf\xe9\n")))
+
+
+def test_utf16_is_refused(write):
+    with pytest.raises(TextsError, match="not UTF-8"):
+        list(Texts(write("a.txt", "one\ntwo\n".encode("utf-16"))))
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.txt", "none.parquet", "no/where.txt"])
+def test_a_missing_file_is_refused_at_once(tmp_path, name):
+    with pytest.raises(TextsError, match=f"there is no text file .*{name}"):
+        Texts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.jsonl.gz", "a.JSON"])
+def test_another_suffix_is_refused_with_those_that_are_known(write, name):
+    with pytest.raises(TextsError, match=rf"cannot read .*{name}.*\.jsonl, \.txt, \.parquet"):
+        Texts(write(name, "one\n"))
+
+
+def test_a_folder_is_refused(tmp_path):
+    (tmp_path / "texts.txt").mkdir()
+    for source in (tmp_path, tmp_path / "texts.txt"):
+        with pytest.raises(TextsError, match=str(source)):
+            Texts(str(source))
+
+
+@pytest.mark.parametrize("source", ["", "allenai/c4", ":", ":train", "a:", "a::b", "a:b:c:d"])
+def test_what_is_neither_a_file_nor_id_and_split_is_refused_at_once(source):
+    with pytest.raises(TextsError, match="cannot read texts from"):
+        Texts(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["x" * 5000, "x" * 5000 + ":train", "a\0b", "a\0.txt"],
+    ids=["long", "long hub id", "null", "null.txt"],
+)
+def test_a_name_that_no_file_can_have_is_refused(source):
+    with pytest.raises(TextsError, match=r"cannot read|there is no"):
+        Texts(source)
+
+
+def test_a_file_that_goes_away_is_an_error_of_texts(write):
+    source = write("a.txt", "one\n")
+    texts = Texts(source)
+    Path(source).unlink()
+    with pytest.raises(TextsError, match="cannot read"):
+        list(texts)
+
+
+def test_the_home_folder_is_found(write, tmp_path, monkeypatch):
+    write("a.txt", "one\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(Texts("~/a.txt")) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"txt": ["one"]}, 0),
+        ({"text": [1, 2]}, 0),
+        ({"text": [["one"], ["two"]]}, 0),
+        ({"text": ["one", None]}, 1),
+    ],
+)
+def test_a_parquet_row_without_a_string_in_text_is_named(parquet, columns, row):
+    with pytest.raises(TextsError, match=rf"\.parquet, row {row}: no .*`text` that holds a string"):
+        list(Texts(parquet(columns)))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PAR1" + bytes(100)])
+def test_a_file_that_is_no_parquet_is_refused(write, content):
+    with pytest.raises(TextsError, match=r"a\.parquet"):
+        list(Texts(write("a.parquet", content)))
+
+
+@pytest.mark.parametrize("where", [40, -200])
+def test_a_damaged_parquet_file_is_refused(parquet, write, where):
+    content = bytearray(Path(parquet({"text": ["one two three"] * 100})).read_bytes())
+    content[where : where + 60] = b"\xff" * 60
+    with pytest.raises(TextsError, match=r"damaged\.parquet"):
+        list(Texts(write("damaged.parquet", bytes(content))))
+
+
+def test_a_parquet_file_without_rows_has_no_texts(parquet):
+    assert list(Texts(parquet({"text": pa.array([], pa.string())}))) == []
+
+
+@pytest.mark.parametrize("name", ["a[1].parquet", "a b#%20ä.parquet", "a?.parquet", "*.parquet"])
+def test_a_parquet_file_is_found_by_its_name_and_no_pattern(parquet, name):
+    parquet({"text": ["another"]}, "a1.parquet")
+    assert list(Texts(parquet({"text": ["one"]}, name))) == ["one"]
+
+
+def test_without_datasets_parquet_and_hub_say_what_to_install(parquet, write, monkeypatch):
+    source = parquet({"text": ["one"]})
+    monkeypatch.setattr(shallower.texts, "find_spec", lambda _: None)
+    for needing in (source, "allenai/c4:en:validation"):
+        with pytest.raises(MissingExtraError, match=r"datasets: pip install 'shallower\[texts\]'"):
+            Texts(needing)
+    assert list(Texts(write("a.txt", "one\n"))) == ["one"]
+
+
+def test_a_missing_file_is_named_before_a_missing_package(monkeypatch):
+    monkeypatch.setattr(shallower.texts, "find_spec", lambda _: None)
+    with pytest.raises(TextsError, match="there is no text file"):
+        Texts("none.parquet")
+
+
+def test_a_hub_dataset_that_cannot_be_reached_is_an_error_of_texts(tmp_path):
+    code = "from shallower.texts import Texts; list(Texts('no/such:train'))"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("shallower.errors.TextsError: cannot read no/such:train: ")
