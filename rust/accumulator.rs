@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::error::{Error, Rejection};
+use crate::error::{Error, Rejection, names};
 use crate::exact::ExactSum;
 use crate::gram::Gram;
 use crate::metric::Metric;
@@ -145,8 +145,8 @@ impl Accumulator {
         if self.metrics() != other.metrics() {
             return Err(Error::Unmergeable {
                 what: "different metrics",
-                left: format!("{:?}", self.metrics()),
-                right: format!("{:?}", other.metrics()),
+                left: names(&self.metrics()),
+                right: names(&other.metrics()),
             });
         }
         self.check_room(other.count + other.rejected)?;

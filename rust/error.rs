@@ -39,10 +39,10 @@ pub enum Error {
     #[error("unknown metric {0:?}: expected one of angular, cosine")]
     UnknownMetric(String),
     /// No metric, or the same one twice.
-    #[error("metrics must be named once each and at least one, got {0:?}")]
+    #[error("metrics must be named once each and at least one, got [{}]", names(.0))]
     MetricList(Vec<Metric>),
     /// A metric that was not accumulated.
-    #[error("metric {wanted} was not accumulated: this scan holds {held:?}")]
+    #[error("metric {wanted} was not accumulated: this scan holds {}", names(held))]
     MetricNotHeld {
         /// The metric asked for.
         wanted: Metric,
@@ -95,6 +95,11 @@ pub enum Error {
         /// What is wrong with them.
         what: String,
     },
+}
+
+pub(crate) fn names(metrics: &[Metric]) -> String {
+    let names: Vec<_> = metrics.iter().map(|metric| metric.name()).collect();
+    names.join(", ")
 }
 
 /// Why a sample cannot be compared.

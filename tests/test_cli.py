@@ -582,10 +582,10 @@ def test_prune_replaces_a_file_when_told_so(shallower, folder, tiny):
     assert [path.name for path in folder.iterdir()] == ["cut"]
 
 
-def test_prune_into_the_empty_folder_that_one_is_in(shallower, folder, tiny):
-    done = shallower("prune", tiny, "--drop", "1", "--out", ".", "--verify")
-    assert done.status == 0
-    assert_cut(folder, tiny, [0, 2, 3, 4, 5])
+def test_prune_does_not_replace_the_folder_that_one_is_in(shallower, folder, tiny):
+    done = shallower("prune", tiny, "--drop", "1", "--out", ".", "--overwrite")
+    assert "it is the current folder" in done.error
+    assert tree(folder) == {}
 
 
 # Evaluating.

@@ -150,10 +150,15 @@ def test_count_agrees_on_what_a_blank_line_is(write, blank):
     assert texts.count() == len(list(texts))
 
 
-def test_count_of_what_must_be_loaded_is_the_limit(parquet):
-    source = parquet({"text": ["one", "two"]})
-    assert Texts(source).count() is None
+def test_count_of_a_parquet_file_is_its_number_of_rows(parquet):
+    source = parquet({"text": ["one", "two", "three"]})
+    assert Texts(source).count() == 3
     assert Texts(source, 2).count() == 2
+
+
+def test_a_hub_dataset_is_counted_by_the_limit():
+    assert Texts("allenai/c4:en:validation").count() is None
+    assert Texts("allenai/c4:en:validation", 5).count() == 5
 
 
 def test_a_broken_line_is_named(write):
@@ -247,7 +252,6 @@ def test_the_home_folder_is_found(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("columns", "row"),
     [
-        ({"txt": ["one"]}, 0),
         ({"text": [1, 2]}, 0),
         ({"text": [["one"], ["two"]]}, 0),
         ({"text": ["one", None]}, 1),
@@ -256,6 +260,11 @@ def test_the_home_folder_is_found(write, tmp_path, monkeypatch):
 def test_a_parquet_row_without_a_string_in_text_is_named(parquet, columns, row):
     with pytest.raises(TextsError, match=rf"\.parquet, row {row}: no .*`text` that holds a string"):
         list(Texts(parquet(columns)))
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(parquet):
+    with pytest.raises(TextsError, match=r"no column `text`, only \['txt'\]"):
+        list(Texts(parquet({"txt": ["one"]})))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PAR1" + bytes(100)])

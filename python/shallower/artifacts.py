@@ -19,6 +19,11 @@ from .storage import write_file
 PLAN_FILE = "shallower_plan.json"
 """The name of the plan beside the checkpoint that it made."""
 
+SCAN_FILE = "scan.safetensors"
+PARTIAL_FILE = "scan.partial.safetensors"
+RESULTS_FILE = "results.json"
+CHECKPOINT_FOLDER = "checkpoint"
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -134,6 +139,9 @@ class ModelIdentity:
     num_layers: int
     dtype: str
     fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.num_layers} layers, {self.dtype}, {self.fingerprint[:12]})"
 
 
 @dataclass(frozen=True, slots=True)

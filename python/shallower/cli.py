@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,19 +16,30 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .artifacts import PLAN_FILE, Block, Plan, blocks_of, dropped_layers
-from .errors import LayersError, ShallowerError
+from .artifacts import (
+    CHECKPOINT_FOLDER,
+    PARTIAL_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
+    Plan,
+    blocks_of,
+    dropped_layers,
+)
+from .errors import LayersError, PlanError, ScanError, ShallowerError
 from .report import comparison_table, plan_table, ranges, scan_table
 from .selection import deepest_block, parse_layers, parse_sizes
-from .similarity import Scan
+from .similarity import Scan, check_metrics
 from .storage import check_free
 from .texts import Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_UsageError: Any = typer.BadParameter.__base__
+"""The base of what the parser raises, wherever typer keeps it."""
+
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Find the layers a language model can do without, cut them out, measure the cost. "
@@ -46,14 +58,14 @@ TextsSource = Annotated[
 Out = Annotated[Path, typer.Option(help="The folder to write to.")]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the weights; nf4 and int8 by bitsandbytes.")]
 DeviceMap = Annotated[
-    str | None, typer.Option(help="As transformers takes it. [default: auto if there is CUDA]")
+    str | None, typer.Option(help="As transformers takes it; auto by default if there is CUDA.")
 ]
 GgufFile = Annotated[str | None, typer.Option(help="A GGUF file in MODEL's folder or repository.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run MODEL's own code.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens of a text at most.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Texts in one forward.", min=1)]
 Samples = Annotated[int | None, typer.Option(help="Use the first so many texts.", min=1)]
-Threads = Annotated[int | None, typer.Option(help="Threads of the core. [default: all]", min=1)]
+Threads = Annotated[int | None, typer.Option(help="Threads of the core; all by default.", min=1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, for machines.")]
@@ -90,22 +102,27 @@ def scan_command(
     Writes scan.safetensors and, where matplotlib is installed, heat_map.png. An interrupted
     scan goes on where it was when the same command is given again.
     """
-    from .pipeline import PARTIAL_FILE, SCAN_FILE, scan
+    from .models.loading import count_layers
+    from .pipeline import scan
 
     source = Texts(texts, samples)
     check_free(out / SCAN_FILE, overwrite)
+    names = check_metrics([name.strip() for name in metrics.split(",")])
+    count_layers(model, gguf_file, trust_remote_code)
     if dry_run:
         _say_dry_run({"scan": model, "texts": texts, "write": [str(out / SCAN_FILE)]}, as_json)
         return
     loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
     partial = out / PARTIAL_FILE
+    if overwrite:
+        partial.unlink(missing_ok=True)
     scanned = scan(
         loaded,
         tokenizer,
         source,
         max_length,
         batch_size,
-        metrics=tuple(metrics.split(",")),
+        metrics=names,
         threads=threads,
         checkpoint=partial,
         total=source.count(),
@@ -136,9 +153,7 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Choose the layers to drop from a scan."""
-    from .pipeline import SCAN_FILE
-
-    scanned = Scan.merge(Scan.load(path / SCAN_FILE if path.is_dir() else path) for path in scans)
+    scanned = _merged(scans)
     if strategy == "similarity":
         plan = scanned.plan(n, metric)
     else:
@@ -149,7 +164,7 @@ def plan_command(
         check_free(out / PLAN_FILE, overwrite)
         if not dry_run:
             plan.save(out / PLAN_FILE)
-            written.append(f"wrote {out / PLAN_FILE}")
+        written.append(f"{'would write' if dry_run else 'wrote'} {out / PLAN_FILE}")
     if as_json:
         _print_json(plan.to_json())
     else:
@@ -180,7 +195,7 @@ def prune_command(
     from .models.loading import count_layers
 
     total = count_layers(model, gguf_file, trust_remote_code)
-    wanted = _wanted(drop, plan, total)
+    wanted = _wanted(model, drop, plan, total)
     check_free(out, overwrite)
     if dry_run:
         described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
@@ -237,7 +252,7 @@ def eval_command(
     options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
     wanted = None
     if drop is not None or plan is not None:
-        wanted = _wanted(drop, plan, len(find_layers(loaded)))
+        wanted = _wanted(model, drop, plan, len(find_layers(loaded)))
         wanted.check_model(identify(loaded))
     losses = {"all layers": evaluate_loss(loaded, tokenizer, held_out, **options)}
     if wanted:
@@ -279,9 +294,14 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """From a model to a shallower one: scan, measure every block size, save the largest cut."""
+    from .models.loading import count_layers
+
     source, held_out = Texts(texts, samples), Texts(eval_texts)
     wanted = parse_sizes(sizes)
     _check_run(out, overwrite)
+    num_layers = count_layers(model, gguf_file, trust_remote_code)
+    for n in wanted:
+        deepest_block(num_layers, n)
     if dry_run:
         plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted}
         _say_dry_run({**plan, "write": [str(out)]}, as_json)
@@ -323,8 +343,6 @@ def demo_command(
 
 
 def _check_run(out: Path, overwrite: bool) -> None:
-    from .pipeline import CHECKPOINT_FOLDER, RESULTS_FILE
-
     for name in (RESULTS_FILE, CHECKPOINT_FOLDER):
         check_free(out / name, overwrite)
 
@@ -368,7 +386,10 @@ def _load(
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     from .models.loading import load_model
 
     if device_map is None and torch.cuda.is_available():
@@ -376,15 +397,29 @@ def _load(
     return load_model(model, dtype, device_map, gguf_file, trust_remote_code)
 
 
-def _wanted(drop: str | None, plan: Path | None, num_layers: int) -> Plan:
+def _wanted(model: str, drop: str | None, plan: Path | None, num_layers: int) -> Plan:
     if (drop is None) == (plan is None):
         raise LayersError("name the layers to drop, either by --drop or by --plan")
     if plan is not None:
-        loaded = Plan.load(plan / PLAN_FILE if plan.is_dir() else plan)
-        dropped_layers(num_layers, loaded.blocks)
+        path = plan / PLAN_FILE if plan.is_dir() else plan
+        loaded = Plan.load(path)
+        if loaded.num_layers != num_layers:
+            raise PlanError(
+                f"the plan {path} is for {loaded.num_layers} layers, {model} has {num_layers}"
+            )
         return loaded
-    blocks: list[Block] = parse_layers(drop or "")
-    return Plan(num_layers, blocks_of(dropped_layers(num_layers, blocks)))
+    return Plan(num_layers, blocks_of(dropped_layers(num_layers, parse_layers(drop or ""))))
+
+
+def _merged(scans: list[Path]) -> Scan:
+    loaded = [Scan.load(path / SCAN_FILE if path.is_dir() else path) for path in scans]
+    merged = Scan.merge(loaded)
+    counted = Counter(texts for scanned in loaded for texts in scanned.texts)
+    if counted and max(counted.values()) > 1:
+        raise ScanError(
+            "two of the scans are of the same texts, which would count twice: name each once"
+        )
+    return merged
 
 
 def _draw(scanned: Scan, out: Path) -> list[Path]:
@@ -428,7 +463,10 @@ def _say_dry_run(described: dict[str, Any], as_json: bool) -> None:
 def _print(*parts: Any) -> None:
     console = Console()
     for part in parts:
-        console.print(part, markup=False, highlight=False)
+        if isinstance(part, str):
+            print(part)
+        else:
+            console.print(part)
 
 
 def _print_json(value: Any) -> None:
@@ -436,7 +474,7 @@ def _print_json(value: Any) -> None:
 
 
 def _warn(message: str) -> None:
-    Console(stderr=True).print(f"warning: {message}", markup=False, highlight=False, style="yellow")
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _version(show: bool) -> None:
@@ -445,20 +483,29 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 def main() -> None:
     """Run the command line; exit status 2 and one sentence for a user's mistake."""
     warnings.showwarning = lambda message, *_args, **_options: _warn(str(message))
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False) or 0)
     except ShallowerError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, style="red")
-        raise SystemExit(2) from None
+        message = " ".join(str(error).split())
+    except _UsageError as error:
+        message = f"{error.format_message()} (see {error.ctx.command_path} --help)"
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -36,8 +36,10 @@ def texts(
         TextsError: ``source`` cannot be read, or is too small.
     """
     documents = list(Texts(source)) if source else _documentation()
+    documents = list(dict.fromkeys(documents))
     calibration = [p for i, d in enumerate(documents) if i % 4 != 3 for p in passages(d)]
-    held_out = [p for d in documents[3::4] for p in passages(d)]
+    seen = set(calibration)
+    held_out = [p for d in documents[3::4] for p in passages(d) if p not in seen]
     if not calibration or not held_out:
         raise TextsError(
             f"{source}: {len(documents)} documents cannot be split into calibration and held-out "

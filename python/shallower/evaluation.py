@@ -47,16 +47,35 @@ def evaluate_loss(
             counts += [int(n) - 1 for n in batch.attention_mask.sum(axis=1)]
             advance(len(batch))
     if not losses:
-        raise TextsError(
-            "no text has two tokens, so nothing can be predicted: "
-            + describe_rejections(batches.num_rejected, batches.num_texts, batches.rejections)
-        )
+        raise _nothing_to_predict(batches)
     num_tokens = sum(counts)
     nats = math.fsum(losses) / num_tokens
     deviations = math.fsum((s - nats * n) ** 2 for s, n in zip(losses, counts, strict=True))
     size = len(losses)
     stderr = math.sqrt(deviations * size / (size - 1)) / num_tokens if size > 1 else math.nan
     return Loss(nats, stderr, num_tokens, size, batches.num_rejected, vocab_size)
+
+
+def require_predictable(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_length: int
+) -> None:
+    """Refuse texts that :func:`evaluate_loss` would refuse, before any long work.
+
+    Raises:
+        TextsError: no text has two tokens.
+    """
+    batches = TokenBatches(tokenizer, texts, max_length, 1, min_tokens=2)
+    if not any(True for _ in batches):
+        raise _nothing_to_predict(batches)
+
+
+def _nothing_to_predict(batches: TokenBatches) -> TextsError:
+    if not batches.num_texts:
+        return TextsError("there are no texts to predict")
+    return TextsError(
+        "no text has two tokens, so nothing can be predicted: "
+        + describe_rejections(batches.num_rejected, batches.num_texts, batches.rejections)
+    )
 
 
 @torch.inference_mode()

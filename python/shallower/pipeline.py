@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import (
+    CHECKPOINT_FOLDER,
+    PARTIAL_FILE,
     PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
     Block,
     Comparison,
     Cut,
@@ -22,15 +26,16 @@ from .artifacts import (
 )
 from .calibration import TokenBatches
 from .errors import LayersError, ModelError, ScanError, TextsError
-from .evaluation import evaluate_loss
+from .evaluation import evaluate_loss, require_predictable
 from .hidden_states import stream
 from .models.architecture import find_layers, input_device
 from .models.identity import identify
+from .models.loading import load_weights
 from .progress import track
 from .pruning import save_model, without_layers
 from .selection import deepest_block
 from .similarity import Scan, ScanBuilder
-from .storage import write_file
+from .storage import check_free, write_file
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
@@ -88,11 +93,12 @@ def scan(
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 builder.so_far(batches.identity).save(checkpoint)
                 saved = time.monotonic()
-        if checkpoint:
-            builder.so_far(batches.identity).save(checkpoint)
     if batches.num_texts == 0:
         raise TextsError("there are no texts to scan")
-    return builder.finish((batches.identity,))
+    done = builder.finish((batches.identity,))
+    if checkpoint:
+        done.save(checkpoint)
+    return done
 
 
 def _resume(builder: ScanBuilder, batches: TokenBatches, checkpoint: Path) -> None:
@@ -133,9 +139,12 @@ def compare_cuts(
     ``texts`` should be held out; they are read once. The model is as before afterwards.
 
     Raises:
-        LayersError: a size that the model cannot lose.
+        LayersError: a size that the model cannot lose, or a scan of another number of layers.
         TextsError: as :func:`evaluate_loss`.
     """
+    num_layers = len(find_layers(model))
+    if scanned.num_layers != num_layers:
+        raise LayersError(f"the scan is of {scanned.num_layers} layers, the model has {num_layers}")
     check_sizes(sizes, scanned.num_layers)
     texts = list(texts)
     options: dict[str, Any] = {
@@ -177,14 +186,9 @@ def logits_difference(
     logits on ``input_ids`` (B, T). ``model`` is the uncut one; nothing is changed.
 
     Raises:
-        ModelError: the checkpoint lacks weights.
+        ModelError: the checkpoint cannot be loaded, or lacks weights.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=model.dtype, output_loading_info=True
-    )
-    reloaded, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise ModelError(f"{path} lacks the weights {sorted(info['missing_keys'])}")
+    reloaded: Any = load_weights(str(path), model.dtype)
     device = input_device(find_layers(model))
     reloaded.to(device)
     with torch.inference_mode():
@@ -255,12 +259,6 @@ class Run:
         }
 
 
-SCAN_FILE = "scan.safetensors"
-PARTIAL_FILE = "scan.partial.safetensors"
-RESULTS_FILE = "results.json"
-CHECKPOINT_FOLDER = "checkpoint"
-
-
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -287,7 +285,10 @@ def run(
     """
     out = Path(out)
     check_sizes(sizes, len(find_layers(model)))
+    for name in (RESULTS_FILE, CHECKPOINT_FOLDER):
+        check_free(out / name, overwrite)
     eval_texts = list(eval_texts)
+    require_predictable(tokenizer, eval_texts, max_length)
     partial = out / PARTIAL_FILE
     scanned = scan(
         model, tokenizer, texts, max_length, batch_size,

@@ -262,6 +262,17 @@ class Scan:
         )
 
 
+def check_metrics(metrics: Sequence[str]) -> list[str]:
+    """The metrics as a list.
+
+    Raises:
+        MetricError: a single string, an unknown metric, none, or one named twice.
+    """
+    if isinstance(metrics, str):
+        raise MetricError(f"metrics must be a sequence of names, got the string {metrics!r}")
+    return Accumulator(2, list(metrics), 1).metrics
+
+
 class ScanBuilder:
     """A scan in the making: states go in batch by batch, and a :class:`Scan` comes out.
 
@@ -282,11 +293,10 @@ class ScanBuilder:
         threads: int | None = None,
         model: ModelIdentity | None = None,
     ) -> None:
-        if isinstance(metrics, str):
-            raise MetricError(f"metrics must be a sequence of names, got the string {metrics!r}")
+        names = check_metrics(metrics)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise ThreadsError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
-        self._accumulator = Accumulator(num_states, list(metrics), threads)
+        self._accumulator = Accumulator(num_states, names, threads)
         self._rejections: list[Rejection] = []
         self._model = model
 
@@ -308,8 +318,8 @@ class ScanBuilder:
         """
         if before.model != self._model or before.metrics != tuple(self._accumulator.metrics):
             raise ScanError(
-                f"it is of {before.model} by {before.metrics}, not of {self._model} by "
-                f"{self._accumulator.metrics}"
+                f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "
+                f"{', '.join(self._accumulator.metrics)}"
             )
         if before.texts != (texts,):
             raise ScanError("it is of other texts")

@@ -17,13 +17,16 @@ def check_free(path: Path, overwrite: bool = False) -> None:
         OutputError: something is there and ``overwrite`` is off, or a parent is a file.
     """
     with _refusing(path):
+        if path.absolute() == Path.cwd():
+            raise OutputError(f"cannot write {path}: it is the current folder, name a new one")
         if path.is_dir() and not path.is_symlink():
             taken = any(path.iterdir())
         else:
             taken = path.exists() or path.is_symlink()
         if taken and not overwrite:
             raise OutputError(
-                f"{path} exists already: choose another place, or ask to overwrite it"
+                f"{path} exists already: choose another place, or replace it (overwrite=True, "
+                "--overwrite)"
             )
         for parent in path.parents:
             if parent.exists():

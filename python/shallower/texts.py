@@ -1,14 +1,17 @@
 """Texts from files and hub datasets, read one at a time."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from .errors import MissingExtraError, TextsError
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
+HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
 
 
 class Texts:
@@ -30,11 +33,16 @@ class Texts:
             raise TextsError(f"the number of texts must be at least 1, got {limit}")
         self.source = source
         self.limit = limit
-        self._path = Path(source).expanduser()
+        self._path = Path(source)
+        try:
+            self._path = self._path.expanduser()
+            exists, is_file = self._path.exists(), self._path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TextsError(f"cannot read texts from {source}: {error}") from error
         self._is_file = self._path.suffix in SUFFIXES
-        if self._is_file and not self._path.is_file():
+        if self._is_file and not is_file:
             raise TextsError(f"there is no text file {source}")
-        if not self._is_file and (self._path.exists() or ":" not in source):
+        if not self._is_file and (exists or not HUB_DATASET.fullmatch(source)):
             raise TextsError(
                 f"cannot read texts from {source}: expected a file ending in "
                 f"{', '.join(SUFFIXES)}, or a hub dataset as id:split or id:config:split"
@@ -50,11 +58,13 @@ class Texts:
 
     def count(self) -> int | None:
         """How many texts there are, where counting does not load them; else the limit."""
-        if self._is_file and self._path.suffix != ".parquet":
-            with self._path.open("rb") as file:
-                counted = sum(1 for line in file if line.strip())
-            return counted if self.limit is None else min(counted, self.limit)
-        return self.limit
+        if not self._is_file:
+            return self.limit
+        if self._path.suffix == ".parquet":
+            counted = self._open_parquet().metadata.num_rows
+        else:
+            counted = sum(1 for _ in self._numbered_lines())
+        return counted if self.limit is None else min(counted, self.limit)
 
     def _lines(self) -> Iterator[str]:
         for _, line in self._numbered_lines():
@@ -64,7 +74,7 @@ class Texts:
         for number, line in self._numbered_lines():
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TextsError(f"{self.source}, line {number}: not JSON ({error})") from error
             yield self._text(record, f"line {number}")
 
@@ -80,26 +90,38 @@ class Texts:
         except OSError as error:
             raise TextsError(f"cannot read {self.source}: {error}") from error
 
-    def _parquet(self) -> Iterator[str]:
-        from datasets import load_dataset
+    def _open_parquet(self) -> Any:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
 
-        yield from self._rows(
-            lambda: load_dataset(
-                "parquet", data_files=str(self._path), split="train", streaming=True
-            )
-        )
+        try:
+            return ParquetFile(self._path)
+        except (ArrowException, OSError) as error:
+            raise TextsError(f"cannot read {self.source}: {error}") from error
+
+    def _parquet(self) -> Iterator[str]:
+        from pyarrow import ArrowException
+
+        file = self._open_parquet()
+        if "text" not in file.schema_arrow.names:
+            raise TextsError(f"{self.source}: no column `text`, only {file.schema_arrow.names}")
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for record in batch.to_pylist():
+                    yield self._text(record, f"row {number}")
+                    number += 1
+        except (ArrowException, OSError) as error:
+            raise TextsError(f"cannot read {self.source}, row {number}: {error}") from error
 
     def _hub(self) -> Iterator[str]:
         from datasets import load_dataset
-
-        name, *config, split = self.source.split(":")
-        yield from self._rows(lambda: load_dataset(name, *config, split=split, streaming=True))
-
-    def _rows(self, load: Callable[[], Iterable[object]]) -> Iterator[str]:
         from datasets.exceptions import DatasetsError
 
+        name, *config, split = self.source.split(":")
         try:
-            for number, record in enumerate(load()):
+            dataset = load_dataset(name, *config, split=split, streaming=True)
+            for number, record in enumerate(dataset):
                 yield self._text(record, f"row {number}")
         except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise TextsError(f"cannot read {self.source}: {error}") from error

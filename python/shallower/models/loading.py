@@ -55,17 +55,17 @@ def load_model(
     tokenizer = _call(AutoTokenizer.from_pretrained, source, **options)
     if gguf_file and config:
         with tempfile.TemporaryDirectory(prefix="shallower-") as folder:
-            plain = _load(source, torch.bfloat16, None, GgufConfig(dequantize=True), options)
+            plain = load_weights(source, torch.bfloat16, None, GgufConfig(dequantize=True), options)
             clear_gguf_marks(plain)
             plain.save_pretrained(folder)
             del plain
-            model = _load(folder, torch.bfloat16, device_map, config, {})
+            model = load_weights(folder, torch.bfloat16, device_map, config)
         model.config.name_or_path = model.name_or_path = gguf_file
     else:
         torch_dtype = torch.bfloat16 if config else getattr(torch, dtype)
         if gguf_file:
             config = GgufConfig(dequantize=True)
-        model = _load(source, torch_dtype, device_map, config, options)
+        model = load_weights(source, torch_dtype, device_map, config, options)
         if gguf_file:
             clear_gguf_marks(model)
             model.config.name_or_path = gguf_file
@@ -115,9 +115,26 @@ def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | N
     return str(path) if path.is_dir() else str(path_or_id), gguf_file
 
 
-def _load(
-    source: str, dtype: torch.dtype, device_map: DeviceMap, config: Any, options: dict[str, Any]
+def load_weights(
+    source: str,
+    dtype: torch.dtype,
+    device_map: DeviceMap = None,
+    config: Any = None,
+    options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
+    """Load a checkpoint by stock transformers, whole.
+
+    Args:
+        source: a folder or hub id.
+        dtype: of the weights, or of what is not quantised.
+        device_map: as transformers takes it.
+        config: a quantisation config.
+        options: more of ``from_pretrained``.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights.
+    """
+    options = options or {}
     if config is not None:
         options = {**options, "quantization_config": config}
     model, info = _call(
@@ -131,8 +148,8 @@ def _load(
     absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if absent:
         raise ModelError(
-            f"{_name(source, options)} lacks {len(absent)} weights, which would stay random: "
-            f"{', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}"
+            f"{_name(source, options)} lacks the weights {', '.join(absent[:3])}"
+            f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}, which would stay random"
         )
     return model
 
