@@ -213,7 +213,10 @@ class Scan:
 
     @classmethod
     def _from_file(cls, file: Any) -> "Scan":
-        header = of_type(dict, json.loads((file.metadata() or {})[FORMAT]))
+        described = (file.metadata() or {}).get(FORMAT)
+        if described is None:
+            raise ValueError(f"its metadata has no {FORMAT}")
+        header = of_type(dict, json.loads(described))
         sums = {metric: file.get_tensor(metric) for metric in header["metrics"]}
         digest = header.pop("sha256")
         if digest != _digest(header, sums):
