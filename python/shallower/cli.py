@@ -4,6 +4,7 @@ Heavy things are imported by the command that needs them; ``shallower --help`` l
 torch. An error that the user can cause ends with exit status 2 and one sentence.
 """
 
+import functools
 import json
 import os
 import sys
@@ -26,9 +27,9 @@ from .artifacts import (
     blocks_of,
     dropped_layers,
 )
-from .errors import LayersError, PlanError, ScanError, ShallowerError
+from .errors import LayersError, OutputError, PlanError, ScanError, ShallowerError
 from .report import comparison_table, plan_table, ranges, scan_table
-from .selection import deepest_block, parse_layers, parse_sizes
+from .selection import check_size, deepest_block, parse_layers, parse_sizes
 from .similarity import Scan, check_metrics
 from .storage import check_free
 from .texts import Texts
@@ -114,9 +115,8 @@ def scan_command(
         return
     loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
     partial = out / PARTIAL_FILE
-    if overwrite:
-        partial.unlink(missing_ok=True)
-    scanned = scan(
+    go_on = functools.partial(
+        scan,
         loaded,
         tokenizer,
         source,
@@ -127,6 +127,13 @@ def scan_command(
         checkpoint=partial,
         total=source.count(),
     )
+    try:
+        scanned = go_on()
+    except ScanError:
+        if not overwrite:
+            raise
+        partial.unlink()
+        scanned = go_on()
     scanned.save(out / SCAN_FILE)
     written = [out / SCAN_FILE, *_draw(scanned, out)]
     partial.unlink(missing_ok=True)
@@ -197,6 +204,8 @@ def prune_command(
     total = count_layers(model, gguf_file, trust_remote_code)
     wanted = _wanted(model, drop, plan, total)
     check_free(out, overwrite)
+    if out.exists() and Path(model).exists() and out.samefile(model):
+        raise OutputError(f"{out} is the model itself: name another folder for the cut")
     if dry_run:
         described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
         _say_dry_run({"prune": model, **described, "write": [str(out)]}, as_json)
@@ -243,28 +252,35 @@ def eval_command(
 ) -> None:
     """Measure the next-token loss, before and after a cut if one is named."""
     from .evaluation import evaluate_loss
-    from .models.architecture import find_layers
     from .models.identity import identify
+    from .models.loading import count_layers
     from .pruning import without_layers
 
     held_out = list(Texts(texts, samples))
-    loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
-    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
     wanted = None
     if drop is not None or plan is not None:
-        wanted = _wanted(model, drop, plan, len(find_layers(loaded)))
+        total = count_layers(model, gguf_file, trust_remote_code)
+        wanted = _wanted(model, drop, plan, total)
+    loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
+    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
+    if wanted:
         wanted.check_model(identify(loaded))
-    losses = {"all layers": evaluate_loss(loaded, tokenizer, held_out, **options)}
+    losses = {"base": evaluate_loss(loaded, tokenizer, held_out, **options)}
     if wanted:
         with without_layers(loaded, wanted.blocks):
-            cut = evaluate_loss(loaded, tokenizer, held_out, **options)
-        losses[f"without {ranges(wanted.dropped)}"] = cut
+            options["description"] = f"loss without {ranges(wanted.dropped)}"
+            losses["cut"] = evaluate_loss(loaded, tokenizer, held_out, **options)
     if as_json:
-        _print_json({name: loss.to_json() for name, loss in losses.items()})
+        described: dict[str, Any] = {name: loss.to_json() for name, loss in losses.items()}
+        if wanted:
+            described["drop"] = [block.to_json() for block in wanted.blocks]
+        _print_json(described)
         return
     for name, loss in losses.items():
+        cut = f"without {ranges(wanted.dropped)}" if wanted else ""
+        what = cut if name == "cut" else "all layers"
         _print(
-            f"{name}: {loss} nats a token ({loss.normalized:.4f} of ln vocabulary), "
+            f"{what}: {loss} nats a token ({loss.normalized:.4f} of ln vocabulary), "
             f"{loss.num_tokens} tokens of {loss.num_texts} texts"
             + (f", {loss.num_rejected} texts rejected" if loss.num_rejected else "")
         )
@@ -301,7 +317,7 @@ def run_command(
     _check_run(out, overwrite)
     num_layers = count_layers(model, gguf_file, trust_remote_code)
     for n in wanted:
-        deepest_block(num_layers, n)
+        check_size(num_layers, n)
     if dry_run:
         plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted}
         _say_dry_run({**plan, "write": [str(out)]}, as_json)
@@ -426,7 +442,7 @@ def _draw(scanned: Scan, out: Path) -> list[Path]:
     from .errors import MissingExtraError
     from .figures import save_heat_map
 
-    if "angular" not in scanned.metrics:
+    if "angular" not in scanned.metrics or scanned.num_layers < 2:
         return []
     path = out / "heat_map.png"
     try:
@@ -503,9 +519,7 @@ def main() -> None:
     except ShallowerError as error:
         message = " ".join(str(error).split())
     except _UsageError as error:
-        message = f"{error.format_message()} (see {error.ctx.command_path} --help)"
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        command = error.ctx.command_path if error.ctx else "shallower"
+        message = f"{error.format_message()} (see {command} --help)"
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
