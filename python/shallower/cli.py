@@ -27,7 +27,14 @@ from .artifacts import (
     blocks_of,
     dropped_layers,
 )
-from .errors import LayersError, OutputError, PlanError, ScanError, ShallowerError
+from .errors import (
+    LayersError,
+    ModelError,
+    OutputError,
+    PlanError,
+    ScanError,
+    ShallowerError,
+)
 from .report import comparison_table, plan_table, ranges, scan_table
 from .selection import check_size, deepest_block, parse_layers, parse_sizes
 from .similarity import Scan, check_metrics
@@ -57,6 +64,9 @@ TextsSource = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="The folder to write to.")]
+CutOut = Annotated[
+    Path, typer.Option(help="The folder to write to, or a .gguf file if MODEL is one.")
+]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the weights; nf4 and int8 by bitsandbytes.")]
 DeviceMap = Annotated[
     str | None, typer.Option(help="As transformers takes it; auto by default if there is CUDA.")
@@ -183,7 +193,7 @@ def plan_command(
 )
 def prune_command(
     model: Model,
-    out: Out,
+    out: CutOut,
     drop: Drop = None,
     plan: PlanPath = None,
     dtype: Dtype = "bfloat16",
@@ -198,7 +208,22 @@ def prune_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Drop layers, and save a standard checkpoint with the plan beside it."""
+    """Drop layers, and save a standard checkpoint with the plan beside it.
+
+    With an --out that ends in .gguf, a GGUF file is cut directly, without loading it.
+    """
+    if out.suffix == ".gguf":
+        path = _gguf_source(model, gguf_file)
+        _refuse_options(
+            {
+                f"--dtype {dtype}": dtype != "bfloat16",
+                "--device-map": device_map is not None,
+                "--trust-remote-code": trust_remote_code,
+                "--verify": verify,
+            }
+        )
+        _prune_gguf(path, out, drop, plan, overwrite, dry_run, as_json)
+        return
     from .models.loading import count_layers
 
     total = count_layers(model, gguf_file, trust_remote_code)
@@ -230,6 +255,62 @@ def prune_command(
     else:
         checked = [] if difference is None else [f"logits differ by at most {difference:.2g}"]
         _print(plan_table(wanted), *checked, f"wrote {out}")
+
+
+def _gguf_source(model: str, gguf_file: str | None) -> Path:
+    """The GGUF file to cut directly."""
+    path = Path(model).expanduser() / gguf_file if gguf_file else Path(model).expanduser()
+    if path.suffix != ".gguf":
+        raise ModelError(
+            f"{model} is no .gguf file, and only such a one is cut into a .gguf file: name a "
+            f"local file, or a folder as --out"
+        )
+    return path
+
+
+def _refuse_options(given: dict[str, bool]) -> None:
+    """Refuse options that mean nothing where no model is loaded."""
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ModelError(
+            f"{name} does not go with a .gguf file as --out, which is cut without being loaded: "
+            f"leave it out, or name a folder as --out"
+        )
+
+
+def _prune_gguf(
+    source: Path,
+    out: Path,
+    drop: str | None,
+    plan: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from .gguf import count_gguf_layers, plan_gguf, plan_path, prune_gguf
+    from .progress import track
+
+    wanted = _wanted(str(source), drop, plan, count_gguf_layers(source))
+    written = [str(out), str(plan_path(out))]
+    if dry_run:
+        plan_gguf(source, wanted.blocks, wanted)
+        for path in written:
+            check_free(Path(path), overwrite)
+        described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
+        _say_dry_run({"prune": str(source), **described, "write": written}, as_json)
+        return
+    with track("cutting, %", 100) as advance:
+        percent = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal percent
+            advance(done * 100 // total - percent)
+            percent = done * 100 // total
+
+        prune_gguf(source, wanted.blocks, out, overwrite, wanted, progress)
+    if as_json:
+        _print_json({**wanted.to_json(), "written": written})
+    else:
+        _print(plan_table(wanted), *(f"wrote {path}" for path in written))
 
 
 @app.command(
