@@ -5,18 +5,19 @@ Usage: python benches/scan_overhead.py time [--samples 64 --max-length 256 --rep
 
 `time` alternates bare forwards and scans in one process, asserts the scan against the
 float64 reference first, and prints every pair and the median ratio. `memory` runs each in a
-process of its own and prints the peak resident memory.
+process of its own and prints the peak resident memory after loading (Linux).
 """
 
 import argparse
 import json
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from itertools import cycle, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,6 +83,7 @@ def measure_memory(options):
         for mode in ("bare", "scan"):
             command = [sys.executable, __file__, mode, "--samples", samples]
             command += ["--max-length", str(options.max_length), "--dtype", options.dtype]
+            command += ["--batch-size", str(options.batch_size)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[f"{mode} {samples}"] = json.loads(done.stdout)["peak_mib"]
             print(f"{mode} {samples}: {peaks[f'{mode} {samples}']:.0f} MiB", file=sys.stderr)
@@ -91,8 +93,10 @@ def measure_memory(options):
 def measure_one(options):
     model, tokenizer = sh.load_model(demo.model_path(), dtype=options.dtype)
     run = sh.scan if options.mode == "scan" else bare_forward
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     run(model, tokenizer, texts(int(options.samples)), options.max_length, options.batch_size)
-    return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    status = Path("/proc/self/status").read_text()
+    return {"peak_mib": int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024}
 
 
 def main():
