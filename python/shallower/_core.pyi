@@ -1,3 +1,6 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -34,3 +37,30 @@ class Accumulator:
     def variance(self, metric: str) -> NDArray[np.float64]: ...
     def best_start(self, metric: str, n: int) -> int: ...
     def to_words(self, metric: str) -> NDArray[np.uint64]: ...
+
+@final
+class Checkpoint:
+    def __new__(cls, folder: str | os.PathLike[str]) -> Checkpoint: ...
+    def resolve(self, name: str) -> Path: ...
+    def tensors(self) -> list[tuple[str, str, list[int], Path]]: ...
+    def cut(
+        self,
+        prefixes: list[str],
+        num_layers: int,
+        survivors: list[int],
+        max_shard_size: int,
+    ) -> Job: ...
+
+@final
+class Job:
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def journal(self) -> str: ...
+    @property
+    def files(self) -> list[tuple[str, int]]: ...
+    def write(
+        self,
+        folder: str | os.PathLike[str],
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None: ...
