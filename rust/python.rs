@@ -253,6 +253,11 @@ impl PyCheckpoint {
         Ok(Self(Arc::new(opened)))
     }
 
+    #[getter]
+    fn folder(&self) -> PathBuf {
+        self.0.folder.clone()
+    }
+
     fn resolve(&self, name: &str) -> PyResult<PathBuf> {
         Ok(self.0.resolve(name)?)
     }

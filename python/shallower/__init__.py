@@ -28,6 +28,7 @@ from .selection import deepest_block
 from .similarity import Scan, analyse_states
 
 if TYPE_CHECKING:
+    from .checkpoint import prune_checkpoint
     from .evaluation import evaluate_loss
     from .figures import save_heat_map
     from .models.loading import load_model
@@ -43,6 +44,7 @@ _NEED_TORCH = {
     "drop_layers": ".pruning",
     "without_layers": ".pruning",
     "save_model": ".pruning",
+    "prune_checkpoint": ".checkpoint",
     "evaluate_loss": ".evaluation",
     "save_heat_map": ".figures",
 }
@@ -76,6 +78,7 @@ __all__ = [
     "drop_layers",
     "evaluate_loss",
     "load_model",
+    "prune_checkpoint",
     "run",
     "save_heat_map",
     "save_model",

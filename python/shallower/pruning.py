@@ -93,7 +93,7 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
 
 def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
     total = len(found)
-    _check_rebuild(model, found, survivors)
+    shortened_config(model, survivors)
     for live in _configs(model):
         _shorten(live, total, survivors)
     kept = [found.modules[index] for index in survivors]
@@ -154,10 +154,17 @@ def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int
     setattr(model, "hf_device_map", renamed)  # noqa: B010
 
 
-def _check_rebuild(
-    model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
-) -> None:
-    """Refuse a cut if a model built from the new config would have other layers."""
+def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
+    """The config of a model with these layers alone, checked; the model stays as it is.
+
+    Args:
+        model: with weights, or on the meta device without any.
+        survivors: the indices of the layers that stay, ascending.
+
+    Raises:
+        ModelError: a model built from the new config would have other layers.
+    """
+    found = find_layers(model)
     config = copy.deepcopy(model.config)
     try:
         _shorten(config.get_text_config(decoder=True), len(found), survivors)
@@ -177,6 +184,7 @@ def _check_rebuild(
                 f"the config of {type(model).__name__} cannot describe this cut: layer {old} "
                 f"would be layer {new}, and a stock loader would build it with {difference}"
             )
+    return config
 
 
 def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, path: str) -> None:
