@@ -11,6 +11,7 @@ mod accumulator;
 pub mod checkpoint;
 mod error;
 mod exact;
+pub mod gguf;
 mod gram;
 mod metric;
 #[cfg(feature = "python")]

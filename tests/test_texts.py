@@ -281,6 +281,12 @@ def test_a_damaged_parquet_file_is_refused(parquet, write, where):
         list(Texts(write("damaged.parquet", bytes(content))))
 
 
+def test_parquet_strings_that_are_not_utf8_are_refused(parquet):
+    texts = pa.array([b"one", b"caf\xe9"], pa.binary()).view(pa.string())
+    with pytest.raises(TextsError, match=r"texts\.parquet, row 0"):
+        list(Texts(parquet({"text": texts})))
+
+
 def test_a_parquet_file_without_rows_has_no_texts(parquet):
     assert list(Texts(parquet({"text": pa.array([], pa.string())}))) == []
 

@@ -1,10 +1,12 @@
-import os
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__"]
 
 __version__: str
 
@@ -40,7 +42,7 @@ class Accumulator:
 
 @final
 class Checkpoint:
-    def __new__(cls, folder: str | os.PathLike[str]) -> Checkpoint: ...
+    def __new__(cls, folder: str | PathLike[str]) -> Checkpoint: ...
     @property
     def folder(self) -> Path: ...
     def resolve(self, name: str) -> Path: ...
@@ -63,6 +65,21 @@ class Job:
     def files(self) -> list[tuple[str, int]]: ...
     def write(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | PathLike[str],
         progress: Callable[[int, int], object] | None = None,
+    ) -> None: ...
+
+@final
+class Gguf:
+    def __new__(cls, path: str | PathLike[str]) -> Gguf: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    def cut_size(self, survivors: list[int]) -> int: ...
+    def cut(
+        self,
+        survivors: list[int],
+        out: str | PathLike[str],
+        progress: Callable[[int, int], Any] | None = None,
     ) -> None: ...

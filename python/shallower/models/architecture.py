@@ -60,14 +60,15 @@ def find_layers(model: nn.Module) -> DecoderLayers:
         ModelError: there is no such list, or a layer's parts are spread over several.
     """
     count = getattr(text_config(model), "num_hidden_layers", None)
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    inside = {id(module) for module in decoder.modules()}
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and id(module) in inside
+        if isinstance(module, nn.ModuleList) and len(module) > 0
     ]
     fitting = [item for item in lists if len(item[1]) == count]
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in decoder.modules()}
+    fitting = [item for item in fitting if id(item[1]) in inside] or fitting
     if not fitting:
         seen = ", ".join(f"{path} ({len(module)})" for path, module in lists) or "none"
         raise ModelError(
