@@ -9,6 +9,7 @@
 mod accumulator;
 mod error;
 mod exact;
+pub mod gguf;
 mod gram;
 mod metric;
 #[cfg(feature = "python")]

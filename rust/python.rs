@@ -3,6 +3,9 @@
 // PyO3 hands arguments over by value.
 #![allow(clippy::needless_pass_by_value)]
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
 use half::f16;
 use numpy::{
     PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray3,
@@ -11,6 +14,7 @@ use numpy::{
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
+use crate::gguf::{self, Gguf, GgufError};
 use crate::{Accumulator, Element, Error, Metric, Order, Rejection, States};
 
 mod raised {
@@ -22,6 +26,8 @@ mod raised {
     import_exception!(shallower.errors, LayersError);
     import_exception!(shallower.errors, ScanError);
     import_exception!(shallower.errors, ThreadsError);
+    import_exception!(shallower.errors, ModelError);
+    import_exception!(shallower.errors, OutputError);
 }
 
 impl From<Error> for PyErr {
@@ -213,11 +219,99 @@ impl PyAccumulator {
     }
 }
 
+/// A GGUF file, its header read; see `shallower.gguf`.
+#[pyclass(name = "Gguf", module = "shallower._core")]
+struct PyGguf {
+    path: PathBuf,
+    file: File,
+    inner: Gguf,
+}
+
+fn gguf_error(path: &Path, error: &GgufError) -> PyErr {
+    let message = format!("{} {error}", path.display());
+    match error {
+        GgufError::Survivors { .. } => raised::LayersError::new_err(message),
+        GgufError::Write(_) | GgufError::Stopped => raised::OutputError::new_err(message),
+        GgufError::Read(_)
+        | GgufError::Damaged { .. }
+        | GgufError::Format(_)
+        | GgufError::Split(_)
+        | GgufError::NoLayers(_)
+        | GgufError::Refused { .. } => raised::ModelError::new_err(message),
+    }
+}
+
+#[pymethods]
+impl PyGguf {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let read = || {
+            let mut file = gguf::open(&path)?;
+            Ok((Gguf::read(&mut file)?, file))
+        };
+        let (inner, file) = py.detach(read).map_err(|error| gguf_error(&path, &error))?;
+        Ok(Self { path, file, inner })
+    }
+
+    #[getter]
+    fn architecture(&self) -> &str {
+        self.inner.architecture()
+    }
+
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers()
+    }
+
+    fn cut_size(&mut self, survivors: Vec<usize>) -> PyResult<u64> {
+        let cut = self.inner.cut(&mut self.file, &survivors);
+        Ok(cut.map_err(|error| gguf_error(&self.path, &error))?.size())
+    }
+
+    #[pyo3(signature = (survivors, out, progress=None))]
+    fn cut(
+        &mut self,
+        py: Python<'_>,
+        survivors: Vec<usize>,
+        out: PathBuf,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let Self { path, file, inner } = self;
+        let planned = inner.cut(file, &survivors);
+        let cut = planned.map_err(|error| gguf_error(path, &error))?;
+        let (total, mut raised) = (cut.size(), None);
+        let told = |done| Python::attach(|py| tell(py, progress.as_ref(), done, total));
+        let saved = py.detach(|| {
+            cut.save(file, &out, &mut |done| {
+                raised = told(done).err();
+                raised.is_none()
+            })
+        });
+        match (saved, raised) {
+            (Ok(()), _) => Ok(()),
+            (Err(GgufError::Stopped), Some(error)) => Err(error),
+            (Err(error @ GgufError::Write(_)), _) => Err(gguf_error(&out, &error)),
+            (Err(error), _) => Err(gguf_error(path, &error)),
+        }
+    }
+}
+
+/// Let signals through, then say how far the work is.
+fn tell(py: Python<'_>, progress: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
+    py.check_signals()?;
+    progress.map_or(Ok(()), |progress| {
+        progress.call1(py, (done, total)).map(drop)
+    })
+}
+
 /// The Rust core of shallower.
 #[pymodule]
 mod _core {
     #[pymodule_export]
     use super::PyAccumulator;
+
+    #[pymodule_export]
+    use super::PyGguf;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -56,15 +56,6 @@ class Done:
         return last.removeprefix("error: ")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny matrices: threads that wait for each other on a busy machine cost a hundredfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder, and in it."""
@@ -598,10 +589,11 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
     with sh.without_layers(model, [1, 3, 4]):
         cut = sh.evaluate_loss(model, tokenizer, held_out)
     command = ["eval", tiny, "--texts", texts / "held_out.jsonl"]
-    assert shallower(*command, "--json").json == {"all layers": whole.to_json()}
+    assert shallower(*command, "--json").json == {"base": whole.to_json()}
     assert shallower(*command, "--drop", "1,3:5", "--json").json == {
-        "all layers": whole.to_json(),
-        "without [1, 2) [3, 5)": cut.to_json(),
+        "base": whole.to_json(),
+        "cut": cut.to_json(),
+        "drop": [sh.Block(1, 2).to_json(), sh.Block(3, 5).to_json()],
     }
     shown = shallower(*command, "--drop", "1,3:5").out.splitlines()
     assert shown[0].startswith(f"all layers: {whole} nats a token ({whole.normalized:.4f} of ln")
@@ -613,9 +605,11 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
 def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny, plans):
     source = write_jsonl(folder / "gap.jsonl", ["w1 w2 w3", "w1", "w4 w5"])
     done = shallower("eval", tiny, "--texts", source, "--plan", plans / "tiny", "--json")
-    (name,) = done.json.keys() - {"all layers"}
-    assert name == f"without {Plan.load(plans / 'tiny' / 'shallower_plan.json').blocks[0]}"
-    assert done.json["all layers"]["num_rejected"] == 1
+    (name,) = done.json.keys() - {"base", "drop"}
+    assert name == "cut"
+    block = Plan.load(plans / "tiny" / "shallower_plan.json").blocks[0]
+    assert done.json["drop"] == [sh.Block(block.start, block.stop).to_json() | block.to_json()]
+    assert done.json["base"]["num_rejected"] == 1
     assert "1 texts rejected" in shallower("eval", tiny, "--texts", source).out
 
 

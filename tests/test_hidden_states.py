@@ -68,15 +68,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are faster so, by far where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def padded(sequences, left=False, first=0):
     """A batch by hand; pads hold a token of their own, so that reading one shows."""
     longest = max(map(len, sequences))

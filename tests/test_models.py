@@ -17,8 +17,12 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXJapaneseConfig,
+    GPTNeoXJapaneseForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
@@ -35,6 +39,16 @@ from shallower.models.identity import identify, stored_dtype
 from shallower.models.loading import count_layers, load_model
 
 IDS = torch.tensor([[(7 * i + 5) % 90 + 3 for i in range(12)], list(range(40, 52))])
+CAUSAL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 WIDE = {
     "vocab_size": 261,
     "hidden_size": 64,
@@ -45,15 +59,6 @@ WIDE = {
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are faster so, by far where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits_of(model):
@@ -130,6 +135,11 @@ def test_layers_are_found_by_structure(model, path):
     assert found.modules is model.get_submodule(path)
     assert getattr(found.owner, found.name) is found.modules
     assert len(found) == 3
+
+
+def test_a_head_that_is_called_decoder_does_not_mislead():
+    config = ModernBertDecoderConfig(**CAUSAL, layer_types=["full_attention"] * 2)
+    assert find_layers(ModernBertDecoderForCausalLM(config)).path == "model.layers"
 
 
 def test_layers_are_found_in_the_base_model_too():
@@ -379,6 +389,13 @@ def test_a_model_that_is_not_causal_is_refused(words, tmp_path, family):
     words.save_pretrained(tmp_path)
     with pytest.raises(sh.ModelError):
         load_model(tmp_path)
+
+
+def test_a_causal_model_whose_config_does_not_say_so_is_loaded(words, tmp_path):
+    model = GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**CAUSAL)).eval()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_model(tmp_path, "float32")[0]), logits_of(model))
 
 
 @pytest.mark.parametrize("device_map", ["nonsense", {"": "nonsense"}])

@@ -69,15 +69,6 @@ def broken_after(texts, count):
     raise OSError("the disk went away")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny matrices: threads that wait for each other on a busy machine cost a hundredfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def scanned(llama, words):
     return sh.scan(llama, words, TEXTS)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
@@ -114,15 +116,6 @@ OTHERS = {
     "falcon": (FalconForCausalLM, FalconConfig, SIZES),
     "qwen2-moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig, {**GATED, **MOE, "num_experts": 4}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are faster so, by far where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(model_class, config_class, options):
@@ -370,6 +363,14 @@ def test_all_layers_but_one_can_go(llama, tmp_path):
     assert_stock_loads_the_same(llama, tmp_path / "cut")
     with pytest.raises(sh.LayersError, match="at least one must stay"):
         sh.drop_layers(llama, [0])
+
+
+def test_a_model_that_was_saved_can_still_be_cut(tmp_path):
+    model = build(ApertusForCausalLM, ApertusConfig, GATED)
+    expected = skipping(model, [2])
+    sh.save_model(model, None, tmp_path / "whole")
+    sh.drop_layers(model, [2])
+    assert torch.equal(logits_of(model), expected)
 
 
 def test_tied_embeddings_stay_tied(tmp_path):

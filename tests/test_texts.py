@@ -283,7 +283,7 @@ def test_a_damaged_parquet_file_is_refused(parquet, write, where):
 
 def test_parquet_strings_that_are_not_utf8_are_refused(parquet):
     texts = pa.array([b"one", b"caf\xe9"], pa.binary()).view(pa.string())
-    with pytest.raises(TextsError, match=r"texts\.parquet, row 1"):
+    with pytest.raises(TextsError, match=r"texts\.parquet, row 0"):
         list(Texts(parquet({"text": texts})))
 
 

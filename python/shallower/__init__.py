@@ -24,6 +24,7 @@ from .errors import (
     TextsError,
     ThreadsError,
 )
+from .gguf import count_gguf_layers, plan_gguf, prune_gguf
 from .selection import deepest_block
 from .similarity import Scan, analyse_states
 
@@ -72,10 +73,13 @@ __all__ = [
     "__version__",
     "analyse_states",
     "compare_cuts",
+    "count_gguf_layers",
     "deepest_block",
     "drop_layers",
     "evaluate_loss",
     "load_model",
+    "plan_gguf",
+    "prune_gguf",
     "run",
     "save_heat_map",
     "save_model",

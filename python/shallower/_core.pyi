@@ -1,7 +1,11 @@
+from collections.abc import Callable
+from os import PathLike
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = ["Accumulator", "Gguf", "__version__"]
 
 __version__: str
 
@@ -34,3 +38,18 @@ class Accumulator:
     def variance(self, metric: str) -> NDArray[np.float64]: ...
     def best_start(self, metric: str, n: int) -> int: ...
     def to_words(self, metric: str) -> NDArray[np.uint64]: ...
+
+@final
+class Gguf:
+    def __new__(cls, path: str | PathLike[str]) -> Gguf: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    def cut_size(self, survivors: list[int]) -> int: ...
+    def cut(
+        self,
+        survivors: list[int],
+        out: str | PathLike[str],
+        progress: Callable[[int, int], Any] | None = None,
+    ) -> None: ...

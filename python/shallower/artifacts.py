@@ -269,10 +269,10 @@ class Plan:
 
     @classmethod
     def _from_json(cls, data: Mapping[str, Any]) -> "Plan":
-        if data["format"] != "shallower.plan" or data["version"] != 1:
+        kind, version = of_type(dict, data).get("format"), data.get("version")
+        if kind != "shallower.plan" or version != 1:
             raise ValueError(
-                f"expected format shallower.plan version 1, got {data['format']!r} "
-                f"version {data['version']!r}"
+                f"expected format shallower.plan version 1, got {kind!r} version {version!r}"
             )
         plan = cls(
             num_layers=layer_number(data["num_layers"]),

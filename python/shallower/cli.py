@@ -4,6 +4,7 @@ Heavy things are imported by the command that needs them; ``shallower --help`` l
 torch. An error that the user can cause ends with exit status 2 and one sentence.
 """
 
+import functools
 import json
 import os
 import sys
@@ -26,9 +27,16 @@ from .artifacts import (
     blocks_of,
     dropped_layers,
 )
-from .errors import LayersError, PlanError, ScanError, ShallowerError
+from .errors import (
+    LayersError,
+    ModelError,
+    OutputError,
+    PlanError,
+    ScanError,
+    ShallowerError,
+)
 from .report import comparison_table, plan_table, ranges, scan_table
-from .selection import deepest_block, parse_layers, parse_sizes
+from .selection import check_size, deepest_block, parse_layers, parse_sizes
 from .similarity import Scan, check_metrics
 from .storage import check_free
 from .texts import Texts
@@ -56,6 +64,9 @@ TextsSource = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="The folder to write to.")]
+CutOut = Annotated[
+    Path, typer.Option(help="The folder to write to, or a .gguf file if MODEL is one.")
+]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the weights; nf4 and int8 by bitsandbytes.")]
 DeviceMap = Annotated[
     str | None, typer.Option(help="As transformers takes it; auto by default if there is CUDA.")
@@ -114,9 +125,8 @@ def scan_command(
         return
     loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
     partial = out / PARTIAL_FILE
-    if overwrite:
-        partial.unlink(missing_ok=True)
-    scanned = scan(
+    go_on = functools.partial(
+        scan,
         loaded,
         tokenizer,
         source,
@@ -127,6 +137,13 @@ def scan_command(
         checkpoint=partial,
         total=source.count(),
     )
+    try:
+        scanned = go_on()
+    except ScanError:
+        if not overwrite:
+            raise
+        partial.unlink()
+        scanned = go_on()
     scanned.save(out / SCAN_FILE)
     written = [out / SCAN_FILE, *_draw(scanned, out)]
     partial.unlink(missing_ok=True)
@@ -176,7 +193,7 @@ def plan_command(
 )
 def prune_command(
     model: Model,
-    out: Out,
+    out: CutOut,
     drop: Drop = None,
     plan: PlanPath = None,
     dtype: Dtype = "bfloat16",
@@ -191,12 +208,29 @@ def prune_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Drop layers, and save a standard checkpoint with the plan beside it."""
+    """Drop layers, and save a standard checkpoint with the plan beside it.
+
+    With an --out that ends in .gguf, a GGUF file is cut directly, without loading it.
+    """
+    if out.suffix == ".gguf":
+        path = _gguf_source(model, gguf_file)
+        _refuse_options(
+            {
+                f"--dtype {dtype}": dtype != "bfloat16",
+                "--device-map": device_map is not None,
+                "--trust-remote-code": trust_remote_code,
+                "--verify": verify,
+            }
+        )
+        _prune_gguf(path, out, drop, plan, overwrite, dry_run, as_json)
+        return
     from .models.loading import count_layers
 
     total = count_layers(model, gguf_file, trust_remote_code)
     wanted = _wanted(model, drop, plan, total)
     check_free(out, overwrite)
+    if out.exists() and Path(model).exists() and out.samefile(model):
+        raise OutputError(f"{out} is the model itself: name another folder for the cut")
     if dry_run:
         described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
         _say_dry_run({"prune": model, **described, "write": [str(out)]}, as_json)
@@ -223,6 +257,62 @@ def prune_command(
         _print(plan_table(wanted), *checked, f"wrote {out}")
 
 
+def _gguf_source(model: str, gguf_file: str | None) -> Path:
+    """The GGUF file to cut directly."""
+    path = Path(model).expanduser() / gguf_file if gguf_file else Path(model).expanduser()
+    if path.suffix != ".gguf":
+        raise ModelError(
+            f"{model} is no .gguf file, and only such a one is cut into a .gguf file: name a "
+            f"local file, or a folder as --out"
+        )
+    return path
+
+
+def _refuse_options(given: dict[str, bool]) -> None:
+    """Refuse options that mean nothing where no model is loaded."""
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ModelError(
+            f"{name} does not go with a .gguf file as --out, which is cut without being loaded: "
+            f"leave it out, or name a folder as --out"
+        )
+
+
+def _prune_gguf(
+    source: Path,
+    out: Path,
+    drop: str | None,
+    plan: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from .gguf import count_gguf_layers, plan_gguf, plan_path, prune_gguf
+    from .progress import track
+
+    wanted = _wanted(str(source), drop, plan, count_gguf_layers(source))
+    written = [str(out), str(plan_path(out))]
+    if dry_run:
+        plan_gguf(source, wanted.blocks, wanted)
+        for path in written:
+            check_free(Path(path), overwrite)
+        described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
+        _say_dry_run({"prune": str(source), **described, "write": written}, as_json)
+        return
+    with track("cutting, %", 100) as advance:
+        percent = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal percent
+            advance(done * 100 // total - percent)
+            percent = done * 100 // total
+
+        prune_gguf(source, wanted.blocks, out, overwrite, wanted, progress)
+    if as_json:
+        _print_json({**wanted.to_json(), "written": written})
+    else:
+        _print(plan_table(wanted), *(f"wrote {path}" for path in written))
+
+
 @app.command(
     "eval",
     epilog="Example: shallower eval HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
@@ -243,28 +333,35 @@ def eval_command(
 ) -> None:
     """Measure the next-token loss, before and after a cut if one is named."""
     from .evaluation import evaluate_loss
-    from .models.architecture import find_layers
     from .models.identity import identify
+    from .models.loading import count_layers
     from .pruning import without_layers
 
     held_out = list(Texts(texts, samples))
-    loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
-    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
     wanted = None
     if drop is not None or plan is not None:
-        wanted = _wanted(model, drop, plan, len(find_layers(loaded)))
+        total = count_layers(model, gguf_file, trust_remote_code)
+        wanted = _wanted(model, drop, plan, total)
+    loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
+    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
+    if wanted:
         wanted.check_model(identify(loaded))
-    losses = {"all layers": evaluate_loss(loaded, tokenizer, held_out, **options)}
+    losses = {"base": evaluate_loss(loaded, tokenizer, held_out, **options)}
     if wanted:
         with without_layers(loaded, wanted.blocks):
-            cut = evaluate_loss(loaded, tokenizer, held_out, **options)
-        losses[f"without {ranges(wanted.dropped)}"] = cut
+            options["description"] = f"loss without {ranges(wanted.dropped)}"
+            losses["cut"] = evaluate_loss(loaded, tokenizer, held_out, **options)
     if as_json:
-        _print_json({name: loss.to_json() for name, loss in losses.items()})
+        described: dict[str, Any] = {name: loss.to_json() for name, loss in losses.items()}
+        if wanted:
+            described["drop"] = [block.to_json() for block in wanted.blocks]
+        _print_json(described)
         return
     for name, loss in losses.items():
+        cut = f"without {ranges(wanted.dropped)}" if wanted else ""
+        what = cut if name == "cut" else "all layers"
         _print(
-            f"{name}: {loss} nats a token ({loss.normalized:.4f} of ln vocabulary), "
+            f"{what}: {loss} nats a token ({loss.normalized:.4f} of ln vocabulary), "
             f"{loss.num_tokens} tokens of {loss.num_texts} texts"
             + (f", {loss.num_rejected} texts rejected" if loss.num_rejected else "")
         )
@@ -301,7 +398,7 @@ def run_command(
     _check_run(out, overwrite)
     num_layers = count_layers(model, gguf_file, trust_remote_code)
     for n in wanted:
-        deepest_block(num_layers, n)
+        check_size(num_layers, n)
     if dry_run:
         plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted}
         _say_dry_run({**plan, "write": [str(out)]}, as_json)
@@ -426,7 +523,7 @@ def _draw(scanned: Scan, out: Path) -> list[Path]:
     from .errors import MissingExtraError
     from .figures import save_heat_map
 
-    if "angular" not in scanned.metrics:
+    if "angular" not in scanned.metrics or scanned.num_layers < 2:
         return []
     path = out / "heat_map.png"
     try:
@@ -503,9 +600,7 @@ def main() -> None:
     except ShallowerError as error:
         message = " ".join(str(error).split())
     except _UsageError as error:
-        message = f"{error.format_message()} (see {error.ctx.command_path} --help)"
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        command = error.ctx.command_path if error.ctx else "shallower"
+        message = f"{error.format_message()} (see {command} --help)"
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -33,7 +33,7 @@ from .models.identity import identify
 from .models.loading import load_weights
 from .progress import track
 from .pruning import save_model, without_layers
-from .selection import deepest_block
+from .selection import check_size, deepest_block
 from .similarity import Scan, ScanBuilder
 from .storage import check_free, write_file
 
@@ -121,7 +121,7 @@ def check_sizes(sizes: Sequence[int], num_layers: int) -> None:
     if not sizes:
         raise LayersError("no block size is named: name at least one")
     for n in sizes:
-        deepest_block(num_layers, n)
+        check_size(num_layers, n)
 
 
 def compare_cuts(
@@ -290,6 +290,8 @@ def run(
     eval_texts = list(eval_texts)
     require_predictable(tokenizer, eval_texts, max_length)
     partial = out / PARTIAL_FILE
+    if overwrite:
+        partial.unlink(missing_ok=True)
     scanned = scan(
         model, tokenizer, texts, max_length, batch_size,
         threads=threads, progress=progress, checkpoint=partial, total=total,

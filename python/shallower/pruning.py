@@ -261,9 +261,11 @@ def save_model(
         raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
+    dtype = model.config.dtype
     with new_folder(Path(path), overwrite) as folder:
         try:
             model.save_pretrained(folder)
+            model.config.dtype = dtype  # which save_pretrained turns into a word
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:

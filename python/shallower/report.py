@@ -62,8 +62,8 @@ def comparison_table(comparison: Comparison) -> Table:
         f"{base.num_tokens} tokens of {base.num_texts} texts; V = {base.vocab_size}"
     )
     table.add_column("n", justify="right")
-    table.add_column("strategy")
-    table.add_column("drop")
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("drop", no_wrap=True)
     table.add_column("distance ± error", no_wrap=True)
     table.add_column("loss ± error", no_wrap=True)
     table.add_column("/ ln V", no_wrap=True)

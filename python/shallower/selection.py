@@ -6,6 +6,20 @@ from .artifacts import Block, layer_number
 from .errors import LayersError
 
 
+def check_size(num_layers: int, n: int) -> None:
+    """Refuse a block size that a model cannot lose.
+
+    Raises:
+        LayersError: ``n`` is not in ``1 .. num_layers-1``.
+    """
+    if num_layers < 2:
+        raise LayersError("a model of one layer has no layer that could be dropped")
+    if not 1 <= n < num_layers:
+        raise LayersError(
+            f"cannot drop n = {n} of {num_layers} layers: expected 1 <= n <= {num_layers - 1}"
+        )
+
+
 def deepest_block(num_layers: int, n: int) -> Block:
     """The deepest ``n`` layers but the last: ``[L-1-n, L-1)`` (2403.17887, §4.4).
 
@@ -13,10 +27,7 @@ def deepest_block(num_layers: int, n: int) -> Block:
         LayersError: ``n`` is not in ``1 .. num_layers-1``.
     """
     num_layers, n = layer_number(num_layers), layer_number(n)
-    if not 1 <= n <= num_layers - 1:
-        raise LayersError(
-            f"cannot drop n = {n} of {num_layers} layers: expected 1 <= n <= {num_layers - 1}"
-        )
+    check_size(num_layers, n)
     return Block(num_layers - 1 - n, num_layers - 1)
 
 

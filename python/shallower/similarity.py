@@ -30,13 +30,13 @@ from .artifacts import (
     of_type,
 )
 from .errors import (
-    LayersError,
     MetricError,
     RejectedSamplesWarning,
     ScanError,
     StatesError,
     ThreadsError,
 )
+from .selection import check_size
 from .storage import write_file
 
 FORMAT = "shallower.scan.1"
@@ -132,11 +132,7 @@ class Scan:
         """
         n = layer_number(n)
         metric = self._held(metric)
-        if not 1 <= n < self.num_layers:
-            raise LayersError(
-                f"cannot drop n = {n} of {self.num_layers} layers: "
-                f"expected 1 <= n <= {self.num_layers - 1}"
-            )
+        check_size(self.num_layers, n)
         start = self._accumulator.best_start(metric, n)
         mean = float(self.mean(metric)[start, start + n])
         score = 1 - mean if metric == "cosine" else mean

@@ -58,6 +58,29 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a free temporary sibling path; what is there becomes ``path`` when the body succeeds.
+
+    Raises:
+        OutputError: ``path`` is a folder, or holds something already and ``overwrite`` is
+            off, or the place cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: a file name is needed")
+    check_free(path, overwrite)
+    partial = _sibling(path, "partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary sibling folder that becomes ``path`` when the body succeeds.
 

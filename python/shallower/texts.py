@@ -15,7 +15,7 @@ HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
 
 
 class Texts:
-    """An iterable of texts that can be opened again; ``len`` counts them where it is cheap.
+    """An iterable of texts that can be opened again; ``count`` tells how many where it can.
 
     Args:
         source: a ``.jsonl`` file (field ``text``), a ``.txt`` file (a document a line, blank
@@ -111,7 +111,7 @@ class Texts:
                 for record in batch.to_pylist():
                     yield self._text(record, f"row {number}")
                     number += 1
-        except (ArrowException, OSError) as error:
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
             raise TextsError(f"cannot read {self.source}, row {number}: {error}") from error
 
     def _hub(self) -> Iterator[str]:

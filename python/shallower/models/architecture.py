@@ -63,14 +63,15 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     config = text_config(model)
     names = (*LAYER_COUNTS, "num_layers")  # LongCat-Flash counts two attentions a layer first
     counts = {c for c in (getattr(config, name, None) for name in names) if isinstance(c, int)}
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    inside = {id(module) for module in decoder.modules()}
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and id(module) in inside
+        if isinstance(module, nn.ModuleList) and len(module) > 0
     ]
     fitting = [item for item in lists if len(item[1]) in counts]
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in decoder.modules()}
+    fitting = [item for item in fitting if id(item[1]) in inside] or fitting
     if not fitting:
         seen = ", ".join(f"{path} ({len(module)})" for path, module in lists) or "none"
         raise ModelError(

@@ -69,10 +69,11 @@ def load_model(
         if gguf_file:
             clear_gguf_marks(model)
             model.config.name_or_path = gguf_file
-    if getattr(model.config, "is_decoder", True) is False:
+    trained_as = getattr(model.config, "architectures", None) or []
+    if any(name.endswith("MaskedLM") for name in trained_as):
         raise ModelError(
-            f"{source} is a bidirectional encoder ({model.config.model_type}), its config says "
-            f"is_decoder = false: expected a causal language model"
+            f"{source} is a bidirectional encoder ({', '.join(trained_as)}): expected a causal "
+            f"language model"
         )
     keep_exact(model)
     return model.eval(), tokenizer

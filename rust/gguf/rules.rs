@@ -1,0 +1,152 @@
+//! What a cut does to the metadata, as tables: which keys count layers, name layers or repeat
+//! over layers, and which architectures make something of the layers' number or position
+//! that no key tells. The keys are those of the Python package gguf 0.19 and of llama.cpp's
+//! `llama-arch.cpp`; the architectures' rules are those of llama.cpp's model loaders.
+//!
+//! What is in no table: a scalar stays; an array with an element a layer is filtered; another
+//! array of numbers is refused, for it might name layers.
+
+/// What a scalar says of the layers; keys are written without the architecture's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meaning {
+    /// The number of blocks: becomes the survivors' number.
+    Blocks,
+    /// The first so many layers are of another kind: becomes the survivors' number below it.
+    Leading,
+    /// The first so many layers take something in by their position: they must stay.
+    LeadingStay,
+    /// One layer in so many is of another kind: no survivor may change its place in the period.
+    Period,
+    /// The last so many blocks predict further tokens, and are no layers: they and it stay.
+    Trailing,
+    /// No cut can be described unless it is zero, and why.
+    Zero(&'static str),
+}
+
+use Meaning::{Blocks, Leading, LeadingStay, Period, Trailing, Zero};
+
+/// Scalars that speak of layers. An array under the same key is treated as any array.
+pub const SCALARS: [(&str, Meaning); 15] = [
+    ("block_count", Blocks),
+    ("nextn_predict_layers", Trailing),
+    ("leading_dense_block_count", Leading),
+    ("hash_layer_count", Leading),
+    ("n_deepstack_layers", LeadingStay),
+    ("attention.sliding_window_pattern", Period),
+    ("full_attention_interval", Period),
+    ("interleave_moe_layer_step", Period),
+    ("moe_every_n_layers", Period),
+    (
+        "attention.shared_kv_layers",
+        Zero("counts last layers that use the keys and values of the layers before them"),
+    ),
+    (
+        "embedding_length_per_layer_input",
+        Zero("is the width of every layer's slice of one tensor"),
+    ),
+    (
+        "rescale_every_n_layers",
+        Zero("counts the layers between rescalings that the weights are divided for"),
+    ),
+    (
+        "attn_res.block_size",
+        Zero("counts the layers between residuals that attend to one another"),
+    ),
+    (
+        "hrm.layers_per_stack",
+        Zero("counts the layers of a stack that is run in cycles"),
+    ),
+    (
+        "decoder_block_count",
+        Zero("counts decoder blocks beside the encoder's"),
+    ),
+];
+
+/// Arrays of layer numbers: dropped ones go, survivors are renumbered.
+pub const INDICES: [&str; 2] = [
+    "attention.layer_indices",
+    "attention.cross_attention_layers",
+];
+
+/// Arrays that say nothing of layers, however many elements they have.
+pub const NOT_PER_LAYER: [&str; 2] = ["rope.dimension_sections", "classifier.output_labels"];
+
+/// Arrays that speak of layers in a way that no cut can keep, unless they are empty.
+pub const UNCUTTABLE: [&str; 1] = ["ple.layers"];
+
+/// Keys of other towers in the same file; they and their tensors stay.
+pub const OTHER_TOWERS: [&str; 3] = ["vision.", "audio.", "projector."];
+
+/// A prefix without architecture whose arrays have an element a layer (Apertus).
+pub const PER_LAYER_PREFIX: &str = "xielu.";
+
+/// What llama.cpp's loader of an architecture makes of the layers without a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Habit {
+    /// One layer in so many is of another kind.
+    Every(u64),
+    /// The same, unless a key gives the period or the kind layer by layer.
+    EveryUnless(u64, &'static str),
+    /// The same, and only where a key is there and not zero.
+    EveryIf(u64, &'static str),
+    /// A model of so many layers gets other constants than one of any other number.
+    Count(u64),
+    /// The first layer is of another kind.
+    First,
+    /// A constant is made of the number of layers, unless a key holds it.
+    CountUnless(&'static str),
+    /// 26 or 27 layers mean the variant without a key, and any other number the one with it.
+    Lite(&'static str),
+    /// No cut can be described, and why.
+    Never(&'static str),
+}
+
+use Habit::{Count, CountUnless, Every, EveryIf, EveryUnless, First, Lite, Never};
+
+const PATTERN: &str = "attention.sliding_window_pattern";
+const WINDOW: &str = "attention.sliding_window";
+const INTERVAL: &str = "full_attention_interval";
+
+/// Architectures and their habits; one may have several.
+pub const HABITS: [(&str, Habit); 31] = [
+    ("afmoe", EveryUnless(4, PATTERN)),
+    ("cohere2", EveryUnless(4, PATTERN)),
+    ("cohere2moe", EveryUnless(4, PATTERN)),
+    ("exaone-moe", EveryUnless(4, PATTERN)),
+    ("exaone4", EveryIf(4, WINDOW)),
+    ("exaone4", Count(64)),
+    ("gemma-embedding", EveryUnless(6, PATTERN)),
+    ("gemma2", EveryUnless(2, PATTERN)),
+    ("gemma2", Count(46)),
+    ("gemma3", EveryIf(6, WINDOW)),
+    ("gemma3", Count(62)),
+    ("gemma3n", Never("shares keys and values from layer 20 on")),
+    ("gpt-oss", EveryUnless(2, PATTERN)),
+    ("laguna", EveryUnless(4, PATTERN)),
+    ("llama4", Every(4)),
+    ("modern-bert", EveryUnless(3, PATTERN)),
+    ("olmo2", EveryIf(4, WINDOW)),
+    ("plamo3", EveryUnless(8, PATTERN)),
+    ("smallthinker", EveryIf(4, WINDOW)),
+    ("smollm3", Every(4)),
+    ("qwen3next", EveryUnless(4, INTERVAL)),
+    ("qwen35", EveryUnless(4, INTERVAL)),
+    ("qwen35moe", EveryUnless(4, INTERVAL)),
+    ("rwkv7", First),
+    ("arwkv7", First),
+    ("minicpm", CountUnless("residual_scale")),
+    (
+        "minicpm3",
+        Never("scales every layer by the number of layers"),
+    ),
+    ("deepseek2", Lite("attention.q_lora_rank")),
+    (
+        "baichuan",
+        Never("takes rotary positions at 32 layers, ALiBi at 40, and nothing else"),
+    ),
+    ("t5", Never("has an encoder and a decoder")),
+    (
+        "t5encoder",
+        Never("shares one table of relative positions, in its first layer"),
+    ),
+];
