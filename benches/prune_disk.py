@@ -34,9 +34,11 @@ LAYER = {
     "self_attn.v_proj.weight": (HIDDEN, HIDDEN),
 }
 CHILD = """
-import resource, sys, time
+import re, sys, time
 from pathlib import Path
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not getrusage: its peak survives exec, and would be this script's.
+status = Path("/proc/self/status")
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) / 1024
 source, out, num_layers, start, stop, alone = sys.argv[1:]
 num_layers, start, stop = int(num_layers), int(start), int(stop)
 from shallower._core import Checkpoint
