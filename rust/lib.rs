@@ -4,9 +4,11 @@
 //! block and the output of the last one. [`Accumulator`] takes samples in any
 //! order, on any number of threads and in any number of shards, and gives the
 //! mean and the variance of every metric over every pair of states, with the
-//! same bits each time. Nothing here knows Python; `python` alone does.
+//! same bits each time. [`checkpoint`] cuts layers out of files of weights.
+//! Nothing here knows Python; `python` alone does.
 
 mod accumulator;
+pub mod checkpoint;
 mod error;
 mod exact;
 pub mod gguf;

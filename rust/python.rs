@@ -4,7 +4,9 @@
 #![allow(clippy::needless_pass_by_value)]
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use half::f16;
 use numpy::{
@@ -14,6 +16,7 @@ use numpy::{
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
+use crate::checkpoint::{self, Checkpoint, Cut, Job};
 use crate::gguf::{self, Gguf, GgufError};
 use crate::{Accumulator, Element, Error, Metric, Order, Rejection, States};
 
@@ -48,6 +51,27 @@ impl From<Error> for PyErr {
             }
             Error::BlockSize { .. } => raised::LayersError::new_err(message),
             Error::Threads(_) | Error::ThreadPool { .. } => raised::ThreadsError::new_err(message),
+        }
+    }
+}
+
+impl From<checkpoint::Error> for PyErr {
+    fn from(error: checkpoint::Error) -> Self {
+        use checkpoint::Error as E;
+        let message = error.to_string();
+        match error {
+            E::Damaged { .. }
+            | E::Outside { .. }
+            | E::NoWeights(_)
+            | E::Read { .. }
+            | E::Changed(_)
+            | E::EndedEarly(_)
+            | E::Prefix(_)
+            | E::NoSuchLayer { .. } => raised::ModelError::new_err(message),
+            E::Survivors { .. } => raised::LayersError::new_err(message),
+            E::ShardSize { .. } | E::Write { .. } | E::Cancelled => {
+                raised::OutputError::new_err(message)
+            }
         }
     }
 }
@@ -219,6 +243,93 @@ impl PyAccumulator {
     }
 }
 
+/// A checkpoint on disk, its headers read; see `shallower.checkpoint`.
+#[pyclass(name = "Checkpoint", module = "shallower._core", frozen)]
+struct PyCheckpoint(Arc<Checkpoint>);
+
+#[pymethods]
+impl PyCheckpoint {
+    #[new]
+    fn new(py: Python<'_>, folder: PathBuf) -> PyResult<Self> {
+        let opened = py.detach(|| Checkpoint::open(&folder))?;
+        Ok(Self(Arc::new(opened)))
+    }
+
+    #[getter]
+    fn folder(&self) -> PathBuf {
+        self.0.folder.clone()
+    }
+
+    fn resolve(&self, name: &str) -> PyResult<PathBuf> {
+        Ok(self.0.resolve(name)?)
+    }
+
+    fn tensors(&self) -> Vec<(String, String, Vec<u64>, PathBuf)> {
+        let shards = self.0.shards.iter();
+        let all = shards.flat_map(|s| s.header.tensors.iter().map(move |t| (t, &s.path)));
+        all.map(|(t, path)| {
+            (
+                t.name.clone(),
+                t.dtype.clone(),
+                t.shape.clone(),
+                path.clone(),
+            )
+        })
+        .collect()
+    }
+
+    fn cut(
+        &self,
+        prefixes: Vec<String>,
+        num_layers: u64,
+        survivors: Vec<u64>,
+        max_shard_size: u64,
+    ) -> PyResult<PyJob> {
+        let cut = Cut::new(prefixes, num_layers, survivors)?;
+        Ok(PyJob(Job::new(Arc::clone(&self.0), cut, max_shard_size)?))
+    }
+}
+
+/// A cut of a checkpoint, laid out; see `shallower.checkpoint`.
+#[pyclass(name = "Job", module = "shallower._core", frozen)]
+struct PyJob(Job);
+
+#[pymethods]
+impl PyJob {
+    #[getter]
+    fn total_bytes(&self) -> u64 {
+        self.0.total_bytes()
+    }
+
+    #[getter]
+    fn journal(&self) -> String {
+        self.0.journal()
+    }
+
+    #[getter]
+    fn files(&self) -> Vec<(&str, u64)> {
+        self.0.files()
+    }
+
+    /// Ctrl-C and whatever `progress` raises stop the copy.
+    #[pyo3(signature = (folder, progress=None))]
+    fn write(&self, py: Python<'_>, folder: PathBuf, progress: Option<Py<PyAny>>) -> PyResult<()> {
+        let mut raised = None;
+        let mut report = |done: u64, total: u64| {
+            let heard = Python::attach(|py| tell(py, progress.as_ref(), done, total));
+            match heard {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    raised = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        };
+        let written = py.detach(|| self.0.write(&folder, &mut report));
+        raised.map_or_else(|| Ok(written?), Err)
+    }
+}
+
 /// A GGUF file, its header read; see `shallower.gguf`.
 #[pyclass(name = "Gguf", module = "shallower._core")]
 struct PyGguf {
@@ -309,6 +420,12 @@ fn tell(py: Python<'_>, progress: Option<&Py<PyAny>>, done: u64, total: u64) -> 
 mod _core {
     #[pymodule_export]
     use super::PyAccumulator;
+
+    #[pymodule_export]
+    use super::PyCheckpoint;
+
+    #[pymodule_export]
+    use super::PyJob;
 
     #[pymodule_export]
     use super::PyGguf;

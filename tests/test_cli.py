@@ -533,6 +533,46 @@ def test_prune_verifies(shallower, tiny, dtype, most):
     assert "logits differ by at most" in shallower(*command, "--out", "b").out
 
 
+@pytest.fixture
+def never_loaded(monkeypatch):
+    """Loading a model is an error."""
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "float32"]])
+def test_prune_cuts_a_folder_without_loading_it(shallower, folder, tiny, never_loaded, options):
+    done = shallower(
+        "prune", tiny, "--drop", "0,3:5", "--out", "cut", "--max-shard-size", "30KB", *options
+    )
+    assert done.status == 0
+    assert_cut(folder / "cut", tiny, [1, 2, 5])
+    assert len(list((folder / "cut").glob("*.safetensors"))) > 1
+    stored = json.loads((folder / "cut" / "config.json").read_text())
+    assert (stored["num_hidden_layers"], stored["dtype"]) == (3, "float32")
+
+
+def test_prune_says_how_much_it_would_write(shallower, folder, tiny, never_loaded):
+    done = shallower("prune", tiny, "--drop", "1", "--out", "cut", "--dry-run", "--json").json
+    assert tree(folder) == {}
+    shallower("prune", tiny, "--drop", "1", "--out", "cut")
+    assert done["bytes"] == (folder / "cut" / "model.safetensors").stat().st_size
+    refused = shallower(
+        "prune", tiny, "--drop", "1", "--out", "c", "--max-shard-size", "x", "--dry-run"
+    )
+    assert "'x' is no size of a shard" in refused.error
+
+
+def test_prune_refuses_a_shard_size_that_it_cannot_keep(shallower, folder, tiny, never_loaded):
+    command = ["prune", tiny, "--drop", "1", "--out", "cut", "--max-shard-size", "1GB"]
+    assert "--max-shard-size goes with" in shallower(*command, "--dtype", "float16").error
+    assert tree(folder) == {}
+
+
+def test_prune_verifies_a_cut_on_disk(shallower, tiny):
+    command = ["prune", tiny, "--drop", "1:3", "--verify", "--json", "--out", "cut"]
+    assert shallower(*command).json["max_logits_difference"] == 0
+
+
 @pytest.mark.parametrize(
     ("command", "plan"),
     [

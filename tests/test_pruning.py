@@ -41,6 +41,8 @@ from transformers import (
     JambaConfig,
     JambaForCausalLM,
     LlamaConfig,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -53,6 +55,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     SmolLM3Config,
@@ -428,14 +432,9 @@ LATENT = {
     **MOE,
     "first_k_dense_replace": 1,
 }
+PERIODIC = {**GATED, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2}
 UNDESCRIBABLE = {
-    "a dense layer first": (DeepseekV3ForCausalLM, DeepseekV3Config, LATENT, [0]),
-    "attention every so often": (
-        JambaForCausalLM,
-        JambaConfig,
-        {**GATED, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2},
-        [2, 3],
-    ),
+    "attention every so often": (JambaForCausalLM, JambaConfig, PERIODIC, [2, 3]),
     "a constant of the place": (DiffLlamaForCausalLM, DiffLlamaConfig, GATED, [2]),
     "a scale of the place": (
         GPT2LMHeadModel,
@@ -451,7 +450,7 @@ def test_a_cut_that_the_config_cannot_describe_is_refused_and_nothing_changes(ca
     *blueprint, cut = UNDESCRIBABLE[case]
     model = build(*blueprint)
     before, whole = portrait(model), logits_of(model)
-    with pytest.raises(sh.ModelError, match="cannot describe this cut"):
+    with pytest.raises(sh.ModelError, match=r"cannot describe this cut|cannot be built"):
         sh.drop_layers(model, cut)
     assert portrait(model) == before
     with pytest.raises(sh.ModelError), sh.without_layers(model, cut):
@@ -460,10 +459,31 @@ def test_a_cut_that_the_config_cannot_describe_is_refused_and_nothing_changes(ca
     assert torch.equal(logits_of(model), whole)
 
 
-def test_a_cut_that_leaves_the_dense_layers_alone_is_made(tmp_path):
-    model = build(DeepseekV3ForCausalLM, DeepseekV3Config, LATENT)
-    expected = skipping(model, [2, 4])
-    sh.drop_layers(model, [2, 4])
+EXPERTS = {"n_routed_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"}
+DEPTH_SCALED = {
+    **{key: value for key, value in LATENT.items() if key not in EXPERTS | MOE.keys()},
+    "scale_depth": 1.4,
+}
+DESCRIBABLE = {
+    "beside the dense layers": (DeepseekV3ForCausalLM, DeepseekV3Config, LATENT, [2, 4]),
+    "the only dense layer": (DeepseekV3ForCausalLM, DeepseekV3Config, LATENT, [0]),
+    "attention every so often": (JambaForCausalLM, JambaConfig, PERIODIC, [0, 1, 2]),
+    "indices of layers": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**HEADS, **MOE, "mlp_only_layers": [1, 4], "decoder_sparse_step": 1},
+        [0, 2],
+    ),
+    "a scale by the number of layers": (MiniCPM3ForCausalLM, MiniCPM3Config, DEPTH_SCALED, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("case", DESCRIBABLE)
+def test_a_cut_that_the_config_can_describe_otherwise_is_made(case, tmp_path):
+    *blueprint, cut = DESCRIBABLE[case]
+    model = build(*blueprint)
+    expected = skipping(model, cut)
+    sh.drop_layers(model, cut)
     assert torch.equal(logits_of(model), expected)
     assert_stock_loads_the_same(model, tmp_path / "cut")
 

@@ -4,7 +4,7 @@ import os
 import resource
 import stat
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import OutputError
-from shallower.storage import check_free, new_folder, write_file
+from shallower.storage import (
+    check_free,
+    new_folder,
+    partial_folder,
+    resumable_folder,
+    write_file,
+)
 
 NOBODY = 65534
 
@@ -310,3 +316,121 @@ def test_files_that_a_folder_only_links_to_keep_their_permissions(tmp_path):
     with new_folder(tmp_path / "out") as partial:
         (partial / "link").symlink_to(tmp_path / "private")
     assert permissions(tmp_path / "private") == 0o600
+
+
+# Folders whose work goes on.
+
+
+def half_done(path, job="job", **files):
+    """Leave what a body that fails leaves."""
+    with suppress(BodyError), resumable_folder(path, job) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        raise BodyError
+    assert not path.exists()
+
+
+def test_a_body_that_fails_goes_on_from_what_it_left(tmp_path):
+    path = tmp_path / "new"
+    half_done(path, a=b"a")
+    assert partial_folder(path) == tmp_path / ".new.partial"
+    with resumable_folder(path, "job") as folder:
+        assert tree(folder) == {"a": b"a"}
+        (folder / "b").write_bytes(b"b")
+        assert not path.exists()
+    assert tree(tmp_path) == {"new": None, "new/a": b"a", "new/b": b"b"}
+
+
+def test_what_another_job_or_another_place_left_is_discarded(tmp_path):
+    half_done(tmp_path / "new", a=b"a")
+    with resumable_folder(tmp_path / "new", "other") as folder:
+        assert tree(folder) == {}
+    alike = ["x" * 220 + end for end in "ab"]
+    half_done(tmp_path / alike[0], a=b"a")
+    with resumable_folder(tmp_path / alike[1], "job") as folder:
+        assert tree(folder) == {}
+
+
+def test_a_body_that_leaves_nothing_leaves_nothing(tmp_path):
+    half_done(tmp_path / "new")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_what_a_body_raises_comes_through(tmp_path, error):
+    with pytest.raises(error), resumable_folder(tmp_path / "new", "job"):
+        raise error
+
+
+@pytest.mark.parametrize("stranger", ["folder", "file"])
+def test_a_stranger_in_the_place_of_the_work_is_kept(tmp_path, stranger):
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / stranger).write_bytes(b"mine")
+    before = tree(tmp_path)
+    with (
+        pytest.raises(OutputError, match="in the way"),
+        resumable_folder(tmp_path / "new", "job"),
+    ):
+        pytest.fail("the body ran")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_the_work_goes_on_in_a_folder_alone(tmp_path, kind):
+    (tmp_path / "elsewhere").mkdir()
+    if kind == "link":
+        (tmp_path / ".new.partial").symlink_to("elsewhere")
+    else:
+        (tmp_path / ".new.partial").write_bytes(b"mine")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError), resumable_folder(tmp_path / "new", "job"):
+        pytest.fail("the body ran")
+    assert tree(tmp_path) == before
+
+
+def test_a_death_before_the_journal_was_written_is_no_obstacle(tmp_path):
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / ".journal.0123.partial").write_bytes(b"j")
+    with resumable_folder(tmp_path / "new", "job") as folder:
+        (folder / "a").write_bytes(b"a")
+    assert tree(tmp_path) == {"new": None, "new/a": b"a"}
+
+
+def test_a_death_after_the_renaming_is_no_obstacle(tmp_path):
+    half_done(tmp_path / "new", a=b"a")
+    (tmp_path / ".new.partial" / "folder").rename(tmp_path / "new")
+    with resumable_folder(tmp_path / "new", "job", overwrite=True) as folder:
+        assert tree(folder) == {}
+        (folder / "b").write_bytes(b"b")
+    assert tree(tmp_path) == {"new": None, "new/b": b"b"}
+
+
+def test_one_at_a_time_writes_a_folder(tmp_path):
+    with resumable_folder(tmp_path / "new", "job") as folder:
+        (folder / "a").write_bytes(b"a")
+        with (
+            pytest.raises(OutputError, match="another process is writing it"),
+            resumable_folder(tmp_path / "new", "job"),
+        ):
+            pytest.fail("the body ran")
+    assert tree(tmp_path) == {"new": None, "new/a": b"a"}
+
+
+@pytest.mark.parametrize("name", OCCUPIED)
+def test_resumed_work_replaces_only_when_told_so(occupied, name):
+    before = tree(occupied)
+    with (
+        pytest.raises(OutputError, match="exists already"),
+        resumable_folder(occupied / name, "job"),
+    ):
+        pytest.fail("the body ran")
+    assert tree(occupied) == before
+    with resumable_folder(occupied / name, "job", overwrite=True) as folder:
+        (folder / "a").write_bytes(b"a")
+    assert tree(occupied / name) == {"a": b"a"}
+    assert not list(occupied.glob(".*"))
+
+
+def test_a_resumed_folder_in_a_forbidden_folder_is_refused(forbidden):
+    with pytest.raises(OutputError), resumable_folder(forbidden / "new", "job"):
+        pytest.fail("the body ran")

@@ -29,6 +29,7 @@ from .selection import deepest_block
 from .similarity import Scan, analyse_states
 
 if TYPE_CHECKING:
+    from .checkpoint import prune_checkpoint
     from .evaluation import evaluate_loss
     from .figures import save_heat_map
     from .models.loading import load_model
@@ -44,6 +45,7 @@ _NEED_TORCH = {
     "drop_layers": ".pruning",
     "without_layers": ".pruning",
     "save_model": ".pruning",
+    "prune_checkpoint": ".checkpoint",
     "evaluate_loss": ".evaluation",
     "save_heat_map": ".figures",
 }
@@ -79,6 +81,7 @@ __all__ = [
     "evaluate_loss",
     "load_model",
     "plan_gguf",
+    "prune_checkpoint",
     "prune_gguf",
     "run",
     "save_heat_map",

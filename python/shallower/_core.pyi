@@ -1,11 +1,12 @@
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Accumulator", "Gguf", "__version__"]
+__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__"]
 
 __version__: str
 
@@ -38,6 +39,35 @@ class Accumulator:
     def variance(self, metric: str) -> NDArray[np.float64]: ...
     def best_start(self, metric: str, n: int) -> int: ...
     def to_words(self, metric: str) -> NDArray[np.uint64]: ...
+
+@final
+class Checkpoint:
+    def __new__(cls, folder: str | PathLike[str]) -> Checkpoint: ...
+    @property
+    def folder(self) -> Path: ...
+    def resolve(self, name: str) -> Path: ...
+    def tensors(self) -> list[tuple[str, str, list[int], Path]]: ...
+    def cut(
+        self,
+        prefixes: list[str],
+        num_layers: int,
+        survivors: list[int],
+        max_shard_size: int,
+    ) -> Job: ...
+
+@final
+class Job:
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def journal(self) -> str: ...
+    @property
+    def files(self) -> list[tuple[str, int]]: ...
+    def write(
+        self,
+        folder: str | PathLike[str],
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None: ...
 
 @final
 class Gguf:

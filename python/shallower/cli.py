@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -196,7 +197,14 @@ def prune_command(
     out: CutOut,
     drop: Drop = None,
     plan: PlanPath = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(help="Of the weights; by default as stored in a folder, else bfloat16."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Bytes in a file of weights at most, 5GB by default; without --dtype."),
+    ] = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -210,13 +218,16 @@ def prune_command(
 ) -> None:
     """Drop layers, and save a standard checkpoint with the plan beside it.
 
+    A folder of safetensors is cut on disk, without loading it, unless --dtype asks for
+    another dtype than the stored one; when interrupted, the same command goes on.
     With an --out that ends in .gguf, a GGUF file is cut directly, without loading it.
     """
     if out.suffix == ".gguf":
         path = _gguf_source(model, gguf_file)
         _refuse_options(
             {
-                f"--dtype {dtype}": dtype != "bfloat16",
+                f"--dtype {dtype}": dtype is not None,
+                "--max-shard-size": max_shard_size is not None,
                 "--device-map": device_map is not None,
                 "--trust-remote-code": trust_remote_code,
                 "--verify": verify,
@@ -231,30 +242,80 @@ def prune_command(
     check_free(out, overwrite)
     if out.exists() and Path(model).exists() and out.samefile(model):
         raise OutputError(f"{out} is the model itself: name another folder for the cut")
-    if dry_run:
-        described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
-        _say_dry_run({"prune": model, **described, "write": [str(out)]}, as_json)
-        return
-    from .models.identity import identify
-    from .pipeline import verify_checkpoint
-    from .pruning import save_model, without_layers
+    described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
+    dry = {"prune": model, **described, "write": [str(out)]}
+    loaded = None
+    if _is_cut_on_disk(model, dtype, gguf_file):
+        from .checkpoint import prepare
 
-    loaded, tokenizer = _load(model, dtype, device_map, gguf_file, trust_remote_code)
-    identity = identify(loaded)
-    wanted.check_model(identity)
-    if wanted.model is None:
-        wanted = Plan(total, wanted.blocks, wanted.strategy, wanted.metric, identity)
-    with without_layers(loaded, wanted.blocks):
-        save_model(loaded, tokenizer, out, wanted, overwrite)
+        size = max_shard_size or "5GB"
+        cut = prepare(model, wanted.blocks, size, wanted, trust_remote_code)
+        if dry_run:
+            _say_dry_run({**dry, "bytes": cut.num_bytes}, as_json)
+            return
+        wanted = cut.plan
+        cut.write(out, overwrite)
+        dtype = _plain_dtype(model)
+    elif max_shard_size is not None:
+        raise OutputError(
+            "--max-shard-size goes with a folder of safetensors that is cut as it is stored: leave "
+            "it out, or leave out --dtype"
+        )
+    elif dry_run:
+        _say_dry_run(dry, as_json)
+        return
+    else:
+        dtype = dtype or "bfloat16"
+        loaded = _load(model, dtype, device_map, gguf_file, trust_remote_code)
+        wanted = _prune_in_memory(*loaded, out, wanted, overwrite)
     difference = None
     if verify:
+        from .pipeline import verify_checkpoint
+
+        loaded = loaded or _load(model, dtype, device_map, gguf_file, trust_remote_code)
         text = "The quick brown fox jumps over the lazy dog, and then it does so again."
-        difference = verify_checkpoint(loaded, tokenizer, out, wanted.blocks, text)
+        difference = verify_checkpoint(*loaded, out, wanted.blocks, text)
     if as_json:
         _print_json({**wanted.to_json(), "max_logits_difference": difference, "written": str(out)})
     else:
         checked = [] if difference is None else [f"logits differ by at most {difference:.2g}"]
         _print(plan_table(wanted), *checked, f"wrote {out}")
+
+
+def _is_cut_on_disk(model: str, dtype: DtypeName | None, gguf_file: str | None) -> bool:
+    from .checkpoint import is_checkpoint, stored_dtype
+
+    if gguf_file is not None or not is_checkpoint(model):
+        return False
+    return dtype is None or dtype == stored_dtype(model)
+
+
+def _plain_dtype(model: str) -> DtypeName:
+    """What a folder's weights are loaded in as they are stored."""
+    from .checkpoint import stored_dtype
+
+    stored = stored_dtype(model)
+    plain: tuple[DtypeName, ...] = ("float32", "float16")
+    return next((dtype for dtype in plain if dtype == stored), "bfloat16")
+
+
+def _prune_in_memory(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    out: Path,
+    plan: Plan,
+    overwrite: bool,
+) -> Plan:
+    from .models.identity import identify
+    from .pruning import save_model, without_layers
+
+    identity = identify(model)
+    plan.check_model(identity)
+    if plan.model is None:
+        plan = replace(plan, model=identity)
+    with without_layers(model, plan.blocks):
+        save_model(model, tokenizer, out, plan, overwrite)
+    return plan
 
 
 def _gguf_source(model: str, gguf_file: str | None) -> Path:

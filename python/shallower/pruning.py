@@ -8,6 +8,7 @@ network than the one in memory.
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from .errors import ModelError, OutputError
 from .models.architecture import DecoderLayers, find_layers, text_config
 from .models.identity import identify
 from .models.quantised import check_exact, clear_gguf_marks
+from .models.shortening import shorten
 from .storage import new_folder
 
 _BUILDING_ERRORS = (
@@ -73,7 +75,12 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
     found = find_layers(model)
     dropped = set(dropped_layers(len(found), layers))
     modules = found.modules
-    places = [(m, m.layer_idx) for m in modules.modules() if hasattr(m, "layer_idx")]
+    places = [
+        (module, name, vars(module)[name])
+        for module in modules.modules()
+        for name in PLACES
+        if name in vars(module)
+    ]
     configs = [(config, copy.copy(vars(config))) for config in _configs(model)]
     device_map = copy.copy(getattr(model, "hf_device_map", None))
     survivors = tuple(index for index in range(len(found)) if index not in dropped)
@@ -85,17 +92,17 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
         for config, values in configs:
             vars(config).clear()
             vars(config).update(values)
-        for module, place in places:
-            setattr(module, "layer_idx", place)  # noqa: B010
+        for module, name, place in places:
+            setattr(module, name, place)
         if device_map is not None:
             setattr(model, "hf_device_map", device_map)  # noqa: B010
 
 
 def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
     total = len(found)
-    _check_rebuild(model, found, survivors)
+    shortened_config(model, survivors)
     for live in _configs(model):
-        _shorten(live, total, survivors)
+        shorten(live, total, survivors)
     kept = [found.modules[index] for index in survivors]
     for new, (old, layer) in enumerate(zip(survivors, kept, strict=True)):
         _renumber(layer, old, new)
@@ -115,27 +122,15 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     return list(seen.values())
 
 
-def _shorten(config: Any, total: int, survivors: tuple[int, ...]) -> None:
-    """Slice the per-layer lists of a config by survivor, and set its layer count."""
-    per_layer = {
-        name: [value[index] for index in survivors]
-        for name, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == total and _is_per_layer(name)
-    }
-    for name, value in per_layer.items():
-        setattr(config, name, value)
-    config.num_hidden_layers = len(survivors)
-
-
-def _is_per_layer(name: str) -> bool:
-    """Lists that are not per layer, should they happen to have the right length."""
-    return not name.endswith(("_token_id", "_token_ids")) and name != "architectures"
+PLACES = ("layer_idx", "layer_id", "layer_number")
+"""Attributes by which a module knows its place, for its cache only."""
 
 
 def _renumber(layer: nn.Module, old: int, new: int) -> None:
     for module in layer.modules():
-        if getattr(module, "layer_idx", None) == old:
-            setattr(module, "layer_idx", new)  # noqa: B010
+        for name in PLACES:
+            if getattr(module, name, None) == old:
+                setattr(module, name, new)
 
 
 def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int, ...]) -> None:
@@ -154,13 +149,20 @@ def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int
     setattr(model, "hf_device_map", renamed)  # noqa: B010
 
 
-def _check_rebuild(
-    model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
-) -> None:
-    """Refuse a cut if a model built from the new config would have other layers."""
+def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
+    """The config of a model with these layers alone, checked; the model stays as it is.
+
+    Args:
+        model: with weights, or on the meta device without any.
+        survivors: the indices of the layers that stay, ascending.
+
+    Raises:
+        ModelError: a model built from the new config would have other layers.
+    """
+    found = find_layers(model)
     config = copy.deepcopy(model.config)
     try:
-        _shorten(config.get_text_config(decoder=True), len(found), survivors)
+        shorten(config.get_text_config(decoder=True), len(found), survivors)
         with torch.device("meta"):
             whole = type(model)(config)
         twin = find_layers(whole).modules
@@ -177,6 +179,7 @@ def _check_rebuild(
                 f"the config of {type(model).__name__} cannot describe this cut: layer {old} "
                 f"would be layer {new}, and a stock loader would build it with {difference}"
             )
+    return config
 
 
 def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, path: str) -> None:
@@ -220,9 +223,9 @@ def _difference(layer: nn.Module, twin: nn.Module, old: int, new: int) -> str | 
         if type(module) is not type(other) and not isinstance(other, nn.Linear):
             return f"{path or 'the layer'} a {type(other).__name__}, not a {type(module).__name__}"
         for name, value in _plain_attributes(module).items():
-            expected = new if name == "layer_idx" and value == old else value
+            expected = new if name in PLACES and value == old else value
             built = getattr(other, name, expected)
-            if built != expected:
+            if built != expected and not _close(built, expected):
                 return f"{path + '.' if path else ''}{name} = {built!r}, not {expected!r}"
         if type(module) is type(other):
             for name, parameter in other.named_parameters(recurse=False):
@@ -230,6 +233,12 @@ def _difference(layer: nn.Module, twin: nn.Module, old: int, new: int) -> str | 
                 if shape != parameter.shape:
                     return f"{path}.{name} of shape {tuple(parameter.shape)}, not {shape}"
     return None
+
+
+def _close(built: Any, expected: Any) -> bool:
+    """Equal up to the rounding of a scale that was computed another way."""
+    both = isinstance(built, float) and isinstance(expected, float)
+    return both and math.isclose(built, expected, rel_tol=1e-12)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Writing so that nothing is ever half-written: a temporary sibling, then a rename."""
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -104,6 +105,94 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder that becomes ``path`` when the body succeeds, and else stays for the next run.
+
+    Work goes on in the hidden sibling ``.NAME.partial``, which holds a journal and the folder
+    to be. What it holds of the same ``job`` is given again, and what it holds of another one
+    is discarded; one process at a time may write. A body that leaves the folder empty leaves
+    nothing.
+
+    Args:
+        path: a folder that does not exist yet, or is empty.
+        job: a text that tells this work from any other.
+        overwrite: replace what is at ``path``, once the new folder is complete.
+
+    Raises:
+        OutputError: ``path`` holds something already and ``overwrite`` is off, the place
+            cannot be written to, another process writes there, or the hidden sibling is not
+            what an earlier run left.
+    """
+    path = Path(path)
+    check_free(path, overwrite)
+    work = partial_folder(path)
+    lock = _lock(work, path)
+    try:
+        with _refusing(path):
+            folder = _begin(work, f"{path.absolute()}\n{job}")
+        try:
+            yield folder
+            check_free(path, overwrite)
+            with _refusing(path):
+                _settle(folder)
+                _flush(folder)
+                _put(folder, path)
+                _flush(path.absolute().parent)
+        finally:
+            if not folder.is_dir() or not any(folder.iterdir()):
+                shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def partial_folder(path: Path) -> Path:
+    """Where :func:`resumable_folder` works on ``path``.
+
+    Raises:
+        OutputError: ``path`` has no name.
+    """
+    return _hidden(path, "partial")
+
+
+def _lock(work: Path, path: Path) -> int:
+    """Hold a folder against other processes; the system lets go of it when this one dies."""
+    while True:
+        with _refusing(path):
+            work.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(work.stat(), os.fstat(descriptor)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # the process that held it has just finished
+        except OSError as error:
+            os.close(descriptor)
+            raise OutputError(
+                f"cannot write {path}: another process is writing it ({error}); wait for it, or "
+                f"choose another place"
+            ) from error
+        os.close(descriptor)
+
+
+def _begin(work: Path, job: str) -> Path:
+    """The folder of an earlier run of this job, or an empty one."""
+    journal, folder = work / _JOURNAL, work / "folder"
+    found = journal.read_bytes() if journal.is_file() else None
+    strangers = [entry for entry in work.iterdir() if _JOURNAL not in entry.name]
+    if found is None and strangers:
+        raise OutputError(f"{work} is in the way, and was left by something else: move it away")
+    if found != job.encode():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_file(journal, job.encode())
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+_JOURNAL = "journal"
+
+
+@contextmanager
 def _refusing(path: Path) -> Iterator[None]:
     try:
         yield
@@ -112,10 +201,14 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _sibling(path: Path, suffix: str) -> Path:
+    return _hidden(path, f"{secrets.token_hex(4)}.{suffix}")
+
+
+def _hidden(path: Path, suffix: str) -> Path:
     path = path.absolute()
     if not path.name:
         raise OutputError(f"cannot write {path}: it has no name")
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.{suffix}")
+    return path.with_name(f".{path.name[:200]}.{suffix}")
 
 
 def _put(partial: Path, path: Path) -> None:
@@ -143,3 +236,11 @@ def _settle(folder: Path) -> None:
             file.chmod(mode)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from .shortening import LAYER_COUNTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +54,29 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_layers(model: nn.Module) -> DecoderLayers:
-    """Find the list of decoder layers: the decoder's module list of ``num_hidden_layers``
-    modules, the one with the most parameters if there are several.
+    """Find the list of decoder layers: the decoder's module list of as many modules as its
+    config counts, the one with the most parameters if there are several.
 
     Raises:
         ModelError: there is no such list, or a layer's parts are spread over several.
     """
-    count = getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    names = (*LAYER_COUNTS, "num_layers")  # LongCat-Flash counts two attentions a layer first
+    counts = {c for c in (getattr(config, name, None) for name in names) if isinstance(c, int)}
     lists = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 0
     ]
-    fitting = [item for item in lists if len(item[1]) == count]
+    fitting = [item for item in lists if len(item[1]) in counts]
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     inside = {id(module) for module in decoder.modules()}
     fitting = [item for item in fitting if id(item[1]) in inside] or fitting
     if not fitting:
         seen = ", ".join(f"{path} ({len(module)})" for path, module in lists) or "none"
         raise ModelError(
-            f"no list of {count} decoder layers in {type(model).__name__}; its module lists: {seen}"
+            f"no list of {' or '.join(map(str, sorted(counts)))} decoder layers in "
+            f"{type(model).__name__}; its module lists: {seen}"
         )
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in fitting}
     path = max(sizes, key=lambda path: sizes[path])

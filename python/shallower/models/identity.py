@@ -1,6 +1,7 @@
 """Knowing a model again, whatever the dtype it is loaded in."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,25 +23,46 @@ def identify(model: PreTrainedModel) -> ModelIdentity:
     """
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
+
+    def read(path: str, name: str) -> torch.Tensor:
+        module = model.get_submodule(path)
+        with align_module_device(module):
+            return getattr(module, name).detach().cpu()
+
+    return _identity(model, read, stored_dtype(model))
+
+
+def identify_stored(
+    model: PreTrainedModel, read: Callable[[str], torch.Tensor], dtype: str
+) -> ModelIdentity:
+    """The identity of a checkpoint that is not loaded: the one of the model once it is.
+
+    Args:
+        model: the model of its config, on the meta device.
+        read: gives a weight by the name that it has in the model.
+        dtype: what the weights are stored in.
+    """
+    return _identity(model, lambda path, name: read(f"{path}.{name}"), dtype)
+
+
+def _identity(
+    model: PreTrainedModel, read: Callable[[str, str], torch.Tensor], dtype: str
+) -> ModelIdentity:
     config = text_config(model)
     num_layers = len(find_layers(model))
     digest = hashlib.sha256()
     shape = (config.model_type, num_layers, config.hidden_size, config.vocab_size)
     digest.update(repr(shape).encode())
     for path, module in model.named_modules():
-        names = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 1]
-        if not names:
-            continue
-        with align_module_device(module):
-            for name in names:
-                weight = getattr(module, name).detach().to(torch.bfloat16).cpu()
-                bits = weight.view(torch.uint16).numpy()
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 1:
+                bits = read(path, name).to(torch.bfloat16).view(torch.uint16).numpy()
                 digest.update(f"{path}.{name}".encode() + bits.tobytes())
     return ModelIdentity(
         name=Path(str(config.name_or_path)).name or type(model).__name__,
         model_type=config.model_type,
         num_layers=num_layers,
-        dtype=stored_dtype(model),
+        dtype=dtype,
         fingerprint=digest.hexdigest(),
     )
 

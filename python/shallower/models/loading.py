@@ -98,6 +98,23 @@ def count_layers(
     return count
 
 
+def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model that a folder's config describes, without weights.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
+    source, _ = _locate(folder, None)
+    options = {"trust_remote_code": trust_remote_code}
+    config = _call(AutoConfig.from_pretrained, source, **options)
+
+    def build(_source: str, **options: Any) -> PreTrainedModel:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **options)
+
+    return _call(build, source, **options)
+
+
 def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     path = Path(path_or_id).expanduser()
     if path.is_file():

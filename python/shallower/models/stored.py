@@ -1,0 +1,231 @@
+"""What a checkpoint's files say of its layers: the names of tensors, the config.
+
+Plain names and JSON values; it knows no torch and opens no file. Quantisation configs differ
+from tool to tool, but all name modules in lists or as keys: a name that counts a layer is
+renumbered wherever it stands, and goes if the layer goes.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import ModelError
+
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+"""The keys of a config under which modules are named."""
+
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype", *QUANTISATION_KEYS)
+
+
+def find_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
+    """The prefix of the layers' tensors in a checkpoint, such as ``model.layers.``.
+
+    Args:
+        names: of all tensors.
+        path: where the layers are in the model, such as ``model.layers``; checkpoints of a
+            model without its head lack the first part.
+        num_layers: layers of the model.
+
+    Raises:
+        ModelError: no such tensors, or their numbers are not ``0 .. num_layers-1``.
+    """
+    numbers: dict[str, set[int]] = {}
+    pattern = re.compile(rf"(?:^|\.){re.escape(path.rpartition('.')[2])}\.(\d{{1,9}})(?:\.|$)")
+    for name in names:
+        for match in pattern.finditer(name):
+            numbers.setdefault(name[: match.start(1)], set()).add(int(match[1]))
+    prefixes = [f"{tail}." for tail in _tails(path)]
+    whole = [prefix for prefix, found in numbers.items() if found == set(range(num_layers))]
+    prefix = next((prefix for prefix in prefixes if prefix in numbers), None)
+    if prefix is None and len(whole) == 1:
+        prefix = whole[0]
+    if prefix is None:
+        raise ModelError(
+            f"no tensors of the layers {path}.0 .. {path}.{num_layers - 1} in the checkpoint; what "
+            f"is counted there: {', '.join(sorted(numbers)[:5]) or 'nothing'}"
+        )
+    wrong = sorted(numbers[prefix] ^ set(range(num_layers)))
+    if wrong:
+        raise ModelError(
+            f"the config counts {num_layers} layers, and the checkpoint "
+            f"{'lacks' if wrong[0] < num_layers else 'also has'} {prefix}{wrong[0]}: extra layers, "
+            f"as for multi-token prediction, cannot be cut on disk"
+        )
+    return prefix
+
+
+def _tails(path: str) -> Iterator[str]:
+    """A dotted path without its first part, its first two, and so on, longest first."""
+    parts = path.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def check_alike(layers: Sequence[Mapping[str, str]], kinds: Sequence[object]) -> None:
+    """Refuse a layer that lacks tensors which another one of its kind has.
+
+    A module may be quantised in one layer and plain in another: its tensors then differ in
+    dtype as well. Missing are those that are absent beside tensors of the same dtypes.
+
+    Args:
+        layers: for each layer, the dtypes of its tensors by their name in the layer.
+        kinds: for each layer, what layers that should be alike have in common.
+
+    Raises:
+        ModelError: it names the layer and the tensor.
+    """
+    modules: dict[tuple[int, str], dict[str, str]] = {}
+    stems: dict[object, set[str]] = {}
+    for index, layer in enumerate(layers):
+        for name, dtype in layer.items():
+            stem = module_of(name)
+            modules.setdefault((index, stem), {})[name] = dtype
+            stems.setdefault(kinds[index], set()).add(stem)
+    for kind, names in stems.items():
+        alike = [index for index, other in enumerate(kinds) if other == kind]
+        for stem in sorted(names):
+            _check_module([(index, modules.get((index, stem), {})) for index in alike])
+
+
+def _check_module(forms: Sequence[tuple[int, Mapping[str, str]]]) -> None:
+    distinct: dict[tuple[tuple[str, str], ...], int] = {}
+    for index, form in forms:
+        distinct.setdefault(tuple(sorted(form.items())), index)
+    for poor, index in distinct.items():
+        for rich, other in distinct.items():
+            if set(poor) < set(rich):
+                name = min(set(rich) - set(poor))[0]
+                raise ModelError(
+                    f"layer {index} lacks the tensor {name}, which layer {other} has: the "
+                    f"checkpoint is incomplete, fetch it anew"
+                )
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor belongs to, also one of bitsandbytes' states of a weight."""
+    head, weight, _ = name.partition(".weight.")
+    return head if weight else name.rpartition(".")[0]
+
+
+def edit_config(
+    raw: Mapping[str, Any],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    aliases: Mapping[str, str],
+) -> dict[str, Any]:
+    """The JSON of a config with what differs between two states of it, and nothing else.
+
+    Args:
+        raw: the file, unknown keys included.
+        before: all values, as transformers reads the file.
+        after: all values, as they shall be.
+        aliases: other names of keys, with the keys.
+    """
+    edited = dict(raw)
+    for name, value in after.items():
+        if name in before and before[name] == value:
+            continue
+        key = name
+        if name not in raw:
+            key = next((a for a, of in aliases.items() if of == name and a in raw), name)
+        if isinstance(value, dict) and isinstance(before.get(name), dict):
+            edited[key] = edit_config(raw.get(key) or {}, before[name], value, aliases)
+        else:
+            edited[key] = value
+    return edited
+
+
+def same_config(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether two configs build the same model, whatever wrote them."""
+    return bool(_essence(left) == _essence(right))
+
+
+def _essence(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        items = ((k, v) for k, v in value.items() if k not in _VOLATILE and str(k)[:1] != "_")
+        return {key: _essence(item) for key, item in items}
+    return [_essence(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class Renumbering:
+    """The names of modules after a cut.
+
+    Args:
+        paths: where the layers are: in the model, and in the checkpoint if that differs.
+        survivors: the indices of the layers that stay, ascending.
+    """
+
+    def __init__(self, paths: Iterable[str], survivors: Sequence[int]) -> None:
+        tails = {f"{tail}." for path in paths for tail in _tails(path)}
+        self._prefixes = sorted(tails, key=len, reverse=True)
+        self._places = {str(old): new for new, old in enumerate(survivors)}
+
+    def rename(self, name: str) -> str | None:
+        """The new name of a module, ``None`` if its layer goes."""
+        for prefix in self._prefixes:
+            number, dot, tail = name.removeprefix(prefix).partition(".")
+            if not name.startswith(prefix) or not number.isdecimal():
+                continue
+            place = self._places.get(number)
+            return None if place is None else f"{prefix}{place}{dot}{tail}"
+        return name
+
+    def edit(self, value: Any) -> Any:
+        """A quantisation config with every module's name renumbered; regexes stay."""
+        if isinstance(value, dict):
+            named = ((self.rename(key), item) for key, item in value.items())
+            edited = {key: self.edit(item) for key, item in named if key is not None}
+            if isinstance(groups := value.get("config_groups"), dict):
+                edited["config_groups"] = self._groups(groups)
+            return edited
+        if isinstance(value, list):
+            items = [self.rename(item) if isinstance(item, str) else item for item in value]
+            return [self.edit(item) for item in items if item is not None]
+        return copy.deepcopy(value)
+
+    def _groups(self, groups: dict[str, Any]) -> dict[str, Any]:
+        """A group whose targets are all gone goes as well."""
+        edited: dict[str, Any] = self.edit(groups)
+        for name, group in groups.items():
+            targets = isinstance(group, dict) and group.get("targets")
+            if targets and not edited[name]["targets"]:
+                del edited[name]
+        return edited
+
+    def check_patterns(self, value: Any, modules: Iterable[str]) -> None:
+        """Refuse a quantisation config whose regexes would cover other layers than before.
+
+        Args:
+            value: the config.
+            modules: the names of all modules before the cut.
+
+        Raises:
+            ModelError: it names the regex and the module.
+        """
+        patterns = sorted(set(_patterns(value)))
+        pairs = [(old, new) for old in modules if (new := self.rename(old)) not in (None, old)]
+        for text in patterns if pairs else ():
+            try:
+                pattern = re.compile(text.partition(":")[2])
+            except re.error as error:
+                raise ModelError(f"the regex {text!r} of the config is broken: {error}") from error
+            for old, new in pairs:
+                if bool(pattern.match(old)) != bool(pattern.match(new or "")):
+                    raise ModelError(
+                        f"the regex {text!r} of the quantisation config tells layers apart by "
+                        f"number: {old} would become {new}, which it treats otherwise; name the "
+                        f"modules one by one instead"
+                    )
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """The regexes of compressed-tensors (``re:``) and GPTQModel (``+:``, ``-:``)."""
+    if isinstance(value, str) and value.startswith(("re:", "+:", "-:")):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _patterns(key)
+            yield from _patterns(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _patterns(item)

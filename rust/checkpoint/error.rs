@@ -1,0 +1,110 @@
+//! What can be wrong with a checkpoint, a cut, or the place to write to.
+
+use std::io;
+use std::path::PathBuf;
+
+/// A checkpoint that cannot be read, or a cut that cannot be made or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that is not what its name promises, or that names what is not there.
+    #[error("{} is damaged or hostile: {what}; fetch it anew from where it comes", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A file that leads out of the checkpoint's folder.
+    #[error(
+        "{} leads to {}, outside of its folder: put the file itself there",
+        path.display(), target.display()
+    )]
+    Outside {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
+    /// No weights in the folder.
+    #[error(
+        "{} holds neither model.safetensors nor model.safetensors.index.json: expected a checkpoint of safetensors",
+        _0.display()
+    )]
+    NoWeights(PathBuf),
+    /// The operating system refused to read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// A source that is not what it was when its header was read.
+    #[error("{} was changed while it was being copied: start again when it is at rest", _0.display())]
+    Changed(PathBuf),
+    /// A file that ended before its tensors did.
+    #[error("{} ended early while it was being copied", _0.display())]
+    EndedEarly(PathBuf),
+    /// Layers to keep that are none, or not in order.
+    #[error(
+        "cannot keep the layers {survivors:?} of {num_layers}: expected ascending indices below {num_layers}, at least one"
+    )]
+    Survivors {
+        /// The layers asked for.
+        survivors: Vec<u64>,
+        /// Layers of the model.
+        num_layers: u64,
+    },
+    /// A prefix that names no list of layers.
+    #[error(
+        "{0:?} is no prefix of layers: expected a name with a dot at its end, as \"model.layers.\""
+    )]
+    Prefix(String),
+    /// A tensor of a layer that the model does not have.
+    #[error(
+        "the tensor {name} is of a layer that the model does not have: its {num_layers} layers are 0 .. {last}",
+        last = num_layers - 1
+    )]
+    NoSuchLayer {
+        /// The tensor.
+        name: String,
+        /// Layers of the model.
+        num_layers: u64,
+    },
+    /// A shard size that nothing fits in, or whose header would be too long.
+    #[error("cannot make shards of {size} bytes: {what}")]
+    ShardSize {
+        /// The size asked for.
+        size: u64,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The operating system refused to write, or to copy.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The caller's progress asked to stop.
+    #[error("the copy was cancelled; what is complete stays for the next run")]
+    Cancelled,
+}
+
+impl Error {
+    pub(super) fn read(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Read { path, source }
+    }
+
+    pub(super) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Write { path, source }
+    }
+
+    pub(super) fn damaged(path: impl Into<PathBuf>) -> impl FnOnce(String) -> Self {
+        let path = path.into();
+        move |what| Self::Damaged { path, what }
+    }
+}
