@@ -158,7 +158,7 @@ def compare_cuts(
     for n in sizes:
         best, deepest = (
             scanned.best_block(n),
-            _scored(scanned, deepest_block(scanned.num_layers, n)),
+            scanned.scored(deepest_block(num_layers, n)),
         )
         for strategy, block in (("similarity", best), ("deepest", deepest)):
             if block not in losses:
@@ -168,13 +168,6 @@ def compare_cuts(
                     )
             cuts.append(Cut(strategy, block, losses[block]))
     return Comparison(base, tuple(cuts))
-
-
-def _scored(scanned: Scan, block: Block) -> Block:
-    metric = scanned.metrics[0] if "angular" not in scanned.metrics else "angular"
-    mean = float(scanned.mean(metric)[block.start, block.stop])
-    stderr = float(scanned.stderr(metric)[block.start, block.stop])
-    return Block(block.start, block.stop, 1 - mean if metric == "cosine" else mean, stderr)
 
 
 def logits_difference(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
 from .errors import ModelError, OutputError
-from .models.architecture import DecoderLayers, find_layers, text_config
+from .models.architecture import DecoderLayers, find_layers, require_weights, text_config
 from .models.identity import identify
 from .models.quantised import check_exact, clear_gguf_marks
 from .models.shortening import shorten
@@ -171,7 +171,7 @@ def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
             f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
             f"{' '.join(str(error).split())}"
         ) from error
-    _check_outside(model, whole, found.path)
+    _check_outside(model, whole, found)
     for new, old in enumerate(survivors):
         difference = _difference(found.modules[old], twin[new], old, new)
         if difference:
@@ -182,10 +182,10 @@ def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
     return config
 
 
-def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, path: str) -> None:
+def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, found: DecoderLayers) -> None:
     """Refuse a cut if what lies outside the layers depends on their number, or is shared."""
-    built = _shapes_outside(twin, path)
-    for name, shape in _shapes_outside(model, path).items():
+    built = _shapes_outside(twin, found.path)
+    for name, shape in _shapes_outside(model, found.path).items():
         twin_shape = built.pop(name, None)
         if shape is not None and twin_shape != shape:
             raise ModelError(
@@ -195,7 +195,7 @@ def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, path: str) -> 
     if built:
         raise ModelError(f"{type(model).__name__} would be built with other weights: {min(built)}")
     owners: dict[int, int] = {}
-    for index, layer in enumerate(find_layers(model).modules):
+    for index, layer in enumerate(found.modules):
         for name, parameter in layer.named_parameters():
             if owners.setdefault(id(parameter), index) != index:
                 raise ModelError(
@@ -272,8 +272,7 @@ def save_model(
         ModelError: weights that cannot be saved as they are.
     """
     check_exact(model)
-    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
-        raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
+    require_weights(model)
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
     dtype = model.config.dtype

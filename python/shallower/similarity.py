@@ -134,9 +134,14 @@ class Scan:
         metric = self._held(metric)
         check_size(self.num_layers, n)
         start = self._accumulator.best_start(metric, n)
-        mean = float(self.mean(metric)[start, start + n])
-        score = 1 - mean if metric == "cosine" else mean
-        return Block(start, start + n, score, float(self.stderr(metric)[start, start + n]))
+        return self.scored(Block(start, start + n), metric)
+
+    def scored(self, block: Block, metric: str | None = None) -> Block:
+        """The block with its ``score`` and ``stderr``, as :meth:`best_block` gives them."""
+        metric = self._held(metric)
+        mean = float(self.mean(metric)[block.start, block.stop])
+        stderr = float(self.stderr(metric)[block.start, block.stop])
+        return Block(block.start, block.stop, 1 - mean if metric == "cosine" else mean, stderr)
 
     def plan(self, n: int, metric: str | None = None) -> Plan:
         """The plan that drops :meth:`best_block`."""

@@ -43,19 +43,10 @@ def write_file(path: Path, content: bytes) -> None:
         OutputError: the place cannot be written to.
     """
     path = Path(path)
-    partial = _sibling(path, "partial")
-    with _refusing(path):
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder: a file name is needed")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with new_file(path, overwrite=True) as partial, _refusing(path), partial.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -67,14 +58,16 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
             off, or the place cannot be written to.
     """
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: a file name is needed")
-    check_free(path, overwrite)
     partial = _sibling(path, "partial")
-    try:
+    with _refusing(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder: a file name is needed")
+        check_free(path, overwrite)
         partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
         yield partial
-        partial.replace(path)
+        with _refusing(path):
+            partial.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
     finally:
@@ -208,6 +201,8 @@ def _hidden(path: Path, suffix: str) -> Path:
     path = path.absolute()
     if not path.name:
         raise OutputError(f"cannot write {path}: it has no name")
+    if "\0" in path.name:
+        raise OutputError(f"cannot write {path}: embedded null byte")
     return path.with_name(f".{path.name[:200]}.{suffix}")
 
 

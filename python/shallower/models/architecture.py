@@ -97,6 +97,16 @@ def _runner(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
+def require_weights(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are neither here nor offloaded.
+
+    Raises:
+        ModelError: they are on the meta device.
+    """
+    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
+
+
 def input_device(layers: DecoderLayers) -> torch.device:
     """Where token ids go."""
     parameter = next(layers.runner.parameters())

@@ -9,8 +9,7 @@ from accelerate.utils.modeling import align_module_device
 from transformers import PreTrainedModel
 
 from ..artifacts import ModelIdentity
-from ..errors import ModelError
-from .architecture import find_layers, text_config
+from .architecture import find_layers, require_weights, text_config
 
 
 def identify(model: PreTrainedModel) -> ModelIdentity:
@@ -21,8 +20,7 @@ def identify(model: PreTrainedModel) -> ModelIdentity:
     Raises:
         ModelError: the weights are not there.
     """
-    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
-        raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
+    require_weights(model)
 
     def read(path: str, name: str) -> torch.Tensor:
         module = model.get_submodule(path)

@@ -11,7 +11,7 @@ from typing import Any
 LAYER_COUNTS = ("num_hidden_layers", "num_blocks")
 """Where configs keep the number of decoder layers; others map theirs to the first."""
 
-LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers", "prefix_dense_layers")
+LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 """The number of first layers of another kind."""
 
 INDEX_LISTS = (
@@ -20,7 +20,6 @@ INDEX_LISTS = (
     "mlp_only_layers",
     "moe_layers",
     "rope_scaling_layers",
-    "no_rope_layer_indices",
     "hybrid_layer_ids",
 )
 """Lists of layer indices, 0-based."""
