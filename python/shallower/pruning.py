@@ -9,7 +9,7 @@ network than the one in memory.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
 from .errors import ModelError, OutputError
-from .models.architecture import DecoderLayers, find_layers, require_weights, text_config
+from .models.architecture import (
+    DecoderLayers,
+    find_layers,
+    packed_tables,
+    require_weights,
+    text_config,
+    undo_rescaling,
+)
 from .models.identity import identify
 from .models.quantised import check_exact, clear_gguf_marks
-from .models.shortening import shorten
+from .models.shortening import layer_counts, shorten
 from .storage import new_folder
 
 _BUILDING_ERRORS = (
@@ -82,6 +89,7 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
         if name in vars(module)
     ]
     configs = [(config, copy.copy(vars(config))) for config in _configs(model)]
+    tables = packed_tables(model, found)
     device_map = copy.copy(getattr(model, "hf_device_map", None))
     survivors = tuple(index for index in range(len(found)) if index not in dropped)
     _cut(model, found, survivors)
@@ -94,18 +102,23 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
             vars(config).update(values)
         for module, name, place in places:
             setattr(module, name, place)
+        for table in tables:
+            table.restore()
         if device_map is not None:
             setattr(model, "hf_device_map", device_map)  # noqa: B010
 
 
 def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
     total = len(found)
-    shortened_config(model, survivors)
+    twin = _checked_twin(model, found, survivors)[1]
+    undo_rescaling(model)
+    for table in packed_tables(model, found):
+        table.keep(survivors)
     for live in _configs(model):
         shorten(live, total, survivors)
     kept = [found.modules[index] for index in survivors]
-    for new, (old, layer) in enumerate(zip(survivors, kept, strict=True)):
-        _renumber(layer, old, new)
+    for layer, built in zip(kept, twin, strict=True):
+        _take_places(layer, built)
     setattr(found.owner, found.name, nn.ModuleList(kept))
     _renumber_device_map(model, found.path, survivors)
 
@@ -116,21 +129,25 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     seen = {id(main): main}
     for module in model.modules():
         config = getattr(module, "config", None)
-        same = type(config) is type(main)
-        if same and getattr(config, "num_hidden_layers", None) == main.num_hidden_layers:
+        if type(config) is type(main) and layer_counts(config) == layer_counts(main):
             seen.setdefault(id(config), config)
     return list(seen.values())
 
 
-PLACES = ("layer_idx", "layer_id", "layer_number")
-"""Attributes by which a module knows its place, for its cache only."""
+PLACES = (
+    "layer_idx", "layer_id", "layer_number",
+    "seed",  # BigBird's, whose causal model attends to all tokens
+    "layer_block_map", "layer_dic",  # Zamba's, from a layer's place to that of its adapters
+    "store_full_length_kv",  # Gemma's: the last layer of a kind, whose keys others may use
+)  # fmt: skip
+"""Attributes by which a module knows its place; none changes what a causal model computes."""
 
 
-def _renumber(layer: nn.Module, old: int, new: int) -> None:
-    for module in layer.modules():
+def _take_places(layer: nn.Module, twin: nn.Module) -> None:
+    for module, built in zip(layer.modules(), twin.modules(), strict=True):
         for name in PLACES:
-            if getattr(module, name, None) == old:
-                setattr(module, name, new)
+            if name in vars(module) and name in vars(built):
+                setattr(module, name, vars(built)[name])
 
 
 def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int, ...]) -> None:
@@ -159,49 +176,118 @@ def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
     Raises:
         ModelError: a model built from the new config would have other layers.
     """
-    found = find_layers(model)
-    config = copy.deepcopy(model.config)
+    return _checked_twin(model, find_layers(model), survivors)[0]
+
+
+def _checked_twin(
+    model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
+) -> tuple[Any, nn.ModuleList]:
+    """The shortened config, and the layers that a stock loader builds from it."""
     try:
-        shorten(config.get_text_config(decoder=True), len(found), survivors)
+        return _twin(model, found, survivors)
+    except ModelError as error:
+        others = _nearest(model, found, survivors)
+        raise ModelError(f"{error}; {others}") from error
+
+
+def _nearest(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> str:
+    """The nearest set of as many layers that could go, in words."""
+    total = len(found)
+    dropped = tuple(index for index in range(total) if index not in set(survivors))
+    for other in _candidates(dropped, total)[:MAX_CANDIDATES]:
+        try:
+            _twin(model, found, tuple(index for index in range(total) if index not in other))
+        except ModelError:
+            continue
+        blocks = ",".join(f"{block.start}:{block.stop}" for block in blocks_of(other))
+        return f"the nearest {len(other)} layers that could go are {blocks}"
+    return f"no {len(dropped)} layers near them could go"
+
+
+MAX_CANDIDATES = 40
+"""Sets of layers that are tried before it is said that none works."""
+
+
+def _candidates(dropped: tuple[int, ...], total: int) -> list[tuple[int, ...]]:
+    """Other sets of as many layers, nearest first: this one shifted, and contiguous blocks."""
+    count = len(dropped)
+    shifted = (tuple(index + by for index in dropped) for by in range(-total, total))
+    blocks = (tuple(range(start, start + count)) for start in range(total - count + 1))
+    inside = {c for c in (*shifted, *blocks) if c[0] >= 0 and c[-1] < total and c != dropped}
+
+    def distance(other: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        return sum(abs(a - b) for a, b in zip(other, dropped, strict=True)), other
+
+    return sorted(inside, key=distance)
+
+
+def _twin(
+    model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
+) -> tuple[Any, nn.ModuleList]:
+    config = copy.deepcopy(model.config)
+    decoder = config.get_text_config(decoder=True)
+    try:
+        shorten(decoder, len(found), survivors)
         with torch.device("meta"):
-            whole = type(model)(config)
-        twin = find_layers(whole).modules
+            whole = type(model)(type(config).from_dict(config.to_dict()))
+        layers = find_layers(whole)
     except _BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
             f"{' '.join(str(error).split())}"
         ) from error
+    twin = layers.modules
+    read = vars(text_config(whole))
+    for name, value in vars(decoder).items():
+        if isinstance(value, list) and read.get(name, value) != value:
+            raise ModelError(
+                f"the config of {type(model).__name__} cannot describe this cut: a stock loader "
+                f"would read {name} = {value} as {read[name]}"
+            )
+    if len(twin) != len(survivors):
+        raise ModelError(
+            f"the config of {type(model).__name__} cannot describe this cut: a stock loader would "
+            f"build {len(twin)} layers, not {len(survivors)}"
+        )
     _check_outside(model, whole, found)
+    sharing = getattr(decoder, "num_kv_shared_layers", 0) or 0
     for new, old in enumerate(survivors):
-        difference = _difference(found.modules[old], twin[new], old, new)
+        difference = _difference(found.modules[old], twin[new], sharing > 0)
         if difference:
             raise ModelError(
                 f"the config of {type(model).__name__} cannot describe this cut: layer {old} "
                 f"would be layer {new}, and a stock loader would build it with {difference}"
             )
-    return config
+    if _shared(found.modules[index] for index in survivors) != _shared(twin):
+        raise ModelError(
+            f"the layers of {type(model).__name__} share weights, and those of a checkpoint with "
+            f"the layers {list(survivors)} alone would share others"
+        )
+    return config, twin
 
 
 def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, found: DecoderLayers) -> None:
-    """Refuse a cut if what lies outside the layers depends on their number, or is shared."""
+    """Refuse a cut if what lies outside the layers depends on their number."""
     built = _shapes_outside(twin, found.path)
+    packed = {table.name for table in packed_tables(model, found)}
     for name, shape in _shapes_outside(model, found.path).items():
         twin_shape = built.pop(name, None)
-        if shape is not None and twin_shape != shape:
+        if shape is not None and twin_shape != shape and name not in packed:
             raise ModelError(
                 f"{name} of {type(model).__name__} depends on the number of layers: a cut would "
                 f"have to change it as well, which is not supported"
             )
     if built:
         raise ModelError(f"{type(model).__name__} would be built with other weights: {min(built)}")
-    owners: dict[int, int] = {}
-    for index, layer in enumerate(found.modules):
-        for name, parameter in layer.named_parameters():
-            if owners.setdefault(id(parameter), index) != index:
-                raise ModelError(
-                    f"layers {owners[id(parameter)]} and {index} of {type(model).__name__} share "
-                    f"the weight {name}, which a checkpoint of other layers cannot express"
-                )
+
+
+def _shared(layers: Iterable[nn.Module]) -> set[frozenset[tuple[int, str]]]:
+    """The groups of weights, by layer and name, that are one and the same."""
+    groups: dict[int, set[tuple[int, str]]] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), set()).add((index, name))
+    return {frozenset(group) for group in groups.values() if len(group) > 1}
 
 
 def _shapes_outside(model: PreTrainedModel, path: str) -> dict[str, torch.Size | None]:
@@ -213,8 +299,18 @@ def _shapes_outside(model: PreTrainedModel, path: str) -> dict[str, torch.Size |
     }
 
 
-def _difference(layer: nn.Module, twin: nn.Module, old: int, new: int) -> str | None:
-    """What a stock loader would build otherwise, in words."""
+INITIAL = {("MiniMaxLightningAttention", "num_hidden_layers")}
+"""Attributes that only initialise buffers, which a checkpoint holds."""
+
+
+def _difference(layer: nn.Module, twin: nn.Module, sharing: bool) -> str | None:
+    """What a stock loader would build otherwise, in words.
+
+    Args:
+        layer: as it is.
+        twin: as a stock loader builds it.
+        sharing: whether layers use the keys and values that earlier ones store.
+    """
     modules, twins = dict(layer.named_modules()), dict(twin.named_modules())
     if modules.keys() != twins.keys():
         return f"other modules: {sorted(modules.keys() ^ twins.keys())[:3]}"
@@ -223,10 +319,11 @@ def _difference(layer: nn.Module, twin: nn.Module, old: int, new: int) -> str | 
         if type(module) is not type(other) and not isinstance(other, nn.Linear):
             return f"{path or 'the layer'} a {type(other).__name__}, not a {type(module).__name__}"
         for name, value in _plain_attributes(module).items():
-            expected = new if name in PLACES and value == old else value
-            built = getattr(other, name, expected)
-            if built != expected and not _close(built, expected):
-                return f"{path + '.' if path else ''}{name} = {built!r}, not {expected!r}"
+            built = getattr(other, name, value)
+            may_differ = name in PLACES and not (sharing and name == "store_full_length_kv")
+            may_differ |= (type(module).__name__, name) in INITIAL
+            if built != value and not may_differ and not _close(built, value):
+                return f"{path + '.' if path else ''}{name} = {built!r}, not {value!r}"
         if type(module) is type(other):
             for name, parameter in other.named_parameters(recurse=False):
                 shape = getattr(getattr(module, name), "shape", None)
@@ -273,6 +370,7 @@ def save_model(
     """
     check_exact(model)
     require_weights(model)
+    undo_rescaling(model)
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
     dtype = model.config.dtype

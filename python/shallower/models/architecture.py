@@ -1,6 +1,6 @@
 """Where a model keeps its decoder layers, found by structure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from .shortening import LAYER_COUNTS
+from .shortening import layer_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,9 @@ def find_layers(model: nn.Module) -> DecoderLayers:
         ModelError: there is no such list, or a layer's parts are spread over several.
     """
     config = text_config(model)
-    names = (*LAYER_COUNTS, "num_layers")  # LongCat-Flash counts two attentions a layer first
-    counts = {c for c in (getattr(config, name, None) for name in names) if isinstance(c, int)}
+    counts = set(layer_counts(config).values())
+    if isinstance(count := vars(config).get("num_layers"), int):
+        counts.add(count)  # LongCat-Flash counts two attentions a layer first
     lists = [
         (path, module)
         for path, module in model.named_modules()
@@ -95,6 +96,70 @@ def _runner(model: nn.Module, path: str) -> nn.Module:
     while path and not isinstance(model.get_submodule(path), PreTrainedModel):
         path = path.rpartition(".")[0]
     return model.get_submodule(path)
+
+
+PACKED_TABLES = {
+    "embed_tokens_per_layer.weight": 1,
+    "per_layer_model_projection.weight": 0,
+}
+"""Weights beside the layers that hold a part for each of them, side by side on this axis.
+
+Gemma 3n and Gemma 4: per-layer embeddings.
+"""
+
+
+class PackedTable:
+    """A weight with a part for every layer.
+
+    Attributes:
+        name: its full name in the model.
+        axis: the axis that is divided among the layers.
+    """
+
+    def __init__(self, model: nn.Module, name: str, axis: int, num_layers: int) -> None:
+        self.name, self.axis = name, axis
+        path, _, self._key = name.rpartition(".")
+        self._module = model.get_submodule(path)
+        self._whole = getattr(self._module, self._key)
+        self._num_layers = num_layers
+
+    def keep(self, layers: Sequence[int]) -> None:
+        """Keep the parts of some layers, ascending."""
+        parts = self._whole.detach().unflatten(self.axis, (self._num_layers, -1))
+        kept = parts.index_select(self.axis, torch.tensor(layers, device=parts.device))
+        self._put(nn.Parameter(kept.flatten(self.axis, self.axis + 1), self._whole.requires_grad))
+
+    def restore(self) -> None:
+        """Keep the parts of all layers again."""
+        self._put(self._whole)
+
+    def _put(self, weight: nn.Parameter) -> None:
+        setattr(self._module, self._key, weight)
+        rows, columns = weight.shape
+        if isinstance(self._module, nn.Embedding):
+            self._module.embedding_dim = columns
+        elif isinstance(self._module, nn.Linear):
+            self._module.out_features = rows
+
+
+def packed_tables(model: nn.Module, layers: DecoderLayers) -> list[PackedTable]:
+    """The weights beside the layers that hold a part for each of them."""
+    prefix = layers.path.rpartition(".")[0]
+    return [
+        PackedTable(model, name, axis, len(layers))
+        for tail, axis in PACKED_TABLES.items()
+        for name, weight in model.named_parameters()
+        if name == ".".join(filter(None, (prefix, tail))) and weight.shape[axis] % len(layers) == 0
+    ]
+
+
+def undo_rescaling(model: nn.Module) -> None:
+    """Put back weights that RWKV divides in place, by their layer's number, for inference."""
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            training, module.training = module.training, True
+            module._rescale_layers()
+            module.training = training
 
 
 def require_weights(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 
 from ..errors import MissingExtraError, ModelError
 from .quantised import clear_gguf_marks, keep_exact, quantisation
+from .shortening import layer_counts
 
 Dtype = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
@@ -92,10 +93,10 @@ def count_layers(
     config = _call(
         AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
     )
-    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if not isinstance(count, int):
+    counts = layer_counts(config.get_text_config(decoder=True))
+    if not counts:
         raise ModelError(f"the config of {source} does not tell how many layers it has")
-    return count
+    return next(iter(counts.values()))
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -11,6 +11,9 @@ from typing import Any
 LAYER_COUNTS = ("num_hidden_layers", "num_blocks")
 """Where configs keep the number of decoder layers; others map theirs to the first."""
 
+DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
+"""Where configs keep it that count the layers of an encoder as well, which are then the first."""
+
 LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 """The number of first layers of another kind."""
 
@@ -21,14 +24,12 @@ INDEX_LISTS = (
     "moe_layers",
     "rope_scaling_layers",
     "hybrid_layer_ids",
+    "cross_attention_layers",
 )
 """Lists of layer indices, 0-based."""
 
 ONE_BASED_INDEX_LISTS = ("ple_layer_ids",)
 """Lists of layer indices, 1-based."""
-
-INDEX_KEYS = ("per_layer_config",)
-"""Mappings whose keys are layer indices."""
 
 CYCLED_LISTS = ("block_types",)
 """Patterns that are repeated until there is an entry for every layer."""
@@ -40,12 +41,15 @@ PATTERNS = (
 """Layer i is of another kind where ``i % period == offset``."""
 
 
-ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention", "hybrid"}
-"""Kinds of layers with keys and values in the cache."""
+WITHOUT_CACHE = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp"}
+"""Kinds of layers without keys and values in the cache."""
 
 
 def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
     """Rewrite a decoder's config for the layers that survive, in place.
+
+    Values are put past the config's own validation, which looks at one key at a time; they
+    are validated together when the config is read back.
 
     Args:
         config: of transformers, the decoder's part.
@@ -55,33 +59,65 @@ def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
     Raises:
         ValueError: a pattern that the survivors do not follow.
     """
+    values = vars(config)
     changes: dict[str, Any] = {}
-    for name, value in vars(config).items():
+    for name, value in values.items():
         changed = _shortened(name, value, total, survivors)
         if changed is not None:
             changes[name] = changed
+    changes |= _counts(config, total, len(survivors))
     changes |= _patterns(config, survivors) | _scalars(config, total, survivors)
-    _check_attention(config, survivors)
-    _set_count(config, total, len(survivors))
-    for name, value in changes.items():
-        setattr(config, name, value)
+    _check_kinds(config, survivors)
+    overrides = values.pop("_heterogeneity_spec", None)
+    values.update(changes)
+    if overrides is not None:
+        place = {old: new for new, old in enumerate(survivors)}
+        config.per_layer_config = {
+            place[index]: entry
+            for index, entry in overrides.per_layer_overrides.items()
+            if index in place
+        }
 
 
-def _check_attention(config: Any, survivors: Sequence[int]) -> None:
-    """Refuse a hybrid without any attention layer: its cache counts tokens by one."""
+def layer_counts(config: Any) -> dict[str, int]:
+    """What a decoder's config says of the number of its layers, by key."""
+    names = DECODER_COUNTS if any(hasattr(config, name) for name in DECODER_COUNTS) else LAYER_COUNTS
+    aliases = getattr(config, "attribute_map", {})
+    found = {aliases.get(name, name): getattr(config, name, None) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+def _counts(config: Any, total: int, count: int) -> dict[str, int]:
+    """The counts after the cut; a multiple of the layers stays one."""
+    # LongCat-Flash counts two attentions a layer.
+    names = {*layer_counts(config), "num_layers"}
+    if not getattr(config, "is_encoder_decoder", False):
+        names |= {getattr(config, "attribute_map", {}).get(name, name) for name in LAYER_COUNTS}
+    values = {name: vars(config).get(name) for name in names}
+    return {
+        name: count * (value // total)
+        for name, value in values.items()
+        if isinstance(value, int) and value in (total, 2 * total)
+    }
+
+
+def _check_kinds(config: Any, survivors: Sequence[int]) -> None:
+    """Refuse survivors that lack what others of them rely on at run time."""
     kinds = getattr(config, "layer_types", None)
-    if not isinstance(kinds, list | tuple) or len(kinds) <= max(survivors):
-        return
-    if ATTENTION & set(kinds) and not ATTENTION & {kinds[index] for index in survivors}:
-        raise ValueError("no attention layer would be left, and cached generation needs one")
-
-
-def _set_count(config: Any, total: int, count: int) -> None:
-    for name in LAYER_COUNTS:
-        value = getattr(config, name, None)
-        # LongCat-Flash counts two attentions a layer.
-        if isinstance(value, int) and value in (total, 2 * total):
-            setattr(config, name, count * (value // total))
+    if isinstance(kinds, list | tuple) and len(kinds) > max(survivors):
+        # A cache counts its tokens by an attention layer.
+        if set(kinds) - WITHOUT_CACHE and not {kinds[i] for i in survivors} - WITHOUT_CACHE:
+            raise ValueError("no attention layer would be left, and cached generation needs one")
+        first, new_first = kinds[0] in WITHOUT_CACHE, kinds[survivors[0]] in WITHOUT_CACHE
+        if config.model_type == "minimax" and new_first and not first:
+            raise ValueError("its cache counts tokens by layer 0, which must be an attention layer")
+    indexers = getattr(config, "indexer_types", None)
+    if isinstance(indexers, list | tuple) and len(indexers) > max(survivors):
+        for index in survivors:
+            if indexers[index] == "full":
+                break
+            if indexers[index] == "shared":
+                raise ValueError(f"layer {index} shares the indexer of an earlier layer, which goes")
 
 
 def _shortened(name: str, value: Any, total: int, survivors: Sequence[int]) -> Any:
@@ -92,10 +128,6 @@ def _shortened(name: str, value: Any, total: int, survivors: Sequence[int]) -> A
         return [place[index] for index in value if index in place]
     if name in ONE_BASED_INDEX_LISTS and isinstance(value, list | tuple):
         return [place[index - 1] + 1 for index in value if index - 1 in place]
-    if name in INDEX_KEYS and isinstance(value, dict):
-        return {
-            type(key)(place[int(key)]): entry for key, entry in value.items() if int(key) in place
-        }
     if name in CYCLED_LISTS and isinstance(value, list | tuple) and value:
         return [value[index % len(value)] for index in survivors]
     if isinstance(value, list | tuple) and len(value) == total and _is_per_layer(name):
@@ -115,6 +147,8 @@ def _patterns(config: Any, survivors: Sequence[int]) -> dict[str, int]:
         period, offset = getattr(config, period_name, None), getattr(config, offset_name, None)
         if not isinstance(period, int) or not isinstance(offset, int) or period < 1:
             continue
+        if period_name == "attn_layer_period" and "layers_block_type" in vars(config):
+            continue  # Zamba: the pattern made the list, which is what counts
         kinds = [index % period == offset for index in survivors]
         found = [(period, offset)] + [
             (p, o) for p in range(1, len(survivors) + 2) for o in range(p)
