@@ -7,7 +7,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find r
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo test test-rust test-python test-slow lint format bench bench-check clean
+.PHONY: demo families test test-rust test-python test-slow lint format bench bench-check clean
 
 demo: $(VENV)/.installed  ## Scan, cut and measure a real model; results in shallower-demo/
 	$(BIN)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
@@ -36,6 +36,9 @@ format: $(VENV)/.lint
 	cargo fmt
 	$(BIN)/ruff format python tests benches
 	$(BIN)/ruff check --fix python tests benches
+
+families: $(VENV)/.test  ## Write docs/families.md anew
+	$(BIN)/python tests/families.py
 
 bench: $(VENV)/.test  ## Measure; asserts the answers first
 	$(BIN)/pytest benches --benchmark-only

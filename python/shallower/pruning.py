@@ -24,7 +24,9 @@ from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
 from .errors import ModelError, OutputError
 from .models.architecture import (
     DecoderLayers,
+    adapter_lists,
     find_layers,
+    layer_parts,
     packed_tables,
     require_weights,
     text_config,
@@ -89,7 +91,8 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
         if name in vars(module)
     ]
     configs = [(config, copy.copy(vars(config))) for config in _configs(model)]
-    tables = packed_tables(model, found)
+    parts = layer_parts(model, found)
+    ties = [(module, dict(_ties(module))) for module in model.modules()]
     device_map = copy.copy(getattr(model, "hf_device_map", None))
     survivors = tuple(index for index in range(len(found)) if index not in dropped)
     _cut(model, found, survivors)
@@ -102,8 +105,10 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
             vars(config).update(values)
         for module, name, place in places:
             setattr(module, name, place)
-        for table in tables:
-            table.restore()
+        for part in parts:
+            part.restore()
+        for module, values in ties:
+            module.__dict__.update(values)
         if device_map is not None:
             setattr(model, "hf_device_map", device_map)  # noqa: B010
 
@@ -112,13 +117,17 @@ def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...
     total = len(found)
     twin = _checked_twin(model, found, survivors)[1]
     undo_rescaling(model)
-    for table in packed_tables(model, found):
-        table.keep(survivors)
+    for part in layer_parts(model, found):
+        part.keep(survivors)
     for live in _configs(model):
         shorten(live, total, survivors)
     kept = [found.modules[index] for index in survivors]
-    for layer, built in zip(kept, twin, strict=True):
+    for layer, built in zip(kept, find_layers(twin).modules, strict=True):
         _take_places(layer, built)
+    modules = dict(model.named_modules())
+    for path, built in twin.named_modules():
+        if path in modules:
+            modules[path].__dict__.update(_ties(built))
     setattr(found.owner, found.name, nn.ModuleList(kept))
     _renumber_device_map(model, found.path, survivors)
 
@@ -141,6 +150,12 @@ PLACES = (
     "store_full_length_kv",  # Gemma's: the last layer of a kind, whose keys others may use
 )  # fmt: skip
 """Attributes by which a module knows its place; none changes what a causal model computes."""
+
+
+def _ties(module: nn.Module) -> dict[str, Any]:
+    """What a model of transformers knows of shared weights, if by the numbers of its layers."""
+    names = ("_tied_weights_keys", "all_tied_weights_keys")
+    return {name: vars(module)[name] for name in names if name in vars(module)}
 
 
 def _take_places(layer: nn.Module, twin: nn.Module) -> None:
@@ -181,8 +196,8 @@ def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
 
 def _checked_twin(
     model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
-) -> tuple[Any, nn.ModuleList]:
-    """The shortened config, and the layers that a stock loader builds from it."""
+) -> tuple[Any, PreTrainedModel]:
+    """The shortened config, and what a stock loader builds from it, on the meta device."""
     try:
         return _twin(model, found, survivors)
     except ModelError as error:
@@ -223,62 +238,75 @@ def _candidates(dropped: tuple[int, ...], total: int) -> list[tuple[int, ...]]:
 
 def _twin(
     model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
-) -> tuple[Any, nn.ModuleList]:
+) -> tuple[Any, PreTrainedModel]:
     config = copy.deepcopy(model.config)
     decoder = config.get_text_config(decoder=True)
     try:
         shorten(decoder, len(found), survivors)
         with torch.device("meta"):
-            whole = type(model)(type(config).from_dict(config.to_dict()))
-        layers = find_layers(whole)
+            twin = type(model)(type(config).from_dict(config.to_dict()))
+        layers = find_layers(twin).modules
     except _BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
             f"{' '.join(str(error).split())}"
         ) from error
-    twin = layers.modules
-    read = vars(text_config(whole))
-    for name, value in vars(decoder).items():
-        if isinstance(value, list) and read.get(name, value) != value:
-            raise ModelError(
-                f"the config of {type(model).__name__} cannot describe this cut: a stock loader "
-                f"would read {name} = {value} as {read[name]}"
-            )
-    if len(twin) != len(survivors):
+    adapters = adapter_lists(model, found)
+    try:
+        for part in adapters:
+            part.keep(survivors)
+        difference = _differences(model, twin, layers, found, survivors, decoder)
+    finally:
+        for part in adapters:
+            part.restore()
+    if difference:
         raise ModelError(
-            f"the config of {type(model).__name__} cannot describe this cut: a stock loader would "
-            f"build {len(twin)} layers, not {len(survivors)}"
-        )
-    _check_outside(model, whole, found)
-    sharing = getattr(decoder, "num_kv_shared_layers", 0) or 0
-    for new, old in enumerate(survivors):
-        difference = _difference(found.modules[old], twin[new], sharing > 0)
-        if difference:
-            raise ModelError(
-                f"the config of {type(model).__name__} cannot describe this cut: layer {old} "
-                f"would be layer {new}, and a stock loader would build it with {difference}"
-            )
-    if _shared(found.modules[index] for index in survivors) != _shared(twin):
-        raise ModelError(
-            f"the layers of {type(model).__name__} share weights, and those of a checkpoint with "
-            f"the layers {list(survivors)} alone would share others"
+            f"the config of {type(model).__name__} cannot describe this cut: {difference}"
         )
     return config, twin
 
 
-def _check_outside(model: PreTrainedModel, twin: PreTrainedModel, found: DecoderLayers) -> None:
-    """Refuse a cut if what lies outside the layers depends on their number."""
+def _differences(
+    model: PreTrainedModel,
+    twin: PreTrainedModel,
+    layers: nn.ModuleList,
+    found: DecoderLayers,
+    survivors: tuple[int, ...],
+    config: Any,
+) -> str | None:
+    """How the model that a stock loader builds differs from the cut one, in words."""
+    read = vars(text_config(twin))
+    for name, value in vars(config).items():
+        if isinstance(value, list) and read.get(name, value) != value:
+            return f"a stock loader would read {name} = {value} as {read[name]}"
+    if len(layers) != len(survivors):
+        return f"a stock loader would build {len(layers)} layers, not {len(survivors)}"
+    if outside := _difference_outside(model, twin, found):
+        return outside
+    sharing = getattr(config, "num_kv_shared_layers", 0) or 0
+    for new, old in enumerate(survivors):
+        difference = _difference(found.modules[old], layers[new], sharing > 0)
+        if difference:
+            return (
+                f"layer {old} would be layer {new}, and a stock loader would build it with "
+                f"{difference}"
+            )
+    if _shared(found.modules[index] for index in survivors) != _shared(layers):
+        return "its layers share weights, and a stock loader would share others"
+    return None
+
+
+def _difference_outside(
+    model: PreTrainedModel, twin: PreTrainedModel, found: DecoderLayers
+) -> str | None:
+    """What lies outside the layers and depends on their number."""
     built = _shapes_outside(twin, found.path)
     packed = {table.name for table in packed_tables(model, found)}
     for name, shape in _shapes_outside(model, found.path).items():
         twin_shape = built.pop(name, None)
         if shape is not None and twin_shape != shape and name not in packed:
-            raise ModelError(
-                f"{name} of {type(model).__name__} depends on the number of layers: a cut would "
-                f"have to change it as well, which is not supported"
-            )
-    if built:
-        raise ModelError(f"{type(model).__name__} would be built with other weights: {min(built)}")
+            return f"{name} depends on the number of layers"
+    return f"it would have other weights, such as {min(built)}" if built else None
 
 
 def _shared(layers: Iterable[nn.Module]) -> set[frozenset[tuple[int, str]]]:
@@ -299,8 +327,13 @@ def _shapes_outside(model: PreTrainedModel, path: str) -> dict[str, torch.Size |
     }
 
 
-INITIAL = {("MiniMaxLightningAttention", "num_hidden_layers")}
-"""Attributes that only initialise buffers, which a checkpoint holds."""
+INITIAL = {
+    ("MiniMaxLightningAttention", "num_hidden_layers"),
+    ("Zamba2Attention", "num_fwd_mem_blocks"),
+    ("Zamba2MLP", "num_fwd_mem_blocks"),
+}
+"""Attributes that are used at construction only: for buffers that a checkpoint holds, and for
+the length of lists, which is compared."""
 
 
 def _difference(layer: nn.Module, twin: nn.Module, sharing: bool) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -153,12 +153,48 @@ def packed_tables(model: nn.Module, layers: DecoderLayers) -> list[PackedTable]:
     ]
 
 
+class AdapterList:
+    """A list in a layer with an adapter for every layer that shares the weights beside it.
+
+    Zamba 2: adapters of the blocks that its hybrid layers share.
+    """
+
+    def __init__(self, module: nn.Module, name: str, sharing: Sequence[int]) -> None:
+        self._module, self._name, self._sharing = module, name, sharing
+        self._whole: nn.ModuleList = getattr(module, name)
+
+    def keep(self, layers: Sequence[int]) -> None:
+        """Keep the adapters of some layers, ascending."""
+        kept = [part for i, part in zip(self._sharing, self._whole, strict=True) if i in layers]
+        setattr(self._module, self._name, nn.ModuleList(kept))
+
+    def restore(self) -> None:
+        """Keep the adapters of all layers again."""
+        setattr(self._module, self._name, self._whole)
+
+
+def adapter_lists(model: nn.Module, layers: DecoderLayers) -> list[AdapterList]:
+    """The lists of adapters in the layers of a model whose layers share weights."""
+    sharing = getattr(text_config(model), "hybrid_layer_ids", ())
+    return [
+        AdapterList(module, name, sharing)
+        for module in layers.modules.modules()
+        for name, child in module.named_children()
+        if name.endswith("_adapter_list") and len(cast("nn.ModuleList", child)) == len(sharing)
+    ]
+
+
+def layer_parts(model: nn.Module, layers: DecoderLayers) -> list[PackedTable | AdapterList]:
+    """What holds a part for every layer beside its module, and is cut with it."""
+    return [*packed_tables(model, layers), *adapter_lists(model, layers)]
+
+
 def undo_rescaling(model: nn.Module) -> None:
     """Put back weights that RWKV divides in place, by their layer's number, for inference."""
     for module in model.modules():
         if getattr(module, "layers_are_rescaled", False):
             training, module.training = module.training, True
-            module._rescale_layers()
+            cast("Any", module)._rescale_layers()
             module.training = training
 
 

@@ -14,8 +14,13 @@ LAYER_COUNTS = ("num_hidden_layers", "num_blocks")
 DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 """Where configs keep it that count the layers of an encoder as well, which are then the first."""
 
-LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers")
-"""The number of first layers of another kind."""
+LEADING_COUNTS = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "loop_layer_index_start",
+    "loop_layer_index_end",
+)
+"""The number of first layers of another kind, or where a stretch of layers starts or ends."""
 
 INDEX_LISTS = (
     "attn_layer_indices",
@@ -25,6 +30,7 @@ INDEX_LISTS = (
     "rope_scaling_layers",
     "hybrid_layer_ids",
     "cross_attention_layers",
+    "local_layer_ids",
 )
 """Lists of layer indices, 0-based."""
 
@@ -81,7 +87,9 @@ def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
 
 def layer_counts(config: Any) -> dict[str, int]:
     """What a decoder's config says of the number of its layers, by key."""
-    names = DECODER_COUNTS if any(hasattr(config, name) for name in DECODER_COUNTS) else LAYER_COUNTS
+    names = (
+        DECODER_COUNTS if any(hasattr(config, name) for name in DECODER_COUNTS) else LAYER_COUNTS
+    )
     aliases = getattr(config, "attribute_map", {})
     found = {aliases.get(name, name): getattr(config, name, None) for name in names}
     return {name: value for name, value in found.items() if isinstance(value, int)}
@@ -117,7 +125,9 @@ def _check_kinds(config: Any, survivors: Sequence[int]) -> None:
             if indexers[index] == "full":
                 break
             if indexers[index] == "shared":
-                raise ValueError(f"layer {index} shares the indexer of an earlier layer, which goes")
+                raise ValueError(
+                    f"layer {index} shares the indexer of an earlier layer, which goes"
+                )
 
 
 def _shortened(name: str, value: Any, total: int, survivors: Sequence[int]) -> Any:
@@ -179,6 +189,11 @@ def _scalars(config: Any, total: int, survivors: Sequence[int]) -> dict[str, Any
             last = first + getattr(config, name)
             changes[name] = sum(first <= index < last for index in survivors)
             first = last
+    step, dense = getattr(config, "decoder_sparse_step", None), vars(config).get("mlp_only_layers")
+    if isinstance(step, int) and step > 1 and isinstance(dense, list):  # Qwen: every step-th
+        sparse = [(index + 1) % step == 0 and index not in dense for index in survivors]
+        changes["decoder_sparse_step"] = 1
+        changes["mlp_only_layers"] = [new for new, kind in enumerate(sparse) if not kind]
     if hasattr(config, "scale_depth") and config.scale_depth is not None:  # scale / sqrt(layers)
         changes["scale_depth"] = config.scale_depth * math.sqrt(count / total)
     shared = getattr(config, "num_kv_shared_layers", None)
