@@ -156,24 +156,25 @@ def same(left, right):
     return subprocess.run(["diff", "-rq", left, right], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def kill_and_go_on(command, out, expected, seconds, kills):
-    """Kill the command at random moments; what was there after each kill, counted."""
+def kill_and_go_on(command, source, out, expected, seconds, kills):
+    """Kill the command at random moments of its time; what was there after each, counted."""
     chance = random.Random(0)
-    found = {"nothing": 0, "partial": 0, "complete": 0}
-    for _ in range(kills):
+    found = {"nothing": 0, "partial": 0, "complete": 0, "ended before": 0}
+    while sum(found.values()) - found["ended before"] < kills:
+        forget(source)
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as child:
             time.sleep(chance.uniform(0, seconds))
             child.kill()
         beside = {path.name for path in out.parent.iterdir()}
         if out.exists():
             assert same(out, expected), "something half-written is at --out"
-            found["complete"] += 1
+            found["complete" if child.returncode < 0 else "ended before"] += 1
         else:
             found["partial" if f".{out.name}.partial" in beside else "nothing"] += 1
             run(command)
             assert same(out, expected), "the run that went on left something else"
         left = {path.name for path in out.parent.iterdir()}
-        assert left == {out.name, "source", expected.name}, left
+        assert left == {out.name, source.name, expected.name}, left
         shutil.rmtree(out)
     return found
 
@@ -227,7 +228,7 @@ def measure(options, root):
             do()
         print(f"cut {cuts[-1]:.2f} s, cp {flushed[-1]:.2f} s", file=sys.stderr)
     ratios = [theirs / ours for ours, theirs in zip(cuts, flushed, strict=True)]
-    killed = kill_and_go_on(command, out, kept, statistics.median(cuts), options.kills)
+    killed = kill_and_go_on(command, source, out, kept, min(cuts), options.kills)
     return {
         "num_layers": num_layers,
         "dropped": [start, stop],
