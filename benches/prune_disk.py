@@ -1,10 +1,15 @@
-"""Throughput and memory of a cut on disk, against ``cp`` of the bytes that stay.
+"""What a cut on disk costs: time against ``cp`` of the bytes that stay, memory, kills.
 
-    python benches/prune_disk.py [--gb 6] [--rounds 3] [--folder /tmp]
+    python benches/prune_disk.py [--gb 6] [--rounds 5] [--kills 20] [--folder /tmp]
 
-Makes a Llama of random bytes in 4 shards, cuts a quarter of its layers, and compares bit by
-bit with what should be left, before it times anything. Every round cuts and copies in turn,
-from a cold page cache and until the bytes are on disk. Everything is deleted afterwards.
+Makes a Llama of random bytes in 4 shards, cuts a quarter of its layers by the command
+``shallower prune``, and compares the hash of every tensor with what should be left, before it
+times anything. Times are those of whole commands, start of Python included, until the bytes
+are on disk (the cut flushes its files itself, those of ``cp`` are flushed after it). Every
+round does both, in turns first, and drops what it reads from the page cache before. Then the
+command is killed (SIGKILL) at random moments of its time: nothing may be at ``--out``, or all
+of it; and one more run must leave the files of the first one and nothing else. Everything is
+deleted afterwards.
 """
 
 import argparse
@@ -12,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import struct
@@ -33,28 +39,16 @@ LAYER = {
     "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
     "self_attn.v_proj.weight": (HIDDEN, HIDDEN),
 }
-CHILD = """
-import re, sys, time
-from pathlib import Path
-# Not getrusage: its peak survives exec, and would be this script's.
-status = Path("/proc/self/status")
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) / 1024
-source, out, num_layers, start, stop, alone = sys.argv[1:]
-num_layers, start, stop = int(num_layers), int(start), int(stop)
-from shallower._core import Checkpoint
-from shallower.storage import resumable_folder
-if alone == "no":
-    from shallower import prune_checkpoint
-before, began = peak(), time.perf_counter()
-if alone == "yes":
-    keep = [i for i in range(num_layers) if not start <= i < stop]
-    job = Checkpoint(source).cut(["model.layers."], num_layers, keep, 5 * 10**9)
-    with resumable_folder(Path(out), job.journal) as folder:
-        job.write(folder)
-else:
-    prune_checkpoint(source, [range(start, stop)], out)
-print(time.perf_counter() - began, before, peak())
+LAUNCHER = """
+import json, os, sys, time
+began = time.perf_counter()
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[
+    (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)])
+_, status, usage = os.wait4(pid, 0)
+assert status == 0, status
+print(json.dumps([time.perf_counter() - began, usage.ru_maxrss / 1024]))
 """
+# A small process of its own: the peak of the one that forks would count as the child's.
 
 
 def size(shape):
@@ -62,6 +56,9 @@ def size(shape):
     for axis in shape:
         count *= axis
     return count
+
+
+LAYER_BYTES = sum(map(size, LAYER.values()))
 
 
 def tensors(num_layers):
@@ -135,74 +132,130 @@ def forget(folder):
         os.close(descriptor)
 
 
+def run(command):
+    """Seconds of a command, and the most MiB that it or a child of it held."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *map(str, command)], stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(done.stdout)
+
+
 def copy(source, out):
     """Seconds of ``cp``, and until its files are on disk."""
+    forget(source)
+    copied, _ = run([shutil.which("cp"), "-r", source, out])
     began = time.perf_counter()
-    subprocess.run(["cp", "-r", source, out], check=True)
-    copied = time.perf_counter() - began
     for path in out.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    return copied, time.perf_counter() - began
+    return copied, copied + time.perf_counter() - began
 
 
-def prune(source, out, num_layers, start, stop, alone):
-    """Seconds, resident MB before, and at most."""
-    command = [sys.executable, "-c", CHILD, source, out, num_layers, start, stop, alone]
-    done = subprocess.run(map(str, command), capture_output=True, text=True, check=True)
-    return tuple(map(float, done.stdout.split()))
+def same(left, right):
+    """Whether two folders hold the same files, byte by byte."""
+    return subprocess.run(["diff", "-rq", left, right], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def kill_and_go_on(command, source, out, expected, seconds, kills):
+    """Kill the command at random moments of its time; what was there after each, counted."""
+    chance = random.Random(0)
+    found = {"nothing": 0, "partial": 0, "complete": 0, "ended before": 0}
+    while sum(found.values()) - found["ended before"] < kills:
+        forget(source)
+        with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as child:
+            time.sleep(chance.uniform(0, seconds))
+            child.kill()
+        beside = {path.name for path in out.parent.iterdir()}
+        if out.exists():
+            assert same(out, expected), "something half-written is at --out"
+            found["complete" if child.returncode < 0 else "ended before"] += 1
+        else:
+            found["partial" if f".{out.name}.partial" in beside else "nothing"] += 1
+            run(command)
+            assert same(out, expected), "the run that went on left something else"
+        left = {path.name for path in out.parent.iterdir()}
+        assert left == {out.name, source.name, expected.name}, left
+        shutil.rmtree(out)
+    return found
+
+
+def summary(values, kept=None):
+    """Median and range; with the bytes done, the median in GB/s too."""
+    middle = statistics.median(values)
+    rate = {"gb_per_s": round(kept / 1e9 / middle, 3)} if kept else {}
+    return {"median": middle, "range": [min(values), max(values)], **rate}
+
+
+def measure(options, root):
+    """Make, check, time, kill."""
+    num_layers = max(4, round((options.gb * 1e9 - 4 * VOCABULARY * HIDDEN) / LAYER_BYTES))
+    start, stop = num_layers // 2, num_layers // 2 + num_layers // 4
+    source, out, copied, kept = (root / name for name in ("source", "out", "copied", "kept"))
+    make(source, num_layers)
+    command = [sys.executable, "-m", "shallower", "prune", source, "--drop", f"{start}:{stop}"]
+    command += ["--out", out, "--json"]
+
+    def rename(name):
+        head, _, rest = name.partition("model.layers.")
+        number, _, tail = rest.partition(".")
+        if head or not rest or int(number) < start:
+            return name
+        place = int(number) - (stop - start)
+        return None if int(number) < stop else f"model.layers.{place}.{tail}"
+
+    run(command)
+    assert digests(out) == digests(source, rename), "the cut is not what should be left"
+    out.rename(kept)
+    num_bytes = sum(path.stat().st_size for path in kept.iterdir())
+    print(f"bytes asserted: {num_bytes} stay", file=sys.stderr)
+    cuts, peaks, copies, flushed = [], [], [], []
+
+    def prune():
+        forget(source)
+        seconds, peak = run(command)
+        cuts.append(seconds)
+        peaks.append(peak)
+        shutil.rmtree(out)
+
+    def cp():
+        plain, until_flushed = copy(kept, copied)
+        copies.append(plain)
+        flushed.append(until_flushed)
+        shutil.rmtree(copied)
+
+    for round_ in range(options.rounds):
+        for do in (prune, cp) if round_ % 2 else (cp, prune):
+            do()
+        print(f"cut {cuts[-1]:.2f} s, cp {flushed[-1]:.2f} s", file=sys.stderr)
+    ratios = [theirs / ours for ours, theirs in zip(cuts, flushed, strict=True)]
+    killed = kill_and_go_on(command, source, out, kept, min(cuts), options.kills)
+    return {
+        "num_layers": num_layers,
+        "dropped": [start, stop],
+        "bytes_kept": num_bytes,
+        "cut_s": summary(cuts, num_bytes),
+        "cp_and_flush_s": summary(flushed, num_bytes),
+        "cp_alone_s": summary(copies, num_bytes),
+        "throughput_of_cp_and_flush": summary(ratios),
+        "peak_mib_of_the_command": summary(peaks),
+        "killed_and_found": killed,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--folder")
     options = parser.parse_args()
-    layer_bytes = sum(map(size, LAYER.values()))
-    num_layers = max(4, round((options.gb * 1e9 - 4 * VOCABULARY * HIDDEN) / layer_bytes))
-    start, stop = num_layers // 2, num_layers // 2 + num_layers // 4
     root = Path(tempfile.mkdtemp(prefix="shallower-bench-", dir=options.folder))
     try:
-        source, out, copied = root / "source", root / "out", root / "copied"
-        make(source, num_layers)
-        print(f"{platform.platform()}, {os.cpu_count()} cores, {root}")
-
-        def rename(name):
-            head, _, rest = name.partition("model.layers.")
-            number, _, tail = rest.partition(".")
-            if head or not rest or int(number) < start:
-                return name
-            place = int(number) - (stop - start)
-            return None if int(number) < stop else f"model.layers.{place}.{tail}"
-
-        _, before, peak = prune(source, out, num_layers, start, stop, "no")
-        assert digests(out) == digests(source, rename), "the cut is not what should be left"
-        print(f"whole command: {before:.0f} MB resident after imports, {peak:.0f} MB at most")
-        kept = sum(path.stat().st_size for path in out.iterdir())
-        seconds = {"cut": [], "cp": [], "cp and flush": []}
-        for _ in range(options.rounds):
-            kept_folder = root / "kept"
-            shutil.rmtree(kept_folder, ignore_errors=True)
-            out.rename(kept_folder)
-            forget(source)
-            cut, before, peak = prune(source, out, num_layers, start, stop, "yes")
-            forget(kept_folder)
-            plain, flushed = copy(kept_folder, copied)
-            shutil.rmtree(copied)
-            for name, value in zip(seconds, (cut, plain, flushed), strict=True):
-                seconds[name].append(value)
-        print(f"core alone: {before:.0f} MB resident before, {peak:.0f} MB at most")
-        for name, values in seconds.items():
-            middle = statistics.median(values)
-            print(
-                f"{name}: {middle:.2f} s ({min(values):.2f} .. {max(values):.2f}), "
-                f"{kept / 1e9 / middle:.2f} GB/s of {kept / 1e9:.2f} GB"
-            )
-        ratio = statistics.median(seconds["cp and flush"]) / statistics.median(seconds["cut"])
-        print(f"throughput, cut : cp and flush = {ratio:.2f}")
+        result = measure(options, root)
     finally:
         shutil.rmtree(root)
+    machine = platform.processor() or platform.machine()
+    print(json.dumps({**vars(options), "machine": machine, **result}, indent=2))
 
 
 if __name__ == "__main__":

@@ -264,18 +264,11 @@ impl PyCheckpoint {
         Ok(self.0.resolve(name)?)
     }
 
-    fn tensors(&self) -> Vec<(String, String, Vec<u64>, PathBuf)> {
+    fn tensors(&self) -> Vec<(&str, &str, &[u64], &Path, u64)> {
         let shards = self.0.shards.iter();
-        let all = shards.flat_map(|s| s.header.tensors.iter().map(move |t| (t, &s.path)));
-        all.map(|(t, path)| {
-            (
-                t.name.clone(),
-                t.dtype.clone(),
-                t.shape.clone(),
-                path.clone(),
-            )
-        })
-        .collect()
+        let all = shards.flat_map(|s| s.header.tensors.iter().map(move |t| (s, t)));
+        all.map(|(s, t)| (&*t.name, &*t.dtype, &*t.shape, &*s.path, s.position(t)))
+            .collect()
     }
 
     fn cut(

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     DiffLlamaConfig,
@@ -28,9 +29,11 @@ from transformers import (
 import shallower as sh
 from conftest import tiny_llama
 from shallower import LayersError, ModelError, OutputError, Plan, PlanError, checkpoint
+from shallower.models.plain import VECTORS
+from shallower.models.quantised import quantisation
 from shallower.models.stored import Renumbering, check_alike, edit_config, find_prefix
 from shallower.storage import partial_folder
-from test_pruning import GATED, OTHERS, WITH_LISTS, build, logits_of
+from test_pruning import GATED, HEADS, OTHERS, WINDOWS, WITH_LISTS, build, logits_of
 from test_storage import full_disk, tree
 
 DROPPED = [1, 3, 4]
@@ -184,6 +187,163 @@ def test_a_cut_can_be_cut_again(source, tmp_path):
     assert read_json(tmp_path / "twice" / "config.json") == read_json(
         tmp_path / "straight" / "config.json"
     )
+
+
+# Families that the config alone describes.
+
+DROPS = ([2, 3], [0, 1], [3, 4], [1], [1, 3, 4], [5])
+PLAIN_SIZES = {**HEADS, "num_hidden_layers": 6, "sliding_window": 4}
+
+
+def plain_checkpoint(family, folder, **options):
+    torch.manual_seed(4)
+    config = CONFIG_MAPPING[family](**{**PLAIN_SIZES, **options})
+    model = AutoModelForCausalLM.from_config(config)
+    for _, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def prepared(folder, drop):
+    """What a cut writes, and how."""
+    cut = checkpoint.prepare(folder, drop, 20_000)
+    return cut.texts, cut.plan, cut.job.journal, cut.job.files, cut.carried
+
+
+def assert_told_by_the_config(folder, monkeypatch, drops=DROPS[:3]):
+    """Without a model built, every cut is the one with it."""
+    assert checkpoint.plain_model(folder, read_json(folder / "config.json")) is not None
+    for drop in drops:
+        light = prepared(folder, drop)
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "plain_model", lambda *_: None)
+            assert light == prepared(folder, drop)
+        assert light[1].model is not None
+
+
+@pytest.mark.parametrize("family", VECTORS)
+def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, monkeypatch):
+    folder = plain_checkpoint(family, tmp_path / "source")
+    assert_told_by_the_config(folder, monkeypatch, DROPS)
+    written = read_json(folder / "config.json")
+    assert sh.prune_checkpoint(folder, DROPPED, tmp_path / "cut").dropped == tuple(DROPPED)
+    assert len(stock(tmp_path / "cut").model.layers) == 3
+    lists = ("layer_types", "no_rope_layers", "max_window_layers")
+    old = {key: value for key, value in written.items() if key not in lists}
+    if family != "smollm3":
+        (folder / "config.json").write_text(json.dumps({**old, "_name_or_path": "a/b"}))
+        assert_told_by_the_config(folder, monkeypatch)
+    if set(lists) & set(written):
+        kinds = WINDOWS["layer_types"]
+        changed = {"layer_types": kinds, "max_window_layers": 3, "use_sliding_window": True}
+        edit_json(folder / "config.json", **{**written, **changed})
+        assert_told_by_the_config(folder, monkeypatch)
+
+
+@pytest.mark.parametrize("family", VECTORS)
+def test_so_it_does_in_four_bits(family, tmp_path, monkeypatch):
+    plain = plain_checkpoint(
+        family, tmp_path / "plain", hidden_size=64, intermediate_size=64, head_dim=16
+    )
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantisation("nf4"))
+    model.save_pretrained(tmp_path / "source")
+    assert_told_by_the_config(tmp_path / "source", monkeypatch)
+    assert prepared(tmp_path / "source", [1])[1].model.dtype == "nf4"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_so_it_does_in_every_dtype(dtype, tmp_path, monkeypatch):
+    model = tiny_llama().to(dtype)
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.save_pretrained(tmp_path / "source")
+    assert_told_by_the_config(tmp_path / "source", monkeypatch)
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_so_it_does_for_another_pattern_of_windows(period, tmp_path, monkeypatch):
+    folder = plain_checkpoint("gemma3_text", tmp_path / "source")
+    raw = read_json(folder / "config.json")
+    del raw["layer_types"]
+    (folder / "config.json").write_text(json.dumps({**raw, "sliding_window_pattern": period}))
+    assert_told_by_the_config(folder, monkeypatch)
+
+
+def test_keys_of_other_families_are_treated_alike(copied, tmp_path, monkeypatch):
+    edit_json(
+        copied / "config.json",
+        per_layer=[0, 1, 2, 3, 4, 5],
+        eos_token_id=[1, 2, 3, 4, 5, 6],
+        max_window_layers=4,
+        first_k_dense_replace=2,
+        mlp_only_layers=[1, 5],
+    )
+    assert_told_by_the_config(copied, monkeypatch)
+    edit_json(copied / "config.json", attn_layer_period=2, attn_layer_offset=0)
+    assert_refused(ModelError, "attn_layer_period", copied, tmp_path / "cut", [1, 2, 3])
+
+
+UNUSUAL = {
+    "a bias": {"attention_bias": True},
+    "own code": {"auto_map": {"AutoConfig": "a.B"}},
+    "other family": {"model_type": "gpt2"},
+    "no family": {"model_type": ["llama"]},
+    "no count": {"num_hidden_layers": "6"},
+    "no size": {"hidden_size": None},
+    "another list": {"model_type": "qwen2", "layer_types": ["full_attention"] * 5},
+    "another kind": {"model_type": "qwen2", "layer_types": ["full_attention"] * 5 + [["x"]]},
+    "no list": {"model_type": "smollm3"},
+    "a list of none of its own": {"layer_types": ["full_attention"] * 6},
+    "a layer of its own": {"per_layer_config": {"2": {"intermediate_size": 8}}},
+    "windows": {"model_type": "qwen2", "use_sliding_window": True},
+    "another pattern": {"model_type": "gemma2", "sliding_window_pattern": 0},
+}
+
+
+@pytest.mark.parametrize("changes", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_is_unusual_is_built(source, changes):
+    raw = {**read_json(source / "config.json"), **changes}
+    assert checkpoint.plain_model(source, raw) is None
+
+
+def test_a_family_that_is_built_is_cut_as_one_that_is_not(copied, tmp_path, monkeypatch):
+    sh.prune_checkpoint(copied, DROPPED, tmp_path / "light")
+    monkeypatch.setattr(checkpoint, "plain_model", lambda *_: None)
+    sh.prune_checkpoint(copied, DROPPED, tmp_path / "built")
+    assert tree(tmp_path / "light") == tree(tmp_path / "built")
+
+
+FRESH = """
+    import re, sys
+    from pathlib import Path
+    {}
+    heavy = sorted({"torch", "transformers", "accelerate", "safetensors"} & set(sys.modules))
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    print(peak, *heavy, file=sys.stderr)
+"""
+WAYS = {
+    "python": "import shallower; shallower.prune_checkpoint({source!r}, [1, 3], {out!r})",
+    "command": """
+    sys.argv = ["shallower", "prune", {source!r}, "--drop", "1,3", "--out", {out!r}, "--json"]
+    from shallower.cli import main
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 0""",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_family_is_cut_without_torch_and_in_little_memory(source, tmp_path, way):
+    out = tmp_path / "cut"
+    call = WAYS[way].format(source=str(source), out=str(out))
+    code = textwrap.dedent(FRESH.replace("{}", call, 1))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, *heavy = done.stderr.split()
+    assert heavy == []
+    assert float(peak) < 128
+    assert Plan.load(out / "shallower_plan.json").dropped == (1, 3)
 
 
 # Formats that nothing here can load: renamed and copied.
@@ -481,6 +641,10 @@ HARM = {
         "lacks .*layers.6",
     ),
     "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=5), "also has .*5"),
+    "absurdly many layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=10**12),
+        "counts 1000000000000 layers",
+    ),
     "lacks a tensor": (
         lambda f: drop_tensor(f, "model.layers.2.mlp.up_proj.weight"),
         "layer 2 lacks the tensor mlp.up_proj.weight",

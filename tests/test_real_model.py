@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shallower as sh
-from shallower import _reference
-from shallower.models.identity import identify
+from shallower import _reference, demo
+from shallower.models.identity import identify, stored_dtype
+from test_checkpoint import read_json, stored
 
 BLOCK = sh.Block(11, 19)
 MAX_LENGTH = 64
@@ -109,6 +110,48 @@ def test_a_saved_cut_is_the_model_with_its_layers_skipped(smol, reloaded, held_o
         got = reloaded(input_ids=ids, use_cache=False).logits
     assert (got - skipped).abs().max() <= 1e-5
     assert (whole - skipped).abs().max() > 1
+
+
+def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
+    whole, tokenizer = sh.load_model(demo.model_path(), dtype="nf4")
+    sh.save_model(whole, tokenizer, tmp_path / "source")
+    layers = [0, BLOCK, 22, 27]
+    on_disk = sh.prune_checkpoint(tmp_path / "source", layers, tmp_path / "disk", "20MB")
+    model, _ = sh.load_model(tmp_path / "source", dtype="nf4")
+    assert sh.drop_layers(model, layers) == on_disk
+    sh.save_model(model, tokenizer, tmp_path / "memory", on_disk)
+    tensors = stored(tmp_path / "disk")
+    assert tensors == stored(tmp_path / "memory")
+    places = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    assert places == set(map(str, range(19)))
+    config, memory = (read_json(tmp_path / at / "config.json") for at in ("disk", "memory"))
+    assert config["num_hidden_layers"] == memory["num_hidden_layers"] == 19
+    assert config["quantization_config"] == memory["quantization_config"]
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "disk", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert stored_dtype(reloaded) == "nf4"
+    ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(reloaded(input_ids=ids, use_cache=False).logits, expected)
+        sh.drop_layers(whole, layers)
+        assert torch.equal(whole(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_a_cut_gguf_file_loads_through_transformers(smol, held_out, tmp_path):
+    model, tokenizer = smol
+    layers = [0, BLOCK, 22, 27]
+    sh.prune_gguf(demo.model_path(), layers, tmp_path / "cut.gguf")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="cut.gguf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+    with torch.inference_mode(), sh.without_layers(model, layers):
+        expected = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(loaded.eval()(input_ids=ids, use_cache=False).logits, expected)
 
 
 def test_generation_from_the_cache_is_that_without_it(smol, reloaded, held_out):

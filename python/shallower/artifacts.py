@@ -3,6 +3,7 @@
 They know no model and no arithmetic; each can be printed, and a plan can be saved.
 """
 
+import hashlib
 import json
 import math
 import operator
@@ -142,6 +143,20 @@ class ModelIdentity:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.num_layers} layers, {self.dtype}, {self.fingerprint[:12]})"
+
+
+def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
+    """The hash that :class:`ModelIdentity` keeps.
+
+    Args:
+        shape: model type, layers, hidden size, vocabulary size.
+        vectors: names and bfloat16 bits of the one-dimensional weights, in the order of the
+            model's modules.
+    """
+    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    for name, bits in vectors:
+        digest.update(name.encode() + bits)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

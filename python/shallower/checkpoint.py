@@ -1,41 +1,47 @@
 """Cutting layers out of a checkpoint on disk, without loading its weights.
 
-The model is built on the meta device, and its config is shortened and checked as for a cut
-in memory. The tensors of the layers that stay get their new numbers and are copied from file
-to file by the core, whatever they hold: quantised weights stay as they are, bit by bit.
+The config is shortened as for a cut in memory: for the families of :mod:`.models.plain` from
+its JSON alone, in little memory; for others a model is built on the meta device and the cut is
+checked on it, which loads torch. The tensors of the layers that stay get their new numbers and
+are copied from file to file by the core, whatever they hold: quantised weights stay as they
+are, bit by bit.
 """
 
 import json
+import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import safe_open
-from transformers import PreTrainedModel
+import numpy as np
 
 from ._core import Checkpoint, Job
-from .artifacts import PLAN_FILE, Layers, ModelIdentity, Plan, blocks_of, dropped_layers
+from .artifacts import (
+    MAX_LAYERS,
+    PLAN_FILE,
+    Layers,
+    ModelIdentity,
+    Plan,
+    blocks_of,
+    dropped_layers,
+    fingerprint,
+)
 from .errors import ModelError, OutputError, PlanError
-from .models.architecture import find_layers
-from .models.identity import identify_stored
-from .models.loading import empty_model
+from .models.plain import plain_model
 from .models.stored import (
     QUANTISATION_KEYS,
+    Description,
     Renumbering,
     check_alike,
-    edit_config,
     find_prefix,
     module_of,
-    same_config,
 )
 from .progress import track
-from .pruning import shortened_config
 from .storage import check_free, partial_folder, resumable_folder
 
 Progress = Callable[[int, int], object]
@@ -178,32 +184,56 @@ def prepare(
         LayersError, PlanError, ModelError, OutputError: as :func:`prune_checkpoint`.
     """
     size = parse_size(max_shard_size)
-    stored = Checkpoint(Path(source).expanduser())
-    raw = _read_config(stored)
-    model = empty_model(Path(source).expanduser(), trust_remote_code)
-    found = find_layers(model)
-    dropped = dropped_layers(len(found), layers)
-    survivors = tuple(index for index in range(len(found)) if index not in set(dropped))
-    weights = {name: (dtype, path) for name, dtype, _, path in stored.tensors()}
-    prefix = find_prefix(weights, found.path, len(found))
-    _check_layers(model, prefix, {name: dtype for name, (dtype, _) in weights.items()})
-    shortened = shortened_config(model, survivors)
-    paths = (found.path, prefix.removesuffix("."))
+    folder = Path(source).expanduser()
+    stored = Checkpoint(folder)
+    raw = _read_config(stored.resolve(CONFIG_FILE))
+    model = _describe(folder, raw, trust_remote_code)
+    total = model.shape[1]
+    dropped = dropped_layers(total, layers)
+    survivors = tuple(index for index in range(total) if index not in set(dropped))
+    weights = {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
+    prefix = find_prefix(weights, model.path, total)
+    _check_layers(model.kinds, prefix, weights)
+    paths = (model.path, prefix.removesuffix("."))
     renumbering = Renumbering(paths, survivors)
     modules = {module_of(name) for name in weights if name.startswith(prefix)}
-    named = {found.path + module.removeprefix(paths[1]) for module in modules} | modules
+    named = {model.path + module.removeprefix(paths[1]) for module in modules} | modules
     files = dict(_carried(stored))
-    texts = {CONFIG_FILE: _edited(raw, model, shortened, renumbering, named)}
+    texts = {CONFIG_FILE: _edited(model, raw, survivors, renumbering, named)}
     for name in _QUANTISATION_FILES:
         if name in files:
-            texts[name] = _renumbered(files.pop(name), renumbering, named)
-    identity = _identify(model, raw, weights, found.path, prefix)
+            texts[name] = _renumbered(_read_json(files.pop(name)), renumbering, named)
+    identity = _identify(model, _stored_dtype(raw), weights, prefix)
     return PreparedCut(
-        _checked(plan, len(found), dropped, identity),
-        stored.cut([prefix], len(found), list(survivors), size),
+        _checked(plan, total, dropped, identity),
+        stored.cut([prefix], total, list(survivors), size),
         texts,
         files,
     )
+
+
+def count_stored_layers(source: str | Path, trust_remote_code: bool = False) -> int:
+    """The number of decoder layers of a checkpoint by its config alone.
+
+    Raises:
+        ModelError: as :func:`prune_checkpoint`.
+    """
+    folder = Path(source).expanduser()
+    plain = plain_model(folder, _read_config(folder / CONFIG_FILE))
+    if plain is not None:
+        return plain.shape[1]
+    from .models.loading import count_layers
+
+    return count_layers(folder, trust_remote_code=trust_remote_code)
+
+
+def _describe(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> Description:
+    plain = plain_model(folder, raw)
+    if plain is not None:
+        return plain
+    from .models.built import BuiltModel
+
+    return BuiltModel(folder, trust_remote_code)
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -258,54 +288,53 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(stored: Checkpoint) -> dict[str, Any]:
-    raw = _read_json(stored.resolve(CONFIG_FILE))
+def _read_config(path: Path) -> dict[str, Any]:
+    raw = _read_json(path)
     if raw.get("transformers_weights"):
         raise ModelError(
             f"{CONFIG_FILE} places the weights in {raw['transformers_weights']!r}: expected "
             f"{' or '.join(_WEIGHTS)}, name them so and remove transformers_weights"
         )
+    count = raw.get("num_hidden_layers")
+    if isinstance(count, int) and count > MAX_LAYERS:
+        raise ModelError(f"{path} counts {count} layers: expected at most {MAX_LAYERS}")
     return raw
 
 
-def _check_layers(model: PreTrainedModel, prefix: str, dtypes: Mapping[str, str]) -> None:
-    layers = find_layers(model).modules
-    kinds = [tuple(name for name, _ in layer.named_parameters()) for layer in layers]
-    tensors: list[dict[str, str]] = [{} for _ in layers]
-    for name, dtype in dtypes.items():
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, and where its bytes begin."""
+
+    dtype: str
+    shape: list[int]
+    path: Path
+    start: int
+
+
+def _check_layers(kinds: Sequence[object], prefix: str, weights: Mapping[str, Stored]) -> None:
+    tensors: list[dict[str, str]] = [{} for _ in kinds]
+    for name, stored in weights.items():
         number, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdecimal() and int(number) < len(tensors):
-            tensors[int(number)][rest] = dtype
+            tensors[int(number)][rest] = stored.dtype
     check_alike(tensors, kinds)
 
 
 def _edited(
+    model: Description,
     raw: Mapping[str, Any],
-    model: PreTrainedModel,
-    shortened: Any,
+    survivors: Sequence[int],
     renumbering: Renumbering,
     modules: set[str],
 ) -> str:
     """The text of the new config: the old one, with what the cut changes."""
-    aliases = type(shortened.get_text_config(decoder=True)).attribute_map
-    after = shortened.to_dict()
-    edited = edit_config(raw, model.config.to_dict(), after, aliases)
+    edited = model.shortened(raw, survivors)
     for key in QUANTISATION_KEYS:
         if key in raw:
-            renumbering.check_patterns(raw[key], modules)
-            edited[key] = renumbering.edit(raw[key])
-    text = json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
-    rebuilt = type(shortened).from_dict(json.loads(text)).to_dict()
-    if not same_config(rebuilt, after):
-        raise ModelError(
-            f"{CONFIG_FILE} of {type(model).__name__} cannot be edited so that it is read back as "
-            f"the shortened config: load the model and use drop_layers and save_model"
-        )
-    return text
+            edited[key] = json.loads(_renumbered(raw[key], renumbering, modules))
+    return json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
 
 
-def _renumbered(path: Path, renumbering: Renumbering, modules: set[str]) -> str:
-    value = _read_json(path)
+def _renumbered(value: Any, renumbering: Renumbering, modules: set[str]) -> str:
     renumbering.check_patterns(value, modules)
     return json.dumps(renumbering.edit(value), indent=2, ensure_ascii=False) + "\n"
 
@@ -333,31 +362,40 @@ def _carried(stored: Checkpoint) -> Iterator[tuple[str, Path]]:
 
 
 def _identify(
-    model: PreTrainedModel,
-    raw: Mapping[str, Any],
-    weights: Mapping[str, tuple[str, Path]],
-    path: str,
-    prefix: str,
+    model: Description, dtype: str, weights: Mapping[str, Stored], prefix: str
 ) -> ModelIdentity | None:
-    """The identity of the checkpoint; None if its names are not those of the model."""
-    missing_head = (path + ".").removesuffix(prefix)
-    with ExitStack() as opened:
-        files: dict[Path, Any] = {}
+    """The identity of the model once it is loaded; None if that cannot be told.
 
-        def read(name: str) -> torch.Tensor:
-            if name.startswith(path + "."):
-                name = prefix + name.removeprefix(path + ".")
-            elif name not in weights:
-                name = name.removeprefix(missing_head)
-            _, file = weights[name]
-            if file not in files:
-                files[file] = opened.enter_context(safe_open(file, framework="pt"))
-            return files[file].get_tensor(name)
+    Its names may be those of a model without its head, or others altogether.
+    """
+    missing_head = (model.path + ".").removesuffix(prefix)
 
-        try:
-            return identify_stored(model, read, _stored_dtype(raw))
-        except KeyError:
-            return None
+    def read(name: str) -> bytes:
+        if name.startswith(model.path + "."):
+            name = prefix + name.removeprefix(model.path + ".")
+        elif name not in weights:
+            name = name.removeprefix(missing_head)
+        return _bfloat16_bits(weights[name])
+
+    try:
+        hashed = fingerprint(model.shape, ((name, read(name)) for name in model.vectors()))
+    except KeyError:
+        return None
+    model_type, total, _, _ = model.shape
+    return ModelIdentity(model.name, model_type, total, dtype, hashed)
+
+
+def _bfloat16_bits(stored: Stored) -> bytes:
+    """The values of a small tensor rounded to bfloat16, ties to even; NaN to anything."""
+    kind, count = _NUMPY_DTYPES[stored.dtype], math.prod(stored.shape)
+    values = np.fromfile(stored.path, kind, count, offset=stored.start)
+    if stored.dtype == "BF16":
+        return values.tobytes()
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
+
+
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def _checked(

@@ -235,9 +235,15 @@ def prune_command(
         )
         _prune_gguf(path, out, drop, plan, overwrite, dry_run, as_json)
         return
-    from .models.loading import count_layers
+    on_disk = _is_cut_on_disk(model, dtype, gguf_file)
+    if on_disk:
+        from .checkpoint import count_stored_layers
 
-    total = count_layers(model, gguf_file, trust_remote_code)
+        total = count_stored_layers(model, trust_remote_code)
+    else:
+        from .models.loading import count_layers
+
+        total = count_layers(model, gguf_file, trust_remote_code)
     wanted = _wanted(model, drop, plan, total)
     check_free(out, overwrite)
     if out.exists() and Path(model).exists() and out.samefile(model):
@@ -245,7 +251,7 @@ def prune_command(
     described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
     dry = {"prune": model, **described, "write": [str(out)]}
     loaded = None
-    if _is_cut_on_disk(model, dtype, gguf_file):
+    if on_disk:
         from .checkpoint import prepare
 
         size = max_shard_size or "5GB"

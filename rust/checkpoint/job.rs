@@ -259,10 +259,7 @@ fn output(
     let mut tensors = Vec::with_capacity(group.len());
     let mut end = 0;
     for Kept { shard, tensor } in group {
-        let (start, len) = (
-            checkpoint.shards[shard].data_start + tensor.start,
-            tensor.len(),
-        );
+        let (start, len) = (checkpoint.shards[shard].position(&tensor), tensor.len());
         match pieces.last_mut() {
             Some(last) if last.shard == shard && last.start + last.len == start => last.len += len,
             _ if len > 0 => pieces.push(Piece { shard, start, len }),

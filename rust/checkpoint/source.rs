@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
-use super::header::{Header, MAX_HEADER_BYTES};
+use super::header::{Header, MAX_HEADER_BYTES, Tensor};
 use super::index::Index;
 
 /// The file of a checkpoint that has one.
@@ -64,6 +64,11 @@ impl Shard {
             stamp,
             path,
         })
+    }
+
+    /// Where the bytes of one of its tensors begin in the file.
+    pub fn position(&self, tensor: &Tensor) -> u64 {
+        self.data_start + tensor.start
     }
 
     /// Opens the file again, if it is still the one that was read.

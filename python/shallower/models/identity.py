@@ -1,14 +1,14 @@
 """Knowing a model again, whatever the dtype it is loaded in."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils.modeling import align_module_device
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..artifacts import ModelIdentity
+from ..artifacts import ModelIdentity, fingerprint
 from .architecture import find_layers, require_weights, text_config
 
 
@@ -21,48 +21,40 @@ def identify(model: PreTrainedModel) -> ModelIdentity:
         ModelError: the weights are not there.
     """
     require_weights(model)
+    return ModelIdentity(
+        name=model_name(model),
+        model_type=text_config(model).model_type,
+        num_layers=len(find_layers(model)),
+        dtype=stored_dtype(model),
+        fingerprint=fingerprint(shape_of(model), _read_vectors(model)),
+    )
 
-    def read(path: str, name: str) -> torch.Tensor:
+
+def _read_vectors(model: PreTrainedModel) -> Iterator[tuple[str, bytes]]:
+    for path, name in vectors_of(model):
         module = model.get_submodule(path)
         with align_module_device(module):
-            return getattr(module, name).detach().cpu()
-
-    return _identity(model, read, stored_dtype(model))
-
-
-def identify_stored(
-    model: PreTrainedModel, read: Callable[[str], torch.Tensor], dtype: str
-) -> ModelIdentity:
-    """The identity of a checkpoint that is not loaded: the one of the model once it is.
-
-    Args:
-        model: the model of its config, on the meta device.
-        read: gives a weight by the name that it has in the model.
-        dtype: what the weights are stored in.
-    """
-    return _identity(model, lambda path, name: read(f"{path}.{name}"), dtype)
+            weight = getattr(module, name).detach().cpu()
+        yield f"{path}.{name}", weight.to(torch.bfloat16).view(torch.uint16).numpy().tobytes()
 
 
-def _identity(
-    model: PreTrainedModel, read: Callable[[str, str], torch.Tensor], dtype: str
-) -> ModelIdentity:
-    config = text_config(model)
-    num_layers = len(find_layers(model))
-    digest = hashlib.sha256()
-    shape = (config.model_type, num_layers, config.hidden_size, config.vocab_size)
-    digest.update(repr(shape).encode())
+def vectors_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The one-dimensional weights, as the path of a module and the name in it."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1:
-                bits = read(path, name).to(torch.bfloat16).view(torch.uint16).numpy()
-                digest.update(f"{path}.{name}".encode() + bits.tobytes())
-    return ModelIdentity(
-        name=Path(str(config.name_or_path)).name or type(model).__name__,
-        model_type=config.model_type,
-        num_layers=num_layers,
-        dtype=dtype,
-        fingerprint=digest.hexdigest(),
-    )
+                yield path, name
+
+
+def shape_of(model: PreTrainedModel) -> tuple[str, int, int, int]:
+    """Model type, layers, hidden size, vocabulary size."""
+    config = text_config(model)
+    return config.model_type, len(find_layers(model)), config.hidden_size, config.vocab_size
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """The name of the folder or repository that a model comes from."""
+    return Path(str(text_config(model).name_or_path)).name or type(model).__name__
 
 
 def stored_dtype(model: PreTrainedModel) -> str:

@@ -8,7 +8,7 @@ renumbered wherever it stands, and goes if the layer goes.
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import ModelError
 
@@ -16,6 +16,32 @@ QUANTISATION_KEYS = ("quantization_config", "compression_config")
 """The keys of a config under which modules are named."""
 
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", *QUANTISATION_KEYS)
+
+
+class Description(Protocol):
+    """What a cut on disk must know of a model beyond the names of its tensors."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        """Model type, layers, hidden size, vocabulary size."""
+
+    @property
+    def path(self) -> str:
+        """Where the layers are in the model, such as ``model.layers``."""
+
+    @property
+    def kinds(self) -> Sequence[object]:
+        """For each layer, what layers that should be alike have in common."""
+
+    def vectors(self) -> Iterator[str]:
+        """The names of its one-dimensional weights, in the order of its modules."""
+
+    def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
+        """The JSON of the config for the layers that stay; ModelError if there is none."""
 
 
 def find_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
