@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._core import __version__
 from .artifacts import Block, Comparison, Cut, Loss, ModelIdentity, Plan, Rejection, TextsIdentity
 from .errors import (
+    InMemoryOnlyError,
     LayersError,
     MetricError,
     MissingExtraError,
@@ -54,6 +55,7 @@ __all__ = [
     "Block",
     "Comparison",
     "Cut",
+    "InMemoryOnlyError",
     "LayersError",
     "Loss",
     "MetricError",

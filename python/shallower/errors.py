@@ -37,6 +37,10 @@ class ModelError(ShallowerError):
     """A model that cannot be loaded, read or cut."""
 
 
+class InMemoryOnlyError(ModelError):
+    """A cut that needs the weights in memory: not only whole layers go."""
+
+
 class OutputError(ShallowerError):
     """A place that cannot be written to, or that holds something already."""
 

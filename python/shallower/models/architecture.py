@@ -157,20 +157,23 @@ class AdapterList:
     """A list in a layer with an adapter for every layer that shares the weights beside it.
 
     Zamba 2: adapters of the blocks that its hybrid layers share.
+
+    Attributes:
+        name: its name in its module.
     """
 
     def __init__(self, module: nn.Module, name: str, sharing: Sequence[int]) -> None:
-        self._module, self._name, self._sharing = module, name, sharing
+        self._module, self.name, self._sharing = module, name, sharing
         self._whole: nn.ModuleList = getattr(module, name)
 
     def keep(self, layers: Sequence[int]) -> None:
         """Keep the adapters of some layers, ascending."""
         kept = [part for i, part in zip(self._sharing, self._whole, strict=True) if i in layers]
-        setattr(self._module, self._name, nn.ModuleList(kept))
+        setattr(self._module, self.name, nn.ModuleList(kept))
 
     def restore(self) -> None:
         """Keep the adapters of all layers again."""
-        setattr(self._module, self._name, self._whole)
+        setattr(self._module, self.name, self._whole)
 
 
 def adapter_lists(model: nn.Module, layers: DecoderLayers) -> list[AdapterList]:

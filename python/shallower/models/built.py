@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import InMemoryOnlyError, ModelError
 from ..pruning import shortened_config
-from .architecture import find_layers
+from .architecture import find_layers, layer_parts
 from .identity import model_name, shape_of, vectors_of
 from .loading import empty_model
 from .stored import edit_config, same_config
@@ -44,8 +44,14 @@ class BuiltModel:
         """The JSON of the config for the layers that stay.
 
         Raises:
+            InMemoryOnlyError: weights beside the layers would have to be cut as well.
             ModelError: a stock loader would not build the layers that stay from it.
         """
+        if parts := layer_parts(self._model, find_layers(self._model)):
+            raise InMemoryOnlyError(
+                f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "
+                f"which is cut in memory only: use load_model, drop_layers and save_model"
+            )
         shortened = shortened_config(self._model, tuple(survivors))
         aliases = type(shortened.get_text_config(decoder=True)).attribute_map
         after = shortened.to_dict()
