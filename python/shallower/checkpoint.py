@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ._core import Checkpoint, Job
 from .artifacts import PLAN_FILE, Layers, ModelIdentity, Plan, blocks_of, dropped_layers
 from .errors import ModelError, OutputError, PlanError
+from .exports import CARD_FILE, exports, range_list
 from .models.architecture import find_layers
 from .models.identity import identify_stored
 from .models.loading import empty_model
@@ -117,6 +118,13 @@ class PreparedCut:
     carried: Mapping[str, Path]
 
     @property
+    def files(self) -> list[str]:
+        """The names of all files of the cut."""
+        return sorted(
+            [*(name for name, _ in self.job.files), *self.texts, *self.carried, PLAN_FILE]
+        )
+
+    @property
     def num_bytes(self) -> int:
         """The bytes of the files of weights."""
         return sum(size for _, size in self.job.files)
@@ -198,12 +206,28 @@ def prepare(
         if name in files:
             texts[name] = _renumbered(files.pop(name), renumbering, named)
     identity = _identify(model, raw, weights, found.path, prefix)
+    plan = _checked(plan, len(found), dropped, identity)
+    options = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
+    texts |= _exports(source, plan, options, _stored_dtype(raw), files.get(CARD_FILE))
     return PreparedCut(
-        _checked(plan, len(found), dropped, identity),
+        plan,
         stored.cut([prefix], len(found), list(survivors), size),
         texts,
-        files,
+        {name: path for name, path in files.items() if name not in texts},
     )
+
+
+def _exports(
+    source: str | Path, plan: Plan, options: dict[str, Any], dtype: str, card: Path | None
+) -> dict[str, str]:
+    """The files for people and other tools; ``options`` are of :func:`prune_checkpoint`."""
+    given = {name: value for name, value in options.items() if value not in ("5GB", False)}
+    words = [f", {name}={value!r}" for name, value in given.items()]
+    python = f"sh.prune_checkpoint({str(source)!r}, {range_list(plan)}, 'cut'{''.join(words)})"
+    command = []
+    for name, value in given.items():
+        command += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return exports(plan, str(source), python, command, dtype, card)
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -27,12 +27,15 @@ def print_json(value: Any) -> None:
 
 
 def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
-    """Print what would be done."""
+    """Print what would be done; the files that would be written under ``write``."""
     if as_json:
         print_json({"dry_run": True, **described})
         return
     for name, value in described.items():
-        show(f"would {name}: {value}" if name == "write" else f"{name}: {value}")
+        if name == "write":
+            show(*(f"would write {path}" for path in value))
+        else:
+            show(f"{name}: {value}")
 
 
 def warn(message: str) -> None:

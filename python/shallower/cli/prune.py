@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..artifacts import Plan
+from ..artifacts import PLAN_FILE, Plan
 from ..errors import ModelError, OutputError
+from ..exports import EXPORT_FILES
 from ..report import plan_table, ranges
 from ..storage import check_free
 from .options import (
@@ -60,6 +61,7 @@ def prune_command(
     A folder of safetensors is cut on disk, without loading it, unless --dtype asks for
     another dtype than the stored one; when interrupted, the same command goes on.
     With an --out that ends in .gguf, a GGUF file is cut directly, without loading it.
+    A model card, mergekit's config and llama.cpp's list of layers lie beside every cut.
     """
     if out.suffix == ".gguf":
         path = _gguf_source(model, gguf_file)
@@ -69,10 +71,9 @@ def prune_command(
                 "--max-shard-size": max_shard_size is not None,
                 "--device-map": device_map is not None,
                 "--trust-remote-code": trust_remote_code,
-                "--verify": verify,
             }
         )
-        _prune_gguf(path, out, drop, plan, overwrite, dry_run, as_json)
+        _prune_gguf(path, out, drop, plan, verify, overwrite, dry_run, as_json)
         return
     from ..models.loading import count_layers
 
@@ -82,7 +83,7 @@ def prune_command(
     if out.exists() and Path(model).exists() and out.samefile(model):
         raise OutputError(f"{out} is the model itself: name another folder for the cut")
     described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
-    dry = {"prune": model, **described, "write": [str(out)]}
+    dry = {"prune": model, **described}
     loaded = None
     if _is_cut_on_disk(model, dtype, gguf_file):
         from ..checkpoint import prepare
@@ -90,7 +91,8 @@ def prune_command(
         size = max_shard_size or "5GB"
         cut = prepare(model, wanted.blocks, size, wanted, trust_remote_code)
         if dry_run:
-            say_dry_run({**dry, "bytes": cut.num_bytes}, as_json)
+            files = [str(out / name) for name in cut.files]
+            say_dry_run({**dry, "bytes": cut.num_bytes, "write": files}, as_json)
             return
         wanted = cut.plan
         cut.write(out, overwrite)
@@ -101,7 +103,9 @@ def prune_command(
             "it out, or leave out --dtype"
         )
     elif dry_run:
-        say_dry_run(dry, as_json)
+        saved = ("config.json", "generation_config.json", "model*.safetensors", "tokenizer*")
+        files = [str(out / name) for name in (*saved, PLAN_FILE, *EXPORT_FILES)]
+        say_dry_run({**dry, "write": files}, as_json)
         return
     else:
         dtype = dtype or "bfloat16"
@@ -109,16 +113,25 @@ def prune_command(
         wanted = _prune_in_memory(*loaded, out, wanted, overwrite)
     difference = None
     if verify:
-        from ..pipeline import verify_checkpoint
-
         loaded = loaded or load(model, dtype, device_map, gguf_file, trust_remote_code)
-        text = "The quick brown fox jumps over the lazy dog, and then it does so again."
-        difference = verify_checkpoint(*loaded, out, wanted.blocks, text)
+        difference = _verify(*loaded, out, wanted)
     if as_json:
         print_json({**wanted.to_json(), "max_logits_difference": difference, "written": str(out)})
     else:
-        checked = [] if difference is None else [f"logits differ by at most {difference:.2g}"]
-        show(plan_table(wanted), *checked, f"wrote {out}")
+        show(plan_table(wanted), *_verified(difference), f"wrote {out}")
+
+
+def _verify(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, plan: Plan
+) -> float:
+    from ..pipeline import verify_checkpoint
+
+    text = "The quick brown fox jumps over the lazy dog, and then it does so again."
+    return verify_checkpoint(model, tokenizer, out, plan.blocks, text)
+
+
+def _verified(difference: float | None) -> list[str]:
+    return [] if difference is None else [f"logits differ by at most {difference:.2g}"]
 
 
 def _is_cut_on_disk(model: str, dtype: DtypeName | None, gguf_file: str | None) -> bool:
@@ -182,22 +195,24 @@ def _prune_gguf(
     out: Path,
     drop: str | None,
     plan: Path | None,
+    verify: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from ..gguf import count_gguf_layers, plan_gguf, plan_path, prune_gguf
+    from ..gguf import count_gguf_layers, gguf_files, plan_gguf, prune_gguf
     from ..progress import track
 
     wanted = wanted_plan(str(source), drop, plan, count_gguf_layers(source))
-    written = [str(out), str(plan_path(out))]
+    plan_gguf(source, wanted.blocks, wanted)
+    for path in gguf_files(out):
+        check_free(path, overwrite)
+    written = [str(path) for path in gguf_files(out)]
     if dry_run:
-        plan_gguf(source, wanted.blocks, wanted)
-        for path in written:
-            check_free(Path(path), overwrite)
         described = {"drop": ranges(wanted.dropped), "keep": ranges(wanted.survivors)}
         say_dry_run({"prune": str(source), **described, "write": written}, as_json)
         return
+    loaded = load(str(source), "float32", None, None, False) if verify else None
     with track("cutting, %", 100) as advance:
         percent = 0
 
@@ -207,7 +222,9 @@ def _prune_gguf(
             percent = done * 100 // total
 
         prune_gguf(source, wanted.blocks, out, overwrite, wanted, progress)
+    difference = _verify(*loaded, out, wanted) if loaded else None
     if as_json:
-        print_json({**wanted.to_json(), "written": written})
+        done = {**wanted.to_json(), "max_logits_difference": difference, "written": written}
+        print_json(done)
     else:
-        show(plan_table(wanted), *(f"wrote {path}" for path in written))
+        show(plan_table(wanted), *_verified(difference), *(f"wrote {path}" for path in written))
