@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typer.testing import CliRunner
 
 import shallower as sh
 from families import (
@@ -24,6 +25,7 @@ from families import (
     small_config,
     table,
 )
+from shallower.cli import app
 from shallower.models.architecture import find_layers, text_config
 
 SCALES = {"rwkv": 1e-4}
@@ -163,3 +165,29 @@ def test_every_model_type_is_tested_or_named():
 
 def test_the_document_says_what_is_tested():
     assert DOCUMENT.read_text() == table(), "make families writes it anew"
+
+
+def test_tables_beside_the_layers_are_cut_in_memory(tmp_path, words):
+    model = random_model("gemma3n_text")
+    sh.save_model(model, words, tmp_path / "whole")
+    with pytest.raises(sh.InMemoryOnlyError, match="embed_tokens_per_layer"):
+        sh.prune_checkpoint(tmp_path / "whole", [0, 1], tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    arguments = ["prune", str(tmp_path / "whole"), "--drop", "0:2", "--out", str(tmp_path / "cut")]
+    done = CliRunner().invoke(app, [*arguments, "--verify"])
+    assert done.exit_code == 0, done.output
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert found.config.num_hidden_layers == 6
+    assert found.model.embed_tokens_per_layer.weight.shape == (128, 6 * 8)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "zamba2", "longcat_flash", "zamba", "rwkv"])
+def test_layers_left_out_for_a_while_come_back(name):
+    model = random_model(name)
+    tokens = torch.randint(3, 100, (1, 9))
+    before, config = logits(model, tokens), model.config.to_json_string()
+    with sh.without_layers(model, [4, 5]):
+        assert len(find_layers(model)) == NUM_LAYERS - 2
+        assert not torch.equal(logits(model, tokens), before)
+    assert model.config.to_json_string() == config
+    assert torch.equal(logits(model, tokens), before)

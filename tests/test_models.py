@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -542,6 +544,35 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
         load_model(file)
     with pytest.raises(sh.ModelError, match=r"broken\.gguf"):
         count_layers(file)
+
+
+@pytest.fixture
+def logged():
+    """What transformers says of loading, beside errors."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def test_weights_that_are_missing_are_told_once(checkpoint, logged):
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    whole = dict(weights)
+    del weights["model.norm.weight"]
+    weights["lm_head.weight"] = torch.zeros(3, 32)
+    save_file(weights, path, {"format": "pt"})
+    words = r"lacks the weights model.norm.weight, lm_head.weight of shape \(100, 32\) \(stored is"
+    with pytest.raises(sh.ModelError, match=words):
+        load_model(checkpoint)
+    assert not any("LOAD REPORT" in message for message in logged)
+    save_file({**whole, "stray": torch.zeros(1)}, path, {"format": "pt"})
+    load_model(checkpoint)
+    (report,) = (message for message in logged if "LOAD REPORT" in message)
+    assert "stray" in report
 
 
 @pytest.mark.parametrize("architecture", ["bert", "clip", "t5", "mamba", "nonsense"])

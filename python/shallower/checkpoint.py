@@ -32,6 +32,7 @@ from .artifacts import (
     fingerprint,
 )
 from .errors import ModelError, OutputError, PlanError
+from .exports import CARD_FILE, exports, range_list
 from .models.plain import plain_model
 from .models.stored import (
     QUANTISATION_KEYS,
@@ -123,6 +124,13 @@ class PreparedCut:
     carried: Mapping[str, Path]
 
     @property
+    def files(self) -> list[str]:
+        """The names of all files of the cut."""
+        return sorted(
+            [*(name for name, _ in self.job.files), *self.texts, *self.carried, PLAN_FILE]
+        )
+
+    @property
     def num_bytes(self) -> int:
         """The bytes of the files of weights."""
         return sum(size for _, size in self.job.files)
@@ -204,11 +212,14 @@ def prepare(
         if name in files:
             texts[name] = _renumbered(_read_json(files.pop(name)), renumbering, named)
     identity = _identify(model, _stored_dtype(raw), weights, prefix)
+    plan = _checked(plan, total, dropped, identity)
+    options = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
+    texts |= _exports(source, plan, options, _stored_dtype(raw), files.get(CARD_FILE))
     return PreparedCut(
-        _checked(plan, total, dropped, identity),
+        plan,
         stored.cut([prefix], total, list(survivors), size),
         texts,
-        files,
+        {name: path for name, path in files.items() if name not in texts},
     )
 
 
@@ -234,6 +245,19 @@ def _describe(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> 
     from .models.built import BuiltModel
 
     return BuiltModel(folder, trust_remote_code)
+
+
+def _exports(
+    source: str | Path, plan: Plan, options: dict[str, Any], dtype: str, card: Path | None
+) -> dict[str, str]:
+    """The files for people and other tools; ``options`` are of :func:`prune_checkpoint`."""
+    given = {name: value for name, value in options.items() if value not in ("5GB", False)}
+    words = [f", {name}={value!r}" for name, value in given.items()]
+    python = f"sh.prune_checkpoint({str(source)!r}, {range_list(plan)}, 'cut'{''.join(words)})"
+    command = []
+    for name, value in given.items():
+        command += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return exports(plan, str(source), python, command, dtype, card)
 
 
 def is_checkpoint(path: str | Path) -> bool:

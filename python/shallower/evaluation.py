@@ -11,6 +11,7 @@ from .artifacts import Loss, describe_rejections
 from .calibration import Batch, TokenBatches
 from .errors import ModelError, TextsError
 from .models.architecture import evaluating, find_layers, input_device
+from .models.positions import check_length, learned_positions
 from .progress import track
 
 
@@ -31,17 +32,20 @@ def evaluate_loss(
     not independent): ``sqrt(S/(S-1) · sum_i (loss_i - nats·n_i)²) / sum_i n_i``.
 
     Raises:
-        TextsError: no text has two tokens, or a text is no string.
+        TextsError: no text has two tokens, or a text is no string, or longer than the
+            positions that the model has learned.
         ModelError: the loss is not finite.
     """
     batches = TokenBatches(tokenizer, texts, max_length, batch_size, min_tokens=2)
     device = input_device(find_layers(model))
+    positions = learned_positions(model)
     losses: list[float] = []
     counts: list[int] = []
     vocab_size = 0
     total = len(texts) if isinstance(texts, Sized) else None
     with track(description, total, progress) as advance, evaluating(model):
         for batch in batches:
+            check_length(batch.input_ids.shape[1], positions)
             sums, vocab_size = _summed_losses(model, batch, device)
             losses += sums
             counts += [int(n) - 1 for n in batch.attention_mask.sum(axis=1)]

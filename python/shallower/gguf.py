@@ -5,13 +5,15 @@ only what speaks of layers changes. What it cannot describe is refused (``rust/g
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ._core import Gguf
 from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
 from .errors import OutputError, PlanError
-from .storage import check_free, new_file
+from .exports import CARD_FILE, EXPORT_FILES, export_path, exports, range_list, read_card
+from .storage import check_free, new_file, write_file
 
 Progress = Callable[[int, int], Any]
 """Called with the bytes that are written, and those of the whole file."""
@@ -25,14 +27,14 @@ def prune_gguf(
     plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Write a GGUF file without some layers, whole or not at all, and the plan beside it.
+    """Write a GGUF file without some layers, whole or not at all, and what tells of it beside it.
 
     Args:
         source: a GGUF file of version 2 or 3, one file a model.
         layers: blocks, ranges or indices, 0-based.
-        out: the new file, ending in ``.gguf``. The plan lies beside it (:func:`plan_path`).
-        overwrite: replace what is at ``out``, which may be ``source``, once the new file is
-            complete.
+        out: the new file, ending in ``.gguf``. Beside it lie the plan, a model card and what
+            mergekit and llama.cpp need for the same cut (:func:`gguf_files`).
+        overwrite: replace what is there, ``source`` too, once the new files are complete.
         plan: the plan that chose the layers, to be saved in place of a plain one. The model
             itself is not compared with it: a GGUF file does not tell its fingerprint.
         progress: called with the bytes written and their total. What it raises stops the cut.
@@ -51,12 +53,26 @@ def prune_gguf(
     if out.suffix != ".gguf":
         raise OutputError(f"{out}: a GGUF file is cut into a file whose name ends in .gguf")
     file, wanted = _open(source, layers, plan)
-    beside = plan_path(out)
-    check_free(beside, overwrite)
-    with new_file(out, overwrite) as partial:
+    texts = _exports(Path(source), wanted, out)
+    for path in gguf_files(out)[1:]:
+        check_free(path, overwrite)
+    with ExitStack() as files:
+        partial = files.enter_context(new_file(out, overwrite))
+        wanted.save(files.enter_context(new_file(plan_path(out), overwrite)))
+        for name, text in texts.items():
+            beside = files.enter_context(new_file(export_path(out, name), overwrite))
+            write_file(beside, text.encode())
         file.cut(list(wanted.survivors), partial, progress)
-        wanted.save(beside)
     return wanted
+
+
+def _exports(source: Path, plan: Plan, out: Path) -> dict[str, str]:
+    python = f"sh.prune_gguf({str(source)!r}, {range_list(plan)}, {out.name!r})"
+    at = source.expanduser()
+    own, shared = export_path(at, CARD_FILE), at.with_name(CARD_FILE)
+    # The folder's README may be of anything: it is a model card by its front matter.
+    card = shared if not own.is_file() and read_card(shared)[0] else own
+    return exports(plan, str(source), python, source_card=card, gguf=out.name)
 
 
 def plan_gguf(source: str | Path, layers: Layers, plan: Plan | None = None) -> Plan:
@@ -79,7 +95,13 @@ def count_gguf_layers(source: str | Path) -> int:
 
 def plan_path(out: str | Path) -> Path:
     """Where the plan of a cut lies: ``model.shallower_plan.json`` beside ``model.gguf``."""
-    return Path(out).with_suffix(f".{PLAN_FILE}")
+    return export_path(Path(out), PLAN_FILE)
+
+
+def gguf_files(out: str | Path) -> list[Path]:
+    """All files of a cut: the GGUF file, its plan and the exports."""
+    out = Path(out)
+    return [out, plan_path(out), *(export_path(out, name) for name in EXPORT_FILES)]
 
 
 def _open(source: str | Path, layers: Layers, plan: Plan | None) -> tuple[Gguf, Plan]:

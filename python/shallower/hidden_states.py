@@ -16,6 +16,7 @@ from torch import nn
 from .calibration import Batch
 from .errors import ModelError
 from .models.architecture import DecoderLayers, evaluating, find_layers, input_device
+from .models.positions import check_length, learned_positions
 
 
 def last_token(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -29,14 +30,17 @@ def stream(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, 
 
     Raises:
         ModelError: the model has no list of decoder layers, or did not run them once each.
+        TextsError: a batch is longer than the positions that the model has learned.
     """
     layers = find_layers(model)
+    positions = learned_positions(model)
     device = input_device(layers)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         hooks = stack.enter_context(_LastTokenHooks(layers))
         pending: tuple[Batch, _HostCopy] | None = None
         for batch in batches:
+            check_length(batch.input_ids.shape[1], positions)
             copy = _HostCopy(hooks.run(batch, device))
             if pending:
                 yield pending[0], pending[1].wait()

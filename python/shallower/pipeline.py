@@ -29,8 +29,8 @@ from .errors import LayersError, ModelError, ScanError, TextsError
 from .evaluation import evaluate_loss, require_predictable
 from .hidden_states import stream
 from .models.architecture import find_layers, input_device
-from .models.identity import identify
-from .models.loading import load_weights
+from .models.identity import identify, stored_dtype
+from .models.loading import load_model, load_weights
 from .progress import track
 from .pruning import save_model, without_layers
 from .selection import check_size, deepest_block
@@ -175,13 +175,19 @@ def logits_difference(
 ) -> float:
     """How far the saved checkpoint is from the model with its layers skipped.
 
-    Loads ``path`` with stock transformers and gives the greatest absolute difference of the
-    logits on ``input_ids`` (B, T). ``model`` is the uncut one; nothing is changed.
+    Loads ``path``, a folder or a GGUF file, with stock transformers and gives the greatest
+    absolute difference of the logits on ``input_ids`` (B, T). ``model`` is the uncut one;
+    nothing is changed.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or lacks weights.
     """
-    reloaded: Any = load_weights(str(path), model.dtype)
+    reloaded: Any
+    if Path(path).suffix == ".gguf":
+        dtype: Any = stored_dtype(model)
+        reloaded, _ = load_model(path, dtype)
+    else:
+        reloaded = load_weights(str(path), model.dtype)
     device = input_device(find_layers(model))
     reloaded.to(device)
     with torch.inference_mode():
@@ -295,9 +301,11 @@ def run(
     )
     plan = scanned.plan(max(sizes))
     plan.save(out / PLAN_FILE)
+    cut = next(cut for cut in comparison.cuts if cut.block == plan.blocks[0])
+    losses = comparison.base, cut.loss
     before = continue_text(model, tokenizer, prompt)
     with without_layers(model, plan.blocks):
-        save_model(model, tokenizer, out / CHECKPOINT_FOLDER, plan, overwrite)
+        save_model(model, tokenizer, out / CHECKPOINT_FOLDER, plan, overwrite, losses)
         after = continue_text(model, tokenizer, prompt)
     difference = verify_checkpoint(
         model, tokenizer, out / CHECKPOINT_FOLDER, plan.blocks, max(eval_texts, key=len)

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .artifacts import PLAN_FILE, Layers, Plan, blocks_of, dropped_layers
-from .errors import ModelError, OutputError
+from .artifacts import PLAN_FILE, Layers, Loss, Plan, blocks_of, dropped_layers
+from .errors import ModelError, OutputError, PlanError
+from .exports import CARD_FILE, exports, range_list
 from .models.architecture import (
     DecoderLayers,
     adapter_lists,
@@ -32,7 +33,7 @@ from .models.architecture import (
     text_config,
     undo_rescaling,
 )
-from .models.identity import identify
+from .models.identity import identify, stored_dtype
 from .models.quantised import check_exact, clear_gguf_marks
 from .models.shortening import layer_counts, shorten
 from .storage import new_folder
@@ -99,6 +100,7 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
     try:
         yield
     finally:
+        undo_rescaling(model)
         setattr(found.owner, found.name, modules)
         for config, values in configs:
             vars(config).clear()
@@ -387,8 +389,12 @@ def save_model(
     path: str | Path,
     plan: Plan | None = None,
     overwrite: bool = False,
+    losses: tuple[Loss, Loss] | None = None,
 ) -> None:
     """Save a standard checkpoint, whole or not at all, that stock transformers loads.
+
+    With a plan, the plan itself, a model card and what mergekit and llama.cpp need for the
+    same cut lie beside the weights (``exports.EXPORT_FILES``).
 
     Args:
         model: cut or not; a 4-bit model becomes a standard 4-bit checkpoint.
@@ -396,13 +402,16 @@ def save_model(
         path: a folder that does not exist yet, or is empty.
         plan: what was dropped; saved as ``shallower_plan.json``.
         overwrite: replace what is at ``path``, once the new checkpoint is complete.
+        losses: the held-out loss before and after the cut, for the model card.
 
     Raises:
+        PlanError: ``plan`` leaves another number of layers than the model has.
         OutputError: ``path`` holds something already, or cannot be written to.
         ModelError: weights that cannot be saved as they are.
     """
     check_exact(model)
     require_weights(model)
+    texts = {} if plan is None else _exports(model, plan, losses)
     undo_rescaling(model)
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
@@ -420,3 +429,25 @@ def save_model(
             raise ModelError(message) from error
         if plan is not None:
             plan.save(folder / PLAN_FILE)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _exports(
+    model: PreTrainedModel, plan: Plan, losses: tuple[Loss, Loss] | None
+) -> dict[str, str]:
+    left = len(find_layers(model))
+    if len(plan.survivors) != left:
+        raise PlanError(
+            f"the plan leaves {len(plan.survivors)} layers, and the model has {left}: save the "
+            f"model that the plan was carried out on"
+        )
+    source = str(model.name_or_path) or (plan.model.name if plan.model else type(model).__name__)
+    dtype = stored_dtype(model)
+    python = (
+        f"model, tokenizer = sh.load_model({source!r}, dtype={dtype!r})\n"
+        f"plan = sh.drop_layers(model, {range_list(plan)})\n"
+        f"sh.save_model(model, tokenizer, 'cut', plan)"
+    )
+    options = ("--dtype", dtype)
+    return exports(plan, source, python, options, dtype, Path(source) / CARD_FILE, losses)

@@ -1,6 +1,9 @@
 """Loading a causal language model: a folder, a hub id or a GGUF file."""
 
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -156,21 +159,48 @@ def load_weights(
     options = options or {}
     if config is not None:
         options = {**options, "quantization_config": config}
-    model, info = _call(
-        AutoModelForCausalLM.from_pretrained,
-        source,
-        dtype=dtype,
-        device_map=device_map,
-        output_loading_info=True,
-        **options,
-    )
-    absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if absent:
-        raise ModelError(
-            f"{_name(source, options)} lacks the weights {', '.join(absent[:3])}"
-            f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}, which would stay random"
+    with _report_unless_refused():
+        model, info = _call(
+            AutoModelForCausalLM.from_pretrained,
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
+        absent = sorted(info["missing_keys"]) + [
+            f"{name} of shape {tuple(expected)} (stored is {tuple(stored)})"
+            for name, stored, expected in sorted(info["mismatched_keys"])
+        ]
+        if absent:
+            raise ModelError(
+                f"{_name(source, options)} lacks the weights {', '.join(absent[:3])}"
+                f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}, which would stay "
+                f"random"
+            )
     return model
+
+
+@contextmanager
+def _report_unless_refused() -> Iterator[None]:
+    """Hold back transformers' report on the weights; it is not shown if the body raises."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            held.append(record)
+        return not is_report
+
+    logger.addFilter(hold)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hold)
+    for record in held:
+        logger.handle(record)
 
 
 def _call(load: Any, source: str, **options: Any) -> Any:
