@@ -7,7 +7,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find r
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo families test test-rust test-python test-slow lint format bench bench-check clean
+.PHONY: demo families test test-rust test-python test-slow fuzz lint format bench bench-check clean
 
 demo: $(VENV)/.installed  ## Scan, cut and measure a real model; results in shallower-demo/
 	$(BIN)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
@@ -23,6 +23,9 @@ test-python: $(VENV)/.test
 test-slow: $(VENV)/.test  ## The minutes-long tests too, with more examples
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow $(BIN)/pytest
+
+fuzz:  ## The parsers of headers, indexes and GGUF files, for FUZZ_SECONDS
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --locked --profile fuzz --test fuzz -- --nocapture
 
 lint: $(VENV)/.lint
 	cargo fmt --check

@@ -480,7 +480,7 @@ fn place(infos: Vec<Info>, data: u64, alignment: u64, file_size: u64) -> Result<
                     "the data of tensor {} ends at byte {}, and the file at {file_size}: it is \
                      cut short; fetch it again",
                     info.name,
-                    data + offset + size
+                    (data + offset).saturating_add(size)
                 ),
             ));
         }

@@ -576,6 +576,19 @@ fn an_unknown_type_reaches_to_the_next_tensor() {
 }
 
 #[test]
+fn an_unknown_type_cannot_reach_beyond_all_numbers() {
+    let mut model = Model::new(1);
+    model.tensors[1].1.0 = 137;
+    let mut file = model.bytes();
+    let name = b"blk.0.norm.weight";
+    let next = file.windows(name.len()).position(|seen| seen == name);
+    let offset = next.unwrap() + name.len() + 4 + 8 + 4;
+    file[offset..offset + 8].copy_from_slice(&(u64::MAX - 7).to_le_bytes());
+    let error = read(&file).unwrap_err().to_string();
+    assert!(error.contains("it is cut short"), "{error}");
+}
+
+#[test]
 fn a_cut_stops_when_it_is_told_to() {
     let file = Model::new(2).bytes();
     let mut source = Cursor::new(&file[..]);
