@@ -1,7 +1,6 @@
 """How long a text can be for a model that has learned its positions one by one."""
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import TextsError
 from .architecture import find_layers, text_config
@@ -9,13 +8,10 @@ from .architecture import find_layers, text_config
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model has learned; None if it computes them, as by RoPE."""
-    count = getattr(text_config(model), "max_position_embeddings", None)
-    words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    sizes = [
-        module.num_embeddings
-        for module in find_layers(model).runner.modules()
-        if isinstance(module, nn.Embedding) and module is not words
-    ]
+    config = text_config(model)
+    count = getattr(config, "max_position_embeddings", None)
+    tables = [m for m in find_layers(model).runner.modules() if isinstance(m, nn.Embedding)]
+    sizes = {table.num_embeddings for table in tables} - {config.vocab_size}
     # OPT and its kin keep two rows more, for padding.
     learned = isinstance(count, int) and any(0 <= size - count <= 2 for size in sizes)
     return count if learned else None
