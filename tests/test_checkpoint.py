@@ -17,7 +17,7 @@ from contextlib import suppress
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -28,6 +28,7 @@ from transformers import (
 
 import shallower as sh
 from conftest import tiny_llama
+from families import small_config
 from shallower import LayersError, ModelError, OutputError, Plan, PlanError, checkpoint
 from shallower.exports import EXPORT_FILES
 from shallower.models.plain import VECTORS
@@ -867,3 +868,30 @@ def test_one_process_at_a_time(source, tmp_path):
             sh.prune_checkpoint(source, DROPPED, out)
 
     sh.prune_checkpoint(source, DROPPED, out, progress=nested)
+
+
+def test_layers_for_multi_token_prediction_stay_behind_the_others(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    model = AutoModelForCausalLM.from_config(small_config("deepseek_v3"))
+    model.save_pretrained(whole)
+    tensors = load_file(whole / "model.safetensors")
+    last = {name: value for name, value in tensors.items() if name.startswith("model.layers.7.")}
+    extra = {name.replace(".7.", ".8.", 1): value + 1 for name, value in last.items()}
+    extra["model.layers.8.eh_proj.weight"] = torch.ones(32, 64)
+    save_file(tensors | extra, whole / "model.safetensors", metadata={"format": "pt"})
+    _rewrite_config(whole, num_nextn_predict_layers=0)
+    with pytest.raises(ModelError, match=r"also has model\.layers\.8"):
+        checkpoint.prepare(whole, [2, 3])
+    _rewrite_config(whole, num_nextn_predict_layers=1)
+    sh.prune_checkpoint(whole, [2, 3], out)
+    cut = load_file(out / "model.safetensors")
+    for name, value in extra.items():
+        assert torch.equal(cut[name.replace(".8.", ".6.", 1)], value)
+    assert not any(name.startswith(("model.layers.7.", "model.layers.8.")) for name in cut)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (6, 1)
+
+
+def _rewrite_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

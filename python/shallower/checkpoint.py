@@ -200,10 +200,14 @@ def prepare(
     dropped = dropped_layers(total, layers)
     survivors = tuple(index for index in range(total) if index not in set(dropped))
     weights = {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
-    prefix = find_prefix(weights, model.path, total)
+    more = _num_more(raw)
+    prefix = find_prefix(weights, model.path, total, more)
+    if more and not any(name.startswith(f"{prefix}{total}.") for name in weights):
+        more = 0
+    stored_survivors = (*survivors, *range(total, total + more))
     _check_layers(model.kinds, prefix, weights)
     paths = (model.path, prefix.removesuffix("."))
-    renumbering = Renumbering(paths, survivors)
+    renumbering = Renumbering(paths, stored_survivors)
     modules = {module_of(name) for name in weights if name.startswith(prefix)}
     named = {model.path + module.removeprefix(paths[1]) for module in modules} | modules
     files = dict(_carried(stored))
@@ -217,10 +221,20 @@ def prepare(
     texts |= _exports(source, plan, options, _stored_dtype(raw), files.get(CARD_FILE))
     return PreparedCut(
         plan,
-        stored.cut([prefix], total, list(survivors), size),
+        stored.cut([prefix], total + more, list(stored_survivors), size),
         texts,
         {name: path for name, path in files.items() if name not in texts},
     )
+
+
+def _num_more(raw: Mapping[str, Any]) -> int:
+    """Layers for multi-token prediction, stored behind the others; they stay, with new numbers."""
+    inner = raw.get("text_config")
+    for config in (raw, inner if isinstance(inner, dict) else {}):
+        for name in ("num_nextn_predict_layers", "num_mtp_layers"):
+            if type(count := config.get(name)) is int and 0 < count <= MAX_LAYERS:
+                return count
+    return 0
 
 
 def count_stored_layers(source: str | Path, trust_remote_code: bool = False) -> int:

@@ -44,7 +44,7 @@ class Description(Protocol):
         """The JSON of the config for the layers that stay; ModelError if there is none."""
 
 
-def find_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
+def find_prefix(names: Iterable[str], path: str, num_layers: int, num_more: int = 0) -> str:
     """The prefix of the layers' tensors in a checkpoint, such as ``model.layers.``.
 
     Args:
@@ -52,6 +52,7 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
         path: where the layers are in the model, such as ``model.layers``; checkpoints of a
             model without its head lack the first part.
         num_layers: layers of the model.
+        num_more: layers for multi-token prediction that may be stored behind them.
 
     Raises:
         ModelError: no such tensors, or their numbers are not ``0 .. num_layers-1``.
@@ -72,11 +73,11 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int) -> str:
             f"is counted there: {', '.join(sorted(numbers)[:5]) or 'nothing'}"
         )
     wrong = sorted(numbers[prefix] ^ set(range(num_layers)))
-    if wrong:
+    if wrong and wrong != list(range(num_layers, num_layers + num_more)):
         raise ModelError(
             f"the config counts {num_layers} layers, and the checkpoint "
-            f"{'lacks' if wrong[0] < num_layers else 'also has'} {prefix}{wrong[0]}: extra layers, "
-            f"as for multi-token prediction, cannot be cut on disk"
+            f"{'lacks' if wrong[0] < num_layers else 'also has'} {prefix}{wrong[0]}"
+            f"{f'; of extra layers it counts {num_more}' if num_more else ''}"
         )
     return prefix
 
