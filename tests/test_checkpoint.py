@@ -24,7 +24,9 @@ from transformers import (
     AutoTokenizer,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    FineGrainedFP8Config,
 )
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import shallower as sh
 from conftest import tiny_llama
@@ -179,6 +181,24 @@ def test_quantised_checkpoints_of_bitsandbytes_stay_bit_by_bit(words, tmp_path, 
     assert stored(disk) == stored(tmp_path / "memory")
     assert (done, done.model.dtype) == (plan, dtype)
     assert torch.equal(logits_of(stock(disk)), logits_of(stock(tmp_path / "memory")))
+
+
+def test_fp8_of_transformers_stays_bit_by_bit(tmp_path, monkeypatch):
+    model = plain_checkpoint("llama", tmp_path / "plain", hidden_size=64, intermediate_size=64)
+    quantised = FineGrainedFP8Config(
+        weight_block_size=(32, 32), modules_to_not_convert=["lm_head", "model.layers.2.mlp.up_proj"]
+    )
+    with monkeypatch.context() as patched:  # it asks for a GPU, and needs none to quantise
+        patched.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+        whole = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantised)
+        whole.save_pretrained(tmp_path / "source")
+    sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "disk")
+    assert {tensor.dtype for tensor in stored(tmp_path / "disk").values()} >= {"F8_E4M3", "F32"}
+    config = read_json(tmp_path / "disk" / "config.json")["quantization_config"]
+    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.1.mlp.up_proj"]
+    memory = stock(tmp_path / "source")
+    sh.drop_layers(memory, DROPPED)
+    assert torch.equal(logits_of(stock(tmp_path / "disk")), logits_of(memory))
 
 
 def test_a_cut_can_be_cut_again(source, tmp_path):
