@@ -29,6 +29,7 @@ mod raised {
     import_exception!(shallower.errors, LayersError);
     import_exception!(shallower.errors, ScanError);
     import_exception!(shallower.errors, ThreadsError);
+    import_exception!(shallower.errors, TierError);
     import_exception!(shallower.errors, ModelError);
     import_exception!(shallower.errors, OutputError);
 }
@@ -43,8 +44,12 @@ impl From<Error> for PyErr {
             | Error::StateCount { .. }
             | Error::TooManySamples
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
-            Error::UnknownMetric(_) | Error::MetricList(_) | Error::MetricNotHeld { .. } => {
-                raised::MetricError::new_err(message)
+            Error::UnknownMetric(_)
+            | Error::MetricList(_)
+            | Error::MetricNotHeld { .. }
+            | Error::NoDistance(_) => raised::MetricError::new_err(message),
+            Error::UnknownTier(_) | Error::TierUnavailable(_) => {
+                raised::TierError::new_err(message)
             }
             Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
                 raised::ScanError::new_err(message)
