@@ -183,7 +183,9 @@ impl BlockSums {
             samples,
         } = self;
         sum.fill(0);
-        [high, cross, low].map(|part| part.fill(0));
+        for part in [high, cross, low] {
+            part.fill(0);
+        }
         *samples = 0;
     }
 }

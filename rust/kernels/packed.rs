@@ -8,6 +8,9 @@ const LINE: usize = 64;
 /// Rows are padded with zeros to a multiple of so many columns.
 const PADDING: usize = 32;
 
+/// A chunk has rows of zeros up to a multiple of this, for tiles of so many rows.
+const ROWS: usize = 16;
+
 /// A number as the tiles take it.
 pub(crate) trait Packed: Copy + Default {
     /// The bits of a magnitude, ordered; nothing where they are not looked at.
@@ -149,7 +152,8 @@ impl<P: Packed> Chunk<P> {
         // One line more than a power of two: rows of one column lie in different sets of
         // the cache.
         let stride = columns.next_multiple_of(PADDING) + line;
-        let data = vec![P::default(); num_states * stride + line];
+        let rows = num_states.next_multiple_of(ROWS);
+        let data = vec![P::default(); rows * stride + line];
         let offset = data.as_ptr().align_offset(LINE).min(line);
         Self {
             data,

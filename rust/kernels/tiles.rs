@@ -146,6 +146,22 @@ pub(crate) unsafe fn add<U: Unit>(chunk: &Chunk<U::Packed>, sums: &mut [f64], so
     }
 }
 
+/// Fetches all lines at once.
+///
+/// # Safety
+///
+/// As for the methods of [`Unit`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn prefetch_all<U: Unit>(soon: &Soon<'_>) {
+    for &row in soon.rows {
+        for at in (0..soon.bytes).step_by(64) {
+            // SAFETY: the caller's; a prefetch reads nothing.
+            unsafe { U::prefetch(ptr::without_provenance(row + at)) };
+        }
+    }
+}
+
 /// Lines to fetch, spread over the tiles.
 struct Fetch<'a> {
     soon: Soon<'a>,
