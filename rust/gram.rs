@@ -58,6 +58,7 @@ struct Scratch {
     chunks: Chunks,
     sums: Vec<f64>,
     largest: Vec<f32>,
+    magnitudes: Vec<f32>,
     soon: Vec<usize>,
     column: Vec<f64>,
     chunk_squares: Vec<f64>,
@@ -120,13 +121,13 @@ impl Real for f64 {
 /// the norms less massive columns: a bias, and rounding errors that grow with a chunk and
 /// average out over chunks. Measured, see docs/maths.md.
 fn epsilon<S: Sweep>(width: usize) -> f64 {
-    let filled = even_chunk::<S>(width) as f64 / S::CHUNK as f64;
+    let filled = even_part(width, S::SPAN) as f64 / S::SPAN as f64;
     2e-8 + 1.1e-7 * filled.max(0.5) * (512.0 / width as f64).sqrt()
 }
 
-/// Columns of a chunk, even over the width: a short one has massive columns by chance.
-fn even_chunk<S: Sweep>(width: usize) -> usize {
-    width.div_ceil(width.div_ceil(S::CHUNK))
+/// A width cut evenly into parts of at most `most`: a short one has massive columns by chance.
+fn even_part(width: usize, most: usize) -> usize {
+    width.div_ceil(width.div_ceil(most))
 }
 
 /// A sample that float32 cannot be trusted with.
@@ -275,6 +276,7 @@ impl Gram {
             chunks,
             sums,
             largest,
+            magnitudes,
             soon,
             column,
             chunk_squares,
@@ -284,13 +286,13 @@ impl Gram {
         products.fill(0.0);
         squares.fill(0.0);
         massive.fill(0.0);
-        sums.clear();
         sums.resize(S::num_sums(num_states), 0.0);
+        magnitudes.resize(num_states, 0.0);
         largest.clear();
         largest.resize(num_states, 0.0);
         column.resize(num_states, 0.0);
         chunk_squares.resize(num_states, 0.0);
-        let columns = even_chunk::<S>(states.width());
+        let columns = even_part(states.width(), S::CHUNK);
         for start in (0..states.width()).step_by(columns) {
             let length = columns.min(states.width() - start);
             // What comes next: the same rows' next chunk, or the next sample's first.
@@ -301,22 +303,21 @@ impl Gram {
             };
             chunk.resize(length);
             soon.clear();
-            let mut outweighed = false;
             for state in 0..num_states {
                 let row = states.row(sample, state);
-                let magnitude = chunk.pack(state, &row[start..][..length]);
-                largest[state] = if magnitude < largest[state] {
-                    largest[state]
-                } else {
-                    magnitude
-                };
+                magnitudes[state] = chunk.pack(state, &row[start..][..length]);
                 chunk_squares[state] = S::square(chunk.row(state));
-                if S::Packed::NARROW {
-                    outweighed |= is_massive(f64::from(magnitude), chunk_squares[state]);
-                }
                 soon.push(states.row(next_sample, state)[next..].as_ptr().addr());
             }
-            if outweighed {
+            let mut outweighed = false;
+            for state in 0..num_states {
+                let magnitude = magnitudes[state];
+                // NaN stays.
+                let larger = !(magnitude < largest[state]);
+                largest[state] = if larger { magnitude } else { largest[state] };
+                outweighed |= is_massive(f64::from(magnitude), chunk_squares[state]);
+            }
+            if S::Packed::NARROW && outweighed {
                 take_massive::<S>(chunk, products, massive, column)?;
                 for state in 0..num_states {
                     chunk_squares[state] = S::square(chunk.row(state));
@@ -326,7 +327,7 @@ impl Gram {
                 *square += of_chunk;
             }
             let bytes = columns.min(states.width() - next) * size_of::<T>();
-            S::add(chunk, sums, Soon { rows: soon, bytes });
+            S::add(chunk, start == 0, sums, Soon { rows: soon, bytes });
         }
         if S::Packed::NARROW {
             if !largest

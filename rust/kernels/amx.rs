@@ -202,13 +202,18 @@ impl<E: Engine> Sweep for Tiles<E> {
 
     const CHUNK: usize = 512;
 
+    const SPAN: usize = 512;
+
     fn num_sums(num_states: usize) -> usize {
         let blocks = num_states.div_ceil(SIDE);
         blocks * (blocks + 1) / 2 * SIDE * SIDE
     }
 
     #[inline(always)]
-    fn add(chunk: &Chunk<u16>, sums: &mut [f64], soon: Soon<'_>) {
+    fn add(chunk: &Chunk<u16>, fresh: bool, sums: &mut [f64], soon: Soon<'_>) {
+        if fresh {
+            sums.fill(0.0);
+        }
         let blocks = chunk.num_states().div_ceil(SIDE);
         let steps = chunk.length() / COLUMNS;
         assert!(chunk.length().is_multiple_of(COLUMNS) && steps > 0);

@@ -36,7 +36,7 @@ impl Unit for Single {
     type Vector = __m256;
     type Sum = __m256;
 
-    const CHUNK: usize = 256;
+    const SPAN: usize = 256;
     const ROWS: usize = 3;
     const WIDTH: usize = 8;
     const LANES: usize = 4;
@@ -81,7 +81,7 @@ impl Unit for Double {
     type Vector = __m256d;
     type Sum = __m256d;
 
-    const CHUNK: usize = 256;
+    const SPAN: usize = 256;
     const ROWS: usize = 3;
     const WIDTH: usize = 4;
     const LANES: usize = 4;

@@ -38,7 +38,7 @@ impl Unit for Single {
     type Vector = __m512;
     type Sum = __m512;
 
-    const CHUNK: usize = 256;
+    const SPAN: usize = 256;
     const ROWS: usize = 4;
     const WIDTH: usize = 16;
     const LANES: usize = 4;
@@ -99,7 +99,7 @@ impl Unit for Double {
     type Vector = __m512d;
     type Sum = __m512d;
 
-    const CHUNK: usize = 256;
+    const SPAN: usize = 256;
     const ROWS: usize = 4;
     const WIDTH: usize = 8;
     const LANES: usize = 8;

@@ -36,7 +36,7 @@ impl Unit for Brain {
     type Vector = __m512bh;
     type Sum = __m512;
 
-    const CHUNK: usize = 512;
+    const SPAN: usize = 512;
     const ROWS: usize = 4;
     const WIDTH: usize = 32;
     const LANES: usize = 4;

@@ -211,14 +211,18 @@ pub(crate) trait Sweep {
     /// What the states are packed as.
     type Packed: Packed;
 
-    /// Columns of a chunk: the sums are in `Packed`'s precision within one, in float64 beyond.
+    /// Columns of a chunk.
     const CHUNK: usize;
+
+    /// Columns whose products are summed in `Packed`'s precision; beyond, it is float64.
+    const SPAN: usize;
 
     /// The float64 numbers that the sums of so many states need.
     fn num_sums(num_states: usize) -> usize;
 
-    /// Adds a chunk's products to the sums; meanwhile the `soon` lines are fetched.
-    fn add(chunk: &Chunk<Self::Packed>, sums: &mut [f64], soon: Soon<'_>);
+    /// Adds a chunk's products to the sums, or begins them if they are to be `fresh`;
+    /// meanwhile the `soon` lines are fetched.
+    fn add(chunk: &Chunk<Self::Packed>, fresh: bool, sums: &mut [f64], soon: Soon<'_>);
 
     /// The sum of squares of one row of a chunk, in `Packed`'s precision.
     fn square(row: &[Self::Packed]) -> f64;

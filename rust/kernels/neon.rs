@@ -33,7 +33,7 @@ impl Unit for Single {
     type Vector = float32x4_t;
     type Sum = float32x4_t;
 
-    const CHUNK: usize = 128;
+    const SPAN: usize = 128;
     const ROWS: usize = 4;
     const WIDTH: usize = 4;
     const LANES: usize = 2;
@@ -75,7 +75,7 @@ impl Unit for Double {
     type Vector = float64x2_t;
     type Sum = float64x2_t;
 
-    const CHUNK: usize = 256;
+    const SPAN: usize = 256;
     const ROWS: usize = 4;
     const WIDTH: usize = 2;
     const LANES: usize = 2;

@@ -6,7 +6,7 @@ use crate::states::Element;
 const LINE: usize = 64;
 
 /// Rows are padded with zeros to a multiple of so many columns.
-const PADDING: usize = 32;
+pub(super) const PADDING: usize = 32;
 
 /// A chunk has rows of zeros up to a multiple of this, for tiles of so many rows.
 const ROWS: usize = 16;

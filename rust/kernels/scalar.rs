@@ -19,7 +19,7 @@ impl Unit for Double {
     type Vector = [f64; 2];
     type Sum = [f64; 2];
 
-    const CHUNK: usize = 512;
+    const SPAN: usize = 512;
     const ROWS: usize = 3;
     const WIDTH: usize = 2;
     const LANES: usize = 2;

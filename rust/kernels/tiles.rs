@@ -4,6 +4,7 @@
 
 use std::ptr;
 
+use super::packed::PADDING;
 use super::{Chunk, Packed, Soon};
 
 /// The vectors of one instruction set and one precision.
@@ -21,8 +22,8 @@ pub(crate) trait Unit {
     /// A vector of sums.
     type Sum: Copy;
 
-    /// Columns of a chunk.
-    const CHUNK: usize;
+    /// Columns whose products are summed in `Sum`'s precision.
+    const SPAN: usize;
     /// Rows of a tile: `ROWS²` sums and `ROWS + 1` vectors fit in the registers.
     const ROWS: usize;
     /// Values of a vector.
@@ -40,45 +41,71 @@ pub(crate) trait Unit {
     unsafe fn prefetch(address: *const u8);
 }
 
-/// `(first row, rows)` of each block of rows, as even as they can be.
-#[inline(always)]
-fn blocks(num_states: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = num_states.div_ceil(most);
-    let (rows, larger) = (num_states / count, num_states % count);
-    (0..count).map(move |i| (i * rows + i.min(larger), rows + usize::from(i < larger)))
+/// Rows in blocks as even as they can be, of at most `most`.
+#[derive(Clone, Copy)]
+struct Blocks {
+    count: usize,
+    rows: usize,
+    larger: usize,
 }
 
-/// Every tile: two blocks of rows, the first not after the second.
-#[inline(always)]
-fn pairs_of_blocks(
-    num_states: usize,
-    most: usize,
-) -> impl Iterator<Item = ((usize, usize), (usize, usize))> {
-    blocks(num_states, most)
-        .enumerate()
-        .flat_map(move |(i, first)| {
-            blocks(num_states, most)
-                .skip(i)
-                .map(move |second| (first, second))
-        })
+impl Blocks {
+    #[inline(always)]
+    fn new(num_states: usize, most: usize) -> Self {
+        let count = num_states.div_ceil(most);
+        let (rows, larger) = (num_states / count, num_states % count);
+        Self {
+            count,
+            rows,
+            larger,
+        }
+    }
+
+    /// First row and number of rows.
+    #[inline(always)]
+    fn get(self, block: usize) -> (usize, usize) {
+        let first = block * self.rows + block.min(self.larger);
+        (first, self.rows + usize::from(block < self.larger))
+    }
 }
 
 pub(crate) fn num_sums<U: Unit>(num_states: usize) -> usize {
-    let on_diagonal: usize = blocks(num_states, U::ROWS)
-        .map(|(_, rows)| rows * rows)
+    let blocks = Blocks::new(num_states, U::ROWS);
+    let on_diagonal: usize = (0..blocks.count)
+        .map(|block| blocks.get(block).1.pow(2))
         .sum();
     (num_states * num_states + on_diagonal) / 2 * U::LANES
 }
 
+/// The sum of 2, 4 or 8 lanes.
+#[inline(always)]
+fn total(lanes: &[f64]) -> f64 {
+    match *lanes {
+        [a, b] => a + b,
+        [a, b, c, d] => (a + b) + (c + d),
+        [a, b, c, d, e, f, g, h] => ((a + b) + (c + d)) + ((e + f) + (g + h)),
+        _ => unreachable!("a unit has 2, 4 or 8 lanes"),
+    }
+}
+
 #[inline(always)]
 pub(crate) fn collect<U: Unit>(num_states: usize, sums: &[f64], products: &mut [f64]) {
-    let mut entries = sums.chunks_exact(U::LANES);
-    for ((first, rows), (second, columns)) in pairs_of_blocks(num_states, U::ROWS) {
-        for row in first..first + rows {
-            let start = row * (2 * num_states - row - 1) / 2;
-            for (column, lanes) in (second..second + columns).zip(&mut entries) {
-                if column > row {
-                    products[start + column - row - 1] += lanes.iter().sum::<f64>();
+    let blocks = Blocks::new(num_states, U::ROWS);
+    let mut tiles = sums;
+    for i in 0..blocks.count {
+        let (first, rows) = blocks.get(i);
+        for j in i..blocks.count {
+            let (second, columns) = blocks.get(j);
+            let (tile, rest) = tiles.split_at(rows * columns * U::LANES);
+            tiles = rest;
+            for row in 0..rows {
+                let skipped = if i == j { row + 1 } else { 0 };
+                let row_of_tile = &tile[row * columns * U::LANES..][..columns * U::LANES];
+                let row = first + row;
+                let start = row * (2 * num_states - row - 1) / 2 + second + skipped - row - 1;
+                let entries = row_of_tile[skipped * U::LANES..].chunks_exact(U::LANES);
+                for (product, lanes) in products[start..].iter_mut().zip(entries) {
+                    *product += total(lanes);
                 }
             }
         }
@@ -91,7 +118,7 @@ pub(crate) fn collect<U: Unit>(num_states: usize, sums: &[f64], products: &mut [
 #[inline(always)]
 pub(crate) unsafe fn square<U: Unit>(row: &[U::Packed]) -> f64 {
     const CHAINS: usize = 4;
-    let mut lanes = [0.0; 16];
+    let mut lanes = [0.0; 8];
     assert!(row.len().is_multiple_of(U::WIDTH) && U::LANES <= lanes.len());
     // SAFETY: whole vectors within the row; `lanes` has room for `LANES` values.
     unsafe {
@@ -113,35 +140,52 @@ pub(crate) unsafe fn square<U: Unit>(row: &[U::Packed]) -> f64 {
             U::flush(sum, lanes.as_mut_ptr());
         }
     }
-    lanes.iter().sum()
+    total(&lanes[..U::LANES])
 }
 
 /// # Safety
 ///
 /// As for the methods of [`Unit`].
 #[inline(always)]
-pub(crate) unsafe fn add<U: Unit>(chunk: &Chunk<U::Packed>, sums: &mut [f64], soon: Soon<'_>) {
-    assert!(chunk.length().is_multiple_of(U::WIDTH));
+pub(crate) unsafe fn add<U: Unit>(
+    chunk: &Chunk<U::Packed>,
+    fresh: bool,
+    sums: &mut [f64],
+    soon: Soon<'_>,
+) {
+    let length = chunk.length();
+    assert!(length.is_multiple_of(U::WIDTH));
     assert!(sums.len() == num_sums::<U>(chunk.num_states()));
+    let span = length
+        .div_ceil(length.div_ceil(U::SPAN))
+        .next_multiple_of(PADDING);
     let mut place = sums.as_mut_ptr();
     let mut fetch = Fetch::new(soon);
-    for ((first, rows), (second, columns)) in pairs_of_blocks(chunk.num_states(), U::ROWS) {
-        // SAFETY: the caller's for the instructions. The rows `first + rows` and
-        // `second + columns` are the chunk's; `place` has advanced by what the tiles before
-        // needed, and all tiles together need `num_sums`.
-        unsafe {
-            let left = chunk.start().add(first * chunk.stride());
-            let right = chunk.start().add(second * chunk.stride());
-            let tile = Tile::<U> {
-                left,
-                right,
-                stride: chunk.stride(),
-                length: chunk.length(),
-                place,
-            };
-            fetch.some::<U>(rows * columns);
-            tile.of_shape(rows, columns, first == second);
-            place = place.add(rows * columns * U::LANES);
+    let blocks = Blocks::new(chunk.num_states(), U::ROWS);
+    for i in 0..blocks.count {
+        let (first, rows) = blocks.get(i);
+        for j in i..blocks.count {
+            let (second, columns) = blocks.get(j);
+            // SAFETY: the caller's for the instructions. The rows `first + rows` and
+            // `second + columns` are the chunk's; `place` has advanced by what the tiles
+            // before needed, and all tiles together need `num_sums`.
+            unsafe {
+                let tile = Tile::<U> {
+                    left: chunk.start().add(first * chunk.stride()),
+                    right: chunk.start().add(second * chunk.stride()),
+                    stride: chunk.stride(),
+                    length,
+                    span,
+                    place,
+                };
+                let size = rows * columns * U::LANES;
+                if fresh {
+                    place.write_bytes(0, size);
+                }
+                fetch.some::<U>(rows * columns * size_of::<f32>() / 2);
+                tile.of_shape(rows, columns, i == j);
+                place = place.add(size);
+            }
         }
     }
 }
@@ -200,6 +244,7 @@ struct Tile<U: Unit> {
     right: *const U::Packed,
     stride: usize,
     length: usize,
+    span: usize,
     place: *mut f64,
 }
 
@@ -230,28 +275,31 @@ impl<U: Unit> Tile<U> {
         // SAFETY: `length` values of `M` rows from `left` and `N` rows from `right` can be
         // read, `M · N · LANES` numbers from `place` written: the caller's.
         unsafe {
-            let mut sums = [[U::zero(); N]; M];
             let mut at = 0;
             while at < self.length {
-                let mut right = [U::load(self.right.add(at)); N];
-                for (j, vector) in right.iter_mut().enumerate().skip(1) {
-                    *vector = U::load(self.right.add(j * self.stride + at));
-                }
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let left = if DIAGONAL {
-                        right[i]
-                    } else {
-                        U::load(self.left.add(i * self.stride + at))
-                    };
-                    for j in if DIAGONAL { i + 1 } else { 0 }..N {
-                        sums[j] = U::multiply_add(sums[j], left, right[j]);
+                let end = self.length.min(at + self.span);
+                let mut sums = [[U::zero(); N]; M];
+                while at < end {
+                    let mut right = [U::load(self.right.add(at)); N];
+                    for (j, vector) in right.iter_mut().enumerate().skip(1) {
+                        *vector = U::load(self.right.add(j * self.stride + at));
                     }
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let left = if DIAGONAL {
+                            right[i]
+                        } else {
+                            U::load(self.left.add(i * self.stride + at))
+                        };
+                        for j in if DIAGONAL { i + 1 } else { 0 }..N {
+                            sums[j] = U::multiply_add(sums[j], left, right[j]);
+                        }
+                    }
+                    at += U::WIDTH;
                 }
-                at += U::WIDTH;
-            }
-            for (i, sums) in sums.iter().enumerate() {
-                for j in if DIAGONAL { i + 1 } else { 0 }..N {
-                    U::flush(sums[j], self.place.add((i * N + j) * U::LANES));
+                for (i, sums) in sums.iter().enumerate() {
+                    for j in if DIAGONAL { i + 1 } else { 0 }..N {
+                        U::flush(sums[j], self.place.add((i * N + j) * U::LANES));
+                    }
                 }
             }
         }
@@ -264,7 +312,9 @@ macro_rules! sweep {
         impl $crate::kernels::Sweep for $unit {
             type Packed = <$unit as Unit>::Packed;
 
-            const CHUNK: usize = <$unit as Unit>::CHUNK;
+            const CHUNK: usize = 2 * <$unit as Unit>::SPAN;
+
+            const SPAN: usize = <$unit as Unit>::SPAN;
 
             fn num_sums(num_states: usize) -> usize {
                 $crate::kernels::tiles::num_sums::<$unit>(num_states)
@@ -273,12 +323,13 @@ macro_rules! sweep {
             #[inline(always)]
             fn add(
                 chunk: &$crate::kernels::Chunk<Self::Packed>,
+                fresh: bool,
                 sums: &mut [f64],
                 soon: $crate::kernels::Soon<'_>,
             ) {
                 // SAFETY: a sweep is reached through its tier's `run` alone, which has the
                 // unit's instructions.
-                unsafe { $crate::kernels::tiles::add::<$unit>(chunk, sums, soon) }
+                unsafe { $crate::kernels::tiles::add::<$unit>(chunk, fresh, sums, soon) }
             }
 
             #[inline(always)]
