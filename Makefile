@@ -37,10 +37,12 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format python tests benches
 	$(BIN)/ruff check --fix python tests benches
 
-bench: $(VENV)/.test  ## Measure; asserts the answers first
+bench: $(VENV)/.bench  ## Measure; asserts the answers first
+	cargo bench --locked
 	$(BIN)/pytest benches --benchmark-only
 
-bench-check: $(VENV)/.test  ## The benchmarks' assertions alone
+bench-check: $(VENV)/.bench  ## The benchmarks' assertions alone
+	cargo bench --locked -- --test
 	$(BIN)/pytest benches --benchmark-disable
 
 $(VENV)/.python: 
@@ -56,6 +58,10 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/.python
 
 $(VENV)/.test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
