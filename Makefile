@@ -43,10 +43,12 @@ format: $(VENV)/.lint
 families: $(VENV)/.test  ## Write docs/families.md anew
 	$(BIN)/python tests/families.py
 
-bench: $(VENV)/.test  ## Measure; asserts the answers first
+bench: $(VENV)/.bench  ## Measure; asserts the answers first
+	cargo bench --locked
 	$(BIN)/pytest benches --benchmark-only
 
-bench-check: $(VENV)/.test  ## The benchmarks' assertions alone
+bench-check: $(VENV)/.bench  ## The benchmarks' assertions alone
+	cargo bench --locked -- --test
 	$(BIN)/pytest benches --benchmark-disable
 
 $(VENV)/.python: 
@@ -62,6 +64,10 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/.python
 
 $(VENV)/.test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.installed

@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 
-use crate::error::{Error, Rejection, names};
-use crate::exact::ExactSum;
+use crate::error::{Error, Reason, Rejection, names};
+use crate::exact::{BlockSums, ExactSum};
 use crate::gram::Gram;
+use crate::kernels::{Kernels, Tier, Work};
 use crate::metric::Metric;
 use crate::states::{Element, States, check_num_states};
 
@@ -23,12 +24,110 @@ pub struct MetricSums {
 }
 
 /// Count, mean and variance of every metric over every pair of states.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Accumulator {
+    tier: Tier,
     num_states: usize,
     sums: Vec<MetricSums>,
     count: u64,
     rejected: u64,
+}
+
+/// The same samples, whatever tier compares the next ones.
+impl PartialEq for Accumulator {
+    fn eq(&self, other: &Self) -> bool {
+        let all = |this: &Self| (this.num_states, this.count, this.rejected);
+        all(self) == all(other) && self.sums == other.sums
+    }
+}
+
+impl Eq for Accumulator {}
+
+/// What one thread adds up before it is added to the rest.
+struct Part {
+    gram: Gram,
+    fractions: Vec<f64>,
+    blocks: Vec<BlockSums>,
+    sums: Accumulator,
+    rejections: Vec<Rejection>,
+}
+
+impl Part {
+    fn new(whole: &Accumulator) -> Self {
+        let pairs = num_pairs(whole.num_states);
+        Self {
+            gram: Gram::new(whole.num_states, whole.tier),
+            fractions: vec![0.0; pairs],
+            blocks: whole.sums.iter().map(|_| BlockSums::new(pairs)).collect(),
+            sums: whole.empty(),
+            rejections: Vec::new(),
+        }
+    }
+
+    fn add<T: Element>(&mut self, states: &States<'_, T>, sample: usize) {
+        let tier = self.sums.tier;
+        let added = tier.run(AddSample {
+            part: self,
+            states,
+            sample,
+        });
+        if let Err((state, reason)) = added {
+            self.sums.rejected += 1;
+            self.rejections.push(Rejection {
+                sample,
+                state,
+                reason,
+            });
+        }
+        if self.blocks.iter().any(BlockSums::is_full) {
+            self.drain();
+        }
+    }
+
+    fn drain(&mut self) {
+        for (block, sums) in self.blocks.iter_mut().zip(&mut self.sums.sums) {
+            block.drain_into(&mut sums.pairs);
+        }
+    }
+
+    fn finish(mut self) -> (Accumulator, Vec<Rejection>) {
+        self.drain();
+        (self.sums, self.rejections)
+    }
+}
+
+struct AddSample<'p, 's, T> {
+    part: &'p mut Part,
+    states: &'s States<'s, T>,
+    sample: usize,
+}
+
+impl<T: Element> Work for AddSample<'_, '_, T> {
+    type Output = Result<(), (usize, Reason)>;
+
+    #[inline(always)]
+    fn run<K: Kernels>(self) -> Self::Output {
+        let Part {
+            gram,
+            fractions,
+            blocks,
+            sums,
+            ..
+        } = self.part;
+        gram.compute_with::<K, T>(self.states, self.sample)?;
+        let of_norms = |sums: &MetricSums| sums.metric.range() > 1.0;
+        if sums.sums.iter().any(of_norms)
+            && let Some(state) = gram.ratio_out_of_range()
+        {
+            return Err((state, Reason::RatioOutOfRange));
+        }
+        for (sums, block) in sums.sums.iter().zip(blocks) {
+            gram.fractions(sums.metric, fractions);
+            block.add(fractions);
+        }
+        sums.count += 1;
+        Ok(())
+    }
 }
 
 fn num_pairs(num_states: usize) -> usize {
@@ -43,20 +142,37 @@ impl Accumulator {
         if metrics.is_empty() || repeated {
             return Err(Error::MetricList(metrics.to_vec()));
         }
-        Ok(Self::zero(num_states, metrics))
-    }
-
-    fn zero(num_states: usize, metrics: &[Metric]) -> Self {
         let sums = metrics.iter().map(|&metric| MetricSums {
             metric,
             pairs: vec![ExactSum::default(); num_pairs(num_states)],
         });
-        Self {
+        Ok(Self {
+            tier: Tier::chosen()?,
             num_states,
             sums: sums.collect(),
             count: 0,
             rejected: 0,
+        })
+    }
+
+    /// The same with another tier than the chosen one; samples that are in keep their values.
+    pub fn with_tier(self, tier: Tier) -> Result<Self, Error> {
+        let tier = tier.checked()?;
+        Ok(Self { tier, ..self })
+    }
+
+    /// The instruction set that samples are compared with.
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    fn empty(&self) -> Self {
+        let mut empty = self.clone();
+        (empty.count, empty.rejected) = (0, 0);
+        for sums in &mut empty.sums {
+            sums.pairs.fill(ExactSum::default());
         }
+        empty
     }
 
     /// States a sample, `L + 1`.
@@ -94,34 +210,19 @@ impl Accumulator {
                 actual: states.num_states(),
             });
         }
-        let metrics = self.metrics();
         self.check_room(states.num_samples() as u64)?;
-        let start = || {
-            (
-                Self::zero(self.num_states, &metrics),
-                Gram::new(self.num_states),
-                Vec::new(),
-            )
-        };
         let (added, mut rejections) = (0..states.num_samples())
             .into_par_iter()
-            .fold(start, |(mut part, mut gram, mut rejections), sample| {
-                match gram.compute(states, sample) {
-                    Ok(()) => part.add_sample(&gram),
-                    Err((state, reason)) => {
-                        part.rejected += 1;
-                        rejections.push(Rejection {
-                            sample,
-                            state,
-                            reason,
-                        });
-                    }
-                }
-                (part, gram, rejections)
-            })
-            .map(|(part, _, rejections)| (part, rejections))
+            .fold(
+                || Part::new(self),
+                |mut part, sample| {
+                    part.add(states, sample);
+                    part
+                },
+            )
+            .map(Part::finish)
             .reduce(
-                || (Self::zero(self.num_states, &metrics), Vec::new()),
+                || (self.empty(), Vec::new()),
                 |(mut left, mut left_rejections), (right, right_rejections)| {
                     left.add_sums(&right);
                     left_rejections.extend(right_rejections);
@@ -163,13 +264,17 @@ impl Accumulator {
 
     /// The mean of a metric, `(L + 1)²` values row by row, symmetric.
     pub fn mean(&self, metric: Metric) -> Result<Vec<f64>, Error> {
-        self.matrix(metric, metric.of_identical(), ExactSum::mean)
+        self.matrix(metric, metric.of_identical(), |sum, count| {
+            sum.mean(count) * metric.range()
+        })
     }
 
     /// The sample variance of a metric, `(L + 1)²` values row by row; NaN for one sample.
     pub fn variance(&self, metric: Metric) -> Result<Vec<f64>, Error> {
         let of_identical = if self.count > 1 { 0.0 } else { f64::NAN };
-        self.matrix(metric, of_identical, ExactSum::variance)
+        self.matrix(metric, of_identical, |sum, count| {
+            sum.variance(count) * metric.range() * metric.range()
+        })
     }
 
     /// `l*(n)`: the start `l` in `0..=L-n` whose input is most like the input of block
@@ -180,14 +285,11 @@ impl Accumulator {
             .ok()
             .filter(|n| (1..num_layers).contains(n))
             .ok_or(Error::BlockSize { n, num_layers })?;
+        let similarity = metric.is_similarity().ok_or(Error::NoDistance(metric))?;
         let pairs = self.pairs(metric)?;
         let cost = |start: usize| {
             let units = pairs[self.pair_index(start, start + n)].units();
-            if metric.is_similarity() {
-                -units
-            } else {
-                units
-            }
+            if similarity { -units } else { units }
         };
         Ok((0..=num_layers - n)
             .min_by_key(|&start| cost(start))
@@ -240,18 +342,6 @@ impl Accumulator {
             return Err(Error::TooManySamples);
         }
         Ok(())
-    }
-
-    fn add_sample(&mut self, gram: &Gram) {
-        let pairs = (0..self.num_states)
-            .flat_map(|first| (first + 1..self.num_states).map(move |second| (first, second)));
-        for (index, (first, second)) in pairs.enumerate() {
-            let cosine = gram.cosine(first, second);
-            for sums in &mut self.sums {
-                sums.pairs[index].add(sums.metric.of_cosine(cosine));
-            }
-        }
-        self.count += 1;
     }
 
     fn add_sums(&mut self, other: &Self) {

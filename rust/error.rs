@@ -1,5 +1,6 @@
 //! What can be wrong with the input, each case with its culprit and the way out.
 
+use crate::kernels::{TIER_VARIABLE, Tier};
 use crate::metric::Metric;
 
 /// An input that the core refuses.
@@ -36,11 +37,20 @@ pub enum Error {
         actual: usize,
     },
     /// A metric's name that is not known.
-    #[error("unknown metric {0:?}: expected one of angular, cosine")]
+    #[error("unknown metric {0:?}: expected one of {all}", all = names(&Metric::ALL))]
     UnknownMetric(String),
     /// No metric, or the same one twice.
     #[error("metrics must be named once each and at least one, got [{}]", names(.0))]
     MetricList(Vec<Metric>),
+    /// A metric that does not say how alike two states are.
+    #[error("metric {0} does not say how alike two states are: choose by another one")]
+    NoDistance(Metric),
+    /// A tier's name that is not known.
+    #[error("unknown tier {0:?} in {variable}: this machine has {has}", variable = TIER_VARIABLE, has = tiers())]
+    UnknownTier(String),
+    /// A tier that this machine does not have.
+    #[error("this machine cannot run tier {0}: it has {has}", has = tiers())]
+    TierUnavailable(Tier),
     /// A metric that was not accumulated.
     #[error("metric {wanted} was not accumulated: this scan holds {}", names(held))]
     MetricNotHeld {
@@ -102,6 +112,11 @@ pub(crate) fn names(metrics: &[Metric]) -> String {
     names.join(", ")
 }
 
+fn tiers() -> String {
+    let names: Vec<_> = Tier::available().into_iter().map(Tier::name).collect();
+    names.join(", ")
+}
+
 /// Why a sample cannot be compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
@@ -111,6 +126,8 @@ pub enum Reason {
     Zero,
     /// A norm outside 1e-75 .. 1e75, where float64 no longer holds a product of squares.
     NormOutOfRange,
+    /// A norm too many times that of an earlier state, where a metric of norms is asked for.
+    RatioOutOfRange,
 }
 
 impl Reason {
@@ -120,6 +137,7 @@ impl Reason {
             Reason::NotFinite => "holds NaN or infinity",
             Reason::Zero => "is a zero vector",
             Reason::NormOutOfRange => "has a norm outside 1e-75 .. 1e75",
+            Reason::RatioOutOfRange => "has more than 65535 times the norm of an earlier state",
         }
     }
 }

@@ -10,6 +10,20 @@ const SCALE: f64 = (1_u64 << 48) as f64;
 /// The greatest magnitude of one rounded value.
 const UNIT: u128 = 1 << 48;
 
+/// Added to a number of magnitude at most 2^51, this leaves its nearest integer, ties to
+/// even, in the low bits of the mantissa.
+const ROUNDING: f64 = 6_755_399_441_055_744.0;
+
+/// A value in `[-1, 1]` in units of 2^-48, rounded to the nearest, ties to even.
+#[inline(always)]
+fn rounded(value: f64) -> i64 {
+    let shifted = value * SCALE + ROUNDING;
+    shifted
+        .to_bits()
+        .wrapping_sub(ROUNDING.to_bits())
+        .cast_signed()
+}
+
 /// The exact sum of rounded values and of their squares.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ExactSum {
@@ -21,7 +35,7 @@ impl ExactSum {
     /// Adds a value in `[-1, 1]`.
     pub fn add(&mut self, value: f64) {
         debug_assert!((-1.0..=1.0).contains(&value));
-        let rounded = (value * SCALE).round_ties_even() as i64;
+        let rounded = rounded(value);
         let magnitude = u128::from(rounded.unsigned_abs());
         self.sum += i128::from(rounded);
         self.squares += magnitude * magnitude;
@@ -93,5 +107,85 @@ impl ExactSum {
             return Err("there are sums but no samples");
         }
         Ok(Self { sum, squares })
+    }
+}
+
+/// Exact sums of many pairs over a few samples, in 64-bit lanes.
+///
+/// A rounded magnitude of up to 2^48 is `high · 2^24 + low`, so its square is
+/// `high² · 2^48 + 2 · high · low · 2^24 + low²`, each part at most 2^48.
+#[derive(Debug)]
+pub(crate) struct BlockSums {
+    sum: Vec<i64>,
+    high: Vec<u64>,
+    cross: Vec<u64>,
+    low: Vec<u64>,
+    samples: u32,
+}
+
+impl BlockSums {
+    /// The samples that 64 bits hold: each sum is at most this many times 2^48.
+    pub const MAX_SAMPLES: u32 = 1 << 14;
+
+    pub fn new(num_pairs: usize) -> Self {
+        Self {
+            sum: vec![0; num_pairs],
+            high: vec![0; num_pairs],
+            cross: vec![0; num_pairs],
+            low: vec![0; num_pairs],
+            samples: 0,
+        }
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.samples == Self::MAX_SAMPLES
+    }
+
+    /// Adds one sample: a value in `[-1, 1]` for each pair.
+    #[inline(always)]
+    pub fn add(&mut self, values: &[f64]) {
+        debug_assert!(!self.is_full());
+        let Self {
+            sum,
+            high,
+            cross,
+            low,
+            samples,
+        } = self;
+        let length = values.len();
+        let (sum, high) = (&mut sum[..length], &mut high[..length]);
+        let (cross, low) = (&mut cross[..length], &mut low[..length]);
+        for pair in 0..length {
+            let unit = rounded(values[pair]);
+            let magnitude = unit.unsigned_abs();
+            let (upper, lower) = (magnitude >> 24, magnitude & 0xff_ffff);
+            sum[pair] += unit;
+            high[pair] += upper * upper;
+            cross[pair] += upper * lower;
+            low[pair] += lower * lower;
+        }
+        *samples += 1;
+    }
+
+    /// Moves everything to the sums of the same pairs.
+    pub fn drain_into(&mut self, sums: &mut [ExactSum]) {
+        for (pair, to) in sums.iter_mut().enumerate() {
+            to.sum += i128::from(self.sum[pair]);
+            to.squares += (u128::from(self.high[pair]) << 48)
+                + (u128::from(self.cross[pair]) << 25)
+                + u128::from(self.low[pair]);
+        }
+        let Self {
+            sum,
+            high,
+            cross,
+            low,
+            samples,
+        } = self;
+        sum.fill(0);
+        for part in [high, cross, low] {
+            part.fill(0);
+        }
+        *samples = 0;
     }
 }

@@ -1,89 +1,495 @@
-//! The Gram matrix of one sample's states, in float64.
+//! The Gram matrix of one sample's states, and the angle of every pair of them.
 //!
-//! Products of float32 are exact in float64, so the only error is that of the
-//! sum: with eight lanes and the widths of today's models, below 1e-13 of
-//! `|x| |y|` at worst. That keeps angular distances down to 1e-6 within 1e-8.
+//! Products are summed in float64, or in float32 (bfloat16 products too) within chunks of a
+//! few hundred columns and in float64 beyond; docs/maths.md has the errors. What float32
+//! cannot do is done otherwise, so that no result is worse than 1e-7 of pi:
+//!
+//! - columns that outweigh their chunk (massive activations) are taken out and multiplied in
+//!   float64;
+//! - pairs at a small angle get it from the norm of their difference, which loses no digits;
+//! - samples beyond float32's range, and all that are not finite or zero, go to float64.
 
 use crate::error::Reason;
+use crate::kernels::{Chunk, Chunks, Kernels, Packed, Soon, Sweep, Tier, Work};
+use crate::metric::{Metric, Pair};
 use crate::states::{Element, States};
-
-/// Values widened at a time; all rows of a chunk stay in the second-level cache.
-const CHUNK: usize = 512;
-const LANES: usize = 8;
 
 /// Squared norms outside this range could leave float64 when two are multiplied.
 const SQUARED_NORMS: std::ops::RangeInclusive<f64> = 1e-150..=1e150;
 
-/// A reusable Gram matrix: the upper triangle, row by row, diagonal included.
+/// Rows with a greatest magnitude outside this range are not multiplied in float32, where a
+/// product of theirs could overflow or be lost as denormal.
+const MAGNITUDES: std::ops::RangeInclusive<f32> = 9.313_225_7e-10..=1.125_899_9e15;
+
+/// A column is massive if its square is more than this share of its row's chunk.
+const MASSIVE_SHARE: f64 = 1.0 / 8.0;
+
+/// A sample with more massive columns in one chunk is left to float64.
+const MOST_MASSIVE: usize = 64;
+
+/// What an angular distance may err by; a pair that could err by more is measured anew.
+const TOLERANCE: f64 = 1e-7;
+
+/// `|y| / |x|` of the metrics of norms: then `|y - x| / |x|` is at most 2^16.
+const GREATEST_RATIO: f64 = 65535.0;
+
+/// `h (1 - h)` below which float64 itself is too coarse to tell equal states.
+const SMALLEST: f64 = 1e-12;
+
+/// A reusable Gram matrix, and what is derived from it.
 #[derive(Debug)]
 pub struct Gram {
+    tier: Tier,
     num_states: usize,
+    /// `x·y` of the pairs `(l, m)`, `l < m`, row by row.
     products: Vec<f64>,
-    widened: Vec<f64>,
+    /// The squared norms, but for massive columns, and the massive columns' part.
+    squares: Vec<f64>,
+    massive: Vec<f64>,
+    norms: Vec<f64>,
+    inverse_norms: Vec<f64>,
+    /// `(1 - cosine) / 2` of the pairs `(l, m)`, `l < m`, row by row.
+    half_versines: Vec<f64>,
+    scratch: Scratch,
+}
+
+#[derive(Debug, Default)]
+struct Scratch {
+    chunks: Chunks,
+    sums: Vec<f64>,
+    largest: Vec<f32>,
+    magnitudes: Vec<f32>,
+    soon: Vec<usize>,
+    column: Vec<f64>,
+    chunk_squares: Vec<f64>,
+}
+
+/// The arithmetic that differences are taken in.
+trait Real: Copy {
+    fn of(value: f64) -> Self;
+    fn element<T: Element>(value: T) -> Self;
+    fn wide(self) -> f64;
+    /// `self · factor + addend`, rounded once.
+    fn times_plus(self, factor: Self, addend: Self) -> Self;
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value as f32
+    }
+
+    #[inline(always)]
+    fn element<T: Element>(value: T) -> Self {
+        value.single()
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
+
+    #[inline(always)]
+    fn times_plus(self, factor: Self, addend: Self) -> Self {
+        self.mul_add(factor, addend)
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value
+    }
+
+    #[inline(always)]
+    fn element<T: Element>(value: T) -> Self {
+        value.widen()
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        self
+    }
+
+    #[inline(always)]
+    fn times_plus(self, factor: Self, addend: Self) -> Self {
+        self.mul_add(factor, addend)
+    }
+}
+
+/// What the cosine of a pair may err by if products are summed in float32, as a share of
+/// the norms less massive columns: a bias, and rounding errors that grow with a chunk and
+/// average out over chunks. Measured, see docs/maths.md.
+fn epsilon<S: Sweep>(width: usize) -> f64 {
+    let filled = even_part(width, S::SPAN) as f64 / S::SPAN as f64;
+    2e-8 + 1.1e-7 * filled.max(0.5) * (512.0 / width as f64).sqrt()
+}
+
+/// A width cut evenly into parts of at most `most`: a short one has massive columns by chance.
+fn even_part(width: usize, most: usize) -> usize {
+    width.div_ceil(width.div_ceil(most))
+}
+
+/// A sample that float32 cannot be trusted with.
+struct Unfit;
+
+struct Compute<'g, 's, T> {
+    gram: &'g mut Gram,
+    states: &'g States<'s, T>,
+    sample: usize,
+}
+
+impl<T: Element> Work for Compute<'_, '_, T> {
+    type Output = Result<(), (usize, Reason)>;
+
+    #[inline(always)]
+    fn run<K: Kernels>(self) -> Self::Output {
+        self.gram.compute_with::<K, T>(self.states, self.sample)
+    }
 }
 
 impl Gram {
-    /// Room for samples of `num_states` states.
-    pub fn new(num_states: usize) -> Self {
+    /// Room for samples of `num_states` states; the processor must have the tier.
+    pub fn new(num_states: usize, tier: Tier) -> Self {
         Self {
+            tier,
             num_states,
-            products: vec![0.0; num_states * (num_states + 1) / 2],
-            widened: vec![0.0; num_states * CHUNK],
+            products: vec![0.0; num_states * (num_states - 1) / 2],
+            squares: vec![0.0; num_states],
+            massive: vec![0.0; num_states],
+            norms: vec![0.0; num_states],
+            inverse_norms: vec![0.0; num_states],
+            half_versines: vec![0.0; num_states * (num_states - 1) / 2],
+            scratch: Scratch::default(),
         }
     }
 
-    /// Computes the products of one sample and names its first unusable state, if any.
+    /// Compares the states of one sample, or names its first unusable state.
     pub fn compute<T: Element>(
         &mut self,
         states: &States<'_, T>,
         sample: usize,
     ) -> Result<(), (usize, Reason)> {
-        debug_assert_eq!(states.num_states(), self.num_states);
-        self.products.fill(0.0);
-        for start in (0..states.width()).step_by(CHUNK) {
-            let length = CHUNK.min(states.width() - start);
-            for state in 0..self.num_states {
-                let row = &states.row(sample, state)[start..start + length];
-                let wide = &mut self.widened[state * CHUNK..][..length];
-                for (to, from) in wide.iter_mut().zip(row) {
-                    *to = from.widen();
-                }
-            }
-            self.add_chunk(length);
-        }
-        (0..self.num_states).try_for_each(|state| match self.squared_norm(state) {
-            norm if SQUARED_NORMS.contains(&norm) => Ok(()),
-            norm => Err((state, reason(states.row(sample, state), norm))),
+        self.tier.run(Compute {
+            gram: self,
+            states,
+            sample,
         })
     }
 
-    /// The cosine of two states, in `[-1, 1]`; exactly 1 for equal states.
-    pub fn cosine(&self, first: usize, second: usize) -> f64 {
-        let squares = self.squared_norm(first) * self.squared_norm(second);
-        (self.products[self.index(first, second)] / squares.sqrt()).clamp(-1.0, 1.0)
+    /// The first state whose norm is too many times an earlier one for the metrics of norms.
+    pub(crate) fn ratio_out_of_range(&self) -> Option<usize> {
+        let mut least = f64::INFINITY;
+        self.norms.iter().position(|&norm| {
+            least = least.min(norm);
+            norm / least > GREATEST_RATIO
+        })
     }
 
-    fn squared_norm(&self, state: usize) -> f64 {
-        self.products[self.index(state, state)]
+    /// The norms of the states.
+    pub fn norms(&self) -> &[f64] {
+        &self.norms
     }
 
-    fn index(&self, first: usize, second: usize) -> usize {
-        let (row, column) = (first.min(second), first.max(second));
-        row * (2 * self.num_states - row + 1) / 2 + column - row
-    }
-
-    fn add_chunk(&mut self, length: usize) {
-        let rows: Vec<&[f64]> = (self.widened.chunks_exact(CHUNK))
-            .map(|row| &row[..length])
-            .collect();
-        let mut products = self.products.iter_mut();
-        for first in 0..rows.len() {
-            for second in first..rows.len() {
-                if let Some(product) = products.next() {
-                    *product += dot(rows[first], rows[second]);
+    /// A metric of every pair `(l, m)`, `l < m`, row by row, as fractions of its range.
+    #[inline(always)]
+    pub fn fractions(&self, metric: Metric, values: &mut [f64]) {
+        match metric {
+            Metric::Angular | Metric::Cosine => {
+                for (value, &half_versine) in values.iter_mut().zip(&self.half_versines) {
+                    *value = metric.of(Pair {
+                        half_versine,
+                        ratio: 1.0,
+                    });
                 }
             }
+            Metric::RelativeL2 | Metric::NormRatio => self.fractions_of_norms(metric, values),
         }
+    }
+
+    #[inline(always)]
+    fn fractions_of_norms(&self, metric: Metric, values: &mut [f64]) {
+        let scale = metric.range().recip();
+        let mut start = 0;
+        for first in 0..self.num_states - 1 {
+            let others = &self.norms[first + 1..];
+            let inverse = self.inverse_norms[first];
+            let pairs = self.half_versines[start..][..others.len()]
+                .iter()
+                .zip(others);
+            for (value, (&half_versine, norm)) in values[start..].iter_mut().zip(pairs) {
+                *value = metric.of(Pair {
+                    half_versine,
+                    ratio: norm * inverse,
+                }) * scale;
+            }
+            start += others.len();
+        }
+    }
+
+    /// As [`Gram::compute`], in a function that has the instructions of `K`.
+    #[inline(always)]
+    pub(crate) fn compute_with<K: Kernels, T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        sample: usize,
+    ) -> Result<(), (usize, Reason)> {
+        debug_assert_eq!(states.num_states(), self.num_states);
+        let narrow = if T::IS_BRAIN {
+            self.multiply::<K::Brain, T>(states, sample)
+        } else {
+            Err(Unfit)
+        };
+        let narrow = match narrow {
+            Ok(narrow) => narrow,
+            // Float64 finds nothing unfit.
+            Err(Unfit) => self
+                .multiply::<K::Double, T>(states, sample)
+                .unwrap_or(false),
+        };
+        self.take_norms(states, sample)?;
+        if narrow {
+            let epsilon = epsilon::<K::Brain>(states.width());
+            self.compare::<f32, T>(states, sample, epsilon);
+        } else {
+            self.compare::<f64, T>(states, sample, 0.0);
+        }
+        Ok(())
+    }
+
+    /// Sums the products of all pairs of states; whether some were summed in less than float64.
+    #[inline(always)]
+    fn multiply<S: Sweep, T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        sample: usize,
+    ) -> Result<bool, Unfit> {
+        let Self {
+            num_states,
+            products,
+            squares,
+            massive,
+            scratch,
+            ..
+        } = self;
+        let Scratch {
+            chunks,
+            sums,
+            largest,
+            magnitudes,
+            soon,
+            column,
+            chunk_squares,
+        } = scratch;
+        let num_states = *num_states;
+        let chunk = S::Packed::chunk(chunks, num_states, S::CHUNK);
+        products.fill(0.0);
+        squares.fill(0.0);
+        massive.fill(0.0);
+        sums.resize(S::num_sums(num_states), 0.0);
+        magnitudes.resize(num_states, 0.0);
+        largest.clear();
+        largest.resize(num_states, 0.0);
+        column.resize(num_states, 0.0);
+        chunk_squares.resize(num_states, 0.0);
+        let columns = even_part(states.width(), S::CHUNK);
+        for start in (0..states.width()).step_by(columns) {
+            let length = columns.min(states.width() - start);
+            // What comes next: the same rows' next chunk, or the next sample's first.
+            let (next_sample, next) = if start + length < states.width() {
+                (sample, start + length)
+            } else {
+                ((sample + 1).min(states.num_samples() - 1), 0)
+            };
+            chunk.resize(length);
+            soon.clear();
+            for state in 0..num_states {
+                let row = states.row(sample, state);
+                magnitudes[state] = chunk.pack(state, &row[start..][..length]);
+                chunk_squares[state] = S::square(chunk.row(state));
+                soon.push(states.row(next_sample, state)[next..].as_ptr().addr());
+            }
+            let mut outweighed = false;
+            for state in 0..num_states {
+                let magnitude = magnitudes[state];
+                // NaN stays.
+                let larger = !(magnitude < largest[state]);
+                largest[state] = if larger { magnitude } else { largest[state] };
+                outweighed |= is_massive(f64::from(magnitude), chunk_squares[state]);
+            }
+            if S::Packed::NARROW && outweighed {
+                take_massive::<S>(chunk, products, massive, column)?;
+                for state in 0..num_states {
+                    chunk_squares[state] = S::square(chunk.row(state));
+                }
+            }
+            for (square, of_chunk) in squares.iter_mut().zip(chunk_squares.iter()) {
+                *square += of_chunk;
+            }
+            let bytes = columns.min(states.width() - next) * size_of::<T>();
+            S::add(chunk, start == 0, sums, Soon { rows: soon, bytes });
+        }
+        if S::Packed::NARROW {
+            if !largest
+                .iter()
+                .all(|magnitude| MAGNITUDES.contains(magnitude))
+            {
+                return Err(Unfit);
+            }
+        }
+        S::collect(num_states, sums, products);
+        Ok(S::Packed::NARROW)
+    }
+
+    #[inline(always)]
+    fn take_norms<T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        sample: usize,
+    ) -> Result<(), (usize, Reason)> {
+        for state in 0..self.num_states {
+            let square = self.squares[state] + self.massive[state];
+            if !SQUARED_NORMS.contains(&square) {
+                return Err((state, reason(states.row(sample, state), square)));
+            }
+            self.norms[state] = square.sqrt();
+            self.inverse_norms[state] = self.norms[state].recip();
+        }
+        Ok(())
+    }
+
+    /// Half versines from products, whose cosines may err by `epsilon` of the norms less
+    /// massive columns, and from differences where that is too coarse.
+    #[inline(always)]
+    fn compare<R: Real, T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        sample: usize,
+        epsilon: f64,
+    ) {
+        // The error of an angle is that of its cosine over its sine, 2√(h(1-h)).
+        let scale = (epsilon / (2.0 * TOLERANCE * std::f64::consts::PI)).powi(2);
+        for (square, inverse) in self.squares.iter_mut().zip(&self.inverse_norms) {
+            *square *= inverse * inverse;
+        }
+        let mut start = 0;
+        for first in 0..self.num_states - 1 {
+            let others = self.num_states - first - 1;
+            let products = &self.products[start..][..others];
+            let half_versines = &mut self.half_versines[start..][..others];
+            let (inverse, share) = (self.inverse_norms[first], scale * self.squares[first]);
+            let inverses = &self.inverse_norms[first + 1..][..others];
+            let shares = &self.squares[first + 1..][..others];
+            let is_coarse = |half_versine: f64, other: usize| {
+                half_versine * (1.0 - half_versine) < (share * shares[other]).max(SMALLEST)
+            };
+            let mut coarse = false;
+            for other in 0..others {
+                let cosine = products[other] * (inverse * inverses[other]);
+                let half_versine = (0.5 - 0.5 * cosine).clamp(0.0, 1.0);
+                half_versines[other] = half_versine;
+                coarse |= is_coarse(half_versine, other);
+            }
+            for other in 0..if coarse { others } else { 0 } {
+                let half_versine = half_versines[other];
+                if is_coarse(half_versine, other) {
+                    let pair = [first, first + 1 + other];
+                    let rows = pair.map(|state| states.row(sample, state));
+                    let norms = pair.map(|state| self.norms[state]);
+                    let opposite = half_versine > 0.5;
+                    half_versines[other] = from_difference::<R, T>(rows, norms, opposite);
+                }
+            }
+            start += others;
+        }
+    }
+}
+
+#[inline(always)]
+fn is_massive(value: f64, square: f64) -> bool {
+    value * value > MASSIVE_SHARE * square
+}
+
+/// Takes massive columns out of a chunk until there is none, and adds their products.
+fn take_massive<S: Sweep>(
+    chunk: &mut Chunk<S::Packed>,
+    products: &mut [f64],
+    massive: &mut [f64],
+    values: &mut [f64],
+) -> Result<(), Unfit> {
+    let mut taken = 0;
+    loop {
+        let mut columns: Vec<usize> = Vec::new();
+        for state in 0..chunk.num_states() {
+            let row = chunk.row(state);
+            let square: f64 = row.iter().map(|value| value.widen() * value.widen()).sum();
+            let found = row.iter().enumerate();
+            let found = found.filter(|(_, value)| is_massive(value.widen(), square));
+            columns.extend(found.map(|(column, _)| column));
+        }
+        columns.sort_unstable();
+        columns.dedup();
+        taken += columns.len();
+        if taken > MOST_MASSIVE {
+            return Err(Unfit);
+        }
+        if columns.is_empty() {
+            return Ok(());
+        }
+        for column in columns {
+            chunk.take_column(column, values);
+            let mut start = 0;
+            for (first, &value) in values.iter().enumerate() {
+                let others = &values[first + 1..];
+                for (product, other) in products[start..].iter_mut().zip(others) {
+                    *product += value * other;
+                }
+                massive[first] += value * value;
+                start += others.len();
+            }
+        }
+    }
+}
+
+/// Half the versine of the angle between two states, `|x - s·y|² / (4 s |x| |y|)` less what
+/// is due to `s = |x| / |y|` being rounded; of opposite states one less it.
+#[inline(always)]
+fn from_difference<R: Real, T: Element>(rows: [&[T]; 2], norms: [f64; 2], opposite: bool) -> f64 {
+    const LANES: usize = 64;
+    let [x, y] = rows;
+    let scale = R::of(norms[0] / norms[1]);
+    let subtracted = if opposite {
+        scale
+    } else {
+        R::of(-scale.wide())
+    };
+    let mut square = 0.0;
+    for (x, y) in x.chunks(16 * LANES).zip(y.chunks(16 * LANES)) {
+        let mut lanes = [R::of(0.0); LANES];
+        let (x_whole, x_rest) = x.as_chunks::<LANES>();
+        let (y_whole, y_rest) = y.as_chunks::<LANES>();
+        for (x, y) in x_whole.iter().zip(y_whole) {
+            for lane in 0..LANES {
+                let difference = R::element(y[lane]).times_plus(subtracted, R::element(x[lane]));
+                lanes[lane] = difference.times_plus(difference, lanes[lane]);
+            }
+        }
+        for (lane, (&x, &y)) in x_rest.iter().zip(y_rest).enumerate() {
+            let difference = R::element(y).times_plus(subtracted, R::element(x));
+            lanes[lane] = difference.times_plus(difference, lanes[lane]);
+        }
+        for lane in lanes {
+            square += lane.wide();
+        }
+    }
+    let scale = scale.wide();
+    let excess = norms[0] - scale * norms[1];
+    let chord = (square - excess * excess).max(0.0);
+    let half_versine = (chord / (4.0 * scale * norms[0] * norms[1])).min(1.0);
+    if opposite {
+        1.0 - half_versine
+    } else {
+        half_versine
     }
 }
 
@@ -95,17 +501,4 @@ fn reason<T: Element>(row: &[T], squared_norm: f64) -> Reason {
     } else {
         Reason::NormOutOfRange
     }
-}
-
-fn dot(left: &[f64], right: &[f64]) -> f64 {
-    let mut lanes = [0.0; LANES];
-    let (left_whole, left_rest) = left.as_chunks::<LANES>();
-    let (right_whole, right_rest) = right.as_chunks::<LANES>();
-    for (x, y) in left_whole.iter().zip(right_whole) {
-        for lane in 0..LANES {
-            lanes[lane] += x[lane] * y[lane];
-        }
-    }
-    let rest: f64 = left_rest.iter().zip(right_rest).map(|(x, y)| x * y).sum();
-    lanes.iter().sum::<f64>() + rest
 }

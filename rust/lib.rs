@@ -13,6 +13,7 @@ mod error;
 mod exact;
 pub mod gguf;
 mod gram;
+mod kernels;
 mod metric;
 #[cfg(feature = "python")]
 mod python;
@@ -22,5 +23,6 @@ pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
 pub use gram::Gram;
-pub use metric::Metric;
+pub use kernels::{TIER_VARIABLE, Tier};
+pub use metric::{Metric, Pair};
 pub use states::{Element, Order, States};

@@ -18,7 +18,7 @@ use pyo3::prelude::*;
 
 use crate::checkpoint::{self, Checkpoint, Cut, Job};
 use crate::gguf::{self, Gguf, GgufError};
-use crate::{Accumulator, Element, Error, Metric, Order, Rejection, States};
+use crate::{Accumulator, Element, Error, Metric, Order, Rejection, States, Tier};
 
 mod raised {
     //! The classes of `shallower.errors` that the core raises.
@@ -29,6 +29,7 @@ mod raised {
     import_exception!(shallower.errors, LayersError);
     import_exception!(shallower.errors, ScanError);
     import_exception!(shallower.errors, ThreadsError);
+    import_exception!(shallower.errors, TierError);
     import_exception!(shallower.errors, ModelError);
     import_exception!(shallower.errors, OutputError);
 }
@@ -43,8 +44,12 @@ impl From<Error> for PyErr {
             | Error::StateCount { .. }
             | Error::TooManySamples
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
-            Error::UnknownMetric(_) | Error::MetricList(_) | Error::MetricNotHeld { .. } => {
-                raised::MetricError::new_err(message)
+            Error::UnknownMetric(_)
+            | Error::MetricList(_)
+            | Error::MetricNotHeld { .. }
+            | Error::NoDistance(_) => raised::MetricError::new_err(message),
+            Error::UnknownTier(_) | Error::TierUnavailable(_) => {
+                raised::TierError::new_err(message)
             }
             Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
                 raised::ScanError::new_err(message)
@@ -408,11 +413,30 @@ fn tell(py: Python<'_>, progress: Option<&Py<PyAny>>, done: u64, total: u64) -> 
     })
 }
 
+/// Every instruction tier, and whether this machine has it.
+#[pyfunction]
+fn tiers() -> Vec<(&'static str, bool)> {
+    let all = Tier::ALL.into_iter();
+    all.map(|tier| (tier.name(), tier.is_available())).collect()
+}
+
+/// The instruction tier in use: the one that `SHALLOWER_TIER` names, else the fastest.
+#[pyfunction]
+fn tier() -> PyResult<&'static str> {
+    Ok(Tier::chosen()?.name())
+}
+
 /// The Rust core of shallower.
 #[pymodule]
 mod _core {
     #[pymodule_export]
     use super::PyAccumulator;
+
+    #[pymodule_export]
+    use super::tier;
+
+    #[pymodule_export]
+    use super::tiers;
 
     #[pymodule_export]
     use super::PyCheckpoint;

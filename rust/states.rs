@@ -7,38 +7,110 @@ use crate::error::Error;
 
 /// A number that a state can be stored in; every one widens to float64 without loss.
 pub trait Element: Copy + Send + Sync {
+    /// Whether the dtype is bfloat16, whose products float32 holds exactly.
+    const IS_BRAIN: bool;
+
     /// The value in float64.
     fn widen(self) -> f64;
+
+    /// The value in float32; without loss unless the dtype is float64.
+    fn single(self) -> f32;
+
+    /// The bits of the value as a bfloat16; without loss if the dtype is bfloat16.
+    fn brain(self) -> u16 {
+        bf16::from_f64(self.widen()).to_bits()
+    }
 }
 
 impl Element for f64 {
+    const IS_BRAIN: bool = false;
+
+    #[inline(always)]
     fn widen(self) -> f64 {
         self
+    }
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self as f32
     }
 }
 
 impl Element for f32 {
+    const IS_BRAIN: bool = false;
+
+    #[inline(always)]
     fn widen(self) -> f64 {
         f64::from(self)
+    }
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self
     }
 }
 
 impl Element for f16 {
+    const IS_BRAIN: bool = false;
+
+    #[inline(always)]
     fn widen(self) -> f64 {
-        self.to_f64()
+        f64::from(self.single())
+    }
+
+    /// In arithmetic that a compiler can make vectors of. A denormal number is the difference
+    /// of two normal ones, so that no thread's flushing of denormals to zero touches it.
+    #[inline(always)]
+    fn single(self) -> f32 {
+        let bits = u32::from(self.to_bits());
+        let (exponent, moved) = (bits & 0x7c00, (bits & 0x7fff) << 13);
+        let normal = moved + (112 << 23);
+        let denormal = f32::from_bits(moved + (113 << 23)) - f32::from_bits(113 << 23);
+        let magnitude = match exponent {
+            0 => denormal.to_bits(),
+            0x7c00 => moved | 0x7f80_0000,
+            _ => normal,
+        };
+        f32::from_bits(magnitude | (bits & 0x8000) << 16)
     }
 }
 
 impl Element for bf16 {
+    const IS_BRAIN: bool = true;
+
+    #[inline(always)]
     fn widen(self) -> f64 {
-        self.to_f64()
+        f64::from(self.single())
+    }
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self.to_bits().single()
+    }
+
+    #[inline(always)]
+    fn brain(self) -> u16 {
+        self.to_bits()
     }
 }
 
 /// bfloat16 as bits, for callers whose arrays have no bfloat16.
 impl Element for u16 {
+    const IS_BRAIN: bool = true;
+
+    #[inline(always)]
     fn widen(self) -> f64 {
-        bf16::from_bits(self).widen()
+        f64::from(self.single())
+    }
+
+    #[inline(always)]
+    fn single(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+
+    #[inline(always)]
+    fn brain(self) -> u16 {
+        self
     }
 }
 

@@ -18,7 +18,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from shallower import (
@@ -34,6 +34,8 @@ from shallower import (
     StatesError,
     TextsIdentity,
     ThreadsError,
+    TierError,
+    _core,
     _reference,
     analyse_states,
 )
@@ -42,10 +44,28 @@ from shallower.similarity import FORMAT, ScanBuilder, _digest
 from test_artifacts import JSON, damaged
 
 ANGULAR_TOLERANCE = 1e-7
-COSINE_TOLERANCE = 1e-12
 BOTH = ("angular", "cosine")
+ALL = (*BOTH, "relative_l2", "norm_ratio")
+TIERS = _core.tiers()
 DTYPES = ["float32", "float16", "bfloat16", "bfloat16 bits", "float64"]
 TEXTS = TextsIdentity(24, 256, "0" * 64)
+
+
+def tolerance(metric, dtype, values):
+    """What a mean may err by: bfloat16 is multiplied in float32, the metrics of norms are
+    rounded to multiples of 2**-32 and grow with the ratio of the norms."""
+    if metric in BOTH:
+        return 1e-12 if metric == "cosine" and not dtype.startswith("bf") else ANGULAR_TOLERANCE
+    return 4 * ANGULAR_TOLERANCE * max(1, values.max())
+
+
+@pytest.fixture(params=[name for name, _ in TIERS])
+def tier(request, monkeypatch):
+    """Forces each tier in turn; what this machine lacks is skipped by name."""
+    if not dict(TIERS)[request.param]:
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("SHALLOWER_TIER", request.param)
+    return request.param
 
 
 def model_of(num_layers, fingerprint="f" * 64):
@@ -158,34 +178,76 @@ def batches(draw, min_samples=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=batches(min_samples=2))
-def test_equals_the_slow_twin(dtype, values):
+def test_equals_the_slow_twin(tier, dtype, values):
     states, exact = rounded(values, dtype)
-    scan = analyse_states(states, BOTH)
-    for metric, tolerance in zip(BOTH, (ANGULAR_TOLERANCE, COSINE_TOLERANCE), strict=True):
+    scan = analyse_states(states, ALL)
+    for metric in ALL:
         mean, stderr = _reference.mean_and_stderr(exact, metric)
-        np.testing.assert_allclose(scan.mean(metric), mean, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(scan.stderr(metric), stderr, rtol=0, atol=tolerance)
+        allowed = tolerance(metric, dtype, mean)
+        np.testing.assert_allclose(scan.mean(metric), mean, rtol=0, atol=allowed)
+        np.testing.assert_allclose(scan.stderr(metric), stderr, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [False, True])
-def test_equals_fifty_digits_on_random_rows(dtype, outliers):
+def test_equals_fifty_digits_on_random_rows(tier, dtype, outliers):
     states, exact = rounded(random_states((1, 4, 601), 7, outliers), dtype)
     scan, expected = analyse_states(states, BOTH), fifty_digits(exact[0])
-    assert np.abs(scan.mean() - expected["angular"]).max() < ANGULAR_TOLERANCE
-    assert np.abs(scan.mean("cosine") - expected["cosine"]).max() < COSINE_TOLERANCE
+    for metric in BOTH:
+        error = np.abs(scan.mean(metric) - expected[metric]).max()
+        assert error < tolerance(metric, dtype, expected[metric])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("distance", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 0.5, 1 - 1e-6])
-def test_equals_fifty_digits_on_rows_at_a_distance(dtype, outliers, distance):
+def test_equals_fifty_digits_on_rows_at_a_distance(tier, dtype, outliers, distance):
     states, exact = rounded(rows_at(distance, 601, outliers), dtype)
     expected = fifty_digits(exact[0])["angular"]
     assert np.abs(analyse_states(states).mean() - expected).max() < ANGULAR_TOLERANCE
     if dtype == "float64":
         assert abs(expected[0, 1] - distance) < 1e-12
+
+
+def test_a_tier_is_chosen_and_can_be_forced(tier):
+    assert _core.tier() == tier
+
+
+@pytest.mark.parametrize("name", ["sse9", "", "AVX2"])
+def test_an_unknown_tier_is_refused(monkeypatch, name):
+    monkeypatch.setenv("SHALLOWER_TIER", name)
+    has = ", ".join(tier for tier, available in TIERS if available)
+    with pytest.raises(TierError, match=f"unknown tier {name!r}.*has {has}".replace("'", '"')):
+        analyse_states(random_states((2, 3, 4), 0))
+
+
+def test_a_tier_that_the_machine_lacks_is_refused(monkeypatch):
+    for name in (name for name, available in TIERS if not available):
+        monkeypatch.setenv("SHALLOWER_TIER", name)
+        with pytest.raises(TierError, match=f"cannot run tier {name}: it has scalar"):
+            analyse_states(random_states((2, 3, 4), 0))
+
+
+def test_the_metrics_of_norms_are_of_the_later_state_over_the_earlier():
+    scan = analyse_states(np.array([[[3.0, 4], [0, 10], [0, 1]]]), ALL)
+    assert scan.mean("norm_ratio")[0].tolist() == [1, 2, pytest.approx(0.2, abs=1e-9)]
+    change = [0, np.sqrt(45) / 5, np.sqrt(18) / 5]
+    assert scan.mean("relative_l2")[0] == pytest.approx(change, abs=1e-9)
+    assert np.array_equal(scan.mean("relative_l2"), scan.mean("relative_l2").T)
+    assert scan.best_block(1, "relative_l2").start == 1
+    with pytest.raises(MetricError, match="norm_ratio does not say how alike"):
+        scan.best_block(1, "norm_ratio")
+
+
+def test_norms_too_far_apart_for_the_sums_are_rejected():
+    states = np.array([[[1.0, 0], [70_000, 0]], [[1, 0], [2, 0]]])
+    assert analyse_states(states).num_rejected == 0
+    with pytest.warns(RejectedSamplesWarning, match="65535 times the norm of an earlier state"):
+        scan = analyse_states(states, ["norm_ratio"])
+    assert scan.num_samples == 1
+    assert scan.mean("norm_ratio")[0, 1] == 2
 
 
 def test_the_mean_is_of_angles_and_not_the_angle_of_the_mean():

@@ -24,6 +24,7 @@ from .errors import (
     StatesError,
     TextsError,
     ThreadsError,
+    TierError,
 )
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
 from .selection import deepest_block
@@ -74,6 +75,7 @@ __all__ = [
     "TextsError",
     "TextsIdentity",
     "ThreadsError",
+    "TierError",
     "__version__",
     "analyse_states",
     "compare_cuts",

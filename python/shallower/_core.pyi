@@ -6,9 +6,12 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__"]
+__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__", "tier", "tiers"]
 
 __version__: str
+
+def tier() -> str: ...
+def tiers() -> list[tuple[str, bool]]: ...
 
 @final
 class Accumulator:

@@ -6,6 +6,10 @@ For a sample with states x^(0) .. x^(L), rows of an array of shape (L+1, D):
     angular(l, m) = arccos(cosine(l, m)) / pi                      (2403.17887, eq. 7)
     l*(n)         = argmin over l in 0..L-n of mean angular(l, l+n)  (eq. 6)
 
+    relative_l2(l, m) = |x^(m) - x^(l)| / |x^(l)|,  l < m
+    norm_ratio(l, m)  = |x^(m)| / |x^(l)|,          l < m
+
+The last two are of a later state relative to an earlier one; their matrices are mirrored.
 The angle is taken by its chord, 2·arcsin(|u - v| / 2) for unit vectors u and v, another
 formula than the core's.
 """
@@ -31,7 +35,30 @@ def cosine(states: NDArray[np.floating]) -> Matrix:
     return units @ units.T
 
 
-METRICS = {"angular": angular, "cosine": cosine}
+def relative_l2(states: NDArray[np.floating]) -> Matrix:
+    """How far each state is from an earlier one, in the earlier one's norm; mirrored."""
+    rows = states.astype(np.float64)
+    differences = np.linalg.norm(rows[:, None, :] - rows[None, :, :], axis=2)
+    return _mirrored(differences / np.linalg.norm(rows, axis=1)[:, None], 0)
+
+
+def norm_ratio(states: NDArray[np.floating]) -> Matrix:
+    """The norm of each state over that of an earlier one; mirrored."""
+    norms = np.linalg.norm(states.astype(np.float64), axis=1)
+    return _mirrored(norms[None, :] / norms[:, None], 1)
+
+
+def _mirrored(values: Matrix, diagonal: float) -> Matrix:
+    upper = np.triu(values, 1)
+    return upper + upper.T + diagonal * np.eye(len(values))
+
+
+METRICS = {
+    "angular": angular,
+    "cosine": cosine,
+    "relative_l2": relative_l2,
+    "norm_ratio": norm_ratio,
+}
 
 
 def mean_and_stderr(states: NDArray[np.floating], metric: str) -> tuple[Matrix, Matrix]:

@@ -21,6 +21,10 @@ class ThreadsError(ShallowerError):
     """A number of threads that cannot be started."""
 
 
+class TierError(ShallowerError):
+    """An instruction tier that does not exist, or that this machine does not have."""
+
+
 class ScanError(ShallowerError):
     """A scan file that is damaged, or scans that cannot be merged."""
 

@@ -103,7 +103,8 @@ class Scan:
         """The mean of ``metric`` over samples, (L+1, L+1) float64, symmetric.
 
         ``[l, m]`` compares x^(l) with x^(m): ``angular`` in [0, 1], 0 for equal
-        directions; ``cosine`` in [-1, 1], 1 for equal directions.
+        directions; ``cosine`` in [-1, 1], 1 for equal directions. For l < m,
+        ``relative_l2`` is |x^(m) - x^(l)| / |x^(l)| and ``norm_ratio`` |x^(m)| / |x^(l)|.
 
         Raises:
             MetricError: the scan does not hold the metric.
@@ -282,7 +283,7 @@ class ScanBuilder:
 
     Args:
         num_states: L+1.
-        metrics: ``angular`` and/or ``cosine``.
+        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the core, all by default.
         model: the model that the states come from.
 
@@ -367,7 +368,7 @@ def analyse_states(
             float16, bfloat16 or float64; an array of uint16 is read as bfloat16 bits. Read
             in place if C-contiguous as (samples, L+1, D) or (L+1, samples, D), else copied
             64 MiB at a time.
-        metrics: ``angular`` and/or ``cosine``.
+        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the core, all by default.
 
     Raises:

@@ -2,11 +2,24 @@
 
 use half::{bf16, f16};
 use proptest::prelude::*;
-use shallower_core::{Accumulator, Element, Error, Metric, Order, Reason, States};
+use shallower_core::{Accumulator, Element, Error, Metric, Order, Reason, States, Tier};
 
-const METRICS: [Metric; 2] = [Metric::Angular, Metric::Cosine];
+const METRICS: [Metric; 4] = Metric::ALL;
+
+/// What an angular distance may err by, on any tier and in any dtype.
+const TOLERANCE: f64 = 1e-7;
 
 fn accumulate<T: Element>(
+    data: &[T],
+    shape: (usize, usize, usize),
+    order: Order,
+    threads: usize,
+) -> Accumulator {
+    accumulate_on(Tier::chosen().unwrap(), data, shape, order, threads)
+}
+
+fn accumulate_on<T: Element>(
+    tier: Tier,
     data: &[T],
     shape: (usize, usize, usize),
     order: Order,
@@ -17,7 +30,8 @@ fn accumulate<T: Element>(
         .num_threads(threads)
         .build()
         .unwrap();
-    let mut accumulator = Accumulator::new(states, &METRICS).unwrap();
+    let accumulator = Accumulator::new(states, &METRICS).unwrap();
+    let mut accumulator = accumulator.with_tier(tier).unwrap();
     let view = States::new(data, samples, states, width, order).unwrap();
     pool.install(|| accumulator.update(&view)).unwrap();
     accumulator
@@ -78,23 +92,117 @@ fn no_zero_row(data: &mut [f32], width: usize) {
     }
 }
 
+fn slow_cosine(x: &[f64], y: &[f64]) -> f64 {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(p, q)| p * q).sum::<f64>();
+    dot(x, y) / (dot(x, x).sqrt() * dot(y, y).sqrt())
+}
+
+fn equals_the_slow_twin<T: Element>(tier: Tier, data: &[T], shape: (usize, usize, usize)) {
+    let accumulator = accumulate_on(tier, data, shape, Order::SampleFirst, 2);
+    if accumulator.rejected() > 0 {
+        return; // float16 has made a row of zeros
+    }
+    let mean = |metric| accumulator.mean(metric).unwrap();
+    close(
+        &mean(Metric::Angular),
+        &slow_mean(data, shape, slow_angular),
+        TOLERANCE,
+    );
+    close(
+        &mean(Metric::Cosine),
+        &slow_mean(data, shape, slow_cosine),
+        TOLERANCE,
+    );
+    let norm = |v: &[f64]| v.iter().map(|a| a * a).sum::<f64>().sqrt();
+    let upper = |slow: Vec<f64>, fast: Vec<f64>| {
+        for first in 0..shape.1 {
+            for second in first + 1..shape.1 {
+                let place = first * shape.1 + second;
+                // An angle's error in units of pi is pi times as large in these.
+                let allowed = 4.0 * TOLERANCE * slow[place].max(1.0);
+                assert!(
+                    (slow[place] - fast[place]).abs() <= allowed,
+                    "{tier} {shape:?}: {} and {}",
+                    slow[place],
+                    fast[place]
+                );
+                assert_eq!(fast[place], fast[second * shape.1 + first]);
+            }
+        }
+    };
+    let change = |x: &[f64], y: &[f64]| {
+        let difference: Vec<f64> = x.iter().zip(y).map(|(a, b)| b - a).collect();
+        norm(&difference) / norm(x)
+    };
+    upper(slow_mean(data, shape, change), mean(Metric::RelativeL2));
+    upper(
+        slow_mean(data, shape, |x, y| norm(y) / norm(x)),
+        mean(Metric::NormRatio),
+    );
+}
+
+/// Shapes as deep models have them, odd widths and tails included; a few samples.
+fn deep_batches() -> impl Strategy<Value = (Vec<f32>, (usize, usize, usize))> {
+    let states = prop_oneof![8 => 2_usize..41, 1 => Just(81_usize)];
+    (
+        1_usize..3,
+        states,
+        1_usize..1100,
+        any::<u64>(),
+        any::<bool>(),
+    )
+        .prop_map(|(samples, states, width, seed, massive)| {
+            let data = residual_stream(samples, states, width, seed, massive);
+            (data, (samples, states, width))
+        })
+}
+
+/// Random steps added up layer by layer; two channels a thousand times the rest if `massive`.
+fn residual_stream(
+    samples: usize,
+    states: usize,
+    width: usize,
+    seed: u64,
+    massive: bool,
+) -> Vec<f32> {
+    let mut state = seed | 1;
+    let mut random = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    };
+    let mut data = Vec::with_capacity(samples * states * width);
+    for _ in 0..samples {
+        let mut stream: Vec<f32> = (0..width).map(|_| 3.0 * random()).collect();
+        for _ in 0..states {
+            for (channel, value) in stream.iter_mut().enumerate() {
+                *value += random();
+                let scale = if massive && channel < 2 { 1000.0 } else { 1.0 };
+                data.push(scale * *value);
+            }
+        }
+    }
+    data
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(
         std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(64)
     ))]
 
     #[test]
-    fn equals_the_slow_twin((mut data, shape) in batches()) {
+    fn every_tier_equals_the_slow_twin((mut data, shape) in batches()) {
         no_zero_row(&mut data, shape.2);
-        let accumulator = accumulate(&data, shape, Order::SampleFirst, 2);
-        let mean = accumulator.mean(Metric::Angular).unwrap();
-        close(&mean, &slow_mean(&data, shape, slow_angular), 1e-8);
-        let cosine = accumulator.mean(Metric::Cosine).unwrap();
-        let slow_cosine = |x: &[f64], y: &[f64]| {
-            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(p, q)| p * q).sum::<f64>();
-            dot(x, y) / (dot(x, x).sqrt() * dot(y, y).sqrt())
-        };
-        close(&cosine, &slow_mean(&data, shape, slow_cosine), 1e-12);
+        let halves: Vec<f16> = data.iter().map(|&v| f16::from_f32(v)).collect();
+        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        let doubles: Vec<f64> = data.iter().map(|&v| f64::from(v) * 1.000_000_1).collect();
+        for tier in Tier::available() {
+            equals_the_slow_twin(tier, &data, shape);
+            equals_the_slow_twin(tier, &halves, shape);
+            equals_the_slow_twin(tier, &brains, shape);
+            equals_the_slow_twin(tier, &doubles, shape);
+        }
     }
 
     #[test]
@@ -130,9 +238,41 @@ proptest! {
         let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
         let bits: Vec<u16> = brains.iter().map(|v| v.to_bits()).collect();
         let widened: Vec<f32> = brains.iter().map(|v| v.to_f32()).collect();
-        let expected = accumulate(&widened, shape, Order::SampleFirst, 1);
-        prop_assert_eq!(&expected, &accumulate(&brains, shape, Order::SampleFirst, 1));
-        prop_assert_eq!(&expected, &accumulate(&bits, shape, Order::SampleFirst, 1));
+        for tier in Tier::available() {
+            let brains = accumulate_on(tier, &brains, shape, Order::SampleFirst, 1);
+            prop_assert_eq!(&brains, &accumulate_on(tier, &bits, shape, Order::SampleFirst, 1));
+            let widened = accumulate_on(tier, &widened, shape, Order::SampleFirst, 1);
+            let mean = |sums: &Accumulator| sums.mean(Metric::Angular).unwrap();
+            if brains.count() > 0 {
+                close(&mean(&brains), &mean(&widened), TOLERANCE);
+            }
+            // The others multiply bfloat16 in float32.
+            prop_assert!(tier != Tier::Scalar || brains == widened);
+        }
+    }
+
+    #[test]
+    fn every_tier_equals_the_slow_twin_on_deep_models((data, shape) in deep_batches()) {
+        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        for tier in Tier::available() {
+            equals_the_slow_twin(tier, &data, shape);
+            equals_the_slow_twin(tier, &brains, shape);
+        }
+    }
+
+    #[test]
+    fn a_sample_is_worth_the_same_whatever_stands_beside_it((data, shape) in batches()) {
+        let (samples, states, width) = shape;
+        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        for tier in Tier::available() {
+            let whole = accumulate_on(tier, &brains, shape, Order::SampleFirst, 3);
+            let mut merged = Accumulator::new(states, &METRICS).unwrap();
+            for sample in brains.chunks(states * width).rev() {
+                merged.merge(&accumulate_on(tier, sample, (1, states, width), Order::SampleFirst, 1)).unwrap();
+            }
+            prop_assert_eq!(&whole, &merged);
+            prop_assert_eq!(whole.count() + whole.rejected(), samples as u64);
+        }
     }
 
     #[test]
@@ -169,27 +309,171 @@ proptest! {
     }
 }
 
+/// Two rows at an angular distance, of norms 1 and 3, and massive in two channels or not.
+fn rows_at(distance: f64, width: usize, massive: bool) -> Vec<f64> {
+    let stream = residual_stream(1, 2, width, 5, massive);
+    let (mut x, mut y): (Vec<f64>, Vec<f64>) = (
+        stream[..width].iter().map(|&v| f64::from(v)).collect(),
+        stream[width..].iter().map(|&v| f64::from(v)).collect(),
+    );
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
+    let norm = dot(&x, &x).sqrt();
+    x.iter_mut().for_each(|v| *v /= norm);
+    let along = dot(&x, &y);
+    y.iter_mut().zip(&x).for_each(|(v, u)| *v -= along * u);
+    let norm = dot(&y, &y).sqrt();
+    let (sine, cosine) = (distance * std::f64::consts::PI).sin_cos();
+    let second: Vec<f64> = x
+        .iter()
+        .zip(&y)
+        .map(|(u, v)| 3.0 * (cosine * u + sine * v / norm))
+        .collect();
+    x.extend(second);
+    x
+}
+
 #[test]
-fn small_angles_keep_their_digits() {
+fn every_tier_keeps_the_digits_of_small_angles() {
     for exponent in 1..=6 {
-        let d = 10_f64.powi(-exponent);
-        let angle = d * std::f64::consts::PI;
-        let data = [1.0, 0.0, angle.cos(), angle.sin()];
-        let mean = accumulate(&data, (1, 2, 2), Order::SampleFirst, 1)
-            .mean(Metric::Angular)
-            .unwrap();
-        assert!((mean[1] - d).abs() < 1e-9, "{d}: {}", mean[1]);
+        for distance in [10_f64.powi(-exponent), 1.0 - 10_f64.powi(-exponent)] {
+            for (width, massive) in [(2, false), (601, false), (601, true), (4096, true)] {
+                let data = rows_at(distance, width, massive);
+                let singles: Vec<f32> = data.iter().map(|&v| v as f32).collect();
+                let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f64(v)).collect();
+                for tier in Tier::available() {
+                    equals_the_slow_twin(tier, &data, (1, 2, width));
+                    equals_the_slow_twin(tier, &singles, (1, 2, width));
+                    equals_the_slow_twin(tier, &brains, (1, 2, width));
+                    let exact = accumulate_on(tier, &data, (1, 2, width), Order::SampleFirst, 1);
+                    let mean = exact.mean(Metric::Angular).unwrap()[1];
+                    assert!((mean - distance).abs() < 1e-9, "{tier} {distance}: {mean}");
+                }
+            }
+        }
     }
 }
 
 #[test]
-fn equal_states_are_at_zero_and_opposite_ones_at_one() {
-    let x: Vec<f32> = (0..600).map(|i| (i as f32 * 0.37).sin()).collect();
-    let opposite: Vec<f32> = x.iter().map(|v| -v).collect();
-    let data = [x.clone(), x, opposite].concat();
-    let accumulator = accumulate(&data, (1, 3, 600), Order::SampleFirst, 1);
-    let mean = accumulator.mean(Metric::Angular).unwrap();
-    assert_eq!(mean, [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]);
+fn every_tier_is_right_where_float32_ends() {
+    let stream = residual_stream(2, 5, 640, 3, false);
+    for scale in [1e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e17, 1e20, 1e30, 3e37_f32] {
+        let scaled: Vec<f32> = stream.iter().map(|v| v * scale).collect();
+        let brains: Vec<bf16> = scaled.iter().map(|&v| bf16::from_f32(v)).collect();
+        // Rows of very different sizes beside each other.
+        let mut uneven = stream.clone();
+        uneven[640..1280].iter_mut().for_each(|v| *v *= scale);
+        for tier in Tier::available() {
+            equals_the_slow_twin(tier, &scaled, (2, 5, 640));
+            equals_the_slow_twin(tier, &brains, (2, 5, 640));
+            let uneven = accumulate_on(tier, &uneven, (2, 5, 640), Order::SampleFirst, 1);
+            assert!(uneven.count() + uneven.rejected() == 2);
+        }
+    }
+    let halves: Vec<f16> = stream.iter().map(|&v| f16::from_f32(v * 1e-6)).collect();
+    for tier in Tier::available() {
+        equals_the_slow_twin(tier, &halves, (2, 5, 640));
+    }
+}
+
+/// Numbers whose rounding errors do not cancel: constant rows, few values, heavy tails.
+#[test]
+fn every_tier_is_right_on_numbers_without_randomness() {
+    let kinds: [fn(usize, usize) -> f32; 6] = [
+        |row, _| 0.1 * (row + 1) as f32,
+        |row, column| if column % (row + 2) == 0 { -0.3 } else { 0.7 },
+        |row, column| {
+            if column % 16 == 0 {
+                30.0 + row as f32
+            } else {
+                0.1
+            }
+        },
+        |row, column| (row as f32 + 1.0) / (column as f32 + 1.0),
+        |row, column| ((column * column + 7 * row) % 17) as f32 + 0.1,
+        |row, column| {
+            if column % 500 == row {
+                100.0
+            } else {
+                (column % 3) as f32 - 1.0
+            }
+        },
+    ];
+    for kind in kinds {
+        for width in [33, 576, 4096] {
+            let rows = (0..6).flat_map(|row| (0..width).map(move |column| kind(row, column)));
+            let data: Vec<f32> = rows.collect();
+            let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+            for tier in Tier::available() {
+                equals_the_slow_twin(tier, &data, (1, 6, width));
+                equals_the_slow_twin(tier, &brains, (1, 6, width));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_tier_has_equal_states_at_zero_and_opposite_ones_at_one() {
+    for width in [1, 7, 64, 600, 1100] {
+        let x: Vec<f32> = (0..width).map(|i| (i as f32 * 0.37).cos()).collect();
+        let times = |factor: f32| x.iter().map(|v| v * factor).collect::<Vec<f32>>();
+        let data = [x.clone(), times(4.0), times(-1.0)].concat();
+        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        for tier in Tier::available() {
+            let expected = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0];
+            let single = accumulate_on(tier, &data, (1, 3, width), Order::SampleFirst, 1);
+            assert_eq!(
+                single.mean(Metric::Angular).unwrap(),
+                expected,
+                "{tier} {width}"
+            );
+            let brain = accumulate_on(tier, &brains, (1, 3, width), Order::SampleFirst, 1);
+            assert_eq!(
+                brain.mean(Metric::Angular).unwrap(),
+                expected,
+                "{tier} {width}"
+            );
+        }
+    }
+}
+
+#[test]
+fn tiers_that_this_machine_lacks_are_refused() {
+    for tier in Tier::ALL {
+        assert_eq!(tier.name().parse(), Ok(tier));
+        let forced = Accumulator::new(2, &METRICS).unwrap().with_tier(tier);
+        if tier.is_available() {
+            assert_eq!(forced.unwrap().tier(), tier);
+        } else {
+            eprintln!("skipped: this machine has no {tier}");
+            assert_eq!(forced, Err(Error::TierUnavailable(tier)));
+        }
+    }
+    let unknown = "sse9".parse::<Tier>().unwrap_err().to_string();
+    assert!(
+        unknown.contains("\"sse9\"") && unknown.contains("scalar"),
+        "{unknown}"
+    );
+}
+
+#[test]
+fn ratios_that_the_sums_have_no_room_for_are_rejected() {
+    let data = [1.0_f64, 0.0, 65536.0, 0.0];
+    let view = States::new(&data, 1, 2, 2, Order::SampleFirst).unwrap();
+    for (metric, rejected) in [
+        (Metric::Angular, 0),
+        (Metric::NormRatio, 1),
+        (Metric::RelativeL2, 1),
+    ] {
+        let mut accumulator = Accumulator::new(2, &[metric]).unwrap();
+        let rejections = accumulator.update(&view).unwrap();
+        assert_eq!(rejections.len(), rejected);
+        if let Some(rejection) = rejections.first() {
+            assert_eq!(
+                (rejection.state, rejection.reason),
+                (1, Reason::RatioOutOfRange)
+            );
+        }
+    }
 }
 
 #[test]
@@ -240,7 +524,9 @@ fn the_best_start_is_the_smallest_of_equals() {
     // Three layers: x0, x1 = x0, x2 orthogonal, x3 = x2.
     let data = [1.0_f32, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0];
     let accumulator = accumulate(&data, (1, 4, 2), Order::SampleFirst, 1);
-    for metric in METRICS {
+    let no_distance = Err(Error::NoDistance(Metric::NormRatio));
+    assert_eq!(accumulator.best_start(Metric::NormRatio, 1), no_distance);
+    for metric in [Metric::Angular, Metric::Cosine, Metric::RelativeL2] {
         assert_eq!(accumulator.best_start(metric, 1), Ok(0));
         assert_eq!(accumulator.best_start(metric, 2), Ok(0));
         for n in [-1, 0, 3, 4] {

@@ -1,0 +1,238 @@
+//! The instruction sets: which there are, which one is used, and the sums of products that
+//! each of them makes. Everything above works on plain slices; unsafe code is here alone.
+//!
+//! A [`Work`] is written once, in plain Rust, and compiled once for each tier: [`Tier::run`]
+//! calls it inside a function that has the tier's instructions, so that its loops become the
+//! tier's vectors. What a compiler does not find by itself, the register tiles of a Gram
+//! matrix, are the [`Sweep`]s of the tier.
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512bf16;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod packed;
+mod scalar;
+mod tiles;
+
+use std::env::{VarError, var};
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::Error;
+
+pub(crate) use packed::{Chunk, Chunks, Packed};
+
+/// The environment variable that forces a tier.
+pub const TIER_VARIABLE: &str = "SHALLOWER_TIER";
+
+/// An instruction set that the core is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tier {
+    /// Plain Rust in float64, for every processor: the reference of the others.
+    Scalar,
+    /// AVX2 and FMA; float32 products.
+    Avx2,
+    /// AVX-512; float32 products.
+    Avx512,
+    /// AVX-512; bfloat16 states by `vdpbf16ps`.
+    Avx512Bf16,
+    /// AVX-512; bfloat16 states by AMX tiles.
+    Amx,
+    /// NEON; float32 products.
+    Neon,
+}
+
+impl Tier {
+    /// All tiers, whatever the processor.
+    pub const ALL: [Tier; 6] = [
+        Tier::Scalar,
+        Tier::Avx2,
+        Tier::Avx512,
+        Tier::Avx512Bf16,
+        Tier::Amx,
+        Tier::Neon,
+    ];
+
+    /// The tier's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Scalar => "scalar",
+            Tier::Avx2 => "avx2",
+            Tier::Avx512 => "avx512",
+            Tier::Avx512Bf16 => "avx512bf16",
+            Tier::Amx => "amx",
+            Tier::Neon => "neon",
+        }
+    }
+
+    /// Whether this processor and this operating system have the tier's instructions.
+    pub fn is_available(self) -> bool {
+        match self {
+            Tier::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx2 => avx2::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512 => avx512::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Bf16 => avx512bf16::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Tier::Amx => amx::is_available(),
+            #[cfg(target_arch = "aarch64")]
+            Tier::Neon => neon::is_available(),
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// The tiers that this processor has.
+    pub fn available() -> Vec<Tier> {
+        let all = Self::ALL.into_iter();
+        all.filter(|tier| tier.is_available()).collect()
+    }
+
+    /// The tier that is used: the one that `SHALLOWER_TIER` names, else [`Tier::best`].
+    pub fn chosen() -> Result<Tier, Error> {
+        match var(TIER_VARIABLE) {
+            Err(VarError::NotPresent) => Ok(Self::best()),
+            Err(VarError::NotUnicode(name)) => {
+                Err(Error::UnknownTier(name.to_string_lossy().into()))
+            }
+            Ok(name) => name.parse::<Tier>()?.checked(),
+        }
+    }
+
+    /// The fastest tier by what the processor is, always the same one on the same machine.
+    ///
+    /// `vdpbf16ps` does twice the work of a float32 FMA on AMD's cores and half of it on
+    /// Intel's, where it is therefore passed over.
+    pub fn best() -> Tier {
+        let order: &[Tier] = if is_amd() {
+            &[Tier::Amx, Tier::Avx512Bf16, Tier::Avx512, Tier::Avx2]
+        } else {
+            &[Tier::Amx, Tier::Avx512, Tier::Avx2, Tier::Neon]
+        };
+        let mut order = order.iter().copied();
+        order
+            .find(|tier| tier.is_available())
+            .unwrap_or(Tier::Scalar)
+    }
+
+    /// The tier itself if the processor has it.
+    pub fn checked(self) -> Result<Tier, Error> {
+        if self.is_available() {
+            Ok(self)
+        } else {
+            Err(Error::TierUnavailable(self))
+        }
+    }
+
+    /// Does the work with this tier's instructions.
+    ///
+    /// # Panics
+    ///
+    /// If the processor does not have them; every tier that is kept was [`Tier::checked`].
+    #[allow(unsafe_code)]
+    pub(crate) fn run<W: Work>(self, work: W) -> W::Output {
+        debug_assert!(self.is_available());
+        match self {
+            Tier::Scalar => work.run::<scalar::Kernels>(),
+            // SAFETY (this and the following): a tier that is kept was `checked`.
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx2 => unsafe { avx2::run(work) },
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512 => unsafe { avx512::run(work) },
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Bf16 => unsafe { avx512bf16::run(work) },
+            #[cfg(target_arch = "x86_64")]
+            Tier::Amx => unsafe { amx::run(work) },
+            #[cfg(target_arch = "aarch64")]
+            Tier::Neon => unsafe { neon::run(work) },
+            #[allow(unreachable_patterns)]
+            _ => panic!("tier {self} is not of this architecture"),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_amd() -> bool {
+    let leaf = std::arch::x86_64::__cpuid(0);
+    [leaf.ebx, leaf.edx, leaf.ecx]
+        .map(u32::to_le_bytes)
+        .concat()
+        == b"AuthenticAMD"
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn is_amd() -> bool {
+    false
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Tier {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        Self::ALL
+            .into_iter()
+            .find(|tier| tier.name() == name)
+            .ok_or_else(|| Error::UnknownTier(name.to_owned()))
+    }
+}
+
+/// Something to do with a tier's instructions. `run` must be `#[inline(always)]`, and so
+/// must what it calls in its loops, to be compiled for the tier.
+pub(crate) trait Work {
+    type Output;
+
+    fn run<K: Kernels>(self) -> Self::Output;
+}
+
+/// The sums of products that a tier makes.
+pub(crate) trait Kernels {
+    /// In float64, for any state.
+    type Double: Sweep<Packed = f64>;
+    /// For bfloat16, in float32 or float64.
+    type Brain: Sweep;
+}
+
+/// Sums of products of all pairs of different rows, a chunk of columns at a time.
+pub(crate) trait Sweep {
+    /// What the states are packed as.
+    type Packed: Packed;
+
+    /// Columns of a chunk.
+    const CHUNK: usize;
+
+    /// Columns whose products are summed in `Packed`'s precision; beyond, it is float64.
+    const SPAN: usize;
+
+    /// The float64 numbers that the sums of so many states need.
+    fn num_sums(num_states: usize) -> usize;
+
+    /// Adds a chunk's products to the sums, or begins them if they are to be `fresh`;
+    /// meanwhile the `soon` lines are fetched.
+    fn add(chunk: &Chunk<Self::Packed>, fresh: bool, sums: &mut [f64], soon: Soon<'_>);
+
+    /// The sum of squares of one row of a chunk, in `Packed`'s precision.
+    fn square(row: &[Self::Packed]) -> f64;
+
+    /// Adds the sums to the products of the pairs `(l, m)`, `l < m`, row by row.
+    fn collect(num_states: usize, sums: &[f64], products: &mut [f64]);
+}
+
+/// Memory that will be read soon: the addresses of the rows' next chunks.
+pub(crate) struct Soon<'a> {
+    pub rows: &'a [usize],
+    pub bytes: usize,
+}

@@ -1,0 +1,348 @@
+//! Register tiles: a few rows against a few rows, for any vector unit.
+
+#![allow(unsafe_code)]
+
+use std::ptr;
+
+use super::packed::PADDING;
+use super::{Chunk, Packed, Soon};
+
+/// The vectors of one instruction set and one precision.
+///
+/// # Safety
+///
+/// Every method may use the unit's instructions: call them only from a function that has
+/// these features, on a processor that has them. `load` reads `WIDTH` values, `flush` reads
+/// and writes `LANES` values.
+pub(crate) trait Unit {
+    /// What is loaded.
+    type Packed: Packed;
+    /// A vector of it.
+    type Vector: Copy;
+    /// A vector of sums.
+    type Sum: Copy;
+
+    /// Columns whose products are summed in `Sum`'s precision.
+    const SPAN: usize;
+    /// Rows of a tile: `ROWS²` sums and `ROWS + 1` vectors fit in the registers.
+    const ROWS: usize;
+    /// Values of a vector.
+    const WIDTH: usize;
+    /// The float64 numbers that a vector of sums is folded to.
+    const LANES: usize;
+
+    unsafe fn zero() -> Self::Sum;
+    unsafe fn load(from: *const Self::Packed) -> Self::Vector;
+    /// `sum + left · right`, products of bfloat16 added in pairs.
+    unsafe fn multiply_add(sum: Self::Sum, left: Self::Vector, right: Self::Vector) -> Self::Sum;
+    /// Adds the lanes to `LANES` float64 numbers.
+    unsafe fn flush(sum: Self::Sum, to: *mut f64);
+    /// Asks for the line of an address, which need not be readable.
+    unsafe fn prefetch(address: *const u8);
+}
+
+/// Rows in blocks as even as they can be, of at most `most`.
+#[derive(Clone, Copy)]
+struct Blocks {
+    count: usize,
+    rows: usize,
+    larger: usize,
+}
+
+impl Blocks {
+    #[inline(always)]
+    fn new(num_states: usize, most: usize) -> Self {
+        let count = num_states.div_ceil(most);
+        let (rows, larger) = (num_states / count, num_states % count);
+        Self {
+            count,
+            rows,
+            larger,
+        }
+    }
+
+    /// First row and number of rows.
+    #[inline(always)]
+    fn get(self, block: usize) -> (usize, usize) {
+        let first = block * self.rows + block.min(self.larger);
+        (first, self.rows + usize::from(block < self.larger))
+    }
+}
+
+pub(crate) fn num_sums<U: Unit>(num_states: usize) -> usize {
+    let blocks = Blocks::new(num_states, U::ROWS);
+    let on_diagonal: usize = (0..blocks.count)
+        .map(|block| blocks.get(block).1.pow(2))
+        .sum();
+    (num_states * num_states + on_diagonal) / 2 * U::LANES
+}
+
+/// The sum of 2, 4 or 8 lanes.
+#[inline(always)]
+fn total(lanes: &[f64]) -> f64 {
+    match *lanes {
+        [a, b] => a + b,
+        [a, b, c, d] => (a + b) + (c + d),
+        [a, b, c, d, e, f, g, h] => ((a + b) + (c + d)) + ((e + f) + (g + h)),
+        _ => unreachable!("a unit has 2, 4 or 8 lanes"),
+    }
+}
+
+#[inline(always)]
+pub(crate) fn collect<U: Unit>(num_states: usize, sums: &[f64], products: &mut [f64]) {
+    let blocks = Blocks::new(num_states, U::ROWS);
+    let mut tiles = sums;
+    for i in 0..blocks.count {
+        let (first, rows) = blocks.get(i);
+        for j in i..blocks.count {
+            let (second, columns) = blocks.get(j);
+            let (tile, rest) = tiles.split_at(rows * columns * U::LANES);
+            tiles = rest;
+            for row in 0..rows {
+                let skipped = if i == j { row + 1 } else { 0 };
+                let row_of_tile = &tile[row * columns * U::LANES..][..columns * U::LANES];
+                let row = first + row;
+                let start = row * (2 * num_states - row - 1) / 2 + second + skipped - row - 1;
+                let entries = row_of_tile[skipped * U::LANES..].chunks_exact(U::LANES);
+                for (product, lanes) in products[start..].iter_mut().zip(entries) {
+                    *product += total(lanes);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As for the methods of [`Unit`].
+#[inline(always)]
+pub(crate) unsafe fn square<U: Unit>(row: &[U::Packed]) -> f64 {
+    const CHAINS: usize = 4;
+    let mut lanes = [0.0; 8];
+    assert!(row.len().is_multiple_of(U::WIDTH) && U::LANES <= lanes.len());
+    // SAFETY: whole vectors within the row; `lanes` has room for `LANES` values.
+    unsafe {
+        let mut sums = [U::zero(); CHAINS];
+        let mut at = 0;
+        while at + CHAINS * U::WIDTH <= row.len() {
+            for (chain, sum) in sums.iter_mut().enumerate() {
+                let vector = U::load(row.as_ptr().add(at + chain * U::WIDTH));
+                *sum = U::multiply_add(*sum, vector, vector);
+            }
+            at += CHAINS * U::WIDTH;
+        }
+        while at < row.len() {
+            let vector = U::load(row.as_ptr().add(at));
+            sums[0] = U::multiply_add(sums[0], vector, vector);
+            at += U::WIDTH;
+        }
+        for sum in sums {
+            U::flush(sum, lanes.as_mut_ptr());
+        }
+    }
+    total(&lanes[..U::LANES])
+}
+
+/// # Safety
+///
+/// As for the methods of [`Unit`].
+#[inline(always)]
+pub(crate) unsafe fn add<U: Unit>(
+    chunk: &Chunk<U::Packed>,
+    fresh: bool,
+    sums: &mut [f64],
+    soon: Soon<'_>,
+) {
+    let length = chunk.length();
+    assert!(length.is_multiple_of(U::WIDTH));
+    assert!(sums.len() == num_sums::<U>(chunk.num_states()));
+    let span = length
+        .div_ceil(length.div_ceil(U::SPAN))
+        .next_multiple_of(PADDING);
+    let mut place = sums.as_mut_ptr();
+    let mut fetch = Fetch::new(soon);
+    let blocks = Blocks::new(chunk.num_states(), U::ROWS);
+    for i in 0..blocks.count {
+        let (first, rows) = blocks.get(i);
+        for j in i..blocks.count {
+            let (second, columns) = blocks.get(j);
+            // SAFETY: the caller's for the instructions. The rows `first + rows` and
+            // `second + columns` are the chunk's; `place` has advanced by what the tiles
+            // before needed, and all tiles together need `num_sums`.
+            unsafe {
+                let tile = Tile::<U> {
+                    left: chunk.start().add(first * chunk.stride()),
+                    right: chunk.start().add(second * chunk.stride()),
+                    stride: chunk.stride(),
+                    length,
+                    span,
+                    place,
+                };
+                let size = rows * columns * U::LANES;
+                if fresh {
+                    place.write_bytes(0, size);
+                }
+                fetch.some::<U>(rows * columns * size_of::<f32>() / 2);
+                tile.of_shape(rows, columns, i == j);
+                place = place.add(size);
+            }
+        }
+    }
+}
+
+/// Fetches all lines at once.
+///
+/// # Safety
+///
+/// As for the methods of [`Unit`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn prefetch_all<U: Unit>(soon: &Soon<'_>) {
+    for &row in soon.rows {
+        for at in (0..soon.bytes).step_by(64) {
+            // SAFETY: the caller's; a prefetch reads nothing.
+            unsafe { U::prefetch(ptr::without_provenance(row + at)) };
+        }
+    }
+}
+
+/// Lines to fetch, spread over the tiles.
+struct Fetch<'a> {
+    soon: Soon<'a>,
+    row: usize,
+    at: usize,
+}
+
+impl<'a> Fetch<'a> {
+    fn new(soon: Soon<'a>) -> Self {
+        Self {
+            soon,
+            row: 0,
+            at: 0,
+        }
+    }
+
+    /// Fetches as many lines as there are products in a tile.
+    #[inline(always)]
+    unsafe fn some<U: Unit>(&mut self, lines: usize) {
+        for _ in 0..lines {
+            let Some(&row) = self.soon.rows.get(self.row) else {
+                return;
+            };
+            // SAFETY: the caller's; a prefetch reads nothing.
+            unsafe { U::prefetch(ptr::without_provenance(row + self.at)) };
+            self.at += 64;
+            if self.at >= self.soon.bytes {
+                (self.row, self.at) = (self.row + 1, 0);
+            }
+        }
+    }
+}
+
+struct Tile<U: Unit> {
+    left: *const U::Packed,
+    right: *const U::Packed,
+    stride: usize,
+    length: usize,
+    span: usize,
+    place: *mut f64,
+}
+
+impl<U: Unit> Tile<U> {
+    #[inline(always)]
+    unsafe fn of_shape(self, rows: usize, columns: usize, diagonal: bool) {
+        // SAFETY: the caller's, for this shape.
+        unsafe {
+            match (rows, columns, diagonal) {
+                (1, 1, true) => self.add::<1, 1, true>(),
+                (2, 2, true) => self.add::<2, 2, true>(),
+                (3, 3, true) => self.add::<3, 3, true>(),
+                (4, 4, true) => self.add::<4, 4, true>(),
+                (1, 1, false) => self.add::<1, 1, false>(),
+                (2, 1, false) => self.add::<2, 1, false>(),
+                (2, 2, false) => self.add::<2, 2, false>(),
+                (3, 2, false) => self.add::<3, 2, false>(),
+                (3, 3, false) => self.add::<3, 3, false>(),
+                (4, 3, false) => self.add::<4, 3, false>(),
+                (4, 4, false) => self.add::<4, 4, false>(),
+                shape => unreachable!("blocks are even: {shape:?}"),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const M: usize, const N: usize, const DIAGONAL: bool>(self) {
+        // SAFETY: `length` values of `M` rows from `left` and `N` rows from `right` can be
+        // read, `M · N · LANES` numbers from `place` written: the caller's.
+        unsafe {
+            let mut at = 0;
+            while at < self.length {
+                let end = self.length.min(at + self.span);
+                let mut sums = [[U::zero(); N]; M];
+                while at < end {
+                    let mut right = [U::load(self.right.add(at)); N];
+                    for (j, vector) in right.iter_mut().enumerate().skip(1) {
+                        *vector = U::load(self.right.add(j * self.stride + at));
+                    }
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let left = if DIAGONAL {
+                            right[i]
+                        } else {
+                            U::load(self.left.add(i * self.stride + at))
+                        };
+                        for j in if DIAGONAL { i + 1 } else { 0 }..N {
+                            sums[j] = U::multiply_add(sums[j], left, right[j]);
+                        }
+                    }
+                    at += U::WIDTH;
+                }
+                for (i, sums) in sums.iter().enumerate() {
+                    for j in if DIAGONAL { i + 1 } else { 0 }..N {
+                        U::flush(sums[j], self.place.add((i * N + j) * U::LANES));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A [`super::Sweep`] of register tiles.
+macro_rules! sweep {
+    ($unit:ty) => {
+        impl $crate::kernels::Sweep for $unit {
+            type Packed = <$unit as Unit>::Packed;
+
+            const CHUNK: usize = 2 * <$unit as Unit>::SPAN;
+
+            const SPAN: usize = <$unit as Unit>::SPAN;
+
+            fn num_sums(num_states: usize) -> usize {
+                $crate::kernels::tiles::num_sums::<$unit>(num_states)
+            }
+
+            #[inline(always)]
+            fn add(
+                chunk: &$crate::kernels::Chunk<Self::Packed>,
+                fresh: bool,
+                sums: &mut [f64],
+                soon: $crate::kernels::Soon<'_>,
+            ) {
+                // SAFETY: a sweep is reached through its tier's `run` alone, which has the
+                // unit's instructions.
+                unsafe { $crate::kernels::tiles::add::<$unit>(chunk, fresh, sums, soon) }
+            }
+
+            #[inline(always)]
+            fn square(row: &[Self::Packed]) -> f64 {
+                // SAFETY: as above.
+                unsafe { $crate::kernels::tiles::square::<$unit>(row) }
+            }
+
+            #[inline(always)]
+            fn collect(num_states: usize, sums: &[f64], products: &mut [f64]) {
+                $crate::kernels::tiles::collect::<$unit>(num_states, sums, products);
+            }
+        }
+    };
+}
+pub(crate) use sweep;
