@@ -536,7 +536,7 @@ def test_prune_verifies(shallower, tiny, dtype, most):
 @pytest.fixture
 def never_loaded(monkeypatch):
     """Loading a model is an error."""
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli.prune, "load", lambda *_: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "float32"]])
