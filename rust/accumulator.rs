@@ -172,26 +172,21 @@ impl Accumulator {
         self.matrix(metric, of_identical, ExactSum::variance)
     }
 
-    /// `l*(n)`: the start `l` in `0..=L-n` whose input is most like the input of block
-    /// `l + n`; the smallest of equals (2403.17887, eq. 6).
-    pub fn best_start(&self, metric: Metric, n: i64) -> Result<usize, Error> {
-        let num_layers = self.num_layers();
-        let n = usize::try_from(n)
-            .ok()
-            .filter(|n| (1..num_layers).contains(n))
-            .ok_or(Error::BlockSize { n, num_layers })?;
+    /// The cost of a block `(start, stop)`: the sum over samples of how far the states it
+    /// joins are from alike, in the units of the exact sums.
+    pub(crate) fn cost(&self, metric: Metric) -> Result<impl Fn(usize, usize) -> i128, Error> {
         let pairs = self.pairs(metric)?;
-        let cost = |start: usize| {
-            let units = pairs[self.pair_index(start, start + n)].units();
+        let mut alike = ExactSum::default();
+        alike.add(metric.of_identical());
+        let alike = alike.units() * i128::from(self.count);
+        Ok(move |start, stop| {
+            let units = pairs[self.pair_index(start, stop)].units();
             if metric.is_similarity() {
-                -units
+                alike - units
             } else {
                 units
             }
-        };
-        Ok((0..=num_layers - n)
-            .min_by_key(|&start| cost(start))
-            .unwrap_or(0))
+        })
     }
 
     /// The sums of a metric as words, four a pair, for storage.

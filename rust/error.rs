@@ -76,6 +76,21 @@ pub enum Error {
         /// Layers of the model.
         num_layers: usize,
     },
+    /// More layers to drop than are free.
+    #[error(
+        "cannot drop n = {n} of {num_layers} layers with the first {protect_first} and the last \
+         {protect_last} protected: protect fewer, or drop fewer"
+    )]
+    Protected {
+        /// Layers to drop.
+        n: i64,
+        /// Layers of the model.
+        num_layers: usize,
+        /// Layers at the start that stay.
+        protect_first: usize,
+        /// Layers at the end that stay.
+        protect_last: usize,
+    },
     /// A number of threads that cannot be.
     #[error("threads must be at least 1, got {0}")]
     Threads(i64),

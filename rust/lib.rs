@@ -16,6 +16,7 @@ mod gram;
 mod metric;
 #[cfg(feature = "python")]
 mod python;
+mod search;
 mod states;
 
 pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};

@@ -4,6 +4,7 @@
 #![allow(clippy::needless_pass_by_value)]
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,7 +50,9 @@ impl From<Error> for PyErr {
             Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
                 raised::ScanError::new_err(message)
             }
-            Error::BlockSize { .. } => raised::LayersError::new_err(message),
+            Error::BlockSize { .. } | Error::Protected { .. } => {
+                raised::LayersError::new_err(message)
+            }
             Error::Threads(_) | Error::ThreadPool { .. } => raised::ThreadsError::new_err(message),
         }
     }
@@ -231,8 +234,23 @@ impl PyAccumulator {
         self.square(py, self.inner.variance(metric.parse()?)?)
     }
 
-    fn best_start(&self, metric: &str, n: i64) -> PyResult<usize> {
-        Ok(self.inner.best_start(metric.parse()?, n)?)
+    fn best_starts(&self, metric: &str, n: i64, count: usize) -> PyResult<Vec<usize>> {
+        Ok(self.inner.best_starts(metric.parse()?, n, count)?)
+    }
+
+    fn best_plan(
+        &self,
+        py: Python<'_>,
+        metric: &str,
+        n: i64,
+        max_blocks: NonZeroUsize,
+        protect_first: usize,
+        protect_last: usize,
+    ) -> PyResult<Vec<(usize, usize)>> {
+        let (inner, metric) = (&self.inner, metric.parse()?);
+        let find = || inner.best_plan(metric, n, max_blocks, protect_first, protect_last);
+        let blocks = py.detach(find)?;
+        Ok(blocks.into_iter().map(|b| (b.start, b.end)).collect())
     }
 
     fn to_words<'py>(&self, py: Python<'py>, metric: &str) -> PyResult<Bound<'py, PyArray1<u64>>> {

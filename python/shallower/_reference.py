@@ -10,6 +10,8 @@ The angle is taken by its chord, 2·arcsin(|u - v| / 2) for unit vectors u and v
 formula than the core's.
 """
 
+from itertools import combinations
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,3 +46,23 @@ def best_start(mean: Matrix, n: int) -> int:
     """``l*(n)`` from mean distances (L+1, L+1); the smallest of equals."""
     num_layers = len(mean) - 1
     return int(np.argmin([mean[start, start + n] for start in range(num_layers - n + 1)]))
+
+
+def best_plan(
+    cost: Matrix, n: int, max_blocks: int, protect_first: int = 0, protect_last: int = 0
+) -> list[tuple[int, int]]:
+    """The cheapest blocks (start, stop) of ``n`` layers together, by trying all of them.
+
+    ``cost`` is (L+1, L+1), ``[start, stop]`` the cost of a block. Of equals: fewer blocks,
+    then the smaller starts, then the smaller stops.
+    """
+    num_layers = len(cost) - 1
+    layers = range(protect_first, num_layers - protect_last)
+    plans = []
+    for dropped in combinations(layers, n):
+        starts = [layer for layer in dropped if layer - 1 not in dropped]
+        stops = [layer + 1 for layer in dropped if layer + 1 not in dropped]
+        blocks = list(zip(starts, stops, strict=True))
+        if len(blocks) <= max_blocks:
+            plans.append((sum(cost[block] for block in blocks), len(blocks), blocks))
+    return min(plans)[2]

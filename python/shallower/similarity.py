@@ -30,13 +30,14 @@ from .artifacts import (
     of_type,
 )
 from .errors import (
+    LayersError,
     MetricError,
     RejectedSamplesWarning,
     ScanError,
     StatesError,
     ThreadsError,
 )
-from .selection import check_size
+from .selection import check_plan, check_size
 from .storage import write_file
 
 FORMAT = "shallower.scan.1"
@@ -130,11 +131,25 @@ class Scan:
             LayersError: ``n`` is not in ``1 .. L-1``.
             MetricError: the scan does not hold the metric.
         """
-        n = layer_number(n)
+        return self.best_blocks(n, 1, metric)[0]
+
+    def best_blocks(self, n: int, k: int, metric: str | None = None) -> list[Block]:
+        """The ``k`` best blocks of ``n`` layers, best first, as :meth:`best_block` scores them.
+
+        Decided on the exact sums; of equals the smaller start comes first. All ``L-n+1``
+        blocks there are, if ``k`` is more.
+
+        Raises:
+            LayersError: ``n`` is not in ``1 .. L-1``, or ``k`` is less than 1.
+            MetricError: the scan does not hold the metric.
+        """
+        n, k = layer_number(n), layer_number(k)
         metric = self._held(metric)
         check_size(self.num_layers, n)
-        start = self._accumulator.best_start(metric, n)
-        return self.scored(Block(start, start + n), metric)
+        if k < 1:
+            raise LayersError(f"cannot name the best k = {k} blocks: expected at least 1")
+        starts = self._accumulator.best_starts(metric, n, min(k, self.num_layers))
+        return [self.scored(Block(start, start + n), metric) for start in starts]
 
     def scored(self, block: Block, metric: str | None = None) -> Block:
         """The block with its ``score`` and ``stderr``, as :meth:`best_block` gives them."""
@@ -145,11 +160,44 @@ class Scan:
 
     def plan(self, n: int, metric: str | None = None) -> Plan:
         """The plan that drops :meth:`best_block`."""
+        return self.best_plan(n, metric=metric)
+
+    def best_plan(
+        self,
+        n: int,
+        max_blocks: int = 1,
+        protect_first: int = 0,
+        protect_last: int = 0,
+        metric: str | None = None,
+    ) -> Plan:
+        """The plan that drops ``n`` layers in blocks whose scores have the least sum.
+
+        Found by dynamic programming over the exact sums. Of equals: fewer blocks, then
+        smaller starts, then smaller stops.
+
+        Args:
+            n: layers to drop, all blocks together.
+            max_blocks: blocks at most. At least one layer stays between two blocks: without
+                it they would be one block, which joins another pair of states.
+            protect_first: layers at the start that stay.
+            protect_last: layers at the end that stay.
+            metric: what decides, as for :meth:`best_block`.
+
+        Raises:
+            LayersError: ``n`` is not in ``1 .. L-1``, or fewer layers than ``n`` are free; a
+                number is less than it can be.
+            MetricError: the scan does not hold the metric.
+        """
+        metric = self._held(metric)
+        demand = [layer_number(v) for v in (n, max_blocks, protect_first, protect_last)]
+        check_plan(self.num_layers, *demand)
+        demand[1] = min(demand[1], self.num_layers)
+        blocks = self._accumulator.best_plan(metric, *demand)
         return Plan(
             num_layers=self.num_layers,
-            blocks=(self.best_block(n, metric),),
+            blocks=tuple(self.scored(Block(*block), metric) for block in blocks),
             strategy="similarity",
-            metric=self._held(metric),
+            metric=metric,
             model=self.model,
             texts=self.texts,
         )
