@@ -1,5 +1,7 @@
 """The k best blocks and the best plan of several, against trying them all."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -112,7 +114,7 @@ def test_more_blocks_and_less_protection_never_cost_more(scan, data):
         sum(block.score for block in scan.best_plan(n, most, first, last).blocks)
         for most in range(1, 6)
     ]
-    assert all(more <= fewer + 1e-12 for fewer, more in zip(scores, scores[1:], strict=False))
+    assert all(more <= fewer + 1e-12 for fewer, more in pairwise(scores))
     free = sum(block.score for block in scan.best_plan(n, 5).blocks)
     assert free <= scores[-1] + 1e-12
 
@@ -128,7 +130,7 @@ def test_two_good_blocks_apart_are_found_and_one_layer_stays_between_them():
     equal = analyse_states(np.ones((2, 8, 4)))
     assert equal.best_plan(5, 3).blocks == (Block(0, 5),)
     for blocks in (scan.best_plan(n, 12).blocks for n in range(1, 12)):
-        gaps = [right.start - left.stop for left, right in zip(blocks, blocks[1:], strict=False)]
+        gaps = [right.start - left.stop for left, right in pairwise(blocks)]
         assert all(gap >= 1 for gap in gaps)
 
 
