@@ -31,6 +31,12 @@ pub struct Accumulator {
     rejected: u64,
 }
 
+fn append(to: &mut [Vec<f32>], from: Vec<Vec<f32>>) {
+    for (to, from) in to.iter_mut().zip(from) {
+        to.extend(from);
+    }
+}
+
 fn num_pairs(num_states: usize) -> usize {
     num_states * (num_states - 1) / 2
 }
@@ -88,6 +94,24 @@ impl Accumulator {
     ///
     /// A sample with an unusable state enters no sum at all. On an error nothing is added.
     pub fn update<T: Element>(&mut self, states: &States<'_, T>) -> Result<Vec<Rejection>, Error> {
+        self.add_batch(states, None)
+    }
+
+    /// The same, and appends the values of the samples added, all pairs of each, to the
+    /// vector of their metric.
+    pub fn update_and_keep<T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        kept: &mut [Vec<f32>],
+    ) -> Result<Vec<Rejection>, Error> {
+        self.add_batch(states, Some(kept))
+    }
+
+    fn add_batch<T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        kept: Option<&mut [Vec<f32>]>,
+    ) -> Result<Vec<Rejection>, Error> {
         if states.num_states() != self.num_states {
             return Err(Error::StateCount {
                 expected: self.num_states,
@@ -96,39 +120,48 @@ impl Accumulator {
         }
         let metrics = self.metrics();
         self.check_room(states.num_samples() as u64)?;
+        let nothing = || vec![Vec::new(); if kept.is_some() { metrics.len() } else { 0 }];
         let start = || {
             (
                 Self::zero(self.num_states, &metrics),
                 Gram::new(self.num_states),
                 Vec::new(),
+                nothing(),
             )
         };
-        let (added, mut rejections) = (0..states.num_samples())
+        let (added, mut rejections, values) = (0..states.num_samples())
             .into_par_iter()
-            .fold(start, |(mut part, mut gram, mut rejections), sample| {
-                match gram.compute(states, sample) {
-                    Ok(()) => part.add_sample(&gram),
-                    Err((state, reason)) => {
-                        part.rejected += 1;
-                        rejections.push(Rejection {
-                            sample,
-                            state,
-                            reason,
-                        });
+            .fold(
+                start,
+                |(mut part, mut gram, mut rejections, mut values), sample| {
+                    match gram.compute(states, sample) {
+                        Ok(()) => part.add_sample(&gram, &mut values),
+                        Err((state, reason)) => {
+                            part.rejected += 1;
+                            rejections.push(Rejection {
+                                sample,
+                                state,
+                                reason,
+                            });
+                        }
                     }
-                }
-                (part, gram, rejections)
-            })
-            .map(|(part, _, rejections)| (part, rejections))
+                    (part, gram, rejections, values)
+                },
+            )
+            .map(|(part, _, rejections, values)| (part, rejections, values))
             .reduce(
-                || (Self::zero(self.num_states, &metrics), Vec::new()),
-                |(mut left, mut left_rejections), (right, right_rejections)| {
-                    left.add_sums(&right);
-                    left_rejections.extend(right_rejections);
-                    (left, left_rejections)
+                || (Self::zero(self.num_states, &metrics), Vec::new(), nothing()),
+                |(mut left, mut left_rejections, mut left_values), right| {
+                    left.add_sums(&right.0);
+                    left_rejections.extend(right.1);
+                    append(&mut left_values, right.2);
+                    (left, left_rejections, left_values)
                 },
             );
         self.add_sums(&added);
+        if let Some(kept) = kept {
+            append(kept, values);
+        }
         rejections.sort_by_key(|rejection| rejection.sample);
         Ok(rejections)
     }
@@ -237,13 +270,18 @@ impl Accumulator {
         Ok(())
     }
 
-    fn add_sample(&mut self, gram: &Gram) {
+    /// Adds a sample; its values also to `kept`, if that has a place for each metric.
+    fn add_sample(&mut self, gram: &Gram, kept: &mut [Vec<f32>]) {
         let pairs = (0..self.num_states)
             .flat_map(|first| (first + 1..self.num_states).map(move |second| (first, second)));
         for (index, (first, second)) in pairs.enumerate() {
             let cosine = gram.cosine(first, second);
-            for sums in &mut self.sums {
-                sums.pairs[index].add(sums.metric.of_cosine(cosine));
+            for (place, sums) in self.sums.iter_mut().enumerate() {
+                let value = sums.metric.of_cosine(cosine);
+                sums.pairs[index].add(value);
+                if let Some(kept) = kept.get_mut(place) {
+                    kept.push(value as f32);
+                }
             }
         }
         self.count += 1;

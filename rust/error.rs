@@ -91,6 +91,9 @@ pub enum Error {
         /// Layers at the end that stay.
         protect_last: usize,
     },
+    /// Values of single samples that no scan has kept.
+    #[error("the values of the samples are damaged: {0}")]
+    SampleValues(&'static str),
     /// A number of threads that cannot be.
     #[error("threads must be at least 1, got {0}")]
     Threads(i64),

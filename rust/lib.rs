@@ -8,7 +8,9 @@
 //! Nothing here knows Python; `python` alone does.
 
 mod accumulator;
+mod bootstrap;
 pub mod checkpoint;
+mod dots;
 mod error;
 mod exact;
 pub mod gguf;
@@ -20,6 +22,7 @@ mod search;
 mod states;
 
 pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};
+pub use bootstrap::bootstrap;
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
 pub use gram::Gram;

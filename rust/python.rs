@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use half::f16;
 use numpy::{
-    PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray3,
-    PyUntypedArray, PyUntypedArrayMethods,
+    PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyReadonlyArray3, PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -47,7 +47,7 @@ impl From<Error> for PyErr {
             Error::UnknownMetric(_) | Error::MetricList(_) | Error::MetricNotHeld { .. } => {
                 raised::MetricError::new_err(message)
             }
-            Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
+            Error::Unmergeable { .. } | Error::DamagedSums { .. } | Error::SampleValues(_) => {
                 raised::ScanError::new_err(message)
             }
             Error::BlockSize { .. } | Error::Protected { .. } => {
@@ -109,6 +109,9 @@ fn parse(metrics: &[String]) -> Result<Vec<Metric>, Error> {
 
 type Rejected = Vec<(usize, usize, &'static str)>;
 
+/// The values of the samples added, `(samples, pairs)` for each metric, if they are kept.
+type Kept<'py> = Option<Vec<Bound<'py, PyArrayDyn<f32>>>>;
+
 impl PyAccumulator {
     fn square<'py>(
         &self,
@@ -119,11 +122,12 @@ impl PyAccumulator {
         PyArray1::from_vec(py, values).reshape([size, size].as_slice())
     }
 
-    fn add<T: Element + numpy::Element>(
+    fn add<'py, T: Element + numpy::Element>(
         &mut self,
-        states: &Bound<'_, PyUntypedArray>,
+        states: &Bound<'py, PyUntypedArray>,
         state_first: bool,
-    ) -> PyResult<Rejected> {
+        keep: bool,
+    ) -> PyResult<(Rejected, Kept<'py>)> {
         let array: PyReadonlyArray3<'_, T> = states.extract()?;
         let &[outer, inner, width] = array.shape() else {
             return Err(PyTypeError::new_err("states must have three axes"));
@@ -135,11 +139,26 @@ impl PyAccumulator {
         };
         let view = States::new(array.as_slice()?, samples, num_states, width, order)?;
         let Self { inner, pool } = self;
-        let rejections = states
-            .py()
-            .detach(|| pool.install(|| inner.update(&view)))?;
+        let mut kept = vec![Vec::new(); inner.metrics().len()];
+        let py = states.py();
+        let rejections = py.detach(|| {
+            pool.install(|| {
+                if keep {
+                    inner.update_and_keep(&view, &mut kept)
+                } else {
+                    inner.update(&view)
+                }
+            })
+        })?;
+        let shape = [
+            samples - rejections.len(),
+            num_states * (num_states - 1) / 2,
+        ];
         let name = |r: Rejection| (r.sample, r.state, r.reason.words());
-        Ok(rejections.into_iter().map(name).collect())
+        let rejected = rejections.into_iter().map(name).collect();
+        let array = |values| PyArray1::from_vec(py, values).reshape(shape.as_slice());
+        let kept = keep.then(|| kept.into_iter().map(array).collect());
+        Ok((rejected, kept.transpose()?))
     }
 }
 
@@ -191,22 +210,23 @@ impl PyAccumulator {
         self.inner.metrics().into_iter().map(Metric::name).collect()
     }
 
-    #[pyo3(signature = (states, state_first=false))]
-    fn update(
+    #[pyo3(signature = (states, state_first=false, keep=false))]
+    fn update<'py>(
         &mut self,
-        states: &Bound<'_, PyUntypedArray>,
+        states: &Bound<'py, PyUntypedArray>,
         state_first: bool,
-    ) -> PyResult<Rejected> {
+        keep: bool,
+    ) -> PyResult<(Rejected, Kept<'py>)> {
         let dtype = states.dtype();
         let py = states.py();
         if dtype.is_equiv_to(&numpy::dtype::<f32>(py)) {
-            self.add::<f32>(states, state_first)
+            self.add::<f32>(states, state_first, keep)
         } else if dtype.is_equiv_to(&numpy::dtype::<u16>(py)) {
-            self.add::<u16>(states, state_first)
+            self.add::<u16>(states, state_first, keep)
         } else if dtype.is_equiv_to(&numpy::dtype::<f16>(py)) {
-            self.add::<f16>(states, state_first)
+            self.add::<f16>(states, state_first, keep)
         } else if dtype.is_equiv_to(&numpy::dtype::<f64>(py)) {
-            self.add::<f64>(states, state_first)
+            self.add::<f64>(states, state_first, keep)
         } else {
             Err(raised::StatesError::new_err(format!(
                 "states of dtype {dtype}: expected float32, float16, bfloat16 (as uint16 bits) or float64"
@@ -259,6 +279,23 @@ impl PyAccumulator {
             self.inner.to_words(metric.parse()?)?,
         ))
     }
+}
+
+/// How often each start was the best, by block size; see `Scan.bootstrap`.
+#[pyfunction]
+#[pyo3(signature = (values, num_states, metric, num_resamples, seed, threads=None))]
+fn bootstrap(
+    values: PyReadonlyArray2<'_, f32>,
+    num_states: usize,
+    metric: &str,
+    num_resamples: usize,
+    seed: u64,
+    threads: Option<i64>,
+) -> PyResult<Vec<Vec<u64>>> {
+    let (metric, pool) = (metric.parse()?, pool(threads)?);
+    let rows = values.as_slice()?;
+    let count = || crate::bootstrap(rows, num_states, metric, num_resamples, seed);
+    Ok(values.py().detach(|| pool.install(count))?)
 }
 
 /// A checkpoint on disk, its headers read; see `shallower.checkpoint`.
@@ -431,6 +468,9 @@ fn tell(py: Python<'_>, progress: Option<&Py<PyAny>>, done: u64, total: u64) -> 
 mod _core {
     #[pymodule_export]
     use super::PyAccumulator;
+
+    #[pymodule_export]
+    use super::bootstrap;
 
     #[pymodule_export]
     use super::PyCheckpoint;

@@ -6,7 +6,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__"]
+__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__", "bootstrap"]
 
 __version__: str
 
@@ -31,8 +31,8 @@ class Accumulator:
     @property
     def metrics(self) -> list[str]: ...
     def update(
-        self, states: NDArray[Any], state_first: bool = False
-    ) -> list[tuple[int, int, str]]: ...
+        self, states: NDArray[Any], state_first: bool = False, keep: bool = False
+    ) -> tuple[list[tuple[int, int, str]], list[NDArray[np.float32]] | None]: ...
     def reject(self, samples: int) -> None: ...
     def merge(self, other: Accumulator) -> None: ...
     def mean(self, metric: str) -> NDArray[np.float64]: ...
@@ -42,6 +42,15 @@ class Accumulator:
         self, metric: str, n: int, max_blocks: int, protect_first: int, protect_last: int
     ) -> list[tuple[int, int]]: ...
     def to_words(self, metric: str) -> NDArray[np.uint64]: ...
+
+def bootstrap(
+    values: NDArray[np.float32],
+    num_states: int,
+    metric: str,
+    num_resamples: int,
+    seed: int,
+    threads: int | None = None,
+) -> list[list[int]]: ...
 
 @final
 class Checkpoint:

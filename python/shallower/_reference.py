@@ -66,3 +66,47 @@ def best_plan(
         if len(blocks) <= max_blocks:
             plans.append((sum(cost[block] for block in blocks), len(blocks), blocks))
     return min(plans)[2]
+
+
+GAMMA = 0x9E3779B97F4A7C15
+
+
+def split_mix(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    states = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    states = (states ^ (states >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return states ^ (states >> np.uint64(31))
+
+
+def resample(num_samples: int, seed: int, resample: int) -> NDArray[np.int64]:
+    """The (S,) samples that are drawn by resample 0, 1, ..., each uniform in 0 .. S-1."""
+    start = np.array([(seed + (resample + 1) * GAMMA) % 2**64], dtype=np.uint64)
+    steps = np.arange(1, num_samples + 1, dtype=np.uint64) * np.uint64(GAMMA)
+    random = split_mix(split_mix(start) + steps)
+    half, size = np.uint64(32), np.uint64(num_samples)
+    low = ((random & np.uint64(2**32 - 1)) * size) >> half
+    return (((random >> half) * size + low) >> half).astype(np.int64)
+
+
+def bootstrap(
+    values: NDArray[np.float32], similarity: bool, num_resamples: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """How often each start was best, for every n: values (S, L(L+1)/2), up to 2**23 samples.
+
+    Values become integers, whose weighted sums float64 holds exactly.
+    """
+    ordered = values[np.lexsort(values.T[::-1])].astype(np.float64)
+    _, exponent = np.frexp(np.abs(ordered).max())
+    costs = np.rint(ordered * 2.0 ** (29 - int(exponent))) * (-1 if similarity else 1)
+    weights = np.empty((num_resamples, len(values)))
+    for index in range(num_resamples):
+        drawn = resample(len(values), seed, index)
+        weights[index] = np.bincount(drawn, minlength=len(values))
+    sums = weights @ costs
+    num_states = round((1 + np.sqrt(1 + 8 * values.shape[1])) / 2)
+    first, second = np.triu_indices(num_states, 1)
+    wins = []
+    for n in range(1, num_states - 1):
+        best = sums[:, second - first == n].argmin(axis=1)
+        wins.append(np.bincount(best, minlength=num_states - n))
+    return wins

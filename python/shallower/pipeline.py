@@ -51,6 +51,7 @@ def scan(
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     total: int | None = None,
+    keep_samples: bool = False,
 ) -> Scan:
     """Compare all L+1 states of a model, at the last token of every text, in one pass.
 
@@ -67,6 +68,8 @@ def scan(
         checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the
             scan goes on from it. It stays when the scan is done: delete it.
         total: how many texts there are, for the ETA, where ``len(texts)`` does not tell.
+        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
+            times texts times L(L+1)/2 a metric, in memory and in the file.
 
     Raises:
         TextsError: no texts, or one that is no string.
@@ -77,7 +80,7 @@ def scan(
     """
     layers = find_layers(model)
     batches = TokenBatches(tokenizer, texts, max_length, batch_size)
-    builder = ScanBuilder(len(layers) + 1, metrics, threads, identify(model))
+    builder = ScanBuilder(len(layers) + 1, metrics, threads, identify(model), keep_samples)
     if total is None and isinstance(texts, Sized):
         total = len(texts)
     saved = time.monotonic()
