@@ -10,11 +10,13 @@
 mod accumulator;
 mod bootstrap;
 pub mod checkpoint;
+mod cka;
 mod dots;
 mod error;
 mod exact;
 pub mod gguf;
 mod gram;
+mod long_sum;
 mod metric;
 #[cfg(feature = "python")]
 mod python;
@@ -23,6 +25,7 @@ mod states;
 
 pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};
 pub use bootstrap::bootstrap;
+pub use cka::{Cka, MAX_BATCH, MIN_BATCH};
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
 pub use gram::Gram;

@@ -19,7 +19,7 @@ use pyo3::prelude::*;
 
 use crate::checkpoint::{self, Checkpoint, Cut, Job};
 use crate::gguf::{self, Gguf, GgufError};
-use crate::{Accumulator, Element, Error, Metric, Order, Rejection, States};
+use crate::{Accumulator, Cka, Element, Error, Metric, Order, Rejection, States};
 
 mod raised {
     //! The classes of `shallower.errors` that the core raises.
@@ -43,13 +43,17 @@ impl From<Error> for PyErr {
             | Error::EmptyStates
             | Error::StateCount { .. }
             | Error::TooManySamples
+            | Error::CkaBatch(_)
+            | Error::NoCkaBatch
+            | Error::CkaOverflow
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
             Error::UnknownMetric(_) | Error::MetricList(_) | Error::MetricNotHeld { .. } => {
                 raised::MetricError::new_err(message)
             }
-            Error::Unmergeable { .. } | Error::DamagedSums { .. } | Error::SampleValues(_) => {
-                raised::ScanError::new_err(message)
-            }
+            Error::Unmergeable { .. }
+            | Error::DamagedSums { .. }
+            | Error::DamagedCka
+            | Error::SampleValues(_) => raised::ScanError::new_err(message),
             Error::BlockSize { .. } | Error::Protected { .. } => {
                 raised::LayersError::new_err(message)
             }
@@ -105,6 +109,27 @@ fn pool(threads: Option<i64>) -> Result<rayon::ThreadPool, Error> {
 
 fn parse(metrics: &[String]) -> Result<Vec<Metric>, Error> {
     metrics.iter().map(|name| name.parse()).collect()
+}
+
+/// Calls a method that is generic over the dtype of the states.
+macro_rules! by_dtype {
+    ($this:ident, $states:ident, $method:ident($($argument:expr),*)) => {{
+        let (dtype, py) = ($states.dtype(), $states.py());
+        if dtype.is_equiv_to(&numpy::dtype::<f32>(py)) {
+            $this.$method::<f32>($($argument),*)
+        } else if dtype.is_equiv_to(&numpy::dtype::<u16>(py)) {
+            $this.$method::<u16>($($argument),*)
+        } else if dtype.is_equiv_to(&numpy::dtype::<f16>(py)) {
+            $this.$method::<f16>($($argument),*)
+        } else if dtype.is_equiv_to(&numpy::dtype::<f64>(py)) {
+            $this.$method::<f64>($($argument),*)
+        } else {
+            Err(raised::StatesError::new_err(format!(
+                "states of dtype {dtype}: expected float32, float16, bfloat16 (as uint16 bits) or \
+                 float64"
+            )))
+        }
+    }};
 }
 
 type Rejected = Vec<(usize, usize, &'static str)>;
@@ -217,21 +242,7 @@ impl PyAccumulator {
         state_first: bool,
         keep: bool,
     ) -> PyResult<(Rejected, Kept<'py>)> {
-        let dtype = states.dtype();
-        let py = states.py();
-        if dtype.is_equiv_to(&numpy::dtype::<f32>(py)) {
-            self.add::<f32>(states, state_first, keep)
-        } else if dtype.is_equiv_to(&numpy::dtype::<u16>(py)) {
-            self.add::<u16>(states, state_first, keep)
-        } else if dtype.is_equiv_to(&numpy::dtype::<f16>(py)) {
-            self.add::<f16>(states, state_first, keep)
-        } else if dtype.is_equiv_to(&numpy::dtype::<f64>(py)) {
-            self.add::<f64>(states, state_first, keep)
-        } else {
-            Err(raised::StatesError::new_err(format!(
-                "states of dtype {dtype}: expected float32, float16, bfloat16 (as uint16 bits) or float64"
-            )))
-        }
+        by_dtype!(self, states, add(states, state_first, keep))
     }
 
     fn reject(&mut self, samples: u64) -> PyResult<()> {
@@ -278,6 +289,94 @@ impl PyAccumulator {
             py,
             self.inner.to_words(metric.parse()?)?,
         ))
+    }
+}
+
+/// The running sums behind `Scan.cka`; see `shallower.cka`.
+#[pyclass(name = "Cka", module = "shallower._core")]
+struct PyCka {
+    inner: Cka,
+    num_states: usize,
+    pool: rayon::ThreadPool,
+}
+
+impl PyCka {
+    fn add<T: Element + numpy::Element>(
+        &mut self,
+        states: &Bound<'_, PyUntypedArray>,
+    ) -> PyResult<()> {
+        let array: PyReadonlyArray3<'_, T> = states.extract()?;
+        let &[samples, num_states, width] = array.shape() else {
+            return Err(PyTypeError::new_err("states must have three axes"));
+        };
+        let order = Order::SampleFirst;
+        let view = States::new(array.as_slice()?, samples, num_states, width, order)?;
+        let Self { inner, pool, .. } = self;
+        Ok(states
+            .py()
+            .detach(|| pool.install(|| inner.update(&view)))?)
+    }
+}
+
+#[pymethods]
+impl PyCka {
+    #[new]
+    #[pyo3(signature = (num_states, batch_size, threads=None))]
+    fn new(num_states: usize, batch_size: usize, threads: Option<i64>) -> PyResult<Self> {
+        Ok(Self {
+            inner: Cka::new(num_states, batch_size)?,
+            num_states,
+            pool: pool(threads)?,
+        })
+    }
+
+    #[staticmethod]
+    fn from_words(
+        num_states: usize,
+        batch_size: usize,
+        batches: u64,
+        samples: u64,
+        words: PyReadonlyArray1<'_, u64>,
+    ) -> PyResult<Self> {
+        let words = words.as_slice()?;
+        Ok(Self {
+            inner: Cka::from_words(num_states, batch_size, batches, samples, words)?,
+            num_states,
+            pool: pool(Some(1))?,
+        })
+    }
+
+    #[getter]
+    fn batch_size(&self) -> usize {
+        self.inner.batch_size()
+    }
+
+    #[getter]
+    fn batches(&self) -> u64 {
+        self.inner.batches()
+    }
+
+    #[getter]
+    fn samples(&self) -> u64 {
+        self.inner.samples()
+    }
+
+    /// `states` are of a dtype that `Accumulator.update` takes, samples first.
+    fn update(&mut self, states: &Bound<'_, PyUntypedArray>) -> PyResult<()> {
+        by_dtype!(self, states, add(states))
+    }
+
+    fn merge(&mut self, other: PyRef<'_, Self>) -> PyResult<()> {
+        Ok(self.inner.merge(&other.inner)?)
+    }
+
+    fn values<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArrayDyn<f64>>> {
+        let shape = [self.num_states, self.num_states];
+        PyArray1::from_vec(py, self.inner.values()?).reshape(shape.as_slice())
+    }
+
+    fn to_words<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
+        PyArray1::from_vec(py, self.inner.to_words())
     }
 }
 
@@ -468,6 +567,9 @@ fn tell(py: Python<'_>, progress: Option<&Py<PyAny>>, done: u64, total: u64) -> 
 mod _core {
     #[pymodule_export]
     use super::PyAccumulator;
+
+    #[pymodule_export]
+    use super::PyCka;
 
     #[pymodule_export]
     use super::bootstrap;

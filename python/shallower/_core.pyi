@@ -6,7 +6,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__", "bootstrap"]
+__all__ = ["Accumulator", "Checkpoint", "Cka", "Gguf", "Job", "__version__", "bootstrap"]
 
 __version__: str
 
@@ -42,6 +42,28 @@ class Accumulator:
         self, metric: str, n: int, max_blocks: int, protect_first: int, protect_last: int
     ) -> list[tuple[int, int]]: ...
     def to_words(self, metric: str) -> NDArray[np.uint64]: ...
+
+@final
+class Cka:
+    def __new__(cls, num_states: int, batch_size: int, threads: int | None = None) -> Cka: ...
+    @staticmethod
+    def from_words(
+        num_states: int,
+        batch_size: int,
+        batches: int,
+        samples: int,
+        words: NDArray[np.uint64],
+    ) -> Cka: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def batches(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    def update(self, states: NDArray[Any]) -> None: ...
+    def merge(self, other: Cka) -> None: ...
+    def values(self) -> NDArray[np.float64]: ...
+    def to_words(self) -> NDArray[np.uint64]: ...
 
 def bootstrap(
     values: NDArray[np.float32],

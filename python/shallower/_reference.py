@@ -110,3 +110,25 @@ def bootstrap(
         best = sums[:, second - first == n].argmin(axis=1)
         wins.append(np.bincount(best, minlength=num_states - n))
     return wins
+
+
+def hsic(first: Matrix, second: Matrix) -> float:
+    """The unbiased HSIC_1 of two Gram matrices (m, m), m > 3 (2010.15327, eq. 2)."""
+    size = len(first)
+    left, right = (matrix - np.diag(np.diagonal(matrix)) for matrix in (first, second))
+    product = left @ right
+    total = np.trace(product) + left.sum() * right.sum() / ((size - 1) * (size - 2))
+    return float(total - 2 * product.sum() / (size - 2)) / (size * (size - 3))
+
+
+def cka(states: NDArray[np.floating], batch: int) -> Matrix:
+    """Linear CKA from minibatches (2010.15327, eq. 3): states (S, L+1, D) to (L+1, L+1)."""
+    num_states = states.shape[1]
+    sums = np.zeros((num_states, num_states))
+    for start in range(0, len(states) - 3, batch):
+        rows = states[start : start + batch].astype(np.float64)
+        rows = rows - rows.mean(axis=0)  # HSIC stays; digits are not lost to a common offset
+        grams = np.einsum("ild,jld->lij", rows, rows)
+        sums += [[hsic(first, second) for second in grams] for first in grams]
+    norms = np.sqrt(np.diagonal(sums))
+    return sums / norms / norms[:, None]

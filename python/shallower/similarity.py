@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._core import Accumulator, bootstrap
+from ._core import Accumulator, Cka, bootstrap
 from .artifacts import (
     NAMED_REJECTIONS,
     Block,
@@ -29,6 +29,7 @@ from .artifacts import (
     layer_number,
     of_type,
 )
+from .cka import CkaBatches, check_batch
 from .errors import (
     LayersError,
     MetricError,
@@ -89,9 +90,11 @@ class Scan:
         model: ModelIdentity | None = None,
         texts: tuple[TextsIdentity, ...] = (),
         samples: Samples | None = None,
+        cka: Cka | None = None,
     ) -> None:
         self._accumulator = accumulator
         self._samples = samples
+        self._cka = cka
         self.rejections = tuple(rejections[:NAMED_REJECTIONS])
         self.model = model
         self.texts = texts
@@ -162,6 +165,32 @@ class Scan:
                 "keep_samples=True (--keep-samples), and merge only scans that do"
             )
         return self._samples[metric]
+
+    @property
+    def cka(self) -> NDArray[np.float64]:
+        """Linear CKA of all pairs of states, (L+1, L+1) float64, symmetric, in [-1, 1].
+
+        Unlike the metrics it compares how samples lie towards one another. NaN for a state
+        that was the same in all samples of each minibatch.
+
+        Raises:
+            ScanError: the scan was made without ``cka_batch``.
+            StatesError: fewer than 4 samples were accepted.
+        """
+        return self._cka_sums.values()
+
+    @property
+    def cka_left_out(self) -> int:
+        """Samples that no minibatch of :attr:`cka` holds: a last one of fewer than 4."""
+        return self.num_samples - self._cka_sums.samples
+
+    @property
+    def _cka_sums(self) -> Cka:
+        if self._cka is None:
+            raise ScanError(
+                "the scan holds no CKA: scan with cka_batch=64, say, and merge only scans that do"
+            )
+        return self._cka
 
     def best_block(self, n: int, metric: str | None = None) -> Block:
         """The block of ``n`` layers whose removal joins the most similar states.
@@ -315,8 +344,12 @@ class Scan:
             "model": asdict(self.model) if self.model else None,
             "texts": [asdict(texts) for texts in self.texts],
             "samples": self.keeps_samples,
+            "cka": None,
         }
         arrays: dict[str, NDArray[Any]] = {}
+        if self._cka is not None:
+            header["cka"] = [self._cka.batch_size, self._cka.batches, self._cka.samples]
+            arrays["cka"] = self._cka.to_words()
         for metric in self.metrics:
             arrays[metric] = self._accumulator.to_words(metric)
             if self._samples is not None:
@@ -361,6 +394,8 @@ class Scan:
         metrics = header["metrics"]
         kept = metrics if of_type(bool, header["samples"]) else []
         names = [*metrics, *(f"{metric}.samples" for metric in kept)]
+        if header["cka"] is not None:
+            names.append("cka")
         if set(file.keys()) != set(names):
             raise ValueError(f"it holds {sorted(file.keys())}, its header names {sorted(names)}")
         arrays = {name: file.get_tensor(name) for name in names}
@@ -378,6 +413,12 @@ class Scan:
                 raise ValueError(f"its samples are not {counts[0]} of {num_states} states")
             if not np.isfinite(values).all():
                 raise ValueError("a value of its samples is NaN or infinite")
+        cka = None
+        if header["cka"] is not None:
+            batch, batches, compared = (of_type(int, n) for n in header["cka"])
+            if arrays["cka"].dtype != np.uint64 or not 0 <= compared <= counts[0]:
+                raise ValueError("its CKA is not of its samples")
+            cka = Cka.from_words(num_states, batch, batches, compared, arrays["cka"])
         model = None if header["model"] is None else from_fields(ModelIdentity, header["model"])
         if model and model.num_layers != num_states - 1:
             raise ValueError(f"it is of {num_states - 1} layers, its model has {model.num_layers}")
@@ -387,13 +428,14 @@ class Scan:
             model,
             tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),
             samples if kept else None,
+            cka,
         )
 
     @staticmethod
     def merge(scans: Iterable["Scan"]) -> "Scan":
         """One scan of all the samples of several, the same bits in whatever order.
 
-        It keeps the values of single samples if all of them do.
+        It keeps the values of single samples, and CKA, if all of them do.
 
         Raises:
             ScanError: there is none, or they differ in layers, metrics or model.
@@ -416,6 +458,7 @@ class Scan:
             first.model,
             tuple(texts for scan in scans for texts in scan.texts),
             _joined([scan._samples for scan in scans]),
+            _added(first.num_layers + 1, [scan._cka for scan in scans]),
         )
 
 
@@ -425,6 +468,17 @@ def _joined(parts: Sequence[Samples | None]) -> Samples | None:
     if len(kept) < len(parts):
         return None
     return {metric: np.concatenate([part[metric] for part in kept]) for metric in kept[0]}
+
+
+def _added(num_states: int, parts: Sequence[Cka | None]) -> Cka | None:
+    """The sums of all parts for CKA; none, unless all have them."""
+    held = [part for part in parts if part is not None]
+    if len(held) < len(parts):
+        return None
+    total = Cka(num_states, held[0].batch_size, 1)
+    for part in held:
+        total.merge(part)
+    return total
 
 
 def check_metrics(metrics: Sequence[str]) -> list[str]:
@@ -457,6 +511,7 @@ class ScanBuilder:
         threads: threads of the core, all by default.
         model: the model that the states come from.
         keep_samples: keep the values of single samples as well.
+        cka_batch: samples in a minibatch for CKA, if that is wanted.
 
     Raises:
         MetricError, StatesError, ThreadsError: what the arguments say cannot be done.
@@ -469,14 +524,18 @@ class ScanBuilder:
         threads: int | None = None,
         model: ModelIdentity | None = None,
         keep_samples: bool = False,
+        cka_batch: int | None = None,
     ) -> None:
         names = check_metrics(metrics)
         check_threads(threads)
+        if cka_batch is not None:
+            check_batch(cka_batch)
         self._accumulator = Accumulator(num_states, names, threads)
         self._rejections: list[Rejection] = []
         self._samples: list[Samples] = []
         self._keep_samples = keep_samples
         self._model = model
+        self._cka = None if cka_batch is None else CkaBatches(num_states, cka_batch, threads)
 
     def add(
         self, states: Any, samples: Sequence[int] | NDArray[np.int64], state_first: bool = False
@@ -485,8 +544,11 @@ class ScanBuilder:
 
         ``samples`` are the (B,) indices by which rejected samples are named.
         """
-        accumulator = self._accumulator
-        rejected, kept = accumulator.update(as_array(states), state_first, self._keep_samples)
+        accumulator, array = self._accumulator, as_array(states)
+        rejected, kept = accumulator.update(array, state_first, self._keep_samples)
+        if self._cka is not None:
+            by_sample = array.transpose(1, 0, 2) if state_first else array
+            self._cka.add(by_sample, [sample for sample, _, _ in rejected])
         if kept is not None:
             self._samples.append(dict(zip(accumulator.metrics, kept, strict=True)))
         for sample, state, reason in rejected:
@@ -520,7 +582,7 @@ class ScanBuilder:
 
     def so_far(self, texts: TextsIdentity) -> Scan:
         """The scan as it stands, to be saved and resumed."""
-        return self._scan(self._rejections, (texts,))
+        return self._scan(self._rejections, (texts,), None)
 
     def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
         """The scan; warns of rejected samples.
@@ -537,11 +599,16 @@ class ScanBuilder:
             warnings.warn(described, RejectedSamplesWarning, stacklevel=3)
         elif not accepted:
             raise StatesError("there are no samples to compare")
-        return self._scan(named, texts)
+        return self._scan(named, texts, self._cka.finish() if self._cka else None)
 
-    def _scan(self, rejections: Sequence[Rejection], texts: tuple[TextsIdentity, ...]) -> Scan:
+    def _scan(
+        self,
+        rejections: Sequence[Rejection],
+        texts: tuple[TextsIdentity, ...],
+        cka: Cka | None,
+    ) -> Scan:
         samples = _joined(self._samples) if self._samples else None
-        return Scan(self._accumulator, rejections, self._model, texts, samples)
+        return Scan(self._accumulator, rejections, self._model, texts, samples, cka)
 
 
 def analyse_states(
@@ -549,6 +616,7 @@ def analyse_states(
     metrics: Sequence[str] = ("angular",),
     threads: int | None = None,
     keep_samples: bool = False,
+    cka_batch: int | None = None,
 ) -> Scan:
     """Compare stored hidden states, without a model.
 
@@ -562,6 +630,8 @@ def analyse_states(
         keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
             times samples times L(L+1)/2 a metric, in memory and in the file: 22 MB for
             10,000 samples of 33 layers.
+        cka_batch: also find linear CKA, from minibatches of so many consecutive samples, 4 to
+            1024; a last one of fewer than 4 is left out. See :attr:`Scan.cka`.
 
     Raises:
         StatesError: wrong shape or dtype, no samples, or none that can be compared. Single
@@ -575,7 +645,7 @@ def analyse_states(
         raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
     if len(array) == 0:
         raise StatesError("there are no samples to compare")
-    builder = ScanBuilder(array.shape[1], metrics, threads, keep_samples=keep_samples)
+    builder = ScanBuilder(array.shape[1], metrics, threads, None, keep_samples, cka_batch)
     for start, chunk, state_first in _readable(array):
         builder.add(chunk, range(start, len(array)), state_first)
     return builder.finish()
