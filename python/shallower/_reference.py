@@ -88,28 +88,36 @@ def resample(num_samples: int, seed: int, resample: int) -> NDArray[np.int64]:
     return (((random >> half) * size + low) >> half).astype(np.int64)
 
 
+def integer_costs(values: NDArray[np.float32], similarity: bool) -> Matrix:
+    """The values (S, P) of samples as integers below 2**29, the samples in their order."""
+    ordered = values[np.lexsort(values.T[::-1])].astype(np.float64)
+    _, exponent = np.frexp(np.abs(ordered).max())
+    return np.rint(ordered * 2.0 ** (29 - int(exponent))) * (-1 if similarity else 1)
+
+
+def wins(sums: Matrix) -> list[NDArray[np.int64]]:
+    """How often each start has the least sum, for every n: sums (R, L(L+1)/2)."""
+    num_states = round((1 + np.sqrt(1 + 8 * sums.shape[1])) / 2)
+    first, second = np.triu_indices(num_states, 1)
+    counts = []
+    for n in range(1, num_states - 1):
+        best = sums[:, second - first == n].argmin(axis=1)
+        counts.append(np.bincount(best, minlength=num_states - n))
+    return counts
+
+
 def bootstrap(
     values: NDArray[np.float32], similarity: bool, num_resamples: int, seed: int
 ) -> list[NDArray[np.int64]]:
     """How often each start was best, for every n: values (S, L(L+1)/2), up to 2**23 samples.
 
-    Values become integers, whose weighted sums float64 holds exactly.
+    Weighted sums of integers, which float64 holds exactly.
     """
-    ordered = values[np.lexsort(values.T[::-1])].astype(np.float64)
-    _, exponent = np.frexp(np.abs(ordered).max())
-    costs = np.rint(ordered * 2.0 ** (29 - int(exponent))) * (-1 if similarity else 1)
     weights = np.empty((num_resamples, len(values)))
     for index in range(num_resamples):
         drawn = resample(len(values), seed, index)
         weights[index] = np.bincount(drawn, minlength=len(values))
-    sums = weights @ costs
-    num_states = round((1 + np.sqrt(1 + 8 * values.shape[1])) / 2)
-    first, second = np.triu_indices(num_states, 1)
-    wins = []
-    for n in range(1, num_states - 1):
-        best = sums[:, second - first == n].argmin(axis=1)
-        wins.append(np.bincount(best, minlength=num_states - n))
-    return wins
+    return wins(weights @ integer_costs(values, similarity))
 
 
 def hsic(first: Matrix, second: Matrix) -> float:
