@@ -14,6 +14,8 @@ import shallower as sh
 from shallower import _reference
 
 SAMPLES, STATES, RESAMPLES, SEED = 10_000, 34, 1000, 7
+FEW = 20
+"""Resamplings for which the answers are compared before anything is timed."""
 
 
 @pytest.fixture(scope="module", params=["walk", "alike"])
@@ -29,34 +31,35 @@ def samples(request):
     return request.param, scan, _reference.integer_costs(scan.samples(), False)
 
 
-def shallower(scan, costs):
-    found = scan.bootstrap(RESAMPLES, SEED)
-    return [one.distribution * RESAMPLES for one in found.values()]
+def shallower(scan, costs, count):
+    found = scan.bootstrap(count, SEED)
+    return [one.distribution * count for one in found.values()]
 
 
-def product(scan, costs):
-    weights = np.empty((RESAMPLES, SAMPLES))
-    for index in range(RESAMPLES):
+def product(scan, costs, count):
+    weights = np.empty((count, SAMPLES))
+    for index in range(count):
         drawn = _reference.resample(SAMPLES, SEED, index)
         weights[index] = np.bincount(drawn, minlength=SAMPLES)
     return _reference.wins(weights @ costs)
 
 
-def gather(scan, costs):
-    drawn = (_reference.resample(SAMPLES, SEED, index) for index in range(RESAMPLES))
+def gather(scan, costs, count):
+    drawn = (_reference.resample(SAMPLES, SEED, index) for index in range(count))
     return _reference.wins(np.stack([costs[rows].sum(axis=0) for rows in drawn]))
 
 
-@pytest.fixture(scope="module")
-def expected(samples):
-    return product(*samples[1:])
+def same(left, right):
+    return all(np.array_equal(ours, theirs) for ours, theirs in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("engine", [shallower, product, gather], ids=lambda f: f.__name__)
-def test_bootstrap(benchmark, engine, samples, expected):
-    name, scan, costs = samples
-    for ours, theirs in zip(engine(scan, costs), expected, strict=True):
-        assert np.array_equal(ours, theirs)
-    benchmark.group = f"bootstrap, {SAMPLES} x {costs.shape[1]} x {RESAMPLES}, {name}"
+def test_bootstrap(benchmark, engine, samples):
+    name, *given = samples
+    assert same(engine(*given, FEW), product(*given, FEW))
+    if benchmark.disabled:
+        return
+    benchmark.group = f"bootstrap, {SAMPLES} x {given[1].shape[1]} x {RESAMPLES}, {name}"
     rounds = {shallower: 15, product: 5, gather: 1}[engine]
-    benchmark.pedantic(engine, (scan, costs), rounds=rounds)
+    found = benchmark.pedantic(engine, (*given, RESAMPLES), rounds=rounds)
+    assert same(found, product(*given, RESAMPLES))

@@ -21,6 +21,7 @@ from shallower import (
     _reference,
     analyse_states,
 )
+from shallower._core import bootstrap as core_bootstrap
 
 BOTH = ("angular", "cosine")
 
@@ -184,6 +185,28 @@ def test_many_samples_equal_the_slow_twin(num_samples):
         expected = _reference.bootstrap(scan.samples(metric), metric == "cosine", 130, 5)
         for n, wins in zip(found, expected, strict=True):
             assert np.array_equal(found[n].distribution, wins / 130)
+
+
+@given(st.integers(0, 2**32), st.integers(20, 200))
+def test_starts_that_differ_in_their_last_bits_are_told_apart(seed, num_samples):
+    rng = np.random.default_rng(seed)
+    reference, rival = rng.random((2, num_samples)).astype(np.float32)
+    values = np.stack([reference, rival, rival, rival, reference, rival], axis=1)
+    values[:, [1, 2, 3, 5]] += 2.0**-20 * rng.integers(-1, 2, (num_samples, 4)).astype(np.float32)
+    found = core_bootstrap(values, 4, "angular", 200, seed)
+    expected = _reference.bootstrap(values, False, 200, seed)
+    assert [list(wins) for wins in expected] == found
+
+
+def test_a_start_that_only_the_rarest_draws_make_the_best_is_found():
+    # The second start is the best if the first sample is drawn 7 times of 12 or more.
+    worse = np.array([-0.72] + [1] * 11) / 16
+    values = np.full((12, 3), 0.5, dtype=np.float32)
+    values[:, 2] += worse
+    drawn = np.array([_reference.resample(12, 1, index) for index in range(100_000)])
+    expected = int(((drawn == 0).sum(axis=1) >= 7).sum())
+    assert expected > 0
+    assert core_bootstrap(values, 3, "angular", 100_000, 1) == [[100_000 - expected, expected]]
 
 
 def test_any_threads_shards_and_order_give_the_same_bits():
