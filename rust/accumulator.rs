@@ -50,10 +50,12 @@ struct Part {
     blocks: Vec<BlockSums>,
     sums: Accumulator,
     rejections: Vec<Rejection>,
+    /// The values of all pairs of the samples added, a vector for each metric, if they are kept.
+    kept: Vec<Vec<f32>>,
 }
 
 impl Part {
-    fn new(whole: &Accumulator) -> Self {
+    fn new(whole: &Accumulator, keep: bool) -> Self {
         let pairs = num_pairs(whole.num_states);
         Self {
             gram: Gram::new(whole.num_states, whole.tier),
@@ -61,6 +63,7 @@ impl Part {
             blocks: whole.sums.iter().map(|_| BlockSums::new(pairs)).collect(),
             sums: whole.empty(),
             rejections: Vec::new(),
+            kept: vec![Vec::new(); if keep { whole.sums.len() } else { 0 }],
         }
     }
 
@@ -90,9 +93,9 @@ impl Part {
         }
     }
 
-    fn finish(mut self) -> (Accumulator, Vec<Rejection>) {
+    fn finish(mut self) -> (Accumulator, Vec<Rejection>, Vec<Vec<f32>>) {
         self.drain();
-        (self.sums, self.rejections)
+        (self.sums, self.rejections, self.kept)
     }
 }
 
@@ -112,6 +115,7 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
             fractions,
             blocks,
             sums,
+            kept,
             ..
         } = self.part;
         gram.compute_with::<K, T>(self.states, self.sample)?;
@@ -121,12 +125,22 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
         {
             return Err((state, Reason::RatioOutOfRange));
         }
-        for (sums, block) in sums.sums.iter().zip(blocks) {
+        for (place, (sums, block)) in sums.sums.iter().zip(blocks).enumerate() {
             gram.fractions(sums.metric, fractions);
             block.add(fractions);
+            if let Some(kept) = kept.get_mut(place) {
+                let range = sums.metric.range();
+                kept.extend(fractions.iter().map(|fraction| (fraction * range) as f32));
+            }
         }
         sums.count += 1;
         Ok(())
+    }
+}
+
+fn append(to: &mut [Vec<f32>], from: Vec<Vec<f32>>) {
+    for (to, from) in to.iter_mut().zip(from) {
+        to.extend(from);
     }
 }
 
@@ -204,6 +218,24 @@ impl Accumulator {
     ///
     /// A sample with an unusable state enters no sum at all. On an error nothing is added.
     pub fn update<T: Element>(&mut self, states: &States<'_, T>) -> Result<Vec<Rejection>, Error> {
+        self.add_batch(states, None)
+    }
+
+    /// The same, and appends the values of the samples added, all pairs of each, to the
+    /// vector of their metric.
+    pub fn update_and_keep<T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        kept: &mut [Vec<f32>],
+    ) -> Result<Vec<Rejection>, Error> {
+        self.add_batch(states, Some(kept))
+    }
+
+    fn add_batch<T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        kept: Option<&mut [Vec<f32>]>,
+    ) -> Result<Vec<Rejection>, Error> {
         if states.num_states() != self.num_states {
             return Err(Error::StateCount {
                 expected: self.num_states,
@@ -211,10 +243,11 @@ impl Accumulator {
             });
         }
         self.check_room(states.num_samples() as u64)?;
-        let (added, mut rejections) = (0..states.num_samples())
+        let keep = kept.is_some();
+        let (added, mut rejections, values) = (0..states.num_samples())
             .into_par_iter()
             .fold(
-                || Part::new(self),
+                || Part::new(self, keep),
                 |mut part, sample| {
                     part.add(states, sample);
                     part
@@ -222,14 +255,18 @@ impl Accumulator {
             )
             .map(Part::finish)
             .reduce(
-                || (self.empty(), Vec::new()),
-                |(mut left, mut left_rejections), (right, right_rejections)| {
-                    left.add_sums(&right);
-                    left_rejections.extend(right_rejections);
-                    (left, left_rejections)
+                || Part::new(self, keep).finish(),
+                |(mut left, mut left_rejections, mut left_values), right| {
+                    left.add_sums(&right.0);
+                    left_rejections.extend(right.1);
+                    append(&mut left_values, right.2);
+                    (left, left_rejections, left_values)
                 },
             );
         self.add_sums(&added);
+        if let Some(kept) = kept {
+            append(kept, values);
+        }
         rejections.sort_by_key(|rejection| rejection.sample);
         Ok(rejections)
     }
@@ -277,23 +314,18 @@ impl Accumulator {
         })
     }
 
-    /// `l*(n)`: the start `l` in `0..=L-n` whose input is most like the input of block
-    /// `l + n`; the smallest of equals (2403.17887, eq. 6).
-    pub fn best_start(&self, metric: Metric, n: i64) -> Result<usize, Error> {
-        let num_layers = self.num_layers();
-        let n = usize::try_from(n)
-            .ok()
-            .filter(|n| (1..num_layers).contains(n))
-            .ok_or(Error::BlockSize { n, num_layers })?;
+    /// The cost of a block `(start, stop)`: the sum over samples of how far the states it
+    /// joins are from alike, in the units of the exact sums.
+    pub(crate) fn cost(&self, metric: Metric) -> Result<impl Fn(usize, usize) -> i128, Error> {
         let similarity = metric.is_similarity().ok_or(Error::NoDistance(metric))?;
         let pairs = self.pairs(metric)?;
-        let cost = |start: usize| {
-            let units = pairs[self.pair_index(start, start + n)].units();
-            if similarity { -units } else { units }
-        };
-        Ok((0..=num_layers - n)
-            .min_by_key(|&start| cost(start))
-            .unwrap_or(0))
+        let mut alike = ExactSum::default();
+        alike.add(metric.of_identical() / metric.range());
+        let alike = alike.units() * i128::from(self.count);
+        Ok(move |start, stop| {
+            let units = pairs[self.pair_index(start, stop)].units();
+            if similarity { alike - units } else { units }
+        })
     }
 
     /// The sums of a metric as words, four a pair, for storage.

@@ -86,6 +86,36 @@ pub enum Error {
         /// Layers of the model.
         num_layers: usize,
     },
+    /// More layers to drop than are free.
+    #[error(
+        "cannot drop n = {n} of {num_layers} layers with the first {protect_first} and the last \
+         {protect_last} protected: protect fewer, or drop fewer"
+    )]
+    Protected {
+        /// Layers to drop.
+        n: i64,
+        /// Layers of the model.
+        num_layers: usize,
+        /// Layers at the start that stay.
+        protect_first: usize,
+        /// Layers at the end that stay.
+        protect_last: usize,
+    },
+    /// Values of single samples that no scan has kept.
+    #[error("the values of the samples are damaged: {0}")]
+    SampleValues(&'static str),
+    /// A minibatch too small for CKA, or too large.
+    #[error("a minibatch for CKA must hold {MIN} to {MAX} samples and no more than the others, got {0}", MIN = crate::cka::MIN_BATCH, MAX = crate::cka::MAX_BATCH)]
+    CkaBatch(usize),
+    /// Too few samples for CKA.
+    #[error("CKA needs at least {MIN} samples that can be compared", MIN = crate::cka::MIN_BATCH)]
+    NoCkaBatch,
+    /// States too large for CKA.
+    #[error("the states of a minibatch are too large for CKA in float64")]
+    CkaOverflow,
+    /// Stored sums for CKA that no minibatches can have.
+    #[error("the stored sums for CKA are damaged")]
+    DamagedCka,
     /// A number of threads that cannot be.
     #[error("threads must be at least 1, got {0}")]
     Threads(i64),

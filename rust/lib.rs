@@ -8,18 +8,25 @@
 //! Nothing here knows Python; `python` alone does.
 
 mod accumulator;
+mod bootstrap;
 pub mod checkpoint;
+mod cka;
+mod dots;
 mod error;
 mod exact;
 pub mod gguf;
 mod gram;
 mod kernels;
+mod long_sum;
 mod metric;
 #[cfg(feature = "python")]
 mod python;
+mod search;
 mod states;
 
 pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};
+pub use bootstrap::bootstrap;
+pub use cka::{Cka, MAX_BATCH, MIN_BATCH};
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
 pub use gram::Gram;

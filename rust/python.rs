@@ -4,21 +4,22 @@
 #![allow(clippy::needless_pass_by_value)]
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use half::f16;
 use numpy::{
-    PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray3,
-    PyUntypedArray, PyUntypedArrayMethods,
+    PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyReadonlyArray3, PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
 use crate::checkpoint::{self, Checkpoint, Cut, Job};
 use crate::gguf::{self, Gguf, GgufError};
-use crate::{Accumulator, Element, Error, Metric, Order, Rejection, States, Tier};
+use crate::{Accumulator, Cka, Element, Error, Metric, Order, Rejection, States, Tier};
 
 mod raised {
     //! The classes of `shallower.errors` that the core raises.
@@ -43,6 +44,9 @@ impl From<Error> for PyErr {
             | Error::EmptyStates
             | Error::StateCount { .. }
             | Error::TooManySamples
+            | Error::CkaBatch(_)
+            | Error::NoCkaBatch
+            | Error::CkaOverflow
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
             Error::UnknownMetric(_)
             | Error::MetricList(_)
@@ -51,10 +55,13 @@ impl From<Error> for PyErr {
             Error::UnknownTier(_) | Error::TierUnavailable(_) => {
                 raised::TierError::new_err(message)
             }
-            Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
-                raised::ScanError::new_err(message)
+            Error::Unmergeable { .. }
+            | Error::DamagedSums { .. }
+            | Error::DamagedCka
+            | Error::SampleValues(_) => raised::ScanError::new_err(message),
+            Error::BlockSize { .. } | Error::Protected { .. } => {
+                raised::LayersError::new_err(message)
             }
-            Error::BlockSize { .. } => raised::LayersError::new_err(message),
             Error::Threads(_) | Error::ThreadPool { .. } => raised::ThreadsError::new_err(message),
         }
     }
@@ -109,7 +116,31 @@ fn parse(metrics: &[String]) -> Result<Vec<Metric>, Error> {
     metrics.iter().map(|name| name.parse()).collect()
 }
 
+/// Calls a method that is generic over the dtype of the states.
+macro_rules! by_dtype {
+    ($this:ident, $states:ident, $method:ident($($argument:expr),*)) => {{
+        let (dtype, py) = ($states.dtype(), $states.py());
+        if dtype.is_equiv_to(&numpy::dtype::<f32>(py)) {
+            $this.$method::<f32>($($argument),*)
+        } else if dtype.is_equiv_to(&numpy::dtype::<u16>(py)) {
+            $this.$method::<u16>($($argument),*)
+        } else if dtype.is_equiv_to(&numpy::dtype::<f16>(py)) {
+            $this.$method::<f16>($($argument),*)
+        } else if dtype.is_equiv_to(&numpy::dtype::<f64>(py)) {
+            $this.$method::<f64>($($argument),*)
+        } else {
+            Err(raised::StatesError::new_err(format!(
+                "states of dtype {dtype}: expected float32, float16, bfloat16 (as uint16 bits) or \
+                 float64"
+            )))
+        }
+    }};
+}
+
 type Rejected = Vec<(usize, usize, &'static str)>;
+
+/// The values of the samples added, `(samples, pairs)` for each metric, if they are kept.
+type Kept<'py> = Option<Vec<Bound<'py, PyArrayDyn<f32>>>>;
 
 impl PyAccumulator {
     fn square<'py>(
@@ -121,11 +152,12 @@ impl PyAccumulator {
         PyArray1::from_vec(py, values).reshape([size, size].as_slice())
     }
 
-    fn add<T: Element + numpy::Element>(
+    fn add<'py, T: Element + numpy::Element>(
         &mut self,
-        states: &Bound<'_, PyUntypedArray>,
+        states: &Bound<'py, PyUntypedArray>,
         state_first: bool,
-    ) -> PyResult<Rejected> {
+        keep: bool,
+    ) -> PyResult<(Rejected, Kept<'py>)> {
         let array: PyReadonlyArray3<'_, T> = states.extract()?;
         let &[outer, inner, width] = array.shape() else {
             return Err(PyTypeError::new_err("states must have three axes"));
@@ -137,11 +169,26 @@ impl PyAccumulator {
         };
         let view = States::new(array.as_slice()?, samples, num_states, width, order)?;
         let Self { inner, pool } = self;
-        let rejections = states
-            .py()
-            .detach(|| pool.install(|| inner.update(&view)))?;
+        let mut kept = vec![Vec::new(); inner.metrics().len()];
+        let py = states.py();
+        let rejections = py.detach(|| {
+            pool.install(|| {
+                if keep {
+                    inner.update_and_keep(&view, &mut kept)
+                } else {
+                    inner.update(&view)
+                }
+            })
+        })?;
+        let shape = [
+            samples - rejections.len(),
+            num_states * (num_states - 1) / 2,
+        ];
         let name = |r: Rejection| (r.sample, r.state, r.reason.words());
-        Ok(rejections.into_iter().map(name).collect())
+        let rejected = rejections.into_iter().map(name).collect();
+        let array = |values| PyArray1::from_vec(py, values).reshape(shape.as_slice());
+        let kept = keep.then(|| kept.into_iter().map(array).collect());
+        Ok((rejected, kept.transpose()?))
     }
 }
 
@@ -193,27 +240,14 @@ impl PyAccumulator {
         self.inner.metrics().into_iter().map(Metric::name).collect()
     }
 
-    #[pyo3(signature = (states, state_first=false))]
-    fn update(
+    #[pyo3(signature = (states, state_first=false, keep=false))]
+    fn update<'py>(
         &mut self,
-        states: &Bound<'_, PyUntypedArray>,
+        states: &Bound<'py, PyUntypedArray>,
         state_first: bool,
-    ) -> PyResult<Rejected> {
-        let dtype = states.dtype();
-        let py = states.py();
-        if dtype.is_equiv_to(&numpy::dtype::<f32>(py)) {
-            self.add::<f32>(states, state_first)
-        } else if dtype.is_equiv_to(&numpy::dtype::<u16>(py)) {
-            self.add::<u16>(states, state_first)
-        } else if dtype.is_equiv_to(&numpy::dtype::<f16>(py)) {
-            self.add::<f16>(states, state_first)
-        } else if dtype.is_equiv_to(&numpy::dtype::<f64>(py)) {
-            self.add::<f64>(states, state_first)
-        } else {
-            Err(raised::StatesError::new_err(format!(
-                "states of dtype {dtype}: expected float32, float16, bfloat16 (as uint16 bits) or float64"
-            )))
-        }
+        keep: bool,
+    ) -> PyResult<(Rejected, Kept<'py>)> {
+        by_dtype!(self, states, add(states, state_first, keep))
     }
 
     fn reject(&mut self, samples: u64) -> PyResult<()> {
@@ -236,8 +270,23 @@ impl PyAccumulator {
         self.square(py, self.inner.variance(metric.parse()?)?)
     }
 
-    fn best_start(&self, metric: &str, n: i64) -> PyResult<usize> {
-        Ok(self.inner.best_start(metric.parse()?, n)?)
+    fn best_starts(&self, metric: &str, n: i64, count: usize) -> PyResult<Vec<usize>> {
+        Ok(self.inner.best_starts(metric.parse()?, n, count)?)
+    }
+
+    fn best_plan(
+        &self,
+        py: Python<'_>,
+        metric: &str,
+        n: i64,
+        max_blocks: NonZeroUsize,
+        protect_first: usize,
+        protect_last: usize,
+    ) -> PyResult<Vec<(usize, usize)>> {
+        let (inner, metric) = (&self.inner, metric.parse()?);
+        let find = || inner.best_plan(metric, n, max_blocks, protect_first, protect_last);
+        let blocks = py.detach(find)?;
+        Ok(blocks.into_iter().map(|b| (b.start, b.end)).collect())
     }
 
     fn to_words<'py>(&self, py: Python<'py>, metric: &str) -> PyResult<Bound<'py, PyArray1<u64>>> {
@@ -246,6 +295,111 @@ impl PyAccumulator {
             self.inner.to_words(metric.parse()?)?,
         ))
     }
+}
+
+/// The running sums behind `Scan.cka`; see `shallower.cka`.
+#[pyclass(name = "Cka", module = "shallower._core")]
+struct PyCka {
+    inner: Cka,
+    num_states: usize,
+    pool: rayon::ThreadPool,
+}
+
+impl PyCka {
+    fn add<T: Element + numpy::Element>(
+        &mut self,
+        states: &Bound<'_, PyUntypedArray>,
+    ) -> PyResult<()> {
+        let array: PyReadonlyArray3<'_, T> = states.extract()?;
+        let &[samples, num_states, width] = array.shape() else {
+            return Err(PyTypeError::new_err("states must have three axes"));
+        };
+        let order = Order::SampleFirst;
+        let view = States::new(array.as_slice()?, samples, num_states, width, order)?;
+        let Self { inner, pool, .. } = self;
+        Ok(states
+            .py()
+            .detach(|| pool.install(|| inner.update(&view)))?)
+    }
+}
+
+#[pymethods]
+impl PyCka {
+    #[new]
+    #[pyo3(signature = (num_states, batch_size, threads=None))]
+    fn new(num_states: usize, batch_size: usize, threads: Option<i64>) -> PyResult<Self> {
+        Ok(Self {
+            inner: Cka::new(num_states, batch_size)?,
+            num_states,
+            pool: pool(threads)?,
+        })
+    }
+
+    #[staticmethod]
+    fn from_words(
+        num_states: usize,
+        batch_size: usize,
+        batches: u64,
+        samples: u64,
+        words: PyReadonlyArray1<'_, u64>,
+    ) -> PyResult<Self> {
+        let words = words.as_slice()?;
+        Ok(Self {
+            inner: Cka::from_words(num_states, batch_size, batches, samples, words)?,
+            num_states,
+            pool: pool(Some(1))?,
+        })
+    }
+
+    #[getter]
+    fn batch_size(&self) -> usize {
+        self.inner.batch_size()
+    }
+
+    #[getter]
+    fn batches(&self) -> u64 {
+        self.inner.batches()
+    }
+
+    #[getter]
+    fn samples(&self) -> u64 {
+        self.inner.samples()
+    }
+
+    /// `states` are of a dtype that `Accumulator.update` takes, samples first.
+    fn update(&mut self, states: &Bound<'_, PyUntypedArray>) -> PyResult<()> {
+        by_dtype!(self, states, add(states))
+    }
+
+    fn merge(&mut self, other: PyRef<'_, Self>) -> PyResult<()> {
+        Ok(self.inner.merge(&other.inner)?)
+    }
+
+    fn values<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArrayDyn<f64>>> {
+        let shape = [self.num_states, self.num_states];
+        PyArray1::from_vec(py, self.inner.values()?).reshape(shape.as_slice())
+    }
+
+    fn to_words<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
+        PyArray1::from_vec(py, self.inner.to_words())
+    }
+}
+
+/// How often each start was the best, by block size; see `Scan.bootstrap`.
+#[pyfunction]
+#[pyo3(signature = (values, num_states, metric, num_resamples, seed, threads=None))]
+fn bootstrap(
+    values: PyReadonlyArray2<'_, f32>,
+    num_states: usize,
+    metric: &str,
+    num_resamples: usize,
+    seed: u64,
+    threads: Option<i64>,
+) -> PyResult<Vec<Vec<u64>>> {
+    let (metric, pool) = (metric.parse()?, pool(threads)?);
+    let rows = values.as_slice()?;
+    let count = || crate::bootstrap(rows, num_states, metric, num_resamples, seed);
+    Ok(values.py().detach(|| pool.install(count))?)
 }
 
 /// A checkpoint on disk, its headers read; see `shallower.checkpoint`.
@@ -437,6 +591,12 @@ mod _core {
 
     #[pymodule_export]
     use super::tiers;
+
+    #[pymodule_export]
+    use super::PyCka;
+
+    #[pymodule_export]
+    use super::bootstrap;
 
     #[pymodule_export]
     use super::PyCheckpoint;

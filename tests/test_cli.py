@@ -148,7 +148,8 @@ def jsonl(texts):
 
 @pytest.fixture(scope="session")
 def scans(tmp_path_factory, models, texts):
-    """Scans made in Python: ``tiny`` of the texts, ``more`` of the held-out ones, ``deeper``."""
+    """Scans made in Python: ``tiny`` of the texts, ``more`` of the held-out ones, ``deeper``;
+    ``kept`` is ``tiny`` with its samples."""
     folder = tmp_path_factory.mktemp("scans")
     for name, model, source in (
         ("tiny", "tiny", documents(24)),
@@ -158,6 +159,8 @@ def scans(tmp_path_factory, models, texts):
     ):
         scanned = sh.scan(*sh.load_model(models / model), source, metrics=("angular", "cosine"))
         scanned.save(folder / name / "scan.safetensors")
+    kept = sh.scan(*sh.load_model(models / "tiny"), documents(24), keep_samples=True)
+    kept.save(folder / "kept" / "scan.safetensors")
     return folder
 
 
@@ -430,6 +433,16 @@ def test_json_is_alone_on_standard_output_while_a_terminal_shows_progress(folder
     assert "24/24" in plain(shown.decode())
 
 
+def test_scan_keeps_samples_if_asked(shallower, folder, models, texts, scans):
+    arguments = ("scan", models / "tiny", "--texts", texts / "texts.jsonl", "--dtype", "float32")
+    assert shallower(*arguments, "--out", "kept", "--keep-samples").status == 0
+    assert shallower(*arguments, "--out", "plain").status == 0
+    kept, plain = (Scan.load(folder / name / "scan.safetensors") for name in ("kept", "plain"))
+    assert (kept.keeps_samples, plain.keeps_samples) == (True, False)
+    assert kept.samples("angular").shape == (24, 21)
+    assert (kept.mean() == plain.mean()).all()
+
+
 # Planning.
 
 
@@ -475,6 +488,66 @@ def test_plan_merges_scans_in_whatever_order(shallower, scans):
     assert one == merged.plan(2).to_json()
     assert one["drop"] == other["drop"]
     assert len(one["texts"]) == 2
+
+
+def test_plan_of_several_blocks_between_protected_layers(shallower, scans):
+    options = ("--max-blocks", 2, "--protect-first", 1, "--protect-last", 1)
+    done = shallower("plan", scans / "tiny", "--n", 3, *options, "--json")
+    scanned = Scan.load(scans / "tiny" / "scan.safetensors")
+    assert done.json == scanned.best_plan(3, 2, 1, 1).to_json()
+    assert shallower("plan", scans / "tiny", "--n", 3, *options).out.count("drop") == len(
+        scanned.best_plan(3, 2, 1, 1).blocks
+    )
+
+
+@pytest.mark.parametrize("metric", ["angular", "cosine"])
+def test_plan_lists_the_best_blocks(shallower, scans, metric):
+    arguments = ("plan", scans / "tiny", "--n", 2, "--metric", metric, "--top", 3)
+    best = Scan.load(scans / "tiny" / "scan.safetensors").best_blocks(2, 3, metric)
+    assert shallower(*arguments, "--json").json["top"] == [block.to_json() for block in best]
+    shown = " ".join(shallower(*arguments).out.split())
+    for block in best:
+        assert f"{block} │ {block.score:.4f} ± {block.stderr:.4f}" in shown
+    assert "probability" not in shown
+
+
+def test_plan_says_how_sure_it_is(shallower, scans):
+    scanned = Scan.load(scans / "kept" / "scan.safetensors")
+    sure = scanned.bootstrap(200, 7)[2]
+    arguments = ("plan", scans / "kept", "--n", 2, "--bootstrap", 200, "--seed", 7)
+    assert shallower(*arguments, "--json").json["bootstrap"] == {
+        "num_resamples": 200,
+        "seed": 7,
+        "probability": sure.probability,
+        "distribution": sure.distribution.tolist(),
+    }
+    done = shallower(*arguments, "--top", 5)
+    block = scanned.best_block(2)
+    said = f"{block} is the best block with probability {sure.probability:.3f} (200 resamples)"
+    assert said in done.out
+    for share in sure.distribution:
+        assert f"{share:.3f} │" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--bootstrap", 10), "--keep-samples"),
+        (("--bootstrap", 10, "--max-blocks", 2), "leave out --max-blocks"),
+        (("--bootstrap", 10, "--protect-last", 1), "leave out --max-blocks"),
+        (("--strategy", "deepest", "--top", 2), "leave out"),
+        (("--strategy", "deepest", "--protect-first", 2), "leave out"),
+        (("--protect-first", 3, "--protect-last", 2), "protected"),
+        (("--max-blocks", 0), "max-blocks"),
+        (("--bootstrap", -1), "bootstrap"),
+    ],
+    ids=str,
+)
+def test_plans_that_cannot_be_are_refused(shallower, folder, scans, options, said):
+    done = shallower("plan", scans / "tiny", "--n", 2, *options, "--out", "out")
+    assert done.status == 2
+    assert said in done.err
+    assert tree(folder) == {}
 
 
 def test_plan_does_not_count_the_same_texts_twice(shallower, scans):

@@ -28,7 +28,7 @@ from .errors import (
 )
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
 from .selection import deepest_block
-from .similarity import Scan, analyse_states
+from .similarity import BootstrappedStart, Scan, analyse_states
 
 if TYPE_CHECKING:
     from .checkpoint import prune_checkpoint
@@ -54,6 +54,7 @@ _NEED_TORCH = {
 
 __all__ = [
     "Block",
+    "BootstrappedStart",
     "Comparison",
     "Cut",
     "InMemoryOnlyError",

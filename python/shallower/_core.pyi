@@ -6,7 +6,17 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Accumulator", "Checkpoint", "Gguf", "Job", "__version__", "tier", "tiers"]
+__all__ = [
+    "Accumulator",
+    "Checkpoint",
+    "Cka",
+    "Gguf",
+    "Job",
+    "__version__",
+    "bootstrap",
+    "tier",
+    "tiers",
+]
 
 __version__: str
 
@@ -34,14 +44,48 @@ class Accumulator:
     @property
     def metrics(self) -> list[str]: ...
     def update(
-        self, states: NDArray[Any], state_first: bool = False
-    ) -> list[tuple[int, int, str]]: ...
+        self, states: NDArray[Any], state_first: bool = False, keep: bool = False
+    ) -> tuple[list[tuple[int, int, str]], list[NDArray[np.float32]] | None]: ...
     def reject(self, samples: int) -> None: ...
     def merge(self, other: Accumulator) -> None: ...
     def mean(self, metric: str) -> NDArray[np.float64]: ...
     def variance(self, metric: str) -> NDArray[np.float64]: ...
-    def best_start(self, metric: str, n: int) -> int: ...
+    def best_starts(self, metric: str, n: int, count: int) -> list[int]: ...
+    def best_plan(
+        self, metric: str, n: int, max_blocks: int, protect_first: int, protect_last: int
+    ) -> list[tuple[int, int]]: ...
     def to_words(self, metric: str) -> NDArray[np.uint64]: ...
+
+@final
+class Cka:
+    def __new__(cls, num_states: int, batch_size: int, threads: int | None = None) -> Cka: ...
+    @staticmethod
+    def from_words(
+        num_states: int,
+        batch_size: int,
+        batches: int,
+        samples: int,
+        words: NDArray[np.uint64],
+    ) -> Cka: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def batches(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    def update(self, states: NDArray[Any]) -> None: ...
+    def merge(self, other: Cka) -> None: ...
+    def values(self) -> NDArray[np.float64]: ...
+    def to_words(self) -> NDArray[np.uint64]: ...
+
+def bootstrap(
+    values: NDArray[np.float32],
+    num_states: int,
+    metric: str,
+    num_resamples: int,
+    seed: int,
+    threads: int | None = None,
+) -> list[list[int]]: ...
 
 @final
 class Checkpoint:

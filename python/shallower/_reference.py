@@ -14,6 +14,8 @@ The angle is taken by its chord, 2·arcsin(|u - v| / 2) for unit vectors u and v
 formula than the core's.
 """
 
+from itertools import combinations
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,3 +73,97 @@ def best_start(mean: Matrix, n: int) -> int:
     """``l*(n)`` from mean distances (L+1, L+1); the smallest of equals."""
     num_layers = len(mean) - 1
     return int(np.argmin([mean[start, start + n] for start in range(num_layers - n + 1)]))
+
+
+def best_plan(
+    cost: Matrix, n: int, max_blocks: int, protect_first: int = 0, protect_last: int = 0
+) -> list[tuple[int, int]]:
+    """The cheapest blocks (start, stop) of ``n`` layers together, by trying all of them.
+
+    ``cost`` is (L+1, L+1), ``[start, stop]`` the cost of a block. Of equals: fewer blocks,
+    then the smaller starts, then the smaller stops.
+    """
+    num_layers = len(cost) - 1
+    layers = range(protect_first, num_layers - protect_last)
+    plans = []
+    for dropped in combinations(layers, n):
+        starts = [layer for layer in dropped if layer - 1 not in dropped]
+        stops = [layer + 1 for layer in dropped if layer + 1 not in dropped]
+        blocks = list(zip(starts, stops, strict=True))
+        if len(blocks) <= max_blocks:
+            plans.append((sum(cost[block] for block in blocks), len(blocks), blocks))
+    return min(plans)[2]
+
+
+GAMMA = 0x9E3779B97F4A7C15
+
+
+def split_mix(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    states = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    states = (states ^ (states >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return states ^ (states >> np.uint64(31))
+
+
+def resample(num_samples: int, seed: int, resample: int) -> NDArray[np.int64]:
+    """The (S,) samples that are drawn by resample 0, 1, ..., each uniform in 0 .. S-1."""
+    start = np.array([(seed + (resample + 1) * GAMMA) % 2**64], dtype=np.uint64)
+    steps = np.arange(1, num_samples + 1, dtype=np.uint64) * np.uint64(GAMMA)
+    random = split_mix(split_mix(start) + steps)
+    half, size = np.uint64(32), np.uint64(num_samples)
+    low = ((random & np.uint64(2**32 - 1)) * size) >> half
+    return (((random >> half) * size + low) >> half).astype(np.int64)
+
+
+def integer_costs(values: NDArray[np.float32], similarity: bool) -> Matrix:
+    """The values (S, P) of samples as integers below 2**29, the samples in their order."""
+    ordered = values[np.lexsort(values.T[::-1])].astype(np.float64)
+    _, exponent = np.frexp(np.abs(ordered).max())
+    return np.rint(ordered * 2.0 ** (29 - int(exponent))) * (-1 if similarity else 1)
+
+
+def wins(sums: Matrix) -> list[NDArray[np.int64]]:
+    """How often each start has the least sum, for every n: sums (R, L(L+1)/2)."""
+    num_states = round((1 + np.sqrt(1 + 8 * sums.shape[1])) / 2)
+    first, second = np.triu_indices(num_states, 1)
+    counts = []
+    for n in range(1, num_states - 1):
+        best = sums[:, second - first == n].argmin(axis=1)
+        counts.append(np.bincount(best, minlength=num_states - n))
+    return counts
+
+
+def bootstrap(
+    values: NDArray[np.float32], similarity: bool, num_resamples: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """How often each start was best, for every n: values (S, L(L+1)/2), up to 2**23 samples.
+
+    Weighted sums of integers, which float64 holds exactly.
+    """
+    weights = np.empty((num_resamples, len(values)))
+    for index in range(num_resamples):
+        drawn = resample(len(values), seed, index)
+        weights[index] = np.bincount(drawn, minlength=len(values))
+    return wins(weights @ integer_costs(values, similarity))
+
+
+def hsic(first: Matrix, second: Matrix) -> float:
+    """The unbiased HSIC_1 of two Gram matrices (m, m), m > 3 (2010.15327, eq. 2)."""
+    size = len(first)
+    left, right = (matrix - np.diag(np.diagonal(matrix)) for matrix in (first, second))
+    product = left @ right
+    total = np.trace(product) + left.sum() * right.sum() / ((size - 1) * (size - 2))
+    return float(total - 2 * product.sum() / (size - 2)) / (size * (size - 3))
+
+
+def cka(states: NDArray[np.floating], batch: int) -> Matrix:
+    """Linear CKA from minibatches (2010.15327, eq. 3): states (S, L+1, D) to (L+1, L+1)."""
+    num_states = states.shape[1]
+    sums = np.zeros((num_states, num_states))
+    for start in range(0, len(states) - 3, batch):
+        rows = states[start : start + batch].astype(np.float64)
+        rows = rows - rows.mean(axis=0)  # HSIC stays; digits are not lost to a common offset
+        grams = np.einsum("ild,jld->lij", rows, rows)
+        sums += [[hsic(first, second) for second in grams] for first in grams]
+    norms = np.sqrt(np.diagonal(sums))
+    return sums / norms / norms[:, None]

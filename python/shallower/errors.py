@@ -26,7 +26,7 @@ class TierError(ShallowerError):
 
 
 class ScanError(ShallowerError):
-    """A scan file that is damaged, or scans that cannot be merged."""
+    """A scan file that is damaged, scans that cannot be merged, or what a scan does not hold."""
 
 
 class PlanError(ShallowerError):

@@ -51,6 +51,8 @@ def scan(
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     total: int | None = None,
+    keep_samples: bool = False,
+    cka_batch: int | None = None,
 ) -> Scan:
     """Compare all L+1 states of a model, at the last token of every text, in one pass.
 
@@ -67,17 +69,26 @@ def scan(
         checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the
             scan goes on from it. It stays when the scan is done: delete it.
         total: how many texts there are, for the ETA, where ``len(texts)`` does not tell.
+        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
+            times texts times L(L+1)/2 a metric, in memory and in the file.
+        cka_batch: also find linear CKA, from minibatches of so many consecutive texts, 4 to
+            1024; not with ``checkpoint``. See :attr:`Scan.cka`.
 
     Raises:
         TextsError: no texts, or one that is no string.
         StatesError: no text could be compared. Single texts without a token, or whose
             states hold NaN, infinity or only zeros, are counted and named, with a warning.
         ModelError: the model has no list of decoder layers.
-        ScanError: ``checkpoint`` is of another model or of other texts.
+        ScanError: ``checkpoint`` is of another model or of other texts, or does not go with
+            ``cka_batch``, whose minibatches a file of sums cannot cut through.
     """
+    if checkpoint and cka_batch is not None:
+        raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
     layers = find_layers(model)
     batches = TokenBatches(tokenizer, texts, max_length, batch_size)
-    builder = ScanBuilder(len(layers) + 1, metrics, threads, identify(model))
+    builder = ScanBuilder(
+        len(layers) + 1, metrics, threads, identify(model), keep_samples, cka_batch
+    )
     if total is None and isinstance(texts, Sized):
         total = len(texts)
     saved = time.monotonic()

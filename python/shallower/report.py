@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from .artifacts import Block, Comparison, Plan, blocks_of
-from .similarity import Scan
+from .similarity import BootstrappedStart, Scan
 
 
 def with_error(value: float | None, stderr: float | None, digits: int = 4) -> str:
@@ -45,6 +45,24 @@ def plan_table(plan: Plan) -> Table:
     for block in plan.blocks:
         table.add_row("drop", str(block), _score(block, plan.metric))
     table.add_row("keep", ranges(plan.survivors), f"{len(plan.survivors)} layers")
+    return table
+
+
+def starts_table(
+    blocks: Sequence[Block], metric: str | None, sure: BootstrappedStart | None = None
+) -> Table:
+    """The best blocks of one size, and how often resampling finds each the best."""
+    table = Table(title=f"the best blocks of {len(blocks[0])}")
+    table.add_column("rank", justify="right")
+    table.add_column("drop [start, stop)")
+    table.add_column(f"{'1 - cosine' if metric == 'cosine' else metric} ± error")
+    if sure is not None:
+        table.add_column("probability", justify="right")
+    for rank, block in enumerate(blocks, 1):
+        cells = [str(rank), str(block), with_error(block.score, block.stderr)]
+        if sure is not None:
+            cells.append(f"{sure.distribution[block.start]:.3f}")
+        table.add_row(*cells)
     return table
 
 

@@ -20,6 +20,28 @@ def check_size(num_layers: int, n: int) -> None:
         )
 
 
+def check_plan(
+    num_layers: int, n: int, max_blocks: int, protect_first: int, protect_last: int
+) -> None:
+    """Refuse a plan that cannot be: more layers than are free, or no block at all.
+
+    Raises:
+        LayersError: as :func:`check_size`; ``max_blocks`` is less than 1; ``protect_first`` or
+            ``protect_last`` is negative; or fewer than ``n`` layers are left between them.
+    """
+    check_size(num_layers, n)
+    if max_blocks < 1:
+        raise LayersError(f"max_blocks = {max_blocks}: expected at least 1")
+    for name, value in (("protect_first", protect_first), ("protect_last", protect_last)):
+        if value < 0:
+            raise LayersError(f"{name} = {value}: expected 0 or more")
+    if n > num_layers - protect_first - protect_last:
+        raise LayersError(
+            f"cannot drop n = {n} of {num_layers} layers with the first {protect_first} and the "
+            f"last {protect_last} protected: protect fewer, or drop fewer"
+        )
+
+
 def deepest_block(num_layers: int, n: int) -> Block:
     """The deepest ``n`` layers but the last: ``[L-1-n, L-1)`` (2403.17887, §4.4).
 

@@ -525,13 +525,16 @@ fn the_best_start_is_the_smallest_of_equals() {
     let data = [1.0_f32, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0];
     let accumulator = accumulate(&data, (1, 4, 2), Order::SampleFirst, 1);
     let no_distance = Err(Error::NoDistance(Metric::NormRatio));
-    assert_eq!(accumulator.best_start(Metric::NormRatio, 1), no_distance);
+    assert_eq!(
+        accumulator.best_starts(Metric::NormRatio, 1, 1),
+        no_distance
+    );
     for metric in [Metric::Angular, Metric::Cosine, Metric::RelativeL2] {
-        assert_eq!(accumulator.best_start(metric, 1), Ok(0));
-        assert_eq!(accumulator.best_start(metric, 2), Ok(0));
+        assert_eq!(accumulator.best_starts(metric, 1, 1), Ok(vec![0]));
+        assert_eq!(accumulator.best_starts(metric, 2, 9), Ok(vec![0, 1]));
         for n in [-1, 0, 3, 4] {
             let refused = Error::BlockSize { n, num_layers: 3 };
-            assert_eq!(accumulator.best_start(metric, n), Err(refused));
+            assert_eq!(accumulator.best_starts(metric, n, 1), Err(refused));
         }
     }
 }

@@ -2,15 +2,15 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..artifacts import PLAN_FILE, SCAN_FILE, Plan
-from ..errors import ScanError
-from ..report import plan_table
+from ..errors import LayersError, ScanError
+from ..report import plan_table, starts_table
 from ..selection import deepest_block
-from ..similarity import Scan
+from ..similarity import BootstrappedStart, Scan
 from ..storage import check_free
 from .options import (
     DryRun,
@@ -31,17 +31,45 @@ def plan_command(
         typer.Option(help="The most similar block, or the deepest n layers but the last."),
     ] = "similarity",
     metric: Annotated[str | None, typer.Option(help="angular or cosine.")] = None,
+    max_blocks: Annotated[
+        int, typer.Option(help="Blocks at most, with a layer that stays between them.", min=1)
+    ] = 1,
+    protect_first: Annotated[int, typer.Option(help="Layers at the start that stay.", min=0)] = 0,
+    protect_last: Annotated[int, typer.Option(help="Layers at the end that stay.", min=0)] = 0,
+    top: Annotated[int, typer.Option(help="List so many of the best blocks of N.", min=0)] = 0,
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            help="Resample so many times how sure the start of one block is; the scans must have "
+            "been made with --keep-samples.",
+            min=0,
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of --bootstrap.", min=0)] = 0,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Choose the layers to drop from a scan."""
     scanned = _merged(scans)
+    one_block = (max_blocks, protect_first, protect_last) == (1, 0, 0)
     if strategy == "similarity":
-        plan = scanned.plan(n, metric)
+        plan = scanned.best_plan(n, max_blocks, protect_first, protect_last, metric)
+    elif not one_block or top or bootstrap:
+        raise LayersError(
+            "--strategy deepest names its block without looking at the scan: leave out "
+            "--max-blocks, --protect-first, --protect-last, --top and --bootstrap"
+        )
     else:
         block = deepest_block(scanned.num_layers, n)
         plan = Plan(scanned.num_layers, (block,), "deepest", model=scanned.model)
+    if bootstrap and not one_block:
+        raise LayersError(
+            "--bootstrap is for one block that may start anywhere: leave out --max-blocks, "
+            "--protect-first and --protect-last"
+        )
+    best = scanned.best_blocks(n, top, metric) if top else []
+    sure = scanned.bootstrap(bootstrap, seed, metric)[n] if bootstrap else None
     written = []
     if out is not None:
         check_free(out / PLAN_FILE, overwrite)
@@ -49,9 +77,32 @@ def plan_command(
             plan.save(out / PLAN_FILE)
         written.append(f"{'would write' if dry_run else 'wrote'} {out / PLAN_FILE}")
     if as_json:
-        print_json(plan.to_json())
-    else:
-        show(plan_table(plan), *written)
+        described = plan.to_json()
+        if best:
+            described["top"] = [block.to_json() for block in best]
+        if sure:
+            described["bootstrap"] = _described(sure, bootstrap, seed)
+        print_json(described)
+        return
+    tables = [starts_table(best, plan.metric, sure)] if best else []
+    said = [_said(plan, sure, bootstrap)] if sure else []
+    show(plan_table(plan), *tables, *said, *written)
+
+
+def _described(sure: BootstrappedStart, num_resamples: int, seed: int) -> dict[str, Any]:
+    return {
+        "num_resamples": num_resamples,
+        "seed": seed,
+        "probability": sure.probability,
+        "distribution": sure.distribution.tolist(),
+    }
+
+
+def _said(plan: Plan, sure: BootstrappedStart, num_resamples: int) -> str:
+    return (
+        f"{plan.blocks[0]} is the best block with probability {sure.probability:.3f} "
+        f"({num_resamples} resamples)"
+    )
 
 
 def _merged(scans: list[Path]) -> Scan:

@@ -41,6 +41,14 @@ def scan_command(
     samples: Samples = None,
     metrics: Annotated[str, typer.Option(help="Comma-separated.")] = "angular,cosine",
     threads: Threads = None,
+    keep_samples: Annotated[
+        bool,
+        typer.Option(
+            "--keep-samples",
+            help="Keep the distances of every text for plan --bootstrap: 4 bytes times texts times "
+            "pairs of layers, for each metric.",
+        ),
+    ] = False,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -76,6 +84,7 @@ def scan_command(
         threads=threads,
         checkpoint=partial,
         total=source.count(),
+        keep_samples=keep_samples,
     )
     try:
         scanned = go_on()
