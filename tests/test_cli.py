@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import shallower as sh
 from conftest import WORDS, tiny_llama
 from shallower import Plan, Scan, cli, figures
+from shallower._core import tiers
 
 COMMANDS = typer.main.get_command(cli.app).commands
 HEAVY = {"torch", "transformers", "matplotlib", "datasets"}
@@ -1028,3 +1029,34 @@ def test_a_path_in_a_message_is_not_broken_over_lines(
 @pytest.mark.parametrize("name", ["[bold]a[/bold]", ":train:", "[/]", "ä 三"])
 def test_a_name_in_a_message_is_as_it_was_given(shallower, name):
     assert shallower("plan", name, "--n", 1).error == f"there is no scan file {name}"
+
+
+# Info.
+
+
+def test_info_names_the_tiers_and_the_one_in_use(shallower):
+    info = shallower("info", "--json").json
+    assert info["tiers"]["scalar"] is True
+    assert info["tiers"][info["tier"]] is True
+    assert info["packages"]["shallower"] == sh.__version__
+    assert f"tier {info['tier']} of scalar" in shallower("info").out
+
+
+@pytest.mark.parametrize("name", [name for name, there in tiers() if there])
+def test_a_tier_can_be_forced(name):
+    forced = {**os.environ, "SHALLOWER_TIER": name}
+    done = subprocess.run(
+        [SHALLOWER, "info", "--json"], env=forced, capture_output=True, check=True
+    )
+    assert json.loads(done.stdout)["tier"] == name
+
+
+def test_a_tier_that_is_not_there_is_refused():
+    forced = {**os.environ, "SHALLOWER_TIER": "steam"}
+    done = subprocess.run(
+        [SHALLOWER, "info"], env=forced, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "steam" in done.stderr
+    assert "scalar" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -13,6 +13,7 @@ import typer
 from .. import __version__
 from ..errors import ShallowerError
 from .evaluate import eval_command
+from .info import info_command
 from .output import warn
 from .plan import plan_command
 from .prune import prune_command
@@ -40,6 +41,7 @@ for _name, _command, _example in (
         "--out runs/smol",
     ),
     ("demo", demo_command, "--out shallower-demo"),
+    ("info", info_command, "--json"),
 ):
     app.command(_name, epilog=f"Example: shallower {_name} {_example}")(_command)
 

@@ -1,0 +1,23 @@
+"""``shallower info``: the versions of a result's makers, and the instructions of the core."""
+
+from .._core import tier, tiers
+from ..provenance import versions
+from .options import Json
+from .output import print_json, show
+
+
+def info_command(as_json: Json = False) -> None:
+    """Say which instruction tiers the core has here, which it uses, and which packages there are.
+
+    SHALLOWER_TIER forces a tier.
+    """
+    used, known = tier(), dict(tiers())
+    packages = versions()
+    if as_json:
+        print_json({"tier": used, "tiers": known, "packages": packages})
+        return
+    show(
+        f"tier {used} of {', '.join(name for name, there in known.items() if there)}; "
+        f"not here: {', '.join(name for name, there in known.items() if not there) or 'none'}",
+        *(f"{name} {version}" for name, version in packages.items()),
+    )
