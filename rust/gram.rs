@@ -318,10 +318,12 @@ impl Gram {
                 outweighed |= is_massive(f64::from(magnitude), chunk_squares[state]);
             }
             if S::Packed::NARROW && outweighed {
-                take_massive::<S>(chunk, products, massive, column)?;
-                for state in 0..num_states {
-                    chunk_squares[state] = S::square(chunk.row(state));
-                }
+                let rows = Rows {
+                    magnitudes,
+                    squares: chunk_squares,
+                    column,
+                };
+                take_massive::<S>(chunk, rows, products, massive)?;
             }
             for (square, of_chunk) in squares.iter_mut().zip(chunk_squares.iter()) {
                 *square += of_chunk;
@@ -411,32 +413,32 @@ fn is_massive(value: f64, square: f64) -> bool {
 }
 
 /// Takes massive columns out of a chunk until there is none, and adds their products.
+#[inline(always)]
 fn take_massive<S: Sweep>(
     chunk: &mut Chunk<S::Packed>,
+    rows: Rows<'_>,
     products: &mut [f64],
     massive: &mut [f64],
-    values: &mut [f64],
 ) -> Result<(), Unfit> {
+    let Rows {
+        magnitudes,
+        squares,
+        column: values,
+    } = rows;
     let mut taken = 0;
-    loop {
-        let mut columns: Vec<usize> = Vec::new();
-        for state in 0..chunk.num_states() {
-            let row = chunk.row(state);
-            let square: f64 = row.iter().map(|value| value.widen() * value.widen()).sum();
-            let found = row.iter().enumerate();
-            let found = found.filter(|(_, value)| is_massive(value.widen(), square));
-            columns.extend(found.map(|(column, _)| column));
-        }
-        columns.sort_unstable();
-        columns.dedup();
-        taken += columns.len();
-        if taken > MOST_MASSIVE {
-            return Err(Unfit);
-        }
-        if columns.is_empty() {
-            return Ok(());
-        }
-        for column in columns {
+    // Rows have most of them in common: one row's are taken out of all, and all looked at anew.
+    while let Some(state) = (0..magnitudes.len())
+        .find(|&state| is_massive(f64::from(magnitudes[state]), squares[state]))
+    {
+        for column in 0..chunk.length() {
+            let value = chunk.row(state)[column].widen();
+            if !is_massive(value, squares[state]) {
+                continue;
+            }
+            taken += 1;
+            if taken > MOST_MASSIVE {
+                return Err(Unfit);
+            }
             chunk.take_column(column, values);
             let mut start = 0;
             for (first, &value) in values.iter().enumerate() {
@@ -448,7 +450,19 @@ fn take_massive<S: Sweep>(
                 start += others.len();
             }
         }
+        for state in 0..magnitudes.len() {
+            magnitudes[state] = chunk.magnitude(state);
+            squares[state] = S::square(chunk.row(state));
+        }
     }
+    Ok(())
+}
+
+/// What is known of the rows of a chunk, and room for a column.
+struct Rows<'a> {
+    magnitudes: &'a mut [f32],
+    squares: &'a mut [f64],
+    column: &'a mut [f64],
 }
 
 /// Half the versine of the angle between two states, `|x - s·y|² / (4 s |x| |y|)` less what

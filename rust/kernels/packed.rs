@@ -210,7 +210,18 @@ impl<P: Packed> Chunk<P> {
         P::magnitude(largest)
     }
 
+    /// The greatest magnitude of a row.
+    #[inline(always)]
+    pub fn magnitude(&self, state: usize) -> f32 {
+        let mut largest = P::Bits::default();
+        for value in self.row(state) {
+            largest = largest.max(value.bits());
+        }
+        P::magnitude(largest)
+    }
+
     /// Takes one column out, leaving zeros: its values in float64.
+    #[inline(always)]
     pub fn take_column(&mut self, column: usize, values: &mut [f64]) {
         for (state, value) in values.iter_mut().enumerate() {
             let place = &mut self.data[self.offset + state * self.stride + column];
