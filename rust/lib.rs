@@ -14,6 +14,7 @@ mod exact;
 pub mod gguf;
 mod gram;
 mod kernels;
+mod long_sum;
 mod metric;
 #[cfg(feature = "python")]
 mod python;

@@ -51,7 +51,7 @@ impl From<Error> for PyErr {
             Error::UnknownTier(_) | Error::TierUnavailable(_) => {
                 raised::TierError::new_err(message)
             }
-            Error::Unmergeable { .. } | Error::DamagedSums { .. } => {
+            Error::Unmergeable { .. } | Error::DamagedSums { .. } | Error::DamagedNorms => {
                 raised::ScanError::new_err(message)
             }
             Error::BlockSize { .. } => raised::LayersError::new_err(message),
@@ -162,6 +162,7 @@ impl PyAccumulator {
         count: u64,
         rejected: u64,
         stored: Vec<(String, PyReadonlyArray1<'_, u64>)>,
+        norms: PyReadonlyArray1<'_, u64>,
     ) -> PyResult<Self> {
         let sums = stored
             .iter()
@@ -169,7 +170,7 @@ impl PyAccumulator {
             .collect::<PyResult<Vec<_>>>()?;
         Ok(Self {
             pool: pool(Some(1))?,
-            inner: Accumulator::from_words(num_states, count, rejected, &sums)?,
+            inner: Accumulator::from_words(num_states, count, rejected, &sums, norms.as_slice()?)?,
         })
     }
 
@@ -238,6 +239,14 @@ impl PyAccumulator {
 
     fn best_start(&self, metric: &str, n: i64) -> PyResult<usize> {
         Ok(self.inner.best_start(metric.parse()?, n)?)
+    }
+
+    fn norms<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        Ok(PyArray1::from_vec(py, self.inner.norms()?))
+    }
+
+    fn norms_to_words<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
+        PyArray1::from_vec(py, self.inner.norms_to_words())
     }
 
     fn to_words<'py>(&self, py: Python<'py>, metric: &str) -> PyResult<Bound<'py, PyArray1<u64>>> {

@@ -39,8 +39,11 @@ from .errors import (
 from .selection import check_size
 from .storage import write_file
 
-FORMAT = "shallower.scan.1"
+FORMAT = "shallower.scan.2"
 """The key of a scan file's metadata."""
+
+NORMS = "norms"
+"""The name of the norms' sums beside those of the metrics."""
 
 CHUNK_BYTES = 64 << 20
 """How much of an array goes to the core at a time."""
@@ -120,6 +123,14 @@ class Scan:
         """The standard error of the mean, (L+1, L+1) float64; NaN for one sample."""
         return np.sqrt(self.variance(metric) / self.num_samples)
 
+    def norms(self) -> NDArray[np.float64]:
+        """The mean norm of each state x^(0) .. x^(L), (L+1,) float64.
+
+        Raises:
+            StatesError: no sample was accepted.
+        """
+        return self._accumulator.norms()
+
     def best_block(self, n: int, metric: str | None = None) -> Block:
         """The block of ``n`` layers whose removal joins the most similar states.
 
@@ -182,6 +193,7 @@ class Scan:
             "texts": [asdict(texts) for texts in self.texts],
         }
         sums = {metric: self._accumulator.to_words(metric) for metric in self.metrics}
+        sums[NORMS] = self._accumulator.norms_to_words()
         header["sha256"] = _digest(header, sums)
         write_file(Path(path), save(sums, metadata={FORMAT: json.dumps(header)}))
 
@@ -219,13 +231,16 @@ class Scan:
         if described is None:
             raise ValueError(f"its metadata has no {FORMAT}")
         header = of_type(dict, json.loads(described))
-        sums = {metric: file.get_tensor(metric) for metric in header["metrics"]}
+        sums = {name: file.get_tensor(name) for name in (*header["metrics"], NORMS)}
         digest = header.pop("sha256")
         if digest != _digest(header, sums):
             raise ValueError("its checksum does not fit its content")
         if set(file.keys()) != set(sums):
             raise ValueError(f"it holds {sorted(file.keys())}, its header names {sorted(sums)}")
         num_states = of_type(int, header["num_states"])
+        norms = sums.pop(NORMS)
+        if norms.dtype != np.uint64 or norms.ndim != 1:
+            raise ValueError("its norms are no words")
         pairs = num_states * (num_states - 1) // 2
         if any(words.dtype != np.uint64 or words.shape != (4 * pairs,) for words in sums.values()):
             raise ValueError(f"its sums are not those of {num_states} states")
@@ -234,7 +249,7 @@ class Scan:
             raise ValueError(f"it is of {num_states - 1} layers, its model has {model.num_layers}")
         counts = of_type(int, header["count"]), of_type(int, header["rejected"])
         return cls(
-            Accumulator.from_words(num_states, *counts, list(sums.items())),
+            Accumulator.from_words(num_states, *counts, list(sums.items()), norms),
             [from_fields(Rejection, rejection) for rejection in header["rejections"]],
             model,
             tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),
