@@ -4,8 +4,9 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Reason, Rejection, names};
 use crate::exact::{BlockSums, ExactSum};
-use crate::gram::Gram;
+use crate::gram::{Gram, NORMS};
 use crate::kernels::{Kernels, Tier, Work};
+use crate::long_sum::LongSum;
 use crate::metric::Metric;
 use crate::states::{Element, States, check_num_states};
 
@@ -29,6 +30,7 @@ pub struct Accumulator {
     tier: Tier,
     num_states: usize,
     sums: Vec<MetricSums>,
+    norms: Vec<LongSum>,
     count: u64,
     rejected: u64,
 }
@@ -37,7 +39,7 @@ pub struct Accumulator {
 impl PartialEq for Accumulator {
     fn eq(&self, other: &Self) -> bool {
         let all = |this: &Self| (this.num_states, this.count, this.rejected);
-        all(self) == all(other) && self.sums == other.sums
+        all(self) == all(other) && self.sums == other.sums && self.norms == other.norms
     }
 }
 
@@ -91,6 +93,9 @@ impl Part {
         for (block, sums) in self.blocks.iter_mut().zip(&mut self.sums.sums) {
             block.drain_into(&mut sums.pairs);
         }
+        for norm in &mut self.sums.norms {
+            norm.carry();
+        }
     }
 
     fn finish(mut self) -> (Accumulator, Vec<Rejection>, Vec<Vec<f32>>) {
@@ -133,6 +138,9 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
                 kept.extend(fractions.iter().map(|fraction| (fraction * range) as f32));
             }
         }
+        for (sum, &norm) in sums.norms.iter_mut().zip(gram.norms()) {
+            sum.add_uncarried(norm);
+        }
         sums.count += 1;
         Ok(())
     }
@@ -164,6 +172,7 @@ impl Accumulator {
             tier: Tier::chosen()?,
             num_states,
             sums: sums.collect(),
+            norms: vec![LongSum::default(); num_states],
             count: 0,
             rejected: 0,
         })
@@ -183,6 +192,7 @@ impl Accumulator {
     fn empty(&self) -> Self {
         let mut empty = self.clone();
         (empty.count, empty.rejected) = (0, 0);
+        empty.norms.fill(LongSum::default());
         for sums in &mut empty.sums {
             sums.pairs.fill(ExactSum::default());
         }
@@ -328,6 +338,18 @@ impl Accumulator {
         })
     }
 
+    /// The mean norm of each state, `L + 1` values.
+    pub fn norms(&self) -> Result<Vec<f64>, Error> {
+        self.check_samples()?;
+        let mean = |sum: &LongSum| sum.value() / self.count as f64;
+        Ok(self.norms.iter().map(mean).collect())
+    }
+
+    /// The sums of the norms as words, for storage.
+    pub fn norms_to_words(&self) -> Vec<u64> {
+        self.norms.iter().flat_map(LongSum::to_words).collect()
+    }
+
     /// The sums of a metric as words, four a pair, for storage.
     pub fn to_words(&self, metric: Metric) -> Result<Vec<u64>, Error> {
         let sums = self.sums_of(metric)?;
@@ -340,6 +362,7 @@ impl Accumulator {
         count: u64,
         rejected: u64,
         stored: &[(Metric, Vec<u64>)],
+        norms: &[u64],
     ) -> Result<Self, Error> {
         let metrics: Vec<Metric> = stored.iter().map(|&(metric, _)| metric).collect();
         let mut this = Self::new(num_states, &metrics)?;
@@ -365,7 +388,24 @@ impl Accumulator {
                 }
             }
         }
+        this.norms_from_words(norms)?;
         Ok(this)
+    }
+
+    fn norms_from_words(&mut self, words: &[u64]) -> Result<(), Error> {
+        let (whole, rest) = words.as_chunks::<{ LongSum::WORDS }>();
+        if whole.len() != self.num_states || !rest.is_empty() {
+            return Err(Error::DamagedNorms);
+        }
+        for (sum, words) in self.norms.iter_mut().zip(whole) {
+            *sum = LongSum::from_words(words).ok_or(Error::DamagedNorms)?;
+            let mean = sum.value() / (self.count.max(1)) as f64;
+            let usable = if self.count == 0 { 0.0..=0.0 } else { NORMS };
+            if !usable.contains(&mean) {
+                return Err(Error::DamagedNorms);
+            }
+        }
+        Ok(())
     }
 
     fn check_room(&self, samples: u64) -> Result<(), Error> {
@@ -384,6 +424,9 @@ impl Accumulator {
                 pair.merge(addend);
             }
         }
+        for (norm, addend) in self.norms.iter_mut().zip(&other.norms) {
+            norm.merge(addend);
+        }
     }
 
     fn sums_of(&self, metric: Metric) -> Result<&MetricSums, Error> {
@@ -399,12 +442,17 @@ impl Accumulator {
 
     fn pairs(&self, metric: Metric) -> Result<&[ExactSum], Error> {
         let sums = self.sums_of(metric)?;
+        self.check_samples()?;
+        Ok(&sums.pairs)
+    }
+
+    fn check_samples(&self) -> Result<(), Error> {
         if self.count == 0 {
             return Err(Error::NoSamples {
                 rejected: self.rejected,
             });
         }
-        Ok(&sums.pairs)
+        Ok(())
     }
 
     fn pair_index(&self, first: usize, second: usize) -> usize {

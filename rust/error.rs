@@ -135,6 +135,9 @@ pub enum Error {
         /// What is wrong with them.
         what: String,
     },
+    /// Stored norms that no set of samples can have.
+    #[error("the stored sums of the norms are damaged")]
+    DamagedNorms,
 }
 
 pub(crate) fn names(metrics: &[Metric]) -> String {

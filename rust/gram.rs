@@ -9,17 +9,19 @@
 //! - pairs at a small angle get it from the norm of their difference, which loses no digits;
 //! - samples beyond float32's range, and all that are not finite or zero, go to float64.
 
+use std::ops::RangeInclusive;
+
 use crate::error::Reason;
 use crate::kernels::{Chunk, Chunks, Kernels, Packed, Soon, Sweep, Tier, Work};
 use crate::metric::{Metric, Pair};
 use crate::states::{Element, States};
 
-/// Squared norms outside this range could leave float64 when two are multiplied.
-const SQUARED_NORMS: std::ops::RangeInclusive<f64> = 1e-150..=1e150;
+/// Norms outside this range could leave float64 when two are multiplied and squared.
+pub(crate) const NORMS: RangeInclusive<f64> = 1e-75..=1e75;
 
 /// Rows with a greatest magnitude outside this range are not multiplied in float32, where a
 /// product of theirs could overflow or be lost as denormal.
-const MAGNITUDES: std::ops::RangeInclusive<f32> = 9.313_225_7e-10..=1.125_899_9e15;
+const MAGNITUDES: RangeInclusive<f32> = 1e-9..=1e15;
 
 /// A column is massive if its square is more than this share of its row's chunk.
 const MASSIVE_SHARE: f64 = 1.0 / 8.0;
@@ -312,9 +314,9 @@ impl Gram {
             let mut outweighed = false;
             for state in 0..num_states {
                 let magnitude = magnitudes[state];
-                // NaN stays.
-                let larger = !(magnitude < largest[state]);
-                largest[state] = if larger { magnitude } else { largest[state] };
+                if magnitude > largest[state] || magnitude.is_nan() {
+                    largest[state] = magnitude;
+                }
                 outweighed |= is_massive(f64::from(magnitude), chunk_squares[state]);
             }
             if S::Packed::NARROW && outweighed {
@@ -331,13 +333,9 @@ impl Gram {
             let bytes = columns.min(states.width() - next) * size_of::<T>();
             S::add(chunk, start == 0, sums, Soon { rows: soon, bytes });
         }
-        if S::Packed::NARROW {
-            if !largest
-                .iter()
-                .all(|magnitude| MAGNITUDES.contains(magnitude))
-            {
-                return Err(Unfit);
-            }
+        let fits = |magnitude| MAGNITUDES.contains(magnitude);
+        if S::Packed::NARROW && !largest.iter().all(fits) {
+            return Err(Unfit);
         }
         S::collect(num_states, sums, products);
         Ok(S::Packed::NARROW)
@@ -351,10 +349,10 @@ impl Gram {
     ) -> Result<(), (usize, Reason)> {
         for state in 0..self.num_states {
             let square = self.squares[state] + self.massive[state];
-            if !SQUARED_NORMS.contains(&square) {
+            self.norms[state] = square.sqrt();
+            if !NORMS.contains(&self.norms[state]) {
                 return Err((state, reason(states.row(sample, state), square)));
             }
-            self.norms[state] = square.sqrt();
             self.inverse_norms[state] = self.norms[state].recip();
         }
         Ok(())
@@ -392,14 +390,14 @@ impl Gram {
                 half_versines[other] = half_versine;
                 coarse |= is_coarse(half_versine, other);
             }
-            for other in 0..if coarse { others } else { 0 } {
-                let half_versine = half_versines[other];
-                if is_coarse(half_versine, other) {
+            let measured = if coarse { others } else { 0 };
+            for (other, half_versine) in half_versines[..measured].iter_mut().enumerate() {
+                if is_coarse(*half_versine, other) {
                     let pair = [first, first + 1 + other];
                     let rows = pair.map(|state| states.row(sample, state));
                     let norms = pair.map(|state| self.norms[state]);
-                    let opposite = half_versine > 0.5;
-                    half_versines[other] = from_difference::<R, T>(rows, norms, opposite);
+                    let opposite = *half_versine > 0.5;
+                    *half_versine = from_difference::<R, T>(rows, norms, opposite);
                 }
             }
             start += others;

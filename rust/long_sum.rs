@@ -28,6 +28,13 @@ impl LongSum {
 
     /// Adds a finite number.
     pub(crate) fn add(&mut self, value: f64) {
+        self.add_uncarried(value);
+        self.carry();
+    }
+
+    /// The same, but leaves to `carry` what digits hold beyond 32 bits: after 2^30 numbers
+    /// at most.
+    pub(crate) fn add_uncarried(&mut self, value: f64) {
         debug_assert!(value.is_finite());
         let bits = value.to_bits();
         let exponent = (bits >> 52) & 0x7ff;
@@ -45,7 +52,6 @@ impl LongSum {
             *digit += if value < 0.0 { -part } else { part };
             rest >>= 32;
         }
-        self.carry();
     }
 
     /// Adds the other sum's numbers.
@@ -97,7 +103,7 @@ impl LongSum {
         (are_digits && last.abs() < DIGIT).then_some(Self { digits })
     }
 
-    fn carry(&mut self) {
+    pub(crate) fn carry(&mut self) {
         for place in 0..DIGITS - 1 {
             let carried = self.digits[place] >> 32;
             self.digits[place] -= carried << 32;

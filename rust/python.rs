@@ -58,6 +58,7 @@ impl From<Error> for PyErr {
             Error::Unmergeable { .. }
             | Error::DamagedSums { .. }
             | Error::DamagedCka
+            | Error::DamagedNorms
             | Error::SampleValues(_) => raised::ScanError::new_err(message),
             Error::BlockSize { .. } | Error::Protected { .. } => {
                 raised::LayersError::new_err(message)
@@ -209,6 +210,7 @@ impl PyAccumulator {
         count: u64,
         rejected: u64,
         stored: Vec<(String, PyReadonlyArray1<'_, u64>)>,
+        norms: PyReadonlyArray1<'_, u64>,
     ) -> PyResult<Self> {
         let sums = stored
             .iter()
@@ -216,7 +218,7 @@ impl PyAccumulator {
             .collect::<PyResult<Vec<_>>>()?;
         Ok(Self {
             pool: pool(Some(1))?,
-            inner: Accumulator::from_words(num_states, count, rejected, &sums)?,
+            inner: Accumulator::from_words(num_states, count, rejected, &sums, norms.as_slice()?)?,
         })
     }
 
@@ -287,6 +289,14 @@ impl PyAccumulator {
         let find = || inner.best_plan(metric, n, max_blocks, protect_first, protect_last);
         let blocks = py.detach(find)?;
         Ok(blocks.into_iter().map(|b| (b.start, b.end)).collect())
+    }
+
+    fn norms<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        Ok(PyArray1::from_vec(py, self.inner.norms()?))
+    }
+
+    fn norms_to_words<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
+        PyArray1::from_vec(py, self.inner.norms_to_words())
     }
 
     fn to_words<'py>(&self, py: Python<'py>, metric: &str) -> PyResult<Bound<'py, PyArray1<u64>>> {

@@ -40,7 +40,7 @@ from shallower import (
     analyse_states,
 )
 from shallower.report import scan_table
-from shallower.similarity import FORMAT, ScanBuilder, _digest
+from shallower.similarity import FORMAT, NORMS, ScanBuilder, _digest
 from test_artifacts import JSON, damaged
 
 ANGULAR_TOLERANCE = 1e-7
@@ -228,6 +228,18 @@ def test_a_tier_that_the_machine_lacks_is_refused(monkeypatch):
         monkeypatch.setenv("SHALLOWER_TIER", name)
         with pytest.raises(TierError, match=f"cannot run tier {name}: it has scalar"):
             analyse_states(random_states((2, 3, 4), 0))
+
+
+@given(values=batches(min_samples=2))
+def test_the_norms_equal_the_slow_twins_and_are_kept(values):
+    states, exact = rounded(values, "bfloat16")
+    scan = scan_of(states)
+    np.testing.assert_allclose(scan.norms(), _reference.norms(exact), rtol=1e-7)
+    halves = [scan_of(states[part]) for part in (slice(1, None), slice(None, 1))]
+    with TemporaryDirectory() as folder:
+        scan.save(Path(folder) / "scan")
+        kept = Scan.load(Path(folder) / "scan")
+    assert kept.norms().tobytes() == scan.norms().tobytes() == Scan.merge(halves).norms().tobytes()
 
 
 def test_the_metrics_of_norms_are_of_the_later_state_over_the_earlier():
@@ -840,9 +852,9 @@ def signed(header, inner, data):
     """The header with another description, its checksum made to fit where that can be."""
     with suppress(KeyError, TypeError, AttributeError, ValueError):
         sums = {}
-        for metric in inner["metrics"]:
-            start, stop = header[metric]["data_offsets"]
-            sums[metric] = np.frombuffer(data[start:stop], "<u8")
+        for name in (*inner["metrics"], NORMS):
+            start, stop = header[name]["data_offsets"]
+            sums[name] = np.frombuffer(data[start:stop], "<u8")
         plain = {name: value for name, value in inner.items() if name != "sha256"}
         inner = {**plain, "sha256": _digest(plain, sums)}
     header["__metadata__"] = {FORMAT: json.dumps(inner)}
@@ -964,6 +976,15 @@ def test_a_negative_sum_of_distances_is_refused():
     damage = words.tobytes()
     with pytest.raises(ScanError, match="negative"):
         load(closed(signed(header, inner, damage), damage))
+
+
+def test_norms_that_no_samples_have_are_refused():
+    header, inner, data = described()
+    start, stop = header[NORMS]["data_offsets"]
+    for words in (bytes(stop - start), b"\xff" * (stop - start)):
+        damage = data[:start] + words + data[stop:]
+        with pytest.raises(ScanError, match="norms are damaged"):
+            load(closed(signed(header, inner, damage), damage))
 
 
 @pytest.mark.parametrize(
@@ -1122,8 +1143,10 @@ def test_no_scans_do_not_merge(scans):
 
 def test_more_samples_than_there_is_room_for_do_not_merge():
     header, inner, data = described(count=2**31)
-    nothing = bytes(len(data))
-    scan = load(closed(signed(header, inner, nothing), nothing))
+    nothing = bytearray(len(data))
+    norms = slice(*header[NORMS]["data_offsets"])
+    nothing[norms] = data[norms]
+    scan = load(closed(signed(header, inner, nothing), bytes(nothing)))
     with pytest.raises(StatesError, match="at most 2147483648 samples"):
         Scan.merge([scan, scan])
 

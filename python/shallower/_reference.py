@@ -55,6 +55,11 @@ def _mirrored(values: Matrix, diagonal: float) -> Matrix:
     return upper + upper.T + diagonal * np.eye(len(values))
 
 
+def norms(states: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Mean norms over samples: states (S, L+1, D) to (L+1,)."""
+    return np.linalg.norm(states.astype(np.float64), axis=2).mean(axis=0)
+
+
 METRICS = {
     "angular": angular,
     "cosine": cosine,

@@ -44,6 +44,9 @@ from .storage import write_file
 FORMAT = "shallower.scan.2"
 """The key of a scan file's metadata."""
 
+NORMS = "norms"
+"""The name of the norms' sums beside those of the metrics."""
+
 CHUNK_BYTES = 64 << 20
 """How much of an array goes to the core at a time."""
 
@@ -145,6 +148,14 @@ class Scan:
     def stderr(self, metric: str = "angular") -> NDArray[np.float64]:
         """The standard error of the mean, (L+1, L+1) float64; NaN for one sample."""
         return np.sqrt(self.variance(metric) / self.num_samples)
+
+    def norms(self) -> NDArray[np.float64]:
+        """The mean norm of each state x^(0) .. x^(L), (L+1,) float64.
+
+        Raises:
+            StatesError: no sample was accepted.
+        """
+        return self._accumulator.norms()
 
     @property
     def keeps_samples(self) -> bool:
@@ -355,6 +366,7 @@ class Scan:
             arrays[metric] = self._accumulator.to_words(metric)
             if self._samples is not None:
                 arrays[f"{metric}.samples"] = self._samples[metric]
+        arrays[NORMS] = self._accumulator.norms_to_words()
         header["sha256"] = _digest(header, arrays)
         write_file(Path(path), save(arrays, metadata={FORMAT: json.dumps(header)}))
 
@@ -394,7 +406,7 @@ class Scan:
         header = of_type(dict, json.loads(described))
         metrics = header["metrics"]
         kept = metrics if of_type(bool, header["samples"]) else []
-        names = [*metrics, *(f"{metric}.samples" for metric in kept)]
+        names = [*metrics, NORMS, *(f"{metric}.samples" for metric in kept)]
         if header["cka"] is not None:
             names.append("cka")
         if set(file.keys()) != set(names):
@@ -404,6 +416,9 @@ class Scan:
             raise ValueError("its checksum does not fit its content")
         num_states = of_type(int, header["num_states"])
         counts = of_type(int, header["count"]), of_type(int, header["rejected"])
+        norms = arrays[NORMS]
+        if norms.dtype != np.uint64 or norms.ndim != 1:
+            raise ValueError("its norms are no words")
         pairs = num_states * (num_states - 1) // 2
         sums = {metric: arrays[metric] for metric in metrics}
         if any(words.dtype != np.uint64 or words.shape != (4 * pairs,) for words in sums.values()):
@@ -424,7 +439,7 @@ class Scan:
         if model and model.num_layers != num_states - 1:
             raise ValueError(f"it is of {num_states - 1} layers, its model has {model.num_layers}")
         return cls(
-            Accumulator.from_words(num_states, *counts, list(sums.items())),
+            Accumulator.from_words(num_states, *counts, list(sums.items()), norms),
             [from_fields(Rejection, rejection) for rejection in header["rejections"]],
             model,
             tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),

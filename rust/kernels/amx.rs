@@ -3,7 +3,7 @@
 //! There are no stable intrinsics, so the inner loop is assembly. All else is shared with
 //! its twin in plain Rust, [`tests`], which goes through the same sweep.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::wildcard_imports)]
 
 use std::arch::asm;
 use std::arch::x86_64::*;

@@ -1,6 +1,6 @@
 //! AVX2 and FMA.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::wildcard_imports)]
 
 use std::arch::x86_64::*;
 

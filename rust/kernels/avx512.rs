@@ -1,6 +1,6 @@
 //! AVX-512: float32 and float64 FMA.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::wildcard_imports)]
 
 use std::arch::x86_64::*;
 

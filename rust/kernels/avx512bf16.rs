@@ -3,7 +3,7 @@
 //! The instruction takes denormal numbers for zero and makes none, whence the range of
 //! norms that `gram` leaves to it.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::wildcard_imports)]
 
 use std::arch::x86_64::*;
 

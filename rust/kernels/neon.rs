@@ -1,6 +1,6 @@
 //! NEON, which every aarch64 has.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::wildcard_imports)]
 
 use std::arch::aarch64::*;
 

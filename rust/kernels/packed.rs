@@ -59,7 +59,7 @@ impl Packed for f64 {
     fn bits(self) -> Self::Bits {}
 
     #[inline(always)]
-    fn magnitude(_: Self::Bits) -> f32 {
+    fn magnitude((): Self::Bits) -> f32 {
         0.0
     }
 }

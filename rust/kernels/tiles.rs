@@ -74,7 +74,7 @@ pub(crate) fn num_sums<U: Unit>(num_states: usize) -> usize {
     let on_diagonal: usize = (0..blocks.count)
         .map(|block| blocks.get(block).1.pow(2))
         .sum();
-    (num_states * num_states + on_diagonal) / 2 * U::LANES
+    usize::midpoint(num_states * num_states, on_diagonal) * U::LANES
 }
 
 /// The sum of 2, 4 or 8 lanes.
@@ -297,8 +297,9 @@ impl<U: Unit> Tile<U> {
                     at += U::WIDTH;
                 }
                 for (i, sums) in sums.iter().enumerate() {
-                    for j in if DIAGONAL { i + 1 } else { 0 }..N {
-                        U::flush(sums[j], self.place.add((i * N + j) * U::LANES));
+                    let skipped = if DIAGONAL { i + 1 } else { 0 };
+                    for (j, &sum) in sums.iter().enumerate().skip(skipped) {
+                        U::flush(sum, self.place.add((i * N + j) * U::LANES));
                     }
                 }
             }

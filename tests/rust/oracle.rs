@@ -281,13 +281,22 @@ proptest! {
         let mut stored: Vec<_> =
             METRICS.map(|m| (m, accumulator.to_words(m).unwrap())).into_iter().collect();
         let (n, rejected) = (accumulator.count(), accumulator.rejected());
-        let back = Accumulator::from_words(shape.1, n, rejected, &stored).unwrap();
+        let mut norms = accumulator.norms_to_words();
+        let back = Accumulator::from_words(shape.1, n, rejected, &stored, &norms).unwrap();
         prop_assert_eq!(&back, &accumulator);
+
+        let at = word % norms.len();
+        let whole = std::mem::replace(&mut norms[at], to);
+        if let Ok(damaged) = Accumulator::from_words(shape.1, n, rejected, &stored, &norms) && n > 0 {
+            prop_assert!(damaged.norms().unwrap().iter().all(|norm| (1e-75..=1e75).contains(norm)));
+        }
+        norms[at] = whole;
+        prop_assert!(Accumulator::from_words(shape.1, n, rejected, &stored, &norms[1..]).is_err());
 
         let words = &mut stored[0].1;
         let word = word % words.len();
         words[word] = to;
-        if let Ok(damaged) = Accumulator::from_words(shape.1, n, rejected, &stored) && n > 0 {
+        if let Ok(damaged) = Accumulator::from_words(shape.1, n, rejected, &stored, &norms) && n > 0 {
             let mean = damaged.mean(Metric::Angular).unwrap();
             prop_assert!(mean.iter().all(|d| d.abs() <= 1.0));
             let variance = damaged.variance(Metric::Angular).unwrap();
@@ -318,9 +327,13 @@ fn rows_at(distance: f64, width: usize, massive: bool) -> Vec<f64> {
     );
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
     let norm = dot(&x, &x).sqrt();
-    x.iter_mut().for_each(|v| *v /= norm);
+    for v in &mut x {
+        *v /= norm;
+    }
     let along = dot(&x, &y);
-    y.iter_mut().zip(&x).for_each(|(v, u)| *v -= along * u);
+    for (v, u) in y.iter_mut().zip(&x) {
+        *v -= along * u;
+    }
     let norm = dot(&y, &y).sqrt();
     let (sine, cosine) = (distance * std::f64::consts::PI).sin_cos();
     let second: Vec<f64> = x

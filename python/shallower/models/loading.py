@@ -96,10 +96,12 @@ def count_layers(
     config = _call(
         AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
     )
-    counts = layer_counts(config.get_text_config(decoder=True))
-    if not counts:
+    decoder = config.get_text_config(decoder=True)
+    count = next(iter(layer_counts(decoder).values()), None)
+    if count is None:
         raise ModelError(f"the config of {source} does not tell how many layers it has")
-    return next(iter(counts.values()))
+    modules = getattr(decoder, "num_layers", None)
+    return modules if isinstance(modules, int) and count == 2 * modules else count
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
