@@ -63,7 +63,7 @@ def scan(
             tokenizer does by default and truncated to ``max_length`` tokens.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        metrics: ``angular`` and/or ``cosine``.
+        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the Rust core, all by default.
         progress: a bar with ETA on standard error; by default if that is a terminal.
         checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the

@@ -159,7 +159,8 @@ impl Tier {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+// Miri has no CPUID.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 fn is_amd() -> bool {
     let leaf = std::arch::x86_64::__cpuid(0);
     [leaf.ebx, leaf.edx, leaf.ecx]
@@ -168,7 +169,7 @@ fn is_amd() -> bool {
         == b"AuthenticAMD"
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(not(target_arch = "x86_64"), miri))]
 fn is_amd() -> bool {
     false
 }

@@ -30,7 +30,7 @@ def plan_command(
         Literal["similarity", "deepest"],
         typer.Option(help="The most similar block, or the deepest n layers but the last."),
     ] = "similarity",
-    metric: Annotated[str | None, typer.Option(help="angular or cosine.")] = None,
+    metric: Annotated[str | None, typer.Option(help="angular, cosine or relative_l2.")] = None,
     max_blocks: Annotated[
         int, typer.Option(help="Blocks at most, with a layer that stays between them.", min=1)
     ] = 1,

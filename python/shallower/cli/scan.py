@@ -39,7 +39,9 @@ def scan_command(
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
     samples: Samples = None,
-    metrics: Annotated[str, typer.Option(help="Comma-separated.")] = "angular,cosine",
+    metrics: Annotated[
+        str, typer.Option(help="Of angular, cosine, relative_l2, norm_ratio; comma-separated.")
+    ] = "angular,cosine",
     threads: Threads = None,
     keep_samples: Annotated[
         bool,
