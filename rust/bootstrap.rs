@@ -14,8 +14,8 @@ use std::ops::{AddAssign, Range};
 
 use rayon::prelude::*;
 
-use crate::dots::{CHUNK, Chunk, TILE, add_dots};
 use crate::error::Error;
+use crate::kernels::dots::{CHUNK, Chunk, TILE, add_dots};
 use crate::metric::Metric;
 use crate::states::check_num_states;
 

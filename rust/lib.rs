@@ -11,7 +11,6 @@ mod accumulator;
 mod bootstrap;
 pub mod checkpoint;
 mod cka;
-mod dots;
 mod error;
 mod exact;
 pub mod gguf;

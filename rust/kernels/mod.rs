@@ -14,6 +14,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16;
+pub(crate) mod dots;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod packed;
