@@ -90,9 +90,14 @@ def layer_counts(config: Any) -> dict[str, int]:
     names = (
         DECODER_COUNTS if any(hasattr(config, name) for name in DECODER_COUNTS) else LAYER_COUNTS
     )
-    aliases = getattr(config, "attribute_map", {})
-    found = {aliases.get(name, name): getattr(config, name, None) for name in names}
+    found = {_key(config, name): getattr(config, name, None) for name in names}
     return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+def _key(config: Any, name: str) -> str:
+    """The key under which a config keeps what it also calls by this name."""
+    aliases: dict[str, str] = getattr(config, "attribute_map", {})
+    return aliases.get(name, name)
 
 
 def _counts(config: Any, total: int, count: int) -> dict[str, int]:
@@ -100,7 +105,7 @@ def _counts(config: Any, total: int, count: int) -> dict[str, int]:
     # LongCat-Flash counts two attentions a layer.
     names = {*layer_counts(config), "num_layers"}
     if not getattr(config, "is_encoder_decoder", False):
-        names |= {getattr(config, "attribute_map", {}).get(name, name) for name in LAYER_COUNTS}
+        names |= {_key(config, name) for name in LAYER_COUNTS}
     values = {name: vars(config).get(name) for name in names}
     return {
         name: count * (value // total)
