@@ -45,6 +45,10 @@ class InMemoryOnlyError(ModelError):
     """A cut that needs the weights in memory: not only whole layers go."""
 
 
+class PatchError(ShallowerError):
+    """A cut that cannot be healed in closed form, or would not be the better for it."""
+
+
 class OutputError(ShallowerError):
     """A place that cannot be written to, or that holds something already."""
 

@@ -58,6 +58,27 @@ class Layerwise:
         with self._only(layers, states, stop=False):
             return self._forward(self._model, batch).logits
 
+    def check(self, batch: Batch) -> None:
+        """See that the layers, run one after the other, make what the whole model makes.
+
+        Raises:
+            ModelError: more than the residual stream goes from layer to layer.
+        """
+        states = self.embed(batch)
+        expected = self.run(batch, states, range(len(self)))
+        try:
+            for layer in range(len(self)):
+                states = self.run(batch, states, (layer,))
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+            states = torch.full_like(expected, torch.nan)
+        mask = torch.from_numpy(batch.attention_mask).bool().to(states.device)
+        whole = states.shape == expected.shape and states.ndim == mask.ndim + 1
+        if not whole or not torch.equal(states[mask], expected[mask]):
+            raise ModelError(
+                f"the layers of {type(self._model).__name__} cannot be run one by one: more than "
+                f"the residual stream goes from one to the next"
+            )
+
     @torch.inference_mode()
     def _reach(
         self,

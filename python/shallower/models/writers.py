@@ -93,7 +93,7 @@ def _order(
 
     def note(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.shape == states.shape:
+            if isinstance(output, torch.Tensor) and output.numel() == states.numel():
                 ran.append(name)
 
         return hook
@@ -124,7 +124,7 @@ def _scale(
         before = model.run(batch, states, (layer,)).float()
         signs = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)) < 0.5
         probe = (before.abs() + before.square().mean().sqrt()) * (2.0 * signs.to(before) - 1.0)
-        with _output(module, lambda output: output + probe.to(output)):
+        with _output(module, lambda output: output + probe.to(output).view_as(output)):
             after = model.run(batch, states, (layer,)).float()
     expected, seen = probe[mask], (after - before)[mask]
     # Every element counts alike, however massive its channel.
