@@ -157,6 +157,8 @@ def patch(
     """
     if method not in METHODS:
         raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    if num_tokens < 1:
+        raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
     found = find_layers(model)
     plan = Plan(
         len(found), blocks_of(dropped_layers(len(found), layers)), model=identify(model)
@@ -490,8 +492,7 @@ class _Patching:
         return total / count if math.isfinite(total) else math.inf
 
     def _set(self, writer: Writer, weight: torch.Tensor) -> None:
-        own: Any = writer.module.weight
-        self._change(own, weight if writer.weight.shape == weight.shape else weight.T)
+        self._change(writer.parameter, writer.stored(weight))
 
     def _change(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         if all(parameter is not known for known, _ in self.undo):

@@ -39,8 +39,17 @@ class Writer:
     @property
     def weight(self) -> torch.Tensor:
         """(D, inputs), a view."""
+        return self.stored(self.parameter.detach())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module keeps it."""
         weight: Any = self.module.weight
-        return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
+        return weight
+
+    def stored(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of (D, inputs) as the module keeps it, or the other way round."""
+        return weight.T if isinstance(self.module, Conv1D) else weight
 
 
 @dataclass(frozen=True, slots=True)
