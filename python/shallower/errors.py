@@ -45,6 +45,10 @@ class InMemoryOnlyError(ModelError):
     """A cut that needs the weights in memory: not only whole layers go."""
 
 
+class RecipeError(ShallowerError):
+    """Settings of a healing that are out of range, or do not fit the model."""
+
+
 class OutputError(ShallowerError):
     """A place that cannot be written to, or that holds something already."""
 
