@@ -874,13 +874,18 @@ def test_a_place_that_is_taken_is_refused(cut, tmp_path):
     assert not (tmp_path / "out" / "file").exists()
 
 
-def test_adapters_of_another_model_are_refused(healed, words, tmp_path):
+def test_adapters_of_another_model_are_refused(healed, cut, words, tmp_path):
     other = tiny_llama(6, seed=1)
     other.model.norm.weight.data += 1
     _, another = save_cut(tmp_path, other, words)
     with pytest.raises(sh.ModelError, match=r"were trained for cut .* is another model"):
         sh.merge(healed[0], tmp_path / "out", another)
     assert not (tmp_path / "out").exists()
+    patched, tokenizer = sh.load_model(cut, dtype="float32")
+    patched.model.layers[1].mlp.down_proj.weight.data *= 1.1
+    sh.save_model(patched, tokenizer, tmp_path / "patched")
+    with pytest.raises(sh.ModelError, match="or has other weights"):
+        sh.merge(healed[0], tmp_path / "out", tmp_path / "patched")
     with pytest.raises(sh.ModelError, match="cannot read the healing"):
         sh.merge(another, tmp_path / "out")
 

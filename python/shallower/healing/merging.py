@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import ModelError
-from ..models.identity import identify
+from ..models.identity import identify, stored_digest
 from ..models.loading import load_model, load_weights
 from .record import Healing, Merge
 
@@ -63,11 +63,12 @@ class Merger:
         self.dtype = stored_plainly(base, trust_remote_code)
         plain: Any = self.dtype
         model, self.tokenizer = load_model(base, plain, trust_remote_code=trust_remote_code)
-        found = identify(model)
-        if found.fingerprint != healing.model.fingerprint:
+        if (identify(model).fingerprint, stored_digest(base)) != (
+            healing.model.fingerprint, healing.weights,
+        ):  # fmt: skip
             raise ModelError(
                 f"the adapters in {adapters} were trained for {healing.model}, and {base} is "
-                f"another model ({found.fingerprint[:12]}): name the one that they were trained for"
+                f"another model, or has other weights: name the one that they were trained for"
             )
         self._dtypes = {name: value.dtype for name, value in model.state_dict().items()}
         self._config_dtype = copy.copy(model.config.dtype)

@@ -69,6 +69,7 @@ class Healing:
 
     Attributes:
         model: the cut model that was healed.
+        weights: the hash of its weights as they are stored.
         plan: of the cut.
         recipe: the settings.
         adapted: how many linear maps, or stacks of experts' ones, have adapters.
@@ -83,6 +84,7 @@ class Healing:
     """
 
     model: ModelIdentity
+    weights: str
     plan: Plan
     recipe: Resolved
     adapted: int
@@ -120,6 +122,7 @@ class Healing:
             "format": "shallower.healing",
             "version": 1,
             "model": asdict(self.model),
+            "weights": self.weights,
             "plan": self.plan.to_json(),
             "recipe": self.recipe.to_json(),
             "adapted": self.adapted,
@@ -169,6 +172,7 @@ class Healing:
         merge, speed = data["merge"], data["tokens_per_second"]
         return cls(
             model=from_fields(ModelIdentity, data["model"]),
+            weights=of_type(str, data["weights"]),
             plan=Plan.from_json(data["plan"]),
             recipe=Resolved.from_json(of_type(dict, data["recipe"])),
             adapted=of_type(int, data["adapted"]),

@@ -22,7 +22,7 @@ from ..errors import MissingExtraError, ModelError, OutputError, PlanError, Reci
 from ..evaluation import evaluate_loss, require_predictable
 from ..models.architecture import find_layers, input_device
 from ..models.feed_forward import feed_forward_targets
-from ..models.identity import identify
+from ..models.identity import identify, stored_digest
 from ..models.loading import load_model
 from ..models.quantised import keep_unpacked
 from ..progress import track
@@ -183,7 +183,15 @@ class _Run:
         targets = feed_forward_targets(model, self.recipe.attention)
         recipe = self.recipe.without_dropout() if targets.parameters else self.recipe
         healing = Healing(
-            identify(model), self.plan, recipe, len(targets), samples.identity, (), (), 0
+            identify(model),
+            stored_digest(self.path),
+            self.plan,
+            recipe,
+            len(targets),
+            samples.identity,
+            (),
+            (),
+            0,
         )
         teacher = self._teacher()
         measured = held_out if held_out is None else _identity(tokenizer, held_out, recipe)
@@ -314,6 +322,7 @@ def _job(healing: Healing, measured: TextsIdentity | None, merge: bool) -> str:
         del recipe[name]
     described = {
         "model": healing.model.fingerprint,
+        "weights": healing.weights,
         "recipe": recipe,
         "texts": healing.texts.fingerprint,
         "eval_texts": measured and measured.fingerprint,
