@@ -49,6 +49,10 @@ class RecipeError(ShallowerError):
     """Settings of a healing that are out of range, or do not fit the model."""
 
 
+class PatchError(ShallowerError):
+    """A cut that cannot be healed in closed form, or would not be the better for it."""
+
+
 class OutputError(ShallowerError):
     """A place that cannot be written to, or that holds something already."""
 

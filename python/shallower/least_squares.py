@@ -1,0 +1,74 @@
+"""Linear maps by least squares, from sums over tokens: memory grows with the widths alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+ROWS = 2048
+"""Products are summed in float32 over so many tokens at most, and in float64 beyond."""
+
+
+@dataclass(slots=True)
+class NormalEquations:
+    """The sums that a least-squares map from F inputs to D outputs needs.
+
+    Attributes:
+        gram: (F, F) float64, the sum of x xᵀ.
+        cross: (F, D) float64, the sum of x rᵀ.
+        count: tokens.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
+        """Nothing added yet."""
+        options = {"dtype": torch.float64, "device": device}
+        return cls(torch.zeros(inputs, inputs, **options), torch.zeros(inputs, outputs, **options))
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add tokens: their inputs (N, F) and targets (N, D)."""
+        for x, r in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
+            x, r = x.float(), r.float()
+            self.gram += x.T @ x
+            self.cross += x.T @ r
+        self.count += len(inputs)
+
+    def last(self, inputs: int) -> "NormalEquations":
+        """Those of the last so many inputs alone."""
+        return NormalEquations(
+            self.gram[-inputs:, -inputs:], self.cross[-inputs:], self.count
+        )
+
+    def plus(self, other: "NormalEquations", weight: float) -> "NormalEquations":
+        """With the other's tokens, each counted ``weight`` times."""
+        return NormalEquations(
+            self.gram + weight * other.gram,
+            self.cross + weight * other.cross,
+            self.count + other.count,
+        )
+
+    def mapped(self, matrix: torch.Tensor) -> "NormalEquations":
+        """Those of the inputs y = ``matrix`` x, for ``matrix`` of (G, F)."""
+        matrix = matrix.to(self.gram)
+        return NormalEquations(
+            matrix @ self.gram @ matrix.T, matrix @ self.cross, self.count
+        )
+
+    def solve(self, ridge: float, penalty: torch.Tensor) -> torch.Tensor:
+        """The map (D, F), float64, with the least sum of squared errors and penalties.
+
+        Args:
+            ridge: how much the squares of the map's entries cost.
+            penalty: (F,) what ``ridge`` is multiplied by for each input.
+        """
+        regular = self.gram + torch.diag(ridge * penalty)
+        factor = torch.linalg.cholesky(regular)
+        return torch.cholesky_solve(self.cross, factor).T
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The mean square of an input, as a sum over tokens."""
+        return self.gram.diagonal().mean()

@@ -1,0 +1,173 @@
+"""Running some of a model's layers, from the states before them.
+
+The model's own forward makes what its layers are given beside the hidden states (positions,
+masks, caches); only the layers in question do their work, the others pass on what they get.
+So that states can be kept between layers, and a layer be run again and again, in any family
+whose layers are joined by the residual stream alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..calibration import Batch
+from ..errors import ModelError
+from .architecture import evaluating, find_layers, input_device
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """The states after the last layer that is asked for."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = states
+
+
+class Layerwise:
+    """A model whose layers can be run by themselves.
+
+    Attributes:
+        modules: the decoder layers, L of them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        found = find_layers(model)
+        self.modules = found.modules
+        self._model, self._runner, self._path = model, found.runner, found.path
+        self._device = input_device(found)
+        self._extras: list[int] = []
+        self._probe()
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """x^(0), (B, T, D)."""
+        return self._reach(batch, None, (0,), run_last=False)
+
+    def run(self, batch: Batch, states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """The states after ``layers``, ascending indices, from those before them; (B, T, D)."""
+        return self._reach(batch, states, layers) if layers else states
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """The logits after ``layers``, from the states before them; (B, T, V)."""
+        with self._only(layers, states, stop=False):
+            return self._forward(self._model, batch).logits
+
+    def check(self, batch: Batch) -> None:
+        """See that the layers, run one after the other, make what the whole model makes.
+
+        Raises:
+            ModelError: more than the residual stream goes from layer to layer.
+        """
+        states = self.embed(batch)
+        expected = self.run(batch, states, range(len(self)))
+        try:
+            for layer in range(len(self)):
+                states = self.run(batch, states, (layer,))
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+            states = torch.full_like(expected, torch.nan)
+        mask = torch.from_numpy(batch.attention_mask).bool().to(states.device)
+        whole = states.shape == expected.shape and states.ndim == mask.ndim + 1
+        if not whole or not torch.equal(states[mask], expected[mask]):
+            raise ModelError(
+                f"the layers of {type(self._model).__name__} cannot be run one by one: more than "
+                f"the residual stream goes from one to the next"
+            )
+
+    @torch.inference_mode()
+    def _reach(
+        self,
+        batch: Batch,
+        states: torch.Tensor | None,
+        layers: Sequence[int],
+        run_last: bool = True,
+    ) -> torch.Tensor:
+        try:
+            with self._only(layers if run_last else (), states, stop=True):
+                self._forward(self._runner, batch)
+        except _Reached as reached:
+            return reached.states
+        raise ModelError(f"{self._path}: the forward did not run the layers {list(layers)}")
+
+    def _forward(self, module: nn.Module, batch: Batch) -> Any:
+        return module(
+            input_ids=torch.from_numpy(batch.input_ids).to(self._device),
+            attention_mask=torch.from_numpy(batch.attention_mask).to(self._device),
+            use_cache=False,
+        )
+
+    @contextmanager
+    def _only(
+        self, layers: Sequence[int], states: torch.Tensor | None, stop: bool
+    ) -> Iterator[None]:
+        """Only ``layers`` work; the first is given ``states``, the last one ends the forward."""
+        first, last = (layers[0], layers[-1]) if layers else (0, 0)
+        wanted = set(layers)
+        kept = [vars(module).get("forward") for module in self.modules]
+        try:
+            for index, module in enumerate(self.modules):
+                given = states if index == first else None
+                work = module.forward if index in wanted else None
+                ends = stop and index == last
+                module.forward = self._replacement(index, work, given, ends)
+            with evaluating(self._model):
+                yield
+        finally:
+            for module, forward in zip(self.modules, kept, strict=True):
+                if forward is None:
+                    vars(module).pop("forward", None)
+                else:
+                    module.forward = forward  # accelerate's
+
+    def _replacement(
+        self,
+        index: int,
+        work: Callable[..., Any] | None,
+        given: torch.Tensor | None,
+        ends: bool,
+    ) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if given is not None:
+                hidden = given.to(hidden.device)
+            if work is None:
+                output = (hidden, *[None] * self._extras[index])
+            else:
+                if args:
+                    args = (hidden, *args[1:])
+                else:
+                    kwargs["hidden_states"] = hidden
+                output = work(*args, **kwargs)
+                output = output if isinstance(output, tuple) else (output,)
+            if ends:
+                raise _Reached(output[0])
+            return output if self._is_tuple[index] else output[0]
+
+        return forward
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Learn what the layers return: a tensor, or a tuple that begins with one."""
+        self._is_tuple = [False] * len(self.modules)
+        self._extras = [0] * len(self.modules)
+
+        def hook(index: int) -> Callable[..., None]:
+            def note(_module: nn.Module, _args: Any, output: Any) -> None:
+                self._is_tuple[index] = isinstance(output, tuple)
+                self._extras[index] = len(output) - 1 if isinstance(output, tuple) else 0
+
+            return note
+
+        handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(self.modules)]
+        try:
+            ids = torch.zeros((1, 2), dtype=torch.long, device=self._device)
+            with evaluating(self._model):
+                self._runner(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,59 @@
+"""Sums for linear maps, against NumPy in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower.least_squares import ROWS, NormalEquations
+
+
+def data(seed, rows, inputs=7, outputs=3):
+    generator = np.random.default_rng(seed)
+    return generator.normal(size=(rows, inputs)), generator.normal(size=(rows, outputs))
+
+
+def equations(x, r, parts=1):
+    sums = NormalEquations.empty(x.shape[1], r.shape[1], torch.device("cpu"))
+    for a, b in zip(np.array_split(x, parts), np.array_split(r, parts), strict=True):
+        sums.add(torch.from_numpy(a), torch.from_numpy(b))
+    return sums
+
+
+def expected(x, r, ridge, penalty):
+    return np.linalg.solve(x.T @ x + ridge * np.diag(penalty), x.T @ r).T
+
+
+@given(st.integers(0, 99), st.integers(1, 50), st.integers(1, 5), st.sampled_from([1e-2, 1.0, 30.0]))
+def test_a_map_is_that_of_ridge_regression_in_whatever_parts(seed, rows, parts, ridge):
+    x, r = data(seed, rows)
+    penalty = np.linspace(1, 2, 7)
+    found = equations(x, r, parts).solve(ridge, torch.from_numpy(penalty))
+    np.testing.assert_allclose(found.numpy(), expected(x, r, ridge, penalty), atol=1e-4)
+
+
+def test_more_tokens_than_are_summed_in_float32():
+    x, r = data(0, 2 * ROWS + 5)
+    sums = equations(x, r)
+    assert sums.count == 2 * ROWS + 5
+    np.testing.assert_allclose(sums.gram.numpy(), x.T @ x, rtol=1e-4, atol=1e-2)
+    assert float(sums.scale) == pytest.approx(np.square(x).sum(0).mean(), rel=1e-5)
+
+
+def test_weighted_tokens_count_so_many_times():
+    x, r = data(1, 40)
+    both = equations(x[:30], r[:30]).plus(equations(x[30:], r[30:]), 0.25)
+    weights = np.sqrt(np.r_[np.ones(30), np.full(10, 0.25)])[:, None]
+    found = both.solve(0.1, torch.ones(7, dtype=torch.float64)).numpy()
+    np.testing.assert_allclose(found, expected(weights * x, weights * r, 0.1, np.ones(7)), atol=1e-5)
+
+
+def test_mapped_inputs_and_the_last_ones():
+    x, r = data(2, 60)
+    matrix = np.random.default_rng(3).normal(size=(4, 7))
+    ones = torch.ones(4, dtype=torch.float64)
+    found = equations(x, r).mapped(torch.from_numpy(matrix)).solve(0.1, ones).numpy()
+    np.testing.assert_allclose(found, expected(x @ matrix.T, r, 0.1, np.ones(4)), atol=1e-5)
+    last = equations(x, r).last(4).solve(0.1, ones).numpy()
+    np.testing.assert_allclose(last, expected(x[:, -4:], r, 0.1, np.ones(4)), atol=1e-5)
