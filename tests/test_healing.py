@@ -461,6 +461,75 @@ def test_the_process_is_as_it_was(cut, tmp_path):
     }
 
 
+# From a patch
+
+
+@pytest.fixture(scope="module")
+def patchable(words, tmp_path_factory):
+    """A tiny model that was trained a little, so that a patch has something to gain."""
+    model = tiny_llama(6, seed=3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    samples = read_samples(words, TEXTS, 16, True, 10**6)
+    for step in range(60):
+        rows = [samples.rows[i % len(samples)] for i in range(8 * step, 8 * step + 8)]
+        batch = {name: torch.from_numpy(values) for name, values in collate(rows)}
+        loss = summed_loss(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / 120
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return save_cut(tmp_path_factory.mktemp("patchable"), model, words)
+
+
+def test_healing_starts_from_the_patch(patchable, tmp_path):
+    whole, cut = patchable
+    texts = documents(600, 5)
+    plain = sh.heal(cut, texts, tmp_path / "plain", QUICK, HELD_OUT)
+    options = {"original": whole, "from_patch": True}
+    record = sh.heal(cut, texts, tmp_path / "adapters", QUICK, HELD_OUT, **options)
+    assert record.before.nats < plain.before.nats
+    patched = tmp_path / "adapters" / "patched"
+    model, tokenizer = sh.load_model(patched, dtype="float32")
+    loss = sh.evaluate_loss(model, tokenizer, HELD_OUT, max_length=16)
+    assert record.before.nats == pytest.approx(loss.nats, abs=1e-5)
+    kept = json.loads((tmp_path / "adapters" / "shallower_patch.json").read_text())
+    assert kept["format"] == "shallower.patch"
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(patched)
+    merged = sh.heal(cut, texts, tmp_path / "merged", QUICK, HELD_OUT, merge=True, **options)
+    assert merged.merge.loss.nats == pytest.approx(record.after.nats, abs=1e-4)
+    later = sh.merge(tmp_path / "adapters", tmp_path / "later")
+    assert later.merge.difference < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapters", "later", "merged", "plain",
+    ]  # fmt: skip
+    with pytest.raises(sh.RecipeError, match="is patched already"):
+        sh.heal(patched, texts, tmp_path / "again", QUICK, **options)
+
+
+def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
+    from shallower.healing import patched, run
+
+    whole, cut = patchable
+    texts = documents(600, 5)
+    options = {"original": whole, "from_patch": True}
+    monkeypatch.setattr(run, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sh.heal(cut, texts, tmp_path / "out", QUICK, HELD_OUT, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(patched, "patch", lambda *_args, **_options: pytest.fail("patched again"))
+    sh.heal(cut, texts, tmp_path / "out", QUICK, HELD_OUT, **options)
+    with pytest.raises(pytest.fail.Exception):
+        sh.heal(cut, texts[1:], tmp_path / "other", QUICK, HELD_OUT, **options)
+
+
+def test_a_patch_needs_the_uncut_model_and_texts_twice(cut, both, tmp_path):
+    with pytest.raises(sh.RecipeError, match="a patch needs the uncut model"):
+        sh.heal(cut, TEXTS, tmp_path / "out", QUICK, from_patch=True)
+    with pytest.raises(sh.TextsError, match="read twice"):
+        sh.heal(cut, iter(TEXTS), tmp_path / "out", QUICK, original=both[0], from_patch=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 # The record
 
 

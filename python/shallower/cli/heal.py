@@ -60,6 +60,9 @@ def heal_command(
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapters into the unquantised weights.")
     ] = False,
+    from_patch: Annotated[
+        bool, typer.Option("--from-patch", help="Patch the cut first; needs --original.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -90,7 +93,7 @@ def heal_command(
     if is_first() and not as_json:
         show(said)
     done = heal(
-        model, source, out, recipe, held_out, original, merge, overwrite,
+        model, source, out, recipe, held_out, original, merge, from_patch, overwrite,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if is_first():

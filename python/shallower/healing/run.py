@@ -29,6 +29,7 @@ from ..progress import track
 from ..storage import check_free, new_folder, partial_folder, resumable_folder, write_file
 from .losses import Distillation
 from .merging import PROBE, stored_plainly
+from .patched import PATCHED, patched_cut, settle
 from .recipe import GLOBAL_BATCH, ModelFacts, Recipe, Resolved
 from .record import HEALING_FILE, Healing
 from .samples import read_samples
@@ -46,6 +47,7 @@ def heal(
     eval_texts: Iterable[str] | None = None,
     original: str | Path | None = None,
     merge: bool = False,
+    from_patch: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
     trust_remote_code: bool = False,
@@ -65,6 +67,9 @@ def heal(
         original: the uncut model: its held-out loss is measured, and it teaches if the recipe
             distils.
         merge: fold the adapters into the unquantised weights of the cut.
+        from_patch: patch the cut in closed form first, by :func:`shallower.patch` of ``original``
+            on ``texts``, and train on from there. Adapters that are not merged need the patched
+            cut, which lies beside them.
         overwrite: replace what is at ``out``, once the new folder is complete.
         progress: bars with ETA on standard error; by default if that is a terminal.
         trust_remote_code: run code that comes with the models.
@@ -86,12 +91,27 @@ def heal(
         raise RecipeError("distillation needs the uncut model: name it (original, --original)")
     plan = read_plan(path)
     resolved = resolve(path, plan, recipe, trust_remote_code)
-    if merge:
-        stored_plainly(path, trust_remote_code)
-    return _Run(
-        path, plan, resolved, texts, eval_texts, None if original is None else str(original),
-        merge, progress, trust_remote_code,
-    ).to(out, overwrite)  # fmt: skip
+    uncut = None if original is None else str(original)
+    dtype = stored_plainly(path, trust_remote_code) if merge or from_patch else ""
+    patched = None
+    if from_patch:
+        if uncut is None:
+            raise RecipeError("a patch needs the uncut model: name it (original, --original)")
+        if processes() > 1:
+            raise RecipeError(
+                "several processes cannot patch together: shallower patch the model first, and "
+                "heal what it leaves"
+            )
+        patched = patched_cut(
+            path, plan, uncut, texts, out, dtype, resolved.max_length, progress, trust_remote_code
+        )
+        path = str(patched)
+    done = _Run(
+        path, plan, resolved, texts, eval_texts, uncut, merge, progress, trust_remote_code, patched
+    ).to(out, overwrite)
+    if patched is not None:
+        shutil.rmtree(patched, ignore_errors=True)
+    return done
 
 
 def read_plan(path: str) -> Plan:
@@ -164,6 +184,7 @@ class _Run:
     merge: bool
     progress: bool | None
     trust_remote_code: bool
+    patched: Path | None
 
     def to(self, out: Path, overwrite: bool) -> Healing:
         held_out = None if self.eval_texts is None else list(self.eval_texts)
@@ -205,7 +226,7 @@ class _Run:
             distillation = None
             if teacher is not None and recipe.distill:
                 distillation = Distillation(model, teacher, self.plan)
-            adapted = add_adapters(model, targets, recipe, _base(self.path))
+            adapted = add_adapters(model, targets, recipe, self._base(out))
             device = input_device(find_layers(model))
 
             def loss() -> Loss:
@@ -230,6 +251,13 @@ class _Run:
                     folder, trained.checkpoint, healing, adapted, tokenizer, held_out
                 )
         return healing
+
+    def _base(self, out: Path) -> str:
+        """The name by which the adapters will find their model, from any folder."""
+        if self.patched is not None:
+            return str(out.absolute() / PATCHED)
+        folder = Path(self.path).expanduser()
+        return str(folder.resolve()) if folder.exists() else self.path
 
     def _load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         device_map: Any = None
@@ -287,6 +315,8 @@ class _Run:
                 )
             else:
                 write_adapters(folder, self.path, checkpoint, healing, tokenizer)
+                if self.patched is not None:
+                    settle(self.patched, folder)
             draw(folder, healing)
             write_file(folder / HEALING_FILE, healing.to_bytes())
             shutil.rmtree(folder.parent / "done", ignore_errors=True)
@@ -338,12 +368,6 @@ def _identity(
     for _ in batches:
         pass
     return batches.identity
-
-
-def _base(path: str) -> str:
-    """A model's name that holds from any folder."""
-    folder = Path(path).expanduser()
-    return str(folder.resolve()) if folder.exists() else path
 
 
 def _check_better(healing: Healing) -> None:

@@ -78,7 +78,6 @@ def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, bas
     modules, parameters = _named(model, targets)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
         r=recipe.rank,
         lora_alpha=recipe.rank,
         lora_dropout=recipe.dropout,
@@ -89,6 +88,7 @@ def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, bas
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that peft uses an old name of transformers
         adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
     count = sum(name.endswith(".lora_A") for name, _ in adapted.named_modules())
     if count != len(targets):
         raise ModelError(

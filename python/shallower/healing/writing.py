@@ -13,13 +13,11 @@ from ..errors import MissingExtraError
 from ..evaluation import evaluate_loss
 from ..exports import CARD_FILE, EXPORT_FILES, adapters_card, healed_card
 from ..figures import healing_curve
+from ..patching import PATCH_FILE
 from ..storage import write_file
 from .merging import Merger
 from .recipe import GLOBAL_BATCH
 from .record import CURVE_FILE, Healing
-
-PATCH_FILE = "shallower_patch.json"
-"""What a patched cut has beside its plan."""
 
 
 def _rows(healing: Healing) -> list[tuple[str, str]]:
