@@ -19,6 +19,7 @@ from .errors import (
     OutputError,
     PatchError,
     PlanError,
+    RecipeError,
     RejectedSamplesWarning,
     ScanError,
     ShallowerError,
@@ -28,6 +29,8 @@ from .errors import (
     TierError,
 )
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
+from .healing.recipe import Recipe
+from .healing.record import Healing
 from .selection import deepest_block
 from .similarity import BootstrappedStart, Scan, analyse_states
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .checkpoint import prune_checkpoint
     from .evaluation import evaluate_loss
     from .figures import save_heat_map
+    from .healing.run import heal, merge
     from .models.loading import load_model
     from .pipeline import compare_cuts, run, scan, verify_checkpoint
     from .pruning import drop_layers, save_model, without_layers
@@ -51,6 +55,8 @@ _NEED_TORCH = {
     "prune_checkpoint": ".checkpoint",
     "evaluate_loss": ".evaluation",
     "save_heat_map": ".figures",
+    "heal": ".healing.run",
+    "merge": ".healing.run",
 }
 
 __all__ = [
@@ -58,6 +64,7 @@ __all__ = [
     "BootstrappedStart",
     "Comparison",
     "Cut",
+    "Healing",
     "InMemoryOnlyError",
     "LayersError",
     "Loss",
@@ -69,6 +76,8 @@ __all__ = [
     "PatchError",
     "Plan",
     "PlanError",
+    "Recipe",
+    "RecipeError",
     "RejectedSamplesWarning",
     "Rejection",
     "Scan",
@@ -86,7 +95,9 @@ __all__ = [
     "deepest_block",
     "drop_layers",
     "evaluate_loss",
+    "heal",
     "load_model",
+    "merge",
     "plan_gguf",
     "prune_checkpoint",
     "prune_gguf",

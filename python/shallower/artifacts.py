@@ -268,7 +268,7 @@ class Plan:
             PlanError: the file is not there, is not JSON, or is no plan.
         """
         try:
-            return cls._from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         except (
@@ -283,7 +283,10 @@ class Plan:
             raise PlanError(f"{path} is not a plan of shallower, or is damaged: {error}") from error
 
     @classmethod
-    def _from_json(cls, data: Mapping[str, Any]) -> "Plan":
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """A plan from plain JSON values; raises ValueError, KeyError, TypeError or an error of
+        ours where they are none.
+        """
         kind, version = of_type(dict, data).get("format"), data.get("version")
         if kind != "shallower.plan" or version != 1:
             raise ValueError(

@@ -96,6 +96,12 @@ class TokenBatches:
         for window in self.windows():
             yield from window
 
+    def token_ids(self) -> Iterator[NDArray[np.int64]]:
+        """The ids of one text after the other, as they come; without those rejected."""
+        while texts := list(islice(self._texts, self._batch_size)):
+            for _, ids in self._tokenise(texts):
+                yield ids
+
     def skip(self, num_texts: int) -> TextsIdentity:
         """Read texts without making batches of them; says what was read."""
         while remaining := num_texts - self.num_texts:

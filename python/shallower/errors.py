@@ -45,6 +45,10 @@ class InMemoryOnlyError(ModelError):
     """A cut that needs the weights in memory: not only whole layers go."""
 
 
+class RecipeError(ShallowerError):
+    """Settings of a healing that are out of range, or do not fit the model."""
+
+
 class PatchError(ShallowerError):
     """A cut that cannot be healed in closed form, or would not be the better for it."""
 

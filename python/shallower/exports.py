@@ -32,6 +32,10 @@ _REASONS = {
     "manual": "named by hand",
 }
 
+_NOT_HEALED = """\
+**This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
+source, at reasoning in steps above all: measure it on your own task, or fine-tune it first."""
+
 _CARD = """\
 ---
 {metadata}---
@@ -40,8 +44,7 @@ _CARD = """\
 
 Whole decoder layers were cut out of `{source}`. They are counted from 0, and ranges are half-open.
 
-**This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
-source, at reasoning in steps above all: measure it on your own task, or fine-tune it first.
+{not_healed}
 
 | | |
 |---|---|
@@ -137,6 +140,7 @@ def exports(
         metadata=_yaml({key: value for key, value in metadata.items() if value is not None}),
         name=_inline(hub_id(source) or Path(source).name or source),
         dropped=ranges(plan.dropped),
+        not_healed=_NOT_HEALED,
         source=_inline(source),
         rows="\n".join(f"| {name} | {_inline(value)} |" for name, value in _rows(plan, losses)),
         command=shlex.join(command),
@@ -155,6 +159,86 @@ def exports(
         MERGEKIT_FILE: _mergekit(plan, source, dtype, gguf),
         PRUNE_LAYERS_FILE: _prune_layers(plan) + "\n",
     }
+
+
+_HEALED = """\
+**This model is healed**: after the cut, {what}
+It is still another model than its source, at reasoning in steps above all: measure it on your own
+task.
+
+| healing | |
+|---|---|
+{rows}"""
+
+_ADAPTERS = """\
+---
+{metadata}---
+
+# Healing of {name}
+
+Low-rank adapters for `{source}`, a model without its layers {dropped}. They belong to that very
+model, and to its plain weights or the same in 4 bits alike.
+
+{healed}
+
+## Loading it
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(".")
+```
+
+`shallower merge . --out healed` folds the adapters into the weights.
+"""
+
+
+def adapters_card(
+    plan: Plan, source: str, source_card: Path, rows: Sequence[tuple[str, str]]
+) -> str:
+    """The card of adapters that heal a cut.
+
+    Args:
+        plan: of the cut.
+        source: the cut model as it was named.
+        source_card: its card, whose license is carried over. It need not be there.
+        rows: what the card says of the healing, by name.
+    """
+    inherited, _ = read_card(source_card)
+    metadata = {
+        "base_model": hub_id(source),
+        "library_name": "peft",
+        **{key: inherited.get(key) for key in _CARRIED_KEYS},
+        "tags": ["shallower", "layer-pruning", "lora"],
+    }
+    return _ADAPTERS.format(
+        metadata=_yaml({key: value for key, value in metadata.items() if value is not None}),
+        name=_inline(hub_id(source) or Path(source).name),
+        source=_inline(source),
+        dropped=ranges(plan.dropped),
+        healed=_healed("low-rank adapters were trained.", rows),
+    )
+
+
+def healed_card(cut_card: Path, rows: Sequence[tuple[str, str]]) -> str:
+    """The card of a cut, once it is healed: the same, but for what it says of healing.
+
+    Args:
+        cut_card: the cut's card. It need not be there.
+        rows: what the card says of the healing, by name.
+    """
+    text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
+    healed = _healed("low-rank adapters were trained and merged into its weights.", rows)
+    if _NOT_HEALED in text:
+        return text.replace(_NOT_HEALED, healed, 1)
+    front = _FRONT_MATTER.match(text)
+    end = front.end() if front else 0
+    return f"{text[:end]}\n{healed}\n{text[end:]}"
+
+
+def _healed(what: str, rows: Sequence[tuple[str, str]]) -> str:
+    lines = "\n".join(f"| {name} | {_inline(value)} |" for name, value in rows)
+    return _HEALED.format(what=what, rows=lines)
 
 
 def export_path(gguf: Path, name: str) -> Path:

@@ -1,4 +1,6 @@
-"""The heat map of a scan (2403.17887, fig. 4). The one room that knows matplotlib."""
+"""The heat map of a scan (2403.17887, fig. 4) and the curve of a healing. The one room that knows
+matplotlib.
+"""
 
 import io
 from importlib.util import find_spec
@@ -8,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import LayersError, MissingExtraError
+from .healing.record import Healing
 from .similarity import Scan
 from .storage import write_file
 
@@ -32,10 +35,10 @@ def rescale_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return (rows - least) / np.where(spread > 0, spread, 1)
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(purpose: str = "drawing the heat map") -> None:
     """Raise MissingExtraError where there is no matplotlib."""
     if find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", "figures", "drawing the heat map")
+        raise MissingExtraError("matplotlib", "figures", purpose)
 
 
 def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
@@ -80,3 +83,51 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_file(Path(path), buffer.getvalue())
+
+
+def smoothed(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:
+    """Exponential moving average without the pull of its start: the weighted mean so far."""
+    sums = norms = 0.0
+    means = []
+    for value in values:
+        sums, norms = weight * sums + value, weight * norms + 1.0
+        means.append(sums / norms)
+    return np.array(means)
+
+
+def healing_curve(healing: Healing) -> bytes:
+    """The losses of a healing over its steps, as PNG: training, smoothed, and held-out with its
+    standard error; lines for the cut and the uncut model.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require_matplotlib("drawing the curve of a healing")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    steps = [step.step for step in healing.steps]
+    losses = np.array([step.loss for step in healing.steps])
+    axes.plot(steps, losses, color="0.8", linewidth=0.8)
+    weight = min(0.98, max(0.5, 1 - 10 / max(1, len(losses))))
+    axes.plot(steps, smoothed(losses, weight), color="0.5", label="training, smoothed")
+    if healing.held_out:
+        at = [measured.step for measured in healing.held_out]
+        nats = np.array([measured.loss.nats for measured in healing.held_out])
+        error = np.nan_to_num([measured.loss.stderr for measured in healing.held_out])
+        axes.plot(at, nats, "o-", color="crimson", label="held out ± standard error")
+        axes.fill_between(at, nats - error, nats + error, color="crimson", alpha=0.15, linewidth=0)
+    lines = (("before healing", healing.before, "--"), ("uncut", healing.original, ":"))
+    for label, loss, style in lines:
+        if loss is not None:
+            axes.axhline(loss.nats, color="black", linestyle=style, linewidth=1, label=label)
+    axes.set_xlabel("steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("loss, nats a token")
+    axes.set_title(f"{healing.model.name}, step {healing.best_step} kept")
+    axes.legend(loc="upper right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

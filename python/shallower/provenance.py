@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("shallower", "torch", "transformers", "bitsandbytes", "numpy")
+PACKAGES = ("shallower", "torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
 def versions() -> dict[str, str]:

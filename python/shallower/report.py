@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from .artifacts import Block, Comparison, Plan, blocks_of
+from .healing.record import Healing
 from .similarity import BootstrappedStart, Scan
 
 
@@ -70,6 +71,25 @@ def _score(block: Block, metric: str | None) -> str:
     if block.score is None:
         return ""
     return f"{metric or 'distance'} {with_error(block.score, block.stderr)}"
+
+
+def healing_table(healing: Healing) -> Table:
+    """Held-out loss over the steps of a healing, and what of the cut's damage is undone."""
+    title = f"healing: {len(healing.steps)} steps, step {healing.best_step} kept"
+    if healing.recovered is not None:
+        title += f", {100 * healing.recovered:.0f} % of the lost nats recovered"
+    table = Table(title=title)
+    table.add_column("step", justify="right")
+    table.add_column("held-out loss ± error", no_wrap=True)
+    table.add_column("training loss", no_wrap=True)
+    training = {step.step: f"{step.loss:.3f}" for step in healing.steps}
+    rows = {measured.step: str(measured.loss) for measured in healing.held_out}
+    rows = rows or {healing.best_step: ""}
+    for step, loss in rows.items():
+        table.add_row(str(step), loss, training.get(step, ""))
+    if healing.original:
+        table.add_row("uncut", str(healing.original), "")
+    return table
 
 
 def comparison_table(comparison: Comparison) -> Table:

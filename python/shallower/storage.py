@@ -128,9 +128,9 @@ def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[
             check_free(path, overwrite)
             with _refusing(path):
                 _settle(folder)
-                _flush(folder)
+                flush_folder(folder)
                 _put(folder, path)
-                _flush(path.absolute().parent)
+                flush_folder(path.absolute().parent)
         finally:
             if not folder.is_dir() or not any(folder.iterdir()):
                 shutil.rmtree(work, ignore_errors=True)
@@ -233,7 +233,8 @@ def _settle(folder: Path) -> None:
                 os.fsync(opened.fileno())
 
 
-def _flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Put the names in a folder on disk; its files are flushed by whoever writes them."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -13,6 +13,7 @@ import typer
 from .. import __version__
 from ..errors import ShallowerError
 from .evaluate import eval_command
+from .heal import heal_command, merge_command
 from .info import info_command
 from .output import warn
 from .plan import plan_command
@@ -34,6 +35,12 @@ for _name, _command, _example in (
     ("plan", plan_command, "scans/smol --n 8 --out plans/smol-8"),
     ("prune", prune_command, "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut"),
     ("eval", eval_command, "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20"),
+    (
+        "heal",
+        heal_command,
+        "cut --texts c4.jsonl --eval-texts c4_eval.jsonl --steps 200 --out healed --merge",
+    ),
+    ("merge", merge_command, "adapters --out healed"),
     (
         "run",
         run_command,

@@ -55,18 +55,23 @@ def load(
     trust_remote_code: bool,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a model as the options say, on the GPUs if there are any."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    quiet()
     import torch
-    from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     from ..models.loading import load_model
 
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
     return load_model(model, dtype, device_map, gguf_file, trust_remote_code)
+
+
+def quiet() -> None:
+    """No bars of other packages where nobody looks."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def wanted_plan(model: str, drop: str | None, plan: Path | None, num_layers: int) -> Plan:

@@ -44,6 +44,18 @@ def keep_exact(model: PreTrainedModel) -> None:
             module.register_state_dict_post_hook(_Restore(state))
 
 
+def keep_unpacked(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU, before the first forward.
+
+    A repacked weight has rounded scales, and its product no derivative: a model that is trained
+    after an evaluation would get no gradient through it, with no more than a warning.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 class _Restore:
     """Puts the quantisation state of one weight back as it was loaded."""
 

@@ -1,0 +1,435 @@
+"""The training: transformers' Trainer over peft's adapters, resumable at any moment.
+
+Steps, order and random numbers depend on the recipe and the
+checkpoint alone, so that a resumed run ends with the bits of an uninterrupted one on the CPU.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ..artifacts import Loss
+from ..errors import ModelError, OutputError
+from ..models.feed_forward import Targets
+from ..progress import Advance
+from . import checkpoints
+from .losses import Distillation, summed_loss
+from .recipe import GLOBAL_BATCH, Resolved
+from .record import Measured, Step
+from .samples import Samples, collate, order
+
+SECONDS_BETWEEN_CHECKPOINTS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How a training went.
+
+    Attributes:
+        steps: training loss and rate, step by step.
+        held_out: held-out losses and the steps that they were measured after.
+        best_step: the step whose adapters are kept.
+        checkpoint: the folder that holds them.
+        tokens_per_second: of the training alone, since this process began; None if it had
+            nothing left to do.
+    """
+
+    steps: tuple[Step, ...]
+    held_out: tuple[Measured, ...]
+    best_step: int
+    checkpoint: Path
+    tokens_per_second: float | None
+
+
+def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, base: str) -> Any:
+    """Freeze a model and put adapters on it, float32; gives peft's model around it.
+
+    Args:
+        model: quantised or not.
+        targets: what to adapt.
+        recipe: its rank is alpha as well.
+        base: the name that the adapters remember their model by.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(recipe.seed)
+    modules, parameters = _named(model, targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        lora_alpha=recipe.rank,
+        lora_dropout=recipe.dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        fan_in_fan_out=targets.transposed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that peft uses an old name of transformers
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    count = sum(name.endswith(".lora_A") for name, _ in adapted.named_modules())
+    if count != len(targets):
+        raise ModelError(
+            f"peft put adapters on {count} weights of {type(model).__name__}, not on the "
+            f"{len(targets)} of its feed-forward parts: try plain weights (dtype, --dtype bfloat16)"
+        )
+    module: Any
+    for module in adapted.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast does, in bfloat16
+    return adapted
+
+
+def _named(model: PreTrainedModel, targets: Targets) -> tuple[list[str], list[str]]:
+    """The targets as peft takes them, modules and parameters.
+
+    In models with fused experts peft takes ``gate_proj`` and the like for what experts were named
+    in transformers 4, wherever it stands; so plain weights are all named as parameters there.
+    """
+    if not targets.parameters:
+        return list(targets.modules), []
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in targets.modules}
+    plain = [name for name, weight in weights.items() if _is_plain(weight)]
+    rest = [name for name in targets.modules if name not in plain]
+    return rest, [*targets.parameters, *(f"{name}.weight" for name in plain)]
+
+
+def _is_plain(weight: Any) -> bool:
+    return isinstance(weight, torch.Tensor) and weight.is_floating_point()
+
+
+def computing(recipe: Resolved, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Products in bfloat16 with adapters in float32, unless the recipe is float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype != "float32")
+
+
+def train(
+    model: Any,
+    samples: Samples,
+    recipe: Resolved,
+    folder: Path,
+    held_out: Callable[[], Loss] | None,
+    distillation: Distillation | None,
+    advance: Advance,
+) -> Trained:
+    """Train the adapters of a model, going on from what ``folder`` holds.
+
+    Args:
+        model: of :func:`add_adapters`.
+        samples: to train on.
+        recipe: the settings.
+        folder: for checkpoints; with several processes, one that all of them see.
+        held_out: measures the held-out loss of the model as it is; None to measure nothing.
+        distillation: added to the loss with the recipe's weight.
+        advance: is told of every step.
+
+    Raises:
+        ModelError: the loss is not finite.
+        OutputError: a checkpoint cannot be written.
+    """
+    with _kept_global_state():
+        cuda = torch.cuda.is_available()
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulation(world),
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=recipe.warmup_steps,
+            weight_decay=0.0,
+            optim="paged_adamw_32bit"
+            if cuda and recipe.dtype in ("nf4", "int8")
+            else "adamw_torch",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if held_out else "no",
+            eval_steps=recipe.eval_every,
+            save_strategy="steps",
+            save_steps=recipe.eval_every,
+            metric_for_best_model="loss" if held_out else None,
+            greater_is_better=False,
+            train_sampling_strategy="sequential",
+            full_determinism=True,
+            seed=recipe.seed,
+            activation_checkpointing=recipe.recompute,
+            activation_checkpointing_kwargs={"use_reentrant": False} if recipe.recompute else None,
+            remove_unused_columns=False,
+            dataloader_pin_memory=cuda,
+            label_names=["labels"],
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=not cuda,
+        )
+        taken = order(len(samples), recipe.steps * GLOBAL_BATCH, recipe.seed)
+        lengths = np.array([len(row) for row in samples.rows])
+        clock = _Clock(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), advance)
+        keeper = _Keeper()
+        trainer = _Trainer(
+            model, arguments, _Taken(samples, taken), recipe, held_out, distillation,
+            [clock, keeper, _Guard()],
+        )  # fmt: skip
+        if trainer.args.should_save:
+            checkpoints.discard_incomplete(folder)
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = checkpoints.last(folder)
+        keeper.trainer = trainer
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_about_writing(error):
+                raise
+            raise OutputError(f"cannot write a checkpoint of the healing: {error}") from error
+        return _trained(trainer, folder, clock)
+
+
+_WRITING = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream",
+    "unexpected pos",
+    "No space left",
+)
+"""Words of what torch raises where a file cannot be written; it has no class of its own."""
+
+
+def _is_about_writing(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return True
+    return any(word in str(error) for word in _WRITING)
+
+
+@contextmanager
+def _kept_global_state() -> Iterator[None]:
+    """Put back what the Trainer changes for the whole process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    names = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
+    environment = {name: os.environ.get(name) for name in names}
+    logger = logging.getLogger("transformers.trainer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _Taken(torch.utils.data.Dataset[NDArray[np.uint32]]):
+    """The samples in the order that they are taken, all steps one after the other."""
+
+    def __init__(self, samples: Samples, taken: NDArray[np.int64]) -> None:
+        self._samples, self._taken = samples, taken
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def __getitem__(self, index: int) -> NDArray[np.uint32]:
+        return self._samples.rows[self._taken[index]]
+
+
+def _collate(rows: Sequence[NDArray[np.uint32]]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values) for name, values in collate(rows)}
+
+
+class _Trainer(Trainer):
+    """The Trainer with our losses, held-out and of training, and our arithmetic."""
+
+    def __init__(
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        dataset: _Taken,
+        recipe: Resolved,
+        held_out: Callable[[], Loss] | None,
+        distillation: Distillation | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=_collate,
+            train_dataset=dataset,
+            eval_dataset=dataset if held_out else None,  # never read: see evaluate
+            compute_loss_func=_mean_loss,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self._recipe, self._held_out, self._distillation = recipe, held_out, distillation
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(computing(self._recipe, self.args.device))
+        return stack
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+    ) -> Any:
+        inputs = {**inputs, "use_cache": False}
+        if self._distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, **options)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with self._distillation.watching():
+            loss = super().compute_loss(model, inputs, False, **options)
+        # As many tokens are matched as are predicted, so both have the same divisor.
+        scale = self._recipe.distill * self.accelerator.num_processes
+        return loss + scale * self._distillation.summed(ids, mask) / options["num_items_in_batch"]
+
+    def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
+        assert self._held_out is not None
+        loss = self._held_out()
+        metrics = {"eval_loss": loss.nats, **{f"held_out_{k}": v for k, v in _flat(loss).items()}}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+def _flat(loss: Loss) -> dict[str, Any]:
+    return {name: getattr(loss, name) for name in Loss.__slots__}
+
+
+def _mean_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
+) -> torch.Tensor:
+    return summed_loss(outputs["logits"], labels) / num_items_in_batch
+
+
+class _Clock(TrainerCallback):
+    """Times the steps, and tells of them."""
+
+    def __init__(self, tokens: NDArray[np.int64], advance: Advance) -> None:
+        self._tokens, self._advance = tokens, advance
+        self._began = 0.0
+        self.seconds, self.trained = 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._advance(state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.trained += int(self._tokens[state.global_step - 1])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            speed = self.trained / max(self.seconds, 1e-9)
+            self._advance(1, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+
+
+class _Guard(TrainerCallback):
+    """Stops a training that went astray."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
+            raise ModelError(
+                f"the training loss is {logs['loss']} at step {state.global_step}: lower the "
+                f"learning rate (learning_rate, --learning-rate)"
+            )
+
+
+class _Keeper(TrainerCallback):
+    """Asks for the measurement before the first step and for checkpoints between the regular
+    ones; marks what is complete, and deletes what nobody needs.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: _Trainer | None = None
+        self._saved = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.trainer and state.global_step == 0 and args.eval_strategy != "no":
+            self.trainer.evaluate()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # Several processes would not agree on the time.
+        if args.world_size == 1 and time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
+            control.should_save = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.trainer:
+            self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            folder = Path(str(args.output_dir))
+            checkpoints.mark_complete(checkpoints.of_step(folder, state.global_step))
+            checkpoints.keep(folder, {state.global_step, state.best_global_step or 0})
+        self._saved = time.monotonic()
+
+
+def _trained(trainer: _Trainer, folder: Path, clock: _Clock) -> Trained:
+    history: list[dict[str, Any]] = trainer.state.log_history
+    steps = tuple(
+        Step(entry["step"], entry["loss"], entry["learning_rate"])
+        for entry in history
+        if "loss" in entry
+    )
+    held_out = tuple(
+        Measured(
+            entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in Loss.__slots__})
+        )
+        for entry in history
+        if "eval_loss" in entry
+    )
+    best = trainer.state.best_global_step or trainer.state.global_step
+    speed = clock.trained / clock.seconds if clock.trained else None
+    return Trained(steps, held_out, best, checkpoints.of_step(folder, best), speed)
