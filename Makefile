@@ -12,7 +12,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find r
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo families test test-rust test-python test-slow fuzz lint format bench bench-check wheel clean
+.PHONY: demo families test test-rust test-python test-slow fuzz sanitize lint format bench bench-check wheel clean
 
 demo: $(VENV)/.installed  ## Scan, cut and measure a real model; results in shallower-demo/
 	$(BIN)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
@@ -31,6 +31,11 @@ test-slow: $(VENV)/.test  ## The minutes-long tests too, with more examples
 
 fuzz:  ## The parsers of headers, indexes and GGUF files, for FUZZ_SECONDS
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --locked --profile fuzz --test fuzz -- --nocapture
+
+# The sanitizer is not stable, but it is in the stable toolchain.
+sanitize:  ## The core's tests with every access to memory checked, and the parsers struck for a while
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) cargo test --locked --quiet \
+		--lib --tests --no-fail-fast --target $(shell rustc --print host-tuple) --target-dir target/sanitize
 
 lint: $(VENV)/.lint
 	cargo fmt --check
