@@ -39,8 +39,9 @@ from shallower import (
     _reference,
     analyse_states,
 )
+from shallower.accumulation import ScanBuilder
 from shallower.report import scan_table
-from shallower.similarity import FORMAT, NORMS, ScanBuilder, _digest
+from shallower.similarity import FORMAT, NORMS, _digest
 from test_artifacts import JSON, damaged
 
 ANGULAR_TOLERANCE = 1e-7
@@ -379,7 +380,7 @@ def test_copying_in_small_parts_gives_the_same_bits(monkeypatch):
     strided = np.repeat(states, 2, axis=2)[..., ::2]
     with pytest.warns(RejectedSamplesWarning):
         plain = analyse_states(states)
-    monkeypatch.setattr("shallower.similarity.CHUNK_BYTES", 7 * states[0].nbytes)
+    monkeypatch.setattr("shallower.accumulation.CHUNK_BYTES", 7 * states[0].nbytes)
     with pytest.warns(RejectedSamplesWarning):
         parts = analyse_states(strided)
     assert bits(parts) == bits(plain)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._core import __version__
+from .accumulation import analyse_states
 from .artifacts import Block, Comparison, Cut, Loss, ModelIdentity, Plan, Rejection, TextsIdentity
 from .errors import (
     InMemoryOnlyError,
@@ -28,7 +29,7 @@ from .errors import (
 )
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
 from .selection import deepest_block
-from .similarity import BootstrappedStart, Scan, analyse_states
+from .similarity import BootstrappedStart, Scan
 
 if TYPE_CHECKING:
     from .checkpoint import prune_checkpoint

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .accumulation import ScanBuilder
 from .artifacts import (
     CHECKPOINT_FOLDER,
     PARTIAL_FILE,
@@ -34,7 +35,7 @@ from .models.loading import load_model, load_weights
 from .progress import track
 from .pruning import save_model, without_layers
 from .selection import check_size, deepest_block
-from .similarity import Scan, ScanBuilder
+from .similarity import Scan
 from .storage import check_free, write_file
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0

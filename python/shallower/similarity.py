@@ -1,4 +1,4 @@
-"""How alike the layers are: the scan, its storage, and scans of stored states.
+"""How alike the layers are: the scan, and its storage.
 
 Sees the Rust core and NumPy, no torch and no model. The core holds exact integer sums, so
 a scan has the same bits at any number of threads, and merging is associative to the bit.
@@ -6,8 +6,6 @@ a scan has the same bits at any number of threads, and merging is associative to
 
 import hashlib
 import json
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,20 +22,11 @@ from .artifacts import (
     Plan,
     Rejection,
     TextsIdentity,
-    describe_rejections,
     from_fields,
     layer_number,
     of_type,
 )
-from .cka import CkaBatches, check_batch
-from .errors import (
-    LayersError,
-    MetricError,
-    RejectedSamplesWarning,
-    ScanError,
-    StatesError,
-    ThreadsError,
-)
+from .errors import LayersError, MetricError, ScanError, StatesError, ThreadsError
 from .selection import check_plan, check_size
 from .storage import write_file
 
@@ -46,9 +35,6 @@ FORMAT = "shallower.scan.2"
 
 NORMS = "norms"
 """The name of the norms' sums beside those of the metrics."""
-
-CHUNK_BYTES = 64 << 20
-"""How much of an array goes to the core at a time."""
 
 MAX_THREADS = 4096
 
@@ -473,12 +459,12 @@ class Scan:
             [rejection for scan in scans for rejection in scan.rejections],
             first.model,
             tuple(texts for scan in scans for texts in scan.texts),
-            _joined([scan._samples for scan in scans]),
+            joined([scan._samples for scan in scans]),
             _added(first.num_layers + 1, [scan._cka for scan in scans]),
         )
 
 
-def _joined(parts: Sequence[Samples | None]) -> Samples | None:
+def joined(parts: Sequence[Samples | None]) -> Samples | None:
     """The samples of all parts; none, unless all have them."""
     kept = [part for part in parts if part is not None]
     if len(kept) < len(parts):
@@ -518,197 +504,8 @@ def check_threads(threads: int | None) -> None:
         raise ThreadsError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
 
 
-class ScanBuilder:
-    """A scan in the making: states go in batch by batch, and a :class:`Scan` comes out.
-
-    Args:
-        num_states: L+1.
-        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
-        threads: threads of the core, all by default.
-        model: the model that the states come from.
-        keep_samples: keep the values of single samples as well.
-        cka_batch: samples in a minibatch for CKA, if that is wanted.
-
-    Raises:
-        MetricError, StatesError, ThreadsError: what the arguments say cannot be done.
-    """
-
-    def __init__(
-        self,
-        num_states: int,
-        metrics: Sequence[str],
-        threads: int | None = None,
-        model: ModelIdentity | None = None,
-        keep_samples: bool = False,
-        cka_batch: int | None = None,
-    ) -> None:
-        names = check_metrics(metrics)
-        check_threads(threads)
-        if cka_batch is not None:
-            check_batch(cka_batch)
-        self._accumulator = Accumulator(num_states, names, threads)
-        self._rejections: list[Rejection] = []
-        self._samples: list[Samples] = []
-        self._keep_samples = keep_samples
-        self._model = model
-        self._cka = None if cka_batch is None else CkaBatches(num_states, cka_batch, threads)
-
-    def add(
-        self, states: Any, samples: Sequence[int] | NDArray[np.int64], state_first: bool = False
-    ) -> None:
-        """Add a C-contiguous batch, (B, L+1, D), or (L+1, B, D) if ``state_first``.
-
-        ``samples`` are the (B,) indices by which rejected samples are named.
-        """
-        accumulator, array = self._accumulator, as_array(states)
-        rejected, kept = accumulator.update(array, state_first, self._keep_samples)
-        if self._cka is not None:
-            by_sample = array.transpose(1, 0, 2) if state_first else array
-            self._cka.add(by_sample, [sample for sample, _, _ in rejected])
-        if kept is not None:
-            self._samples.append(dict(zip(accumulator.metrics, kept, strict=True)))
-        for sample, state, reason in rejected:
-            self._rejections.append(Rejection(int(samples[sample]), f"state {state} {reason}"))
-
-    def resume(self, before: Scan, texts: TextsIdentity) -> None:
-        """Take over an interrupted scan of the same model and metrics, and of ``texts``.
-
-        Raises:
-            ScanError: it is of another model, of other metrics or of other texts.
-        """
-        if before.model != self._model or before.metrics != tuple(self._accumulator.metrics):
-            raise ScanError(
-                f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "
-                f"{', '.join(self._accumulator.metrics)}"
-            )
-        if before.texts != (texts,):
-            raise ScanError("it is of other texts")
-        if before.keeps_samples != self._keep_samples:
-            kept = "keeps" if before.keeps_samples else "does not keep"
-            raise ScanError(f"it {kept} the values of single samples")
-        if before._samples is not None:
-            self._samples.append(before._samples)
-        self._accumulator.merge(before._accumulator)
-        self._rejections += before.rejections
-
-    def reject(self, count: int, rejections: Sequence[Rejection]) -> None:
-        """Count samples that never became states, the first of them by name."""
-        self._accumulator.reject(count)
-        self._rejections += rejections
-
-    def so_far(self, texts: TextsIdentity) -> Scan:
-        """The scan as it stands, to be saved and resumed."""
-        return self._scan(self._rejections, (texts,), None)
-
-    def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
-        """The scan; warns of rejected samples.
-
-        Raises:
-            StatesError: no sample was accepted.
-        """
-        accepted, rejected = self._accumulator.count, self._accumulator.rejected
-        named = sorted(self._rejections, key=lambda rejection: rejection.sample)
-        if rejected:
-            described = describe_rejections(rejected, accepted + rejected, named)
-            if not accepted:
-                raise StatesError(f"there is nothing to compare: {described}")
-            warnings.warn(described, RejectedSamplesWarning, stacklevel=3)
-        elif not accepted:
-            raise StatesError("there are no samples to compare")
-        return self._scan(named, texts, self._cka.finish() if self._cka else None)
-
-    def _scan(
-        self,
-        rejections: Sequence[Rejection],
-        texts: tuple[TextsIdentity, ...],
-        cka: Cka | None,
-    ) -> Scan:
-        samples = _joined(self._samples) if self._samples else None
-        return Scan(self._accumulator, rejections, self._model, texts, samples, cka)
-
-
-def analyse_states(
-    states: Any,
-    metrics: Sequence[str] = ("angular",),
-    threads: int | None = None,
-    keep_samples: bool = False,
-    cka_batch: int | None = None,
-) -> Scan:
-    """Compare stored hidden states, without a model.
-
-    Args:
-        states: (samples, L+1, D), a NumPy array or a torch tensor on the CPU, of float32,
-            float16, bfloat16 or float64; an array of uint16 is read as bfloat16 bits. Read
-            in place if C-contiguous as (samples, L+1, D) or (L+1, samples, D), else copied
-            64 MiB at a time.
-        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
-        threads: threads of the core, all by default.
-        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
-            times samples times L(L+1)/2 a metric, in memory and in the file: 22 MB for
-            10,000 samples of 33 layers.
-        cka_batch: also find linear CKA, from minibatches of so many consecutive samples, 4 to
-            1024; a last one of fewer than 4 is left out. See :attr:`Scan.cka`.
-
-    Raises:
-        StatesError: wrong shape or dtype, no samples, or none that can be compared. Single
-            samples with NaN, infinity or zero vectors are counted and named in the result,
-            with a warning.
-        MetricError: an unknown metric, or one named twice.
-        ThreadsError: ``threads`` is less than 1.
-    """
-    array = as_array(states)
-    if array.ndim != 3:
-        raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
-    if len(array) == 0:
-        raise StatesError("there are no samples to compare")
-    builder = ScanBuilder(array.shape[1], metrics, threads, None, keep_samples, cka_batch)
-    for start, chunk, state_first in _readable(array):
-        builder.add(chunk, range(start, len(array)), state_first)
-    return builder.finish()
-
-
 def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(name.encode() + array.tobytes())
     return digest.hexdigest()
-
-
-def as_array(states: Any) -> NDArray[Any]:
-    """A NumPy view of ``states``; bfloat16 becomes uint16 bits. Never copies a CPU tensor.
-
-    Raises:
-        StatesError: neither an array nor a dense tensor on the CPU.
-    """
-    if isinstance(states, np.ndarray):
-        array = states
-    elif "torch" in sys.modules and isinstance(states, sys.modules["torch"].Tensor):
-        if states.device.type != "cpu":
-            raise StatesError(f"states on {states.device}: bring them to the CPU first")
-        tensor = states.detach()
-        try:
-            if str(tensor.dtype) == "torch.bfloat16":
-                tensor = tensor.view(sys.modules["torch"].uint16)
-            array = tensor.numpy()
-        except (TypeError, RuntimeError) as error:
-            raise StatesError(
-                f"states of dtype {states.dtype}, layout {states.layout} cannot be read: {error}"
-            ) from error
-    else:
-        raise StatesError(f"states must be a NumPy array or a torch tensor, got {type(states)}")
-    if array.dtype.name == "bfloat16":
-        array = array.view(np.uint16)
-    if array.dtype.newbyteorder("=") != array.dtype:
-        raise StatesError(f"states of dtype {array.dtype}: expected the machine's byte order")
-    return array
-
-
-def _readable(array: NDArray[Any]) -> Iterable[tuple[int, NDArray[Any], bool]]:
-    """Parts that the core can read: (first sample, part, whether the state axis is first)."""
-    if array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous:
-        yield 0, array.transpose(1, 0, 2), True
-        return
-    step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        yield start, np.require(part, requirements=["C", "A"]), False
