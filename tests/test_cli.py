@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -295,12 +295,36 @@ def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
     blocks = [scanned.best_block(n) for n in range(1, 6)]
     assert done.json == {
         "num_layers": 6,
+        "positions": "last",
         "num_samples": 24,
+        "num_sequences": 24,
         "num_rejected": 0,
         "rejections": [],
         "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
         "written": ["out/scan.safetensors", "out/heat_map.png"],
     }
+
+
+def test_scan_compares_the_tokens_that_are_named(shallower, tiny, jsonl, folder):
+    out = folder / "out" / "scan.safetensors"
+    for name, described in [("random:2", "random:2, seed 7"), ("last:2", "last:2"), ("all", "all")]:
+        command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--positions", name]
+        command += ["--seed", 7, "--overwrite"]
+        said = shallower(*command, "--dry-run").out
+        assert f"positions: {described}" in said
+        done = shallower(*command, "--json").json
+        scanned = Scan.load(out)
+        assert done["positions"] == str(scanned.positions) == described
+        assert done["num_samples"] == scanned.num_samples > 24 == done["num_sequences"]
+        if name != "all":
+            assert scanned.num_samples == 48
+        title = f"{scanned.num_samples} tokens of 24 sequences; positions {described}"
+        assert title in " ".join(shallower(*command).out.split())
+        plan = shallower("plan", "out", "--n", 2, "--json").json
+        assert plan["positions"] == asdict(scanned.positions)
+    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "new", "--positions", "first")
+    assert refused.status != 0
+    assert "last, last:K, random:K or all" in refused.err
 
 
 def test_scan_of_one_sample_has_no_error_and_still_prints_json(shallower, tiny, jsonl):

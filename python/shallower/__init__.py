@@ -19,6 +19,7 @@ from .errors import (
     ModelError,
     OutputError,
     PlanError,
+    PositionsError,
     RejectedSamplesWarning,
     ScanError,
     ShallowerError,
@@ -28,6 +29,7 @@ from .errors import (
     TierError,
 )
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
+from .positions import Positions
 from .selection import deepest_block
 from .similarity import BootstrappedStart, Scan
 
@@ -68,6 +70,8 @@ __all__ = [
     "OutputError",
     "Plan",
     "PlanError",
+    "Positions",
+    "PositionsError",
     "RejectedSamplesWarning",
     "Rejection",
     "Scan",

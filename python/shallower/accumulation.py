@@ -9,16 +9,26 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ._core import Accumulator, Cka
-from .artifacts import ModelIdentity, Rejection, TextsIdentity, describe_rejections
+from .artifacts import (
+    NAMED_REJECTIONS,
+    ModelIdentity,
+    Rejection,
+    TextsIdentity,
+    describe_rejections,
+)
 from .cka import CkaBatches, check_batch
 from .errors import RejectedSamplesWarning, ScanError, StatesError
+from .positions import Positions
 from .similarity import Samples, Scan, check_metrics, check_threads, joined
 
 CHUNK_BYTES = 64 << 20
 """How much of an array goes to the core at a time."""
+
+MANY_REJECTIONS = 10_000
+"""Rejected samples that wait to be named, before all but the first are forgotten."""
 
 
 class ScanBuilder:
@@ -31,6 +41,7 @@ class ScanBuilder:
         model: the model that the states come from.
         keep_samples: keep the values of single samples as well.
         cka_batch: samples in a minibatch for CKA, if that is wanted.
+        positions: which tokens of a text the samples are, if they are.
 
     Raises:
         MetricError, StatesError, ThreadsError: what the arguments say cannot be done.
@@ -44,6 +55,7 @@ class ScanBuilder:
         model: ModelIdentity | None = None,
         keep_samples: bool = False,
         cka_batch: int | None = None,
+        positions: Positions | None = None,
     ) -> None:
         names = check_metrics(metrics)
         check_threads(threads)
@@ -54,36 +66,67 @@ class ScanBuilder:
         self._samples: list[Samples] = []
         self._keep_samples = keep_samples
         self._model = model
+        self._positions = positions
         self._cka = None if cka_batch is None else CkaBatches(num_states, cka_batch, threads)
 
     def add(
-        self, states: Any, samples: Sequence[int] | NDArray[np.int64], state_first: bool = False
+        self,
+        states: Any,
+        samples: Sequence[int] | NDArray[np.int64],
+        state_first: bool = False,
+        sequences: NDArray[np.int64] | None = None,
     ) -> None:
         """Add a C-contiguous batch, (B, L+1, D), or (L+1, B, D) if ``state_first``.
 
-        ``samples`` are the (B,) indices by which rejected samples are named.
+        ``samples`` are the (B,) indices by which rejected samples are named. ``sequences``,
+        (B,) int64, says which of them are of one sequence: neighbours with the same number.
+        One goes on in the next batch if that begins with its number.
+
+        Raises:
+            StatesError: a sequence has more than 2**20 samples.
         """
         accumulator, array = self._accumulator, as_array(states)
-        rejected, kept = accumulator.update(array, state_first, self._keep_samples)
+        rejected, kept, goes_on = accumulator.update(
+            array, state_first, self._keep_samples, sequences
+        )
         if self._cka is not None:
             by_sample = array.transpose(1, 0, 2) if state_first else array
             self._cka.add(by_sample, [sample for sample, _, _ in rejected])
+        if goes_on and kept is not None:
+            self._drop_last_kept()
         if kept is not None:
             self._samples.append(dict(zip(accumulator.metrics, kept, strict=True)))
         for sample, state, reason in rejected:
-            self._rejections.append(Rejection(int(samples[sample]), f"state {state} {reason}"))
+            token = ""
+            if sequences is not None and self._positions is not None:
+                first = int(np.argmax(sequences == sequences[sample]))
+                token = f" of compared token {sample - first}"
+            self._rejections.append(
+                Rejection(int(samples[sample]), f"state {state}{token} {reason}")
+            )
+        if len(self._rejections) > MANY_REJECTIONS:
+            self._rejections = _first(self._rejections)[:NAMED_REJECTIONS]
+
+    def _drop_last_kept(self) -> None:
+        """Forget the sum over a sequence that has gone on since."""
+        while not all(map(len, self._samples[-1].values())):
+            self._samples.pop()
+        last = self._samples.pop()
+        self._samples.append({metric: sums[:-1] for metric, sums in last.items()})
 
     def resume(self, before: Scan, texts: TextsIdentity) -> None:
-        """Take over an interrupted scan of the same model and metrics, and of ``texts``.
+        """Take over an interrupted scan of the same model, metrics and positions, and of ``texts``.
 
         Raises:
-            ScanError: it is of another model, of other metrics or of other texts.
+            ScanError: it is of another model, of other metrics, positions or texts.
         """
         if before.model != self._model or before.metrics != tuple(self._accumulator.metrics):
             raise ScanError(
                 f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "
                 f"{', '.join(self._accumulator.metrics)}"
             )
+        if before.positions != self._positions:
+            raise ScanError(f"it is of the positions {before.positions}, not {self._positions}")
         if before.texts != (texts,):
             raise ScanError("it is of other texts")
         if before.keeps_samples != self._keep_samples:
@@ -110,7 +153,7 @@ class ScanBuilder:
             StatesError: no sample was accepted.
         """
         accepted, rejected = self._accumulator.count, self._accumulator.rejected
-        named = sorted(self._rejections, key=lambda rejection: rejection.sample)
+        named = _first(self._rejections)
         if rejected:
             described = describe_rejections(rejected, accepted + rejected, named)
             if not accepted:
@@ -127,7 +170,13 @@ class ScanBuilder:
         cka: Cka | None,
     ) -> Scan:
         samples = joined(self._samples) if self._samples else None
-        return Scan(self._accumulator, rejections, self._model, texts, samples, cka)
+        return Scan(
+            self._accumulator, rejections, self._model, texts, samples, cka, self._positions
+        )
+
+
+def _first(rejections: list[Rejection]) -> list[Rejection]:
+    return sorted(rejections, key=lambda rejection: rejection.sample)
 
 
 def analyse_states(
@@ -136,6 +185,7 @@ def analyse_states(
     threads: int | None = None,
     keep_samples: bool = False,
     cka_batch: int | None = None,
+    sequences: ArrayLike | None = None,
 ) -> Scan:
     """Compare stored hidden states, without a model.
 
@@ -151,6 +201,10 @@ def analyse_states(
             10,000 samples of 33 layers.
         cka_batch: also find linear CKA, from minibatches of so many consecutive samples, 4 to
             1024; a last one of fewer than 4 is left out. See :attr:`Scan.cka`.
+        sequences: (samples,) integers, which sequence a sample is of, if several are of one:
+            tokens of a text, say. Those of one sequence must follow each other. Standard
+            errors are then clustered, and kept samples are sums over sequences. Every sample
+            is its own sequence by default.
 
     Raises:
         StatesError: wrong shape or dtype, no samples, or none that can be compared. Single
@@ -164,10 +218,40 @@ def analyse_states(
         raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
     if len(array) == 0:
         raise StatesError("there are no samples to compare")
+    numbers = None if sequences is None else sequence_numbers(sequences, len(array))
     builder = ScanBuilder(array.shape[1], metrics, threads, None, keep_samples, cka_batch)
     for start, chunk, state_first in _readable(array):
-        builder.add(chunk, range(start, len(array)), state_first)
+        stop = start + chunk.shape[1 if state_first else 0]
+        here = None if numbers is None else numbers[start:stop]
+        builder.add(chunk, range(start, stop), state_first, here)
     return builder.finish()
+
+
+def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64]:
+    """The numbers of the sequences of so many samples, (samples,) int64.
+
+    Raises:
+        StatesError: not an integer for each sample, or the samples of a sequence do not
+            follow each other.
+    """
+    numbers = np.asarray(sequences)
+    if numbers.shape != (num_samples,) or numbers.dtype.kind not in "iu":
+        raise StatesError(
+            f"sequences of shape {numbers.shape} and dtype {numbers.dtype}: expected an integer "
+            f"for each of {num_samples} samples"
+        )
+    if numbers.dtype.kind == "u" and num_samples and numbers.max() >= 2**63:
+        raise StatesError("a sequence has a number of 2**63 or more: number them from 0")
+    numbers = np.require(numbers, np.int64, requirements=["C", "A"])
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1) != 0)
+    _, firsts = np.unique(numbers[starts], return_index=True)
+    if len(firsts) < len(starts):
+        again = int(starts[np.setdiff1d(np.arange(len(starts)), firsts)[0]])
+        raise StatesError(
+            f"sequence {numbers[again]} comes again at sample {again}, after another one: the "
+            f"samples of a sequence must follow each other"
+        )
+    return numbers
 
 
 def as_array(states: Any) -> NDArray[Any]:

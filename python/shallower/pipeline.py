@@ -32,6 +32,7 @@ from .hidden_states import stream
 from .models.architecture import find_layers, input_device
 from .models.identity import identify, stored_dtype
 from .models.loading import load_model, load_weights
+from .positions import Positions
 from .progress import track
 from .pruning import save_model, without_layers
 from .selection import check_size, deepest_block
@@ -54,14 +55,16 @@ def scan(
     total: int | None = None,
     keep_samples: bool = False,
     cka_batch: int | None = None,
+    positions: str | Positions = "last",
+    seed: int = 0,
 ) -> Scan:
-    """Compare all L+1 states of a model, at the last token of every text, in one pass.
+    """Compare all L+1 states of a model, at one token of every text or more, in one pass.
 
     Args:
         model: a causal language model of transformers, quantised or not, on any device.
         tokenizer: its tokenizer.
-        texts: any iterable of strings, read once; one text is one sample, tokenised as the
-            tokenizer does by default and truncated to ``max_length`` tokens.
+        texts: any iterable of strings, read once, tokenised as the tokenizer does by default
+            and truncated to ``max_length`` tokens.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
         metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
@@ -73,22 +76,32 @@ def scan(
         keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
             times texts times L(L+1)/2 a metric, in memory and in the file.
         cka_batch: also find linear CKA, from minibatches of so many consecutive texts, 4 to
-            1024; not with ``checkpoint``. See :attr:`Scan.cka`.
+            1024; not with ``checkpoint``. See :attr:`Scan.cka`. Minibatches are of tokens, if
+            several of a text are compared, which are not independent.
+        positions: the tokens of every text that are compared: ``last`` that is no padding,
+            ``last:K``, ``random:K`` different ones, or ``all``; all of a text that has fewer.
+            Standard errors are clustered by text. The first token, which can be among
+            ``random`` and ``all``, has massive activations in most models. A batch's states
+            take (L+1) D values a token in memory.
+        seed: of ``random:K``; a text's tokens follow from the seed and its index alone.
 
     Raises:
+        PositionsError: there are no such positions.
         TextsError: no texts, or one that is no string.
         StatesError: no text could be compared. Single texts without a token, or whose
             states hold NaN, infinity or only zeros, are counted and named, with a warning.
         ModelError: the model has no list of decoder layers.
-        ScanError: ``checkpoint`` is of another model or of other texts, or does not go with
-            ``cka_batch``, whose minibatches a file of sums cannot cut through.
+        ScanError: ``checkpoint`` is of another model, of other texts or positions, or does not go
+            with ``cka_batch``, whose minibatches a file of sums cannot cut through.
     """
     if checkpoint and cka_batch is not None:
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
+    if isinstance(positions, str):
+        positions = Positions.parse(positions, seed)
     layers = find_layers(model)
     batches = TokenBatches(tokenizer, texts, max_length, batch_size)
     builder = ScanBuilder(
-        len(layers) + 1, metrics, threads, identify(model), keep_samples, cka_batch
+        len(layers) + 1, metrics, threads, identify(model), keep_samples, cka_batch, positions
     )
     if total is None and isinstance(texts, Sized):
         total = len(texts)
@@ -98,8 +111,9 @@ def scan(
             _resume(builder, batches, Path(checkpoint))
             advance(batches.num_texts)
         for window in batches.windows():
-            for batch, states in stream(model, window):
-                builder.add(states, batch.samples, state_first=True)
+            for batch, states, samples in stream(model, window, positions):
+                sequences = None if positions.one_a_text else samples
+                builder.add(states, samples, state_first=True, sequences=sequences)
                 advance(len(batch))
             builder.reject(*batches.take_rejections())
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:

@@ -25,12 +25,21 @@ from .artifacts import (
     from_fields,
     layer_number,
     of_type,
+    positions_of,
 )
-from .errors import LayersError, MetricError, ScanError, StatesError, ThreadsError
+from .errors import (
+    LayersError,
+    MetricError,
+    PositionsError,
+    ScanError,
+    StatesError,
+    ThreadsError,
+)
+from .positions import Positions
 from .selection import check_plan, check_size
 from .storage import write_file
 
-FORMAT = "shallower.scan.2"
+FORMAT = "shallower.scan.3"
 """The key of a scan file's metadata."""
 
 NORMS = "norms"
@@ -41,7 +50,7 @@ MAX_THREADS = 4096
 MAX_RESAMPLES = 2**31
 
 Samples = Mapping[str, NDArray[np.float32]]
-"""For each metric the values of single samples, (samples, L(L+1)/2)."""
+"""For each metric the sums over single sequences, (sequences, L(L+1)/2)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +79,7 @@ class Scan:
         model: the model scanned, if a model was.
         texts: the texts behind it, one entry for each merged part.
         rejections: the first of the samples that were left out, and why.
+        positions: which tokens of the texts were compared, if that is known.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class Scan:
         texts: tuple[TextsIdentity, ...] = (),
         samples: Samples | None = None,
         cka: Cka | None = None,
+        positions: Positions | None = None,
     ) -> None:
         self._accumulator = accumulator
         self._samples = samples
@@ -87,6 +98,7 @@ class Scan:
         self.rejections = tuple(rejections[:NAMED_REJECTIONS])
         self.model = model
         self.texts = texts
+        self.positions = positions
 
     def __repr__(self) -> str:
         return (
@@ -101,8 +113,13 @@ class Scan:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the means."""
+        """Samples in the means: tokens, or rows of stored states."""
         return self._accumulator.count
+
+    @property
+    def num_sequences(self) -> int:
+        """The sequences that the samples are of; every sample is its own, if none were named."""
+        return self._accumulator.num_sequences
 
     @property
     def num_rejected(self) -> int:
@@ -128,12 +145,22 @@ class Scan:
         return self._accumulator.mean(metric)
 
     def variance(self, metric: str = "angular") -> NDArray[np.float64]:
-        """The sample variance (divisor S-1), (L+1, L+1) float64; NaN for one sample."""
+        """The variance between sequences, (L+1, L+1) float64; NaN for one sequence.
+
+        Of (s - m n) / n̄ with divisor G-1 over the G sequences: s is the sum over the n samples
+        of one, m the mean over all samples, n̄ the mean of n. For sequences of one sample that
+        is the sample variance.
+        """
         return self._accumulator.variance(metric)
 
     def stderr(self, metric: str = "angular") -> NDArray[np.float64]:
-        """The standard error of the mean, (L+1, L+1) float64; NaN for one sample."""
-        return np.sqrt(self.variance(metric) / self.num_samples)
+        """The standard error of the mean, (L+1, L+1) float64; NaN for one sequence.
+
+        The sequences are the independent units, the samples of one are not: the mean is a
+        ratio of sums over sequences, √(variance / G) its error (Cochran, Sampling Techniques,
+        ch. 6).
+        """
+        return np.sqrt(self.variance(metric) / self.num_sequences)
 
     def norms(self) -> NDArray[np.float64]:
         """The mean norm of each state x^(0) .. x^(L), (L+1,) float64.
@@ -150,7 +177,8 @@ class Scan:
 
     def samples(self, metric: str = "angular") -> NDArray[np.float32]:
         """The values of single samples, (S, L(L+1)/2) float32: the pairs (l, m), l < m, row
-        by row, of every sample in the order they came.
+        by row, of every sample in the order they came. Where several samples are of one
+        sequence, their sums: a row for each of the G sequences.
 
         Raises:
             MetricError: the scan does not hold the metric.
@@ -237,9 +265,10 @@ class Scan:
     ) -> dict[int, BootstrappedStart]:
         """How sure l*(n) is, for every ``n`` in ``1 .. L-1``.
 
-        As many samples as there are get drawn from them with replacement, and the best start
-        of the mean over those is found, ``num_resamples`` times. The answer depends on the
-        samples' values and the seed alone, not on threads, shards or the order of samples.
+        As many sequences as there are get drawn from them with replacement, with all their
+        samples, and the best start of the mean over those is found, ``num_resamples`` times.
+        The answer depends on the samples' values and the seed alone, not on threads, shards or
+        the order of samples.
 
         Args:
             num_resamples: how many times.
@@ -262,7 +291,7 @@ class Scan:
             if not is_integer or not least <= value <= most:
                 raise ScanError(f"{name} = {value!r}: expected an integer, {least} to {most}")
         check_threads(threads)
-        if self.num_samples < 2:
+        if self.num_sequences < 2:
             raise ScanError("a single sample cannot be resampled: scan at least 2")
         wins = bootstrap(values, self.num_layers + 1, metric, num_resamples, seed, threads)
         found = {}
@@ -314,6 +343,7 @@ class Scan:
             metric=metric,
             model=self.model,
             texts=self.texts,
+            positions=self.positions,
         )
 
     def _held(self, metric: str | None) -> str:
@@ -335,12 +365,13 @@ class Scan:
 
         header = {
             "num_states": self._accumulator.num_states,
-            "count": self.num_samples,
+            "lengths": list(self._accumulator.lengths),
             "rejected": self.num_rejected,
             "metrics": list(self.metrics),
             "rejections": [asdict(rejection) for rejection in self.rejections],
             "model": asdict(self.model) if self.model else None,
             "texts": [asdict(texts) for texts in self.texts],
+            "positions": asdict(self.positions) if self.positions else None,
             "samples": self.keeps_samples,
             "cka": None,
         }
@@ -381,6 +412,7 @@ class Scan:
             RecursionError,
             StatesError,
             MetricError,
+            PositionsError,
         ) as error:
             raise ScanError(f"{path} is no scan of shallower, or is damaged: {error}") from error
 
@@ -401,46 +433,52 @@ class Scan:
         if header.pop("sha256") != _digest(header, arrays):
             raise ValueError("its checksum does not fit its content")
         num_states = of_type(int, header["num_states"])
-        counts = of_type(int, header["count"]), of_type(int, header["rejected"])
+        alone, several, together, squares = (of_type(int, n) for n in header["lengths"])
+        lengths = alone, several, together, squares
         norms = arrays[NORMS]
         if norms.dtype != np.uint64 or norms.ndim != 1:
             raise ValueError("its norms are no words")
         pairs = num_states * (num_states - 1) // 2
         sums = {metric: arrays[metric] for metric in metrics}
-        if any(words.dtype != np.uint64 or words.shape != (4 * pairs,) for words in sums.values()):
+        shape = ((12 if several else 4) * pairs,)
+        if any(words.dtype != np.uint64 or words.shape != shape for words in sums.values()):
             raise ValueError(f"its sums are not those of {num_states} states")
         samples = {metric: arrays[f"{metric}.samples"] for metric in kept}
         for values in samples.values():
-            if values.dtype != np.float32 or values.shape != (counts[0], pairs):
-                raise ValueError(f"its samples are not {counts[0]} of {num_states} states")
+            if values.dtype != np.float32 or values.shape != (alone + several, pairs):
+                raise ValueError(f"its samples are not {alone + several} of {num_states} states")
             if not np.isfinite(values).all():
                 raise ValueError("a value of its samples is NaN or infinite")
         cka = None
         if header["cka"] is not None:
             batch, batches, compared = (of_type(int, n) for n in header["cka"])
-            if arrays["cka"].dtype != np.uint64 or not 0 <= compared <= counts[0]:
+            if arrays["cka"].dtype != np.uint64 or not 0 <= compared <= alone + together:
                 raise ValueError("its CKA is not of its samples")
             cka = Cka.from_words(num_states, batch, batches, compared, arrays["cka"])
         model = None if header["model"] is None else from_fields(ModelIdentity, header["model"])
         if model and model.num_layers != num_states - 1:
             raise ValueError(f"it is of {num_states - 1} layers, its model has {model.num_layers}")
         return cls(
-            Accumulator.from_words(num_states, *counts, list(sums.items()), norms),
+            Accumulator.from_words(
+                num_states, lengths, of_type(int, header["rejected"]), list(sums.items()), norms
+            ),
             [from_fields(Rejection, rejection) for rejection in header["rejections"]],
             model,
             tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),
             samples if kept else None,
             cka,
+            positions_of(header["positions"]),
         )
 
     @staticmethod
     def merge(scans: Iterable["Scan"]) -> "Scan":
         """One scan of all the samples of several, the same bits in whatever order.
 
-        It keeps the values of single samples, and CKA, if all of them do.
+        It keeps the values of single samples, and CKA, if all of them do. A sequence does not
+        go on from one scan to another: with samples in two it counts as two.
 
         Raises:
-            ScanError: there is none, or they differ in layers, metrics or model.
+            ScanError: there is none, or they differ in layers, metrics, model or positions.
             StatesError: together they hold more than 2**31 samples.
         """
         scans = list(scans)
@@ -453,6 +491,11 @@ class Scan:
                 raise ScanError(
                     f"cannot merge scans of different models: {first.model} and {scan.model}"
                 )
+            if scan.positions != first.positions:
+                raise ScanError(
+                    f"cannot merge scans of different positions: {first.positions} and "
+                    f"{scan.positions}"
+                )
             accumulator.merge(scan._accumulator)
         return Scan(
             accumulator,
@@ -461,6 +504,7 @@ class Scan:
             tuple(texts for scan in scans for texts in scan.texts),
             joined([scan._samples for scan in scans]),
             _added(first.num_layers + 1, [scan._cka for scan in scans]),
+            first.positions,
         )
 
 

@@ -7,6 +7,7 @@ import typer
 
 from ..artifacts import PARTIAL_FILE, SCAN_FILE
 from ..errors import ScanError
+from ..positions import Positions
 from ..report import scan_table
 from ..similarity import Scan, check_metrics
 from ..storage import check_free
@@ -42,6 +43,14 @@ def scan_command(
     metrics: Annotated[
         str, typer.Option(help="Of angular, cosine, relative_l2, norm_ratio; comma-separated.")
     ] = "angular,cosine",
+    positions: Annotated[
+        str,
+        typer.Option(
+            help="The tokens of a text to compare: last, last:K, random:K or all. Errors are "
+            "clustered by text."
+        ),
+    ] = "last",
+    seed: Annotated[int, typer.Option(help="Of --positions random:K.", min=0)] = 0,
     threads: Threads = None,
     keep_samples: Annotated[
         bool,
@@ -58,7 +67,7 @@ def scan_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Compare all layers at the last token of every text, in one pass.
+    """Compare all layers at the last token of every text, or at more, in one pass.
 
     Writes scan.safetensors and, where matplotlib is installed, heat_map.png. An interrupted
     scan goes on where it was when the same command is given again.
@@ -69,9 +78,11 @@ def scan_command(
     source = Texts(texts, samples)
     check_free(out / SCAN_FILE, overwrite)
     names = check_metrics([name.strip() for name in metrics.split(",")])
+    tokens = Positions.parse(positions, seed)
     count_layers(model, gguf_file, trust_remote_code)
     if dry_run:
-        say_dry_run({"scan": model, "texts": texts, "write": [str(out / SCAN_FILE)]}, as_json)
+        described = {"scan": model, "texts": texts, "positions": str(tokens)}
+        say_dry_run({**described, "write": [str(out / SCAN_FILE)]}, as_json)
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
     partial = out / PARTIAL_FILE
@@ -87,6 +98,7 @@ def scan_command(
         checkpoint=partial,
         total=source.count(),
         keep_samples=keep_samples,
+        positions=tokens,
     )
     try:
         scanned = go_on()
@@ -108,7 +120,9 @@ def _described(scanned: Scan) -> dict[str, Any]:
     blocks = [scanned.best_block(n) for n in range(1, scanned.num_layers)]
     return {
         "num_layers": scanned.num_layers,
+        "positions": str(scanned.positions),
         "num_samples": scanned.num_samples,
+        "num_sequences": scanned.num_sequences,
         "num_rejected": scanned.num_rejected,
         "rejections": [str(rejection) for rejection in scanned.rejections],
         "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
