@@ -3,6 +3,7 @@
 // PyO3 hands arguments over by value.
 #![allow(clippy::needless_pass_by_value)]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -14,7 +15,7 @@ use numpy::{
     PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
     PyReadonlyArray3, PyUntypedArray, PyUntypedArrayMethods,
 };
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::checkpoint::{self, Checkpoint, Cut, Job};
@@ -445,6 +446,19 @@ fn bootstrap(
     Ok(values.py().detach(|| pool.install(count))?)
 }
 
+/// Name, dtype, shape, first byte and the one past the last, counted from the header's end.
+type Tensor = (String, String, Vec<u64>, u64, u64);
+
+/// The free texts and the tensors, in the order of their bytes, of a safetensors header that
+/// `data_len` bytes follow; see `shallower.states_file`.
+#[pyfunction]
+fn parse_header(json: &[u8], data_len: u64) -> PyResult<(BTreeMap<String, String>, Vec<Tensor>)> {
+    let header = checkpoint::Header::parse(json, data_len).map_err(PyValueError::new_err)?;
+    let tensors = header.tensors.into_iter();
+    let described = tensors.map(|t| (t.name, t.dtype, t.shape, t.start, t.end));
+    Ok((header.metadata, described.collect()))
+}
+
 /// A checkpoint on disk, its headers read; see `shallower.checkpoint`.
 #[pyclass(name = "Checkpoint", module = "shallower._core", frozen)]
 struct PyCheckpoint(Arc<Checkpoint>);
@@ -634,6 +648,9 @@ mod _core {
 
     #[pymodule_export]
     use super::tiers;
+
+    #[pymodule_export]
+    use super::parse_header;
 
     #[pymodule_export]
     use super::PyCka;

@@ -14,6 +14,7 @@ __all__ = [
     "Job",
     "__version__",
     "bootstrap",
+    "parse_header",
     "tier",
     "tiers",
 ]
@@ -97,6 +98,9 @@ def bootstrap(
     seed: int,
     threads: int | None = None,
 ) -> list[list[int]]: ...
+def parse_header(
+    json: bytes, data_len: int
+) -> tuple[dict[str, str], list[tuple[str, str, list[int], int, int]]]: ...
 
 @final
 class Checkpoint:

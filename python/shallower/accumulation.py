@@ -5,7 +5,9 @@ Sees the Rust core and NumPy, no torch and no model.
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from .cka import CkaBatches, check_batch
 from .errors import RejectedSamplesWarning, ScanError, StatesError
 from .positions import Positions
 from .similarity import Samples, Scan, check_metrics, check_threads, joined
+from .states_file import StatesFile
 
 CHUNK_BYTES = 64 << 20
 """How much of an array goes to the core at a time."""
@@ -67,6 +70,7 @@ class ScanBuilder:
         self._keep_samples = keep_samples
         self._model = model
         self._positions = positions
+        self._last: tuple[np.int64, np.int64] | None = None  # the last sequence and its length
         self._cka = None if cka_batch is None else CkaBatches(num_states, cka_batch, threads)
 
     def add(
@@ -96,16 +100,26 @@ class ScanBuilder:
             self._drop_last_kept()
         if kept is not None:
             self._samples.append(dict(zip(accumulator.metrics, kept, strict=True)))
+        places = None
+        if sequences is not None and self._positions is not None and len(sequences):
+            places = self._places(sequences)
         for sample, state, reason in rejected:
-            token = ""
-            if sequences is not None and self._positions is not None:
-                first = int(np.argmax(sequences == sequences[sample]))
-                token = f" of compared token {sample - first}"
+            token = "" if places is None else f" of compared token {places[sample]}"
             self._rejections.append(
                 Rejection(int(samples[sample]), f"state {state}{token} {reason}")
             )
         if len(self._rejections) > MANY_REJECTIONS:
             self._rejections = _first(self._rejections)[:NAMED_REJECTIONS]
+
+    def _places(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The place of every sample in its sequence, which may have begun in an earlier batch."""
+        starts = np.flatnonzero(np.concatenate([[True], sequences[1:] != sequences[:-1]]))
+        lengths = np.diff(starts, append=len(sequences))
+        places = np.arange(len(sequences)) - np.repeat(starts, lengths)
+        if self._last is not None and self._last[0] == sequences[0]:
+            places[: lengths[0]] += self._last[1]
+        self._last = sequences[-1], places[-1] + 1
+        return places
 
     def _drop_last_kept(self) -> None:
         """Forget the sum over a sequence that has gone on since."""
@@ -144,7 +158,7 @@ class ScanBuilder:
 
     def so_far(self, texts: TextsIdentity) -> Scan:
         """The scan as it stands, to be saved and resumed."""
-        return self._scan(self._rejections, (texts,), None)
+        return self._scan(_first(self._rejections), (texts,), None)
 
     def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
         """The scan; warns of rejected samples.
@@ -186,6 +200,8 @@ def analyse_states(
     keep_samples: bool = False,
     cka_batch: int | None = None,
     sequences: ArrayLike | None = None,
+    progress: bool | None = None,
+    tensor: str | None = None,
 ) -> Scan:
     """Compare stored hidden states, without a model.
 
@@ -193,7 +209,8 @@ def analyse_states(
         states: (samples, L+1, D), a NumPy array or a torch tensor on the CPU, of float32,
             float16, bfloat16 or float64; an array of uint16 is read as bfloat16 bits. Read
             in place if C-contiguous as (samples, L+1, D) or (L+1, samples, D), else copied
-            64 MiB at a time.
+            64 MiB at a time. Or the path of a file of them, ``.npy`` or ``.safetensors``, which
+            is read in constant memory; one that ``scan`` kept gives that scan again.
         metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the core, all by default.
         keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
@@ -204,27 +221,59 @@ def analyse_states(
         sequences: (samples,) integers, which sequence a sample is of, if several are of one:
             tokens of a text, say. Those of one sequence must follow each other. Standard
             errors are then clustered, and kept samples are sums over sequences. Every sample
-            is its own sequence by default.
+            is its own sequence by default, or of the one that the file tells.
+        progress: a bar with ETA on standard error; by default for a file, if that is a
+            terminal.
+        tensor: the name of the tensor in a safetensors file; by default ``hidden_states``, or
+            else the only one of three axes.
 
     Raises:
-        StatesError: wrong shape or dtype, no samples, or none that can be compared. Single
-            samples with NaN, infinity or zero vectors are counted and named in the result,
-            with a warning.
+        StatesError: a file that is not there, truncated or damaged; wrong shape or dtype, no
+            samples, or none that can be compared. Single samples with NaN, infinity or zero
+            vectors are counted and named in the result, with a warning.
         MetricError: an unknown metric, or one named twice.
         ThreadsError: ``threads`` is less than 1.
     """
+    options = metrics, threads
+    kept = keep_samples, cka_batch
+    if isinstance(states, str | Path):
+        with StatesFile(states, tensor) as file:
+            origin = file.origin
+            builder = ScanBuilder(file.shape[1], *options, origin.model, *kept, origin.positions)
+            told = file.sequences() if sequences is None else sequences
+            numbers = None if told is None else sequence_numbers(told, len(file))
+            with closing(file.parts(threads)) as parts, _progress(len(file), progress) as advance:
+                for part in parts:
+                    stop = part.start + len(part)
+                    here = None if numbers is None else numbers[part.start : stop]
+                    builder.add(part.states, part.samples, sequences=here)
+                    advance(len(part))
+            builder.reject(origin.num_rejected, origin.rejections)
+        return builder.finish(origin.texts)
     array = as_array(states)
+    if tensor is not None:
+        raise StatesError(f"there is no tensor {tensor!r} in an array: name one of a file")
     if array.ndim != 3:
         raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
     if len(array) == 0:
         raise StatesError("there are no samples to compare")
     numbers = None if sequences is None else sequence_numbers(sequences, len(array))
-    builder = ScanBuilder(array.shape[1], metrics, threads, None, keep_samples, cka_batch)
-    for start, chunk, state_first in _readable(array):
-        stop = start + chunk.shape[1 if state_first else 0]
-        here = None if numbers is None else numbers[start:stop]
-        builder.add(chunk, range(start, stop), state_first, here)
+    builder = ScanBuilder(array.shape[1], *options, None, *kept)
+    with _progress(len(array), bool(progress)) as advance:
+        for start, chunk, state_first in _readable(array):
+            stop = start + chunk.shape[1 if state_first else 0]
+            here = None if numbers is None else numbers[start:stop]
+            builder.add(chunk, range(start, stop), state_first, here)
+            advance(stop - start)
     return builder.finish()
+
+
+def _progress(total: int, show: bool | None) -> AbstractContextManager[Callable[[int], None]]:
+    if show is False:
+        return nullcontext(lambda _: None)
+    from .progress import track
+
+    return track("analyse", total, show)
 
 
 def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64]:
@@ -275,7 +324,9 @@ def as_array(states: Any) -> NDArray[Any]:
                 f"states of dtype {states.dtype}, layout {states.layout} cannot be read: {error}"
             ) from error
     else:
-        raise StatesError(f"states must be a NumPy array or a torch tensor, got {type(states)}")
+        raise StatesError(
+            f"states must be a path, a NumPy array or a torch tensor, got {type(states)}"
+        )
     if array.dtype.name == "bfloat16":
         array = array.view(np.uint16)
     if array.dtype.newbyteorder("=") != array.dtype:
