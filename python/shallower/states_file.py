@@ -57,6 +57,9 @@ the caches still is compared faster."""
 MAX_BUFFER_BYTES = 64 << 20
 """How much at most, where many threads need samples to share."""
 
+AHEAD_BYTES = 64 << 20
+"""How far ahead the system is asked to fetch; that is no memory of the process."""
+
 SAMPLES_A_THREAD = 4
 """Samples of a part that every thread should get."""
 
@@ -207,8 +210,7 @@ class StatesFile:
                 f"{self.path}: a sample of shape {self.shape[1:]} takes {self._sample_bytes} "
                 f"bytes, more than there is memory for"
             ) from error
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._ask_ahead(self._start, AHEAD_BYTES)
         with ThreadPoolExecutor(1, "states") as reader:
             reading = reader.submit(self._part, buffers[0], 0)
             for number, start in enumerate(range(0, num_samples, step)):
@@ -238,7 +240,9 @@ class StatesFile:
     def _part(self, buffer: NDArray[Any], start: int) -> Part:
         stop = min(start + len(buffer), self.shape[0])
         states = buffer[: stop - start]
-        self._fill(states, self._start + start * self._sample_bytes)
+        offset = self._start + start * self._sample_bytes
+        self._ask_ahead(offset + AHEAD_BYTES, states.nbytes)
+        self._fill(states, offset)
         return Part(start, states, self._column(SAMPLES, start, stop))
 
     def _column(self, name: str, start: int, stop: int) -> NDArray[np.int64]:
@@ -247,6 +251,11 @@ class StatesFile:
         if name in self._columns:
             self._fill(column, self._columns[name] + start * 8)
         return column
+
+    def _ask_ahead(self, offset: int, length: int) -> None:
+        """Let the system fetch what is soon read, so that the disk does not wait for the core."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def _fill(self, array: NDArray[Any], offset: int) -> None:
         self._read_into(array.data.cast("B"), offset)
