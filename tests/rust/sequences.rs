@@ -157,7 +157,7 @@ proptest! {
     fn sequences_of_one_sample_are_samples((rows, _, cuts) in samples(), threads in 1_usize..4) {
         let data = states(&rows);
         let samples = rows.len() / STATES;
-        let numbers: Vec<i64> = (0..samples as i64).rev().collect();
+        let numbers: Vec<i64> = (0..).take(samples).map(|number: i64| -number).collect();
         let mut plain = Accumulator::new(STATES, &METRICS).unwrap();
         plain.update(&view(&data)).unwrap();
         let clustered = accumulate(&data, &numbers, &cuts, threads).0;
@@ -228,7 +228,7 @@ fn a_merge_and_an_update_without_sequences_end_a_sequence() {
     let ends: [fn(&mut Accumulator, &[f32]); 2] = [
         |sums, _| {
             sums.merge(&Accumulator::new(STATES, &METRICS).unwrap())
-                .unwrap()
+                .unwrap();
         },
         |sums, data| drop(sums.update(&view(data)).unwrap()),
     ];
