@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._core import __version__
+from .accumulation import analyse_states
 from .artifacts import Block, Comparison, Cut, Loss, ModelIdentity, Plan, Rejection, TextsIdentity
 from .errors import (
     InMemoryOnlyError,
@@ -18,6 +19,7 @@ from .errors import (
     ModelError,
     OutputError,
     PlanError,
+    PositionsError,
     RejectedSamplesWarning,
     ScanError,
     ShallowerError,
@@ -27,8 +29,9 @@ from .errors import (
     TierError,
 )
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
+from .positions import Positions
 from .selection import deepest_block
-from .similarity import BootstrappedStart, Scan, analyse_states
+from .similarity import BootstrappedStart, Scan
 
 if TYPE_CHECKING:
     from .checkpoint import prune_checkpoint
@@ -67,6 +70,8 @@ __all__ = [
     "OutputError",
     "Plan",
     "PlanError",
+    "Positions",
+    "PositionsError",
     "RejectedSamplesWarning",
     "Rejection",
     "Scan",
