@@ -49,7 +49,7 @@ def check(model, tokenizer, samples, max_length, batch_size):
     """The scan against the reference on the states of a separate run."""
     scan = sh.scan(model, tokenizer, samples, max_length, batch_size)
     batches = TokenBatches(tokenizer, samples, max_length, batch_size)
-    states = np.concatenate([s.float().numpy() for _, s in stream(model, batches)], axis=1)
+    states = np.concatenate([s.float().numpy() for _, s, _ in stream(model, batches)], axis=1)
     mean, _ = _reference.mean_and_stderr(states.transpose(1, 0, 2), "angular")
     assert np.abs(scan.mean("angular") - mean).max() < 1e-7
 

@@ -72,6 +72,20 @@ pub enum Error {
     /// More samples than the exact sums have room for.
     #[error("an accumulator holds at most {MAX} samples", MAX = crate::accumulator::MAX_SAMPLES)]
     TooManySamples,
+    /// Sequences that do not say of every sample which one it is of.
+    #[error("{sequences} numbers of sequences for {samples} samples: expected one each")]
+    Sequences {
+        /// Samples of the batch.
+        samples: usize,
+        /// Numbers given.
+        sequences: usize,
+    },
+    /// A sequence of more samples than the exact sums have room for.
+    #[error("sequence {0} has more than {MAX} samples: give its parts numbers of their own", MAX = crate::sequence::MAX_SEQUENCE)]
+    SequenceTooLong(i64),
+    /// Stored lengths that no sequences can have.
+    #[error("the stored lengths of the sequences are damaged")]
+    DamagedLengths,
     /// No sample was accepted, so there is no mean.
     #[error("no sample was accepted ({rejected} rejected): there is nothing to compare")]
     NoSamples {

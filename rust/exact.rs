@@ -5,10 +5,10 @@
 //! associative to the bit, whatever the threads, chunks and shards.
 
 /// Bits behind the binary point.
-const SCALE: f64 = (1_u64 << 48) as f64;
+pub(crate) const SCALE: f64 = (1_u64 << 48) as f64;
 
 /// The greatest magnitude of one rounded value.
-const UNIT: u128 = 1 << 48;
+pub(crate) const UNIT: u128 = 1 << 48;
 
 /// Added to a number of magnitude at most 2^51, this leaves its nearest integer, ties to
 /// even, in the low bits of the mantissa.
@@ -39,6 +39,22 @@ impl ExactSum {
         let magnitude = u128::from(rounded.unsigned_abs());
         self.sum += i128::from(rounded);
         self.squares += magnitude * magnitude;
+    }
+
+    /// Adds a value in units of 2^-48.
+    pub(crate) fn add_units(&mut self, units: i128) {
+        self.sum += units;
+        self.squares += units.unsigned_abs() * units.unsigned_abs();
+    }
+
+    /// Takes out a value that was added.
+    pub(crate) fn subtract_units(&mut self, units: i128) {
+        self.sum -= units;
+        self.squares -= units.unsigned_abs() * units.unsigned_abs();
+    }
+
+    pub(crate) fn squares(&self) -> u128 {
+        self.squares
     }
 
     /// Adds the other sum's values.
@@ -107,6 +123,14 @@ impl ExactSum {
             return Err("there are sums but no samples");
         }
         Ok(Self { sum, squares })
+    }
+}
+
+/// Adds values in `[-1, 1]` to sums of at most [`BlockSums::MAX_SAMPLES`] each.
+#[inline(always)]
+pub(crate) fn add_rounded(sums: &mut [i64], values: &[f64]) {
+    for (sum, &value) in sums.iter_mut().zip(values) {
+        *sum += rounded(value);
     }
 }
 

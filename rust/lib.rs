@@ -21,7 +21,9 @@ mod metric;
 #[cfg(feature = "python")]
 mod python;
 mod search;
+mod sequence;
 mod states;
+mod wide;
 
 pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};
 pub use bootstrap::bootstrap;
@@ -31,4 +33,5 @@ pub use exact::ExactSum;
 pub use gram::Gram;
 pub use kernels::{TIER_VARIABLE, Tier};
 pub use metric::{Metric, Pair};
+pub use sequence::{Lengths, MAX_SEQUENCE};
 pub use states::{Element, Order, States};

@@ -3,6 +3,7 @@
 // PyO3 hands arguments over by value.
 #![allow(clippy::needless_pass_by_value)]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -14,12 +15,12 @@ use numpy::{
     PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
     PyReadonlyArray3, PyUntypedArray, PyUntypedArrayMethods,
 };
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::checkpoint::{self, Checkpoint, Cut, Job};
 use crate::gguf::{self, Gguf, GgufError};
-use crate::{Accumulator, Cka, Element, Error, Metric, Order, Rejection, States, Tier};
+use crate::{Accumulator, Cka, Element, Error, Lengths, Metric, Order, Rejection, States, Tier};
 
 mod raised {
     //! The classes of `shallower.errors` that the core raises.
@@ -44,6 +45,8 @@ impl From<Error> for PyErr {
             | Error::EmptyStates
             | Error::StateCount { .. }
             | Error::TooManySamples
+            | Error::Sequences { .. }
+            | Error::SequenceTooLong(_)
             | Error::CkaBatch(_)
             | Error::NoCkaBatch
             | Error::CkaOverflow
@@ -59,6 +62,7 @@ impl From<Error> for PyErr {
             | Error::DamagedSums { .. }
             | Error::DamagedCka
             | Error::DamagedNorms
+            | Error::DamagedLengths
             | Error::SampleValues(_) => raised::ScanError::new_err(message),
             Error::BlockSize { .. } | Error::Protected { .. } => {
                 raised::LayersError::new_err(message)
@@ -140,7 +144,8 @@ macro_rules! by_dtype {
 
 type Rejected = Vec<(usize, usize, &'static str)>;
 
-/// The values of the samples added, `(samples, pairs)` for each metric, if they are kept.
+/// The values of the samples added, or their sums over sequences, `(samples or sequences, pairs)`
+/// for each metric, if they are kept.
 type Kept<'py> = Option<Vec<Bound<'py, PyArrayDyn<f32>>>>;
 
 impl PyAccumulator {
@@ -158,7 +163,8 @@ impl PyAccumulator {
         states: &Bound<'py, PyUntypedArray>,
         state_first: bool,
         keep: bool,
-    ) -> PyResult<(Rejected, Kept<'py>)> {
+        sequences: Option<&[i64]>,
+    ) -> PyResult<(Rejected, Kept<'py>, bool)> {
         let array: PyReadonlyArray3<'_, T> = states.extract()?;
         let &[outer, inner, width] = array.shape() else {
             return Err(PyTypeError::new_err("states must have three axes"));
@@ -172,24 +178,22 @@ impl PyAccumulator {
         let Self { inner, pool } = self;
         let mut kept = vec![Vec::new(); inner.metrics().len()];
         let py = states.py();
-        let rejections = py.detach(|| {
-            pool.install(|| {
-                if keep {
-                    inner.update_and_keep(&view, &mut kept)
-                } else {
-                    inner.update(&view)
+        let (rejections, goes_on) = py.detach(|| {
+            pool.install(|| match (sequences, keep) {
+                (Some(numbers), _) => {
+                    inner.update_sequences(&view, numbers, keep.then_some(&mut kept))
                 }
+                (None, true) => Ok((inner.update_and_keep(&view, &mut kept)?, false)),
+                (None, false) => Ok((inner.update(&view)?, false)),
             })
         })?;
-        let shape = [
-            samples - rejections.len(),
-            num_states * (num_states - 1) / 2,
-        ];
+        let pairs = num_states * (num_states - 1) / 2;
+        let shape = [kept[0].len() / pairs, pairs];
         let name = |r: Rejection| (r.sample, r.state, r.reason.words());
         let rejected = rejections.into_iter().map(name).collect();
         let array = |values| PyArray1::from_vec(py, values).reshape(shape.as_slice());
         let kept = keep.then(|| kept.into_iter().map(array).collect());
-        Ok((rejected, kept.transpose()?))
+        Ok((rejected, kept.transpose()?, goes_on))
     }
 }
 
@@ -207,7 +211,7 @@ impl PyAccumulator {
     #[staticmethod]
     fn from_words(
         num_states: usize,
-        count: u64,
+        lengths: (u64, u64, u64, u64),
         rejected: u64,
         stored: Vec<(String, PyReadonlyArray1<'_, u64>)>,
         norms: PyReadonlyArray1<'_, u64>,
@@ -216,9 +220,17 @@ impl PyAccumulator {
             .iter()
             .map(|(name, words)| Ok((name.parse()?, words.as_slice()?.to_vec())))
             .collect::<PyResult<Vec<_>>>()?;
+        let (alone, several, samples, squares) = lengths;
+        let lengths = Lengths {
+            alone,
+            several,
+            samples,
+            squares,
+        };
+        let norms = norms.as_slice()?;
         Ok(Self {
             pool: pool(Some(1))?,
-            inner: Accumulator::from_words(num_states, count, rejected, &sums, norms.as_slice()?)?,
+            inner: Accumulator::from_words(num_states, lengths, rejected, &sums, norms)?,
         })
     }
 
@@ -233,6 +245,23 @@ impl PyAccumulator {
     }
 
     #[getter]
+    fn num_sequences(&self) -> u64 {
+        self.inner.lengths().sequences()
+    }
+
+    /// Sequences of one sample; of several; samples of the latter; their lengths squared.
+    #[getter]
+    fn lengths(&self) -> (u64, u64, u64, u64) {
+        let lengths = self.inner.lengths();
+        (
+            lengths.alone,
+            lengths.several,
+            lengths.samples,
+            lengths.squares,
+        )
+    }
+
+    #[getter]
     fn rejected(&self) -> u64 {
         self.inner.rejected()
     }
@@ -242,14 +271,19 @@ impl PyAccumulator {
         self.inner.metrics().into_iter().map(Metric::name).collect()
     }
 
-    #[pyo3(signature = (states, state_first=false, keep=false))]
+    #[pyo3(signature = (states, state_first=false, keep=false, sequences=None))]
     fn update<'py>(
         &mut self,
         states: &Bound<'py, PyUntypedArray>,
         state_first: bool,
         keep: bool,
-    ) -> PyResult<(Rejected, Kept<'py>)> {
-        by_dtype!(self, states, add(states, state_first, keep))
+        sequences: Option<PyReadonlyArray1<'_, i64>>,
+    ) -> PyResult<(Rejected, Kept<'py>, bool)> {
+        let sequences = sequences
+            .as_ref()
+            .map(|array| array.as_slice())
+            .transpose()?;
+        by_dtype!(self, states, add(states, state_first, keep, sequences))
     }
 
     fn reject(&mut self, samples: u64) -> PyResult<()> {
@@ -410,6 +444,19 @@ fn bootstrap(
     let rows = values.as_slice()?;
     let count = || crate::bootstrap(rows, num_states, metric, num_resamples, seed);
     Ok(values.py().detach(|| pool.install(count))?)
+}
+
+/// Name, dtype, shape, first byte and the one past the last, counted from the header's end.
+type Tensor = (String, String, Vec<u64>, u64, u64);
+
+/// The free texts and the tensors, in the order of their bytes, of a safetensors header that
+/// `data_len` bytes follow; see `shallower.states_file`.
+#[pyfunction]
+fn parse_header(json: &[u8], data_len: u64) -> PyResult<(BTreeMap<String, String>, Vec<Tensor>)> {
+    let header = checkpoint::Header::parse(json, data_len).map_err(PyValueError::new_err)?;
+    let tensors = header.tensors.into_iter();
+    let described = tensors.map(|t| (t.name, t.dtype, t.shape, t.start, t.end));
+    Ok((header.metadata, described.collect()))
 }
 
 /// A checkpoint on disk, its headers read; see `shallower.checkpoint`.
@@ -601,6 +648,9 @@ mod _core {
 
     #[pymodule_export]
     use super::tiers;
+
+    #[pymodule_export]
+    use super::parse_header;
 
     #[pymodule_export]
     use super::PyCka;

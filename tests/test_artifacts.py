@@ -25,6 +25,7 @@ from shallower import (
     OutputError,
     Plan,
     PlanError,
+    Positions,
     Rejection,
     TextsIdentity,
 )
@@ -293,12 +294,24 @@ def test_json_nested_without_end_is_refused(plan_file, opening):
         Plan.load(plan_file(opening * 100_000))
 
 
-@pytest.mark.parametrize("key", sorted(PLAN.to_json()))
+@pytest.mark.parametrize("key", sorted(set(PLAN.to_json()) - {"positions"}))
 def test_a_plan_that_lacks_something_is_refused(plan_file, key):
     data = PLAN.to_json()
     del data[key]
     with pytest.raises(PlanError):
         Plan.load(plan_file(data))
+
+
+def test_a_plan_need_not_know_the_positions(plan_file):
+    data = PLAN.to_json()
+    del data["positions"]
+    assert Plan.load(plan_file(data)).positions is None
+    data["positions"] = {"kind": "random", "count": 3, "seed": 7}
+    assert Plan.load(plan_file(data)).positions == Positions.parse("random:3", 7)
+    for broken in ("last", 5, [], {"kind": "first", "count": 1, "seed": 0}):
+        data["positions"] = broken
+        with pytest.raises(PlanError):
+            Plan.load(plan_file(data))
 
 
 @pytest.mark.parametrize(

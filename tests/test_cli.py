@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -295,12 +295,36 @@ def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
     blocks = [scanned.best_block(n) for n in range(1, 6)]
     assert done.json == {
         "num_layers": 6,
+        "positions": "last",
         "num_samples": 24,
+        "num_sequences": 24,
         "num_rejected": 0,
         "rejections": [],
         "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
         "written": ["out/scan.safetensors", "out/heat_map.png"],
     }
+
+
+def test_scan_compares_the_tokens_that_are_named(shallower, tiny, jsonl, folder):
+    out = folder / "out" / "scan.safetensors"
+    for name, described in [("random:2", "random:2, seed 7"), ("last:2", "last:2"), ("all", "all")]:
+        command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--positions", name]
+        command += ["--seed", 7, "--overwrite"]
+        said = shallower(*command, "--dry-run").out
+        assert f"positions: {described}" in said
+        done = shallower(*command, "--json").json
+        scanned = Scan.load(out)
+        assert done["positions"] == str(scanned.positions) == described
+        assert done["num_samples"] == scanned.num_samples > 24 == done["num_sequences"]
+        if name != "all":
+            assert scanned.num_samples == 48
+        title = f"{scanned.num_samples} tokens of 24 sequences; positions {described}"
+        assert title in " ".join(shallower(*command).out.split())
+        plan = shallower("plan", "out", "--n", 2, "--json").json
+        assert plan["positions"] == asdict(scanned.positions)
+    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "new", "--positions", "first")
+    assert refused.status != 0
+    assert "last, last:K, random:K or all" in refused.err
 
 
 def test_scan_of_one_sample_has_no_error_and_still_prints_json(shallower, tiny, jsonl):
@@ -442,6 +466,62 @@ def test_scan_keeps_samples_if_asked(shallower, folder, models, texts, scans):
     assert (kept.keeps_samples, plain.keeps_samples) == (True, False)
     assert kept.samples("angular").shape == (24, 21)
     assert (kept.mean() == plain.mean()).all()
+
+
+# States in files.
+
+
+def test_scan_keeps_states_and_analyse_gives_the_same_scan(shallower, folder, tiny, jsonl):
+    kept = folder / "kept" / "states.safetensors"
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "one", "--keep-states", kept)
+    assert done.status == 0
+    assert f"wrote {kept}" in done.out
+    done = shallower("analyse", kept, "--out", "two")
+    assert done.status == 0
+    assert "[" in done.out
+    one, two = (folder / name / "scan.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert (folder / "two" / "heat_map.png").exists()
+    assert shallower("plan", "two", "--n", 2, "--out", "plan").status == 0
+    done = shallower("prune", tiny, "--plan", "plan", "--out", "cut")
+    assert done.status == 0
+    assert "exists already" in shallower("analyse", kept, "--out", "two").error
+    shown = shallower(
+        "analyse", kept, "--out", "two", "--overwrite", "--json", "--metrics", "relative_l2",
+        "--keep-samples", "--cka-batch", 8,
+    )  # fmt: skip
+    assert shown.json["num_samples"] == 24
+    again = Scan.load(two)
+    assert (again.metrics, again.keeps_samples) == (("relative_l2",), True)
+    assert again.cka.shape == (7, 7)
+
+
+def test_a_dry_run_says_how_many_bytes_states_take(shallower, folder, tiny, jsonl):
+    command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--keep-states", "kept.safetensors"]
+    said = shallower(*command, "--dry-run", "--json").json
+    assert said["states_bytes_per_token"] == 7 * 32 * 2
+    assert said["states_bytes_at_most"] == 7 * 32 * 2 * 24
+    assert said["free_bytes"] > 0
+    assert said["write"] == ["out/scan.safetensors", "kept.safetensors"]
+    options = ["--dtype", "float32", "--positions", "all", "--max-length", 10]
+    said = shallower(*command, *options, "--dry-run", "--json").json
+    assert said["states_bytes_at_most"] == 7 * 32 * 4 * 24 * 10
+    assert tree(folder) == {}
+    assert shallower(*command, *options).status == 0
+    said = shallower("analyse", "kept.safetensors", "--out", "two", "--dry-run", "--json").json
+    assert (said["states"], said["width"]) == (7, 32)
+    assert said["bytes"] == said["samples"] * 7 * 32 * 4 <= 7 * 32 * 4 * 24 * 10
+    assert not (folder / "two").exists()
+
+
+def test_a_second_scan_replaces_kept_states_only_when_told_so(shallower, folder, tiny, jsonl):
+    (folder / "kept.safetensors").write_text("dear to someone")
+    command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--keep-states", "kept.safetensors"]
+    before = tree(folder)
+    assert "kept.safetensors exists already" in shallower(*command).error
+    assert tree(folder) == before
+    assert shallower(*command, "--overwrite").status == 0
+    assert sh.analyse_states(folder / "kept.safetensors").num_samples == 24
 
 
 # Planning.
@@ -921,6 +1001,16 @@ ERRORS = [
     ("scan {bad}/models/tokenizer --texts {texts} --out out", "models/tokenizer"),
     ("scan {tiny} --texts {texts} --out {bad}/file", "bad/file is not a folder"),
     ("scan {tiny} --texts {texts} --out {bad}/file/below", "bad/file is not a folder"),
+    (SCAN + "{texts} --keep-states out/states.npy", r"ends in \.safetensors"),
+    (SCAN + "{texts} --keep-states {bad}/file/below.safetensors", "bad/file is not a folder"),
+    (SCAN + "{texts} --keep-states out/scan.safetensors", "the scan itself"),
+    ("analyse {bad}/none.npy --out out", r"no states file bad/none\.npy"),
+    ("analyse {bad}/file --out out", r"ends in \.npy or \.safetensors"),
+    ("analyse {bad}/truncated.safetensors --out out", r"bad/truncated\.safetensors is truncated"),
+    ("analyse {scan}/scan.safetensors --out out", "has no tensor hidden_states.*--tensor"),
+    ("analyse {scan}/scan.safetensors --out out --dry-run", "has no tensor hidden_states"),
+    ("analyse {scan}/scan.safetensors --out out --tensor angular", "expected one of BF16"),
+    ("analyse {bad}/none.npy --out out --metrics taxicab", "taxicab.*angular, cosine"),
     ("plan {bad}/truncated.safetensors --n 2", r"bad/truncated\.safetensors is truncated"),
     ("plan {bad}/file --n 2", "bad/file"),
     ("plan {bad}/none --n 2", "no scan file bad/none"),

@@ -29,9 +29,11 @@ from transformers import (
 import shallower as sh
 from conftest import tiny_llama
 from shallower import _reference, pipeline
+from shallower.accumulation import ScanBuilder
 from shallower.calibration import Batch
-from shallower.hidden_states import evaluating, last_token, stream
+from shallower.hidden_states import chosen_tokens, evaluating, stream
 from shallower.models.architecture import find_layers
+from shallower.positions import Positions
 
 SIZES = {
     "vocab_size": 100,
@@ -88,7 +90,7 @@ def batched(sequences, size, left=False):
 
 def states_of(model, batches):
     """(S, L+1, D), by sample."""
-    parts = [(batch.samples, states) for batch, states in stream(model, batches)]
+    parts = [(batch.samples, states) for batch, states, _ in stream(model, batches)]
     joined = torch.cat([states for _, states in parts], dim=1).transpose(0, 1)
     return joined[np.argsort(np.concatenate([samples for samples, _ in parts]))]
 
@@ -149,14 +151,56 @@ def test_the_best_blocks_do_not_depend_on_the_padding(llama, left, size):
 
 
 def test_the_last_token_is_the_last_that_is_no_padding():
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]])
-    assert last_token(mask).tolist() == [3, 1, 3, 2, 3]
+    mask = np.array([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]])
+    batch = Batch(np.zeros((5, 4), dtype=np.int64), mask, np.arange(5))
+    rows, columns = chosen_tokens(batch, Positions())
+    assert rows.tolist() == [0, 1, 2, 3, 4]
+    assert columns.tolist() == [3, 1, 3, 2, 3]
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", ["last", "last:2", "last:9", "random:1", "random:3", "all"])
+def test_the_chosen_tokens_are_those_of_a_plain_forward(llama, name, left):
+    positions = Positions.parse(name, 5)
+    (whole,) = stream(llama, [padded(SEQUENCES)], Positions.parse("all"))
+    lengths = [len(sequence) for sequence in SEQUENCES]
+    starts = np.cumsum([0, *lengths])
+    assert whole[1].shape == (7, sum(lengths), 32)
+    for text, sequence in enumerate(SEQUENCES):
+        with torch.no_grad():
+            ids = torch.tensor([sequence])
+            hidden = llama(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = torch.cat(hidden[:-1])
+        got = whole[1][:-1, starts[text] : starts[text + 1]]
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    for size in (1, 2, len(SEQUENCES)):
+        for batch, states, samples in stream(llama, batched(SEQUENCES, size, left), positions):
+            wanted = [positions.chosen(lengths[text], text) for text in batch.samples]
+            texts = np.repeat(batch.samples, [len(tokens) for tokens in wanted])
+            assert samples.tolist() == texts.tolist()
+            expected = whole[1][:, starts[texts] + np.concatenate(wanted)]
+            torch.testing.assert_close(states, expected, atol=2e-6, rtol=1e-5)
+            assert states.is_contiguous()
+
+
+def test_a_batch_without_tokens_gives_no_rows(llama):
+    empty = Batch(np.zeros((2, 3), np.int64), np.zeros((2, 3), np.int64), np.arange(2))
+    ((_, states, samples),) = stream(llama, [empty], Positions.parse("all"))
+    assert states.shape == (7, 0, 32)
+    assert samples.shape == (0,)
+    builder = ScanBuilder(7, ["angular"], keep_samples=True)
+    builder.add(states, samples, state_first=True, sequences=samples)
+    builder.add(torch.ones(7, 1, 32), [0], state_first=True, sequences=np.array([3]))
+    builder.add(states, samples, state_first=True, sequences=samples)
+    builder.add(torch.ones(7, 1, 32), [0], state_first=True, sequences=np.array([3]))
+    scan = builder.finish()
+    assert (scan.num_samples, scan.num_sequences, len(scan.samples())) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_states_come_in_the_dtype_of_the_model(dtype):
     model = tiny_llama(3).to(dtype)
-    ((_, states),) = stream(model, [padded(SEQUENCES)])
+    ((_, states, _),) = stream(model, [padded(SEQUENCES)])
     assert states.dtype == dtype
     assert states.device.type == "cpu"
     assert not states.requires_grad
@@ -179,7 +223,7 @@ def test_batches_come_back_in_order_and_one_at_a_time(llama):
             asked.append(batch)
             yield batch
 
-    for number, (batch, _) in enumerate(stream(llama, batches())):
+    for number, (batch, _, _) in enumerate(stream(llama, batches())):
         assert batch is asked[number]
         assert len(asked) <= number + 2
 
@@ -190,7 +234,7 @@ def test_no_batches_give_no_states(llama):
 
 def test_states_stay_as_they_were_when_more_are_asked_for(llama):
     streamed = stream(llama, batched(SEQUENCES, 1))
-    _, first = next(streamed)
+    _, first, _ = next(streamed)
     before = first.clone()
     list(streamed)
     assert torch.equal(first, before)

@@ -39,8 +39,9 @@ from shallower import (
     _reference,
     analyse_states,
 )
+from shallower.accumulation import ScanBuilder
 from shallower.report import scan_table
-from shallower.similarity import FORMAT, NORMS, ScanBuilder, _digest
+from shallower.similarity import FORMAT, NORMS, _digest
 from test_artifacts import JSON, damaged
 
 ANGULAR_TOLERANCE = 1e-7
@@ -379,7 +380,7 @@ def test_copying_in_small_parts_gives_the_same_bits(monkeypatch):
     strided = np.repeat(states, 2, axis=2)[..., ::2]
     with pytest.warns(RejectedSamplesWarning):
         plain = analyse_states(states)
-    monkeypatch.setattr("shallower.similarity.CHUNK_BYTES", 7 * states[0].nbytes)
+    monkeypatch.setattr("shallower.accumulation.CHUNK_BYTES", 7 * states[0].nbytes)
     with pytest.warns(RejectedSamplesWarning):
         parts = analyse_states(strided)
     assert bits(parts) == bits(plain)
@@ -724,7 +725,7 @@ def test_tensors_that_hold_no_plain_numbers_are_refused(tensor):
 
 @pytest.mark.parametrize(
     "states",
-    [None, [[[1.0, 2.0]]], 5, "states", b"states", np.float32(1), iter([]), torch.Size([2, 3, 4])],
+    [None, [[[1.0, 2.0]]], 5, b"states", np.float32(1), iter([]), torch.Size([2, 3, 4])],
     ids=lambda states: type(states).__name__,
 )
 def test_what_is_no_array_is_refused(states):
@@ -994,9 +995,16 @@ def test_norms_that_no_samples_have_are_refused():
         {"num_states": 5}, {"num_states": 2**31}, {"num_states": 10**18}, {"num_states": 10**400},
         {"num_states": 4.0}, {"num_states": "4"}, {"num_states": None}, {"num_states": True},
         {"num_states": float("nan")}, {"num_states": float("inf")}, {"num_states": [4]},
-        {"count": -1}, {"count": 0}, {"count": 1}, {"count": 5.0}, {"count": "5"},
-        {"count": None}, {"count": True}, {"count": 2**31 + 1}, {"count": 2**63},
-        {"count": 2**64}, {"count": 10**400}, {"count": float("nan")}, {"count": []},
+        *({"lengths": [count, 0, 0, 0]} for count in (
+            -1, 0, 1, 5.0, "5", None, True, 2**31 + 1, 2**63, 2**64, 10**400, float("nan"), [])),
+        {"lengths": []}, {"lengths": [5]}, {"lengths": None}, {"lengths": 5},
+        {"lengths": [5, 0, 0, 0, 0]}, {"lengths": [3, 1, 2, 4]}, {"lengths": [5, 0, 2, 4]},
+        {"lengths": [5, 0, 0, 1]}, {"lengths": [5, 2**64, 0, 0]}, {"lengths": [5, 0, -1, 1]},
+        {"positions": "last"}, {"positions": {}}, {"positions": 5},
+        {"positions": {"kind": "first", "count": 1, "seed": 0}},
+        {"positions": {"kind": "last", "count": True, "seed": 0}},
+        {"positions": {"kind": "last", "count": 10**400, "seed": 0}},
+        {"positions": {"kind": "last", "count": 1}},
         {"rejected": -1}, {"rejected": 1.0}, {"rejected": "1"}, {"rejected": None},
         {"rejected": 2**31}, {"rejected": 2**64}, {"rejected": float("inf")},
         {"metrics": []}, {"metrics": "angular"}, {"metrics": None}, {"metrics": [5]},
@@ -1142,7 +1150,7 @@ def test_no_scans_do_not_merge(scans):
 
 
 def test_more_samples_than_there_is_room_for_do_not_merge():
-    header, inner, data = described(count=2**31)
+    header, inner, data = described(lengths=[2**31, 0, 0, 0])
     nothing = bytearray(len(data))
     norms = slice(*header[NORMS]["data_offsets"])
     nothing[norms] = data[norms]

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._core import __version__
+from .accumulation import analyse_states
 from .artifacts import Block, Comparison, Cut, Loss, ModelIdentity, Plan, Rejection, TextsIdentity
 from .errors import (
     InMemoryOnlyError,
@@ -19,6 +20,7 @@ from .errors import (
     OutputError,
     PatchError,
     PlanError,
+    PositionsError,
     RecipeError,
     RejectedSamplesWarning,
     ScanError,
@@ -31,8 +33,9 @@ from .errors import (
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
 from .healing.recipe import Recipe
 from .healing.record import Healing
+from .positions import Positions
 from .selection import deepest_block
-from .similarity import BootstrappedStart, Scan, analyse_states
+from .similarity import BootstrappedStart, Scan
 
 if TYPE_CHECKING:
     from .checkpoint import prune_checkpoint
@@ -76,6 +79,8 @@ __all__ = [
     "PatchError",
     "Plan",
     "PlanError",
+    "Positions",
+    "PositionsError",
     "Recipe",
     "RecipeError",
     "RejectedSamplesWarning",

@@ -14,6 +14,7 @@ __all__ = [
     "Job",
     "__version__",
     "bootstrap",
+    "parse_header",
     "tier",
     "tiers",
 ]
@@ -31,7 +32,7 @@ class Accumulator:
     @staticmethod
     def from_words(
         num_states: int,
-        count: int,
+        lengths: tuple[int, int, int, int],
         rejected: int,
         stored: list[tuple[str, NDArray[np.uint64]]],
         norms: NDArray[np.uint64],
@@ -41,12 +42,20 @@ class Accumulator:
     @property
     def count(self) -> int: ...
     @property
+    def num_sequences(self) -> int: ...
+    @property
+    def lengths(self) -> tuple[int, int, int, int]: ...
+    @property
     def rejected(self) -> int: ...
     @property
     def metrics(self) -> list[str]: ...
     def update(
-        self, states: NDArray[Any], state_first: bool = False, keep: bool = False
-    ) -> tuple[list[tuple[int, int, str]], list[NDArray[np.float32]] | None]: ...
+        self,
+        states: NDArray[Any],
+        state_first: bool = False,
+        keep: bool = False,
+        sequences: NDArray[np.int64] | None = None,
+    ) -> tuple[list[tuple[int, int, str]], list[NDArray[np.float32]] | None, bool]: ...
     def reject(self, samples: int) -> None: ...
     def merge(self, other: Accumulator) -> None: ...
     def mean(self, metric: str) -> NDArray[np.float64]: ...
@@ -89,6 +98,9 @@ def bootstrap(
     seed: int,
     threads: int | None = None,
 ) -> list[list[int]]: ...
+def parse_header(
+    json: bytes, data_len: int
+) -> tuple[dict[str, str], list[tuple[str, str, list[int], int, int]]]: ...
 
 @final
 class Checkpoint:

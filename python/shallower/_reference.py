@@ -14,7 +14,9 @@ The angle is taken by its chord, 2·arcsin(|u - v| / 2) for unit vectors u and v
 formula than the core's.
 """
 
-from itertools import combinations
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import combinations, groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +74,29 @@ def mean_and_stderr(states: NDArray[np.floating], metric: str) -> tuple[Matrix, 
     """Mean and standard error over samples: states (S, L+1, D) to two (L+1, L+1)."""
     values = np.stack([METRICS[metric](sample) for sample in states])
     return values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
+
+
+def clustered(
+    states: NDArray[np.floating], metric: str, sequences: Sequence[int]
+) -> tuple[Matrix, Matrix]:
+    """Mean over samples and its standard error over sequences of neighbours: as above.
+
+    The mean is a ratio of two sums over sequences, that of values and that of lengths.
+    """
+    values = np.stack([METRICS[metric](sample) for sample in states])
+    runs = [list(run) for _, run in groupby(range(len(values)), lambda i: sequences[i])]
+    mean, count = values.mean(axis=0), len(runs)
+    residuals = np.stack([(values[run] - mean).sum(axis=0) for run in runs])
+    variance = count / (count - 1) * (residuals**2).sum(axis=0) / len(values) ** 2
+    return mean, np.sqrt(variance)
+
+
+def exact_variance(values: Sequence[Fraction], sequences: Sequence[int]) -> Fraction:
+    """The variance between sequences of one pair's values: squared error times sequences."""
+    runs = [list(run) for _, run in groupby(range(len(values)), lambda i: sequences[i])]
+    mean, length = Fraction(sum(values), len(values)), Fraction(len(values), len(runs))
+    residuals = [sum((values[i] - mean for i in run), Fraction(0)) for run in runs]
+    return sum(((r / length) ** 2 for r in residuals), Fraction(0)) / (len(runs) - 1)
 
 
 def best_start(mean: Matrix, n: int) -> int:

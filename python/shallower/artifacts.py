@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar, get_type_hints
 
-from .errors import LayersError, PlanError
+from .errors import LayersError, PlanError, PositionsError
+from .positions import Positions
 from .provenance import versions
 from .storage import write_file
 
@@ -207,6 +208,7 @@ class Plan:
         metric: the metric behind the score, if one decided.
         model: the model it was made for, if known.
         texts: the calibration texts, if any.
+        positions: which of their tokens were compared, if that is known.
         versions: the packages that made it.
     """
 
@@ -216,6 +218,7 @@ class Plan:
     metric: str | None = None
     model: ModelIdentity | None = None
     texts: tuple[TextsIdentity, ...] = ()
+    positions: Positions | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -253,6 +256,7 @@ class Plan:
             "metric": self.metric,
             "model": asdict(self.model) if self.model else None,
             "texts": [asdict(texts) for texts in self.texts],
+            "positions": asdict(self.positions) if self.positions else None,
             "versions": dict(self.versions),
         }
 
@@ -279,6 +283,7 @@ class Plan:
             RecursionError,
             LayersError,
             PlanError,
+            PositionsError,
         ) as error:
             raise PlanError(f"{path} is not a plan of shallower, or is damaged: {error}") from error
 
@@ -299,6 +304,7 @@ class Plan:
             metric=None if data["metric"] is None else of_type(str, data["metric"]),
             model=None if data["model"] is None else from_fields(ModelIdentity, data["model"]),
             texts=tuple(from_fields(TextsIdentity, t) for t in of_type(list, data["texts"])),
+            positions=positions_of(data.get("positions")),
             versions={k: of_type(str, v) for k, v in of_type(dict, data["versions"]).items()},
         )
         if list(plan.survivors) != data["survivors"]:
@@ -338,6 +344,11 @@ def from_fields(kind: type[T], data: Any) -> T:
     for name, expected in get_type_hints(kind).items():
         of_type(expected, of_type(dict, data)[name])
     return kind(**data)
+
+
+def positions_of(data: Any) -> Positions | None:
+    """The positions in a file, if there are any; raises TypeError or PositionsError."""
+    return None if data is None else from_fields(Positions, data)
 
 
 def _block(data: Any) -> Block:

@@ -299,6 +299,8 @@ def _rows(plan: Plan, losses: tuple[Loss, Loss] | None) -> list[tuple[str, str]]
         ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")
         for texts in plan.texts
     ]
+    if plan.positions:
+        rows.append(("tokens compared", f"{plan.positions} of every text"))
     if losses:
         before, after = losses
         tokens = f"{after.num_tokens} tokens of {after.num_texts} texts"

@@ -27,9 +27,13 @@ def ranges(layers: Sequence[int]) -> str:
 def scan_table(scan: Scan) -> Table:
     """For every n the best block and its distance."""
     metric = "angular" if "angular" in scan.metrics else f"1 - {scan.metrics[0]}"
+    samples = f"{scan.num_samples} samples"
+    if scan.num_sequences < scan.num_samples:
+        samples = f"{scan.num_samples} tokens of {scan.num_sequences} sequences"
     table = Table(
-        title=f"{scan.num_layers} layers, {scan.num_samples} samples"
+        title=f"{scan.num_layers} layers, {samples}"
         + (f", {scan.num_rejected} rejected" if scan.num_rejected else "")
+        + (f"; positions {scan.positions}" if scan.positions else "")
     )
     table.add_column("n", justify="right")
     table.add_column("drop [start, stop)")

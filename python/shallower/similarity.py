@@ -1,4 +1,4 @@
-"""How alike the layers are: the scan, its storage, and scans of stored states.
+"""How alike the layers are: the scan, and its storage.
 
 Sees the Rust core and NumPy, no torch and no model. The core holds exact integer sums, so
 a scan has the same bits at any number of threads, and merging is associative to the bit.
@@ -6,8 +6,6 @@ a scan has the same bits at any number of threads, and merging is associative to
 
 import hashlib
 import json
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,38 +22,35 @@ from .artifacts import (
     Plan,
     Rejection,
     TextsIdentity,
-    describe_rejections,
     from_fields,
     layer_number,
     of_type,
+    positions_of,
 )
-from .cka import CkaBatches, check_batch
 from .errors import (
     LayersError,
     MetricError,
-    RejectedSamplesWarning,
+    PositionsError,
     ScanError,
     StatesError,
     ThreadsError,
 )
+from .positions import Positions
 from .selection import check_plan, check_size
 from .storage import write_file
 
-FORMAT = "shallower.scan.2"
+FORMAT = "shallower.scan.3"
 """The key of a scan file's metadata."""
 
 NORMS = "norms"
 """The name of the norms' sums beside those of the metrics."""
-
-CHUNK_BYTES = 64 << 20
-"""How much of an array goes to the core at a time."""
 
 MAX_THREADS = 4096
 
 MAX_RESAMPLES = 2**31
 
 Samples = Mapping[str, NDArray[np.float32]]
-"""For each metric the values of single samples, (samples, L(L+1)/2)."""
+"""For each metric the sums over single sequences, (sequences, L(L+1)/2)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +79,7 @@ class Scan:
         model: the model scanned, if a model was.
         texts: the texts behind it, one entry for each merged part.
         rejections: the first of the samples that were left out, and why.
+        positions: which tokens of the texts were compared, if that is known.
     """
 
     def __init__(
@@ -94,6 +90,7 @@ class Scan:
         texts: tuple[TextsIdentity, ...] = (),
         samples: Samples | None = None,
         cka: Cka | None = None,
+        positions: Positions | None = None,
     ) -> None:
         self._accumulator = accumulator
         self._samples = samples
@@ -101,6 +98,7 @@ class Scan:
         self.rejections = tuple(rejections[:NAMED_REJECTIONS])
         self.model = model
         self.texts = texts
+        self.positions = positions
 
     def __repr__(self) -> str:
         return (
@@ -115,8 +113,13 @@ class Scan:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the means."""
+        """Samples in the means: tokens, or rows of stored states."""
         return self._accumulator.count
+
+    @property
+    def num_sequences(self) -> int:
+        """The sequences that the samples are of; every sample is its own, if none were named."""
+        return self._accumulator.num_sequences
 
     @property
     def num_rejected(self) -> int:
@@ -142,12 +145,22 @@ class Scan:
         return self._accumulator.mean(metric)
 
     def variance(self, metric: str = "angular") -> NDArray[np.float64]:
-        """The sample variance (divisor S-1), (L+1, L+1) float64; NaN for one sample."""
+        """The variance between sequences, (L+1, L+1) float64; NaN for one sequence.
+
+        Of (s - m n) / n̄ with divisor G-1 over the G sequences: s is the sum over the n samples
+        of one, m the mean over all samples, n̄ the mean of n. For sequences of one sample that
+        is the sample variance.
+        """
         return self._accumulator.variance(metric)
 
     def stderr(self, metric: str = "angular") -> NDArray[np.float64]:
-        """The standard error of the mean, (L+1, L+1) float64; NaN for one sample."""
-        return np.sqrt(self.variance(metric) / self.num_samples)
+        """The standard error of the mean, (L+1, L+1) float64; NaN for one sequence.
+
+        The sequences are the independent units, the samples of one are not: the mean is a
+        ratio of sums over sequences, √(variance / G) its error (Cochran, Sampling Techniques,
+        ch. 6).
+        """
+        return np.sqrt(self.variance(metric) / self.num_sequences)
 
     def norms(self) -> NDArray[np.float64]:
         """The mean norm of each state x^(0) .. x^(L), (L+1,) float64.
@@ -164,7 +177,8 @@ class Scan:
 
     def samples(self, metric: str = "angular") -> NDArray[np.float32]:
         """The values of single samples, (S, L(L+1)/2) float32: the pairs (l, m), l < m, row
-        by row, of every sample in the order they came.
+        by row, of every sample in the order they came. Where several samples are of one
+        sequence, their sums: a row for each of the G sequences.
 
         Raises:
             MetricError: the scan does not hold the metric.
@@ -251,9 +265,10 @@ class Scan:
     ) -> dict[int, BootstrappedStart]:
         """How sure l*(n) is, for every ``n`` in ``1 .. L-1``.
 
-        As many samples as there are get drawn from them with replacement, and the best start
-        of the mean over those is found, ``num_resamples`` times. The answer depends on the
-        samples' values and the seed alone, not on threads, shards or the order of samples.
+        As many sequences as there are get drawn from them with replacement, with all their
+        samples, and the best start of the mean over those is found, ``num_resamples`` times.
+        The answer depends on the samples' values and the seed alone, not on threads, shards or
+        the order of samples.
 
         Args:
             num_resamples: how many times.
@@ -276,7 +291,7 @@ class Scan:
             if not is_integer or not least <= value <= most:
                 raise ScanError(f"{name} = {value!r}: expected an integer, {least} to {most}")
         check_threads(threads)
-        if self.num_samples < 2:
+        if self.num_sequences < 2:
             raise ScanError("a single sample cannot be resampled: scan at least 2")
         wins = bootstrap(values, self.num_layers + 1, metric, num_resamples, seed, threads)
         found = {}
@@ -328,6 +343,7 @@ class Scan:
             metric=metric,
             model=self.model,
             texts=self.texts,
+            positions=self.positions,
         )
 
     def _held(self, metric: str | None) -> str:
@@ -349,12 +365,13 @@ class Scan:
 
         header = {
             "num_states": self._accumulator.num_states,
-            "count": self.num_samples,
+            "lengths": list(self._accumulator.lengths),
             "rejected": self.num_rejected,
             "metrics": list(self.metrics),
             "rejections": [asdict(rejection) for rejection in self.rejections],
             "model": asdict(self.model) if self.model else None,
             "texts": [asdict(texts) for texts in self.texts],
+            "positions": asdict(self.positions) if self.positions else None,
             "samples": self.keeps_samples,
             "cka": None,
         }
@@ -395,6 +412,7 @@ class Scan:
             RecursionError,
             StatesError,
             MetricError,
+            PositionsError,
         ) as error:
             raise ScanError(f"{path} is no scan of shallower, or is damaged: {error}") from error
 
@@ -415,46 +433,52 @@ class Scan:
         if header.pop("sha256") != _digest(header, arrays):
             raise ValueError("its checksum does not fit its content")
         num_states = of_type(int, header["num_states"])
-        counts = of_type(int, header["count"]), of_type(int, header["rejected"])
+        alone, several, together, squares = (of_type(int, n) for n in header["lengths"])
+        lengths = alone, several, together, squares
         norms = arrays[NORMS]
         if norms.dtype != np.uint64 or norms.ndim != 1:
             raise ValueError("its norms are no words")
         pairs = num_states * (num_states - 1) // 2
         sums = {metric: arrays[metric] for metric in metrics}
-        if any(words.dtype != np.uint64 or words.shape != (4 * pairs,) for words in sums.values()):
+        shape = ((12 if several else 4) * pairs,)
+        if any(words.dtype != np.uint64 or words.shape != shape for words in sums.values()):
             raise ValueError(f"its sums are not those of {num_states} states")
         samples = {metric: arrays[f"{metric}.samples"] for metric in kept}
         for values in samples.values():
-            if values.dtype != np.float32 or values.shape != (counts[0], pairs):
-                raise ValueError(f"its samples are not {counts[0]} of {num_states} states")
+            if values.dtype != np.float32 or values.shape != (alone + several, pairs):
+                raise ValueError(f"its samples are not {alone + several} of {num_states} states")
             if not np.isfinite(values).all():
                 raise ValueError("a value of its samples is NaN or infinite")
         cka = None
         if header["cka"] is not None:
             batch, batches, compared = (of_type(int, n) for n in header["cka"])
-            if arrays["cka"].dtype != np.uint64 or not 0 <= compared <= counts[0]:
+            if arrays["cka"].dtype != np.uint64 or not 0 <= compared <= alone + together:
                 raise ValueError("its CKA is not of its samples")
             cka = Cka.from_words(num_states, batch, batches, compared, arrays["cka"])
         model = None if header["model"] is None else from_fields(ModelIdentity, header["model"])
         if model and model.num_layers != num_states - 1:
             raise ValueError(f"it is of {num_states - 1} layers, its model has {model.num_layers}")
         return cls(
-            Accumulator.from_words(num_states, *counts, list(sums.items()), norms),
+            Accumulator.from_words(
+                num_states, lengths, of_type(int, header["rejected"]), list(sums.items()), norms
+            ),
             [from_fields(Rejection, rejection) for rejection in header["rejections"]],
             model,
             tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),
             samples if kept else None,
             cka,
+            positions_of(header["positions"]),
         )
 
     @staticmethod
     def merge(scans: Iterable["Scan"]) -> "Scan":
         """One scan of all the samples of several, the same bits in whatever order.
 
-        It keeps the values of single samples, and CKA, if all of them do.
+        It keeps the values of single samples, and CKA, if all of them do. A sequence does not
+        go on from one scan to another: with samples in two it counts as two.
 
         Raises:
-            ScanError: there is none, or they differ in layers, metrics or model.
+            ScanError: there is none, or they differ in layers, metrics, model or positions.
             StatesError: together they hold more than 2**31 samples.
         """
         scans = list(scans)
@@ -467,18 +491,24 @@ class Scan:
                 raise ScanError(
                     f"cannot merge scans of different models: {first.model} and {scan.model}"
                 )
+            if scan.positions != first.positions:
+                raise ScanError(
+                    f"cannot merge scans of different positions: {first.positions} and "
+                    f"{scan.positions}"
+                )
             accumulator.merge(scan._accumulator)
         return Scan(
             accumulator,
             [rejection for scan in scans for rejection in scan.rejections],
             first.model,
             tuple(texts for scan in scans for texts in scan.texts),
-            _joined([scan._samples for scan in scans]),
+            joined([scan._samples for scan in scans]),
             _added(first.num_layers + 1, [scan._cka for scan in scans]),
+            first.positions,
         )
 
 
-def _joined(parts: Sequence[Samples | None]) -> Samples | None:
+def joined(parts: Sequence[Samples | None]) -> Samples | None:
     """The samples of all parts; none, unless all have them."""
     kept = [part for part in parts if part is not None]
     if len(kept) < len(parts):
@@ -518,197 +548,8 @@ def check_threads(threads: int | None) -> None:
         raise ThreadsError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
 
 
-class ScanBuilder:
-    """A scan in the making: states go in batch by batch, and a :class:`Scan` comes out.
-
-    Args:
-        num_states: L+1.
-        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
-        threads: threads of the core, all by default.
-        model: the model that the states come from.
-        keep_samples: keep the values of single samples as well.
-        cka_batch: samples in a minibatch for CKA, if that is wanted.
-
-    Raises:
-        MetricError, StatesError, ThreadsError: what the arguments say cannot be done.
-    """
-
-    def __init__(
-        self,
-        num_states: int,
-        metrics: Sequence[str],
-        threads: int | None = None,
-        model: ModelIdentity | None = None,
-        keep_samples: bool = False,
-        cka_batch: int | None = None,
-    ) -> None:
-        names = check_metrics(metrics)
-        check_threads(threads)
-        if cka_batch is not None:
-            check_batch(cka_batch)
-        self._accumulator = Accumulator(num_states, names, threads)
-        self._rejections: list[Rejection] = []
-        self._samples: list[Samples] = []
-        self._keep_samples = keep_samples
-        self._model = model
-        self._cka = None if cka_batch is None else CkaBatches(num_states, cka_batch, threads)
-
-    def add(
-        self, states: Any, samples: Sequence[int] | NDArray[np.int64], state_first: bool = False
-    ) -> None:
-        """Add a C-contiguous batch, (B, L+1, D), or (L+1, B, D) if ``state_first``.
-
-        ``samples`` are the (B,) indices by which rejected samples are named.
-        """
-        accumulator, array = self._accumulator, as_array(states)
-        rejected, kept = accumulator.update(array, state_first, self._keep_samples)
-        if self._cka is not None:
-            by_sample = array.transpose(1, 0, 2) if state_first else array
-            self._cka.add(by_sample, [sample for sample, _, _ in rejected])
-        if kept is not None:
-            self._samples.append(dict(zip(accumulator.metrics, kept, strict=True)))
-        for sample, state, reason in rejected:
-            self._rejections.append(Rejection(int(samples[sample]), f"state {state} {reason}"))
-
-    def resume(self, before: Scan, texts: TextsIdentity) -> None:
-        """Take over an interrupted scan of the same model and metrics, and of ``texts``.
-
-        Raises:
-            ScanError: it is of another model, of other metrics or of other texts.
-        """
-        if before.model != self._model or before.metrics != tuple(self._accumulator.metrics):
-            raise ScanError(
-                f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "
-                f"{', '.join(self._accumulator.metrics)}"
-            )
-        if before.texts != (texts,):
-            raise ScanError("it is of other texts")
-        if before.keeps_samples != self._keep_samples:
-            kept = "keeps" if before.keeps_samples else "does not keep"
-            raise ScanError(f"it {kept} the values of single samples")
-        if before._samples is not None:
-            self._samples.append(before._samples)
-        self._accumulator.merge(before._accumulator)
-        self._rejections += before.rejections
-
-    def reject(self, count: int, rejections: Sequence[Rejection]) -> None:
-        """Count samples that never became states, the first of them by name."""
-        self._accumulator.reject(count)
-        self._rejections += rejections
-
-    def so_far(self, texts: TextsIdentity) -> Scan:
-        """The scan as it stands, to be saved and resumed."""
-        return self._scan(self._rejections, (texts,), None)
-
-    def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
-        """The scan; warns of rejected samples.
-
-        Raises:
-            StatesError: no sample was accepted.
-        """
-        accepted, rejected = self._accumulator.count, self._accumulator.rejected
-        named = sorted(self._rejections, key=lambda rejection: rejection.sample)
-        if rejected:
-            described = describe_rejections(rejected, accepted + rejected, named)
-            if not accepted:
-                raise StatesError(f"there is nothing to compare: {described}")
-            warnings.warn(described, RejectedSamplesWarning, stacklevel=3)
-        elif not accepted:
-            raise StatesError("there are no samples to compare")
-        return self._scan(named, texts, self._cka.finish() if self._cka else None)
-
-    def _scan(
-        self,
-        rejections: Sequence[Rejection],
-        texts: tuple[TextsIdentity, ...],
-        cka: Cka | None,
-    ) -> Scan:
-        samples = _joined(self._samples) if self._samples else None
-        return Scan(self._accumulator, rejections, self._model, texts, samples, cka)
-
-
-def analyse_states(
-    states: Any,
-    metrics: Sequence[str] = ("angular",),
-    threads: int | None = None,
-    keep_samples: bool = False,
-    cka_batch: int | None = None,
-) -> Scan:
-    """Compare stored hidden states, without a model.
-
-    Args:
-        states: (samples, L+1, D), a NumPy array or a torch tensor on the CPU, of float32,
-            float16, bfloat16 or float64; an array of uint16 is read as bfloat16 bits. Read
-            in place if C-contiguous as (samples, L+1, D) or (L+1, samples, D), else copied
-            64 MiB at a time.
-        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
-        threads: threads of the core, all by default.
-        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
-            times samples times L(L+1)/2 a metric, in memory and in the file: 22 MB for
-            10,000 samples of 33 layers.
-        cka_batch: also find linear CKA, from minibatches of so many consecutive samples, 4 to
-            1024; a last one of fewer than 4 is left out. See :attr:`Scan.cka`.
-
-    Raises:
-        StatesError: wrong shape or dtype, no samples, or none that can be compared. Single
-            samples with NaN, infinity or zero vectors are counted and named in the result,
-            with a warning.
-        MetricError: an unknown metric, or one named twice.
-        ThreadsError: ``threads`` is less than 1.
-    """
-    array = as_array(states)
-    if array.ndim != 3:
-        raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
-    if len(array) == 0:
-        raise StatesError("there are no samples to compare")
-    builder = ScanBuilder(array.shape[1], metrics, threads, None, keep_samples, cka_batch)
-    for start, chunk, state_first in _readable(array):
-        builder.add(chunk, range(start, len(array)), state_first)
-    return builder.finish()
-
-
 def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(name.encode() + array.tobytes())
     return digest.hexdigest()
-
-
-def as_array(states: Any) -> NDArray[Any]:
-    """A NumPy view of ``states``; bfloat16 becomes uint16 bits. Never copies a CPU tensor.
-
-    Raises:
-        StatesError: neither an array nor a dense tensor on the CPU.
-    """
-    if isinstance(states, np.ndarray):
-        array = states
-    elif "torch" in sys.modules and isinstance(states, sys.modules["torch"].Tensor):
-        if states.device.type != "cpu":
-            raise StatesError(f"states on {states.device}: bring them to the CPU first")
-        tensor = states.detach()
-        try:
-            if str(tensor.dtype) == "torch.bfloat16":
-                tensor = tensor.view(sys.modules["torch"].uint16)
-            array = tensor.numpy()
-        except (TypeError, RuntimeError) as error:
-            raise StatesError(
-                f"states of dtype {states.dtype}, layout {states.layout} cannot be read: {error}"
-            ) from error
-    else:
-        raise StatesError(f"states must be a NumPy array or a torch tensor, got {type(states)}")
-    if array.dtype.name == "bfloat16":
-        array = array.view(np.uint16)
-    if array.dtype.newbyteorder("=") != array.dtype:
-        raise StatesError(f"states of dtype {array.dtype}: expected the machine's byte order")
-    return array
-
-
-def _readable(array: NDArray[Any]) -> Iterable[tuple[int, NDArray[Any], bool]]:
-    """Parts that the core can read: (first sample, part, whether the state axis is first)."""
-    if array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous:
-        yield 0, array.transpose(1, 0, 2), True
-        return
-    step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        yield start, np.require(part, requirements=["C", "A"]), False

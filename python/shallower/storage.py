@@ -17,7 +17,7 @@ def check_free(path: Path, overwrite: bool = False) -> None:
     Raises:
         OutputError: something is there and ``overwrite`` is off, or a parent is a file.
     """
-    with _refusing(path):
+    with refusing(path):
         if path.absolute() == Path.cwd():
             raise OutputError(f"cannot write {path}: it is the current folder, name a new one")
         if path.is_dir() and not path.is_symlink():
@@ -36,6 +36,26 @@ def check_free(path: Path, overwrite: bool = False) -> None:
                 break
 
 
+def free_bytes(path: Path) -> int:
+    """Bytes that can be written where ``path`` would be.
+
+    Raises:
+        OutputError: the place cannot be looked at.
+    """
+    with refusing(path):
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        return shutil.disk_usage(there).free
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """What the system refuses in the body is an OutputError that names ``path``."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, replacing one that is there.
 
@@ -43,7 +63,7 @@ def write_file(path: Path, content: bytes) -> None:
         OutputError: the place cannot be written to.
     """
     path = Path(path)
-    with new_file(path, overwrite=True) as partial, _refusing(path), partial.open("xb") as file:
+    with new_file(path, overwrite=True) as partial, refusing(path), partial.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -59,14 +79,14 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     partial = _sibling(path, "partial")
-    with _refusing(path):
+    with refusing(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder: a file name is needed")
         check_free(path, overwrite)
         partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        with _refusing(path):
+        with refusing(path):
             partial.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
@@ -85,12 +105,12 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     check_free(path, overwrite)
     partial = _sibling(path, "partial")
-    with _refusing(path):
+    with refusing(path):
         partial.mkdir(parents=True)
     try:
         yield partial
         check_free(path, overwrite)
-        with _refusing(path):
+        with refusing(path):
             _settle(partial)
             _put(partial, path)
     finally:
@@ -117,20 +137,49 @@ def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[
             what an earlier run left.
     """
     path = Path(path)
+    with _working(path, job, overwrite) as folder:
+        yield folder
+        check_free(path, overwrite)
+        with refusing(path):
+            _settle(folder)
+            flush_folder(folder)
+            _put(folder, path)
+            flush_folder(path.absolute().parent)
+
+
+@contextmanager
+def resumable_file(path: Path, job: str, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder like :func:`resumable_folder`; its file ``path.name`` becomes ``path``.
+
+    Whatever else the body leaves in the folder is for the next run, and goes when the body
+    succeeds.
+
+    Raises:
+        OutputError: as :func:`resumable_folder`, or ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: a file name is needed")
+    with _working(path, job, overwrite) as folder:
+        yield folder
+        check_free(path, overwrite)
+        with refusing(path):
+            (folder / path.name).replace(path)
+            flush_folder(path.absolute().parent)
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
+    """The folder of an earlier run of the same job, or an empty one, held against others."""
     check_free(path, overwrite)
     work = partial_folder(path)
     lock = _lock(work, path)
     try:
-        with _refusing(path):
+        with refusing(path):
             folder = _begin(work, f"{path.absolute()}\n{job}")
         try:
             yield folder
-            check_free(path, overwrite)
-            with _refusing(path):
-                _settle(folder)
-                flush_folder(folder)
-                _put(folder, path)
-                flush_folder(path.absolute().parent)
         finally:
             if not folder.is_dir() or not any(folder.iterdir()):
                 shutil.rmtree(work, ignore_errors=True)
@@ -150,7 +199,7 @@ def partial_folder(path: Path) -> Path:
 def _lock(work: Path, path: Path) -> int:
     """Hold a folder against other processes; the system lets go of it when this one dies."""
     while True:
-        with _refusing(path):
+        with refusing(path):
             work.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -183,14 +232,6 @@ def _begin(work: Path, job: str) -> Path:
 
 
 _JOURNAL = "journal"
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
 
 
 def _sibling(path: Path, suffix: str) -> Path:

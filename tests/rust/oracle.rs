@@ -280,23 +280,24 @@ proptest! {
         let accumulator = accumulate(&data, shape, Order::SampleFirst, 1);
         let mut stored: Vec<_> =
             METRICS.map(|m| (m, accumulator.to_words(m).unwrap())).into_iter().collect();
-        let (n, rejected) = (accumulator.count(), accumulator.rejected());
+        let (lengths, rejected) = (accumulator.lengths(), accumulator.rejected());
+        let n = accumulator.count();
         let mut norms = accumulator.norms_to_words();
-        let back = Accumulator::from_words(shape.1, n, rejected, &stored, &norms).unwrap();
+        let back = Accumulator::from_words(shape.1, lengths, rejected, &stored, &norms).unwrap();
         prop_assert_eq!(&back, &accumulator);
 
         let at = word % norms.len();
         let whole = std::mem::replace(&mut norms[at], to);
-        if let Ok(damaged) = Accumulator::from_words(shape.1, n, rejected, &stored, &norms) && n > 0 {
+        if let Ok(damaged) = Accumulator::from_words(shape.1, lengths, rejected, &stored, &norms) && n > 0 {
             prop_assert!(damaged.norms().unwrap().iter().all(|norm| (1e-75..=1e75).contains(norm)));
         }
         norms[at] = whole;
-        prop_assert!(Accumulator::from_words(shape.1, n, rejected, &stored, &norms[1..]).is_err());
+        prop_assert!(Accumulator::from_words(shape.1, lengths, rejected, &stored, &norms[1..]).is_err());
 
         let words = &mut stored[0].1;
         let word = word % words.len();
         words[word] = to;
-        if let Ok(damaged) = Accumulator::from_words(shape.1, n, rejected, &stored, &norms) && n > 0 {
+        if let Ok(damaged) = Accumulator::from_words(shape.1, lengths, rejected, &stored, &norms) && n > 0 {
             let mean = damaged.mean(Metric::Angular).unwrap();
             prop_assert!(mean.iter().all(|d| d.abs() <= 1.0));
             let variance = damaged.variance(Metric::Angular).unwrap();

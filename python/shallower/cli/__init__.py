@@ -12,6 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import ShallowerError
+from .analyse import analyse_command
 from .evaluate import eval_command
 from .heal import heal_command, merge_command
 from .info import info_command
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for _name, _command, _example in (
     ("scan", scan_command, "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --out scans/smol"),
+    ("analyse", analyse_command, "states.safetensors --out scans/smol"),
     ("plan", plan_command, "scans/smol --n 8 --out plans/smol-8"),
     ("prune", prune_command, "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut"),
     ("eval", eval_command, "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20"),

@@ -10,6 +10,7 @@ import typer
 from ..artifacts import PLAN_FILE, Plan, blocks_of, dropped_layers
 from ..errors import LayersError, PlanError
 from ..selection import parse_layers
+from ..similarity import check_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,17 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 MaxLength = Annotated[int, typer.Option(help="Tokens of a text at most.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Texts in one forward.", min=1)]
 Samples = Annotated[int | None, typer.Option(help="Use the first so many texts.", min=1)]
+Metrics = Annotated[
+    str, typer.Option(help="Of angular, cosine, relative_l2, norm_ratio; comma-separated.")
+]
+KeepSamples = Annotated[
+    bool,
+    typer.Option(
+        "--keep-samples",
+        help="Keep the distances of every sample for plan --bootstrap: 4 bytes times samples times "
+        "pairs of layers, for each metric.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the core; all by default.", min=1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
@@ -72,6 +84,11 @@ def quiet() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+def metric_names(metrics: str) -> list[str]:
+    """The metrics that ``--metrics`` names."""
+    return check_metrics([name.strip() for name in metrics.split(",")])
 
 
 def wanted_plan(model: str, drop: str | None, plan: Path | None, num_layers: int) -> Plan:

@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..artifacts import SCAN_FILE
 from ..errors import MissingExtraError
+from ..report import scan_table
 from ..similarity import Scan
 
 
@@ -41,6 +43,33 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
 def warn(message: str) -> None:
     """Print a warning on standard error."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+def save_scan(scanned: Scan, out: Path) -> list[Path]:
+    """Write a scan, and its heat map if it can be drawn; gives the files written."""
+    scanned.save(out / SCAN_FILE)
+    return [out / SCAN_FILE, *draw(scanned, out)]
+
+
+def say_scan(scanned: Scan, written: list[Path], as_json: bool) -> None:
+    """Print the best block of every size, what was rejected and what was written."""
+    if as_json:
+        print_json({**_described(scanned), "written": [str(path) for path in written]})
+    else:
+        show(scan_table(scanned), *rejected(scanned), *(f"wrote {path}" for path in written))
+
+
+def _described(scanned: Scan) -> dict[str, Any]:
+    blocks = [scanned.best_block(n) for n in range(1, scanned.num_layers)]
+    return {
+        "num_layers": scanned.num_layers,
+        "positions": str(scanned.positions),
+        "num_samples": scanned.num_samples,
+        "num_sequences": scanned.num_sequences,
+        "num_rejected": scanned.num_rejected,
+        "rejections": [str(rejection) for rejection in scanned.rejections],
+        "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
+    }
 
 
 def rejected(scanned: Scan) -> list[str]:

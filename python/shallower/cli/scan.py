@@ -1,24 +1,28 @@
 """``shallower scan``."""
 
 import functools
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..artifacts import PARTIAL_FILE, SCAN_FILE
-from ..errors import ScanError
-from ..report import scan_table
-from ..similarity import Scan, check_metrics
-from ..storage import check_free
+from ..errors import OutputError, ScanError
+from ..kept_states import check_keepable
+from ..positions import Positions
+from ..storage import check_free, free_bytes
 from ..texts import Texts
 from .options import (
     BatchSize,
     DeviceMap,
     DryRun,
     Dtype,
+    DtypeName,
     GgufFile,
     Json,
+    KeepSamples,
     MaxLength,
+    Metrics,
     Model,
     Out,
     Overwrite,
@@ -27,8 +31,9 @@ from .options import (
     Threads,
     TrustRemoteCode,
     load,
+    metric_names,
 )
-from .output import draw, print_json, rejected, say_dry_run, show
+from .output import save_scan, say_dry_run, say_scan
 
 
 def scan_command(
@@ -39,18 +44,24 @@ def scan_command(
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
     samples: Samples = None,
-    metrics: Annotated[
-        str, typer.Option(help="Of angular, cosine, relative_l2, norm_ratio; comma-separated.")
-    ] = "angular,cosine",
-    threads: Threads = None,
-    keep_samples: Annotated[
-        bool,
+    metrics: Metrics = "angular,cosine",
+    positions: Annotated[
+        str,
         typer.Option(
-            "--keep-samples",
-            help="Keep the distances of every text for plan --bootstrap: 4 bytes times texts times "
-            "pairs of layers, for each metric.",
+            help="The tokens of a text to compare: last, last:K, random:K or all. Errors are "
+            "clustered by text."
         ),
-    ] = False,
+    ] = "last",
+    seed: Annotated[int, typer.Option(help="Of --positions random:K.", min=0)] = 0,
+    threads: Threads = None,
+    keep_samples: KeepSamples = False,
+    keep_states: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the states to this .safetensors file, for analyse: 2 bytes (4 in float32) "
+            "times compared tokens times layers and one times their width; --dry-run says how many."
+        ),
+    ] = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -58,20 +69,28 @@ def scan_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Compare all layers at the last token of every text, in one pass.
+    """Compare all layers at the last token of every text, or at more, in one pass.
 
     Writes scan.safetensors and, where matplotlib is installed, heat_map.png. An interrupted
-    scan goes on where it was when the same command is given again.
+    scan, its kept states too, goes on where it was when the same command is given again.
     """
-    from ..models.loading import count_layers
+    from ..models.loading import states_shape
     from ..pipeline import scan
 
     source = Texts(texts, samples)
     check_free(out / SCAN_FILE, overwrite)
-    names = check_metrics([name.strip() for name in metrics.split(",")])
-    count_layers(model, gguf_file, trust_remote_code)
+    names = metric_names(metrics)
+    tokens = Positions.parse(positions, seed)
+    shape = states_shape(model, gguf_file, trust_remote_code)
+    if keep_states is not None:
+        _check_apart(check_keepable(keep_states, overwrite), out)
     if dry_run:
-        say_dry_run({"scan": model, "texts": texts, "write": [str(out / SCAN_FILE)]}, as_json)
+        described: dict[str, Any] = {"scan": model, "texts": texts, "positions": str(tokens)}
+        if keep_states is not None:
+            most = min(max_length, tokens.count or max_length)
+            described.update(_room(shape, dtype, most, source.count(), keep_states))
+        described["write"] = [str(path) for path in (out / SCAN_FILE, keep_states) if path]
+        say_dry_run(described, as_json)
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
     partial = out / PARTIAL_FILE
@@ -87,6 +106,9 @@ def scan_command(
         checkpoint=partial,
         total=source.count(),
         keep_samples=keep_samples,
+        keep_states=keep_states,
+        overwrite=overwrite,
+        positions=tokens,
     )
     try:
         scanned = go_on()
@@ -95,21 +117,34 @@ def scan_command(
             raise
         partial.unlink()
         scanned = go_on()
-    scanned.save(out / SCAN_FILE)
-    written = [out / SCAN_FILE, *draw(scanned, out)]
+    written = save_scan(scanned, out)
     partial.unlink(missing_ok=True)
-    if as_json:
-        print_json({**_described(scanned), "written": [str(path) for path in written]})
-    else:
-        show(scan_table(scanned), *rejected(scanned), *(f"wrote {path}" for path in written))
+    if keep_states is not None:
+        written.append(keep_states)
+    say_scan(scanned, written, as_json)
 
 
-def _described(scanned: Scan) -> dict[str, Any]:
-    blocks = [scanned.best_block(n) for n in range(1, scanned.num_layers)]
+def _check_apart(keep_states: Path, out: Path) -> None:
+    for name in (SCAN_FILE, PARTIAL_FILE):
+        if keep_states.absolute() == (out / name).absolute():
+            raise OutputError(f"{keep_states} is the scan itself: keep the states elsewhere")
+
+
+def _room(
+    shape: tuple[int, int | None],
+    dtype: DtypeName,
+    tokens: int,
+    num_texts: int | None,
+    path: Path,
+) -> dict[str, int | None]:
+    """How many bytes kept states take, and how many are free; None where that is not known.
+
+    ``tokens`` of a text are compared at most.
+    """
+    num_states, width = shape
+    each = None if width is None else num_states * width * (4 if dtype == "float32" else 2)
     return {
-        "num_layers": scanned.num_layers,
-        "num_samples": scanned.num_samples,
-        "num_rejected": scanned.num_rejected,
-        "rejections": [str(rejection) for rejection in scanned.rejections],
-        "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
+        "states_bytes_per_token": each,
+        "states_bytes_at_most": each and num_texts and each * tokens * num_texts,
+        "free_bytes": free_bytes(path),
     }

@@ -91,6 +91,17 @@ def count_layers(
     Raises:
         ModelError: as :func:`load_model`.
     """
+    return states_shape(path_or_id, gguf_file, trust_remote_code)[0] - 1
+
+
+def states_shape(
+    path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, int | None]:
+    """L+1 and D by the model's config alone; D where it is told.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
     source, gguf_file = _locate(path_or_id, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     config = _call(
@@ -101,7 +112,10 @@ def count_layers(
     if count is None:
         raise ModelError(f"the config of {source} does not tell how many layers it has")
     modules = getattr(decoder, "num_layers", None)
-    return modules if isinstance(modules, int) and count == 2 * modules else count
+    width = getattr(decoder, "hidden_size", None)
+    if isinstance(modules, int) and count == 2 * modules:
+        count = modules
+    return count + 1, width if isinstance(width, int) else None
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
