@@ -25,7 +25,9 @@ def expected(x, r, ridge, penalty):
     return np.linalg.solve(x.T @ x + ridge * np.diag(penalty), x.T @ r).T
 
 
-@given(st.integers(0, 99), st.integers(1, 50), st.integers(1, 5), st.sampled_from([1e-2, 1.0, 30.0]))
+@given(
+    st.integers(0, 99), st.integers(1, 50), st.integers(1, 5), st.sampled_from([1e-2, 1.0, 30.0])
+)
 def test_a_map_is_that_of_ridge_regression_in_whatever_parts(seed, rows, parts, ridge):
     x, r = data(seed, rows)
     penalty = np.linspace(1, 2, 7)
@@ -46,7 +48,9 @@ def test_weighted_tokens_count_so_many_times():
     both = equations(x[:30], r[:30]).plus(equations(x[30:], r[30:]), 0.25)
     weights = np.sqrt(np.r_[np.ones(30), np.full(10, 0.25)])[:, None]
     found = both.solve(0.1, torch.ones(7, dtype=torch.float64)).numpy()
-    np.testing.assert_allclose(found, expected(weights * x, weights * r, 0.1, np.ones(7)), atol=1e-5)
+    np.testing.assert_allclose(
+        found, expected(weights * x, weights * r, 0.1, np.ones(7)), atol=1e-5
+    )
 
 
 def test_mapped_inputs_and_the_last_ones():

@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, tiny_llama
 
 import shallower as sh
+from conftest import WORDS, tiny_llama
 from shallower import patching
 from shallower.patching import patch
 from test_families import random_model
@@ -176,7 +176,7 @@ def test_families_without_such_a_matrix_are_refused(words, name, reason):
 @pytest.mark.parametrize(
     ("layers", "texts", "options", "reason"),
     [
-        ([range(0, 2)], TEXTS, {}, r"no layer before the block \[0, 2\)"),
+        ([range(2)], TEXTS, {}, r"no layer before the block \[0, 2\)"),
         ([range(3, 5)], TEXTS, {"method": "magic"}, "expected one of refit, map, magnitude"),
         ([range(3, 5)], TEXTS[:7], {}, "7 texts are too few"),
         ([range(3, 5)], [], {}, "0 texts are too few"),

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
 
+from conftest import tiny_llama
 from families import FAST
 from shallower.models.layerwise import Layerwise
 from shallower.models.writers import find_writers

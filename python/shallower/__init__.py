@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .figures import save_heat_map
     from .healing.run import heal, merge
     from .models.loading import load_model
+    from .patching import Patch, patch, save_patched
     from .pipeline import compare_cuts, run, scan, verify_checkpoint
     from .pruning import drop_layers, save_model, without_layers
 
@@ -58,6 +59,9 @@ _NEED_TORCH = {
     "prune_checkpoint": ".checkpoint",
     "evaluate_loss": ".evaluation",
     "save_heat_map": ".figures",
+    "Patch": ".patching",
+    "patch": ".patching",
+    "save_patched": ".patching",
     "heal": ".healing.run",
     "merge": ".healing.run",
 }
@@ -76,6 +80,7 @@ __all__ = [
     "ModelError",
     "ModelIdentity",
     "OutputError",
+    "Patch",
     "PatchError",
     "Plan",
     "PlanError",
@@ -103,12 +108,14 @@ __all__ = [
     "heal",
     "load_model",
     "merge",
+    "patch",
     "plan_gguf",
     "prune_checkpoint",
     "prune_gguf",
     "run",
     "save_heat_map",
     "save_model",
+    "save_patched",
     "scan",
     "verify_checkpoint",
     "without_layers",

@@ -220,15 +220,16 @@ def adapters_card(
     )
 
 
-def healed_card(cut_card: Path, rows: Sequence[tuple[str, str]]) -> str:
+def healed_card(cut_card: Path, what: str, rows: Sequence[tuple[str, str]]) -> str:
     """The card of a cut, once it is healed: the same, but for what it says of healing.
 
     Args:
         cut_card: the cut's card. It need not be there.
+        what: was done after the cut, to end the sentence.
         rows: what the card says of the healing, by name.
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
-    healed = _healed("low-rank adapters were trained and merged into its weights.", rows)
+    healed = _healed(what, rows)
     if _NOT_HEALED in text:
         return text.replace(_NOT_HEALED, healed, 1)
     front = _FRONT_MATTER.match(text)

@@ -25,8 +25,11 @@ class NormalEquations:
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
         """Nothing added yet."""
-        options = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(inputs, inputs, **options), torch.zeros(inputs, outputs, **options))
+        gram, cross = (
+            torch.zeros(inputs, columns, dtype=torch.float64, device=device)
+            for columns in (inputs, outputs)
+        )
+        return cls(gram, cross)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Add tokens: their inputs (N, F) and targets (N, D)."""
@@ -38,9 +41,7 @@ class NormalEquations:
 
     def last(self, inputs: int) -> "NormalEquations":
         """Those of the last so many inputs alone."""
-        return NormalEquations(
-            self.gram[-inputs:, -inputs:], self.cross[-inputs:], self.count
-        )
+        return NormalEquations(self.gram[-inputs:, -inputs:], self.cross[-inputs:], self.count)
 
     def plus(self, other: "NormalEquations", weight: float) -> "NormalEquations":
         """With the other's tokens, each counted ``weight`` times."""
@@ -53,9 +54,7 @@ class NormalEquations:
     def mapped(self, matrix: torch.Tensor) -> "NormalEquations":
         """Those of the inputs y = ``matrix`` x, for ``matrix`` of (G, F)."""
         matrix = matrix.to(self.gram)
-        return NormalEquations(
-            matrix @ self.gram @ matrix.T, matrix @ self.cross, self.count
-        )
+        return NormalEquations(matrix @ self.gram @ matrix.T, matrix @ self.cross, self.count)
 
     def solve(self, ridge: float, penalty: torch.Tensor) -> torch.Tensor:
         """The map (D, F), float64, with the least sum of squared errors and penalties.

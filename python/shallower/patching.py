@@ -10,9 +10,10 @@ the cut as well, as long as the loss on held-out text falls; ``map`` puts a D×D
 2507.18212).
 """
 
+import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,16 +24,18 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .artifacts import Layers, Plan, blocks_of, dropped_layers
+from .artifacts import Layers, Loss, Plan, blocks_of, dropped_layers
 from .calibration import Batch, TokenBatches
 from .errors import PatchError, TextsError
+from .exports import CARD_FILE, healed_card
 from .least_squares import NormalEquations
 from .models.architecture import find_layers
 from .models.identity import identify
 from .models.layerwise import Layerwise
 from .models.writers import Writer, Writers, find_writers
 from .progress import track
-from .pruning import drop_layers
+from .pruning import drop_layers, save_model
+from .storage import new_folder, write_file
 
 METHODS = ("refit", "map", "magnitude")
 
@@ -160,9 +163,7 @@ def patch(
     if num_tokens < 1:
         raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
     found = find_layers(model)
-    plan = Plan(
-        len(found), blocks_of(dropped_layers(len(found), layers)), model=identify(model)
-    )
+    plan = Plan(len(found), blocks_of(dropped_layers(len(found), layers)), model=identify(model))
     if plan.blocks[0].start == 0 and method != "magnitude":
         raise PatchError(
             f"there is no layer before the block {plan.blocks[0]} that could be solved anew: "
@@ -185,6 +186,59 @@ def patch(
         drop_layers(model, plan.blocks)
         undo.clear()
     return done
+
+
+def save_patched(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    done: Patch,
+    overwrite: bool = False,
+    losses: tuple[Loss, Loss] | None = None,
+    more: Mapping[str, bytes] | None = None,
+) -> None:
+    """Save a patched model as :func:`shallower.save_model` does, with ``shallower_patch.json``
+    and a card that says what was done.
+
+    Args:
+        model: as :func:`patch` left it.
+        tokenizer: saved beside it, unless ``None``.
+        path: a folder that does not exist yet, or is empty.
+        done: what :func:`patch` gave.
+        overwrite: replace what is at ``path``, once the new checkpoint is complete.
+        losses: on text that no choice was made on, before the cut and after the patch.
+        more: files to put beside it, by name.
+
+    Raises:
+        OutputError, ModelError: as :func:`shallower.save_model`.
+    """
+    with new_folder(Path(path), overwrite) as folder:
+        folder.rmdir()
+        save_model(model, tokenizer, folder, done.plan, losses=losses)
+        card = healed_card(folder / CARD_FILE, _WHAT[done.method], _rows(done))
+        report = json.dumps(done.to_json(), indent=2) + "\n"
+        beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
+        for name, content in beside.items():
+            write_file(folder / name, content)
+
+
+_WHAT = {
+    "refit": "matrices beside it were solved anew by least squares; nothing was trained.",
+    "map": "a linear map was fused into the matrix before it; nothing was trained.",
+    "magnitude": "the matrices behind it were scaled; nothing was trained.",
+}
+
+
+def _rows(done: Patch) -> list[tuple[str, str]]:
+    rows = [
+        ("method", done.method),
+        ("tokens fitted", f"{done.num_tokens:,}"),
+        ("held-out loss, nats a token", f"{done.original:.4f} whole, {done.cut:.4f} cut, "
+         f"{done.patched:.4f} patched, on {done.num_held_out:,} tokens that choices were made on"),
+        ("lost nats recovered", f"{100 * done.recovered:.0f} %"),
+    ]  # fmt: skip
+    changed = ", ".join(name for fit in done.fits for name in fit.matrices)
+    return [*rows, ("matrices solved anew, by source layer", changed)] if changed else rows
 
 
 @contextmanager
@@ -233,7 +287,9 @@ def _divide(
 class _Stored:
     """States of batches, in one temporary file."""
 
-    def __init__(self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype):
+    def __init__(
+        self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype
+    ) -> None:
         self.batches = batches
         sizes = [batch.input_ids.size * width for batch in batches]
         whole = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
@@ -370,10 +426,10 @@ class _Patching:
         return writers.attention, writers.feed_forward
 
     def _done(self, method: str, original: float, cut: float, patched: float, **more: Any) -> Patch:
-        tokens = [
+        fitted, held_out = (
             sum(int(batch.attention_mask.sum()) for batch in batches) for batches in self._batches
-        ]
-        return Patch(self.plan, method, *tokens, original, cut, patched, **more)
+        )
+        return Patch(self.plan, method, fitted, held_out, original, cut, patched, **more)
 
     def _advance_whole(self, layer: int, target: int) -> None:
         for states in (self.fitted, self.held_out):
@@ -439,10 +495,8 @@ class _Patching:
         rest, first = self._equations(layer, (attention, other))
         inputs = attention.weight.shape[1]
         diagonal = rest.gram.diagonal()
-        means = diagonal[:inputs].mean(), diagonal[inputs:].mean()
-        penalty = torch.cat(
-            [mean.expand(size) for mean, size in zip(means, (inputs, len(diagonal) - inputs))]
-        )
+        parts = diagonal[:inputs], diagonal[inputs:]
+        penalty = torch.cat([part.mean().expand(len(part)) for part in parts])
         joint = rest.plus(first, self.first_weight).solve(RIDGES[0], penalty)
         delta = ATTENTION_STEP * joint[:, :inputs] / attention.scale
         self._set(attention, attention.weight.double() + delta)

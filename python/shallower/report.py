@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from .artifacts import Block, Comparison, Plan, blocks_of
 from .healing.record import Healing
 from .similarity import BootstrappedStart, Scan
+
+if TYPE_CHECKING:
+    from .patching import Patch
 
 
 def with_error(value: float | None, stderr: float | None, digits: int = 4) -> str:
@@ -119,4 +123,22 @@ def comparison_table(comparison: Comparison) -> Table:
             str(cut.loss),
             f"{cut.loss.normalized:.3f}",
         )
+    return table
+
+
+def patch_table(patch: "Patch") -> Table:
+    """The layers that a patch solved anew, and what each was worth."""
+    title = f"patch by {patch.method}: {100 * patch.recovered:.0f} % of the lost nats recovered"
+    table = Table(title=title, caption=f"held-out loss on {patch.num_held_out:,} tokens")
+    table.add_column("after solving")
+    table.add_column("for")
+    table.add_column("R²", justify="right")
+    table.add_column("nats a token", justify="right")
+    table.add_row("all layers", "", "", f"{patch.original:.4f}")
+    table.add_row(f"cut, without {ranges(patch.plan.dropped)}", "", "", f"{patch.cut:.4f}")
+    for fit in patch.fits:
+        cells = (f"x^({fit.target})", f"{fit.explained:.3f}", f"{fit.nats:.4f}")
+        table.add_row(", ".join(fit.matrices), *cells)
+    if not patch.fits:
+        table.add_row("all layers behind the cut, scaled", "", "", f"{patch.patched:.4f}")
     return table

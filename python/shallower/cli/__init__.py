@@ -17,6 +17,7 @@ from .evaluate import eval_command
 from .heal import heal_command, merge_command
 from .info import info_command
 from .output import warn
+from .patch import patch_command
 from .plan import plan_command
 from .prune import prune_command
 from .run import demo_command, run_command
@@ -37,6 +38,11 @@ for _name, _command, _example in (
     ("plan", plan_command, "scans/smol --n 8 --out plans/smol-8"),
     ("prune", prune_command, "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut"),
     ("eval", eval_command, "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20"),
+    (
+        "patch",
+        patch_command,
+        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --texts c4.jsonl --out patched",
+    ),
     (
         "heal",
         heal_command,

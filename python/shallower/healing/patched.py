@@ -11,9 +11,8 @@ from ..artifacts import Plan
 from ..errors import ModelError, OutputError, RecipeError, TextsError
 from ..models.identity import identify, stored_digest
 from ..models.loading import load_model
-from ..patching import PATCH_FILE, patch
-from ..pruning import save_model
-from ..storage import new_folder, partial_folder, write_file
+from ..patching import PATCH_FILE, patch, save_patched
+from ..storage import partial_folder
 
 PATCHED = "patched"
 """The folder of the patched cut in that of adapters which need it."""
@@ -65,11 +64,7 @@ def patched_cut(
     model, tokenizer = load_model(original, plain, trust_remote_code=trust_remote_code)
     plan.check_model(identify(model))
     done = patch(model, tokenizer, plan.blocks, texts, max_length=max_length, progress=progress)
-    with new_folder(place, overwrite=True) as folder:
-        folder.rmdir()
-        save_model(model, tokenizer, folder, plan)
-        write_file(folder / PATCH_FILE, (json.dumps(done.to_json(), indent=2) + "\n").encode())
-        write_file(folder / _JOB, job)
+    save_patched(model, tokenizer, place, done, overwrite=True, more={_JOB: job})
     return place
 
 

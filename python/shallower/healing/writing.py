@@ -19,6 +19,8 @@ from .merging import Merger
 from .recipe import GLOBAL_BATCH
 from .record import CURVE_FILE, Healing
 
+_MERGED = "low-rank adapters were trained and merged into its weights."
+
 
 def _rows(healing: Healing) -> list[tuple[str, str]]:
     """What a model card says of a healing."""
@@ -102,5 +104,7 @@ def write_merged(
     healing = replace(healing, merge=merged)
     _copy(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
     healing.plan.save(folder / PLAN_FILE)
-    write_file(folder / CARD_FILE, healed_card(Path(base) / CARD_FILE, _rows(healing)).encode())
+    write_file(
+        folder / CARD_FILE, healed_card(Path(base) / CARD_FILE, _MERGED, _rows(healing)).encode()
+    )
     return healing

@@ -1,0 +1,116 @@
+"""``shallower patch``."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..report import patch_table, ranges, with_error
+from ..storage import check_free
+from ..texts import Texts
+from .options import (
+    BatchSize,
+    DeviceMap,
+    Drop,
+    DryRun,
+    GgufFile,
+    Json,
+    MaxLength,
+    Model,
+    Out,
+    Overwrite,
+    PlanPath,
+    Samples,
+    TextsSource,
+    TrustRemoteCode,
+    load,
+    wanted_plan,
+)
+from .output import print_json, say_dry_run, show
+
+if TYPE_CHECKING:
+    from ..artifacts import Loss
+
+
+def patch_command(
+    model: Model,
+    texts: TextsSource,
+    out: Out,
+    drop: Drop = None,
+    plan: PlanPath = None,
+    method: Annotated[
+        Literal["refit", "map", "magnitude"],
+        typer.Option(help="Solve the matrices anew, put a map behind one, or scale norms."),
+    ] = "refit",
+    eval_texts: Annotated[
+        str | None, typer.Option(help="Held-out texts, as --texts: what the patch is worth.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+    ] = "bfloat16",
+    num_tokens: Annotated[int, typer.Option(help="Tokens to fit, at most.", min=1)] = 262_144,
+    max_length: MaxLength = 256,
+    batch_size: BatchSize = 16,
+    samples: Samples = None,
+    device_map: DeviceMap = None,
+    gguf_file: GgufFile = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Drop layers and heal the cut without training, by least squares.
+
+    The layer before the cut is solved anew to make what the dropped layers made; then those
+    behind it, as long as the loss on held-out text falls. A patch that does not help is not
+    saved. Patch, then heal, is the recommended way.
+    """
+    from ..models.loading import count_layers
+
+    source = Texts(texts, samples)
+    held_out = list(Texts(eval_texts)) if eval_texts is not None else None
+    wanted = wanted_plan(model, drop, plan, count_layers(model, gguf_file, trust_remote_code))
+    check_free(out, overwrite)
+    described = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
+    if dry_run:
+        say_dry_run({**described, "texts": texts, "write": [str(out)]}, as_json)
+        return
+    from ..evaluation import evaluate_loss, require_predictable
+    from ..models.identity import identify
+    from ..patching import patch, save_patched
+    from ..pruning import without_layers
+
+    loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
+    identity = identify(loaded)
+    wanted.check_model(identity)
+    if held_out is not None:
+        require_predictable(tokenizer, held_out, max_length)
+
+    def measured(name: str) -> "Loss | None":
+        if held_out is None:
+            return None
+        return evaluate_loss(
+            loaded, tokenizer, held_out, max_length, batch_size, description=f"loss, {name}"
+        )
+
+    whole = measured("all layers")
+    with without_layers(loaded, wanted.blocks):
+        cut = measured("cut")
+    done = patch(
+        loaded, tokenizer, wanted.blocks, source, method, max_length, batch_size, num_tokens
+    )
+    done = replace(done, plan=replace(wanted, model=identity))
+    patched = measured("patched")
+    losses = (whole, patched) if whole and patched else None
+    save_patched(loaded, tokenizer, out, done, overwrite, losses)
+    named = {"whole": whole, "cut": cut, "patched": patched}
+    told = {name: loss for name, loss in named.items() if loss}
+    if as_json:
+        evaluated = {name: loss.to_json() for name, loss in told.items()}
+        print_json({**done.to_json(), "eval": evaluated, "written": str(out)})
+        return
+    lines = [
+        f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
+        for name, loss in told.items()
+    ]
+    show(patch_table(done), *lines, f"wrote {out}")
