@@ -11,10 +11,13 @@ from transformers.pytorch_utils import Conv1D
 from conftest import tiny_llama
 from families import families, small_config
 from shallower import ModelError
+from shallower.healing.recipe import ModelFacts, Recipe
+from shallower.healing.training import add_adapters
 from shallower.models.architecture import find_layers
 from shallower.models.feed_forward import feed_forward_targets, is_linear
+from test_families import random_model
 
-NOTHING_THERE = {"mamba", "mamba2", "falcon_mamba"}
+NOTHING_THERE = {"mamba", "mamba2", "falcon_mamba", "dbrx"}
 SHARED = {"zamba", "zamba2"}
 
 NAMES = {
@@ -31,7 +34,6 @@ NAMES = {
     "bert": {"intermediate.dense", "output.dense"},
     "mixtral": {":mlp.experts.gate_up_proj", ":mlp.experts.down_proj"},
     "gpt_oss": {":mlp.experts.gate_up_proj", ":mlp.experts.down_proj"},
-    "dbrx": {":ffn.experts.mlp.w1", ":ffn.experts.mlp.v1", ":ffn.experts.mlp.w2"},
     "qwen3_next": {
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.shared_expert.gate_proj",
         "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj", ":mlp.experts.gate_up_proj",
@@ -73,7 +75,7 @@ def test_every_family_has_targets_or_a_refusal(name):
     model = empty(name)
     if name in NOTHING_THERE:
         with pytest.raises(ModelError, match="no feed-forward part was found"):
-            feed_forward_targets(model, attention=True)
+            feed_forward_targets(model)
         return
     if name in SHARED:
         with pytest.raises(ModelError, match="are one weight"):
@@ -95,6 +97,24 @@ def test_every_family_has_targets_or_a_refusal(name):
     if name in NAMES:
         found = inner(model, targets.modules) | {":" + n for n in inner(model, targets.parameters)}
         assert found == NAMES[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families())
+def test_adapters_reach_the_loss_in_every_family(name):
+    if name in NOTHING_THERE | SHARED:
+        pytest.skip("refused")
+    model = random_model(name)
+    recipe = Recipe(rank=2, dtype="float32", dropout=0.0).resolve(ModelFacts("", 32, 9, None))
+    targets = feed_forward_targets(model)
+    adapted = add_adapters(model, targets, recipe, "base")
+    logits = adapted(input_ids=torch.arange(1, 65).reshape(2, 32), use_cache=False).logits
+    logits.float().square().mean().backward()
+    grads = {n: p.grad for n, p in adapted.named_parameters() if "lora_B" in n}
+    assert len(grads) == len(targets)
+    silent = {n for n, g in grads.items() if g is None or not g.any()}
+    # Layers of cross-attention are passed over where there is no picture.
+    assert {n for n in silent if name != "mllama" or ".layers.3." not in n} == set()
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gpt2", "phi", "qwen3_next", "recurrent_gemma"])

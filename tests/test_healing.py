@@ -968,6 +968,15 @@ def test_quantised_weights_cannot_be_merged_into(words, tmp_path):
         sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", QUICK, merge=True)
 
 
+def test_what_peft_would_not_adapt_is_refused(words, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config("qwen3_next")).bfloat16().eval()
+    _, cut = save_cut(tmp_path, model, words, [3])
+    with pytest.raises(sh.ModelError, match=r"not on the 31 .* try plain weights"):
+        sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, dtype="nf4"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_healing_that_makes_it_worse_is_not_saved(healed, tmp_path):
     """Merged, the healed model is where more of the same at a hundred times the rate ruins it."""
     sh.merge(healed[0], tmp_path / "merged")

@@ -78,7 +78,7 @@ def feed_forward_targets(model: nn.Module, attention: bool = False) -> Targets:
         if is_linear(module):
             modules.append(name)
         else:
-            parameters += [f"{name}.{key}" for key in _expert_weights(module, inner)]
+            parameters += [f"{name}.{key}" for key in _expert_weights(module)]
     if not modules and not parameters:
         raise ModelError(
             f"no feed-forward part was found in the layers of {type(model).__name__}"
@@ -129,11 +129,11 @@ def _steps(layer: nn.Module, path: str) -> Iterator[tuple[str, str]]:
         yield name, type(module).__name__
 
 
-def _expert_weights(module: nn.Module, path: str) -> Iterator[str]:
-    """The weights in a module that hold the maps of several experts."""
-    stacked = "experts" in path.split(".")  # DBRX's are of two dimensions
+def _expert_weights(module: nn.Module) -> Iterator[str]:
+    """The weights in a module that hold the maps of several experts.
+
+    DBRX's are of two dimensions, and read by the module around them: no adapter would reach them.
+    """
     for name, weight in module.named_parameters(recurse=False):
-        if (weight.ndim == 3 and weight.shape[1] > 1) or (
-            weight.ndim == 2 and stacked and "bias" not in name
-        ):
+        if weight.ndim == 3 and weight.shape[1] > 1:
             yield name
