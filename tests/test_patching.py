@@ -1,14 +1,17 @@
 """Healing in closed form, on a small model that has learned something."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import shallower as sh
 from conftest import WORDS, tiny_llama
 from shallower import patching
+from shallower.cli import app
 from shallower.patching import patch
 from test_families import random_model
 
@@ -190,3 +193,72 @@ def test_bad_input(model, words, layers, texts, options, reason):
     with pytest.raises(sh.ShallowerError, match=reason):
         patch(model, words, layers, texts, **options)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def folder(learned, words, tmp_path_factory):
+    """The model in a folder, with texts beside it."""
+    folder = tmp_path_factory.mktemp("patch")
+    sh.save_model(copy.deepcopy(learned), words, folder / "model")
+    for name, texts in (("texts", TEXTS), ("held_out", HELD_OUT)):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def run(folder, *more):
+    command = ["patch", "model", "--texts", "texts.jsonl", "--dtype", "float32", *more]
+    named = [str(folder / name) if (folder / name).exists() else name for name in command]
+    return CliRunner().invoke(app, named)
+
+
+def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
+    out = folder / "patched"
+    options = ("--drop", "3:5", "--out", str(out), "--eval-texts", str(folder / "held_out.jsonl"))
+    done = run(folder, *options)
+    assert done.exit_code == 0, done.output
+    assert "of the lost nats recovered" in done.stdout
+    report = json.loads((out / patching.PATCH_FILE).read_text())
+    assert report["plan"]["drop"][0]["start"] == 3
+    assert report["plan"]["model"]["num_layers"] == 8
+    assert report["patched"] < report["cut"]
+    card = (out / "README.md").read_text()
+    assert "is not healed" not in card
+    assert "solved anew by least squares" in card
+    model, _ = sh.load_model(out, dtype="float32")
+    found = sh.evaluate_loss(model, words, HELD_OUT).nats
+    assert f"patched: {found:.4f}" in done.stdout
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_the_command_carries_out_a_plan_and_prints_json(folder):
+    sh.Plan(8, (sh.Block(2, 3), sh.Block(5, 6))).save(folder / "plan.json")
+    out = str(folder / "by_plan")
+    done = run(folder, "--plan", "plan.json", "--out", out, "--json", "--method", "map")
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert values["written"] == out
+    assert [fit["layer"] for fit in values["fits"]] == [1, 4]
+
+
+def test_a_dry_run_writes_nothing(folder):
+    done = run(folder, "--drop", "3:5", "--out", str(folder / "dry"), "--dry-run")
+    assert done.exit_code == 0
+    assert not (folder / "dry").exists()
+    assert "[3, 5)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--drop", "0:2"), "no layer before the block"),
+        (("--drop", "3:5", "--texts", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--drop", "3:99"), "no layer 98"),
+        ((), "--drop or by --plan"),
+    ],
+)
+def test_the_command_refuses_bad_input_and_writes_nothing(folder, options, said):
+    done = run(folder, *options, "--out", str(folder / "refused"))
+    assert done.exit_code != 0
+    assert said in str(done.exception)
+    assert not (folder / "refused").exists()

@@ -97,7 +97,7 @@ def heal_command(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if is_first():
-        _say(done, out, as_json)
+        say_healing(done, out, as_json)
 
 
 def merge_command(
@@ -121,10 +121,11 @@ def merge_command(
     quiet()
     from ..healing.run import merge
 
-    _say(merge(adapters, out, model, overwrite, trust_remote_code), out, as_json)
+    say_healing(merge(adapters, out, model, overwrite, trust_remote_code), out, as_json)
 
 
-def _say(healing: Healing, out: Path, as_json: bool) -> None:
+def say_healing(healing: Healing, out: Path, as_json: bool) -> None:
+    """Show what a healing bought."""
     if as_json:
         print_json({**healing.to_json(), "written": str(out)})
         return

@@ -10,6 +10,7 @@ from ..report import comparison_table, plan_table, scan_table
 from ..selection import check_size, parse_sizes
 from ..storage import check_free
 from ..texts import Texts
+from .heal import say_healing
 from .options import (
     BatchSize,
     DeviceMap,
@@ -30,6 +31,9 @@ from .options import (
 )
 from .output import draw, print_json, rejected, say_dry_run, show
 
+HEALED_FOLDER = "healed"
+"""The healed model below the folder of a run."""
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +49,10 @@ def run_command(
     batch_size: BatchSize = 8,
     samples: Samples = None,
     threads: Threads = None,
+    heal: Annotated[
+        int | None,
+        typer.Option(help="Patch the largest cut, and train adapters for so many steps.", min=1),
+    ] = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -52,12 +60,18 @@ def run_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """From a model to a shallower one: scan, measure every block size, save the largest cut."""
+    """From a model to a shallower one: scan, measure every block size, save the largest cut.
+
+    With --heal the cut is patched and healed as well, into healed/ below --out, on the same
+    texts; as by shallower heal OUT/checkpoint --original MODEL --from-patch --merge.
+    """
     from ..models.loading import count_layers
 
     source, held_out = Texts(texts, samples), Texts(eval_texts)
     wanted = parse_sizes(sizes)
     _check_run(out, overwrite)
+    if heal is not None:
+        check_free(out / HEALED_FOLDER, overwrite)
     num_layers = count_layers(model, gguf_file, trust_remote_code)
     for n in wanted:
         check_size(num_layers, n)
@@ -71,6 +85,35 @@ def run_command(
         max_length=max_length, batch_size=batch_size, threads=threads, overwrite=overwrite,
         total=source.count(),
     )  # fmt: skip
+    if heal is not None:
+        del loaded
+        _heal(out, model, gguf_file, source, list(held_out), heal, dtype, overwrite,
+              trust_remote_code, as_json)  # fmt: skip
+
+
+def _heal(
+    out: Path,
+    model: str,
+    gguf_file: str | None,
+    texts: Texts,
+    eval_texts: list[str],
+    steps: int,
+    dtype: str,
+    overwrite: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    from ..healing.recipe import Recipe
+    from ..healing.run import heal
+
+    uncut = str(Path(model) / gguf_file) if gguf_file else model
+    held_in: Any = "bfloat16" if dtype == "float16" else dtype
+    done = heal(
+        out / CHECKPOINT_FOLDER, texts, out / HEALED_FOLDER, Recipe(steps=steps, dtype=held_in),
+        eval_texts, uncut, merge=True, from_patch=True, overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    say_healing(done, out / HEALED_FOLDER, as_json)
 
 
 def demo_command(
