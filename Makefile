@@ -6,7 +6,7 @@ TOOLS := target/tools
 # Dependencies of .venv, the wheel instead of its shallower, and no other program within reach.
 BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
-BORDER := bootstrap cka search similarity
+BORDER := accumulation bootstrap cka search similarity states_file
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find rust python -type f -not -name '*.pyc')
 
 export HF_HUB_OFFLINE ?= 1
