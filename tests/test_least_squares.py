@@ -61,3 +61,15 @@ def test_mapped_inputs_and_the_last_ones():
     np.testing.assert_allclose(found, expected(x @ matrix.T, r, 0.1, np.ones(4)), atol=1e-5)
     last = equations(x, r).last(4).solve(0.1, ones).numpy()
     np.testing.assert_allclose(last, expected(x[:, -4:], r, 0.1, np.ones(4)), atol=1e-5)
+
+
+def test_products_of_bfloat16_are_exact():
+    x, r = data(4, 300)
+    x = torch.from_numpy(x).bfloat16()
+    before = torch.get_float32_matmul_precision()
+    sums = NormalEquations.empty(7, 3, torch.device("cpu"))
+    sums.add(x, torch.from_numpy(r))
+    assert torch.get_float32_matmul_precision() == before
+    exact = x.double().numpy()
+    np.testing.assert_allclose(sums.gram.numpy(), exact.T @ exact, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(sums.cross.numpy(), exact.T @ r, rtol=1e-5, atol=1e-4)

@@ -1,11 +1,25 @@
 """Linear maps by least squares, from sums over tokens: memory grows with the widths alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-ROWS = 2048
+ROWS = 4096
 """Products are summed in float32 over so many tokens at most, and in float64 beyond."""
+
+
+@contextmanager
+def _exact_in_bfloat16(dtype: torch.dtype) -> Iterator[None]:
+    """Let products of float32 round their factors to bfloat16, if that is what they come from."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if dtype == torch.bfloat16:
+            torch.set_float32_matmul_precision("medium")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(slots=True)
@@ -34,9 +48,10 @@ class NormalEquations:
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Add tokens: their inputs (N, F) and targets (N, D)."""
         for x, r in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
-            x, r = x.float(), r.float()
-            self.gram += x.T @ x
-            self.cross += x.T @ r
+            wide = x.float()
+            with _exact_in_bfloat16(x.dtype):
+                self.gram += wide.T @ wide
+            self.cross += wide.T @ r.float()
         self.count += len(inputs)
 
     def last(self, inputs: int) -> "NormalEquations":

@@ -130,7 +130,7 @@ def patch(
     method: str = "refit",
     max_length: int = 256,
     batch_size: int = 16,
-    num_tokens: int = 262_144,
+    num_tokens: int = 131_072,
     progress: bool | None = None,
 ) -> Patch:
     """Drop layers and heal the cut in closed form, in place.

@@ -48,7 +48,7 @@ def patch_command(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
     ] = "bfloat16",
-    num_tokens: Annotated[int, typer.Option(help="Tokens to fit, at most.", min=1)] = 262_144,
+    num_tokens: Annotated[int, typer.Option(help="Tokens to fit, at most.", min=1)] = 131_072,
     max_length: MaxLength = 256,
     batch_size: BatchSize = 16,
     samples: Samples = None,
