@@ -38,6 +38,9 @@ const GREATEST_RATIO: f64 = 65535.0;
 /// `h (1 - h)` below which float64 itself is too coarse to tell equal states.
 const SMALLEST: f64 = 1e-12;
 
+/// Bytes that are fetched before they are read: less than half of a core's cache.
+const AHEAD: usize = 64 << 10;
+
 /// A reusable Gram matrix, and what is derived from it.
 #[derive(Debug)]
 pub struct Gram {
@@ -61,7 +64,7 @@ struct Scratch {
     sums: Vec<f64>,
     largest: Vec<f32>,
     magnitudes: Vec<f32>,
-    soon: Vec<usize>,
+    soon: Soon,
     column: Vec<f64>,
     chunk_squares: Vec<f64>,
 }
@@ -124,7 +127,7 @@ impl Real for f64 {
 /// average out over chunks. Measured, see docs/maths.md.
 fn epsilon<S: Sweep>(width: usize) -> f64 {
     let filled = even_part(width, S::SPAN) as f64 / S::SPAN as f64;
-    2e-8 + 1.1e-7 * filled.max(0.5) * (512.0 / width as f64).sqrt()
+    2e-8 + S::SPREAD * filled.max(0.5) * (512.0 / width as f64).sqrt()
 }
 
 /// A width cut evenly into parts of at most `most`: a short one has massive columns by chance.
@@ -252,9 +255,9 @@ impl Gram {
         self.take_norms(states, sample)?;
         if narrow {
             let epsilon = epsilon::<K::Brain>(states.width());
-            self.compare::<f32, T>(states, sample, epsilon);
+            self.compare::<f32, T, K::Brain>(states, sample, epsilon);
         } else {
-            self.compare::<f64, T>(states, sample, 0.0);
+            self.compare::<f64, T, K::Double>(states, sample, 0.0);
         }
         Ok(())
     }
@@ -295,22 +298,28 @@ impl Gram {
         column.resize(num_states, 0.0);
         chunk_squares.resize(num_states, 0.0);
         let columns = even_part(states.width(), S::CHUNK);
+        let mut engine = S::engine();
+        // While some columns are multiplied, as many of those that follow are fetched.
+        let of_chunk = num_states * columns * size_of::<T>();
+        let fetched = (AHEAD / of_chunk).max(1) * columns;
         for start in (0..states.width()).step_by(columns) {
             let length = columns.min(states.width() - start);
-            // What comes next: the same rows' next chunk, or the next sample's first.
-            let (next_sample, next) = if start + length < states.width() {
-                (sample, start + length)
-            } else {
-                ((sample + 1).min(states.num_samples() - 1), 0)
-            };
-            chunk.resize(length);
-            soon.clear();
-            for state in 0..num_states {
-                let row = states.row(sample, state);
-                magnitudes[state] = chunk.pack(state, &row[start..][..length]);
-                chunk_squares[state] = S::square(chunk.row(state));
-                soon.push(states.row(next_sample, state)[next..].as_ptr().addr());
+            if start.is_multiple_of(fetched) {
+                let (next_sample, next) = if start + fetched < states.width() {
+                    (sample, start + fetched)
+                } else {
+                    ((sample + 1).min(states.num_samples() - 1), 0)
+                };
+                let rows = (0..num_states)
+                    .map(|state| states.row(next_sample, state)[next..].as_ptr().addr());
+                let bytes = fetched.min(states.width() - next) * size_of::<T>();
+                soon.begin(rows, bytes);
             }
+            let rest = fetched.min(states.width() - start / fetched * fetched) - start % fetched;
+            soon.share(rest.div_ceil(columns));
+            chunk.resize(length);
+            let row = |state| &states.row(sample, state)[start..][..length];
+            S::pack(chunk, row, magnitudes, chunk_squares, soon, &mut engine);
             let mut outweighed = false;
             for state in 0..num_states {
                 let magnitude = magnitudes[state];
@@ -325,13 +334,13 @@ impl Gram {
                     squares: chunk_squares,
                     column,
                 };
+                S::copy(chunk, row, &mut engine);
                 take_massive::<S>(chunk, rows, products, massive)?;
             }
             for (square, of_chunk) in squares.iter_mut().zip(chunk_squares.iter()) {
                 *square += of_chunk;
             }
-            let bytes = columns.min(states.width() - next) * size_of::<T>();
-            S::add(chunk, start == 0, sums, Soon { rows: soon, bytes });
+            S::add(chunk, start == 0, sums, soon, &mut engine);
         }
         let fits = |magnitude| MAGNITUDES.contains(magnitude);
         if S::Packed::NARROW && !largest.iter().all(fits) {
@@ -361,7 +370,7 @@ impl Gram {
     /// Half versines from products, whose cosines may err by `epsilon` of the norms less
     /// massive columns, and from differences where that is too coarse.
     #[inline(always)]
-    fn compare<R: Real, T: Element>(
+    fn compare<R: Real, T: Element, S: Sweep>(
         &mut self,
         states: &States<'_, T>,
         sample: usize,
@@ -397,7 +406,7 @@ impl Gram {
                     let rows = pair.map(|state| states.row(sample, state));
                     let norms = pair.map(|state| self.norms[state]);
                     let opposite = *half_versine > 0.5;
-                    *half_versine = from_difference::<R, T>(rows, norms, opposite);
+                    *half_versine = from_difference::<R, T, S>(rows, norms, opposite);
                 }
             }
             start += others;
@@ -466,8 +475,11 @@ struct Rows<'a> {
 /// Half the versine of the angle between two states, `|x - s·y|² / (4 s |x| |y|)` less what
 /// is due to `s = |x| / |y|` being rounded; of opposite states one less it.
 #[inline(always)]
-fn from_difference<R: Real, T: Element>(rows: [&[T]; 2], norms: [f64; 2], opposite: bool) -> f64 {
-    const LANES: usize = 64;
+fn from_difference<R: Real, T: Element, S: Sweep>(
+    rows: [&[T]; 2],
+    norms: [f64; 2],
+    opposite: bool,
+) -> f64 {
     let [x, y] = rows;
     let scale = R::of(norms[0] / norms[1]);
     let subtracted = if opposite {
@@ -475,25 +487,10 @@ fn from_difference<R: Real, T: Element>(rows: [&[T]; 2], norms: [f64; 2], opposi
     } else {
         R::of(-scale.wide())
     };
-    let mut square = 0.0;
-    for (x, y) in x.chunks(16 * LANES).zip(y.chunks(16 * LANES)) {
-        let mut lanes = [R::of(0.0); LANES];
-        let (x_whole, x_rest) = x.as_chunks::<LANES>();
-        let (y_whole, y_rest) = y.as_chunks::<LANES>();
-        for (x, y) in x_whole.iter().zip(y_whole) {
-            for lane in 0..LANES {
-                let difference = R::element(y[lane]).times_plus(subtracted, R::element(x[lane]));
-                lanes[lane] = difference.times_plus(difference, lanes[lane]);
-            }
-        }
-        for (lane, (&x, &y)) in x_rest.iter().zip(y_rest).enumerate() {
-            let difference = R::element(y).times_plus(subtracted, R::element(x));
-            lanes[lane] = difference.times_plus(difference, lanes[lane]);
-        }
-        for lane in lanes {
-            square += lane.wide();
-        }
-    }
+    let brains = T::brains(x).zip(T::brains(y));
+    let square = brains
+        .and_then(|(x, y)| S::square_of_sum(x, y, subtracted.wide() as f32))
+        .unwrap_or_else(|| square_of_sum(x, y, subtracted));
     let scale = scale.wide();
     let excess = norms[0] - scale * norms[1];
     let chord = (square - excess * excess).max(0.0);
@@ -503,6 +500,38 @@ fn from_difference<R: Real, T: Element>(rows: [&[T]; 2], norms: [f64; 2], opposi
     } else {
         half_versine
     }
+}
+
+/// `|x + f·y|²`, every element rounded once.
+#[inline(always)]
+fn square_of_sum<R: Real, T: Element>(x: &[T], y: &[T], factor: R) -> f64 {
+    const LANES: usize = 64;
+    let mut square = 0.0;
+    for (x, y) in x.chunks(16 * LANES).zip(y.chunks(16 * LANES)) {
+        let mut lanes = [R::of(0.0); LANES];
+        let (x_whole, x_rest) = x.as_chunks::<LANES>();
+        let (y_whole, y_rest) = y.as_chunks::<LANES>();
+        for (x, y) in x_whole.iter().zip(y_whole) {
+            for lane in 0..LANES {
+                let difference = R::element(y[lane]).times_plus(factor, R::element(x[lane]));
+                lanes[lane] = difference.times_plus(difference, lanes[lane]);
+            }
+        }
+        for (lane, (&x, &y)) in x_rest.iter().zip(y_rest).enumerate() {
+            let difference = R::element(y).times_plus(factor, R::element(x));
+            lanes[lane] = difference.times_plus(difference, lanes[lane]);
+        }
+        // Not one after the other: that would take longer than the differences.
+        let mut sums = [0.0; 8];
+        for eight in lanes.as_chunks::<8>().0 {
+            for (sum, lane) in sums.iter_mut().zip(eight) {
+                *sum += lane.wide();
+            }
+        }
+        let [a, b, c, d, e, f, g, h] = sums;
+        square += ((a + b) + (c + d)) + ((e + f) + (g + h));
+    }
+    square
 }
 
 fn reason<T: Element>(row: &[T], squared_norm: f64) -> Reason {

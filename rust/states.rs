@@ -1,5 +1,6 @@
 //! A borrowed, validated view of a batch of hidden states.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::accumulator::MAX_STATES;
@@ -9,6 +10,11 @@ use crate::error::Error;
 pub trait Element: Copy + Send + Sync {
     /// Whether the dtype is bfloat16, whose products float32 holds exactly.
     const IS_BRAIN: bool;
+
+    /// The bits of a row if the dtype is bfloat16.
+    fn brains(_row: &[Self]) -> Option<&[u16]> {
+        None
+    }
 
     /// The value in float64.
     fn widen(self) -> f64;
@@ -79,6 +85,11 @@ impl Element for bf16 {
     const IS_BRAIN: bool = true;
 
     #[inline(always)]
+    fn brains(row: &[Self]) -> Option<&[u16]> {
+        Some(row.reinterpret_cast())
+    }
+
+    #[inline(always)]
     fn widen(self) -> f64 {
         f64::from(self.single())
     }
@@ -97,6 +108,11 @@ impl Element for bf16 {
 /// bfloat16 as bits, for callers whose arrays have no bfloat16.
 impl Element for u16 {
     const IS_BRAIN: bool = true;
+
+    #[inline(always)]
+    fn brains(row: &[Self]) -> Option<&[u16]> {
+        Some(row)
+    }
 
     #[inline(always)]
     fn widen(self) -> f64 {

@@ -67,8 +67,109 @@ impl Unit for Single {
     }
 
     #[inline(always)]
+    unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
+        const COLUMNS: usize = 16;
+        let mut lanes = [0.0; 4];
+        let mut at = 0;
+        // SAFETY: the caller's; what lies beyond the rows is not read.
+        unsafe {
+            let factor = _mm256_set1_ps(factor);
+            let upper = _mm256_set1_epi32(-0x1_0000);
+            while at < x.len() {
+                let end = x.len().min(at + 1024);
+                let mut sums = [_mm256_setzero_ps(); 8];
+                while at < end {
+                    let (mut x_rest, mut y_rest) = ([0; COLUMNS], [0; COLUMNS]);
+                    let (from_x, from_y) = if x.len() - at >= COLUMNS {
+                        (x.as_ptr().add(at), y.as_ptr().add(at))
+                    } else {
+                        x_rest[..x.len() - at].copy_from_slice(&x[at..]);
+                        y_rest[..y.len() - at].copy_from_slice(&y[at..]);
+                        (x_rest.as_ptr(), y_rest.as_ptr())
+                    };
+                    let x = _mm256_loadu_si256(from_x.cast());
+                    let y = _mm256_loadu_si256(from_y.cast());
+                    let even = _mm256_fmadd_ps(
+                        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(y)),
+                        factor,
+                        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)),
+                    );
+                    let odd = _mm256_fmadd_ps(
+                        _mm256_castsi256_ps(_mm256_and_si256(y, upper)),
+                        factor,
+                        _mm256_castsi256_ps(_mm256_and_si256(x, upper)),
+                    );
+                    // The chains take turns.
+                    let [a, b, rest @ ..] = sums;
+                    let [c, d, e, f, g, h] = rest;
+                    sums = [
+                        c,
+                        d,
+                        e,
+                        f,
+                        g,
+                        h,
+                        _mm256_fmadd_ps(even, even, a),
+                        _mm256_fmadd_ps(odd, odd, b),
+                    ];
+                    at += COLUMNS;
+                }
+                for sum in sums {
+                    Self::flush(sum, lanes.as_mut_ptr());
+                }
+            }
+        }
+        Some((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]))
+    }
+
+    /// Even columns and odd ones apart.
+    #[inline(always)]
+    unsafe fn pack_brains(row: &[u16], to: &mut [f32]) -> Option<(f32, f64)> {
+        const COLUMNS: usize = 16;
+        // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
+        unsafe {
+            let mut sums = [_mm256_setzero_ps(); 4];
+            let mut largest = _mm256_setzero_si256();
+            let mut at = 0;
+            while at < row.len() {
+                let mut rest = [0; COLUMNS];
+                let from = if row.len() - at >= COLUMNS {
+                    row.as_ptr().add(at)
+                } else {
+                    rest[..row.len() - at].copy_from_slice(&row[at..]);
+                    rest.as_ptr()
+                };
+                let bits = _mm256_loadu_si256(from.cast());
+                let even = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits));
+                let odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-0x1_0000)));
+                _mm256_storeu_ps(to.as_mut_ptr().add(at), even);
+                _mm256_storeu_ps(to.as_mut_ptr().add(at + 8), odd);
+                let magnitudes = _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff));
+                largest = _mm256_max_epu16(largest, magnitudes);
+                // The chains take turns.
+                let new = [
+                    _mm256_fmadd_ps(even, even, sums[0]),
+                    _mm256_fmadd_ps(odd, odd, sums[1]),
+                ];
+                sums = [sums[2], sums[3], new[0], new[1]];
+                at += COLUMNS;
+            }
+            to[at..].fill(0.0);
+            let mut lanes = [0.0; 4];
+            for sum in sums {
+                Self::flush(sum, lanes.as_mut_ptr());
+            }
+            let mut bits = [0_u16; COLUMNS];
+            _mm256_storeu_si256(bits.as_mut_ptr().cast(), largest);
+            let largest = bits.into_iter().fold(0, u16::max);
+            let square = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+            Some((f32::from_bits(u32::from(largest) << 16), square))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
-        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T0) }
+        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
 
@@ -108,7 +209,7 @@ impl Unit for Double {
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
-        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T0) }
+        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
 

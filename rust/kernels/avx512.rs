@@ -38,8 +38,8 @@ impl Unit for Single {
     type Vector = __m512;
     type Sum = __m512;
 
-    const SPAN: usize = 256;
-    const ROWS: usize = 4;
+    const SPAN: usize = 512;
+    const ROWS: usize = 5;
     const WIDTH: usize = 16;
     const LANES: usize = 4;
 
@@ -66,12 +66,142 @@ impl Unit for Single {
     }
 
     #[inline(always)]
+    unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
+        // SAFETY: the caller's.
+        Some(unsafe { square_of_sum(x, y, factor) })
+    }
+
+    /// Even columns and odd ones apart.
+    #[inline(always)]
+    unsafe fn pack_brains(row: &[u16], to: &mut [f32]) -> Option<(f32, f64)> {
+        // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); 4];
+            let mut largest = _mm512_setzero_si512();
+            let mut at = 0;
+            while at < row.len() {
+                let bits = brains(row, at);
+                let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits));
+                let odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x1_0000)));
+                _mm512_storeu_ps(to.as_mut_ptr().add(at), even);
+                _mm512_storeu_ps(to.as_mut_ptr().add(at + 16), odd);
+                let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+                largest = _mm512_max_epu16(largest, magnitudes);
+                // The chains take turns.
+                let new = [
+                    _mm512_fmadd_ps(even, even, sums[0]),
+                    _mm512_fmadd_ps(odd, odd, sums[1]),
+                ];
+                sums = [sums[2], sums[3], new[0], new[1]];
+                at += 32;
+            }
+            Some((greatest(largest), total(sums)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
-        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T0) }
+        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
 
 sweep!(Single);
+
+/// `|x + f·y|²` of rows of bfloat16 of one length, in float32 for 1,024 columns.
+///
+/// # Safety
+///
+/// AVX-512 F, BW and DQ.
+#[inline(always)]
+pub(super) unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> f64 {
+    let mut square = 0.0;
+    let mut at = 0;
+    while at < x.len() {
+        let end = x.len().min(at + 1024);
+        // SAFETY: the caller's; what lies beyond the rows is not read.
+        unsafe {
+            let factor = _mm512_set1_ps(factor);
+            let upper = _mm512_set1_epi32(-0x1_0000);
+            let mut sums = [_mm512_setzero_ps(); 4];
+            while at < end {
+                let (x, y) = (brains(x, at), brains(y, at));
+                let even = _mm512_fmadd_ps(
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(y)),
+                    factor,
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)),
+                );
+                let odd = _mm512_fmadd_ps(
+                    _mm512_castsi512_ps(_mm512_and_si512(y, upper)),
+                    factor,
+                    _mm512_castsi512_ps(_mm512_and_si512(x, upper)),
+                );
+                // The chains take turns.
+                let new = [
+                    _mm512_fmadd_ps(even, even, sums[0]),
+                    _mm512_fmadd_ps(odd, odd, sums[1]),
+                ];
+                sums = [sums[2], sums[3], new[0], new[1]];
+                at += 32;
+            }
+            square += total(sums);
+        }
+    }
+    square
+}
+
+/// The sum of four vectors' lanes, in float64.
+///
+/// # Safety
+///
+/// AVX-512 F and DQ.
+#[inline(always)]
+pub(super) unsafe fn total(sums: [__m512; 4]) -> f64 {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut total = [_mm512_setzero_pd(); 2];
+        for sum in sums {
+            let high = _mm512_extractf32x8_ps::<1>(sum);
+            total[0] = _mm512_add_pd(total[0], _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
+            total[1] = _mm512_add_pd(total[1], _mm512_cvtps_pd(high));
+        }
+        _mm512_reduce_add_pd(_mm512_add_pd(total[0], total[1]))
+    }
+}
+
+/// Up to 32 bfloat16 from the `at`th on, zeros where the row has ended.
+///
+/// # Safety
+///
+/// AVX-512 BW; `at` is within the row.
+#[inline(always)]
+pub(super) unsafe fn brains(row: &[u16], at: usize) -> __m512i {
+    let rest = row.len() - at;
+    // SAFETY: the caller's; what lies beyond the row is not read.
+    unsafe {
+        let from = row.as_ptr().add(at).cast();
+        if rest >= 32 {
+            _mm512_loadu_epi16(from)
+        } else {
+            _mm512_maskz_loadu_epi16((1 << rest) - 1, from)
+        }
+    }
+}
+
+/// The greatest of 32 magnitudes of bfloat16, by their bits.
+///
+/// # Safety
+///
+/// AVX-512 F.
+#[inline(always)]
+pub(super) unsafe fn greatest(bits: __m512i) -> f32 {
+    // SAFETY: the caller's.
+    unsafe {
+        // As float32 numbers: the even ones moved up, the odd ones with the others below.
+        let upper = _mm512_and_si512(bits, _mm512_set1_epi32(-0x1_0000));
+        let both = _mm512_max_epu32(upper, _mm512_slli_epi32::<16>(bits));
+        f32::from_bits(_mm512_reduce_max_epu32(both))
+    }
+}
 
 /// Adds sixteen float32 lanes to four float64 numbers.
 ///
@@ -126,7 +256,7 @@ impl Unit for Double {
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
-        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T0) }
+        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
 

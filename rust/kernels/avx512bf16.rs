@@ -37,7 +37,7 @@ impl Unit for Brain {
     type Sum = __m512;
 
     const SPAN: usize = 512;
-    const ROWS: usize = 4;
+    const ROWS: usize = 5;
     const WIDTH: usize = 32;
     const LANES: usize = 4;
 
@@ -64,9 +64,80 @@ impl Unit for Brain {
     }
 
     #[inline(always)]
+    unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
+        // SAFETY: the caller's.
+        Some(unsafe { avx512::square_of_sum(x, y, factor) })
+    }
+
+    #[inline(always)]
+    unsafe fn pack_brains(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
+        // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); 4];
+            let mut largest = _mm512_setzero_si512();
+            let mut at = 0;
+            while at < row.len() {
+                let whole = row.len() - at >= 4 * Self::WIDTH;
+                for sum in &mut sums {
+                    let bits = if whole {
+                        _mm512_loadu_epi16(row.as_ptr().add(at).cast())
+                    } else if at < row.len() {
+                        avx512::brains(row, at)
+                    } else {
+                        break;
+                    };
+                    _mm512_storeu_si512(to.as_mut_ptr().add(at).cast(), bits);
+                    let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+                    largest = _mm512_max_epu16(largest, magnitudes);
+                    let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
+                    *sum = _mm512_dpbf16_ps(*sum, bits, bits);
+                    at += Self::WIDTH;
+                }
+            }
+            Some((avx512::greatest(largest), avx512::total(sums)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
-        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T0) }
+        unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
 
 sweep!(Brain);
+
+/// The greatest magnitude of a row and the sum of its squares.
+///
+/// # Safety
+///
+/// AVX-512 and BF16.
+#[inline(always)]
+pub(super) unsafe fn measure(row: &[u16]) -> (f32, f64) {
+    // SAFETY: the caller's; what lies beyond the row is not read.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); 4];
+        let mut largest = [_mm512_setzero_si512(); 2];
+        let whole = row.len() / (4 * 32) * (4 * 32);
+        let mut at = 0;
+        while at < whole {
+            for i in 0..4 {
+                let bits = _mm512_loadu_epi16(row.as_ptr().add(at + 32 * i).cast());
+                let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+                largest[i % 2] = _mm512_max_epu16(largest[i % 2], magnitudes);
+                let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
+                sums[i] = _mm512_dpbf16_ps(sums[i], bits, bits);
+            }
+            at += 4 * 32;
+        }
+        while at < row.len() {
+            let bits = avx512::brains(row, at);
+            let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+            largest[0] = _mm512_max_epu16(largest[0], magnitudes);
+            let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
+            sums[0] = _mm512_dpbf16_ps(sums[0], bits, bits);
+            at += 32;
+        }
+        let largest = _mm512_max_epu16(largest[0], largest[1]);
+        (avx512::greatest(largest), avx512::total(sums))
+    }
+}

@@ -26,8 +26,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::error::Error;
+use crate::states::Element;
 
-pub(crate) use packed::{Chunk, Chunks, Packed};
+pub(crate) use packed::{Chunk, Chunks, PADDING, Packed};
 
 /// The environment variable that forces a tier.
 pub const TIER_VARIABLE: &str = "SHALLOWER_TIER";
@@ -213,28 +214,156 @@ pub(crate) trait Sweep {
     /// What the states are packed as.
     type Packed: Packed;
 
+    /// What must be ready while sums are added.
+    type Engine: Engine;
+
     /// Columns of a chunk.
     const CHUNK: usize;
 
     /// Columns whose products are summed in `Packed`'s precision; beyond, it is float64.
     const SPAN: usize;
 
+    /// How far the cosines of rows of 512 columns err, but for a bias; see docs/maths.md.
+    const SPREAD: f64;
+
+    /// Makes the engine ready for one thread, until it is dropped.
+    fn engine() -> Self::Engine;
+
     /// The float64 numbers that the sums of so many states need.
     fn num_sums(num_states: usize) -> usize;
 
+    /// Copies all rows into a chunk, which has their length; finds their greatest magnitudes
+    /// and the sums of their squares.
+    #[inline(always)]
+    fn pack<'a, T: Element + 'a>(
+        chunk: &mut Chunk<Self::Packed>,
+        row: impl Fn(usize) -> &'a [T],
+        magnitudes: &mut [f32],
+        squares: &mut [f64],
+        _soon: &mut Soon,
+        _engine: &mut Self::Engine,
+    ) {
+        for state in 0..chunk.num_states() {
+            (magnitudes[state], squares[state]) = Self::pack_row(chunk, state, row(state));
+        }
+    }
+
+    #[inline(always)]
+    fn pack_row<T: Element>(
+        chunk: &mut Chunk<Self::Packed>,
+        state: usize,
+        row: &[T],
+    ) -> (f32, f64) {
+        let packed = T::brains(row).and_then(|row| Self::pack_brains(row, chunk.row_mut(state)));
+        packed.unwrap_or_else(|| {
+            let magnitude = chunk.pack(state, row);
+            (magnitude, Self::square(chunk.row(state)))
+        })
+    }
+
+    /// `|x + f·y|²` of rows of bfloat16, every element rounded once; `None` if there is no way
+    /// but the plain one.
+    fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64>;
+
+    /// To be called before a packed chunk is changed, with the same rows.
+    #[inline(always)]
+    fn copy<'a, T: Element + 'a>(
+        _chunk: &mut Chunk<Self::Packed>,
+        _row: impl Fn(usize) -> &'a [T],
+        _engine: &mut Self::Engine,
+    ) {
+    }
+
     /// Adds a chunk's products to the sums, or begins them if they are to be `fresh`;
     /// meanwhile the `soon` lines are fetched.
-    fn add(chunk: &Chunk<Self::Packed>, fresh: bool, sums: &mut [f64], soon: Soon<'_>);
+    fn add(
+        chunk: &Chunk<Self::Packed>,
+        fresh: bool,
+        sums: &mut [f64],
+        soon: &mut Soon,
+        engine: &mut Self::Engine,
+    );
 
     /// The sum of squares of one row of a chunk, in `Packed`'s precision.
     fn square(row: &[Self::Packed]) -> f64;
+
+    /// Copies a row of bfloat16 into one of a chunk, padded with zeros; its greatest magnitude
+    /// and the sum of its squares. Columns may change places, in all rows alike. `None` if
+    /// there is no way but [`Chunk::pack`].
+    fn pack_brains(row: &[u16], to: &mut [Self::Packed]) -> Option<(f32, f64)>;
 
     /// Adds the sums to the products of the pairs `(l, m)`, `l < m`, row by row.
     fn collect(num_states: usize, sums: &[f64], products: &mut [f64]);
 }
 
-/// Memory that will be read soon: the addresses of the rows' next chunks.
-pub(crate) struct Soon<'a> {
-    pub rows: &'a [usize],
-    pub bytes: usize,
+/// A unit that must be set up, and that falls asleep when it is left alone.
+pub(crate) trait Engine {
+    /// Keeps it awake; to be called a few times a microsecond.
+    fn keep(&mut self);
+}
+
+/// The vector units are always ready.
+impl Engine for () {
+    #[inline(always)]
+    fn keep(&mut self) {}
+}
+
+/// Memory that will be read soon: some bytes from each of the addresses on.
+#[derive(Debug, Default)]
+pub(crate) struct Soon {
+    rows: Vec<usize>,
+    bytes: usize,
+    row: usize,
+    at: usize,
+    quota: usize,
+}
+
+impl Soon {
+    const LINE: usize = 64;
+
+    /// Begins anew with rows of so many bytes.
+    pub fn begin(&mut self, rows: impl Iterator<Item = usize>, bytes: usize) {
+        self.rows.clear();
+        self.rows.extend(rows);
+        (self.row, self.at, self.bytes) = (0, 0, bytes);
+    }
+
+    /// Sets how many more lines to fetch, to be done in `parts` more.
+    pub fn share(&mut self, parts: usize) {
+        let rows = (self.rows.len() - self.row) * self.bytes.div_ceil(Self::LINE);
+        self.quota = (rows - self.at / Self::LINE).div_ceil(parts);
+    }
+
+    /// Lines to be fetched meanwhile.
+    pub fn quota(&self) -> usize {
+        self.quota
+    }
+
+    /// Fetches some of the lines.
+    ///
+    /// # Safety
+    ///
+    /// As for the methods of [`tiles::Unit`].
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    pub unsafe fn fetch<U: tiles::Unit>(&mut self, lines: usize) {
+        let mut rest = lines;
+        while rest > 0 {
+            let Some(&row) = self.rows.get(self.row) else {
+                return;
+            };
+            let of_row = (self.bytes - self.at).div_ceil(Self::LINE);
+            let some = rest.min(of_row);
+            for line in 0..some {
+                let address = row + self.at + line * Self::LINE;
+                // SAFETY: the caller's; a prefetch reads nothing.
+                unsafe { U::prefetch(std::ptr::without_provenance(address)) };
+            }
+            rest -= some;
+            self.at += some * Self::LINE;
+            if some == of_row {
+                (self.row, self.at) = (self.row + 1, 0);
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use crate::states::Element;
 const LINE: usize = 64;
 
 /// Rows are padded with zeros to a multiple of so many columns.
-pub(super) const PADDING: usize = 32;
+pub(crate) const PADDING: usize = 32;
 
 /// A chunk has rows of zeros up to a multiple of this, for tiles of so many rows.
 const ROWS: usize = 16;
@@ -189,6 +189,12 @@ impl<P: Packed> Chunk<P> {
         &self.data[self.offset + state * self.stride..][..self.length]
     }
 
+    /// One row to be written, its padding included.
+    #[inline(always)]
+    pub fn row_mut(&mut self, state: usize) -> &mut [P] {
+        &mut self.data[self.offset + state * self.stride..][..self.length]
+    }
+
     /// Sets how many columns are in use.
     pub fn resize(&mut self, columns: usize) {
         self.length = columns.next_multiple_of(PADDING);
@@ -197,8 +203,7 @@ impl<P: Packed> Chunk<P> {
     /// Copies one row in; its greatest magnitude.
     #[inline(always)]
     pub fn pack<T: Element>(&mut self, state: usize, values: &[T]) -> f32 {
-        let start = self.offset + state * self.stride;
-        let row = &mut self.data[start..][..self.length];
+        let row = self.row_mut(state);
         let (used, padding) = row.split_at_mut(values.len());
         let mut largest = P::Bits::default();
         for (to, &value) in used.iter_mut().zip(values) {

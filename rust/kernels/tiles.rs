@@ -2,8 +2,6 @@
 
 #![allow(unsafe_code)]
 
-use std::ptr;
-
 use super::packed::PADDING;
 use super::{Chunk, Packed, Soon};
 
@@ -37,6 +35,20 @@ pub(crate) trait Unit {
     unsafe fn multiply_add(sum: Self::Sum, left: Self::Vector, right: Self::Vector) -> Self::Sum;
     /// Adds the lanes to `LANES` float64 numbers.
     unsafe fn flush(sum: Self::Sum, to: *mut f64);
+    /// Copies a row of bfloat16, padded with zeros to a multiple of 32; its greatest magnitude
+    /// and the sum of its squares. Columns may change places, in all rows alike. `None` if
+    /// the unit has no way of its own.
+    #[inline(always)]
+    unsafe fn pack_brains(_row: &[u16], _to: &mut [Self::Packed]) -> Option<(f32, f64)> {
+        None
+    }
+
+    /// `|x + f·y|²` of rows of bfloat16 of one length; `None` if the unit has no way of its own.
+    #[inline(always)]
+    unsafe fn square_of_sum(_x: &[u16], _y: &[u16], _factor: f32) -> Option<f64> {
+        None
+    }
+
     /// Asks for the line of an address, which need not be readable.
     unsafe fn prefetch(address: *const u8);
 }
@@ -151,7 +163,7 @@ pub(crate) unsafe fn add<U: Unit>(
     chunk: &Chunk<U::Packed>,
     fresh: bool,
     sums: &mut [f64],
-    soon: Soon<'_>,
+    soon: &mut Soon,
 ) {
     let length = chunk.length();
     assert!(length.is_multiple_of(U::WIDTH));
@@ -160,8 +172,8 @@ pub(crate) unsafe fn add<U: Unit>(
         .div_ceil(length.div_ceil(U::SPAN))
         .next_multiple_of(PADDING);
     let mut place = sums.as_mut_ptr();
-    let mut fetch = Fetch::new(soon);
     let blocks = Blocks::new(chunk.num_states(), U::ROWS);
+    let fetched = soon.quota().div_ceil(blocks.count * (blocks.count + 1) / 2);
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {
@@ -182,58 +194,9 @@ pub(crate) unsafe fn add<U: Unit>(
                 if fresh {
                     place.write_bytes(0, size);
                 }
-                fetch.some::<U>(rows * columns * size_of::<f32>() / 2);
+                soon.fetch::<U>(fetched);
                 tile.of_shape(rows, columns, i == j);
                 place = place.add(size);
-            }
-        }
-    }
-}
-
-/// Fetches all lines at once.
-///
-/// # Safety
-///
-/// As for the methods of [`Unit`].
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) unsafe fn prefetch_all<U: Unit>(soon: &Soon<'_>) {
-    for &row in soon.rows {
-        for at in (0..soon.bytes).step_by(64) {
-            // SAFETY: the caller's; a prefetch reads nothing.
-            unsafe { U::prefetch(ptr::without_provenance(row + at)) };
-        }
-    }
-}
-
-/// Lines to fetch, spread over the tiles.
-struct Fetch<'a> {
-    soon: Soon<'a>,
-    row: usize,
-    at: usize,
-}
-
-impl<'a> Fetch<'a> {
-    fn new(soon: Soon<'a>) -> Self {
-        Self {
-            soon,
-            row: 0,
-            at: 0,
-        }
-    }
-
-    /// Fetches as many lines as there are products in a tile.
-    #[inline(always)]
-    unsafe fn some<U: Unit>(&mut self, lines: usize) {
-        for _ in 0..lines {
-            let Some(&row) = self.soon.rows.get(self.row) else {
-                return;
-            };
-            // SAFETY: the caller's; a prefetch reads nothing.
-            unsafe { U::prefetch(ptr::without_provenance(row + self.at)) };
-            self.at += 64;
-            if self.at >= self.soon.bytes {
-                (self.row, self.at) = (self.row + 1, 0);
             }
         }
     }
@@ -258,6 +221,7 @@ impl<U: Unit> Tile<U> {
                 (2, 2, true) => self.add::<2, 2, true>(),
                 (3, 3, true) => self.add::<3, 3, true>(),
                 (4, 4, true) => self.add::<4, 4, true>(),
+                (5, 5, true) => self.add::<5, 5, true>(),
                 (1, 1, false) => self.add::<1, 1, false>(),
                 (2, 1, false) => self.add::<2, 1, false>(),
                 (2, 2, false) => self.add::<2, 2, false>(),
@@ -265,6 +229,8 @@ impl<U: Unit> Tile<U> {
                 (3, 3, false) => self.add::<3, 3, false>(),
                 (4, 3, false) => self.add::<4, 3, false>(),
                 (4, 4, false) => self.add::<4, 4, false>(),
+                (5, 4, false) => self.add::<5, 4, false>(),
+                (5, 5, false) => self.add::<5, 5, false>(),
                 shape => unreachable!("blocks are even: {shape:?}"),
             }
         }
@@ -313,9 +279,15 @@ macro_rules! sweep {
         impl $crate::kernels::Sweep for $unit {
             type Packed = <$unit as Unit>::Packed;
 
-            const CHUNK: usize = 2 * <$unit as Unit>::SPAN;
+            type Engine = ();
+
+            const CHUNK: usize = 512;
 
             const SPAN: usize = <$unit as Unit>::SPAN;
+
+            const SPREAD: f64 = 1.1e-7;
+
+            fn engine() {}
 
             fn num_sums(num_states: usize) -> usize {
                 $crate::kernels::tiles::num_sums::<$unit>(num_states)
@@ -326,7 +298,8 @@ macro_rules! sweep {
                 chunk: &$crate::kernels::Chunk<Self::Packed>,
                 fresh: bool,
                 sums: &mut [f64],
-                soon: $crate::kernels::Soon<'_>,
+                soon: &mut $crate::kernels::Soon,
+                (): &mut (),
             ) {
                 // SAFETY: a sweep is reached through its tier's `run` alone, which has the
                 // unit's instructions.
@@ -337,6 +310,20 @@ macro_rules! sweep {
             fn square(row: &[Self::Packed]) -> f64 {
                 // SAFETY: as above.
                 unsafe { $crate::kernels::tiles::square::<$unit>(row) }
+            }
+
+            #[inline(always)]
+            fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
+                assert!(x.len() == y.len());
+                // SAFETY: as above.
+                unsafe { <$unit as Unit>::square_of_sum(x, y, factor) }
+            }
+
+            #[inline(always)]
+            fn pack_brains(row: &[u16], to: &mut [Self::Packed]) -> Option<(f32, f64)> {
+                assert!(row.len() <= to.len() && to.len().is_multiple_of($crate::kernels::PADDING));
+                // SAFETY: as above.
+                unsafe { <$unit as Unit>::pack_brains(row, to) }
             }
 
             #[inline(always)]
