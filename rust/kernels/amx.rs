@@ -483,6 +483,7 @@ impl Span {
                     row.add(step),
                     right.add(step * SIDE),
                 );
+                avx512bf16::Brain::fetch(pending.soon, 2 * pending.lines);
             }
         }
         let place = place_of(first, self.blocks) + (second - first) * SIDE * SIDE;
@@ -503,6 +504,8 @@ struct Pending<'a> {
     places: Option<[usize; 4]>,
     latest: usize,
     sums: &'a mut [f64],
+    soon: &'a mut Soon,
+    lines: usize,
 }
 
 impl Pending<'_> {
@@ -590,7 +593,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
         assert!(
             session.length <= CHUNK && session.length.next_multiple_of(COLUMNS) == chunk.length()
         );
-        let lines = (soon.quota() / 4).div_ceil(num_states);
+        let lines = (soon.quota() * 2 / 5).div_ceil(num_states);
         for state in 0..num_states {
             let row = T::brains(row(state)).expect("tiles are for bfloat16");
             assert!(row.len() == session.length);
@@ -598,8 +601,8 @@ impl<E: Multiply> Sweep for Tiles<E> {
             // SAFETY: a sweep is reached through its tier's `run` alone.
             unsafe {
                 (magnitudes[state], squares[state]) = avx512bf16::measure(row);
-                soon.fetch::<avx512bf16::Brain>(lines);
             }
+            Self::fetch(soon, lines);
             session.engine.keep();
         }
     }
@@ -638,12 +641,14 @@ impl<E: Multiply> Sweep for Tiles<E> {
         assert!(sums.len() == Self::num_sums(chunk.num_states()));
         assert!(rows.len() >= blocks * SIDE + usize::from(odd));
         let steps = length.div_ceil(COLUMNS);
-        let lines = soon.quota().div_ceil(blocks * steps);
+        let lines = soon.quota().div_ceil(2 * blocks * steps);
         let mut pending = Pending {
             products: [MaybeUninit::uninit(); 2],
             places: None,
             latest: 0,
             sums,
+            soon,
+            lines,
         };
         // Rows of one chunk are cut into four spans as well.
         let of_span = steps.div_ceil(4).min(SPAN);
@@ -660,7 +665,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
                     for step in 0..s.steps {
                         let at = (start + step) * COLUMNS;
                         s.fill(block, step, rows, at, *length - at);
-                        soon.fetch::<avx512bf16::Brain>(lines);
+                        Self::fetch(pending.soon, lines);
                         engine.keep();
                     }
                 }
@@ -707,6 +712,11 @@ impl<E: Multiply> Sweep for Tiles<E> {
     #[inline(always)]
     fn square(row: &[u16]) -> f64 {
         avx512bf16::Brain::square(row)
+    }
+
+    #[inline(always)]
+    fn fetch(soon: &mut Soon, lines: usize) {
+        avx512bf16::Brain::fetch(soon, lines);
     }
 
     #[inline(always)]

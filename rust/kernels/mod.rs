@@ -240,10 +240,12 @@ pub(crate) trait Sweep {
         row: impl Fn(usize) -> &'a [T],
         magnitudes: &mut [f32],
         squares: &mut [f64],
-        _soon: &mut Soon,
+        soon: &mut Soon,
         _engine: &mut Self::Engine,
     ) {
+        let lines = (soon.quota() / 4).div_ceil(chunk.num_states());
         for state in 0..chunk.num_states() {
+            Self::fetch(soon, lines);
             (magnitudes[state], squares[state]) = Self::pack_row(chunk, state, row(state));
         }
     }
@@ -260,6 +262,9 @@ pub(crate) trait Sweep {
             (magnitude, Self::square(chunk.row(state)))
         })
     }
+
+    /// Fetches some lines.
+    fn fetch(soon: &mut Soon, lines: usize);
 
     /// `|x + f·y|²` of rows of bfloat16, every element rounded once; `None` if there is no way
     /// but the plain one.
@@ -334,7 +339,7 @@ impl Soon {
         self.quota = (rows - self.at / Self::LINE).div_ceil(parts);
     }
 
-    /// Lines to be fetched meanwhile.
+    /// How many of them are left.
     pub fn quota(&self) -> usize {
         self.quota
     }
@@ -347,6 +352,7 @@ impl Soon {
     #[allow(unsafe_code)]
     #[inline(always)]
     pub unsafe fn fetch<U: tiles::Unit>(&mut self, lines: usize) {
+        self.quota = self.quota.saturating_sub(lines);
         let mut rest = lines;
         while rest > 0 {
             let Some(&row) = self.rows.get(self.row) else {

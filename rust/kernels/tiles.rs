@@ -313,6 +313,12 @@ macro_rules! sweep {
             }
 
             #[inline(always)]
+            fn fetch(soon: &mut $crate::kernels::Soon, lines: usize) {
+                // SAFETY: as above.
+                unsafe { soon.fetch::<$unit>(lines) }
+            }
+
+            #[inline(always)]
             fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
                 assert!(x.len() == y.len());
                 // SAFETY: as above.
