@@ -555,7 +555,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
 
     const SPAN: usize = SPAN * COLUMNS;
 
-    const SPREAD: f64 = 0.75e-7;
+    const SPREAD: f64 = 0.85e-7;
 
     #[inline(always)]
     fn engine() -> Session<E> {

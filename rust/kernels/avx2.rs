@@ -37,6 +37,7 @@ impl Unit for Single {
     type Sum = __m256;
 
     const SPAN: usize = 256;
+    const SPREAD: f64 = 0.8e-7;
     const ROWS: usize = 3;
     const WIDTH: usize = 8;
     const LANES: usize = 4;

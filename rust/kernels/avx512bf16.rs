@@ -37,6 +37,7 @@ impl Unit for Brain {
     type Sum = __m512;
 
     const SPAN: usize = 512;
+    const SPREAD: f64 = 0.95e-7;
     const ROWS: usize = 5;
     const WIDTH: usize = 32;
     const LANES: usize = 4;

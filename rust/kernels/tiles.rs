@@ -22,6 +22,8 @@ pub(crate) trait Unit {
 
     /// Columns whose products are summed in `Sum`'s precision.
     const SPAN: usize;
+    /// How far cosines err; see [`super::Sweep::SPREAD`].
+    const SPREAD: f64 = 1.1e-7;
     /// Rows of a tile: `ROWS²` sums and `ROWS + 1` vectors fit in the registers.
     const ROWS: usize;
     /// Values of a vector.
@@ -285,7 +287,7 @@ macro_rules! sweep {
 
             const SPAN: usize = <$unit as Unit>::SPAN;
 
-            const SPREAD: f64 = 1.1e-7;
+            const SPREAD: f64 = <$unit as Unit>::SPREAD;
 
             fn engine() {}
 
