@@ -72,6 +72,12 @@ def test_a_patch_lowers_the_loss_of_a_cut(model, words, method, blocks):
     assert [fit.layer for fit in done.fits][:1] == [blocks[0].start - 1]
 
 
+def test_the_tokenizer_is_left_as_it_was(model, words):
+    assert words.backend_tokenizer.truncation is None
+    patch(model, words, [range(3, 5)], TEXTS)
+    assert words.backend_tokenizer.truncation is None
+
+
 def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
     done = patch(model, words, [range(3, 5)], TEXTS)
     held_out = [text for index, text in enumerate(TEXTS) if index % 8 == 7]

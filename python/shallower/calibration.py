@@ -131,7 +131,7 @@ class TokenBatches:
                     f"text {self.num_texts + offset} is of type {type(text).__name__}: expected str"
                 )
         try:
-            with _untouched(self._tokenizer):
+            with untouched(self._tokenizer):
                 encoded = self._tokenizer(
                     texts,
                     truncation=True,
@@ -172,7 +172,7 @@ class TokenBatches:
 
 
 @contextmanager
-def _untouched(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+def untouched(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     """Put a fast tokenizer's truncation and padding back, which it keeps and would save."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

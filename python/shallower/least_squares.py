@@ -54,10 +54,6 @@ class NormalEquations:
             self.cross += wide.T @ r.float()
         self.count += len(inputs)
 
-    def last(self, inputs: int) -> "NormalEquations":
-        """Those of the last so many inputs alone."""
-        return NormalEquations(self.gram[-inputs:, -inputs:], self.cross[-inputs:], self.count)
-
     def plus(self, other: "NormalEquations", weight: float) -> "NormalEquations":
         """With the other's tokens, each counted ``weight`` times."""
         return NormalEquations(

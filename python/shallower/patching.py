@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import Layers, Loss, Plan, blocks_of, dropped_layers
-from .calibration import Batch, TokenBatches
+from .calibration import Batch, TokenBatches, untouched
 from .errors import PatchError, TextsError
 from .exports import CARD_FILE, healed_card
 from .least_squares import NormalEquations
@@ -260,7 +260,6 @@ def _divide(
     num_tokens: int,
 ) -> tuple[list[Batch], list[Batch]]:
     """Batches to fit and batches held out, every eighth text; as many texts as are needed."""
-    kept: list[Batch] = []
     counts = [0, 0]
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
     parts: tuple[list[str], list[str]] = ([], [])
@@ -270,18 +269,18 @@ def _divide(
             break
         if counts[held] < enough[held]:
             parts[held].append(text)
-            encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+            with untouched(tokenizer):
+                encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
             counts[held] += len(encoded)
-    batches = []
-    for part in parts:
-        kept = list(TokenBatches(tokenizer, part, max_length, batch_size, min_tokens=2))
-        batches.append(kept)
-    if not batches[0] or not batches[1]:
+    fitted, held_out = (
+        list(TokenBatches(tokenizer, part, max_length, batch_size, min_tokens=2)) for part in parts
+    )
+    if not fitted or not held_out:
         raise TextsError(
             f"{len(parts[0]) + len(parts[1])} texts are too few to fit and to hold out: give at "
             f"least 8 with two tokens each, better some thousand"
         )
-    return batches[0], batches[1]
+    return fitted, held_out
 
 
 class _Stored:
@@ -290,7 +289,6 @@ class _Stored:
     def __init__(
         self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype
     ) -> None:
-        self.batches = batches
         sizes = [batch.input_ids.size * width for batch in batches]
         whole = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
         self._parts = [
@@ -303,9 +301,6 @@ class _Stored:
 
     def __setitem__(self, index: int, states: torch.Tensor) -> None:
         self._parts[index].copy_(states)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 @dataclass(slots=True)
