@@ -736,17 +736,18 @@ def test_repacked_weights_give_wrong_gradients(smol_cut):
 
 
 HARNESS = """
-import json, os, random, resource, signal, sys, time
+import glob, json, os, resource, signal, sys, time
 import torch
 import shallower as sh
 import shallower.healing.run, shallower.healing.training as training, peft, matplotlib.figure
 import transformers.models.llama.modeling_llama
 torch.set_num_threads(1)
 training.SECONDS_BETWEEN_CHECKPOINTS = 0.0
-cut, texts, held_out, out, recipe, delays, limits = json.load(sys.stdin)
+cut, texts, held_out, out, recipe, kills, limits = json.load(sys.stdin)
 recipe = sh.Recipe(**recipe)
 
-def attempt(out, delay=None, limit=None):
+def attempt(out, kill=None, limit=None):
+    had = complete(out)
     child = os.fork()
     if not child:
         status = 0
@@ -761,37 +762,40 @@ def attempt(out, delay=None, limit=None):
             print(f"failed: {type(error).__name__}: {error}", flush=True)
             status = 1
         os._exit(status)
-    if delay is not None:
-        time.sleep(delay)
+    if kill:
+        moment, share = kill
+        runs = os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while moment == "checkpoint" and complete(out) <= had and not os.waitid(*runs):
+            time.sleep(0.001)
+        time.sleep(share * seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-def marked(out):
+def complete(out):
     parent, name = os.path.split(out)
-    training = os.path.join(parent, f".{name}.partial", "folder", "training")
-    steps = os.listdir(training) if os.path.isdir(training) else []
-    return {s: os.path.exists(os.path.join(training, s, "complete")) for s in steps}
+    marks = glob.glob(os.path.join(parent, f".{name}.partial/folder/training/*/complete"))
+    return {os.path.basename(os.path.dirname(mark)) for mark in marks}
 
 start = time.time()
 attempt(out + "-whole")
 seconds = time.time() - start
 ends = []
-for share in delays:
-    ends.append([attempt(out, share * seconds), marked(out)])
+for kill in kills:
+    ends.append([attempt(out, kill), sorted(complete(out))])
     if os.path.exists(out):
         break
 for limit in limits:
-    ends.append([attempt(out, limit=limit), marked(out)])
+    ends.append([attempt(out, limit=limit), sorted(complete(out))])
 if not os.path.exists(out):
-    ends.append([attempt(out), {}])
+    ends.append([attempt(out), []])
 print(json.dumps(ends), flush=True)
 """
 
 
-def run_harness(cut, out, recipe, delays=(), limits=()):
+def run_harness(cut, out, recipe, kills=(), limits=()):
     given = [
         str(cut), TEXTS, HELD_OUT, str(out),
-        {name: getattr(recipe, name) for name in Recipe.__slots__}, list(delays), list(limits),
+        {name: getattr(recipe, name) for name in Recipe.__slots__}, list(kills), list(limits),
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HARNESS)],
@@ -817,13 +821,14 @@ def same_healing(out, whole):
 def test_a_killed_healing_ends_with_the_same_bits(cut, tmp_path, kills):
     source = random.Random(kills)
     recipe = replace(QUICK, steps=10, eval_every=3, batch_size=4)
-    delays = [source.uniform(0.1, 0.9) for _ in range(kills)]
-    ends, said = run_harness(cut, tmp_path / "out", recipe, delays)
+    moments = [("start", source.uniform(0.1, 0.9)) for _ in range(kills)]
+    moments[1::2] = [("checkpoint", source.uniform(0, 0.1)) for _ in moments[1::2]]
+    ends, said = run_harness(cut, tmp_path / "out", recipe, moments)
     assert said == []
     assert ends[-1][0] == 0
     killed = [end for end, _ in ends if end == -signal.SIGKILL]
     assert killed
-    assert any(marks for _, marks in ends[:-1])
+    assert any(marks for _, marks in ends[:-1]), "no kill left a checkpoint to go on from"
     same_healing(tmp_path / "out", tmp_path / "out-whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-whole"]
 
@@ -865,7 +870,7 @@ def test_a_full_disk_leaves_nothing_half_written(cut, tmp_path):
     ends, said = run_harness(cut, tmp_path / "out", recipe, limits=[2_000, 10_000, 40_000])
     assert [end for end, _ in ends] == [2, 2, 2, 0]
     assert all(line.startswith("refused: cannot write") for line in said)
-    assert not any(done for _, marks in ends for done in marks.values())
+    assert not any(marks for _, marks in ends)
     same_healing(tmp_path / "out", tmp_path / "out-whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-whole"]
 
