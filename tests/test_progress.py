@@ -1,4 +1,4 @@
-"""The bar is for a person at a terminal, and for no one else."""
+"""The bar is for a person at a terminal; a log gets a line now and then."""
 
 import os
 import pty
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from shallower import progress
 from shallower.progress import track
 
 
@@ -61,10 +62,31 @@ def test_a_terminal_shows_nothing_when_told_so(terminal, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_pipe_shows_nothing(capfd):
+def test_a_pipe_shows_nothing_of_short_work(capfd):
     with track("measuring", 3) as advance:
         advance(3)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_has_a_line_a_minute_of_long_work(capfd, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with track("measuring [x]", 400) as advance:
+        for step in range(1, 9):
+            now[0] += 25.0
+            advance(10, f"loss {step}")
+    assert capfd.readouterr() == (
+        "",
+        "measuring [x] 30/400, 0:01:15, loss 3\n"
+        "measuring [x] 60/400, 0:02:30, eta 0:14:10, loss 6\n",
+    )
+
+
+def test_a_log_of_an_unknown_total_has_no_eta(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with track("measuring") as advance:
+        advance(7)
+    assert capfd.readouterr().err == "measuring 7/?, 0:00:00\n"
 
 
 def test_a_pipe_shows_the_bar_when_told_so_and_leaves_standard_output_alone(capfd):

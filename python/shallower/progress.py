@@ -1,7 +1,10 @@
-"""Progress with ETA on standard error, shown where a person looks."""
+"""Progress with ETA on standard error: a bar where a person looks, now and then a line in a log."""
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
@@ -13,6 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class Advance(Protocol):
@@ -28,9 +33,13 @@ def track(
 ) -> Iterator[Advance]:
     """Give a function that advances a bar by so many steps.
 
-    Shown if standard error is a terminal, unless ``show`` says otherwise.
+    A bar is shown if standard error is a terminal; if it is not, a line is written once a
+    minute. ``show`` asks for the bar anywhere, or for silence.
     """
     console = Console(stderr=True)
+    if show is None and not console.is_terminal:
+        yield _Lines(description, total)
+        return
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -40,7 +49,7 @@ def track(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
-        disable=not (console.is_terminal if show is None else show),
+        disable=show is False,
         refresh_per_second=4,
     )
     with bar:
@@ -52,3 +61,32 @@ def track(
                 bar.update(task, note=note)
 
         yield advance
+
+
+class _Lines:
+    """What long work says in a log."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self._description, self._total = description, total
+        self._done, self._note = 0, ""
+        self._began = self._said = time.monotonic()
+        self._done_then: int | None = None
+
+    def __call__(self, steps: int, note: str = "", /) -> None:
+        self._done += steps
+        self._note = note or self._note
+        now = time.monotonic()
+        if now - self._said < SECONDS_BETWEEN_LINES:
+            return
+        parts = [f"{self._description} {self._done}/{self._total or '?'}"]
+        parts.append(f"{_clock(now - self._began)}")
+        # By what was done since the last line: before the first, a resumed work leaps.
+        if self._total and self._done_then is not None and self._done > self._done_then:
+            speed = (self._done - self._done_then) / (now - self._said)
+            parts.append(f"eta {_clock((self._total - self._done) / speed)}")
+        self._said, self._done_then = now, self._done
+        print(", ".join([*parts, *filter(None, [self._note])]), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))

@@ -16,6 +16,7 @@ from .analyse import analyse_command
 from .evaluate import eval_command
 from .heal import heal_command, merge_command
 from .info import info_command
+from .options import quiet_bars
 from .output import warn
 from .patch import patch_command
 from .plan import plan_command
@@ -81,6 +82,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; exit status 2 and one sentence for a user's mistake."""
+    quiet_bars()
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
     try:
         raise SystemExit(app(standalone_mode=False) or 0)

@@ -1,5 +1,6 @@
 """The options that several commands share, and what they ask for."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -77,13 +78,21 @@ def load(
     return load_model(model, dtype, device_map, gguf_file, trust_remote_code)
 
 
-def quiet() -> None:
-    """No bars of other packages where nobody looks."""
+def quiet_bars() -> None:
+    """No bars of tqdm where nobody looks: it asks for this once, when it is imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
+
+def quiet() -> None:
+    """No bars of transformers where nobody looks, and no advice of bitsandbytes to get a kernel
+    from a hub.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def metric_names(metrics: str) -> list[str]:

@@ -228,15 +228,19 @@ def _kept_global_state() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
     names = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
     environment = {name: os.environ.get(name) for name in names}
     logger = logging.getLogger("transformers.trainer")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    memory.fill_uninitialized_memory = False  # a twentieth of the time
     try:
         yield
     finally:
         logger.setLevel(level)
+        memory.fill_uninitialized_memory = filling
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         for name, value in environment.items():
