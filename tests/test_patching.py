@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import shallower as sh
 from conftest import WORDS, tiny_llama
-from shallower import patching
 from shallower.cli import app
-from shallower.patching import patch
+from shallower.patching import solving
+from shallower.patching.run import patch
+from shallower.patching.writing import PATCH_FILE
 from test_families import random_model
 
 
@@ -95,8 +96,8 @@ def test_the_loss_falls_with_every_layer_that_is_solved(model, words):
 
 
 def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
-    monkeypatch.setattr(patching, "RIDGES", (0.1,))
-    monkeypatch.setattr(patching, "FIRST_WEIGHTS", (0.01,))
+    monkeypatch.setattr(solving, "RIDGES", (0.1,))
+    monkeypatch.setattr(solving, "FIRST_WEIGHTS", (0.01,))
     model = copy.deepcopy(learned)
     fitted = [text for index, text in enumerate(TEXTS) if index % 8 != 7]
     ids = torch.tensor(words(fitted)["input_ids"])
@@ -120,7 +121,7 @@ def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypa
 
 def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
     losses = iter([2.0, 3.0, 2.5])  # as if it helped
-    monkeypatch.setattr(patching._Patching, "_loss", lambda *_: next(losses))
+    monkeypatch.setattr(solving.Patching, "_loss", lambda *_: next(losses))
     model = model.double()
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -162,7 +163,7 @@ def test_transposed_weights_too(words):
 
 
 def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
-    monkeypatch.setattr(patching, "RIDGES", (1e12,))
+    monkeypatch.setattr(solving, "RIDGES", (1e12,))
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(sh.PatchError, match=r"does not help: the loss on \d+ held-out tokens"):
@@ -224,7 +225,7 @@ def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
     done = run(folder, *options)
     assert done.exit_code == 0, done.output
     assert "of the lost nats recovered" in done.stdout
-    report = json.loads((out / patching.PATCH_FILE).read_text())
+    report = json.loads((out / PATCH_FILE).read_text())
     assert report["plan"]["drop"][0]["start"] == 3
     assert report["plan"]["model"]["num_layers"] == 8
     assert report["patched"] < report["cut"]

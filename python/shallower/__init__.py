@@ -33,6 +33,7 @@ from .errors import (
 from .gguf import count_gguf_layers, plan_gguf, prune_gguf
 from .healing.recipe import Recipe
 from .healing.record import Healing
+from .patching.report import Patch
 from .positions import Positions
 from .selection import deepest_block
 from .similarity import BootstrappedStart, Scan
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from .figures import save_heat_map
     from .healing.run import heal, merge
     from .models.loading import load_model
-    from .patching import Patch, patch, save_patched
+    from .patching.run import patch
+    from .patching.writing import save_patched
     from .pipeline import compare_cuts, run, scan, verify_checkpoint
     from .pruning import drop_layers, save_model, without_layers
 
@@ -59,9 +61,8 @@ _NEED_TORCH = {
     "prune_checkpoint": ".checkpoint",
     "evaluate_loss": ".evaluation",
     "save_heat_map": ".figures",
-    "Patch": ".patching",
-    "patch": ".patching",
-    "save_patched": ".patching",
+    "patch": ".patching.run",
+    "save_patched": ".patching.writing",
     "heal": ".healing.run",
     "merge": ".healing.run",
 }

@@ -11,7 +11,7 @@ from .healing.record import Healing
 from .similarity import BootstrappedStart, Scan
 
 if TYPE_CHECKING:
-    from .patching import Patch
+    from .patching.report import Patch
 
 
 def with_error(value: float | None, stderr: float | None, digits: int = 4) -> str:

@@ -77,7 +77,8 @@ def patch_command(
         return
     from ..evaluation import evaluate_loss, require_predictable
     from ..models.identity import identify
-    from ..patching import patch, save_patched
+    from ..patching.run import patch
+    from ..patching.writing import save_patched
     from ..pruning import without_layers
 
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)

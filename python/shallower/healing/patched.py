@@ -11,7 +11,8 @@ from ..artifacts import Plan
 from ..errors import ModelError, OutputError, RecipeError, TextsError
 from ..models.identity import identify, stored_digest
 from ..models.loading import load_model
-from ..patching import PATCH_FILE, patch, save_patched
+from ..patching.run import patch
+from ..patching.writing import PATCH_FILE, save_patched
 from ..storage import partial_folder
 
 PATCHED = "patched"

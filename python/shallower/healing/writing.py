@@ -13,7 +13,7 @@ from ..errors import MissingExtraError
 from ..evaluation import evaluate_loss
 from ..exports import CARD_FILE, EXPORT_FILES, adapters_card, healed_card
 from ..figures import healing_curve
-from ..patching import PATCH_FILE
+from ..patching.writing import PATCH_FILE
 from ..storage import write_file
 from .merging import Merger
 from .recipe import GLOBAL_BATCH

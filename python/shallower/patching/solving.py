@@ -1,45 +1,25 @@
-"""Healing without training: the layer before a cut is solved anew, in closed form.
+"""The work of a patch: layer by layer, both models side by side, matrices solved anew."""
 
-The last matrix of that layer's feed-forward writes into the residual stream. It is found
-again by least squares, so that the stream jumps to where the dropped layers would have taken it,
-x^(stop) of the whole model. No parameter is added, and the checkpoint stays standard.
-
-Three methods: ``refit`` solves the matrix itself, from its own inputs, and the matrices after
-the cut as well, as long as the loss on held-out text falls; ``map`` puts a D×D map behind it
-(ReplaceMe, 2505.02819); ``magnitude`` only closes the gap between the norms (Prune&Comp,
-2507.18212).
-"""
-
-import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .artifacts import Layers, Loss, Plan, blocks_of, dropped_layers
-from .calibration import Batch, TokenBatches, untouched
-from .errors import PatchError, TextsError
-from .exports import CARD_FILE, healed_card
-from .least_squares import NormalEquations
-from .models.architecture import find_layers
-from .models.identity import identify
-from .models.layerwise import Layerwise
-from .models.writers import Writer, Writers, find_writers
-from .progress import track
-from .pruning import drop_layers, save_model
-from .storage import new_folder, write_file
-
-METHODS = ("refit", "map", "magnitude")
-
-PATCH_FILE = "shallower_patch.json"
+from ..artifacts import Plan
+from ..calibration import Batch
+from ..errors import PatchError
+from ..least_squares import NormalEquations
+from ..models.layerwise import Layerwise
+from ..models.writers import Writer, Writers, find_writers
+from ..progress import track
+from .report import Fit, Patch
+from .states import StateSet, Stored, first_tokens, other_tokens
 
 RIDGES = (0.03, 0.3, 3.0)
 """Penalties on the change of a matrix that are tried, as shares of its inputs' mean square."""
@@ -51,268 +31,11 @@ ATTENTION_STEP = 0.5
 """How much of the attention's share of a jump it is given; the feed-forward, whose inputs
 change with it, is then solved for all that is left."""
 
-MAX_HELD_OUT = 8192
-"""Tokens on which choices are made, at most."""
-
 PATIENCE = 2
 """Layers after the cut that may fail to lower the loss, one after the other, before it ends."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A layer that was solved anew.
-
-    Attributes:
-        layer: its index among the original layers.
-        matrices: the names of its matrices that changed.
-        target: the original state that it was solved for, x^(target).
-        ridge: the penalty on the change, as a share of the inputs' mean square.
-        first_weight: what the first token of a text counted.
-        explained: the share of what was missing that the fit adds on held-out text, R².
-        nats: the held-out loss with it, in nats a token.
-    """
-
-    layer: int
-    matrices: tuple[str, ...]
-    target: int
-    ridge: float
-    first_weight: float
-    explained: float
-    nats: float
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """What a patch did, and what it is worth on held-out text.
-
-    The held-out texts are every eighth of those given. Choices were made on them, so that a
-    loss on other text may be a little worse.
-
-    Attributes:
-        plan: the layers that went.
-        method: ``refit``, ``map`` or ``magnitude``.
-        num_tokens: tokens that were fitted.
-        num_held_out: tokens that choices were made on.
-        original: the loss of the whole model, in nats a token.
-        cut: the loss of the cut, before the patch.
-        patched: the loss after it.
-        fits: the layers that were solved anew.
-        scales: for ``magnitude``, what the norms grow by across each block.
-    """
-
-    plan: Plan
-    method: str
-    num_tokens: int
-    num_held_out: int
-    original: float
-    cut: float
-    patched: float
-    fits: tuple[Fit, ...] = ()
-    scales: tuple[float, ...] = ()
-
-    @property
-    def recovered(self) -> float:
-        """The share of the lost nats that came back."""
-        lost = self.cut - self.original
-        return (self.cut - self.patched) / lost if lost > 0 else math.nan
-
-    def to_json(self) -> dict[str, Any]:
-        """The patch as plain JSON values."""
-        values = {**asdict(self), "plan": self.plan.to_json(), "recovered": self.recovered}
-        return {"format": "shallower.patch", "version": 1, **values}
-
-
-def patch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layers: Layers,
-    texts: Iterable[str],
-    method: str = "refit",
-    max_length: int = 256,
-    batch_size: int = 16,
-    num_tokens: int = 131_072,
-    progress: bool | None = None,
-) -> Patch:
-    """Drop layers and heal the cut in closed form, in place.
-
-    Args:
-        model: the whole model, in float32, bfloat16 or float16.
-        tokenizer: its tokenizer.
-        layers: blocks, ranges or indices to drop, 0-based.
-        texts: calibration texts, as for :func:`shallower.scan`; every eighth is held out, to
-            choose by and to report on.
-        method: ``refit`` (the default), ``map`` or ``magnitude``.
-        max_length: tokens of a text at most.
-        batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most. States of so many tokens lie in a temporary file:
-            twice ``num_tokens`` times D values. Memory grows with the widths alone.
-        progress: a bar on standard error; by default if that is a terminal.
-
-    Returns:
-        What was done and what it is worth.
-
-    Raises:
-        PatchError: the loss on held-out text would not fall; there is no layer before a
-            block; a layer does not write by a plain linear map (mixtures of experts, norms
-            behind the feed-forward, quantised weights). The model is then as it was.
-        TextsError: there are too few texts.
-        LayersError, ModelError: as :func:`shallower.drop_layers`.
-    """
-    if method not in METHODS:
-        raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    if num_tokens < 1:
-        raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
-    found = find_layers(model)
-    plan = Plan(len(found), blocks_of(dropped_layers(len(found), layers)), model=identify(model))
-    if plan.blocks[0].start == 0 and method != "magnitude":
-        raise PatchError(
-            f"there is no layer before the block {plan.blocks[0]} that could be solved anew: "
-            f"drop later layers, or use the method magnitude"
-        )
-    fitted, held_out = _divide(tokenizer, texts, max_length, batch_size, num_tokens)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        undo = stack.enter_context(_restoring())
-        work = stack.enter_context(
-            _Patching(Layerwise(model), plan, fitted, held_out, undo, progress)
-        )
-        done = work.magnitude() if method == "magnitude" else work.solve(method)
-        if not done.patched < done.cut:
-            raise PatchError(
-                f"the patch does not help: the loss on {done.num_held_out} held-out tokens is "
-                f"{done.patched:.4f} nats with it and {done.cut:.4f} without, of "
-                f"{done.original:.4f} before the cut; give more texts, or another method"
-            )
-        drop_layers(model, plan.blocks)
-        undo.clear()
-    return done
-
-
-def save_patched(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    path: str | Path,
-    done: Patch,
-    overwrite: bool = False,
-    losses: tuple[Loss, Loss] | None = None,
-    more: Mapping[str, bytes] | None = None,
-) -> None:
-    """Save a patched model as :func:`shallower.save_model` does, with ``shallower_patch.json``
-    and a card that says what was done.
-
-    Args:
-        model: as :func:`patch` left it.
-        tokenizer: saved beside it, unless ``None``.
-        path: a folder that does not exist yet, or is empty.
-        done: what :func:`patch` gave.
-        overwrite: replace what is at ``path``, once the new checkpoint is complete.
-        losses: on text that no choice was made on, before the cut and after the patch.
-        more: files to put beside it, by name.
-
-    Raises:
-        OutputError, ModelError: as :func:`shallower.save_model`.
-    """
-    with new_folder(Path(path), overwrite) as folder:
-        folder.rmdir()
-        save_model(model, tokenizer, folder, done.plan, losses=losses)
-        card = healed_card(folder / CARD_FILE, _WHAT[done.method], _rows(done))
-        report = json.dumps(done.to_json(), indent=2) + "\n"
-        beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
-        for name, content in beside.items():
-            write_file(folder / name, content)
-
-
-_WHAT = {
-    "refit": "matrices beside it were solved anew by least squares; nothing was trained.",
-    "map": "a linear map was fused into the matrix before it; nothing was trained.",
-    "magnitude": "the matrices behind it were scaled; nothing was trained.",
-}
-
-
-def _rows(done: Patch) -> list[tuple[str, str]]:
-    rows = [
-        ("method", done.method),
-        ("tokens fitted", f"{done.num_tokens:,}"),
-        ("held-out loss, nats a token", f"{done.original:.4f} whole, {done.cut:.4f} cut, "
-         f"{done.patched:.4f} patched, on {done.num_held_out:,} tokens that choices were made on"),
-        ("lost nats recovered", f"{100 * done.recovered:.0f} %"),
-    ]  # fmt: skip
-    changed = ", ".join(name for fit in done.fits for name in fit.matrices)
-    return [*rows, ("matrices solved anew, by source layer", changed)] if changed else rows
-
-
-@contextmanager
-def _restoring() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Weights and what they were: put back at the end, unless the list is emptied."""
-    changed: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        yield changed
-    finally:
-        for weight, before in reversed(changed):
-            weight.copy_(before)
-
-
-def _divide(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    max_length: int,
-    batch_size: int,
-    num_tokens: int,
-) -> tuple[list[Batch], list[Batch]]:
-    """Batches to fit and batches held out, every eighth text; as many texts as are needed."""
-    counts = [0, 0]
-    enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
-    parts: tuple[list[str], list[str]] = ([], [])
-    for index, text in enumerate(texts):
-        held = index % 8 == 7
-        if counts[0] >= enough[0] and counts[1] >= enough[1]:
-            break
-        if counts[held] < enough[held]:
-            parts[held].append(text)
-            with untouched(tokenizer):
-                encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-            counts[held] += len(encoded)
-    fitted, held_out = (
-        list(TokenBatches(tokenizer, part, max_length, batch_size, min_tokens=2)) for part in parts
-    )
-    if not fitted or not held_out:
-        raise TextsError(
-            f"{len(parts[0]) + len(parts[1])} texts are too few to fit and to hold out: give at "
-            f"least 8 with two tokens each, better some thousand"
-        )
-    return fitted, held_out
-
-
-class _Stored:
-    """States of batches, in one temporary file."""
-
-    def __init__(
-        self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype
-    ) -> None:
-        sizes = [batch.input_ids.size * width for batch in batches]
-        whole = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
-        self._parts = [
-            part.view(*batch.input_ids.shape, width)
-            for part, batch in zip(whole.split(sizes), batches, strict=True)
-        ]
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self._parts[index]
-
-    def __setitem__(self, index: int, states: torch.Tensor) -> None:
-        self._parts[index].copy_(states)
-
-
-@dataclass(slots=True)
-class _Set:
-    """Batches with the states of the whole model and of the cut one, as far as both have come."""
-
-    batches: Sequence[Batch]
-    whole: _Stored
-    cut: _Stored
-
-
-class _Patching:
+class Patching:
     """The work on one model: both models' states advance layer by layer, side by side."""
 
     def __init__(
@@ -329,17 +52,17 @@ class _Patching:
         self.survivors = plan.survivors
         self.first_weight = FIRST_WEIGHTS[0]
 
-    def __enter__(self) -> "_Patching":
+    def __enter__(self) -> "Patching":
         self.model.check(self._batches[1][0])
         self._folder = tempfile.TemporaryDirectory(prefix="shallower-")
         folder = Path(self._folder.name)
         sample = self.model.embed(self._batches[0][0])
         width, dtype = sample.shape[-1], sample.dtype
         self.fitted, self.held_out = (
-            _Set(
+            StateSet(
                 batches,
-                _Stored(folder / f"{name}.whole", batches, width, dtype),
-                _Stored(folder / f"{name}.cut", batches, width, dtype),
+                Stored(folder / f"{name}.whole", batches, width, dtype),
+                Stored(folder / f"{name}.cut", batches, width, dtype),
             )
             for name, batches in zip(("fitted", "held_out"), self._batches, strict=True)
         )
@@ -390,7 +113,7 @@ class _Patching:
             for index, batch in enumerate(chosen.batches):
                 hidden = self.model.embed(batch)
                 chosen.cut[index] = hidden
-                mask = _rest(batch)
+                mask = other_tokens(batch)
                 at = 0
                 for place in sorted(sums):
                     hidden = self.model.run(batch, hidden, range(at, place))
@@ -513,7 +236,9 @@ class _Patching:
             if not sums:
                 sizes = inputs.shape[-1], missing.shape[-1]
                 sums = tuple(NormalEquations.empty(*sizes, inputs.device) for _ in range(2))
-            for equations, mask in zip(sums, (_rest(batch), _first(batch)), strict=True):
+            for equations, mask in zip(
+                sums, (other_tokens(batch), first_tokens(batch)), strict=True
+            ):
                 equations.add(inputs[mask], missing[mask])
         return sums[0], sums[1]
 
@@ -523,7 +248,7 @@ class _Patching:
         for index, batch in enumerate(states.batches):
             output = self.model.run(batch, states.cut[index], (layer,))
             missing = states.whole[index].float() - output.float()
-            total += float(missing[_rest(batch)].double().square().sum())
+            total += float(missing[other_tokens(batch)].double().square().sum())
         return total
 
     def _loss(self, layer: int, layers: Sequence[int] | None = None) -> float:
@@ -552,18 +277,6 @@ class _Patching:
         while len(self.undo) > self._mark:
             parameter, before = self.undo.pop()
             parameter.copy_(before)
-
-
-def _first(batch: Batch) -> torch.Tensor:
-    """The first tokens of the texts, (B, T); batches are padded on the right."""
-    mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-    mask[:, 0] = True
-    return mask
-
-
-def _rest(batch: Batch) -> torch.Tensor:
-    """All tokens but the first and the padding."""
-    return torch.from_numpy(batch.attention_mask).bool() & ~_first(batch)
 
 
 @contextmanager
