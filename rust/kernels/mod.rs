@@ -215,7 +215,7 @@ pub(crate) trait Sweep {
     type Packed: Packed;
 
     /// What must be ready while sums are added.
-    type Engine: Engine;
+    type Engine;
 
     /// Columns of a chunk.
     const CHUNK: usize;
@@ -243,7 +243,7 @@ pub(crate) trait Sweep {
         soon: &mut Soon,
         _engine: &mut Self::Engine,
     ) {
-        let lines = (soon.quota() / 4).div_ceil(chunk.num_states());
+        let lines = (soon.lines() / 4).div_ceil(chunk.num_states());
         for state in 0..chunk.num_states() {
             Self::fetch(soon, lines);
             (magnitudes[state], squares[state]) = Self::pack_row(chunk, state, row(state));
@@ -301,18 +301,6 @@ pub(crate) trait Sweep {
     fn collect(num_states: usize, sums: &[f64], products: &mut [f64]);
 }
 
-/// A unit that must be set up, and that falls asleep when it is left alone.
-pub(crate) trait Engine {
-    /// Keeps it awake; to be called a few times a microsecond.
-    fn keep(&mut self);
-}
-
-/// The vector units are always ready.
-impl Engine for () {
-    #[inline(always)]
-    fn keep(&mut self) {}
-}
-
 /// Memory that will be read soon: some bytes from each of the addresses on.
 #[derive(Debug, Default)]
 pub(crate) struct Soon {
@@ -320,7 +308,6 @@ pub(crate) struct Soon {
     bytes: usize,
     row: usize,
     at: usize,
-    quota: usize,
 }
 
 impl Soon {
@@ -333,15 +320,15 @@ impl Soon {
         (self.row, self.at, self.bytes) = (0, 0, bytes);
     }
 
-    /// Sets how many more lines to fetch, to be done in `parts` more.
-    pub fn share(&mut self, parts: usize) {
-        let rows = (self.rows.len() - self.row) * self.bytes.div_ceil(Self::LINE);
-        self.quota = (rows - self.at / Self::LINE).div_ceil(parts);
+    /// The addresses.
+    pub fn rows(&self) -> &[usize] {
+        &self.rows
     }
 
-    /// How many of them are left.
-    pub fn quota(&self) -> usize {
-        self.quota
+    /// How many lines are left to be fetched.
+    pub fn lines(&self) -> usize {
+        let lines = (self.rows.len() - self.row) * self.bytes.div_ceil(Self::LINE);
+        lines - self.at / Self::LINE
     }
 
     /// Fetches some of the lines.
@@ -352,7 +339,6 @@ impl Soon {
     #[allow(unsafe_code)]
     #[inline(always)]
     pub unsafe fn fetch<U: tiles::Unit>(&mut self, lines: usize) {
-        self.quota = self.quota.saturating_sub(lines);
         let mut rest = lines;
         while rest > 0 {
             let Some(&row) = self.rows.get(self.row) else {

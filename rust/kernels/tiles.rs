@@ -175,7 +175,7 @@ pub(crate) unsafe fn add<U: Unit>(
         .next_multiple_of(PADDING);
     let mut place = sums.as_mut_ptr();
     let blocks = Blocks::new(chunk.num_states(), U::ROWS);
-    let fetched = soon.quota().div_ceil(blocks.count * (blocks.count + 1) / 2);
+    let fetched = soon.lines().div_ceil(blocks.count * (blocks.count + 1) / 2);
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {
