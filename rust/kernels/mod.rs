@@ -306,6 +306,7 @@ pub(crate) trait Sweep {
 pub(crate) struct Soon {
     rows: Vec<usize>,
     bytes: usize,
+    /// The next line.
     row: usize,
     at: usize,
 }
@@ -327,11 +328,12 @@ impl Soon {
 
     /// How many lines are left to be fetched.
     pub fn lines(&self) -> usize {
-        let lines = (self.rows.len() - self.row) * self.bytes.div_ceil(Self::LINE);
-        lines - self.at / Self::LINE
+        let columns = self.bytes.div_ceil(Self::LINE) - self.at / Self::LINE;
+        (columns * self.rows.len()).saturating_sub(self.row)
     }
 
-    /// Fetches some of the lines.
+    /// Fetches some of the lines, of one row after the other: so the processor sees a stream in
+    /// each, and fetches along.
     ///
     /// # Safety
     ///
@@ -339,22 +341,13 @@ impl Soon {
     #[allow(unsafe_code)]
     #[inline(always)]
     pub unsafe fn fetch<U: tiles::Unit>(&mut self, lines: usize) {
-        let mut rest = lines;
-        while rest > 0 {
-            let Some(&row) = self.rows.get(self.row) else {
-                return;
-            };
-            let of_row = (self.bytes - self.at).div_ceil(Self::LINE);
-            let some = rest.min(of_row);
-            for line in 0..some {
-                let address = row + self.at + line * Self::LINE;
-                // SAFETY: the caller's; a prefetch reads nothing.
-                unsafe { U::prefetch(std::ptr::without_provenance(address)) };
-            }
-            rest -= some;
-            self.at += some * Self::LINE;
-            if some == of_row {
-                (self.row, self.at) = (self.row + 1, 0);
+        for _ in 0..lines.min(self.lines()) {
+            let address = self.rows[self.row] + self.at;
+            // SAFETY: the caller's; a prefetch reads nothing.
+            unsafe { U::prefetch(std::ptr::without_provenance(address)) };
+            self.row += 1;
+            if self.row == self.rows.len() {
+                (self.row, self.at) = (0, self.at + Self::LINE);
             }
         }
     }
