@@ -12,7 +12,7 @@ use std::arch::asm;
 use std::mem::MaybeUninit;
 
 use super::filling::{Line, OF_BLOCK};
-use super::{Multiply, Sums, Tiles};
+use super::{Multiply, Sums, Tile, Tiles};
 use crate::kernels::{Kernels, avx512};
 
 /// The tiles of the processor, in a thread that they were set up for.
@@ -169,6 +169,17 @@ impl Multiply for Hardware {
                 ),
                 shape => unreachable!("blocks, row and own block: {shape:?}"),
             }
+        }
+    }
+
+    #[inline(always)]
+    fn store_block(&mut self, sums: &mut Tile) {
+        // SAFETY: the tiles were set up; the store writes `sums`.
+        unsafe {
+            asm!(
+                "tilestored [{sums} + {side}*1], tmm0",
+                side = in(reg) size_of::<Line>(), sums = in(reg) sums, options(nostack)
+            );
         }
     }
 

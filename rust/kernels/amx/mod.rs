@@ -141,6 +141,9 @@ pub(crate) trait Multiply {
         right: *const Line,
     );
 
+    /// Writes the sums of one block.
+    fn store_block(&mut self, sums: &mut Tile);
+
     /// Writes the sums of `N` blocks, and of the row if there is one.
     fn store<const N: usize, const ROW: bool>(&mut self, sums: &mut MaybeUninit<Sums>);
 }
@@ -149,31 +152,36 @@ pub(crate) trait Multiply {
 /// from blocks is multiplied alone.
 pub(crate) struct Tiles<E>(std::marker::PhantomData<E>);
 
-/// An engine, and the tiles of a chunk.
+/// An engine, and what it makes of a chunk.
 pub(crate) struct Session<E> {
     engine: E,
+    /// The length of the rows.
+    length: usize,
+    /// Whether the rows are others than when the tiles were filled.
+    stale: bool,
+    buffers: Buffers,
+}
+
+/// What a thread keeps from one session to the next.
+#[derive(Default)]
+struct Buffers {
     tiles: Vec<Line>,
     /// The rows that the tiles are of; rows of zeros make the last block full.
     rows: Vec<*const u16>,
-    /// How long they are.
-    length: usize,
     /// Where the rows are that will be read soon.
     soon: Vec<usize>,
-    /// Whether the rows are others than when the tiles were filled.
-    stale: bool,
     magnitudes: Vec<f32>,
-    /// The products of each block with itself, span by span.
-    diagonals: Vec<MaybeUninit<Sums>>,
+    /// The products of each block with itself over each span.
+    diagonals: Vec<Tile>,
 }
 
 thread_local! {
-    /// The last session's tiles.
-    static TILES: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    static BUFFERS: Cell<Buffers> = Cell::default();
 }
 
 impl<E> Drop for Session<E> {
     fn drop(&mut self) {
-        TILES.set(std::mem::take(&mut self.tiles));
+        BUFFERS.set(std::mem::take(&mut self.buffers));
     }
 }
 
@@ -206,7 +214,7 @@ impl<E: Multiply> Session<E> {
     fn layout(&mut self, num_states: usize) -> Layout {
         let (blocks, _) = blocks_of(num_states);
         Layout {
-            tiles: self.tiles.as_mut_ptr(),
+            tiles: self.buffers.tiles.as_mut_ptr(),
             steps: self.length.div_ceil(COLUMNS),
             blocks,
         }
@@ -219,17 +227,19 @@ impl<E: Multiply> Session<E> {
         let (blocks, odd) = blocks_of(num_states);
         let steps = self.length.div_ceil(COLUMNS);
         let room = Layout::room(steps, blocks);
-        if self.tiles.len() < room {
-            self.tiles.resize(room, Line([0; SIDE]));
+        if self.buffers.tiles.len() < room {
+            self.buffers.tiles.resize(room, Line([0; SIDE]));
         }
-        self.magnitudes.resize(self.rows.len(), 0.0);
+        self.buffers.magnitudes.resize(self.buffers.rows.len(), 0.0);
         let layout = self.layout(num_states);
         let of_span = layout.of_span();
         let spans = steps.div_ceil(of_span);
-        self.diagonals.resize(spans * blocks, MaybeUninit::uninit());
-        let (rows, _) = self.rows.as_chunks::<SIDE>();
-        let (soon, _) = self.soon.as_chunks::<SIDE>();
-        let (magnitudes, _) = self.magnitudes.as_chunks_mut::<SIDE>();
+        self.buffers
+            .diagonals
+            .resize(spans * blocks, [0.0; SIDE * SIDE]);
+        let (rows, _) = self.buffers.rows.as_chunks::<SIDE>();
+        let (soon, _) = self.buffers.soon.as_chunks::<SIDE>();
+        let (magnitudes, _) = self.buffers.magnitudes.as_chunks_mut::<SIDE>();
         for block in 0..blocks {
             // SAFETY (of all that follow): a sweep is reached through its tier's `run` alone.
             // The tiles have room, and the rows are `length` long.
@@ -247,30 +257,22 @@ impl<E: Multiply> Session<E> {
                         }
                     }
                     layout.square(steps.end - 1, block, &mut self.engine);
-                    let sums = &mut self.diagonals[span * blocks + block];
-                    self.engine.store::<1, false>(sums);
+                    let sums = &mut self.buffers.diagonals[span * blocks + block];
+                    self.engine.store_block(sums);
                 }
                 greater_ones(largest, &mut magnitudes[block]);
             }
         }
         if odd {
-            let (row, soon) = (self.rows[num_states - 1], self.soon[num_states - 1]);
+            let (row, soon) = (
+                self.buffers.rows[num_states - 1],
+                self.buffers.soon[num_states - 1],
+            );
             for step in 0..steps {
                 unsafe { layout.fill_odd_row(step, row, self.length, soon) };
             }
         }
         self.stale = false;
-    }
-
-    /// The products of a block with itself over a span.
-    ///
-    /// # Safety
-    ///
-    /// The tiles have been filled.
-    #[inline(always)]
-    unsafe fn diagonal(&self, place: usize) -> &Tile {
-        // SAFETY: the first block's sums have been stored, whether or not the others were.
-        unsafe { &(*self.diagonals[place].as_ptr()).blocks[0] }
     }
 }
 
@@ -373,13 +375,9 @@ impl<E: Multiply> Sweep for Tiles<E> {
         Session {
             // SAFETY: a sweep is reached through its tier's `run` alone, one at a time.
             engine: unsafe { E::new() },
-            tiles: TILES.take(),
-            rows: Vec::new(),
             length: 0,
-            soon: Vec::new(),
             stale: true,
-            magnitudes: Vec::new(),
-            diagonals: Vec::new(),
+            buffers: BUFFERS.take(),
         }
     }
 
@@ -400,7 +398,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
     ) {
         static ZEROS: [u16; CHUNK] = [0; CHUNK];
         let num_states = chunk.num_states();
-        session.rows.clear();
+        session.buffers.rows.clear();
         session.length = row(0).len();
         assert!(
             session.length <= CHUNK && session.length.next_multiple_of(COLUMNS) == chunk.length()
@@ -408,24 +406,25 @@ impl<E: Multiply> Sweep for Tiles<E> {
         for state in 0..num_states {
             let row = T::brains(row(state)).expect("tiles are for bfloat16");
             assert!(row.len() == session.length);
-            session.rows.push(row.as_ptr());
+            session.buffers.rows.push(row.as_ptr());
         }
         session
+            .buffers
             .rows
             .resize(num_states.next_multiple_of(SIDE), ZEROS.as_ptr());
         let (blocks, odd) = blocks_of(num_states);
-        session.soon.clear();
-        session.soon.extend_from_slice(soon.rows());
+        session.buffers.soon.clear();
+        session.buffers.soon.extend_from_slice(soon.rows());
         session
+            .buffers
             .soon
-            .resize(session.rows.len(), ZEROS.as_ptr().addr());
+            .resize(session.buffers.rows.len(), ZEROS.as_ptr().addr());
         session.fill(num_states);
-        magnitudes.copy_from_slice(&session.magnitudes[..num_states]);
+        magnitudes.copy_from_slice(&session.buffers.magnitudes[..num_states]);
         squares.fill(0.0);
-        for (place, _) in session.diagonals.iter().enumerate() {
+        for (place, _) in session.buffers.diagonals.iter().enumerate() {
             let first = place % blocks * SIDE;
-            // SAFETY: the tiles were just filled.
-            let products = unsafe { session.diagonal(place) };
+            let products = &session.buffers.diagonals[place];
             for (i, square) in squares[first..].iter_mut().take(SIDE).enumerate() {
                 *square += f64::from(products[i * SIDE + i]);
             }
@@ -448,7 +447,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
     ) {
         for state in 0..chunk.num_states() {
             chunk.pack(state, row(state));
-            session.rows[state] = chunk.row(state).as_ptr();
+            session.buffers.rows[state] = chunk.row(state).as_ptr();
         }
         session.stale = true;
     }
@@ -466,13 +465,13 @@ impl<E: Multiply> Sweep for Tiles<E> {
         }
         let (blocks, odd) = blocks_of(chunk.num_states());
         assert!(sums.len() == Self::num_sums(chunk.num_states()));
+        assert!(session.buffers.rows.len() == chunk.num_states().next_multiple_of(SIDE));
         if session.stale {
             session.fill(chunk.num_states());
         }
-        for place in 0..session.diagonals.len() {
+        for place in 0..session.buffers.diagonals.len() {
             let block = place % blocks;
-            // SAFETY: the tiles have been filled.
-            let products = unsafe { session.diagonal(place) };
+            let products = &session.buffers.diagonals[place];
             add_to(
                 &mut sums[place_of(block, blocks)..][..SIDE * SIDE],
                 products,

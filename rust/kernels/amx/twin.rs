@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::filling::{Line, OF_BLOCK, transposed};
-use super::{BLOCKS, Multiply, SIDE, Sums, Tiles};
+use super::{BLOCKS, Multiply, SIDE, Sums, Tile, Tiles};
 use crate::kernels::{Kernels, Tier, Work, avx512, avx512bf16};
 use crate::{Gram, Metric, Order, States};
 
@@ -85,6 +85,10 @@ impl Multiply for Twin {
     fn clear(&mut self) {
         self.0.blocks = [[0.0; SIDE * SIDE]; BLOCKS];
         self.0.rows = [[0.0; SIDE]; 2];
+    }
+
+    fn store_block(&mut self, sums: &mut Tile) {
+        *sums = self.0.blocks[0];
     }
 
     fn store<const N: usize, const ROW: bool>(&mut self, sums: &mut MaybeUninit<Sums>) {
