@@ -306,7 +306,7 @@ impl Gram {
         earlier.resize(num_states, 0.0);
         let columns = even_part(states.width(), S::CHUNK);
         let remembered = 1.0 - (columns as f64 / MASSIVE_AMONG as f64).min(1.0);
-        let mut engine = S::engine();
+        let mut engine = S::engine(states.width());
         let chunks = states.width().div_ceil(columns);
         // While a chunk is multiplied, one that follows is fetched.
         let ahead = (AHEAD / (num_states * columns * size_of::<T>())).clamp(1, chunks);

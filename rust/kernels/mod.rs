@@ -226,8 +226,8 @@ pub(crate) trait Sweep {
     /// How far the cosines of rows of 512 columns err, but for a bias; see docs/maths.md.
     const SPREAD: f64;
 
-    /// Makes the engine ready for one thread, until it is dropped.
-    fn engine() -> Self::Engine;
+    /// Makes the engine ready for one thread and rows of this width, until it is dropped.
+    fn engine(width: usize) -> Self::Engine;
 
     /// The float64 numbers that the sums of so many states need.
     fn num_sums(num_states: usize) -> usize;

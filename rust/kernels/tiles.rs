@@ -321,7 +321,7 @@ macro_rules! sweep {
 
             const SPREAD: f64 = <$unit as Unit>::SPREAD;
 
-            fn engine() {}
+            fn engine(_width: usize) {}
 
             fn num_sums(num_states: usize) -> usize {
                 $crate::kernels::tiles::num_sums::<$unit>(num_states)

@@ -7,7 +7,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Multiply, SIDE, SPAN};
+use super::{CHUNK, COLUMNS, Multiply, SIDE};
+use crate::kernels::avx512;
 
 /// A row of a tile.
 #[repr(C, align(64))]
@@ -23,6 +24,8 @@ pub(super) const OF_BLOCK: usize = 2 * SIDE;
 pub(super) struct Layout {
     pub tiles: *mut Line,
     pub steps: usize,
+    /// The most of a span.
+    pub most: usize,
     pub blocks: usize,
 }
 
@@ -61,7 +64,7 @@ impl Layout {
 
     /// Steps of a span: those of a chunk are cut evenly.
     pub fn of_span(&self) -> usize {
-        self.steps.div_ceil(self.steps.div_ceil(SPAN))
+        self.steps.div_ceil(self.steps.div_ceil(self.most))
     }
 
     /// Copies and transposes 32 columns of 16 rows, `length` values long; their magnitudes
@@ -100,12 +103,10 @@ impl Layout {
                     rows[i] = _mm512_maskz_loadu_epi16((1 << used) - 1, from[i].add(at).cast());
                 }
             }
-            for i in 0..SIDE {
-                _mm512_store_si512(copy.add(i).cast(), rows[i]);
-            }
             let columns = transposed(rows);
             let transposed = self.transposed(step, block);
             for i in 0..SIDE {
+                _mm512_store_si512(copy.add(i).cast(), rows[i]);
                 _mm512_store_si512(transposed.add(i).cast(), columns[i]);
             }
             for column in columns {
@@ -113,6 +114,43 @@ impl Layout {
                 *largest = _mm512_max_epu16(*largest, magnitudes);
             }
         }
+    }
+
+    /// The greatest magnitude of the odd row and the sum of its squares. Steps are lanes, summed
+    /// in the order of the tiles: so a row has the same norm wherever it stands.
+    ///
+    /// # Safety
+    ///
+    /// AVX-512; the odd row is there.
+    #[inline(always)]
+    pub unsafe fn measure_odd_row(&self) -> (f32, f64) {
+        const { assert!(CHUNK <= SIDE * COLUMNS) };
+        let mut sums = [0.0_f32; SIDE];
+        // SAFETY: the caller's; `sums` has room for 16 values.
+        let largest = unsafe {
+            let mut steps = [_mm512_setzero_si512(); SIDE];
+            let mut largest = _mm512_setzero_si512();
+            for step in 0..self.steps {
+                steps[step] = _mm512_load_si512(self.odd_row(step).cast());
+                let magnitudes = _mm512_and_si512(steps[step], _mm512_set1_epi16(0x7fff));
+                largest = _mm512_max_epu16(largest, magnitudes);
+            }
+            let mut apart = [_mm512_setzero_ps(); 2];
+            for pairs in transposed(steps) {
+                let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
+                let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(-0x1_0000));
+                let odd = _mm512_castsi512_ps(odd);
+                apart[0] = _mm512_fmadd_ps(even, even, apart[0]);
+                apart[1] = _mm512_fmadd_ps(odd, odd, apart[1]);
+            }
+            _mm512_storeu_ps(sums.as_mut_ptr(), _mm512_add_ps(apart[0], apart[1]));
+            avx512::greatest(largest)
+        };
+        let mut square = 0.0;
+        for span in sums[..self.steps].chunks(self.of_span()) {
+            square += f64::from(span.iter().fold(0.0, |sum, of_step| sum + of_step));
+        }
+        (largest, square)
     }
 
     /// Multiplies a block with itself over one step.

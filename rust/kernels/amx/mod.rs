@@ -155,6 +155,10 @@ pub(crate) struct Tiles<E>(std::marker::PhantomData<E>);
 /// An engine, and what it makes of a chunk.
 pub(crate) struct Session<E> {
     engine: E,
+    /// The most steps of a span: fewer in short rows, where few errors average out.
+    most: usize,
+    /// Whether norms are summed apart, as in longer rows they need not be.
+    is_short: bool,
     /// The length of the rows.
     length: usize,
     /// Whether the rows are others than when the tiles were filled.
@@ -216,6 +220,7 @@ impl<E: Multiply> Session<E> {
         Layout {
             tiles: self.buffers.tiles.as_mut_ptr(),
             steps: self.length.div_ceil(COLUMNS),
+            most: self.most,
             blocks,
         }
     }
@@ -368,13 +373,19 @@ impl<E: Multiply> Sweep for Tiles<E> {
 
     const SPAN: usize = SPAN * COLUMNS;
 
-    const SPREAD: f64 = 0.85e-7;
+    const SPREAD: f64 = 1.05e-7;
 
     #[inline(always)]
-    fn engine() -> Session<E> {
+    fn engine(width: usize) -> Session<E> {
         Session {
             // SAFETY: a sweep is reached through its tier's `run` alone, one at a time.
             engine: unsafe { E::new() },
+            is_short: width <= 512,
+            most: match width {
+                ..=256 => SPAN / 4,
+                257..1536 => SPAN / 2,
+                _ => SPAN,
+            },
             length: 0,
             stale: true,
             buffers: BUFFERS.take(),
@@ -421,6 +432,14 @@ impl<E: Multiply> Sweep for Tiles<E> {
             .resize(session.buffers.rows.len(), ZEROS.as_ptr().addr());
         session.fill(num_states);
         magnitudes.copy_from_slice(&session.buffers.magnitudes[..num_states]);
+        if session.is_short {
+            for state in 0..num_states {
+                let row = T::brains(row(state)).expect("tiles are for bfloat16");
+                // SAFETY: a sweep is reached through its tier's `run` alone.
+                (magnitudes[state], squares[state]) = unsafe { avx512bf16::measure(row) };
+            }
+            return;
+        }
         squares.fill(0.0);
         for (place, _) in session.buffers.diagonals.iter().enumerate() {
             let first = place % blocks * SIDE;
@@ -431,10 +450,9 @@ impl<E: Multiply> Sweep for Tiles<E> {
         }
         if odd {
             let last = num_states - 1;
-            let row = T::brains(row(last)).expect("tiles are for bfloat16");
-            // SAFETY: a sweep is reached through its tier's `run` alone.
+            // SAFETY: a sweep is reached through its tier's `run` alone; the tiles are filled.
             unsafe {
-                (magnitudes[last], squares[last]) = avx512bf16::measure(row);
+                (magnitudes[last], squares[last]) = session.layout(num_states).measure_odd_row();
             }
         }
     }

@@ -189,6 +189,21 @@ fn the_tiles_equal_their_twin_to_the_bit() {
     }
 }
 
+#[test]
+fn equal_states_are_at_zero_wherever_they_stand() {
+    if !Tier::Amx.is_available() {
+        eprintln!("skipped: this machine has no AMX");
+        return;
+    }
+    for shape in [(17, 513), (33, 1500)] {
+        let mut data = states(shape.0, shape.1);
+        data[0] = 0;
+        data.copy_within(..shape.1, (shape.0 - 1) * shape.1);
+        let found = of_tier(Tier::Amx, &data, shape);
+        assert_eq!(found[shape.0 - 2], 0.0, "{shape:?}");
+    }
+}
+
 /// # Safety
 ///
 /// The processor has AVX-512 F.
