@@ -4,19 +4,21 @@
 
 #![allow(unsafe_code, clippy::wildcard_imports)]
 
+mod available;
 mod filling;
 mod hardware;
+mod span;
 #[cfg(test)]
 mod twin;
 
-use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::mem::MaybeUninit;
-use std::sync::OnceLock;
 
+pub(super) use self::available::is_available;
 use self::filling::{Layout, Line, greater_ones};
 use self::hardware::Hardware;
+use self::span::{Pending, Span};
 use super::{Chunk, Soon, Sweep, Work, avx512bf16};
 use crate::states::Element;
 
@@ -28,64 +30,6 @@ const COLUMNS: usize = 2 * SIDE;
 
 /// One tile of sums.
 type Tile = [f32; SIDE * SIDE];
-
-/// Whether the processor has tiles of bfloat16, the kernel saves them, and lets us use them.
-pub(super) fn is_available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| avx512bf16::is_available() && has_tiles() && is_permitted())
-}
-
-fn has_tiles() -> bool {
-    const OSXSAVE: u32 = 1 << 27;
-    const AMX_BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
-    /// The state of tile configuration and tile data in XCR0.
-    const TILE_STATES: u64 = 1 << 17 | 1 << 18;
-    if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
-        return false;
-    }
-    if __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE != AMX_BF16_AND_TILE {
-        return false;
-    }
-    // SAFETY: OSXSAVE says that there is XGETBV.
-    let enabled = unsafe { enabled_states() };
-    enabled & TILE_STATES == TILE_STATES
-}
-
-/// # Safety
-///
-/// The operating system has enabled XSAVE.
-#[target_feature(enable = "xsave")]
-unsafe fn enabled_states() -> u64 {
-    // SAFETY: the caller's.
-    unsafe { _xgetbv(0) }
-}
-
-/// Asks Linux for the use of tile data, for the whole process.
-#[cfg(target_os = "linux")]
-fn is_permitted() -> bool {
-    const ARCH_PRCTL: isize = 158;
-    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
-    const XFEATURE_XTILEDATA: usize = 18;
-    let mut answer = ARCH_PRCTL;
-    // SAFETY: a system call that takes two numbers, and reads and writes no memory.
-    unsafe {
-        asm!(
-            "syscall",
-            inout("rax") answer,
-            in("rdi") ARCH_REQ_XCOMP_PERM,
-            in("rsi") XFEATURE_XTILEDATA,
-            out("rcx") _,
-            out("r11") _,
-            options(nostack)
-        );
-    }
-    answer == 0
-}
-
-#[cfg(not(target_os = "linux"))]
-fn is_permitted() -> bool {
-    false
-}
 
 /// # Safety
 ///
@@ -281,89 +225,6 @@ impl<E: Multiply> Session<E> {
     }
 }
 
-/// Some steps of a chunk, whose products are summed in float32.
-struct Span<'a> {
-    layout: &'a Layout,
-    steps: std::ops::Range<usize>,
-}
-
-impl Span<'_> {
-    /// Multiplies block `first` with `N` blocks from `second` on, with `ROW` also the odd row
-    /// with them, and with `OWN` with `first`, which is right before them; meanwhile the
-    /// products before are added to the sums.
-    ///
-    /// # Safety
-    ///
-    /// AVX-512; the engine can be used. The blocks are there, and so is the odd row.
-    #[inline(always)]
-    unsafe fn multiply<E: Multiply, const N: usize, const ROW: bool, const OWN: bool>(
-        &self,
-        [first, second]: [usize; 2],
-        engine: &mut E,
-        pending: &mut Pending<'_>,
-    ) {
-        let Self { layout, ref steps } = *self;
-        engine.clear();
-        for step in steps.clone() {
-            // SAFETY: the caller's.
-            unsafe {
-                engine.multiply::<N, ROW, OWN>(
-                    layout.rows_of(step, first),
-                    layout.transposed(step, first),
-                    layout.odd_row(step),
-                    layout.transposed(step, second),
-                );
-            }
-        }
-        let place = place_of(first, layout.blocks) + (second - first) * SIDE * SIDE;
-        let (of_row, rows) = match (ROW, OWN) {
-            (false, _) => (0, 0),
-            (true, false) => (second, N),
-            (true, true) => (first, N + 1),
-        };
-        let of_row = place_of(layout.blocks, layout.blocks) + of_row * SIDE;
-        pending.next::<E, N, ROW>(engine, [place, N * SIDE * SIDE, of_row, rows * SIDE]);
-    }
-}
-
-/// Products that were just stored would be waited for: they are added when the next are.
-struct Pending<'a> {
-    products: [MaybeUninit<Sums>; 2],
-    /// Place and number of the blocks' products, and of the row's.
-    places: Option<[usize; 4]>,
-    latest: usize,
-    sums: &'a mut [f64],
-}
-
-impl Pending<'_> {
-    #[inline(always)]
-    fn next<E: Multiply, const N: usize, const ROW: bool>(
-        &mut self,
-        engine: &mut E,
-        places: [usize; 4],
-    ) {
-        engine.store::<N, ROW>(&mut self.products[1 - self.latest]);
-        self.add();
-        self.latest = 1 - self.latest;
-        self.places = Some(places);
-    }
-
-    #[inline(always)]
-    fn add(&mut self) {
-        let Some([place, length, of_row, row]) = self.places.take() else {
-            return;
-        };
-        let products = self.products[self.latest].as_ptr();
-        // SAFETY: of these products as many have been stored as there are places for.
-        unsafe {
-            let blocks = std::slice::from_raw_parts((&raw const (*products).blocks).cast(), length);
-            add_to(&mut self.sums[place..][..length], blocks);
-            let rows = std::slice::from_raw_parts((&raw const (*products).rows).cast(), row);
-            add_to(&mut self.sums[of_row..][..row], rows);
-        }
-    }
-}
-
 impl<E: Multiply> Sweep for Tiles<E> {
     type Packed = u16;
 
@@ -497,12 +358,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
         }
         let layout = session.layout(chunk.num_states());
         let engine = &mut session.engine;
-        let mut pending = Pending {
-            products: [MaybeUninit::uninit(); 2],
-            places: None,
-            latest: 0,
-            sums,
-        };
+        let mut pending = Pending::new(sums);
         for start in (0..layout.steps).step_by(layout.of_span()) {
             let s = Span {
                 layout: &layout,
