@@ -130,8 +130,8 @@ impl Real for f64 {
 /// the norms less massive columns: a bias, and rounding errors that grow with a chunk and
 /// average out over chunks. Measured, see docs/maths.md.
 fn epsilon<S: Sweep>(width: usize) -> f64 {
-    let filled = even_part(width, S::SPAN) as f64 / S::SPAN as f64;
-    2e-8 + S::SPREAD * filled.max(0.5) * (512.0 / width as f64).sqrt()
+    let filled = even_part(width, S::span(width)) as f64 / S::SPAN as f64;
+    2e-8 + S::SPREAD * filled.max(0.65) * (512.0 / width as f64).sqrt()
 }
 
 /// A width cut evenly into parts of at most `most`: a short one has massive columns by chance.

@@ -223,6 +223,11 @@ pub(crate) trait Sweep {
     /// Columns whose products are summed in `Packed`'s precision; beyond, it is float64.
     const SPAN: usize;
 
+    /// The same for rows of this width, at most `SPAN`.
+    fn span(_width: usize) -> usize {
+        Self::SPAN
+    }
+
     /// How far the cosines of rows of 512 columns err, but for a bias; see docs/maths.md.
     const SPREAD: f64;
 

@@ -236,17 +236,21 @@ impl<E: Multiply> Sweep for Tiles<E> {
 
     const SPREAD: f64 = 1.05e-7;
 
+    fn span(width: usize) -> usize {
+        match width {
+            ..=256 => Self::SPAN / 4,
+            257..1536 => Self::SPAN / 2,
+            _ => Self::SPAN,
+        }
+    }
+
     #[inline(always)]
     fn engine(width: usize) -> Session<E> {
         Session {
             // SAFETY: a sweep is reached through its tier's `run` alone, one at a time.
             engine: unsafe { E::new() },
             is_short: width <= 512,
-            most: match width {
-                ..=256 => SPAN / 4,
-                257..1536 => SPAN / 2,
-                _ => SPAN,
-            },
+            most: Self::span(width) / COLUMNS,
             length: 0,
             stale: true,
             buffers: BUFFERS.take(),
