@@ -23,8 +23,10 @@ pub(crate) const NORMS: RangeInclusive<f64> = 1e-75..=1e75;
 /// product of theirs could overflow or be lost as denormal.
 const MAGNITUDES: RangeInclusive<f32> = 1e-9..=1e15;
 
-/// A column is massive if its square is more than this share of its row's chunk.
+/// A column is massive if its square is more than this share of its row's last columns, a
+/// chunk or as many as this.
 const MASSIVE_SHARE: f64 = 1.0 / 8.0;
+const MASSIVE_AMONG: usize = 512;
 
 /// A sample with more massive columns in one chunk is left to float64.
 const MOST_MASSIVE: usize = 64;
@@ -38,8 +40,8 @@ const GREATEST_RATIO: f64 = 65535.0;
 /// `h (1 - h)` below which float64 itself is too coarse to tell equal states.
 const SMALLEST: f64 = 1e-12;
 
-/// Bytes that are fetched before they are read: less than half of a core's cache.
-const AHEAD: usize = 64 << 10;
+/// Bytes that are fetched before they are read: as few as do, since more of them are forgotten.
+const AHEAD: usize = 40 << 10;
 
 /// A reusable Gram matrix, and what is derived from it.
 #[derive(Debug)]
@@ -67,6 +69,8 @@ struct Scratch {
     soon: Soon,
     column: Vec<f64>,
     chunk_squares: Vec<f64>,
+    /// What the chunks before weigh against the massive columns of the next.
+    earlier: Vec<f64>,
 }
 
 /// The arithmetic that differences are taken in.
@@ -126,8 +130,8 @@ impl Real for f64 {
 /// the norms less massive columns: a bias, and rounding errors that grow with a chunk and
 /// average out over chunks. Measured, see docs/maths.md.
 fn epsilon<S: Sweep>(width: usize) -> f64 {
-    let filled = even_part(width, S::SPAN) as f64 / S::SPAN as f64;
-    2e-8 + S::SPREAD * filled.max(0.5) * (512.0 / width as f64).sqrt()
+    let filled = even_part(width, S::span(width)) as f64 / S::SPAN as f64;
+    2e-8 + S::SPREAD * filled.max(0.65) * (512.0 / width as f64).sqrt()
 }
 
 /// A width cut evenly into parts of at most `most`: a short one has massive columns by chance.
@@ -285,6 +289,7 @@ impl Gram {
             soon,
             column,
             chunk_squares,
+            earlier,
         } = scratch;
         let num_states = *num_states;
         let chunk = S::Packed::chunk(chunks, num_states, S::CHUNK);
@@ -297,48 +302,56 @@ impl Gram {
         largest.resize(num_states, 0.0);
         column.resize(num_states, 0.0);
         chunk_squares.resize(num_states, 0.0);
+        earlier.clear();
+        earlier.resize(num_states, 0.0);
         let columns = even_part(states.width(), S::CHUNK);
-        let mut engine = S::engine();
-        // While some columns are multiplied, as many of those that follow are fetched.
-        let of_chunk = num_states * columns * size_of::<T>();
-        let fetched = (AHEAD / of_chunk).max(1) * columns;
-        for start in (0..states.width()).step_by(columns) {
+        let remembered = 1.0 - (columns as f64 / MASSIVE_AMONG as f64).min(1.0);
+        let mut engine = S::engine(states.width());
+        let chunks = states.width().div_ceil(columns);
+        // While a chunk is multiplied, one that follows is fetched.
+        let ahead = (AHEAD / (num_states * columns * size_of::<T>())).clamp(1, chunks);
+        for (number, start) in (0..states.width()).step_by(columns).enumerate() {
             let length = columns.min(states.width() - start);
-            if start.is_multiple_of(fetched) {
-                let (next_sample, next) = if start + fetched < states.width() {
-                    (sample, start + fetched)
-                } else {
-                    ((sample + 1).min(states.num_samples() - 1), 0)
-                };
-                let rows = (0..num_states)
-                    .map(|state| states.row(next_sample, state)[next..].as_ptr().addr());
-                let bytes = fetched.min(states.width() - next) * size_of::<T>();
-                soon.begin(rows, bytes);
-            }
-            let rest = fetched.min(states.width() - start / fetched * fetched) - start % fetched;
-            soon.share(rest.div_ceil(columns));
+            let (next_sample, next) = if number + ahead < chunks {
+                (sample, number + ahead)
+            } else {
+                let next_sample = (sample + 1).min(states.num_samples() - 1);
+                (next_sample, number + ahead - chunks)
+            };
+            let rows = (0..num_states).map(|state| {
+                let row = &states.row(next_sample, state)[next * columns..];
+                row.as_ptr().addr()
+            });
+            soon.begin(rows, length * size_of::<T>());
             chunk.resize(length);
             let row = |state| &states.row(sample, state)[start..][..length];
             S::pack(chunk, row, magnitudes, chunk_squares, soon, &mut engine);
             let mut outweighed = false;
-            for state in 0..num_states {
-                let magnitude = magnitudes[state];
-                if magnitude > largest[state] || magnitude.is_nan() {
-                    largest[state] = magnitude;
-                }
-                outweighed |= is_massive(f64::from(magnitude), chunk_squares[state]);
+            let weights = chunk_squares.iter().zip(earlier.iter());
+            for ((largest, &magnitude), (square, earlier)) in
+                largest.iter_mut().zip(magnitudes.iter()).zip(weights)
+            {
+                let greater = magnitude > *largest || magnitude.is_nan();
+                *largest = if greater { magnitude } else { *largest };
+                outweighed |= is_massive(f64::from(magnitude), square + earlier);
             }
             if S::Packed::NARROW && outweighed {
                 let rows = Rows {
                     magnitudes,
                     squares: chunk_squares,
+                    earlier,
                     column,
                 };
                 S::copy(chunk, row, &mut engine);
                 take_massive::<S>(chunk, rows, products, massive)?;
             }
-            for (square, of_chunk) in squares.iter_mut().zip(chunk_squares.iter()) {
+            for ((square, earlier), of_chunk) in squares
+                .iter_mut()
+                .zip(earlier.iter_mut())
+                .zip(chunk_squares.iter())
+            {
                 *square += of_chunk;
+                *earlier = remembered * (*earlier + of_chunk);
             }
             S::add(chunk, start == 0, sums, soon, &mut engine);
         }
@@ -430,16 +443,20 @@ fn take_massive<S: Sweep>(
     let Rows {
         magnitudes,
         squares,
+        earlier,
         column: values,
     } = rows;
     let mut taken = 0;
     // Rows have most of them in common: one row's are taken out of all, and all looked at anew.
-    while let Some(state) = (0..magnitudes.len())
-        .find(|&state| is_massive(f64::from(magnitudes[state]), squares[state]))
-    {
+    while let Some(state) = (0..magnitudes.len()).find(|&state| {
+        is_massive(
+            f64::from(magnitudes[state]),
+            squares[state] + earlier[state],
+        )
+    }) {
         for column in 0..chunk.length() {
             let value = chunk.row(state)[column].widen();
-            if !is_massive(value, squares[state]) {
+            if !is_massive(value, squares[state] + earlier[state]) {
                 continue;
             }
             taken += 1;
@@ -469,6 +486,7 @@ fn take_massive<S: Sweep>(
 struct Rows<'a> {
     magnitudes: &'a mut [f32],
     squares: &'a mut [f64],
+    earlier: &'a [f64],
     column: &'a mut [f64],
 }
 

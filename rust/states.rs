@@ -209,6 +209,7 @@ impl<'a, T: Element> States<'a, T> {
     }
 
     /// One state of one sample.
+    #[inline]
     pub fn row(&self, sample: usize, state: usize) -> &'a [T] {
         let index = match self.order {
             Order::SampleFirst => sample * self.num_states + state,

@@ -68,6 +68,12 @@ impl Unit for Single {
     }
 
     #[inline(always)]
+    unsafe fn total(from: *const f64) -> f64 {
+        // SAFETY: the caller's.
+        unsafe { total(_mm256_loadu_pd(from)) }
+    }
+
+    #[inline(always)]
     unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
         const COLUMNS: usize = 16;
         let mut lanes = [0.0; 4];
@@ -175,6 +181,23 @@ impl Unit for Single {
 }
 
 sweep!(Single);
+
+/// The sum of four lanes. A compiler does it by way of memory.
+///
+/// # Safety
+///
+/// AVX.
+#[inline(always)]
+pub(super) unsafe fn total(lanes: __m256d) -> f64 {
+    // SAFETY: the caller's.
+    unsafe {
+        let two = _mm_add_pd(
+            _mm256_castpd256_pd128(lanes),
+            _mm256_extractf128_pd::<1>(lanes),
+        );
+        _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
+    }
+}
 
 pub(crate) struct Double;
 

@@ -4,8 +4,8 @@
 
 use std::arch::x86_64::*;
 
-use super::Work;
 use super::tiles::{Unit, sweep};
+use super::{Work, avx2};
 
 pub(super) fn is_available() -> bool {
     super::avx2::is_available()
@@ -64,6 +64,18 @@ impl Unit for Single {
     unsafe fn flush(sum: __m512, to: *mut f64) {
         // SAFETY: the caller's.
         unsafe { fold(sum, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn flush_four(sums: [__m512; 4], to: *mut f64) {
+        // SAFETY: the caller's.
+        unsafe { fold_four(sums, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn total(from: *const f64) -> f64 {
+        // SAFETY: the caller's.
+        unsafe { avx2::total(_mm256_loadu_pd(from)) }
     }
 
     #[inline(always)]
@@ -220,6 +232,41 @@ pub(super) unsafe fn fold(sum: __m512, to: *mut f64) {
         );
         let total = _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(four));
         _mm256_storeu_pd(to, total);
+    }
+}
+
+/// The same with four sums, and sixteen numbers: the same bits with fewer shuffles.
+///
+/// # Safety
+///
+/// AVX-512 F and DQ; `to` is valid for sixteen values.
+#[inline(always)]
+pub(super) unsafe fn fold_four(sums: [__m512; 4], to: *mut f64) {
+    // SAFETY: the caller's.
+    unsafe {
+        let [a, b, c, d] = sums;
+        // Quarters 0 and 1 of two sums plus their quarters 2 and 3, then 0 and 1 of each.
+        let ab = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x44>(a, b),
+            _mm512_shuffle_f32x4::<0xee>(a, b),
+        );
+        let cd = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x44>(c, d),
+            _mm512_shuffle_f32x4::<0xee>(c, d),
+        );
+        let folded = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x88>(ab, cd),
+            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+        );
+        let halves = [
+            _mm512_castps512_ps256(folded),
+            _mm512_extractf32x8_ps::<1>(folded),
+        ];
+        for (i, half) in halves.into_iter().enumerate() {
+            let to = to.add(8 * i);
+            let total = _mm512_add_pd(_mm512_loadu_pd(to), _mm512_cvtps_pd(half));
+            _mm512_storeu_pd(to, total);
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::tiles::{Unit, sweep};
-use super::{Work, avx512};
+use super::{Work, avx2, avx512};
 
 pub(super) fn is_available() -> bool {
     avx512::is_available() && is_x86_feature_detected!("avx512bf16")
@@ -62,6 +62,17 @@ impl Unit for Brain {
     #[inline(always)]
     unsafe fn flush(sum: __m512, to: *mut f64) {
         unsafe { avx512::fold(sum, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn flush_four(sums: [__m512; 4], to: *mut f64) {
+        unsafe { avx512::fold_four(sums, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn total(from: *const f64) -> f64 {
+        // SAFETY: the caller's.
+        unsafe { avx2::total(_mm256_loadu_pd(from)) }
     }
 
     #[inline(always)]

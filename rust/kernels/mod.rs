@@ -215,7 +215,7 @@ pub(crate) trait Sweep {
     type Packed: Packed;
 
     /// What must be ready while sums are added.
-    type Engine: Engine;
+    type Engine;
 
     /// Columns of a chunk.
     const CHUNK: usize;
@@ -223,11 +223,16 @@ pub(crate) trait Sweep {
     /// Columns whose products are summed in `Packed`'s precision; beyond, it is float64.
     const SPAN: usize;
 
+    /// The same for rows of this width, at most `SPAN`.
+    fn span(_width: usize) -> usize {
+        Self::SPAN
+    }
+
     /// How far the cosines of rows of 512 columns err, but for a bias; see docs/maths.md.
     const SPREAD: f64;
 
-    /// Makes the engine ready for one thread, until it is dropped.
-    fn engine() -> Self::Engine;
+    /// Makes the engine ready for one thread and rows of this width, until it is dropped.
+    fn engine(width: usize) -> Self::Engine;
 
     /// The float64 numbers that the sums of so many states need.
     fn num_sums(num_states: usize) -> usize;
@@ -243,7 +248,7 @@ pub(crate) trait Sweep {
         soon: &mut Soon,
         _engine: &mut Self::Engine,
     ) {
-        let lines = (soon.quota() / 4).div_ceil(chunk.num_states());
+        let lines = (soon.lines() / 4).div_ceil(chunk.num_states());
         for state in 0..chunk.num_states() {
             Self::fetch(soon, lines);
             (magnitudes[state], squares[state]) = Self::pack_row(chunk, state, row(state));
@@ -301,26 +306,14 @@ pub(crate) trait Sweep {
     fn collect(num_states: usize, sums: &[f64], products: &mut [f64]);
 }
 
-/// A unit that must be set up, and that falls asleep when it is left alone.
-pub(crate) trait Engine {
-    /// Keeps it awake; to be called a few times a microsecond.
-    fn keep(&mut self);
-}
-
-/// The vector units are always ready.
-impl Engine for () {
-    #[inline(always)]
-    fn keep(&mut self) {}
-}
-
 /// Memory that will be read soon: some bytes from each of the addresses on.
 #[derive(Debug, Default)]
 pub(crate) struct Soon {
     rows: Vec<usize>,
     bytes: usize,
+    /// The next line.
     row: usize,
     at: usize,
-    quota: usize,
 }
 
 impl Soon {
@@ -333,18 +326,19 @@ impl Soon {
         (self.row, self.at, self.bytes) = (0, 0, bytes);
     }
 
-    /// Sets how many more lines to fetch, to be done in `parts` more.
-    pub fn share(&mut self, parts: usize) {
-        let rows = (self.rows.len() - self.row) * self.bytes.div_ceil(Self::LINE);
-        self.quota = (rows - self.at / Self::LINE).div_ceil(parts);
+    /// The addresses.
+    pub fn rows(&self) -> &[usize] {
+        &self.rows
     }
 
-    /// How many of them are left.
-    pub fn quota(&self) -> usize {
-        self.quota
+    /// How many lines are left to be fetched.
+    pub fn lines(&self) -> usize {
+        let columns = self.bytes.div_ceil(Self::LINE) - self.at / Self::LINE;
+        (columns * self.rows.len()).saturating_sub(self.row)
     }
 
-    /// Fetches some of the lines.
+    /// Fetches some of the lines, of one row after the other: so the processor sees a stream in
+    /// each, and fetches along.
     ///
     /// # Safety
     ///
@@ -352,23 +346,13 @@ impl Soon {
     #[allow(unsafe_code)]
     #[inline(always)]
     pub unsafe fn fetch<U: tiles::Unit>(&mut self, lines: usize) {
-        self.quota = self.quota.saturating_sub(lines);
-        let mut rest = lines;
-        while rest > 0 {
-            let Some(&row) = self.rows.get(self.row) else {
-                return;
-            };
-            let of_row = (self.bytes - self.at).div_ceil(Self::LINE);
-            let some = rest.min(of_row);
-            for line in 0..some {
-                let address = row + self.at + line * Self::LINE;
-                // SAFETY: the caller's; a prefetch reads nothing.
-                unsafe { U::prefetch(std::ptr::without_provenance(address)) };
-            }
-            rest -= some;
-            self.at += some * Self::LINE;
-            if some == of_row {
-                (self.row, self.at) = (self.row + 1, 0);
+        for _ in 0..lines.min(self.lines()) {
+            let address = self.rows[self.row] + self.at;
+            // SAFETY: the caller's; a prefetch reads nothing.
+            unsafe { U::prefetch(std::ptr::without_provenance(address)) };
+            self.row += 1;
+            if self.row == self.rows.len() {
+                (self.row, self.at) = (0, self.at + Self::LINE);
             }
         }
     }

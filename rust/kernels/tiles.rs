@@ -37,6 +37,27 @@ pub(crate) trait Unit {
     unsafe fn multiply_add(sum: Self::Sum, left: Self::Vector, right: Self::Vector) -> Self::Sum;
     /// Adds the lanes to `LANES` float64 numbers.
     unsafe fn flush(sum: Self::Sum, to: *mut f64);
+    /// The same with four sums, and four times `LANES` numbers.
+    #[inline(always)]
+    unsafe fn flush_four(sums: [Self::Sum; 4], to: *mut f64) {
+        for (i, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { Self::flush(sum, to.add(i * Self::LANES)) };
+        }
+    }
+
+    /// The sum of `LANES` numbers.
+    #[inline(always)]
+    unsafe fn total(from: *const f64) -> f64 {
+        // SAFETY: the caller's: so many can be read.
+        match *unsafe { std::slice::from_raw_parts(from, Self::LANES) } {
+            [a, b] => a + b,
+            [a, b, c, d] => (a + b) + (c + d),
+            [a, b, c, d, e, f, g, h] => ((a + b) + (c + d)) + ((e + f) + (g + h)),
+            _ => unreachable!("a unit has 2, 4 or 8 lanes"),
+        }
+    }
+
     /// Copies a row of bfloat16, padded with zeros to a multiple of 32; its greatest magnitude
     /// and the sum of its squares. Columns may change places, in all rows alike. `None` if
     /// the unit has no way of its own.
@@ -91,19 +112,11 @@ pub(crate) fn num_sums<U: Unit>(num_states: usize) -> usize {
     usize::midpoint(num_states * num_states, on_diagonal) * U::LANES
 }
 
-/// The sum of 2, 4 or 8 lanes.
+/// # Safety
+///
+/// As for the methods of [`Unit`].
 #[inline(always)]
-fn total(lanes: &[f64]) -> f64 {
-    match *lanes {
-        [a, b] => a + b,
-        [a, b, c, d] => (a + b) + (c + d),
-        [a, b, c, d, e, f, g, h] => ((a + b) + (c + d)) + ((e + f) + (g + h)),
-        _ => unreachable!("a unit has 2, 4 or 8 lanes"),
-    }
-}
-
-#[inline(always)]
-pub(crate) fn collect<U: Unit>(num_states: usize, sums: &[f64], products: &mut [f64]) {
+pub(crate) unsafe fn collect<U: Unit>(num_states: usize, sums: &[f64], products: &mut [f64]) {
     let blocks = Blocks::new(num_states, U::ROWS);
     let mut tiles = sums;
     for i in 0..blocks.count {
@@ -117,9 +130,13 @@ pub(crate) fn collect<U: Unit>(num_states: usize, sums: &[f64], products: &mut [
                 let row_of_tile = &tile[row * columns * U::LANES..][..columns * U::LANES];
                 let row = first + row;
                 let start = row * (2 * num_states - row - 1) / 2 + second + skipped - row - 1;
-                let entries = row_of_tile[skipped * U::LANES..].chunks_exact(U::LANES);
-                for (product, lanes) in products[start..].iter_mut().zip(entries) {
-                    *product += total(lanes);
+                let entries = &row_of_tile[skipped * U::LANES..];
+                // No iterators: in a function of this size they are calls.
+                let products = &mut products[start..][..columns - skipped];
+                for column in 0..products.len() {
+                    let lanes = &entries[column * U::LANES..][..U::LANES];
+                    // SAFETY: `LANES` of them.
+                    products[column] += unsafe { U::total(lanes.as_ptr()) };
                 }
             }
         }
@@ -153,8 +170,8 @@ pub(crate) unsafe fn square<U: Unit>(row: &[U::Packed]) -> f64 {
         for sum in sums {
             U::flush(sum, lanes.as_mut_ptr());
         }
+        U::total(lanes.as_ptr())
     }
-    total(&lanes[..U::LANES])
 }
 
 /// # Safety
@@ -175,7 +192,7 @@ pub(crate) unsafe fn add<U: Unit>(
         .next_multiple_of(PADDING);
     let mut place = sums.as_mut_ptr();
     let blocks = Blocks::new(chunk.num_states(), U::ROWS);
-    let fetched = soon.quota().div_ceil(blocks.count * (blocks.count + 1) / 2);
+    let fetched = soon.lines().div_ceil(blocks.count * (blocks.count + 1) / 2);
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {
@@ -264,10 +281,25 @@ impl<U: Unit> Tile<U> {
                     }
                     at += U::WIDTH;
                 }
-                for (i, sums) in sums.iter().enumerate() {
-                    let skipped = if DIAGONAL { i + 1 } else { 0 };
-                    for (j, &sum) in sums.iter().enumerate().skip(skipped) {
-                        U::flush(sum, self.place.add((i * N + j) * U::LANES));
+                if DIAGONAL {
+                    for (i, sums) in sums.iter().enumerate() {
+                        for (j, &sum) in sums.iter().enumerate().skip(i + 1) {
+                            U::flush(sum, self.place.add((i * N + j) * U::LANES));
+                        }
+                    }
+                } else {
+                    let mut at = 0;
+                    while at + 4 <= M * N {
+                        let mut four = [U::zero(); 4];
+                        for (i, sum) in four.iter_mut().enumerate() {
+                            *sum = sums[(at + i) / N][(at + i) % N];
+                        }
+                        U::flush_four(four, self.place.add(at * U::LANES));
+                        at += 4;
+                    }
+                    while at < M * N {
+                        U::flush(sums[at / N][at % N], self.place.add(at * U::LANES));
+                        at += 1;
                     }
                 }
             }
@@ -289,7 +321,7 @@ macro_rules! sweep {
 
             const SPREAD: f64 = <$unit as Unit>::SPREAD;
 
-            fn engine() {}
+            fn engine(_width: usize) {}
 
             fn num_sums(num_states: usize) -> usize {
                 $crate::kernels::tiles::num_sums::<$unit>(num_states)
@@ -336,7 +368,8 @@ macro_rules! sweep {
 
             #[inline(always)]
             fn collect(num_states: usize, sums: &[f64], products: &mut [f64]) {
-                $crate::kernels::tiles::collect::<$unit>(num_states, sums, products);
+                // SAFETY: as above.
+                unsafe { $crate::kernels::tiles::collect::<$unit>(num_states, sums, products) }
             }
         }
     };
