@@ -182,7 +182,8 @@ impl BlockSums {
         for pair in 0..length {
             let unit = rounded(values[pair]);
             let magnitude = unit.unsigned_abs();
-            let (upper, lower) = (magnitude >> 24, magnitude & 0xff_ffff);
+            // Both fit 32 bits, and are seen to: vectors multiply such numbers at once.
+            let (upper, lower) = (magnitude >> 24 & 0xffff_ffff, magnitude & 0xff_ffff);
             sum[pair] += unit;
             high[pair] += upper * upper;
             cross[pair] += upper * lower;

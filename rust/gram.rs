@@ -40,9 +40,6 @@ const GREATEST_RATIO: f64 = 65535.0;
 /// `h (1 - h)` below which float64 itself is too coarse to tell equal states.
 const SMALLEST: f64 = 1e-12;
 
-/// Bytes that are fetched before they are read: as few as do, since more of them are forgotten.
-const AHEAD: usize = 40 << 10;
-
 /// A reusable Gram matrix, and what is derived from it.
 #[derive(Debug)]
 pub struct Gram {
@@ -202,14 +199,15 @@ impl Gram {
 
     /// A metric of every pair `(l, m)`, `l < m`, row by row, as fractions of its range.
     #[inline(always)]
-    pub fn fractions(&self, metric: Metric, values: &mut [f64]) {
+    pub(crate) fn fractions<K: Kernels>(&self, metric: Metric, values: &mut [f64]) {
         match metric {
             Metric::Angular | Metric::Cosine => {
                 for (value, &half_versine) in values.iter_mut().zip(&self.half_versines) {
-                    *value = metric.of(Pair {
+                    let pair = Pair {
                         half_versine,
                         ratio: 1.0,
-                    });
+                    };
+                    *value = metric.with(pair, K::FUSED);
                 }
             }
             Metric::RelativeL2 | Metric::NormRatio => self.fractions_of_norms(metric, values),
@@ -292,7 +290,12 @@ impl Gram {
             earlier,
         } = scratch;
         let num_states = *num_states;
-        let chunk = S::Packed::chunk(chunks, num_states, S::CHUNK);
+        let columns = if states.width() <= S::WHOLE {
+            states.width()
+        } else {
+            even_part(states.width(), S::CHUNK)
+        };
+        let chunk = S::Packed::chunk(chunks, num_states, columns);
         products.fill(0.0);
         squares.fill(0.0);
         massive.fill(0.0);
@@ -304,12 +307,11 @@ impl Gram {
         chunk_squares.resize(num_states, 0.0);
         earlier.clear();
         earlier.resize(num_states, 0.0);
-        let columns = even_part(states.width(), S::CHUNK);
         let remembered = 1.0 - (columns as f64 / MASSIVE_AMONG as f64).min(1.0);
         let mut engine = S::engine(states.width());
         let chunks = states.width().div_ceil(columns);
         // While a chunk is multiplied, one that follows is fetched.
-        let ahead = (AHEAD / (num_states * columns * size_of::<T>())).clamp(1, chunks);
+        let ahead = (S::AHEAD / (num_states * columns * size_of::<T>())).clamp(1, chunks);
         for (number, start) in (0..states.width()).step_by(columns).enumerate() {
             let length = columns.min(states.width() - start);
             let (next_sample, next) = if number + ahead < chunks {
@@ -322,7 +324,7 @@ impl Gram {
                 let row = &states.row(next_sample, state)[next * columns..];
                 row.as_ptr().addr()
             });
-            soon.begin(rows, length * size_of::<T>());
+            soon.begin(rows, length * size_of::<T>(), chunks > 1);
             chunk.resize(length);
             let row = |state| &states.row(sample, state)[start..][..length];
             S::pack(chunk, row, magnitudes, chunk_squares, soon, &mut engine);

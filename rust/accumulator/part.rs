@@ -165,7 +165,7 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
             return Err((state, Reason::RatioOutOfRange));
         }
         for (place, (sums, block)) in sums.sums.iter().zip(blocks).enumerate() {
-            gram.fractions(sums.metric, fractions);
+            gram.fractions::<K>(sums.metric, fractions);
             if let Some(lanes) = lanes.get_mut(place) {
                 add_rounded(lanes, fractions);
                 continue;

@@ -74,6 +74,12 @@ impl Unit for Single {
     }
 
     #[inline(always)]
+    unsafe fn total_four(from: *const f64) -> [f64; 4] {
+        // SAFETY: the caller's.
+        unsafe { total_four(from) }
+    }
+
+    #[inline(always)]
     unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
         const COLUMNS: usize = 16;
         let mut lanes = [0.0; 4];
@@ -161,16 +167,15 @@ impl Unit for Single {
                 sums = [sums[2], sums[3], new[0], new[1]];
                 at += COLUMNS;
             }
-            to[at..].fill(0.0);
+            if at < to.len() {
+                to[at..].fill(0.0);
+            }
             let mut lanes = [0.0; 4];
             for sum in sums {
                 Self::flush(sum, lanes.as_mut_ptr());
             }
-            let mut bits = [0_u16; COLUMNS];
-            _mm256_storeu_si256(bits.as_mut_ptr().cast(), largest);
-            let largest = bits.into_iter().fold(0, u16::max);
-            let square = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-            Some((f32::from_bits(u32::from(largest) << 16), square))
+            let square = total(_mm256_loadu_pd(lanes.as_ptr()));
+            Some((greatest(largest), square))
         }
     }
 
@@ -181,6 +186,26 @@ impl Unit for Single {
 }
 
 sweep!(Single);
+
+/// The greatest of 16 magnitudes of bfloat16, by their bits.
+///
+/// # Safety
+///
+/// AVX2.
+#[inline(always)]
+pub(super) unsafe fn greatest(bits: __m256i) -> f32 {
+    // SAFETY: the caller's.
+    unsafe {
+        let eight = _mm_max_epu16(
+            _mm256_castsi256_si128(bits),
+            _mm256_extracti128_si256::<1>(bits),
+        );
+        // There is an instruction for the least of eight, and none for the greatest.
+        let least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+        let greatest = !_mm_extract_epi16::<0>(least).cast_unsigned() & 0xffff;
+        f32::from_bits(greatest << 16)
+    }
+}
 
 /// The sum of four lanes. A compiler does it by way of memory.
 ///
@@ -196,6 +221,27 @@ pub(super) unsafe fn total(lanes: __m256d) -> f64 {
             _mm256_extractf128_pd::<1>(lanes),
         );
         _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
+    }
+}
+
+/// The same of four times four lanes, to the bit.
+///
+/// # Safety
+///
+/// AVX2; sixteen values can be read.
+#[inline(always)]
+pub(super) unsafe fn total_four(from: *const f64) -> [f64; 4] {
+    // SAFETY: the caller's; a vector is four numbers.
+    unsafe {
+        let sum_of_two = |from: *const f64| {
+            let (a, b) = (_mm256_loadu_pd(from), _mm256_loadu_pd(from.add(4)));
+            _mm256_add_pd(
+                _mm256_permute2f128_pd::<0x20>(a, b),
+                _mm256_permute2f128_pd::<0x31>(a, b),
+            )
+        };
+        let totals = _mm256_hadd_pd(sum_of_two(from), sum_of_two(from.add(8)));
+        std::mem::transmute::<__m256d, [f64; 4]>(_mm256_permute4x64_pd::<0b11_01_10_00>(totals))
     }
 }
 

@@ -79,6 +79,12 @@ impl Unit for Single {
     }
 
     #[inline(always)]
+    unsafe fn total_four(from: *const f64) -> [f64; 4] {
+        // SAFETY: the caller's.
+        unsafe { avx2::total_four(from) }
+    }
+
+    #[inline(always)]
     unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
         // SAFETY: the caller's.
         Some(unsafe { square_of_sum(x, y, factor) })
@@ -204,15 +210,15 @@ pub(super) unsafe fn brains(row: &[u16], at: usize) -> __m512i {
 ///
 /// # Safety
 ///
-/// AVX-512 F.
+/// AVX-512 F and AVX2.
 #[inline(always)]
 pub(super) unsafe fn greatest(bits: __m512i) -> f32 {
     // SAFETY: the caller's.
     unsafe {
-        // As float32 numbers: the even ones moved up, the odd ones with the others below.
-        let upper = _mm512_and_si512(bits, _mm512_set1_epi32(-0x1_0000));
-        let both = _mm512_max_epu32(upper, _mm512_slli_epi32::<16>(bits));
-        f32::from_bits(_mm512_reduce_max_epu32(both))
+        avx2::greatest(_mm256_max_epu16(
+            _mm512_castsi512_si256(bits),
+            _mm512_extracti64x4_epi64::<1>(bits),
+        ))
     }
 }
 

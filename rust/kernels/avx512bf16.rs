@@ -76,6 +76,12 @@ impl Unit for Brain {
     }
 
     #[inline(always)]
+    unsafe fn total_four(from: *const f64) -> [f64; 4] {
+        // SAFETY: the caller's.
+        unsafe { avx2::total_four(from) }
+    }
+
+    #[inline(always)]
     unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
         // SAFETY: the caller's.
         Some(unsafe { avx512::square_of_sum(x, y, factor) })

@@ -207,6 +207,8 @@ pub(crate) trait Kernels {
     type Double: Sweep<Packed = f64>;
     /// For bfloat16, in float32 or float64.
     type Brain: Sweep;
+    /// Whether there are instructions that multiply and add.
+    const FUSED: bool = true;
 }
 
 /// Sums of products of all pairs of different rows, a chunk of columns at a time.
@@ -219,6 +221,12 @@ pub(crate) trait Sweep {
 
     /// Columns of a chunk.
     const CHUNK: usize;
+
+    /// Rows of up to so many columns are one chunk.
+    const WHOLE: usize = Self::CHUNK;
+
+    /// Bytes that are fetched before they are read: as few as do, since more are forgotten.
+    const AHEAD: usize;
 
     /// Columns whose products are summed in `Packed`'s precision; beyond, it is float64.
     const SPAN: usize;
@@ -248,9 +256,9 @@ pub(crate) trait Sweep {
         soon: &mut Soon,
         _engine: &mut Self::Engine,
     ) {
-        let lines = (soon.lines() / 4).div_ceil(chunk.num_states());
+        let begun = soon.begun();
         for state in 0..chunk.num_states() {
-            Self::fetch(soon, lines);
+            Self::fetch(soon, begun);
             (magnitudes[state], squares[state]) = Self::pack_row(chunk, state, row(state));
         }
     }
@@ -311,19 +319,24 @@ pub(crate) trait Sweep {
 pub(crate) struct Soon {
     rows: Vec<usize>,
     bytes: usize,
+    in_turn: bool,
     /// The next line.
     row: usize,
     at: usize,
+    left: usize,
 }
 
 impl Soon {
     const LINE: usize = 64;
 
-    /// Begins anew with rows of so many bytes.
-    pub fn begin(&mut self, rows: impl Iterator<Item = usize>, bytes: usize) {
+    /// Begins anew with rows of so many bytes; a line of each `in_turn`, or one whole row after
+    /// the other.
+    pub fn begin(&mut self, rows: impl Iterator<Item = usize>, bytes: usize, in_turn: bool) {
         self.rows.clear();
         self.rows.extend(rows);
-        (self.row, self.at, self.bytes) = (0, 0, bytes);
+        (self.bytes, self.in_turn) = (bytes, in_turn);
+        (self.row, self.at) = (0, 0);
+        self.left = bytes.div_ceil(Self::LINE) * self.rows.len();
     }
 
     /// The addresses.
@@ -332,27 +345,44 @@ impl Soon {
     }
 
     /// How many lines are left to be fetched.
-    pub fn lines(&self) -> usize {
-        let columns = self.bytes.div_ceil(Self::LINE) - self.at / Self::LINE;
-        (columns * self.rows.len()).saturating_sub(self.row)
+    pub fn left(&self) -> usize {
+        self.left
     }
 
-    /// Fetches some of the lines, of one row after the other: so the processor sees a stream in
-    /// each, and fetches along.
+    /// How many lines of each row are to be fetched while rows are packed. The processor sees
+    /// where a row begins, and fetches along; rows that are read whole it follows anyway.
+    pub fn begun(&self) -> usize {
+        if self.in_turn {
+            self.left.div_ceil(4 * self.rows.len())
+        } else {
+            0
+        }
+    }
+
+    /// Fetches the next line, if one is left.
     ///
     /// # Safety
     ///
     /// As for the methods of [`tiles::Unit`].
     #[allow(unsafe_code)]
     #[inline(always)]
-    pub unsafe fn fetch<U: tiles::Unit>(&mut self, lines: usize) {
-        for _ in 0..lines.min(self.lines()) {
-            let address = self.rows[self.row] + self.at;
-            // SAFETY: the caller's; a prefetch reads nothing.
-            unsafe { U::prefetch(std::ptr::without_provenance(address)) };
+    pub unsafe fn fetch<U: tiles::Unit>(&mut self) {
+        if self.left == 0 {
+            return;
+        }
+        self.left -= 1;
+        let address = self.rows[self.row] + self.at;
+        // SAFETY: the caller's; a prefetch reads nothing.
+        unsafe { U::prefetch(std::ptr::without_provenance(address)) };
+        if self.in_turn {
             self.row += 1;
             if self.row == self.rows.len() {
                 (self.row, self.at) = (0, self.at + Self::LINE);
+            }
+        } else {
+            self.at += Self::LINE;
+            if self.at >= self.bytes {
+                (self.row, self.at) = (self.row + 1, 0);
             }
         }
     }

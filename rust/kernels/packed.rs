@@ -25,7 +25,7 @@ pub(crate) trait Packed: Copy + Default {
     /// The value in float64.
     fn widen(self) -> f64;
 
-    /// The buffer of this form, made when it is first asked for.
+    /// The buffer of this form, made when there is none with room for so many columns.
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self>;
 
     /// The bits of a magnitude: greater for greater ones, greatest for NaN and infinity.
@@ -51,8 +51,7 @@ impl Packed for f64 {
     }
 
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self> {
-        let new = || Chunk::new(num_states, columns);
-        chunks.double.get_or_insert_with(new)
+        Chunk::with_room(&mut chunks.double, num_states, columns)
     }
 
     #[inline(always)]
@@ -80,8 +79,7 @@ impl Packed for f32 {
     }
 
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self> {
-        let new = || Chunk::new(num_states, columns);
-        chunks.single.get_or_insert_with(new)
+        Chunk::with_room(&mut chunks.single, num_states, columns)
     }
 
     #[inline(always)]
@@ -112,8 +110,7 @@ impl Packed for u16 {
     }
 
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self> {
-        let new = || Chunk::new(num_states, columns);
-        chunks.brain.get_or_insert_with(new)
+        Chunk::with_room(&mut chunks.brain, num_states, columns)
     }
 
     #[inline(always)]
@@ -149,9 +146,7 @@ impl<P: Packed> Chunk<P> {
     /// Room for `columns` columns.
     pub fn new(num_states: usize, columns: usize) -> Self {
         let line = LINE / size_of::<P>();
-        // One line more than a power of two: rows of one column lie in different sets of
-        // the cache.
-        let stride = columns.next_multiple_of(PADDING) + line;
+        let stride = Self::stride_of(columns);
         let rows = num_states.next_multiple_of(ROWS);
         let data = vec![P::default(); rows * stride + line];
         let offset = data.as_ptr().align_offset(LINE).min(line);
@@ -162,6 +157,18 @@ impl<P: Packed> Chunk<P> {
             stride,
             length: 0,
         }
+    }
+
+    /// One line more than a power of two: rows of one column lie in different sets of the cache.
+    fn stride_of(columns: usize) -> usize {
+        columns.next_multiple_of(PADDING) + LINE / size_of::<P>()
+    }
+
+    fn with_room(place: &mut Option<Self>, num_states: usize, columns: usize) -> &mut Self {
+        let needed = Self::stride_of(columns);
+        let fits = |chunk: &Self| (chunk.num_states, chunk.stride) == (num_states, needed);
+        place.take_if(|chunk| !fits(chunk));
+        place.get_or_insert_with(|| Self::new(num_states, columns))
     }
 
     pub fn num_states(&self) -> usize {

@@ -9,6 +9,7 @@ pub(crate) struct Kernels;
 impl super::Kernels for Kernels {
     type Double = Double;
     type Brain = Double;
+    const FUSED: bool = false;
 }
 
 /// Two float64 numbers, the vector of every x86-64 and every aarch64.

@@ -58,6 +58,13 @@ pub(crate) trait Unit {
         }
     }
 
+    /// The same of four times `LANES` numbers, to the bit.
+    #[inline(always)]
+    unsafe fn total_four(from: *const f64) -> [f64; 4] {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { Self::total(from.add(i * Self::LANES)) })
+    }
+
     /// Copies a row of bfloat16, padded with zeros to a multiple of 32; its greatest magnitude
     /// and the sum of its squares. Columns may change places, in all rows alike. `None` if
     /// the unit has no way of its own.
@@ -133,10 +140,21 @@ pub(crate) unsafe fn collect<U: Unit>(num_states: usize, sums: &[f64], products:
                 let entries = &row_of_tile[skipped * U::LANES..];
                 // No iterators: in a function of this size they are calls.
                 let products = &mut products[start..][..columns - skipped];
-                for column in 0..products.len() {
+                let mut column = 0;
+                while column + 4 <= products.len() {
+                    let lanes = &entries[column * U::LANES..][..4 * U::LANES];
+                    // SAFETY: four times `LANES` of them.
+                    let totals = unsafe { U::total_four(lanes.as_ptr()) };
+                    for (product, total) in products[column..column + 4].iter_mut().zip(totals) {
+                        *product += total;
+                    }
+                    column += 4;
+                }
+                while column < products.len() {
                     let lanes = &entries[column * U::LANES..][..U::LANES];
                     // SAFETY: `LANES` of them.
                     products[column] += unsafe { U::total(lanes.as_ptr()) };
+                    column += 1;
                 }
             }
         }
@@ -190,9 +208,14 @@ pub(crate) unsafe fn add<U: Unit>(
     let span = length
         .div_ceil(length.div_ceil(U::SPAN))
         .next_multiple_of(PADDING);
+    if fresh {
+        sums.fill(0.0);
+    }
     let mut place = sums.as_mut_ptr();
     let blocks = Blocks::new(chunk.num_states(), U::ROWS);
-    let fetched = soon.lines().div_ceil(blocks.count * (blocks.count + 1) / 2);
+    let tiles = blocks.count * (blocks.count + 1) / 2;
+    // As evenly as can be: many at a time wait for one another.
+    let between = (tiles * length / soon.left().max(1)).max(1);
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {
@@ -207,15 +230,11 @@ pub(crate) unsafe fn add<U: Unit>(
                     stride: chunk.stride(),
                     length,
                     span,
+                    between,
                     place,
                 };
-                let size = rows * columns * U::LANES;
-                if fresh {
-                    place.write_bytes(0, size);
-                }
-                soon.fetch::<U>(fetched);
-                tile.of_shape(rows, columns, i == j);
-                place = place.add(size);
+                tile.of_shape(rows, columns, i == j, soon);
+                place = place.add(rows * columns * U::LANES);
             }
         }
     }
@@ -227,44 +246,51 @@ struct Tile<U: Unit> {
     stride: usize,
     length: usize,
     span: usize,
+    /// Columns from one line that is fetched to the next.
+    between: usize,
     place: *mut f64,
 }
 
 impl<U: Unit> Tile<U> {
     #[inline(always)]
-    unsafe fn of_shape(self, rows: usize, columns: usize, diagonal: bool) {
+    unsafe fn of_shape(self, rows: usize, columns: usize, diagonal: bool, soon: &mut Soon) {
         // SAFETY: the caller's, for this shape.
         unsafe {
             match (rows, columns, diagonal) {
-                (1, 1, true) => self.add::<1, 1, true>(),
-                (2, 2, true) => self.add::<2, 2, true>(),
-                (3, 3, true) => self.add::<3, 3, true>(),
-                (4, 4, true) => self.add::<4, 4, true>(),
-                (5, 5, true) => self.add::<5, 5, true>(),
-                (1, 1, false) => self.add::<1, 1, false>(),
-                (2, 1, false) => self.add::<2, 1, false>(),
-                (2, 2, false) => self.add::<2, 2, false>(),
-                (3, 2, false) => self.add::<3, 2, false>(),
-                (3, 3, false) => self.add::<3, 3, false>(),
-                (4, 3, false) => self.add::<4, 3, false>(),
-                (4, 4, false) => self.add::<4, 4, false>(),
-                (5, 4, false) => self.add::<5, 4, false>(),
-                (5, 5, false) => self.add::<5, 5, false>(),
+                (1, 1, true) => self.add::<1, 1, true>(soon),
+                (2, 2, true) => self.add::<2, 2, true>(soon),
+                (3, 3, true) => self.add::<3, 3, true>(soon),
+                (4, 4, true) => self.add::<4, 4, true>(soon),
+                (5, 5, true) => self.add::<5, 5, true>(soon),
+                (1, 1, false) => self.add::<1, 1, false>(soon),
+                (2, 1, false) => self.add::<2, 1, false>(soon),
+                (2, 2, false) => self.add::<2, 2, false>(soon),
+                (3, 2, false) => self.add::<3, 2, false>(soon),
+                (3, 3, false) => self.add::<3, 3, false>(soon),
+                (4, 3, false) => self.add::<4, 3, false>(soon),
+                (4, 4, false) => self.add::<4, 4, false>(soon),
+                (5, 4, false) => self.add::<5, 4, false>(soon),
+                (5, 5, false) => self.add::<5, 5, false>(soon),
                 shape => unreachable!("blocks are even: {shape:?}"),
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn add<const M: usize, const N: usize, const DIAGONAL: bool>(self) {
+    unsafe fn add<const M: usize, const N: usize, const DIAGONAL: bool>(self, soon: &mut Soon) {
         // SAFETY: `length` values of `M` rows from `left` and `N` rows from `right` can be
         // read, `M · N · LANES` numbers from `place` written: the caller's.
         unsafe {
             let mut at = 0;
+            let mut fetched = 0;
             while at < self.length {
                 let end = self.length.min(at + self.span);
                 let mut sums = [[U::zero(); N]; M];
                 while at < end {
+                    while fetched <= at {
+                        soon.fetch::<U>();
+                        fetched += self.between;
+                    }
                     let mut right = [U::load(self.right.add(at)); N];
                     for (j, vector) in right.iter_mut().enumerate().skip(1) {
                         *vector = U::load(self.right.add(j * self.stride + at));
@@ -317,6 +343,10 @@ macro_rules! sweep {
 
             const CHUNK: usize = 512;
 
+            const WHOLE: usize = 768;
+
+            const AHEAD: usize = 80 << 10;
+
             const SPAN: usize = <$unit as Unit>::SPAN;
 
             const SPREAD: f64 = <$unit as Unit>::SPREAD;
@@ -348,8 +378,10 @@ macro_rules! sweep {
 
             #[inline(always)]
             fn fetch(soon: &mut $crate::kernels::Soon, lines: usize) {
-                // SAFETY: as above.
-                unsafe { soon.fetch::<$unit>(lines) }
+                for _ in 0..lines {
+                    // SAFETY: as above.
+                    unsafe { soon.fetch::<$unit>() };
+                }
             }
 
             #[inline(always)]

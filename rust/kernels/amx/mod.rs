@@ -232,6 +232,8 @@ impl<E: Multiply> Sweep for Tiles<E> {
 
     const CHUNK: usize = CHUNK;
 
+    const AHEAD: usize = 40 << 10;
+
     const SPAN: usize = SPAN * COLUMNS;
 
     const SPREAD: f64 = 1.05e-7;
@@ -322,6 +324,8 @@ impl<E: Multiply> Sweep for Tiles<E> {
         }
     }
 
+    fn fetch(_soon: &mut Soon, _lines: usize) {}
+
     #[inline(always)]
     fn copy<'a, T: Element + 'a>(
         chunk: &mut Chunk<u16>,
@@ -404,11 +408,6 @@ impl<E: Multiply> Sweep for Tiles<E> {
     #[inline(always)]
     fn square(row: &[u16]) -> f64 {
         avx512bf16::Brain::square(row)
-    }
-
-    #[inline(always)]
-    fn fetch(soon: &mut Soon, lines: usize) {
-        avx512bf16::Brain::fetch(soon, lines);
     }
 
     #[inline(always)]

@@ -104,7 +104,7 @@ impl Work for Compare<'_> {
     fn run<K: Kernels>(self) -> Vec<f64> {
         let mut values = vec![0.0; self.1.num_states() * (self.1.num_states() - 1) / 2];
         self.0.compute_with::<K, u16>(self.1, 0).unwrap();
-        self.0.fractions(Metric::Angular, &mut values);
+        self.0.fractions::<K>(Metric::Angular, &mut values);
         values
     }
 }
