@@ -12,6 +12,7 @@ from torch import nn
 
 import shallower as sh
 from conftest import tiny_llama
+from shallower import evaluation
 
 TEXTS = [" ".join(f"w{(5 * i + 11 * j) % 97}" for j in range(2 + i % 9)) for i in range(17)]
 
@@ -158,6 +159,17 @@ def test_dropout_is_off(words):
 def test_a_module_that_is_no_model_is_refused(words):
     with pytest.raises(sh.ModelError, match="no transformers config"):
         sh.evaluate_loss(nn.Linear(2, 2), words, TEXTS)
+
+
+@pytest.mark.parametrize("in_cache", [1, 99, 250, 1 << 20])
+def test_the_losses_of_tokens_in_whatever_parts(monkeypatch, in_cache):
+    monkeypatch.setattr(evaluation, "IN_CACHE", in_cache)
+    logits = torch.randn((7, 100), generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = torch.arange(7) * 13
+    wide = logits.double()
+    losses = wide.logsumexp(-1) - wide[torch.arange(7), expected]
+    found = evaluation.next_token_losses(logits, expected)
+    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_logits_are_summed_in_more(sharp, words):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.least_squares import ROWS, NormalEquations
+from shallower.least_squares import PANEL, ROWS, NormalEquations
 
 
 def data(seed, rows, inputs=7, outputs=3):
@@ -41,6 +41,14 @@ def test_more_tokens_than_are_summed_in_float32():
     assert sums.count == 2 * ROWS + 5
     np.testing.assert_allclose(sums.gram.numpy(), x.T @ x, rtol=1e-4, atol=1e-2)
     assert float(sums.scale) == pytest.approx(np.square(x).sum(0).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [PANEL - 1, PANEL, 2 * PANEL + 3])
+def test_more_inputs_than_are_multiplied_at_once(inputs):
+    x, r = data(4, 50, inputs)
+    sums = equations(x, r, parts=2)
+    np.testing.assert_allclose(sums.gram.numpy(), x.T @ x, atol=1e-4)
+    np.testing.assert_allclose(sums.cross.numpy(), x.T @ r, atol=1e-4)
 
 
 def test_weighted_tokens_count_so_many_times():

@@ -14,6 +14,10 @@ from .models.architecture import evaluating, find_layers, input_device
 from .models.positions import check_length, learned_positions
 from .progress import track
 
+IN_CACHE = 1 << 20
+"""Logits that a processor's softmax is taken of at once, a few megabytes: five times as fast
+as those of a text."""
+
 
 def evaluate_loss(
     model: PreTrainedModel,
@@ -60,6 +64,19 @@ def evaluate_loss(
     return Loss(nats, stderr, num_tokens, size, batches.num_rejected, vocab_size)
 
 
+def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of every token, (T,) float32 nats.
+
+    Args:
+        logits: (T, V), of any float dtype.
+        expected: (T,) token ids.
+    """
+    rows = len(logits) if logits.is_cuda else max(1, IN_CACHE // logits.shape[1])
+    parts = zip(logits.split(rows), expected.split(rows), strict=True)
+    losses = [functional.cross_entropy(z.float(), e, reduction="none") for z, e in parts]
+    return torch.cat(losses)
+
+
 def require_predictable(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_length: int
 ) -> None:
@@ -92,9 +109,8 @@ def _summed_losses(
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     sums = []
     for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
-        predicted = logits[row, : length - 1].float()
-        expected = input_ids[row, 1:length].to(predicted.device)
-        loss = functional.cross_entropy(predicted, expected, reduction="none").double().sum()
+        expected = input_ids[row, 1:length].to(logits.device)
+        loss = next_token_losses(logits[row, : length - 1], expected).double().sum()
         if not torch.isfinite(loss):
             raise ModelError(
                 f"the loss on text {batch.samples[row]} is not finite: the model's logits overflow "

@@ -9,6 +9,9 @@ import torch
 ROWS = 4096
 """Products are summed in float32 over so many tokens at most, and in float64 beyond."""
 
+PANEL = 384
+"""Columns of the symmetric products that are made at once."""
+
 
 @contextmanager
 def _exact_in_bfloat16(dtype: torch.dtype) -> Iterator[None]:
@@ -50,9 +53,16 @@ class NormalEquations:
         for x, r in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
             wide = x.float()
             with _exact_in_bfloat16(x.dtype):
-                self.gram += wide.T @ wide
+                for start in range(0, wide.shape[1], PANEL):
+                    self._add_panel(wide[:, start:].T @ wide[:, start : start + PANEL], start)
             self.cross += wide.T @ r.float()
         self.count += len(inputs)
+
+    def _add_panel(self, products: torch.Tensor, start: int) -> None:
+        """Add columns of the products, from the diagonal on, and the rows that mirror them."""
+        stop = start + products.shape[1]
+        self.gram[start:, start:stop] += products
+        self.gram[start:stop, stop:] += products[stop - start :].T
 
     def plus(self, other: "NormalEquations", weight: float) -> "NormalEquations":
         """With the other's tokens, each counted ``weight`` times."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..artifacts import Plan
 from ..calibration import Batch
 from ..errors import PatchError
+from ..evaluation import next_token_losses
 from ..least_squares import NormalEquations
 from ..models.layerwise import Layerwise
 from ..models.writers import Writer, Writers, find_writers
@@ -260,8 +260,8 @@ class Patching:
             logits = self.model.logits(batch, self.held_out.cut[index], layers)
             for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
                 expected = torch.from_numpy(batch.input_ids[row, 1:length]).to(logits.device)
-                predicted = logits[row, : length - 1].float()
-                total += float(functional.cross_entropy(predicted, expected, reduction="sum"))
+                losses = next_token_losses(logits[row, : length - 1], expected)
+                total += float(losses.double().sum())
                 count += length - 1
         return total / count if math.isfinite(total) else math.inf
 

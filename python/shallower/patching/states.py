@@ -24,18 +24,24 @@ def divide(
     """Batches to fit and batches held out, every eighth text; as many texts as are needed."""
     counts = [0, 0]
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
-    parts: tuple[list[str], list[str]] = ([], [])
+    parts: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
     for index, text in enumerate(texts):
         held = index % 8 == 7
         if counts[0] >= enough[0] and counts[1] >= enough[1]:
             break
         if counts[held] < enough[held]:
-            parts[held].append(text)
             with untouched(tokenizer):
                 encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+            parts[held].append((len(encoded), text))
             counts[held] += len(encoded)
+    # Texts of one length together: less padding.
     fitted, held_out = (
-        list(TokenBatches(tokenizer, part, max_length, batch_size, min_tokens=2)) for part in parts
+        list(
+            TokenBatches(
+                tokenizer, [text for _, text in sorted(part)], max_length, batch_size, min_tokens=2
+            )
+        )
+        for part in parts
     )
     if not fitted or not held_out:
         raise TextsError(
