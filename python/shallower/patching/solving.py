@@ -29,8 +29,10 @@ FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 
 ATTENTION_STEP = 0.5
 """How much of the attention's share of a jump it is given; the feed-forward, whose inputs
-change with it, is then solved for all that is left. Layers after the cut have little to make up:
-theirs would lower the loss by a fiftieth of what was lost, and take a third of the time."""
+change with it, is then solved for all that is left."""
+
+LATER_SHARE = 2
+"""Layers after the cut, which have little to make up, are solved on one of so many batches."""
 
 PATIENCE = 2
 """Layers after the cut that may fail to lower the loss, one after the other, before it ends."""
@@ -98,6 +100,8 @@ class Patching:
                     failures += 1
                 if layer >= last and (method == "map" or failures >= PATIENCE):
                     break
+                if layer == last:
+                    self.fitted.thin(LATER_SHARE)
                 self._advance_cut(layer)
                 advance(1)
         return self._done(method, original, cut, nats, fits=tuple(fits))
@@ -179,7 +183,7 @@ class Patching:
             )
         before = self._missing(layer)
         changed = [feed_forward.name]
-        if method == "refit" and jump and writers.attention is not None:
+        if method == "refit" and writers.attention is not None:
             self._give_attention_its_share(layer, writers.attention, feed_forward)
             changed.insert(0, writers.attention.name)
         rest, first = self._equations(layer, (feed_forward,))

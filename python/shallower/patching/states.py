@@ -64,6 +64,10 @@ class Stored:
             for part, batch in zip(whole.split(sizes), batches, strict=True)
         ]
 
+    def thin(self, step: int) -> None:
+        """Forget all but one of ``step`` batches."""
+        self._parts = self._parts[::step]
+
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._parts[index]
 
@@ -78,6 +82,12 @@ class StateSet:
     batches: Sequence[Batch]
     whole: Stored
     cut: Stored
+
+    def thin(self, step: int) -> None:
+        """Go on with one of ``step`` batches."""
+        self.batches = self.batches[::step]
+        self.whole.thin(step)
+        self.cut.thin(step)
 
 
 def first_tokens(batch: Batch) -> torch.Tensor:
