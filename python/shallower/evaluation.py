@@ -77,6 +77,16 @@ def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Ten
     return torch.cat(losses)
 
 
+def losses_of_texts(logits: torch.Tensor, batch: Batch) -> list[float]:
+    """The summed cross-entropy of every text of a batch, from its logits (B, T, V)."""
+    sums = []
+    for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
+        expected = torch.from_numpy(batch.input_ids[row, 1:length]).to(logits.device)
+        losses = next_token_losses(logits[row, : length - 1], expected)
+        sums.append(float(losses.double().sum()))
+    return sums
+
+
 def require_predictable(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_length: int
 ) -> None:
@@ -107,14 +117,11 @@ def _summed_losses(
     input_ids = torch.from_numpy(batch.input_ids).to(device)
     attention_mask = torch.from_numpy(batch.attention_mask).to(device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    sums = []
-    for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
-        expected = input_ids[row, 1:length].to(logits.device)
-        loss = next_token_losses(logits[row, : length - 1], expected).double().sum()
-        if not torch.isfinite(loss):
+    sums = losses_of_texts(logits, batch)
+    for sample, loss in zip(batch.samples, sums, strict=True):
+        if not math.isfinite(loss):
             raise ModelError(
-                f"the loss on text {batch.samples[row]} is not finite: the model's logits overflow "
+                f"the loss on text {sample} is not finite: the model's logits overflow "
                 f"or are NaN in {logits.dtype}; load it as bfloat16 or float32"
             )
-        sums.append(float(loss))
     return sums, logits.shape[-1]

@@ -276,8 +276,8 @@ pub(crate) trait Sweep {
         })
     }
 
-    /// Fetches some lines.
-    fn fetch(soon: &mut Soon, lines: usize);
+    /// Fetches some lines; for [`Sweep::pack`], where a sweep has none of its own.
+    fn fetch(_soon: &mut Soon, _lines: usize) {}
 
     /// `|x + f·y|²` of rows of bfloat16, every element rounded once; `None` if there is no way
     /// but the plain one.

@@ -25,7 +25,7 @@ pub(crate) trait Packed: Copy + Default {
     /// The value in float64.
     fn widen(self) -> f64;
 
-    /// The buffer of this form, made when there is none with room for so many columns.
+    /// The buffer of this form, made anew if it is of another size.
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self>;
 
     /// The bits of a magnitude: greater for greater ones, greatest for NaN and infinity.
@@ -51,7 +51,7 @@ impl Packed for f64 {
     }
 
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self> {
-        Chunk::with_room(&mut chunks.double, num_states, columns)
+        Chunk::of_size(&mut chunks.double, num_states, columns)
     }
 
     #[inline(always)]
@@ -79,7 +79,7 @@ impl Packed for f32 {
     }
 
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self> {
-        Chunk::with_room(&mut chunks.single, num_states, columns)
+        Chunk::of_size(&mut chunks.single, num_states, columns)
     }
 
     #[inline(always)]
@@ -110,7 +110,7 @@ impl Packed for u16 {
     }
 
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self> {
-        Chunk::with_room(&mut chunks.brain, num_states, columns)
+        Chunk::of_size(&mut chunks.brain, num_states, columns)
     }
 
     #[inline(always)]
@@ -164,7 +164,7 @@ impl<P: Packed> Chunk<P> {
         columns.next_multiple_of(PADDING) + LINE / size_of::<P>()
     }
 
-    fn with_room(place: &mut Option<Self>, num_states: usize, columns: usize) -> &mut Self {
+    fn of_size(place: &mut Option<Self>, num_states: usize, columns: usize) -> &mut Self {
         let needed = Self::stride_of(columns);
         let fits = |chunk: &Self| (chunk.num_states, chunk.stride) == (num_states, needed);
         place.take_if(|chunk| !fits(chunk));

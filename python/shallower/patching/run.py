@@ -41,8 +41,9 @@ def patch(
         method: ``refit`` (the default), ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most. States of so many tokens lie in a temporary file:
-            twice ``num_tokens`` times D values. Memory grows with the widths alone.
+        num_tokens: tokens to fit, at most; layers after the cut take half of them. Their
+            states lie in a temporary file: twice ``num_tokens`` times D values. Memory grows
+            with the widths alone.
         progress: a bar on standard error; by default if that is a terminal.
 
     Returns:

@@ -13,7 +13,7 @@ from torch import nn
 from ..artifacts import Plan
 from ..calibration import Batch
 from ..errors import PatchError
-from ..evaluation import next_token_losses
+from ..evaluation import losses_of_texts
 from ..least_squares import NormalEquations
 from ..models.layerwise import Layerwise
 from ..models.writers import Writer, Writers, find_writers
@@ -264,11 +264,8 @@ class Patching:
         total, count = 0.0, 0
         for index, batch in enumerate(self.held_out.batches):
             logits = self.model.logits(batch, self.held_out.cut[index], layers)
-            for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
-                expected = torch.from_numpy(batch.input_ids[row, 1:length]).to(logits.device)
-                losses = next_token_losses(logits[row, : length - 1], expected)
-                total += float(losses.double().sum())
-                count += length - 1
+            total += sum(losses_of_texts(logits, batch))
+            count += int(batch.attention_mask.sum()) - len(batch)
         return total / count if math.isfinite(total) else math.inf
 
     def _set(self, writer: Writer, weight: torch.Tensor) -> None:

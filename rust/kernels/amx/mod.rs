@@ -324,8 +324,6 @@ impl<E: Multiply> Sweep for Tiles<E> {
         }
     }
 
-    fn fetch(_soon: &mut Soon, _lines: usize) {}
-
     #[inline(always)]
     fn copy<'a, T: Element + 'a>(
         chunk: &mut Chunk<u16>,
