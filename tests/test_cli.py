@@ -865,6 +865,15 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
     assert_cut(folder / "out" / "checkpoint", tiny, plan.survivors)
 
 
+def test_steps_of_healing_need_a_healing(shallower, folder, tiny, texts):
+    done = shallower(
+        "run", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl",
+        "--out", "out", "--heal-steps", "2",
+    )  # fmt: skip
+    assert "--heal-steps without --heal" in done.error
+    assert not (folder / "out").exists()
+
+
 def test_run_says_nothing_on_standard_error_when_no_one_looks(folder, tiny, texts):
     done = in_a_process(
         SHALLOWER, "run", tiny, "--texts", texts / "texts.jsonl",

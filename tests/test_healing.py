@@ -19,11 +19,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import shallower as sh
 from conftest import WORDS, tiny_llama
 from families import small_config
 from shallower import demo
+from shallower.cli import app
 from shallower.figures import smoothed
 from shallower.healing.losses import Distillation, summed_loss
 from shallower.healing.recipe import (
@@ -504,6 +506,39 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
     ]  # fmt: skip
     with pytest.raises(sh.RecipeError, match="is patched already"):
         sh.heal(patched, texts, tmp_path / "again", QUICK, **options)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_run_patches_and_heals_its_largest_cut(patchable, tmp_path, helps, monkeypatch):
+    from shallower.healing import patched
+
+    def refuse(*_args, **_options):
+        raise sh.PatchError("the patch does not help")
+
+    if not helps:
+        monkeypatch.setattr(patched, "patch", refuse)
+    for name, texts in (("texts", documents(600, 5)), ("held_out", HELD_OUT)):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    command = [
+        "run", patchable[0], "--texts", tmp_path / "texts.jsonl", "--eval-texts",
+        tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1,2", "--dtype", "float32",
+        "--heal", "--heal-steps", "6", "--json",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, [str(part) for part in command])
+    assert done.exit_code == 0, (done.output, done.exception)
+    told = "healed from the cut, without a patch: the patch does not help"
+    assert (told in done.stderr) is not helps
+    report = json.loads(done.stdout)
+    healing = report["healing"]
+    assert healing["recipe"]["steps"] == 6
+    cut, before = report["cuts"][-2]["loss"]["nats"], healing["held_out"][0]["nats"]
+    assert before < cut - 0.02 if helps else before == pytest.approx(cut, abs=1e-4)
+    assert healing["held_out"][-1]["nats"] < before
+    assert healing["merge"]["difference"] < 1e-5
+    assert (tmp_path / "out" / "healed" / "shallower_patch.json").is_file() is helps
+    model, _ = sh.load_model(tmp_path / "out" / "healed", dtype="float32")
+    assert model.config.num_hidden_layers == 4
 
 
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):

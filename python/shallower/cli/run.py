@@ -1,11 +1,14 @@
 """``shallower run`` and ``shallower demo``: the whole way."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..artifacts import CHECKPOINT_FOLDER, RESULTS_FILE
+from ..errors import PatchError, RecipeError
+from ..healing.recipe import Recipe
 from ..report import comparison_table, plan_table, scan_table
 from ..selection import check_size, parse_sizes
 from ..storage import check_free
@@ -29,13 +32,15 @@ from .options import (
     TrustRemoteCode,
     load,
 )
-from .output import draw, print_json, rejected, say_dry_run, show
+from .output import draw, print_json, rejected, say_dry_run, show, warn
 
 HEALED_FOLDER = "healed"
 """The healed model below the folder of a run."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..pipeline import Run
 
 
 def run_command(
@@ -50,8 +55,10 @@ def run_command(
     samples: Samples = None,
     threads: Threads = None,
     heal: Annotated[
-        int | None,
-        typer.Option(help="Patch the largest cut, and train adapters for so many steps.", min=1),
+        bool, typer.Option("--heal", help="Patch the largest cut, then train adapters.")
+    ] = False,
+    heal_steps: Annotated[
+        int | None, typer.Option(help="Of 16 sequences each; 5,000 by default.", min=1)
     ] = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
@@ -63,57 +70,56 @@ def run_command(
     """From a model to a shallower one: scan, measure every block size, save the largest cut.
 
     With --heal the cut is patched and healed as well, into healed/ below --out, on the same
-    texts; as by shallower heal OUT/checkpoint --original MODEL --from-patch --merge.
+    texts; as by shallower heal OUT/checkpoint --original MODEL --from-patch --merge, which goes
+    on where an interrupted healing has stopped. Where no patch helps it is healed alone.
     """
     from ..models.loading import count_layers
 
+    if heal_steps is not None and not heal:
+        raise RecipeError("--heal-steps without --heal: healing is asked for by --heal")
+    recipe = Recipe(dtype="bfloat16" if dtype == "float16" else dtype)
+    if heal_steps is not None:
+        recipe = replace(recipe, steps=heal_steps)
     source, held_out = Texts(texts, samples), Texts(eval_texts)
     wanted = parse_sizes(sizes)
     _check_run(out, overwrite)
-    if heal is not None:
+    if heal:
         check_free(out / HEALED_FOLDER, overwrite)
     num_layers = count_layers(model, gguf_file, trust_remote_code)
     for n in wanted:
         check_size(num_layers, n)
     if dry_run:
-        plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted}
+        plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted, "heal": heal}
         say_dry_run({**plan, "write": [str(out)]}, as_json)
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
-    _run(
-        loaded, tokenizer, source, list(held_out), out, wanted, as_json,
+    done = _run(
+        loaded, tokenizer, source, list(held_out), out, wanted,
         max_length=max_length, batch_size=batch_size, threads=threads, overwrite=overwrite,
         total=source.count(),
     )  # fmt: skip
-    if heal is not None:
+    report = {**done.to_json(), "out": str(out)}
+    if not as_json:
+        _say(done, out)
+    if heal:
         del loaded
-        _heal(out, model, gguf_file, source, list(held_out), heal, dtype, overwrite,
-              trust_remote_code, as_json)  # fmt: skip
+        from ..healing.run import heal as heal_cut
 
-
-def _heal(
-    out: Path,
-    model: str,
-    gguf_file: str | None,
-    texts: Texts,
-    eval_texts: list[str],
-    steps: int,
-    dtype: str,
-    overwrite: bool,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
-    from ..healing.recipe import Recipe
-    from ..healing.run import heal
-
-    uncut = str(Path(model) / gguf_file) if gguf_file else model
-    held_in: Any = "bfloat16" if dtype == "float16" else dtype
-    done = heal(
-        out / CHECKPOINT_FOLDER, texts, out / HEALED_FOLDER, Recipe(steps=steps, dtype=held_in),
-        eval_texts, uncut, merge=True, from_patch=True, overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    say_healing(done, out / HEALED_FOLDER, as_json)
+        uncut = str(Path(model) / gguf_file) if gguf_file else model
+        how: dict[str, Any] = {
+            "merge": True, "overwrite": overwrite, "trust_remote_code": trust_remote_code,
+        }  # fmt: skip
+        job = (out / CHECKPOINT_FOLDER, source, out / HEALED_FOLDER, recipe, list(held_out), uncut)
+        try:
+            healed = heal_cut(*job, from_patch=True, **how)
+        except PatchError as error:
+            warn(f"healed from the cut, without a patch: {error}")
+            healed = heal_cut(*job, **how)
+        report["healing"] = healed.to_json()
+        if not as_json:
+            say_healing(healed, out / HEALED_FOLDER, as_json)
+    if as_json:
+        print_json(report)
 
 
 def demo_command(
@@ -140,7 +146,11 @@ def demo_command(
         say_dry_run({"demo": path.name, **counts, "write": [str(out)]}, as_json)
         return
     loaded, tokenizer = load(str(path), dtype, None, None, False)
-    _run(loaded, tokenizer, calibration, held_out, out, wanted, as_json, overwrite=overwrite)
+    done = _run(loaded, tokenizer, calibration, held_out, out, wanted, overwrite=overwrite)
+    if as_json:
+        print_json({**done.to_json(), "out": str(out)})
+    else:
+        _say(done, out)
 
 
 def _check_run(out: Path, overwrite: bool) -> None:
@@ -155,16 +165,16 @@ def _run(
     eval_texts: list[str],
     out: Path,
     sizes: list[int],
-    as_json: bool,
     **options: Any,
-) -> None:
+) -> "Run":
     from ..pipeline import run
 
     done = run(model, tokenizer, texts, eval_texts, out, sizes, **options)
     draw(done.scan, out)
-    if as_json:
-        print_json({**done.to_json(), "out": str(out)})
-        return
+    return done
+
+
+def _say(done: "Run", out: Path) -> None:
     show(
         scan_table(done.scan),
         comparison_table(done.comparison),
