@@ -340,6 +340,7 @@ impl Soon {
     }
 
     /// The addresses.
+    #[cfg(target_arch = "x86_64")]
     pub fn rows(&self) -> &[usize] {
         &self.rows
     }

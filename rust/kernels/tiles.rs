@@ -83,6 +83,9 @@ pub(crate) trait Unit {
     unsafe fn prefetch(address: *const u8);
 }
 
+/// Pairs of the largest tile.
+const MOST_PAIRS: usize = 25;
+
 /// Rows in blocks as even as they can be, of at most `most`.
 #[derive(Clone, Copy)]
 struct Blocks {
@@ -130,30 +133,34 @@ pub(crate) unsafe fn collect<U: Unit>(num_states: usize, sums: &[f64], products:
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {
             let (second, columns) = blocks.get(j);
-            let (tile, rest) = tiles.split_at(rows * columns * U::LANES);
+            let count = rows * columns;
+            let (tile, rest) = tiles.split_at(count * U::LANES);
             tiles = rest;
+            let mut totals = [0.0; MOST_PAIRS];
+            let mut at = 0;
+            while at + 4 <= count {
+                let lanes = &tile[at * U::LANES..][..4 * U::LANES];
+                // SAFETY: four times `LANES` of them.
+                let four = unsafe { U::total_four(lanes.as_ptr()) };
+                totals[at..at + 4].copy_from_slice(&four);
+                at += 4;
+            }
+            while at < count {
+                let lanes = &tile[at * U::LANES..][..U::LANES];
+                // SAFETY: `LANES` of them.
+                totals[at] = unsafe { U::total(lanes.as_ptr()) };
+                at += 1;
+            }
             for row in 0..rows {
                 let skipped = if i == j { row + 1 } else { 0 };
-                let row_of_tile = &tile[row * columns * U::LANES..][..columns * U::LANES];
+                let totals = &totals[row * columns + skipped..][..columns - skipped];
                 let row = first + row;
                 let start = row * (2 * num_states - row - 1) / 2 + second + skipped - row - 1;
-                let entries = &row_of_tile[skipped * U::LANES..];
                 // No iterators: in a function of this size they are calls.
-                let products = &mut products[start..][..columns - skipped];
+                let products = &mut products[start..][..totals.len()];
                 let mut column = 0;
-                while column + 4 <= products.len() {
-                    let lanes = &entries[column * U::LANES..][..4 * U::LANES];
-                    // SAFETY: four times `LANES` of them.
-                    let totals = unsafe { U::total_four(lanes.as_ptr()) };
-                    for (product, total) in products[column..column + 4].iter_mut().zip(totals) {
-                        *product += total;
-                    }
-                    column += 4;
-                }
-                while column < products.len() {
-                    let lanes = &entries[column * U::LANES..][..U::LANES];
-                    // SAFETY: `LANES` of them.
-                    products[column] += unsafe { U::total(lanes.as_ptr()) };
+                while column < totals.len() {
+                    products[column] += totals[column];
                     column += 1;
                 }
             }
@@ -213,9 +220,12 @@ pub(crate) unsafe fn add<U: Unit>(
     }
     let mut place = sums.as_mut_ptr();
     let blocks = Blocks::new(chunk.num_states(), U::ROWS);
+    // One line every so many columns, since many at a time wait for one another; what is left
+    // over, where spans begin.
     let tiles = blocks.count * (blocks.count + 1) / 2;
-    // As evenly as can be: many at a time wait for one another.
-    let between = (tiles * length / soon.left().max(1)).max(1);
+    let (steps, spans) = (tiles * length / U::WIDTH, tiles * length.div_ceil(span));
+    let between = steps / soon.left().max(1) * U::WIDTH;
+    let left_over = soon.left().saturating_sub(steps).div_ceil(spans);
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {
@@ -231,6 +241,7 @@ pub(crate) unsafe fn add<U: Unit>(
                     length,
                     span,
                     between,
+                    left_over,
                     place,
                 };
                 tile.of_shape(rows, columns, i == j, soon);
@@ -248,6 +259,8 @@ struct Tile<U: Unit> {
     span: usize,
     /// Columns from one line that is fetched to the next.
     between: usize,
+    /// Lines that are fetched where a span begins.
+    left_over: usize,
     place: *mut f64,
 }
 
@@ -282,14 +295,17 @@ impl<U: Unit> Tile<U> {
         // read, `M · N · LANES` numbers from `place` written: the caller's.
         unsafe {
             let mut at = 0;
-            let mut fetched = 0;
+            let mut next = 0;
             while at < self.length {
                 let end = self.length.min(at + self.span);
                 let mut sums = [[U::zero(); N]; M];
+                for _ in 0..self.left_over {
+                    soon.fetch::<U>();
+                }
                 while at < end {
-                    while fetched <= at {
+                    if at >= next {
                         soon.fetch::<U>();
-                        fetched += self.between;
+                        next += self.between;
                     }
                     let mut right = [U::load(self.right.add(at)); N];
                     for (j, vector) in right.iter_mut().enumerate().skip(1) {
