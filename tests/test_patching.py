@@ -171,7 +171,7 @@ def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
     with pytest.raises(sh.PatchError, match=r"does not help: the loss on \d+ held-out tokens"):
         patch(model, words, [range(2, 4)], sentences(40))
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-    assert model.config.num_hidden_layers == 4
+    assert model.config.num_hidden_layers == 6
 
 
 @pytest.mark.parametrize(
