@@ -1,5 +1,6 @@
 """What the tests share: tiny random models for structure, and the real one for numbers."""
 
+import json
 import os
 from pathlib import Path
 
@@ -21,6 +22,12 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(97)]
+
+
+def write_jsonl(path, texts):
+    """A file of texts, a JSON object a line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def tiny_llama(num_layers=6, seed=0, **options):

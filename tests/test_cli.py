@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import shallower as sh
-from conftest import WORDS, tiny_llama
+from conftest import WORDS, tiny_llama, write_jsonl
 from shallower import Plan, Scan, cli, figures
 from shallower._core import tiers
 
@@ -102,11 +102,6 @@ def in_a_process(*command, **options):
 def documents(count, seed=0):
     source = random.Random(seed)
     return [" ".join(source.choices(WORDS, k=source.randint(3, 20))) for _ in range(count)]
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 @pytest.fixture(scope="session")

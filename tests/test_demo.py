@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import shallower.demo
+from conftest import write_jsonl
 from shallower import ModelError, Plan, TextsError, cli, demo
 from shallower.demo import PASSAGE, passages
 
@@ -20,9 +21,7 @@ def paragraphs(name, count=4):
 @pytest.fixture
 def write(tmp_path):
     def written(*documents):
-        path = tmp_path / "own.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-        return str(path)
+        return str(write_jsonl(tmp_path / "own.jsonl", documents))
 
     return written
 

@@ -19,13 +19,11 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import shallower as sh
-from conftest import WORDS, tiny_llama
+from conftest import WORDS, tiny_llama, write_jsonl
 from families import small_config
 from shallower import demo
-from shallower.cli import app
 from shallower.figures import smoothed
 from shallower.healing.losses import Distillation, summed_loss
 from shallower.healing.recipe import (
@@ -43,7 +41,7 @@ from shallower.healing.samples import collate, order, read_samples
 from shallower.healing.training import add_adapters, computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.quantised import keep_unpacked
-from test_cli import Done, folder, in_a_process, shallower, write_jsonl  # noqa: F401
+from test_cli import Done, folder, in_a_process, shallower  # noqa: F401
 
 BLOCK = sh.Block(2, 4)
 QUICK = Recipe(
@@ -509,7 +507,7 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
 
 
 @pytest.mark.parametrize("helps", [True, False])
-def test_a_run_patches_and_heals_its_largest_cut(patchable, tmp_path, helps, monkeypatch):
+def test_a_run_patches_and_heals(patchable, shallower, tmp_path, helps, monkeypatch):  # noqa: F811
     from shallower.healing import patched
 
     def refuse(*_args, **_options):
@@ -518,18 +516,16 @@ def test_a_run_patches_and_heals_its_largest_cut(patchable, tmp_path, helps, mon
     if not helps:
         monkeypatch.setattr(patched, "patch", refuse)
     for name, texts in (("texts", documents(600, 5)), ("held_out", HELD_OUT)):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    command = [
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    done = shallower(
         "run", patchable[0], "--texts", tmp_path / "texts.jsonl", "--eval-texts",
         tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1,2", "--dtype", "float32",
         "--heal", "--heal-steps", "6", "--json",
-    ]  # fmt: skip
-    done = CliRunner().invoke(app, [str(part) for part in command])
-    assert done.exit_code == 0, (done.output, done.exception)
+    )  # fmt: skip
+    assert done.status == 0, done.err
     told = "healed from the cut, without a patch: the patch does not help"
-    assert (told in done.stderr) is not helps
-    report = json.loads(done.stdout)
+    assert (told in done.err) is not helps
+    report = done.json
     healing = report["healing"]
     assert healing["recipe"]["steps"] == 6
     cut, before = report["cuts"][-2]["loss"]["nats"], healing["held_out"][0]["nats"]

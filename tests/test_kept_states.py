@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import shallower as sh
-from conftest import WORDS, tiny_llama
+from conftest import WORDS, tiny_llama, write_jsonl
 from shallower import OutputError, ScanError, StatesError, TextsError, pipeline, states_file
 from shallower.artifacts import ModelIdentity, Rejection, TextsIdentity
 from shallower.calibration import TokenBatches
@@ -454,8 +454,7 @@ cli.main()
 def test_a_killed_scan_goes_on_to_the_same_states(words, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "tiny")
     words.save_pretrained(tmp_path / "tiny")
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(600)))
+    texts = write_jsonl(tmp_path / "texts.jsonl", documents(600))
     path, out = tmp_path / "kept" / "states.safetensors", tmp_path / "out"
     command = ["scan", tmp_path / "tiny", "--texts", texts, "--out", out, "--batch-size", 1]
     command = [sys.executable, "-c", CHILD, *map(str, [*command, "--keep-states", path])]

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import shallower as sh
-from conftest import WORDS, tiny_llama
+from conftest import WORDS, tiny_llama, write_jsonl
 from shallower.cli import app
 from shallower.patching import solving
 from shallower.patching.run import patch
@@ -210,8 +210,7 @@ def folder(learned, words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("patch")
     sh.save_model(copy.deepcopy(learned), words, folder / "model")
     for name, texts in (("texts", TEXTS), ("held_out", HELD_OUT)):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_jsonl(folder / f"{name}.jsonl", texts)
     return folder
 
 
