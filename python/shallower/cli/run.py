@@ -69,9 +69,10 @@ def run_command(
 ) -> None:
     """From a model to a shallower one: scan, measure every block size, save the largest cut.
 
-    With --heal the cut is patched and healed as well, into healed/ below --out, on the same
-    texts; as by shallower heal OUT/checkpoint --original MODEL --from-patch --merge, which goes
-    on where an interrupted healing has stopped. Where no patch helps it is healed alone.
+    With --heal the cut is patched and healed as well, into healed/ below --out,
+    on the same texts; as by shallower heal OUT/checkpoint --original MODEL
+    --from-patch --merge, which goes on where an interrupted healing has
+    stopped. Where no patch helps it is healed alone.
     """
     from ..models.loading import count_layers
 
@@ -93,8 +94,9 @@ def run_command(
         say_dry_run({**plan, "write": [str(out)]}, as_json)
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
+    passages = list(held_out)
     done = _run(
-        loaded, tokenizer, source, list(held_out), out, wanted,
+        loaded, tokenizer, source, passages, out, wanted,
         max_length=max_length, batch_size=batch_size, threads=threads, overwrite=overwrite,
         total=source.count(),
     )  # fmt: skip
@@ -109,7 +111,7 @@ def run_command(
         how: dict[str, Any] = {
             "merge": True, "overwrite": overwrite, "trust_remote_code": trust_remote_code,
         }  # fmt: skip
-        job = (out / CHECKPOINT_FOLDER, source, out / HEALED_FOLDER, recipe, list(held_out), uncut)
+        job = (out / CHECKPOINT_FOLDER, source, out / HEALED_FOLDER, recipe, passages, uncut)
         try:
             healed = heal_cut(*job, from_patch=True, **how)
         except PatchError as error:
@@ -117,7 +119,7 @@ def run_command(
             healed = heal_cut(*job, **how)
         report["healing"] = healed.to_json()
         if not as_json:
-            say_healing(healed, out / HEALED_FOLDER, as_json)
+            say_healing(healed, out / HEALED_FOLDER, as_json=False)
     if as_json:
         print_json(report)
 
