@@ -222,13 +222,11 @@ impl Accumulator {
                 },
             )
             .map(Part::drained)
-            .reduce(
-                || Part::new(self, keep),
-                |mut left, right| {
-                    left.append(right);
-                    left
-                },
-            );
+            .reduce_with(|mut left, right| {
+                left.append(right);
+                left
+            })
+            .unwrap_or_else(|| Part::new(self, keep));
         let Part {
             sums,
             mut rejections,
