@@ -311,7 +311,8 @@ impl Gram {
         let mut engine = S::engine(states.width());
         let chunks = states.width().div_ceil(columns);
         // While a chunk is multiplied, one that follows is fetched.
-        let ahead = (S::AHEAD / (num_states * columns * size_of::<T>())).clamp(1, chunks);
+        let ahead = S::AHEAD / (num_states * columns * size_of::<T>());
+        let ahead = ahead.max(S::LEAST_AHEAD).min(chunks);
         for (number, start) in (0..states.width()).step_by(columns).enumerate() {
             let length = columns.min(states.width() - start);
             let (next_sample, next) = if number + ahead < chunks {

@@ -76,9 +76,9 @@ impl Unit for Brain {
     }
 
     #[inline(always)]
-    unsafe fn total_four(from: *const f64) -> [f64; 4] {
+    unsafe fn total_eight(from: *const f64) -> [f64; 8] {
         // SAFETY: the caller's.
-        unsafe { avx2::total_four(from) }
+        unsafe { avx512::total_eight(from) }
     }
 
     #[inline(always)]
@@ -91,28 +91,8 @@ impl Unit for Brain {
     unsafe fn pack_brains(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
         // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
         unsafe {
-            let mut sums = [_mm512_setzero_ps(); 4];
-            let mut largest = _mm512_setzero_si512();
-            let mut at = 0;
-            while at < row.len() {
-                let whole = row.len() - at >= 4 * Self::WIDTH;
-                for sum in &mut sums {
-                    let bits = if whole {
-                        _mm512_loadu_epi16(row.as_ptr().add(at).cast())
-                    } else if at < row.len() {
-                        avx512::brains(row, at)
-                    } else {
-                        break;
-                    };
-                    _mm512_storeu_si512(to.as_mut_ptr().add(at).cast(), bits);
-                    let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-                    largest = _mm512_max_epu16(largest, magnitudes);
-                    let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
-                    *sum = _mm512_dpbf16_ps(*sum, bits, bits);
-                    at += Self::WIDTH;
-                }
-            }
-            Some((avx512::greatest(largest), avx512::total(sums)))
+            let keep = |at, bits| _mm512_storeu_si512(to.as_mut_ptr().add(at).cast(), bits);
+            Some(measure(row, keep))
         }
     }
 
@@ -124,35 +104,35 @@ impl Unit for Brain {
 
 sweep!(Brain);
 
-/// The greatest magnitude of a row and the sum of its squares.
+/// The greatest magnitude of a row and the sum of its squares; `keep` is called with every 32
+/// columns, zeros where the row has ended.
 ///
 /// # Safety
 ///
 /// AVX-512 and BF16.
 #[inline(always)]
-pub(super) unsafe fn measure(row: &[u16]) -> (f32, f64) {
+pub(super) unsafe fn measure(row: &[u16], mut keep: impl FnMut(usize, __m512i)) -> (f32, f64) {
     // SAFETY: the caller's; what lies beyond the row is not read.
     unsafe {
         let mut sums = [_mm512_setzero_ps(); 4];
         let mut largest = [_mm512_setzero_si512(); 2];
-        let whole = row.len() / (4 * 32) * (4 * 32);
+        let mut add = |at, bits, chain: usize| {
+            keep(at, bits);
+            let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+            largest[chain % 2] = _mm512_max_epu16(largest[chain % 2], magnitudes);
+            let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
+            sums[chain] = _mm512_dpbf16_ps(sums[chain], bits, bits);
+        };
         let mut at = 0;
-        while at < whole {
-            for i in 0..4 {
-                let bits = _mm512_loadu_epi16(row.as_ptr().add(at + 32 * i).cast());
-                let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-                largest[i % 2] = _mm512_max_epu16(largest[i % 2], magnitudes);
-                let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
-                sums[i] = _mm512_dpbf16_ps(sums[i], bits, bits);
+        while at + 4 * 32 <= row.len() {
+            for chain in 0..4 {
+                let bits = _mm512_loadu_epi16(row.as_ptr().add(at).cast());
+                add(at, bits, chain);
+                at += 32;
             }
-            at += 4 * 32;
         }
         while at < row.len() {
-            let bits = avx512::brains(row, at);
-            let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-            largest[0] = _mm512_max_epu16(largest[0], magnitudes);
-            let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
-            sums[0] = _mm512_dpbf16_ps(sums[0], bits, bits);
+            add(at, avx512::brains(row, at), 0);
             at += 32;
         }
         let largest = _mm512_max_epu16(largest[0], largest[1]);

@@ -228,6 +228,9 @@ pub(crate) trait Sweep {
     /// Bytes that are fetched before they are read: as few as do, since more are forgotten.
     const AHEAD: usize;
 
+    /// Chunks that are fetched before they are read, whatever their bytes.
+    const LEAST_AHEAD: usize;
+
     /// Columns whose products are summed in `Packed`'s precision; beyond, it is float64.
     const SPAN: usize;
 
@@ -253,12 +256,10 @@ pub(crate) trait Sweep {
         row: impl Fn(usize) -> &'a [T],
         magnitudes: &mut [f32],
         squares: &mut [f64],
-        soon: &mut Soon,
+        _soon: &Soon,
         _engine: &mut Self::Engine,
     ) {
-        let begun = soon.begun();
         for state in 0..chunk.num_states() {
-            Self::fetch(soon, begun);
             (magnitudes[state], squares[state]) = Self::pack_row(chunk, state, row(state));
         }
     }
@@ -275,9 +276,6 @@ pub(crate) trait Sweep {
             (magnitude, Self::square(chunk.row(state)))
         })
     }
-
-    /// Fetches some lines; for [`Sweep::pack`], where a sweep has none of its own.
-    fn fetch(_soon: &mut Soon, _lines: usize) {}
 
     /// `|x + f·y|²` of rows of bfloat16, every element rounded once; `None` if there is no way
     /// but the plain one.
@@ -318,6 +316,8 @@ pub(crate) trait Sweep {
 #[derive(Debug, Default)]
 pub(crate) struct Soon {
     rows: Vec<usize>,
+    /// How many of them, with the bytes from each on; rows that join are one run.
+    runs: usize,
     bytes: usize,
     in_turn: bool,
     /// The next line.
@@ -329,6 +329,11 @@ pub(crate) struct Soon {
 impl Soon {
     const LINE: usize = 64;
 
+    const PAGE: usize = 4096;
+
+    /// Pages of a group.
+    const PAGES: usize = 32;
+
     /// Begins anew with rows of so many bytes; a line of each `in_turn`, or one whole row after
     /// the other.
     pub fn begin(&mut self, rows: impl Iterator<Item = usize>, bytes: usize, in_turn: bool) {
@@ -336,7 +341,11 @@ impl Soon {
         self.rows.extend(rows);
         (self.bytes, self.in_turn) = (bytes, in_turn);
         (self.row, self.at) = (0, 0);
-        self.left = bytes.div_ceil(Self::LINE) * self.rows.len();
+        self.runs = self.rows.len();
+        if !in_turn && self.rows.windows(2).all(|two| two[0] + bytes == two[1]) {
+            self.bytes *= std::mem::replace(&mut self.runs, 1);
+        }
+        self.left = self.bytes.div_ceil(Self::LINE) * self.runs;
     }
 
     /// The addresses.
@@ -350,13 +359,24 @@ impl Soon {
         self.left
     }
 
-    /// How many lines of each row are to be fetched while rows are packed. The processor sees
-    /// where a row begins, and fetches along; rows that are read whole it follows anyway.
-    pub fn begun(&self) -> usize {
-        if self.in_turn {
-            self.left.div_ceil(4 * self.rows.len())
-        } else {
-            0
+    /// Fetches one line of every page of the groups that begin in what is to be fetched: where a
+    /// page lies the processor waits to be told, for many pages hardly longer than for one.
+    ///
+    /// # Safety
+    ///
+    /// As for the methods of [`tiles::Unit`].
+    #[allow(unsafe_code)]
+    #[inline(always)]
+    pub unsafe fn fetch_pages<U: tiles::Unit>(&self) {
+        for &start in &self.rows[..self.runs] {
+            let groups = start.next_multiple_of(Self::PAGES * Self::PAGE)..start + self.bytes;
+            for group in groups.step_by(Self::PAGES * Self::PAGE) {
+                for page in 0..Self::PAGES {
+                    let address = group + page * Self::PAGE;
+                    // SAFETY: the caller's; a prefetch reads nothing, whatever is there.
+                    unsafe { U::prefetch(std::ptr::without_provenance(address)) };
+                }
+            }
         }
     }
 

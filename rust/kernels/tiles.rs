@@ -58,9 +58,9 @@ pub(crate) trait Unit {
         }
     }
 
-    /// The same of four times `LANES` numbers, to the bit.
+    /// The same of eight times `LANES` numbers, to the bit.
     #[inline(always)]
-    unsafe fn total_four(from: *const f64) -> [f64; 4] {
+    unsafe fn total_eight(from: *const f64) -> [f64; 8] {
         // SAFETY: the caller's.
         std::array::from_fn(|i| unsafe { Self::total(from.add(i * Self::LANES)) })
     }
@@ -83,8 +83,8 @@ pub(crate) trait Unit {
     unsafe fn prefetch(address: *const u8);
 }
 
-/// Pairs of the largest tile.
-const MOST_PAIRS: usize = 25;
+/// At least the pairs of the largest tile; a multiple of eight.
+const MOST_PAIRS: usize = 32;
 
 /// Rows in blocks as even as they can be, of at most `most`.
 #[derive(Clone, Copy)]
@@ -119,7 +119,8 @@ pub(crate) fn num_sums<U: Unit>(num_states: usize) -> usize {
     let on_diagonal: usize = (0..blocks.count)
         .map(|block| blocks.get(block).1.pow(2))
         .sum();
-    usize::midpoint(num_states * num_states, on_diagonal) * U::LANES
+    // Sums are totalled by eight, so up to seven beyond the last are read.
+    (usize::midpoint(num_states * num_states, on_diagonal) + 7) * U::LANES
 }
 
 /// # Safety
@@ -134,23 +135,14 @@ pub(crate) unsafe fn collect<U: Unit>(num_states: usize, sums: &[f64], products:
         for j in i..blocks.count {
             let (second, columns) = blocks.get(j);
             let count = rows * columns;
-            let (tile, rest) = tiles.split_at(count * U::LANES);
-            tiles = rest;
             let mut totals = [0.0; MOST_PAIRS];
-            let mut at = 0;
-            while at + 4 <= count {
-                let lanes = &tile[at * U::LANES..][..4 * U::LANES];
-                // SAFETY: four times `LANES` of them.
-                let four = unsafe { U::total_four(lanes.as_ptr()) };
-                totals[at..at + 4].copy_from_slice(&four);
-                at += 4;
+            for eight in 0..count.div_ceil(8) {
+                let lanes = &tiles[8 * eight * U::LANES..][..8 * U::LANES];
+                // SAFETY: eight times `LANES` of them.
+                let eight_totals = unsafe { U::total_eight(lanes.as_ptr()) };
+                totals[8 * eight..][..8].copy_from_slice(&eight_totals);
             }
-            while at < count {
-                let lanes = &tile[at * U::LANES..][..U::LANES];
-                // SAFETY: `LANES` of them.
-                totals[at] = unsafe { U::total(lanes.as_ptr()) };
-                at += 1;
-            }
+            tiles = &tiles[count * U::LANES..];
             for row in 0..rows {
                 let skipped = if i == j { row + 1 } else { 0 };
                 let totals = &totals[row * columns + skipped..][..columns - skipped];
@@ -158,13 +150,23 @@ pub(crate) unsafe fn collect<U: Unit>(num_states: usize, sums: &[f64], products:
                 let start = row * (2 * num_states - row - 1) / 2 + second + skipped - row - 1;
                 // No iterators: in a function of this size they are calls.
                 let products = &mut products[start..][..totals.len()];
-                let mut column = 0;
-                while column < totals.len() {
-                    products[column] += totals[column];
-                    column += 1;
+                match totals.len() {
+                    5 => add_all::<5>(products, totals),
+                    4 => add_all::<4>(products, totals),
+                    3 => add_all::<3>(products, totals),
+                    2 => add_all::<2>(products, totals),
+                    1 => add_all::<1>(products, totals),
+                    _ => (),
                 }
             }
         }
+    }
+}
+
+#[inline(always)]
+fn add_all<const N: usize>(products: &mut [f64], totals: &[f64]) {
+    for column in 0..N {
+        products[column] += totals[column];
     }
 }
 
@@ -225,6 +227,8 @@ pub(crate) unsafe fn add<U: Unit>(
     let tiles = blocks.count * (blocks.count + 1) / 2;
     let (steps, spans) = (tiles * length / U::WIDTH, tiles * length.div_ceil(span));
     let between = steps / soon.left().max(1) * U::WIDTH;
+    // SAFETY: the caller's.
+    unsafe { soon.fetch_pages::<U>() };
     let left_over = soon.left().saturating_sub(steps).div_ceil(spans);
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
@@ -363,6 +367,8 @@ macro_rules! sweep {
 
             const AHEAD: usize = 80 << 10;
 
+            const LEAST_AHEAD: usize = 2;
+
             const SPAN: usize = <$unit as Unit>::SPAN;
 
             const SPREAD: f64 = <$unit as Unit>::SPREAD;
@@ -390,14 +396,6 @@ macro_rules! sweep {
             fn square(row: &[Self::Packed]) -> f64 {
                 // SAFETY: as above.
                 unsafe { $crate::kernels::tiles::square::<$unit>(row) }
-            }
-
-            #[inline(always)]
-            fn fetch(soon: &mut $crate::kernels::Soon, lines: usize) {
-                for _ in 0..lines {
-                    // SAFETY: as above.
-                    unsafe { soon.fetch::<$unit>() };
-                }
             }
 
             #[inline(always)]

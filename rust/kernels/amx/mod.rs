@@ -234,6 +234,8 @@ impl<E: Multiply> Sweep for Tiles<E> {
 
     const AHEAD: usize = 40 << 10;
 
+    const LEAST_AHEAD: usize = 1;
+
     const SPAN: usize = SPAN * COLUMNS;
 
     const SPREAD: f64 = 1.05e-7;
@@ -271,7 +273,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
         row: impl Fn(usize) -> &'a [T],
         magnitudes: &mut [f32],
         squares: &mut [f64],
-        soon: &mut Soon,
+        soon: &Soon,
         session: &mut Session<E>,
     ) {
         static ZEROS: [u16; CHUNK] = [0; CHUNK];
@@ -303,7 +305,8 @@ impl<E: Multiply> Sweep for Tiles<E> {
             for state in 0..num_states {
                 let row = T::brains(row(state)).expect("tiles are for bfloat16");
                 // SAFETY: a sweep is reached through its tier's `run` alone.
-                (magnitudes[state], squares[state]) = unsafe { avx512bf16::measure(row) };
+                (magnitudes[state], squares[state]) =
+                    unsafe { avx512bf16::measure(row, |_, _| ()) };
             }
             return;
         }
