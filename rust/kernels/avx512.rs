@@ -251,15 +251,19 @@ pub(super) unsafe fn fold_four(sums: [__m512; 4], to: *mut f64) {
     // SAFETY: the caller's.
     unsafe {
         let [a, b, c, d] = sums;
-        // Quarters that stay where they are, and the others in their places.
-        let halved = |x, y| {
-            let stay = _mm512_mask_blend_ps(0xff00, x, y);
-            _mm512_add_ps(stay, _mm512_shuffle_f32x4::<0x4e>(x, y))
-        };
-        let (ac, bd) = (halved(a, c), halved(b, d));
-        let stay = _mm512_mask_blend_ps(0xf0f0, ac, bd);
-        let others = _mm512_mask_blend_ps(0x0f0f, ac, bd);
-        let folded = _mm512_add_ps(stay, _mm512_shuffle_f32x4::<0xb1>(others, others));
+        // Quarters 0 and 1 of two sums plus their quarters 2 and 3, then 0 and 1 of each.
+        let ab = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x44>(a, b),
+            _mm512_shuffle_f32x4::<0xee>(a, b),
+        );
+        let cd = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x44>(c, d),
+            _mm512_shuffle_f32x4::<0xee>(c, d),
+        );
+        let folded = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x88>(ab, cd),
+            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+        );
         let halves = [
             _mm512_castps512_ps256(folded),
             _mm512_extractf32x8_ps::<1>(folded),
@@ -281,11 +285,6 @@ pub(super) unsafe fn fold_four(sums: [__m512; 4], to: *mut f64) {
 pub(super) unsafe fn total_eight(from: *const f64) -> [f64; 8] {
     // SAFETY: the caller's; a vector is eight numbers.
     unsafe {
-        // Lanes 0 and 1 of four sums, and 2 and 3: of the first, third, first, third, second, ...
-        let halves_of_four = |from: *const f64| {
-            let (a, b) = (_mm512_loadu_pd(from), _mm512_loadu_pd(from.add(8)));
-            _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b))
-        };
         let (low, high) = (halves_of_four(from), halves_of_four(from.add(16)));
         let first = _mm512_setr_epi64(0, 4, 1, 5, 8, 12, 9, 13);
         let second = _mm512_setr_epi64(2, 6, 3, 7, 10, 14, 11, 15);
@@ -294,6 +293,20 @@ pub(super) unsafe fn total_eight(from: *const f64) -> [f64; 8] {
             _mm512_permutex2var_pd(low, second, high),
         );
         std::mem::transmute::<__m512d, [f64; 8]>(totals)
+    }
+}
+
+/// Lanes 0 and 1 of four sums, and 2 and 3: of the first, third, first, third, second, ...
+///
+/// # Safety
+///
+/// AVX-512 F; sixteen values can be read.
+#[inline(always)]
+unsafe fn halves_of_four(from: *const f64) -> __m512d {
+    // SAFETY: the caller's; a vector is eight numbers.
+    unsafe {
+        let (a, b) = (_mm512_loadu_pd(from), _mm512_loadu_pd(from.add(8)));
+        _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b))
     }
 }
 

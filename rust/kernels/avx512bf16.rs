@@ -90,10 +90,7 @@ impl Unit for Brain {
     #[inline(always)]
     unsafe fn pack_brains(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
         // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
-        unsafe {
-            let keep = |at, bits| _mm512_storeu_si512(to.as_mut_ptr().add(at).cast(), bits);
-            Some(measure(row, keep))
-        }
+        Some(unsafe { measure(row, Some(to)) })
     }
 
     #[inline(always)]
@@ -104,38 +101,53 @@ impl Unit for Brain {
 
 sweep!(Brain);
 
-/// The greatest magnitude of a row and the sum of its squares; `keep` is called with every 32
-/// columns, zeros where the row has ended.
+/// The greatest magnitude of a row and the sum of its squares; copies it, padded with zeros.
+///
+/// # Safety
+///
+/// AVX-512 and BF16; the copy is a multiple of 32 and no shorter than the row.
+#[inline(always)]
+pub(super) unsafe fn measure(row: &[u16], mut copy: Option<&mut [u16]>) -> (f32, f64) {
+    // SAFETY: the caller's; what lies beyond the row is not read.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); 4];
+        let mut largest = [_mm512_setzero_si512(); 2];
+        let mut at = 0;
+        while at + 4 * 32 <= row.len() {
+            for chain in 0..4 {
+                let bits = _mm512_loadu_epi16(row.as_ptr().add(at).cast());
+                weigh(bits, &mut largest[chain % 2], &mut sums[chain]);
+                if let Some(copy) = &mut copy {
+                    _mm512_storeu_si512(copy.as_mut_ptr().add(at).cast(), bits);
+                }
+                at += 32;
+            }
+        }
+        while at < row.len() {
+            let bits = avx512::brains(row, at);
+            weigh(bits, &mut largest[0], &mut sums[0]);
+            if let Some(copy) = &mut copy {
+                _mm512_storeu_si512(copy.as_mut_ptr().add(at).cast(), bits);
+            }
+            at += 32;
+        }
+        let largest = _mm512_max_epu16(largest[0], largest[1]);
+        (avx512::greatest(largest), avx512::total(sums))
+    }
+}
+
+/// Takes 32 columns into the greatest magnitudes and the sums of squares.
 ///
 /// # Safety
 ///
 /// AVX-512 and BF16.
 #[inline(always)]
-pub(super) unsafe fn measure(row: &[u16], mut keep: impl FnMut(usize, __m512i)) -> (f32, f64) {
-    // SAFETY: the caller's; what lies beyond the row is not read.
+unsafe fn weigh(bits: __m512i, largest: &mut __m512i, sum: &mut __m512) {
+    // SAFETY: the caller's; both are 512 bits of anything.
     unsafe {
-        let mut sums = [_mm512_setzero_ps(); 4];
-        let mut largest = [_mm512_setzero_si512(); 2];
-        let mut add = |at, bits, chain: usize| {
-            keep(at, bits);
-            let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-            largest[chain % 2] = _mm512_max_epu16(largest[chain % 2], magnitudes);
-            let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
-            sums[chain] = _mm512_dpbf16_ps(sums[chain], bits, bits);
-        };
-        let mut at = 0;
-        while at + 4 * 32 <= row.len() {
-            for chain in 0..4 {
-                let bits = _mm512_loadu_epi16(row.as_ptr().add(at).cast());
-                add(at, bits, chain);
-                at += 32;
-            }
-        }
-        while at < row.len() {
-            add(at, avx512::brains(row, at), 0);
-            at += 32;
-        }
-        let largest = _mm512_max_epu16(largest[0], largest[1]);
-        (avx512::greatest(largest), avx512::total(sums))
+        let magnitudes = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+        *largest = _mm512_max_epu16(*largest, magnitudes);
+        let bits = std::mem::transmute::<__m512i, __m512bh>(bits);
+        *sum = _mm512_dpbf16_ps(*sum, bits, bits);
     }
 }
