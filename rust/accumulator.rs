@@ -4,7 +4,7 @@ mod part;
 
 use rayon::prelude::*;
 
-use self::part::{Part, append};
+use self::part::{Part, Range, Workspaces, append};
 use crate::error::{Error, Rejection, names};
 use crate::exact::{ExactSum, SCALE};
 use crate::gram::NORMS;
@@ -59,6 +59,7 @@ pub struct Accumulator {
     rejected: u64,
     /// The last sequence, which is in the sums as far as it has come, and may go on.
     open: Option<Sequence>,
+    workspaces: Workspaces,
 }
 
 /// The same samples, whatever tier compares the next ones.
@@ -96,13 +97,18 @@ impl Accumulator {
             lengths: Lengths::default(),
             rejected: 0,
             open: None,
+            workspaces: Workspaces::default(),
         })
     }
 
     /// The same with another tier than the chosen one; samples that are in keep their values.
     pub fn with_tier(self, tier: Tier) -> Result<Self, Error> {
         let tier = tier.checked()?;
-        Ok(Self { tier, ..self })
+        Ok(Self {
+            tier,
+            workspaces: Workspaces::default(),
+            ..self
+        })
     }
 
     /// The instruction set that samples are compared with.
@@ -124,6 +130,7 @@ impl Accumulator {
             lengths: Lengths::default(),
             rejected: 0,
             open: None,
+            workspaces: Workspaces::default(),
         }
     }
 
@@ -221,18 +228,17 @@ impl Accumulator {
                     part
                 },
             )
-            .map(Part::drained)
+            .map(|part| part.finish(&self.workspaces))
             .reduce_with(|mut left, right| {
                 left.append(right);
                 left
             })
-            .unwrap_or_else(|| Part::new(self, keep));
-        let Part {
+            .unwrap_or_else(|| Range::new(self, keep));
+        let Range {
             sums,
             mut rejections,
             kept: inner,
             mut ends,
-            ..
         } = added;
         let mut goes_on = false;
         if states.num_samples() > 0

@@ -1,5 +1,7 @@
 //! What one thread adds up before it is added to the rest.
 
+use std::sync::Mutex;
+
 use super::{Accumulator, MetricSums, num_pairs};
 use crate::error::{Reason, Rejection};
 use crate::exact::{BlockSums, add_rounded};
@@ -8,35 +10,72 @@ use crate::kernels::{Kernels, Work};
 use crate::sequence::Sequence;
 use crate::states::{Element, States};
 
-/// A range of samples, added up.
-pub(super) struct Part {
+/// What comparing samples takes, all empty between two ranges: new memory costs the system more
+/// than it costs to use it.
+#[derive(Debug)]
+struct Workspace {
     gram: Gram,
     fractions: Vec<f64>,
     blocks: Vec<BlockSums>,
-    pub sums: Accumulator,
+}
+
+/// The workspaces that nobody uses, all of one accumulator.
+#[derive(Debug, Default)]
+pub(super) struct Workspaces(Mutex<Vec<Workspace>>);
+
+/// A copy makes its own.
+impl Clone for Workspaces {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl Workspaces {
+    fn take(&self, whole: &Accumulator) -> Workspace {
+        let spare = self.0.lock().ok().and_then(|mut spare| spare.pop());
+        spare.unwrap_or_else(|| {
+            let pairs = num_pairs(whole.num_states);
+            Workspace {
+                gram: Gram::new(whole.num_states, whole.tier),
+                fractions: vec![0.0; pairs],
+                blocks: whole.sums.iter().map(|_| BlockSums::new(pairs)).collect(),
+            }
+        })
+    }
+
+    fn give_back(&self, workspace: Workspace) {
+        if let Ok(mut spare) = self.0.lock() {
+            spare.push(workspace);
+        }
+    }
+}
+
+/// A range of samples that is being added up.
+pub(super) struct Part {
+    workspace: Workspace,
+    range: Range,
     undrained: u32,
-    pub rejections: Vec<Rejection>,
-    /// The values of all pairs of the samples added, a vector for each metric, if they are kept.
-    pub kept: Vec<Vec<f32>>,
-    /// The first and the last sequence, if there are any: they may go on in other parts.
-    pub ends: Vec<Sequence>,
     /// What the last sequence has more than its sums, for each metric.
     lanes: Vec<Vec<i64>>,
 }
 
+/// A range of samples, added up.
+pub(super) struct Range {
+    pub sums: Accumulator,
+    pub rejections: Vec<Rejection>,
+    /// The values of all pairs of the samples added, a vector for each metric, if they are kept.
+    pub kept: Vec<Vec<f32>>,
+    /// The first and the last sequence, if there are any: they may go on in other ranges.
+    pub ends: Vec<Sequence>,
+}
+
 impl Part {
     pub fn new(whole: &Accumulator, keep: bool) -> Self {
-        let pairs = num_pairs(whole.num_states);
         Self {
+            workspace: whole.workspaces.take(whole),
+            range: Range::new(whole, keep),
             undrained: 0,
-            ends: Vec::new(),
             lanes: Vec::new(),
-            gram: Gram::new(whole.num_states, whole.tier),
-            fractions: vec![0.0; pairs],
-            blocks: whole.sums.iter().map(|_| BlockSums::new(pairs)).collect(),
-            sums: whole.empty(),
-            rejections: Vec::new(),
-            kept: vec![Vec::new(); if keep { whole.sums.len() } else { 0 }],
         }
     }
 
@@ -50,15 +89,15 @@ impl Part {
         if let Some(number) = sequence {
             self.enter(number);
         }
-        let tier = self.sums.tier;
+        let tier = self.range.sums.tier;
         let added = tier.run(AddSample {
             part: self,
             states,
             sample,
         });
         if let Err((state, reason)) = added {
-            self.sums.rejected += 1;
-            self.rejections.push(Rejection {
+            self.range.sums.rejected += 1;
+            self.range.rejections.push(Rejection {
                 sample,
                 state,
                 reason,
@@ -72,28 +111,20 @@ impl Part {
 
     /// Begins the sequence of this number, if it is not the last one.
     fn enter(&mut self, number: i64) {
-        if self.ends.last().is_some_and(|last| last.number == number) {
+        let ends = &self.range.ends;
+        if ends.last().is_some_and(|last| last.number == number) {
             return;
         }
         self.drain_lanes();
-        let pairs = num_pairs(self.sums.num_states);
-        let metrics = self.sums.sums.len();
+        let pairs = num_pairs(self.range.sums.num_states);
+        let metrics = self.range.sums.sums.len();
         self.lanes.resize(metrics, vec![0; pairs]);
-        self.ends.push(Sequence::new(number, metrics, pairs));
-        self.settle();
-    }
-
-    /// Adds the sequences that can go on nowhere else.
-    fn settle(&mut self) {
-        while self.ends.len() > 2 {
-            let inner = self.ends.remove(1);
-            self.sums.add_sequence(&inner);
-            self.sums.keep(&inner, &mut self.kept);
-        }
+        self.range.ends.push(Sequence::new(number, metrics, pairs));
+        self.range.settle();
     }
 
     fn drain_lanes(&mut self) {
-        if let Some(last) = self.ends.last_mut() {
+        if let Some(last) = self.range.ends.last_mut() {
             for (lanes, sums) in self.lanes.iter_mut().zip(&mut last.sums) {
                 for (lane, sum) in lanes.iter_mut().zip(sums) {
                     *sum += i128::from(std::mem::take(lane));
@@ -105,21 +136,43 @@ impl Part {
     fn drain(&mut self) {
         self.undrained = 0;
         self.drain_lanes();
-        for (block, sums) in self.blocks.iter_mut().zip(&mut self.sums.sums) {
+        let sums = &mut self.range.sums;
+        for (block, sums) in self.workspace.blocks.iter_mut().zip(&mut sums.sums) {
             block.drain_into(&mut sums.pairs);
         }
-        for norm in &mut self.sums.norms {
+        for norm in &mut sums.norms {
             norm.carry();
         }
     }
 
-    /// The part once its sums are complete.
-    pub fn drained(mut self) -> Self {
+    /// The range once its sums are complete.
+    pub fn finish(mut self, workspaces: &Workspaces) -> Range {
         self.drain();
-        self
+        workspaces.give_back(self.workspace);
+        self.range
+    }
+}
+
+impl Range {
+    pub fn new(whole: &Accumulator, keep: bool) -> Self {
+        Self {
+            sums: whole.empty(),
+            rejections: Vec::new(),
+            kept: vec![Vec::new(); if keep { whole.sums.len() } else { 0 }],
+            ends: Vec::new(),
+        }
     }
 
-    /// Adds the range that follows, both parts being drained.
+    /// Adds the sequences that can go on nowhere else.
+    fn settle(&mut self) {
+        while self.ends.len() > 2 {
+            let inner = self.ends.remove(1);
+            self.sums.add_sequence(&inner);
+            self.sums.keep(&inner, &mut self.kept);
+        }
+    }
+
+    /// Adds the range that follows.
     pub fn append(&mut self, next: Self) {
         let mut ends = next.ends.into_iter();
         if let Some(first) = ends.next() {
@@ -148,15 +201,19 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
     #[inline(always)]
     fn run<K: Kernels>(self) -> Self::Output {
         let Part {
-            gram,
-            fractions,
-            blocks,
-            sums,
-            kept,
-            ends,
+            workspace,
+            range,
             lanes,
             ..
         } = self.part;
+        let Workspace {
+            gram,
+            fractions,
+            blocks,
+        } = workspace;
+        let Range {
+            sums, kept, ends, ..
+        } = range;
         gram.compute_with::<K, T>(self.states, self.sample)?;
         let of_norms = |sums: &MetricSums| sums.metric.range() > 1.0;
         if sums.sums.iter().any(of_norms)
