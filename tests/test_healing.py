@@ -487,6 +487,9 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
     options = {"original": whole, "from_patch": True}
     record = sh.heal(cut, texts, tmp_path / "adapters", QUICK, HELD_OUT, **options)
     assert record.before.nats < plain.before.nats
+    assert record.cut.nats == pytest.approx(plain.before.nats, abs=1e-6)
+    came_back = record.cut.nats - record.after.nats
+    assert record.recovered == came_back / (record.cut.nats - record.original.nats)
     patched = tmp_path / "adapters" / "patched"
     model, tokenizer = sh.load_model(patched, dtype="float32")
     loss = sh.evaluate_loss(model, tokenizer, HELD_OUT, max_length=16)
@@ -535,6 +538,18 @@ def test_a_run_patches_and_heals(patchable, shallower, tmp_path, helps, monkeypa
     assert (tmp_path / "out" / "healed" / "shallower_patch.json").is_file() is helps
     model, _ = sh.load_model(tmp_path / "out" / "healed", dtype="float32")
     assert model.config.num_hidden_layers == 4
+
+
+def test_a_run_that_cannot_heal_does_nothing(patchable, shallower, tmp_path):  # noqa: F811
+    for name, texts in (("texts", documents(2, 5)), ("held_out", HELD_OUT)):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    done = shallower(
+        "run", patchable[0], "--texts", tmp_path / "texts.jsonl", "--eval-texts",
+        tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1", "--heal",
+    )  # fmt: skip
+    assert "2 texts make 0 sequences" in done.error
+    assert "one step takes 16: give more texts" in done.error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):

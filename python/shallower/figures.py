@@ -119,7 +119,11 @@ def healing_curve(healing: Healing) -> bytes:
         error = np.nan_to_num([measured.loss.stderr for measured in healing.held_out])
         axes.plot(at, nats, "o-", color="crimson", label="held out ± standard error")
         axes.fill_between(at, nats - error, nats + error, color="crimson", alpha=0.15, linewidth=0)
-    lines = (("before healing", healing.before, "--"), ("uncut", healing.original, ":"))
+    lines = (
+        ("unpatched", healing.cut, "-."),
+        ("before healing", healing.before, "--"),
+        ("uncut", healing.original, ":"),
+    )
     for label, loss, style in lines:
         if loss is not None:
             axes.axhline(loss.nats, color="black", linestyle=style, linewidth=1, label=label)

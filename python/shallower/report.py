@@ -93,6 +93,8 @@ def healing_table(healing: Healing) -> Table:
     training = {step.step: f"{step.loss:.3f}" for step in healing.steps}
     rows = {measured.step: str(measured.loss) for measured in healing.held_out}
     rows = rows or {healing.best_step: ""}
+    if healing.cut:
+        table.add_row("unpatched", str(healing.cut), "")
     for step, loss in rows.items():
         table.add_row(str(step), loss, training.get(step, ""))
     if healing.original:

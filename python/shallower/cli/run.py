@@ -94,6 +94,10 @@ def run_command(
         say_dry_run({**plan, "write": [str(out)]}, as_json)
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
+    if heal:
+        from ..healing.run import require_a_step
+
+        require_a_step(loaded, tokenizer, source, recipe)
     passages = list(held_out)
     done = _run(
         loaded, tokenizer, source, passages, out, wanted,

@@ -78,6 +78,7 @@ class Healing:
         held_out: measurements, from step 0; empty without held-out texts.
         best_step: the step whose adapters were kept: of the least held-out loss, or the last.
         original: held-out loss of the uncut model, if it was measured.
+        cut: held-out loss of the cut without the patch that the training began from, if it did.
         tokens_per_second: of the training since the process began that ended it.
         merge: if the adapters were merged.
         versions: the packages that made it.
@@ -93,6 +94,7 @@ class Healing:
     held_out: tuple[Measured, ...]
     best_step: int
     original: Loss | None = None
+    cut: Loss | None = None
     tokens_per_second: float | None = None
     merge: Merge | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -111,10 +113,11 @@ class Healing:
     @property
     def recovered(self) -> float | None:
         """The share of the nats lost by the cut that came back; None where not all is known."""
-        if not (self.before and self.after and self.original):
+        cut = self.cut or self.before
+        if not (cut and self.after and self.original):
             return None
-        lost = self.before.nats - self.original.nats
-        return (self.before.nats - self.after.nats) / lost if lost > 0 else None
+        lost = cut.nats - self.original.nats
+        return (cut.nats - self.after.nats) / lost if lost > 0 else None
 
     def to_json(self) -> dict[str, Any]:
         """The healing as plain JSON values."""
@@ -130,6 +133,7 @@ class Healing:
             "best_step": self.best_step,
             "recovered": self.recovered,
             "original": self.original.to_json() if self.original else None,
+            "cut": self.cut.to_json() if self.cut else None,
             "held_out": [measured.to_json() for measured in self.held_out],
             "steps": [asdict(step) for step in self.steps],
             "tokens_per_second": self.tokens_per_second,
@@ -183,7 +187,8 @@ class Healing:
                 for measured in of_type(list, data["held_out"])
             ),
             best_step=of_type(int, data["best_step"]),
-            original=_loss(data["original"]) if data["original"] else None,
+            original=_loss(data["original"]),
+            cut=_loss(data["cut"]),
             tokens_per_second=None if speed is None else of_type(float, speed),
             merge=Merge(**{**of_type(dict, merge), "loss": _loss(merge["loss"])})
             if merge

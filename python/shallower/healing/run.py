@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from ..artifacts import PLAN_FILE, Loss, Plan, TextsIdentity
@@ -105,7 +105,6 @@ def heal(
         patched = patched_cut(
             path, plan, uncut, texts, out, dtype, resolved.max_length, progress, trust_remote_code
         )
-        path = str(patched)
     done = _Run(
         path, plan, resolved, texts, eval_texts, uncut, merge, progress, trust_remote_code, patched
     ).to(out, overwrite)
@@ -150,15 +149,34 @@ def resolve(path: str, plan: Plan, recipe: Recipe, trust_remote_code: bool = Fal
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the config of {path}: {error}") from error
+    return recipe.resolve(_facts(config, plan.num_layers), processes())
+
+
+def require_a_step(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    recipe: Recipe,
+) -> None:
+    """Refuse, before a model is cut, what healing it would refuse afterwards.
+
+    Raises:
+        RecipeError: settings that do not fit the model.
+        TextsError: too few texts for one step.
+    """
+    resolved = recipe.resolve(_facts(model.config, len(find_layers(model))))
+    read_samples(tokenizer, texts, resolved.max_length, resolved.packing, GLOBAL_BATCH)
+
+
+def _facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
     decoder: Any = config.get_text_config(decoder=True)
     positions = getattr(decoder, "max_position_embeddings", None)
-    facts = ModelFacts(
+    return ModelFacts(
         model_type=decoder.model_type,
         hidden_size=decoder.hidden_size,
-        num_layers=plan.num_layers,
+        num_layers=num_layers,
         positions=positions if isinstance(positions, int) and positions > 0 else None,
     )
-    return recipe.resolve(facts, processes())
 
 
 def processes() -> int:
@@ -175,7 +193,7 @@ def is_first() -> bool:
 class _Run:
     """One healing on its way."""
 
-    path: str
+    cut: str
     plan: Plan
     recipe: Resolved
     texts: Iterable[str]
@@ -185,6 +203,11 @@ class _Run:
     progress: bool | None
     trust_remote_code: bool
     patched: Path | None
+
+    @property
+    def path(self) -> str:
+        """Of the model that is trained."""
+        return str(self.patched or self.cut)
 
     def to(self, out: Path, overwrite: bool) -> Healing:
         held_out = None if self.eval_texts is None else list(self.eval_texts)
@@ -223,6 +246,12 @@ class _Run:
                 healing = replace(
                     healing, original=self._loss(teacher, tokenizer, held_out, "loss, uncut")
                 )
+            if self.patched is not None and held_out:
+                unpatched, _ = self._load(self.cut)
+                healing = replace(
+                    healing, cut=self._loss(unpatched, tokenizer, held_out, "loss, unpatched")
+                )
+                del unpatched
             distillation = None
             if teacher is not None and recipe.distill:
                 distillation = Distillation(model, teacher, self.plan)

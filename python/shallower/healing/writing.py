@@ -38,6 +38,8 @@ def _rows(healing: Healing) -> list[tuple[str, str]]:
     ]
     if healing.before and healing.after:
         rows.append(("held-out loss", f"{healing.before} → {healing.after} nats a token"))
+    if healing.cut:
+        rows.append(("held-out loss, unpatched", f"{healing.cut} nats a token"))
     if healing.original:
         rows.append(("held-out loss, uncut", f"{healing.original} nats a token"))
     if healing.merge and healing.merge.loss:
