@@ -12,7 +12,7 @@
 use std::ops::RangeInclusive;
 
 use crate::error::Reason;
-use crate::kernels::{Chunk, Chunks, Kernels, Packed, Soon, Sweep, Tier, Work};
+use crate::kernels::{Chunk, Chunks, Kernels, PADDING, Packed, Soon, Sweep, Tier, Work, greatest};
 use crate::metric::{Metric, Pair};
 use crate::states::{Element, States};
 
@@ -457,32 +457,43 @@ fn take_massive<S: Sweep>(
             squares[state] + earlier[state],
         )
     }) {
-        for column in 0..chunk.length() {
-            let value = chunk.row(state)[column].widen();
-            if !is_massive(value, squares[state] + earlier[state]) {
+        let weight = squares[state] + earlier[state];
+        for first in (0..chunk.length()).step_by(PADDING) {
+            let some = &chunk.row(state)[first..][..PADDING];
+            if !is_massive(greatest(some).into(), weight) {
                 continue;
             }
-            taken += 1;
-            if taken > MOST_MASSIVE {
-                return Err(Unfit);
-            }
-            chunk.take_column(column, values);
-            let mut start = 0;
-            for (first, &value) in values.iter().enumerate() {
-                let others = &values[first + 1..];
-                for (product, other) in products[start..].iter_mut().zip(others) {
-                    *product += value * other;
+            for column in first..first + PADDING {
+                if !is_massive(chunk.row(state)[column].widen(), weight) {
+                    continue;
                 }
-                massive[first] += value * value;
-                start += others.len();
+                taken += 1;
+                if taken > MOST_MASSIVE {
+                    return Err(Unfit);
+                }
+                chunk.take_column(column, values);
+                add_products(values, products, massive);
             }
         }
         for state in 0..magnitudes.len() {
-            magnitudes[state] = chunk.magnitude(state);
-            squares[state] = S::square(chunk.row(state));
+            (magnitudes[state], squares[state]) = S::measure(chunk.row(state));
         }
     }
     Ok(())
+}
+
+/// Adds a column's products of all pairs, and its squares.
+#[inline(always)]
+fn add_products(values: &[f64], products: &mut [f64], squares: &mut [f64]) {
+    let mut start = 0;
+    for (first, &value) in values.iter().enumerate() {
+        let others = &values[first + 1..];
+        for (product, other) in products[start..].iter_mut().zip(others) {
+            *product += value * other;
+        }
+        squares[first] += value * value;
+        start += others.len();
+    }
 }
 
 /// What is known of the rows of a chunk, and room for a column.

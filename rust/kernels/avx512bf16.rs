@@ -88,6 +88,12 @@ impl Unit for Brain {
     }
 
     #[inline(always)]
+    unsafe fn measure(row: &[u16]) -> Option<(f32, f64)> {
+        // SAFETY: the caller's.
+        Some(unsafe { measure(row, None) })
+    }
+
+    #[inline(always)]
     unsafe fn pack_brains(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
         // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
         Some(unsafe { measure(row, Some(to)) })

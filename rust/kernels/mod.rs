@@ -28,7 +28,7 @@ use std::str::FromStr;
 use crate::error::Error;
 use crate::states::Element;
 
-pub(crate) use packed::{Chunk, Chunks, PADDING, Packed};
+pub(crate) use packed::{Chunk, Chunks, PADDING, Packed, greatest};
 
 /// The environment variable that forces a tier.
 pub const TIER_VARIABLE: &str = "SHALLOWER_TIER";
@@ -302,6 +302,12 @@ pub(crate) trait Sweep {
 
     /// The sum of squares of one row of a chunk, in `Packed`'s precision.
     fn square(row: &[Self::Packed]) -> f64;
+
+    /// The greatest magnitude of one row of a chunk, and its sum of squares.
+    #[inline(always)]
+    fn measure(row: &[Self::Packed]) -> (f32, f64) {
+        (greatest(row), Self::square(row))
+    }
 
     /// Copies a row of bfloat16 into one of a chunk, padded with zeros; its greatest magnitude
     /// and the sum of its squares. Columns may change places, in all rows alike. `None` if

@@ -124,6 +124,16 @@ impl Packed for u16 {
     }
 }
 
+/// The greatest magnitude of some values.
+#[inline(always)]
+pub(crate) fn greatest<P: Packed>(values: &[P]) -> f32 {
+    let mut largest = P::Bits::default();
+    for value in values {
+        largest = largest.max(value.bits());
+    }
+    P::magnitude(largest)
+}
+
 /// A buffer for each form.
 #[derive(Debug, Default)]
 pub(crate) struct Chunks {
@@ -219,16 +229,6 @@ impl<P: Packed> Chunk<P> {
             *to = packed;
         }
         padding.fill(P::default());
-        P::magnitude(largest)
-    }
-
-    /// The greatest magnitude of a row.
-    #[inline(always)]
-    pub fn magnitude(&self, state: usize) -> f32 {
-        let mut largest = P::Bits::default();
-        for value in self.row(state) {
-            largest = largest.max(value.bits());
-        }
         P::magnitude(largest)
     }
 

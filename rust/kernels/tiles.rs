@@ -73,6 +73,13 @@ pub(crate) trait Unit {
         None
     }
 
+    /// The greatest magnitude of a packed row and the sum of its squares; `None` if the unit has
+    /// no way of its own.
+    #[inline(always)]
+    unsafe fn measure(_row: &[Self::Packed]) -> Option<(f32, f64)> {
+        None
+    }
+
     /// `|x + f·y|²` of rows of bfloat16 of one length; `None` if the unit has no way of its own.
     #[inline(always)]
     unsafe fn square_of_sum(_x: &[u16], _y: &[u16], _factor: f32) -> Option<f64> {
@@ -396,6 +403,13 @@ macro_rules! sweep {
             fn square(row: &[Self::Packed]) -> f64 {
                 // SAFETY: as above.
                 unsafe { $crate::kernels::tiles::square::<$unit>(row) }
+            }
+
+            #[inline(always)]
+            fn measure(row: &[Self::Packed]) -> (f32, f64) {
+                // SAFETY: as above.
+                let measured = unsafe { <$unit as Unit>::measure(row) };
+                measured.unwrap_or_else(|| ($crate::kernels::greatest(row), Self::square(row)))
             }
 
             #[inline(always)]

@@ -411,6 +411,11 @@ impl<E: Multiply> Sweep for Tiles<E> {
     }
 
     #[inline(always)]
+    fn measure(row: &[u16]) -> (f32, f64) {
+        <avx512bf16::Brain as Sweep>::measure(row)
+    }
+
+    #[inline(always)]
     fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
         <avx512bf16::Brain as Sweep>::square_of_sum(x, y, factor)
     }
