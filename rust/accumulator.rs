@@ -59,6 +59,7 @@ pub struct Accumulator {
     rejected: u64,
     /// The last sequence, which is in the sums as far as it has come, and may go on.
     open: Option<Sequence>,
+    /// One a thread at most; they live as long as this does.
     workspaces: Workspaces,
 }
 

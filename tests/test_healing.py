@@ -509,27 +509,30 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
         sh.heal(patched, texts, tmp_path / "again", QUICK, **options)
 
 
-@pytest.mark.parametrize("helps", [True, False])
-def test_a_run_patches_and_heals(patchable, shallower, tmp_path, helps, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("why_not", [None, "the patch does not help", "7 texts are too few"])
+def test_a_run_patches_and_heals(patchable, shallower, tmp_path, why_not, monkeypatch):  # noqa: F811
     from shallower.healing import patched
 
     def refuse(*_args, **_options):
-        raise sh.PatchError("the patch does not help")
+        raise sh.PatchError(why_not)
 
-    if not helps:
+    texts = documents(600, 5)
+    if why_not and why_not.startswith("7"):
+        texts = [" ".join(texts[start::7]) for start in range(7)]
+    elif why_not:
         monkeypatch.setattr(patched, "patch", refuse)
-    for name, texts in (("texts", documents(600, 5)), ("held_out", HELD_OUT)):
-        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    for name, passages in (("texts", texts), ("held_out", HELD_OUT)):
+        write_jsonl(tmp_path / f"{name}.jsonl", passages)
     done = shallower(
         "run", patchable[0], "--texts", tmp_path / "texts.jsonl", "--eval-texts",
         tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1,2", "--dtype", "float32",
         "--heal", "--heal-steps", "6", "--json",
     )  # fmt: skip
     assert done.status == 0, done.err
-    told = "healed from the cut, without a patch: the patch does not help"
-    assert (told in done.err) is not helps
+    assert why_not is None or f"healed from the cut, without a patch: {why_not}" in done.err
     report = done.json
-    healing = report["healing"]
+    healing, helps = report["healing"], why_not is None
+    assert (healing["cut"] is not None) is helps
     assert healing["recipe"]["steps"] == 6
     cut, before = report["cuts"][-2]["loss"]["nats"], healing["held_out"][0]["nats"]
     assert before < cut - 0.02 if helps else before == pytest.approx(cut, abs=1e-4)

@@ -10,8 +10,8 @@ use crate::kernels::{Kernels, Work};
 use crate::sequence::Sequence;
 use crate::states::{Element, States};
 
-/// What comparing samples takes, all empty between two ranges: new memory costs the system more
-/// than it costs to use it.
+/// What comparing samples takes, its sums empty between two ranges: new memory costs the system
+/// more than it costs to use it.
 #[derive(Debug)]
 struct Workspace {
     gram: Gram,

@@ -285,18 +285,15 @@ pub(super) unsafe fn fold_four(sums: [__m512; 4], to: *mut f64) {
 pub(super) unsafe fn total_eight(from: *const f64) -> [f64; 8] {
     // SAFETY: the caller's; a vector is eight numbers.
     unsafe {
-        let (low, high) = (halves_of_four(from), halves_of_four(from.add(16)));
-        let first = _mm512_setr_epi64(0, 4, 1, 5, 8, 12, 9, 13);
-        let second = _mm512_setr_epi64(2, 6, 3, 7, 10, 14, 11, 15);
-        let totals = _mm512_add_pd(
-            _mm512_permutex2var_pd(low, first, high),
-            _mm512_permutex2var_pd(low, second, high),
-        );
-        std::mem::transmute::<__m512d, [f64; 8]>(totals)
+        let (a, b) = (halves_of_four(from), halves_of_four(from.add(16)));
+        // Of the first, fifth, second, sixth, ...
+        let totals = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        std::mem::transmute::<__m512d, [f64; 8]>(_mm512_permutexvar_pd(order, totals))
     }
 }
 
-/// Lanes 0 and 1 of four sums, and 2 and 3: of the first, third, first, third, second, ...
+/// Lanes 0 and 2 added, and 1 and 3, of four sums.
 ///
 /// # Safety
 ///
@@ -306,7 +303,10 @@ unsafe fn halves_of_four(from: *const f64) -> __m512d {
     // SAFETY: the caller's; a vector is eight numbers.
     unsafe {
         let (a, b) = (_mm512_loadu_pd(from), _mm512_loadu_pd(from.add(8)));
-        _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b))
+        _mm512_add_pd(
+            _mm512_shuffle_f64x2::<0x88>(a, b),
+            _mm512_shuffle_f64x2::<0xdd>(a, b),
+        )
     }
 }
 

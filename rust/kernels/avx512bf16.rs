@@ -88,9 +88,9 @@ impl Unit for Brain {
     }
 
     #[inline(always)]
-    unsafe fn measure(row: &[u16]) -> Option<(f32, f64)> {
+    unsafe fn measure(row: &[u16]) -> (f32, f64) {
         // SAFETY: the caller's.
-        Some(unsafe { measure(row, None) })
+        unsafe { measure(row, None) }
     }
 
     #[inline(always)]
@@ -129,13 +129,15 @@ pub(super) unsafe fn measure(row: &[u16], mut copy: Option<&mut [u16]>) -> (f32,
                 at += 32;
             }
         }
-        while at < row.len() {
-            let bits = avx512::brains(row, at);
-            weigh(bits, &mut largest[0], &mut sums[0]);
-            if let Some(copy) = &mut copy {
-                _mm512_storeu_si512(copy.as_mut_ptr().add(at).cast(), bits);
+        for chain in 0..4 {
+            if at < row.len() {
+                let bits = avx512::brains(row, at);
+                weigh(bits, &mut largest[chain % 2], &mut sums[chain]);
+                if let Some(copy) = &mut copy {
+                    _mm512_storeu_si512(copy.as_mut_ptr().add(at).cast(), bits);
+                }
+                at += 32;
             }
-            at += 32;
         }
         let largest = _mm512_max_epu16(largest[0], largest[1]);
         (avx512::greatest(largest), avx512::total(sums))

@@ -304,10 +304,7 @@ pub(crate) trait Sweep {
     fn square(row: &[Self::Packed]) -> f64;
 
     /// The greatest magnitude of one row of a chunk, and its sum of squares.
-    #[inline(always)]
-    fn measure(row: &[Self::Packed]) -> (f32, f64) {
-        (greatest(row), Self::square(row))
-    }
+    fn measure(row: &[Self::Packed]) -> (f32, f64);
 
     /// Copies a row of bfloat16 into one of a chunk, padded with zeros; its greatest magnitude
     /// and the sum of its squares. Columns may change places, in all rows alike. `None` if

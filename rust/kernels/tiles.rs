@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::packed::PADDING;
-use super::{Chunk, Packed, Soon};
+use super::{Chunk, Packed, Soon, greatest};
 
 /// The vectors of one instruction set and one precision.
 ///
@@ -12,7 +12,7 @@ use super::{Chunk, Packed, Soon};
 /// Every method may use the unit's instructions: call them only from a function that has
 /// these features, on a processor that has them. `load` reads `WIDTH` values, `flush` reads
 /// and writes `LANES` values.
-pub(crate) trait Unit {
+pub(crate) trait Unit: Sized {
     /// What is loaded.
     type Packed: Packed;
     /// A vector of it.
@@ -73,11 +73,11 @@ pub(crate) trait Unit {
         None
     }
 
-    /// The greatest magnitude of a packed row and the sum of its squares; `None` if the unit has
-    /// no way of its own.
+    /// The greatest magnitude of a packed row and the sum of its squares.
     #[inline(always)]
-    unsafe fn measure(_row: &[Self::Packed]) -> Option<(f32, f64)> {
-        None
+    unsafe fn measure(row: &[Self::Packed]) -> (f32, f64) {
+        // SAFETY: the caller's.
+        (greatest(row), unsafe { square::<Self>(row) })
     }
 
     /// `|x + f·y|²` of rows of bfloat16 of one length; `None` if the unit has no way of its own.
@@ -163,7 +163,8 @@ pub(crate) unsafe fn collect<U: Unit>(num_states: usize, sums: &[f64], products:
                     3 => add_all::<3>(products, totals),
                     2 => add_all::<2>(products, totals),
                     1 => add_all::<1>(products, totals),
-                    _ => (),
+                    0 => (),
+                    rows => unreachable!("tiles have at most five rows: {rows}"),
                 }
             }
         }
@@ -408,8 +409,7 @@ macro_rules! sweep {
             #[inline(always)]
             fn measure(row: &[Self::Packed]) -> (f32, f64) {
                 // SAFETY: as above.
-                let measured = unsafe { <$unit as Unit>::measure(row) };
-                measured.unwrap_or_else(|| ($crate::kernels::greatest(row), Self::square(row)))
+                unsafe { <$unit as Unit>::measure(row) }
             }
 
             #[inline(always)]
@@ -435,3 +435,48 @@ macro_rules! sweep {
     };
 }
 pub(crate) use sweep;
+
+#[cfg(test)]
+mod tests {
+    use super::Unit;
+    #[cfg(target_arch = "aarch64")]
+    use crate::kernels::neon;
+    use crate::kernels::{Tier, scalar};
+    #[cfg(target_arch = "x86_64")]
+    use crate::kernels::{avx2, avx512, avx512bf16};
+
+    fn eight_are_totalled_as_one<U: Unit>(tier: Tier) {
+        if !tier.is_available() {
+            return;
+        }
+        let lanes: Vec<f64> = (0..8 * U::LANES)
+            .map(|lane| [1e16, 1.0, -1e16, 3.0][lane % 4] * (1 + lane / 4) as f64)
+            .collect();
+        // SAFETY: the tier is available, and has the unit's instructions; eight times `LANES`
+        // values can be read.
+        unsafe {
+            for (i, eighth) in U::total_eight(lanes.as_ptr()).into_iter().enumerate() {
+                let alone = U::total(lanes.as_ptr().add(i * U::LANES));
+                assert_eq!(eighth.to_bits(), alone.to_bits(), "{tier}, {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn eight_sums_are_totalled_as_one_is() {
+        eight_are_totalled_as_one::<scalar::Double>(Tier::Scalar);
+        #[cfg(target_arch = "x86_64")]
+        {
+            eight_are_totalled_as_one::<avx2::Single>(Tier::Avx2);
+            eight_are_totalled_as_one::<avx2::Double>(Tier::Avx2);
+            eight_are_totalled_as_one::<avx512::Single>(Tier::Avx512);
+            eight_are_totalled_as_one::<avx512::Double>(Tier::Avx512);
+            eight_are_totalled_as_one::<avx512bf16::Brain>(Tier::Avx512Bf16);
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            eight_are_totalled_as_one::<neon::Single>(Tier::Neon);
+            eight_are_totalled_as_one::<neon::Double>(Tier::Neon);
+        }
+    }
+}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..artifacts import CHECKPOINT_FOLDER, RESULTS_FILE
-from ..errors import PatchError, RecipeError
+from ..errors import PatchError, RecipeError, TextsError
 from ..healing.recipe import Recipe
 from ..report import comparison_table, plan_table, scan_table
 from ..selection import check_size, parse_sizes
@@ -72,7 +72,7 @@ def run_command(
     With --heal the cut is patched and healed as well, into healed/ below --out,
     on the same texts; as by shallower heal OUT/checkpoint --original MODEL
     --from-patch --merge, which goes on where an interrupted healing has
-    stopped. Where no patch helps it is healed alone.
+    stopped. Where no patch helps, or texts are too few for one, it is healed alone.
     """
     from ..models.loading import count_layers
 
@@ -118,7 +118,7 @@ def run_command(
         job = (out / CHECKPOINT_FOLDER, source, out / HEALED_FOLDER, recipe, passages, uncut)
         try:
             healed = heal_cut(*job, from_patch=True, **how)
-        except PatchError as error:
+        except (PatchError, TextsError) as error:
             warn(f"healed from the cut, without a patch: {error}")
             healed = heal_cut(*job, **how)
         report["healing"] = healed.to_json()

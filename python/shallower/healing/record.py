@@ -188,7 +188,7 @@ class Healing:
             ),
             best_step=of_type(int, data["best_step"]),
             original=_loss(data["original"]),
-            cut=_loss(data["cut"]),
+            cut=_loss(data.get("cut")),
             tokens_per_second=None if speed is None else of_type(float, speed),
             merge=Merge(**{**of_type(dict, merge), "loss": _loss(merge["loss"])})
             if merge

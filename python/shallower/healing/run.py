@@ -83,8 +83,7 @@ def heal(
         OutputError: ``out`` holds something already, or cannot be written to.
         MissingExtraError: peft, or bitsandbytes for 4 and 8 bits, is not installed.
     """
-    if find_spec("peft") is None:
-        raise MissingExtraError("peft", "heal", "healing")
+    _require_peft()
     path, out, recipe = str(path), Path(out), recipe or Recipe()
     check_free(out, overwrite)
     if recipe.distill and original is None:
@@ -97,11 +96,7 @@ def heal(
     if from_patch:
         if uncut is None:
             raise RecipeError("a patch needs the uncut model: name it (original, --original)")
-        if processes() > 1:
-            raise RecipeError(
-                "several processes cannot patch together: shallower patch the model first, and "
-                "heal what it leaves"
-            )
+        _require_one_process()
         patched = patched_cut(
             path, plan, uncut, texts, out, dtype, resolved.max_length, progress, trust_remote_code
         )
@@ -158,14 +153,36 @@ def require_a_step(
     texts: Iterable[str],
     recipe: Recipe,
 ) -> None:
-    """Refuse, before a model is cut, what healing it would refuse afterwards.
+    """Refuse, before a model is cut, patched and healed, what can be known then.
 
     Raises:
-        RecipeError: settings that do not fit the model.
+        RecipeError: settings that do not fit the model, weights of 4 or 8 bits, which nothing is
+            merged into, or several processes.
         TextsError: too few texts for one step.
+        MissingExtraError: peft is not installed.
     """
+    _require_peft()
+    _require_one_process()
+    if recipe.dtype in ("nf4", "int8"):
+        raise RecipeError(
+            f"adapters are not merged into weights of {recipe.dtype}: cut plain ones (dtype, "
+            f"--dtype bfloat16)"
+        )
     resolved = recipe.resolve(_facts(model.config, len(find_layers(model))))
     read_samples(tokenizer, texts, resolved.max_length, resolved.packing, GLOBAL_BATCH)
+
+
+def _require_peft() -> None:
+    if find_spec("peft") is None:
+        raise MissingExtraError("peft", "heal", "healing")
+
+
+def _require_one_process() -> None:
+    if processes() > 1:
+        raise RecipeError(
+            "several processes cannot patch together: shallower patch the model first, and heal "
+            "what it leaves"
+        )
 
 
 def _facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
@@ -237,6 +254,8 @@ class _Run:
             (),
             0,
         )
+        if self.patched is not None and held_out:
+            healing = replace(healing, cut=self._unpatched(tokenizer, held_out))
         teacher = self._teacher()
         measured = held_out if held_out is None else _identity(tokenizer, held_out, recipe)
         with _work(out, _job(healing, measured, self.merge), overwrite) as folder:
@@ -246,15 +265,10 @@ class _Run:
                 healing = replace(
                     healing, original=self._loss(teacher, tokenizer, held_out, "loss, uncut")
                 )
-            if self.patched is not None and held_out:
-                unpatched, _ = self._load(self.cut)
-                healing = replace(
-                    healing, cut=self._loss(unpatched, tokenizer, held_out, "loss, unpatched")
-                )
-                del unpatched
             distillation = None
             if teacher is not None and recipe.distill:
                 distillation = Distillation(model, teacher, self.plan)
+            del teacher
             adapted = add_adapters(model, targets, recipe, self._base(out))
             device = input_device(find_layers(model))
 
@@ -305,6 +319,11 @@ class _Run:
         teacher, _ = self._load(self.original)
         self.plan.check_model(identify(teacher))
         return teacher
+
+    def _unpatched(self, tokenizer: PreTrainedTokenizerBase, held_out: list[str]) -> Loss:
+        cut, _ = self._load(self.cut)
+        with computing(self.recipe, input_device(find_layers(cut))):
+            return self._loss(cut, tokenizer, held_out, "loss, unpatched")
 
     def _loss(
         self,

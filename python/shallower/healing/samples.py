@@ -107,7 +107,7 @@ def _too_few(batches: TokenBatches, count: int, max_length: int, packing: bool) 
     return TextsError(
         f"{batches.num_texts} texts make {count} {kind}, and one step takes {GLOBAL_BATCH}: give "
         f"more texts"
-        + (", or shorter sequences (max_length, --max-length)" if packing else "")
+        + (", or shorter sequences (max_length, heal --max-length)" if packing else "")
         + said
     )
 
