@@ -342,12 +342,14 @@ impl Soon {
     pub fn begin(&mut self, rows: impl Iterator<Item = usize>, bytes: usize, in_turn: bool) {
         self.rows.clear();
         self.rows.extend(rows);
-        (self.bytes, self.in_turn) = (bytes, in_turn);
+        self.in_turn = in_turn;
         (self.row, self.at) = (0, 0);
-        self.runs = self.rows.len();
-        if !in_turn && self.rows.windows(2).all(|two| two[0] + bytes == two[1]) {
-            self.bytes *= std::mem::replace(&mut self.runs, 1);
-        }
+        let joined = !in_turn && self.rows.windows(2).all(|two| two[0] + bytes == two[1]);
+        (self.runs, self.bytes) = if joined {
+            (1, bytes * self.rows.len())
+        } else {
+            (self.rows.len(), bytes)
+        };
         self.left = self.bytes.div_ceil(Self::LINE) * self.runs;
     }
 

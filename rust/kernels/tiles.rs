@@ -235,9 +235,9 @@ pub(crate) unsafe fn add<U: Unit>(
     let tiles = blocks.count * (blocks.count + 1) / 2;
     let (steps, spans) = (tiles * length / U::WIDTH, tiles * length.div_ceil(span));
     let between = steps / soon.left().max(1) * U::WIDTH;
+    let left_over = soon.left().saturating_sub(steps).div_ceil(spans);
     // SAFETY: the caller's.
     unsafe { soon.fetch_pages::<U>() };
-    let left_over = soon.left().saturating_sub(steps).div_ceil(spans);
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {

@@ -95,9 +95,9 @@ def run_command(
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
     if heal:
-        from ..healing.run import require_a_step
+        from ..healing.run import require_healable
 
-        require_a_step(loaded, tokenizer, source, recipe)
+        require_healable(loaded, tokenizer, source, recipe)
     passages = list(held_out)
     done = _run(
         loaded, tokenizer, source, passages, out, wanted,

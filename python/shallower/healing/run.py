@@ -147,7 +147,7 @@ def resolve(path: str, plan: Plan, recipe: Recipe, trust_remote_code: bool = Fal
     return recipe.resolve(_facts(config, plan.num_layers), processes())
 
 
-def require_a_step(
+def require_healable(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
