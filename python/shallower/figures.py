@@ -131,7 +131,7 @@ def healing_curve(healing: Healing) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss, nats a token")
     axes.set_title(f"{healing.model.name}, step {healing.best_step} kept")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", framealpha=1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
