@@ -9,10 +9,10 @@ use crate::error::{Error, Rejection, names};
 use crate::exact::{ExactSum, SCALE};
 use crate::gram::NORMS;
 use crate::kernels::Tier;
-use crate::long_sum::LongSum;
 use crate::metric::Metric;
 use crate::sequence::{Lengths, MAX_SEQUENCE, Sequence, SequenceSum, variance};
 use crate::states::{Element, States, check_num_states};
+use crate::superaccumulator::Superaccumulator;
 
 /// The samples that the exact sums have room for.
 pub const MAX_SAMPLES: u64 = 1 << 31;
@@ -54,7 +54,7 @@ pub struct Accumulator {
     tier: Tier,
     num_states: usize,
     sums: Vec<MetricSums>,
-    norms: Vec<LongSum>,
+    norms: Vec<Superaccumulator>,
     lengths: Lengths,
     rejected: u64,
     /// The last sequence, which is in the sums as far as it has come, and may go on.
@@ -94,7 +94,7 @@ impl Accumulator {
             tier: Tier::chosen()?,
             num_states,
             sums: sums.collect(),
-            norms: vec![LongSum::default(); num_states],
+            norms: vec![Superaccumulator::default(); num_states],
             lengths: Lengths::default(),
             rejected: 0,
             open: None,
@@ -127,7 +127,7 @@ impl Accumulator {
             tier: self.tier,
             num_states: self.num_states,
             sums: sums.collect(),
-            norms: vec![LongSum::default(); self.num_states],
+            norms: vec![Superaccumulator::default(); self.num_states],
             lengths: Lengths::default(),
             rejected: 0,
             open: None,
@@ -395,13 +395,16 @@ impl Accumulator {
     /// The mean norm of each state, `L + 1` values.
     pub fn norms(&self) -> Result<Vec<f64>, Error> {
         self.check_samples()?;
-        let mean = |sum: &LongSum| sum.value() / self.count() as f64;
+        let mean = |sum: &Superaccumulator| sum.value() / self.count() as f64;
         Ok(self.norms.iter().map(mean).collect())
     }
 
     /// The sums of the norms as words, for storage.
     pub fn norms_to_words(&self) -> Vec<u64> {
-        self.norms.iter().flat_map(LongSum::to_words).collect()
+        self.norms
+            .iter()
+            .flat_map(Superaccumulator::to_words)
+            .collect()
     }
 
     /// The sums of a metric as words for storage: four a pair for the sequences of one sample,
@@ -465,13 +468,13 @@ impl Accumulator {
     }
 
     fn norms_from_words(&mut self, words: &[u64]) -> Result<(), Error> {
-        let (whole, rest) = words.as_chunks::<{ LongSum::WORDS }>();
+        let (whole, rest) = words.as_chunks::<{ Superaccumulator::WORDS }>();
         if whole.len() != self.num_states || !rest.is_empty() {
             return Err(Error::DamagedNorms);
         }
         let count = self.count();
         for (sum, words) in self.norms.iter_mut().zip(whole) {
-            *sum = LongSum::from_words(words).ok_or(Error::DamagedNorms)?;
+            *sum = Superaccumulator::from_words(words).ok_or(Error::DamagedNorms)?;
             let mean = sum.value() / count.max(1) as f64;
             let usable = if count == 0 { 0.0..=0.0 } else { NORMS };
             if !usable.contains(&mean) {

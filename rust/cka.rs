@@ -7,14 +7,14 @@
 //! U-centred matrices (Székely, Rizzo, 2014, eq. 4.3), which loses no digits to what all
 //! samples have in common.
 //!
-//! HSIC has no bounds, so its sums are [`LongSum`]s: the same bits in whatever order.
+//! HSIC has no bounds, so its sums are [`Superaccumulator`]s: the same bits in whatever order.
 
 use rayon::prelude::*;
 
 use crate::accumulator::MAX_SAMPLES;
 use crate::error::Error;
-use crate::long_sum::LongSum;
 use crate::states::{Element, States, check_num_states};
+use crate::superaccumulator::Superaccumulator;
 
 /// The samples that `HSIC_1` needs.
 pub const MIN_BATCH: usize = 4;
@@ -33,7 +33,7 @@ pub struct Cka {
     batches: u64,
     samples: u64,
     /// Pairs `(l, m)`, `l <= m`, row by row.
-    sums: Vec<LongSum>,
+    sums: Vec<Superaccumulator>,
 }
 
 impl Cka {
@@ -48,7 +48,7 @@ impl Cka {
             batch_size,
             batches: 0,
             samples: 0,
-            sums: vec![LongSum::default(); num_states * (num_states + 1) / 2],
+            sums: vec![Superaccumulator::default(); num_states * (num_states + 1) / 2],
         })
     }
 
@@ -130,7 +130,7 @@ impl Cka {
             return Err(Error::NoCkaBatch);
         }
         let size = self.num_states;
-        let mut sums = self.sums.iter().map(LongSum::value);
+        let mut sums = self.sums.iter().map(Superaccumulator::value);
         let mut values = vec![0.0; size * size];
         for l in 0..size {
             for m in l..size {
@@ -152,7 +152,10 @@ impl Cka {
 
     /// The sums as words, for storage.
     pub fn to_words(&self) -> Vec<u64> {
-        self.sums.iter().flat_map(LongSum::to_words).collect()
+        self.sums
+            .iter()
+            .flat_map(Superaccumulator::to_words)
+            .collect()
     }
 
     /// Rebuilds stored sums; refuses what no minibatches give.
@@ -167,7 +170,7 @@ impl Cka {
         (this.batches, this.samples) = (batches, samples);
         let most = batches.saturating_mul(batch_size as u64);
         let least = batches.saturating_mul(MIN_BATCH as u64);
-        let (stored, rest) = words.as_chunks::<{ LongSum::WORDS }>();
+        let (stored, rest) = words.as_chunks::<{ Superaccumulator::WORDS }>();
         if stored.len() != this.sums.len()
             || !rest.is_empty()
             || !(least..=most.min(MAX_SAMPLES)).contains(&samples)
@@ -175,7 +178,7 @@ impl Cka {
             return Err(Error::DamagedCka);
         }
         for (sum, words) in this.sums.iter_mut().zip(stored) {
-            *sum = LongSum::from_words(words).ok_or(Error::DamagedCka)?;
+            *sum = Superaccumulator::from_words(words).ok_or(Error::DamagedCka)?;
         }
         let mut diagonal = 0;
         for state in 0..num_states {

@@ -12,7 +12,9 @@
 use std::ops::RangeInclusive;
 
 use crate::error::Reason;
-use crate::kernels::{Chunk, Chunks, Kernels, PADDING, Packed, Soon, Sweep, Tier, Work, greatest};
+use crate::kernels::{
+    Chunk, Chunks, Kernels, PADDING, Packed, Prefetch, Sweep, Tier, Work, greatest,
+};
 use crate::metric::{Metric, Pair};
 use crate::states::{Element, States};
 
@@ -53,7 +55,7 @@ pub struct Gram {
     norms: Vec<f64>,
     inverse_norms: Vec<f64>,
     /// `(1 - cosine) / 2` of the pairs `(l, m)`, `l < m`, row by row.
-    half_versines: Vec<f64>,
+    haversines: Vec<f64>,
     scratch: Scratch,
 }
 
@@ -63,7 +65,7 @@ struct Scratch {
     sums: Vec<f64>,
     largest: Vec<f32>,
     magnitudes: Vec<f32>,
-    soon: Soon,
+    prefetch: Prefetch,
     column: Vec<f64>,
     chunk_squares: Vec<f64>,
     /// What the chunks before weigh against the massive columns of the next.
@@ -165,7 +167,7 @@ impl Gram {
             massive: vec![0.0; num_states],
             norms: vec![0.0; num_states],
             inverse_norms: vec![0.0; num_states],
-            half_versines: vec![0.0; num_states * (num_states - 1) / 2],
+            haversines: vec![0.0; num_states * (num_states - 1) / 2],
             scratch: Scratch::default(),
         }
     }
@@ -202,9 +204,9 @@ impl Gram {
     pub(crate) fn fractions<K: Kernels>(&self, metric: Metric, values: &mut [f64]) {
         match metric {
             Metric::Angular | Metric::Cosine => {
-                for (value, &half_versine) in values.iter_mut().zip(&self.half_versines) {
+                for (value, &haversine) in values.iter_mut().zip(&self.haversines) {
                     let pair = Pair {
-                        half_versine,
+                        haversine,
                         ratio: 1.0,
                     };
                     *value = metric.with(pair, K::FUSED);
@@ -221,12 +223,10 @@ impl Gram {
         for first in 0..self.num_states - 1 {
             let others = &self.norms[first + 1..];
             let inverse = self.inverse_norms[first];
-            let pairs = self.half_versines[start..][..others.len()]
-                .iter()
-                .zip(others);
-            for (value, (&half_versine, norm)) in values[start..].iter_mut().zip(pairs) {
+            let pairs = self.haversines[start..][..others.len()].iter().zip(others);
+            for (value, (&haversine, norm)) in values[start..].iter_mut().zip(pairs) {
                 *value = metric.of(Pair {
-                    half_versine,
+                    haversine,
                     ratio: norm * inverse,
                 }) * scale;
             }
@@ -242,8 +242,8 @@ impl Gram {
         sample: usize,
     ) -> Result<(), (usize, Reason)> {
         debug_assert_eq!(states.num_states(), self.num_states);
-        let narrow = if T::IS_BRAIN {
-            self.multiply::<K::Brain, T>(states, sample)
+        let narrow = if T::IS_BF16 {
+            self.multiply::<K::Bf16, T>(states, sample)
         } else {
             Err(Unfit)
         };
@@ -256,8 +256,8 @@ impl Gram {
         };
         self.take_norms(states, sample)?;
         if narrow {
-            let epsilon = epsilon::<K::Brain>(states.width());
-            self.compare::<f32, T, K::Brain>(states, sample, epsilon);
+            let epsilon = epsilon::<K::Bf16>(states.width());
+            self.compare::<f32, T, K::Bf16>(states, sample, epsilon);
         } else {
             self.compare::<f64, T, K::Double>(states, sample, 0.0);
         }
@@ -284,7 +284,7 @@ impl Gram {
             sums,
             largest,
             magnitudes,
-            soon,
+            prefetch,
             column,
             chunk_squares,
             earlier,
@@ -325,10 +325,10 @@ impl Gram {
                 let row = &states.row(next_sample, state)[next * columns..];
                 row.as_ptr().addr()
             });
-            soon.begin(rows, length * size_of::<T>(), chunks > 1);
+            prefetch.begin(rows, length * size_of::<T>(), chunks > 1);
             chunk.resize(length);
             let row = |state| &states.row(sample, state)[start..][..length];
-            S::pack(chunk, row, magnitudes, chunk_squares, soon, &mut engine);
+            S::pack(chunk, row, magnitudes, chunk_squares, prefetch, &mut engine);
             let mut outweighed = false;
             let weights = chunk_squares.iter().zip(earlier.iter());
             for ((largest, &magnitude), (square, earlier)) in
@@ -356,7 +356,7 @@ impl Gram {
                 *square += of_chunk;
                 *earlier = remembered * (*earlier + of_chunk);
             }
-            S::add(chunk, start == 0, sums, soon, &mut engine);
+            S::add(chunk, start == 0, sums, prefetch, &mut engine);
         }
         let fits = |magnitude| MAGNITUDES.contains(magnitude);
         if S::Packed::NARROW && !largest.iter().all(fits) {
@@ -383,7 +383,7 @@ impl Gram {
         Ok(())
     }
 
-    /// Half versines from products, whose cosines may err by `epsilon` of the norms less
+    /// Haversines from products, whose cosines may err by `epsilon` of the norms less
     /// massive columns, and from differences where that is too coarse.
     #[inline(always)]
     fn compare<R: Real, T: Element, S: Sweep>(
@@ -401,28 +401,28 @@ impl Gram {
         for first in 0..self.num_states - 1 {
             let others = self.num_states - first - 1;
             let products = &self.products[start..][..others];
-            let half_versines = &mut self.half_versines[start..][..others];
+            let haversines = &mut self.haversines[start..][..others];
             let (inverse, share) = (self.inverse_norms[first], scale * self.squares[first]);
             let inverses = &self.inverse_norms[first + 1..][..others];
             let shares = &self.squares[first + 1..][..others];
-            let is_coarse = |half_versine: f64, other: usize| {
-                half_versine * (1.0 - half_versine) < (share * shares[other]).max(SMALLEST)
+            let is_coarse = |haversine: f64, other: usize| {
+                haversine * (1.0 - haversine) < (share * shares[other]).max(SMALLEST)
             };
             let mut coarse = false;
             for other in 0..others {
                 let cosine = products[other] * (inverse * inverses[other]);
-                let half_versine = (0.5 - 0.5 * cosine).clamp(0.0, 1.0);
-                half_versines[other] = half_versine;
-                coarse |= is_coarse(half_versine, other);
+                let haversine = (0.5 - 0.5 * cosine).clamp(0.0, 1.0);
+                haversines[other] = haversine;
+                coarse |= is_coarse(haversine, other);
             }
             let measured = if coarse { others } else { 0 };
-            for (other, half_versine) in half_versines[..measured].iter_mut().enumerate() {
-                if is_coarse(*half_versine, other) {
+            for (other, haversine) in haversines[..measured].iter_mut().enumerate() {
+                if is_coarse(*haversine, other) {
                     let pair = [first, first + 1 + other];
                     let rows = pair.map(|state| states.row(sample, state));
                     let norms = pair.map(|state| self.norms[state]);
-                    let opposite = *half_versine > 0.5;
-                    *half_versine = from_difference::<R, T, S>(rows, norms, opposite);
+                    let opposite = *haversine > 0.5;
+                    *haversine = from_difference::<R, T, S>(rows, norms, opposite);
                 }
             }
             start += others;
@@ -504,8 +504,8 @@ struct Rows<'a> {
     column: &'a mut [f64],
 }
 
-/// Half the versine of the angle between two states, `|x - s·y|² / (4 s |x| |y|)` less what
-/// is due to `s = |x| / |y|` being rounded; of opposite states one less it.
+/// The haversine of the angle between two states, `|x - s·y|² / (4 s |x| |y|)` less what
+/// is due to `s = |x| / |y|` being rounded; of opposite states one less that.
 #[inline(always)]
 fn from_difference<R: Real, T: Element, S: Sweep>(
     rows: [&[T]; 2],
@@ -519,19 +519,15 @@ fn from_difference<R: Real, T: Element, S: Sweep>(
     } else {
         R::of(-scale.wide())
     };
-    let brains = T::brains(x).zip(T::brains(y));
-    let square = brains
+    let bits = T::bf16_bits(x).zip(T::bf16_bits(y));
+    let square = bits
         .and_then(|(x, y)| S::square_of_sum(x, y, subtracted.wide() as f32))
         .unwrap_or_else(|| square_of_sum(x, y, subtracted));
     let scale = scale.wide();
     let excess = norms[0] - scale * norms[1];
     let chord = (square - excess * excess).max(0.0);
-    let half_versine = (chord / (4.0 * scale * norms[0] * norms[1])).min(1.0);
-    if opposite {
-        1.0 - half_versine
-    } else {
-        half_versine
-    }
+    let haversine = (chord / (4.0 * scale * norms[0] * norms[1])).min(1.0);
+    if opposite { 1.0 - haversine } else { haversine }
 }
 
 /// `|x + f·y|²`, every element rounded once.

@@ -16,13 +16,13 @@ mod exact;
 pub mod gguf;
 mod gram;
 mod kernels;
-mod long_sum;
 mod metric;
 #[cfg(feature = "python")]
 mod python;
 mod search;
 mod sequence;
 mod states;
+mod superaccumulator;
 mod wide;
 
 pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};

@@ -41,9 +41,9 @@ pub enum Metric {
 /// A pair of states as the metrics see it.
 #[derive(Debug, Clone, Copy)]
 pub struct Pair {
-    /// Half the versine of the angle, `(1 - cosine) / 2`, in `[0, 1]`: it keeps its digits
+    /// The haversine of the angle, `(1 - cosine) / 2`, in `[0, 1]`: it keeps its digits
     /// where the angle is small.
-    pub half_versine: f64,
+    pub haversine: f64,
     /// `|y| / |x|`.
     pub ratio: f64,
 }
@@ -66,16 +66,11 @@ impl Metric {
     /// The same, by `fused` instructions where there are such.
     #[inline(always)]
     pub(crate) fn with(self, pair: Pair, fused: bool) -> f64 {
-        let Pair {
-            half_versine,
-            ratio,
-        } = pair;
+        let Pair { haversine, ratio } = pair;
         match self {
-            Metric::Angular => angle(half_versine, fused),
-            Metric::Cosine => 1.0 - 2.0 * half_versine,
-            Metric::RelativeL2 => {
-                ((ratio - 1.0) * (ratio - 1.0) + 4.0 * ratio * half_versine).sqrt()
-            }
+            Metric::Angular => angle(haversine, fused),
+            Metric::Cosine => 1.0 - 2.0 * haversine,
+            Metric::RelativeL2 => ((ratio - 1.0) * (ratio - 1.0) + 4.0 * ratio * haversine).sqrt(),
             Metric::NormRatio => ratio,
         }
     }
@@ -83,7 +78,7 @@ impl Metric {
     /// The value of a state compared with itself.
     pub fn of_identical(self) -> f64 {
         self.of(Pair {
-            half_versine: 0.0,
+            haversine: 0.0,
             ratio: 1.0,
         })
     }
@@ -122,19 +117,19 @@ impl Metric {
     }
 }
 
-/// The angle over pi from half its versine, within 3e-16; no branches, to become vectors.
+/// The angle over pi from its haversine, within 3e-16; no branches, to become vectors.
 /// `fused` if there are instructions that multiply and add.
 ///
 /// `sin²(a/2) = (1 - cos a) / 2`, so `a = 2·arcsin(√h)`; from the other side for angles
 /// near pi, and `a = pi/2 - arcsin(cos a)` between.
 #[inline(always)]
-fn angle(half_versine: f64, fused: bool) -> f64 {
-    let cosine = 1.0 - 2.0 * half_versine;
-    let (small, large) = (half_versine < 0.25, half_versine > 0.75);
+fn angle(haversine: f64, fused: bool) -> f64 {
+    let cosine = 1.0 - 2.0 * haversine;
+    let (small, large) = (haversine < 0.25, haversine > 0.75);
     let z = if small {
-        half_versine
+        haversine
     } else if large {
-        1.0 - half_versine
+        1.0 - haversine
     } else {
         cosine * cosine
     };

@@ -9,10 +9,10 @@ use crate::error::Error;
 /// A number that a state can be stored in; every one widens to float64 without loss.
 pub trait Element: Copy + Send + Sync {
     /// Whether the dtype is bfloat16, whose products float32 holds exactly.
-    const IS_BRAIN: bool;
+    const IS_BF16: bool;
 
     /// The bits of a row if the dtype is bfloat16.
-    fn brains(_row: &[Self]) -> Option<&[u16]> {
+    fn bf16_bits(_row: &[Self]) -> Option<&[u16]> {
         None
     }
 
@@ -23,13 +23,13 @@ pub trait Element: Copy + Send + Sync {
     fn single(self) -> f32;
 
     /// The bits of the value as a bfloat16; without loss if the dtype is bfloat16.
-    fn brain(self) -> u16 {
+    fn to_bf16_bits(self) -> u16 {
         bf16::from_f64(self.widen()).to_bits()
     }
 }
 
 impl Element for f64 {
-    const IS_BRAIN: bool = false;
+    const IS_BF16: bool = false;
 
     #[inline(always)]
     fn widen(self) -> f64 {
@@ -43,7 +43,7 @@ impl Element for f64 {
 }
 
 impl Element for f32 {
-    const IS_BRAIN: bool = false;
+    const IS_BF16: bool = false;
 
     #[inline(always)]
     fn widen(self) -> f64 {
@@ -57,7 +57,7 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
-    const IS_BRAIN: bool = false;
+    const IS_BF16: bool = false;
 
     #[inline(always)]
     fn widen(self) -> f64 {
@@ -82,10 +82,10 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
-    const IS_BRAIN: bool = true;
+    const IS_BF16: bool = true;
 
     #[inline(always)]
-    fn brains(row: &[Self]) -> Option<&[u16]> {
+    fn bf16_bits(row: &[Self]) -> Option<&[u16]> {
         Some(row.reinterpret_cast())
     }
 
@@ -100,17 +100,17 @@ impl Element for bf16 {
     }
 
     #[inline(always)]
-    fn brain(self) -> u16 {
+    fn to_bf16_bits(self) -> u16 {
         self.to_bits()
     }
 }
 
 /// bfloat16 as bits, for callers whose arrays have no bfloat16.
 impl Element for u16 {
-    const IS_BRAIN: bool = true;
+    const IS_BF16: bool = true;
 
     #[inline(always)]
-    fn brains(row: &[Self]) -> Option<&[u16]> {
+    fn bf16_bits(row: &[Self]) -> Option<&[u16]> {
         Some(row)
     }
 
@@ -125,7 +125,7 @@ impl Element for u16 {
     }
 
     #[inline(always)]
-    fn brain(self) -> u16 {
+    fn to_bf16_bits(self) -> u16 {
         self
     }
 }

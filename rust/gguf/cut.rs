@@ -9,7 +9,7 @@ use std::path::Path;
 use super::error::{GgufError, Result, damaged, unreadable};
 use super::parse::{Entry, Header, Tensor, Value, elements, integers, pad, text};
 use super::rules::{
-    HABITS, Habit, INDICES, Meaning, NOT_PER_LAYER, OTHER_TOWERS, PER_LAYER_PREFIX, SCALARS,
+    INDICES, Meaning, NOT_PER_LAYER, OTHER_TOWERS, PER_LAYER_PREFIX, QUIRKS, Quirk, SCALARS,
     UNCUTTABLE,
 };
 use super::types::{Kind, Scalar};
@@ -116,7 +116,7 @@ impl Gguf {
     /// them; [`GgufError::Read`] and [`GgufError::Damaged`].
     pub fn cut(&self, source: &mut (impl Read + Seek), survivors: &[usize]) -> Result<Cut> {
         let kept = self.kept(survivors)?;
-        self.check_habits(&kept)?;
+        self.check_quirks(&kept)?;
         let mut pieces = vec![Piece::Bytes(self.preamble(&kept))];
         for entry in &self.header.entries {
             pieces.extend(self.entry(source, entry, &kept)?);
@@ -183,7 +183,7 @@ impl Gguf {
         &kept[..kept.partition_point(|&block| block < self.layers)]
     }
 
-    fn check_habits(&self, kept: &[u64]) -> Result<()> {
+    fn check_quirks(&self, kept: &[u64]) -> Result<()> {
         let layers = self.layers_of(kept);
         let number = layers.len() as u64;
         let has = |key| self.value(key).is_some();
@@ -192,24 +192,24 @@ impl Gguf {
                 .and_then(count)
                 .is_some_and(|value| value > 0)
         };
-        for (_, habit) in HABITS.iter().filter(|(name, _)| *name == self.architecture) {
-            let obstacle = match *habit {
-                Habit::Every(period) => out_of_step(layers, period),
-                Habit::EveryUnless(period, key) if !has(key) => out_of_step(layers, period),
-                Habit::EveryIf(period, key) if set(key) && !has(PATTERN) => {
+        for (_, quirk) in QUIRKS.iter().filter(|(name, _)| *name == self.architecture) {
+            let obstacle = match *quirk {
+                Quirk::Every(period) => out_of_step(layers, period),
+                Quirk::EveryUnless(period, key) if !has(key) => out_of_step(layers, period),
+                Quirk::EveryIf(period, key) if set(key) && !has(PATTERN) => {
                     out_of_step(layers, period)
                 }
-                Habit::Count(special) if self.layers == special || number == special => Some(
+                Quirk::Count(special) if self.layers == special || number == special => Some(
                     format!("takes other constants at {special} layers than at any other number"),
                 ),
-                Habit::First if layers[0] != 0 => Some("needs its first layer".into()),
-                Habit::CountUnless(key) if !has(key) => Some(format!(
+                Quirk::First if layers[0] != 0 => Some("needs its first layer".into()),
+                Quirk::CountUnless(key) if !has(key) => Some(format!(
                     "makes a constant of the number of layers where {key} is missing"
                 )),
-                Habit::Lite(key) if has(key) == matches!(number, 26 | 27) => Some(format!(
+                Quirk::Lite(key) if has(key) == matches!(number, 26 | 27) => Some(format!(
                     "takes 26 or 27 layers for the variant without {key}, and only them"
                 )),
-                Habit::Never(why) => Some(why.into()),
+                Quirk::Never(why) => Some(why.into()),
                 _ => None,
             };
             if let Some(why) = obstacle {

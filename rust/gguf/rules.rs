@@ -82,7 +82,7 @@ pub const PER_LAYER_PREFIX: &str = "xielu.";
 
 /// What llama.cpp's loader of an architecture makes of the layers without a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Habit {
+pub enum Quirk {
     /// One layer in so many is of another kind.
     Every(u64),
     /// The same, unless a key gives the period or the kind layer by layer.
@@ -101,14 +101,14 @@ pub enum Habit {
     Never(&'static str),
 }
 
-use Habit::{Count, CountUnless, Every, EveryIf, EveryUnless, First, Lite, Never};
+use Quirk::{Count, CountUnless, Every, EveryIf, EveryUnless, First, Lite, Never};
 
 const PATTERN: &str = "attention.sliding_window_pattern";
 const WINDOW: &str = "attention.sliding_window";
 const INTERVAL: &str = "full_attention_interval";
 
-/// Architectures and their habits; one may have several.
-pub const HABITS: [(&str, Habit); 31] = [
+/// Architectures and their quirks; one may have several.
+pub const QUIRKS: [(&str, Quirk); 31] = [
     ("afmoe", EveryUnless(4, PATTERN)),
     ("cohere2", EveryUnless(4, PATTERN)),
     ("cohere2moe", EveryUnless(4, PATTERN)),

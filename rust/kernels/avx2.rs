@@ -26,7 +26,7 @@ pub(crate) struct Kernels;
 
 impl super::Kernels for Kernels {
     type Double = Double;
-    type Brain = Single;
+    type Bf16 = Single;
 }
 
 pub(crate) struct Single;
@@ -137,7 +137,7 @@ impl Unit for Single {
 
     /// Even columns and odd ones apart.
     #[inline(always)]
-    unsafe fn pack_brains(row: &[u16], to: &mut [f32]) -> Option<(f32, f64)> {
+    unsafe fn pack_bf16(row: &[u16], to: &mut [f32]) -> Option<(f32, f64)> {
         const COLUMNS: usize = 16;
         // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
         unsafe {

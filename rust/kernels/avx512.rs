@@ -28,7 +28,7 @@ pub(crate) struct Kernels;
 
 impl super::Kernels for Kernels {
     type Double = Double;
-    type Brain = Single;
+    type Bf16 = Single;
 }
 
 pub(crate) struct Single;
@@ -92,14 +92,14 @@ impl Unit for Single {
 
     /// Even columns and odd ones apart.
     #[inline(always)]
-    unsafe fn pack_brains(row: &[u16], to: &mut [f32]) -> Option<(f32, f64)> {
+    unsafe fn pack_bf16(row: &[u16], to: &mut [f32]) -> Option<(f32, f64)> {
         // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
         unsafe {
             let mut sums = [_mm512_setzero_ps(); 4];
             let mut largest = _mm512_setzero_si512();
             let mut at = 0;
             while at < row.len() {
-                let bits = brains(row, at);
+                let bits = load_bf16(row, at);
                 let even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits));
                 let odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x1_0000)));
                 _mm512_storeu_ps(to.as_mut_ptr().add(at), even);
@@ -143,7 +143,7 @@ pub(super) unsafe fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> f64 {
             let upper = _mm512_set1_epi32(-0x1_0000);
             let mut sums = [_mm512_setzero_ps(); 4];
             while at < end {
-                let (x, y) = (brains(x, at), brains(y, at));
+                let (x, y) = (load_bf16(x, at), load_bf16(y, at));
                 let even = _mm512_fmadd_ps(
                     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(y)),
                     factor,
@@ -193,7 +193,7 @@ pub(super) unsafe fn total(sums: [__m512; 4]) -> f64 {
 ///
 /// AVX-512 BW; `at` is within the row.
 #[inline(always)]
-pub(super) unsafe fn brains(row: &[u16], at: usize) -> __m512i {
+pub(super) unsafe fn load_bf16(row: &[u16], at: usize) -> __m512i {
     let rest = row.len() - at;
     // SAFETY: the caller's; what lies beyond the row is not read.
     unsafe {

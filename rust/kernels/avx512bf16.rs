@@ -26,12 +26,12 @@ pub(crate) struct Kernels;
 
 impl super::Kernels for Kernels {
     type Double = avx512::Double;
-    type Brain = Brain;
+    type Bf16 = Bf16;
 }
 
-pub(crate) struct Brain;
+pub(crate) struct Bf16;
 
-impl Unit for Brain {
+impl Unit for Bf16 {
     type Packed = u16;
     type Vector = __m512bh;
     type Sum = __m512;
@@ -94,7 +94,7 @@ impl Unit for Brain {
     }
 
     #[inline(always)]
-    unsafe fn pack_brains(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
+    unsafe fn pack_bf16(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
         // SAFETY: the caller's; `to` is a multiple of 32 and no shorter than the row.
         Some(unsafe { measure(row, Some(to)) })
     }
@@ -105,7 +105,7 @@ impl Unit for Brain {
     }
 }
 
-sweep!(Brain);
+sweep!(Bf16);
 
 /// The greatest magnitude of a row and the sum of its squares; copies it, padded with zeros.
 ///
@@ -131,7 +131,7 @@ pub(super) unsafe fn measure(row: &[u16], mut copy: Option<&mut [u16]>) -> (f32,
         }
         for chain in 0..4 {
             if at < row.len() {
-                let bits = avx512::brains(row, at);
+                let bits = avx512::load_bf16(row, at);
                 weigh(bits, &mut largest[chain % 2], &mut sums[chain]);
                 if let Some(copy) = &mut copy {
                     _mm512_storeu_si512(copy.as_mut_ptr().add(at).cast(), bits);

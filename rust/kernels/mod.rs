@@ -206,7 +206,7 @@ pub(crate) trait Kernels {
     /// In float64, for any state.
     type Double: Sweep<Packed = f64>;
     /// For bfloat16, in float32 or float64.
-    type Brain: Sweep;
+    type Bf16: Sweep;
     /// Whether there are instructions that multiply and add.
     const FUSED: bool = true;
 }
@@ -256,7 +256,7 @@ pub(crate) trait Sweep {
         row: impl Fn(usize) -> &'a [T],
         magnitudes: &mut [f32],
         squares: &mut [f64],
-        _soon: &Soon,
+        _prefetch: &Prefetch,
         _engine: &mut Self::Engine,
     ) {
         for state in 0..chunk.num_states() {
@@ -270,7 +270,7 @@ pub(crate) trait Sweep {
         state: usize,
         row: &[T],
     ) -> (f32, f64) {
-        let packed = T::brains(row).and_then(|row| Self::pack_brains(row, chunk.row_mut(state)));
+        let packed = T::bf16_bits(row).and_then(|row| Self::pack_bf16(row, chunk.row_mut(state)));
         packed.unwrap_or_else(|| {
             let magnitude = chunk.pack(state, row);
             (magnitude, Self::square(chunk.row(state)))
@@ -291,12 +291,12 @@ pub(crate) trait Sweep {
     }
 
     /// Adds a chunk's products to the sums, or begins them if they are to be `fresh`;
-    /// meanwhile the `soon` lines are fetched.
+    /// meanwhile the lines of `prefetch` are fetched.
     fn add(
         chunk: &Chunk<Self::Packed>,
         fresh: bool,
         sums: &mut [f64],
-        soon: &mut Soon,
+        prefetch: &mut Prefetch,
         engine: &mut Self::Engine,
     );
 
@@ -309,15 +309,15 @@ pub(crate) trait Sweep {
     /// Copies a row of bfloat16 into one of a chunk, padded with zeros; its greatest magnitude
     /// and the sum of its squares. Columns may change places, in all rows alike. `None` if
     /// there is no way but [`Chunk::pack`].
-    fn pack_brains(row: &[u16], to: &mut [Self::Packed]) -> Option<(f32, f64)>;
+    fn pack_bf16(row: &[u16], to: &mut [Self::Packed]) -> Option<(f32, f64)>;
 
     /// Adds the sums to the products of the pairs `(l, m)`, `l < m`, row by row.
     fn collect(num_states: usize, sums: &[f64], products: &mut [f64]);
 }
 
-/// Memory that will be read soon: some bytes from each of the addresses on.
+/// Memory that are to be prefetched: some bytes from each of the addresses on.
 #[derive(Debug, Default)]
-pub(crate) struct Soon {
+pub(crate) struct Prefetch {
     rows: Vec<usize>,
     /// How many of them, with the bytes from each on; rows that join are one run.
     runs: usize,
@@ -329,7 +329,7 @@ pub(crate) struct Soon {
     left: usize,
 }
 
-impl Soon {
+impl Prefetch {
     const LINE: usize = 64;
 
     const PAGE: usize = 4096;

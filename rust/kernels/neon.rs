@@ -23,7 +23,7 @@ pub(crate) struct Kernels;
 
 impl super::Kernels for Kernels {
     type Double = Double;
-    type Brain = Single;
+    type Bf16 = Single;
 }
 
 pub(crate) struct Single;

@@ -101,7 +101,7 @@ impl Packed for u16 {
 
     #[inline(always)]
     fn pack<T: Element>(value: T) -> Self {
-        value.brain()
+        value.to_bf16_bits()
     }
 
     #[inline(always)]
@@ -110,7 +110,7 @@ impl Packed for u16 {
     }
 
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self> {
-        Chunk::of_size(&mut chunks.brain, num_states, columns)
+        Chunk::of_size(&mut chunks.bf16, num_states, columns)
     }
 
     #[inline(always)]
@@ -139,7 +139,7 @@ pub(crate) fn greatest<P: Packed>(values: &[P]) -> f32 {
 pub(crate) struct Chunks {
     double: Option<Chunk<f64>>,
     single: Option<Chunk<f32>>,
-    brain: Option<Chunk<u16>>,
+    bf16: Option<Chunk<u16>>,
 }
 
 /// Some columns of all rows of one sample, padded with zeros.

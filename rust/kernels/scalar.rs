@@ -8,7 +8,7 @@ pub(crate) struct Kernels;
 
 impl super::Kernels for Kernels {
     type Double = Double;
-    type Brain = Double;
+    type Bf16 = Double;
     const FUSED: bool = false;
 }
 

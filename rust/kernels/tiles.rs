@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::packed::PADDING;
-use super::{Chunk, Packed, Soon, greatest};
+use super::{Chunk, Packed, Prefetch, greatest};
 
 /// The vectors of one instruction set and one precision.
 ///
@@ -69,7 +69,7 @@ pub(crate) trait Unit: Sized {
     /// and the sum of its squares. Columns may change places, in all rows alike. `None` if
     /// the unit has no way of its own.
     #[inline(always)]
-    unsafe fn pack_brains(_row: &[u16], _to: &mut [Self::Packed]) -> Option<(f32, f64)> {
+    unsafe fn pack_bf16(_row: &[u16], _to: &mut [Self::Packed]) -> Option<(f32, f64)> {
         None
     }
 
@@ -217,7 +217,7 @@ pub(crate) unsafe fn add<U: Unit>(
     chunk: &Chunk<U::Packed>,
     fresh: bool,
     sums: &mut [f64],
-    soon: &mut Soon,
+    prefetch: &mut Prefetch,
 ) {
     let length = chunk.length();
     assert!(length.is_multiple_of(U::WIDTH));
@@ -234,10 +234,10 @@ pub(crate) unsafe fn add<U: Unit>(
     // over, where spans begin.
     let tiles = blocks.count * (blocks.count + 1) / 2;
     let (steps, spans) = (tiles * length / U::WIDTH, tiles * length.div_ceil(span));
-    let between = steps / soon.left().max(1) * U::WIDTH;
-    let left_over = soon.left().saturating_sub(steps).div_ceil(spans);
+    let between = steps / prefetch.left().max(1) * U::WIDTH;
+    let left_over = prefetch.left().saturating_sub(steps).div_ceil(spans);
     // SAFETY: the caller's.
-    unsafe { soon.fetch_pages::<U>() };
+    unsafe { prefetch.fetch_pages::<U>() };
     for i in 0..blocks.count {
         let (first, rows) = blocks.get(i);
         for j in i..blocks.count {
@@ -256,7 +256,7 @@ pub(crate) unsafe fn add<U: Unit>(
                     left_over,
                     place,
                 };
-                tile.of_shape(rows, columns, i == j, soon);
+                tile.of_shape(rows, columns, i == j, prefetch);
                 place = place.add(rows * columns * U::LANES);
             }
         }
@@ -278,31 +278,34 @@ struct Tile<U: Unit> {
 
 impl<U: Unit> Tile<U> {
     #[inline(always)]
-    unsafe fn of_shape(self, rows: usize, columns: usize, diagonal: bool, soon: &mut Soon) {
+    unsafe fn of_shape(self, rows: usize, columns: usize, diagonal: bool, prefetch: &mut Prefetch) {
         // SAFETY: the caller's, for this shape.
         unsafe {
             match (rows, columns, diagonal) {
-                (1, 1, true) => self.add::<1, 1, true>(soon),
-                (2, 2, true) => self.add::<2, 2, true>(soon),
-                (3, 3, true) => self.add::<3, 3, true>(soon),
-                (4, 4, true) => self.add::<4, 4, true>(soon),
-                (5, 5, true) => self.add::<5, 5, true>(soon),
-                (1, 1, false) => self.add::<1, 1, false>(soon),
-                (2, 1, false) => self.add::<2, 1, false>(soon),
-                (2, 2, false) => self.add::<2, 2, false>(soon),
-                (3, 2, false) => self.add::<3, 2, false>(soon),
-                (3, 3, false) => self.add::<3, 3, false>(soon),
-                (4, 3, false) => self.add::<4, 3, false>(soon),
-                (4, 4, false) => self.add::<4, 4, false>(soon),
-                (5, 4, false) => self.add::<5, 4, false>(soon),
-                (5, 5, false) => self.add::<5, 5, false>(soon),
+                (1, 1, true) => self.add::<1, 1, true>(prefetch),
+                (2, 2, true) => self.add::<2, 2, true>(prefetch),
+                (3, 3, true) => self.add::<3, 3, true>(prefetch),
+                (4, 4, true) => self.add::<4, 4, true>(prefetch),
+                (5, 5, true) => self.add::<5, 5, true>(prefetch),
+                (1, 1, false) => self.add::<1, 1, false>(prefetch),
+                (2, 1, false) => self.add::<2, 1, false>(prefetch),
+                (2, 2, false) => self.add::<2, 2, false>(prefetch),
+                (3, 2, false) => self.add::<3, 2, false>(prefetch),
+                (3, 3, false) => self.add::<3, 3, false>(prefetch),
+                (4, 3, false) => self.add::<4, 3, false>(prefetch),
+                (4, 4, false) => self.add::<4, 4, false>(prefetch),
+                (5, 4, false) => self.add::<5, 4, false>(prefetch),
+                (5, 5, false) => self.add::<5, 5, false>(prefetch),
                 shape => unreachable!("blocks are even: {shape:?}"),
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn add<const M: usize, const N: usize, const DIAGONAL: bool>(self, soon: &mut Soon) {
+    unsafe fn add<const M: usize, const N: usize, const DIAGONAL: bool>(
+        self,
+        prefetch: &mut Prefetch,
+    ) {
         // SAFETY: `length` values of `M` rows from `left` and `N` rows from `right` can be
         // read, `M · N · LANES` numbers from `place` written: the caller's.
         unsafe {
@@ -312,11 +315,11 @@ impl<U: Unit> Tile<U> {
                 let end = self.length.min(at + self.span);
                 let mut sums = [[U::zero(); N]; M];
                 for _ in 0..self.left_over {
-                    soon.fetch::<U>();
+                    prefetch.fetch::<U>();
                 }
                 while at < end {
                     if at >= next {
-                        soon.fetch::<U>();
+                        prefetch.fetch::<U>();
                         next += self.between;
                     }
                     let mut right = [U::load(self.right.add(at)); N];
@@ -392,12 +395,12 @@ macro_rules! sweep {
                 chunk: &$crate::kernels::Chunk<Self::Packed>,
                 fresh: bool,
                 sums: &mut [f64],
-                soon: &mut $crate::kernels::Soon,
+                prefetch: &mut $crate::kernels::Prefetch,
                 (): &mut (),
             ) {
                 // SAFETY: a sweep is reached through its tier's `run` alone, which has the
                 // unit's instructions.
-                unsafe { $crate::kernels::tiles::add::<$unit>(chunk, fresh, sums, soon) }
+                unsafe { $crate::kernels::tiles::add::<$unit>(chunk, fresh, sums, prefetch) }
             }
 
             #[inline(always)]
@@ -420,10 +423,10 @@ macro_rules! sweep {
             }
 
             #[inline(always)]
-            fn pack_brains(row: &[u16], to: &mut [Self::Packed]) -> Option<(f32, f64)> {
+            fn pack_bf16(row: &[u16], to: &mut [Self::Packed]) -> Option<(f32, f64)> {
                 assert!(row.len() <= to.len() && to.len().is_multiple_of($crate::kernels::PADDING));
                 // SAFETY: as above.
-                unsafe { <$unit as Unit>::pack_brains(row, to) }
+                unsafe { <$unit as Unit>::pack_bf16(row, to) }
             }
 
             #[inline(always)]
@@ -471,7 +474,7 @@ mod tests {
             eight_are_totalled_as_one::<avx2::Double>(Tier::Avx2);
             eight_are_totalled_as_one::<avx512::Single>(Tier::Avx512);
             eight_are_totalled_as_one::<avx512::Double>(Tier::Avx512);
-            eight_are_totalled_as_one::<avx512bf16::Brain>(Tier::Avx512Bf16);
+            eight_are_totalled_as_one::<avx512bf16::Bf16>(Tier::Avx512Bf16);
         }
         #[cfg(target_arch = "aarch64")]
         {

@@ -195,12 +195,12 @@ proptest! {
     fn every_tier_equals_the_slow_twin((mut data, shape) in batches()) {
         no_zero_row(&mut data, shape.2);
         let halves: Vec<f16> = data.iter().map(|&v| f16::from_f32(v)).collect();
-        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        let narrow: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
         let doubles: Vec<f64> = data.iter().map(|&v| f64::from(v) * 1.000_000_1).collect();
         for tier in Tier::available() {
             equals_the_slow_twin(tier, &data, shape);
             equals_the_slow_twin(tier, &halves, shape);
-            equals_the_slow_twin(tier, &brains, shape);
+            equals_the_slow_twin(tier, &narrow, shape);
             equals_the_slow_twin(tier, &doubles, shape);
         }
     }
@@ -235,39 +235,39 @@ proptest! {
             accumulate(&halves, shape, Order::SampleFirst, 1),
             accumulate(&widened, shape, Order::SampleFirst, 1)
         );
-        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
-        let bits: Vec<u16> = brains.iter().map(|v| v.to_bits()).collect();
-        let widened: Vec<f32> = brains.iter().map(|v| v.to_f32()).collect();
+        let narrow: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        let bits: Vec<u16> = narrow.iter().map(|v| v.to_bits()).collect();
+        let widened: Vec<f32> = narrow.iter().map(|v| v.to_f32()).collect();
         for tier in Tier::available() {
-            let brains = accumulate_on(tier, &brains, shape, Order::SampleFirst, 1);
-            prop_assert_eq!(&brains, &accumulate_on(tier, &bits, shape, Order::SampleFirst, 1));
+            let narrow = accumulate_on(tier, &narrow, shape, Order::SampleFirst, 1);
+            prop_assert_eq!(&narrow, &accumulate_on(tier, &bits, shape, Order::SampleFirst, 1));
             let widened = accumulate_on(tier, &widened, shape, Order::SampleFirst, 1);
             let mean = |sums: &Accumulator| sums.mean(Metric::Angular).unwrap();
-            if brains.count() > 0 {
-                close(&mean(&brains), &mean(&widened), TOLERANCE);
+            if narrow.count() > 0 {
+                close(&mean(&narrow), &mean(&widened), TOLERANCE);
             }
             // The others multiply bfloat16 in float32.
-            prop_assert!(tier != Tier::Scalar || brains == widened);
+            prop_assert!(tier != Tier::Scalar || narrow == widened);
         }
     }
 
     #[test]
     fn every_tier_equals_the_slow_twin_on_deep_models((data, shape) in deep_batches()) {
-        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        let narrow: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
         for tier in Tier::available() {
             equals_the_slow_twin(tier, &data, shape);
-            equals_the_slow_twin(tier, &brains, shape);
+            equals_the_slow_twin(tier, &narrow, shape);
         }
     }
 
     #[test]
     fn a_sample_is_worth_the_same_whatever_stands_beside_it((data, shape) in batches()) {
         let (samples, states, width) = shape;
-        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        let narrow: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
         for tier in Tier::available() {
-            let whole = accumulate_on(tier, &brains, shape, Order::SampleFirst, 3);
+            let whole = accumulate_on(tier, &narrow, shape, Order::SampleFirst, 3);
             let mut merged = Accumulator::new(states, &METRICS).unwrap();
-            for sample in brains.chunks(states * width).rev() {
+            for sample in narrow.chunks(states * width).rev() {
                 merged.merge(&accumulate_on(tier, sample, (1, states, width), Order::SampleFirst, 1)).unwrap();
             }
             prop_assert_eq!(&whole, &merged);
@@ -353,11 +353,11 @@ fn every_tier_keeps_the_digits_of_small_angles() {
             for (width, massive) in [(2, false), (601, false), (601, true), (4096, true)] {
                 let data = rows_at(distance, width, massive);
                 let singles: Vec<f32> = data.iter().map(|&v| v as f32).collect();
-                let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f64(v)).collect();
+                let narrow: Vec<bf16> = data.iter().map(|&v| bf16::from_f64(v)).collect();
                 for tier in Tier::available() {
                     equals_the_slow_twin(tier, &data, (1, 2, width));
                     equals_the_slow_twin(tier, &singles, (1, 2, width));
-                    equals_the_slow_twin(tier, &brains, (1, 2, width));
+                    equals_the_slow_twin(tier, &narrow, (1, 2, width));
                     let exact = accumulate_on(tier, &data, (1, 2, width), Order::SampleFirst, 1);
                     let mean = exact.mean(Metric::Angular).unwrap()[1];
                     assert!((mean - distance).abs() < 1e-9, "{tier} {distance}: {mean}");
@@ -372,13 +372,13 @@ fn every_tier_is_right_where_float32_ends() {
     let stream = residual_stream(2, 5, 640, 3, false);
     for scale in [1e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e17, 1e20, 1e30, 3e37_f32] {
         let scaled: Vec<f32> = stream.iter().map(|v| v * scale).collect();
-        let brains: Vec<bf16> = scaled.iter().map(|&v| bf16::from_f32(v)).collect();
+        let narrow: Vec<bf16> = scaled.iter().map(|&v| bf16::from_f32(v)).collect();
         // Rows of very different sizes beside each other.
         let mut uneven = stream.clone();
         uneven[640..1280].iter_mut().for_each(|v| *v *= scale);
         for tier in Tier::available() {
             equals_the_slow_twin(tier, &scaled, (2, 5, 640));
-            equals_the_slow_twin(tier, &brains, (2, 5, 640));
+            equals_the_slow_twin(tier, &narrow, (2, 5, 640));
             let uneven = accumulate_on(tier, &uneven, (2, 5, 640), Order::SampleFirst, 1);
             assert!(uneven.count() + uneven.rejected() == 2);
         }
@@ -416,10 +416,10 @@ fn every_tier_is_right_on_numbers_without_randomness() {
         for width in [33, 576, 4096] {
             let rows = (0..6).flat_map(|row| (0..width).map(move |column| kind(row, column)));
             let data: Vec<f32> = rows.collect();
-            let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+            let narrow: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
             for tier in Tier::available() {
                 equals_the_slow_twin(tier, &data, (1, 6, width));
-                equals_the_slow_twin(tier, &brains, (1, 6, width));
+                equals_the_slow_twin(tier, &narrow, (1, 6, width));
             }
         }
     }
@@ -431,7 +431,7 @@ fn every_tier_has_equal_states_at_zero_and_opposite_ones_at_one() {
         let x: Vec<f32> = (0..width).map(|i| (i as f32 * 0.37).cos()).collect();
         let times = |factor: f32| x.iter().map(|v| v * factor).collect::<Vec<f32>>();
         let data = [x.clone(), times(4.0), times(-1.0)].concat();
-        let brains: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+        let narrow: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
         for tier in Tier::available() {
             let expected = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0];
             let single = accumulate_on(tier, &data, (1, 3, width), Order::SampleFirst, 1);
@@ -440,9 +440,9 @@ fn every_tier_has_equal_states_at_zero_and_opposite_ones_at_one() {
                 expected,
                 "{tier} {width}"
             );
-            let brain = accumulate_on(tier, &brains, (1, 3, width), Order::SampleFirst, 1);
+            let narrow = accumulate_on(tier, &narrow, (1, 3, width), Order::SampleFirst, 1);
             assert_eq!(
-                brain.mean(Metric::Angular).unwrap(),
+                narrow.mean(Metric::Angular).unwrap(),
                 expected,
                 "{tier} {width}"
             );

@@ -80,7 +80,7 @@ impl Layout {
         block: usize,
         from: &[*const u16; SIDE],
         length: usize,
-        soon: &[usize; SIDE],
+        prefetch: &[usize; SIDE],
         largest: &mut __m512i,
     ) {
         // SAFETY: the caller's.
@@ -89,7 +89,7 @@ impl Layout {
             let at = step * COLUMNS;
             let used = length - at;
             // In the order of reading, which the processor's own fetching learns from.
-            for row in soon {
+            for row in prefetch {
                 let address = row + step * size_of::<Line>();
                 _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address));
             }
@@ -173,12 +173,18 @@ impl Layout {
     ///
     /// AVX-512; the tiles have room, and the row can be read.
     #[inline(always)]
-    pub unsafe fn fill_odd_row(&self, step: usize, from: *const u16, length: usize, soon: usize) {
+    pub unsafe fn fill_odd_row(
+        &self,
+        step: usize,
+        from: *const u16,
+        length: usize,
+        prefetch: usize,
+    ) {
         let at = step * COLUMNS;
         let unused = COLUMNS - COLUMNS.min(length - at);
         // SAFETY: the caller's.
         unsafe {
-            let address = soon + step * size_of::<Line>();
+            let address = prefetch + step * size_of::<Line>();
             _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address));
             let row = _mm512_maskz_loadu_epi16(u32::MAX >> unused, from.add(at).cast());
             _mm512_store_si512(self.odd_row(step).cast(), row);

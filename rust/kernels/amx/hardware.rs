@@ -28,7 +28,7 @@ impl Drop for Hardware {
 
 impl Kernels for Hardware {
     type Double = avx512::Double;
-    type Brain = Tiles<Hardware>;
+    type Bf16 = Tiles<Hardware>;
 }
 
 /// As LDTILECFG reads it, palette 1.

@@ -19,7 +19,7 @@ pub(super) use self::available::is_available;
 use self::filling::{Layout, Line, greater_ones};
 use self::hardware::Hardware;
 use self::span::{Pending, Span};
-use super::{Chunk, Soon, Sweep, Work, avx512bf16};
+use super::{Chunk, Prefetch, Sweep, Work, avx512bf16};
 use crate::states::Element;
 
 /// Rows of a tile, and 32-bit columns.
@@ -116,8 +116,8 @@ struct Buffers {
     tiles: Vec<Line>,
     /// The rows that the tiles are of; rows of zeros make the last block full.
     rows: Vec<*const u16>,
-    /// Where the rows are that will be read soon.
-    soon: Vec<usize>,
+    /// Where the rows are that are to be prefetched.
+    prefetch: Vec<usize>,
     magnitudes: Vec<f32>,
     /// The products of each block with itself over each span.
     diagonals: Vec<Tile>,
@@ -187,7 +187,7 @@ impl<E: Multiply> Session<E> {
             .diagonals
             .resize(spans * blocks, [0.0; SIDE * SIDE]);
         let (rows, _) = self.buffers.rows.as_chunks::<SIDE>();
-        let (soon, _) = self.buffers.soon.as_chunks::<SIDE>();
+        let (prefetch, _) = self.buffers.prefetch.as_chunks::<SIDE>();
         let (magnitudes, _) = self.buffers.magnitudes.as_chunks_mut::<SIDE>();
         for block in 0..blocks {
             // SAFETY (of all that follow): a sweep is reached through its tier's `run` alone.
@@ -198,8 +198,8 @@ impl<E: Multiply> Session<E> {
                     self.engine.clear();
                     let steps = span * of_span..steps.min((span + 1) * of_span);
                     for step in steps.clone() {
-                        let (rows, soon) = (&rows[block], &soon[block]);
-                        layout.fill(step, block, rows, self.length, soon, &mut largest);
+                        let (rows, prefetch) = (&rows[block], &prefetch[block]);
+                        layout.fill(step, block, rows, self.length, prefetch, &mut largest);
                         // One step late: what was just stored would be waited for.
                         if step > steps.start {
                             layout.square(step - 1, block, &mut self.engine);
@@ -213,12 +213,12 @@ impl<E: Multiply> Session<E> {
             }
         }
         if odd {
-            let (row, soon) = (
+            let (row, prefetch) = (
                 self.buffers.rows[num_states - 1],
-                self.buffers.soon[num_states - 1],
+                self.buffers.prefetch[num_states - 1],
             );
             for step in 0..steps {
-                unsafe { layout.fill_odd_row(step, row, self.length, soon) };
+                unsafe { layout.fill_odd_row(step, row, self.length, prefetch) };
             }
         }
         self.stale = false;
@@ -273,7 +273,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
         row: impl Fn(usize) -> &'a [T],
         magnitudes: &mut [f32],
         squares: &mut [f64],
-        soon: &Soon,
+        prefetch: &Prefetch,
         session: &mut Session<E>,
     ) {
         static ZEROS: [u16; CHUNK] = [0; CHUNK];
@@ -284,7 +284,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
             session.length <= CHUNK && session.length.next_multiple_of(COLUMNS) == chunk.length()
         );
         for state in 0..num_states {
-            let row = T::brains(row(state)).expect("tiles are for bfloat16");
+            let row = T::bf16_bits(row(state)).expect("tiles are for bfloat16");
             assert!(row.len() == session.length);
             session.buffers.rows.push(row.as_ptr());
         }
@@ -293,17 +293,17 @@ impl<E: Multiply> Sweep for Tiles<E> {
             .rows
             .resize(num_states.next_multiple_of(SIDE), ZEROS.as_ptr());
         let (blocks, odd) = blocks_of(num_states);
-        session.buffers.soon.clear();
-        session.buffers.soon.extend_from_slice(soon.rows());
+        session.buffers.prefetch.clear();
+        session.buffers.prefetch.extend_from_slice(prefetch.rows());
         session
             .buffers
-            .soon
+            .prefetch
             .resize(session.buffers.rows.len(), ZEROS.as_ptr().addr());
         session.fill(num_states);
         magnitudes.copy_from_slice(&session.buffers.magnitudes[..num_states]);
         if session.is_short {
             for state in 0..num_states {
-                let row = T::brains(row(state)).expect("tiles are for bfloat16");
+                let row = T::bf16_bits(row(state)).expect("tiles are for bfloat16");
                 // SAFETY: a sweep is reached through its tier's `run` alone.
                 (magnitudes[state], squares[state]) = unsafe { avx512bf16::measure(row, None) };
             }
@@ -344,7 +344,7 @@ impl<E: Multiply> Sweep for Tiles<E> {
         chunk: &Chunk<u16>,
         fresh: bool,
         sums: &mut [f64],
-        _soon: &mut Soon,
+        _prefetch: &mut Prefetch,
         session: &mut Session<E>,
     ) {
         if fresh {
@@ -407,22 +407,22 @@ impl<E: Multiply> Sweep for Tiles<E> {
 
     #[inline(always)]
     fn square(row: &[u16]) -> f64 {
-        avx512bf16::Brain::square(row)
+        avx512bf16::Bf16::square(row)
     }
 
     #[inline(always)]
     fn measure(row: &[u16]) -> (f32, f64) {
-        <avx512bf16::Brain as Sweep>::measure(row)
+        <avx512bf16::Bf16 as Sweep>::measure(row)
     }
 
     #[inline(always)]
     fn square_of_sum(x: &[u16], y: &[u16], factor: f32) -> Option<f64> {
-        <avx512bf16::Brain as Sweep>::square_of_sum(x, y, factor)
+        <avx512bf16::Bf16 as Sweep>::square_of_sum(x, y, factor)
     }
 
     #[inline(always)]
-    fn pack_brains(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
-        <avx512bf16::Brain as Sweep>::pack_brains(row, to)
+    fn pack_bf16(row: &[u16], to: &mut [u16]) -> Option<(f32, f64)> {
+        <avx512bf16::Bf16 as Sweep>::pack_bf16(row, to)
     }
 
     #[inline(always)]

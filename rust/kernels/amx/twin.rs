@@ -16,7 +16,7 @@ struct Twin(Box<Sums>);
 
 impl Kernels for Twin {
     type Double = avx512::Double;
-    type Brain = Tiles<Twin>;
+    type Bf16 = Tiles<Twin>;
 }
 
 fn flushed(value: f32) -> f32 {
@@ -27,14 +27,14 @@ fn flushed(value: f32) -> f32 {
     }
 }
 
-fn brain(bits: u16) -> f32 {
+fn bf16(bits: u16) -> f32 {
     flushed(f32::from_bits(u32::from(bits) << 16))
 }
 
 /// A row of TDPBF16PS: even and odd products are summed apart, by FMA, and added to the
 /// sums at the end; denormal numbers count as zero.
 fn tdpbf16ps(sums: &mut [f32; SIDE], left: &Line, right: &[Line; SIDE]) {
-    let pair = |bits: u32| [brain(bits as u16), brain((bits >> 16) as u16)];
+    let pair = |bits: u32| [bf16(bits as u16), bf16((bits >> 16) as u16)];
     for (n, sum) in sums.iter_mut().enumerate() {
         let mut apart = [0.0_f32; 2];
         for (x, line) in left.0.iter().zip(right) {

@@ -9,12 +9,12 @@ const LEAST: i32 = -1074;
 
 /// A sum that does not depend on its order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LongSum {
+pub(crate) struct Superaccumulator {
     /// Lowest first; all but the last in `0 .. 2^32`, so that equal sums are equal.
     digits: [i64; DIGITS],
 }
 
-impl Default for LongSum {
+impl Default for Superaccumulator {
     fn default() -> Self {
         Self {
             digits: [0; DIGITS],
@@ -22,7 +22,7 @@ impl Default for LongSum {
     }
 }
 
-impl LongSum {
+impl Superaccumulator {
     /// Words that a stored sum takes.
     pub(crate) const WORDS: usize = DIGITS;
 
@@ -114,11 +114,11 @@ impl LongSum {
 
 #[cfg(test)]
 mod tests {
-    use super::{DIGITS, LongSum};
+    use super::{DIGITS, Superaccumulator};
     use proptest::prelude::*;
 
-    fn sum(values: &[f64]) -> LongSum {
-        let mut sum = LongSum::default();
+    fn sum(values: &[f64]) -> Superaccumulator {
+        let mut sum = Superaccumulator::default();
         for &value in values {
             sum.add(value);
         }
@@ -129,7 +129,7 @@ mod tests {
         #[test]
         fn one_number_comes_back(value in any::<f64>().prop_filter("finite", |v| v.is_finite())) {
             prop_assert_eq!(sum(&[value]).value(), value);
-            prop_assert_eq!(sum(&[value, -value]), LongSum::default());
+            prop_assert_eq!(sum(&[value, -value]), Superaccumulator::default());
         }
 
         #[test]
@@ -145,7 +145,7 @@ mod tests {
             merged.merge(&sum(head));
             prop_assert_eq!(&merged, &sum(&values));
             let words: Vec<u64> = merged.to_words().collect();
-            prop_assert_eq!(LongSum::from_words(words.first_chunk::<DIGITS>().unwrap()), Some(merged));
+            prop_assert_eq!(Superaccumulator::from_words(words.first_chunk::<DIGITS>().unwrap()), Some(merged));
         }
 
         #[test]
@@ -173,8 +173,8 @@ mod tests {
     fn words_that_are_no_digits_are_refused() {
         let mut words = [0_u64; DIGITS];
         words[3] = 1 << 32;
-        assert_eq!(LongSum::from_words(&words), None);
+        assert_eq!(Superaccumulator::from_words(&words), None);
         words[3] = u64::MAX;
-        assert_eq!(LongSum::from_words(&words), None);
+        assert_eq!(Superaccumulator::from_words(&words), None);
     }
 }
