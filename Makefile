@@ -6,7 +6,7 @@ TOOLS := target/tools
 # Dependencies of .venv, the wheel instead of its shallower, and no other program within reach.
 BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
-BORDER := accumulation bootstrap cka search similarity states_file
+BORDER := bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find rust python -type f -not -name '*.pyc')
 
 export HF_HUB_OFFLINE ?= 1
@@ -68,7 +68,7 @@ wheel: dist/.audited $(VENV)/.test  ## A wheel for any Linux since 2014, tested 
 	$(ALONE) -m pip install --quiet --only-binary :all: --force-reinstall --no-deps dist/*.whl
 	$(ALONE) -m pip install --quiet --only-binary :all: --group test dist/*.whl
 	$(ALONE) tests/wheel.py alone
-	$(ALONE) -m pytest -m "not slow" $(BORDER:%=tests/test_%.py)
+	$(ALONE) -m pytest -m "not slow" $(BORDER:%=tests/scanning/test_%.py)
 
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist

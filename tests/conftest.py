@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import shallower as sh
-from shallower import demo
+from shallower import cli, demo
+from tests.commands import Done
 
 settings.register_profile("fast", max_examples=30, deadline=None)
 settings.register_profile("slow", max_examples=1000, deadline=None)
@@ -81,3 +84,26 @@ def data():
     if not (folder / "text" / "c4.jsonl").is_file():
         pytest.skip(f"no texts in {folder}: set SHALLOWER_DATA")
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder, and in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def shallower(folder, monkeypatch, capfd):
+    """Run a command in this process, in ``folder``."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["shallower", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(ended.value.code, *capfd.readouterr())
+
+    return call

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shallower.models.shortening import shorten
@@ -306,8 +307,8 @@ def table() -> str:
         f"Generated from `tests/families.py` by `make families`. Each family is built small, with "
         f"{NUM_LAYERS} random layers, and cut by {len(DROP_SETS)} sets of layers: "
         + "; ".join(f"{title} {_listed(layers)}" for title, layers in DROP_SETS.items())
-        + ". `tests/test_families.py` saves each cut, reloads it with stock transformers, and "
-        "compares its logits with those of a forward that skips the layers, and its generation "
+        + ". `tests/cutting/test_families.py` saves each cut, reloads it with stock transformers, "
+        "and compares its logits with those of a forward that skips the layers, and its generation "
         "with a cache to that without. What no config of the family can express is refused before "
         "anything changes, with the nearest layers that could go.",
         "",
@@ -349,6 +350,24 @@ def _by_layer(name: str) -> list[str]:
             continue
         changed |= {key for key, value in config.to_dict().items() if before.get(key) != value}
     return sorted(changed - counts)
+
+
+SCALES = {"rwkv": 1e-4}
+"""Where the order of halvings that the model makes for float16 shows in its norms."""
+
+
+def random_model(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(name)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim >= 2:
+                weight.copy_(noise / weight.shape[-1] ** 0.5)
+            elif not any(part in key for part in ("A_log", "dt", "decay")):
+                weight.add_(0.2 * noise)
+    return model
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shallower
-from conftest import ROOT
+from tests.conftest import ROOT
 
 SOURCE = ROOT / "python" / "shallower"
 HEAVY = {

@@ -1,7 +1,6 @@
 """A file or folder appears whole or not at all."""
 
 import os
-import resource
 import stat
 import threading
 from contextlib import contextmanager, suppress
@@ -12,13 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import OutputError
-from shallower.storage import (
-    check_free,
-    new_folder,
-    partial_folder,
-    resumable_folder,
-    write_file,
-)
+from shallower.storage import check_free, new_folder, partial_folder, resumable_folder, write_file
+from tests.folders import full_disk, tree
 
 NOBODY = 65534
 
@@ -27,30 +21,8 @@ class BodyError(Exception):
     """What the body of a ``with`` raises in these tests."""
 
 
-def tree(folder):
-    """Everything below a folder: its kind and content by relative path."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
-        else:
-            found[name] = None if path.is_dir() else path.read_bytes()
-    return found
-
-
 def permissions(path):
     return stat.S_IMODE(path.stat().st_mode)
-
-
-@contextmanager
-def full_disk(num_bytes=1000):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager
@@ -319,8 +291,6 @@ def test_files_that_a_folder_only_links_to_keep_their_permissions(tmp_path):
 
 
 # Folders whose work goes on.
-
-
 def half_done(path, job="job", **files):
     """Leave what a body that fails leaves."""
     with suppress(BodyError), resumable_folder(path, job) as folder:

@@ -75,7 +75,7 @@ impl Scalar {
 }
 
 /// ggml types: number, values of a block, bytes of a block. From `GGML_QUANT_SIZES` of the
-/// Python package gguf 0.19; `tests/test_gguf.py` holds the two against each other.
+/// Python package gguf 0.19; `tests/cutting/test_gguf.py` holds the two against each other.
 const GGML_TYPES: [(u32, u64, u64); 34] = [
     (0, 1, 4),      // F32
     (1, 1, 2),      // F16

@@ -1,7 +1,7 @@
 """The linear maps of a decoder's feed-forward parts, found by structure: what healing adapts.
 
 A part is known by the names and classes of the modules on the way to it, below its layer. The
-words are data; `tests/test_feed_forward.py` holds them against every family.
+words are data; `tests/models/test_feed_forward.py` holds them against every family.
 """
 
 import re

@@ -1,0 +1,119 @@
+"""The commands `eval` and `run`."""
+
+import json
+
+import pytest
+
+import shallower as sh
+from shallower import Plan
+from tests.cli.documents import assert_cut, documents, tree
+from tests.commands import SHALLOWER, in_a_process
+from tests.conftest import write_jsonl
+
+
+# Evaluating.
+def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
+    held_out = documents(8, seed=1)
+    model, tokenizer = sh.load_model(tiny)
+    whole = sh.evaluate_loss(model, tokenizer, held_out)
+    with sh.without_layers(model, [1, 3, 4]):
+        cut = sh.evaluate_loss(model, tokenizer, held_out)
+    command = ["eval", tiny, "--texts", texts / "held_out.jsonl"]
+    assert shallower(*command, "--json").json == {"base": whole.to_json()}
+    assert shallower(*command, "--drop", "1,3:5", "--json").json == {
+        "base": whole.to_json(),
+        "cut": cut.to_json(),
+        "drop": [sh.Block(1, 2).to_json(), sh.Block(3, 5).to_json()],
+    }
+    shown = shallower(*command, "--drop", "1,3:5").out.splitlines()
+    assert shown[0].startswith(f"all layers: {whole} nats a token ({whole.normalized:.4f} of ln")
+    assert shown[1].startswith(f"without [1, 2) [3, 5): {cut} nats a token")
+    assert f"{whole.num_tokens} tokens of 8 texts" in shown[0]
+    assert tree(folder) == {}
+
+
+def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny, plans):
+    source = write_jsonl(folder / "gap.jsonl", ["w1 w2 w3", "w1", "w4 w5"])
+    done = shallower("eval", tiny, "--texts", source, "--plan", plans / "tiny", "--json")
+    (name,) = done.json.keys() - {"base", "drop"}
+    assert name == "cut"
+    block = Plan.load(plans / "tiny" / "shallower_plan.json").blocks[0]
+    assert done.json["drop"] == [sh.Block(block.start, block.stop).to_json() | block.to_json()]
+    assert done.json["base"]["num_rejected"] == 1
+    assert "1 texts rejected" in shallower("eval", tiny, "--texts", source).out
+
+
+# The whole way.
+def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
+    command = ["run", tiny, "--texts", texts / "texts.jsonl"]
+    command += ["--eval-texts", texts / "held_out.jsonl", "--out", "out", "--n", "2,1"]
+    done = shallower(*command)
+    assert done.status == 0
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        "scan.safetensors",
+        "heat_map.png",
+        "shallower_plan.json",
+        "results.json",
+        "checkpoint",
+    }
+    for part in (
+        "6 layers, 24 samples",
+        "held-out loss",
+        "plan: 2 of 6 layers",
+        "before: ",
+        "wrote",
+    ):
+        assert part in done.out
+    plan = Plan.load(folder / "out" / "shallower_plan.json")
+    assert_cut(folder / "out" / "checkpoint", tiny, plan.survivors)
+    results = json.loads((folder / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results.keys() == {
+        "format",
+        "version",
+        "num_layers",
+        "num_samples",
+        "num_rejected",
+        "base",
+        "cuts",
+        "plan",
+        "max_logits_difference",
+        "continuation",
+    }
+    sizes = [cut["drop"]["stop"] - cut["drop"]["start"] for cut in results["cuts"]]
+    assert sizes == [1, 1, 2, 2]
+    assert results["plan"] == plan.to_json()
+    assert results["base"]["num_texts"] == 8
+    assert results["num_samples"] == 24
+
+    before = tree(folder)
+    refused = shallower(*command)
+    assert "exists already" in refused.error
+    assert tree(folder) == before
+
+    again = shallower(*command[:-1], "3", "--overwrite", "--json")
+    assert again.status == 0
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert again.json == {**results, "out": "out"}
+    plan = Plan.load(folder / "out" / "shallower_plan.json")
+    assert len(plan.dropped) == 3
+    assert_cut(folder / "out" / "checkpoint", tiny, plan.survivors)
+
+
+def test_steps_of_healing_need_a_healing(shallower, folder, tiny, texts):
+    done = shallower(
+        "run", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl",
+        "--out", "out", "--heal-steps", "2",
+    )  # fmt: skip
+    assert "--heal-steps without --heal" in done.error
+    assert not (folder / "out").exists()
+
+
+def test_run_says_nothing_on_standard_error_when_no_one_looks(folder, tiny, texts):
+    done = in_a_process(
+        SHALLOWER, "run", tiny, "--texts", texts / "texts.jsonl",
+        "--eval-texts", texts / "held_out.jsonl", "--out", "out", "--n", "1", "--json",
+        cwd=folder,
+    )  # fmt: skip
+    assert done.status == 0
+    assert done.json["num_samples"] == 24
+    assert done.err == ""

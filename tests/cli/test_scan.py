@@ -1,0 +1,278 @@
+"""The command `scan`, and files of states."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+
+import shallower as sh
+from shallower import Scan, figures
+from tests.cli.documents import documents, plain, tree
+from tests.commands import SHALLOWER
+from tests.conftest import write_jsonl
+
+
+# Scanning.
+@pytest.mark.parametrize("suffix", ["jsonl", "txt", "parquet"])
+def test_scan_reads_every_format_to_the_same_bytes(shallower, folder, tiny, texts, scans, suffix):
+    done = shallower("scan", tiny, "--texts", texts / f"texts.{suffix}", "--out", "out")
+    assert done.status == 0
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        "scan.safetensors",
+        "heat_map.png",
+    }
+    expected = (scans / "tiny" / "scan.safetensors").read_bytes()
+    assert (folder / "out" / "scan.safetensors").read_bytes() == expected
+    assert (folder / "out" / "heat_map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scan_prints_the_best_block_of_every_size(shallower, tiny, jsonl, scans):
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out")
+    assert "6 layers, 24 samples" in done.out
+    assert "wrote out/scan.safetensors" in done.out.splitlines()
+    assert "wrote out/heat_map.png" in done.out.splitlines()
+    scanned = Scan.load(scans / "tiny" / "scan.safetensors")
+    for n in range(1, 6):
+        block = scanned.best_block(n)
+        row = rf"{n} \W+{re.escape(str(block))} \W+{block.score:.4f} ± {block.stderr:.4f}"
+        assert re.search(row, done.out), n
+
+
+def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--json")
+    scanned = Scan.load(scans / "tiny" / "scan.safetensors")
+    blocks = [scanned.best_block(n) for n in range(1, 6)]
+    assert done.json == {
+        "num_layers": 6,
+        "positions": "last",
+        "num_samples": 24,
+        "num_sequences": 24,
+        "num_rejected": 0,
+        "rejections": [],
+        "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
+        "written": ["out/scan.safetensors", "out/heat_map.png"],
+    }
+
+
+def test_scan_compares_the_tokens_that_are_named(shallower, tiny, jsonl, folder):
+    out = folder / "out" / "scan.safetensors"
+    for name, described in [("random:2", "random:2, seed 7"), ("last:2", "last:2"), ("all", "all")]:
+        command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--positions", name]
+        command += ["--seed", 7, "--overwrite"]
+        said = shallower(*command, "--dry-run").out
+        assert f"positions: {described}" in said
+        done = shallower(*command, "--json").json
+        scanned = Scan.load(out)
+        assert done["positions"] == str(scanned.positions) == described
+        assert done["num_samples"] == scanned.num_samples > 24 == done["num_sequences"]
+        if name != "all":
+            assert scanned.num_samples == 48
+        title = f"{scanned.num_samples} tokens of 24 sequences; positions {described}"
+        assert title in " ".join(shallower(*command).out.split())
+        plan = shallower("plan", "out", "--n", 2, "--json").json
+        assert plan["positions"] == asdict(scanned.positions)
+    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "new", "--positions", "first")
+    assert refused.status != 0
+    assert "last, last:K, random:K or all" in refused.err
+
+
+def test_scan_of_one_sample_has_no_error_and_still_prints_json(shallower, tiny, jsonl):
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--samples", 1, "--json")
+    assert done.json["num_samples"] == 1
+    assert {block["stderr"] for block in done.json["blocks"]} == {None}
+
+
+@pytest.mark.filterwarnings("default::shallower.RejectedSamplesWarning")
+def test_a_rejected_text_is_a_warning_on_standard_error(shallower, folder, tiny):
+    source = write_jsonl(folder / "gap.jsonl", ["w1 w2", "", "w3"])
+    done = shallower("scan", tiny, "--texts", source, "--out", "out", "--json")
+    assert done.status == 0
+    assert done.json["num_rejected"] == 1
+    assert done.json["rejections"] == ["sample 1: empty text"]
+    assert "warning: 1 of 3 samples rejected: sample 1: empty text" in done.err.splitlines()
+    shown = shallower("scan", tiny, "--texts", source, "--out", "again").out
+    assert "6 layers, 2 samples, 1 rejected" in shown
+    assert "rejected sample 1: empty text" in shown.splitlines()
+
+
+def test_without_matplotlib_the_heat_map_is_left_out_with_a_warning(
+    shallower, folder, tiny, jsonl, monkeypatch
+):
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--json")
+    assert done.status == 0
+    assert done.json["written"] == ["out/scan.safetensors"]
+    assert "pip install 'shallower[figures]'" in done.err
+    assert [path.name for path in (folder / "out").iterdir()] == ["scan.safetensors"]
+
+
+def test_scan_takes_the_metrics_that_are_named(shallower, tiny, jsonl, folder):
+    for metrics in ("cosine,angular", "cosine, angular"):
+        done = shallower(
+            "scan", tiny, "--texts", jsonl, "--out", "out", "--metrics", metrics, "--overwrite"
+        )
+        assert done.status == 0, done.err
+        assert set(Scan.load(folder / "out" / "scan.safetensors").metrics) == {"angular", "cosine"}
+
+
+def test_scan_of_cosine_alone_says_so(shallower, tiny, jsonl):
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--metrics", "cosine")
+    assert "1 - cosine" in done.out
+    assert "wrote out/scan.safetensors" in done.out
+
+
+def test_a_second_scan_needs_overwrite(shallower, folder, tiny, jsonl):
+    assert shallower("scan", tiny, "--texts", jsonl, "--out", "out").status == 0
+    before = tree(folder)
+    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--samples", 3)
+    assert "out/scan.safetensors exists already" in refused.error
+    assert tree(folder) == before
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--samples", 3, "--overwrite")
+    assert done.status == 0
+    assert Scan.load(folder / "out" / "scan.safetensors").num_samples == 3
+
+
+CHILD = """
+import sys
+from shallower import cli, pipeline
+pipeline.SECONDS_BETWEEN_CHECKPOINTS = 0
+cli.main()
+"""
+
+
+def test_a_killed_scan_goes_on_where_it_was(shallower, folder, tiny):
+    texts = documents(600)
+    source = write_jsonl(folder / "many.jsonl", texts)
+    command = ["scan", tiny, "--texts", source, "--out", "out", "--batch-size", 1]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    partial = folder / "out" / "scan.partial.safetensors"
+    deadline = time.monotonic() + 60
+    while not partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert 0 < Scan.load(partial).num_samples < 600
+    assert not (folder / "out" / "scan.safetensors").exists()
+
+    assert shallower(*command).status == 0
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        "scan.safetensors",
+        "heat_map.png",
+    }
+    sh.scan(*sh.load_model(tiny), texts, batch_size=1).save(folder / "whole")
+    assert (folder / "out" / "scan.safetensors").read_bytes() == (folder / "whole").read_bytes()
+
+
+def test_a_scan_in_the_place_of_a_killed_one_of_other_texts_says_what_to_do(
+    shallower, folder, tiny, jsonl, scans
+):
+    partial = folder / "out" / "scan.partial.safetensors"
+    partial.parent.mkdir()
+    partial.write_bytes((scans / "more" / "scan.safetensors").read_bytes())
+    before = tree(folder)
+    message = shallower("scan", tiny, "--texts", jsonl, "--out", "out").error
+    assert "out/scan.partial.safetensors" in message
+    assert "ModelIdentity(" not in message
+    assert tree(folder) == before
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--overwrite")
+    assert done.status == 0
+    assert Scan.load(folder / "out" / "scan.safetensors").num_samples == 24
+
+
+def test_json_is_alone_on_standard_output_while_a_terminal_shows_progress(folder, tiny, jsonl):
+    master, slave = pty.openpty()
+    command = [SHALLOWER, "scan", tiny, "--texts", jsonl, "--out", "out", "--json"]
+    child = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 10_000)
+        except OSError:
+            break
+    os.close(master)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert json.loads(out)["num_samples"] == 24
+    assert "24/24" in plain(shown.decode())
+
+
+def test_scan_keeps_samples_if_asked(shallower, folder, models, texts, scans):
+    arguments = ("scan", models / "tiny", "--texts", texts / "texts.jsonl", "--dtype", "float32")
+    assert shallower(*arguments, "--out", "kept", "--keep-samples").status == 0
+    assert shallower(*arguments, "--out", "plain").status == 0
+    kept, plain = (Scan.load(folder / name / "scan.safetensors") for name in ("kept", "plain"))
+    assert (kept.keeps_samples, plain.keeps_samples) == (True, False)
+    assert kept.samples("angular").shape == (24, 21)
+    assert (kept.mean() == plain.mean()).all()
+
+
+# States in files.
+def test_scan_keeps_states_and_analyse_gives_the_same_scan(shallower, folder, tiny, jsonl):
+    kept = folder / "kept" / "states.safetensors"
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "one", "--keep-states", kept)
+    assert done.status == 0
+    assert f"wrote {kept}" in done.out
+    done = shallower("analyse", kept, "--out", "two")
+    assert done.status == 0
+    assert "[" in done.out
+    one, two = (folder / name / "scan.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert (folder / "two" / "heat_map.png").exists()
+    assert shallower("plan", "two", "--n", 2, "--out", "plan").status == 0
+    done = shallower("prune", tiny, "--plan", "plan", "--out", "cut")
+    assert done.status == 0
+    assert "exists already" in shallower("analyse", kept, "--out", "two").error
+    shown = shallower(
+        "analyse", kept, "--out", "two", "--overwrite", "--json", "--metrics", "relative_l2",
+        "--keep-samples", "--cka-batch", 8,
+    )  # fmt: skip
+    assert shown.json["num_samples"] == 24
+    again = Scan.load(two)
+    assert (again.metrics, again.keeps_samples) == (("relative_l2",), True)
+    assert again.cka.shape == (7, 7)
+
+
+def test_a_dry_run_says_how_many_bytes_states_take(shallower, folder, tiny, jsonl):
+    command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--keep-states", "kept.safetensors"]
+    said = shallower(*command, "--dry-run", "--json").json
+    assert said["states_bytes_per_token"] == 7 * 32 * 2
+    assert said["states_bytes_at_most"] == 7 * 32 * 2 * 24
+    assert said["free_bytes"] > 0
+    assert said["write"] == ["out/scan.safetensors", "kept.safetensors"]
+    options = ["--dtype", "float32", "--positions", "all", "--max-length", 10]
+    said = shallower(*command, *options, "--dry-run", "--json").json
+    assert said["states_bytes_at_most"] == 7 * 32 * 4 * 24 * 10
+    assert tree(folder) == {}
+    assert shallower(*command, *options).status == 0
+    said = shallower("analyse", "kept.safetensors", "--out", "two", "--dry-run", "--json").json
+    assert (said["states"], said["width"]) == (7, 32)
+    assert said["bytes"] == said["samples"] * 7 * 32 * 4 <= 7 * 32 * 4 * 24 * 10
+    assert not (folder / "two").exists()
+
+
+def test_a_second_scan_replaces_kept_states_only_when_told_so(shallower, folder, tiny, jsonl):
+    (folder / "kept.safetensors").write_text("dear to someone")
+    command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--keep-states", "kept.safetensors"]
+    before = tree(folder)
+    assert "kept.safetensors exists already" in shallower(*command).error
+    assert tree(folder) == before
+    assert shallower(*command, "--overwrite").status == 0
+    assert sh.analyse_states(folder / "kept.safetensors").num_samples == 24

@@ -1,0 +1,55 @@
+"""Commands run in a process of their own, and how they ended."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SHALLOWER = str(Path(sys.executable).with_name("shallower"))
+
+
+@dataclass
+class Done:
+    """How a command ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        """Standard output, all of it, as strict JSON."""
+        return json.loads(self.out, parse_constant=pytest.fail)
+
+    @property
+    def error(self):
+        """The one sentence of a command that failed."""
+        assert (self.status, self.out) == (2, "")
+        assert "Traceback" not in self.err
+        *_, last = self.err.splitlines()
+        assert last.startswith("error: ")
+        assert self.err.count("error: ") == 1
+        return last.removeprefix("error: ")
+
+
+def in_a_process(*command, **options):
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "1000",
+        **options.pop("env", {}),
+    }
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=environment,
+        **options,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,378 @@
+"""Cuts on disk against cuts in memory."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    FineGrainedFP8Config,
+)
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+import shallower as sh
+from shallower import LayersError, ModelError, Plan, PlanError, checkpoint
+from shallower.exports import EXPORT_FILES
+from shallower.models.plain import VECTORS
+from shallower.models.quantised import quantisation
+from tests.conftest import tiny_llama
+from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
+from tests.cutting.tiny_models import GATED, HEADS, OTHERS, WINDOWS, WITH_LISTS, build, logits_of
+from tests.folders import tree
+
+
+def stock(folder):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+# The same cut as in memory.
+@pytest.mark.parametrize("size", ["5GB", "30KB", 1])
+def test_a_cut_on_disk_is_the_cut_in_memory(source, tmp_path, size):
+    model, tokenizer = sh.load_model(source, dtype="float32")
+    plan = sh.drop_layers(model, DROPPED)
+    sh.save_model(model, tokenizer, tmp_path / "memory", plan)
+    assert sh.prune_checkpoint(source, DROPPED, tmp_path / "disk", size) == plan
+    disk = tmp_path / "disk"
+    assert stored(disk) == stored(tmp_path / "memory")
+    assert Plan.load(disk / "shallower_plan.json") == plan
+    assert torch.equal(logits_of(stock(disk)), logits_of(model))
+    assert AutoTokenizer.from_pretrained(disk)("w1 w2")["input_ids"] == [1, 2]
+    files = sorted(disk.glob("*.safetensors"))
+    if size == "5GB":
+        assert [file.name for file in files] == ["model.safetensors"]
+        assert not (disk / "model.safetensors.index.json").exists()
+    else:
+        index = read_json(disk / "model.safetensors.index.json")
+        places = {name: file.name for file in files for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+        assert index["weight_map"] == places
+        total = sum(len(tensor.content) for tensor in stored(disk).values())
+        assert index["metadata"] == {"total_size": total}
+    for file in files:
+        assert safe_open(file, "pt").metadata() == {"format": "pt"}
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == []
+
+
+@pytest.mark.parametrize("family", [*WITH_LISTS, *OTHERS])
+def test_families_are_cut_on_disk_as_in_memory(family, tmp_path):
+    model = build(*(WITH_LISTS | OTHERS)[family])
+    model.save_pretrained(tmp_path / "source")
+    plan = sh.prune_checkpoint(tmp_path / "source", [0, 2, 5], tmp_path / "disk")
+    memory = sh.drop_layers(model, [0, 2, 5])
+    model.save_pretrained(tmp_path / "memory")
+    assert stored(tmp_path / "disk") == stored(tmp_path / "memory")
+    assert torch.equal(logits_of(stock(tmp_path / "disk")), logits_of(model))
+    assert plan.model.fingerprint == memory.model.fingerprint
+    before, after = (read_json(tmp_path / at / "config.json") for at in ("source", "disk"))
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    per_layer = {"layer_types", "no_rope_layers", "max_window_layers"}
+    assert changed <= {"num_hidden_layers", "n_layer"} | per_layer
+    assert after.get("layer_types") == read_json(tmp_path / "memory" / "config.json").get(
+        "layer_types"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_stay_as_they_are_stored(dtype, tmp_path):
+    model = tiny_llama().to(dtype)
+    model.save_pretrained(tmp_path / "source")
+    sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "cut")
+    assert stock(tmp_path / "cut").dtype == dtype
+
+
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    model.model.save_pretrained(tmp_path / "source")
+    plan = sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "cut")
+    memory = sh.drop_layers(model, DROPPED)
+    assert {name.split(".")[1] for name in stored(tmp_path / "cut") if name[:3] == "lay"} == set(
+        "012"
+    )
+    assert torch.equal(logits_of(stock(tmp_path / "cut")), logits_of(model))
+    assert plan.model.fingerprint == memory.model.fingerprint
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_quantised_checkpoints_of_bitsandbytes_stay_bit_by_bit(words, tmp_path, dtype):
+    model_class, config_class, options = OTHERS["mistral"]
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    build(model_class, config_class, {**options, **sizes}).save_pretrained(tmp_path / "plain")
+    words.save_pretrained(tmp_path / "plain")
+    whole, tokenizer = sh.load_model(tmp_path / "plain", dtype=dtype)
+    sh.save_model(whole, tokenizer, tmp_path / "source")
+    model, tokenizer = sh.load_model(tmp_path / "source", dtype=dtype)
+    plan = sh.drop_layers(model, DROPPED)
+    sh.save_model(model, tokenizer, tmp_path / "memory")
+    disk = tmp_path / "disk"
+    done = sh.prune_checkpoint(tmp_path / "source", DROPPED, disk, "10KB", plan=plan)
+    assert stored(disk) == stored(tmp_path / "memory")
+    assert (done, done.model.dtype) == (plan, dtype)
+    assert torch.equal(logits_of(stock(disk)), logits_of(stock(tmp_path / "memory")))
+
+
+def test_fp8_of_transformers_stays_bit_by_bit(tmp_path, monkeypatch):
+    model = plain_checkpoint("llama", tmp_path / "plain", hidden_size=64, intermediate_size=64)
+    quantised = FineGrainedFP8Config(
+        weight_block_size=(32, 32), modules_to_not_convert=["lm_head", "model.layers.2.mlp.up_proj"]
+    )
+    with monkeypatch.context() as patched:  # it asks for a GPU, and needs none to quantise
+        patched.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+        whole = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantised)
+        whole.save_pretrained(tmp_path / "source")
+    sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "disk")
+    assert {tensor.dtype for tensor in stored(tmp_path / "disk").values()} >= {"F8_E4M3", "F32"}
+    config = read_json(tmp_path / "disk" / "config.json")["quantization_config"]
+    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.1.mlp.up_proj"]
+    memory = stock(tmp_path / "source")
+    sh.drop_layers(memory, DROPPED)
+    assert torch.equal(logits_of(stock(tmp_path / "disk")), logits_of(memory))
+
+
+def test_a_cut_can_be_cut_again(source, tmp_path):
+    sh.prune_checkpoint(source, [1], tmp_path / "once", 1000)
+    sh.prune_checkpoint(tmp_path / "once", [2, 3], tmp_path / "twice")
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "straight")
+    assert stored(tmp_path / "twice") == stored(tmp_path / "straight")
+    assert read_json(tmp_path / "twice" / "config.json") == read_json(
+        tmp_path / "straight" / "config.json"
+    )
+
+
+# Families that the config alone describes.
+DROPS = ([2, 3], [0, 1], [3, 4], [1], [1, 3, 4], [5])
+PLAIN_SIZES = {**HEADS, "num_hidden_layers": 6, "sliding_window": 4}
+
+
+def plain_checkpoint(family, folder, **options):
+    torch.manual_seed(4)
+    config = CONFIG_MAPPING[family](**{**PLAIN_SIZES, **options})
+    model = AutoModelForCausalLM.from_config(config)
+    for _, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def prepared(folder, drop):
+    """What a cut writes, and how."""
+    cut = checkpoint.prepare(folder, drop, 20_000)
+    return cut.texts, cut.plan, cut.job.journal, cut.job.files, cut.carried
+
+
+def assert_told_by_the_config(folder, monkeypatch, drops=DROPS[:3]):
+    """Without a model built, every cut is the one with it."""
+    assert checkpoint.plain_model(folder, read_json(folder / "config.json")) is not None
+    for drop in drops:
+        light = prepared(folder, drop)
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "plain_model", lambda *_: None)
+            assert light == prepared(folder, drop)
+        assert light[1].model is not None
+
+
+@pytest.mark.parametrize("family", VECTORS)
+def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, monkeypatch):
+    folder = plain_checkpoint(family, tmp_path / "source")
+    assert_told_by_the_config(folder, monkeypatch, DROPS)
+    written = read_json(folder / "config.json")
+    assert sh.prune_checkpoint(folder, DROPPED, tmp_path / "cut").dropped == tuple(DROPPED)
+    assert len(stock(tmp_path / "cut").model.layers) == 3
+    lists = ("layer_types", "no_rope_layers", "max_window_layers")
+    old = {key: value for key, value in written.items() if key not in lists}
+    if family != "smollm3":
+        (folder / "config.json").write_text(json.dumps({**old, "_name_or_path": "a/b"}))
+        assert_told_by_the_config(folder, monkeypatch)
+    if set(lists) & set(written):
+        kinds = WINDOWS["layer_types"]
+        changed = {"layer_types": kinds, "max_window_layers": 3, "use_sliding_window": True}
+        edit_json(folder / "config.json", **{**written, **changed})
+        assert_told_by_the_config(folder, monkeypatch)
+
+
+@pytest.mark.parametrize("family", VECTORS)
+def test_so_it_does_in_four_bits(family, tmp_path, monkeypatch):
+    plain = plain_checkpoint(
+        family, tmp_path / "plain", hidden_size=64, intermediate_size=64, head_dim=16
+    )
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantisation("nf4"))
+    model.save_pretrained(tmp_path / "source")
+    assert_told_by_the_config(tmp_path / "source", monkeypatch)
+    assert prepared(tmp_path / "source", [1])[1].model.dtype == "nf4"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_so_it_does_in_every_dtype(dtype, tmp_path, monkeypatch):
+    model = tiny_llama().to(dtype)
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.save_pretrained(tmp_path / "source")
+    assert_told_by_the_config(tmp_path / "source", monkeypatch)
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_so_it_does_for_another_pattern_of_windows(period, tmp_path, monkeypatch):
+    folder = plain_checkpoint("gemma3_text", tmp_path / "source")
+    raw = read_json(folder / "config.json")
+    del raw["layer_types"]
+    (folder / "config.json").write_text(json.dumps({**raw, "sliding_window_pattern": period}))
+    assert_told_by_the_config(folder, monkeypatch)
+
+
+def test_keys_of_other_families_are_treated_alike(copied, tmp_path, monkeypatch):
+    edit_json(
+        copied / "config.json",
+        per_layer=[0, 1, 2, 3, 4, 5],
+        eos_token_id=[1, 2, 3, 4, 5, 6],
+        max_window_layers=4,
+        first_k_dense_replace=2,
+        mlp_only_layers=[1, 5],
+    )
+    assert_told_by_the_config(copied, monkeypatch)
+    edit_json(copied / "config.json", attn_layer_period=2, attn_layer_offset=0)
+    assert_refused(ModelError, "attn_layer_period", copied, tmp_path / "cut", [1, 2, 3])
+
+
+UNUSUAL = {
+    "a bias": {"attention_bias": True},
+    "own code": {"auto_map": {"AutoConfig": "a.B"}},
+    "other family": {"model_type": "gpt2"},
+    "no family": {"model_type": ["llama"]},
+    "no count": {"num_hidden_layers": "6"},
+    "no size": {"hidden_size": None},
+    "another list": {"model_type": "qwen2", "layer_types": ["full_attention"] * 5},
+    "another kind": {"model_type": "qwen2", "layer_types": ["full_attention"] * 5 + [["x"]]},
+    "no list": {"model_type": "smollm3"},
+    "a list of none of its own": {"layer_types": ["full_attention"] * 6},
+    "a layer of its own": {"per_layer_config": {"2": {"intermediate_size": 8}}},
+    "windows": {"model_type": "qwen2", "use_sliding_window": True},
+    "another pattern": {"model_type": "gemma2", "sliding_window_pattern": 0},
+}
+
+
+@pytest.mark.parametrize("changes", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_is_unusual_is_built(source, changes):
+    raw = {**read_json(source / "config.json"), **changes}
+    assert checkpoint.plain_model(source, raw) is None
+
+
+def test_a_family_that_is_built_is_cut_as_one_that_is_not(copied, tmp_path, monkeypatch):
+    sh.prune_checkpoint(copied, DROPPED, tmp_path / "light")
+    monkeypatch.setattr(checkpoint, "plain_model", lambda *_: None)
+    sh.prune_checkpoint(copied, DROPPED, tmp_path / "built")
+    assert tree(tmp_path / "light") == tree(tmp_path / "built")
+
+
+FRESH = """
+    import re, sys
+    from pathlib import Path
+    {}
+    heavy = sorted({"torch", "transformers", "accelerate", "safetensors"} & set(sys.modules))
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    print(peak, *heavy, file=sys.stderr)
+"""
+WAYS = {
+    "python": "import shallower; shallower.prune_checkpoint({source!r}, [1, 3], {out!r})",
+    "command": """
+    sys.argv = ["shallower", "prune", {source!r}, "--drop", "1,3", "--out", {out!r}, "--json"]
+    from shallower.cli import main
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 0""",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_family_is_cut_without_torch_and_in_little_memory(source, tmp_path, way):
+    out = tmp_path / "cut"
+    call = WAYS[way].format(source=str(source), out=str(out))
+    code = textwrap.dedent(FRESH.replace("{}", call, 1))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, *heavy = done.stderr.split()
+    assert heavy == []
+    assert float(peak) < 128
+    assert Plan.load(out / "shallower_plan.json").dropped == (1, 3)
+
+
+def test_what_belongs_to_the_model_is_carried_over(copied, tmp_path):
+    carried = ["chat_template.jinja", "LICENSE", "modeling_own.py", "tokenizer.model", "vocab.txt"]
+    left = ["pytorch_model.bin", "model.gguf", "a.pth", "params.json", ".hidden", "b.safetensors"]
+    left += ["model.fp16.safetensors.index.json", "pytorch_model.bin.index.json"]
+    for name in carried + left:
+        (copied / name).write_text(name)
+    (copied / "additional_chat_templates").mkdir()
+    (copied / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    (copied / "original").mkdir()
+    (copied / "original" / "params.txt").write_text("")
+    (copied / "inside.txt").symlink_to("vocab.txt")
+    (copied / "secret.txt").symlink_to("/etc/hostname")
+    with pytest.warns(UserWarning, match=r"secret.txt is left out: .* outside of its folder"):
+        sh.prune_checkpoint(copied, DROPPED, tmp_path / "cut")
+    there = tree(tmp_path / "cut")
+    expected = {"config.json", "generation_config.json", "model.safetensors", "shallower_plan.json"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "inside.txt", *carried, *EXPORT_FILES}
+    assert set(there) == expected | {
+        "additional_chat_templates",
+        "additional_chat_templates/tool.jinja",
+    }
+    assert there["inside.txt"] == b"vocab.txt"
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert there[name] == (copied / name).read_bytes()
+
+
+def test_a_snapshot_of_the_hubs_cache_can_be_cut(source, tmp_path):
+    repository = tmp_path / "models--a--tiny"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for position, file in enumerate(sorted(source.iterdir())):
+        shutil.copyfile(file, repository / "blobs" / f"{position:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{position:040x}")
+    sh.prune_checkpoint(snapshot, DROPPED, tmp_path / "cut")
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "straight")
+    skip = {"shallower_plan.json", *EXPORT_FILES}  # they name the source
+    seen, expected = tree(tmp_path / "cut"), tree(tmp_path / "straight")
+    assert set(seen) == set(expected) > skip
+    assert {n: c for n, c in seen.items() if n not in skip} == {
+        n: c for n, c in expected.items() if n not in skip
+    }
+
+
+# Plans.
+def test_a_plan_of_a_scan_is_carried_out(source, tmp_path):
+    model, tokenizer = sh.load_model(source, dtype="float32")
+    plan = sh.scan(model, tokenizer, ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]).plan(2)
+    done = sh.prune_checkpoint(source, plan.blocks, tmp_path / "cut", plan=plan)
+    assert done == plan == Plan.load(tmp_path / "cut" / "shallower_plan.json")
+
+
+def test_a_plan_of_another_model_is_refused(source, tmp_path):
+    other = tiny_llama(seed=1)
+    torch.nn.init.uniform_(other.model.norm.weight)
+    plan = sh.drop_layers(other, DROPPED)
+    assert_refused(PlanError, "another model", source, tmp_path / "cut", plan=plan)
+    plan = Plan(6, plan.blocks)
+    assert_refused(PlanError, "asked for are", source, tmp_path / "cut", layers=[1], plan=plan)
+
+
+@pytest.mark.parametrize("layers", [[], [6], [1, 1], range(6), ["1"], [-1]])
+def test_layers_that_cannot_be_dropped_are_refused(source, tmp_path, layers):
+    assert_refused(LayersError, "layer", source, tmp_path / "cut", layers=layers)
+
+
+def test_a_cut_that_the_config_cannot_describe_is_refused(tmp_path):
+    model = build(DiffLlamaForCausalLM, DiffLlamaConfig, GATED)
+    model.save_pretrained(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    words = "cannot describe this cut"
+    assert_refused(ModelError, words, tmp_path / "source", tmp_path / "out" / "cut")

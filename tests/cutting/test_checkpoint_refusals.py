@@ -1,0 +1,167 @@
+"""Damaged checkpoints, places that are taken, and full disks."""
+
+import json
+import os
+import shutil
+import struct
+from collections import namedtuple
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import shallower as sh
+from shallower import ModelError, OutputError, checkpoint
+from shallower.storage import partial_folder
+from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
+from tests.folders import full_disk, tree
+
+
+# Damaged and hostile checkpoints.
+def header(path, change):
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    text = change(raw[8 : 8 + length].decode())
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + raw[8 + length :])
+
+
+def first_shard(folder):
+    return min(folder.glob("*.safetensors"))
+
+
+def repoint(folder, place):
+    index = read_json(folder / "model.safetensors.index.json")
+    index["weight_map"]["model.norm.weight"] = place
+    edit_json(folder / "model.safetensors.index.json", **index)
+
+
+def drop_tensor(folder, name):
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys() if n != name}  # noqa: SIM118
+        save_file(tensors, path, {"format": "pt"})
+    index = read_json(folder / "model.safetensors.index.json")
+    del index["weight_map"][name]
+    edit_json(folder / "model.safetensors.index.json", **index)
+
+
+def overlap(text):
+    parsed = json.loads(text)
+    names = [name for name in parsed if name != "__metadata__"]
+    parsed[names[0]]["data_offsets"] = parsed[names[-1]]["data_offsets"]
+    return json.dumps(parsed)
+
+
+HARM = {
+    "shard above": (lambda f: repoint(f, "../x.safetensors"), "expected the plain name"),
+    "shard elsewhere": (lambda f: repoint(f, "/etc/x.safetensors"), "expected the plain name"),
+    "no shard": (lambda f: repoint(f, "x.safetensors"), "x.safetensors"),
+    "other shard": (lambda f: repoint(f, first_shard(f).name), "which lacks it"),
+    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "neither"),
+    "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "broken"),
+    "huge header": (
+        lambda f: first_shard(f).write_bytes(b"\xff" * 8 + first_shard(f).read_bytes()[8:]),
+        "its header claims",
+    ),
+    "truncated": (lambda f: os.truncate(first_shard(f), 5000), "it holds|the file has"),
+    "empty": (lambda f: os.truncate(first_shard(f), 0), "0 bytes"),
+    "named twice": (
+        lambda f: header(first_shard(f), lambda text: text.rstrip()[:-1] + "," + text.strip()[1:]),
+        "duplicate|twice",
+    ),
+    "overlap": (lambda f: header(first_shard(f), overlap), "overlap|needs|bits"),
+    "outer link": (
+        lambda f: (first_shard(f).rename(f.parent / "x"), first_shard_link(f)),
+        "outside of its folder|which lacks it|cannot read",
+    ),
+    "fifo": (lambda f: (first_shard(f).unlink(), os.mkfifo(f / SHARD)), "not a regular file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "other weights": (
+        lambda f: edit_json(f / "config.json", transformers_weights="x.safetensors"),
+        "transformers_weights",
+    ),
+    "more layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=7),
+        "lacks .*layers.6",
+    ),
+    "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=5), "also has .*5"),
+    "absurdly many layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=10**12),
+        "counts 1000000000000 layers",
+    ),
+    "lacks a tensor": (
+        lambda f: drop_tensor(f, "model.layers.2.mlp.up_proj.weight"),
+        "layer 2 lacks the tensor mlp.up_proj.weight",
+    ),
+}
+SHARD = "model-00001-of-00012.safetensors"
+
+
+def first_shard_link(folder):
+    (folder / SHARD).symlink_to(folder.parent / "x")
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_or_hostile_checkpoint_is_refused(copied, tmp_path, harm):
+    assert first_shard(copied).name == SHARD
+    do, words = HARM[harm]
+    do(copied)
+    (tmp_path / "out").mkdir()
+    assert_refused(ModelError, words, copied, tmp_path / "out" / "cut")
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    assert_refused(ModelError, "none", tmp_path / "none", tmp_path / "cut")
+
+
+# Whole or not at all.
+def test_a_place_that_is_taken_is_refused(source, tmp_path):
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "mine").write_text("mine")
+    assert_refused(OutputError, "exists already", source, tmp_path / "cut")
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "cut", overwrite=True)
+    assert not (tmp_path / "cut" / "mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+def test_a_checkpoint_can_replace_itself(copied, source, tmp_path):
+    sh.prune_checkpoint(copied, DROPPED, copied, overwrite=True)
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "cut")
+    assert stored(copied) == stored(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "size", [0, -1, "", "5 bananas", "0GB", "nan", True, "1e30GB", "99999999TB"]
+)
+def test_sizes_that_are_none_are_refused(source, tmp_path, size):
+    assert_refused(OutputError, "size", source, tmp_path / "cut", max_shard_size=size)
+
+
+def test_sizes_are_read():
+    sizes = {"5GB": 5 * 10**9, "1.5 MB": 1_500_000, "2GiB": 2 << 30, "7": 7, 8: 8, "10k": 10_000}
+    assert {text: checkpoint.parse_size(text) for text in sizes} == sizes
+
+
+def test_a_full_disk_is_told_and_the_work_goes_on(source, tmp_path):
+    out = tmp_path / "cut"
+    with full_disk(12_000), pytest.raises(OutputError, match="do the same again to go on"):
+        sh.prune_checkpoint(source, DROPPED, out, 10_000)
+    assert not out.exists()
+    assert partial_folder(out).is_dir()
+    sh.prune_checkpoint(source, DROPPED, out, 10_000)
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", 10_000)
+    assert tree(out) == tree(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_too_little_room_is_told_before_anything_is_copied(source, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 1000))
+    assert_refused(OutputError, "1000 are free", source, tmp_path / "cut")
+
+
+def test_a_place_that_cannot_be_written_to_is_told(source):
+    with pytest.raises(OutputError, match="/proc/cut"):
+        sh.prune_checkpoint(source, DROPPED, "/proc/cut")

@@ -1,0 +1,130 @@
+"""A cut that was stopped goes on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+
+import shallower as sh
+from shallower import OutputError, checkpoint
+from shallower.storage import partial_folder
+from tests.cutting.checkpoints import DROPPED, stored
+from tests.folders import tree
+
+
+def test_progress_is_told_and_can_stop_the_copy(source, tmp_path):
+    heard = []
+
+    def stop(done, total):
+        heard.append((done, total))
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        sh.prune_checkpoint(source, DROPPED, out, 10_000, progress=stop)
+    assert not out.exists()
+    kept = {path.name: path.stat().st_ino for path in (partial_folder(out) / "folder").glob("m*")}
+    heard.clear()
+    sh.prune_checkpoint(source, DROPPED, out, 10_000, progress=lambda *args: heard.append(args))
+    assert kept
+    assert all((out / name).stat().st_ino == inode for name, inode in kept.items())
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert heard[-1][0] == heard[-1][1] == sum(len(t.content) for t in stored(out).values())
+
+
+def test_other_threads_run_while_bytes_are_copied(source, tmp_path):
+    job = checkpoint.prepare(source, DROPPED, 1000).job
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    began = time.perf_counter()
+    job.write(tmp_path)
+    ended = time.perf_counter()
+    stop.set()
+    thread.join()
+    assert sum(began < tick < ended for tick in ticks) >= 3
+
+
+def test_work_of_another_job_is_discarded(source, tmp_path):
+    out = tmp_path / "cut"
+
+    def stop(done, total):
+        if done > total / 2:
+            raise InterruptedError
+
+    with pytest.raises(OutputError):
+        sh.prune_checkpoint(source, [0], out, 10_000, progress=stop)
+    sh.prune_checkpoint(source, DROPPED, out, 9_000)
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", 9_000)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+SERVER = """
+    import os, sys, time
+    from shallower.checkpoint import prune_checkpoint
+    source, out = sys.argv[1:]
+    def tell(done, total):
+        os.write(1, b"copied\\n")
+        time.sleep(0.001)
+    for _ in sys.stdin:
+        child = os.fork()
+        if not child:
+            os.write(1, b"%d\\n" % os.getpid())
+            prune_checkpoint(source, [1, 3, 4], out, 4000, progress=tell)
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.write(1, b"ended\\n")
+"""
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(source, tmp_path, seed):
+    chance = random.Random(seed)
+    out, whole = tmp_path / "cut", tmp_path / "whole"
+    sh.prune_checkpoint(source, DROPPED, whole, 4000)
+    command = [sys.executable, "-c", textwrap.dedent(SERVER), source, out]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kills = 0
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        for attempt in range(200):
+            server.stdin.write("go\n")
+            server.stdin.flush()
+            child, copied = int(server.stdout.readline()), 0
+            patience = attempt + chance.randrange(5)
+            while server.stdout.readline() != "ended\n":
+                copied += 1
+                if copied == patience:
+                    time.sleep(chance.random() * 0.004)
+                    with suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+                        kills += 1
+            if out.exists():
+                break
+        server.stdin.close()
+    assert kills >= 5
+    assert tree(out) == tree(whole)
+
+
+def test_one_process_at_a_time(source, tmp_path):
+    out = tmp_path / "cut"
+
+    def nested(done, total):
+        with pytest.raises(OutputError, match="another process is writing it"):
+            sh.prune_checkpoint(source, DROPPED, out)
+
+    sh.prune_checkpoint(source, DROPPED, out, progress=nested)

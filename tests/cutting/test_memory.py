@@ -1,0 +1,311 @@
+"""Cuts in memory against forwards that skip the layers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
+
+import shallower as sh
+from shallower.models.identity import identify
+from tests.conftest import tiny_llama
+from tests.cutting.tiny_models import (
+    GATED,
+    IDS,
+    OTHERS,
+    WITH_LISTS,
+    assert_stock_loads_the_same,
+    build,
+    logits_of,
+    numbers_in,
+    portrait,
+    reload,
+    skipping,
+)
+
+CUTS = {"middle": [2, 3], "first": [0, 1], "deepest but last": [3, 4], "scattered": [0, 2, 5]}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("family", [*WITH_LISTS, *OTHERS])
+def test_a_cut_is_the_model_with_its_layers_skipped(family, cut):
+    model = build(*(WITH_LISTS | OTHERS)[family])
+    expected = skipping(model, CUTS[cut])
+    whole = logits_of(model)
+    plan = sh.drop_layers(model, CUTS[cut])
+    assert plan.dropped == tuple(CUTS[cut])
+    assert torch.equal(logits_of(model), expected)
+    assert (expected - whole).abs().max() > 1e-3
+    assert numbers_in(model) == [{i} for i in range(6 - len(CUTS[cut]))] or family == "opt"
+
+
+@pytest.mark.parametrize("family", [*WITH_LISTS, *OTHERS])
+def test_a_scattered_cut_comes_back_from_disk_by_stock_transformers(family, tmp_path):
+    model = build(*(WITH_LISTS | OTHERS)[family])
+    sh.drop_layers(model, CUTS["scattered"])
+    assert_stock_loads_the_same(model, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_cut_llama_comes_back_from_disk_by_stock_transformers(cut, tmp_path):
+    model = tiny_llama(initializer_range=0.2)
+    expected = skipping(model, CUTS[cut])
+    sh.drop_layers(model, CUTS[cut])
+    assert torch.equal(logits_of(model), expected)
+    assert_stock_loads_the_same(model, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("family", WITH_LISTS)
+def test_lists_of_the_config_are_cut_by_surviving_layer(family, cut, tmp_path):
+    model = build(*WITH_LISTS[family])
+    options = WITH_LISTS[family][2]
+    survivors = sh.drop_layers(model, CUTS[cut]).survivors
+    sh.save_model(model, None, tmp_path / "cut")
+    stored = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert stored["num_hidden_layers"] == model.config.num_hidden_layers == len(survivors)
+    for name in {"layer_types", "no_rope_layers"} & options.keys():
+        assert stored[name] == getattr(model.config, name) == [options[name][i] for i in survivors]
+
+
+@given(st.sets(st.integers(0, 5), min_size=1, max_size=5))
+def test_without_layers_is_the_skipped_model_and_then_the_old_one(llama_with_lists, dropped):
+    model = llama_with_lists
+    before, whole, expected = portrait(model), logits_of(model), skipping(model, dropped)
+    with sh.without_layers(model, dropped):
+        assert torch.equal(logits_of(model), expected)
+        assert model.config.num_hidden_layers == 6 - len(dropped)
+    assert portrait(model) == before
+    assert torch.equal(logits_of(model), whole)
+
+
+@pytest.fixture(scope="module")
+def llama_with_lists():
+    return build(*WITH_LISTS["qwen3"])
+
+
+def test_without_layers_restores_when_the_body_raises(llama_with_lists):
+    before = portrait(llama_with_lists)
+    error = RuntimeError("of the body")
+    with pytest.raises(RuntimeError) as caught, sh.without_layers(llama_with_lists, [0, 3]):
+        raise error
+    assert caught.value is error
+    assert portrait(llama_with_lists) == before
+
+
+def test_without_layers_can_be_nested(llama_with_lists):
+    model = llama_with_lists
+    before, expected = portrait(model), skipping(model, [0, 2, 4])
+    with sh.without_layers(model, [0, 4]):
+        between = portrait(model)
+        with sh.without_layers(model, [1]):
+            assert torch.equal(logits_of(model), expected)
+        assert portrait(model) == between
+    assert portrait(model) == before
+
+
+def test_without_layers_restores_also_what_the_body_dropped(llama):
+    before, whole = portrait(llama), logits_of(llama)
+    with sh.without_layers(llama, [0]):
+        sh.drop_layers(llama, [0])
+    assert portrait(llama) == before
+    assert torch.equal(logits_of(llama), whole)
+
+
+def test_without_layers_refuses_before_it_changes_anything(llama):
+    before = portrait(llama)
+    with pytest.raises(sh.LayersError), sh.without_layers(llama, [6]):
+        pytest.fail("the body ran")
+    assert portrait(llama) == before
+
+
+def test_what_is_saved_within_without_layers_is_the_cut_model(llama, tmp_path):
+    with sh.without_layers(llama, [2, 3]):
+        assert_stock_loads_the_same(llama, tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        range(6),
+        [],
+        [6],
+        [-1],
+        [1, 1],
+        [range(1, 3), 2],
+        [sh.Block(1, 4), sh.Block(3, 5)],
+        [True],
+        [0, False],
+        [1.0],
+        ["1"],
+        "1",
+        "",
+        b"1",
+        3,
+        None,
+        [None],
+        [[1, 2]],
+        [np.nan],
+        [sh.Block(5, 7)],
+    ],
+    ids=repr,
+)
+def test_layers_that_cannot_be_dropped_are_refused_and_nothing_changes(llama, layers):
+    before, whole = portrait(llama), logits_of(llama)
+    with pytest.raises(sh.LayersError):
+        sh.drop_layers(llama, layers)
+    assert portrait(llama) == before
+    assert torch.equal(logits_of(llama), whole)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [2, 3],
+        [3, 2],
+        range(2, 4),
+        [range(2, 4)],
+        sh.Block(2, 4),
+        [sh.Block(2, 4)],
+        np.array([2, 3]),
+        {2, 3},
+        iter([2, 3]),
+        [range(3, 1, -1)],
+        torch.tensor([2, 3]),
+    ],
+    ids=repr,
+)
+def test_layers_are_named_in_many_ways(llama, layers):
+    expected = skipping(llama, [2, 3])
+    plan = sh.drop_layers(llama, layers)
+    assert plan.blocks == (sh.Block(2, 4),)
+    assert plan.survivors == (0, 1, 4, 5)
+    assert torch.equal(logits_of(llama), expected)
+
+
+def test_the_plan_is_of_the_uncut_model(llama):
+    identity = identify(llama)
+    plan = sh.drop_layers(llama, [0, 3, 4])
+    assert plan.model == identity
+    assert (plan.num_layers, plan.strategy) == (6, "manual")
+    assert plan.blocks == (sh.Block(0, 1), sh.Block(3, 5))
+    with pytest.raises(sh.PlanError):
+        plan.check_model(identify(llama))
+
+
+def test_two_cuts_in_succession_are_one(llama, tmp_path):
+    expected = skipping(llama, [1, 2, 5])
+    sh.drop_layers(llama, [1, 5])
+    sh.drop_layers(llama, [1])
+    assert torch.equal(logits_of(llama), expected)
+    assert numbers_in(llama) == [{0}, {1}, {2}]
+    assert_stock_loads_the_same(llama, tmp_path / "cut")
+
+
+def test_all_layers_but_one_can_go(llama, tmp_path):
+    expected = skipping(llama, [0, 1, 2, 3, 4])
+    sh.drop_layers(llama, range(5))
+    assert torch.equal(logits_of(llama), expected)
+    assert_stock_loads_the_same(llama, tmp_path / "cut")
+    with pytest.raises(sh.LayersError, match="at least one must stay"):
+        sh.drop_layers(llama, [0])
+
+
+def test_a_model_that_was_saved_can_still_be_cut(tmp_path):
+    model = build(ApertusForCausalLM, ApertusConfig, GATED)
+    expected = skipping(model, [2])
+    sh.save_model(model, None, tmp_path / "whole")
+    sh.drop_layers(model, [2])
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    sh.drop_layers(model, [1, 4])
+    assert_stock_loads_the_same(model, tmp_path / "cut")
+    reloaded = reload(tmp_path / "cut")
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+
+
+def test_training_goes_on_after_a_cut(llama):
+    sh.drop_layers(llama, [2])
+    llama.train()
+    llama.activation_checkpointing_enable()
+    llama(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in llama.parameters())
+
+
+def test_a_cut_of_a_model_in_training_with_checkpointing_leaves_its_modes(llama):
+    llama.activation_checkpointing_enable()
+    llama.train()
+    expected = skipping(llama, [2])
+    sh.drop_layers(llama, [2])
+    assert all(module.training for module in llama.modules())
+    assert torch.equal(logits_of(llama), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_saved_as_it_is(llama, dtype, tmp_path):
+    llama.save_pretrained(tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype).eval()
+    sh.drop_layers(model, [2, 3])
+    sh.save_model(model, None, tmp_path / "cut")
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "cut", dtype="auto", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert reloaded.dtype == dtype
+    assert torch.equal(logits_of(reloaded), logits_of(model))
+
+
+def test_a_model_without_a_list_of_layers_is_refused():
+    with pytest.raises(sh.ModelError, match="no transformers config"):
+        sh.drop_layers(nn.Linear(2, 2), [0])
+
+
+def spread(path, **places):
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    names += [f"model.layers.{i}" for i in range(6)]
+    device_map = dict.fromkeys(names, "cpu") | places
+    return AutoModelForCausalLM.from_pretrained(
+        path, device_map=device_map, offload_folder=path / "offload"
+    ).eval()
+
+
+@pytest.fixture
+def offloaded(tmp_path):
+    """A model with layers 1 and 4 on disk."""
+    tiny_llama().save_pretrained(tmp_path / "whole")
+    return spread(tmp_path / "whole", **{"model.layers.1": "disk", "model.layers.4": "disk"})
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_the_device_map_of_a_cut_model_is_renumbered(offloaded, tmp_path):
+    expected = skipping(tiny_llama(), [0, 2])
+    sh.drop_layers(offloaded, [0, 2])
+    places = [offloaded.hf_device_map[f"model.layers.{i}"] for i in range(4)]
+    assert places == ["disk", "cpu", "disk", "cpu"]
+    assert "model.layers.4" not in offloaded.hf_device_map
+    assert offloaded.hf_device_map["model.norm"] == "cpu"
+    assert torch.equal(logits_of(offloaded), expected)
+    sh.save_model(offloaded, None, tmp_path / "cut")
+    assert torch.equal(logits_of(reload(tmp_path / "cut")), expected)
+
+
+def test_the_device_map_comes_back_after_without_layers(offloaded):
+    before = dict(offloaded.hf_device_map)
+    with sh.without_layers(offloaded, [0, 2]):
+        assert offloaded.hf_device_map != before
+    assert offloaded.hf_device_map == before
+
+
+def test_a_model_loaded_onto_one_device_can_be_cut(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", device_map={"": "cpu"}).eval()
+    expected = skipping(model, [2, 3])
+    sh.drop_layers(model, [2, 3])
+    assert torch.equal(logits_of(model), expected)

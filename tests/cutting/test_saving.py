@@ -1,0 +1,138 @@
+"""Saving a cut model."""
+
+import resource
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import shallower as sh
+from tests.cutting.tiny_models import GATED, logits_of, reload
+
+
+def test_a_checkpoint_is_saved_with_its_tokenizer_and_plan(llama, words, tmp_path):
+    plan = sh.drop_layers(llama, [2, 3])
+    sh.save_model(llama, words, tmp_path / "deep" / "cut", plan)
+    folder = tmp_path / "deep" / "cut"
+    assert sh.Plan.load(folder / "shallower_plan.json") == plan
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("w5 w6 what")["input_ids"] == words("w5 w6 what")["input_ids"]
+    assert torch.equal(logits_of(reload(folder)), logits_of(llama))
+
+
+def test_without_tokenizer_and_plan_there_are_none(llama, tmp_path):
+    sh.save_model(llama, None, tmp_path / "cut")
+    names = {file.name for file in (tmp_path / "cut").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_tokenizer_saved_after_a_scan_truncates_no_more_than_before(llama, words, tmp_path):
+    words.backend_tokenizer.no_truncation()
+    sh.scan(llama, words, ["w1 w2 w3 w4 w5", "w6"], max_length=3)
+    sh.evaluate_loss(llama, words, ["w1 w2 w3 w4 w5", "w6 w7"], max_length=3)
+    sh.save_model(llama, words, tmp_path / "cut")
+    stored = Tokenizer.from_file(str(tmp_path / "cut" / "tokenizer.json"))
+    assert len(stored.encode("w1 w2 w3 w4 w5").ids) == 5
+
+
+def test_a_folder_that_holds_something_is_refused_and_kept(llama, tmp_path):
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(sh.OutputError, match="exists already"):
+        sh.save_model(llama, None, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["note"]
+
+
+def test_an_empty_folder_is_filled(llama, tmp_path):
+    (tmp_path / "cut").mkdir()
+    sh.save_model(llama, None, tmp_path / "cut")
+    assert [file.name for file in tmp_path.iterdir()] == ["cut"]
+    reload(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_overwriting_replaces_what_is_there_and_nothing_else(llama, tmp_path, kind):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "note").write_text("mine")
+    target = tmp_path / "cut"
+    if kind == "folder":
+        target.mkdir()
+        (target / "note").write_text("old")
+    elif kind == "file":
+        target.write_text("old")
+    else:
+        target.symlink_to(other)
+    with pytest.raises(sh.OutputError):
+        sh.save_model(llama, None, target)
+    sh.save_model(llama, None, target, overwrite=True)
+    reload(target)
+    assert not (target / "note").exists()
+    assert (other / "note").read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cut", "other"]
+
+
+def test_a_place_beneath_a_file_is_refused(llama, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(sh.OutputError):
+        sh.save_model(llama, None, tmp_path / "file" / "cut")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+class BrokenTokenizer:
+    def save_pretrained(self, folder):
+        (folder / "half").write_text("half")
+        raise RuntimeError("of the tokenizer")
+
+
+def broken_plan():
+    return sh.Plan(6, (sh.Block(2, 4),), versions={"made by": object()})
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("tokenizer", "plan", "error"),
+    [(BrokenTokenizer(), None, RuntimeError), (None, broken_plan(), TypeError)],
+)
+def test_saving_that_fails_midway_leaves_all_as_it_was(
+    llama, tmp_path, tokenizer, plan, error, overwrite
+):
+    if overwrite:
+        sh.save_model(llama, None, tmp_path / "cut")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    sh.drop_layers(llama, [sh.Block(2, 4)])
+    with pytest.raises(error):
+        sh.save_model(llama, tokenizer, tmp_path / "cut", plan, overwrite)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == len(before and [1])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_leaves_all_as_it_was(llama, tmp_path, overwrite):
+    if overwrite:
+        sh.save_model(llama, None, tmp_path / "cut")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(sh.OutputError, match="cannot write"):
+            sh.save_model(llama, None, tmp_path / "cut", overwrite=overwrite)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == len(before and [1])
+
+
+def test_weights_that_are_not_there_are_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**GATED))
+    with pytest.raises(sh.ModelError):
+        sh.save_model(model, None, tmp_path / "cut")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generation_settings_that_transformers_refuses_are_named(llama, tmp_path):
+    llama.generation_config.temperature = 0.6
+    with pytest.raises(sh.ShallowerError, match="temperature"):
+        sh.save_model(llama, None, tmp_path / "cut")
+    assert list(tmp_path.iterdir()) == []

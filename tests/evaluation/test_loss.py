@@ -1,0 +1,179 @@
+"""The next-token loss: that of a plain float64 computation, whatever the batch."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import shallower as sh
+from shallower import evaluation
+from tests.conftest import tiny_llama
+
+TEXTS = [" ".join(f"w{(5 * i + 11 * j) % 97}" for j in range(2 + i % 9)) for i in range(17)]
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    """A model that is far from uniform, so that a wrong token shows."""
+    model = tiny_llama(3, initializer_range=0.3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    return model
+
+
+def plain_losses(model, tokenizer, texts, max_length=256):
+    """The summed loss and the number of predicted tokens of every text, one by one."""
+    sums, counts = [], []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"][:max_length]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        sums.append(-sum(log_probabilities[t, ids[t + 1]] for t in range(len(ids) - 1)))
+        counts.append(len(ids) - 1)
+    return np.array(sums), np.array(counts)
+
+
+def plain_stderr(sums, counts):
+    ratio = sums.sum() / counts.sum()
+    size = len(sums)
+    return math.sqrt(size / (size - 1) * ((sums - ratio * counts) ** 2).sum()) / counts.sum()
+
+
+@pytest.mark.parametrize("max_length", [2, 5, 256])
+def test_the_loss_is_that_of_a_plain_float64_computation(sharp, words, max_length):
+    sums, counts = plain_losses(sharp, words, TEXTS, max_length)
+    loss = sh.evaluate_loss(sharp, words, iter(TEXTS), max_length=max_length, batch_size=4)
+    assert loss.nats == pytest.approx(sums.sum() / counts.sum(), rel=1e-6)
+    assert loss.stderr == pytest.approx(plain_stderr(sums, counts), rel=1e-5)
+    assert loss.num_tokens == counts.sum()
+    assert loss.num_texts == len(TEXTS)
+    assert loss.num_rejected == 0
+    assert loss.vocab_size == 100
+    assert loss.normalized == loss.nats / math.log(100)
+    assert loss.normalized_stderr == loss.stderr / math.log(100)
+
+
+@given(st.permutations(range(len(TEXTS))), st.integers(1, 20))
+def test_neither_order_nor_batch_size_changes_the_loss(sharp, words, order, batch_size):
+    expected = sh.evaluate_loss(sharp, words, TEXTS, batch_size=1)
+    loss = sh.evaluate_loss(sharp, words, [TEXTS[i] for i in order], batch_size=batch_size)
+    assert loss.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert loss.stderr == pytest.approx(expected.stderr, rel=1e-5)
+    assert loss.num_tokens == expected.num_tokens
+
+
+def test_the_padding_side_does_not_change_the_loss(sharp, words):
+    left = copy.deepcopy(words)
+    left.padding_side = "left"
+    assert sh.evaluate_loss(sharp, left, TEXTS) == sh.evaluate_loss(sharp, words, TEXTS)
+
+
+def test_a_uniform_model_has_a_normalized_loss_of_one(llama, words):
+    nn.init.zeros_(llama.lm_head.weight)
+    loss = sh.evaluate_loss(llama, words, TEXTS)
+    assert loss.normalized == pytest.approx(1, rel=1e-6)
+    assert loss.stderr == pytest.approx(0, abs=1e-6)
+
+
+def test_a_single_text_has_no_standard_error(sharp, words):
+    loss = sh.evaluate_loss(sharp, words, ["w1 w2 w3"])
+    assert math.isnan(loss.stderr)
+    assert loss.num_tokens == 2
+    assert loss.to_json()["stderr"] is None
+
+
+def test_equal_texts_have_a_standard_error_of_zero(sharp, words):
+    assert sh.evaluate_loss(sharp, words, ["w1 w2 w3"] * 6).stderr == pytest.approx(0, abs=1e-6)
+
+
+def test_texts_without_a_token_to_predict_are_counted_and_left_out(sharp, words):
+    loss = sh.evaluate_loss(sharp, words, ["w4", *TEXTS, "", "   "], batch_size=3)
+    expected = sh.evaluate_loss(sharp, words, TEXTS, batch_size=3)
+    assert (loss.num_texts, loss.num_rejected) == (len(TEXTS), 3)
+    assert loss.nats == pytest.approx(expected.nats, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(["w1", "", "w2"], "3 of 3 samples rejected"), ([], "there are no texts to predict")],
+)
+def test_texts_that_all_have_nothing_to_predict_are_refused(sharp, words, texts, message):
+    with pytest.raises(sh.TextsError, match=message):
+        sh.evaluate_loss(sharp, words, texts)
+
+
+def test_a_limit_of_one_token_leaves_nothing_to_predict(sharp, words):
+    with pytest.raises(sh.TextsError, match="no text has two tokens"):
+        sh.evaluate_loss(sharp, words, TEXTS, max_length=1)
+
+
+def test_texts_that_are_one_string_are_refused(sharp, words):
+    with pytest.raises(sh.TextsError, match="iterable of strings"):
+        sh.evaluate_loss(sharp, words, "w1 w2 w3")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(llama, words, value):
+    with torch.no_grad():
+        llama.lm_head.weight.fill_(value)
+    with pytest.raises(sh.ModelError, match="text 0 is not finite"):
+        sh.evaluate_loss(llama, words, ["w1 w2 w3"])
+
+
+def test_the_text_whose_logits_are_no_numbers_is_named(llama, words):
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[96] = torch.nan
+    texts = ["w1 w2", "w3 w4 w5", "w1 w96 w2", "w6 w7"]
+    with pytest.raises(sh.ModelError, match="text 2 is not finite"):
+        sh.evaluate_loss(llama, words, texts)
+
+
+def test_a_pad_token_that_the_model_does_not_know_does_no_harm(sharp, words):
+    tokenizer = copy.deepcopy(words)
+    tokenizer.add_special_tokens({"pad_token": "<another pad>"})
+    assert sh.evaluate_loss(sharp, tokenizer, TEXTS) == sh.evaluate_loss(sharp, words, TEXTS)
+
+
+def test_the_model_is_left_in_its_modes(llama, words):
+    llama.train()
+    llama.model.layers[1].eval()
+    modes = [module.training for module in llama.modules()]
+    sh.evaluate_loss(llama, words, TEXTS)
+    with pytest.raises(sh.TextsError):
+        sh.evaluate_loss(llama, words, ["w1 w2", None])
+    assert [module.training for module in llama.modules()] == modes
+
+
+def test_dropout_is_off(words):
+    model = tiny_llama(attention_dropout=0.5).train()
+    assert sh.evaluate_loss(model, words, TEXTS) == sh.evaluate_loss(model, words, TEXTS)
+
+
+def test_a_module_that_is_no_model_is_refused(words):
+    with pytest.raises(sh.ModelError, match="no transformers config"):
+        sh.evaluate_loss(nn.Linear(2, 2), words, TEXTS)
+
+
+@pytest.mark.parametrize("in_cache", [1, 99, 250, 1 << 20])
+def test_the_losses_of_tokens_in_whatever_parts(monkeypatch, in_cache):
+    monkeypatch.setattr(evaluation, "IN_CACHE", in_cache)
+    logits = torch.randn((7, 100), generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = torch.arange(7) * 13
+    wide = logits.double()
+    losses = wide.logsumexp(-1) - wide[torch.arange(7), expected]
+    found = evaluation.next_token_losses(logits, expected)
+    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_logits_are_summed_in_more(sharp, words):
+    model = copy.deepcopy(sharp).bfloat16()
+    sums, counts = plain_losses(model.float(), words, TEXTS)
+    loss = sh.evaluate_loss(model.bfloat16(), words, TEXTS)
+    assert loss.nats == pytest.approx(sums.sum() / counts.sum(), rel=0.02)

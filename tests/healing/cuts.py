@@ -1,0 +1,35 @@
+"""Cut models to heal, and a recipe that takes seconds."""
+
+import random
+
+import shallower as sh
+from shallower.healing.recipe import ModelFacts, Recipe
+from tests.conftest import WORDS
+
+BLOCK = sh.Block(2, 4)
+QUICK = Recipe(
+    steps=6, rank=4, learning_rate=1e-2, max_length=16, dtype="float32", eval_every=2, batch_size=8
+)
+FACTS = ModelFacts("llama", 576, 30, 2048)
+
+
+def documents(count, seed):
+    """Arithmetic progressions of words: something that can be learned."""
+    source = random.Random(seed)
+    starts = [(source.randrange(97), source.randint(1, 2)) for _ in range(count)]
+    return [
+        " ".join(WORDS[(start + k * step) % 97] for k in range(source.randint(3, 30)))
+        for start, step in starts
+    ]
+
+
+TEXTS, HELD_OUT = documents(120, 0), documents(12, 1)
+
+
+def save_cut(path, model, tokenizer, layers=(BLOCK,)):
+    whole, cut = path / "whole", path / "cut"
+    sh.save_model(model, tokenizer, whole)
+    loaded, _ = sh.load_model(whole, dtype=str(model.dtype).removeprefix("torch."))
+    plan = sh.drop_layers(loaded, layers)
+    sh.save_model(loaded, tokenizer, cut, plan)
+    return whole, cut

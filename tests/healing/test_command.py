@@ -1,0 +1,75 @@
+"""The commands `heal` and `merge`."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.commands import in_a_process
+from tests.conftest import write_jsonl
+from tests.healing.cuts import HELD_OUT, TEXTS
+
+
+# The command line
+def test_the_command_heals_and_merges(shallower, cut, folder):
+    texts, held_out = (
+        write_jsonl(folder / "t.jsonl", TEXTS),
+        write_jsonl(folder / "e.jsonl", HELD_OUT),
+    )
+    options = ("--dtype", "float32", "--max-length", 16, "--batch-size", 8, "--steps", 4)
+    options = (*options, "--rank", 4, "--learning-rate", 0.01, "--eval-every", 2)
+    data = ("--texts", texts, "--eval-texts", held_out)
+    done = shallower("heal", cut, *data, "--out", "adapters", *options)
+    assert done.status == 0, done.err
+    assert "preset small: rank 4, peak rate 0.01, 4 steps of 16 sequences of 16 tokens" in done.out
+    assert "wrote adapters" in done.out
+    merged = shallower("merge", "adapters", "--out", "merged", "--json").json
+    assert merged["merge"]["difference"] < 1e-5
+    at_once = shallower("heal", cut, *data, "--out", "once", *options, "--merge", "--json").json
+    assert at_once["written"] == "once"
+    one, other = (folder / name / "model.safetensors" for name in ("merged", "once"))
+    assert one.read_bytes() == other.read_bytes()
+    dry = shallower("heal", cut, *data, "--out", "dry", "--dry-run", "--json", *options).json
+    assert (dry["preset"], dry["rank"], dry["global_batch"]) == ("small", 4, 16)
+    assert not (folder / "dry").exists()
+    assert "exists already" in shallower("heal", cut, *data, "--out", "once").error
+    assert "unknown preset" in shallower("heal", cut, *data, "--out", "x", "--preset", "y").error
+
+
+def test_the_command_says_how_to_cut(shallower, both, folder):
+    texts = write_jsonl(folder / "t.jsonl", TEXTS)
+    assert (
+        "shallower prune MODEL" in shallower("heal", both[0], "--texts", texts, "--out", "x").error
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_heal_as_one_does(cut, tmp_path):
+    texts = write_jsonl(tmp_path / "t.jsonl", TEXTS)
+    held_out = write_jsonl(tmp_path / "e.jsonl", HELD_OUT)
+    options = ("--texts", texts, "--eval-texts", held_out, "--dtype", "float32", "--rank", 4)
+    options = (*options, "--max-length", 16, "--steps", 4, "--dropout", 0, "--learning-rate", 0.01)
+    python = Path(sys.executable)
+    alone = in_a_process(
+        python, "-m", "shallower", "heal", cut, *options, "--out", tmp_path / "one"
+    )
+    assert alone.status == 0, alone.err
+    launch = (python, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517)
+    both = in_a_process(
+        *launch, "-m", "shallower", "heal", cut, *options, "--out", tmp_path / "two",
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert both.status == 0, both.err
+    assert both.out.count("wrote") == 1
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        assert np.abs(value - two[name]).max() < 2e-4 * max(1, np.abs(value).max())
+    losses = [
+        [measured["nats"] for measured in json.loads(path.read_text())["held_out"]]
+        for path in (tmp_path / "one" / "healing.json", tmp_path / "two" / "healing.json")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.jsonl", "one", "t.jsonl", "two"]

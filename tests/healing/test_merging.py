@@ -1,0 +1,93 @@
+"""Adapters merged into weights."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import shallower as sh
+from shallower.healing.recipe import Recipe
+from shallower.models.feed_forward import feed_forward_targets
+from tests.families import small_config
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
+
+# Merging
+FAMILIES = ["gpt2", "mixtral", "gpt_neox", "opt", "phi", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kind_of_map_can_be_merged(name, dtype, words, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(name)).to(getattr(torch, dtype)).eval()
+    _, cut = save_cut(tmp_path, model, words, [3])
+    recipe = replace(QUICK, steps=4, dtype=dtype, eval_every=4)
+    record = sh.heal(cut, TEXTS, tmp_path / "adapters", recipe, HELD_OUT)
+    merged = sh.merge(tmp_path / "adapters", tmp_path / "merged")
+    assert merged.merge.dtype == dtype
+    assert merged.merge.difference <= merged.merge.tolerance
+    stock, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    base = AutoModelForCausalLM.from_pretrained(cut, dtype=torch.float32).eval()
+    ids = torch.arange(1, 30)[None]
+    targets = feed_forward_targets(base)
+    with torch.inference_mode():
+        before = base(input_ids=ids).logits
+        adapted = (
+            PeftModel.from_pretrained(base, tmp_path / "adapters").eval()(input_ids=ids).logits
+        )
+        got = stock.eval()(input_ids=ids).logits
+    moved = float((adapted - before).norm())
+    off = float((got - adapted).norm())
+    assert off < (1e-4 if dtype == "float32" else 0.35) * moved
+    assert record.adapted == len(targets) > 0
+    loss = sh.evaluate_loss(stock, words, HELD_OUT, max_length=16)
+    assert loss.nats == pytest.approx(record.after.nats, abs=1e-5 if dtype == "float32" else 0.02)
+    assert record.recipe.dropout == (0.0 if name in ("mixtral", "qwen3_next") else 0.05)
+
+
+def test_merging_at_once_is_merging_later(cut, tmp_path, healed):
+    record = sh.heal(cut, TEXTS, tmp_path / "at once", QUICK, HELD_OUT, merge=True)
+    sh.merge(healed[0], tmp_path / "later")
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("at once", "later")
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != (cut / "model.safetensors").read_bytes()
+    assert record.merge.loss.nats == pytest.approx(record.after.nats, abs=1e-5)
+    assert record.merge.difference < 1e-5
+    card = (tmp_path / "at once" / "README.md").read_text()
+    assert "is not healed" not in card
+    assert "**This model is healed**" in card
+    kept = {file.name for file in cut.iterdir()} | {"healing.json", "healing.png"}
+    assert {file.name for file in (tmp_path / "at once").iterdir()} == kept
+
+
+def test_four_bits_are_merged_into_plain_weights(smol_cut, tmp_path):
+    cut, texts = smol_cut
+    recipe = Recipe(steps=1, max_length=32, warmup_steps=0, learning_rate=1e-3, batch_size=4)
+    record = sh.heal(cut, texts, tmp_path / "out", recipe, texts[:2], merge=True)
+    assert record.recipe.dtype == "nf4"
+    assert record.merge.dtype == "bfloat16"
+    assert record.merge.difference < record.merge.tolerance
+    assert record.merge.trained_difference > record.merge.difference
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.dtype == torch.bfloat16
+    assert not hasattr(stock.config, "quantization_config")
+
+
+def test_a_patch_and_a_license_are_carried_over(cut, tmp_path):
+    carried = tmp_path / "cut"
+    shutil.copytree(cut, carried)
+    (carried / "shallower_patch.json").write_text('{"method": "refit"}')
+    card = (carried / "README.md").read_text()
+    (carried / "README.md").write_text(card.replace("---\n", "---\nlicense: apache-2.0\n", 1))
+    for name, merge in (("adapters", False), ("merged", True)):
+        sh.heal(carried, TEXTS, tmp_path / name, replace(QUICK, steps=1), merge=merge)
+        assert (tmp_path / name / "shallower_patch.json").read_text() == '{"method": "refit"}'
+        assert "license: apache-2.0" in (tmp_path / name / "README.md").read_text()

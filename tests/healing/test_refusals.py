@@ -1,0 +1,121 @@
+"""Healings that are refused."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shallower as sh
+from tests.conftest import tiny_llama
+from tests.families import small_config
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
+
+
+# What is refused
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"texts": []}, sh.TextsError, "there are no texts to heal with"),
+        ({"eval_texts": []}, sh.TextsError, "there are no texts to predict"),
+        ({"eval_texts": ["w1"]}, sh.TextsError, "no text has two tokens"),
+        ({"recipe": replace(QUICK, steps=0)}, sh.RecipeError, "steps must be"),
+        ({"recipe": replace(QUICK, preset="phi-2")}, sh.RecipeError, "is for phi"),
+        ({"recipe": replace(QUICK, max_length=129)}, sh.RecipeError, "128 positions"),
+        ({"recipe": replace(QUICK, distill=1.0)}, sh.RecipeError, "needs the uncut model"),
+    ],
+)
+def test_bad_input_leaves_nothing(cut, tmp_path, change, error, message):
+    given = {"texts": TEXTS, "eval_texts": HELD_OUT, "recipe": QUICK, **change}
+    with pytest.raises(error, match=message):
+        sh.heal(cut, out=tmp_path / "out", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_was_not_cut_is_refused(both, tmp_path):
+    with pytest.raises(sh.PlanError, match=r"was not cut: .* shallower prune MODEL"):
+        sh.heal(both[0], TEXTS, tmp_path / "out", QUICK)
+    with pytest.raises(sh.ModelError, match="is not there"):
+        sh.heal(tmp_path / "nowhere", TEXTS, tmp_path / "out", QUICK)
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
+    with pytest.raises(sh.ModelError, match="is a file: expected the folder of a cut"):
+        sh.heal(tmp_path / "cut.gguf", TEXTS, tmp_path / "out", QUICK)
+
+
+def test_a_plan_of_another_cut_is_refused(cut, tmp_path):
+    shutil.copytree(cut, tmp_path / "cut")
+    sh.Plan(6, (sh.Block(1, 4),)).save(tmp_path / "cut" / "shallower_plan.json")
+    with pytest.raises(sh.PlanError, match="leaves 3 layers, and the model has 4"):
+        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", QUICK)
+
+
+def test_another_teacher_is_refused(cut, words, tmp_path):
+    other = tiny_llama(6)
+    other.model.norm.weight.data += 1
+    sh.save_model(other, words, tmp_path / "other")
+    with pytest.raises(sh.PlanError, match="is another model"):
+        sh.heal(cut, TEXTS, tmp_path / "out", QUICK, HELD_OUT, original=tmp_path / "other")
+
+
+def test_a_place_that_is_taken_is_refused(cut, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    with pytest.raises(sh.OutputError, match="exists already"):
+        sh.heal(cut, TEXTS, tmp_path / "out", QUICK)
+    sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=1), overwrite=True)
+    assert not (tmp_path / "out" / "file").exists()
+
+
+def test_adapters_of_another_model_are_refused(healed, cut, words, tmp_path):
+    other = tiny_llama(6, seed=1)
+    other.model.norm.weight.data += 1
+    _, another = save_cut(tmp_path, other, words)
+    with pytest.raises(sh.ModelError, match=r"were trained for cut .* is another model"):
+        sh.merge(healed[0], tmp_path / "out", another)
+    assert not (tmp_path / "out").exists()
+    patched, tokenizer = sh.load_model(cut, dtype="float32")
+    patched.model.layers[1].mlp.down_proj.weight.data *= 1.1
+    sh.save_model(patched, tokenizer, tmp_path / "patched")
+    with pytest.raises(sh.ModelError, match="or has other weights"):
+        sh.merge(healed[0], tmp_path / "out", tmp_path / "patched")
+    with pytest.raises(sh.ModelError, match="cannot read the healing"):
+        sh.merge(another, tmp_path / "out")
+
+
+def test_quantised_weights_cannot_be_merged_into(words, tmp_path):
+    model = tiny_llama(6)
+    sh.save_model(model, words, tmp_path / "whole")
+    loaded, tokenizer = sh.load_model(tmp_path / "whole", dtype="int8")
+    sh.save_model(loaded, tokenizer, tmp_path / "cut", sh.drop_layers(loaded, [2]))
+    with pytest.raises(sh.ModelError, match="are quantised, and adapters are merged into plain"):
+        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", QUICK, merge=True)
+
+
+def test_what_peft_would_not_adapt_is_refused(words, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config("qwen3_next")).bfloat16().eval()
+    _, cut = save_cut(tmp_path, model, words, [3])
+    with pytest.raises(sh.ModelError, match=r"not on the 31 .* try plain weights"):
+        sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, dtype="nf4"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_healing_that_makes_it_worse_is_not_saved(healed, tmp_path):
+    """Merged, the healed model is where more of the same at a hundred times the rate ruins it."""
+    sh.merge(healed[0], tmp_path / "merged")
+    recipe = replace(QUICK, learning_rate=1.0, warmup_steps=0, steps=2)
+    with pytest.raises(
+        sh.ModelError, match=r"made it worse: .* step 2; .* Lower the learning rate"
+    ):
+        sh.heal(tmp_path / "merged", TEXTS, tmp_path / "out", recipe, HELD_OUT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(cut, words, tmp_path):
+    model, tokenizer = sh.load_model(cut, dtype="float32")
+    model.lm_head.weight.data[3] = torch.inf
+    sh.save_model(model, tokenizer, tmp_path / "cut")
+    shutil.copy(cut / "shallower_plan.json", tmp_path / "cut")
+    with pytest.raises(sh.ModelError, match=r"the training loss is nan at step 1: lower"):
+        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", QUICK)

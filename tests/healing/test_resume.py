@@ -1,0 +1,176 @@
+"""A healing that was killed ends with the same bits."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+
+import shallower as sh
+from shallower.healing.recipe import (
+    Recipe,
+)
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS
+
+# Resumption
+HARNESS = """
+import glob, json, os, resource, signal, sys, time
+import torch
+import shallower as sh
+import shallower.healing.run, shallower.healing.training as training, peft, matplotlib.figure
+import transformers.models.llama.modeling_llama
+torch.set_num_threads(1)
+training.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+cut, texts, held_out, out, recipe, kills, limits = json.load(sys.stdin)
+recipe = sh.Recipe(**recipe)
+
+def attempt(out, kill=None, limit=None):
+    had = complete(out)
+    child = os.fork()
+    if not child:
+        status = 0
+        try:
+            if limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            sh.heal(cut, texts, out, recipe, held_out)
+        except sh.OutputError as error:
+            print(f"refused: {error}", flush=True)
+            status = 2
+        except BaseException as error:
+            print(f"failed: {type(error).__name__}: {error}", flush=True)
+            status = 1
+        os._exit(status)
+    if kill:
+        moment, share = kill
+        runs = os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while moment == "checkpoint" and complete(out) <= had and not os.waitid(*runs):
+            time.sleep(0.001)
+        time.sleep(share * seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def complete(out):
+    parent, name = os.path.split(out)
+    marks = glob.glob(os.path.join(parent, f".{name}.partial/folder/training/*/complete"))
+    return {os.path.basename(os.path.dirname(mark)) for mark in marks}
+
+start = time.time()
+attempt(out + "-whole")
+seconds = time.time() - start
+ends = []
+for kill in kills:
+    ends.append([attempt(out, kill), sorted(complete(out))])
+    if os.path.exists(out):
+        break
+for limit in limits:
+    ends.append([attempt(out, limit=limit), sorted(complete(out))])
+if not os.path.exists(out):
+    ends.append([attempt(out), []])
+print(json.dumps(ends), flush=True)
+"""
+
+
+def run_harness(cut, out, recipe, kills=(), limits=()):
+    given = [
+        str(cut), TEXTS, HELD_OUT, str(out),
+        {name: getattr(recipe, name) for name in Recipe.__slots__}, list(kills), list(limits),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HARNESS)],
+        input=json.dumps(given), capture_output=True, text=True, timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    *said, last = done.stdout.splitlines()
+    return json.loads(last), said
+
+
+def same_healing(out, whole):
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    one, other = (json.loads((path / "healing.json").read_text()) for path in (out, whole))
+    del one["tokens_per_second"], other["tokens_per_second"]
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    "kills", [4, pytest.param(40, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_a_killed_healing_ends_with_the_same_bits(cut, tmp_path, kills):
+    source = random.Random(kills)
+    recipe = replace(QUICK, steps=10, eval_every=3, batch_size=4)
+    moments = [("start", source.uniform(0.1, 0.9)) for _ in range(kills)]
+    moments[1::2] = [("checkpoint", source.uniform(0, 0.1)) for _ in moments[1::2]]
+    ends, said = run_harness(cut, tmp_path / "out", recipe, moments)
+    assert said == []
+    assert ends[-1][0] == 0
+    killed = [end for end, _ in ends if end == -signal.SIGKILL]
+    assert killed
+    assert any(marks for _, marks in ends[:-1]), "no kill left a checkpoint to go on from"
+    same_healing(tmp_path / "out", tmp_path / "out-whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-whole"]
+
+
+def test_an_incomplete_checkpoint_is_not_resumed_from(cut, tmp_path, monkeypatch):
+    """Killed in the middle of a save, at every file of a checkpoint in turn."""
+    from shallower.healing import checkpoints
+
+    recipe = replace(QUICK, steps=4, eval_every=2)
+    sh.heal(cut, TEXTS, tmp_path / "whole", recipe, HELD_OUT)
+    work = tmp_path / ".out.partial" / "folder" / "training"
+
+    def interrupted(checkpoint):
+        mark(checkpoint)
+        if checkpoint.name == "checkpoint-2":
+            raise KeyboardInterrupt
+
+    mark = checkpoints.mark_complete
+    monkeypatch.setattr(checkpoints, "mark_complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe, HELD_OUT)
+    monkeypatch.setattr(checkpoints, "mark_complete", mark)
+    assert [path.name for path in work.iterdir()] == ["checkpoint-2"]
+    later = work / "checkpoint-3"
+    files = sorted(file.name for file in (work / "checkpoint-2").iterdir())
+    assert "complete" in files
+    for name in files[:3]:
+        shutil.copytree(work / "checkpoint-2", later, dirs_exist_ok=True)
+        (later / "complete").unlink()
+        (later / name).write_bytes(b"")
+        (later / "complete").unlink(missing_ok=True)
+    sh.heal(cut, TEXTS, tmp_path / "out", recipe, HELD_OUT)
+    same_healing(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_nothing_half_written(cut, tmp_path):
+    """Files of at most so many bytes: the adapters, the optimiser's state, or the record fail."""
+    recipe = replace(QUICK, steps=4, eval_every=2)
+    ends, said = run_harness(cut, tmp_path / "out", recipe, limits=[2_000, 10_000, 40_000])
+    assert [end for end, _ in ends] == [2, 2, 2, 0]
+    assert all(line.startswith("refused: cannot write") for line in said)
+    assert not any(marks for _, marks in ends)
+    same_healing(tmp_path / "out", tmp_path / "out-whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-whole"]
+
+
+def test_another_job_starts_anew(cut, tmp_path, monkeypatch):
+    from shallower.healing import run
+
+    monkeypatch.setattr(run, "write_adapters", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=2))
+    assert (tmp_path / ".out.partial" / "folder" / "training" / "checkpoint-2").is_dir()
+    monkeypatch.undo()
+    began = []
+    monkeypatch.setattr(
+        run, "train", lambda *args, train=run.train: began.append(list(args[3].glob("*"))) or
+        train(*args),
+    )  # fmt: skip
+    sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=2, seed=7))
+    assert began == [[]]

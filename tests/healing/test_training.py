@@ -1,0 +1,160 @@
+"""The training: what it lowers, and what decides its bits."""
+
+import json
+import math
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.numpy import load_file
+
+import shallower as sh
+from shallower.healing.losses import Distillation
+from shallower.healing.samples import order
+from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
+
+
+# Training
+def test_healing_lowers_the_held_out_loss(healed, cut):
+    out, record = healed
+    steps = [measured.step for measured in record.held_out]
+    assert steps == [0, 2, 4, 6]
+    losses = [measured.loss.nats for measured in record.held_out]
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+    assert (record.best_step, len(record.steps)) == (6, 6)
+    model, tokenizer = sh.load_model(cut, dtype="float32")
+    options = {"max_length": 16, "batch_size": 8}
+    before = sh.evaluate_loss(model, tokenizer, HELD_OUT, **options)
+    assert record.before.nats == pytest.approx(before.nats, abs=1e-6)
+    adapted = PeftModel.from_pretrained(model, out).eval()
+    after = sh.evaluate_loss(adapted.get_base_model(), tokenizer, HELD_OUT, **options)
+    assert record.after.nats == pytest.approx(after.nats, abs=1e-6)
+    assert record.after.num_tokens == before.num_tokens
+
+
+def test_adapters_are_a_repository_of_peft(healed, cut):
+    out, record = healed
+    assert {file.name for file in out.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "healing.json",
+        "healing.png", "shallower_plan.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 4, 0.05)
+    assert config["base_model_name_or_path"] == str(cut)
+    weights = load_file(out / "adapter_model.safetensors")
+    assert len(weights) == 2 * record.adapted == 2 * 4 * 3
+    assert all("mlp" in name and value.dtype == np.float32 for name, value in weights.items())
+    model = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert len(model.get_base_model().model.layers) == 4
+    card = (out / "README.md").read_text()
+    assert "low-rank adapters were trained" in card
+    assert "step 6 of 6" in card
+    assert str(record.after) in card
+    assert sh.Plan.load(out / "shallower_plan.json").blocks == (BLOCK,)
+    assert not list(out.parent.glob(".*"))
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine(cut, tmp_path):
+    recipe = replace(QUICK, steps=12, warmup_steps=3, learning_rate=0.004)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe)
+    expected = [
+        0.004 * (k / 3 if k < 3 else 0.5 * (1 + math.cos(math.pi * (k - 3) / 9))) for k in range(12)
+    ]
+    assert [step.learning_rate for step in record.steps] == pytest.approx(expected, abs=1e-9)
+    assert (record.held_out, record.best_step, record.recovered) == ((), 12, None)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_forward_may_be_of_any_size(cut, tmp_path, packing):
+    """Sixteen sequences a step are one mean over their tokens, however they are divided."""
+    recipe = replace(QUICK, dropout=0.0, packing=packing, steps=3)
+    results = []
+    for size in (1, 4, 16):
+        out = tmp_path / str(size)
+        record = sh.heal(cut, TEXTS, out, replace(recipe, batch_size=size))
+        results.append((load_file(out / "adapter_model.safetensors"), record))
+    first, record = results[0]
+    for weights, other in results[1:]:
+        assert [s.loss for s in other.steps] == pytest.approx([s.loss for s in record.steps], 1e-5)
+        for name, value in weights.items():
+            assert np.abs(value - first[name]).max() < 2e-4 * max(1, np.abs(value).max())
+
+
+def test_the_first_loss_is_the_mean_over_tokens(cut, words, tmp_path):
+    recipe = replace(QUICK, packing=False, steps=1, warmup_steps=0)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe)
+    taken = order(16, 16, 0)
+    model, tokenizer = sh.load_model(cut, dtype="float32")
+    expected = sh.evaluate_loss(model, tokenizer, [TEXTS[i] for i in taken], max_length=16)
+    assert record.steps[0].loss == pytest.approx(expected.nats, rel=1e-5)
+
+
+def test_the_seed_decides_all(cut, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        sh.heal(cut, TEXTS, tmp_path / name, replace(QUICK, seed=seed, steps=2))
+    a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_distillation_pulls_the_state_towards_the_teachers(both, tmp_path):
+    whole, cut = both
+    recipe = replace(QUICK, dropout=0.0, steps=8, eval_every=8)
+    teacher, tokenizer = sh.load_model(whole, dtype="float32")
+    errors = []
+    for weight in (0.0, 5.0):
+        out = tmp_path / str(weight)
+        record = sh.heal(cut, TEXTS, out, replace(recipe, distill=weight), original=whole)
+        student = PeftModel.from_pretrained(sh.load_model(cut, dtype="float32")[0], out).eval()
+        distillation = Distillation(student.get_base_model(), teacher, record.plan)
+        ids = tokenizer(" ".join(HELD_OUT), return_tensors="pt")["input_ids"][:, :64]
+        with distillation.watching():
+            student(input_ids=ids)
+        errors.append(float(distillation.summed(ids, torch.ones_like(ids))))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_the_share_that_came_back_is_told(both, tmp_path):
+    whole, cut = both
+    record = sh.heal(cut, TEXTS, tmp_path / "out", QUICK, HELD_OUT, original=whole)
+    model, tokenizer = sh.load_model(whole, dtype="float32")
+    expected = sh.evaluate_loss(model, tokenizer, HELD_OUT, max_length=16)
+    assert record.original.nats == pytest.approx(expected.nats, abs=1e-6)
+    lost = record.before.nats - record.original.nats
+    if lost > 0:
+        assert record.recovered == (record.before.nats - record.after.nats) / lost
+    else:
+        assert record.recovered is None
+
+
+def test_recomputing_changes_nothing_but_rounding(cut, tmp_path):
+    for name, recompute in (("a", False), ("b", True)):
+        recipe = replace(QUICK, steps=2, dropout=0.0, recompute=recompute)
+        sh.heal(cut, TEXTS, tmp_path / name, recipe)
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert all(np.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+def test_the_best_step_is_kept(cut, tmp_path):
+    """A rate that is far too high after a good start: what is kept is not the last."""
+    recipe = replace(QUICK, steps=14, learning_rate=0.35, warmup_steps=10, eval_every=1)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe, HELD_OUT)
+    losses = {measured.step: measured.loss.nats for measured in record.held_out if measured.step}
+    assert record.best_step == min(losses, key=losses.get)
+    assert record.best_step < 14
+    model, tokenizer = sh.load_model(cut, dtype="float32")
+    adapted = PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    loss = sh.evaluate_loss(adapted.get_base_model(), tokenizer, HELD_OUT, max_length=16)
+    assert loss.nats == pytest.approx(losses[record.best_step], abs=1e-5)
+
+
+def test_the_process_is_as_it_was(cut, tmp_path):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    environment = dict(os.environ)
+    sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=1))
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert {k: v for k, v in os.environ.items() if "DETERMIN" in k} == {
+        k: v for k, v in environment.items() if "DETERMIN" in k
+    }

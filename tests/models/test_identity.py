@@ -1,0 +1,82 @@
+"""The identity and the fingerprint of a model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shallower as sh
+from shallower.models.identity import identify, stored_dtype
+from shallower.models.loading import load_model
+from tests.conftest import tiny_llama
+from tests.models.checkpoints import lively, logits_of, wide_llama, wide_qwen
+
+
+# Identity
+def test_the_identity_tells_what_it_is_of(wide):
+    model, _ = load_model(wide, dtype="float32")
+    identity = identify(model)
+    assert (identity.name, identity.model_type) == ("wide-llama", "llama")
+    assert (identity.num_layers, identity.dtype) == (4, "float32")
+    assert identity == identify(model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "nf4", "int8"])
+@pytest.mark.parametrize("build", [wide_llama, wide_qwen])
+def test_the_fingerprint_is_the_same_in_every_dtype(words, tmp_path, build, dtype):
+    build().to(torch.bfloat16).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    expected = identify(load_model(tmp_path, dtype="float32")[0])
+    identity = identify(load_model(tmp_path, dtype=dtype)[0])
+    assert identity.dtype == dtype
+    assert identity.fingerprint == expected.fingerprint
+
+
+def test_the_fingerprint_does_not_change_by_use(wide):
+    model, _ = load_model(wide, dtype="nf4")
+    before = identify(model)
+    logits_of(model)
+    model.train()
+    assert identify(model) == before
+
+
+def test_the_fingerprint_is_the_same_where_weights_lie_on_disk(wide, tmp_path):
+    places = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places += [f"model.layers.{i}" for i in range(4)]
+    spread = AutoModelForCausalLM.from_pretrained(
+        wide,
+        device_map=dict.fromkeys(places, "cpu") | {"model.layers.2": "disk"},
+        offload_folder=tmp_path,
+    )
+    expected = identify(load_model(wide, dtype="float32")[0])
+    assert identify(spread).fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_the_fingerprint_tells_other_norms(llama, layer):
+    before = identify(llama).fingerprint
+    with torch.no_grad():
+        llama.model.layers[layer].post_attention_layernorm.weight[7] += 0.1
+    assert identify(llama).fingerprint != before
+
+
+def test_the_fingerprint_tells_swapped_layers():
+    model = lively(tiny_llama())
+    before = identify(model).fingerprint
+    layers = model.model.layers
+    layers[1], layers[2] = layers[2], layers[1]
+    assert identify(model).fingerprint != before
+
+
+def test_the_fingerprint_tells_a_cut(llama):
+    before = identify(llama)
+    sh.drop_layers(llama, [5])
+    assert identify(llama).fingerprint != before.fingerprint
+    assert identify(llama).num_layers == 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
+)
+def test_the_dtype_is_that_of_the_weights(llama, dtype, name):
+    assert stored_dtype(llama.to(dtype)) == name

@@ -1,0 +1,212 @@
+"""Loading checkpoints, and refusing damaged ones."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPTNeoXJapaneseConfig,
+    GPTNeoXJapaneseForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import shallower as sh
+from shallower.models.loading import count_layers, load_model
+from tests.conftest import tiny_llama
+from tests.models.checkpoints import CAUSAL, logits_of
+
+
+# Loading
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_is_loaded_in_the_dtype_asked_for(checkpoint, words, kind, dtype):
+    model, tokenizer = load_model(kind(checkpoint), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training
+    assert tokenizer("w5 w6")["input_ids"] == [5, 6]
+    if dtype == "float32":
+        assert torch.equal(logits_of(model), logits_of(tiny_llama()))
+
+
+def test_layers_are_counted_by_the_config_alone(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert count_layers(checkpoint) == 6
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "nf3", "", None, torch.float32, 4])
+def test_an_unknown_dtype_is_refused(checkpoint, dtype):
+    with pytest.raises(sh.ModelError, match="unknown dtype"):
+        load_model(checkpoint, dtype=dtype)
+
+
+@pytest.mark.parametrize("load", [load_model, count_layers])
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.gguf", "some/where", "."])
+def test_a_place_without_a_model_is_refused(tmp_path, load, name):
+    with pytest.raises(sh.ModelError):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere-at-all", "nowhere.gguf", "no/body"])
+def test_a_name_of_nothing_is_refused(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sh.ModelError):
+        load_model(name)
+
+
+def test_a_file_that_is_no_gguf_by_name_is_refused(checkpoint):
+    with pytest.raises(sh.ModelError, match="is a file: expected a folder"):
+        load_model(checkpoint / "config.json")
+
+
+def test_a_folder_without_a_config_is_refused(checkpoint):
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(sh.ModelError, match=r"holds no config\.json"):
+        load_model(checkpoint)
+
+
+def rewritten(**changes):
+    def spoil(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return spoil
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def replaced(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def shortened(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_a_tensor(folder):
+    model = tiny_llama()
+    weights = model.state_dict()
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    model.save_pretrained(folder, state_dict=weights)
+
+
+DAMAGES = {
+    "no weights": removed("model.safetensors"),
+    "weights cut short": shortened,
+    "weights that are none": replaced("model.safetensors", b"junk" * 10),
+    "weights that are empty": replaced("model.safetensors", b""),
+    "a weight missing": without_a_tensor,
+    "more layers in the config": rewritten(num_hidden_layers=7),
+    "another vocabulary": rewritten(vocab_size=101),
+    "a config that is no JSON": replaced("config.json", b"{"),
+    "a config that is a list": replaced("config.json", b"[]"),
+    "an unknown family": rewritten(model_type="nonsense"),
+    "a size that is a word": rewritten(hidden_size="wide"),
+    "a size that is negative": rewritten(hidden_size=-32),
+    "heads that do not divide": rewritten(num_attention_heads=5),
+    "no key-value heads": rewritten(num_key_value_heads=0),
+    "an unknown activation": rewritten(hidden_act="nonsense"),
+    "rope that is a word": rewritten(rope_parameters="nonsense"),
+    "no tokenizer": removed("tokenizer.json"),
+    "a tokenizer that is no JSON": replaced("tokenizer.json", b"{"),
+    "a tokenizer that is empty": replaced("tokenizer.json", b"{}"),
+    "a tokenizer of nothing known": replaced(
+        "tokenizer.json", b'{"version": "1.0", "added_tokens": [], "model": {"type": "Nonsense"}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_words(checkpoint, damage):
+    DAMAGES[damage](checkpoint)
+    with pytest.raises(sh.ModelError, match="checkpoint"):
+        load_model(checkpoint, dtype="float32")
+
+
+def test_a_missing_weight_is_named(checkpoint):
+    without_a_tensor(checkpoint)
+    with pytest.raises(sh.ModelError, match=r"lacks.*layers\.3\.mlp\.up_proj"):
+        load_model(checkpoint, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "damage", ["a config that is no JSON", "an unknown family", "a size that is a word"]
+)
+def test_a_damaged_config_has_no_count_of_layers(checkpoint, damage):
+    DAMAGES[damage](checkpoint)
+    with pytest.raises(sh.ModelError):
+        count_layers(checkpoint)
+
+
+BERT = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+NOT_CAUSAL = {
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
+    "bert": lambda: BertForMaskedLM(BertConfig(**BERT, num_hidden_layers=2)),
+}
+
+
+@pytest.mark.parametrize("family", NOT_CAUSAL)
+def test_a_model_that_is_not_causal_is_refused(words, tmp_path, family):
+    NOT_CAUSAL[family]().save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    with pytest.raises(sh.ModelError):
+        load_model(tmp_path)
+
+
+def test_a_causal_model_whose_config_does_not_say_so_is_loaded(words, tmp_path):
+    model = GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**CAUSAL)).eval()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_model(tmp_path, "float32")[0]), logits_of(model))
+
+
+@pytest.mark.parametrize("device_map", ["nonsense", {"": "nonsense"}])
+def test_a_device_map_that_cannot_be_is_refused(checkpoint, device_map):
+    with pytest.raises(sh.ModelError):
+        load_model(checkpoint, device_map=device_map)
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_quantisation_without_bitsandbytes_names_the_extra(checkpoint, monkeypatch, dtype):
+    monkeypatch.setattr("shallower.models.quantised.find_spec", lambda _: None)
+    with pytest.raises(sh.MissingExtraError, match=r"bitsandbytes.*shallower\[quantised\]"):
+        load_model(checkpoint, dtype=dtype)
+
+
+@pytest.fixture
+def logged():
+    """What transformers says of loading, beside errors."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def test_weights_that_are_missing_are_told_once(checkpoint, logged):
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    whole = dict(weights)
+    del weights["model.norm.weight"]
+    weights["lm_head.weight"] = torch.zeros(3, 32)
+    save_file(weights, path, {"format": "pt"})
+    words = r"lacks the weights model.norm.weight, lm_head.weight of shape \(100, 32\) \(stored is"
+    with pytest.raises(sh.ModelError, match=words):
+        load_model(checkpoint)
+    assert not any("LOAD REPORT" in message for message in logged)
+    save_file({**whole, "stray": torch.zeros(1)}, path, {"format": "pt"})
+    load_model(checkpoint)
+    (report,) = (message for message in logged if "LOAD REPORT" in message)
+    assert "stray" in report

@@ -1,0 +1,48 @@
+"""Texts longer than learned positions."""
+
+import random
+
+import pytest
+from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import shallower as sh
+from shallower import TextsError
+from tests.conftest import WORDS, tiny_llama
+
+# Positions.
+SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LEARNED = {
+    "gpt2": GPT2LMHeadModel(GPT2Config(**SMALL, n_positions=9)),
+    "opt": OPTForCausalLM(
+        OPTConfig(**SMALL, max_position_embeddings=9, ffn_dim=48, word_embed_proj_dim=32)
+    ),
+    "biogpt": BioGptForCausalLM(
+        BioGptConfig(**SMALL, max_position_embeddings=9, intermediate_size=48)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_a_text_longer_than_the_learned_positions_is_refused_before_the_forward(words, family):
+    model = LEARNED[family].eval()
+    longest, longer = ["w1 " * 9, "w2 w3"], ["w1 " * 10, "w2 w3"]
+    for measure in (sh.scan, sh.evaluate_loss):
+        measure(model, words, longest)
+        measure(model, words, longer, max_length=9)
+        with pytest.raises(TextsError, match=r"10 tokens, .*9 positions: choose a max_length"):
+            measure(model, words, longer)
+
+
+def test_a_text_may_be_longer_than_computed_positions(words):
+    model = tiny_llama()
+    assert model.config.max_position_embeddings == 128
+    text = [" ".join(random.Random(1).choices(WORDS, k=140))]
+    assert sh.scan(model, words, text).num_samples == 1
+    assert sh.evaluate_loss(model, words, text).num_tokens == 139

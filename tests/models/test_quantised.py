@@ -1,0 +1,171 @@
+"""Quantised models are cut and saved exactly."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+)
+
+import shallower as sh
+from shallower.models.architecture import find_layers
+from shallower.models.identity import stored_dtype
+from shallower.models.loading import load_model
+from tests.models.checkpoints import logits_of, wide_qwen
+
+
+# Quantised weights
+def stored(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def stock(path):
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def test_quantised_weights_are_small_and_near(wide):
+    plain, _ = load_model(wide, "float32")
+    expected = logits_of(plain)
+    for dtype, size, error in (("nf4", 0.7, 0.5), ("int8", 1.2, 0.1)):
+        model, _ = load_model(wide, dtype)
+        layers = find_layers(model).modules
+        held = sum(p.numel() * p.element_size() for p in layers.parameters())
+        assert held < size * sum(p.numel() for p in find_layers(plain).modules.parameters())
+        off = (logits_of(model).float() - expected).abs().mean() / expected.abs().mean()
+        assert off < error
+
+
+def test_a_forward_does_not_change_what_would_be_stored(quantised):
+    before = stored(quantised)
+    first = logits_of(quantised)
+    assert_same_state(stored(quantised), before)
+    assert torch.equal(logits_of(quantised), first)
+    assert_same_state(stored(quantised), before)
+
+
+@pytest.mark.parametrize("forward_first", [True, False])
+def test_a_cut_quantised_model_comes_back_exactly(quantised, tmp_path, forward_first):
+    if forward_first:
+        logits_of(quantised)
+    sh.drop_layers(quantised, [1, 2])
+    expected = logits_of(quantised) if forward_first else None
+    sh.save_model(quantised, None, tmp_path / "cut")
+    reloaded = stock(tmp_path / "cut")
+    assert stored_dtype(reloaded) == stored_dtype(quantised)
+    assert torch.equal(logits_of(reloaded), logits_of(quantised))
+    assert forward_first is False or torch.equal(logits_of(reloaded), expected)
+    assert_same_state(stored(stock(tmp_path / "cut")), stored(quantised))
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_a_quantised_model_with_biases_comes_back_exactly(words, tmp_path, dtype):
+    wide_qwen().save_pretrained(tmp_path / "whole")
+    words.save_pretrained(tmp_path / "whole")
+    model, _ = load_model(tmp_path / "whole", dtype)
+    before = stored(model)
+    logits_of(model)
+    assert_same_state(stored(model), before)
+    sh.drop_layers(model, [1])
+    sh.save_model(model, None, tmp_path / "cut")
+    assert torch.equal(logits_of(stock(tmp_path / "cut")), logits_of(model))
+
+
+def test_a_quantised_model_saved_twice_is_stored_the_same(quantised, tmp_path):
+    logits_of(quantised)
+    sh.save_model(quantised, None, tmp_path / "one")
+    logits_of(quantised)
+    sh.save_model(quantised, None, tmp_path / "two")
+    assert_same_state(stored(stock(tmp_path / "one")), stored(stock(tmp_path / "two")))
+
+
+def test_a_cut_of_a_quantised_model_is_the_model_with_its_layers_skipped(quantised):
+    layers = find_layers(quantised).modules
+    handles = [
+        layers[i].register_forward_hook(lambda _module, args, _output: args[0]) for i in (1, 2)
+    ]
+    expected = logits_of(quantised)
+    for handle in handles:
+        handle.remove()
+    with sh.without_layers(quantised, [1, 2]):
+        assert torch.equal(logits_of(quantised), expected)
+    sh.drop_layers(quantised, [1, 2])
+    assert torch.equal(logits_of(quantised), expected)
+
+
+def test_a_quantised_checkpoint_can_be_loaded_cut_and_saved_again(quantised, words, tmp_path):
+    sh.save_model(quantised, words, tmp_path / "whole")
+    again, _ = load_model(tmp_path / "whole", dtype=stored_dtype(quantised))
+    expected = logits_of(again)
+    assert torch.equal(expected, logits_of(quantised))
+    sh.drop_layers(again, [3])
+    sh.save_model(again, None, tmp_path / "cut")
+    assert torch.equal(logits_of(stock(tmp_path / "cut")), logits_of(again))
+
+
+def by_transformers(wide, double=True):
+    return AutoModelForCausalLM.from_pretrained(
+        wide,
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    ).eval()
+
+
+def assert_saved_exactly_or_refused(model, path, expected):
+    """``expected`` is the state dict of the model before its first forward."""
+    try:
+        sh.save_model(model, None, path)
+    except sh.ModelError:
+        assert not path.exists()
+    else:
+        assert_same_state(stored(stock(path)), expected)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("state_dict_between", [True, False])
+def test_a_model_that_transformers_loaded_is_saved_exactly_or_refused(
+    wide, tmp_path, double, state_dict_between
+):
+    expected = stored(by_transformers(wide, double))
+    model = by_transformers(wide, double)
+    logits_of(model)
+    if state_dict_between:
+        model.state_dict()
+    assert_saved_exactly_or_refused(model, tmp_path / "saved", expected)
+
+
+def test_a_model_that_transformers_loaded_is_saved_exactly_before_its_first_forward(wide, tmp_path):
+    model = by_transformers(wide)
+    expected = stored(by_transformers(wide))
+    sh.save_model(model, None, tmp_path / "saved")
+    assert_same_state(stored(stock(tmp_path / "saved")), expected)
+
+
+def test_a_copy_of_a_quantised_model_is_saved_exactly_or_refused(quantised, tmp_path):
+    expected = stored(quantised)
+    logits_of(quantised)
+    for number, model in enumerate((copy.deepcopy(quantised), quantised)):
+        logits_of(model)
+        assert_saved_exactly_or_refused(model, tmp_path / str(number), expected)
+
+
+def test_a_quantised_model_moved_in_place_is_saved_exactly_or_refused(quantised, tmp_path):
+    expected = stored(quantised)
+    logits_of(quantised)
+    quantised.to("cpu")
+    logits_of(quantised)
+    assert_saved_exactly_or_refused(quantised, tmp_path / "saved", expected)

@@ -1,0 +1,205 @@
+"""SmolLM2-135M from its GGUF file: the numbers, from the first text to the saved cut."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import shallower as sh
+from shallower import _reference, demo
+from shallower.models.identity import identify, stored_dtype
+from tests.cutting.checkpoints import read_json, stored
+
+BLOCK = sh.Block(11, 19)
+MAX_LENGTH = 64
+NUM_TEXTS = 6
+
+
+@pytest.fixture(scope="module")
+def calibration(passages):
+    return passages[0][:NUM_TEXTS]
+
+
+@pytest.fixture(scope="module")
+def held_out(passages):
+    return passages[1][:4]
+
+
+@pytest.fixture(scope="module")
+def scanned(smol, calibration):
+    return sh.scan(*smol, iter(calibration), max_length=MAX_LENGTH, batch_size=NUM_TEXTS)
+
+
+@pytest.fixture(scope="module")
+def own_states(smol, calibration):
+    """The states of every text by itself, with hooks of this test's own, (S, 31, 576)."""
+    model, tokenizer = smol
+    samples = []
+    for text in calibration:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+        kept = []
+        hook = model.model.norm.register_forward_pre_hook(
+            lambda _module, args, kept=kept: kept.append(args[0])
+        )
+        with torch.inference_mode():
+            hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+        hook.remove()
+        rows = [state[0, -1] for state in (*hidden[:-1], kept[0])]
+        samples.append(torch.stack(rows).numpy())
+    return np.stack(samples)
+
+
+@pytest.fixture(scope="module")
+def cut(smol, tmp_path_factory):
+    """The folder of the model without its layers 11 .. 18, and the plan."""
+    model, tokenizer = smol
+    folder = tmp_path_factory.mktemp("real") / "cut"
+    plan = sh.Plan(30, (BLOCK,), model=identify(model))
+    with sh.without_layers(model, [BLOCK]):
+        sh.save_model(model, tokenizer, folder, plan)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def reloaded(cut):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        cut, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    return model.eval()
+
+
+def test_a_scan_is_that_of_a_float64_oracle(scanned, own_states):
+    assert (scanned.num_layers, scanned.num_samples, scanned.num_rejected) == (30, NUM_TEXTS, 0)
+    for metric in ("angular", "cosine"):
+        mean, stderr = _reference.mean_and_stderr(own_states, metric)
+        assert np.abs(scanned.mean(metric) - mean).max() < 1e-5
+        assert np.abs(scanned.stderr(metric) - stderr).max() < 1e-5
+
+
+def test_the_best_blocks_are_those_of_the_oracle(scanned, own_states):
+    mean, _ = _reference.mean_and_stderr(own_states, "angular")
+    for n in range(1, 30):
+        assert scanned.best_block(n).start == _reference.best_start(mean, n)
+
+
+def test_the_batch_size_does_not_change_the_best_blocks(smol, calibration, scanned):
+    single = sh.scan(*smol, calibration, max_length=MAX_LENGTH, batch_size=1)
+    assert [single.best_block(n) for n in range(1, 30)] == [
+        scanned.best_block(n) for n in range(1, 30)
+    ]
+
+
+def test_a_saved_cut_is_the_model_with_its_layers_skipped(smol, reloaded, held_out):
+    model, tokenizer = smol
+    ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+    layers = model.model.layers
+    hooks = [
+        layers[i].register_forward_hook(lambda _module, args, _output: args[0])
+        for i in BLOCK.layers
+    ]
+    with torch.inference_mode():
+        skipped = model(input_ids=ids, use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        whole = model(input_ids=ids, use_cache=False).logits
+        got = reloaded(input_ids=ids, use_cache=False).logits
+    assert (got - skipped).abs().max() <= 1e-5
+    assert (whole - skipped).abs().max() > 1
+
+
+def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
+    whole, tokenizer = sh.load_model(demo.model_path(), dtype="nf4")
+    sh.save_model(whole, tokenizer, tmp_path / "source")
+    layers = [0, BLOCK, 22, 27]
+    on_disk = sh.prune_checkpoint(tmp_path / "source", layers, tmp_path / "disk", "20MB")
+    model, _ = sh.load_model(tmp_path / "source", dtype="nf4")
+    assert sh.drop_layers(model, layers) == on_disk
+    sh.save_model(model, tokenizer, tmp_path / "memory", on_disk)
+    tensors = stored(tmp_path / "disk")
+    assert tensors == stored(tmp_path / "memory")
+    places = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    assert places == set(map(str, range(19)))
+    config, memory = (read_json(tmp_path / at / "config.json") for at in ("disk", "memory"))
+    assert config["num_hidden_layers"] == memory["num_hidden_layers"] == 19
+    assert config["quantization_config"] == memory["quantization_config"]
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "disk", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert stored_dtype(reloaded) == "nf4"
+    ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(reloaded(input_ids=ids, use_cache=False).logits, expected)
+        sh.drop_layers(whole, layers)
+        assert torch.equal(whole(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_a_cut_gguf_file_loads_through_transformers(smol, held_out, tmp_path):
+    model, tokenizer = smol
+    layers = [0, BLOCK, 22, 27]
+    sh.prune_gguf(demo.model_path(), layers, tmp_path / "cut.gguf")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="cut.gguf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+    with torch.inference_mode(), sh.without_layers(model, layers):
+        expected = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(loaded.eval()(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_generation_from_the_cache_is_that_without_it(smol, reloaded, held_out):
+    _, tokenizer = smol
+    encoded = tokenizer(held_out[1][:200], return_tensors="pt")
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cached = reloaded.generate(**encoded, use_cache=True, **options)
+    assert torch.equal(cached, reloaded.generate(**encoded, use_cache=False, **options))
+
+
+def test_the_saved_cut_is_a_plain_checkpoint(smol, cut):
+    config = json.loads((cut / "config.json").read_text())
+    assert config["num_hidden_layers"] == 22
+    assert "quantization_config" not in config
+    plan = sh.Plan.load(cut / "shallower_plan.json")
+    assert plan.blocks == (BLOCK,)
+    plan.check_model(identify(smol[0]))
+
+
+def test_the_saved_tokenizer_is_the_same(smol, cut, held_out):
+    _, tokenizer = smol
+    again = AutoTokenizer.from_pretrained(cut)
+    odd = "naïve 🙂\t１２  \u200b<|im_start|>user\n"
+    assert again([*held_out, odd])["input_ids"] == tokenizer([*held_out, odd])["input_ids"]
+    assert again.chat_template == tokenizer.chat_template
+    assert (again.eos_token, again.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
+
+
+def test_a_cut_costs_loss_and_less_where_the_layers_are_alike(smol, held_out, reloaded):
+    model, tokenizer = smol
+    options = {"max_length": MAX_LENGTH, "batch_size": 4}
+    before = sh.evaluate_loss(model, tokenizer, held_out, **options)
+    with sh.without_layers(model, [BLOCK]):
+        without = sh.evaluate_loss(model, tokenizer, held_out, **options)
+    with sh.without_layers(model, range(8)):
+        headless = sh.evaluate_loss(model, tokenizer, held_out, **options)
+    after = sh.evaluate_loss(reloaded, tokenizer, held_out, **options)
+    assert after.nats == pytest.approx(without.nats, abs=1e-5)
+    assert 1 < before.nats < after.nats < headless.nats
+    assert before.vocab_size == 49152
+    assert sh.evaluate_loss(model, tokenizer, held_out, **options) == before
+
+
+def test_the_loss_is_that_of_transformers(smol, held_out):
+    model, tokenizer = smol
+    ids = tokenizer(held_out[2], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+    with torch.inference_mode():
+        expected = model(input_ids=ids, labels=ids).loss.item()
+    loss = sh.evaluate_loss(model, tokenizer, [held_out[2]], max_length=MAX_LENGTH)
+    assert loss.nats == pytest.approx(expected, rel=1e-5)
+    assert loss.num_tokens == ids.shape[1] - 1

@@ -1,0 +1,130 @@
+"""Samples to compare, and their distances by slower ways."""
+
+import json
+import struct
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from shallower import (
+    ModelIdentity,
+    Scan,
+    TextsIdentity,
+)
+from shallower.accumulation import ScanBuilder
+from shallower.similarity import FORMAT, NORMS, _digest
+
+BOTH = ("angular", "cosine")
+DTYPES = ["float32", "float16", "bfloat16", "bfloat16 bits", "float64"]
+TEXTS = TextsIdentity(24, 256, "0" * 64)
+
+
+def model_of(num_layers, fingerprint="f" * 64):
+    return ModelIdentity("tiny", "llama", num_layers, "bfloat16", fingerprint)
+
+
+MODEL = model_of(3)
+
+
+def rounded(values, dtype):
+    """What the core is given in ``dtype``, and the same numbers in float64."""
+    if not dtype.startswith("bfloat16"):
+        states = values.astype(dtype)
+        return states, states.astype(np.float64)
+    states = torch.from_numpy(values).to(torch.bfloat16)
+    exact = states.double().numpy()
+    return (states.view(torch.uint16).numpy() if dtype.endswith("bits") else states), exact
+
+
+def random_states(shape, seed, outliers=False):
+    """Normal values; with ``outliers`` two channels are a thousand times larger."""
+    states = np.random.default_rng(seed).standard_normal(shape)
+    if outliers:
+        states[..., [0, shape[-1] // 2]] *= 1000
+    return states
+
+
+def bits(scan):
+    """The bytes of every number that a scan gives."""
+    return [
+        values.tobytes()
+        for metric in scan.metrics
+        for values in (scan.mean(metric), scan.variance(metric), scan.stderr(metric))
+    ]
+
+
+def stored(scan):
+    """The sums of a scan as they are saved, and its header without the parts' order."""
+    with TemporaryDirectory() as folder:
+        scan.save(Path(folder) / "scan")
+        header, sums = opened((Path(folder) / "scan").read_bytes())
+    described = json.loads(header.pop("__metadata__")[FORMAT])
+    del described["sha256"]
+    for key in ("rejections", "texts"):
+        described[key] = sorted(described[key], key=str)
+    return header, described, sums
+
+
+def opened(content):
+    """A safetensors file's header and data."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def closed(header, data):
+    """The inverse of ``opened``."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def scan_of(states, metrics=BOTH, model="of that depth", texts=(TEXTS,)):
+    """A scan that remembers a model and texts."""
+    if model == "of that depth":
+        model = model_of(states.shape[1] - 1)
+    builder = ScanBuilder(states.shape[1], metrics, model=model)
+    builder.add(states, range(len(states)))
+    return builder.finish(texts)
+
+
+@st.composite
+def batches(draw, min_samples=1):
+    """Shapes (samples, L+1, D), and what the states hold."""
+    shape = (
+        draw(st.integers(min_samples, 6)),
+        draw(st.integers(2, 6)),
+        draw(st.sampled_from([1, 2, 7, 8, 9, 33, 511, 512, 513, 700])),
+    )
+    return random_states(shape, draw(st.integers(0, 2**32)), draw(st.booleans()))
+
+
+def described(**values):
+    """A valid scan file of 4 states and 5 samples, with another header."""
+    with TemporaryDirectory() as folder:
+        scan_of(random_states((5, 4, 8), 0)).save(Path(folder) / "scan")
+        header, data = opened((Path(folder) / "scan").read_bytes())
+    inner = {**json.loads(header["__metadata__"][FORMAT]), **values}
+    return signed(header, inner, data), inner, data
+
+
+def signed(header, inner, data):
+    """The header with another description, its checksum made to fit where that can be."""
+    with suppress(KeyError, TypeError, AttributeError, ValueError):
+        sums = {}
+        for name in (*inner["metrics"], NORMS):
+            start, stop = header[name]["data_offsets"]
+            sums[name] = np.frombuffer(data[start:stop], "<u8")
+        plain = {name: value for name, value in inner.items() if name != "sha256"}
+        inner = {**plain, "sha256": _digest(plain, sums)}
+    header["__metadata__"] = {FORMAT: json.dumps(inner)}
+    return header
+
+
+def load(content):
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "scan").write_bytes(content)
+        return Scan.load(Path(folder) / "scan")

@@ -1,0 +1,307 @@
+"""The bootstrap: against its slow twin, and against itself in other orders."""
+
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shallower as sh
+from shallower import (
+    MetricError,
+    RejectedSamplesWarning,
+    Scan,
+    ScanError,
+    ThreadsError,
+    _reference,
+    analyse_states,
+)
+from shallower._core import bootstrap as core_bootstrap
+
+BOTH = ("angular", "cosine")
+
+
+def walk(num_samples, num_states=7, seed=0, width=16, noise=1.0):
+    """States that move away from the first one, as a residual stream does."""
+    rng = np.random.default_rng(seed)
+    steps = rng.standard_normal((num_samples, num_states, width))
+    return noise * steps.cumsum(axis=1) + 2 * rng.standard_normal((num_states, width))
+
+
+def vague(num_samples, num_states=7, seed=0):
+    """States in any direction, so that no start is sure."""
+    return np.random.default_rng(seed).standard_normal((num_samples, num_states, 8))
+
+
+def kept(states, metrics=BOTH, threads=None):
+    return analyse_states(states, metrics, threads, keep_samples=True)
+
+
+def shares(scan, *args, **options):
+    found = scan.bootstrap(*args, **options)
+    return {n: one.distribution.tolist() for n, one in found.items()}
+
+
+# What is kept
+@given(st.integers(1, 40), st.integers(2, 8), st.integers(0, 2**32))
+def test_the_values_of_samples_are_kept_in_their_order(num_samples, num_states, seed):
+    states = walk(num_samples, num_states, seed)
+    scan = kept(states)
+    first, second = np.triu_indices(num_states, 1)
+    for metric in BOTH:
+        values = scan.samples(metric)
+        assert values.dtype == np.float32
+        expected = np.stack([_reference.METRICS[metric](s)[first, second] for s in states])
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-7)
+        mean = scan.mean(metric)[first, second]
+        np.testing.assert_allclose(values.mean(axis=0, dtype=float), mean, rtol=0, atol=1e-7)
+    assert scan.keeps_samples
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_keeps_the_same(threads):
+    states = walk(200)
+    expected = kept(states, threads=1)
+    for metric in BOTH:
+        assert np.array_equal(
+            kept(states, threads=threads).samples(metric), expected.samples(metric)
+        )
+
+
+def test_rejected_samples_are_not_kept():
+    states = walk(20)
+    states[[3, 11], 2] = np.nan
+    with pytest.warns(RejectedSamplesWarning):
+        scan = kept(states)
+    good = kept(np.delete(states, [3, 11], axis=0))
+    assert np.array_equal(scan.samples(), good.samples())
+    assert shares(scan) == shares(good)
+
+
+def test_a_scan_comes_back_with_its_samples():
+    scan = kept(walk(30))
+    with TemporaryDirectory() as folder:
+        scan.save(Path(folder) / "scan")
+        back = Scan.load(Path(folder) / "scan")
+    for metric in BOTH:
+        assert np.array_equal(back.samples(metric), scan.samples(metric))
+    assert shares(back) == shares(scan)
+
+
+def test_a_scan_without_samples_says_how_to_get_them(tmp_path):
+    scan = analyse_states(walk(30))
+    scan.save(tmp_path / "scan")
+    for one in (
+        scan,
+        Scan.load(tmp_path / "scan"),
+        Scan.merge([kept(walk(30), ["angular"]), scan]),
+    ):
+        assert not one.keeps_samples
+        with pytest.raises(ScanError, match="keep_samples=True"):
+            one.bootstrap()
+        with pytest.raises(ScanError, match="keep_samples=True"):
+            one.samples()
+
+
+def test_a_scan_of_a_model_keeps_its_samples_and_goes_on(llama, words, tmp_path, monkeypatch):
+    texts = [f"w{i} w{i + 1} w{2 * i}" for i in range(40)]
+    options = {"batch_size": 1, "keep_samples": True}
+    whole = sh.scan(llama, words, texts, **options)
+    assert whole.samples("angular").shape == (40, 21)
+
+    def breaking():
+        yield from texts[:33]
+        raise OSError("the disk went away")
+
+    part = tmp_path / "part"
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.pipeline.SECONDS_BETWEEN_CHECKPOINTS", -1)
+        with pytest.raises(OSError, match="the disk went away"):
+            sh.scan(llama, words, breaking(), checkpoint=part, **options)
+    assert 0 < Scan.load(part).num_samples < 40
+    with pytest.raises(ScanError, match="keeps the values of single samples; delete it"):
+        sh.scan(llama, words, texts, batch_size=1, checkpoint=part)
+    resumed = sh.scan(llama, words, texts, checkpoint=part, **options)
+    for metric in BOTH:
+        assert np.array_equal(resumed.samples(metric), whole.samples(metric))
+    plain = tmp_path / "plain"
+    sh.scan(llama, words, texts, batch_size=1, checkpoint=plain)
+    with pytest.raises(ScanError, match="does not keep the values"):
+        sh.scan(llama, words, texts, checkpoint=plain, **options)
+
+
+@pytest.mark.parametrize("damage", ["nan", "fewer", "float64", "gone"])
+def test_damaged_samples_are_refused(damage, tmp_path, monkeypatch):
+    scan = kept(walk(30), ["angular"])
+    values = scan.samples().copy()
+    if damage == "nan":
+        values[3, 4] = np.nan
+    changed = {"nan": values, "fewer": values[1:], "float64": values.astype(float)}
+    if damage == "gone":
+        scan._samples = None
+        monkeypatch.setattr(Scan, "keeps_samples", True)
+    else:
+        scan._samples = {"angular": changed[damage]}
+    scan.save(tmp_path / "scan")
+    with pytest.raises(ScanError):
+        Scan.load(tmp_path / "scan")
+
+
+# The answer
+@given(st.data())
+def test_the_bootstrap_equals_its_slow_twin(data):
+    num_samples = data.draw(st.one_of(st.integers(2, 14), st.integers(60, 300)))
+    noise = data.draw(st.sampled_from([0.01, 0.3, 3.0]))
+    num_states = data.draw(st.integers(3, 8))
+    make = data.draw(st.sampled_from([vague, partial(walk, noise=noise)]))
+    scan = kept(make(num_samples, num_states, data.draw(st.integers(0, 2**32))))
+    seed, count = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(1, 300))
+    for metric in BOTH:
+        found = scan.bootstrap(count, seed, metric)
+        expected = _reference.bootstrap(scan.samples(metric), metric == "cosine", count, seed)
+        assert list(found) == list(range(1, scan.num_layers))
+        for n, wins in zip(found, expected, strict=True):
+            assert np.array_equal(found[n].distribution, wins / count)
+            assert found[n].start == scan.best_block(n, metric).start
+            assert found[n].probability == found[n].distribution[found[n].start]
+
+
+@pytest.mark.parametrize("num_samples", [2047, 2048, 2049, 5000])
+def test_many_samples_equal_the_slow_twin(num_samples):
+    states = np.random.default_rng(1).standard_normal((num_samples, 6, 4))
+    states[:, 3:] += 3
+    scan = kept(states)
+    for metric in BOTH:
+        found = scan.bootstrap(130, 5, metric)
+        expected = _reference.bootstrap(scan.samples(metric), metric == "cosine", 130, 5)
+        for n, wins in zip(found, expected, strict=True):
+            assert np.array_equal(found[n].distribution, wins / 130)
+
+
+@given(st.integers(0, 2**32), st.integers(20, 200))
+def test_starts_that_differ_in_their_last_bits_are_told_apart(seed, num_samples):
+    rng = np.random.default_rng(seed)
+    reference, rival = rng.random((2, num_samples)).astype(np.float32)
+    values = np.stack([reference, rival, rival, rival, reference, rival], axis=1)
+    values[:, [1, 2, 3, 5]] += 2.0**-20 * rng.integers(-1, 2, (num_samples, 4)).astype(np.float32)
+    found = core_bootstrap(values, 4, "angular", 200, seed)
+    expected = _reference.bootstrap(values, False, 200, seed)
+    assert [list(wins) for wins in expected] == found
+
+
+def test_a_start_that_only_the_rarest_draws_make_the_best_is_found():
+    # The second start is the best if the first sample is drawn 7 times of 12 or more.
+    worse = np.array([-0.72] + [1] * 11) / 16
+    values = np.full((12, 3), 0.5, dtype=np.float32)
+    values[:, 2] += worse
+    drawn = np.array([_reference.resample(12, 1, index) for index in range(100_000)])
+    expected = int(((drawn == 0).sum(axis=1) >= 7).sum())
+    assert expected > 0
+    assert core_bootstrap(values, 3, "angular", 100_000, 1) == [[100_000 - expected, expected]]
+
+
+def test_any_threads_shards_and_order_give_the_same_bits():
+    states = vague(150)
+    expected = shares(kept(states), 500, 3)
+    assert max(expected[3]) < 1
+    for threads in (1, 2, 4):
+        assert shares(kept(states), 500, 3, threads=threads) == expected
+    order = np.random.default_rng(0).permutation(150)
+    assert shares(kept(states[order]), 500, 3) == expected
+    for count in (2, 7):
+        parts = [kept(part) for part in np.array_split(states, count)]
+        for parts_in_order in (parts, parts[::-1]):
+            assert shares(Scan.merge(parts_in_order), 500, 3) == expected
+
+
+def test_another_seed_gives_another_answer_and_the_same_the_same():
+    scan = kept(vague(100))
+    assert shares(scan, 400, 1) != shares(scan, 400, 2)
+    assert shares(scan, 400, 1) == shares(scan, 400, 1)
+
+
+def test_the_shares_are_those_of_a_plain_bootstrap():
+    states = vague(60)
+    scan = kept(states)
+    found = scan.bootstrap(4000)
+    rng = np.random.default_rng(9)
+    values = scan.samples().astype(float)
+    drawn = rng.integers(0, 60, (4000, 60))
+    means = np.stack([values[index].mean(axis=0) for index in drawn])
+    first, second = np.triu_indices(7, 1)
+    for n, one in found.items():
+        best = means[:, second - first == n].argmin(axis=1)
+        plain = np.bincount(best, minlength=8 - n - 1) / 4000
+        assert np.abs(one.distribution - plain).max() < 6 * np.sqrt(0.5 / 4000)
+        assert one.distribution.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_a_sure_start_is_sure_and_equal_starts_go_to_the_first():
+    states = walk(50, width=64)
+    states[:, 4] = states[:, 2]
+    one = kept(states).bootstrap()[2]
+    assert (one.start, one.probability) == (2, 1.0)
+    equal = kept(np.ones((5, 6, 4))).bootstrap(50)
+    assert all(one.probability == one.distribution[0] == 1 for one in equal.values())
+
+
+def test_samples_are_drawn_evenly():
+    counts = np.zeros(7)
+    for index in range(3000):
+        counts += np.bincount(_reference.resample(7, 11, index), minlength=7)
+    chi_squared = ((counts - 3000) ** 2 / 3000).sum()
+    assert chi_squared < 30
+
+
+def test_other_threads_run_while_samples_are_drawn():
+    scan = kept(walk(20_000, 12))
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.perf_counter()
+    scan.bootstrap(3000, threads=1)
+    end = time.perf_counter()
+    done.set()
+    ticker.join()
+    margin = (end - begin) / 5
+    assert sum(begin + margin < moment < end - margin for moment in ticks) >= 3
+
+
+# What is refused
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_resamples": 0}, {"num_resamples": -1}, {"num_resamples": 2**31 + 1},
+        {"num_resamples": 10.0}, {"num_resamples": "10"}, {"num_resamples": None},
+        {"num_resamples": True}, {"seed": -1}, {"seed": 2**64}, {"seed": 1.5}, {"seed": None},
+        {"seed": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(options):
+    with pytest.raises(ScanError, match="expected an integer"):
+        kept(walk(5)).bootstrap(**options)
+
+
+def test_a_single_sample_an_unheld_metric_and_no_threads_are_refused():
+    with pytest.raises(ScanError, match="single sample"):
+        kept(walk(1)).bootstrap()
+    with pytest.raises(MetricError):
+        kept(walk(5), ["angular"]).bootstrap(metric="cosine")
+    with pytest.raises(ThreadsError):
+        kept(walk(5)).bootstrap(threads=0)
+
+
+def test_a_model_of_one_layer_has_no_start_to_be_sure_of():
+    assert kept(walk(5, 2)).bootstrap() == {}

@@ -1,0 +1,216 @@
+"""The scan of a model, against a float64 oracle and against its own resumption."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import shallower as sh
+from shallower import _reference, pipeline
+from tests.conftest import tiny_llama
+from tests.scanning.batches import interrupted, plain_states
+
+
+def oracle(model, tokenizer, texts, max_length=256):
+    """Every state of every text by itself, (S, L+1, D)."""
+    return np.stack(
+        [
+            plain_states(model, tokenizer(text)["input_ids"][:max_length])[0].numpy()
+            for text in texts
+        ]
+    )
+
+
+TEXTS = [" ".join(f"w{(7 * i + 3 * j) % 97}" for j in range(1 + i % 11)) for i in range(23)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_scan_is_that_of_a_float64_oracle(llama, words, side, batch_size):
+    tokenizer = copy.deepcopy(words)
+    tokenizer.padding_side = side
+    states = oracle(llama, words, TEXTS, max_length=8)
+    scanned = sh.scan(llama, tokenizer, TEXTS, max_length=8, batch_size=batch_size)
+    assert scanned.num_samples == len(TEXTS)
+    for metric in ("angular", "cosine"):
+        mean, stderr = _reference.mean_and_stderr(states, metric)
+        np.testing.assert_allclose(scanned.mean(metric), mean, atol=2e-7, rtol=0)
+        np.testing.assert_allclose(scanned.stderr(metric), stderr, atol=2e-7, rtol=0)
+    angular = _reference.mean_and_stderr(states, "angular")[0]
+    for n in range(1, 6):
+        assert scanned.best_block(n).start == _reference.best_start(angular, n)
+
+
+def test_a_scan_of_no_texts_is_refused(llama, words):
+    with pytest.raises(sh.TextsError, match="no texts"):
+        sh.scan(llama, words, iter([]))
+
+
+def test_a_scan_of_empty_texts_alone_is_refused(llama, words):
+    with pytest.raises(sh.StatesError, match="2 of 2 samples rejected: sample 0: empty text"):
+        sh.scan(llama, words, ["", ""])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_layer_that_gives_no_numbers_is_named(llama, words, value):
+    with torch.no_grad():
+        llama.model.layers[3].mlp.down_proj.weight.fill_(value)
+    with pytest.raises(sh.StatesError, match="sample 0: state 4 "):
+        sh.scan(llama, words, TEXTS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_text_without_usable_states_is_counted_and_named(llama, words, value):
+    texts = [text.replace("w96", "w1") for text in TEXTS]
+    clean = sh.scan(llama, words, texts)
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[96] = value
+    with pytest.warns(
+        sh.RejectedSamplesWarning, match="1 of 24 samples rejected: sample 5: state 0"
+    ):
+        scanned = sh.scan(llama, words, [*texts[:5], "w1 w96", *texts[5:]])
+    assert scanned.num_rejected == 1
+    assert [rejection.sample for rejection in scanned.rejections] == [5]
+    assert np.array_equal(scanned.mean(), clean.mean())
+
+
+def test_rejections_of_both_kinds_are_counted_together(llama, words):
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[96] = torch.nan
+    with pytest.warns(sh.RejectedSamplesWarning, match="3 of 6 samples rejected"):
+        scanned = sh.scan(llama, words, ["w96", "", "w1", "w2 w3", "   ", "w4"], batch_size=2)
+    assert (scanned.num_samples, scanned.num_rejected) == (3, 3)
+    assert [rejection.sample for rejection in scanned.rejections] == [0, 1, 4]
+
+
+def test_a_pad_token_that_the_model_does_not_know_does_no_harm(llama, words):
+    tokenizer = copy.deepcopy(words)
+    tokenizer.add_special_tokens({"pad_token": "<another pad>"})
+    assert tokenizer.pad_token_id >= llama.config.vocab_size
+    expected = sh.scan(llama, words, TEXTS)
+    assert np.array_equal(sh.scan(llama, tokenizer, TEXTS).mean(), expected.mean())
+
+
+MANY = TEXTS * 5
+WITH_REJECTED = [*MANY[:40], "", *MANY[40:70], "w5 w96", *MANY[70:], "w96"]
+
+
+def bits(scanned):
+    sums = {metric: scanned._accumulator.to_words(metric).tobytes() for metric in scanned.metrics}
+    return sums, scanned.num_samples, scanned.num_rejected, scanned.rejections, scanned.texts
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
+@pytest.mark.parametrize(("at", "batch_size"), [(1, 2), (33, 2), (64, 2), (64, 5), (100, 2)])
+def test_a_resumed_scan_has_the_bits_of_an_uninterrupted_one(
+    llama, words, tmp_path, at, batch_size
+):
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[96] = torch.nan
+    checkpoint = tmp_path / "partial"
+    whole = sh.scan(llama, words, WITH_REJECTED, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        sh.scan(llama, words, interrupted(WITH_REJECTED, at), batch_size=2, checkpoint=checkpoint)
+    assert checkpoint.exists() == (at > 32)
+    resumed = sh.scan(llama, words, WITH_REJECTED, batch_size=batch_size, checkpoint=checkpoint)
+    assert bits(resumed)[1:] == bits(whole)[1:]
+    assert bits(resumed) == bits(whole) or batch_size != 2
+    np.testing.assert_allclose(resumed.mean(), whole.mean(), atol=1e-7)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_resumed_scan_does_not_run_again_what_is_done(llama, words, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        sh.scan(llama, words, interrupted(MANY, 70), batch_size=2, checkpoint=tmp_path / "partial")
+    runs = []
+    llama.model.register_forward_hook(lambda *_: runs.append(1))
+    sh.scan(llama, words, MANY, batch_size=2, checkpoint=tmp_path / "partial")
+    assert len(runs) == -(-(len(MANY) - 64) // 2)
+
+
+@pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
+def test_a_scan_that_is_done_counts_its_rejections_once(llama, words, tmp_path):
+    texts = [*TEXTS, "", "w1"]
+    for _ in range(2):
+        scanned = sh.scan(llama, words, texts, checkpoint=tmp_path / "partial")
+        assert (scanned.num_samples, scanned.num_rejected) == (24, 1)
+        assert len(scanned.rejections) == 1
+
+
+@pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
+def test_a_finished_scan_as_checkpoint_counts_its_rejections_once(llama, words, tmp_path):
+    texts = [*TEXTS, "", "w1"]
+    done = sh.scan(llama, words, texts)
+    done.save(tmp_path / "done")
+    again = sh.scan(llama, words, texts, checkpoint=tmp_path / "done")
+    assert (again.num_samples, again.num_rejected) == (24, 1)
+    assert again.rejections == done.rejections
+
+
+def other_texts(llama, words, checkpoint):
+    sh.scan(llama, words, ["w1", *TEXTS[1:]], checkpoint=checkpoint)
+
+
+def fewer_texts(llama, words, checkpoint):
+    sh.scan(llama, words, TEXTS[:-1], checkpoint=checkpoint)
+
+
+def another_limit(llama, words, checkpoint):
+    sh.scan(llama, words, TEXTS, max_length=255, checkpoint=checkpoint)
+
+
+def other_metrics(llama, words, checkpoint):
+    sh.scan(llama, words, TEXTS, metrics=("angular",), checkpoint=checkpoint)
+
+
+def another_depth(_llama, words, checkpoint):
+    sh.scan(tiny_llama(5), words, TEXTS, checkpoint=checkpoint)
+
+
+def other_norms(llama, words, checkpoint):
+    with torch.no_grad():
+        llama.model.layers[1].input_layernorm.weight[0] = 2
+    sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "another",
+    [other_texts, fewer_texts, another_limit, other_metrics, another_depth, other_norms],
+)
+def test_a_checkpoint_of_another_scan_is_refused_and_kept(llama, words, tmp_path, another):
+    checkpoint = tmp_path / "partial"
+    sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
+    before = checkpoint.read_bytes()
+    with pytest.raises(sh.ScanError, match="delete it"):
+        another(llama, words, checkpoint)
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_checkpoint_of_merged_scans_is_refused(llama, words, tmp_path):
+    parts = [sh.scan(llama, words, TEXTS[:9]), sh.scan(llama, words, TEXTS[9:])]
+    sh.Scan.merge(parts).save(tmp_path / "merged")
+    with pytest.raises(sh.ScanError, match="delete it"):
+        sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "merged")
+
+
+def test_a_damaged_checkpoint_is_refused(llama, words, tmp_path):
+    checkpoint = tmp_path / "partial"
+    sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    with pytest.raises(sh.ScanError, match="truncated"):
+        sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_the_first_texts_goes_on_to_more(llama, words, tmp_path):
+    checkpoint = tmp_path / "partial"
+    sh.scan(llama, words, TEXTS[:16], batch_size=1, checkpoint=checkpoint)
+    more = sh.scan(llama, words, TEXTS, batch_size=1, checkpoint=checkpoint)
+    whole = sh.scan(llama, words, TEXTS, batch_size=1)
+    assert bits(more) == bits(whole)

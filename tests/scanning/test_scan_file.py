@@ -1,0 +1,307 @@
+"""The scan's file: every bit comes back, and damage is refused."""
+
+import json
+import struct
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import (
+    OutputError,
+    PlanError,
+    RejectedSamplesWarning,
+    Rejection,
+    Scan,
+    ScanError,
+)
+from shallower.report import scan_table
+from shallower.similarity import FORMAT, NORMS
+from tests.scanning.samples import (
+    BOTH,
+    MODEL,
+    TEXTS,
+    batches,
+    bits,
+    closed,
+    described,
+    load,
+    model_of,
+    opened,
+    random_states,
+    scan_of,
+    signed,
+    stored,
+)
+from tests.values.damage import JSON, damaged
+
+
+# Files
+@pytest.fixture
+def scan_file(tmp_path):
+    """A small scan's path, with a rejection, a model and texts."""
+    states = random_states((6, 4, 8), 0)
+    states[2, 1] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RejectedSamplesWarning)
+        scan_of(states).save(tmp_path / "scan")
+    return tmp_path / "scan"
+
+
+def refused_or_of_use(content):
+    """A scan that loads gives means in range, and can be printed, merged and planned."""
+    try:
+        scan = load(content)
+    except ScanError:
+        return
+    if scan.num_samples:
+        for metric in scan.metrics:
+            assert np.isfinite(scan.mean(metric)).all()
+            assert np.abs(scan.mean(metric)).max() <= 1
+            assert not (scan.variance(metric) < 0).any()
+        scan_table(scan)
+        if scan.num_layers > 1:
+            with suppress(PlanError):
+                scan.plan(1).check_model(MODEL)
+        assert bits(Scan.merge([scan])) == bits(scan)
+
+
+@given(batches(), st.sampled_from([BOTH, BOTH[::-1], ("angular",), ("cosine",)]))
+def test_a_scan_comes_back_to_the_bit(values, metrics):
+    scan = scan_of(values, metrics)
+    with TemporaryDirectory() as folder:
+        scan.save(Path(folder) / "deep" / "scan")
+        back = Scan.load(str(Path(folder) / "deep" / "scan"))
+    assert bits(back) == bits(scan)
+    assert stored(back) == stored(scan)
+    assert (back.metrics, back.num_layers) == (metrics, values.shape[1] - 1)
+    assert (back.model, back.texts) == (model_of(back.num_layers), (TEXTS,))
+
+
+def test_rejections_come_back(scan_file):
+    back = Scan.load(scan_file)
+    assert (back.num_samples, back.num_rejected) == (5, 1)
+    assert back.rejections == (Rejection(2, "state 1 is a zero vector"),)
+
+
+def test_a_scan_replaces_the_file_that_was_there(scan_file):
+    scan = scan_of(random_states((3, 5, 8), 1))
+    scan.save(scan_file)
+    assert Scan.load(scan_file).num_layers == 4
+    assert list(scan_file.parent.iterdir()) == [scan_file]
+
+
+@pytest.mark.parametrize("name", ["scan/below", "", "x" * 300])
+def test_a_scan_that_cannot_be_written_leaves_nothing(scan_file, name):
+    before = scan_file.read_bytes()
+    with pytest.raises(OutputError):
+        scan_of(random_states((3, 5, 8), 1)).save(scan_file.parent / name)
+    assert scan_file.read_bytes() == before
+    assert list(scan_file.parent.iterdir()) == [scan_file]
+
+
+@pytest.mark.parametrize("name", ["absent", "", "x" * 300, "a\0b", "scan/below"])
+def test_a_scan_that_is_not_there_is_refused(scan_file, name):
+    with pytest.raises(ScanError):
+        Scan.load(scan_file.parent / name)
+
+
+def test_a_truncated_scan_is_refused_at_every_length(scan_file):
+    content = scan_file.read_bytes()
+    for length in range(len(content)):
+        scan_file.write_bytes(content[:length])
+        with pytest.raises(ScanError):
+            Scan.load(scan_file)
+
+
+def test_a_scan_with_more_behind_it_is_refused(scan_file):
+    content = scan_file.read_bytes()
+    for more in (b"\0", b" " * 8, content):
+        scan_file.write_bytes(content + more)
+        with pytest.raises(ScanError):
+            Scan.load(scan_file)
+
+
+@given(st.binary(max_size=300))
+def test_bytes_that_are_no_scan_are_refused(content):
+    with pytest.raises(ScanError):
+        load(content)
+
+
+def test_a_scan_with_a_flipped_byte_is_refused_or_of_use(scan_file):
+    content = scan_file.read_bytes()
+    flips = np.random.default_rng(0).integers(1, 256, len(content))
+    for position, flip in enumerate(flips):
+        damage = bytearray(content)
+        damage[position] ^= int(flip)
+        refused_or_of_use(bytes(damage))
+
+
+@pytest.mark.parametrize("value", [0, 2**63, 2**64 - 1])
+def test_a_scan_with_a_word_replaced_is_refused_or_of_use(scan_file, value):
+    header, data = opened(scan_file.read_bytes())
+    inner = json.loads(header["__metadata__"][FORMAT])
+    for position in range(len(data) // 8):
+        words = np.frombuffer(data, "<u8").copy()
+        words[position] = value
+        damage = words.tobytes()
+        refused_or_of_use(closed(signed(header, inner, damage), damage))
+
+
+def test_a_negative_sum_of_distances_is_refused():
+    header, inner, data = described()
+    words = np.frombuffer(data, "<u8").copy()
+    low, high = header["angular"]["data_offsets"][0] // 8 + np.arange(2)
+    negative = (-int(words[low]) - (int(words[high]) << 64)) % (1 << 128)
+    words[low], words[high] = negative % (1 << 64), negative >> 64
+    damage = words.tobytes()
+    with pytest.raises(ScanError, match="negative"):
+        load(closed(signed(header, inner, damage), damage))
+
+
+def test_norms_that_no_samples_have_are_refused():
+    header, inner, data = described()
+    start, stop = header[NORMS]["data_offsets"]
+    for words in (bytes(stop - start), b"\xff" * (stop - start)):
+        damage = data[:start] + words + data[stop:]
+        with pytest.raises(ScanError, match="norms are damaged"):
+            load(closed(signed(header, inner, damage), damage))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_states": -3}, {"num_states": 0}, {"num_states": 1}, {"num_states": 3},
+        {"num_states": 5}, {"num_states": 2**31}, {"num_states": 10**18}, {"num_states": 10**400},
+        {"num_states": 4.0}, {"num_states": "4"}, {"num_states": None}, {"num_states": True},
+        {"num_states": float("nan")}, {"num_states": float("inf")}, {"num_states": [4]},
+        *({"lengths": [count, 0, 0, 0]} for count in (
+            -1, 0, 1, 5.0, "5", None, True, 2**31 + 1, 2**63, 2**64, 10**400, float("nan"), [])),
+        {"lengths": []}, {"lengths": [5]}, {"lengths": None}, {"lengths": 5},
+        {"lengths": [5, 0, 0, 0, 0]}, {"lengths": [3, 1, 2, 4]}, {"lengths": [5, 0, 2, 4]},
+        {"lengths": [5, 0, 0, 1]}, {"lengths": [5, 2**64, 0, 0]}, {"lengths": [5, 0, -1, 1]},
+        {"positions": "last"}, {"positions": {}}, {"positions": 5},
+        {"positions": {"kind": "first", "count": 1, "seed": 0}},
+        {"positions": {"kind": "last", "count": True, "seed": 0}},
+        {"positions": {"kind": "last", "count": 10**400, "seed": 0}},
+        {"positions": {"kind": "last", "count": 1}},
+        {"rejected": -1}, {"rejected": 1.0}, {"rejected": "1"}, {"rejected": None},
+        {"rejected": 2**31}, {"rejected": 2**64}, {"rejected": float("inf")},
+        {"metrics": []}, {"metrics": "angular"}, {"metrics": None}, {"metrics": [5]},
+        {"metrics": ["euclidean"]}, {"metrics": ["angular", "angular"]}, {"metrics": [["angular"]]},
+        {"metrics": [None]}, {"metrics": ["__metadata__"]}, {"metrics": ["angular"]},
+        {"rejections": None}, {"rejections": 5}, {"rejections": ["x"]}, {"rejections": [{}]},
+        {"rejections": [{"sample": 1}]}, {"rejections": [{"sample": 1, "reason": "r", "x": 1}]},
+        {"rejections": [{"sample": "x", "reason": "r"}]},
+        {"rejections": [{"sample": 1, "reason": 5}]},
+        {"model": 5}, {"model": "tiny"}, {"model": []}, {"model": {}}, {"model": {"name": "tiny"}},
+        {"model": {"name": "t", "model_type": "l", "num_layers": 3, "dtype": "d",
+                   "fingerprint": 5}},
+        {"model": {"name": "t", "model_type": "l", "num_layers": "3", "dtype": "d",
+                   "fingerprint": "f"}},
+        {"model": {"name": "t", "model_type": "l", "num_layers": 99, "dtype": "d",
+                   "fingerprint": "f"}},
+        {"texts": None}, {"texts": 5}, {"texts": ["x"]}, {"texts": [{}]},
+        {"texts": [{"num_texts": "1", "max_length": 1, "fingerprint": "f"}]},
+        {"texts": [{"num_texts": 1, "max_length": None, "fingerprint": "f"}]},
+        {"texts": [{"num_texts": 1, "max_length": 1, "fingerprint": 5}]},
+    ],
+    ids=lambda values: str(values)[:60],
+)  # fmt: skip
+def test_a_scan_that_describes_itself_wrongly_is_refused(values):
+    header, _, data = described(**values)
+    with pytest.raises(ScanError):
+        load(closed(header, data))
+
+
+@pytest.mark.parametrize("key", sorted(described()[1]))
+def test_a_scan_that_lacks_something_is_refused(key):
+    header, inner, data = described()
+    del inner[key]
+    if key == "sha256":
+        header["__metadata__"] = {FORMAT: json.dumps(inner)}
+    else:
+        header = signed(header, inner, data)
+    with pytest.raises(ScanError):
+        load(closed(header, data))
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "5", "{", "NaN", "[" * 100_000, "1" * 5000])
+def test_a_scan_described_by_other_json_is_refused(text):
+    header, _, data = described()
+    header["__metadata__"] = {FORMAT: text}
+    with pytest.raises(ScanError):
+        load(closed(header, data))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None, {}, {"format": "shallower.scan"}, {"format": "pt", "version": "1", "scan": "{}"},
+        {"format": "shallower.scan", "version": "2", "scan": "{}"}, {"scan": 5}, [], "scan",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_safetensors_of_something_else_are_refused(metadata):
+    header, _, data = described()
+    header["__metadata__"] = metadata
+    if metadata is None:
+        del header["__metadata__"]
+    with pytest.raises(ScanError):
+        load(closed(header, data))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        ("BOOL", 8), ("U8", 8), ("I8", 8), ("F8_E4M3", 8), ("F8_E5M2", 8), ("F4", 4), ("I16", 16),
+        ("F16", 16), ("BF16", 16), ("F32", 32), ("F64", 64), ("I64", 64), ("C64", 64), ("X", 64),
+    ],
+)  # fmt: skip
+def test_sums_of_another_dtype_are_refused(dtype, width):
+    header, _, data = described()
+    for metric in BOTH:
+        header[metric].update(dtype=dtype, shape=[24 * 64 // width])
+    with pytest.raises(ScanError):
+        load(closed(header, data))
+
+
+@pytest.mark.parametrize("shape", [[4, 6], [1, 24], [24, 1], [23], [25], [], [2**62, 24], [-24]])
+def test_sums_of_another_shape_are_refused(shape):
+    header, _, data = described()
+    header["angular"]["shape"] = shape
+    with pytest.raises(ScanError):
+        load(closed(header, data))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**20, 2**40, 2**63, 2**64 - 1])
+def test_a_header_of_another_length_is_refused(scan_file, length):
+    content = scan_file.read_bytes()
+    scan_file.write_bytes(struct.pack("<Q", length) + content[8:])
+    with pytest.raises(ScanError):
+        Scan.load(scan_file)
+
+
+@given(st.data())
+def test_a_scan_damaged_anyhow_is_refused_or_of_use(data):
+    header, inner, sums = described()
+    refused_or_of_use(closed(signed(header, data.draw(damaged(inner)), sums), sums))
+
+
+@given(st.data())
+def test_a_scan_whose_file_header_is_damaged_is_refused_or_of_use(data):
+    header, _, sums = described()
+    refused_or_of_use(closed(data.draw(damaged(header)), sums))
+
+
+@given(JSON)
+def test_a_scan_described_by_anything_is_refused(value):
+    header, _, data = described()
+    header["__metadata__"] = {FORMAT: json.dumps(value)}
+    with pytest.raises(ScanError):
+        load(closed(header, data))

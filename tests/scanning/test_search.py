@@ -1,0 +1,194 @@
+"""The k best blocks and the best plan of several, against trying them all."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import Block, LayersError, MetricError, Plan, _reference, analyse_states
+
+BOTH = ("angular", "cosine")
+
+
+def walk(num_samples, num_states, seed, width=16):
+    """States that move away from the first one, as a residual stream does."""
+    steps = np.random.default_rng(seed).standard_normal((num_samples, num_states, width))
+    return steps.cumsum(axis=1)
+
+
+def dyadic(num_states, seed):
+    """Two samples whose angular distances are few multiples of 1/4, so that many are equal."""
+    rng = np.random.default_rng(seed)
+    circle = np.array([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0]], dtype=float)
+    return circle[rng.integers(0, len(circle), (2, num_states))]
+
+
+def exact_costs(scan, metric):
+    """The cost of every pair in whole units of the sums: Python's integers."""
+    states = scan.num_layers + 1
+    words = scan._accumulator.to_words(metric).reshape(-1, 4)
+    sums = iter(int(w[0]) + (int(w[1].astype(np.int64)) << 64) for w in words)
+    costs = np.zeros((states, states), dtype=object)
+    for start in range(states):
+        for stop in range(start + 1, states):
+            costs[start, stop] = next(sums)
+    return (scan.num_samples << 48) - costs if metric == "cosine" else costs
+
+
+@st.composite
+def scans(draw, max_states=9):
+    num_states, seed = draw(st.integers(3, max_states)), draw(st.integers(0, 2**32))
+    if draw(st.booleans()):
+        return analyse_states(dyadic(num_states, seed), BOTH)
+    return analyse_states(walk(draw(st.integers(1, 4)), num_states, seed), BOTH)
+
+
+# The k best blocks
+@given(scans(), st.integers(1, 12), st.sampled_from(BOTH))
+def test_the_best_blocks_are_all_blocks_in_order(scan, k, metric):
+    costs = exact_costs(scan, metric)
+    for n in range(1, scan.num_layers):
+        starts = range(scan.num_layers - n + 1)
+        expected = sorted(starts, key=lambda start: (costs[start, start + n], start))[:k]
+        found = scan.best_blocks(n, k, metric)
+        assert [block.start for block in found] == expected
+        assert {len(block) for block in found} == {n}
+        for block in found:
+            again = scan.scored(block, metric)
+            assert block.score == again.score
+            assert np.array_equal(block.stderr, again.stderr, equal_nan=True)
+        assert found[0] == scan.best_block(n, metric)
+
+
+def test_there_are_no_more_blocks_than_starts():
+    scan = analyse_states(walk(3, 7, 0))
+    assert len(scan.best_blocks(2, 10**30)) == 5
+    assert len(scan.best_blocks(5, 10)) == 2
+
+
+@pytest.mark.parametrize("k", [0, -1, -(10**30), 1.0, "2", None, True])
+def test_no_best_blocks_are_refused(k):
+    with pytest.raises(LayersError):
+        analyse_states(walk(3, 7, 0)).best_blocks(2, k)
+
+
+# The best plan
+@given(scans(), st.data())
+def test_the_best_plan_is_the_best_of_all(scan, data):
+    metric = data.draw(st.sampled_from(BOTH))
+    first, last = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
+    free = scan.num_layers - first - last
+    n = data.draw(st.integers(1, scan.num_layers - 1))
+    max_blocks = data.draw(st.integers(1, 5))
+    if n > free:
+        with pytest.raises(LayersError, match="protected"):
+            scan.best_plan(n, max_blocks, first, last, metric)
+        return
+    plan = scan.best_plan(n, max_blocks, first, last, metric)
+    costs = exact_costs(scan, metric)
+    expected = _reference.best_plan(costs, n, max_blocks, first, last)
+    assert [(block.start, block.stop) for block in plan.blocks] == expected
+    for block in plan.blocks:
+        assert block.score == scan.scored(block, metric).score
+
+
+@given(scans(), st.sampled_from(BOTH))
+def test_one_block_without_protection_is_the_best_block(scan, metric):
+    for n in range(1, scan.num_layers):
+        assert scan.best_plan(n, metric=metric).blocks == (scan.best_block(n, metric),)
+        assert scan.plan(n, metric).blocks == (scan.best_block(n, metric),)
+
+
+@given(scans(max_states=24), st.data())
+def test_more_blocks_and_less_protection_never_cost_more(scan, data):
+    n = data.draw(st.integers(1, scan.num_layers - 1))
+    first = data.draw(st.integers(0, scan.num_layers - n))
+    last = data.draw(st.integers(0, scan.num_layers - n - first))
+    scores = [
+        sum(block.score for block in scan.best_plan(n, most, first, last).blocks)
+        for most in range(1, 6)
+    ]
+    assert all(more <= fewer + 1e-12 for fewer, more in pairwise(scores))
+    free = sum(block.score for block in scan.best_plan(n, 5).blocks)
+    assert free <= scores[-1] + 1e-12
+
+
+def test_two_good_blocks_apart_are_found_and_one_layer_stays_between_them():
+    states = walk(5, 13, 1, width=64)
+    states[:, 4] = states[:, 2]
+    states[:, 9] = states[:, 6]
+    scan = analyse_states(states)
+    assert scan.best_plan(5, 2).blocks == (Block(2, 4), Block(6, 9))
+    assert sum(block.score for block in scan.best_plan(5, 2).blocks) == 0
+    assert len(scan.best_plan(5, 1).blocks) == 1
+    equal = analyse_states(np.ones((2, 8, 4)))
+    assert equal.best_plan(5, 3).blocks == (Block(0, 5),)
+    for blocks in (scan.best_plan(n, 12).blocks for n in range(1, 12)):
+        gaps = [right.start - left.stop for left, right in pairwise(blocks)]
+        assert all(gap >= 1 for gap in gaps)
+
+
+def test_protected_layers_stay():
+    states = walk(5, 9, 2, width=64)
+    states[:, 2] = states[:, 0]
+    states[:, 8] = states[:, 6]
+    scan = analyse_states(states)
+    assert scan.best_plan(2).blocks == (Block(0, 2),)
+    assert scan.best_plan(2, protect_first=1).blocks == (Block(6, 8),)
+    kept = scan.best_plan(2, protect_first=1, protect_last=1).blocks
+    assert kept[0].start >= 1
+    assert kept[-1].stop <= 7
+    assert scan.best_plan(5, 3, 1, 2).blocks == (Block(1, 6),)
+
+
+def test_a_plan_of_several_blocks_comes_back(tmp_path):
+    states = walk(5, 13, 1, width=64)
+    states[:, 4] = states[:, 2]
+    states[:, 9] = states[:, 6]
+    plan = analyse_states(states, ["cosine"]).best_plan(5, 2)
+    assert (plan.strategy, plan.metric, plan.num_layers) == ("similarity", "cosine", 12)
+    plan.save(tmp_path / "plan.json")
+    back = Plan.load(tmp_path / "plan.json")
+    assert back == plan
+    assert [block.score for block in back.blocks] == [block.score for block in plan.blocks]
+
+
+def test_eighty_layers_are_planned():
+    plan = analyse_states(walk(3, 81, 3)).best_plan(40, 10**30, 4, 2)
+    assert len(plan.dropped) == 40
+    assert plan.dropped[0] >= 4
+    assert plan.dropped[-1] < 78
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n": 0}, "expected 1 <= n <= 7"),
+        ({"n": 8}, "expected 1 <= n <= 7"),
+        ({"n": 10**30}, "expected 1 <= n <= 7"),
+        ({"n": 2, "max_blocks": 0}, "max_blocks = 0"),
+        ({"n": 2, "max_blocks": -(10**30)}, "max_blocks"),
+        ({"n": 2, "protect_first": -1}, "protect_first = -1"),
+        ({"n": 2, "protect_last": -1}, "protect_last = -1"),
+        ({"n": 2, "protect_first": 7}, "first 7 and the last 0 protected"),
+        ({"n": 2, "protect_first": 3, "protect_last": 4}, "first 3 and the last 4 protected"),
+        ({"n": 2, "protect_last": 10**30}, "protected"),
+        ({"n": 2.0}, "integer"),
+        ({"n": 2, "max_blocks": "2"}, "integer"),
+        ({"n": 2, "protect_first": None}, "integer"),
+    ],
+    ids=str,
+)
+def test_impossible_plans_are_refused(options, said):
+    with pytest.raises(LayersError, match=said):
+        analyse_states(walk(3, 9, 0)).best_plan(**options)
+
+
+def test_a_metric_that_is_not_held_is_refused():
+    scan = analyse_states(walk(3, 9, 0))
+    with pytest.raises(MetricError):
+        scan.best_plan(2, metric="cosine")
+    with pytest.raises(MetricError):
+        scan.best_blocks(2, 2, "cosine")

@@ -1,0 +1,72 @@
+"""Training sequences from texts."""
+
+import numpy as np
+import pytest
+
+import shallower as sh
+from shallower.healing.samples import collate, order, read_samples
+from tests.healing.cuts import TEXTS
+
+
+# Sequences
+def test_packed_sequences_are_the_stream_of_documents(words):
+    samples = read_samples(words, iter(TEXTS), 16, True, 10**6)
+    stream = [i for text in TEXTS for i in (*words(text)["input_ids"], words.eos_token_id)]
+    whole = len(stream) // 16
+    assert np.array_equal(np.stack(samples.rows), np.reshape(stream[: 16 * whole], (whole, 16)))
+    assert samples.identity.num_texts == len(TEXTS)
+    assert samples.identity.max_length == 16
+
+
+def test_no_more_texts_are_read_than_are_needed(words):
+    endless = (TEXTS[i % len(TEXTS)] for i in iter(int, 1))
+    assert len(read_samples(words, endless, 16, True, 40)) == 40
+    assert len(read_samples(words, endless, 16, False, 40)) == 40
+
+
+def test_truncated_sequences_are_texts(words):
+    texts = ["w1", "", *TEXTS]
+    samples = read_samples(words, texts, 8, False, 10**6)
+    expected = [words(text)["input_ids"][:8] for text in TEXTS]
+    assert [row.tolist() for row in samples.rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "packing", "message"),
+    [
+        ([], True, "there are no texts to heal with"),
+        (["w1 w2 w3"] * 40, True, r"40 texts make 10 sequences of 16 tokens, .* takes 16: give"),
+        (["w1 w2"] * 15 + ["w1"], False, r"make 15 texts of at least two tokens.*sample 15: 1 tok"),
+        (["w1", 7], True, r"text 1 is of type int"),
+        ("w1 w2", True, r"iterable of strings, got str"),
+    ],
+)
+def test_too_few_texts_are_refused(words, texts, packing, message):
+    with pytest.raises(sh.TextsError, match=message):
+        read_samples(words, texts, 16, packing, 10**6)
+
+
+def test_packing_needs_an_end_of_text(words):
+    ending, words.eos_token = words.eos_token, None
+    try:
+        with pytest.raises(sh.TextsError, match=r"no end-of-text token .* --no-packing"):
+            read_samples(words, TEXTS, 16, True, 10**6)
+    finally:
+        words.eos_token = ending
+
+
+def test_every_sample_is_taken_once_before_any_is_taken_again():
+    taken = order(10, 35, seed=3)
+    assert all(sorted(taken[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert len(set(taken[30:])) == 5
+    assert not np.array_equal(taken[:10], taken[10:20])
+    assert np.array_equal(taken, order(10, 35, seed=3))
+    assert not np.array_equal(taken, order(10, 35, seed=4))
+    assert np.array_equal(taken[:20], order(10, 20, seed=3))
+
+
+def test_padding_and_first_tokens_are_not_predicted():
+    batch = dict(collate([np.array([5, 6, 7], np.uint32), np.array([8, 9], np.uint32)]))
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]

@@ -1,0 +1,265 @@
+"""Plans, their files, and rejections."""
+
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import (
+    Block,
+    LayersError,
+    ModelIdentity,
+    OutputError,
+    Plan,
+    PlanError,
+    Positions,
+    Rejection,
+    TextsIdentity,
+)
+from shallower.artifacts import blocks_of, describe_rejections
+from shallower.report import plan_table
+from tests.values.damage import damaged, peak_memory
+
+MODEL = ModelIdentity("tiny", "llama", 12, "bfloat16", "f" * 64)
+TEXTS = TextsIdentity(24, 256, "0" * 64)
+PLAN = Plan(
+    12, (Block(2, 4, 0.25, 0.125), Block(7, 8)), "similarity", "angular", MODEL, (TEXTS, TEXTS)
+)
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    """Writes what it is given, text or JSON values, and names the file."""
+
+    def write(content):
+        path = tmp_path / "plan.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def changed(*place, to):
+    """The plan's JSON with another value at a place."""
+    data = PLAN.to_json()
+    container = data
+    for key in place[:-1]:
+        container = container[key]
+    container[place[-1]] = to
+    return data
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "blocks"),
+    [
+        (6, ()), (6, (Block(0, 6),)), (6, (Block(5, 7),)), (6, (Block(3, 4), Block(1, 2))),
+        (6, (Block(1, 3), Block(2, 4))), (6, (Block(1, 2), Block(1, 2))), (1, (Block(0, 1),)),
+        (0, (Block(0, 1),)), (-1, (Block(0, 1),)),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_carried_out_is_refused(num_layers, blocks):
+    with pytest.raises(LayersError):
+        Plan(num_layers, blocks)
+
+
+@st.composite
+def plans(draw):
+    num_layers = draw(st.integers(2, 40))
+    subsets = st.sets(st.integers(0, num_layers - 1), min_size=1, max_size=num_layers - 1)
+    number = st.none() | st.floats(0, 1)
+    blocks = [
+        Block(block.start, block.stop, draw(number), draw(number))
+        for block in blocks_of(sorted(draw(subsets)))
+    ]
+    model = ModelIdentity(draw(st.text()), draw(st.text()), num_layers, "nf4", draw(st.text()))
+    texts = st.builds(TextsIdentity, st.integers(0), st.integers(1), st.text())
+    return Plan(
+        num_layers,
+        tuple(blocks),
+        draw(st.sampled_from(["similarity", "deepest", "manual"])),
+        draw(st.sampled_from([None, "angular", "cosine"])),
+        draw(st.sampled_from([None, model])),
+        tuple(draw(st.lists(texts, max_size=3))),
+    )
+
+
+@given(plans())
+def test_a_plan_comes_back_from_its_file(plan):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        plan.save(path)
+        back = Plan.load(path)
+    assert back == plan
+    assert [(b.score, b.stderr) for b in back.blocks] == [(b.score, b.stderr) for b in plan.blocks]
+    assert back.to_json() == plan.to_json()
+
+
+def test_a_plan_file_is_strict_json_that_names_what_goes_and_what_stays(tmp_path):
+    plan = Plan(6, (Block(1, 3, 0.25, math.nan), Block(4, 5)), "similarity", "angular")
+    plan.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text(), parse_constant=pytest.fail)
+    assert data["survivors"] == [0, 3, 5]
+    assert [(block["start"], block["stop"]) for block in data["drop"]] == [(1, 3), (4, 5)]
+    assert data["drop"][0]["stderr"] is None
+    assert {"shallower", "torch", "transformers", "numpy"} <= set(data["versions"])
+
+
+def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OutputError):
+        PLAN.save(tmp_path / "file" / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_truncated_plan_is_refused_at_every_length(plan_file):
+    whole = json.dumps(PLAN.to_json())
+    for length in range(len(whole)):
+        with pytest.raises(PlanError):
+            Plan.load(plan_file(whole[:length]))
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "5", '"plan"', "NaN", "", "\0", "1" * 5000])
+def test_json_that_is_no_plan_is_refused(plan_file, text):
+    with pytest.raises(PlanError):
+        Plan.load(plan_file(text))
+
+
+@pytest.mark.parametrize("opening", ["[", '{"format":'])
+def test_json_nested_without_end_is_refused(plan_file, opening):
+    with pytest.raises(PlanError):
+        Plan.load(plan_file(opening * 100_000))
+
+
+@pytest.mark.parametrize("key", sorted(set(PLAN.to_json()) - {"positions"}))
+def test_a_plan_that_lacks_something_is_refused(plan_file, key):
+    data = PLAN.to_json()
+    del data[key]
+    with pytest.raises(PlanError):
+        Plan.load(plan_file(data))
+
+
+def test_a_plan_need_not_know_the_positions(plan_file):
+    data = PLAN.to_json()
+    del data["positions"]
+    assert Plan.load(plan_file(data)).positions is None
+    data["positions"] = {"kind": "random", "count": 3, "seed": 7}
+    assert Plan.load(plan_file(data)).positions == Positions.parse("random:3", 7)
+    for broken in ("last", 5, [], {"kind": "first", "count": 1, "seed": 0}):
+        data["positions"] = broken
+        with pytest.raises(PlanError):
+            Plan.load(plan_file(data))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("format", "shallower.scan"), ("version", 2), ("version", "1"),
+        ("num_layers", -12), ("num_layers", 12.0), ("num_layers", "12"), ("num_layers", True),
+        ("num_layers", None), ("num_layers", 13),
+        ("drop", []), ("drop", None), ("drop", [[2, 4]]), ("drop", [{}]),
+        ("drop", {"start": 2, "stop": 4}), ("drop", PLAN.to_json()["drop"][::-1]),
+        ("survivors", [0, 1]), ("survivors", None), ("survivors", list(range(12))),
+        ("model", 5), ("model", []), ("model", {}), ("model", "tiny"), ("model", {"name": "tiny"}),
+        ("metric", 5), ("metric", ["angular"]),
+        ("strategy", None), ("strategy", ["similarity"]),
+        ("texts", None), ("texts", [None]), ("texts", [{"num_texts": 1}]),
+        ("versions", None), ("versions", 5), ("versions", ["ab"]),
+        ("drop.0.start", -2), ("drop.0.start", 2.0), ("drop.0.start", "2"), ("drop.0.start", None),
+        ("drop.0.stop", 2), ("drop.0.stop", 12), ("drop.0.end", 4),
+        ("drop.0.score", "abc"), ("drop.0.score", []), ("drop.0.score", True),
+        ("drop.0.stderr", []), ("drop.0.stderr", "0.1"),
+        ("model.fingerprint", 5), ("model.fingerprint", None), ("model.name", None),
+        ("model.num_layers", "12"), ("model.num_layers", 13), ("model.extra", 1),
+        ("texts.0.num_texts", "24"), ("texts.0.fingerprint", 5),
+    ],
+)  # fmt: skip
+def test_a_damaged_plan_is_refused(plan_file, place, value):
+    keys = [int(key) if key.isdigit() else key for key in place.split(".")]
+    with pytest.raises(PlanError):
+        Plan.load(plan_file(changed(*keys, to=value)))
+
+
+@given(damaged(PLAN.to_json()))
+def test_a_plan_damaged_anyhow_is_refused_or_of_use(data):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        path.write_text(json.dumps(data))
+        try:
+            plan = Plan.load(path)
+        except PlanError:
+            return
+        with suppress(PlanError):
+            plan.check_model(MODEL)
+        plan_table(plan)
+        plan.save(path)
+        assert Plan.load(path).dropped == plan.dropped
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_plan_are_refused(content):
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "plan.json").write_bytes(content)
+        with pytest.raises(PlanError):
+            Plan.load(Path(folder) / "plan.json")
+
+
+def test_a_plan_of_a_model_far_too_deep_costs_no_memory(plan_file):
+    path = plan_file(changed("num_layers", to=1_000_000))
+
+    def load():
+        with pytest.raises(PlanError):
+            Plan.load(path)
+
+    assert peak_memory(load) < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["absent", "", ".", "x" * 300, "a\0b", "file/below"])
+def test_a_plan_that_is_not_there_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(PlanError):
+        Plan.load(tmp_path / name)
+
+
+def test_a_plan_fits_its_own_model_in_any_dtype():
+    PLAN.check_model(MODEL)
+    PLAN.check_model(ModelIdentity("renamed", "llama", 12, "nf4", MODEL.fingerprint))
+    Plan(12, (Block(2, 4),)).check_model(MODEL)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelIdentity("tiny", "llama", 13, "bfloat16", MODEL.fingerprint),
+        ModelIdentity("tiny", "llama", 12, "bfloat16", "e" * 64),
+    ],
+)
+def test_a_plan_refuses_another_model(model):
+    with pytest.raises(PlanError, match="tiny"):
+        PLAN.check_model(model)
+
+
+def test_a_plan_of_no_model_refuses_another_depth():
+    with pytest.raises(PlanError, match="12 layers"):
+        Plan(12, (Block(2, 4),)).check_model(ModelIdentity("deep", "llama", 32, "nf4", ""))
+
+
+def test_a_rejection_names_the_sample():
+    assert str(Rejection(3, "state 2 is a zero vector")) == "sample 3: state 2 is a zero vector"
+
+
+def test_many_rejections_are_counted_and_the_first_are_named():
+    described = describe_rejections(8, 20, [Rejection(i, f"why {i}") for i in range(8)])
+    assert described.startswith("8 of 20 samples rejected: sample 0: why 0; ")
+    assert "sample 4: why 4" in described
+    assert "sample 5" not in described
+    assert described.endswith("and 3 more")
+
+
+def test_few_rejections_are_all_named():
+    described = describe_rejections(1, 20, [Rejection(7, "no token")])
+    assert described == "1 of 20 samples rejected: sample 7: no token"

@@ -1,0 +1,115 @@
+"""Recipes: the presets, and settings that do not fit."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import shallower as sh
+from shallower.healing.recipe import (
+    GENERAL,
+    PAPER_PRESETS,
+    PRESETS,
+    SMALL,
+    ModelFacts,
+    Recipe,
+    Resolved,
+    find_preset,
+)
+from tests.healing.cuts import FACTS
+
+
+# Presets and settings
+def test_the_table_is_the_papers():
+    rows = {p.name: (p.max_length, p.learning_rate, p.rank) for p in PAPER_PRESETS}
+    assert rows == {
+        "llama-2-7b": (2048, 3e-4, 2),
+        "llama-2-13b": (4096, 3e-4, 64),
+        "llama-2-70b": (4096, 3e-5, 8),
+        "qwen-7b": (2048, 3e-4, 64),
+        "qwen-14b": (4096, 3e-4, 64),
+        "mistral-7b": (2048, 3e-6, 4),
+        "phi-2": (2048, 2e-4, 64),
+    }
+
+
+@pytest.mark.parametrize("preset", PAPER_PRESETS, ids=lambda preset: preset.name)
+def test_auto_finds_the_row_of_a_model_of_the_table(preset):
+    facts = ModelFacts(preset.model_type, preset.hidden_size, preset.num_layers, 4096)
+    resolved = Recipe().resolve(facts)
+    assert resolved.preset == preset.name
+    assert (resolved.rank, resolved.learning_rate) == (preset.rank, preset.learning_rate)
+    assert (resolved.steps, resolved.warmup_steps, resolved.dropout) == (5000, 100, 0.05)
+    assert (resolved.max_length, resolved.dtype) == (preset.max_length, "nf4")
+    assert resolved.batch_size * resolved.accumulation() == 16
+
+
+def test_auto_is_ours_for_other_models():
+    assert find_preset("auto", FACTS) == SMALL
+    assert find_preset("auto", ModelFacts("qwen3", 4096, 36, 40960)) == GENERAL
+    assert find_preset("auto", ModelFacts("llama", 4096, 31, 4096)) == GENERAL
+
+
+def test_names_are_the_papers_however_they_are_written():
+    facts = ModelFacts("llama", 4096, 32, 4096)
+    for name in ("Llama-2 7B", "llama_2_7b", "LLAMA-2-7B"):
+        assert find_preset(name, facts) is PRESETS["llama-2-7b"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(preset="gpt-5"), r"unknown preset 'gpt-5': expected auto, llama-2-7b"),
+        (Recipe(preset="phi-2"), r"is for phi, and the model is of the family llama"),
+        (Recipe(preset="llama-2-13b"), r"4096 tokens do not fit a model of 2048 positions"),
+        (Recipe(max_length=2049), r"2049 tokens do not fit a model of 2048 positions"),
+        (Recipe(max_length=1), r"max_length must be at least 2"),
+        (Recipe(steps=0), r"steps must be an integer of at least 1, got 0"),
+        (Recipe(steps=True), r"steps must be an integer"),
+        (Recipe(rank=-1), r"rank must be an integer of at least 1, got -1"),
+        (Recipe(batch_size=3), r"batch_size \(--batch-size\) of 3 .* choose a divisor of 16"),
+        (Recipe(learning_rate=math.nan), r"learning_rate must be in \[0, inf\), got nan"),
+        (Recipe(learning_rate=0.0), r"a learning_rate of 0 trains nothing"),
+        (Recipe(dropout=1.0), r"dropout must be in \[0, 1.0\), got 1.0"),
+        (Recipe(distill=-1.0), r"distill must be in"),
+        (Recipe(steps=5, warmup_steps=5), r"a warm-up of 5 steps leaves nothing of 5"),
+        (Recipe(dtype="nf8"), r"unknown dtype 'nf8': expected one of nf4, int8"),
+        (Recipe(seed=-1), r"seed must be an integer of at least 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(recipe, message):
+    with pytest.raises(sh.RecipeError, match=message):
+        recipe.resolve(FACTS)
+
+
+def test_what_is_named_goes_before_the_preset():
+    named = Recipe(rank=3, learning_rate=2e-3, max_length=99, steps=40, warmup_steps=7, seed=5)
+    resolved = named.resolve(FACTS)
+    assert (resolved.rank, resolved.learning_rate, resolved.max_length) == (3, 2e-3, 99)
+    assert (resolved.steps, resolved.warmup_steps, resolved.eval_every) == (40, 7, 5)
+    assert Recipe(steps=40).resolve(FACTS).warmup_steps == 4
+
+
+def test_auto_fits_the_sequence_to_the_positions():
+    assert Recipe().resolve(replace(FACTS, positions=64)).max_length == 64
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 4), (2, 4), (4, 4), (8, 2), (16, 1)])
+def test_all_processes_together_take_16_sequences(processes, share):
+    resolved = Recipe().resolve(FACTS, processes)
+    assert resolved.batch_size == share
+    assert resolved.batch_size * resolved.accumulation(processes) * processes == 16
+
+
+def test_processes_that_cannot_share_are_refused():
+    with pytest.raises(sh.RecipeError, match="3 processes cannot share 16 sequences"):
+        Recipe().resolve(FACTS, 3)
+
+
+def test_settings_come_back_from_json():
+    resolved = Recipe().resolve(FACTS)
+    assert Resolved.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
+    for key, value in (("rank", True), ("rank", 2.0), ("packing", 1), ("dtype", 4)):
+        with pytest.raises(TypeError, match=f"expected {key}"):
+            Resolved.from_json({**resolved.to_json(), key: value})
