@@ -1,4 +1,7 @@
-"""What the tests share: tiny random models for structure, and the real one for numbers."""
+"""What the tests share: tiny random models for structure, and the real one for numbers.
+
+Heavy packages are imported where they are used: a room without models is tested in seconds.
+"""
 
 import json
 import os
@@ -7,21 +10,16 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import shallower as sh
-from shallower import cli, demo
 from tests.commands import Done
 
 settings.register_profile("fast", max_examples=30, deadline=None)
 settings.register_profile("slow", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
-# Tiny models on busy cores: threads that wait for each other cost tenfold.
-torch.set_num_threads(1)
+# Tiny models on busy cores: threads that wait for each other cost tenfold. Read when torch loads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(97)]
@@ -35,6 +33,9 @@ def write_jsonl(path, texts):
 
 def tiny_llama(num_layers=6, seed=0, **options):
     """A random Llama of a few layers; for structure only."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=100,
@@ -57,6 +58,9 @@ def llama():
 @pytest.fixture(scope="session")
 def words():
     """A tokenizer of 97 words, w0 .. w96, without special tokens of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {word: index for index, word in enumerate([*WORDS, "<unk>", "<pad>", "<eos>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -68,12 +72,17 @@ def words():
 @pytest.fixture(scope="session")
 def smol():
     """SmolLM2-135M-Instruct in float32 and its tokenizer. Tests leave it as it is."""
+    import shallower as sh
+    from shallower import demo
+
     return sh.load_model(demo.model_path(), dtype="float32")
 
 
 @pytest.fixture(scope="session")
 def passages():
     """Real English: calibration and held-out passages of Python's documentation."""
+    from shallower import demo
+
     return demo.texts(None, 24, 8)
 
 
@@ -96,6 +105,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def shallower(folder, monkeypatch, capfd):
     """Run a command in this process, in ``folder``."""
+    from shallower import cli
+
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from hypothesis import strategies as st
 
 from shallower import (
@@ -35,6 +34,8 @@ def rounded(values, dtype):
     if not dtype.startswith("bfloat16"):
         states = values.astype(dtype)
         return states, states.astype(np.float64)
+    import torch
+
     states = torch.from_numpy(values).to(torch.bfloat16)
     exact = states.double().numpy()
     return (states.view(torch.uint16).numpy() if dtype.endswith("bits") else states), exact

@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 import mpmath
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, assume, given, settings
 
 from shallower import (
@@ -286,10 +285,16 @@ def test_a_block_needs_an_integer_size(n):
         analyse_states(random_states((2, 7, 4), 0)).best_block(n)
 
 
-@pytest.mark.parametrize("n", [np.int64(2), np.uint8(2), torch.tensor(2)])
-def test_any_kind_of_integer_is_a_size(n):
+def tensor(number):
+    import torch
+
+    return torch.tensor(number)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, tensor])
+def test_any_kind_of_integer_is_a_size(integer):
     scan = analyse_states(random_states((2, 7, 4), 0))
-    assert scan.best_block(n) == scan.best_block(2)
+    assert scan.best_block(integer(2)) == scan.best_block(2)
 
 
 def test_a_model_of_one_layer_has_no_block_to_drop():
