@@ -5,21 +5,15 @@ mod part;
 use rayon::prelude::*;
 
 use self::part::{Part, Range, Workspaces, append};
-use crate::error::{Error, Rejection, names};
+use crate::error::{Error, Rejection};
 use crate::exact::{ExactSum, SCALE};
 use crate::gram::NORMS;
 use crate::kernels::Tier;
-use crate::metric::Metric;
-use crate::sequence::{Lengths, MAX_SEQUENCE, Sequence, SequenceSum, variance};
+use crate::limits::{MAX_SAMPLES, MAX_SEQUENCE};
+use crate::metric::{Metric, names};
+use crate::sequence::{Lengths, Sequence, SequenceSum, variance};
 use crate::states::{Element, States, check_num_states};
 use crate::superaccumulator::Superaccumulator;
-
-/// The samples that the exact sums have room for.
-pub const MAX_SAMPLES: u64 = 1 << 31;
-
-/// The states a sample that sums are kept for: more than any model has layers, and few
-/// enough for the sums of a hostile file or shape to fit in memory.
-pub const MAX_STATES: usize = 4096;
 
 /// Sums of one metric over the pairs `(l, m)`, `l < m`, row by row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +77,7 @@ impl Accumulator {
         check_num_states(num_states)?;
         let repeated = (1..metrics.len()).any(|i| metrics[..i].contains(&metrics[i]));
         if metrics.is_empty() || repeated {
-            return Err(Error::MetricList(metrics.to_vec()));
+            return Err(Error::MetricList(names(metrics)));
         }
         let sums = metrics.iter().map(|&metric| MetricSums {
             metric,
@@ -381,7 +375,9 @@ impl Accumulator {
     /// The cost of a block `(start, stop)`: the sum over samples of how far the states it
     /// joins are from alike, in the units of the exact sums.
     pub(crate) fn cost(&self, metric: Metric) -> Result<impl Fn(usize, usize) -> i128, Error> {
-        let similarity = metric.is_similarity().ok_or(Error::NoDistance(metric))?;
+        let similarity = metric
+            .is_similarity()
+            .ok_or(Error::NoDistance(metric.name()))?;
         let sums = self.held(metric)?;
         let mut alike = ExactSum::default();
         alike.add(metric.of_identical() / metric.range());
@@ -435,7 +431,7 @@ impl Accumulator {
         let words_a_pair = if lengths.several > 0 { 12 } else { 4 };
         for (sums, (metric, words)) in this.sums.iter_mut().zip(stored) {
             let damaged = |what| Error::DamagedSums {
-                metric: *metric,
+                metric: metric.name(),
                 what,
             };
             if words.len() != words_a_pair * sums.pairs.len() {
@@ -523,8 +519,8 @@ impl Accumulator {
 
     fn sums_of(&self, metric: Metric) -> Result<&MetricSums, Error> {
         let held = || Error::MetricNotHeld {
-            wanted: metric,
-            held: self.metrics(),
+            wanted: metric.name(),
+            held: names(&self.metrics()),
         };
         self.sums
             .iter()

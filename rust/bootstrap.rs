@@ -91,7 +91,9 @@ impl<'a> Samples<'a> {
         let by_value = |&left: &usize, &right: &usize| row(left).partial_cmp(row(right));
         let mut order: Vec<usize> = (0..values.len() / width).collect();
         order.par_sort_by(|left, right| by_value(left, right).unwrap_or(Ordering::Equal));
-        let similarity = metric.is_similarity().ok_or(Error::NoDistance(metric))?;
+        let similarity = metric
+            .is_similarity()
+            .ok_or(Error::NoDistance(metric.name()))?;
         let sign = if similarity { -1.0 } else { 1.0 };
         Ok(Self {
             values,

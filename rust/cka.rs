@@ -11,16 +11,10 @@
 
 use rayon::prelude::*;
 
-use crate::accumulator::MAX_SAMPLES;
 use crate::error::Error;
+use crate::limits::{MAX_BATCH, MAX_SAMPLES, MIN_BATCH};
 use crate::states::{Element, States, check_num_states};
 use crate::superaccumulator::Superaccumulator;
-
-/// The samples that `HSIC_1` needs.
-pub const MIN_BATCH: usize = 4;
-
-/// Samples in a minibatch at most: its products fit memory, and float64.
-pub const MAX_BATCH: usize = 1024;
 
 /// Columns of the states that are widened at a time.
 const CHUNK: usize = 256;

@@ -1,7 +1,6 @@
 //! What can be wrong with the input, each case with its culprit and the way out.
 
-use crate::kernels::{TIER_VARIABLE, Tier};
-use crate::metric::Metric;
+use crate::limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH};
 
 /// An input that the core refuses.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -23,7 +22,7 @@ pub enum Error {
         actual: usize,
     },
     /// Too few states to compare, or more than any model has.
-    #[error("a sample must hold 2 to {MAX} states, got {0}", MAX = crate::accumulator::MAX_STATES)]
+    #[error("a sample must hold 2 to {MAX} states, got {0}", MAX = MAX_STATES)]
     NumStates(usize),
     /// States without values.
     #[error("a state must hold at least 1 value, got states of shape (.., 0)")]
@@ -37,27 +36,44 @@ pub enum Error {
         actual: usize,
     },
     /// A metric's name that is not known.
-    #[error("unknown metric {0:?}: expected one of {all}", all = names(&Metric::ALL))]
-    UnknownMetric(String),
+    #[error("unknown metric {name:?}: expected one of {known}")]
+    UnknownMetric {
+        /// The name given.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
     /// No metric, or the same one twice.
-    #[error("metrics must be named once each and at least one, got [{}]", names(.0))]
-    MetricList(Vec<Metric>),
+    #[error("metrics must be named once each and at least one, got [{0}]")]
+    MetricList(String),
     /// A metric that does not say how alike two states are.
     #[error("metric {0} does not say how alike two states are: choose by another one")]
-    NoDistance(Metric),
+    NoDistance(&'static str),
     /// A tier's name that is not known.
-    #[error("unknown tier {0:?} in {variable}: this machine has {has}", variable = TIER_VARIABLE, has = tiers())]
-    UnknownTier(String),
+    #[error("unknown tier {name:?} in {variable}: this machine has {available}")]
+    UnknownTier {
+        /// The name given.
+        name: String,
+        /// The environment variable that names one.
+        variable: &'static str,
+        /// The tiers there are.
+        available: String,
+    },
     /// A tier that this machine does not have.
-    #[error("this machine cannot run tier {0}: it has {has}", has = tiers())]
-    TierUnavailable(Tier),
+    #[error("this machine cannot run tier {tier}: it has {available}")]
+    TierUnavailable {
+        /// The tier asked for.
+        tier: &'static str,
+        /// The tiers there are.
+        available: String,
+    },
     /// A metric that was not accumulated.
-    #[error("metric {wanted} was not accumulated: this scan holds {}", names(held))]
+    #[error("metric {wanted} was not accumulated: this scan holds {held}")]
     MetricNotHeld {
         /// The metric asked for.
-        wanted: Metric,
+        wanted: &'static str,
         /// The metrics there are.
-        held: Vec<Metric>,
+        held: String,
     },
     /// Accumulators of different shapes or metrics cannot be merged.
     #[error("cannot merge accumulators of {what}: {left} and {right}")]
@@ -70,7 +86,7 @@ pub enum Error {
         right: String,
     },
     /// More samples than the exact sums have room for.
-    #[error("an accumulator holds at most {MAX} samples", MAX = crate::accumulator::MAX_SAMPLES)]
+    #[error("an accumulator holds at most {MAX} samples", MAX = MAX_SAMPLES)]
     TooManySamples,
     /// Sequences that do not say of every sample which one it is of.
     #[error("{sequences} numbers of sequences for {samples} samples: expected one each")]
@@ -81,7 +97,7 @@ pub enum Error {
         sequences: usize,
     },
     /// A sequence of more samples than the exact sums have room for.
-    #[error("sequence {0} has more than {MAX} samples: give its parts numbers of their own", MAX = crate::sequence::MAX_SEQUENCE)]
+    #[error("sequence {0} has more than {MAX} samples: give its parts numbers of their own", MAX = MAX_SEQUENCE)]
     SequenceTooLong(i64),
     /// Stored lengths that no sequences can have.
     #[error("the stored lengths of the sequences are damaged")]
@@ -119,10 +135,10 @@ pub enum Error {
     #[error("the values of the samples are damaged: {0}")]
     SampleValues(&'static str),
     /// A minibatch too small for CKA, or too large.
-    #[error("a minibatch for CKA must hold {MIN} to {MAX} samples and no more than the others, got {0}", MIN = crate::cka::MIN_BATCH, MAX = crate::cka::MAX_BATCH)]
+    #[error("a minibatch for CKA must hold {MIN} to {MAX} samples and no more than the others, got {0}", MIN = MIN_BATCH, MAX = MAX_BATCH)]
     CkaBatch(usize),
     /// Too few samples for CKA.
-    #[error("CKA needs at least {MIN} samples that can be compared", MIN = crate::cka::MIN_BATCH)]
+    #[error("CKA needs at least {MIN} samples that can be compared", MIN = MIN_BATCH)]
     NoCkaBatch,
     /// States too large for CKA.
     #[error("the states of a minibatch are too large for CKA in float64")]
@@ -145,23 +161,13 @@ pub enum Error {
     #[error("the stored sums of metric {metric} are damaged: {what}")]
     DamagedSums {
         /// The metric.
-        metric: Metric,
+        metric: &'static str,
         /// What is wrong with them.
         what: String,
     },
     /// Stored norms that no set of samples can have.
     #[error("the stored sums of the norms are damaged")]
     DamagedNorms,
-}
-
-pub(crate) fn names(metrics: &[Metric]) -> String {
-    let names: Vec<_> = metrics.iter().map(|metric| metric.name()).collect();
-    names.join(", ")
-}
-
-fn tiers() -> String {
-    let names: Vec<_> = Tier::available().into_iter().map(Tier::name).collect();
-    names.join(", ")
 }
 
 /// Why a sample cannot be compared.

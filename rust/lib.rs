@@ -16,6 +16,7 @@ mod exact;
 pub mod gguf;
 mod gram;
 mod kernels;
+mod limits;
 mod metric;
 #[cfg(feature = "python")]
 mod python;
@@ -25,13 +26,14 @@ mod states;
 mod superaccumulator;
 mod wide;
 
-pub use accumulator::{Accumulator, MAX_SAMPLES, MAX_STATES, MetricSums};
+pub use accumulator::{Accumulator, MetricSums};
 pub use bootstrap::bootstrap;
-pub use cka::{Cka, MAX_BATCH, MIN_BATCH};
+pub use cka::Cka;
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
 pub use gram::Gram;
 pub use kernels::{TIER_VARIABLE, Tier};
+pub use limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH};
 pub use metric::{Metric, Pair};
-pub use sequence::{Lengths, MAX_SEQUENCE};
+pub use sequence::Lengths;
 pub use states::{Element, Order, States};

@@ -164,6 +164,15 @@ impl FromStr for Metric {
         Self::ALL
             .into_iter()
             .find(|metric| metric.name() == name)
-            .ok_or_else(|| Error::UnknownMetric(name.to_owned()))
+            .ok_or_else(|| Error::UnknownMetric {
+                name: name.to_owned(),
+                known: names(&Self::ALL),
+            })
     }
+}
+
+/// The names of metrics in one line.
+pub(crate) fn names(metrics: &[Metric]) -> String {
+    let names: Vec<_> = metrics.iter().map(|metric| metric.name()).collect();
+    names.join(", ")
 }

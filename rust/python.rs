@@ -51,11 +51,11 @@ impl From<Error> for PyErr {
             | Error::NoCkaBatch
             | Error::CkaOverflow
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
-            Error::UnknownMetric(_)
+            Error::UnknownMetric { .. }
             | Error::MetricList(_)
             | Error::MetricNotHeld { .. }
             | Error::NoDistance(_) => raised::MetricError::new_err(message),
-            Error::UnknownTier(_) | Error::TierUnavailable(_) => {
+            Error::UnknownTier { .. } | Error::TierUnavailable { .. } => {
                 raised::TierError::new_err(message)
             }
             Error::Unmergeable { .. }

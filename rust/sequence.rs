@@ -5,10 +5,8 @@
 //! `sum n_i^2`, which are integers here. A sequence of one sample is no other than that sample.
 
 use crate::exact::{ExactSum, SCALE, UNIT};
+use crate::limits::MAX_SEQUENCE;
 use crate::wide::Wide;
-
-/// The samples that a sequence can have.
-pub const MAX_SEQUENCE: u64 = 1 << 20;
 
 /// How many sequences there are, and of how many samples each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::accumulator::MAX_STATES;
 use crate::error::Error;
+use crate::limits::MAX_STATES;
 
 /// A number that a state can be stored in; every one widens to float64 without loss.
 pub trait Element: Copy + Send + Sync {

@@ -102,9 +102,7 @@ impl Tier {
     pub fn chosen() -> Result<Tier, Error> {
         match var(TIER_VARIABLE) {
             Err(VarError::NotPresent) => Ok(Self::best()),
-            Err(VarError::NotUnicode(name)) => {
-                Err(Error::UnknownTier(name.to_string_lossy().into()))
-            }
+            Err(VarError::NotUnicode(name)) => Err(Self::unknown(name.to_string_lossy().into())),
             Ok(name) => name.parse::<Tier>()?.checked(),
         }
     }
@@ -130,8 +128,24 @@ impl Tier {
         if self.is_available() {
             Ok(self)
         } else {
-            Err(Error::TierUnavailable(self))
+            Err(Error::TierUnavailable {
+                tier: self.name(),
+                available: Self::available_names(),
+            })
         }
+    }
+
+    fn unknown(name: String) -> Error {
+        Error::UnknownTier {
+            name,
+            variable: TIER_VARIABLE,
+            available: Self::available_names(),
+        }
+    }
+
+    fn available_names() -> String {
+        let names: Vec<_> = Self::available().into_iter().map(Self::name).collect();
+        names.join(", ")
     }
 
     /// Does the work with this tier's instructions.
@@ -189,7 +203,7 @@ impl FromStr for Tier {
         Self::ALL
             .into_iter()
             .find(|tier| tier.name() == name)
-            .ok_or_else(|| Error::UnknownTier(name.to_owned()))
+            .ok_or_else(|| Self::unknown(name.to_owned()))
     }
 }
 

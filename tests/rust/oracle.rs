@@ -459,7 +459,7 @@ fn tiers_that_this_machine_lacks_are_refused() {
             assert_eq!(forced.unwrap().tier(), tier);
         } else {
             eprintln!("skipped: this machine has no {tier}");
-            assert_eq!(forced, Err(Error::TierUnavailable(tier)));
+            assert!(matches!(forced, Err(Error::TierUnavailable { .. })));
         }
     }
     let unknown = "sse9".parse::<Tier>().unwrap_err().to_string();
@@ -538,7 +538,7 @@ fn the_best_start_is_the_smallest_of_equals() {
     // Three layers: x0, x1 = x0, x2 orthogonal, x3 = x2.
     let data = [1.0_f32, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0];
     let accumulator = accumulate(&data, (1, 4, 2), Order::SampleFirst, 1);
-    let no_distance = Err(Error::NoDistance(Metric::NormRatio));
+    let no_distance = Err(Error::NoDistance("norm_ratio"));
     assert_eq!(
         accumulator.best_starts(Metric::NormRatio, 1, 1),
         no_distance
