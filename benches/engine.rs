@@ -52,12 +52,15 @@ fn read(criterion: &mut Criterion) {
 fn peak(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("peak");
     for (tier, run) in peaks() {
-        // SAFETY (this and the next): the tiers of `peaks` are available.
+        // SAFETY: the tiers of `peaks` are available.
         let flops = unsafe { run() };
         group
             .throughput(Throughput::Elements(flops))
             .sample_size(20);
-        group.bench_function(tier.name(), |bencher| bencher.iter(|| unsafe { run() }));
+        group.bench_function(tier.name(), |bencher| {
+            // SAFETY: the tiers of `peaks` are available.
+            bencher.iter(|| unsafe { run() });
+        });
     }
 }
 

@@ -15,7 +15,8 @@ use std::ops::{AddAssign, Range};
 use rayon::prelude::*;
 
 use crate::error::Error;
-use crate::kernels::dots::{CHUNK, Chunk, TILE, add_dots};
+use crate::kernels::Tier;
+use crate::kernels::dots::{CHUNK, Chunk, Dots, TILE};
 use crate::metric::Metric;
 use crate::states::check_num_states;
 
@@ -41,7 +42,7 @@ pub fn bootstrap(
     seed: u64,
 ) -> Result<Vec<Vec<u64>>, Error> {
     let samples = Samples::new(values, num_states, metric)?;
-    let rivals = Rivals::new(&samples);
+    let rivals = Rivals::new(&samples, Dots::of(Tier::chosen()?));
     let wins = (0..num_resamples.div_ceil(RESAMPLES))
         .into_par_iter()
         .map(|part| {
@@ -276,6 +277,7 @@ impl Rival {
 /// The blocks that may be the best of their size, and how they differ from it.
 struct Rivals<'a> {
     samples: &'a Samples<'a>,
+    dots: Dots,
     /// Above this `sum (w - 1)^2` any block may be the best.
     spread: usize,
     rivals: Vec<Rival>,
@@ -291,13 +293,14 @@ struct Columns {
 }
 
 impl<'a> Rivals<'a> {
-    fn new(samples: &'a Samples<'a>) -> Self {
+    fn new(samples: &'a Samples<'a>, dots: Dots) -> Self {
         let num_samples = samples.order.len();
         let spread = num_samples + 8 * num_samples.isqrt();
         let references = samples.references();
         let differences = samples.differences(&references);
         let mut this = Self {
             samples,
+            dots,
             spread,
             rivals: Vec::new(),
             rows: Vec::new(),
@@ -351,7 +354,7 @@ impl<'a> Rivals<'a> {
         let width = weights.width;
         let mut highs = vec![0; self.rivals.len() * width];
         for (rows, columns) in weights.chunks.chunks(width).zip(&self.chunks) {
-            add_dots(rows, &columns.high, &mut highs);
+            self.dots.add(rows, &columns.high, &mut highs);
         }
         let mut wins = vec![0; self.samples.pairs.len()];
         let mut close = vec![Vec::new(); width];

@@ -157,8 +157,13 @@ impl<T: Element> Work for Compute<'_, '_, T> {
 }
 
 impl Gram {
-    /// Room for samples of `num_states` states; the processor must have the tier.
+    /// Room for samples of `num_states` states.
+    ///
+    /// # Panics
+    ///
+    /// If the processor does not have the tier.
     pub fn new(num_states: usize, tier: Tier) -> Self {
+        assert!(tier.is_available(), "this processor has no {tier}");
         Self {
             tier,
             num_states,

@@ -4,8 +4,9 @@
 
 use std::arch::x86_64::*;
 
-use super::Work;
-use super::tiles::{Unit, sweep};
+use super::registers::Registers;
+use super::sweep::{self, Work};
+use super::unit::Unit;
 
 pub(super) fn is_available() -> bool {
     is_x86_feature_detected!("avx2")
@@ -24,9 +25,9 @@ pub(super) unsafe fn run<W: Work>(work: W) -> W::Output {
 
 pub(crate) struct Kernels;
 
-impl super::Kernels for Kernels {
-    type Double = Double;
-    type Bf16 = Single;
+impl sweep::Kernels for Kernels {
+    type Double = Registers<Double>;
+    type Bf16 = Registers<Single>;
 }
 
 pub(crate) struct Single;
@@ -44,22 +45,25 @@ impl Unit for Single {
 
     #[inline(always)]
     unsafe fn zero() -> __m256 {
-        // SAFETY: the caller's, as for all that follows.
+        // SAFETY: the caller has AVX2 and FMA.
         unsafe { _mm256_setzero_ps() }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> __m256 {
+        // SAFETY: the caller has AVX2 and FMA and `WIDTH` values to read.
         unsafe { _mm256_loadu_ps(from) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: __m256, left: __m256, right: __m256) -> __m256 {
+        // SAFETY: the caller has AVX2 and FMA.
         unsafe { _mm256_fmadd_ps(left, right, sum) }
     }
 
     #[inline(always)]
     unsafe fn flush(sum: __m256, to: *mut f64) {
+        // SAFETY: the caller has AVX2 and FMA and `LANES` values to write.
         unsafe {
             let halves = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
             let total = _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(halves));
@@ -181,11 +185,10 @@ impl Unit for Single {
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
+        // SAFETY: the caller has AVX2 and FMA; a prefetch reads nothing.
         unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
-
-sweep!(Single);
 
 /// The greatest of 16 magnitudes of bfloat16, by their bits.
 ///
@@ -259,28 +262,31 @@ impl Unit for Double {
 
     #[inline(always)]
     unsafe fn zero() -> __m256d {
+        // SAFETY: the caller has AVX2 and FMA.
         unsafe { _mm256_setzero_pd() }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f64) -> __m256d {
+        // SAFETY: the caller has AVX2 and FMA and `WIDTH` values to read.
         unsafe { _mm256_loadu_pd(from) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: __m256d, left: __m256d, right: __m256d) -> __m256d {
+        // SAFETY: the caller has AVX2 and FMA.
         unsafe { _mm256_fmadd_pd(left, right, sum) }
     }
 
     #[inline(always)]
     unsafe fn flush(sum: __m256d, to: *mut f64) {
+        // SAFETY: the caller has AVX2 and FMA and `LANES` values to write.
         unsafe { _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), sum)) }
     }
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
+        // SAFETY: the caller has AVX2 and FMA; a prefetch reads nothing.
         unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
-
-sweep!(Double);

@@ -4,8 +4,10 @@
 
 use std::arch::x86_64::*;
 
-use super::tiles::{Unit, sweep};
-use super::{Work, avx2};
+use super::avx2;
+use super::registers::Registers;
+use super::sweep::{self, Work};
+use super::unit::Unit;
 
 pub(super) fn is_available() -> bool {
     super::avx2::is_available()
@@ -26,9 +28,9 @@ pub(super) unsafe fn run<W: Work>(work: W) -> W::Output {
 
 pub(crate) struct Kernels;
 
-impl super::Kernels for Kernels {
-    type Double = Double;
-    type Bf16 = Single;
+impl sweep::Kernels for Kernels {
+    type Double = Registers<Double>;
+    type Bf16 = Registers<Single>;
 }
 
 pub(crate) struct Single;
@@ -46,23 +48,25 @@ impl Unit for Single {
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {
-        // SAFETY: the caller's, as for all that follows.
+        // SAFETY: the caller has AVX-512.
         unsafe { _mm512_setzero_ps() }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> __m512 {
+        // SAFETY: the caller has AVX-512 and `WIDTH` values to read.
         unsafe { _mm512_loadu_ps(from) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: __m512, left: __m512, right: __m512) -> __m512 {
+        // SAFETY: the caller has AVX-512.
         unsafe { _mm512_fmadd_ps(left, right, sum) }
     }
 
     #[inline(always)]
     unsafe fn flush(sum: __m512, to: *mut f64) {
-        // SAFETY: the caller's.
+        // SAFETY: the caller has AVX-512 and `LANES` values to write.
         unsafe { fold(sum, to) }
     }
 
@@ -120,11 +124,10 @@ impl Unit for Single {
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
+        // SAFETY: the caller has AVX-512; a prefetch reads nothing.
         unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
-
-sweep!(Single);
 
 /// `|x + f·y|²` of rows of bfloat16 of one length, in float32 for 1,024 columns.
 ///
@@ -324,28 +327,31 @@ impl Unit for Double {
 
     #[inline(always)]
     unsafe fn zero() -> __m512d {
+        // SAFETY: the caller has AVX-512.
         unsafe { _mm512_setzero_pd() }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f64) -> __m512d {
+        // SAFETY: the caller has AVX-512 and `WIDTH` values to read.
         unsafe { _mm512_loadu_pd(from) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: __m512d, left: __m512d, right: __m512d) -> __m512d {
+        // SAFETY: the caller has AVX-512.
         unsafe { _mm512_fmadd_pd(left, right, sum) }
     }
 
     #[inline(always)]
     unsafe fn flush(sum: __m512d, to: *mut f64) {
+        // SAFETY: the caller has AVX-512 and `LANES` values to write.
         unsafe { _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), sum)) }
     }
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
+        // SAFETY: the caller has AVX-512; a prefetch reads nothing.
         unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
-
-sweep!(Double);

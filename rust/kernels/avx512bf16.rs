@@ -7,8 +7,10 @@
 
 use std::arch::x86_64::*;
 
-use super::tiles::{Unit, sweep};
-use super::{Work, avx2, avx512};
+use super::registers::Registers;
+use super::sweep::{self, Work};
+use super::unit::Unit;
+use super::{avx2, avx512};
 
 pub(super) fn is_available() -> bool {
     avx512::is_available() && is_x86_feature_detected!("avx512bf16")
@@ -24,9 +26,9 @@ pub(super) unsafe fn run<W: Work>(work: W) -> W::Output {
 
 pub(crate) struct Kernels;
 
-impl super::Kernels for Kernels {
-    type Double = avx512::Double;
-    type Bf16 = Bf16;
+impl sweep::Kernels for Kernels {
+    type Double = Registers<avx512::Double>;
+    type Bf16 = Registers<Bf16>;
 }
 
 pub(crate) struct Bf16;
@@ -44,28 +46,31 @@ impl Unit for Bf16 {
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {
-        // SAFETY: the caller's, as for all that follows.
+        // SAFETY: the caller has AVX-512 and BF16.
         unsafe { _mm512_setzero_ps() }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const u16) -> __m512bh {
-        // SAFETY: both are 512 bits of anything.
+        // SAFETY: the caller has AVX-512 and 32 values to read; both types are 512 bits of anything.
         unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast())) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: __m512, left: __m512bh, right: __m512bh) -> __m512 {
+        // SAFETY: the caller has AVX-512 and BF16.
         unsafe { _mm512_dpbf16_ps(sum, left, right) }
     }
 
     #[inline(always)]
     unsafe fn flush(sum: __m512, to: *mut f64) {
+        // SAFETY: the caller has AVX-512 and BF16 and `LANES` values to write.
         unsafe { avx512::fold(sum, to) }
     }
 
     #[inline(always)]
     unsafe fn flush_four(sums: [__m512; 4], to: *mut f64) {
+        // SAFETY: the caller has AVX-512 and sixteen values to write.
         unsafe { avx512::fold_four(sums, to) }
     }
 
@@ -101,11 +106,10 @@ impl Unit for Bf16 {
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
+        // SAFETY: the caller has AVX-512 and BF16; a prefetch reads nothing.
         unsafe { _mm_prefetch(address.cast(), _MM_HINT_T1) }
     }
 }
-
-sweep!(Bf16);
 
 /// The greatest magnitude of a row and the sum of its squares; copies it, padded with zeros.
 ///

@@ -4,6 +4,8 @@
 
 #![allow(unsafe_code)]
 
+use super::tier::Tier;
+
 /// The length of a vector.
 pub(crate) const CHUNK: usize = 2048;
 
@@ -18,38 +20,61 @@ pub(crate) const TILE: usize = 4;
 type Products = [[i32; TILE]; TILE];
 type Kernel = unsafe fn(&[Chunk; TILE], [&Chunk; TILE]) -> Products;
 
-/// Adds the products of all rows with each of the columns to `sums`, a run of `rows` for each
-/// column. A product must fit 32 bits, and the rows fill tiles.
-pub(crate) fn add_dots(rows: &[Chunk], columns: &[Chunk], sums: &mut [i64]) {
-    let kernel = kernel();
-    let width = rows.len();
-    for (some, sums) in columns.chunks(TILE).zip(sums.chunks_mut(TILE * width)) {
-        let some: [&Chunk; TILE] = std::array::from_fn(|i| &some[i.min(some.len() - 1)]);
-        for (tile, rows) in rows.as_chunks::<TILE>().0.iter().enumerate() {
-            // SAFETY: this processor has what `kernel` chose.
-            let products = unsafe { kernel(rows, some) };
-            for (sums, products) in sums.chunks_mut(width).zip(products) {
-                for (sum, product) in sums[tile * TILE..].iter_mut().zip(products) {
-                    *sum += i64::from(product);
+/// What finds the products: the instructions that a tier has for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dots {
+    /// What every processor of the architecture has.
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+}
+
+impl Dots {
+    /// The fastest way within a tier, which this processor has.
+    pub fn of(tier: Tier) -> Self {
+        match tier {
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512 | Tier::Avx512Bf16 | Tier::Amx if x86::has_avx512vnni() => {
+                Self::Avx512Vnni
+            }
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 | Tier::Amx => Self::Avx2,
+            _ => Self::Baseline,
+        }
+    }
+
+    fn kernel(self) -> Kernel {
+        match self {
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Baseline => plain,
+            #[cfg(target_arch = "x86_64")]
+            Self::Baseline => x86::sse2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => x86::avx2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => x86::avx512vnni,
+        }
+    }
+
+    /// Adds the products of all rows with each of the columns to `sums`, a run of `rows` for
+    /// each column. A product must fit 32 bits, and the rows fill tiles.
+    pub fn add(self, rows: &[Chunk], columns: &[Chunk], sums: &mut [i64]) {
+        let kernel = self.kernel();
+        let width = rows.len();
+        for (some, sums) in columns.chunks(TILE).zip(sums.chunks_mut(TILE * width)) {
+            let some: [&Chunk; TILE] = std::array::from_fn(|i| &some[i.min(some.len() - 1)]);
+            for (tile, rows) in rows.as_chunks::<TILE>().0.iter().enumerate() {
+                // SAFETY: `of` has chosen what a tier has that this processor has.
+                let products = unsafe { kernel(rows, some) };
+                for (sums, products) in sums.chunks_mut(width).zip(products) {
+                    for (sum, product) in sums[tile * TILE..].iter_mut().zip(products) {
+                        *sum += i64::from(product);
+                    }
                 }
             }
         }
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn kernel() -> Kernel {
-    plain
-}
-
-#[cfg(target_arch = "x86_64")]
-fn kernel() -> Kernel {
-    if x86::has_avx512vnni() {
-        x86::avx512vnni
-    } else if is_x86_feature_detected!("avx2") {
-        x86::avx2
-    } else {
-        x86::sse2
     }
 }
 
@@ -88,9 +113,10 @@ mod x86 {
                 for first in (0..TILE).step_by($columns) {
                     let mut sums = [[$zero(); TILE]; $columns];
                     for at in (0..CHUNK).step_by(2 * $lanes) {
-                        // SAFETY: a chunk is aligned to 64 bytes, and the vector lies within it.
-                        let load =
-                            |chunk: &Chunk| unsafe { $load(chunk.0.as_ptr().add(at).cast()) };
+                        let load = |chunk: &Chunk| {
+                            // SAFETY: a chunk is aligned to 64 bytes, the vector lies within it.
+                            unsafe { $load(chunk.0.as_ptr().add(at).cast()) }
+                        };
                         let columns: [$vector; $columns] =
                             std::array::from_fn(|column| load(columns[first + column]));
                         for row in 0..TILE {
@@ -104,8 +130,9 @@ mod x86 {
                     for column in 0..$columns {
                         for row in 0..TILE {
                             // SAFETY: both are plain integers of the same size.
-                            let lanes: [i32; $lanes] =
-                                unsafe { std::mem::transmute(sums[column][row]) };
+                            let lanes = unsafe {
+                                std::mem::transmute::<$vector, [i32; $lanes]>(sums[column][row])
+                            };
                             products[first + column][row] = lanes.iter().sum();
                         }
                     }
@@ -149,22 +176,11 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
-    use super::{CHUNK, Chunk, Kernel, TILE, kernel, plain};
-
-    fn kernels() -> Vec<Kernel> {
-        let mut kernels: Vec<Kernel> = vec![kernel()];
-        #[cfg(target_arch = "x86_64")]
-        {
-            kernels.push(super::x86::sse2);
-            if is_x86_feature_detected!("avx2") {
-                kernels.push(super::x86::avx2);
-            }
-        }
-        kernels
-    }
+    use super::{CHUNK, Chunk, Dots, TILE, plain};
+    use crate::kernels::Tier;
 
     #[test]
-    fn every_kernel_equals_the_plain_one() {
+    fn every_tier_equals_the_plain_kernel() {
         let chunk = |seed: usize, reach: usize| {
             Chunk(std::array::from_fn(|i| {
                 let value = (seed + 1).wrapping_mul(i + 7).wrapping_mul(0x9e37_79b9) >> 7;
@@ -182,9 +198,24 @@ mod tests {
         let columns = columns.each_ref();
         let expected = plain(&weights, columns);
         assert!(expected[2].iter().all(|&sum| sum < 0));
-        for kernel in kernels() {
-            // SAFETY: `kernels` gives what this processor has.
-            assert_eq!(unsafe { kernel(&weights, columns) }, expected);
+        for tier in Tier::available() {
+            let kernel = Dots::of(tier).kernel();
+            // SAFETY: this processor has the tier.
+            assert_eq!(unsafe { kernel(&weights, columns) }, expected, "{tier}");
+        }
+    }
+
+    #[test]
+    fn a_tier_uses_no_instructions_beyond_its_own() {
+        assert_eq!(Dots::of(Tier::Scalar), Dots::Baseline);
+        assert_eq!(Dots::of(Tier::Neon), Dots::Baseline);
+        #[cfg(target_arch = "x86_64")]
+        {
+            assert_eq!(Dots::of(Tier::Avx2), Dots::Avx2);
+            for tier in [Tier::Avx512, Tier::Avx512Bf16, Tier::Amx] {
+                assert_eq!(Dots::of(tier), Dots::of(Tier::Avx512), "{tier}");
+                assert_ne!(Dots::of(tier), Dots::Baseline, "{tier}");
+            }
         }
     }
 }

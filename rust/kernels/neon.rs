@@ -4,8 +4,9 @@
 
 use std::arch::aarch64::*;
 
-use super::Work;
-use super::tiles::{Unit, sweep};
+use super::registers::Registers;
+use super::sweep::{self, Work};
+use super::unit::Unit;
 
 pub(super) fn is_available() -> bool {
     std::arch::is_aarch64_feature_detected!("neon")
@@ -21,9 +22,9 @@ pub(super) unsafe fn run<W: Work>(work: W) -> W::Output {
 
 pub(crate) struct Kernels;
 
-impl super::Kernels for Kernels {
-    type Double = Double;
-    type Bf16 = Single;
+impl sweep::Kernels for Kernels {
+    type Double = Registers<Double>;
+    type Bf16 = Registers<Single>;
 }
 
 pub(crate) struct Single;
@@ -40,22 +41,25 @@ impl Unit for Single {
 
     #[inline(always)]
     unsafe fn zero() -> float32x4_t {
-        // SAFETY: the caller's, as for all that follows.
+        // SAFETY: the caller has NEON.
         unsafe { vdupq_n_f32(0.0) }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> float32x4_t {
+        // SAFETY: the caller has NEON and `WIDTH` values to read.
         unsafe { vld1q_f32(from) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: float32x4_t, left: float32x4_t, right: float32x4_t) -> float32x4_t {
+        // SAFETY: the caller has NEON.
         unsafe { vfmaq_f32(sum, left, right) }
     }
 
     #[inline(always)]
     unsafe fn flush(sum: float32x4_t, to: *mut f64) {
+        // SAFETY: the caller has NEON and `LANES` values to write.
         unsafe {
             let halves = vadd_f32(vget_low_f32(sum), vget_high_f32(sum));
             vst1q_f64(to, vaddq_f64(vld1q_f64(to), vcvt_f64_f32(halves)));
@@ -65,8 +69,6 @@ impl Unit for Single {
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
 }
-
-sweep!(Single);
 
 pub(crate) struct Double;
 
@@ -82,26 +84,28 @@ impl Unit for Double {
 
     #[inline(always)]
     unsafe fn zero() -> float64x2_t {
+        // SAFETY: the caller has NEON.
         unsafe { vdupq_n_f64(0.0) }
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f64) -> float64x2_t {
+        // SAFETY: the caller has NEON and `WIDTH` values to read.
         unsafe { vld1q_f64(from) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: float64x2_t, left: float64x2_t, right: float64x2_t) -> float64x2_t {
+        // SAFETY: the caller has NEON.
         unsafe { vfmaq_f64(sum, left, right) }
     }
 
     #[inline(always)]
     unsafe fn flush(sum: float64x2_t, to: *mut f64) {
+        // SAFETY: the caller has NEON and `LANES` values to write.
         unsafe { vst1q_f64(to, vaddq_f64(vld1q_f64(to), sum)) }
     }
 
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
 }
-
-sweep!(Double);

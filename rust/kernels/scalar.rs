@@ -2,13 +2,15 @@
 
 #![allow(unsafe_code)]
 
-use super::tiles::{Unit, sweep};
+use super::registers::Registers;
+use super::sweep;
+use super::unit::Unit;
 
 pub(crate) struct Kernels;
 
-impl super::Kernels for Kernels {
-    type Double = Double;
-    type Bf16 = Double;
+impl sweep::Kernels for Kernels {
+    type Double = Registers<Double>;
+    type Bf16 = Registers<Double>;
     const FUSED: bool = false;
 }
 
@@ -53,5 +55,3 @@ impl Unit for Double {
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
 }
-
-sweep!(Double);

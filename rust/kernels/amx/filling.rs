@@ -7,16 +7,11 @@
 
 use std::arch::x86_64::*;
 
-use super::{CHUNK, COLUMNS, Multiply, SIDE};
+use super::engine::{COLUMNS, Line, Multiply, OF_BLOCK, SIDE};
 use crate::kernels::avx512;
 
-/// A row of a tile.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-pub(crate) struct Line(pub(super) [u32; SIDE]);
-
-/// Lines from a block's tiles to the next one's.
-pub(super) const OF_BLOCK: usize = 2 * SIDE;
+/// The most columns of a chunk: its tiles are to stay in the nearest cache.
+pub(super) const CHUNK: usize = 256;
 
 /// The tiles of some columns: step by step, of each block its rows and their transposition;
 /// behind all of them the odd row.

@@ -11,9 +11,11 @@
 use std::arch::asm;
 use std::mem::MaybeUninit;
 
-use super::filling::{Line, OF_BLOCK};
-use super::{Multiply, Sums, Tile, Tiles};
-use crate::kernels::{Kernels, avx512};
+use super::engine::{Line, Multiply, OF_BLOCK, Sums, Tile};
+use super::tiles::Tiles;
+use crate::kernels::avx512;
+use crate::kernels::registers::Registers;
+use crate::kernels::sweep::Kernels;
 
 /// The tiles of the processor, in a thread that they were set up for.
 pub(crate) struct Hardware(std::marker::PhantomData<*const ()>);
@@ -27,7 +29,7 @@ impl Drop for Hardware {
 }
 
 impl Kernels for Hardware {
-    type Double = avx512::Double;
+    type Double = Registers<avx512::Double>;
     type Bf16 = Tiles<Hardware>;
 }
 

@@ -4,8 +4,33 @@
 
 use std::mem::MaybeUninit;
 
+use super::engine::{Multiply, SIDE, Sums};
 use super::filling::Layout;
-use super::{Multiply, SIDE, Sums, add_to, place_of};
+
+/// Blocks of rows, and whether a row is left over from them.
+#[inline(always)]
+pub(super) fn blocks_of(num_states: usize) -> (usize, bool) {
+    match (num_states / SIDE, num_states % SIDE) {
+        (blocks, 0) => (blocks, false),
+        (blocks @ 1.., 1) => (blocks, true),
+        (blocks, _) => (blocks + 1, false),
+    }
+}
+
+/// Where the sums of a block of rows with the blocks from it on begin.
+#[inline(always)]
+pub(super) fn place_of(first: usize, blocks: usize) -> usize {
+    first * (2 * blocks - first + 1) / 2 * SIDE * SIDE
+}
+
+/// Adds float32 products to as many sums.
+#[inline(always)]
+pub(super) fn add_to(sums: &mut [f64], products: &[f32]) {
+    let products = &products[..sums.len()];
+    for place in 0..sums.len() {
+        sums[place] += f64::from(products[place]);
+    }
+}
 
 /// Some steps of a chunk, whose products are summed in float32.
 pub(super) struct Span<'a> {

@@ -6,8 +6,10 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::filling::{Line, OF_BLOCK, transposed};
-use super::{BLOCKS, Multiply, SIDE, Sums, Tile, Tiles};
+use super::engine::{BLOCKS, Line, Multiply, OF_BLOCK, SIDE, Sums, Tile};
+use super::filling::transposed;
+use super::tiles::Tiles;
+use crate::kernels::registers::Registers;
 use crate::kernels::{Kernels, Tier, Work, avx512, avx512bf16};
 use crate::{Gram, Metric, Order, States};
 
@@ -15,7 +17,7 @@ use crate::{Gram, Metric, Order, States};
 struct Twin(Box<Sums>);
 
 impl Kernels for Twin {
-    type Double = avx512::Double;
+    type Double = Registers<avx512::Double>;
     type Bf16 = Tiles<Twin>;
 }
 
