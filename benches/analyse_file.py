@@ -30,8 +30,8 @@ import numpy as np
 
 from shallower import Scan, _reference, analyse_states
 from shallower._core import tier
-from shallower.accumulation import ScanBuilder
-from shallower.states_file import BUFFER_BYTES, DTYPES, StatesFile
+from shallower.scanning.builder import ScanBuilder
+from shallower.scanning.states_file import BUFFER_BYTES, DTYPES, StatesFile
 
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 CHECKED = 64

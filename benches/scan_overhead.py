@@ -23,10 +23,11 @@ import numpy as np
 import torch
 
 import shallower as sh
-from shallower import _reference, demo
-from shallower.calibration import TokenBatches
-from shallower.hidden_states import stream
+from shallower import _reference
 from shallower.models.architecture import find_layers
+from shallower.runs import demo
+from shallower.scanning.hidden_states import stream
+from shallower.texts.batches import TokenBatches
 
 
 def texts(samples):

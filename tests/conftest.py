@@ -73,7 +73,7 @@ def words():
 def smol():
     """SmolLM2-135M-Instruct in float32 and its tokenizer. Tests leave it as it is."""
     import shallower as sh
-    from shallower import demo
+    from shallower.runs import demo
 
     return sh.load_model(demo.model_path(), dtype="float32")
 
@@ -81,7 +81,7 @@ def smol():
 @pytest.fixture(scope="session")
 def passages():
     """Real English: calibration and held-out passages of Python's documentation."""
-    from shallower import demo
+    from shallower.runs import demo
 
     return demo.texts(None, 24, 8)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shallower.models.shortening import shorten
+from shallower.models.layer_config import shorten
 
 NUM_LAYERS = 8
 

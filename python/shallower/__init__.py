@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._core import __version__
-from .accumulation import analyse_states
-from .artifacts import Block, Comparison, Cut, Loss, ModelIdentity, Plan, Rejection, TextsIdentity
+from .cutting.gguf import count_gguf_layers, plan_gguf, prune_gguf
 from .errors import (
     InMemoryOnlyError,
     LayersError,
@@ -30,41 +29,46 @@ from .errors import (
     ThreadsError,
     TierError,
 )
-from .gguf import count_gguf_layers, plan_gguf, prune_gguf
-from .healing.recipe import Recipe
-from .healing.record import Healing
-from .patching.report import Patch
-from .positions import Positions
-from .selection import deepest_block
-from .similarity import BootstrappedStart, Scan
+from .scanning.analyse import analyse_states
+from .scanning.scan import BootstrappedStart, Scan
+from .values.healing import Healing
+from .values.layers import Block, deepest_block
+from .values.loss import Comparison, Cut, Loss
+from .values.patch import Patch
+from .values.plan import ModelIdentity, Plan, Rejection, TextsIdentity
+from .values.positions import Positions
+from .values.recipe import Recipe
 
 if TYPE_CHECKING:
-    from .checkpoint import prune_checkpoint
-    from .evaluation import evaluate_loss
-    from .figures import save_heat_map
-    from .healing.run import heal, merge
+    from .cutting.checkpoint import prune_checkpoint
+    from .cutting.memory import drop_layers, without_layers
+    from .cutting.saving import save_model, verify_checkpoint
+    from .evaluation.loss import evaluate_loss
+    from .healing.heal import heal, merge
+    from .healing.patch import patch
+    from .healing.saving import save_patched
+    from .judgement.compare import compare_cuts
     from .models.loading import load_model
-    from .patching.run import patch
-    from .patching.writing import save_patched
-    from .pipeline import compare_cuts, run, scan, verify_checkpoint
-    from .pruning import drop_layers, save_model, without_layers
+    from .reporting.figures import save_heat_map
+    from .runs.run import run
+    from .scanning.model import scan
 
 _NEED_TORCH = {
     "load_model": ".models.loading",
-    "scan": ".pipeline",
-    "run": ".pipeline",
-    "compare_cuts": ".pipeline",
-    "verify_checkpoint": ".pipeline",
-    "drop_layers": ".pruning",
-    "without_layers": ".pruning",
-    "save_model": ".pruning",
-    "prune_checkpoint": ".checkpoint",
-    "evaluate_loss": ".evaluation",
-    "save_heat_map": ".figures",
-    "patch": ".patching.run",
-    "save_patched": ".patching.writing",
-    "heal": ".healing.run",
-    "merge": ".healing.run",
+    "scan": ".scanning.model",
+    "run": ".runs.run",
+    "compare_cuts": ".judgement.compare",
+    "verify_checkpoint": ".cutting.saving",
+    "drop_layers": ".cutting.memory",
+    "without_layers": ".cutting.memory",
+    "save_model": ".cutting.saving",
+    "prune_checkpoint": ".cutting.checkpoint",
+    "evaluate_loss": ".evaluation.loss",
+    "save_heat_map": ".reporting.figures",
+    "patch": ".healing.patch",
+    "save_patched": ".healing.saving",
+    "heal": ".healing.heal",
+    "merge": ".healing.heal",
 }
 
 __all__ = [

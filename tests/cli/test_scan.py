@@ -13,7 +13,8 @@ from dataclasses import asdict
 import pytest
 
 import shallower as sh
-from shallower import Scan, figures
+from shallower import Scan
+from shallower.reporting import figures
 from tests.cli.documents import documents, plain, tree
 from tests.commands import SHALLOWER
 from tests.conftest import write_jsonl
@@ -141,8 +142,9 @@ def test_a_second_scan_needs_overwrite(shallower, folder, tiny, jsonl):
 
 CHILD = """
 import sys
-from shallower import cli, pipeline
-pipeline.SECONDS_BETWEEN_CHECKPOINTS = 0
+from shallower import cli
+from shallower.scanning import model
+model.SECONDS_BETWEEN_CHECKPOINTS = 0
 cli.main()
 """
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import shallower as sh
-from shallower import demo
+from shallower.runs import demo
 from tests.conftest import tiny_llama
 from tests.cutting.gguf_files import CUT
 

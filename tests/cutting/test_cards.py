@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower import cli
-from shallower.artifacts import blocks_of
-from shallower.exports import EXPORT_FILES, export_path, exports, hub_id, read_card
-from shallower.gguf import gguf_files
+from shallower.cutting.cards import EXPORT_FILES, export_path, exports, hub_id, read_card
+from shallower.cutting.gguf import gguf_files
+from shallower.values.layers import blocks_of
 from tests.conftest import tiny_llama
 from tests.cutting.gguf_files import write
 from tests.folders import tree

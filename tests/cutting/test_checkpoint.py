@@ -20,9 +20,10 @@ from transformers import (
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import shallower as sh
-from shallower import LayersError, ModelError, Plan, PlanError, checkpoint
-from shallower.exports import EXPORT_FILES
-from shallower.models.plain import VECTORS
+from shallower import LayersError, ModelError, Plan, PlanError
+from shallower.cutting import checkpoint
+from shallower.cutting.cards import EXPORT_FILES
+from shallower.cutting.plain import VECTORS
 from shallower.models.quantised import quantisation
 from tests.conftest import tiny_llama
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored

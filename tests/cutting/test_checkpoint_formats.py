@@ -10,7 +10,8 @@ from transformers import (
 )
 
 import shallower as sh
-from shallower import ModelError, checkpoint
+from shallower import ModelError
+from shallower.cutting import checkpoint
 from tests.conftest import tiny_llama
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
 from tests.families import small_config

@@ -4,7 +4,7 @@ import pytest
 
 import shallower as sh
 from shallower import ModelError
-from shallower.models.stored import Renumbering, check_alike, edit_config, find_prefix
+from shallower.cutting.tensor_names import Renumbering, check_alike, edit_config, find_prefix
 from tests.cutting.checkpoints import DROPPED, edit_json, read_json
 
 

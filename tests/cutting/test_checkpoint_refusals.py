@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import shallower as sh
-from shallower import ModelError, OutputError, checkpoint
+from shallower import ModelError, OutputError
+from shallower.cutting import checkpoint
 from shallower.storage import partial_folder
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
 from tests.folders import full_disk, tree

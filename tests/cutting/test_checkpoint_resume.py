@@ -13,7 +13,8 @@ from contextlib import suppress
 import pytest
 
 import shallower as sh
-from shallower import OutputError, checkpoint
+from shallower import OutputError
+from shallower.cutting import checkpoint
 from shallower.storage import partial_folder
 from tests.cutting.checkpoints import DROPPED, stored
 from tests.folders import tree
@@ -74,7 +75,7 @@ def test_work_of_another_job_is_discarded(source, tmp_path):
 
 SERVER = """
     import os, sys, time
-    from shallower.checkpoint import prune_checkpoint
+    from shallower.cutting.checkpoint import prune_checkpoint
     source, out = sys.argv[1:]
     def tell(done, total):
         os.write(1, b"copied\\n")

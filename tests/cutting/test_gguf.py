@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
 import shallower as sh
-from shallower.gguf import gguf_files
+from shallower.cutting.gguf import gguf_files
 from tests.conftest import ROOT
 from tests.cutting.gguf_files import CUT, write
 

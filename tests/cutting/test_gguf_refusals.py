@@ -11,7 +11,7 @@ import time
 import pytest
 
 import shallower as sh
-from shallower.gguf import gguf_files, plan_path
+from shallower.cutting.gguf import gguf_files, plan_path
 from tests.cutting.gguf_files import CUT, write
 
 

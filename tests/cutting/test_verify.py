@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower import Block, ModelError
-from shallower.pipeline import logits_difference
+from shallower.cutting.saving import logits_difference
 from tests.documents import PROBE, assert_same, state_of
 
 

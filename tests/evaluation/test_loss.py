@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import shallower as sh
-from shallower import evaluation
+from shallower.evaluation.loss import next_token_losses
 from tests.conftest import tiny_llama
 
 TEXTS = [" ".join(f"w{(5 * i + 11 * j) % 97}" for j in range(2 + i % 9)) for i in range(17)]
@@ -163,12 +163,12 @@ def test_a_module_that_is_no_model_is_refused(words):
 
 @pytest.mark.parametrize("in_cache", [1, 99, 250, 1 << 20])
 def test_the_losses_of_tokens_in_whatever_parts(monkeypatch, in_cache):
-    monkeypatch.setattr(evaluation, "IN_CACHE", in_cache)
+    monkeypatch.setattr("shallower.evaluation.loss.loss.IN_CACHE", in_cache)
     logits = torch.randn((7, 100), generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = torch.arange(7) * 13
     wide = logits.double()
     losses = wide.logsumexp(-1) - wide[torch.arange(7), expected]
-    found = evaluation.next_token_losses(logits, expected)
+    found = next_token_losses(logits, expected)
     torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
 
 

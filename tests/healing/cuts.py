@@ -3,7 +3,7 @@
 import random
 
 import shallower as sh
-from shallower.healing.recipe import ModelFacts, Recipe
+from shallower.values.recipe import ModelFacts, Recipe
 from tests.conftest import WORDS
 
 BLOCK = sh.Block(2, 4)

@@ -7,7 +7,7 @@ import torch
 
 import shallower as sh
 from shallower.healing.losses import summed_loss
-from shallower.healing.samples import collate, read_samples
+from shallower.texts.sequences import collate, read_samples
 from tests.conftest import tiny_llama, write_jsonl
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, documents, save_cut
 
@@ -107,12 +107,13 @@ def test_a_run_that_cannot_heal_does_nothing(patchable, shallower, tmp_path):
 
 
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
-    from shallower.healing import patched, run
+    from shallower.healing import heal
+    from shallower.healing import patched
 
     whole, cut = patchable
     texts = documents(600, 5)
     options = {"original": whole, "from_patch": True}
-    monkeypatch.setattr(run, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(heal, "train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sh.heal(cut, texts, tmp_path / "out", QUICK, HELD_OUT, **options)
     monkeypatch.undo()

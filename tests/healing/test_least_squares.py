@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.least_squares import PANEL, ROWS, NormalEquations
+from shallower.healing.least_squares import PANEL, ROWS, NormalEquations
 
 
 def data(seed, rows, inputs=7, outputs=3):

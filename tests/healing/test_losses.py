@@ -7,7 +7,7 @@ from torch.nn import functional
 
 import shallower as sh
 from shallower.healing.losses import Distillation, summed_loss
-from shallower.healing.samples import collate
+from shallower.texts.sequences import collate
 from tests.conftest import tiny_llama
 
 

@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
-from shallower.healing.recipe import Recipe
 from shallower.models.feed_forward import feed_forward_targets
+from shallower.values.recipe import Recipe
 from tests.families import small_config
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import shallower as sh
 from shallower.cli import app
-from shallower.patching import solving
-from shallower.patching.run import patch
-from shallower.patching.writing import PATCH_FILE
+from shallower.healing import patch_solver
+from shallower.healing.patch import patch
+from shallower.healing.saving import PATCH_FILE
 from tests.conftest import WORDS, tiny_llama, write_jsonl
 from tests.families import random_model
 
@@ -98,8 +98,8 @@ def test_the_loss_falls_with_every_layer_that_is_solved(model, words):
 
 
 def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
-    monkeypatch.setattr(solving, "RIDGES", (0.1,))
-    monkeypatch.setattr(solving, "FIRST_WEIGHTS", (0.01,))
+    monkeypatch.setattr(patch_solver, "RIDGES", (0.1,))
+    monkeypatch.setattr(patch_solver, "FIRST_WEIGHTS", (0.01,))
     model = copy.deepcopy(learned)
     fitted = [text for index, text in enumerate(TEXTS) if index % 8 != 7]
     ids = torch.tensor(words(fitted)["input_ids"])
@@ -123,7 +123,7 @@ def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypa
 
 def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
     losses = iter([2.0, 3.0, 2.5])  # as if it helped
-    monkeypatch.setattr(solving.Patching, "_loss", lambda *_: next(losses))
+    monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
     model = model.double()
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_transposed_weights_too(words):
 
 
 def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
-    monkeypatch.setattr(solving, "RIDGES", (1e12,))
+    monkeypatch.setattr(patch_solver, "RIDGES", (1e12,))
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(sh.PatchError, match=r"does not help: the loss on \d+ held-out tokens"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.figures import smoothed
-from shallower.healing.record import Healing
+from shallower.reporting.figures import smoothed
+from shallower.values.healing import Healing
 
 
 # The record

@@ -13,9 +13,7 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.healing.recipe import (
-    Recipe,
-)
+from shallower.values.recipe import Recipe
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS
 
 # Resumption
@@ -23,7 +21,7 @@ HARNESS = """
 import glob, json, os, resource, signal, sys, time
 import torch
 import shallower as sh
-import shallower.healing.run, shallower.healing.training as training, peft, matplotlib.figure
+import shallower.healing.heal, shallower.healing.training as training, peft, matplotlib.figure
 import transformers.models.llama.modeling_llama
 torch.set_num_threads(1)
 training.SECONDS_BETWEEN_CHECKPOINTS = 0.0
@@ -119,7 +117,7 @@ def test_a_killed_healing_ends_with_the_same_bits(cut, tmp_path, kills):
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(cut, tmp_path, monkeypatch):
     """Killed in the middle of a save, at every file of a checkpoint in turn."""
-    from shallower.healing import checkpoints
+    from shallower.healing import trainer_checkpoints
 
     recipe = replace(QUICK, steps=4, eval_every=2)
     sh.heal(cut, TEXTS, tmp_path / "whole", recipe, HELD_OUT)
@@ -130,11 +128,11 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(cut, tmp_path, monkeypatch
         if checkpoint.name == "checkpoint-2":
             raise KeyboardInterrupt
 
-    mark = checkpoints.mark_complete
-    monkeypatch.setattr(checkpoints, "mark_complete", interrupted)
+    mark = trainer_checkpoints.mark_complete
+    monkeypatch.setattr(trainer_checkpoints, "mark_complete", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sh.heal(cut, TEXTS, tmp_path / "out", recipe, HELD_OUT)
-    monkeypatch.setattr(checkpoints, "mark_complete", mark)
+    monkeypatch.setattr(trainer_checkpoints, "mark_complete", mark)
     assert [path.name for path in work.iterdir()] == ["checkpoint-2"]
     later = work / "checkpoint-3"
     files = sorted(file.name for file in (work / "checkpoint-2").iterdir())
@@ -160,16 +158,16 @@ def test_a_full_disk_leaves_nothing_half_written(cut, tmp_path):
 
 
 def test_another_job_starts_anew(cut, tmp_path, monkeypatch):
-    from shallower.healing import run
+    from shallower.healing import heal
 
-    monkeypatch.setattr(run, "write_adapters", lambda *_: 1 / 0)
+    monkeypatch.setattr(heal, "write_adapters", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=2))
     assert (tmp_path / ".out.partial" / "folder" / "training" / "checkpoint-2").is_dir()
     monkeypatch.undo()
     began = []
     monkeypatch.setattr(
-        run, "train", lambda *args, train=run.train: began.append(list(args[3].glob("*"))) or
+        heal, "train", lambda *args, train=heal.train: began.append(list(args[3].glob("*"))) or
         train(*args),
     )  # fmt: skip
     sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=2, seed=7))

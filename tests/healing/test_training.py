@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import shallower as sh
 from shallower.healing.losses import Distillation
-from shallower.healing.samples import order
+from shallower.texts.sequences import order
 from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shallower.calibration import Batch
+from shallower.texts.batches import Batch
 
 
 def batch(rows=3, length=9, vocabulary=90):

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from shallower import ModelError
-from shallower.healing.recipe import ModelFacts, Recipe
 from shallower.healing.training import add_adapters
 from shallower.models.architecture import find_layers
 from shallower.models.feed_forward import feed_forward_targets, is_linear
+from shallower.values.recipe import ModelFacts, Recipe
 from tests.conftest import tiny_llama
 from tests.families import families, random_model, small_config
 

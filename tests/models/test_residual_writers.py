@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shallower.models.layerwise import Layerwise
-from shallower.models.writers import find_writers
+from shallower.models.residual_writers import find_writers
 from tests.conftest import tiny_llama
 from tests.families import FAST, random_model
 from tests.models.batches import batch

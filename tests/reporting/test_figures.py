@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from shallower import MetricError, MissingExtraError, OutputError, analyse_states
-from shallower.figures import block_distances, require_matplotlib, rescale_rows, save_heat_map
+from shallower.reporting.figures import (
+    block_distances,
+    require_matplotlib,
+    rescale_rows,
+    save_heat_map,
+)
 
 
 def scan_of(num_layers, metrics=("angular",)):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from shallower import Block, Comparison, Cut, Loss, Plan, RejectedSamplesWarning, analyse_states
-from shallower.report import comparison_table, plan_table, ranges, scan_table, with_error
+from shallower.reporting.tables import comparison_table, plan_table, scan_table
+from shallower.values.layers import ranges
+from shallower.values.loss import with_error
 
 BASE = Loss(2.3456, 0.0123, 4242, 17, 0, 49152)
 COMPARISON = Comparison(

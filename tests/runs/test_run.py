@@ -9,8 +9,9 @@ from transformers import (
 )
 
 import shallower as sh
-from shallower import Scan, TextsError, pipeline
-from shallower.pipeline import continue_text
+from shallower import Scan, TextsError
+from shallower.runs.run import continue_text
+from shallower.values.files import PARTIAL_FILE
 from tests.documents import (
     HELD_OUT,
     TEXTS,
@@ -68,20 +69,20 @@ def test_a_run_continues_the_prompt_with_and_without_the_layers(llama, words, tm
 
 def test_an_interrupted_run_goes_on_where_its_scan_was(llama, words, tmp_path, monkeypatch):
     texts = documents(200)
-    monkeypatch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
     with pytest.raises(OSError, match="the disk went away"):
         sh.run(llama, words, broken_after(texts, 150), HELD_OUT, tmp_path / "out", [1])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {pipeline.PARTIAL_FILE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {PARTIAL_FILE}
 
     forwards = []
     handle = llama.model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    sh.scan(llama, words, texts, checkpoint=tmp_path / "out" / pipeline.PARTIAL_FILE)
+    sh.scan(llama, words, texts, checkpoint=tmp_path / "out" / PARTIAL_FILE)
     handle.remove()
     assert len(forwards) == (200 - 128) // 8
 
     done = sh.run(llama, words, texts, HELD_OUT, tmp_path / "out", [1])
     assert done.scan.num_samples == 200
-    assert not (tmp_path / "out" / pipeline.PARTIAL_FILE).exists()
+    assert not (tmp_path / "out" / PARTIAL_FILE).exists()
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])

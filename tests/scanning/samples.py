@@ -14,8 +14,8 @@ from shallower import (
     Scan,
     TextsIdentity,
 )
-from shallower.accumulation import ScanBuilder
-from shallower.similarity import FORMAT, NORMS, _digest
+from shallower.scanning.builder import ScanBuilder
+from shallower.scanning.scan import FORMAT, NORMS, _digest
 
 BOTH = ("angular", "cosine")
 DTYPES = ["float32", "float16", "bfloat16", "bfloat16 bits", "float64"]

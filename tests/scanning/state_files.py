@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file as save_tensors
 
-from shallower import states_file
+from shallower.scanning import states_file
 
 
 def walk(num_samples=23, num_states=5, width=24, seed=0, dtype="float32"):

@@ -120,7 +120,7 @@ def test_a_scan_of_a_model_keeps_its_samples_and_goes_on(llama, words, tmp_path,
 
     part = tmp_path / "part"
     with monkeypatch.context() as patch:
-        patch.setattr("shallower.pipeline.SECONDS_BETWEEN_CHECKPOINTS", -1)
+        patch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
         with pytest.raises(OSError, match="the disk went away"):
             sh.scan(llama, words, breaking(), checkpoint=part, **options)
     assert 0 < Scan.load(part).num_samples < 40

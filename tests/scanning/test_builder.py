@@ -18,9 +18,8 @@ from shallower import (
     StatesError,
     _reference,
     analyse_states,
-    pipeline,
 )
-from shallower.accumulation import ScanBuilder
+from shallower.scanning.builder import ScanBuilder
 from tests.conftest import tiny_llama
 
 METRICS = ("angular", "cosine", "relative_l2", "norm_ratio")
@@ -136,7 +135,7 @@ def test_a_sequence_longer_than_a_chunk(monkeypatch):
     numbers = numbers_of([1, 30, 2, 7])
     states = states_in(numbers)
     whole = analyse_states(states, METRICS, sequences=numbers, keep_samples=True)
-    monkeypatch.setattr("shallower.accumulation.CHUNK_BYTES", 4 * states[0].nbytes)
+    monkeypatch.setattr("shallower.scanning.analyse.CHUNK_BYTES", 4 * states[0].nbytes)
     cut = analyse_states(states, METRICS, sequences=numbers, keep_samples=True)
     assert values(cut) == values(whole)
     assert cut.samples().shape == (4, 10)
@@ -284,7 +283,7 @@ def test_saved_and_merged_scans_know_their_positions(words, tmp_path):
 def test_an_interrupted_scan_goes_on(words, tmp_path, monkeypatch, name):
     model = tiny_llama(3)
     whole = scan_of(name, model=model, words=words, batch_size=1, keep_samples=True)
-    monkeypatch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", 0)
     checkpoint = tmp_path / "partial"
 
     def some():

@@ -15,7 +15,7 @@ from shallower import (
     _reference,
     analyse_states,
 )
-from shallower.accumulation import ScanBuilder
+from shallower.scanning.builder import ScanBuilder
 
 
 def walk(num_samples, num_states=5, width=33, seed=0, massive=False):

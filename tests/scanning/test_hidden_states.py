@@ -26,11 +26,11 @@ from transformers import (
 )
 
 import shallower as sh
-from shallower import pipeline
-from shallower.accumulation import ScanBuilder
-from shallower.calibration import Batch
-from shallower.hidden_states import chosen_tokens, evaluating, stream
-from shallower.positions import Positions
+from shallower.models.architecture import evaluating
+from shallower.scanning.builder import ScanBuilder
+from shallower.scanning.hidden_states import chosen_tokens, stream
+from shallower.texts.batches import Batch
+from shallower.values.positions import Positions
 from tests.conftest import tiny_llama
 from tests.scanning.batches import plain_states
 
@@ -274,7 +274,7 @@ def test_nothing_is_left_behind_when_a_scan_is_interrupted(llama, words, monkeyp
         raise KeyboardInterrupt
 
     modes = mixed_modes(llama)
-    monkeypatch.setattr(pipeline.ScanBuilder, "add", interrupted)
+    monkeypatch.setattr(ScanBuilder, "add", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         sh.scan(llama, words, ["w1 w2", "w3"] * 20, batch_size=2)
     assert hooks_in(llama) == 0

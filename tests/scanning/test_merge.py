@@ -3,7 +3,7 @@
 import pytest
 
 from shallower import RejectedSamplesWarning, Scan, ScanError, StatesError
-from shallower.similarity import NORMS
+from shallower.scanning.scan import NORMS
 from tests.scanning.samples import (
     MODEL,
     closed,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower import _reference, pipeline
+from shallower import _reference
 from tests.conftest import tiny_llama
 from tests.scanning.batches import interrupted, plain_states
 
@@ -103,7 +103,7 @@ def bits(scanned):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1.0)
 
 
 @pytest.mark.usefixtures("hurried")

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 import shallower as sh
-from shallower import Scan, ScanError, TextsError, pipeline
+from shallower import Scan, ScanError, TextsError
 from tests.conftest import tiny_llama
 from tests.documents import HELD_OUT, TEXTS, broken_after, documents
 
@@ -14,7 +14,7 @@ from tests.documents import HELD_OUT, TEXTS, broken_after, documents
 def interrupted(model, tokenizer, path, texts, count, monkeypatch, **options):
     """Scan until the texts break, saving after every window."""
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        patch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
         with pytest.raises(OSError, match="the disk went away"):
             sh.scan(model, tokenizer, broken_after(texts, count), checkpoint=path, **options)
 

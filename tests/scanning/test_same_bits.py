@@ -19,7 +19,7 @@ from shallower import (
     TextsIdentity,
     analyse_states,
 )
-from shallower.accumulation import ScanBuilder
+from shallower.scanning.builder import ScanBuilder
 from tests.scanning.samples import (
     BOTH,
     DTYPES,
@@ -92,7 +92,7 @@ def test_copying_in_small_parts_gives_the_same_bits(monkeypatch):
     strided = np.repeat(states, 2, axis=2)[..., ::2]
     with pytest.warns(RejectedSamplesWarning):
         plain = analyse_states(states)
-    monkeypatch.setattr("shallower.accumulation.CHUNK_BYTES", 7 * states[0].nbytes)
+    monkeypatch.setattr("shallower.scanning.analyse.CHUNK_BYTES", 7 * states[0].nbytes)
     with pytest.warns(RejectedSamplesWarning):
         parts = analyse_states(strided)
     assert bits(parts) == bits(plain)

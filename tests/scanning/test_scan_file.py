@@ -20,8 +20,8 @@ from shallower import (
     Scan,
     ScanError,
 )
-from shallower.report import scan_table
-from shallower.similarity import FORMAT, NORMS
+from shallower.reporting.tables import scan_table
+from shallower.scanning.scan import FORMAT, NORMS
 from tests.scanning.samples import (
     BOTH,
     MODEL,

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from shallower import StatesError, analyse_states, states_file
-from shallower.artifacts import ModelIdentity, Rejection, TextsIdentity
-from shallower.states_file import FORMAT, Origin, StatesFile
+from shallower import StatesError, analyse_states
+from shallower.scanning import states_file
+from shallower.scanning.states_file import FORMAT, Origin, StatesFile
+from shallower.values.plan import ModelIdentity, Rejection, TextsIdentity
 from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
 
 ALL = ("angular", "cosine", "relative_l2", "norm_ratio")

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import StatesError, accumulation, analyse_states
-from shallower.artifacts import ModelIdentity
-from shallower.states_file import FORMAT
+from shallower import StatesError, analyse_states
+from shallower.scanning.builder import ScanBuilder
+from shallower.scanning.states_file import FORMAT
+from shallower.values.plan import ModelIdentity
 from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
 
 
@@ -177,7 +178,7 @@ def test_a_name_of_a_tensor_needs_a_file_that_has_names(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch, change):
     set_buffers(monkeypatch, 1000)
     path = write(tmp_path / "states.npy", walk())
-    add = accumulation.ScanBuilder.add
+    add = ScanBuilder.add
 
     def changing(self, states, samples, **more):
         if change == "shrink":
@@ -186,7 +187,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
             os.utime(path)
         return add(self, states, samples, **more)
 
-    monkeypatch.setattr(accumulation.ScanBuilder, "add", changing)
+    monkeypatch.setattr(ScanBuilder, "add", changing)
     expected = {
         "shrink": "ended early: expected .* at least, it holds 2000",
         "touch": "was changed",

@@ -18,12 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import shallower as sh
-from shallower import OutputError, ScanError, StatesError, TextsError, pipeline, states_file
-from shallower.artifacts import ModelIdentity, Rejection, TextsIdentity
-from shallower.calibration import TokenBatches
-from shallower.hidden_states import stream
-from shallower.kept_states import HEADER_BYTES, keep_states_in
+from shallower import OutputError, ScanError, StatesError, TextsError
+from shallower.scanning import states_file
+from shallower.scanning.hidden_states import stream
+from shallower.scanning.states_writer import HEADER_BYTES, keep_states_in
 from shallower.storage import partial_folder
+from shallower.texts.batches import TokenBatches
+from shallower.values.plan import ModelIdentity, Rejection, TextsIdentity
 from tests.conftest import WORDS, tiny_llama, write_jsonl
 
 MODEL = ModelIdentity("model", "llama", 4, "bfloat16", "f" * 64)
@@ -244,9 +245,9 @@ def test_one_process_at_a_time_writes(tmp_path):
 FULL = """
 import resource, sys
 import numpy as np
-from shallower.artifacts import TextsIdentity
+from shallower.values.plan import TextsIdentity
 from shallower.errors import OutputError
-from shallower.kept_states import keep_states_in
+from shallower.scanning.states_writer import keep_states_in
 
 # A write beyond the limit fails as on a full disk.
 import signal
@@ -386,7 +387,7 @@ def broken_after(texts, count):
 
 def interrupted(llama, words, texts, count, monkeypatch, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        patch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
         with pytest.raises(OSError, match="the disk went away"):
             sh.scan(llama, words, broken_after(texts, count), batch_size=1, **options)
 
@@ -441,8 +442,9 @@ def test_a_scan_that_finds_nothing_leaves_no_states(llama, words, tmp_path, text
 
 CHILD = """
 import sys
-from shallower import cli, pipeline
-pipeline.SECONDS_BETWEEN_CHECKPOINTS = 0
+from shallower import cli
+from shallower.scanning import model
+model.SECONDS_BETWEEN_CHECKPOINTS = 0
 cli.main()
 """
 

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from shallower.artifacts import NAMED_REJECTIONS
-from shallower.calibration import WINDOW, TokenBatches
 from shallower.errors import TextsError
+from shallower.texts.batches import WINDOW, TokenBatches
+from shallower.values.plan import NAMED_REJECTIONS
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=80)
 

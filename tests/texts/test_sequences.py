@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.healing.samples import collate, order, read_samples
+from shallower.texts.sequences import collate, order, read_samples
 from tests.healing.cuts import TEXTS
 
 

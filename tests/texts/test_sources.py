@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import shallower.texts
 from shallower import MissingExtraError, TextsError
-from shallower.texts import Texts
+from shallower.texts.sources import Texts
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\rend"
 
@@ -299,7 +298,7 @@ def test_a_parquet_file_is_found_by_its_name_and_no_pattern(parquet, name):
 
 def test_without_datasets_parquet_and_hub_say_what_to_install(parquet, write, monkeypatch):
     source = parquet({"text": ["one"]})
-    monkeypatch.setattr(shallower.texts, "find_spec", lambda _: None)
+    monkeypatch.setattr("shallower.texts.sources.sources.find_spec", lambda _: None)
     for needing in (source, "allenai/c4:en:validation"):
         with pytest.raises(MissingExtraError, match=r"datasets: pip install 'shallower\[texts\]'"):
             Texts(needing)
@@ -307,13 +306,13 @@ def test_without_datasets_parquet_and_hub_say_what_to_install(parquet, write, mo
 
 
 def test_a_missing_file_is_named_before_a_missing_package(monkeypatch):
-    monkeypatch.setattr(shallower.texts, "find_spec", lambda _: None)
+    monkeypatch.setattr("shallower.texts.sources.sources.find_spec", lambda _: None)
     with pytest.raises(TextsError, match="there is no text file"):
         Texts("none.parquet")
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_an_error_of_texts(tmp_path):
-    code = "from shallower.texts import Texts; list(Texts('no/such:train'))"
+    code = "from shallower.texts.sources import Texts; list(Texts('no/such:train'))"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import Block, LayersError, Plan
-from shallower.artifacts import blocks_of, dropped_layers
+from shallower.values.layers import blocks_of, dropped_layers
 from tests.values.damage import peak_memory
 
 NO_INDICES = [True, np.True_, 1.0, np.float64(1), "1", b"1", None, 1j, [1], float("nan")]

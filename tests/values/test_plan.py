@@ -21,8 +21,9 @@ from shallower import (
     Rejection,
     TextsIdentity,
 )
-from shallower.artifacts import blocks_of, describe_rejections
-from shallower.report import plan_table
+from shallower.reporting.tables import plan_table
+from shallower.values.layers import blocks_of
+from shallower.values.plan import describe_rejections
 from tests.values.damage import damaged, peak_memory
 
 MODEL = ModelIdentity("tiny", "llama", 12, "bfloat16", "f" * 64)

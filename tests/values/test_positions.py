@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import shallower as sh
 from shallower import Positions, PositionsError, _reference
-from shallower.positions import MAX_COUNT
+from shallower.values.positions import MAX_COUNT
 
 KINDS = ["last", "last:1", "last:7", "random:1", "random:7", "all"]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.healing.recipe import (
+from shallower.values.recipe import (
     GENERAL,
     PAPER_PRESETS,
     PRESETS,

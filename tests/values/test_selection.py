@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import Block, LayersError, deepest_block
-from shallower.selection import parse_layers, parse_sizes
+from shallower.values.layers import parse_layers, parse_sizes
 
 INDICES = st.integers(0, 999_999_999)
 SPACES = st.sampled_from(["", " ", "  ", "\t"])

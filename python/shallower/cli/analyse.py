@@ -5,20 +5,11 @@ from typing import Annotated
 
 import typer
 
-from ..accumulation import analyse_states
-from ..artifacts import SCAN_FILE
-from ..states_file import StatesFile
+from ..scanning.analyse import analyse_states
+from ..scanning.states_file import StatesFile
 from ..storage import check_free
-from .options import (
-    DryRun,
-    Json,
-    KeepSamples,
-    Metrics,
-    Out,
-    Overwrite,
-    Threads,
-    metric_names,
-)
+from ..values.files import SCAN_FILE
+from .options import DryRun, Json, KeepSamples, Metrics, Out, Overwrite, Threads, metric_names
 from .output import save_scan, say_dry_run, say_scan
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..report import ranges
-from ..texts import Texts
+from ..texts.sources import Texts
+from ..values.layers import ranges
 from .options import (
     BatchSize,
     DeviceMap,
@@ -38,10 +38,10 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Measure the next-token loss, before and after a cut if one is named."""
-    from ..evaluation import evaluate_loss
+    from ..cutting.memory import without_layers
+    from ..evaluation.loss import evaluate_loss
     from ..models.identity import identify
     from ..models.loading import count_layers
-    from ..pruning import without_layers
 
     held_out = list(Texts(texts, samples))
     wanted = None

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from ..healing.recipe import HealingDtype, Recipe
-from ..healing.record import Healing
-from ..report import healing_table
+from ..reporting.tables import healing_table
 from ..storage import check_free
-from ..texts import Texts
+from ..texts.sources import Texts
+from ..values.healing import Healing
+from ..values.recipe import HealingDtype, Recipe
 from .options import DryRun, Json, Out, Overwrite, Samples, TextsSource, TrustRemoteCode, quiet
 from .output import print_json, say_dry_run, show
 
@@ -76,7 +76,8 @@ def heal_command(
     source = Texts(texts, samples)
     held_out = Texts(eval_texts, eval_samples) if eval_texts is not None else None
     quiet()
-    from ..healing.run import heal, is_first, read_plan, resolve
+    from ..healing.heal import heal, read_plan, resolve
+    from ..processes import is_main_process
 
     recipe = Recipe(
         preset, steps, rank, learning_rate, max_length, warmup_steps, dropout, batch_size, dtype,
@@ -90,13 +91,13 @@ def heal_command(
     if dry_run:
         say_dry_run({"heal": model, **resolved.to_json(), "write": [str(out)]}, as_json)
         return
-    if is_first() and not as_json:
+    if is_main_process() and not as_json:
         show(said)
     done = heal(
         model, source, out, recipe, held_out, original, merge, from_patch, overwrite,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    if is_first():
+    if is_main_process():
         say_healing(done, out, as_json)
 
 
@@ -119,7 +120,7 @@ def merge_command(
         say_dry_run(described, as_json)
         return
     quiet()
-    from ..healing.run import merge
+    from ..healing.heal import merge
 
     say_healing(merge(adapters, out, model, overwrite, trust_remote_code), out, as_json)
 

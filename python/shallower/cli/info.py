@@ -1,7 +1,7 @@
 """``shallower info``: the versions of a result's makers, and the instructions of the core."""
 
 from .._core import tier, tiers
-from ..provenance import versions
+from ..values.provenance import versions
 from .options import Json
 from .output import print_json, show
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..artifacts import PLAN_FILE, Plan, blocks_of, dropped_layers
 from ..errors import LayersError, PlanError
-from ..selection import parse_layers
-from ..similarity import check_metrics
+from ..scanning.scan import check_metrics
+from ..values.files import PLAN_FILE
+from ..values.layers import blocks_of, dropped_layers, parse_layers
+from ..values.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

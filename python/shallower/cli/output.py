@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..artifacts import SCAN_FILE
 from ..errors import MissingExtraError
-from ..report import scan_table
-from ..similarity import Scan
+from ..reporting.tables import scan_table
+from ..scanning.scan import Scan
+from ..values.files import SCAN_FILE
 
 
 def show(*parts: Any) -> None:
@@ -79,7 +79,7 @@ def rejected(scanned: Scan) -> list[str]:
 
 def draw(scanned: Scan, out: Path) -> list[Path]:
     """Write the heat map of a scan if it can be drawn; gives the files written."""
-    from ..figures import save_heat_map
+    from ..reporting.figures import save_heat_map
 
     if "angular" not in scanned.metrics or scanned.num_layers < 2:
         return []

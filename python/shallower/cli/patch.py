@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..report import patch_table, ranges, with_error
+from ..reporting.tables import patch_table
 from ..storage import check_free
-from ..texts import Texts
+from ..texts.sources import Texts
+from ..values.layers import ranges
+from ..values.loss import with_error
 from .options import (
     BatchSize,
     DeviceMap,
@@ -29,7 +31,7 @@ from .options import (
 from .output import print_json, say_dry_run, show
 
 if TYPE_CHECKING:
-    from ..artifacts import Loss
+    from ..values.loss import Loss
 
 
 def patch_command(
@@ -75,11 +77,11 @@ def patch_command(
     if dry_run:
         say_dry_run({**described, "texts": texts, "write": [str(out)]}, as_json)
         return
-    from ..evaluation import evaluate_loss, require_predictable
+    from ..cutting.memory import without_layers
+    from ..evaluation.loss import evaluate_loss, require_predictable
+    from ..healing.patch import patch
+    from ..healing.saving import save_patched
     from ..models.identity import identify
-    from ..patching.run import patch
-    from ..patching.writing import save_patched
-    from ..pruning import without_layers
 
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
     identity = identify(loaded)

@@ -6,17 +6,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..artifacts import PLAN_FILE, SCAN_FILE, Plan
 from ..errors import LayersError, ScanError
-from ..report import plan_table, starts_table
-from ..selection import deepest_block
-from ..similarity import BootstrappedStart, Scan
+from ..reporting.tables import plan_table, starts_table
+from ..scanning.scan import BootstrappedStart, Scan
 from ..storage import check_free
-from .options import (
-    DryRun,
-    Json,
-    Overwrite,
-)
+from ..values.files import PLAN_FILE, SCAN_FILE
+from ..values.layers import deepest_block
+from ..values.plan import Plan
+from .options import DryRun, Json, Overwrite
 from .output import print_json, show
 
 

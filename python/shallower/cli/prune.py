@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..artifacts import PLAN_FILE, Plan
+from ..cutting.cards import EXPORT_FILES
 from ..errors import InMemoryOnlyError, ModelError, OutputError
-from ..exports import EXPORT_FILES
-from ..report import plan_table, ranges
+from ..reporting.tables import plan_table
 from ..storage import check_free
+from ..values.files import PLAN_FILE
+from ..values.layers import ranges
+from ..values.plan import Plan
 from .options import (
     CutOut,
     DeviceMap,
@@ -31,7 +33,7 @@ from .output import print_json, say_dry_run, show
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..checkpoint import PreparedCut
+    from ..cutting.checkpoint import PreparedCut
 
 
 def prune_command(
@@ -120,7 +122,7 @@ def prune_command(
 
 def _count(model: str, gguf_file: str | None, trust_remote_code: bool, on_disk: bool) -> int:
     if on_disk:
-        from ..checkpoint import count_stored_layers
+        from ..cutting.checkpoint import count_stored_layers
 
         return count_stored_layers(model, trust_remote_code)
     from ..models.loading import count_layers
@@ -132,7 +134,7 @@ def _prepared(
     model: str, plan: Plan, max_shard_size: str | None, trust_remote_code: bool
 ) -> "PreparedCut | None":
     """The cut on disk; None if this model must be cut in memory."""
-    from ..checkpoint import prepare
+    from ..cutting.checkpoint import prepare
 
     try:
         return prepare(model, plan.blocks, max_shard_size or "5GB", plan, trust_remote_code)
@@ -143,7 +145,7 @@ def _prepared(
 def _verify(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, plan: Plan
 ) -> float:
-    from ..pipeline import verify_checkpoint
+    from ..cutting.saving import verify_checkpoint
 
     text = "The quick brown fox jumps over the lazy dog, and then it does so again."
     return verify_checkpoint(model, tokenizer, out, plan.blocks, text)
@@ -154,7 +156,7 @@ def _verified(difference: float | None) -> list[str]:
 
 
 def _is_cut_on_disk(model: str, dtype: DtypeName | None, gguf_file: str | None) -> bool:
-    from ..checkpoint import is_checkpoint, stored_dtype
+    from ..cutting.checkpoint import is_checkpoint, stored_dtype
 
     if gguf_file is not None or not is_checkpoint(model):
         return False
@@ -163,7 +165,7 @@ def _is_cut_on_disk(model: str, dtype: DtypeName | None, gguf_file: str | None) 
 
 def _plain_dtype(model: str) -> DtypeName:
     """What a folder's weights are loaded in as they are stored."""
-    from ..checkpoint import stored_dtype
+    from ..cutting.checkpoint import stored_dtype
 
     stored = stored_dtype(model)
     plain: tuple[DtypeName, ...] = ("float32", "float16")
@@ -177,8 +179,9 @@ def _prune_in_memory(
     plan: Plan,
     overwrite: bool,
 ) -> Plan:
+    from ..cutting.memory import without_layers
+    from ..cutting.saving import save_model
     from ..models.identity import identify
-    from ..pruning import save_model, without_layers
 
     identity = identify(model)
     plan.check_model(identity)
@@ -219,7 +222,7 @@ def _prune_gguf(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from ..gguf import count_gguf_layers, gguf_files, plan_gguf, prune_gguf
+    from ..cutting.gguf import count_gguf_layers, gguf_files, plan_gguf, prune_gguf
     from ..progress import track
 
     wanted = wanted_plan(str(source), drop, plan, count_gguf_layers(source))

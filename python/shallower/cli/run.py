@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..artifacts import CHECKPOINT_FOLDER, RESULTS_FILE
 from ..errors import PatchError, RecipeError, TextsError
-from ..healing.recipe import Recipe
-from ..report import comparison_table, plan_table, scan_table
-from ..selection import check_size, parse_sizes
+from ..reporting.tables import comparison_table, plan_table, scan_table
 from ..storage import check_free
-from ..texts import Texts
+from ..texts.sources import Texts
+from ..values.files import CHECKPOINT_FOLDER, RESULTS_FILE
+from ..values.layers import check_size, parse_sizes
+from ..values.recipe import Recipe
 from .heal import say_healing
 from .options import (
     BatchSize,
@@ -34,13 +34,13 @@ from .options import (
 )
 from .output import draw, print_json, rejected, say_dry_run, show, warn
 
-HEALED_FOLDER = "healed"
-"""The healed model below the folder of a run."""
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..pipeline import Run
+    from ..runs.run import Run
+
+HEALED_FOLDER = "healed"
+"""The healed model below the folder of a run."""
 
 
 def run_command(
@@ -95,7 +95,7 @@ def run_command(
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
     if heal:
-        from ..healing.run import require_healable
+        from ..healing.heal import require_healable
 
         require_healable(loaded, tokenizer, source, recipe)
     passages = list(held_out)
@@ -109,7 +109,7 @@ def run_command(
         _say(done, out)
     if heal:
         del loaded
-        from ..healing.run import heal as heal_cut
+        from ..healing.heal import heal as heal_cut
 
         uncut = str(Path(model) / gguf_file) if gguf_file else model
         how: dict[str, Any] = {
@@ -141,7 +141,7 @@ def demo_command(
     as_json: Json = False,
 ) -> None:
     """The whole way on SmolLM2-135M-Instruct, with no hub and no download."""
-    from .. import demo
+    from ..runs import demo
 
     path = demo.model_path()
     calibration, held_out = demo.texts(texts, samples, 24)
@@ -173,7 +173,7 @@ def _run(
     sizes: list[int],
     **options: Any,
 ) -> "Run":
-    from ..pipeline import run
+    from ..runs.run import run
 
     done = run(model, tokenizer, texts, eval_texts, out, sizes, **options)
     draw(done.scan, out)

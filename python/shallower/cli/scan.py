@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..artifacts import PARTIAL_FILE, SCAN_FILE
 from ..errors import OutputError, ScanError
-from ..kept_states import check_keepable
-from ..positions import Positions
+from ..scanning.states_writer import check_keepable
 from ..storage import check_free, free_bytes
-from ..texts import Texts
+from ..texts.sources import Texts
+from ..values.files import PARTIAL_FILE, SCAN_FILE
+from ..values.positions import Positions
 from .options import (
     BatchSize,
     DeviceMap,
@@ -75,7 +75,7 @@ def scan_command(
     scan, its kept states too, goes on where it was when the same command is given again.
     """
     from ..models.loading import states_shape
-    from ..pipeline import scan
+    from ..scanning.model import scan
 
     source = Texts(texts, samples)
     check_free(out / SCAN_FILE, overwrite)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifacts import Block, Plan
 from ..models.architecture import find_layers
+from ..values.layers import Block
+from ..values.plan import Plan
 
 _ROWS = 128
 """Rows of logits that are in float32 at a time."""

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..errors import ModelError
 from ..models.identity import identify, stored_digest
 from ..models.loading import load_model, load_weights
-from .record import Healing, Merge
+from ..values.healing import Healing, Merge
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
 """‖merged − adapters‖ / ‖adapters‖ of the logits, at most, by the dtype that the sum of weight and

@@ -7,13 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import Plan
 from ..errors import ModelError, OutputError, RecipeError, TextsError
 from ..models.identity import identify, stored_digest
 from ..models.loading import load_model
-from ..patching.run import patch
-from ..patching.writing import PATCH_FILE, save_patched
 from ..storage import partial_folder
+from ..values.plan import Plan
+from .patch import patch
+from .saving import PATCH_FILE, save_patched
 
 PATCHED = "patched"
 """The folder of the patched cut in that of adapters which need it."""

@@ -30,15 +30,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..artifacts import Loss
 from ..errors import ModelError, OutputError
 from ..models.feed_forward import Targets
 from ..progress import Advance
-from . import checkpoints
+from ..texts.sequences import Samples, collate, order
+from ..values.healing import Measured, Step
+from ..values.loss import Loss
+from ..values.recipe import GLOBAL_BATCH, Resolved
+from . import trainer_checkpoints as checkpoints
 from .losses import Distillation, summed_loss
-from .recipe import GLOBAL_BATCH, Resolved
-from .record import Measured, Step
-from .samples import Samples, collate, order
 
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
 

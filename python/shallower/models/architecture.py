@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from .shortening import layer_counts
+from .layer_config import layer_counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..artifacts import ModelIdentity, fingerprint
+from ..values.plan import ModelIdentity, fingerprint
 from .architecture import find_layers, require_weights, text_config
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration import Batch
 from ..errors import ModelError
+from ..texts.batches import Batch
 from .architecture import evaluating, find_layers, input_device
 
 

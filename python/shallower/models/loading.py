@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from ..errors import MissingExtraError, ModelError
+from .layer_config import layer_counts
 from .quantised import clear_gguf_marks, keep_exact, quantisation
-from .shortening import layer_counts
 
 Dtype = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None

@@ -1,0 +1,150 @@
+"""Dropping layers in memory, and saving what is left as a standard checkpoint.
+
+A cut changes the module list, the layer count, what every layer knows of its place
+(``layer_idx``), and every per-layer list of the config, by surviving index. It is made only
+if a fresh model built from the new config has the same layers: classes, shapes and plain
+attributes are compared on the meta device first, so that no stock loader builds another
+network than the one in memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models.architecture import (
+    DecoderLayers,
+    find_layers,
+    layer_parts,
+    text_config,
+    undo_rescaling,
+)
+from ..models.identity import identify
+from ..models.layer_config import layer_counts, shorten
+from ..values.layers import Layers, blocks_of, dropped_layers
+from ..values.plan import Plan
+from .twin import PLACES, _checked_twin
+
+
+def drop_layers(model: PreTrainedModel, layers: Layers) -> Plan:
+    """Remove layers from a model, in place.
+
+    Args:
+        model: a Llama-like causal language model of transformers, quantised or not.
+        layers: blocks, ranges or indices, 0-based.
+
+    Returns:
+        The plan that was carried out, with the identity of the uncut model.
+
+    Raises:
+        LayersError: a layer that is not there, is named twice, or is the last one left.
+        ModelError: no list of decoder layers, or a config that cannot describe the
+            survivors. The model is then as it was.
+    """
+    found = find_layers(model)
+    dropped = dropped_layers(len(found), layers)
+    plan = Plan(len(found), blocks_of(dropped), model=identify(model))
+    _cut(model, found, plan.survivors)
+    return plan
+
+
+@contextmanager
+def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
+    """The model without some layers, for as long as the body runs.
+
+    Raises:
+        LayersError, ModelError: as :func:`drop_layers`.
+    """
+    found = find_layers(model)
+    dropped = set(dropped_layers(len(found), layers))
+    modules = found.modules
+    places = [
+        (module, name, vars(module)[name])
+        for module in modules.modules()
+        for name in PLACES
+        if name in vars(module)
+    ]
+    configs = [(config, copy.copy(vars(config))) for config in _configs(model)]
+    parts = layer_parts(model, found)
+    ties = [(module, dict(_ties(module))) for module in model.modules()]
+    device_map = copy.copy(getattr(model, "hf_device_map", None))
+    survivors = tuple(index for index in range(len(found)) if index not in dropped)
+    _cut(model, found, survivors)
+    try:
+        yield
+    finally:
+        undo_rescaling(model)
+        setattr(found.owner, found.name, modules)
+        for config, values in configs:
+            vars(config).clear()
+            vars(config).update(values)
+        for module, name, place in places:
+            setattr(module, name, place)
+        for part in parts:
+            part.restore()
+        for module, values in ties:
+            module.__dict__.update(values)
+        if device_map is not None:
+            setattr(model, "hf_device_map", device_map)  # noqa: B010
+
+
+def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
+    total = len(found)
+    twin = _checked_twin(model, found, survivors)[1]
+    undo_rescaling(model)
+    for part in layer_parts(model, found):
+        part.keep(survivors)
+    for live in _configs(model):
+        shorten(live, total, survivors)
+    kept = [found.modules[index] for index in survivors]
+    for layer, built in zip(kept, find_layers(twin).modules, strict=True):
+        _take_places(layer, built)
+    modules = dict(model.named_modules())
+    for path, built in twin.named_modules():
+        if path in modules:
+            modules[path].__dict__.update(_ties(built))
+    setattr(found.owner, found.name, nn.ModuleList(kept))
+    _renumber_device_map(model, found.path, survivors)
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The config of a model's decoder, with its copies in the modules."""
+    main = text_config(model)
+    seen = {id(main): main}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if type(config) is type(main) and layer_counts(config) == layer_counts(main):
+            seen.setdefault(id(config), config)
+    return list(seen.values())
+
+
+def _ties(module: nn.Module) -> dict[str, Any]:
+    """What a model of transformers knows of shared weights, if by the numbers of its layers."""
+    names = ("_tied_weights_keys", "all_tied_weights_keys")
+    return {name: vars(module)[name] for name in names if name in vars(module)}
+
+
+def _take_places(layer: nn.Module, twin: nn.Module) -> None:
+    for module, built in zip(layer.modules(), twin.modules(), strict=True):
+        for name in PLACES:
+            if name in vars(module) and name in vars(built):
+                setattr(module, name, vars(built)[name])
+
+
+def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int, ...]) -> None:
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is None:
+        return
+    position = {old: new for new, old in enumerate(survivors)}
+    renamed = {}
+    for name, device in device_map.items():
+        rest = name.removeprefix(path + ".")
+        index, _, tail = rest.partition(".")
+        if rest == name or not index.isdigit():
+            renamed[name] = device
+        elif int(index) in position:
+            renamed[".".join(filter(None, (path, str(position[int(index)]), tail)))] = device
+    setattr(model, "hf_device_map", renamed)  # noqa: B010

@@ -1,0 +1,1 @@
+"""Measures of a model: the held-out loss."""

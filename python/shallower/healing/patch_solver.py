@@ -1,0 +1,301 @@
+"""The work of a patch: layer by layer, both models side by side, matrices solved anew."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import PatchError
+from ..evaluation.loss import losses_of_texts
+from ..models.layerwise import Layerwise
+from ..models.residual_writers import Writer, Writers, find_writers
+from ..progress import track
+from ..texts.batches import Batch
+from ..values.patch import Fit, Patch
+from ..values.plan import Plan
+from .least_squares import NormalEquations
+from .patch_states import StateSet, Stored, first_tokens, other_tokens
+
+RIDGES = (0.03, 0.3, 3.0)
+"""Penalties on the change of a matrix that are tried, as shares of its inputs' mean square."""
+
+FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
+"""What the first token of a text, which carries massive activations, may count."""
+
+ATTENTION_STEP = 0.5
+"""How much of the attention's share of a jump it is given; the feed-forward, whose inputs
+change with it, is then solved for all that is left."""
+
+LATER_SHARE = 2
+"""Layers after the cut, which have little to make up, are solved on one of so many batches."""
+
+PATIENCE = 2
+"""Layers after the cut that may fail to lower the loss, one after the other, before it ends."""
+
+
+class Patching:
+    """The work on one model: both models' states advance layer by layer, side by side."""
+
+    def __init__(
+        self,
+        model: Layerwise,
+        plan: Plan,
+        fitted: Sequence[Batch],
+        held_out: Sequence[Batch],
+        undo: list[tuple[torch.Tensor, torch.Tensor]],
+        progress: bool | None,
+    ) -> None:
+        self.model, self.plan, self.undo, self.progress = model, plan, undo, progress
+        self._batches = fitted, held_out
+        self.survivors = plan.survivors
+        self.first_weight = FIRST_WEIGHTS[0]
+
+    def __enter__(self) -> "Patching":
+        self.model.check(self._batches[1][0])
+        self._folder = tempfile.TemporaryDirectory(prefix="shallower-")
+        folder = Path(self._folder.name)
+        sample = self.model.embed(self._batches[0][0])
+        width, dtype = sample.shape[-1], sample.dtype
+        self.fitted, self.held_out = (
+            StateSet(
+                batches,
+                Stored(folder / f"{name}.whole", batches, width, dtype),
+                Stored(folder / f"{name}.cut", batches, width, dtype),
+            )
+            for name, batches in zip(("fitted", "held_out"), self._batches, strict=True)
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def solve(self, method: str) -> Patch:
+        """The layers before the blocks; for ``refit``, those after them too."""
+        first = self.plan.blocks[0].start - 1
+        after = {block.start - 1: block.stop for block in self.plan.blocks}
+        last = max(after)
+        for states in (self.fitted, self.held_out):
+            for index, batch in enumerate(states.batches):
+                embedded = self.model.embed(batch)
+                states.whole[index] = self.model.run(batch, embedded, range(first))
+                states.cut[index] = states.whole[index]
+        original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
+        nats, fits, failures = cut, [], 0
+        with track("patch", len(self.survivors) - first, self.progress) as advance:
+            for layer in self.survivors[first:]:
+                target = after.get(layer, layer + 1)
+                self._advance_whole(layer, target)
+                wanted = layer in after or (method == "refit" and failures < PATIENCE)
+                fit = self._fit(layer, target, method, layer in after) if wanted else None
+                if fit and (layer in after or fit.nats < nats):
+                    fits.append(fit)
+                    nats, failures = fit.nats, 0
+                elif wanted:
+                    self._take_back()
+                    failures += 1
+                if layer >= last and (method == "map" or failures >= PATIENCE):
+                    break
+                if layer == last:
+                    self.fitted.thin(LATER_SHARE)
+                self._advance_cut(layer)
+                advance(1)
+        return self._done(method, original, cut, nats, fits=tuple(fits))
+
+    def magnitude(self) -> Patch:
+        """Everything that is written after a block is divided by what the norms grow across it.
+
+        A norm stands before each reader of the stream, so that this is the same as to multiply
+        the stream itself, and the embeddings stay.
+        """
+        states = self.held_out
+        sums = {place: 0.0 for block in self.plan.blocks for place in (block.start, block.stop)}
+        counts = 0
+        for chosen in (self.fitted, self.held_out):
+            for index, batch in enumerate(chosen.batches):
+                hidden = self.model.embed(batch)
+                chosen.cut[index] = hidden
+                mask = other_tokens(batch)
+                at = 0
+                for place in sorted(sums):
+                    hidden = self.model.run(batch, hidden, range(at, place))
+                    at = place
+                    sums[place] += float(hidden[mask].float().norm(dim=-1).double().sum())
+                counts += int(mask.sum())
+        original, cut = self._loss(0, range(len(self.model))), self._loss(0, self.survivors)
+        scales = tuple(sums[block.stop] / sums[block.start] for block in self.plan.blocks)
+        batch, factor = states.batches[0], 1.0
+        hidden = self.model.embed(batch)
+        for layer in self.survivors:
+            passed = [s for b, s in zip(self.plan.blocks, scales, strict=True) if b.stop <= layer]
+            factor = math.prod(passed)
+            if factor != 1.0:
+                writers = find_writers(self.model, layer, batch, hidden)
+                for writer in self._both(layer, writers):
+                    for weight in writer.module.parameters(recurse=False):
+                        self._change(weight, weight / factor)
+            hidden = self.model.run(batch, hidden, (layer,))
+        return self._done("magnitude", original, cut, self._loss(0, self.survivors), scales=scales)
+
+    def _both(self, layer: int, writers: Writers) -> tuple[Writer, Writer]:
+        if writers.attention is None or writers.feed_forward is None:
+            raise PatchError(
+                f"layer {layer} does not write into the residual stream by two plain linear maps, "
+                f"which the method magnitude scales"
+            )
+        return writers.attention, writers.feed_forward
+
+    def _done(self, method: str, original: float, cut: float, patched: float, **more: Any) -> Patch:
+        fitted, held_out = (
+            sum(int(batch.attention_mask.sum()) for batch in batches) for batches in self._batches
+        )
+        return Patch(self.plan, method, fitted, held_out, original, cut, patched, **more)
+
+    def _advance_whole(self, layer: int, target: int) -> None:
+        for states in (self.fitted, self.held_out):
+            for index, batch in enumerate(states.batches):
+                states.whole[index] = self.model.run(
+                    batch, states.whole[index], range(layer, target)
+                )
+
+    def _advance_cut(self, layer: int) -> None:
+        for states in (self.fitted, self.held_out):
+            for index, batch in enumerate(states.batches):
+                states.cut[index] = self.model.run(batch, states.cut[index], (layer,))
+
+    def _fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
+        """Solve a layer's matrices for the whole model's state; the best of a few choices."""
+        self._mark = len(self.undo)
+        batch = self.held_out.batches[0]
+        writers = find_writers(self.model, layer, batch, self.held_out.cut[0])
+        feed_forward = writers.feed_forward
+        if feed_forward is None:
+            if not jump:
+                return None
+            raise PatchError(
+                f"layer {layer}, before the block, does not write into the residual stream by a "
+                f"plain linear map (experts, a norm behind it, or quantised weights): load the "
+                f"model unquantised, or drop another block"
+            )
+        before = self._missing(layer)
+        changed = [feed_forward.name]
+        if method == "refit" and writers.attention is not None:
+            self._give_attention_its_share(layer, writers.attention, feed_forward)
+            changed.insert(0, writers.attention.name)
+        rest, first = self._equations(layer, (feed_forward,))
+        own = feed_forward.weight.double()
+        if method == "map":
+            rest, first = rest.mapped(own), first.mapped(own)
+
+        def change(ridge: float, first_weight: float) -> None:
+            penalty = rest.scale.expand(len(rest.gram))
+            delta = rest.plus(first, first_weight).solve(ridge, penalty) / feed_forward.scale
+            new = own + (delta @ own if method == "map" else delta)
+            self._set(feed_forward, new)
+
+        choices = [(RIDGES[0], self.first_weight)]
+        best, nats = choices[0], math.inf
+        trials = [(RIDGES[0], w) for w in FIRST_WEIGHTS] if jump else choices
+        for trial in trials:
+            change(*trial)
+            if (loss := self._loss(layer)) < nats:
+                best, nats = trial, loss
+        for ridge in RIDGES[1:]:
+            change(ridge, best[1])
+            if (loss := self._loss(layer)) >= nats:
+                break
+            best, nats = (ridge, best[1]), loss
+        change(*best)
+        self.first_weight = best[1]
+        explained = 1.0 - self._missing(layer) / before
+        prefix = f"{layer}."
+        return Fit(layer, tuple(prefix + name for name in changed), target, *best, explained, nats)
+
+    def _give_attention_its_share(self, layer: int, attention: Writer, other: Writer) -> None:
+        rest, first = self._equations(layer, (attention, other))
+        inputs = attention.weight.shape[1]
+        diagonal = rest.gram.diagonal()
+        parts = diagonal[:inputs], diagonal[inputs:]
+        penalty = torch.cat([part.mean().expand(len(part)) for part in parts])
+        joint = rest.plus(first, self.first_weight).solve(RIDGES[0], penalty)
+        delta = ATTENTION_STEP * joint[:, :inputs] / attention.scale
+        self._set(attention, attention.weight.double() + delta)
+
+    def _equations(
+        self, layer: int, writers: tuple[Writer, ...]
+    ) -> tuple[NormalEquations, NormalEquations]:
+        """What is missing to the whole model's states, from the writers' inputs.
+
+        Summed apart for the first tokens of the texts, and for all others.
+        """
+        states = self.fitted
+        sums: tuple[NormalEquations, ...] = ()
+        for index, batch in enumerate(states.batches):
+            with _inputs([writer.module for writer in writers]) as taken:
+                output = self.model.run(batch, states.cut[index], (layer,))
+            inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
+            missing = states.whole[index].to(output.device).float() - output.float()
+            if not sums:
+                sizes = inputs.shape[-1], missing.shape[-1]
+                sums = tuple(NormalEquations.empty(*sizes, inputs.device) for _ in range(2))
+            for equations, mask in zip(
+                sums, (other_tokens(batch), first_tokens(batch)), strict=True
+            ):
+                equations.add(inputs[mask], missing[mask])
+        return sums[0], sums[1]
+
+    def _missing(self, layer: int) -> float:
+        """The squared distance to the whole model's states on held-out text, first tokens apart."""
+        states, total = self.held_out, 0.0
+        for index, batch in enumerate(states.batches):
+            output = self.model.run(batch, states.cut[index], (layer,))
+            missing = states.whole[index].float() - output.float()
+            total += float(missing[other_tokens(batch)].double().square().sum())
+        return total
+
+    def _loss(self, layer: int, layers: Sequence[int] | None = None) -> float:
+        """The held-out loss, from the cut model's states before ``layer``."""
+        if layers is None:
+            layers = [index for index in self.survivors if index >= layer]
+        total, count = 0.0, 0
+        for index, batch in enumerate(self.held_out.batches):
+            logits = self.model.logits(batch, self.held_out.cut[index], layers)
+            total += sum(losses_of_texts(logits, batch))
+            count += int(batch.attention_mask.sum()) - len(batch)
+        return total / count if math.isfinite(total) else math.inf
+
+    def _set(self, writer: Writer, weight: torch.Tensor) -> None:
+        self._change(writer.parameter, writer.stored(weight))
+
+    def _change(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        if all(parameter is not known for known, _ in self.undo):
+            self.undo.append((parameter, parameter.detach().clone()))
+        parameter.copy_(value)
+
+    def _take_back(self) -> None:
+        while len(self.undo) > self._mark:
+            parameter, before = self.undo.pop()
+            parameter.copy_(before)
+
+
+@contextmanager
+def _inputs(modules: Sequence[nn.Module]) -> Iterator[Callable[[], list[torch.Tensor]]]:
+    """Give a function that tells what the modules were given."""
+    taken: dict[int, torch.Tensor] = {}
+
+    def keep(place: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            taken[place] = args[0]
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(keep(place)) for place, m in enumerate(modules)]
+    try:
+        yield lambda: [taken[place] for place in range(len(modules))]
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,102 @@
+"""The texts of a patch as batches, and the states of two models on them, in files."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import TextsError
+from ..texts.batches import Batch, TokenBatches, untouched
+
+MAX_HELD_OUT = 8192
+"""Tokens on which choices are made, at most."""
+
+
+def divide(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int,
+    batch_size: int,
+    num_tokens: int,
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches to fit and batches held out, every eighth text; as many texts as are needed."""
+    counts = [0, 0]
+    enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
+    parts: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
+    for index, text in enumerate(texts):
+        held = index % 8 == 7
+        if counts[0] >= enough[0] and counts[1] >= enough[1]:
+            break
+        if counts[held] < enough[held]:
+            with untouched(tokenizer):
+                encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+            parts[held].append((len(encoded), text))
+            counts[held] += len(encoded)
+    # Texts of one length together: less padding.
+    fitted, held_out = (
+        list(
+            TokenBatches(
+                tokenizer, [text for _, text in sorted(part)], max_length, batch_size, min_tokens=2
+            )
+        )
+        for part in parts
+    )
+    if not fitted or not held_out:
+        raise TextsError(
+            f"{len(parts[0]) + len(parts[1])} texts are too few to fit and to hold out: give at "
+            f"least 8 with two tokens each, better some thousand"
+        )
+    return fitted, held_out
+
+
+class Stored:
+    """States of batches, in one temporary file."""
+
+    def __init__(
+        self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype
+    ) -> None:
+        sizes = [batch.input_ids.size * width for batch in batches]
+        whole = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+        self._parts = [
+            part.view(*batch.input_ids.shape, width)
+            for part, batch in zip(whole.split(sizes), batches, strict=True)
+        ]
+
+    def thin(self, step: int) -> None:
+        """Forget all but one of ``step`` batches."""
+        self._parts = self._parts[::step]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._parts[index]
+
+    def __setitem__(self, index: int, states: torch.Tensor) -> None:
+        self._parts[index].copy_(states)
+
+
+@dataclass(slots=True)
+class StateSet:
+    """Batches with the states of the whole model and of the cut one, as far as both have come."""
+
+    batches: Sequence[Batch]
+    whole: Stored
+    cut: Stored
+
+    def thin(self, step: int) -> None:
+        """Go on with one of ``step`` batches."""
+        self.batches = self.batches[::step]
+        self.whole.thin(step)
+        self.cut.thin(step)
+
+
+def first_tokens(batch: Batch) -> torch.Tensor:
+    """The first tokens of the texts, (B, T); batches are padded on the right."""
+    mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+    mask[:, 0] = True
+    return mask
+
+
+def other_tokens(batch: Batch) -> torch.Tensor:
+    """All tokens but the first and the padding."""
+    return torch.from_numpy(batch.attention_mask).bool() & ~first_tokens(batch)

@@ -1,0 +1,172 @@
+"""A patched model as a standard checkpoint, with what was done to it."""
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cutting.cards import CARD_FILE, EXPORT_FILES, adapters_card, healed_card
+from ..cutting.saving import save_model
+from ..errors import MissingExtraError
+from ..evaluation.loss import evaluate_loss
+from ..reporting.figures import healing_curve
+from ..storage import new_folder, write_file
+from ..values.files import PLAN_FILE
+from ..values.healing import CURVE_FILE, Healing
+from ..values.loss import Loss
+from ..values.patch import Patch
+from ..values.recipe import GLOBAL_BATCH
+from .merging import Merger
+
+PATCH_FILE = "shallower_patch.json"
+
+
+def save_patched(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    done: Patch,
+    overwrite: bool = False,
+    losses: tuple[Loss, Loss] | None = None,
+    more: Mapping[str, bytes] | None = None,
+) -> None:
+    """Save a patched model as :func:`shallower.save_model` does, with ``shallower_patch.json``
+    and a card that says what was done.
+
+    Args:
+        model: as :func:`patch` left it.
+        tokenizer: saved beside it, unless ``None``.
+        path: a folder that does not exist yet, or is empty.
+        done: what :func:`patch` gave.
+        overwrite: replace what is at ``path``, once the new checkpoint is complete.
+        losses: on text that no choice was made on, before the cut and after the patch.
+        more: files to put beside it, by name.
+
+    Raises:
+        OutputError, ModelError: as :func:`shallower.save_model`.
+    """
+    with new_folder(Path(path), overwrite) as folder:
+        folder.rmdir()
+        save_model(model, tokenizer, folder, done.plan, losses=losses)
+        card = healed_card(folder / CARD_FILE, _PATCHED[done.method], _patch_rows(done))
+        report = json.dumps(done.to_json(), indent=2) + "\n"
+        beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
+        for name, content in beside.items():
+            write_file(folder / name, content)
+
+
+_PATCHED = {
+    "refit": "matrices beside it were solved anew by least squares; nothing was trained.",
+    "map": "a linear map was fused into the matrix before it; nothing was trained.",
+    "magnitude": "the matrices behind it were scaled; nothing was trained.",
+}
+
+
+def _patch_rows(done: Patch) -> list[tuple[str, str]]:
+    rows = [
+        ("method", done.method),
+        ("tokens fitted", f"{done.num_tokens:,}"),
+        ("held-out loss, nats a token", f"{done.original:.4f} whole, {done.cut:.4f} cut, "
+         f"{done.patched:.4f} patched, on {done.num_held_out:,} tokens that choices were made on"),
+        ("lost nats recovered", f"{100 * done.recovered:.0f} %"),
+    ]  # fmt: skip
+    changed = ", ".join(name for fit in done.fits for name in fit.matrices)
+    return [*rows, ("matrices solved anew, by source layer", changed)] if changed else rows
+
+
+_MERGED = "low-rank adapters were trained and merged into its weights."
+
+
+def _healing_rows(healing: Healing) -> list[tuple[str, str]]:
+    """What a model card says of a healing."""
+    recipe = healing.recipe
+    kind = "packed" if recipe.packing else "truncated"
+    rows = [
+        ("trained", f"step {healing.best_step} of {recipe.steps}, {GLOBAL_BATCH} sequences each"),
+        ("texts", f"{healing.texts.num_texts}, {kind} to {recipe.max_length} tokens"),
+        (
+            "adapters",
+            f"rank {recipe.rank} on {healing.adapted} linear maps of the feed-forward "
+            f"{'and attention ' if recipe.attention else ''}parts, peak rate "
+            f"{recipe.learning_rate:g}, base in {recipe.dtype}",
+        ),
+    ]
+    if healing.before and healing.after:
+        rows.append(("held-out loss", f"{healing.before} → {healing.after} nats a token"))
+    if healing.cut:
+        rows.append(("held-out loss, unpatched", f"{healing.cut} nats a token"))
+    if healing.original:
+        rows.append(("held-out loss, uncut", f"{healing.original} nats a token"))
+    if healing.merge and healing.merge.loss:
+        rows.append(("held-out loss, merged", f"{healing.merge.loss} nats a token"))
+    return rows
+
+
+def draw(folder: Path, healing: Healing) -> None:
+    """Write the curve, if it can be drawn."""
+    try:
+        write_file(folder / CURVE_FILE, healing_curve(healing))
+    except MissingExtraError as error:
+        warnings.warn(f"{error}; the curve is left out", stacklevel=2)
+
+
+def _copy(source: str, folder: Path, names: Iterable[str]) -> None:
+    """Carry files beside a local model over, where they are there."""
+    for name in names:
+        file = Path(source).expanduser() / name
+        if file.is_file():
+            write_file(folder / name, file.read_bytes())
+
+
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def write_adapters(
+    folder: Path,
+    path: str,
+    checkpoint: Path,
+    healing: Healing,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write a repository of peft with all but its record."""
+    _copy(str(checkpoint), folder, _ADAPTER_FILES)
+    tokenizer.save_pretrained(folder)
+    _copy(path, folder, (PATCH_FILE,))
+    healing.plan.save(folder / PLAN_FILE)
+    card = adapters_card(healing.plan, path, Path(path) / CARD_FILE, _healing_rows(healing))
+    write_file(folder / CARD_FILE, card.encode())
+
+
+def write_merged(
+    folder: Path,
+    base: str,
+    adapters: Path,
+    healing: Healing,
+    held_out: list[str] | None,
+    trained: torch.Tensor | None,
+    trust_remote_code: bool,
+) -> Healing:
+    """Write the merged checkpoint with all but its record; gives the record."""
+    merger = Merger(base, adapters, healing, trust_remote_code)
+    model = merger.merged()
+    model.save_pretrained(folder)
+    merger.tokenizer.save_pretrained(folder)
+    merged = merger.check(folder, trained)
+    if held_out:
+        recipe = healing.recipe
+        loss = evaluate_loss(
+            model, merger.tokenizer, held_out, recipe.max_length, recipe.batch_size, False
+        )
+        merged = replace(merged, loss=loss)
+    healing = replace(healing, merge=merged)
+    _copy(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
+    healing.plan.save(folder / PLAN_FILE)
+    write_file(
+        folder / CARD_FILE,
+        healed_card(Path(base) / CARD_FILE, _MERGED, _healing_rows(healing)).encode(),
+    )
+    return healing

@@ -1,0 +1,1 @@
+"""Cuts compared by what they cost."""

@@ -1,0 +1,156 @@
+"""The linear maps by which a layer writes into the residual stream, found by probing.
+
+A layer adds to its input what its attention and its feed-forward make; the last matrices of
+both, ``o_proj`` and ``down_proj`` of a Llama, write into the stream. Names differ by family, and
+norms or experts may stand between a matrix and the stream. So each candidate is tried: what
+is added to its output must appear in the layer's output, times one number.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..texts.batches import Batch
+from .layerwise import Layerwise
+
+TOLERANCE = 0.02
+"""How far a probe may be from what was added, as a share: several roundings of bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A linear map into the residual stream.
+
+    Attributes:
+        name: its name in its layer.
+        module: an ``nn.Linear``, or a ``Conv1D`` of transformers, whose weight is transposed.
+        scale: what its output is multiplied by on its way into the stream.
+    """
+
+    name: str
+    module: nn.Module
+    scale: float
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(D, inputs), a view."""
+        return self.stored(self.parameter.detach())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module keeps it."""
+        weight: Any = self.module.weight
+        return weight
+
+    def stored(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of (D, inputs) as the module keeps it, or the other way round."""
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+
+@dataclass(frozen=True, slots=True)
+class Writers:
+    """The writers of one layer; None where there is none that is a plain linear map."""
+
+    attention: Writer | None
+    feed_forward: Writer | None
+
+
+@torch.inference_mode()
+def find_writers(model: Layerwise, layer: int, batch: Batch, states: torch.Tensor) -> Writers:
+    """Find a layer's writers on a batch of its inputs, (B, T, D)."""
+    found = {
+        name: module
+        for name, module in model.modules[layer].named_modules()
+        if _is_plain(module, states.shape[-1])
+    }
+    order = _order(model, layer, batch, states, found)
+    if not order:
+        return Writers(None, None)
+    last = order[-1]
+    scale = _scale(model, layer, batch, states, found[last])
+    if scale is None:
+        return Writers(None, None)
+    attention = None
+    for name in reversed(order[:-1]):
+        of_attention = _scale(model, layer, batch, states, found[name], silent=found[last])
+        if of_attention is not None:
+            attention = Writer(name, found[name], of_attention)
+            break
+    return Writers(attention, Writer(last, found[last], scale))
+
+
+def _is_plain(module: nn.Module, width: int) -> bool:
+    """Whether a module is a linear map of floating-point weights to ``width`` values."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return False
+    if isinstance(module, Conv1D):
+        return bool(module.nf == width)
+    return isinstance(module, nn.Linear) and weight.shape == (width, module.in_features)
+
+
+def _order(
+    model: Layerwise, layer: int, batch: Batch, states: torch.Tensor, found: dict[str, nn.Module]
+) -> list[str]:
+    """The names of the modules that run once, in the order in which they do, on all tokens."""
+    ran: list[str] = []
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.numel() == states.numel():
+                ran.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in found.items()]
+    try:
+        model.run(batch, states, (layer,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in ran if ran.count(name) == 1]
+
+
+def _scale(
+    model: Layerwise,
+    layer: int,
+    batch: Batch,
+    states: torch.Tensor,
+    module: nn.Module,
+    silent: nn.Module | None = None,
+) -> float | None:
+    """What a module's output is multiplied by on its way; None if it is no plain sum.
+
+    With ``silent``, whose output then counts for nothing.
+    """
+    mask = torch.from_numpy(batch.attention_mask).bool().to(states.device)
+    with _output(silent, lambda output: torch.zeros_like(output)):
+        before = model.run(batch, states, (layer,)).float()
+        signs = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        probe = (before.abs() + before.square().mean().sqrt()) * (2.0 * signs.to(before) - 1.0)
+        with _output(module, lambda output: output + probe.to(output).view_as(output)):
+            after = model.run(batch, states, (layer,)).float()
+    expected, seen = probe[mask], (after - before)[mask]
+    # Every element counts alike, however massive its channel.
+    ratio = seen / expected
+    scale = float(ratio.mean())
+    if abs(scale) < TOLERANCE or float((ratio - scale).abs().max()) > 4 * TOLERANCE * abs(scale):
+        return None
+    return 1.0 if abs(scale - 1.0) < TOLERANCE else scale
+
+
+@contextmanager
+def _output(module: nn.Module | None, change: Any) -> Iterator[None]:
+    if module is None:
+        yield
+        return
+    handle = module.register_forward_hook(lambda _module, _args, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()

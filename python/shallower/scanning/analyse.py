@@ -1,0 +1,138 @@
+"""Scans of stored states: arrays, tensors and files."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import StatesError
+from .builder import ScanBuilder, as_array
+from .scan import Scan
+from .states_file import StatesFile
+
+CHUNK_BYTES = 64 << 20
+"""How much of an array goes to the core at a time."""
+
+
+def analyse_states(
+    states: Any,
+    metrics: Sequence[str] = ("angular",),
+    threads: int | None = None,
+    keep_samples: bool = False,
+    cka_batch: int | None = None,
+    sequences: ArrayLike | None = None,
+    progress: bool | None = None,
+    tensor: str | None = None,
+) -> Scan:
+    """Compare stored hidden states, without a model.
+
+    Args:
+        states: (samples, L+1, D), a NumPy array or a torch tensor on the CPU, of float32,
+            float16, bfloat16 or float64; an array of uint16 is read as bfloat16 bits. Read
+            in place if C-contiguous as (samples, L+1, D) or (L+1, samples, D), else copied
+            64 MiB at a time. Or the path of a file of them, ``.npy`` or ``.safetensors``, which
+            is read in constant memory; one that ``scan`` kept gives that scan again.
+        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
+        threads: threads of the core, all by default.
+        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
+            times samples times L(L+1)/2 a metric, in memory and in the file: 22 MB for
+            10,000 samples of 33 layers.
+        cka_batch: also find linear CKA, from minibatches of so many consecutive samples, 4 to
+            1024; a last one of fewer than 4 is left out. See :attr:`Scan.cka`.
+        sequences: (samples,) integers, which sequence a sample is of, if several are of one:
+            tokens of a text, say. Those of one sequence must follow each other. Standard
+            errors are then clustered, and kept samples are sums over sequences. Every sample
+            is its own sequence by default, or of the one that the file tells.
+        progress: a bar with ETA on standard error; by default for a file, if that is a
+            terminal.
+        tensor: the name of the tensor in a safetensors file; by default ``hidden_states``, or
+            else the only one of three axes.
+
+    Raises:
+        StatesError: a file that is not there, truncated or damaged; wrong shape or dtype, no
+            samples, or none that can be compared. Single samples with NaN, infinity or zero
+            vectors are counted and named in the result, with a warning.
+        MetricError: an unknown metric, or one named twice.
+        ThreadsError: ``threads`` is less than 1.
+    """
+    options = metrics, threads
+    kept = keep_samples, cka_batch
+    if isinstance(states, str | Path):
+        with StatesFile(states, tensor) as file:
+            origin = file.origin
+            builder = ScanBuilder(file.shape[1], *options, origin.model, *kept, origin.positions)
+            told = file.sequences() if sequences is None else sequences
+            numbers = None if told is None else sequence_numbers(told, len(file))
+            with closing(file.parts(threads)) as parts, _progress(len(file), progress) as advance:
+                for part in parts:
+                    stop = part.start + len(part)
+                    here = None if numbers is None else numbers[part.start : stop]
+                    builder.add(part.states, part.samples, sequences=here)
+                    advance(len(part))
+            builder.reject(origin.num_rejected, origin.rejections)
+        return builder.finish(origin.texts)
+    array = as_array(states)
+    if tensor is not None:
+        raise StatesError(f"there is no tensor {tensor!r} in an array: name one of a file")
+    if array.ndim != 3:
+        raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
+    if len(array) == 0:
+        raise StatesError("there are no samples to compare")
+    numbers = None if sequences is None else sequence_numbers(sequences, len(array))
+    builder = ScanBuilder(array.shape[1], *options, None, *kept)
+    with _progress(len(array), bool(progress)) as advance:
+        for start, chunk, state_first in _readable(array):
+            stop = start + chunk.shape[1 if state_first else 0]
+            here = None if numbers is None else numbers[start:stop]
+            builder.add(chunk, range(start, stop), state_first, here)
+            advance(stop - start)
+    return builder.finish()
+
+
+def _progress(total: int, show: bool | None) -> AbstractContextManager[Callable[[int], None]]:
+    if show is False:
+        return nullcontext(lambda _: None)
+    from ..progress import track
+
+    return track("analyse", total, show)
+
+
+def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64]:
+    """The numbers of the sequences of so many samples, (samples,) int64.
+
+    Raises:
+        StatesError: not an integer for each sample, or the samples of a sequence do not
+            follow each other.
+    """
+    numbers = np.asarray(sequences)
+    if numbers.shape != (num_samples,) or numbers.dtype.kind not in "iu":
+        raise StatesError(
+            f"sequences of shape {numbers.shape} and dtype {numbers.dtype}: expected an integer "
+            f"for each of {num_samples} samples"
+        )
+    if numbers.dtype.kind == "u" and num_samples and numbers.max() >= 2**63:
+        raise StatesError("a sequence has a number of 2**63 or more: number them from 0")
+    numbers = np.require(numbers, np.int64, requirements=["C", "A"])
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1) != 0)
+    _, firsts = np.unique(numbers[starts], return_index=True)
+    if len(firsts) < len(starts):
+        again = int(starts[np.setdiff1d(np.arange(len(starts)), firsts)[0]])
+        raise StatesError(
+            f"sequence {numbers[again]} comes again at sample {again}, after another one: the "
+            f"samples of a sequence must follow each other"
+        )
+    return numbers
+
+
+def _readable(array: NDArray[Any]) -> Iterable[tuple[int, NDArray[Any], bool]]:
+    """Parts that the core can read: (first sample, part, whether the state axis is first)."""
+    if array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous:
+        yield 0, array.transpose(1, 0, 2), True
+        return
+    step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        part = array[start : start + step]
+        yield start, np.require(part, requirements=["C", "A"]), False

@@ -1,0 +1,59 @@
+"""Minibatches of samples for linear CKA; sees the core, and what it is given as arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._core import Cka
+from ..errors import StatesError
+
+MIN_BATCH, MAX_BATCH = 4, 1024
+
+
+def check_batch(size: int) -> None:
+    """Refuse a size of minibatches that CKA cannot be found from.
+
+    Raises:
+        StatesError: it is no integer from 4 to 1024.
+    """
+    is_integer = isinstance(size, int) and not isinstance(size, bool)
+    if not is_integer or not MIN_BATCH <= size <= MAX_BATCH:
+        raise StatesError(f"cka_batch = {size!r}: expected an integer, {MIN_BATCH} to {MAX_BATCH}")
+
+
+class CkaBatches:
+    """Cuts the accepted samples, in the order they come, into minibatches for the core.
+
+    Where the batches of the caller end does not matter. At most one minibatch waits, as a
+    copy.
+    """
+
+    def __init__(self, num_states: int, size: int, threads: int | None = None) -> None:
+        self._core = Cka(num_states, size, threads)
+        self._waiting: list[NDArray[Any]] = []
+
+    def add(self, states: NDArray[Any], rejected: Sequence[int]) -> None:
+        """Take the samples of (B, L+1, D) that were not ``rejected``."""
+        accepted = np.delete(np.arange(len(states)), rejected)
+        while len(accepted):
+            room = self._core.batch_size - sum(map(len, self._waiting))
+            taken, accepted = accepted[:room], accepted[room:]
+            whole = taken[-1] - taken[0] + 1 == len(taken)
+            part = states[taken[0] : taken[-1] + 1] if whole else states[taken]
+            if len(taken) < room:
+                self._waiting.append(part.copy())
+            else:
+                self._flush(part)
+
+    def finish(self) -> Cka:
+        """The sums; a last minibatch counts if it has at least 4 samples."""
+        if sum(map(len, self._waiting)) >= MIN_BATCH:
+            self._flush(self._waiting.pop())
+        return self._core
+
+    def _flush(self, last: NDArray[Any]) -> None:
+        batch = np.concatenate([*self._waiting, last]) if self._waiting else last
+        self._core.update(np.require(batch, requirements=["C", "A"]))
+        self._waiting.clear()

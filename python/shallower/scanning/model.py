@@ -1,0 +1,145 @@
+"""The scan of a model: hidden states streamed from a forward into the comparison of all layers."""
+
+import time
+from collections.abc import Iterable, Sequence, Sized
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ScanError, TextsError
+from ..models.architecture import find_layers
+from ..models.identity import identify
+from ..progress import track
+from ..texts.batches import TokenBatches
+from ..values.positions import Positions
+from .builder import ScanBuilder
+from .hidden_states import stream
+from .scan import Scan
+from .states_writer import StatesWriter, keep_states_in
+
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+
+def scan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int = 256,
+    batch_size: int = 8,
+    metrics: Sequence[str] = ("angular", "cosine"),
+    threads: int | None = None,
+    progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    total: int | None = None,
+    keep_samples: bool = False,
+    cka_batch: int | None = None,
+    positions: str | Positions = "last",
+    seed: int = 0,
+    keep_states: str | Path | None = None,
+    overwrite: bool = False,
+) -> Scan:
+    """Compare all L+1 states of a model, at one token of every text or more, in one pass.
+
+    Args:
+        model: a causal language model of transformers, quantised or not, on any device.
+        tokenizer: its tokenizer.
+        texts: any iterable of strings, read once, tokenised as the tokenizer does by default
+            and truncated to ``max_length`` tokens.
+        max_length: tokens of a text at most.
+        batch_size: texts in one forward.
+        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
+        threads: threads of the Rust core, all by default.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the
+            scan goes on from it. It stays when the scan is done: delete it.
+        total: how many texts there are, for the ETA, where ``len(texts)`` does not tell.
+        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
+            times texts times L(L+1)/2 a metric, in memory and in the file.
+        cka_batch: also find linear CKA, from minibatches of so many consecutive texts, 4 to
+            1024; not with ``checkpoint``. See :attr:`Scan.cka`. Minibatches are of tokens, if
+            several of a text are compared, which are not independent.
+        positions: the tokens of every text that are compared: ``last`` that is no padding,
+            ``last:K``, ``random:K`` different ones, or ``all``; all of a text that has fewer.
+            Standard errors are clustered by text. The first token, which can be among
+            ``random`` and ``all``, has massive activations in most models. A batch's states
+            take (L+1) D values a token in memory.
+        seed: of ``random:K``; a text's tokens follow from the seed and its index alone.
+        keep_states: a ``.safetensors`` file to write the states to, in the model's dtype: L+1
+            times D values a compared token. :func:`analyse_states` makes the same scan of it.
+        overwrite: replace what is at ``keep_states``, once the new file is complete.
+
+    Raises:
+        PositionsError: there are no such positions.
+        TextsError: no texts, or one that is no string.
+        StatesError: no text could be compared. Single texts without a token, or whose
+            states hold NaN, infinity or only zeros, are counted and named, with a warning.
+        ModelError: the model has no list of decoder layers.
+        ScanError: ``checkpoint`` is of another model, of other texts or positions, or does not go
+            with ``cka_batch``, whose minibatches a file of sums cannot cut through.
+        OutputError: something is at ``keep_states`` already, or it cannot be written to.
+    """
+    if checkpoint and cka_batch is not None:
+        raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
+    if isinstance(positions, str):
+        positions = Positions.parse(positions, seed)
+    layers = find_layers(model)
+    batches = TokenBatches(tokenizer, texts, max_length, batch_size)
+    identity = identify(model)
+    builder = ScanBuilder(
+        len(layers) + 1, metrics, threads, identity, keep_samples, cka_batch, positions
+    )
+    if total is None and isinstance(texts, Sized):
+        total = len(texts)
+    saved = time.monotonic()
+    with ExitStack() as stack:
+        advance = stack.enter_context(track("scan", total, progress))
+        kept = None
+        if keep_states:
+            kept = stack.enter_context(keep_states_in(keep_states, identity, positions, overwrite))
+        if checkpoint and Path(checkpoint).exists():
+            _resume(builder, batches, Path(checkpoint), kept)
+            advance(batches.num_texts)
+        for window in batches.windows():
+            for batch, states, samples in stream(model, window, positions):
+                sequences = None if positions.one_a_text else samples
+                builder.add(states, samples, state_first=True, sequences=sequences)
+                if kept:
+                    kept.add(states, samples, state_first=True)
+                advance(len(batch))
+            builder.reject(*batches.take_rejections())
+            if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                _save(builder.so_far(batches.identity), batches, Path(checkpoint), kept)
+                saved = time.monotonic()
+        if batches.num_texts == 0:
+            raise TextsError("there are no texts to scan")
+        done = builder.finish((batches.identity,))
+        if checkpoint:
+            _save(done, batches, Path(checkpoint), kept)
+        if kept:
+            kept.finish(batches.identity, batches.num_rejected, batches.rejections)
+    return done
+
+
+def _save(
+    scanned: Scan, batches: TokenBatches, checkpoint: Path, kept: StatesWriter | None
+) -> None:
+    """Save the work so far; the states first, so that a scan never knows more than they."""
+    if kept:
+        kept.mark(batches.identity)
+    scanned.save(checkpoint)
+
+
+def _resume(
+    builder: ScanBuilder, batches: TokenBatches, checkpoint: Path, kept: StatesWriter | None
+) -> None:
+    before = Scan.load(checkpoint)
+    try:
+        builder.resume(before, batches.skip(sum(texts.num_texts for texts in before.texts)))
+        if kept:
+            kept.resume(batches.identity)
+        batches.take_rejections()  # the scan before has them
+    except ScanError as error:
+        raise ScanError(
+            f"cannot go on from {checkpoint}: {error}; delete it to start anew"
+        ) from error

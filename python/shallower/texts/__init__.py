@@ -1,0 +1,1 @@
+"""Texts: their sources, token batches, and training sequences."""

@@ -1,0 +1,190 @@
+"""Texts to padded batches of token ids, in constant memory.
+
+Texts are read once. A window of batches is tokenised, sorted by length and cut into
+batches, longest first; what is kept of a text is its token ids, at most ``max_length``.
+Batches are padded on the right, with token 0, which every vocabulary has: in a causal model
+no token sees what follows it, so the states of a text are those it has alone, whatever the
+tokenizer's padding side and pad token.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TextsError
+from ..values.plan import NAMED_REJECTIONS, Rejection, TextsIdentity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WINDOW = 16
+"""Batches that are sorted by length together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids and attention mask, (B, T) int64 each, padded on the right."""
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    """(B,) the index of every text among all texts."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class TokenBatches:
+    """Reads texts once, a window of batches at a time; says what was read so far.
+
+    Attributes:
+        num_texts: texts read so far.
+        num_rejected: texts with too few tokens.
+        rejections: the first of those, by name.
+
+    Raises:
+        TextsError: on iteration, at a text that is not a string or cannot be tokenised.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        texts: Iterable[str],
+        max_length: int,
+        batch_size: int,
+        min_tokens: int = 1,
+    ) -> None:
+        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise TextsError(f"{name} must be an integer of at least 1, got {value!r}")
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
+        self._tokenizer = tokenizer
+        self._texts = iter(texts)
+        self._max_length = max_length
+        self._batch_size = batch_size
+        self._min_tokens = min_tokens
+        self._num_special = tokenizer.num_special_tokens_to_add(pair=False)
+        if max_length <= self._num_special:
+            raise TextsError(
+                f"max_length {max_length} leaves no room beside the {self._num_special} special "
+                f"tokens that the tokenizer adds to every text"
+            )
+        self._hash = hashlib.sha256(f"max_length={max_length}".encode()).digest()
+        self.num_texts = 0
+        self.num_rejected = 0
+        self._taken = 0
+        self.rejections: list[Rejection] = []
+
+    @property
+    def identity(self) -> TextsIdentity:
+        """What was read so far: number, length limit and a hash of the token ids in order."""
+        return TextsIdentity(self.num_texts, self._max_length, self._hash.hex())
+
+    def windows(self) -> Iterator[list[Batch]]:
+        """The batches, as many at a time as are sorted by length together."""
+        while texts := list(islice(self._texts, WINDOW * self._batch_size)):
+            yield self._batches(self._tokenise(texts))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for window in self.windows():
+            yield from window
+
+    def token_ids(self) -> Iterator[NDArray[np.int64]]:
+        """The ids of one text after the other, as they come; without those rejected."""
+        while texts := list(islice(self._texts, self._batch_size)):
+            for _, ids in self._tokenise(texts):
+                yield ids
+
+    def skip(self, num_texts: int) -> TextsIdentity:
+        """Read texts without making batches of them; says what was read."""
+        while remaining := num_texts - self.num_texts:
+            texts = list(islice(self._texts, min(remaining, WINDOW * self._batch_size)))
+            if not texts:
+                break
+            self._tokenise(texts)
+        return self.identity
+
+    def _tokenise(self, texts: list[str]) -> list[tuple[int, NDArray[np.int64]]]:
+        accepted = []
+        for offset in range(0, len(texts), self._batch_size):
+            part = texts[offset : offset + self._batch_size]
+            for text, ids in zip(part, self._token_ids(part), strict=True):
+                self._hash = hashlib.sha256(self._hash + ids.tobytes()).digest()
+                if not text or len(ids) < self._min_tokens or len(ids) <= self._num_special:
+                    self._reject(f"{len(ids)} tokens" if text else "empty text")
+                else:
+                    accepted.append((self.num_texts, ids))
+                self.num_texts += 1
+        return accepted
+
+    def _token_ids(self, texts: list[str]) -> list[NDArray[np.int64]]:
+        for offset, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TextsError(
+                    f"text {self.num_texts + offset} is of type {type(text).__name__}: expected str"
+                )
+        try:
+            with untouched(self._tokenizer):
+                encoded = self._tokenizer(
+                    texts,
+                    truncation=True,
+                    max_length=self._max_length,
+                    return_attention_mask=False,
+                )
+        except Exception as error:  # tokenizers raises bare ones
+            last = self.num_texts + len(texts) - 1
+            raise TextsError(
+                f"cannot tokenise a text among {self.num_texts} .. {last}: {error}"
+            ) from error
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+
+    def _reject(self, reason: str) -> None:
+        self.num_rejected += 1
+        if len(self.rejections) < NAMED_REJECTIONS:
+            self.rejections.append(Rejection(self.num_texts, reason))
+
+    def take_rejections(self) -> tuple[int, list[Rejection]]:
+        """The number and the first names of the texts rejected since the last call."""
+        taken = self.num_rejected - self._taken, self.rejections[self._taken :]
+        self._taken = self.num_rejected
+        return taken
+
+    def _batches(self, accepted: list[tuple[int, NDArray[np.int64]]]) -> list[Batch]:
+        accepted.sort(key=lambda item: (-len(item[1]), item[0]))
+        starts = range(0, len(accepted), self._batch_size)
+        return [self._pad_right(accepted[start : start + self._batch_size]) for start in starts]
+
+    def _pad_right(self, items: list[tuple[int, NDArray[np.int64]]]) -> Batch:
+        length = max(len(ids) for _, ids in items)
+        input_ids = np.zeros((len(items), length), dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, (_, ids) in enumerate(items):
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+        return Batch(input_ids, attention_mask, np.array([sample for sample, _ in items]))
+
+
+@contextmanager
+def untouched(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Put a fast tokenizer's truncation and padding back, which it keeps and would save."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)

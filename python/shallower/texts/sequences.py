@@ -1,0 +1,142 @@
+"""Texts to training sequences: packed or truncated, in an order that the seed alone decides."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TextsError
+from ..values.plan import TextsIdentity, describe_rejections
+from ..values.recipe import GLOBAL_BATCH
+from .batches import TokenBatches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that is not predicted, as everywhere in transformers."""
+
+_WHOLE = 1 << 30
+"""More tokens than any text has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Sequences of token ids.
+
+    Attributes:
+        rows: (T,) uint32 each.
+        identity: of the texts that were read for them.
+    """
+
+    rows: Sequence[NDArray[np.uint32]]
+    identity: TextsIdentity
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_samples(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Iterable[str],
+    max_length: int,
+    packing: bool,
+    num_samples: int,
+) -> Samples:
+    """Read texts until they make ``num_samples`` sequences, or end.
+
+    Packed: all documents, each with the end-of-text token behind it, are one stream, cut into
+    sequences of ``max_length``; a rest is left out. Else every text of at least two tokens is
+    one sequence, truncated.
+
+    Raises:
+        TextsError: too few tokens for one step, a text that is no string, or packing with a
+            tokenizer that has no end-of-text token.
+    """
+    limit = _WHOLE if packing else max_length
+    batches = TokenBatches(tokenizer, texts, limit, 64, min_tokens=1 if packing else 2)
+    if packing:
+        end = tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise TextsError(
+                "the tokenizer has no end-of-text token to pack documents with: truncate them "
+                "instead (packing=False, --no-packing)"
+            )
+        rows = _packed(batches, end, max_length, num_samples)
+    else:
+        rows = _truncated(batches, num_samples)
+    if len(rows) < GLOBAL_BATCH:
+        raise _too_few(batches, len(rows), max_length, packing)
+    return Samples(rows, replace(batches.identity, max_length=max_length))
+
+
+def _packed(
+    batches: TokenBatches, end: int, max_length: int, num_samples: int
+) -> list[NDArray[np.uint32]]:
+    wanted, parts, size = num_samples * max_length, [], 0
+    for ids in batches.token_ids():
+        parts.append(np.append(ids, end).astype(np.uint32))
+        size += len(parts[-1])
+        if size >= wanted:
+            break
+    stream = np.concatenate(parts)[:wanted] if parts else np.empty(0, np.uint32)
+    whole = len(stream) // max_length
+    return list(stream[: whole * max_length].reshape(whole, max_length))
+
+
+def _truncated(batches: TokenBatches, num_samples: int) -> list[NDArray[np.uint32]]:
+    rows: list[NDArray[np.uint32]] = []
+    for ids in batches.token_ids():
+        rows.append(ids.astype(np.uint32))
+        if len(rows) == num_samples:
+            break
+    return rows
+
+
+def _too_few(batches: TokenBatches, count: int, max_length: int, packing: bool) -> TextsError:
+    if not batches.num_texts:
+        return TextsError("there are no texts to heal with")
+    said = ""
+    if batches.num_rejected:
+        said = "; " + describe_rejections(
+            batches.num_rejected, batches.num_texts, batches.rejections
+        )
+    kind = f"sequences of {max_length} tokens" if packing else "texts of at least two tokens"
+    return TextsError(
+        f"{batches.num_texts} texts make {count} {kind}, and one step takes {GLOBAL_BATCH}: give "
+        f"more texts"
+        + (", or shorter sequences (max_length, heal --max-length)" if packing else "")
+        + said
+    )
+
+
+def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
+    """Which sample is taken when: (total,) indices below ``count``.
+
+    All samples are taken once, shuffled, before any is taken again, shuffled anew.
+    """
+    passes = -(-total // count)
+    shuffled = [
+        np.random.default_rng((seed, number)).permutation(count) for number in range(passes)
+    ]
+    return np.concatenate(shuffled)[:total].astype(np.int64)
+
+
+def collate(rows: Iterable[NDArray[np.uint32]]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """One batch: ``input_ids``, ``attention_mask`` and ``labels``, (B, T) int64 each, by name.
+
+    Padded on the right with token 0, which is never predicted; nor is the first token, so that
+    labels count what is predicted, whether they are shifted or not.
+    """
+    rows = list(rows)
+    shape = len(rows), max(len(row) for row in rows)
+    ids = np.zeros(shape, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    labels = np.where(mask == 1, ids, IGNORED)
+    labels[:, 0] = IGNORED
+    return iter((("input_ids", ids), ("attention_mask", mask), ("labels", labels)))

@@ -1,0 +1,133 @@
+"""Texts from files and hub datasets, read one at a time."""
+
+import json
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtraError, TextsError
+
+SUFFIXES = (".jsonl", ".txt", ".parquet")
+HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
+
+
+class Texts:
+    """An iterable of texts that can be opened again; ``count`` tells how many where it can.
+
+    Args:
+        source: a ``.jsonl`` file (field ``text``), a ``.txt`` file (a document a line, blank
+            lines skipped), a ``.parquet`` file (column ``text``), or a hub dataset as
+            ``id:split`` or ``id:config:split``, streamed (field ``text``).
+        limit: read the first so many texts only.
+
+    Raises:
+        TextsError: the file is not there or of another kind; on iteration, a broken line.
+        MissingExtraError: parquet or a hub dataset without the package datasets.
+    """
+
+    def __init__(self, source: str, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise TextsError(f"the number of texts must be at least 1, got {limit}")
+        self.source = source
+        self.limit = limit
+        self._path = Path(source)
+        try:
+            self._path = self._path.expanduser()
+            exists, is_file = self._path.exists(), self._path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TextsError(f"cannot read texts from {source}: {error}") from error
+        self._is_file = self._path.suffix in SUFFIXES
+        if self._is_file and not is_file:
+            raise TextsError(f"there is no text file {source}")
+        if not self._is_file and (exists or not HUB_DATASET.fullmatch(source)):
+            raise TextsError(
+                f"cannot read texts from {source}: expected a file ending in "
+                f"{', '.join(SUFFIXES)}, or a hub dataset as id:split or id:config:split"
+            )
+        needs_datasets = not self._is_file or self._path.suffix == ".parquet"
+        if needs_datasets and find_spec("datasets") is None:
+            raise MissingExtraError("datasets", "texts", f"reading {source}")
+
+    def __iter__(self) -> Iterator[str]:
+        readers = {".jsonl": self._jsonl, ".txt": self._lines, ".parquet": self._parquet}
+        read = readers[self._path.suffix] if self._is_file else self._hub
+        return islice(read(), self.limit)
+
+    def count(self) -> int | None:
+        """How many texts there are, where counting does not load them; else the limit."""
+        if not self._is_file:
+            return self.limit
+        if self._path.suffix == ".parquet":
+            counted = self._open_parquet().metadata.num_rows
+        else:
+            counted = sum(1 for _ in self._numbered_lines())
+        return counted if self.limit is None else min(counted, self.limit)
+
+    def _lines(self) -> Iterator[str]:
+        for _, line in self._numbered_lines():
+            yield line
+
+    def _jsonl(self) -> Iterator[str]:
+        for number, line in self._numbered_lines():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise TextsError(f"{self.source}, line {number}: not JSON ({error})") from error
+            yield self._text(record, f"line {number}")
+
+    def _numbered_lines(self) -> Iterator[tuple[int, str]]:
+        number = 0
+        try:
+            with self._path.open(encoding="utf-8-sig", newline="\n") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise TextsError(f"{self.source}, after line {number}: not UTF-8 ({error})") from error
+        except OSError as error:
+            raise TextsError(f"cannot read {self.source}: {error}") from error
+
+    def _open_parquet(self) -> Any:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            return ParquetFile(self._path)
+        except (ArrowException, OSError) as error:
+            raise TextsError(f"cannot read {self.source}: {error}") from error
+
+    def _parquet(self) -> Iterator[str]:
+        from pyarrow import ArrowException
+
+        file = self._open_parquet()
+        if "text" not in file.schema_arrow.names:
+            raise TextsError(f"{self.source}: no column `text`, only {file.schema_arrow.names}")
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for record in batch.to_pylist():
+                    yield self._text(record, f"row {number}")
+                    number += 1
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            raise TextsError(f"cannot read {self.source}, row {number}: {error}") from error
+
+    def _hub(self) -> Iterator[str]:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        name, *config, split = self.source.split(":")
+        try:
+            dataset = load_dataset(name, *config, split=split, streaming=True)
+            for number, record in enumerate(dataset):
+                yield self._text(record, f"row {number}")
+        except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
+            raise TextsError(f"cannot read {self.source}: {error}") from error
+
+    def _text(self, record: object, place: str) -> str:
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise TextsError(f"{self.source}, {place}: no field `text` that holds a string")
+        return text

@@ -1,0 +1,9 @@
+"""The names of the files that the stages leave, so that one finds what another wrote."""
+
+PLAN_FILE = "shallower_plan.json"
+"""The name of the plan beside the checkpoint that it made."""
+
+SCAN_FILE = "scan.safetensors"
+PARTIAL_FILE = "scan.partial.safetensors"
+RESULTS_FILE = "results.json"
+CHECKPOINT_FOLDER = "checkpoint"

@@ -1,0 +1,207 @@
+"""What a healing was and what it bought: the file that lies beside its adapters."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, ShallowerError
+from .loss import Loss
+from .plan import ModelIdentity, Plan, TextsIdentity
+from .provenance import versions
+from .recipe import Resolved
+from .schema import from_fields, of_type
+
+HEALING_FILE = "healing.json"
+CURVE_FILE = "healing.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the optimiser: the loss before it, in nats a token, and its rate."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The held-out loss after so many steps."""
+
+    step: int
+    loss: Loss
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurement as plain JSON values."""
+        return {"step": self.step, **self.loss.to_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """How the merged checkpoint differs from the adapters on their model.
+
+    Attributes:
+        dtype: that the weights are stored in.
+        difference: ‖merged − adapters‖ / ‖adapters‖ of the logits, both computed in float32 on
+            the unquantised model.
+        tolerance: that ``difference`` was held to.
+        max_difference: the greatest absolute difference of a logit.
+        trained_difference: the same as ``difference``, but from the adapters on the model as it
+            was trained, in 4 or 8 bits; None if it was trained on plain weights.
+        loss: held-out, of the merged checkpoint, if it was measured.
+    """
+
+    dtype: str
+    difference: float
+    tolerance: float
+    max_difference: float
+    trained_difference: float | None = None
+    loss: Loss | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON values."""
+        return {**asdict(self), "loss": self.loss.to_json() if self.loss else None}
+
+
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """A healing that is done.
+
+    Attributes:
+        model: the cut model that was healed.
+        weights: the hash of its weights as they are stored.
+        plan: of the cut.
+        recipe: the settings.
+        adapted: how many linear maps, or stacks of experts' ones, have adapters.
+        texts: of the training.
+        steps: training losses.
+        held_out: measurements, from step 0; empty without held-out texts.
+        best_step: the step whose adapters were kept: of the least held-out loss, or the last.
+        original: held-out loss of the uncut model, if it was measured.
+        cut: held-out loss of the cut without the patch that the training began from, if it did.
+        tokens_per_second: of the training since the process began that ended it.
+        merge: if the adapters were merged.
+        versions: the packages that made it.
+    """
+
+    model: ModelIdentity
+    weights: str
+    plan: Plan
+    recipe: Resolved
+    adapted: int
+    texts: TextsIdentity
+    steps: tuple[Step, ...]
+    held_out: tuple[Measured, ...]
+    best_step: int
+    original: Loss | None = None
+    cut: Loss | None = None
+    tokens_per_second: float | None = None
+    merge: Merge | None = None
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    @property
+    def before(self) -> Loss | None:
+        """The held-out loss before the first step."""
+        return next((measured.loss for measured in self.held_out if measured.step == 0), None)
+
+    @property
+    def after(self) -> Loss | None:
+        """The held-out loss at the step that was kept."""
+        found = (m.loss for m in self.held_out if m.step == self.best_step and m.step)
+        return next(found, None)
+
+    @property
+    def recovered(self) -> float | None:
+        """The share of the nats lost by the cut that came back; None where not all is known."""
+        cut = self.cut or self.before
+        if not (cut and self.after and self.original):
+            return None
+        lost = cut.nats - self.original.nats
+        return (cut.nats - self.after.nats) / lost if lost > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The healing as plain JSON values."""
+        return {
+            "format": "shallower.healing",
+            "version": 1,
+            "model": asdict(self.model),
+            "weights": self.weights,
+            "plan": self.plan.to_json(),
+            "recipe": self.recipe.to_json(),
+            "adapted": self.adapted,
+            "texts": asdict(self.texts),
+            "best_step": self.best_step,
+            "recovered": self.recovered,
+            "original": self.original.to_json() if self.original else None,
+            "cut": self.cut.to_json() if self.cut else None,
+            "held_out": [measured.to_json() for measured in self.held_out],
+            "steps": [asdict(step) for step in self.steps],
+            "tokens_per_second": self.tokens_per_second,
+            "merge": self.merge.to_json() if self.merge else None,
+            "versions": dict(self.versions),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The healing as a JSON file."""
+        return (json.dumps(self.to_json(), indent=1) + "\n").encode()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Healing":
+        """Read a healing from its file or the folder that holds it.
+
+        Raises:
+            ModelError: it is not there, or is damaged.
+        """
+        path = Path(path)
+        path = path / HEALING_FILE if path.is_dir() else path
+        try:
+            return cls._from_json(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ModelError(f"cannot read the healing {path}: {error}") from error
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            ShallowerError,
+        ) as error:
+            message = f"{path} is not a healing of shallower, or is damaged: {error}"
+            raise ModelError(message) from error
+
+    @classmethod
+    def _from_json(cls, data: Any) -> "Healing":
+        if (of_type(dict, data).get("format"), data.get("version")) != ("shallower.healing", 1):
+            raise ValueError("expected format shallower.healing version 1")
+        merge, speed = data["merge"], data["tokens_per_second"]
+        return cls(
+            model=from_fields(ModelIdentity, data["model"]),
+            weights=of_type(str, data["weights"]),
+            plan=Plan.from_json(data["plan"]),
+            recipe=Resolved.from_json(of_type(dict, data["recipe"])),
+            adapted=of_type(int, data["adapted"]),
+            texts=from_fields(TextsIdentity, data["texts"]),
+            steps=tuple(from_fields(Step, step) for step in of_type(list, data["steps"])),
+            held_out=tuple(
+                Measured(of_type(int, of_type(dict, measured)["step"]), _loss(measured))
+                for measured in of_type(list, data["held_out"])
+            ),
+            best_step=of_type(int, data["best_step"]),
+            original=_loss(data["original"]),
+            cut=_loss(data.get("cut")),
+            tokens_per_second=None if speed is None else of_type(float, speed),
+            merge=Merge(**{**of_type(dict, merge), "loss": _loss(merge["loss"])})
+            if merge
+            else None,
+            versions={k: of_type(str, v) for k, v in of_type(dict, data["versions"]).items()},
+        )
+
+
+def _loss(data: Any) -> Any:
+    if data is None:
+        return None
+    values = {name: of_type(dict, data)[name] for name in Loss.__slots__}
+    values["stderr"] = float("nan") if values["stderr"] is None else values["stderr"]
+    return from_fields(Loss, values)

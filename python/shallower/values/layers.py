@@ -1,0 +1,213 @@
+"""Layers to drop: blocks, sets of layers, the deepest-n heuristic, and layers read from text.
+
+Indices are 0-based and ranges half-open.
+"""
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, SupportsIndex
+
+from ..errors import LayersError
+from .schema import finite
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The layers ``start .. stop-1``, 0-based and half-open.
+
+    ``score`` is the mean distance between the states x^(start) and x^(stop), the pair that
+    removing the block joins; ``stderr`` is its standard error. They do not count in
+    comparisons: ``Block(11, 19) == scan.best_block(8)`` asks for the range alone.
+    """
+
+    start: int
+    stop: int
+    score: float | None = field(default=None, compare=False)
+    stderr: float | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            object.__setattr__(self, name, layer_number(getattr(self, name)))
+        if not 0 <= self.start < self.stop:
+            raise LayersError(f"no block [{self.start}, {self.stop}): expected 0 <= start < stop")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.stop})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The block as plain JSON values."""
+        return {**asdict(self), "score": finite(self.score), "stderr": finite(self.stderr)}
+
+    @property
+    def layers(self) -> range:
+        """The indices of the layers in the block."""
+        return range(self.start, self.stop)
+
+
+Layers = Iterable[Block | range | SupportsIndex]
+"""What names layers: blocks, ranges and single indices, in any mixture."""
+
+
+def layer_number(value: Any) -> int:
+    """An index or a number of layers as a plain integer.
+
+    Raises:
+        LayersError: it is not an integer.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise LayersError(f"{value!r} is no number of layers and no layer index: expected an integer")
+
+
+def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
+    """The indices that ``layers`` names, ascending.
+
+    Raises:
+        LayersError: an index outside ``0 .. num_layers-1``, one named twice, none at all,
+            or every layer of the model.
+    """
+    if isinstance(layers, Block):
+        layers = (layers,)
+    if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
+        raise LayersError(f"{layers!r} does not name layers: expected blocks or indices")
+    named: list[int] = []
+    for item in layers:
+        members: Sequence[int]
+        if isinstance(item, Block):
+            members = item.layers
+        else:
+            members = item if isinstance(item, range) else (layer_number(item),)
+        for index in (members[0], members[-1]) if members else ():
+            if not 0 <= index < num_layers:
+                raise LayersError(
+                    f"the model has no layer {index}: its {num_layers} layers are "
+                    f"0 .. {num_layers - 1}"
+                )
+        named.extend(members)
+    for index, count in Counter(named).items():
+        if count > 1:
+            raise LayersError(f"layer {index} is named twice: name every layer to drop once")
+    if not named:
+        raise LayersError("no layer is named: name at least one to drop")
+    if len(named) == num_layers:
+        raise LayersError(f"all {num_layers} layers are named: at least one must stay")
+    return tuple(sorted(named))
+
+
+def blocks_of(layers: Sequence[int]) -> tuple[Block, ...]:
+    """The fewest half-open blocks that hold ascending ``layers``."""
+    blocks: list[Block] = []
+    for layer in layers:
+        if blocks and blocks[-1].stop == layer:
+            blocks[-1] = Block(blocks[-1].start, layer + 1)
+        else:
+            blocks.append(Block(layer, layer + 1))
+    return tuple(blocks)
+
+
+MAX_LAYERS = 4095
+"""More than any model has; keeps a hostile plan from asking for the memory of the machine."""
+
+
+def check_size(num_layers: int, n: int) -> None:
+    """Refuse a block size that a model cannot lose.
+
+    Raises:
+        LayersError: ``n`` is not in ``1 .. num_layers-1``.
+    """
+    if num_layers < 2:
+        raise LayersError("a model of one layer has no layer that could be dropped")
+    if not 1 <= n < num_layers:
+        raise LayersError(
+            f"cannot drop n = {n} of {num_layers} layers: expected 1 <= n <= {num_layers - 1}"
+        )
+
+
+def check_plan(
+    num_layers: int, n: int, max_blocks: int, protect_first: int, protect_last: int
+) -> None:
+    """Refuse a plan that cannot be: more layers than are free, or no block at all.
+
+    Raises:
+        LayersError: as :func:`check_size`; ``max_blocks`` is less than 1; ``protect_first`` or
+            ``protect_last`` is negative; or fewer than ``n`` layers are left between them.
+    """
+    check_size(num_layers, n)
+    if max_blocks < 1:
+        raise LayersError(f"max_blocks = {max_blocks}: expected at least 1")
+    for name, value in (("protect_first", protect_first), ("protect_last", protect_last)):
+        if value < 0:
+            raise LayersError(f"{name} = {value}: expected 0 or more")
+    if n > num_layers - protect_first - protect_last:
+        raise LayersError(
+            f"cannot drop n = {n} of {num_layers} layers with the first {protect_first} and the "
+            f"last {protect_last} protected: protect fewer, or drop fewer"
+        )
+
+
+def deepest_block(num_layers: int, n: int) -> Block:
+    """The deepest ``n`` layers but the last: ``[L-1-n, L-1)`` (2403.17887, §4.4).
+
+    Raises:
+        LayersError: ``n`` is not in ``1 .. num_layers-1``.
+    """
+    num_layers, n = layer_number(num_layers), layer_number(n)
+    check_size(num_layers, n)
+    return Block(num_layers - 1 - n, num_layers - 1)
+
+
+def parse_layers(text: str) -> list[Block]:
+    """Read ``"3,12:20"``: indices and half-open ranges.
+
+    Raises:
+        LayersError: a part is neither.
+    """
+    blocks = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?::\s*([0-9]{1,9})\s*)?", part)
+        if not match:
+            raise LayersError(
+                f"cannot read {part!r} in {text!r}: expected indices and half-open ranges "
+                f"such as 3,12:20"
+            )
+        start = int(match[1])
+        blocks.append(Block(start, int(match[2]) if match[2] else start + 1))
+    return blocks
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Read ``"1,2,4,8"``: block sizes.
+
+    Raises:
+        LayersError: a part is not a positive number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", part) for part in parts):
+        raise LayersError(f"cannot read {text!r}: expected block sizes such as 1,2,4,8")
+    return sorted({int(part) for part in parts})
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending layers as half-open ranges: ``[0, 12) [20, 30)``."""
+    return " ".join(str(block) for block in blocks_of(layers))
+
+
+def check_sizes(sizes: Sequence[int], num_layers: int) -> None:
+    """Refuse block sizes that the model cannot lose, before any long work.
+
+    Raises:
+        LayersError: a size is not in ``1 .. num_layers-1``.
+    """
+    if not sizes:
+        raise LayersError("no block size is named: name at least one")
+    for n in sizes:
+        check_size(num_layers, n)

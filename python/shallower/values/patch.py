@@ -1,0 +1,71 @@
+"""What a patch did."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A layer that was solved anew.
+
+    Attributes:
+        layer: its index among the original layers.
+        matrices: the names of its matrices that changed.
+        target: the original state that it was solved for, x^(target).
+        ridge: the penalty on the change, as a share of the inputs' mean square.
+        first_weight: what the first token of a text counted.
+        explained: the share of what was missing that the fit adds on held-out text, R².
+        nats: the held-out loss with it, in nats a token.
+    """
+
+    layer: int
+    matrices: tuple[str, ...]
+    target: int
+    ridge: float
+    first_weight: float
+    explained: float
+    nats: float
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What a patch did, and what it is worth on held-out text.
+
+    The held-out texts are every eighth of those given. Choices were made on them, so that a
+    loss on other text may be a little worse.
+
+    Attributes:
+        plan: the layers that went.
+        method: ``refit``, ``map`` or ``magnitude``.
+        num_tokens: tokens that were fitted.
+        num_held_out: tokens that choices were made on.
+        original: the loss of the whole model, in nats a token.
+        cut: the loss of the cut, before the patch.
+        patched: the loss after it.
+        fits: the layers that were solved anew.
+        scales: for ``magnitude``, what the norms grow by across each block.
+    """
+
+    plan: Plan
+    method: str
+    num_tokens: int
+    num_held_out: int
+    original: float
+    cut: float
+    patched: float
+    fits: tuple[Fit, ...] = ()
+    scales: tuple[float, ...] = ()
+
+    @property
+    def recovered(self) -> float:
+        """The share of the lost nats that came back."""
+        lost = self.cut - self.original
+        return (self.cut - self.patched) / lost if lost > 0 else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """The patch as plain JSON values."""
+        values = {**asdict(self), "plan": self.plan.to_json(), "recovered": self.recovered}
+        return {"format": "shallower.patch", "version": 1, **values}

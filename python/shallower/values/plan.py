@@ -1,0 +1,231 @@
+"""The plan of a cut, and the identities of the model and the texts that it was made from.
+
+Knows no model and no arithmetic; a plan can be printed, saved and loaded.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayersError, PlanError, PositionsError
+from ..storage import write_file
+from .layers import MAX_LAYERS, Block, dropped_layers, layer_number
+from .positions import Positions
+from .provenance import versions
+from .schema import from_fields, of_type
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What a scan and a plan remember of a model, so that a plan is not used on another.
+
+    ``fingerprint`` covers the shape and the one-dimensional weights (norms and biases,
+    which no quantiser touches) rounded to bfloat16: the same for every dtype that the
+    model is loaded in.
+    """
+
+    name: str
+    model_type: str
+    num_layers: int
+    dtype: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.num_layers} layers, {self.dtype}, {self.fingerprint[:12]})"
+
+
+def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
+    """The hash that :class:`ModelIdentity` keeps.
+
+    Args:
+        shape: model type, layers, hidden size, vocabulary size.
+        vectors: names and bfloat16 bits of the one-dimensional weights, in the order of the
+            model's modules.
+    """
+    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    for name, bits in vectors:
+        digest.update(name.encode() + bits)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TextsIdentity:
+    """What a scan remembers of its texts: how many, how long at most, and their hash."""
+
+    num_texts: int
+    max_length: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A sample that was left out, by its index among the texts or states, and why."""
+
+    sample: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"sample {self.sample}: {self.reason}"
+
+
+NAMED_REJECTIONS = 100
+"""How many rejected samples are named; the rest are only counted."""
+
+
+def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Rejection]) -> str:
+    """One sentence that counts the rejected samples and names the first of them."""
+    named = "; ".join(str(rejection) for rejection in rejections[:5])
+    more = f"; and {num_rejected - 5} more" if num_rejected > 5 else ""
+    return f"{num_rejected} of {total} samples rejected: {named}{more}"
+
+
+STRATEGIES = ("similarity", "deepest", "manual")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A cut before it is made: which layers go, why, and of which model.
+
+    Attributes:
+        num_layers: layers of the model before the cut.
+        blocks: disjoint half-open ranges to drop, ascending.
+        strategy: ``similarity``, ``deepest`` or ``manual``.
+        metric: the metric behind the score, if one decided.
+        model: the model it was made for, if known.
+        texts: the calibration texts, if any.
+        positions: which of their tokens were compared, if that is known.
+        versions: the packages that made it.
+    """
+
+    num_layers: int
+    blocks: tuple[Block, ...]
+    strategy: str = "manual"
+    metric: str | None = None
+    model: ModelIdentity | None = None
+    texts: tuple[TextsIdentity, ...] = ()
+    positions: Positions | None = None
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_layers <= MAX_LAYERS:
+            raise LayersError(f"a plan is for 1 to {MAX_LAYERS} layers, not for {self.num_layers}")
+        if dropped_layers(self.num_layers, self.blocks) != self.dropped:
+            raise LayersError("the blocks of a plan must be ascending")
+        if self.strategy not in STRATEGIES:
+            raise PlanError(f"unknown strategy {self.strategy!r}: expected one of {STRATEGIES}")
+        if self.model and self.model.num_layers != self.num_layers:
+            raise PlanError(
+                f"the plan is for {self.num_layers} layers, its model has {self.model.num_layers}"
+            )
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The indices of the layers that go."""
+        return tuple(layer for block in self.blocks for layer in block.layers)
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """The indices of the layers that stay."""
+        gone = set(self.dropped)
+        return tuple(layer for layer in range(self.num_layers) if layer not in gone)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "format": "shallower.plan",
+            "version": 1,
+            "num_layers": self.num_layers,
+            "drop": [block.to_json() for block in self.blocks],
+            "survivors": list(self.survivors),
+            "strategy": self.strategy,
+            "metric": self.metric,
+            "model": asdict(self.model) if self.model else None,
+            "texts": [asdict(texts) for texts in self.texts],
+            "positions": asdict(self.positions) if self.positions else None,
+            "versions": dict(self.versions),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_file(Path(path), (json.dumps(self.to_json(), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is not there, is not JSON, or is no plan.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            LayersError,
+            PlanError,
+            PositionsError,
+        ) as error:
+            raise PlanError(f"{path} is not a plan of shallower, or is damaged: {error}") from error
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """A plan from plain JSON values; raises ValueError, KeyError, TypeError or an error of
+        ours where they are none.
+        """
+        kind, version = of_type(dict, data).get("format"), data.get("version")
+        if kind != "shallower.plan" or version != 1:
+            raise ValueError(
+                f"expected format shallower.plan version 1, got {kind!r} version {version!r}"
+            )
+        plan = cls(
+            num_layers=layer_number(data["num_layers"]),
+            blocks=tuple(_block(block) for block in of_type(list, data["drop"])),
+            strategy=data["strategy"],
+            metric=None if data["metric"] is None else of_type(str, data["metric"]),
+            model=None if data["model"] is None else from_fields(ModelIdentity, data["model"]),
+            texts=tuple(from_fields(TextsIdentity, t) for t in of_type(list, data["texts"])),
+            positions=positions_of(data.get("positions")),
+            versions={k: of_type(str, v) for k, v in of_type(dict, data["versions"]).items()},
+        )
+        if list(plan.survivors) != data["survivors"]:
+            raise ValueError("its survivors are not the layers that its ranges leave")
+        return plan
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuse another model than the one that the plan was made for.
+
+        Raises:
+            PlanError: the number of layers or the fingerprint differs.
+        """
+        if self.num_layers != model.num_layers:
+            raise PlanError(
+                f"the plan is for {self.num_layers} layers, {model.name} has {model.num_layers}"
+            )
+        if self.model and self.model.fingerprint != model.fingerprint:
+            raise PlanError(
+                f"the plan was made for {self.model.name} ({self.model.fingerprint[:12]}), and "
+                f"{model.name} is another model ({model.fingerprint[:12]}): plan again, or name "
+                f"the layers yourself"
+            )
+
+
+def positions_of(data: Any) -> Positions | None:
+    """The positions in a file, if there are any; raises TypeError or PositionsError."""
+    return None if data is None else from_fields(Positions, data)
+
+
+def _block(data: Any) -> Block:
+    for name in ("score", "stderr"):
+        value = of_type(dict, data)[name]
+        if value is not None and not math.isfinite(of_type(float, value)):
+            raise ValueError(f"its {name} is {value}")
+    return Block(**data)

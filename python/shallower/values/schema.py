@@ -1,0 +1,25 @@
+"""Values read from JSON, checked against the types that they should have."""
+
+import math
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+def of_type(expected: type[T], value: Any) -> T:
+    """A value from a file, if it is of the type that it should be; raises TypeError."""
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise TypeError(f"expected {expected.__name__}, got {value!r}")
+    return value
+
+
+def from_fields(kind: type[T], data: Any) -> T:
+    """A flat dataclass of plain types from a file; raises TypeError."""
+    for name, expected in get_type_hints(kind).items():
+        of_type(expected, of_type(dict, data)[name])
+    return kind(**data)
+
+
+def finite(value: float | None) -> float | None:
+    """Replace NaN and infinity, which JSON has not, by None."""
+    return value if value is not None and math.isfinite(value) else None
