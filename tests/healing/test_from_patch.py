@@ -107,8 +107,7 @@ def test_a_run_that_cannot_heal_does_nothing(patchable, shallower, tmp_path):
 
 
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
-    from shallower.healing import heal
-    from shallower.healing import patched
+    from shallower.healing import heal, patched
 
     whole, cut = patchable
     texts = documents(600, 5)

@@ -298,7 +298,7 @@ def test_a_parquet_file_is_found_by_its_name_and_no_pattern(parquet, name):
 
 def test_without_datasets_parquet_and_hub_say_what_to_install(parquet, write, monkeypatch):
     source = parquet({"text": ["one"]})
-    monkeypatch.setattr("shallower.texts.sources.sources.find_spec", lambda _: None)
+    monkeypatch.setattr("shallower.texts.sources.find_spec", lambda _: None)
     for needing in (source, "allenai/c4:en:validation"):
         with pytest.raises(MissingExtraError, match=r"datasets: pip install 'shallower\[texts\]'"):
             Texts(needing)
@@ -306,7 +306,7 @@ def test_without_datasets_parquet_and_hub_say_what_to_install(parquet, write, mo
 
 
 def test_a_missing_file_is_named_before_a_missing_package(monkeypatch):
-    monkeypatch.setattr("shallower.texts.sources.sources.find_spec", lambda _: None)
+    monkeypatch.setattr("shallower.texts.sources.find_spec", lambda _: None)
     with pytest.raises(TextsError, match="there is no text file"):
         Texts("none.parquet")
 
