@@ -3,8 +3,10 @@
 import json
 import math
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given
@@ -247,6 +249,36 @@ def test_a_plan_refuses_another_model(model):
 def test_a_plan_of_no_model_refuses_another_depth():
     with pytest.raises(PlanError, match="12 layers"):
         Plan(12, (Block(2, 4),)).check_model(ModelIdentity("deep", "llama", 32, "nf4", ""))
+
+
+def test_whatever_names_layers_makes_a_plan():
+    assert Plan.of(12, (i for i in [5, 2, 3])).blocks == (Block(2, 4), Block(5, 6))
+    assert Plan.of(12, [range(2, 4), 4, Block(7, 9)]).blocks == (Block(2, 5), Block(7, 9))
+    assert Plan.of(12, Block(7, 9)) == replace(Plan(12, (Block(7, 9),)), versions=ANY)
+    for layers, message in (
+        ([12], "no layer 12"),
+        ([1, range(3)], "named twice"),
+        ([], "no layer is named"),
+        (range(12), "at least one must stay"),
+        ("3", "does not name layers"),
+        (3, "does not name layers"),
+    ):
+        with pytest.raises(LayersError, match=message):
+            Plan.of(12, layers)
+
+
+def test_a_plan_of_blocks_keeps_their_scores():
+    scored = [Block(6, 8, 0.2, 0.01), Block(4, 6, 0.1), 2, 3]
+    plan = Plan.of(12, scored)
+    assert plan.blocks == (Block(2, 4), Block(4, 6), Block(6, 8))
+    assert [block.score for block in plan.blocks] == [None, 0.1, 0.2]
+    assert (plan.strategy, plan.metric) == ("manual", None)
+
+
+def test_a_plan_passes_through_if_it_is_for_so_many_layers():
+    assert Plan.of(12, PLAN) is PLAN
+    with pytest.raises(PlanError, match="for 12 layers, the model has 13"):
+        Plan.of(13, PLAN)
 
 
 def test_a_rejection_names_the_sample():

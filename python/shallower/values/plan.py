@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import LayersError, PlanError, PositionsError
 from ..storage import write_file
-from .layers import MAX_LAYERS, Block, dropped_layers, layer_number
+from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers, layer_number
 from .positions import Positions
 from .provenance import versions
 from .schema import from_fields, of_type
@@ -121,6 +121,38 @@ class Plan:
             raise PlanError(
                 f"the plan is for {self.num_layers} layers, its model has {self.model.num_layers}"
             )
+
+    @classmethod
+    def of(cls, num_layers: int, layers: "Plan | Layers") -> "Plan":
+        """Make a plan of anything that names layers.
+
+        Args:
+            num_layers: layers of the model before the cut.
+            layers: a plan, which passes through; or blocks, ranges or indices. Blocks that
+                have a score keep it; all else is joined into the fewest blocks.
+
+        Returns:
+            The plan; ``manual`` unless ``layers`` is a plan.
+
+        Raises:
+            PlanError: the plan is for another number of layers.
+            LayersError: an index outside ``0 .. num_layers-1``, one named twice, none at all,
+                or every layer of the model.
+        """
+        if isinstance(layers, Plan):
+            if layers.num_layers != num_layers:
+                raise PlanError(
+                    f"the plan is for {layers.num_layers} layers, the model has {num_layers}"
+                )
+            return layers
+        if isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Block):
+            layers = tuple(layers)
+        dropped = dropped_layers(num_layers, layers)
+        named = (layers,) if isinstance(layers, Block) else layers
+        scored = [item for item in named if isinstance(item, Block) and item.score is not None]
+        known = {layer for block in scored for layer in block.layers}
+        rest = blocks_of([layer for layer in dropped if layer not in known])
+        return cls(num_layers, tuple(sorted((*scored, *rest), key=lambda block: block.start)))
 
     @property
     def dropped(self) -> tuple[int, ...]:
