@@ -15,7 +15,7 @@ import yaml
 
 from ..values.layers import Block, blocks_of, ranges
 from ..values.loss import Loss, with_error
-from ..values.plan import Plan
+from ..values.plan import STRATEGIES, Plan
 
 CARD_FILE = "README.md"
 MERGEKIT_FILE = "mergekit.yaml"
@@ -26,12 +26,6 @@ _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 _MERGEKIT_DTYPES = ("float32", "bfloat16", "float16")
 _MAX_CARD_BYTES = 1 << 20
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTALL)
-
-_REASONS = {
-    "similarity": "of all blocks of its size, its ends are most alike at the last token",
-    "deepest": "the deepest layers but the last",
-    "manual": "named by hand",
-}
 
 _NOT_HEALED = """\
 **This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
@@ -295,7 +289,7 @@ def _rows(plan: Plan, losses: tuple[Loss, Loss] | None) -> list[tuple[str, str]]
     rows = [("removed", _scored(block, plan.metric)) for block in plan.blocks]
     rows += [
         ("kept", f"{ranges(plan.survivors)}, {len(plan.survivors)} of {plan.num_layers} layers"),
-        ("why", f"{plan.strategy}: {_REASONS[plan.strategy]}"),
+        ("why", f"{plan.strategy}: {STRATEGIES[plan.strategy]}"),
     ]
     rows += [
         ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")

@@ -83,7 +83,12 @@ def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Reje
     return f"{num_rejected} of {total} samples rejected: {named}{more}"
 
 
-STRATEGIES = ("similarity", "deepest", "manual")
+STRATEGIES = {
+    "similarity": "of all blocks of its size, its ends are most alike at the last token",
+    "deepest": "the deepest layers but the last",
+    "manual": "named by hand",
+}
+"""Every way to choose layers, and what a card says of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ class Plan:
         if dropped_layers(self.num_layers, self.blocks) != self.dropped:
             raise LayersError("the blocks of a plan must be ascending")
         if self.strategy not in STRATEGIES:
-            raise PlanError(f"unknown strategy {self.strategy!r}: expected one of {STRATEGIES}")
+            raise PlanError(f"unknown strategy {self.strategy!r}: expected {', '.join(STRATEGIES)}")
         if self.model and self.model.num_layers != self.num_layers:
             raise PlanError(
                 f"the plan is for {self.num_layers} layers, its model has {self.model.num_layers}"
