@@ -40,10 +40,10 @@ pub enum Error {
         source: io::Error,
     },
     /// A source that is not what it was when its header was read.
-    #[error("{} was changed while it was being copied: start again when it is at rest", _0.display())]
+    #[error("{} changed while it was copied; run again when it is no longer being written", _0.display())]
     Changed(PathBuf),
     /// A file that ended before its tensors did.
-    #[error("{} ended early while it was being copied", _0.display())]
+    #[error("{} ended early while it was copied; run again when it is no longer being written", _0.display())]
     EndedEarly(PathBuf),
     /// Layers to keep that are none, or not in order.
     #[error(
@@ -55,10 +55,8 @@ pub enum Error {
         /// Layers of the model.
         num_layers: u64,
     },
-    /// A prefix that names no list of layers.
-    #[error(
-        "{0:?} is no prefix of layers: expected a name with a dot at its end, as \"model.layers.\""
-    )]
+    /// A prefix that does not end with a dot.
+    #[error("prefix of layers {0:?}: expected a name that ends with a dot, as \"model.layers.\"")]
     Prefix(String),
     /// A tensor of a layer that the model does not have.
     #[error(

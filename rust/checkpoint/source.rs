@@ -92,7 +92,9 @@ impl Shard {
 fn read_header(file: &File, len: u64, path: &Path) -> Result<Vec<u8>, Error> {
     let damaged = |what: String| Error::damaged(path)(what);
     if len < 8 {
-        return Err(damaged(format!("its {len} bytes are no safetensors file")));
+        return Err(damaged(format!(
+            "its {len} bytes are too few for a safetensors file"
+        )));
     }
     let mut prefix = [0; 8];
     file.read_exact_at(&mut prefix, 0)
@@ -183,7 +185,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Read`] if it is not there, [`Error::Outside`] if it leads out of the folder,
-    /// [`Error::Damaged`] if it is no file.
+    /// [`Error::Damaged`] if it is not a regular file.
     pub fn resolve(&self, name: &str) -> Result<PathBuf, Error> {
         resolve(&self.folder, name)
     }

@@ -64,3 +64,10 @@ pub(super) fn damaged(at: u64, what: impl Into<String>) -> GgufError {
         what: what.into(),
     }
 }
+
+pub(super) fn refused(key: &str, reason: &str) -> GgufError {
+    GgufError::Refused {
+        key: key.into(),
+        reason: reason.into(),
+    }
+}

@@ -4,11 +4,22 @@
 
 mod cut;
 mod error;
-mod parse;
+mod header;
+mod input;
+mod metadata;
+mod model;
+mod piece;
+mod place;
+mod quirks;
+mod record;
 mod rules;
+mod tensors;
 mod types;
+mod write;
 
-pub use cut::{Cut, Gguf, open};
+pub use cut::Cut;
 pub use error::GgufError;
-pub use parse::{Entry, Header, Tensor, Value};
+pub use header::Header;
+pub use model::{Gguf, open};
+pub use record::{Entry, Tensor, Value};
 pub use types::{Kind, Scalar};

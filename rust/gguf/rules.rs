@@ -103,7 +103,8 @@ pub enum Quirk {
 
 use Quirk::{Count, CountUnless, Every, EveryIf, EveryUnless, First, Lite, Never};
 
-const PATTERN: &str = "attention.sliding_window_pattern";
+/// The period, or the kind layer by layer.
+pub const PATTERN: &str = "attention.sliding_window_pattern";
 const WINDOW: &str = "attention.sliding_window";
 const INTERVAL: &str = "full_attention_interval";
 

@@ -148,8 +148,8 @@ def test_hostile_files(tmp_path):
     huge = struct.pack("<Q", 2**63 + 1)
     cases = {
         "empty": (b"", "cut short"),
-        "text": (b"hello, this is no model at all", "no GGUF file"),
-        "zip": (b"PK\3\4" + good[4:], "no GGUF file"),
+        "text": (b"hello, this is no model at all", "not a GGUF file"),
+        "zip": (b"PK\3\4" + good[4:], "not a GGUF file"),
         "version 1": (damage(good, 4, struct.pack("<I", 1)), "version 1"),
         "big endian": (damage(good, 4, struct.pack(">I", 3)), "big-endian"),
         "tensors": (damage(good, 8, huge), "tensors are counted, and there is room for"),

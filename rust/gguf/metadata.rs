@@ -1,0 +1,124 @@
+//! What becomes of an entry of the metadata in a cut, by the tables of `rules`.
+
+use std::io::{Read, Seek};
+
+use super::error::{Result, damaged, refused};
+use super::header::integers;
+use super::model::Gguf;
+use super::piece::{Piece, filtered, recounted};
+use super::quirks::out_of_step;
+use super::record::{Entry, Value};
+use super::rules::{
+    INDICES, Meaning, NOT_PER_LAYER, OTHER_TOWERS, PER_LAYER_PREFIX, SCALARS, UNCUTTABLE,
+};
+use super::tensors::{place_of, renamed};
+use super::types::Kind;
+
+impl Gguf {
+    /// The pieces that an entry becomes.
+    pub(super) fn entry(
+        &self,
+        source: &mut (impl Read + Seek),
+        entry: &Entry,
+        kept: &[u64],
+    ) -> Result<Vec<Piece>> {
+        let whole = vec![Piece::Copy(entry.start, entry.end)];
+        if entry.key == "split.tensors.count" {
+            let names = self.header.tensors.iter();
+            let tensors = names.filter(|t| renamed(&t.name, kept).is_some()).count();
+            return recounted(entry, tensors as u64);
+        }
+        let prefix = format!("{}.", self.architecture);
+        let suffix = match entry.key.strip_prefix(&prefix) {
+            Some(suffix) if !OTHER_TOWERS.iter().any(|tower| suffix.starts_with(tower)) => suffix,
+            _ if entry.key.starts_with(PER_LAYER_PREFIX) => &entry.key,
+            _ => return Ok(whole),
+        };
+        match entry.value {
+            Value::Scalar(..) => match SCALARS.iter().find(|(name, _)| *name == suffix) {
+                Some((_, meaning)) => self.scalar(entry, *meaning, kept),
+                None => Ok(whole),
+            },
+            Value::Text(_) | Value::Array { count: 0, .. } => Ok(whole),
+            Value::Array { .. } if NOT_PER_LAYER.contains(&suffix) => Ok(whole),
+            Value::Array { .. } if UNCUTTABLE.contains(&suffix) => Err(refused(
+                &entry.key,
+                "speaks of single layers in a way that a cut cannot keep",
+            )),
+            Value::Array { .. } if INDICES.contains(&suffix) => self.indices(source, entry, kept),
+            Value::Array { count, .. } if count == self.blocks => filtered(source, entry, kept),
+            Value::Array { count, .. } if count == self.layers => {
+                filtered(source, entry, self.layers_of(kept))
+            }
+            Value::Array {
+                kind: Kind::Text, ..
+            } => Ok(whole),
+            Value::Array { count, .. } => Err(refused(
+                &entry.key,
+                &format!(
+                    "is an array of {count} elements, which has not one a layer and might name \
+                     layers: cut the model in memory instead, with a folder as --out"
+                ),
+            )),
+        }
+    }
+
+    fn scalar(&self, entry: &Entry, meaning: Meaning, kept: &[u64]) -> Result<Vec<Piece>> {
+        let whole = Ok(vec![Piece::Copy(entry.start, entry.end)]);
+        let value = entry
+            .count()
+            .ok_or_else(|| refused(&entry.key, "is not a whole number"))?;
+        let below = kept.partition_point(|&block| block < value) as u64;
+        let obstacle = match meaning {
+            Meaning::Blocks => return recounted(entry, kept.len() as u64),
+            Meaning::Leading => return recounted(entry, below),
+            Meaning::LeadingStay if below < value.min(self.blocks) => Some(format!(
+                "is {value}: the first {value} layers must stay, they take in images by their place"
+            )),
+            Meaning::Period => out_of_step(self.layers_of(kept), value)
+                .map(|why| format!("is {value}, which {why}")),
+            Meaning::Zero(what) if value > 0 => Some(format!(
+                "is {value}, which {what}: no value describes the model without some layers"
+            )),
+            Meaning::Trailing | Meaning::LeadingStay | Meaning::Zero(_) => None,
+        };
+        obstacle.map_or(whole, |why| Err(refused(&entry.key, &why)))
+    }
+
+    fn indices(
+        &self,
+        source: &mut (impl Read + Seek),
+        entry: &Entry,
+        kept: &[u64],
+    ) -> Result<Vec<Piece>> {
+        let named = integers(source, entry)?;
+        if let Some(wrong) = named.iter().find(|&&index| index >= self.blocks) {
+            return Err(refused(
+                &entry.key,
+                &format!("names layer {wrong}, of {}", self.blocks),
+            ));
+        }
+        let new: Vec<u64> = named
+            .iter()
+            .filter_map(|index| place_of(*index, kept))
+            .collect();
+        let Value::Array {
+            kind: Kind::Scalar(scalar),
+            ..
+        } = entry.value
+        else {
+            return Err(damaged(
+                entry.start,
+                format!("{}: expected an array of integers", entry.key),
+            ));
+        };
+        let mut bytes = (new.len() as u64).to_le_bytes().to_vec();
+        for index in new {
+            bytes.extend(&index.to_le_bytes()[..scalar.size()]);
+        }
+        Ok(vec![
+            Piece::Copy(entry.start, entry.payload - 8),
+            Piece::Bytes(bytes),
+        ])
+    }
+}

@@ -1,0 +1,70 @@
+//! What a header is made of: entries of metadata and tensors, by their place in the file.
+
+use super::types::{Kind, Scalar};
+
+/// A metadata value, as far as it is kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Value {
+    /// A value of a fixed size, its little-endian bytes widened with zeros.
+    Scalar(Scalar, u64),
+    /// A string of so many bytes.
+    Text(u64),
+    /// Elements of one type.
+    Array {
+        /// Their type.
+        kind: Kind,
+        /// Their number.
+        count: u64,
+    },
+}
+
+/// A key and its value, by their place in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The key.
+    pub key: String,
+    /// Where the entry begins, with the length of its key.
+    pub start: u64,
+    /// Where the value begins, or the first element of an array, or a string's bytes.
+    pub payload: u64,
+    /// Where the entry ends.
+    pub end: u64,
+    /// The value.
+    pub value: Value,
+}
+
+/// A tensor by its place in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tensor {
+    /// Its name.
+    pub name: String,
+    /// Its dimensions, the contiguous one first.
+    pub dims: Vec<u64>,
+    /// Its ggml type.
+    pub ggml_type: u32,
+    /// Where its data begins, from the start of the file.
+    pub start: u64,
+    /// Bytes of its data, without padding.
+    pub size: u64,
+}
+
+/// A tensor as the header describes it.
+pub(super) struct Info {
+    pub name: String,
+    pub dims: Vec<u64>,
+    pub ggml_type: u32,
+    /// Where its data begins, from the start of all data.
+    pub offset: u64,
+    /// Where its description begins.
+    pub at: u64,
+}
+
+impl Entry {
+    /// The value, if it is a whole number from 0.
+    pub(super) fn count(&self) -> Option<u64> {
+        match self.value {
+            Value::Scalar(scalar, bits) => scalar.count(bits),
+            _ => None,
+        }
+    }
+}
