@@ -1,0 +1,155 @@
+"""The examples of README, docs and public docstrings, executed."""
+
+import doctest
+import inspect
+import re
+
+import pytest
+
+import shallower as sh
+from tests import examples
+from tests.conftest import ROOT
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = {
+    str(file.relative_to(ROOT)): examples.code_blocks(file.read_text(encoding="utf-8"))
+    for file in DOCUMENTS
+    if file.is_file()
+}
+PYTHON = [name for name, blocks in BLOCKS.items() if any(kind == "python" for kind, *_ in blocks)]
+SHELL = [
+    name
+    for name, blocks in BLOCKS.items()
+    if any(
+        any(examples.commands(code, "shallower")) for kind, _, code in blocks if kind != "python"
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, words):
+    """What examples read; and a cut, a scan and a GGUF file, that examples of README make."""
+    folder = tmp_path_factory.mktemp("examples")
+    examples.make_folder(folder, words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def more(made, tmp_path_factory):
+    from tests.cutting.gguf_files import write
+
+    folder = examples.copy_folder(made, tmp_path_factory.mktemp("more"))
+    model, tokenizer = sh.load_model(folder / examples.MODEL, dtype="float32")
+    scan = sh.scan(model, tokenizer, examples.sentences(32, seed=1), keep_samples=True)
+    scan.save(folder / "scans" / "smol" / "scan.safetensors")
+    plan = sh.drop_layers(model, [range(12, 20)])
+    sh.save_model(model, tokenizer, folder / examples.CUT, plan)
+    write(folder / "model.gguf", num_layers=30)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(examples.copy_folder(made, tmp_path))
+    return tmp_path
+
+
+def names(folder):
+    """The names that examples take for granted."""
+    import numpy as np
+    import torch
+
+    model, tokenizer = sh.load_model(folder / examples.MODEL, dtype="float32")
+    return {
+        "sh": sh,
+        "np": np,
+        "torch": torch,
+        "model": model,
+        "tokenizer": tokenizer,
+        "texts": examples.sentences(400, seed=1),
+        "held_out": examples.sentences(64, seed=2),
+        "states": np.random.default_rng(0).standard_normal((64, 31, 32)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("document", PYTHON)
+def test_python_of_a_document_runs(folder, document):
+    bound = names(folder)
+    for kind, line, code in BLOCKS[document]:
+        if kind == "python":
+            lines = "\n" * (line - 1) + examples.quicker(code)
+            exec(compile(lines, str(ROOT / document), "exec"), bound)
+
+
+@pytest.mark.parametrize("document", SHELL)
+def test_commands_of_a_document_run(folder, shallower, document):
+    for kind, line, code in BLOCKS[document]:
+        if kind == "python":
+            continue
+        for words in examples.commands(examples.quicker(code), "shallower"):
+            done = shallower(*words)
+            assert done.status == 0, f"{document}:{line}: shallower {' '.join(words)}\n{done.err}"
+
+
+def test_targets_that_documents_name_are_there():
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for document, blocks in BLOCKS.items():
+        for _, line, code in blocks:
+            for words in examples.commands(code, "make"):
+                for word in words:
+                    assert "=" in word or word in targets, f"{document}:{line}: make {word}"
+
+
+def doctests():
+    """(name, doctest) of every public name with an example in its docstring."""
+    finder = doctest.DocTestFinder(recurse=True, exclude_empty=True)
+    for name in sh.__all__:
+        value = getattr(sh, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            for test in finder.find(value, name):
+                if test.examples:
+                    yield test.name, test
+
+
+DOCTESTS = dict(doctests())
+
+
+@pytest.mark.parametrize("name", DOCTESTS)
+def test_the_example_of_a_docstring_runs(more, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(examples.copy_folder(more, tmp_path))
+    test = DOCTESTS[name]
+    test.globs = {**names(tmp_path), "scan": sh.Scan.load("scans/smol/scan.safetensors")}
+    for example in test.examples:
+        example.source = examples.quicker(example.source)
+    said = []
+    runner = doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False
+    )
+    runner.run(test, out=said.append)
+    assert runner.failures == 0, "".join(said)
+
+
+# The reader of Markdown
+MARKDOWN = """\
+Text, and `code` within.
+
+    shallower scan model \\
+        --texts c4.jsonl  # why
+    pip install .
+
+```python
+x = 1
+
+y = 2
+```
+
+    $ shallower info
+"""
+
+
+def test_blocks_are_found():
+    found = examples.code_blocks(MARKDOWN)
+    assert [(kind, line) for kind, line, _ in found] == [("", 3), ("python", 8), ("", 13)]
+    assert found[1][2] == "x = 1\n\ny = 2"
+    words = [list(examples.commands(code, "shallower")) for _, _, code in found]
+    assert words == [[["scan", "model", "--texts", "c4.jsonl"]], [], [["info"]]]
