@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev check ci test test-rust test-python test-slow lint lint-rust lint-python format demo families \
+.PHONY: help dev check install ci test test-rust test-python test-slow lint lint-rust lint-python format demo families \
 	bench bench-check fuzz sanitize wheel clean
 
 help:  ## This list
@@ -34,6 +34,8 @@ dev: $(CORE)  ## An environment in .venv: a changed line of Python counts at onc
 check: $(CORE)  ## Build what changed in the core, and run the tests T= of the working tree
 	$(BIN)/pytest $(or $(T),$(error name the tests: make check T=tests/scanning))
 
+install: $(WHEEL)/.installed  ## An environment in target/wheel: the wheel, with the packages of .venv
+
 ci: test lint bench-check wheel  ## All that must pass before anything lands
 	@echo "tests, lint, benchmarks' assertions and wheel have passed"
 
@@ -42,10 +44,10 @@ test: test-rust test-python  ## All tests but the slow ones, Python's against th
 test-rust:  ## The core's tests
 	cargo test --locked --quiet
 
-test-python: $(WHEEL)/.installed  ## The package's tests, against the installed wheel
+test-python: install  ## The package's tests, against the installed wheel
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -m "not slow"
 
-test-slow: $(WHEEL)/.installed  ## The minutes-long tests too, with more examples
+test-slow: install  ## The minutes-long tests too, with more examples
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest
 
@@ -69,17 +71,17 @@ format: $(VENV)/.dev  ## Write what lint wants, where that can be done
 	$(BIN)/ruff check --fix $(LINTED)
 	$(BIN)/ruff format $(LINTED)
 
-demo: $(WHEEL)/.installed  ## Scan, cut and measure a real model; results in shallower-demo/
+demo: install  ## Scan, cut and measure a real model; results in shallower-demo/
 	$(INSTALLED)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
 
 families: $(CORE)  ## Write docs/families.md anew
 	$(BIN)/python tests/families.py
 
-bench: $(WHEEL)/.installed  ## Measure; asserts the answers first
+bench: install  ## Measure; asserts the answers first
 	cargo bench --locked
 	$(INSTALLED)/python -m pytest benches --benchmark-only
 
-bench-check: $(WHEEL)/.installed  ## The benchmarks' assertions alone
+bench-check: install  ## The benchmarks' assertions alone
 	cargo bench --locked -- --test
 	$(INSTALLED)/python -m pytest benches --benchmark-disable
 
