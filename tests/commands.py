@@ -1,9 +1,12 @@
 """Commands run in a process of their own, and how they ended."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,3 +56,18 @@ def in_a_process(*command, **options):
         **options,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def in_this_process(*arguments):
+    """Run a command without a process of its own."""
+    from shallower import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as ended,
+    ):
+        cli.main(list(map(str, arguments)))
+    return Done(ended.value.code, out.getvalue(), err.getvalue())

@@ -1,136 +1,132 @@
 """Find the layers a large language model can do without, cut them out, measure the cost.
 
 Implements *The Unreasonable Ineffectiveness of the Deeper Layers* (arXiv 2403.17887).
-Layers are counted from 0 and ranges are half-open, everywhere. Importing this package
-loads no torch; the names that need it load it when they are first used.
+Layers are counted from 0 and ranges are half-open, everywhere. Importing this package loads
+nothing else: a name is imported when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._core import __version__
-from .cutting.gguf import count_gguf_layers, plan_gguf, prune_gguf
-from .errors import (
-    InMemoryOnlyError,
-    LayersError,
-    MetricError,
-    MissingExtraError,
-    ModelError,
-    OutputError,
-    PatchError,
-    PlanError,
-    PositionsError,
-    RecipeError,
-    RejectedSamplesWarning,
-    ScanError,
-    ShallowerError,
-    StatesError,
-    TextsError,
-    ThreadsError,
-    TierError,
-)
-from .scanning.analyse import analyse_states
-from .scanning.scan import BootstrappedStart, Scan
-from .values.healing import Healing
-from .values.layers import Block, deepest_block
-from .values.loss import Comparison, Cut, Loss
-from .values.patch import Patch
-from .values.plan import ModelIdentity, Plan, Rejection, TextsIdentity
-from .values.positions import Positions
-from .values.recipe import Recipe
-
 if TYPE_CHECKING:
-    from .cutting.checkpoint import prune_checkpoint
-    from .cutting.memory import drop_layers, without_layers
-    from .cutting.saving import save_model, verify_checkpoint
-    from .evaluation.loss import evaluate_loss
-    from .healing.heal import heal, merge
-    from .healing.patch import patch
-    from .healing.saving import save_patched
-    from .judgement.compare import compare_cuts
-    from .models.loading import load_model
-    from .reporting.figures import save_heat_map
-    from .runs.run import run
-    from .scanning.model import scan
+    from ._core import __version__ as __version__
+    from .cutting.checkpoint import prune_checkpoint as prune_checkpoint
+    from .cutting.gguf import count_gguf_layers as count_gguf_layers
+    from .cutting.gguf import plan_gguf as plan_gguf
+    from .cutting.gguf import prune_gguf as prune_gguf
+    from .cutting.memory import drop_layers as drop_layers
+    from .cutting.memory import without_layers as without_layers
+    from .cutting.saving import save_model as save_model
+    from .cutting.saving import verify_checkpoint as verify_checkpoint
+    from .errors import InMemoryOnlyError as InMemoryOnlyError
+    from .errors import LayersError as LayersError
+    from .errors import MetricError as MetricError
+    from .errors import MissingExtraError as MissingExtraError
+    from .errors import ModelError as ModelError
+    from .errors import OutputError as OutputError
+    from .errors import PatchError as PatchError
+    from .errors import PlanError as PlanError
+    from .errors import PositionsError as PositionsError
+    from .errors import RecipeError as RecipeError
+    from .errors import RejectedSamplesWarning as RejectedSamplesWarning
+    from .errors import ScanError as ScanError
+    from .errors import ShallowerError as ShallowerError
+    from .errors import StatesError as StatesError
+    from .errors import TextsError as TextsError
+    from .errors import ThreadsError as ThreadsError
+    from .errors import TierError as TierError
+    from .evaluation.loss import evaluate_loss as evaluate_loss
+    from .healing.heal import heal as heal
+    from .healing.heal import merge as merge
+    from .healing.patch import patch as patch
+    from .healing.saving import save_patched as save_patched
+    from .judgement.compare import compare_cuts as compare_cuts
+    from .models.loading import load_model as load_model
+    from .reporting.figures import save_heat_map as save_heat_map
+    from .runs.run import run as run
+    from .scanning.analyse import analyse_states as analyse_states
+    from .scanning.model import scan as scan
+    from .scanning.scan import BootstrappedStart as BootstrappedStart
+    from .scanning.scan import Scan as Scan
+    from .values.healing import Healing as Healing
+    from .values.layers import Block as Block
+    from .values.layers import deepest_block as deepest_block
+    from .values.loss import Comparison as Comparison
+    from .values.loss import Cut as Cut
+    from .values.loss import Loss as Loss
+    from .values.patch import Patch as Patch
+    from .values.plan import ModelIdentity as ModelIdentity
+    from .values.plan import Plan as Plan
+    from .values.plan import Rejection as Rejection
+    from .values.plan import TextsIdentity as TextsIdentity
+    from .values.positions import Positions as Positions
+    from .values.recipe import Recipe as Recipe
 
-_NEED_TORCH = {
-    "load_model": ".models.loading",
-    "scan": ".scanning.model",
-    "run": ".runs.run",
-    "compare_cuts": ".judgement.compare",
-    "verify_checkpoint": ".cutting.saving",
-    "drop_layers": ".cutting.memory",
-    "without_layers": ".cutting.memory",
-    "save_model": ".cutting.saving",
-    "prune_checkpoint": ".cutting.checkpoint",
-    "evaluate_loss": ".evaluation.loss",
-    "save_heat_map": ".reporting.figures",
-    "patch": ".healing.patch",
-    "save_patched": ".healing.saving",
-    "heal": ".healing.heal",
-    "merge": ".healing.heal",
+_HOMES = {
+    "Block": "values.layers",
+    "BootstrappedStart": "scanning.scan",
+    "Comparison": "values.loss",
+    "Cut": "values.loss",
+    "Healing": "values.healing",
+    "InMemoryOnlyError": "errors",
+    "LayersError": "errors",
+    "Loss": "values.loss",
+    "MetricError": "errors",
+    "MissingExtraError": "errors",
+    "ModelError": "errors",
+    "ModelIdentity": "values.plan",
+    "OutputError": "errors",
+    "Patch": "values.patch",
+    "PatchError": "errors",
+    "Plan": "values.plan",
+    "PlanError": "errors",
+    "Positions": "values.positions",
+    "PositionsError": "errors",
+    "Recipe": "values.recipe",
+    "RecipeError": "errors",
+    "RejectedSamplesWarning": "errors",
+    "Rejection": "values.plan",
+    "Scan": "scanning.scan",
+    "ScanError": "errors",
+    "ShallowerError": "errors",
+    "StatesError": "errors",
+    "TextsError": "errors",
+    "TextsIdentity": "values.plan",
+    "ThreadsError": "errors",
+    "TierError": "errors",
+    "__version__": "_core",
+    "analyse_states": "scanning.analyse",
+    "compare_cuts": "judgement.compare",
+    "count_gguf_layers": "cutting.gguf",
+    "deepest_block": "values.layers",
+    "drop_layers": "cutting.memory",
+    "evaluate_loss": "evaluation.loss",
+    "heal": "healing.heal",
+    "load_model": "models.loading",
+    "merge": "healing.heal",
+    "patch": "healing.patch",
+    "plan_gguf": "cutting.gguf",
+    "prune_checkpoint": "cutting.checkpoint",
+    "prune_gguf": "cutting.gguf",
+    "run": "runs.run",
+    "save_heat_map": "reporting.figures",
+    "save_model": "cutting.saving",
+    "save_patched": "healing.saving",
+    "scan": "scanning.model",
+    "verify_checkpoint": "cutting.saving",
+    "without_layers": "cutting.memory",
 }
+"""The public names, each with the module that it is imported from; types are told above."""
 
-__all__ = [
-    "Block",
-    "BootstrappedStart",
-    "Comparison",
-    "Cut",
-    "Healing",
-    "InMemoryOnlyError",
-    "LayersError",
-    "Loss",
-    "MetricError",
-    "MissingExtraError",
-    "ModelError",
-    "ModelIdentity",
-    "OutputError",
-    "Patch",
-    "PatchError",
-    "Plan",
-    "PlanError",
-    "Positions",
-    "PositionsError",
-    "Recipe",
-    "RecipeError",
-    "RejectedSamplesWarning",
-    "Rejection",
-    "Scan",
-    "ScanError",
-    "ShallowerError",
-    "StatesError",
-    "TextsError",
-    "TextsIdentity",
-    "ThreadsError",
-    "TierError",
-    "__version__",
-    "analyse_states",
-    "compare_cuts",
-    "count_gguf_layers",
-    "deepest_block",
-    "drop_layers",
-    "evaluate_loss",
-    "heal",
-    "load_model",
-    "merge",
-    "patch",
-    "plan_gguf",
-    "prune_checkpoint",
-    "prune_gguf",
-    "run",
-    "save_heat_map",
-    "save_model",
-    "save_patched",
-    "scan",
-    "verify_checkpoint",
-    "without_layers",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_NEED_TORCH[name], __name__), name)
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -199,15 +199,15 @@ def test_an_error_is_one_sentence_and_nothing_is_written(
 
 MISTYPED = [
     (SCAN + "{texts} --dtype float8", "--dtype.*float8"),
-    (SCAN + "{texts} --samples 0", "--samples"),
-    (SCAN + "{texts} --samples many", "--samples"),
+    (SCAN + "{texts} --max-texts 0", "--max-texts"),
+    (SCAN + "{texts} --max-texts many", "--max-texts"),
     (SCAN + "{texts} --batch-size 0", "--batch-size"),
     (SCAN + "{texts} --threads 0", "--threads"),
-    (SCAN + "{texts} --sample 3", "--sample"),
+    (SCAN + "{texts} --max-text 3", "--max-text"),
     ("scan {tiny} --out out", "--texts"),
     ("plan {scan} --n two", "--n"),
     ("plan {scan} --n 2 --strategy best", "--strategy.*best"),
-    ("demo --samples 0 --out out", "--samples"),
+    ("demo --max-texts 0 --out out", "--max-texts"),
     ("prnue {tiny}", "prnue"),
 ]
 

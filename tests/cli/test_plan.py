@@ -71,7 +71,7 @@ def test_plan_lists_the_best_blocks(shallower, scans, metric):
     shown = " ".join(shallower(*arguments).out.split())
     for block in best:
         assert f"{block} │ {block.score:.4f} ± {block.stderr:.4f}" in shown
-    assert "probability" not in shown
+    assert "share" not in shown
 
 
 def test_plan_says_how_sure_it_is(shallower, scans):
@@ -81,13 +81,16 @@ def test_plan_says_how_sure_it_is(shallower, scans):
     assert shallower(*arguments, "--json").json["bootstrap"] == {
         "num_resamples": 200,
         "seed": 7,
+        "share": sure.probability,
         "probability": sure.probability,
         "distribution": sure.distribution.tolist(),
     }
     done = shallower(*arguments, "--top", 5)
     block = scanned.best_block(2)
-    said = f"{block} is the best block with probability {sure.probability:.3f} (200 resamples)"
-    assert said in done.out
+    share = f"{sure.probability:.3f}"
+    assert f"{block} is the best block in a share of {share} of 200 resamples" in done.out
+    assert "share ┃" in done.out
+    assert "probability" not in done.out
     for share in sure.distribution:
         assert f"{share:.3f} │" in done.out
 

@@ -2,29 +2,35 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import shallower as sh
 from shallower import cli
 from shallower._core import tiers
-from tests.cli.documents import plain
-from tests.commands import SHALLOWER, in_a_process
+from tests.commands import SHALLOWER, in_a_process, in_this_process
 
-COMMANDS = typer.main.get_command(cli.app).commands
-HEAVY = {"torch", "transformers", "matplotlib", "datasets"}
+COMMANDS = {name: cli.parser(name) for name in cli.COMMANDS}
+HEAVY = {"torch", "transformers", "matplotlib", "datasets", "numpy", "pyarrow"}
+"""Packages that no help needs."""
+
+DRAWN = {"rich", "rich.markdown", "typer.rich_utils"}
 
 
 def help_of(*command):
-    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "400"})
-    assert result.exit_code == 0
-    return plain(result.output)
+    done = in_this_process(*command, "--help")
+    assert (done.status, done.err) == (0, "")
+    return done.out
+
+
+def squeezed(text):
+    """A text without its spaces and line breaks, which a narrow column moves."""
+    return "".join(text.split())
 
 
 def test_help_names_every_command():
@@ -39,14 +45,33 @@ def test_help_of_a_command_describes_every_option(name):
     shown = help_of(name)
     for parameter in COMMANDS[name].params:
         assert parameter.help, parameter.name
-        lines = [line for line in shown.splitlines() if f" {parameter.opts[0]}" in line]
-        assert any(parameter.help in line for line in lines), parameter.name
+        own = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar
+        assert any(f" {own}" in line for line in shown.splitlines()), parameter.name
+        assert squeezed(parameter.help) in squeezed(shown), parameter.name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_an_option_stands_alone(name):
+    """A sentence, or a noun phrase: no 'Of the weights', no 'Its peak'."""
+    for parameter in COMMANDS[name].params:
+        text = parameter.help
+        assert text[0].isupper() or not text[0].isalpha(), (parameter.name, text)
+        assert text.endswith("."), (parameter.name, text)
+        assert not re.match(r"(Of|Its?|Before|As|Adapt it)\b", text), (parameter.name, text)
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_eighty_columns(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = help_of(*filter(None, [name]))
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_has_an_example_of_its_options(name):
-    (example,) = (line for line in help_of(name).splitlines() if "Example:" in line)
-    program, command, *arguments = shlex.split(example.split("Example:")[1])
+    _, example = help_of(name).split("Example:\n")
+    program, command, *arguments = shlex.split(example)
     assert (program, command) == ("shallower", name)
     options = {
         option: parameter for parameter in COMMANDS[name].params for option in parameter.opts
@@ -76,21 +101,46 @@ def test_the_installed_program_and_the_module_run(command):
     assert (done.status, done.out, done.err) == (0, version("shallower") + "\n", "")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["--version"], ["scan", "--help"], ["plan", "{scan}", "--n", "2"]],
-    ids=["help", "version", "help of a command", "plan"],
-)
-def test_what_needs_no_model_loads_nothing_heavy(arguments, scans):
-    arguments = [argument.format(scan=scans / "tiny") for argument in arguments]
+def loaded_by(*arguments):
+    """The modules that a command imports."""
     code = (
         "import sys\nfrom shallower.cli import main\n"
         "try:\n    main()\n"
-        f"finally:\n    print('loaded', *({HEAVY!r} & set(sys.modules)))"
+        "finally:\n    print(*sys.modules)"
     )
     done = in_a_process(sys.executable, "-c", code, *arguments)
-    assert done.status == 0
-    assert done.out.splitlines()[-1] == "loaded"
+    assert done.status == 0, done.err
+    return set(done.out.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_loads_nothing_heavy(name):
+    loaded = loaded_by(*filter(None, [name]), "--help")
+    assert not loaded & (HEAVY | DRAWN)
+    if not name:
+        assert not loaded & {
+            "typer",
+            "click",
+            "dataclasses",
+            "inspect",
+            "pathlib",
+            "shallower._core",
+        }
+        plain = in_a_process(sys.executable, "-c", "import sys, typing; print(*sys.modules)").out
+        assert len(loaded - set(plain.split())) <= 12, loaded - set(plain.split())
+
+
+def test_importing_the_package_loads_nothing():
+    code = "import sys, shallower; print(*sys.modules)"
+    loaded = set(in_a_process(sys.executable, "-c", code).out.split())
+    assert not loaded & HEAVY
+    assert {name for name in loaded if name.startswith("shallower.")} == set()
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["plan", "{scan}", "--n", "2"]], ids=str)
+def test_what_needs_no_model_loads_nothing_heavy(arguments, scans):
+    loaded = loaded_by(*(argument.format(scan=scans / "tiny") for argument in arguments))
+    assert not loaded & (HEAVY - {"numpy"})
 
 
 # Info.

@@ -85,7 +85,7 @@ def test_scan_compares_the_tokens_that_are_named(shallower, tiny, jsonl, folder)
 
 
 def test_scan_of_one_sample_has_no_error_and_still_prints_json(shallower, tiny, jsonl):
-    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--samples", 1, "--json")
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--max-texts", 1, "--json")
     assert done.json["num_samples"] == 1
     assert {block["stderr"] for block in done.json["blocks"]} == {None}
 
@@ -132,10 +132,12 @@ def test_scan_of_cosine_alone_says_so(shallower, tiny, jsonl):
 def test_a_second_scan_needs_overwrite(shallower, folder, tiny, jsonl):
     assert shallower("scan", tiny, "--texts", jsonl, "--out", "out").status == 0
     before = tree(folder)
-    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--samples", 3)
+    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--max-texts", 3)
     assert "out/scan.safetensors exists already" in refused.error
     assert tree(folder) == before
-    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--samples", 3, "--overwrite")
+    done = shallower(
+        "scan", tiny, "--texts", jsonl, "--out", "out", "--max-texts", 3, "--overwrite"
+    )
     assert done.status == 0
     assert Scan.load(folder / "out" / "scan.safetensors").num_samples == 3
 

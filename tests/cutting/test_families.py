@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from typer.testing import CliRunner
 
 import shallower as sh
-from shallower.cli import app
 from shallower.models.architecture import find_layers, text_config
+from tests.commands import in_this_process
 from tests.families import (
     DOCUMENT,
     DROP_SETS,
@@ -157,8 +156,8 @@ def test_tables_beside_the_layers_are_cut_in_memory(tmp_path, words):
         sh.prune_checkpoint(tmp_path / "whole", [0, 1], tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
     arguments = ["prune", str(tmp_path / "whole"), "--drop", "0:2", "--out", str(tmp_path / "cut")]
-    done = CliRunner().invoke(app, [*arguments, "--verify"])
-    assert done.exit_code == 0, done.output
+    done = in_this_process(*arguments, "--verify")
+    assert done.status == 0, done.err
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert found.config.num_hidden_layers == 6
     assert found.model.embed_tokens_per_layer.weight.shape == (128, 6 * 8)

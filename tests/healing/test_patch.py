@@ -6,13 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import shallower as sh
-from shallower.cli import app
 from shallower.healing import patch_solver
 from shallower.healing.patch import patch
 from shallower.healing.saving import PATCH_FILE
+from tests.commands import in_this_process
 from tests.conftest import WORDS, tiny_llama, write_jsonl
 from tests.families import random_model
 
@@ -217,15 +216,15 @@ def folder(learned, words, tmp_path_factory):
 def run(folder, *more):
     command = ["patch", "model", "--texts", "texts.jsonl", "--dtype", "float32", *more]
     named = [str(folder / name) if (folder / name).exists() else name for name in command]
-    return CliRunner().invoke(app, named)
+    return in_this_process(*named)
 
 
 def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
     out = folder / "patched"
     options = ("--drop", "3:5", "--out", str(out), "--eval-texts", str(folder / "held_out.jsonl"))
     done = run(folder, *options)
-    assert done.exit_code == 0, done.output
-    assert "of the lost nats recovered" in done.stdout
+    assert done.status == 0, done.err
+    assert "of the lost nats recovered" in done.out
     report = json.loads((out / PATCH_FILE).read_text())
     assert report["plan"]["drop"][0]["start"] == 3
     assert report["plan"]["model"]["num_layers"] == 8
@@ -235,7 +234,7 @@ def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
     assert "solved anew by least squares" in card
     model, _ = sh.load_model(out, dtype="float32")
     found = sh.evaluate_loss(model, words, HELD_OUT).nats
-    assert f"patched: {found:.4f}" in done.stdout
+    assert f"patched: {found:.4f}" in done.out
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
@@ -243,17 +242,17 @@ def test_the_command_carries_out_a_plan_and_prints_json(folder):
     sh.Plan(8, (sh.Block(2, 3), sh.Block(5, 6))).save(folder / "plan.json")
     out = str(folder / "by_plan")
     done = run(folder, "--plan", "plan.json", "--out", out, "--json", "--method", "map")
-    assert done.exit_code == 0, done.output
-    values = json.loads(done.stdout)
+    assert done.status == 0, done.err
+    values = json.loads(done.out)
     assert values["written"] == out
     assert [fit["layer"] for fit in values["fits"]] == [1, 4]
 
 
 def test_a_dry_run_writes_nothing(folder):
     done = run(folder, "--drop", "3:5", "--out", str(folder / "dry"), "--dry-run")
-    assert done.exit_code == 0
+    assert done.status == 0
     assert not (folder / "dry").exists()
-    assert "[3, 5)" in done.stdout
+    assert "[3, 5)" in done.out
 
 
 @pytest.mark.parametrize(
@@ -267,6 +266,5 @@ def test_a_dry_run_writes_nothing(folder):
 )
 def test_the_command_refuses_bad_input_and_writes_nothing(folder, options, said):
     done = run(folder, *options, "--out", str(folder / "refused"))
-    assert done.exit_code != 0
-    assert said in str(done.exception)
+    assert said in done.error
     assert not (folder / "refused").exists()

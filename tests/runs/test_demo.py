@@ -124,7 +124,7 @@ def run_demo(monkeypatch, capfd, tmp_path):
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path):
-    status, described = run_demo("--dry-run", "--samples", "4", "--n", "2,1")
+    status, described = run_demo("--dry-run", "--max-texts", "4", "--n", "2,1")
     assert status == 0
     assert described == {
         "dry_run": True,
@@ -141,7 +141,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
 def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(run_demo, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    status, printed = run_demo("--samples", "4", "--n", "1")
+    status, printed = run_demo("--max-texts", "4", "--n", "1")
     assert status == 0
     out = tmp_path / "shallower-demo"
     results = json.loads((out / "results.json").read_text())

@@ -1,95 +1,178 @@
 """The command line: the same words as the Python interface.
 
-Heavy things are imported by the command that needs them; ``shallower --help`` loads no
-torch. An error that the user can cause ends with exit status 2 and one sentence.
+``shallower --help`` prints the table below and imports nothing else; a command's module is
+imported when it is called, and heavy packages once all of its options are checked. An error
+that the user can cause ends with exit status 2 and one sentence.
 """
 
 import sys
-import warnings
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
-import typer
+SUMMARY = """\
+  Find the layers a large language model can do without, cut them out, measure
+  the cost. Layers are counted from 0 and ranges are half-open."""
 
-from .. import __version__
-from ..errors import ShallowerError
-from .analyse import analyse_command
-from .evaluate import eval_command
-from .heal import heal_command, merge_command
-from .info import info_command
-from .options import quiet_bars
-from .output import warn
-from .patch import patch_command
-from .plan import plan_command
-from .prune import prune_command
-from .run import demo_command, run_command
-from .scan import scan_command
 
-_UsageError: Any = typer.BadParameter.__base__
-"""The base of what the parser raises, wherever typer keeps it."""
+class Command(NamedTuple):
+    """A command as the table of all commands shows it.
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Find the layers a language model can do without, cut them out, measure the cost. "
-    "Layers are counted from 0 and ranges are half-open.",
-)
-for _name, _command, _example in (
-    ("scan", scan_command, "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --out scans/smol"),
-    ("analyse", analyse_command, "states.safetensors --out scans/smol"),
-    ("plan", plan_command, "scans/smol --n 8 --out plans/smol-8"),
-    ("prune", prune_command, "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut"),
-    ("eval", eval_command, "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20"),
-    (
+    Attributes:
+        module: its module below ``shallower.cli``; the function is named by the command.
+        summary: one line of help, the first of the function's docstring.
+        example: arguments that show it.
+    """
+
+    module: str
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "scan": Command(
+        "scan",
+        "Compare all layers of a model on texts, in one pass.",
+        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --out scans/smol",
+    ),
+    "analyse": Command(
+        "analyse",
+        "Compare all layers by hidden states in a file, without a model.",
+        "states.safetensors --out scans/smol",
+    ),
+    "plan": Command(
+        "plan",
+        "Choose the layers to drop from a scan.",
+        "scans/smol --n 8 --out plans/smol-8",
+    ),
+    "prune": Command(
+        "prune",
+        "Drop layers, and save a standard checkpoint.",
+        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut",
+    ),
+    "eval": Command(
+        "evaluate",
+        "Measure the next-token loss, before and after a cut.",
+        "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
+    ),
+    "patch": Command(
         "patch",
-        patch_command,
+        "Drop layers and heal the cut without training.",
         "HuggingFaceTB/SmolLM2-135M --drop 12:20 --texts c4.jsonl --out patched",
     ),
-    (
+    "heal": Command(
         "heal",
-        heal_command,
+        "Heal a cut by training low-rank adapters.",
         "cut --texts c4.jsonl --eval-texts c4_eval.jsonl --steps 200 --out healed --merge",
     ),
-    ("merge", merge_command, "adapters --out healed"),
-    (
+    "merge": Command(
+        "heal",
+        "Fold the adapters of heal into the weights of the cut.",
+        "adapters --out healed",
+    ),
+    "run": Command(
         "run",
-        run_command,
+        "Scan, measure every block size, save the largest cut.",
         "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4,8 "
         "--out runs/smol",
     ),
-    ("demo", demo_command, "--out shallower-demo"),
-    ("info", info_command, "--json"),
-):
-    app.command(_name, epilog=f"Example: shallower {_name} {_example}")(_command)
+    "demo": Command(
+        "run",
+        "Run the whole way on a small model, without a download.",
+        "--out shallower-demo",
+    ),
+    "info": Command(
+        "info",
+        "Show the core's instruction tiers and the packages' versions.",
+        "--json",
+    ),
+}
 
 
-def _version(show: bool) -> None:
-    if show:
+def help_text() -> str:
+    """Write the help of the whole program, at most 80 columns wide."""
+    commands = "\n".join(f"  {name:<9}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"Usage: shallower COMMAND ...\n\n{SUMMARY}\n\nCommands:\n{commands}\n\nOptions:\n"
+        f"  {'--version':<9}  Show the version.\n"
+        f"  {'--help':<9}  Show this message; after a command, its arguments and options.\n"
+    )
+
+
+def parser(name: str) -> Any:
+    """Make the parser of a command; its module is imported.
+
+    Args:
+        name: one of ``COMMANDS``.
+
+    Returns:
+        A command of click, as typer makes it, which parses arguments and calls.
+    """
+    from importlib import import_module
+    from textwrap import wrap
+
+    import typer
+
+    command = COMMANDS[name]
+    line = f"shallower {name} {command.example}"
+    example = wrap(line, 68, subsequent_indent="    ", break_on_hyphens=False)
+    # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    function = getattr(import_module(f".{command.module}", __name__), f"{name}_command")
+    app.command(name, epilog="\b\nExample:\n  " + " \\\n  ".join(example))(function)
+    return typer.main.get_command(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: the command and what it is given; of this process by default.
+
+    Raises:
+        SystemExit: at the end, always. The status is 2 for a user's mistake, which is told in one
+            sentence on standard error.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name == "--version":
+        from .. import __version__
+
         print(__version__)
-        raise typer.Exit
+        raise SystemExit(0)
+    if name in ("", "--help"):
+        print(help_text(), end="")
+        raise SystemExit(0 if name else 2)
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        _fail(f"there is no {kind} {name}: expected one of {', '.join(COMMANDS)}")
+    raise SystemExit(_call(name, rest))
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(2)
+def _call(name: str, arguments: Sequence[str]) -> int:
+    import warnings
 
+    from ..errors import ShallowerError
+    from .output import quiet_bars, warn
 
-def main() -> None:
-    """Run the command line; exit status 2 and one sentence for a user's mistake."""
     quiet_bars()
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
+    command = parser(name)
+    usage_error = _usage_error()
     try:
-        raise SystemExit(app(standalone_mode=False) or 0)
+        called = command.main(list(arguments), prog_name=f"shallower {name}", standalone_mode=False)
     except ShallowerError as error:
-        message = " ".join(str(error).split())
-    except _UsageError as error:
-        command = error.ctx.command_path if error.ctx else "shallower"
-        message = f"{error.format_message()} (see {command} --help)"
+        _fail(" ".join(str(error).split()))
+    except usage_error as error:
+        _fail(f"{error.format_message()} (see shallower {name} --help)")
+    return called or 0
+
+
+def _usage_error() -> Any:
+    """Find what the parser raises, wherever typer keeps it."""
+    from typer import BadParameter
+
+    return BadParameter.__base__
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -12,9 +12,9 @@ from .options import (
     GgufFile,
     Json,
     MaxLength,
+    MaxTexts,
     Model,
     PlanPath,
-    Samples,
     TextsSource,
     TrustRemoteCode,
     load,
@@ -25,25 +25,26 @@ from .output import print_json, show
 
 def eval_command(
     model: Model,
+    *,
     texts: TextsSource,
     drop: Drop = None,
     plan: PlanPath = None,
     dtype: Dtype = "bfloat16",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
-    samples: Samples = None,
+    max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the next-token loss, before and after a cut if one is named."""
+    """Measure the next-token loss, before and after a cut."""
     from ..cutting.memory import without_layers
     from ..evaluation.loss import evaluate_loss
     from ..models.identity import identify
     from ..models.loading import count_layers
 
-    held_out = list(Texts(texts, samples))
+    held_out = list(Texts(texts, max_texts))
     wanted = None
     if drop is not None or plan is not None:
         total = count_layers(model, gguf_file, trust_remote_code)

@@ -1,61 +1,105 @@
 """``shallower heal`` and ``shallower merge``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..reporting.tables import healing_table
-from ..storage import check_free
-from ..texts.sources import Texts
-from ..values.healing import Healing
-from ..values.recipe import HealingDtype, Recipe
-from .options import DryRun, Json, Out, Overwrite, Samples, TextsSource, TrustRemoteCode, quiet
+from .options import DryRun, Json, MaxTexts, Out, Overwrite, TextsSource, TrustRemoteCode, quiet
 from .output import print_json, say_dry_run, show
+
+if TYPE_CHECKING:
+    from ..values.healing import Healing
 
 
 def heal_command(
-    model: Annotated[str, typer.Argument(help="A cut: a folder or hub id with its plan.")],
+    model: Annotated[
+        str, typer.Argument(metavar="CUT", help="A cut: a folder or hub id with its plan.")
+    ],
+    *,
     texts: TextsSource,
     out: Out,
     eval_texts: Annotated[
-        str | None, typer.Option(help="Held-out texts, as --texts; the best step is kept.")
+        str | None,
+        typer.Option(metavar="TEXTS", help="Held-out texts, as --texts; the best step is kept."),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="auto, by family and size, or a name in the paper's table.")
+        str,
+        typer.Option(
+            metavar="NAME", help="Preset: auto, by family and size, or a name in the paper's table."
+        ),
     ] = "auto",
-    steps: Annotated[int, typer.Option(help="Of 16 sequences each.")] = 5000,
-    rank: Annotated[int | None, typer.Option(help="Of the adapters; alpha is the same.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
+    steps: Annotated[
+        int, typer.Option(metavar="N", help="Steps of the optimiser, 16 sequences each.")
+    ] = 5000,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Rank of the adapters, and alpha; the preset's by default."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Peak learning rate; the preset's by default."),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a sequence at most; the preset's by default."),
+    ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="100, or a tenth of the steps if that is less.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps of linear warm-up; 100, or a tenth of --steps if that is less, by default.",
+        ),
     ] = None,
-    dropout: Annotated[float, typer.Option(help="Before the adapters.")] = 0.05,
+    dropout: Annotated[
+        float, typer.Option(metavar="X", help="Dropout before the adapters.")
+    ] = 0.05,
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences in one forward; accumulated to 16 in any case.")
+        int | None,
+        typer.Option(metavar="N", help="Sequences in one forward; accumulated to 16 in any case."),
     ] = None,
-    dtype: Annotated[HealingDtype, typer.Option(help="Of the frozen weights.")] = "nf4",
+    dtype: Annotated[
+        Literal["nf4", "int8", "bfloat16", "float32"],
+        typer.Option(help="Dtype of the frozen weights."),
+    ] = "nf4",
     packing: Annotated[
-        bool, typer.Option(help="Join documents into full sequences, or truncate each to one.")
+        bool,
+        typer.Option(help="Join documents into full sequences, or truncate each to one."),
     ] = True,
-    attention: Annotated[bool, typer.Option("--attention", help="Adapt it, too.")] = False,
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="Also train adapters on the attention layers."),
+    ] = False,
     original: Annotated[
-        str | None, typer.Option(help="The uncut model: measured, and the teacher of --distill.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The uncut model: measured, and the teacher of --distill."
+        ),
     ] = None,
     distill: Annotated[
-        float, typer.Option(help="Weight of matching the uncut model's state at the cut.")
+        float,
+        typer.Option(metavar="X", help="Weight of matching the uncut model's state at the cut."),
     ] = 0.0,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between measurements and checkpoints.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps between measurements and checkpoints; an eighth of --steps by default.",
+        ),
     ] = None,
-    eval_samples: Annotated[
-        int | None, typer.Option(help="Use the first so many held-out texts.", min=1)
+    max_eval_texts: Annotated[
+        int | None, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
     ] = None,
-    samples: Samples = None,
-    seed: Annotated[int, typer.Option(help="Of order, adapters and dropout.")] = 0,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Activations in the backward pass: less memory.")
+    max_texts: MaxTexts = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the order of texts, adapters and dropout.")
+    ] = 0,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Recompute activations in the backward pass, which saves memory.",
+        ),
     ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapters into the unquantised weights.")
@@ -68,20 +112,26 @@ def heal_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Heal a cut by training low-rank adapters; when interrupted, the same command goes on.
+    """Heal a cut by training low-rank adapters.
 
-    On several devices by accelerate launch -m shallower heal … or torchrun -m shallower heal ….
+    When interrupted, the same command goes on. On several devices:
+    accelerate launch -m shallower heal ..., or torchrun -m shallower heal ...
     """
+    from ..processes import is_main_process
+    from ..storage import check_free
+    from ..texts.sources import Texts
+    from ..values.recipe import Recipe
+
     check_free(out, overwrite)
-    source = Texts(texts, samples)
-    held_out = Texts(eval_texts, eval_samples) if eval_texts is not None else None
+    source = Texts(texts, max_texts)
+    held_out = Texts(eval_texts, max_eval_texts) if eval_texts is not None else None
     quiet()
     from ..healing.heal import heal, read_plan, resolve
-    from ..processes import is_main_process
 
     recipe = Recipe(
         preset, steps, rank, learning_rate, max_length, warmup_steps, dropout, batch_size, dtype,
-        packing, attention, distill, eval_every, seed, recompute,
+        packing, attention, distill, eval_every, seed,
+        gradient_checkpointing,
     )  # fmt: skip
     resolved = resolve(model, read_plan(model), recipe, trust_remote_code)
     said = (
@@ -102,17 +152,27 @@ def heal_command(
 
 
 def merge_command(
-    adapters: Annotated[Path, typer.Argument(help="The folder that heal left.")],
+    adapters: Annotated[
+        Path, typer.Argument(metavar="ADAPTERS", help="The folder that heal left.")
+    ],
+    *,
     out: Out,
     model: Annotated[
-        str | None, typer.Option(help="The cut; by default where it was when it was healed.")
+        str | None,
+        typer.Option(metavar="CUT", help="The cut; by default where it was when it was healed."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Fold the adapters of heal into the unquantised weights of the cut, and check the result."""
+    """Fold the adapters of heal into the weights of the cut.
+
+    The weights are those that are not quantised; the result is checked.
+    """
+    from ..storage import check_free
+    from ..values.healing import Healing
+
     check_free(out, overwrite)
     healing = Healing.load(adapters)
     if dry_run:
@@ -125,8 +185,10 @@ def merge_command(
     say_healing(merge(adapters, out, model, overwrite, trust_remote_code), out, as_json)
 
 
-def say_healing(healing: Healing, out: Path, as_json: bool) -> None:
-    """Show what a healing bought."""
+def say_healing(healing: "Healing", out: Path, as_json: bool) -> None:
+    """Show the losses of a healing, and where it was written."""
+    from ..reporting.tables import healing_table
+
     if as_json:
         print_json({**healing.to_json(), "written": str(out)})
         return

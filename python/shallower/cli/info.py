@@ -1,16 +1,17 @@
 """``shallower info``: the versions of a result's makers, and the instructions of the core."""
 
-from .._core import tier, tiers
-from ..values.provenance import versions
 from .options import Json
 from .output import print_json, show
 
 
-def info_command(as_json: Json = False) -> None:
-    """Say which instruction tiers the core has here, which it uses, and which packages there are.
+def info_command(*, as_json: Json = False) -> None:
+    """Show the core's instruction tiers and the packages' versions.
 
-    SHALLOWER_TIER forces a tier.
+    The tier in use is the best that this processor has; SHALLOWER_TIER forces another.
     """
+    from .._core import tier, tiers
+    from ..values.provenance import versions
+
     used, known = tier(), dict(tiers())
     packages = versions()
     if as_json:

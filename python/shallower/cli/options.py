@@ -1,46 +1,61 @@
 """The options that several commands share, and what they ask for."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import LayersError, PlanError
-from ..scanning.scan import check_metrics
-from ..values.files import PLAN_FILE
-from ..values.layers import blocks_of, dropped_layers, parse_layers
-from ..values.plan import Plan
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..values.plan import Plan
+
 DtypeName = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
-Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or a .gguf file.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a .gguf file.")
+]
 TextsSource = Annotated[
     str,
     typer.Option(
+        metavar="TEXTS",
         help="A .jsonl file (field text), a .txt file (a document a line), a .parquet file, or a "
-        "hub dataset as id:split or id:config:split."
+        "hub dataset as id:split or id:config:split.",
     ),
 ]
-Out = Annotated[Path, typer.Option(help="The folder to write to.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write to.")]
 CutOut = Annotated[
-    Path, typer.Option(help="The folder to write to, or a .gguf file if MODEL is one.")
+    Path,
+    typer.Option(metavar="PATH", help="Folder to write to, or a .gguf file if MODEL is one."),
 ]
-Dtype = Annotated[DtypeName, typer.Option(help="Of the weights; nf4 and int8 by bitsandbytes.")]
+Dtype = Annotated[
+    DtypeName, typer.Option(help="Dtype of the weights; nf4 and int8 by bitsandbytes.")
+]
 DeviceMap = Annotated[
-    str | None, typer.Option(help="As transformers takes it; auto by default if there is CUDA.")
+    str | None,
+    typer.Option(
+        metavar="MAP", help="Devices, as transformers takes them; auto by default with CUDA."
+    ),
 ]
-GgufFile = Annotated[str | None, typer.Option(help="A GGUF file in MODEL's folder or repository.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run MODEL's own code.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens of a text at most.", min=1)]
-BatchSize = Annotated[int, typer.Option(help="Texts in one forward.", min=1)]
-Samples = Annotated[int | None, typer.Option(help="Use the first so many texts.", min=1)]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Name of a GGUF file in MODEL's folder or repository."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
+]
+MaxLength = Annotated[int, typer.Option(metavar="N", help="Tokens of a text at most.", min=1)]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)]
+MaxTexts = Annotated[
+    int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
+]
 Metrics = Annotated[
-    str, typer.Option(help="Of angular, cosine, relative_l2, norm_ratio; comma-separated.")
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Metrics to measure, comma-separated: angular, cosine, relative_l2, norm_ratio.",
+    ),
 ]
 KeepSamples = Annotated[
     bool,
@@ -50,15 +65,28 @@ KeepSamples = Annotated[
         "pairs of layers, for each metric.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of the core; all by default.", min=1)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, for machines.")]
-Drop = Annotated[
-    str | None, typer.Option(help="Layers to drop: indices and half-open ranges, as 3,12:20.")
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Threads of the core; all processors by default.", min=1),
 ]
-PlanPath = Annotated[Path | None, typer.Option("--plan", help="A plan file, or its folder.")]
-Sizes = Annotated[str, typer.Option("--n", help="Block sizes to try, as 1,2,4,8.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is at --out, once the new is complete.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Drop = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS", help="Layers to drop: indices and half-open ranges, as 3,12:20."
+    ),
+]
+PlanPath = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="PLAN", help="Plan to carry out: a file, or its folder."),
+]
+Sizes = Annotated[
+    str, typer.Option("--n", metavar="SIZES", help="Block sizes to measure, as 1,2,4,8.")
+]
 
 
 def load(
@@ -79,16 +107,8 @@ def load(
     return load_model(model, dtype, device_map, gguf_file, trust_remote_code)
 
 
-def quiet_bars() -> None:
-    """No bars of tqdm where nobody looks: it asks for this once, when it is imported."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-
-
 def quiet() -> None:
-    """No bars of transformers where nobody looks, and no advice of bitsandbytes to get a kernel
-    from a hub.
-    """
+    """Turn off transformers' bars where nobody looks, and what bitsandbytes says of its kernels."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
@@ -97,12 +117,19 @@ def quiet() -> None:
 
 
 def metric_names(metrics: str) -> list[str]:
-    """The metrics that ``--metrics`` names."""
+    """Read the metrics that ``--metrics`` names."""
+    from ..scanning.scan import check_metrics
+
     return check_metrics([name.strip() for name in metrics.split(",")])
 
 
-def wanted_plan(model: str, drop: str | None, plan: Path | None, num_layers: int) -> Plan:
-    """The plan behind ``--drop`` or ``--plan``, for a model of so many layers."""
+def wanted_plan(model: str, drop: str | None, plan: Path | None, num_layers: int) -> "Plan":
+    """Make the plan behind ``--drop`` or ``--plan``, for a model of so many layers."""
+    from ..errors import LayersError, PlanError
+    from ..values.files import PLAN_FILE
+    from ..values.layers import blocks_of, dropped_layers, parse_layers
+    from ..values.plan import Plan
+
     if (drop is None) == (plan is None):
         raise LayersError("name the layers to drop, either by --drop or by --plan")
     if plan is not None:

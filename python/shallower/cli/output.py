@@ -1,20 +1,19 @@
-"""What the commands print: text and tables for people, JSON for machines, warnings."""
+"""Printing of the commands: text and tables for people, JSON for machines, warnings."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from ..errors import MissingExtraError
-from ..reporting.tables import scan_table
-from ..scanning.scan import Scan
-from ..values.files import SCAN_FILE
+if TYPE_CHECKING:
+    from ..scanning.scan import Scan
 
 
 def show(*parts: Any) -> None:
     """Print text as it is, and tables drawn."""
+    from rich.console import Console
+
     console = Console()
     for part in parts:
         if isinstance(part, str):
@@ -45,21 +44,17 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def save_scan(scanned: Scan, out: Path) -> list[Path]:
-    """Write a scan, and its heat map if it can be drawn; gives the files written."""
-    scanned.save(out / SCAN_FILE)
-    return [out / SCAN_FILE, *draw(scanned, out)]
-
-
-def say_scan(scanned: Scan, written: list[Path], as_json: bool) -> None:
+def say_scan(scanned: "Scan", written: list[Path], as_json: bool) -> None:
     """Print the best block of every size, what was rejected and what was written."""
+    from ..reporting.tables import rejected, scan_table
+
     if as_json:
         print_json({**_described(scanned), "written": [str(path) for path in written]})
     else:
         show(scan_table(scanned), *rejected(scanned), *(f"wrote {path}" for path in written))
 
 
-def _described(scanned: Scan) -> dict[str, Any]:
+def _described(scanned: "Scan") -> dict[str, Any]:
     blocks = [scanned.best_block(n) for n in range(1, scanned.num_layers)]
     return {
         "num_layers": scanned.num_layers,
@@ -72,21 +67,7 @@ def _described(scanned: Scan) -> dict[str, Any]:
     }
 
 
-def rejected(scanned: Scan) -> list[str]:
-    """A line for every rejected sample that is named."""
-    return [f"rejected {rejection}" for rejection in scanned.rejections]
-
-
-def draw(scanned: Scan, out: Path) -> list[Path]:
-    """Write the heat map of a scan if it can be drawn; gives the files written."""
-    from ..reporting.figures import save_heat_map
-
-    if "angular" not in scanned.metrics or scanned.num_layers < 2:
-        return []
-    path = out / "heat_map.png"
-    try:
-        save_heat_map(scanned, path, scanned.model.name if scanned.model else "")
-    except MissingExtraError as error:
-        warn(str(error))
-        return []
-    return [path]
+def quiet_bars() -> None:
+    """Turn off tqdm's bars where nobody looks; it asks for this once, when it is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")

@@ -5,11 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..reporting.tables import patch_table
-from ..storage import check_free
-from ..texts.sources import Texts
-from ..values.layers import ranges
-from ..values.loss import with_error
 from .options import (
     BatchSize,
     DeviceMap,
@@ -18,11 +13,11 @@ from .options import (
     GgufFile,
     Json,
     MaxLength,
+    MaxTexts,
     Model,
     Out,
     Overwrite,
     PlanPath,
-    Samples,
     TextsSource,
     TrustRemoteCode,
     load,
@@ -36,6 +31,7 @@ if TYPE_CHECKING:
 
 def patch_command(
     model: Model,
+    *,
     texts: TextsSource,
     out: Out,
     drop: Drop = None,
@@ -45,15 +41,18 @@ def patch_command(
         typer.Option(help="Solve the matrices anew, put a map behind one, or scale norms."),
     ] = "refit",
     eval_texts: Annotated[
-        str | None, typer.Option(help="Held-out texts, as --texts: what the patch is worth.")
+        str | None,
+        typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
     ] = "bfloat16",
-    num_tokens: Annotated[int, typer.Option(help="Tokens to fit, at most.", min=1)] = 131_072,
+    num_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to fit at most.", min=1)
+    ] = 131_072,
     max_length: MaxLength = 256,
     batch_size: BatchSize = 16,
-    samples: Samples = None,
+    max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -61,15 +60,20 @@ def patch_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Drop layers and heal the cut without training, by least squares.
+    """Drop layers and heal the cut without training.
 
-    The layer before the cut is solved anew to make what the dropped layers made; then those
-    behind it, as long as the loss on held-out text falls. A patch that does not help is not
-    saved. Patch, then heal, is the recommended way.
+    By least squares: the layer before the cut is solved anew to make what the dropped layers
+    made; then those behind it, as long as the loss on held-out text falls. A patch that does
+    not help is not saved. Patch, then heal, is the recommended way.
     """
     from ..models.loading import count_layers
+    from ..reporting.tables import patch_table
+    from ..storage import check_free
+    from ..texts.sources import Texts
+    from ..values.layers import ranges
+    from ..values.loss import with_error
 
-    source = Texts(texts, samples)
+    source = Texts(texts, max_texts)
     held_out = list(Texts(eval_texts)) if eval_texts is not None else None
     wanted = wanted_plan(model, drop, plan, count_layers(model, gguf_file, trust_remote_code))
     check_free(out, overwrite)

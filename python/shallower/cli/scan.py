@@ -6,12 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import OutputError, ScanError
-from ..scanning.states_writer import check_keepable
-from ..storage import check_free, free_bytes
-from ..texts.sources import Texts
-from ..values.files import PARTIAL_FILE, SCAN_FILE
-from ..values.positions import Positions
 from .options import (
     BatchSize,
     DeviceMap,
@@ -22,44 +16,49 @@ from .options import (
     Json,
     KeepSamples,
     MaxLength,
+    MaxTexts,
     Metrics,
     Model,
     Out,
     Overwrite,
-    Samples,
     TextsSource,
     Threads,
     TrustRemoteCode,
     load,
     metric_names,
 )
-from .output import save_scan, say_dry_run, say_scan
+from .output import say_dry_run, say_scan
 
 
 def scan_command(
     model: Model,
+    *,
     texts: TextsSource,
     out: Out,
     dtype: Dtype = "bfloat16",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
-    samples: Samples = None,
+    max_texts: MaxTexts = None,
     metrics: Metrics = "angular,cosine",
     positions: Annotated[
         str,
         typer.Option(
-            help="The tokens of a text to compare: last, last:K, random:K or all. Errors are "
-            "clustered by text."
+            metavar="WHICH",
+            help="Tokens of a text to compare: last, last:K, random:K or all. Errors are "
+            "clustered by text.",
         ),
     ] = "last",
-    seed: Annotated[int, typer.Option(help="Of --positions random:K.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of --positions random:K.", min=0)
+    ] = 0,
     threads: Threads = None,
     keep_samples: KeepSamples = False,
     keep_states: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="Write the states to this .safetensors file, for analyse: 2 bytes (4 in float32) "
-            "times compared tokens times layers and one times their width; --dry-run says how many."
+            "times compared tokens times layers and one times their width; --dry-run counts them.",
         ),
     ] = None,
     device_map: DeviceMap = None,
@@ -69,15 +68,23 @@ def scan_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Compare all layers at the last token of every text, or at more, in one pass.
+    """Compare all layers of a model on texts, in one pass.
 
+    The last token of every text is compared, or more by --positions.
     Writes scan.safetensors and, where matplotlib is installed, heat_map.png. An interrupted
     scan, its kept states too, goes on where it was when the same command is given again.
     """
+    from ..errors import ScanError
     from ..models.loading import states_shape
+    from ..reporting.figures import draw_heat_map
     from ..scanning.model import scan
+    from ..scanning.states_writer import check_keepable
+    from ..storage import check_free
+    from ..texts.sources import Texts
+    from ..values.files import PARTIAL_FILE, SCAN_FILE
+    from ..values.positions import Positions
 
-    source = Texts(texts, samples)
+    source = Texts(texts, max_texts)
     check_free(out / SCAN_FILE, overwrite)
     names = metric_names(metrics)
     tokens = Positions.parse(positions, seed)
@@ -117,7 +124,8 @@ def scan_command(
             raise
         partial.unlink()
         scanned = go_on()
-    written = save_scan(scanned, out)
+    scanned.save(out / SCAN_FILE)
+    written = [out / SCAN_FILE, *draw_heat_map(scanned, out)]
     partial.unlink(missing_ok=True)
     if keep_states is not None:
         written.append(keep_states)
@@ -125,6 +133,9 @@ def scan_command(
 
 
 def _check_apart(keep_states: Path, out: Path) -> None:
+    from ..errors import OutputError
+    from ..values.files import PARTIAL_FILE, SCAN_FILE
+
     for name in (SCAN_FILE, PARTIAL_FILE):
         if keep_states.absolute() == (out / name).absolute():
             raise OutputError(f"{keep_states} is the scan itself: keep the states elsewhere")
@@ -141,6 +152,8 @@ def _room(
 
     ``tokens`` of a text are compared at most.
     """
+    from ..storage import free_bytes
+
     num_states, width = shape
     each = None if width is None else num_states * width * (4 if dtype == "float32" else 2)
     return {

@@ -1,8 +1,7 @@
-"""The heat map of a scan (2403.17887, fig. 4) and the curve of a healing. The one room that knows
-matplotlib.
-"""
+"""Figures by matplotlib: the heat map of a scan (2403.17887, fig. 4), the curve of a healing."""
 
 import io
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +13,18 @@ from ..scanning.scan import Scan
 from ..storage import write_file
 from ..values.healing import Healing
 
+HEAT_MAP_FILE = "heat_map.png"
+
 
 def block_distances(mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean distances by block: (L+1, L+1) to (L-1, L), row n-1 and column l holding
-    d(l, l+n), NaN where the block would pass the last layer.
+    """Sort mean distances of pairs of states by block.
+
+    Args:
+        mean: (L+1, L+1) float64, the mean distance of every pair of states.
+
+    Returns:
+        (L-1, L) float64, row n-1 and column l holding d(l, l+n), NaN where the block would pass
+        the last layer.
     """
     num_layers = len(mean) - 1
     rows = np.full((num_layers - 1, num_layers), np.nan)
@@ -27,8 +34,13 @@ def block_distances(mean: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def rescale_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shift and rescale every row to [0, 1], as the paper does for display; a row of equal
-    values becomes zeros.
+    """Shift and rescale every row to [0, 1], as the paper does for display.
+
+    Args:
+        rows: (L-1, L) float64 of :func:`block_distances`.
+
+    Returns:
+        The same shape; a row of equal values becomes zeros, NaN stays.
     """
     least = np.nanmin(rows, axis=1, keepdims=True)
     spread = np.nanmax(rows, axis=1, keepdims=True) - least
@@ -36,7 +48,14 @@ def rescale_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def require_matplotlib(purpose: str = "drawing the heat map") -> None:
-    """Raise MissingExtraError where there is no matplotlib."""
+    """Refuse to draw where there is no matplotlib.
+
+    Args:
+        purpose: what it is needed for, as the error says it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "figures", purpose)
 
@@ -47,7 +66,13 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
     On the left the rows are rescaled as in the paper, on the right they are raw; a ring
     marks l*(n), the block that :meth:`Scan.best_block` gives.
 
+    Args:
+        scan: a scan by the angle, of at least two layers.
+        path: the file to write, PNG whatever its name.
+        title: stands before the numbers of layers and samples; a model's name, say.
+
     Raises:
+        MetricError: the scan has no angular distances.
         MissingExtraError: matplotlib is not installed.
         LayersError: the model has a single layer.
         OutputError: the place cannot be written to.
@@ -56,7 +81,9 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
     from matplotlib.figure import Figure
 
     if scan.num_layers < 2:
-        raise LayersError("a model of one layer has no block that could be dropped")
+        raise LayersError(
+            "the scan is of one layer: expected two or more, so that a block can be dropped"
+        )
     rows = block_distances(scan.mean("angular"))
     sizes = np.arange(1, scan.num_layers)
     starts = [scan.best_block(int(n), "angular").start for n in sizes]
@@ -85,8 +112,40 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
     write_file(Path(path), buffer.getvalue())
 
 
+def draw_heat_map(scan: Scan, folder: str | Path) -> list[Path]:
+    """Draw the heat map of a scan beside it, where that can be done.
+
+    Args:
+        scan: any scan; one without angles, or of one layer, has no heat map.
+        folder: the folder for ``heat_map.png``.
+
+    Returns:
+        The files written: one, or none. Without matplotlib there is none, with a warning.
+
+    Raises:
+        OutputError: the place cannot be written to.
+    """
+    if "angular" not in scan.metrics or scan.num_layers < 2:
+        return []
+    path = Path(folder) / HEAT_MAP_FILE
+    try:
+        save_heat_map(scan, path, scan.model.name if scan.model else "")
+    except MissingExtraError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return []
+    return [path]
+
+
 def smoothed(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:
-    """Exponential moving average without the pull of its start: the weighted mean so far."""
+    """Smooth values by an exponential moving average, without the pull of its start.
+
+    Args:
+        values: (steps,) float64.
+        weight: what a value counts of the one after it, in [0, 1).
+
+    Returns:
+        (steps,) float64, the weighted mean of the values so far.
+    """
     sums = norms = 0.0
     means = []
     for value in values:
@@ -96,8 +155,14 @@ def smoothed(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:
 
 
 def healing_curve(healing: Healing) -> bytes:
-    """The losses of a healing over its steps, as PNG: training, smoothed, and held-out with its
-    standard error; lines for the cut and the uncut model.
+    """Draw the losses of a healing over its steps.
+
+    Args:
+        healing: the record of a healing.
+
+    Returns:
+        A PNG: the training loss, smoothed, and the held-out one with its standard error; lines
+        for the cut and the uncut model.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -1,7 +1,6 @@
-"""What a person reads in the terminal: tables of blocks and losses."""
+"""Tables for the terminal: scans, plans, losses, healings, patches."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -9,14 +8,19 @@ from ..scanning.scan import BootstrappedStart, Scan
 from ..values.healing import Healing
 from ..values.layers import Block, ranges
 from ..values.loss import Comparison, with_error
+from ..values.patch import Patch
 from ..values.plan import Plan
-
-if TYPE_CHECKING:
-    from ..values.patch import Patch
 
 
 def scan_table(scan: Scan) -> Table:
-    """For every n the best block and its distance."""
+    """Tabulate the best block of every size, and its distance.
+
+    Args:
+        scan: of any metrics; decided by the angle if that is among them.
+
+    Returns:
+        A table with a row for every n.
+    """
     metric = "angular" if "angular" in scan.metrics else f"1 - {scan.metrics[0]}"
     samples = f"{scan.num_samples} samples"
     if scan.num_sequences < scan.num_samples:
@@ -35,8 +39,27 @@ def scan_table(scan: Scan) -> Table:
     return table
 
 
+def rejected(scan: Scan) -> list[str]:
+    """Name the rejected samples of a scan, a line each.
+
+    Args:
+        scan: a scan; it names the first of its rejections.
+
+    Returns:
+        One sentence for every sample that is named.
+    """
+    return [f"rejected {rejection}" for rejection in scan.rejections]
+
+
 def plan_table(plan: Plan) -> Table:
-    """What a plan drops and keeps."""
+    """Tabulate what a plan drops and keeps.
+
+    Args:
+        plan: any plan; a block without a score has none in the table.
+
+    Returns:
+        A table with a row for every block, and one for the layers that stay.
+    """
     table = Table(title=f"plan: {len(plan.dropped)} of {plan.num_layers} layers", show_header=False)
     for block in plan.blocks:
         table.add_row("drop", str(block), _score(block, plan.metric))
@@ -47,13 +70,22 @@ def plan_table(plan: Plan) -> Table:
 def starts_table(
     blocks: Sequence[Block], metric: str | None, sure: BootstrappedStart | None = None
 ) -> Table:
-    """The best blocks of one size, and how often resampling finds each the best."""
+    """Tabulate the best blocks of one size, and how often resampling finds each the best.
+
+    Args:
+        blocks: of one size, the best first.
+        metric: the metric behind their scores.
+        sure: a bootstrap of the scan; its shares of resamples are a column.
+
+    Returns:
+        A table with a row for every block.
+    """
     table = Table(title=f"the best blocks of {len(blocks[0])}")
     table.add_column("rank", justify="right")
     table.add_column("drop [start, stop)")
     table.add_column(f"{'1 - cosine' if metric == 'cosine' else metric} ± error")
     if sure is not None:
-        table.add_column("probability", justify="right")
+        table.add_column("share", justify="right")
     for rank, block in enumerate(blocks, 1):
         cells = [str(rank), str(block), with_error(block.score, block.stderr)]
         if sure is not None:
@@ -69,7 +101,15 @@ def _score(block: Block, metric: str | None) -> str:
 
 
 def healing_table(healing: Healing) -> Table:
-    """Held-out loss over the steps of a healing, and what of the cut's damage is undone."""
+    """Tabulate the held-out loss over the steps of a healing.
+
+    Args:
+        healing: the record of a healing, merged or not.
+
+    Returns:
+        A table with a row for every measured step; the title tells the share of the lost nats
+        that was recovered.
+    """
     title = f"healing: {len(healing.steps)} steps, step {healing.best_step} kept"
     if healing.recovered is not None:
         title += f", {100 * healing.recovered:.0f} % of the lost nats recovered"
@@ -90,7 +130,14 @@ def healing_table(healing: Healing) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Distance and held-out loss of the best block and of the deepest one, by n."""
+    """Tabulate distance and held-out loss of the best block and of the deepest one, by n.
+
+    Args:
+        comparison: of :func:`shallower.compare_cuts`.
+
+    Returns:
+        A table with a row for the whole model, and one for every cut.
+    """
     base = comparison.base
     table = Table(
         title=f"held-out loss, nats a token; with all layers {base}\n"
@@ -115,8 +162,15 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def patch_table(patch: "Patch") -> Table:
-    """The layers that a patch solved anew, and what each was worth."""
+def patch_table(patch: Patch) -> Table:
+    """Tabulate the layers that a patch solved anew, and the loss behind each.
+
+    Args:
+        patch: of :func:`shallower.patch`.
+
+    Returns:
+        A table with a row for the whole model, the cut, and every layer that was solved.
+    """
     title = f"patch by {patch.method}: {100 * patch.recovered:.0f} % of the lost nats recovered"
     table = Table(title=title, caption=f"held-out loss on {patch.num_held_out:,} tokens")
     table.add_column("after solving")
