@@ -20,7 +20,7 @@ const BYTES: usize = 96 << 20;
 
 const ROUNDS: usize = 9;
 
-/// What is timed, and the seconds of each round.
+/// The runs that are timed, and the seconds of each round.
 struct Contest<'a> {
     names: Vec<String>,
     runs: Vec<Box<dyn Fn() + 'a>>,

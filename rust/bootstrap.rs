@@ -1,5 +1,5 @@
-//! How sure `l*(n)` is: samples are drawn again with replacement, many times, and every time
-//! the best start is found anew (Efron, Annals of Statistics 7, 1979).
+//! The certainty of `l*(n)`: samples are drawn again with replacement, many times, and every time
+//! the best start is found again (Efron, Annals of Statistics 7, 1979).
 //!
 //! The answer is exact. Values become integers once; a resample gives every sample a weight
 //! `w`, how often it was drawn, and the best start has the least `sum w·v`. For speed, starts
@@ -30,7 +30,7 @@ use crate::metric::Metric;
 /// Resamples whose sums are found together.
 const RESAMPLES: usize = 64;
 
-/// How often each start was the best, for every block size `n = 1 .. L-1`.
+/// Counts how often each start was the best, for every block size `n = 1 .. L-1`.
 ///
 /// `values` holds the `L(L + 1)/2` pairs `(l, m)`, `l < m`, row by row, of every sample. The
 /// same seed gives the same answer on every machine, for any number of threads and any order

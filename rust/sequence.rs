@@ -2,13 +2,13 @@
 //!
 //! The mean over all samples is the ratio `m = sum s_i / sum n_i` over the sequences `i`, `s_i`
 //! being the sum of the `n_i` samples of one. Its variance needs `sum s_i^2`, `sum s_i n_i` and
-//! `sum n_i^2`, which are integers here. A sequence of one sample is no other than that sample.
+//! `sum n_i^2`, which are integers here. A sequence of one sample counts as that sample.
 
 use crate::exact::{ExactSum, SCALE, UNIT};
 use crate::limits::MAX_SEQUENCE;
 use crate::wide::Wide;
 
-/// How many sequences there are, and of how many samples each.
+/// The number of sequences, and of the samples of each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Lengths {
     /// Sequences of one sample.

@@ -1,5 +1,5 @@
-//! What the engine's benchmarks share: states, the whole pipeline, reading alone, and loops
-//! that touch registers alone.
+//! The common parts of the engine's benchmarks: states, the whole pipeline, reading alone, and
+//! loops that touch registers alone.
 
 use std::hint::black_box;
 

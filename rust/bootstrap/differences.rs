@@ -1,4 +1,4 @@
-//! How the costs of blocks differ from those of others, over all samples.
+//! The differences between the costs of blocks, over all samples.
 
 use std::ops::AddAssign;
 

@@ -117,7 +117,7 @@ impl<'a> Rivals<'a> {
         Columns { high, low }
     }
 
-    /// How often each block was the best of its size.
+    /// The number of resamples in which each block was the best of its size.
     pub fn wins(&self, weights: &Weights) -> Vec<u64> {
         let width = weights.width;
         let mut highs = vec![0; self.rivals.len() * width];

@@ -18,11 +18,11 @@ const BITS: u64 = 29;
 pub(super) struct Samples<'a> {
     values: &'a [f32],
     pub width: usize,
-    /// What turns a value into an integer cost.
+    /// The factor that turns a value into an integer cost.
     scale: f64,
     /// The samples in the order of their values.
     pub order: Vec<usize>,
-    /// Where each block is among the values of a sample.
+    /// The place of each block among the values of a sample.
     pub pairs: Vec<usize>,
     /// The blocks of each size.
     pub rows: Vec<Range<usize>>,
@@ -92,7 +92,7 @@ impl<'a> Samples<'a> {
             .collect()
     }
 
-    /// How the pairs of all blocks differ from those of their references, by pair.
+    /// The differences between the pairs of all blocks and those of their references, by pair.
     pub fn differences(&self, references: &[usize]) -> Differences {
         let mut less: Vec<usize> = (0..self.width).collect();
         for (&pair, &reference) in self.pairs.iter().zip(references) {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::kernels::dots::{CHUNK, Chunk, TILE};
 
-/// How often every sample was drawn, in some resamples.
+/// The number of times that every sample was drawn, in some resamples.
 pub(super) struct Weights {
     /// The number of resamples, filled up with ones that draw nothing.
     pub width: usize,

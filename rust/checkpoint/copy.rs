@@ -18,11 +18,11 @@ pub(super) struct Piece {
     pub shard: usize,
     /// The first byte, counted from the start of the file.
     pub start: u64,
-    /// How many bytes.
+    /// The number of bytes.
     pub len: u64,
 }
 
-/// What is told of the progress: bytes done and bytes in all; it may ask to stop.
+/// A callback for the progress: bytes done and bytes in all; it may ask to stop.
 pub(super) type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>;
 
 /// Appends the bytes of `piece` to `to`, and calls `copied` after every chunk.

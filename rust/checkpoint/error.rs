@@ -1,4 +1,4 @@
-//! What can be wrong with a checkpoint, a cut, or the place to write to.
+//! The errors of checkpoints, of cuts, and of the place to write to.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,12 +6,12 @@ use std::path::PathBuf;
 /// A checkpoint that cannot be read, or a cut that cannot be made or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file that is not what its name promises, or that names what is not there.
-    #[error("{} is damaged or hostile: {what}; fetch it anew from where it comes", path.display())]
+    /// A file that breaks its format, or that names files or tensors that are missing.
+    #[error("{} is damaged or hostile: {what}; fetch it again from its source", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         what: String,
     },
     /// A file that leads out of the checkpoint's folder.
@@ -22,7 +22,7 @@ pub enum Error {
     Outside {
         /// The link.
         path: PathBuf,
-        /// Where it leads.
+        /// The target of the link.
         target: PathBuf,
     },
     /// No weights in the folder.
@@ -45,7 +45,7 @@ pub enum Error {
     /// A file that ended before its tensors did.
     #[error("{} ended early while it was copied; run again when it is no longer being written", _0.display())]
     EndedEarly(PathBuf),
-    /// Layers to keep that are none, or not in order.
+    /// Layers to keep that are missing or out of order.
     #[error(
         "cannot keep the layers {survivors:?} of {num_layers}: expected ascending indices below {num_layers}, at least one"
     )]
@@ -74,7 +74,7 @@ pub enum Error {
     ShardSize {
         /// The size asked for.
         size: u64,
-        /// What is wrong with it.
+        /// The fault.
         what: String,
     },
     /// The operating system refused to write, or to copy.

@@ -1,7 +1,8 @@
 //! The header of a safetensors file, parsed once and then trusted.
 //!
-//! What the reference implementation refuses is refused, and more: names given twice, unknown
-//! fields, more than [`MAX_RANK`] axes. Dtypes that are not known are taken by their offsets.
+//! Everything that the reference implementation refuses is refused, and more: names given twice,
+//! unknown fields, more than [`MAX_RANK`] axes. Dtypes that are not known are taken by their
+//! offsets.
 
 use std::collections::BTreeMap;
 use std::fmt;

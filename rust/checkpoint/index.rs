@@ -49,7 +49,7 @@ impl Index {
     }
 }
 
-/// Whether a name stays in its folder: no separator, no `..`, nothing that is not a shard.
+/// Whether a name is that of a shard in the same folder: no separator and no `..`.
 fn is_plain(file: &str) -> bool {
     let stem = file.strip_suffix(".safetensors");
     stem.is_some_and(|stem| !stem.is_empty())

@@ -15,7 +15,7 @@ pub const SINGLE_FILE: &str = "model.safetensors";
 /// The index of a checkpoint that has several files.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// What a file must still be when it is copied.
+/// The state of a file, which must be the same when it is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stamp {
     place: (u64, u64),
@@ -38,11 +38,11 @@ impl Stamp {
 pub struct Shard {
     /// Its name in the folder.
     pub name: String,
-    /// Where it is, links followed.
+    /// Its path, links followed.
     pub path: PathBuf,
     /// Its header.
     pub header: Header,
-    /// Where its tensors begin in the file.
+    /// The start of its tensors in the file.
     pub data_start: u64,
     pub(super) header_hash: u64,
     pub(super) stamp: Stamp,
@@ -66,7 +66,7 @@ impl Shard {
         })
     }
 
-    /// Where the bytes of one of its tensors begin in the file.
+    /// The start of the bytes of one of its tensors in the file.
     pub fn position(&self, tensor: &Tensor) -> u64 {
         self.data_start + tensor.start
     }
@@ -181,7 +181,7 @@ impl Checkpoint {
         Ok(Self { folder, shards })
     }
 
-    /// Where a file of the folder is, links followed.
+    /// The path of a file of the folder, links followed.
     ///
     /// # Errors
     /// [`Error::Read`] if it is not there, [`Error::Outside`] if it leads out of the folder,

@@ -54,7 +54,7 @@ impl Gguf {
         })
     }
 
-    /// The surviving blocks: the survivors, and the blocks that are no layers.
+    /// The surviving blocks: the survivors, and the blocks beyond the layers.
     fn kept(&self, survivors: &[usize]) -> Result<Vec<u64>> {
         let ascending = survivors.windows(2).all(|pair| pair[0] < pair[1]);
         let inside = survivors

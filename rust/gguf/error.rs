@@ -1,4 +1,4 @@
-//! What can be wrong with a GGUF file or with a cut of it, each case with the way out.
+//! The errors of GGUF files and of their cuts, each with the way out.
 
 /// A GGUF file, a cut or a place that is refused; the message goes on after the file's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -9,9 +9,9 @@ pub enum GgufError {
     /// The file breaks the format; the position is in bytes.
     #[error("is damaged at byte {at}: {what}")]
     Damaged {
-        /// Where the offending field begins.
+        /// The start of the offending field.
         at: u64,
-        /// What is there, and what was expected.
+        /// The content found, and the content expected.
         what: String,
     },
     /// Not a GGUF file, or one of a version that is not read.
@@ -25,7 +25,7 @@ pub enum GgufError {
     /// A file that holds no blocks of layers, or not those that it counts.
     #[error("holds no model whose layers can be cut: {0}")]
     NoLayers(String),
-    /// Survivors that are none, or not in order, or not in the model.
+    /// Survivors that are missing, out of order, or not in the model.
     #[error(
         "cannot keep the layers {survivors:?} of {num_layers}: expected ascending ones, at least one and not all"
     )]

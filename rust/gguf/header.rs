@@ -21,7 +21,7 @@ const LEAST_TENSOR: u64 = 8 + 4 + 4 + 8;
 pub struct Header {
     /// 2 or 3.
     pub version: u32,
-    /// What every tensor's offset is a multiple of.
+    /// The number that every tensor's offset is a multiple of.
     pub alignment: u64,
     /// The metadata, in the file's order.
     pub entries: Vec<Entry>,
@@ -88,7 +88,7 @@ pub fn text(source: &mut (impl Read + Seek), entry: &Entry) -> Result<String> {
     input.utf8(length, MAX_NAME, "a string that names")
 }
 
-/// Where each element of an array value begins, and where the last one ends.
+/// The position of each element of an array value, and the end of the last one.
 ///
 /// # Errors
 ///

@@ -94,7 +94,7 @@ impl<'a, R: Read + Seek> Input<'a, R> {
         match version {
             2 | 3 => Ok(version),
             1 => Err(GgufError::Format(
-                "is a GGUF file of version 1, expected 2 or 3: convert the model anew".into(),
+                "is a GGUF file of version 1, expected 2 or 3: convert the model again".into(),
             )),
             _ if matches!(version.swap_bytes(), 1..=3) => Err(GgufError::Format(
                 "is a big-endian GGUF file, expected a little-endian one: convert it with \

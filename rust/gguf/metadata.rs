@@ -1,4 +1,4 @@
-//! What becomes of an entry of the metadata in a cut, by the tables of `rules`.
+//! The metadata of a cut, entry by entry, by the tables of `rules`.
 
 use std::io::{Read, Seek};
 

@@ -1,5 +1,5 @@
-//! Where the tensors lie: each begins where the one before it ends, as llama.cpp loads them. This
-//! makes the size of a tensor of an unknown ggml type unambiguous.
+//! The places of the tensors: each begins where the one before it ends, as llama.cpp loads them.
+//! This makes the size of a tensor of an unknown ggml type unambiguous.
 
 use super::error::{Result, damaged};
 use super::record::{Info, Tensor};
@@ -27,7 +27,7 @@ pub(super) fn place(
                 info.at,
                 format!(
                     "tensor {} is at offset {}, expected {offset}: tensors must follow one \
-                     another as llama.cpp loads them; convert or quantise the model anew",
+                     another as llama.cpp loads them; convert or quantise the model again",
                     info.name, info.offset
                 ),
             ));

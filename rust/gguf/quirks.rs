@@ -1,4 +1,4 @@
-//! Whether an architecture's loader would make of the survivors what they were.
+//! Checks that an architecture's loader takes the survivors for the layers that they were.
 
 use super::error::{Result, refused};
 use super::model::Gguf;
@@ -47,7 +47,7 @@ impl Gguf {
     }
 }
 
-/// Why the layers would not keep their places in a period, if so.
+/// The reason why the layers would not keep their places in a period, if they would not.
 pub(super) fn out_of_step(layers: &[u64], period: u64) -> Option<String> {
     let moved = (0..)
         .zip(layers)

@@ -1,4 +1,4 @@
-//! What a header is made of: entries of metadata and tensors, by their place in the file.
+//! The records of a header: entries of metadata and tensors, by their place in the file.
 
 use super::types::{Kind, Scalar};
 
@@ -23,11 +23,11 @@ pub enum Value {
 pub struct Entry {
     /// The key.
     pub key: String,
-    /// Where the entry begins, with the length of its key.
+    /// The start of the entry, with the length of its key.
     pub start: u64,
-    /// Where the value begins, or the first element of an array, or a string's bytes.
+    /// The start of the value, or of an array's first element, or of a string's bytes.
     pub payload: u64,
-    /// Where the entry ends.
+    /// The end of the entry.
     pub end: u64,
     /// The value.
     pub value: Value,
@@ -42,7 +42,7 @@ pub struct Tensor {
     pub dims: Vec<u64>,
     /// Its ggml type.
     pub ggml_type: u32,
-    /// Where its data begins, from the start of the file.
+    /// The start of its data, from the start of the file.
     pub start: u64,
     /// Bytes of its data, without padding.
     pub size: u64,
@@ -53,9 +53,9 @@ pub(super) struct Info {
     pub name: String,
     pub dims: Vec<u64>,
     pub ggml_type: u32,
-    /// Where its data begins, from the start of all data.
+    /// The start of its data, from the start of all data.
     pub offset: u64,
-    /// Where its description begins.
+    /// The start of its description.
     pub at: u64,
 }
 

@@ -1,12 +1,12 @@
-//! What a cut does to the metadata, as tables: which keys count layers, name layers or repeat
+//! The effect of a cut on the metadata, as tables: which keys count layers, name layers or repeat
 //! over layers, and which architectures make something of the layers' number or position
 //! that no key tells. The keys are those of the Python package gguf 0.19 and of llama.cpp's
 //! `llama-arch.cpp`; the architectures' rules are those of llama.cpp's model loaders.
 //!
-//! What is in no table: a scalar stays; an array with an element a layer is filtered; another
-//! array of numbers is refused, for it might name layers.
+//! Keys in none of the tables: a scalar stays; an array with an element a layer is filtered;
+//! another array of numbers is refused, for it might name layers.
 
-/// What a scalar says of the layers; keys are written without the architecture's name.
+/// The meaning of a scalar for the layers; keys are written without the architecture's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Meaning {
     /// The number of blocks: becomes the survivors' number.
@@ -17,7 +17,8 @@ pub enum Meaning {
     LeadingStay,
     /// One layer in so many is of another kind: no survivor may change its place in the period.
     Period,
-    /// The last so many blocks predict further tokens, and are no layers: they and it stay.
+    /// The last so many blocks predict further tokens, and do not count as layers: they stay,
+    /// and so does the number.
     Trailing,
     /// No cut can be described unless it is zero, and why.
     Zero(&'static str),
@@ -80,7 +81,7 @@ pub const OTHER_TOWERS: [&str; 3] = ["vision.", "audio.", "projector."];
 /// A prefix without architecture whose arrays have an element a layer (Apertus).
 pub const PER_LAYER_PREFIX: &str = "xielu.";
 
-/// What llama.cpp's loader of an architecture makes of the layers without a key.
+/// A rule of llama.cpp's loader of an architecture that no key tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quirk {
     /// One layer in so many is of another kind.

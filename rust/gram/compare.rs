@@ -5,13 +5,13 @@ use super::products::even_part;
 use crate::kernels::Sweep;
 use crate::states::{Element, States};
 
-/// What an angular distance may err by; a pair that could err by more is measured anew.
+/// The largest error of an angular distance; a pair that could err by more is measured again.
 const TOLERANCE: f64 = 1e-7;
 
 /// `h (1 - h)` below which float64 itself is too coarse to tell equal states.
 const SMALLEST: f64 = 1e-12;
 
-/// What is known of a sample's states, and of their pairs `(l, m)`, `l < m`, row by row.
+/// The norms of a sample's states, and the products of their pairs `(l, m)`, `l < m`, row by row.
 pub(super) struct Known<'a> {
     pub products: &'a [f64],
     pub norms: &'a [f64],
@@ -20,7 +20,7 @@ pub(super) struct Known<'a> {
     pub squares: &'a mut [f64],
 }
 
-/// What the cosine of a pair may err by if products are summed in float32, as a share of
+/// The largest error of the cosine of a pair if products are summed in float32, as a share of
 /// the norms less massive columns: a bias, and rounding errors that grow with a chunk and
 /// average out over chunks. Measured, see docs/maths.md.
 pub(super) fn epsilon<S: Sweep>(width: usize) -> f64 {

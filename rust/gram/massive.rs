@@ -14,7 +14,7 @@ const MOST_MASSIVE: usize = 64;
 /// A sample that float32 cannot be trusted with.
 pub(super) struct Unfit;
 
-/// What is known of the rows of a chunk, and room for a column.
+/// The rows of a chunk: their magnitudes and weights, and room for a column.
 pub(super) struct Rows<'a> {
     pub magnitudes: &'a mut [f32],
     pub squares: &'a mut [f64],
@@ -28,7 +28,7 @@ pub(super) fn is_massive(value: f64, square: f64) -> bool {
     value * value > MASSIVE_SHARE * square
 }
 
-/// Takes massive columns out of a chunk until there is none, and adds their products.
+/// Takes massive columns out of a chunk until none is left, and adds their products.
 #[inline(always)]
 pub(super) fn take_massive<S: Sweep>(
     chunk: &mut Chunk<S::Packed>,
@@ -43,7 +43,7 @@ pub(super) fn take_massive<S: Sweep>(
         column: values,
     } = rows;
     let mut taken = 0;
-    // Rows have most of them in common: one row's are taken out of all, and all looked at anew.
+    // Rows have most of them in common: one row's are taken out of all, and all looked at again.
     while let Some(state) = (0..magnitudes.len()).find(|&state| {
         is_massive(
             f64::from(magnitudes[state]),

@@ -31,7 +31,7 @@ struct Scratch {
     prefetch: Prefetch,
     column: Vec<f64>,
     chunk_squares: Vec<f64>,
-    /// What the chunks before weigh against the massive columns of the next.
+    /// The weight of the chunks before against the massive columns of the next.
     earlier: Vec<f64>,
 }
 

@@ -1,6 +1,6 @@
 //! AVX-512 with `vdpbf16ps`: products of bfloat16, added in pairs to float32 lanes.
 //!
-//! The instruction takes denormal numbers for zero and makes none, whence the range of
+//! The instruction takes denormal numbers for zero and makes none: hence the range of
 //! norms that `gram` leaves to it.
 
 #![allow(unsafe_code, clippy::wildcard_imports)]
@@ -52,7 +52,7 @@ impl Unit for Bf16 {
 
     #[inline(always)]
     unsafe fn load(from: *const u16) -> __m512bh {
-        // SAFETY: the caller has AVX-512 and 32 values to read; both types are 512 bits of anything.
+        // SAFETY: the caller has AVX-512 and 32 values to read; both types are 512 bits.
         unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast())) }
     }
 

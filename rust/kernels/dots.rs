@@ -20,10 +20,10 @@ pub(crate) const TILE: usize = 4;
 type Products = [[i32; TILE]; TILE];
 type Kernel = unsafe fn(&[Chunk; TILE], [&Chunk; TILE]) -> Products;
 
-/// What finds the products: the instructions that a tier has for them.
+/// The instructions that a tier has for dot products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Dots {
-    /// What every processor of the architecture has.
+    /// Those that every processor of the architecture has.
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,

@@ -25,7 +25,7 @@ pub(crate) trait Packed: Copy + Default {
     /// The value in float64.
     fn widen(self) -> f64;
 
-    /// The buffer of this form, made anew if it is of another size.
+    /// The buffer of this form, replaced if it is of another size.
     fn chunk(chunks: &mut Chunks, num_states: usize, columns: usize) -> &mut Chunk<Self>;
 
     /// The bits of a magnitude: greater for greater ones, greatest for NaN and infinity.

@@ -8,7 +8,7 @@ use super::unit::Unit;
 #[derive(Debug, Default)]
 pub(crate) struct Prefetch {
     rows: Vec<usize>,
-    /// How many of them, with the bytes from each on; rows that join are one run.
+    /// The number of runs, and the bytes of each; rows that join are one run.
     runs: usize,
     bytes: usize,
     in_turn: bool,
@@ -26,7 +26,7 @@ impl Prefetch {
     /// Pages of a group.
     const PAGES: usize = 32;
 
-    /// Begins anew with rows of so many bytes; a line of each `in_turn`, or one whole row after
+    /// Starts over with rows of so many bytes; a line of each `in_turn`, or one whole row after
     /// the other.
     pub fn begin(&mut self, rows: impl Iterator<Item = usize>, bytes: usize, in_turn: bool) {
         self.rows.clear();
@@ -48,7 +48,7 @@ impl Prefetch {
         &self.rows
     }
 
-    /// How many lines are left to be fetched.
+    /// The number of lines left to be fetched.
     pub fn left(&self) -> usize {
         self.left
     }

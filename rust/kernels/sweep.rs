@@ -1,4 +1,4 @@
-//! What a tier gives: the sums of products that it makes, and how work is done with its
+//! The traits of a tier: the sums of products that it makes, and the work done with its
 //! instructions.
 
 use super::packed::{Chunk, Packed};
@@ -25,10 +25,10 @@ pub(crate) trait Kernels {
 
 /// Sums of products of all pairs of different rows, a chunk of columns at a time.
 pub(crate) trait Sweep {
-    /// What the states are packed as.
+    /// The form that the states are packed in.
     type Packed: Packed;
 
-    /// What must be ready while sums are added.
+    /// State that must be ready while sums are added.
     type Engine;
 
     /// Columns of a chunk.
@@ -51,7 +51,7 @@ pub(crate) trait Sweep {
         Self::SPAN
     }
 
-    /// How far the cosines of rows of 512 columns err, but for a bias; see docs/maths.md.
+    /// The error of the cosines of rows of 512 columns, but for a bias; see docs/maths.md.
     const SPREAD: f64;
 
     /// Makes the engine ready for one thread and rows of this width, until it is dropped.

@@ -12,7 +12,7 @@ use super::packed::{Packed, greatest};
 /// these features, on a processor that has them. `load` reads `WIDTH` values, `flush` reads
 /// and writes `LANES` values.
 pub(crate) trait Unit: Sized {
-    /// What is loaded.
+    /// An element as it is loaded.
     type Packed: Packed;
     /// A vector of it.
     type Vector: Copy;
@@ -21,7 +21,7 @@ pub(crate) trait Unit: Sized {
 
     /// Columns whose products are summed in `Sum`'s precision.
     const SPAN: usize;
-    /// How far cosines err; see `SPREAD` of a sweep.
+    /// The error of cosines; see `SPREAD` of a sweep.
     const SPREAD: f64 = 1.1e-7;
     /// Rows of a tile: `ROWS²` sums and `ROWS + 1` vectors fit in the registers.
     const ROWS: usize;

@@ -1,4 +1,4 @@
-//! Whether there are tiles, and whether we may use them.
+//! Detection of tiles, and the permission to use them.
 
 #![allow(unsafe_code)]
 

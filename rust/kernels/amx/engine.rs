@@ -1,4 +1,4 @@
-//! What multiplies tiles of 16 x 16 sums, and what it multiplies.
+//! Engines that multiply tiles of 16 x 16 sums, and the tiles.
 
 use std::mem::MaybeUninit;
 
@@ -30,7 +30,7 @@ pub(crate) struct Sums {
     pub(super) rows: [[f32; SIDE]; 2],
 }
 
-/// What multiplies tiles: the processor, or its twin. It holds [`Sums`].
+/// An engine that multiplies tiles: the processor, or its twin. It holds [`Sums`].
 pub(crate) trait Multiply {
     /// Sets the engine up for this thread.
     ///

@@ -23,13 +23,13 @@ pub(crate) struct Session<E> {
     pub(super) buffers: Buffers,
 }
 
-/// What a thread keeps from one session to the next.
+/// Buffers that a thread keeps from one session to the next.
 #[derive(Default)]
 pub(super) struct Buffers {
     tiles: Vec<Line>,
     /// The rows that the tiles are of; rows of zeros make the last block full.
     pub(super) rows: Vec<*const u16>,
-    /// Where the rows are that are to be prefetched.
+    /// The addresses of the rows to be prefetched.
     pub(super) prefetch: Vec<usize>,
     pub(super) magnitudes: Vec<f32>,
     /// The products of each block with itself over each span.
@@ -65,7 +65,7 @@ impl<E: Multiply> Session<E> {
         }
     }
 
-    /// Where the tiles of so many rows are.
+    /// The places of the tiles of so many rows.
     #[inline(always)]
     pub(super) fn layout(&mut self, num_states: usize) -> Layout {
         let (blocks, _) = blocks_of(num_states);

@@ -17,7 +17,7 @@ pub(super) fn blocks_of(num_states: usize) -> (usize, bool) {
     }
 }
 
-/// Where the sums of a block of rows with the blocks from it on begin.
+/// The place of the first sum of a block of rows with the blocks from it on.
 #[inline(always)]
 pub(super) fn place_of(first: usize, blocks: usize) -> usize {
     first * (2 * blocks - first + 1) / 2 * SIDE * SIDE

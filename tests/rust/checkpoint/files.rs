@@ -27,7 +27,7 @@ pub const DTYPES: [(&str, u64); 8] = [
 
 /// A tensor of a test: its name, dtype, shape and bytes.
 pub type Given = (String, &'static str, Vec<u64>, Vec<u8>);
-/// What a reader sees of it.
+/// A tensor as a reader sees it.
 pub type Seen = (String, Vec<usize>, Vec<u8>);
 
 /// The bytes of a safetensors file, written by hand.
@@ -161,7 +161,7 @@ pub fn tensors() -> impl Strategy<Value = (u64, Vec<Vec<Given>>)> {
     })
 }
 
-/// What the cut should hold, name by name.
+/// The content that the cut should have, name by name.
 pub fn expected(shards: &[Vec<Given>], survivors: &[u64]) -> BTreeMap<String, (Vec<u64>, Vec<u8>)> {
     let mut kept = BTreeMap::new();
     for (name, _, shape, bytes) in shards.iter().flatten() {

@@ -25,7 +25,7 @@ use crate::checkpoints::{
 use crate::gguf::{gguf, gguf_survives, gguf_words};
 use crate::strikes::{strikes, struck};
 
-/// What the last panic said, and where: each of them is many while a failure is made small.
+/// The message of the last panic, and its place; many panics come while a failure is made small.
 static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
 
 /// A thing to fuzz: runs some cases, and tells how many of them it accepted.

@@ -1,4 +1,4 @@
-//! Files as lists of tokens, and what is done to them.
+//! Files as lists of tokens, and changes to them.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use proptest::sample::{Index as Place, select};
 
 pub type Tokens = Vec<Vec<u8>>;
 
-/// What is done to a list of tokens.
+/// A change to a list of tokens.
 #[derive(Debug, Clone)]
 pub enum Strike {
     Replace(Place, Vec<u8>),

@@ -47,7 +47,7 @@ fn versions_and_byte_orders_are_told_apart() {
     assert!(cut(&versioned([2, 0, 0, 0]), &[0]).unwrap()[4] == 2);
     let words = |file: &[u8]| read(file).unwrap_err().to_string();
     assert!(words(&versioned([0, 0, 0, 3])).contains("big-endian"));
-    assert!(words(&versioned([1, 0, 0, 0])).contains("convert the model anew"));
+    assert!(words(&versioned([1, 0, 0, 0])).contains("convert the model again"));
     assert!(words(&versioned([4, 0, 0, 0])).contains("version 4, expected 2 or 3"));
     assert!(words(b"PK\x03\x04zip").contains("not a GGUF file"));
     assert!(words(b"").contains("cut short"));

@@ -40,7 +40,7 @@ fn subset(count: usize, bits: usize) -> Vec<usize> {
     (0..count).filter(|index| bits >> index & 1 == 1).collect()
 }
 
-/// What a reader must never do with a file: panic, hang, or make what it cannot read.
+/// Asserts that a reader neither panics on a file, nor hangs, nor writes one that it cannot read.
 fn survives(file: &[u8]) {
     let mut source = Cursor::new(file);
     let Ok(read) = Gguf::read(&mut source) else {

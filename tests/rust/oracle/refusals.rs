@@ -1,4 +1,4 @@
-//! What is refused, left out of the sums, or decided among equals.
+//! Input that is refused or left out of the sums, and ties.
 
 use shallower_core::{Accumulator, Error, Metric, Order, Reason, States, Tier};
 

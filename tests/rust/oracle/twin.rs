@@ -5,7 +5,7 @@ use shallower_core::{Accumulator, Element, Metric, Order, States, Tier};
 
 pub const METRICS: [Metric; 4] = Metric::ALL;
 
-/// What an angular distance may err by, on any tier and in any dtype.
+/// The largest error of an angular distance, on any tier and in any dtype.
 pub const TOLERANCE: f64 = 1e-7;
 
 pub fn accumulate<T: Element>(
