@@ -1,6 +1,6 @@
 //! Input that is refused or left out of the sums, and ties.
 
-use shallower_core::{Accumulator, Error, Metric, Order, Reason, States, Tier};
+use shallower_core::{Accumulator, Error, Gram, Metric, Order, Reason, States, Tier};
 
 use crate::twin::{METRICS, accumulate};
 
@@ -21,6 +21,17 @@ fn tiers_that_this_machine_lacks_are_refused() {
         unknown.contains("\"sse9\"") && unknown.contains("scalar"),
         "{unknown}"
     );
+}
+
+#[test]
+#[should_panic(expected = "this processor has no")]
+fn a_matrix_of_a_tier_that_this_machine_lacks_is_refused() {
+    let missing = if cfg!(target_arch = "aarch64") {
+        Tier::Avx2
+    } else {
+        Tier::Neon
+    };
+    Gram::new(2, missing);
 }
 
 #[test]
