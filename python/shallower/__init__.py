@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .errors import TierError as TierError
     from .evaluation.loss import evaluate_loss as evaluate_loss
     from .healing.heal import heal as heal
-    from .healing.heal import merge as merge
     from .healing.patch import patch as patch
+    from .healing.saving import merge as merge
     from .healing.saving import save_patched as save_patched
     from .judgement.compare import compare_cuts as compare_cuts
     from .models.loading import load_model as load_model
@@ -103,7 +103,7 @@ _HOMES = {
     "evaluate_loss": "evaluation.loss",
     "heal": "healing.heal",
     "load_model": "models.loading",
-    "merge": "healing.heal",
+    "merge": "healing.saving",
     "patch": "healing.patch",
     "plan_gguf": "cutting.gguf",
     "prune_checkpoint": "cutting.checkpoint",

@@ -25,7 +25,7 @@ def cut(both):
 def healed(cut, tmp_path_factory):
     """Adapters of a quick healing, and its record."""
     out = tmp_path_factory.mktemp("healed") / "adapters"
-    return out, sh.heal(cut, TEXTS, out, QUICK, HELD_OUT)
+    return out, sh.heal(cut, TEXTS, out, recipe=QUICK, eval_texts=HELD_OUT)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,19 @@
 """Healing that starts from a patch."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import shallower as sh
+from shallower.healing.checks import read_plan
 from shallower.healing.losses import summed_loss
+from shallower.healing.patched import patched_cut
+from shallower.healing.saving import write_adapters
 from shallower.texts.sequences import collate, read_samples
+from shallower.values.healing import Healing
 from tests.conftest import tiny_llama, write_jsonl
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, documents, save_cut
 
@@ -18,7 +24,7 @@ def patchable(words, tmp_path_factory):
     """A tiny model that was trained a little, so that a patch has something to gain."""
     model = tiny_llama(6, seed=3)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    samples = read_samples(words, TEXTS, 16, True, 10**6)
+    samples = read_samples(words, TEXTS, max_length=16, packing=True, num_samples=10**6)
     for step in range(60):
         rows = [samples.rows[i % len(samples)] for i in range(8 * step, 8 * step + 8)]
         batch = {name: torch.from_numpy(values) for name, values in collate(rows)}
@@ -32,9 +38,11 @@ def patchable(words, tmp_path_factory):
 def test_healing_starts_from_the_patch(patchable, tmp_path):
     whole, cut = patchable
     texts = documents(600, 5)
-    plain = sh.heal(cut, texts, tmp_path / "plain", QUICK, HELD_OUT)
+    plain = sh.heal(cut, texts, tmp_path / "plain", recipe=QUICK, eval_texts=HELD_OUT)
     options = {"original": whole, "from_patch": True}
-    record = sh.heal(cut, texts, tmp_path / "adapters", QUICK, HELD_OUT, **options)
+    record = sh.heal(
+        cut, texts, tmp_path / "adapters", recipe=QUICK, eval_texts=HELD_OUT, **options
+    )
     assert record.before.nats < plain.before.nats
     assert record.cut.nats == pytest.approx(plain.before.nats, abs=1e-6)
     came_back = record.cut.nats - record.after.nats
@@ -47,7 +55,9 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
     assert kept["format"] == "shallower.patch"
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(patched)
-    merged = sh.heal(cut, texts, tmp_path / "merged", QUICK, HELD_OUT, merge=True, **options)
+    merged = sh.heal(
+        cut, texts, tmp_path / "merged", recipe=QUICK, eval_texts=HELD_OUT, merge=True, **options
+    )
     assert merged.merge.loss.nats == pytest.approx(record.after.nats, abs=1e-4)
     later = sh.merge(tmp_path / "adapters", tmp_path / "later")
     assert later.merge.difference < 1e-5
@@ -55,7 +65,7 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
         "adapters", "later", "merged", "plain",
     ]  # fmt: skip
     with pytest.raises(sh.RecipeError, match="is patched already"):
-        sh.heal(patched, texts, tmp_path / "again", QUICK, **options)
+        sh.heal(patched, texts, tmp_path / "again", recipe=QUICK, **options)
 
 
 @pytest.mark.parametrize("why_not", [None, "the patch does not help", "7 texts are too few"])
@@ -69,7 +79,7 @@ def test_a_run_patches_and_heals(patchable, shallower, tmp_path, why_not, monkey
     if why_not and why_not.startswith("7"):
         texts = [" ".join(texts[start::7]) for start in range(7)]
     elif why_not:
-        monkeypatch.setattr(patched, "patch", refuse)
+        monkeypatch.setattr(patched, "with_patch", refuse)
     for name, passages in (("texts", texts), ("held_out", HELD_OUT)):
         write_jsonl(tmp_path / f"{name}.jsonl", passages)
     done = shallower(
@@ -112,19 +122,174 @@ def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
     whole, cut = patchable
     texts = documents(600, 5)
     options = {"original": whole, "from_patch": True}
-    monkeypatch.setattr(heal, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(heal, "train", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sh.heal(cut, texts, tmp_path / "out", QUICK, HELD_OUT, **options)
+        sh.heal(cut, texts, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, **options)
     monkeypatch.undo()
-    monkeypatch.setattr(patched, "patch", lambda *_args, **_options: pytest.fail("patched again"))
-    sh.heal(cut, texts, tmp_path / "out", QUICK, HELD_OUT, **options)
+    again = lambda *_args, **_options: pytest.fail("patched again")  # noqa: E731
+    monkeypatch.setattr(patched, "with_patch", again)
+    sh.heal(cut, texts, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, **options)
     with pytest.raises(pytest.fail.Exception):
-        sh.heal(cut, texts[1:], tmp_path / "other", QUICK, HELD_OUT, **options)
+        sh.heal(cut, texts[1:], tmp_path / "other", recipe=QUICK, eval_texts=HELD_OUT, **options)
 
 
-def test_a_patch_needs_the_uncut_model_and_texts_twice(cut, both, tmp_path):
+def test_a_patch_needs_the_uncut_model(cut, tmp_path):
     with pytest.raises(sh.RecipeError, match="a patch needs the uncut model"):
-        sh.heal(cut, TEXTS, tmp_path / "out", QUICK, from_patch=True)
-    with pytest.raises(sh.TextsError, match="read twice"):
-        sh.heal(cut, iter(TEXTS), tmp_path / "out", QUICK, original=both[0], from_patch=True)
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=QUICK, from_patch=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_are_read_once_by_patch_and_training(patchable, tmp_path, recwarn):
+    """An iterator, which cannot be read again, gives what a list gives."""
+    whole, cut = patchable
+    texts = documents(600, 5)
+    options = {"recipe": QUICK, "original": whole, "from_patch": True}
+    for name, given in (("list", texts), ("iterator", iter(texts))):
+        sh.heal(cut, given, tmp_path / name, **options)
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("list", "iterator"))
+    assert one.read_bytes() == other.read_bytes()
+    assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What heal loads and measures, in order."""
+    from shallower.healing import heal, uncut
+
+    done = []
+    load, evaluate = uncut.load_model, heal.evaluate_loss
+
+    def load_counted(path, **options):
+        done.append(f"load {Path(path).name.split('.')[-1]}")
+        return load(path, **options)
+
+    def evaluate_counted(*args, description, **options):
+        done.append(description)
+        return evaluate(*args, description=description, **options)
+
+    monkeypatch.setattr(uncut, "load_model", load_counted)
+    monkeypatch.setattr(heal, "evaluate_loss", evaluate_counted)
+    return done
+
+
+def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, counted, monkeypatch):
+    """The uncut model for the patch and both losses; and nothing again after a kill."""
+    from shallower.healing import heal
+
+    whole, cut = patchable
+    job = cut, documents(600, 5), tmp_path / "out"
+    options = {"recipe": QUICK, "eval_texts": HELD_OUT, "original": whole, "from_patch": True}
+    monkeypatch.setattr(heal, "write_adapters", lambda *_args, **_options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sh.heal(*job, **options)
+    held_out = ["loss, held out"] * 4
+    assert counted == ["load whole", "load patched", "loss, unpatched", "loss, uncut", *held_out]
+    counted.clear()
+    monkeypatch.setattr(heal, "write_adapters", write_adapters)
+    record = sh.heal(*job, **options)
+    assert counted == ["load patched"]
+    again = sh.heal(*job[:2], tmp_path / "again", **options)
+    assert (again.cut, again.original, again.held_out) == (
+        record.cut, record.original, record.held_out,
+    )  # fmt: skip
+    assert not (tmp_path / "out" / "losses.json").exists()
+
+
+def test_losses_that_are_given_are_not_measured(patchable, tmp_path, counted):
+    whole, cut = patchable
+    texts = documents(600, 5)
+    options = {"recipe": QUICK, "eval_texts": HELD_OUT, "original": whole}
+    first = sh.heal(cut, texts, tmp_path / "first", from_patch=True, **options)
+    counted.clear()
+    losses = first.original, first.cut
+    given = sh.heal(cut, texts, tmp_path / "given", from_patch=True, losses=losses, **options)
+    assert (given.original, given.cut, given.held_out) == (
+        first.original, first.cut, first.held_out,
+    )  # fmt: skip
+    assert counted == ["load whole", "load patched", *["loss, held out"] * 4]
+    counted.clear()
+    patched = tmp_path / "given" / "patched"
+    del options["original"]
+    beside = sh.heal(patched, texts, tmp_path / "beside", losses=losses, **options)
+    assert (beside.original, beside.cut, beside.recovered) == (*losses, given.recovered)
+    counted.clear()
+    plain = sh.heal(cut, texts, tmp_path / "plain", losses=losses, **options)
+    assert (plain.before, plain.original, plain.cut) == (first.cut, first.original, None)
+    assert counted == ["load cut", *["loss, held out"] * 3]
+
+
+def test_losses_on_other_tokens_are_refused(cut, tmp_path):
+    model, tokenizer = sh.load_model(cut, dtype="float32")
+    loss = sh.evaluate_loss(model, tokenizer, HELD_OUT, max_length=8)
+    with pytest.raises(
+        sh.TextsError, match=r"on \d+ tokens, and .* measure them with max_length=16"
+    ):
+        sh.heal(
+            cut, TEXTS, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, losses=(None, loss)
+        )
+    with pytest.raises(sh.RecipeError, match="losses without eval_texts"):
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=QUICK, losses=(None, loss))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapters", "merged"])
+def test_the_patch_is_kept_where_training_makes_it_worse(patchable, tmp_path, merge):
+    whole, cut = patchable
+    recipe = replace(QUICK, learning_rate=10.0, warmup_steps=0, steps=2)
+    with pytest.warns(UserWarning, match=r"no step .* was better than the patch: .* patched cut"):
+        record = sh.heal(
+            cut, documents(600, 5), tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT,
+            original=whole, from_patch=True, merge=merge,
+        )  # fmt: skip
+    assert (record.best_step, record.merge) == (0, None)
+    assert record.before == record.after
+    assert record.recovered > 0
+    assert Healing.load(tmp_path / "out").to_json() == record.to_json()
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "shallower_patch.json", "shallower_plan.json"} < names
+    assert not names & {"job", "patched", "adapter_config.json", "losses.json"}
+    assert "solved anew by least squares" in (tmp_path / "out" / "README.md").read_text()
+    model, tokenizer = sh.load_model(tmp_path / "out", dtype="float32")
+    loss = sh.evaluate_loss(model, tokenizer, HELD_OUT, max_length=16)
+    assert loss.nats == pytest.approx(record.before.nats, abs=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(sh.ModelError, match="nothing to merge"):
+        sh.merge(tmp_path / "out", tmp_path / "merged")
+
+
+def test_a_patch_can_be_made_of_a_model_in_memory(patchable, tmp_path, counted):
+    """As a run does, which holds the model: heal finds the patch, and the model is as before."""
+    whole, cut = patchable
+    texts = documents(600, 5)
+    model, tokenizer = sh.load_model(whole, dtype="float32")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    plan = read_plan(str(cut))
+    patched_cut(
+        str(cut), plan, str(whole), texts=texts, out=tmp_path / "out",
+        whole=lambda: (model, tokenizer), max_length=16, progress=False,
+    )  # fmt: skip
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    options = {"recipe": QUICK, "original": whole, "from_patch": True}
+    sh.heal(cut, texts, tmp_path / "out", **options)
+    assert counted == ["load patched"]
+    sh.heal(cut, texts, tmp_path / "other", **options)
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "other"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])
+def test_the_unpatched_cut_is_measured_as_if_it_were_loaded(patchable, tmp_path, dtype, words):
+    """Without its layers, the uncut model in the dtype of the training is the cut."""
+    whole, _ = patchable
+    model, _ = sh.load_model(whole, dtype="bfloat16")
+    sh.save_model(model, words, tmp_path / "whole")
+    sh.save_model(model, words, tmp_path / "cut", plan=sh.drop_layers(model, [range(2, 4)]))
+    texts = documents(600, 5)
+    recipe = replace(QUICK, dtype=dtype, steps=1)
+    options = {"recipe": recipe, "eval_texts": HELD_OUT}
+    plain = sh.heal(tmp_path / "cut", texts, tmp_path / "plain", **options)
+    options |= {"original": tmp_path / "whole", "from_patch": True}
+    record = sh.heal(tmp_path / "cut", texts, tmp_path / "patched", **options)
+    assert record.cut == plain.before

@@ -25,7 +25,7 @@ def test_every_kind_of_map_can_be_merged(name, dtype, words, tmp_path):
     model = AutoModelForCausalLM.from_config(small_config(name)).to(getattr(torch, dtype)).eval()
     _, cut = save_cut(tmp_path, model, words, [3])
     recipe = replace(QUICK, steps=4, dtype=dtype, eval_every=4)
-    record = sh.heal(cut, TEXTS, tmp_path / "adapters", recipe, HELD_OUT)
+    record = sh.heal(cut, TEXTS, tmp_path / "adapters", recipe=recipe, eval_texts=HELD_OUT)
     merged = sh.merge(tmp_path / "adapters", tmp_path / "merged")
     assert merged.merge.dtype == dtype
     assert merged.merge.difference <= merged.merge.tolerance
@@ -52,7 +52,9 @@ def test_every_kind_of_map_can_be_merged(name, dtype, words, tmp_path):
 
 
 def test_merging_at_once_is_merging_later(cut, tmp_path, healed):
-    record = sh.heal(cut, TEXTS, tmp_path / "at once", QUICK, HELD_OUT, merge=True)
+    record = sh.heal(
+        cut, TEXTS, tmp_path / "at once", recipe=QUICK, eval_texts=HELD_OUT, merge=True
+    )
     sh.merge(healed[0], tmp_path / "later")
     weights = [
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("at once", "later")
@@ -71,7 +73,7 @@ def test_merging_at_once_is_merging_later(cut, tmp_path, healed):
 def test_four_bits_are_merged_into_plain_weights(smol_cut, tmp_path):
     cut, texts = smol_cut
     recipe = Recipe(steps=1, max_length=32, warmup_steps=0, learning_rate=1e-3, batch_size=4)
-    record = sh.heal(cut, texts, tmp_path / "out", recipe, texts[:2], merge=True)
+    record = sh.heal(cut, texts, tmp_path / "out", recipe=recipe, eval_texts=texts[:2], merge=True)
     assert record.recipe.dtype == "nf4"
     assert record.merge.dtype == "bfloat16"
     assert record.merge.difference < record.merge.tolerance
@@ -88,6 +90,6 @@ def test_a_patch_and_a_license_are_carried_over(cut, tmp_path):
     card = (carried / "README.md").read_text()
     (carried / "README.md").write_text(card.replace("---\n", "---\nlicense: apache-2.0\n", 1))
     for name, merge in (("adapters", False), ("merged", True)):
-        sh.heal(carried, TEXTS, tmp_path / name, replace(QUICK, steps=1), merge=merge)
+        sh.heal(carried, TEXTS, tmp_path / name, recipe=replace(QUICK, steps=1), merge=merge)
         assert (tmp_path / name / "shallower_patch.json").read_text() == '{"method": "refit"}'
         assert "license: apache-2.0" in (tmp_path / name / "README.md").read_text()

@@ -9,7 +9,7 @@ import torch
 
 import shallower as sh
 from shallower.healing import patch_solver
-from shallower.healing.patch import patch
+from shallower.healing.patch import patch, with_patch
 from shallower.healing.saving import PATCH_FILE
 from tests.commands import in_this_process
 from tests.conftest import WORDS, tiny_llama, write_jsonl
@@ -63,7 +63,7 @@ def test_a_patch_lowers_the_loss_of_a_cut(model, words, method, blocks):
     with sh.without_layers(model, blocks):
         cut = loss(model, words)
         shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    done = patch(model, words, blocks, TEXTS, method=method)
+    done = patch(model, words, blocks, texts=TEXTS, method=method)
     patched = loss(model, words)
     assert base < cut
     assert patched < cut - 0.1 * (cut - base)
@@ -74,14 +74,55 @@ def test_a_patch_lowers_the_loss_of_a_cut(model, words, method, blocks):
     assert [fit.layer for fit in done.fits][:1] == [blocks[0].start - 1]
 
 
+def test_a_patch_keeps_what_its_plan_knows(model, words, tmp_path):
+    """Score, metric, texts and strategy come to the saved plan and its card."""
+    plan = sh.scan(model, words, TEXTS[:40]).plan(2)
+    assert plan.strategy == "similarity"
+    done = patch(model, words, plan, texts=TEXTS)
+    assert done.plan == plan
+    assert done.plan.blocks[0].score == plan.blocks[0].score is not None
+    sh.save_patched(model, words, tmp_path / "patched", done=done)
+    saved = sh.Plan.load(tmp_path / "patched" / "shallower_plan.json")
+    assert (saved.strategy, saved.metric, saved.texts) == ("similarity", "angular", plan.texts)
+    assert saved.blocks[0].score == plan.blocks[0].score
+    card = (tmp_path / "patched" / "README.md").read_text()
+    assert "angular distance" in card
+    assert "similarity: of all blocks of its size" in card
+    assert f"{plan.texts[0].num_texts} texts" in card
+
+
+def test_a_plan_of_another_model_is_refused(model, words):
+    plan = sh.scan(model, words, TEXTS[:8]).plan(2)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    with pytest.raises(sh.PlanError, match="is another model"):
+        patch(model, words, plan, texts=TEXTS)
+    with pytest.raises(sh.PlanError, match="for 9 layers, the model has 8"):
+        patch(model, words, sh.Plan(9, (sh.Block(3, 5),)), texts=TEXTS)
+
+
+def test_a_model_can_be_patched_for_a_while(model, words):
+    """The body sees what patch leaves; afterwards every weight and layer is back."""
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with with_patch(model, words, [range(3, 5)], texts=TEXTS, progress=False) as done:
+        inside = loss(model, words)
+        assert len(model.model.layers) == 6
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.config.num_hidden_layers == 8
+    assert patch(model, words, [range(3, 5)], texts=TEXTS) == done
+    assert loss(model, words) == inside
+
+
 def test_the_tokenizer_is_left_as_it_was(model, words):
     assert words.backend_tokenizer.truncation is None
-    patch(model, words, [range(3, 5)], TEXTS)
+    patch(model, words, [range(3, 5)], texts=TEXTS)
     assert words.backend_tokenizer.truncation is None
 
 
 def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
-    done = patch(model, words, [range(3, 5)], TEXTS)
+    done = patch(model, words, [range(3, 5)], texts=TEXTS)
     held_out = [text for index, text in enumerate(TEXTS) if index % 8 == 7]
     assert done.patched == pytest.approx(sh.evaluate_loss(model, words, held_out).nats, abs=1e-5)
     assert done.patched == done.fits[-1].nats
@@ -90,7 +131,7 @@ def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
 
 
 def test_the_loss_falls_with_every_layer_that_is_solved(model, words):
-    done = patch(model, words, [range(3, 5)], TEXTS)
+    done = patch(model, words, [range(3, 5)], texts=TEXTS)
     losses = [fit.nats for fit in done.fits]
     assert losses == sorted(losses, reverse=True)
     assert all(0 < fit.explained < 1 for fit in done.fits)
@@ -115,7 +156,7 @@ def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypa
     ridge = 0.1 * np.square(rest).sum(0).mean()
     solved = np.linalg.solve(y.T @ y + ridge * np.eye(32), y.T @ missing).T
     expected = (np.eye(32) + solved) @ down.weight.detach().double().numpy()
-    patch(model, words, [range(3, 5)], TEXTS, method="map")
+    patch(model, words, [range(3, 5)], texts=TEXTS, method="map")
     found = model.model.layers[2].mlp.down_proj.weight.detach().double().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -129,7 +170,7 @@ def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
         for layer in [*twin.model.layers[:3], *twin.model.layers[5:]]:
             layer.mlp.down_proj.weight.mul_(1.3)
     model = copy.deepcopy(twin)
-    scale = patch(model, words, [range(3, 5)], TEXTS, method="magnitude").scales[0]
+    scale = patch(model, words, [range(3, 5)], texts=TEXTS, method="magnitude").scales[0]
     assert scale > 1.01
     sh.drop_layers(twin, [range(3, 5)])
     twin.model.layers[3].register_forward_pre_hook(lambda _, args: (scale * args[0], *args[1:]))
@@ -140,13 +181,13 @@ def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, words, dtype):
-    done = patch(model.to(dtype), words, [range(3, 5)], TEXTS)
+    done = patch(model.to(dtype), words, [range(3, 5)], texts=TEXTS)
     assert done.recovered > 0.1
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
 def test_a_patched_model_is_saved_and_loaded_as_any(model, words, tmp_path):
-    done = patch(model, words, [range(3, 5)], TEXTS)
+    done = patch(model, words, [range(3, 5)], texts=TEXTS)
     sh.save_model(model, words, tmp_path / "cut", done.plan)
     again, _ = sh.load_model(tmp_path / "cut", dtype="float32")
     ids = torch.tensor(words(HELD_OUT)["input_ids"])
@@ -157,7 +198,7 @@ def test_a_patched_model_is_saved_and_loaded_as_any(model, words, tmp_path):
 def test_transposed_weights_too(words):
     model = random_model("gpt2")
     shape = model.transformer.h[2].mlp.c_proj.weight.shape
-    done = patch(model, words, [range(3, 5)], sentences(100))
+    done = patch(model, words, [range(3, 5)], texts=sentences(100))
     assert done.fits[0].matrices == ("2.attn.c_proj", "2.mlp.c_proj")
     assert done.fits[0].explained > 0.3
     assert model.transformer.h[2].mlp.c_proj.weight.shape == shape == (48, 32)
@@ -168,7 +209,7 @@ def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(sh.PatchError, match=r"does not help: the loss on \d+ held-out tokens"):
-        patch(model, words, [range(2, 4)], sentences(40))
+        patch(model, words, [range(2, 4)], texts=sentences(40))
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert model.config.num_hidden_layers == 6
 
@@ -180,7 +221,7 @@ def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
 def test_families_without_such_a_matrix_are_refused(words, name, reason):
     model = random_model(name)
     with pytest.raises(sh.ShallowerError, match=reason):
-        patch(model, words, [range(3, 5)], sentences(40))
+        patch(model, words, [range(3, 5)], texts=sentences(40))
     assert model.config.get_text_config().num_hidden_layers == 8
 
 
@@ -199,7 +240,7 @@ def test_families_without_such_a_matrix_are_refused(words, name, reason):
 def test_bad_input(model, words, layers, texts, options, reason):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(sh.ShallowerError, match=reason):
-        patch(model, words, layers, texts, **options)
+        patch(model, words, layers, texts=texts, **options)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 

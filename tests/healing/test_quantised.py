@@ -19,7 +19,7 @@ def gradients(path, change, evaluate_first=True):
     model, _ = sh.load_model(path, dtype="nf4")
     change(model)
     recipe = Recipe(rank=8, dropout=0.0).resolve(FACTS)
-    adapted = add_adapters(model, feed_forward_targets(model), recipe, "base")
+    adapted = add_adapters(model, feed_forward_targets(model), recipe, base="base")
     generator = torch.Generator().manual_seed(0)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:

@@ -35,19 +35,19 @@ def test_bad_input_leaves_nothing(cut, tmp_path, change, error, message):
 
 def test_a_model_that_was_not_cut_is_refused(both, tmp_path):
     with pytest.raises(sh.PlanError, match=r"was not cut: .* shallower prune MODEL"):
-        sh.heal(both[0], TEXTS, tmp_path / "out", QUICK)
+        sh.heal(both[0], TEXTS, tmp_path / "out", recipe=QUICK)
     with pytest.raises(sh.ModelError, match="is not there"):
-        sh.heal(tmp_path / "nowhere", TEXTS, tmp_path / "out", QUICK)
+        sh.heal(tmp_path / "nowhere", TEXTS, tmp_path / "out", recipe=QUICK)
     (tmp_path / "cut.gguf").write_bytes(b"GGUF")
     with pytest.raises(sh.ModelError, match="is a file: expected the folder of a cut"):
-        sh.heal(tmp_path / "cut.gguf", TEXTS, tmp_path / "out", QUICK)
+        sh.heal(tmp_path / "cut.gguf", TEXTS, tmp_path / "out", recipe=QUICK)
 
 
 def test_a_plan_of_another_cut_is_refused(cut, tmp_path):
     shutil.copytree(cut, tmp_path / "cut")
     sh.Plan(6, (sh.Block(1, 4),)).save(tmp_path / "cut" / "shallower_plan.json")
     with pytest.raises(sh.PlanError, match="leaves 3 layers, and the model has 4"):
-        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", QUICK)
+        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", recipe=QUICK)
 
 
 def test_another_teacher_is_refused(cut, words, tmp_path):
@@ -55,15 +55,22 @@ def test_another_teacher_is_refused(cut, words, tmp_path):
     other.model.norm.weight.data += 1
     sh.save_model(other, words, tmp_path / "other")
     with pytest.raises(sh.PlanError, match="is another model"):
-        sh.heal(cut, TEXTS, tmp_path / "out", QUICK, HELD_OUT, original=tmp_path / "other")
+        sh.heal(
+            cut,
+            TEXTS,
+            tmp_path / "out",
+            recipe=QUICK,
+            eval_texts=HELD_OUT,
+            original=tmp_path / "other",
+        )
 
 
 def test_a_place_that_is_taken_is_refused(cut, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("mine")
     with pytest.raises(sh.OutputError, match="exists already"):
-        sh.heal(cut, TEXTS, tmp_path / "out", QUICK)
-    sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=1), overwrite=True)
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=QUICK)
+    sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=1), overwrite=True)
     assert not (tmp_path / "out" / "file").exists()
 
 
@@ -89,7 +96,7 @@ def test_quantised_weights_cannot_be_merged_into(words, tmp_path):
     loaded, tokenizer = sh.load_model(tmp_path / "whole", dtype="int8")
     sh.save_model(loaded, tokenizer, tmp_path / "cut", sh.drop_layers(loaded, [2]))
     with pytest.raises(sh.ModelError, match="are quantised, and adapters are merged into plain"):
-        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", QUICK, merge=True)
+        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", recipe=QUICK, merge=True)
 
 
 def test_what_peft_would_not_adapt_is_refused(words, tmp_path):
@@ -97,7 +104,7 @@ def test_what_peft_would_not_adapt_is_refused(words, tmp_path):
     model = AutoModelForCausalLM.from_config(small_config("qwen3_next")).bfloat16().eval()
     _, cut = save_cut(tmp_path, model, words, [3])
     with pytest.raises(sh.ModelError, match=r"not on the 31 .* try plain weights"):
-        sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, dtype="nf4"))
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, dtype="nf4"))
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +115,7 @@ def test_a_healing_that_makes_it_worse_is_not_saved(healed, tmp_path):
     with pytest.raises(
         sh.ModelError, match=r"made it worse: .* step 2; .* Lower the learning rate"
     ):
-        sh.heal(tmp_path / "merged", TEXTS, tmp_path / "out", recipe, HELD_OUT)
+        sh.heal(tmp_path / "merged", TEXTS, tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT)
     assert not (tmp_path / "out").exists()
 
 
@@ -118,4 +125,4 @@ def test_a_loss_that_is_not_finite_stops_the_training(cut, words, tmp_path):
     sh.save_model(model, tokenizer, tmp_path / "cut")
     shutil.copy(cut / "shallower_plan.json", tmp_path / "cut")
     with pytest.raises(sh.ModelError, match=r"the training loss is nan at step 1: lower"):
-        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", QUICK)
+        sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", recipe=QUICK)

@@ -21,10 +21,10 @@ HARNESS = """
 import glob, json, os, resource, signal, sys, time
 import torch
 import shallower as sh
-import shallower.healing.heal, shallower.healing.training as training, peft, matplotlib.figure
+import shallower.healing.heal, shallower.healing.callbacks as callbacks, peft, matplotlib.figure
 import transformers.models.llama.modeling_llama
 torch.set_num_threads(1)
-training.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+callbacks.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 cut, texts, held_out, out, recipe, kills, limits = json.load(sys.stdin)
 recipe = sh.Recipe(**recipe)
 
@@ -36,7 +36,7 @@ def attempt(out, kill=None, limit=None):
         try:
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            sh.heal(cut, texts, out, recipe, held_out)
+            sh.heal(cut, texts, out, recipe=recipe, eval_texts=held_out)
         except sh.OutputError as error:
             print(f"refused: {error}", flush=True)
             status = 2
@@ -120,7 +120,7 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(cut, tmp_path, monkeypatch
     from shallower.healing import trainer_checkpoints
 
     recipe = replace(QUICK, steps=4, eval_every=2)
-    sh.heal(cut, TEXTS, tmp_path / "whole", recipe, HELD_OUT)
+    sh.heal(cut, TEXTS, tmp_path / "whole", recipe=recipe, eval_texts=HELD_OUT)
     work = tmp_path / ".out.partial" / "folder" / "training"
 
     def interrupted(checkpoint):
@@ -131,7 +131,7 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(cut, tmp_path, monkeypatch
     mark = trainer_checkpoints.mark_complete
     monkeypatch.setattr(trainer_checkpoints, "mark_complete", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sh.heal(cut, TEXTS, tmp_path / "out", recipe, HELD_OUT)
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT)
     monkeypatch.setattr(trainer_checkpoints, "mark_complete", mark)
     assert [path.name for path in work.iterdir()] == ["checkpoint-2"]
     later = work / "checkpoint-3"
@@ -142,7 +142,7 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(cut, tmp_path, monkeypatch
         (later / "complete").unlink()
         (later / name).write_bytes(b"")
         (later / "complete").unlink(missing_ok=True)
-    sh.heal(cut, TEXTS, tmp_path / "out", recipe, HELD_OUT)
+    sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT)
     same_healing(tmp_path / "out", tmp_path / "whole")
 
 
@@ -160,15 +160,18 @@ def test_a_full_disk_leaves_nothing_half_written(cut, tmp_path):
 def test_another_job_starts_anew(cut, tmp_path, monkeypatch):
     from shallower.healing import heal
 
-    monkeypatch.setattr(heal, "write_adapters", lambda *_: 1 / 0)
+    monkeypatch.setattr(heal, "write_adapters", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=2))
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2))
     assert (tmp_path / ".out.partial" / "folder" / "training" / "checkpoint-2").is_dir()
     monkeypatch.undo()
     began = []
-    monkeypatch.setattr(
-        heal, "train", lambda *args, train=heal.train: began.append(list(args[3].glob("*"))) or
-        train(*args),
-    )  # fmt: skip
-    sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=2, seed=7))
+    train = heal.train
+
+    def watched(*args, folder, **options):
+        began.append(list(folder.glob("*")))
+        return train(*args, folder=folder, **options)
+
+    monkeypatch.setattr(heal, "train", watched)
+    sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2, seed=7))
     assert began == [[]]

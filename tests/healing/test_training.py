@@ -59,7 +59,7 @@ def test_adapters_are_a_repository_of_peft(healed, cut):
 
 def test_the_rate_warms_up_and_falls_as_a_cosine(cut, tmp_path):
     recipe = replace(QUICK, steps=12, warmup_steps=3, learning_rate=0.004)
-    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe)
     expected = [
         0.004 * (k / 3 if k < 3 else 0.5 * (1 + math.cos(math.pi * (k - 3) / 9))) for k in range(12)
     ]
@@ -74,7 +74,7 @@ def test_the_forward_may_be_of_any_size(cut, tmp_path, packing):
     results = []
     for size in (1, 4, 16):
         out = tmp_path / str(size)
-        record = sh.heal(cut, TEXTS, out, replace(recipe, batch_size=size))
+        record = sh.heal(cut, TEXTS, out, recipe=replace(recipe, batch_size=size))
         results.append((load_file(out / "adapter_model.safetensors"), record))
     first, record = results[0]
     for weights, other in results[1:]:
@@ -85,7 +85,7 @@ def test_the_forward_may_be_of_any_size(cut, tmp_path, packing):
 
 def test_the_first_loss_is_the_mean_over_tokens(cut, words, tmp_path):
     recipe = replace(QUICK, packing=False, steps=1, warmup_steps=0)
-    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe)
     taken = order(16, 16, 0)
     model, tokenizer = sh.load_model(cut, dtype="float32")
     expected = sh.evaluate_loss(model, tokenizer, [TEXTS[i] for i in taken], max_length=16)
@@ -94,7 +94,7 @@ def test_the_first_loss_is_the_mean_over_tokens(cut, words, tmp_path):
 
 def test_the_seed_decides_all(cut, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        sh.heal(cut, TEXTS, tmp_path / name, replace(QUICK, seed=seed, steps=2))
+        sh.heal(cut, TEXTS, tmp_path / name, recipe=replace(QUICK, seed=seed, steps=2))
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
 
@@ -106,7 +106,7 @@ def test_distillation_pulls_the_state_towards_the_teachers(both, tmp_path):
     errors = []
     for weight in (0.0, 5.0):
         out = tmp_path / str(weight)
-        record = sh.heal(cut, TEXTS, out, replace(recipe, distill=weight), original=whole)
+        record = sh.heal(cut, TEXTS, out, recipe=replace(recipe, distill=weight), original=whole)
         student = PeftModel.from_pretrained(sh.load_model(cut, dtype="float32")[0], out).eval()
         distillation = Distillation(student.get_base_model(), teacher, record.plan)
         ids = tokenizer(" ".join(HELD_OUT), return_tensors="pt")["input_ids"][:, :64]
@@ -118,7 +118,9 @@ def test_distillation_pulls_the_state_towards_the_teachers(both, tmp_path):
 
 def test_the_share_that_came_back_is_told(both, tmp_path):
     whole, cut = both
-    record = sh.heal(cut, TEXTS, tmp_path / "out", QUICK, HELD_OUT, original=whole)
+    record = sh.heal(
+        cut, TEXTS, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, original=whole
+    )
     model, tokenizer = sh.load_model(whole, dtype="float32")
     expected = sh.evaluate_loss(model, tokenizer, HELD_OUT, max_length=16)
     assert record.original.nats == pytest.approx(expected.nats, abs=1e-6)
@@ -132,7 +134,7 @@ def test_the_share_that_came_back_is_told(both, tmp_path):
 def test_recomputing_changes_nothing_but_rounding(cut, tmp_path):
     for name, recompute in (("a", False), ("b", True)):
         recipe = replace(QUICK, steps=2, dropout=0.0, recompute=recompute)
-        sh.heal(cut, TEXTS, tmp_path / name, recipe)
+        sh.heal(cut, TEXTS, tmp_path / name, recipe=recipe)
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
     assert all(np.allclose(a[name], b[name], atol=1e-5) for name in a)
 
@@ -140,7 +142,7 @@ def test_recomputing_changes_nothing_but_rounding(cut, tmp_path):
 def test_the_best_step_is_kept(cut, tmp_path):
     """A rate that is far too high after a good start: what is kept is not the last."""
     recipe = replace(QUICK, steps=14, learning_rate=0.35, warmup_steps=10, eval_every=1)
-    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe, HELD_OUT)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT)
     losses = {measured.step: measured.loss.nats for measured in record.held_out if measured.step}
     assert record.best_step == min(losses, key=losses.get)
     assert record.best_step < 14
@@ -153,7 +155,7 @@ def test_the_best_step_is_kept(cut, tmp_path):
 def test_the_process_is_as_it_was(cut, tmp_path):
     deterministic = torch.are_deterministic_algorithms_enabled()
     environment = dict(os.environ)
-    sh.heal(cut, TEXTS, tmp_path / "out", replace(QUICK, steps=1))
+    sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=1))
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert {k: v for k, v in os.environ.items() if "DETERMIN" in k} == {
         k: v for k, v in environment.items() if "DETERMIN" in k

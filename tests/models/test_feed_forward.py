@@ -104,7 +104,7 @@ def test_adapters_reach_the_loss_in_every_family(name):
     model = random_model(name)
     recipe = Recipe(rank=2, dtype="float32", dropout=0.0).resolve(ModelFacts("", 32, 9, None))
     targets = feed_forward_targets(model)
-    adapted = add_adapters(model, targets, recipe, "base")
+    adapted = add_adapters(model, targets, recipe, base="base")
     logits = adapted(input_ids=torch.arange(1, 65).reshape(2, 32), use_cache=False).logits
     logits.float().square().mean().backward()
     grads = {n: p.grad for n, p in adapted.named_parameters() if "lora_B" in n}

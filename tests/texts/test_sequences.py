@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.texts.sequences import collate, order, read_samples
+from shallower.texts.sequences import ReadOnce, collate, order, read_samples
 from tests.healing.cuts import TEXTS
 
 
 # Sequences
 def test_packed_sequences_are_the_stream_of_documents(words):
-    samples = read_samples(words, iter(TEXTS), 16, True, 10**6)
+    samples = read_samples(words, iter(TEXTS), max_length=16, packing=True, num_samples=10**6)
     stream = [i for text in TEXTS for i in (*words(text)["input_ids"], words.eos_token_id)]
     whole = len(stream) // 16
     assert np.array_equal(np.stack(samples.rows), np.reshape(stream[: 16 * whole], (whole, 16)))
@@ -20,13 +20,13 @@ def test_packed_sequences_are_the_stream_of_documents(words):
 
 def test_no_more_texts_are_read_than_are_needed(words):
     endless = (TEXTS[i % len(TEXTS)] for i in iter(int, 1))
-    assert len(read_samples(words, endless, 16, True, 40)) == 40
-    assert len(read_samples(words, endless, 16, False, 40)) == 40
+    assert len(read_samples(words, endless, max_length=16, packing=True, num_samples=40)) == 40
+    assert len(read_samples(words, endless, max_length=16, packing=False, num_samples=40)) == 40
 
 
 def test_truncated_sequences_are_texts(words):
     texts = ["w1", "", *TEXTS]
-    samples = read_samples(words, texts, 8, False, 10**6)
+    samples = read_samples(words, texts, max_length=8, packing=False, num_samples=10**6)
     expected = [words(text)["input_ids"][:8] for text in TEXTS]
     assert [row.tolist() for row in samples.rows] == expected
 
@@ -43,14 +43,14 @@ def test_truncated_sequences_are_texts(words):
 )
 def test_too_few_texts_are_refused(words, texts, packing, message):
     with pytest.raises(sh.TextsError, match=message):
-        read_samples(words, texts, 16, packing, 10**6)
+        read_samples(words, texts, max_length=16, packing=packing, num_samples=10**6)
 
 
 def test_packing_needs_an_end_of_text(words):
     ending, words.eos_token = words.eos_token, None
     try:
         with pytest.raises(sh.TextsError, match=r"no end-of-text token .* --no-packing"):
-            read_samples(words, TEXTS, 16, True, 10**6)
+            read_samples(words, TEXTS, max_length=16, packing=True, num_samples=10**6)
     finally:
         words.eos_token = ending
 
@@ -70,3 +70,21 @@ def test_padding_and_first_tokens_are_not_predicted():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+
+
+def test_texts_are_read_from_their_source_once():
+    read = []
+
+    def source():
+        for number in range(6):
+            read.append(number)
+            yield f"w{number}"
+
+    texts = ReadOnce(source())
+    assert [text for text, _ in zip(texts, range(2), strict=False)] == ["w0", "w1"]
+    assert list(zip(texts, range(4), strict=False))[-1] == ("w3", 3)
+    assert list(texts.last_pass()) == [f"w{number}" for number in range(6)]
+    assert read == list(range(6))
+    for wrong in ("w1 w2", b"w1", 7):
+        with pytest.raises(sh.TextsError, match="iterable of strings"):
+            ReadOnce(wrong)

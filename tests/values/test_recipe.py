@@ -36,19 +36,65 @@ def test_the_table_is_the_papers():
 
 @pytest.mark.parametrize("preset", PAPER_PRESETS, ids=lambda preset: preset.name)
 def test_auto_finds_the_row_of_a_model_of_the_table(preset):
-    facts = ModelFacts(preset.model_type, preset.hidden_size, preset.num_layers, 4096)
+    facts = ModelFacts(
+        preset.model_type, preset.hidden_size, preset.num_layers, 4096, preset.vocab_size
+    )
     resolved = Recipe().resolve(facts)
     assert resolved.preset == preset.name
     assert (resolved.rank, resolved.learning_rate) == (preset.rank, preset.learning_rate)
     assert (resolved.steps, resolved.warmup_steps, resolved.dropout) == (5000, 100, 0.05)
     assert (resolved.max_length, resolved.dtype) == (preset.max_length, "nf4")
+    assert resolved.packing is False
     assert resolved.batch_size * resolved.accumulation() == 16
 
 
 def test_auto_is_ours_for_other_models():
     assert find_preset("auto", FACTS) == SMALL
     assert find_preset("auto", ModelFacts("qwen3", 4096, 36, 40960)) == GENERAL
-    assert find_preset("auto", ModelFacts("llama", 4096, 31, 4096)) == GENERAL
+    assert find_preset("auto", ModelFacts("llama", 4096, 31, 4096, 32_000)) == GENERAL
+
+
+MODELS = {
+    "Llama-2-7B": (ModelFacts("llama", 4096, 32, 4096, 32_000), "llama-2-7b"),
+    "Llama-2-70B": (ModelFacts("llama", 8192, 80, 4096, 32_000), "llama-2-70b"),
+    "Llama-3-8B": (ModelFacts("llama", 4096, 32, 8192, 128_256), "general"),
+    "Llama-3.1-70B": (ModelFacts("llama", 8192, 80, 131_072, 128_256), "general"),
+    "Yi-6B": (ModelFacts("llama", 4096, 32, 4096, 64_000), "general"),
+    "Mistral-7B-v0.1": (ModelFacts("mistral", 4096, 32, 32_768, 32_000), "mistral-7b"),
+    "Mistral-7B-v0.3": (ModelFacts("mistral", 4096, 32, 32_768, 32_768), "general"),
+    "Ministral-8B": (ModelFacts("mistral", 4096, 36, 32_768, 131_072), "general"),
+    "Qwen-7B": (ModelFacts("qwen", 4096, 32, 8192, 151_936), "qwen-7b"),
+    "Qwen-14B": (ModelFacts("qwen", 5120, 40, 8192, 152_064), "qwen-14b"),
+    "Qwen1.5-7B": (ModelFacts("qwen2", 4096, 32, 32_768, 151_936), "general"),
+    "Phi-2": (ModelFacts("phi", 2560, 32, 2048, 51_200), "phi-2"),
+    "Phi-1.5": (ModelFacts("phi", 2048, 24, 2048, 51_200), "general"),
+    "SmolLM2-135M": (ModelFacts("llama", 576, 30, 8192, 49_152), "small"),
+}
+"""By the configs on the hub."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_papers_rows_are_for_the_models_that_it_healed(name):
+    facts, preset = MODELS[name]
+    assert find_preset("auto", facts).name == preset
+
+
+def test_the_papers_presets_truncate_and_ours_pack():
+    """The paper truncates every text to one sequence; the option overrides the preset."""
+    facts = ModelFacts("llama", 4096, 32, 4096, 32_000)
+    assert not Recipe().resolve(facts).packing
+    assert not Recipe("phi-2").resolve(replace(facts, model_type="phi")).packing
+    for name in ("small", "general"):
+        assert Recipe(name).resolve(facts).packing
+        assert not Recipe(name, packing=False).resolve(facts).packing
+    assert Recipe(packing=True).resolve(facts).packing
+    assert str(Recipe().resolve(facts)).endswith("16 sequences of 2048 tokens, truncated")
+
+
+def test_the_preset_is_the_only_setting_that_goes_by_place():
+    assert Recipe("small").preset == "small"
+    with pytest.raises(TypeError):
+        Recipe("small", 6)
 
 
 def test_names_are_the_papers_however_they_are_written():
@@ -76,6 +122,8 @@ def test_names_are_the_papers_however_they_are_written():
         (Recipe(steps=5, warmup_steps=5), r"a warm-up of 5 steps leaves nothing of 5"),
         (Recipe(dtype="nf8"), r"unknown dtype 'nf8': expected one of nf4, int8"),
         (Recipe(seed=-1), r"seed must be an integer of at least 0"),
+        (Recipe(packing=1), r"packing must be True or False, got 1"),
+        (Recipe(recompute="yes"), r"recompute must be True or False, got 'yes'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(recipe, message):

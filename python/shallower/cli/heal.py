@@ -21,34 +21,40 @@ def heal_command(
     out: Out,
     eval_texts: Annotated[
         str | None,
-        typer.Option(metavar="TEXTS", help="Held-out texts, as --texts; the best step is kept."),
+        typer.Option(
+            metavar="TEXTS",
+            help="Held-out texts, as --texts; the step of the least loss on them is kept.",
+        ),
     ] = None,
     preset: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Preset: auto, by family and size, or a name in the paper's table."
+            metavar="NAME",
+            help="Preset: auto, by family and size, or a name in the paper's table.",
         ),
     ] = "auto",
     steps: Annotated[
-        int, typer.Option(metavar="N", help="Steps of the optimiser, 16 sequences each.")
+        int, typer.Option(metavar="N", help="Steps of the optimiser, of 16 sequences each.")
     ] = 5000,
     rank: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Rank of the adapters, and alpha; the preset's by default."),
+        typer.Option(
+            metavar="N", help="Rank of the adapters, and their alpha; by default the preset's."
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Peak learning rate; the preset's by default."),
+        typer.Option(metavar="X", help="Peak learning rate; by default the preset's."),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens of a sequence at most; the preset's by default."),
+        typer.Option(metavar="N", help="Tokens of a sequence at most; by default the preset's."),
     ] = None,
     warmup_steps: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Steps of linear warm-up; 100, or a tenth of --steps if that is less, by default.",
+            help="Steps of linear warm-up; by default 100, or a tenth of --steps if that is less.",
         ),
     ] = None,
     dropout: Annotated[
@@ -56,19 +62,23 @@ def heal_command(
     ] = 0.05,
     batch_size: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Sequences in one forward; accumulated to 16 in any case."),
+        typer.Option(
+            metavar="N", help="Sequences in one forward; gradients are accumulated to 16."
+        ),
     ] = None,
     dtype: Annotated[
         Literal["nf4", "int8", "bfloat16", "float32"],
         typer.Option(help="Dtype of the frozen weights."),
     ] = "nf4",
     packing: Annotated[
-        bool,
-        typer.Option(help="Join documents into full sequences, or truncate each to one."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Join documents into full sequences, or truncate each to one. By default the "
+            "paper's presets truncate, as the paper does; small and general pack.",
+        ),
+    ] = None,
     attention: Annotated[
-        bool,
-        typer.Option("--attention", help="Also train adapters on the attention layers."),
+        bool, typer.Option("--attention", help="Also train adapters on the attention layers.")
     ] = False,
     original: Annotated[
         str | None,
@@ -78,21 +88,24 @@ def heal_command(
     ] = None,
     distill: Annotated[
         float,
-        typer.Option(metavar="X", help="Weight of matching the uncut model's state at the cut."),
+        typer.Option(
+            metavar="X", help="Weight of matching the uncut model's state at the cut; 0 is none."
+        ),
     ] = 0.0,
     eval_every: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Steps between measurements and checkpoints; an eighth of --steps by default.",
+            help="Steps between measurements and checkpoints; by default an eighth of --steps.",
         ),
     ] = None,
     max_eval_texts: Annotated[
-        int | None, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
+        int | None,
+        typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1),
     ] = None,
     max_texts: MaxTexts = None,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of the order of texts, adapters and dropout.")
+        int, typer.Option(metavar="N", help="Seed of the order, the adapters and dropout.")
     ] = 0,
     gradient_checkpointing: Annotated[
         bool,
@@ -114,10 +127,10 @@ def heal_command(
 ) -> None:
     """Heal a cut by training low-rank adapters.
 
-    When interrupted, the same command goes on. On several devices:
-    accelerate launch -m shallower heal ..., or torchrun -m shallower heal ...
+    As the paper does, by QLoRA. When interrupted, the same command goes on from its last
+    checkpoint. On several devices: accelerate launch -m shallower heal … or torchrun -m shallower
+    heal ….
     """
-    from ..processes import is_main_process
     from ..storage import check_free
     from ..texts.sources import Texts
     from ..values.recipe import Recipe
@@ -125,27 +138,26 @@ def heal_command(
     check_free(out, overwrite)
     source = Texts(texts, max_texts)
     held_out = Texts(eval_texts, max_eval_texts) if eval_texts is not None else None
-    quiet()
-    from ..healing.heal import heal, read_plan, resolve
-
     recipe = Recipe(
-        preset, steps, rank, learning_rate, max_length, warmup_steps, dropout, batch_size, dtype,
-        packing, attention, distill, eval_every, seed,
-        gradient_checkpointing,
+        preset, steps=steps, rank=rank, learning_rate=learning_rate, max_length=max_length,
+        warmup_steps=warmup_steps, dropout=dropout, batch_size=batch_size, dtype=dtype,
+        packing=packing, attention=attention, distill=distill, eval_every=eval_every, seed=seed,
+        recompute=gradient_checkpointing,
     )  # fmt: skip
-    resolved = resolve(model, read_plan(model), recipe, trust_remote_code)
-    said = (
-        f"preset {resolved.preset}: rank {resolved.rank}, peak rate {resolved.learning_rate:g}, "
-        f"{resolved.steps} steps of 16 sequences of {resolved.max_length} tokens"
-    )
+    quiet()
+    from ..healing.checks import read_plan, resolve
+    from ..healing.heal import heal
+    from ..processes import is_main_process
+
+    resolved = resolve(model, read_plan(model), recipe, trust_remote_code=trust_remote_code)
     if dry_run:
         say_dry_run({"heal": model, **resolved.to_json(), "write": [str(out)]}, as_json)
         return
     if is_main_process() and not as_json:
-        show(said)
+        show(str(resolved))
     done = heal(
-        model, source, out, recipe, held_out, original, merge, from_patch, overwrite,
-        trust_remote_code=trust_remote_code,
+        model, source, out, recipe=recipe, eval_texts=held_out, original=original, merge=merge,
+        from_patch=from_patch, overwrite=overwrite, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if is_main_process():
         say_healing(done, out, as_json)
@@ -153,13 +165,15 @@ def heal_command(
 
 def merge_command(
     adapters: Annotated[
-        Path, typer.Argument(metavar="ADAPTERS", help="The folder that heal left.")
+        Path, typer.Argument(metavar="ADAPTERS", help="The folder that shallower heal left.")
     ],
     *,
     out: Out,
     model: Annotated[
         str | None,
-        typer.Option(metavar="CUT", help="The cut; by default where it was when it was healed."),
+        typer.Option(
+            metavar="CUT", help="The cut that they were trained for; by default where it was."
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
@@ -168,7 +182,8 @@ def merge_command(
 ) -> None:
     """Fold the adapters of heal into the weights of the cut.
 
-    The weights are those that are not quantised; the result is checked.
+    The weights must not be quantised; sums are made in float32 and rounded once. The result is
+    reloaded, and its logits are compared with those of the adapters.
     """
     from ..storage import check_free
     from ..values.healing import Healing
@@ -180,13 +195,14 @@ def merge_command(
         say_dry_run(described, as_json)
         return
     quiet()
-    from ..healing.heal import merge
+    from ..healing.saving import merge
 
-    say_healing(merge(adapters, out, model, overwrite, trust_remote_code), out, as_json)
+    done = merge(adapters, out, model, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    say_healing(done, out, as_json)
 
 
 def say_healing(healing: "Healing", out: Path, as_json: bool) -> None:
-    """Show the losses of a healing, and where it was written."""
+    """Print the losses of a healing, and where it was written."""
     from ..reporting.tables import healing_table
 
     if as_json:

@@ -1,7 +1,6 @@
 """``shallower patch``."""
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,9 +23,6 @@ from .options import (
     wanted_plan,
 )
 from .output import print_json, say_dry_run, show
-
-if TYPE_CHECKING:
-    from ..values.loss import Loss
 
 
 def patch_command(
@@ -62,62 +58,38 @@ def patch_command(
 ) -> None:
     """Drop layers and heal the cut without training.
 
-    By least squares: the layer before the cut is solved anew to make what the dropped layers
-    made; then those behind it, as long as the loss on held-out text falls. A patch that does
-    not help is not saved. Patch, then heal, is the recommended way.
+    The layer before the cut is solved anew by least squares to make what the dropped layers
+    made; then those behind it, as long as the loss on held-out text falls. A patch that does not
+    help is not saved. Patch, then heal, is the recommended way.
     """
     from ..models.loading import count_layers
-    from ..reporting.tables import patch_table
     from ..storage import check_free
     from ..texts.sources import Texts
     from ..values.layers import ranges
     from ..values.loss import with_error
 
     source = Texts(texts, max_texts)
-    held_out = list(Texts(eval_texts)) if eval_texts is not None else None
+    held_out = Texts(eval_texts) if eval_texts is not None else None
     wanted = wanted_plan(model, drop, plan, count_layers(model, gguf_file, trust_remote_code))
     check_free(out, overwrite)
-    described = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
     if dry_run:
+        described = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
         say_dry_run({**described, "texts": texts, "write": [str(out)]}, as_json)
         return
-    from ..cutting.memory import without_layers
-    from ..evaluation.loss import evaluate_loss, require_predictable
-    from ..healing.patch import patch
-    from ..healing.saving import save_patched
-    from ..models.identity import identify
+    from ..healing.patch_folder import patch_to_folder
+    from ..reporting.tables import patch_table
 
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
-    identity = identify(loaded)
-    wanted.check_model(identity)
-    if held_out is not None:
-        require_predictable(tokenizer, held_out, max_length)
-
-    def measured(name: str) -> "Loss | None":
-        if held_out is None:
-            return None
-        return evaluate_loss(
-            loaded, tokenizer, held_out, max_length, batch_size, description=f"loss, {name}"
-        )
-
-    whole = measured("all layers")
-    with without_layers(loaded, wanted.blocks):
-        cut = measured("cut")
-    done = patch(
-        loaded, tokenizer, wanted.blocks, source, method, max_length, batch_size, num_tokens
-    )
-    done = replace(done, plan=replace(wanted, model=identity))
-    patched = measured("patched")
-    losses = (whole, patched) if whole and patched else None
-    save_patched(loaded, tokenizer, out, done, overwrite, losses)
-    named = {"whole": whole, "cut": cut, "patched": patched}
-    told = {name: loss for name, loss in named.items() if loss}
+    done, losses = patch_to_folder(
+        loaded, tokenizer, wanted, texts=source, out=out, eval_texts=held_out, method=method,
+        max_length=max_length, batch_size=batch_size, num_tokens=num_tokens, overwrite=overwrite,
+    )  # fmt: skip
     if as_json:
-        evaluated = {name: loss.to_json() for name, loss in told.items()}
+        evaluated = {name: loss.to_json() for name, loss in losses.items()}
         print_json({**done.to_json(), "eval": evaluated, "written": str(out)})
         return
     lines = [
         f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
-        for name, loss in told.items()
+        for name, loss in losses.items()
     ]
     show(patch_table(done), *lines, f"wrote {out}")

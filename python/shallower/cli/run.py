@@ -100,9 +100,9 @@ def run_command(
         return
     loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
     if heal:
-        from ..healing.heal import require_healable
+        from ..healing.checks import require_healable
 
-        require_healable(loaded, tokenizer, source, recipe)
+        require_healable(loaded, tokenizer, source, recipe=recipe)
     passages = list(held_out)
     done = _run(
         loaded, tokenizer, source, passages, out, wanted,
@@ -118,9 +118,10 @@ def run_command(
 
         uncut = str(Path(model) / gguf_file) if gguf_file else model
         how: dict[str, Any] = {
-            "merge": True, "overwrite": overwrite, "trust_remote_code": trust_remote_code,
+            "recipe": recipe, "eval_texts": passages, "original": uncut, "merge": True,
+            "overwrite": overwrite, "trust_remote_code": trust_remote_code,
         }  # fmt: skip
-        job = (out / CHECKPOINT_FOLDER, source, out / HEALED_FOLDER, recipe, passages, uncut)
+        job = (out / CHECKPOINT_FOLDER, source, out / HEALED_FOLDER)
         try:
             healed = heal_cut(*job, from_patch=True, **how)
         except (PatchError, TextsError) as error:

@@ -1,56 +1,55 @@
 """The healing of a cut, from its folder to the adapters or the merged model. The stages joined."""
 
-import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import MissingExtraError, ModelError, OutputError, PlanError, RecipeError
+from ..cutting.memory import without_layers
+from ..errors import ModelError, OutputError, PlanError, RecipeError, TextsError
 from ..evaluation.loss import evaluate_loss, require_predictable
 from ..models.architecture import find_layers, input_device
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import identify, stored_digest
-from ..models.loading import load_model
-from ..models.quantised import keep_unpacked
-from ..processes import is_main_process, num_processes
+from ..processes import is_main_process
 from ..progress import track
-from ..storage import check_free, new_folder, partial_folder, resumable_folder, write_file
+from ..storage import check_free, write_file
 from ..texts.batches import TokenBatches
-from ..texts.sequences import read_samples
-from ..values.files import PLAN_FILE
+from ..texts.sequences import ReadOnce, read_samples
 from ..values.healing import HEALING_FILE, Healing
 from ..values.loss import Loss
 from ..values.plan import Plan, TextsIdentity
-from ..values.recipe import GLOBAL_BATCH, ModelFacts, Recipe, Resolved
+from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
+from .checks import read_plan, require_one_process, require_peft, resolve
+from .job import describe_job, work_folder
 from .losses import Distillation
-from .merging import PROBE, stored_plainly
-from .patched import PATCHED, patched_cut, settle
-from .saving import draw, write_adapters, write_merged
-from .training import add_adapters, computing, train
+from .measured import MeasuredLosses
+from .merging import stored_plainly, trained_logits
+from .patched import PATCHED, copy_to, patched_cut, settle
+from .saving import PATCH_FILE, draw, write_adapters, write_merged
+from .training import Trained, add_adapters, computing, train
+from .uncut import Uncut, load_placed
 
 _TRAINING = "training"
+_LOSSES = "losses.json"
 
 
 def heal(
     path: str | Path,
     texts: Iterable[str],
     out: str | Path,
+    *,
     recipe: Recipe | None = None,
     eval_texts: Iterable[str] | None = None,
     original: str | Path | None = None,
     merge: bool = False,
     from_patch: bool = False,
+    losses: tuple[Loss | None, Loss | None] = (None, None),
     overwrite: bool = False,
     progress: bool | None = None,
     trust_remote_code: bool = False,
@@ -63,218 +62,163 @@ def heal(
 
     Args:
         path: the cut: a folder or hub id with a plan beside the weights.
-        texts: to train on, read once, and only as many as the steps take.
+        texts: texts to train on, read once, and only as many as the steps take.
         out: a folder that does not exist yet, or is empty.
-        recipe: the settings; the paper's by default.
-        eval_texts: held out; the adapters of the least loss on them are kept.
+        recipe: the settings; by default those of the paper where it healed this model, else
+            ours.
+        eval_texts: held-out texts; the adapters of the least loss on them are kept.
         original: the uncut model: its held-out loss is measured, and it teaches if the recipe
             distils.
         merge: fold the adapters into the unquantised weights of the cut.
         from_patch: patch the cut in closed form first, by :func:`shallower.patch` of ``original``
             on ``texts``, and train on from there. Adapters that are not merged need the patched
-            cut, which lies beside them.
+            cut, which lies beside them. If no step of the training is better than the patch,
+            ``out`` is the patched cut, with a warning.
+        losses: the losses of the uncut model and of the cut before a patch, in nats a token on
+            ``eval_texts`` at the recipe's ``max_length``, where they were measured already; what
+            is given is not measured again.
         overwrite: replace what is at ``out``, once the new folder is complete.
-        progress: bars with ETA on standard error; by default if that is a terminal.
+        progress: whether to show bars with ETA on standard error; by default if that is a
+            terminal.
         trust_remote_code: run code that comes with the models.
+
+    Returns:
+        The record that is in ``healing.json``.
 
     Raises:
         PlanError: the model was not cut, or not out of ``original``.
         RecipeError: settings that do not fit.
         TextsError: too few texts, or none that are held out.
+        PatchError: ``from_patch``, and the patch does not help.
         ModelError: nothing to adapt, weights that cannot be merged into, a loss that is not
             finite or at no step below that before healing.
         OutputError: ``out`` holds something already, or cannot be written to.
         MissingExtraError: peft, or bitsandbytes for 4 and 8 bits, is not installed.
+
+    Example:
+        >>> recipe = sh.Recipe(steps=2, max_length=16, dtype="float32", learning_rate=0.01)
+        >>> healing = sh.heal(cut, texts, folder / "adapters", recipe=recipe)
+        >>> healing.best_step, healing.recipe.preset
+        (2, 'small')
     """
-    _require_peft()
+    require_peft()
     path, out, recipe = str(path), Path(out), recipe or Recipe()
     check_free(out, overwrite)
     if recipe.distill and original is None:
         raise RecipeError("distillation needs the uncut model: name it (original, --original)")
+    if from_patch and original is None:
+        raise RecipeError("a patch needs the uncut model: name it (original, --original)")
+    if eval_texts is None and losses != (None, None):
+        raise RecipeError("losses without eval_texts: give the texts that they were measured on")
     plan = read_plan(path)
-    resolved = resolve(path, plan, recipe, trust_remote_code)
-    uncut = None if original is None else str(original)
+    resolved = resolve(path, plan, recipe, trust_remote_code=trust_remote_code)
     dtype = stored_plainly(path, trust_remote_code) if merge or from_patch else ""
+    uncut = None
+    if original is not None:
+        uncut = Uncut(str(original), plan, trust_remote_code=trust_remote_code)
     patched = None
-    if from_patch:
-        if uncut is None:
-            raise RecipeError("a patch needs the uncut model: name it (original, --original)")
-        _require_one_process()
+    if from_patch and uncut is not None:
+        require_one_process()
+        texts = ReadOnce(texts)
         patched = patched_cut(
-            path, plan, uncut, texts, out, dtype, resolved.max_length, progress, trust_remote_code
-        )
+            path, plan, uncut.name, texts=texts, out=out, whole=lambda: uncut.load(dtype),
+            max_length=resolved.max_length, progress=progress,
+        )  # fmt: skip
+        texts = texts.last_pass()
+        if dtype != resolved.dtype:
+            uncut.release()
     done = _Run(
-        path, plan, resolved, texts, eval_texts, uncut, merge, progress, trust_remote_code, patched
-    ).to(out, overwrite)
+        path, plan, resolved, texts, eval_texts, uncut, merge, losses, progress,
+        trust_remote_code, patched,
+    ).to(out, overwrite)  # fmt: skip
     if patched is not None:
         shutil.rmtree(patched, ignore_errors=True)
+        if done.best_step == 0:
+            warnings.warn(
+                f"no step of the training was better than the patch: {out} is the patched cut, "
+                f"and holds no adapters. Lower the learning rate (learning_rate, "
+                f"--learning-rate), or give more texts",
+                stacklevel=2,
+            )
     return done
-
-
-def read_plan(path: str) -> Plan:
-    """The plan beside a cut model.
-
-    Raises:
-        PlanError: there is none.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        found: str | None = str(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
-    elif folder.exists() or path.startswith(("/", ".", "~")) or folder.suffix == ".gguf":
-        kind = "a file" if folder.exists() else "not there"
-        raise ModelError(f"{path} is {kind}: expected the folder of a cut, or a hub id")
-    else:
-        try:
-            found = cached_file(path, PLAN_FILE, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            raise ModelError(f"cannot load {path}: {error}") from error
-    if found is None:
-        raise PlanError(
-            f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "
-            f"shallower prune MODEL --drop 12:20 --out cut"
-        )
-    return Plan.load(found)
-
-
-def resolve(path: str, plan: Plan, recipe: Recipe, trust_remote_code: bool = False) -> Resolved:
-    """The settings for a cut model, by its config alone.
-
-    Raises:
-        RecipeError: settings that do not fit the model or the number of processes.
-        ModelError: its config cannot be read.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the config of {path}: {error}") from error
-    return recipe.resolve(_facts(config, plan.num_layers), num_processes())
-
-
-def require_healable(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    recipe: Recipe,
-) -> None:
-    """Refuse, before a model is cut, patched and healed, what can be known then.
-
-    Raises:
-        RecipeError: settings that do not fit the model, weights of 4 or 8 bits, which nothing is
-            merged into, or several processes.
-        TextsError: too few texts for one step.
-        MissingExtraError: peft is not installed.
-    """
-    _require_peft()
-    _require_one_process()
-    if recipe.dtype in ("nf4", "int8"):
-        raise RecipeError(
-            f"adapters are not merged into weights of {recipe.dtype}: cut plain ones (dtype, "
-            f"--dtype bfloat16)"
-        )
-    resolved = recipe.resolve(_facts(model.config, len(find_layers(model))))
-    read_samples(tokenizer, texts, resolved.max_length, resolved.packing, GLOBAL_BATCH)
-
-
-def _require_peft() -> None:
-    if find_spec("peft") is None:
-        raise MissingExtraError("peft", "heal", "healing")
-
-
-def _require_one_process() -> None:
-    if num_processes() > 1:
-        raise RecipeError(
-            "several processes cannot patch together: shallower patch the model first, and heal "
-            "what it leaves"
-        )
-
-
-def _facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
-    decoder: Any = config.get_text_config(decoder=True)
-    positions = getattr(decoder, "max_position_embeddings", None)
-    return ModelFacts(
-        model_type=decoder.model_type,
-        hidden_size=decoder.hidden_size,
-        num_layers=num_layers,
-        positions=positions if isinstance(positions, int) and positions > 0 else None,
-    )
 
 
 @dataclass
 class _Run:
-    """One healing on its way."""
+    """A healing in progress."""
 
     cut: str
     plan: Plan
     recipe: Resolved
     texts: Iterable[str]
     eval_texts: Iterable[str] | None
-    original: str | None
+    uncut: Uncut | None
     merge: bool
+    losses: tuple[Loss | None, Loss | None]
     progress: bool | None
     trust_remote_code: bool
     patched: Path | None
 
     @property
     def path(self) -> str:
-        """Of the model that is trained."""
+        """The model that is trained."""
         return str(self.patched or self.cut)
 
     def to(self, out: Path, overwrite: bool) -> Healing:
+        """Heal into a folder."""
         held_out = None if self.eval_texts is None else list(self.eval_texts)
-        model, tokenizer = self._load(self.path)
-        layers = len(find_layers(model))
-        if len(self.plan.survivors) != layers:
-            raise PlanError(
-                f"the plan beside {self.path} leaves {len(self.plan.survivors)} layers, and the "
-                f"model has {layers}: it is of another cut"
-            )
+        model, tokenizer = load_placed(
+            self.path, self.recipe.dtype, trust_remote_code=self.trust_remote_code
+        )
+        self._require_plan_of(model)
         if held_out is not None:
             require_predictable(tokenizer, held_out, self.recipe.max_length)
         samples = read_samples(
-            tokenizer, self.texts, self.recipe.max_length, self.recipe.packing,
-            self.recipe.steps * GLOBAL_BATCH,
+            tokenizer, self.texts, max_length=self.recipe.max_length, packing=self.recipe.packing,
+            num_samples=self.recipe.steps * GLOBAL_BATCH,
         )  # fmt: skip
         targets = feed_forward_targets(model, self.recipe.attention)
         recipe = self.recipe.without_dropout() if targets.parameters else self.recipe
         healing = Healing(
-            identify(model),
-            stored_digest(self.path),
-            self.plan,
-            recipe,
-            len(targets),
-            samples.identity,
-            (),
-            (),
-            0,
+            model=identify(model),
+            weights=stored_digest(self.path),
+            plan=self.plan,
+            recipe=recipe,
+            adapted=len(targets),
+            texts=samples.identity,
+            steps=(),
+            held_out=(),
+            best_step=0,
         )
-        if self.patched is not None and held_out:
-            healing = replace(healing, cut=self._unpatched(tokenizer, held_out))
-        teacher = self._teacher()
-        measured = held_out if held_out is None else _identity(tokenizer, held_out, recipe)
-        with _work(out, _job(healing, measured, self.merge), overwrite) as folder:
+        evaluated = held_out if held_out is None else self._identity(tokenizer, held_out)
+        job = describe_job(healing, evaluated, merge=self.merge)
+        with work_folder(out, job, overwrite=overwrite) as folder:
             if (folder / HEALING_FILE).is_file() and not (folder / _TRAINING).exists():
                 return Healing.load(folder)  # all that was left to do was to rename the folder
-            if teacher and held_out:
-                healing = replace(
-                    healing, original=self._loss(teacher, tokenizer, held_out, "loss, uncut")
-                )
+            known = MeasuredLosses(folder / _LOSSES, self._given())
+            if held_out:
+                healing = self._with_losses_of_uncut(healing, known, tokenizer, held_out)
             distillation = None
-            if teacher is not None and recipe.distill:
+            if self.uncut is not None and recipe.distill:
+                teacher, _ = self.uncut.load(recipe.dtype)
                 distillation = Distillation(model, teacher, self.plan)
-            del teacher
-            adapted = add_adapters(model, targets, recipe, self._base(out))
+            elif self.uncut is not None:
+                self.uncut.release()
+            adapted = add_adapters(model, targets, recipe, base=self._base(out))
             device = input_device(find_layers(model))
 
-            def loss() -> Loss:
+            def measure() -> Loss:
                 with computing(recipe, device):
                     return self._loss(model, tokenizer, held_out or [], "loss, held out")
 
-            with track(
-                "heal", recipe.steps, self.progress if is_main_process() else False
-            ) as advance:
+            def loss(step: int) -> Loss:
+                return measure() if step else known.get("before", measure)
+
+            with track("heal", recipe.steps, self._show_progress) as advance:
                 trained = train(
-                    adapted, samples, recipe, folder / _TRAINING, loss if held_out else None,
-                    distillation, advance,
+                    adapted, samples, recipe, folder=folder / _TRAINING,
+                    held_out=loss if held_out else None, distillation=distillation,
+                    advance=advance,
                 )  # fmt: skip
             healing = replace(
                 healing,
@@ -283,12 +227,23 @@ class _Run:
                 best_step=trained.best_step,
                 tokens_per_second=trained.tokens_per_second,
             )
-            _check_better(healing)
+            if not _is_better(healing):
+                healing = self._without_training(healing)
             if is_main_process():
-                healing = self._write(
-                    folder, trained.checkpoint, healing, adapted, tokenizer, held_out
-                )
+                healing = self._write(folder, trained, healing, adapted, tokenizer, held_out)
         return healing
+
+    def _require_plan_of(self, model: PreTrainedModel) -> None:
+        layers = len(find_layers(model))
+        if len(self.plan.survivors) != layers:
+            raise PlanError(
+                f"the plan beside {self.path} leaves {len(self.plan.survivors)} layers, and the "
+                f"model has {layers}: it is of another cut"
+            )
+
+    @property
+    def _show_progress(self) -> bool | None:
+        return self.progress if is_main_process() else False
 
     def _base(self, out: Path) -> str:
         """The name by which the adapters will find their model, from any folder."""
@@ -297,28 +252,46 @@ class _Run:
         folder = Path(self.path).expanduser()
         return str(folder.resolve()) if folder.exists() else self.path
 
-    def _load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        device_map: Any = None
-        if torch.cuda.is_available():
-            several = num_processes() > 1
-            device_map = {"": int(os.environ.get("LOCAL_RANK", "0"))} if several else "auto"
-        model, tokenizer = load_model(
-            path, self.recipe.dtype, device_map, trust_remote_code=self.trust_remote_code
-        )
-        keep_unpacked(model)
-        return model, tokenizer
+    @property
+    def _starts_patched(self) -> bool:
+        return (Path(self.path).expanduser() / PATCH_FILE).is_file()
 
-    def _teacher(self) -> PreTrainedModel | None:
-        if self.original is None:
-            return None
-        teacher, _ = self._load(self.original)
-        self.plan.check_model(identify(teacher))
-        return teacher
+    @property
+    def _original(self) -> str:
+        """The name of the uncut model's loss among those that are known."""
+        return f"uncut {self.uncut.name if self.uncut else ''}"
 
-    def _unpatched(self, tokenizer: PreTrainedTokenizerBase, held_out: list[str]) -> Loss:
-        cut, _ = self._load(self.cut)
-        with computing(self.recipe, input_device(find_layers(cut))):
-            return self._loss(cut, tokenizer, held_out, "loss, unpatched")
+    def _given(self) -> dict[str, Loss]:
+        names = self._original, "cut" if self._starts_patched else "before"
+        return {name: loss for name, loss in zip(names, self.losses, strict=True) if loss}
+
+    def _with_losses_of_uncut(
+        self,
+        healing: Healing,
+        known: MeasuredLosses,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: list[str],
+    ) -> Healing:
+        """The record with the losses of the uncut model, and of the cut before its patch."""
+
+        def measure_uncut() -> Loss:
+            assert self.uncut is not None
+            model, _ = self.uncut.load(self.recipe.dtype)
+            return self._loss(model, tokenizer, held_out, "loss, uncut")
+
+        def measure_cut() -> Loss:
+            assert self.uncut is not None
+            model, _ = self.uncut.load(self.recipe.dtype)
+            device = input_device(find_layers(model))
+            with without_layers(model, self.plan.blocks), computing(self.recipe, device):
+                return self._loss(model, tokenizer, held_out, "loss, unpatched")
+
+        given = self._given()
+        if self.patched is not None or "cut" in given:
+            healing = replace(healing, cut=known.get("cut", measure_cut))
+        if self.uncut is not None or self._original in given:
+            healing = replace(healing, original=known.get(self._original, measure_uncut))
+        return healing
 
     def _loss(
         self,
@@ -328,39 +301,65 @@ class _Run:
         description: str,
     ) -> Loss:
         return evaluate_loss(
-            model, tokenizer, texts, self.recipe.max_length, self.recipe.batch_size,
-            self.progress if is_main_process() else False, description,
+            model, tokenizer, texts, max_length=self.recipe.max_length,
+            batch_size=self.recipe.batch_size, progress=self._show_progress,
+            description=description,
         )  # fmt: skip
+
+    def _identity(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TextsIdentity:
+        """The identity of the held-out texts, on which the losses that are given must be."""
+        batches = TokenBatches(tokenizer, texts, self.recipe.max_length, 64, min_tokens=2)
+        num_tokens = sum(int(batch.attention_mask.sum()) - len(batch) for batch in batches)
+        for loss in filter(None, self.losses):
+            if loss.num_tokens != num_tokens:
+                raise TextsError(
+                    f"losses were measured on {loss.num_tokens} tokens, and eval_texts have "
+                    f"{num_tokens} of at most {self.recipe.max_length} a text: measure them with "
+                    f"max_length={self.recipe.max_length}, or leave them out"
+                )
+        return batches.identity
+
+    def _without_training(self, healing: Healing) -> Healing:
+        """The record where no step was better than the start: the patch is kept, if it began so."""
+        if self.patched is not None:
+            return replace(healing, best_step=0)
+        raise ModelError(
+            f"healing made it worse: the held-out loss was {healing.before} before it, and "
+            f"{healing.after} at its best, step {healing.best_step}; nothing is saved. Lower the "
+            f"learning rate (learning_rate, --learning-rate), or give more texts"
+        )
 
     def _write(
         self,
         folder: Path,
-        checkpoint: Path,
+        trained: Trained,
         healing: Healing,
         adapted: Any,
         tokenizer: PreTrainedTokenizerBase,
         held_out: list[str] | None,
     ) -> Healing:
-        """Everything that ``out`` holds; the record comes last, then the training goes."""
+        """Write everything that ``out`` holds; the record comes last, then the training goes."""
         try:
-            if self.merge:
-                trained = None
+            if self.patched is not None and healing.best_step == 0:
+                copy_to(self.patched, folder)
+            elif self.merge:
+                logits = None
                 if healing.recipe.dtype in ("nf4", "int8"):
-                    trained = _logits(adapted, tokenizer, healing.recipe, checkpoint)
+                    logits = trained_logits(
+                        adapted, tokenizer, healing.recipe, checkpoint=trained.checkpoint
+                    )
                 healing = write_merged(
-                    folder,
-                    self.path,
-                    checkpoint,
-                    healing,
-                    held_out,
-                    trained,
-                    self.trust_remote_code,
-                )
+                    folder, self.path, trained.checkpoint, healing=healing, held_out=held_out,
+                    trained=logits, trust_remote_code=self.trust_remote_code,
+                )  # fmt: skip
             else:
-                write_adapters(folder, self.path, checkpoint, healing, tokenizer)
+                write_adapters(
+                    folder, self.path, trained.checkpoint, healing=healing, tokenizer=tokenizer
+                )
                 if self.patched is not None:
                     settle(self.patched, folder)
             draw(folder, healing)
+            (folder / _LOSSES).unlink(missing_ok=True)
             write_file(folder / HEALING_FILE, healing.to_bytes())
             shutil.rmtree(folder.parent / "done", ignore_errors=True)
             (folder / _TRAINING).rename(folder.parent / "done")
@@ -369,120 +368,7 @@ class _Run:
         return healing
 
 
-@contextmanager
-def _work(out: Path, job: str, overwrite: bool) -> Iterator[Path]:
-    """The folder that becomes ``out``: of the first process, for all to use."""
-    if num_processes() == 1:
-        with resumable_folder(out, job, overwrite) as folder:
-            yield folder
-        return
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if is_main_process():
-        with resumable_folder(out, job, overwrite) as folder:
-            state.wait_for_everyone()
-            yield folder
-            PartialState().wait_for_everyone()
-        return
-    state.wait_for_everyone()
-    yield partial_folder(out) / "folder"
-    PartialState().wait_for_everyone()
-
-
-def _job(healing: Healing, measured: TextsIdentity | None, merge: bool) -> str:
-    """What tells this healing from any other; how it is shared among devices does not."""
-    recipe = healing.recipe.to_json()
-    for name in ("batch_size", "recompute"):
-        del recipe[name]
-    described = {
-        "model": healing.model.fingerprint,
-        "weights": healing.weights,
-        "recipe": recipe,
-        "texts": healing.texts.fingerprint,
-        "eval_texts": measured and measured.fingerprint,
-        "merge": merge,
-    }
-    return json.dumps(described, sort_keys=True)
-
-
-def _identity(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], recipe: Resolved
-) -> TextsIdentity:
-    batches = TokenBatches(tokenizer, texts, recipe.max_length, 64, min_tokens=2)
-    for _ in batches:
-        pass
-    return batches.identity
-
-
-def _check_better(healing: Healing) -> None:
+def _is_better(healing: Healing) -> bool:
+    """Whether the held-out loss fell; where it was not measured, nobody knows better."""
     before, after = healing.before, healing.after
-    if before and after and after.nats >= before.nats:
-        raise ModelError(
-            f"healing made it worse: the held-out loss was {before} before it, and {after} at its "
-            f"best, step {healing.best_step}; nothing is saved. Lower the learning rate "
-            f"(learning_rate, --learning-rate), or give more texts"
-        )
-
-
-def _logits(
-    adapted: Any, tokenizer: PreTrainedTokenizerBase, recipe: Resolved, checkpoint: Path
-) -> torch.Tensor:
-    """The logits on the probe of the kept adapters on the model as it was trained."""
-    adapted.load_adapter(str(checkpoint), "default")
-    adapted.eval()
-    device = input_device(find_layers(adapted.get_base_model()))
-    input_ids = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(device)
-    with torch.inference_mode(), computing(recipe, device):
-        logits: torch.Tensor = adapted(input_ids=input_ids, use_cache=False).logits
-    return logits.float()
-
-
-def merge(
-    adapters: str | Path,
-    out: str | Path,
-    model: str | Path | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> Healing:
-    """Fold the adapters of :func:`heal` into the unquantised weights of the cut.
-
-    The sum of a weight and its adapter is made in float32, and rounded once to the dtype that
-    the model is stored in. The new checkpoint is reloaded by stock transformers, and its logits
-    are compared with those of the adapters on the model.
-
-    Args:
-        adapters: the folder that :func:`heal` left.
-        out: a folder that does not exist yet, or is empty.
-        model: the cut; by default where it was when it was healed.
-        overwrite: replace what is at ``out``, once the new folder is complete.
-        trust_remote_code: run code that comes with the model.
-
-    Raises:
-        ModelError: no adapters of shallower, adapters of another model, quantised weights, or
-            logits that differ.
-        OutputError: ``out`` holds something already, or cannot be written to.
-        MissingExtraError: peft is not installed.
-    """
-    if find_spec("peft") is None:
-        raise MissingExtraError("peft", "heal", "merging adapters")
-    adapters, out = Path(adapters), Path(out)
-    check_free(out, overwrite)
-    healing = Healing.load(adapters)
-    if healing.merge is not None:
-        raise ModelError(f"{adapters} is merged already: expected a folder of adapters")
-    base = str(model or _remembered_base(adapters))
-    with new_folder(out, overwrite) as folder:
-        try:
-            healing = write_merged(folder, base, adapters, healing, None, None, trust_remote_code)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {out}: {error}") from error
-        draw(folder, healing)
-        write_file(folder / HEALING_FILE, healing.to_bytes())
-    return healing
-
-
-def _remembered_base(adapters: Path) -> str:
-    try:
-        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(config["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{adapters} holds no adapters of peft: {error}") from error
+    return not (before and after and after.nats >= before.nats)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 ROWS = 4096
-"""Products are summed in float32 over so many tokens at most, and in float64 beyond."""
+"""Tokens over which products are summed in float32, at most; beyond, in float64."""
 
 PANEL = 384
 """Columns of the symmetric products that are made at once."""
@@ -41,7 +41,16 @@ class NormalEquations:
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
-        """Nothing added yet."""
+        """Start with sums of zero.
+
+        Args:
+            inputs: F.
+            outputs: D.
+            device: the device of the sums.
+
+        Returns:
+            Sums over no tokens.
+        """
         gram, cross = (
             torch.zeros(inputs, columns, dtype=torch.float64, device=device)
             for columns in (inputs, outputs)
@@ -49,7 +58,12 @@ class NormalEquations:
         return cls(gram, cross)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add tokens: their inputs (N, F) and targets (N, D)."""
+        """Add tokens.
+
+        Args:
+            inputs: (N, F), of any float dtype.
+            targets: (N, D), of any float dtype.
+        """
         for x, r in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
             wide = x.float()
             with _exact_in_bfloat16(x.dtype):
@@ -65,7 +79,15 @@ class NormalEquations:
         self.gram[start:stop, stop:] += products[stop - start :].T
 
     def plus(self, other: "NormalEquations", weight: float) -> "NormalEquations":
-        """With the other's tokens, each counted ``weight`` times."""
+        """Add the tokens of other sums, each counted ``weight`` times.
+
+        Args:
+            other: sums of the same F and D.
+            weight: the weight of its tokens.
+
+        Returns:
+            New sums.
+        """
         return NormalEquations(
             self.gram + weight * other.gram,
             self.cross + weight * other.cross,
@@ -73,16 +95,26 @@ class NormalEquations:
         )
 
     def mapped(self, matrix: torch.Tensor) -> "NormalEquations":
-        """Those of the inputs y = ``matrix`` x, for ``matrix`` of (G, F)."""
+        """Map the inputs: the sums of y = ``matrix`` x.
+
+        Args:
+            matrix: (G, F).
+
+        Returns:
+            New sums of G inputs.
+        """
         matrix = matrix.to(self.gram)
         return NormalEquations(matrix @ self.gram @ matrix.T, matrix @ self.cross, self.count)
 
     def solve(self, ridge: float, penalty: torch.Tensor) -> torch.Tensor:
-        """The map (D, F), float64, with the least sum of squared errors and penalties.
+        """Find the map with the least sum of squared errors and penalties.
 
         Args:
-            ridge: how much the squares of the map's entries cost.
-            penalty: (F,) what ``ridge`` is multiplied by for each input.
+            ridge: cost of the squares of the map's entries.
+            penalty: (F,) float64, the factor of ``ridge`` for each input.
+
+        Returns:
+            (D, F) float64.
         """
         regular = self.gram + torch.diag(ridge * penalty)
         factor = torch.linalg.cholesky(regular)

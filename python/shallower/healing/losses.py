@@ -1,4 +1,4 @@
-"""What healing minimises: the next-token loss, and the distillation at the cut."""
+"""The losses that a healing minimises: of the next token, and of the distillation at the cut."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,11 +44,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy of the next tokens, in nats.
+    """Sum the cross-entropy of the next tokens, without a float32 copy of the logits.
 
     Args:
-        logits: (B, T, V).
-        labels: (B, T), token ids as they stand, -100 where nothing is predicted.
+        logits: (B, T, V), of any float dtype; the gradient has the same.
+        labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
+
+    Returns:
+        A float32 scalar, in nats.
     """
     nothing = torch.full_like(labels[:, :1], -100)
     expected = torch.cat([labels[:, 1:], nothing], dim=1).to(logits.device)
@@ -61,8 +64,10 @@ class _EnoughError(Exception):
 
 
 class Distillation:
-    """The paper's footnote: match, at the cut, the state that the uncut model has behind the
-    block that went.
+    """The distillation at the cut, a footnote of the paper.
+
+    The student's state there is to match the state that the uncut model has behind the block that
+    went.
 
     For a block [l, l+n) the loss is |x' - x|² / |x|² with x = x^(l+n) of the teacher and x' the
     state where the student's layers were joined, under the same tokens; mean over the tokens but
@@ -70,8 +75,8 @@ class Distillation:
 
     Args:
         student: the cut model.
-        teacher: the uncut one; frozen, and run through its first layers only.
-        plan: what was dropped.
+        teacher: the uncut model; frozen, and run through its first layers only.
+        plan: the plan of the cut.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, plan: Plan) -> None:
@@ -87,7 +92,15 @@ class Distillation:
             yield
 
     def summed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The loss summed over tokens, mean over blocks, of the forward just watched."""
+        """Compute the loss of the forward just watched.
+
+        Args:
+            input_ids: (B, T) int64, those of that forward.
+            attention_mask: (B, T), 1 at tokens and 0 at padding.
+
+        Returns:
+            A float32 scalar: the sum over tokens of the mean over blocks.
+        """
         with torch.no_grad(), self._of_teacher.kept(stop=True), suppress(_EnoughError):
             self._runner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         counts = attention_mask.bool().clone()
@@ -102,7 +115,7 @@ class Distillation:
 
 
 def _join(plan: Plan, block: Block) -> int:
-    """Which state of the cut model is where a block was."""
+    """The number of the cut model's state that is where a block was."""
     return sum(index < block.start for index in plan.survivors)
 
 

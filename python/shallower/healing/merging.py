@@ -1,4 +1,4 @@
-"""Folding adapters into the plain weights of their model, and checking the result."""
+"""Adapters folded into the plain weights of their model, and the check of the result."""
 
 import copy
 import warnings
@@ -6,25 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError
+from ..models.architecture import find_layers, input_device
 from ..models.identity import identify, stored_digest
 from ..models.loading import load_model, load_weights
 from ..values.healing import Healing, Merge
+from ..values.recipe import Resolved
+from .training import computing
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
-"""‖merged − adapters‖ / ‖adapters‖ of the logits, at most, by the dtype that the sum of weight and
-adapter is rounded to once."""
+"""The most that ‖merged − adapters‖ / ‖adapters‖ of the logits may be, by the dtype that the sum of
+weight and adapter is rounded to once."""
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again."
+"""The text on which logits are compared."""
 
 
 def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
-    """The dtype of a model's weights; refuses one whose weights are quantised.
+    """Read the dtype of a model's weights, which must not be quantised.
+
+    Args:
+        path: a folder or hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        A name in ``TOLERANCE``.
 
     Raises:
-        ModelError: there is nothing that adapters could be folded into.
+        ModelError: the weights are quantised, or of a dtype that adapters are not merged into.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -42,12 +53,12 @@ def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
 
 
 class Merger:
-    """A cut model in float32 with its adapters, to be folded in.
+    """A cut model in float32 with its adapters, ready to fold them in.
 
     Args:
         base: the cut model, a folder or hub id.
         adapters: the folder of the adapters.
-        healing: their record.
+        healing: the record of the adapters.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -55,14 +66,16 @@ class Merger:
     """
 
     def __init__(
-        self, base: str, adapters: Path, healing: Healing, trust_remote_code: bool = False
+        self, base: str, adapters: Path, healing: Healing, *, trust_remote_code: bool = False
     ) -> None:
         from peft import PeftModel
 
         self.base = base
         self.dtype = stored_plainly(base, trust_remote_code)
         plain: Any = self.dtype
-        model, self.tokenizer = load_model(base, plain, trust_remote_code=trust_remote_code)
+        model, self.tokenizer = load_model(
+            base, dtype=plain, device_map="cpu", trust_remote_code=trust_remote_code
+        )
         if (identify(model).fingerprint, stored_digest(base)) != (
             healing.model.fingerprint, healing.weights,
         ):  # fmt: skip
@@ -82,7 +95,11 @@ class Merger:
         self.expected = self._logits(self._adapted)
 
     def merged(self) -> PreTrainedModel:
-        """The model with the adapters folded in: float32 sums, each rounded once."""
+        """Fold the adapters in: float32 sums, each rounded once.
+
+        Returns:
+            The model in the dtype that it is stored in.
+        """
         model: PreTrainedModel = self._adapted.merge_and_unload(safe_merge=True)
         for name, value in model.state_dict().items():
             owner, _, key = name.rpartition(".")
@@ -99,7 +116,11 @@ class Merger:
 
         Args:
             folder: the checkpoint.
-            trained: the logits on :data:`PROBE` of the adapters on the model as it was trained.
+            trained: the logits on :data:`PROBE` of the adapters on the model as it was trained,
+                (1, T, V) float32.
+
+        Returns:
+            The differences.
 
         Raises:
             ModelError: it differs by more than the tolerance for its dtype.
@@ -126,3 +147,26 @@ class Merger:
     def _logits(self, model: Any) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=self._probe, use_cache=False).logits
         return logits.float()
+
+
+def trained_logits(
+    adapted: Any, tokenizer: PreTrainedTokenizerBase, recipe: Resolved, *, checkpoint: Path
+) -> torch.Tensor:
+    """Compute the logits on :data:`PROBE` of kept adapters on the model as it was trained.
+
+    Args:
+        adapted: peft's model.
+        tokenizer: the tokenizer of the model.
+        recipe: the settings of the training.
+        checkpoint: the folder of the adapters.
+
+    Returns:
+        (1, T, V) float32.
+    """
+    adapted.load_adapter(str(checkpoint), "default")
+    adapted.eval()
+    device = input_device(find_layers(adapted.get_base_model()))
+    input_ids = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(device)
+    with torch.inference_mode(), computing(recipe, device):
+        logits: torch.Tensor = adapted(input_ids=input_ids, use_cache=False).logits
+    return logits.float()

@@ -11,17 +11,18 @@ the cut as well, as long as the loss on held-out text falls; ``map`` puts a D×D
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.memory import drop_layers
+from ..cutting.memory import drop_layers, without_layers
 from ..errors import PatchError
 from ..models.architecture import find_layers
 from ..models.identity import identify
 from ..models.layerwise import Layerwise
-from ..values.layers import Layers, blocks_of, dropped_layers
+from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
 from .patch_solver import Patching
@@ -33,7 +34,8 @@ METHODS = ("refit", "map", "magnitude")
 def patch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    layers: Layers,
+    layers: Plan | Layers,
+    *,
     texts: Iterable[str],
     method: str = "refit",
     max_length: int = 256,
@@ -46,63 +48,125 @@ def patch(
     Args:
         model: the whole model, in float32, bfloat16 or float16.
         tokenizer: its tokenizer.
-        layers: blocks, ranges or indices to drop, 0-based.
-        texts: calibration texts, as for :func:`shallower.scan`; every eighth is held out, to
-            choose by and to report on.
-        method: ``refit`` (the default), ``map`` or ``magnitude``.
+        layers: a plan, whose score, metric, texts and strategy are kept; or blocks, ranges or
+            indices to drop, 0-based.
+        texts: calibration texts, read once; every eighth is held out, to choose by and to
+            report on.
+        method: ``refit``, ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
         num_tokens: tokens to fit, at most; layers after the cut take half of them. Their
             states lie in a temporary file: twice ``num_tokens`` times D values. Memory grows
             with the widths alone.
-        progress: a bar on standard error; by default if that is a terminal.
+        progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:
-        What was done and what it is worth.
+        The plan that was carried out, the layers that were solved anew, and the losses in nats
+        a token of the whole model, the cut and the patched cut on the held-out texts.
 
     Raises:
         PatchError: the loss on held-out text would not fall; there is no layer before a
             block; a layer does not write by a plain linear map (mixtures of experts, norms
             behind the feed-forward, quantised weights). The model is then as it was.
         TextsError: there are too few texts.
+        PlanError: the plan is for another model.
         LayersError, ModelError: as :func:`shallower.drop_layers`.
+
+    Example:
+        >>> done = sh.patch(model, tokenizer, [range(3, 5)], texts=texts)
+        >>> done.patched < done.cut
+        True
+        >>> model.config.num_hidden_layers
+        6
+    """
+    options = method, max_length, batch_size, num_tokens, progress
+    with _solved(model, tokenizer, layers, texts, *options) as (done, undo):
+        drop_layers(model, done.plan.blocks)
+        undo.clear()
+    return done
+
+
+@contextmanager
+def with_patch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Plan | Layers,
+    *,
+    texts: Iterable[str],
+    max_length: int = 256,
+    progress: bool | None = None,
+) -> Iterator[Patch]:
+    """Patch a model by ``refit`` for as long as the body runs; it is as before afterwards.
+
+    Args:
+        model: the whole model.
+        tokenizer: its tokenizer.
+        layers: as for :func:`patch`.
+        texts: as for :func:`patch`.
+        max_length: tokens of a text at most.
+        progress: whether to show a bar on standard error.
+
+    Yields:
+        The same as :func:`patch` returns.
+
+    Raises:
+        PatchError, TextsError, PlanError, LayersError, ModelError: as :func:`patch`.
+    """
+    options = "refit", max_length, 16, 131_072, progress
+    with (
+        _solved(model, tokenizer, layers, texts, *options) as (done, _),
+        without_layers(model, done.plan.blocks),
+    ):
+        yield done
+
+
+@contextmanager
+def _solved(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Plan | Layers,
+    texts: Iterable[str],
+    method: str,
+    max_length: int,
+    batch_size: int,
+    num_tokens: int,
+    progress: bool | None,
+) -> Iterator[tuple[Patch, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Solve the matrices of a model that still has all of its layers.
+
+    Yields the patch, and every weight that changed with its old value: what is still in that
+    list after the body is put back.
     """
     if method not in METHODS:
         raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if num_tokens < 1:
         raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
-    found = find_layers(model)
-    plan = Plan(len(found), blocks_of(dropped_layers(len(found), layers)), model=identify(model))
+    plan = Plan.of(len(find_layers(model)), layers)
+    identity = identify(model)
+    plan.check_model(identity)
+    plan = replace(plan, model=identity)
     if plan.blocks[0].start == 0 and method != "magnitude":
         raise PatchError(
             f"there is no layer before the block {plan.blocks[0]} that could be solved anew: "
             f"drop later layers, or use the method magnitude"
         )
-    fitted, held_out = divide(tokenizer, texts, max_length, batch_size, num_tokens)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        undo = stack.enter_context(_restoring())
-        work = stack.enter_context(
-            Patching(Layerwise(model), plan, fitted, held_out, undo, progress)
-        )
-        done = work.magnitude() if method == "magnitude" else work.solve(method)
+    fitted, held_out = divide(
+        tokenizer, texts, max_length=max_length, batch_size=batch_size, num_tokens=num_tokens
+    )
+    undo: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        with torch.no_grad(), Patching(
+            Layerwise(model), plan, fitted, held_out, undo, progress
+        ) as work:  # fmt: skip
+            done = work.magnitude() if method == "magnitude" else work.solve(method)
         if not done.patched < done.cut:
             raise PatchError(
                 f"the patch does not help: the loss on {done.num_held_out} held-out tokens is "
                 f"{done.patched:.4f} nats with it and {done.cut:.4f} without, of "
                 f"{done.original:.4f} before the cut; give more texts, or another method"
             )
-        drop_layers(model, plan.blocks)
-        undo.clear()
-    return done
-
-
-@contextmanager
-def _restoring() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Weights and what they were: put back at the end, unless the list is emptied."""
-    changed: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        yield changed
+        yield done, undo
     finally:
-        for weight, before in reversed(changed):
-            weight.copy_(before)
+        with torch.no_grad():
+            for weight, before in reversed(undo):
+                weight.copy_(before)

@@ -1,4 +1,4 @@
-"""The work of a patch: layer by layer, both models side by side, matrices solved anew."""
+"""The solver of a patch: layer by layer, both models side by side, matrices solved anew."""
 
 import math
 import tempfile
@@ -25,21 +25,30 @@ RIDGES = (0.03, 0.3, 3.0)
 """Penalties on the change of a matrix that are tried, as shares of its inputs' mean square."""
 
 FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
-"""What the first token of a text, which carries massive activations, may count."""
+"""Weights that are tried for the first token of a text, which carries massive activations."""
 
 ATTENTION_STEP = 0.5
-"""How much of the attention's share of a jump it is given; the feed-forward, whose inputs
+"""The part of its share of a jump that the attention is given; the feed-forward, whose inputs
 change with it, is then solved for all that is left."""
 
 LATER_SHARE = 2
-"""Layers after the cut, which have little to make up, are solved on one of so many batches."""
+"""Layers after the cut, which have little to make up, are solved on every second batch."""
 
 PATIENCE = 2
-"""Layers after the cut that may fail to lower the loss, one after the other, before it ends."""
+"""Consecutive layers after the cut that may fail to lower the loss before the solver stops."""
 
 
 class Patching:
-    """The work on one model: both models' states advance layer by layer, side by side."""
+    """The work on one model: both models' states advance layer by layer, side by side.
+
+    Args:
+        model: the whole model.
+        plan: the plan of the cut.
+        fitted: batches to fit.
+        held_out: batches to choose on.
+        undo: is filled with every weight that changes, and its old value.
+        progress: whether to show a bar on standard error.
+    """
 
     def __init__(
         self,
@@ -75,7 +84,17 @@ class Patching:
         self._folder.cleanup()
 
     def solve(self, method: str) -> Patch:
-        """The layers before the blocks; for ``refit``, those after them too."""
+        """Solve the layers before the blocks and, for ``refit``, those after them.
+
+        Args:
+            method: ``refit`` or ``map``.
+
+        Returns:
+            The record of the patch.
+
+        Raises:
+            PatchError: the layer before a block does not write by a plain linear map.
+        """
         first = self.plan.blocks[0].start - 1
         after = {block.start - 1: block.stop for block in self.plan.blocks}
         last = max(after)
@@ -107,10 +126,16 @@ class Patching:
         return self._done(method, original, cut, nats, fits=tuple(fits))
 
     def magnitude(self) -> Patch:
-        """Everything that is written after a block is divided by what the norms grow across it.
+        """Divide everything that is written after a block by the growth of the norms across it.
 
         A norm stands before each reader of the stream, so that this is the same as to multiply
         the stream itself, and the embeddings stay.
+
+        Returns:
+            The record of the patch.
+
+        Raises:
+            PatchError: a layer does not write by two plain linear maps.
         """
         states = self.held_out
         sums = {place: 0.0 for block in self.plan.blocks for place in (block.start, block.stop)}
@@ -228,9 +253,8 @@ class Patching:
     def _equations(
         self, layer: int, writers: tuple[Writer, ...]
     ) -> tuple[NormalEquations, NormalEquations]:
-        """What is missing to the whole model's states, from the writers' inputs.
-
-        Summed apart for the first tokens of the texts, and for all others.
+        """The normal equations of what is missing to the whole model's states, from the writers'
+        inputs: of all tokens but the first of the texts, and of those first tokens.
         """
         states = self.fitted
         sums: tuple[NormalEquations, ...] = ()
@@ -253,7 +277,7 @@ class Patching:
         states, total = self.held_out, 0.0
         for index, batch in enumerate(states.batches):
             output = self.model.run(batch, states.cut[index], (layer,))
-            missing = states.whole[index].float() - output.float()
+            missing = states.whole[index].to(output.device).float() - output.float()
             total += float(missing[other_tokens(batch)].double().square().sum())
         return total
 
@@ -284,7 +308,7 @@ class Patching:
 
 @contextmanager
 def _inputs(modules: Sequence[nn.Module]) -> Iterator[Callable[[], list[torch.Tensor]]]:
-    """Give a function that tells what the modules were given."""
+    """Watch modules; gives a function that returns their last inputs."""
     taken: dict[int, torch.Tensor] = {}
 
     def keep(place: int) -> Any:

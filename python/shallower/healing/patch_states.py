@@ -17,11 +17,26 @@ MAX_HELD_OUT = 8192
 def divide(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
+    *,
     max_length: int,
     batch_size: int,
     num_tokens: int,
 ) -> tuple[list[Batch], list[Batch]]:
-    """Batches to fit and batches held out, every eighth text; as many texts as are needed."""
+    """Divide texts into batches to fit and batches held out, every eighth text.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        texts: any iterable of strings; as many are read as are needed.
+        max_length: tokens of a text at most.
+        batch_size: texts in a batch.
+        num_tokens: tokens to fit, at most.
+
+    Returns:
+        Batches to fit, and batches held out.
+
+    Raises:
+        TextsError: there are too few texts.
+    """
     counts = [0, 0]
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
     parts: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
@@ -52,7 +67,14 @@ def divide(
 
 
 class Stored:
-    """States of batches, in one temporary file."""
+    """States of batches, in one temporary file.
+
+    Args:
+        file: the file to make.
+        batches: the batches.
+        width: D.
+        dtype: dtype of the states.
+    """
 
     def __init__(
         self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype
@@ -65,7 +87,7 @@ class Stored:
         ]
 
     def thin(self, step: int) -> None:
-        """Forget all but one of ``step`` batches."""
+        """Forget all but the first of every ``step`` batches."""
         self._parts = self._parts[::step]
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -77,26 +99,46 @@ class Stored:
 
 @dataclass(slots=True)
 class StateSet:
-    """Batches with the states of the whole model and of the cut one, as far as both have come."""
+    """Batches with the states of the whole and of the cut model after the same layers.
+
+    Attributes:
+        batches: token ids.
+        whole: states of the whole model, (B, T, D) a batch.
+        cut: states of the cut model, (B, T, D) a batch.
+    """
 
     batches: Sequence[Batch]
     whole: Stored
     cut: Stored
 
     def thin(self, step: int) -> None:
-        """Go on with one of ``step`` batches."""
+        """Go on with the first of every ``step`` batches."""
         self.batches = self.batches[::step]
         self.whole.thin(step)
         self.cut.thin(step)
 
 
 def first_tokens(batch: Batch) -> torch.Tensor:
-    """The first tokens of the texts, (B, T); batches are padded on the right."""
+    """Mark the first tokens of the texts.
+
+    Args:
+        batch: padded on the right.
+
+    Returns:
+        (B, T) bool.
+    """
     mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
     mask[:, 0] = True
     return mask
 
 
 def other_tokens(batch: Batch) -> torch.Tensor:
-    """All tokens but the first and the padding."""
+    """Mark all tokens but the first and the padding.
+
+    Args:
+        batch: padded on the right.
+
+    Returns:
+        (B, T) bool.
+    """
     return torch.from_numpy(batch.attention_mask).bool() & ~first_tokens(batch)

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ModelError, OutputError, RecipeError, TextsError
-from ..models.identity import identify, stored_digest
-from ..models.loading import load_model
+from ..models.identity import stored_digest
 from ..storage import partial_folder
 from ..values.plan import Plan
-from .patch import patch
+from .patch import with_patch
 from .saving import PATCH_FILE, save_patched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PATCHED = "patched"
 """The folder of the patched cut in that of adapters which need it."""
@@ -26,51 +29,63 @@ def patched_cut(
     path: str,
     plan: Plan,
     original: str,
+    *,
     texts: Iterable[str],
     out: Path,
-    dtype: str,
+    whole: "Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]",
     max_length: int,
-    progress: bool | None,
-    trust_remote_code: bool,
+    progress: bool | None = None,
 ) -> Path:
-    """The folder of a cut's patch, which an earlier run of the same healing may have left.
+    """Patch a cut for its healing, unless an earlier run of the same healing did.
+
+    :func:`shallower.heal` of the same arguments finds the patch that this leaves.
 
     Args:
         path: the cut, of which the plan and the hash of its weights count.
-        plan: of the cut.
-        original: the uncut model.
-        texts: to fit on; read here, and again by the training.
+        plan: the plan of the cut.
+        original: the name of the uncut model.
+        texts: texts to fit on, an iterable that can be read again.
         out: the place of the healing.
-        dtype: of the patched weights.
+        whole: gives the uncut model in the dtype of the cut, and its tokenizer; asked only
+            if there is no patch yet. The model is as before afterwards.
         max_length: tokens of a text at most.
-        progress: bars on standard error.
-        trust_remote_code: run code that comes with the model.
+        progress: whether to show a bar on standard error.
+
+    Returns:
+        The folder of the patched cut, a hidden sibling of ``out``.
 
     Raises:
         RecipeError: the cut is patched already.
-        TextsError: ``texts`` can be read only once, or are too few.
+        TextsError: ``texts`` are too few.
         PatchError: the patch does not help, or the model has no plain matrix to solve for.
         PlanError: the cut was not made out of ``original``.
+        OutputError: the folder cannot be written.
     """
     if (Path(path).expanduser() / PATCH_FILE).is_file():
         raise RecipeError(f"{path} is patched already: leave out from_patch (--from-patch)")
-    if isinstance(texts, Iterator):
-        raise TextsError("texts are read twice, by the patch and by the training: give a list")
     job = _job(path, original, texts, max_length).encode()
     place = out.absolute().with_name(f".{out.name[:200]}.patched")
     for found in (place, partial_folder(out) / "folder" / PATCHED):
         if (found / _JOB).is_file() and (found / _JOB).read_bytes() == job:
             return found
-    plain: Any = dtype
-    model, tokenizer = load_model(original, plain, trust_remote_code=trust_remote_code)
-    plan.check_model(identify(model))
-    done = patch(model, tokenizer, plan.blocks, texts, max_length=max_length, progress=progress)
-    save_patched(model, tokenizer, place, done, overwrite=True, more={_JOB: job})
+    model, tokenizer = whole()
+    with with_patch(
+        model, tokenizer, plan, texts=texts, max_length=max_length, progress=progress
+    ) as done:
+        save_patched(model, tokenizer, place, done=done, overwrite=True, more={_JOB: job})
     return place
 
 
 def settle(patched: Path, folder: Path) -> None:
-    """Put a patched cut into the folder of the adapters that belong to it."""
+    """Put a patched cut into the folder of the adapters that belong to it.
+
+    Args:
+        patched: what :func:`patched_cut` gave.
+        folder: the folder of the adapters.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     if patched != folder / PATCHED:
         try:
             patched.rename(folder / PATCHED)
@@ -78,8 +93,23 @@ def settle(patched: Path, folder: Path) -> None:
             raise OutputError(f"cannot write {folder / PATCHED}: {error}") from error
 
 
+def copy_to(patched: Path, folder: Path) -> None:
+    """Copy the files of a patched cut, which is the result where no training lowers its loss.
+
+    Args:
+        patched: what :func:`patched_cut` gave.
+        folder: the folder of the healing.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    for file in patched.iterdir():
+        if file.name != _JOB:
+            shutil.copyfile(file, folder / file.name)
+
+
 def _job(path: str, original: str, texts: Iterable[str], max_length: int) -> str:
-    """What tells this patch from another; of endless texts, the first."""
+    """The text that tells this patch from any other; of endless texts, the first count."""
     digest = hashlib.sha256()
     for text in islice(texts, _HASHED_TEXTS):
         if not isinstance(text, str):

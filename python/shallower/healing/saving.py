@@ -1,4 +1,4 @@
-"""A patched model as a standard checkpoint, with what was done to it."""
+"""The folders that a patch and a healing leave: checkpoint or adapters, plan, card and curve."""
 
 import json
 import warnings
@@ -7,19 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.cards import CARD_FILE, EXPORT_FILES, adapters_card, healed_card
 from ..cutting.saving import save_model
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, ModelError, OutputError
 from ..evaluation.loss import evaluate_loss
 from ..reporting.figures import healing_curve
-from ..storage import new_folder, write_file
+from ..storage import check_free, new_folder, write_file
 from ..values.files import PLAN_FILE
-from ..values.healing import CURVE_FILE, Healing
+from ..values.healing import CURVE_FILE, HEALING_FILE, Healing
 from ..values.loss import Loss
 from ..values.patch import Patch
 from ..values.recipe import GLOBAL_BATCH
+from .checks import require_peft
 from .merging import Merger
 
 PATCH_FILE = "shallower_patch.json"
@@ -29,21 +31,25 @@ def save_patched(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     path: str | Path,
+    *,
     done: Patch,
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
     more: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Save a patched model as :func:`shallower.save_model` does, with ``shallower_patch.json``
-    and a card that says what was done.
+    """Save a patched model as a standard checkpoint.
+
+    As by :func:`shallower.save_model`, with ``shallower_patch.json`` and a card that tells of
+    the patch beside the weights.
 
     Args:
-        model: as :func:`patch` left it.
+        model: the model as :func:`shallower.patch` left it.
         tokenizer: saved beside it, unless ``None``.
         path: a folder that does not exist yet, or is empty.
-        done: what :func:`patch` gave.
+        done: what :func:`shallower.patch` gave; its plan is saved as well.
         overwrite: replace what is at ``path``, once the new checkpoint is complete.
-        losses: on text that no choice was made on, before the cut and after the patch.
+        losses: the losses before the cut and after the patch, on text that no choice was made
+            on.
         more: files to put beside it, by name.
 
     Raises:
@@ -51,7 +57,7 @@ def save_patched(
     """
     with new_folder(Path(path), overwrite) as folder:
         folder.rmdir()
-        save_model(model, tokenizer, folder, done.plan, losses=losses)
+        save_model(model, tokenizer, folder, plan=done.plan, losses=losses)
         card = healed_card(folder / CARD_FILE, _PATCHED[done.method], _patch_rows(done))
         report = json.dumps(done.to_json(), indent=2) + "\n"
         beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
@@ -82,7 +88,7 @@ _MERGED = "low-rank adapters were trained and merged into its weights."
 
 
 def _healing_rows(healing: Healing) -> list[tuple[str, str]]:
-    """What a model card says of a healing."""
+    """The rows of a model card that tell of a healing."""
     recipe = healing.recipe
     kind = "packed" if recipe.packing else "truncated"
     rows = [
@@ -107,7 +113,15 @@ def _healing_rows(healing: Healing) -> list[tuple[str, str]]:
 
 
 def draw(folder: Path, healing: Healing) -> None:
-    """Write the curve, if it can be drawn."""
+    """Write the curve of a healing, if it can be drawn.
+
+    Args:
+        folder: the folder of the healing.
+        healing: its record.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     try:
         write_file(folder / CURVE_FILE, healing_curve(healing))
     except MissingExtraError as error:
@@ -115,7 +129,7 @@ def draw(folder: Path, healing: Healing) -> None:
 
 
 def _copy(source: str, folder: Path, names: Iterable[str]) -> None:
-    """Carry files beside a local model over, where they are there."""
+    """Copy files from beside a local model, where there are any."""
     for name in names:
         file = Path(source).expanduser() / name
         if file.is_file():
@@ -129,10 +143,22 @@ def write_adapters(
     folder: Path,
     path: str,
     checkpoint: Path,
+    *,
     healing: Healing,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write a repository of peft with all but its record."""
+    """Write a repository of peft, without the record of the healing.
+
+    Args:
+        folder: the folder to fill.
+        path: the cut that was trained, a folder or hub id.
+        checkpoint: the Trainer's checkpoint that is kept.
+        healing: the record.
+        tokenizer: the tokenizer of the cut.
+
+    Raises:
+        OutputError, OSError: a file cannot be written.
+    """
     _copy(str(checkpoint), folder, _ADAPTER_FILES)
     tokenizer.save_pretrained(folder)
     _copy(path, folder, (PATCH_FILE,))
@@ -145,13 +171,31 @@ def write_merged(
     folder: Path,
     base: str,
     adapters: Path,
+    *,
     healing: Healing,
-    held_out: list[str] | None,
-    trained: torch.Tensor | None,
-    trust_remote_code: bool,
+    held_out: list[str] | None = None,
+    trained: torch.Tensor | None = None,
+    trust_remote_code: bool = False,
 ) -> Healing:
-    """Write the merged checkpoint with all but its record; gives the record."""
-    merger = Merger(base, adapters, healing, trust_remote_code)
+    """Write a merged checkpoint, without the record of the healing.
+
+    Args:
+        folder: the folder to fill.
+        base: the cut that was trained, a folder or hub id.
+        adapters: the folder of the adapters.
+        healing: the record.
+        held_out: texts to measure the merged model on.
+        trained: the logits of the adapters on the model as it was trained.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The record with the comparison of the merged model.
+
+    Raises:
+        ModelError: the adapters are another model's, or the logits differ.
+        OutputError, OSError: a file cannot be written.
+    """
+    merger = Merger(base, adapters, healing, trust_remote_code=trust_remote_code)
     model = merger.merged()
     model.save_pretrained(folder)
     merger.tokenizer.save_pretrained(folder)
@@ -159,8 +203,9 @@ def write_merged(
     if held_out:
         recipe = healing.recipe
         loss = evaluate_loss(
-            model, merger.tokenizer, held_out, recipe.max_length, recipe.batch_size, False
-        )
+            model, merger.tokenizer, held_out, max_length=recipe.max_length,
+            batch_size=recipe.batch_size, progress=False,
+        )  # fmt: skip
         merged = replace(merged, loss=loss)
     healing = replace(healing, merge=merged)
     _copy(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
@@ -170,3 +215,62 @@ def write_merged(
         healed_card(Path(base) / CARD_FILE, _MERGED, _healing_rows(healing)).encode(),
     )
     return healing
+
+
+def merge(
+    adapters: str | Path,
+    out: str | Path,
+    model: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Healing:
+    """Fold the adapters of :func:`shallower.heal` into the unquantised weights of the cut.
+
+    The sum of a weight and its adapter is made in float32, and rounded once to the dtype that
+    the model is stored in. The new checkpoint is reloaded by stock transformers, and its logits
+    are compared with those of the adapters on the model.
+
+    Args:
+        adapters: the folder that :func:`shallower.heal` left.
+        out: a folder that does not exist yet, or is empty.
+        model: the cut; by default where it was when it was healed.
+        overwrite: replace what is at ``out``, once the new folder is complete.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The record of the healing, with the comparison of the merged model.
+
+    Raises:
+        ModelError: no adapters of shallower, adapters of another model, quantised weights, or
+            logits that differ.
+        OutputError: ``out`` holds something already, or cannot be written to.
+        MissingExtraError: peft is not installed.
+    """
+    require_peft("merging adapters")
+    adapters, out = Path(adapters), Path(out)
+    check_free(out, overwrite)
+    healing = Healing.load(adapters)
+    if healing.merge is not None:
+        raise ModelError(f"{adapters} is merged already: expected a folder of adapters")
+    if healing.best_step == 0:
+        raise ModelError(f"{adapters} is a patched cut without adapters: there is nothing to merge")
+    base = str(model or _remembered_base(adapters))
+    with new_folder(out, overwrite) as folder:
+        try:
+            healing = write_merged(
+                folder, base, adapters, healing=healing, trust_remote_code=trust_remote_code
+            )
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {out}: {error}") from error
+        draw(folder, healing)
+        write_file(folder / HEALING_FILE, healing.to_bytes())
+    return healing
+
+
+def _remembered_base(adapters: Path) -> str:
+    try:
+        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{adapters} holds no adapters of peft: {error}") from error

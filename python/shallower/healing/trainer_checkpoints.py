@@ -1,6 +1,6 @@
-"""The Trainer's checkpoints, of which an interrupted save must not be taken for one.
+"""The Trainer's checkpoints: one counts once it is marked, and is marked once all of it is on disk.
 
-A checkpoint counts once it is marked, and is marked once all of it is on disk.
+So an interrupted save is never taken for a checkpoint.
 """
 
 import os
@@ -15,12 +15,19 @@ COMPLETE = "complete"
 
 
 def of_step(folder: Path, step: int) -> Path:
-    """Where the Trainer keeps the checkpoint of a step."""
+    """The folder in which the Trainer keeps the checkpoint of a step."""
     return folder / f"checkpoint-{step}"
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Mark a checkpoint, once all of it is on disk."""
+    """Flush a checkpoint to disk, and then mark it.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        OSError, OutputError: a file cannot be read or written.
+    """
     for file in checkpoint.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
@@ -31,21 +38,37 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def keep(folder: Path, steps: Collection[int]) -> None:
-    """Delete all checkpoints but those of some steps."""
+    """Delete all checkpoints but those of some steps.
+
+    Args:
+        folder: the folder of the training.
+        steps: the steps whose checkpoints stay.
+    """
     for step in _steps(folder):
         if step not in steps:
             _delete(of_step(folder, step))
 
 
 def discard_incomplete(folder: Path) -> None:
-    """Delete what an interrupted save left."""
+    """Delete the checkpoints that are not marked, which interrupted saves left.
+
+    Args:
+        folder: the folder of the training.
+    """
     for step in _steps(folder):
         if not (of_step(folder, step) / COMPLETE).is_file():
             _delete(of_step(folder, step))
 
 
 def last(folder: Path) -> Path | None:
-    """The checkpoint of the last step, if there is one."""
+    """Find the checkpoint of the last step.
+
+    Args:
+        folder: the folder of the training.
+
+    Returns:
+        Its folder; None if there is no checkpoint.
+    """
     steps = _steps(folder)
     return of_step(folder, steps[-1]) if steps else None
 

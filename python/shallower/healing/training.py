@@ -1,14 +1,12 @@
 """The training: transformers' Trainer over peft's adapters, resumable at any moment.
 
-Steps, order and random numbers depend on the recipe and the
-checkpoint alone, so that a resumed run ends with the bits of an uninterrupted one on the CPU.
+Steps, order and random numbers depend on the recipe and the checkpoint alone, so that a resumed
+run ends with the bits of an uninterrupted one on the CPU.
 """
 
 import contextlib
 import logging
-import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,35 +23,33 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 from ..errors import ModelError, OutputError
 from ..models.feed_forward import Targets
+from ..processes import num_processes
 from ..progress import Advance
 from ..texts.sequences import Samples, collate, order
 from ..values.healing import Measured, Step
 from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
-from . import trainer_checkpoints as checkpoints
+from . import trainer_checkpoints
+from .callbacks import CheckpointCallback, StopOnNonFinite, Throughput
 from .losses import Distillation, summed_loss
-
-SECONDS_BETWEEN_CHECKPOINTS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How a training went.
+    """A finished training.
 
     Attributes:
         steps: training loss and rate, step by step.
         held_out: held-out losses and the steps that they were measured after.
         best_step: the step whose adapters are kept.
         checkpoint: the folder that holds them.
-        tokens_per_second: of the training alone, since this process began; None if it had
-            nothing left to do.
+        tokens_per_second: speed of the training alone, since this process began; None if it
+            had nothing left to do.
     """
 
     steps: tuple[Step, ...]
@@ -63,14 +59,20 @@ class Trained:
     tokens_per_second: float | None
 
 
-def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, base: str) -> Any:
-    """Freeze a model and put adapters on it, float32; gives peft's model around it.
+def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, base: str) -> Any:
+    """Freeze a model and put float32 adapters on it.
 
     Args:
-        model: quantised or not.
-        targets: what to adapt.
-        recipe: its rank is alpha as well.
+        model: a causal language model, quantised or not.
+        targets: the linear maps to adapt.
+        recipe: the settings; alpha is the rank.
         base: the name that the adapters remember their model by.
+
+    Returns:
+        peft's model around ``model``.
+
+    Raises:
+        ModelError: peft adapts other weights than ``targets``.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -121,7 +123,15 @@ def _is_plain(weight: Any) -> bool:
 
 
 def computing(recipe: Resolved, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Products in bfloat16 with adapters in float32, unless the recipe is float32."""
+    """Compute products in bfloat16 with adapters in float32, unless the recipe is float32.
+
+    Args:
+        recipe: the settings.
+        device: the device that the model is given its inputs on.
+
+    Returns:
+        The context of every forward, in training and measuring alike.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype != "float32")
 
 
@@ -129,21 +139,26 @@ def train(
     model: Any,
     samples: Samples,
     recipe: Resolved,
+    *,
     folder: Path,
-    held_out: Callable[[], Loss] | None,
+    held_out: Callable[[int], Loss] | None,
     distillation: Distillation | None,
     advance: Advance,
 ) -> Trained:
     """Train the adapters of a model, going on from what ``folder`` holds.
 
     Args:
-        model: of :func:`add_adapters`.
-        samples: to train on.
+        model: what :func:`add_adapters` gave.
+        samples: the sequences to train on.
         recipe: the settings.
-        folder: for checkpoints; with several processes, one that all of them see.
-        held_out: measures the held-out loss of the model as it is; None to measure nothing.
+        folder: the folder of checkpoints; with several processes, one that all of them see.
+        held_out: measures the held-out loss of the model as it is after so many steps; None to
+            measure nothing.
         distillation: added to the loss with the recipe's weight.
-        advance: is told of every step.
+        advance: told of every step.
+
+    Returns:
+        Losses, the step that is kept, and its checkpoint.
 
     Raises:
         ModelError: the loss is not finite.
@@ -151,12 +166,11 @@ def train(
     """
     with _kept_global_state():
         cuda = torch.cuda.is_available()
-        world = int(os.environ.get("WORLD_SIZE", "1"))
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_size,
-            gradient_accumulation_steps=recipe.accumulation(world),
+            gradient_accumulation_steps=recipe.accumulation(num_processes()),
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=recipe.warmup_steps,
@@ -186,24 +200,28 @@ def train(
         )
         taken = order(len(samples), recipe.steps * GLOBAL_BATCH, recipe.seed)
         lengths = np.array([len(row) for row in samples.rows])
-        clock = _Clock(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), advance)
-        keeper = _Keeper()
+        throughput = Throughput(
+            lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), advance
+        )
         trainer = _Trainer(
-            model, arguments, _Taken(samples, taken), recipe, held_out, distillation,
-            [clock, keeper, _Guard()],
+            model, arguments, OrderedDataset(samples, taken), recipe, held_out, distillation,
+            [throughput, StopOnNonFinite()],
         )  # fmt: skip
+        trainer.add_callback(CheckpointCallback(trainer))
         if trainer.args.should_save:
-            checkpoints.discard_incomplete(folder)
+            trainer_checkpoints.discard_incomplete(folder)
         trainer.accelerator.wait_for_everyone()
-        checkpoint = checkpoints.last(folder)
-        keeper.trainer = trainer
+        checkpoint = trainer_checkpoints.last(folder)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with warnings.catch_warnings():
+                # peft's, of a patched cut that comes to its place with the adapters
+                warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not _is_about_writing(error):
                 raise
             raise OutputError(f"cannot write a checkpoint of the healing: {error}") from error
-        return _trained(trainer, folder, clock)
+        return _trained(trainer, folder, throughput)
 
 
 _WRITING = (
@@ -250,7 +268,7 @@ def _kept_global_state() -> Iterator[None]:
                 os.environ[name] = value
 
 
-class _Taken(torch.utils.data.Dataset[NDArray[np.uint32]]):
+class OrderedDataset(torch.utils.data.Dataset[NDArray[np.uint32]]):
     """The samples in the order that they are taken, all steps one after the other."""
 
     def __init__(self, samples: Samples, taken: NDArray[np.int64]) -> None:
@@ -274,9 +292,9 @@ class _Trainer(Trainer):
         self,
         model: Any,
         arguments: TrainingArguments,
-        dataset: _Taken,
+        dataset: OrderedDataset,
         recipe: Resolved,
-        held_out: Callable[[], Loss] | None,
+        held_out: Callable[[int], Loss] | None,
         distillation: Distillation | None,
         callbacks: list[TrainerCallback],
     ) -> None:
@@ -312,7 +330,7 @@ class _Trainer(Trainer):
 
     def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
         assert self._held_out is not None
-        loss = self._held_out()
+        loss = self._held_out(self.state.global_step)
         metrics = {"eval_loss": loss.nats, **{f"held_out_{k}": v for k, v in _flat(loss).items()}}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -331,96 +349,7 @@ def _mean_loss(
     return summed_loss(outputs["logits"], labels) / num_items_in_batch
 
 
-class _Clock(TrainerCallback):
-    """Times the steps, and tells of them."""
-
-    def __init__(self, tokens: NDArray[np.int64], advance: Advance) -> None:
-        self._tokens, self._advance = tokens, advance
-        self._began = 0.0
-        self.seconds, self.trained = 0.0, 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._advance(state.global_step)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.seconds += time.perf_counter() - self._began
-        self.trained += int(self._tokens[state.global_step - 1])
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            speed = self.trained / max(self.seconds, 1e-9)
-            self._advance(1, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
-
-
-class _Guard(TrainerCallback):
-    """Stops a training that went astray."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
-            raise ModelError(
-                f"the training loss is {logs['loss']} at step {state.global_step}: lower the "
-                f"learning rate (learning_rate, --learning-rate)"
-            )
-
-
-class _Keeper(TrainerCallback):
-    """Asks for the measurement before the first step and for checkpoints between the regular
-    ones; marks what is complete, and deletes what nobody needs.
-    """
-
-    def __init__(self) -> None:
-        self.trainer: _Trainer | None = None
-        self._saved = time.monotonic()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self.trainer and state.global_step == 0 and args.eval_strategy != "no":
-            self.trainer.evaluate()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        # Several processes would not agree on the time.
-        if args.world_size == 1 and time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
-            control.should_save = True
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self.trainer:
-            self.trainer.accelerator.wait_for_everyone()
-        if args.should_save:
-            folder = Path(str(args.output_dir))
-            checkpoints.mark_complete(checkpoints.of_step(folder, state.global_step))
-            checkpoints.keep(folder, {state.global_step, state.best_global_step or 0})
-        self._saved = time.monotonic()
-
-
-def _trained(trainer: _Trainer, folder: Path, clock: _Clock) -> Trained:
+def _trained(trainer: _Trainer, folder: Path, throughput: Throughput) -> Trained:
     history: list[dict[str, Any]] = trainer.state.log_history
     steps = tuple(
         Step(entry["step"], entry["loss"], entry["learning_rate"])
@@ -435,5 +364,5 @@ def _trained(trainer: _Trainer, folder: Path, clock: _Clock) -> Trained:
         if "eval_loss" in entry
     )
     best = trainer.state.best_global_step or trainer.state.global_step
-    speed = clock.trained / clock.seconds if clock.trained else None
-    return Trained(steps, held_out, best, checkpoints.of_step(folder, best), speed)
+    checkpoint = trainer_checkpoints.of_step(folder, best)
+    return Trained(steps, held_out, best, checkpoint, throughput.tokens_per_second)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,13 +23,42 @@ _WHOLE = 1 << 30
 """More tokens than any text has."""
 
 
+class ReadOnce:
+    """Texts that are read from their source once, however often they are gone through.
+
+    What a pass has read is kept for the next one, until :meth:`last_pass`.
+
+    Args:
+        texts: any iterable of strings; an iterator will do.
+
+    Raises:
+        TextsError: it is no iterable of strings.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
+        self._read: list[str] = []
+        self._rest = iter(texts)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._read
+        for text in self._rest:
+            self._read.append(text)
+            yield text
+
+    def last_pass(self) -> Iterator[str]:
+        """All texts, of which no more are kept."""
+        return chain(self._read, self._rest)
+
+
 @dataclass(frozen=True, slots=True)
 class Samples:
     """Sequences of token ids.
 
     Attributes:
-        rows: (T,) uint32 each.
-        identity: of the texts that were read for them.
+        rows: token ids, (T,) uint32 each.
+        identity: the identity of the texts that were read for them.
     """
 
     rows: Sequence[NDArray[np.uint32]]
@@ -41,6 +71,7 @@ class Samples:
 def read_samples(
     tokenizer: "PreTrainedTokenizerBase",
     texts: Iterable[str],
+    *,
     max_length: int,
     packing: bool,
     num_samples: int,
@@ -51,9 +82,19 @@ def read_samples(
     sequences of ``max_length``; a rest is left out. Else every text of at least two tokens is
     one sequence, truncated.
 
+    Args:
+        tokenizer: the tokenizer of the model.
+        texts: any iterable of strings, read once.
+        max_length: tokens of a sequence at most.
+        packing: whether to join documents.
+        num_samples: sequences to make, at most.
+
+    Returns:
+        The sequences, in the order of the texts.
+
     Raises:
-        TextsError: too few tokens for one step, a text that is no string, or packing with a
-            tokenizer that has no end-of-text token.
+        TextsError: there are too few tokens for one step, a text is not a string, or the
+            tokenizer has no end-of-text token to pack with.
     """
     limit = _WHOLE if packing else max_length
     batches = TokenBatches(tokenizer, texts, limit, 64, min_tokens=1 if packing else 2)
@@ -113,9 +154,17 @@ def _too_few(batches: TokenBatches, count: int, max_length: int, packing: bool) 
 
 
 def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
-    """Which sample is taken when: (total,) indices below ``count``.
+    """Draw the order in which samples are taken.
 
     All samples are taken once, shuffled, before any is taken again, shuffled anew.
+
+    Args:
+        count: the number of samples.
+        total: the number of draws.
+        seed: the seed of the shuffles.
+
+    Returns:
+        (total,) indices below ``count``.
     """
     passes = -(-total // count)
     shuffled = [
@@ -125,10 +174,16 @@ def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
 
 
 def collate(rows: Iterable[NDArray[np.uint32]]) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """One batch: ``input_ids``, ``attention_mask`` and ``labels``, (B, T) int64 each, by name.
+    """Pad sequences to one batch.
 
     Padded on the right with token 0, which is never predicted; nor is the first token, so that
     labels count what is predicted, whether they are shifted or not.
+
+    Args:
+        rows: token ids, (T,) each.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` by name, (B, T) int64 each.
     """
     rows = list(rows)
     shape = len(rows), max(len(row) for row in rows)

@@ -1,4 +1,4 @@
-"""What a healing was and what it bought: the file that lies beside its adapters."""
+"""The record of a healing: the file that lies beside its adapters."""
 
 import json
 from collections.abc import Mapping
@@ -40,17 +40,17 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """How the merged checkpoint differs from the adapters on their model.
+    """The difference of a merged checkpoint from the adapters on their model.
 
     Attributes:
-        dtype: that the weights are stored in.
+        dtype: dtype of the stored weights.
         difference: ‖merged − adapters‖ / ‖adapters‖ of the logits, both computed in float32 on
             the unquantised model.
-        tolerance: that ``difference`` was held to.
+        tolerance: the most that ``difference`` may be.
         max_difference: the greatest absolute difference of a logit.
         trained_difference: the same as ``difference``, but from the adapters on the model as it
             was trained, in 4 or 8 bits; None if it was trained on plain weights.
-        loss: held-out, of the merged checkpoint, if it was measured.
+        loss: held-out loss of the merged checkpoint, if it was measured.
     """
 
     dtype: str
@@ -67,23 +67,26 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Healing:
-    """A healing that is done.
+    """A finished healing.
 
     Attributes:
-        model: the cut model that was healed.
-        weights: the hash of its weights as they are stored.
-        plan: of the cut.
+        model: identity of the cut model that was healed.
+        weights: hash of its weights as they are stored.
+        plan: plan of the cut.
         recipe: the settings.
-        adapted: how many linear maps, or stacks of experts' ones, have adapters.
-        texts: of the training.
+        adapted: number of linear maps, or stacks of experts' ones, that have adapters.
+        texts: identity of the training texts.
         steps: training losses.
-        held_out: measurements, from step 0; empty without held-out texts.
-        best_step: the step whose adapters were kept: of the least held-out loss, or the last.
-        original: held-out loss of the uncut model, if it was measured.
-        cut: held-out loss of the cut without the patch that the training began from, if it did.
-        tokens_per_second: of the training since the process began that ended it.
-        merge: if the adapters were merged.
-        versions: the packages that made it.
+        held_out: held-out losses, from step 0; empty without held-out texts.
+        best_step: the step whose adapters were kept, of the least held-out loss, or the last; 0
+            if none was better than the patch that the training began from, which is then the
+            result, without adapters.
+        original: held-out loss of the uncut model, if it is known.
+        cut: held-out loss of the cut before the patch that the training began from, if it is
+            known.
+        tokens_per_second: speed of the training in the process that ended it.
+        merge: the comparison of the merged checkpoint, if the adapters were merged.
+        versions: versions of the packages that made it.
     """
 
     model: ModelIdentity
@@ -109,8 +112,7 @@ class Healing:
     @property
     def after(self) -> Loss | None:
         """The held-out loss at the step that was kept."""
-        found = (m.loss for m in self.held_out if m.step == self.best_step and m.step)
-        return next(found, None)
+        return next((m.loss for m in self.held_out if m.step == self.best_step), None)
 
     @property
     def recovered(self) -> float | None:
@@ -149,7 +151,13 @@ class Healing:
 
     @classmethod
     def load(cls, path: str | Path) -> "Healing":
-        """Read a healing from its file or the folder that holds it.
+        """Read a healing.
+
+        Args:
+            path: its file, or the folder that holds it.
+
+        Returns:
+            The healing.
 
         Raises:
             ModelError: it is not there, or is damaged.
@@ -185,21 +193,33 @@ class Healing:
             texts=from_fields(TextsIdentity, data["texts"]),
             steps=tuple(from_fields(Step, step) for step in of_type(list, data["steps"])),
             held_out=tuple(
-                Measured(of_type(int, of_type(dict, measured)["step"]), _loss(measured))
+                Measured(of_type(int, of_type(dict, measured)["step"]), read_loss(measured))
                 for measured in of_type(list, data["held_out"])
             ),
             best_step=of_type(int, data["best_step"]),
-            original=_loss(data["original"]),
-            cut=_loss(data.get("cut")),
+            original=read_loss(data["original"]),
+            cut=read_loss(data.get("cut")),
             tokens_per_second=None if speed is None else of_type(float, speed),
-            merge=Merge(**{**of_type(dict, merge), "loss": _loss(merge["loss"])})
+            merge=Merge(**{**of_type(dict, merge), "loss": read_loss(merge["loss"])})
             if merge
             else None,
             versions={k: of_type(str, v) for k, v in of_type(dict, data["versions"]).items()},
         )
 
 
-def _loss(data: Any) -> Any:
+def read_loss(data: Any) -> Any:
+    """Read a loss from the values of a file.
+
+    Args:
+        data: what :meth:`Loss.to_json` gave, or None.
+
+    Returns:
+        The loss, or None.
+
+    Raises:
+        TypeError: a value is of another type.
+        KeyError: a value is missing.
+    """
     if data is None:
         return None
     values = {name: of_type(dict, data)[name] for name in Loss.__slots__}

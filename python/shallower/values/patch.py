@@ -1,4 +1,4 @@
-"""What a patch did."""
+"""The record of a patch."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,13 +12,13 @@ class Fit:
     """A layer that was solved anew.
 
     Attributes:
-        layer: its index among the original layers.
-        matrices: the names of its matrices that changed.
+        layer: index among the original layers.
+        matrices: names of the matrices that changed.
         target: the original state that it was solved for, x^(target).
-        ridge: the penalty on the change, as a share of the inputs' mean square.
-        first_weight: what the first token of a text counted.
-        explained: the share of what was missing that the fit adds on held-out text, R².
-        nats: the held-out loss with it, in nats a token.
+        ridge: penalty on the change, as a share of the inputs' mean square.
+        first_weight: weight of the first token of a text.
+        explained: share of the missing state that the fit adds on held-out text, R².
+        nats: held-out loss with it, in nats a token.
     """
 
     layer: int
@@ -32,21 +32,21 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What a patch did, and what it is worth on held-out text.
+    """A finished patch, and its worth on held-out text.
 
     The held-out texts are every eighth of those given. Choices were made on them, so that a
     loss on other text may be a little worse.
 
     Attributes:
-        plan: the layers that went.
+        plan: the plan that was carried out.
         method: ``refit``, ``map`` or ``magnitude``.
         num_tokens: tokens that were fitted.
         num_held_out: tokens that choices were made on.
-        original: the loss of the whole model, in nats a token.
-        cut: the loss of the cut, before the patch.
-        patched: the loss after it.
+        original: loss of the whole model, in nats a token.
+        cut: loss of the cut before the patch, in nats a token.
+        patched: loss of the patched cut, in nats a token.
         fits: the layers that were solved anew.
-        scales: for ``magnitude``, what the norms grow by across each block.
+        scales: for ``magnitude``, the growth of the norms across each block.
     """
 
     plan: Plan

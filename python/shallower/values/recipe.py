@@ -1,8 +1,8 @@
-"""How to heal: the paper's table as data, our defaults beside it, and the settings of a run."""
+"""The settings of a healing: the paper's table as data, and our defaults beside it."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..errors import RecipeError
@@ -15,7 +15,20 @@ HealingDtype = Literal["nf4", "int8", "bfloat16", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A row of the paper's table, or one of ours."""
+    """A row of the paper's table, or one of ours.
+
+    Attributes:
+        name: the name that ``--preset`` takes.
+        max_length: tokens of a sequence at most.
+        learning_rate: peak learning rate.
+        rank: rank of the adapters.
+        model_type: the family by its config; None fits every family.
+        hidden_size: channels of the residual stream of the model that the paper healed.
+        num_layers: its decoder layers, before the cut.
+        vocab_size: its vocabulary: Llama-3-8B has the width and depth of Llama-2-7B.
+        packing: whether documents are joined into full sequences; the paper truncates each to
+            one sequence.
+    """
 
     name: str
     max_length: int
@@ -24,21 +37,23 @@ class Preset:
     model_type: str | None = None
     hidden_size: int | None = None
     num_layers: int | None = None
+    vocab_size: int | None = None
+    packing: bool = False
 
 
 PAPER_PRESETS = (
-    Preset("llama-2-7b", 2048, 3e-4, 2, "llama", 4096, 32),
-    Preset("llama-2-13b", 4096, 3e-4, 64, "llama", 5120, 40),
-    Preset("llama-2-70b", 4096, 3e-5, 8, "llama", 8192, 80),
-    Preset("qwen-7b", 2048, 3e-4, 64, "qwen", 4096, 32),
-    Preset("qwen-14b", 4096, 3e-4, 64, "qwen", 5120, 40),
-    Preset("mistral-7b", 2048, 3e-6, 4, "mistral", 4096, 32),
-    Preset("phi-2", 2048, 2e-4, 64, "phi", 2560, 32),
+    Preset("llama-2-7b", 2048, 3e-4, 2, "llama", 4096, 32, 32_000),
+    Preset("llama-2-13b", 4096, 3e-4, 64, "llama", 5120, 40, 32_000),
+    Preset("llama-2-70b", 4096, 3e-5, 8, "llama", 8192, 80, 32_000),
+    Preset("qwen-7b", 2048, 3e-4, 64, "qwen", 4096, 32, 151_936),
+    Preset("qwen-14b", 4096, 3e-4, 64, "qwen", 5120, 40, 152_064),
+    Preset("mistral-7b", 2048, 3e-6, 4, "mistral", 4096, 32, 32_000),
+    Preset("phi-2", 2048, 2e-4, 64, "phi", 2560, 32, 51_200),
 )
 """2403.17887, appendix A; layers are those of the uncut model."""
 
-SMALL = Preset("small", 256, 1e-3, 64)
-GENERAL = Preset("general", 2048, 3e-4, 64)
+SMALL = Preset("small", 256, 1e-3, 64, packing=True)
+GENERAL = Preset("general", 2048, 3e-4, 64, packing=True)
 """Ours, for models that the paper did not heal: ``small`` below 2,048 channels."""
 
 SMALL_BELOW = 2048
@@ -48,19 +63,21 @@ PRESETS = {preset.name: preset for preset in (*PAPER_PRESETS, SMALL, GENERAL)}
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What of a model decides its preset.
+    """The properties of a model that decide its preset.
 
     Attributes:
-        model_type: as its config names it.
+        model_type: the family, as the config names it.
         hidden_size: channels of the residual stream.
         num_layers: decoder layers before the cut.
-        positions: the longest sequence that its config admits, if it says so.
+        positions: the longest sequence that the config admits, if it says so.
+        vocab_size: size of the vocabulary, if the config says so.
     """
 
     model_type: str
     hidden_size: int
     num_layers: int
     positions: int | None
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +87,29 @@ class Recipe:
     Attributes:
         preset: ``auto``, which picks by family and size, or a name in ``PRESETS``.
         steps: steps of the optimiser, of 16 sequences each; the paper takes 5,000.
-        rank: of the adapters; alpha is the same.
-        learning_rate: its peak.
+        rank: rank of the adapters; alpha is the same.
+        learning_rate: peak learning rate.
         max_length: tokens of a sequence at most.
-        warmup_steps: linear warm-up, 100 by default or a tenth of the steps if that is less;
-            a cosine to zero follows.
-        dropout: before the adapters.
+        warmup_steps: steps of linear warm-up, by default 100 or a tenth of ``steps`` if that
+            is less; a cosine to zero follows.
+        dropout: dropout before the adapters.
         batch_size: sequences in one forward of a device; gradients are accumulated to 16.
-        dtype: of the frozen weights. Adapters are float32; products are bfloat16 unless this
-            is float32.
-        packing: join documents and cut them into sequences of ``max_length``; else every text
-            is one sequence, truncated.
-        attention: adapt the attention, too.
+        dtype: dtype of the frozen weights. Adapters are float32; products are bfloat16 unless
+            this is float32.
+        packing: join documents and cut them into sequences of ``max_length``, or truncate every
+            text to one sequence. By default the preset decides: the paper's truncate, as the
+            paper does; ``small`` and ``general`` pack.
+        attention: also train adapters on the attention layers.
         distill: weight of the distillation at the cut; 0 is none.
-        eval_every: steps between two measurements and checkpoints, an eighth by default.
-        seed: of the order of sequences, the adapters and dropout.
-        recompute: recompute activations in the backward pass, which saves memory.
+        eval_every: steps between two measurements and checkpoints, by default an eighth of
+            ``steps``.
+        seed: seed of the order of sequences, the adapters and dropout.
+        recompute: gradient checkpointing: recompute activations in the backward pass, which
+            saves memory (``--gradient-checkpointing``).
     """
 
     preset: str = "auto"
+    _: KW_ONLY
     steps: int = 5000
     rank: int | None = None
     learning_rate: float | None = None
@@ -97,7 +118,7 @@ class Recipe:
     dropout: float = 0.05
     batch_size: int | None = None
     dtype: HealingDtype = "nf4"
-    packing: bool = True
+    packing: bool | None = None
     attention: bool = False
     distill: float = 0.0
     eval_every: int | None = None
@@ -108,12 +129,15 @@ class Recipe:
         """Fill in what is not named, and refuse what does not fit.
 
         Args:
-            facts: of the model.
-            processes: how many train together, each on its own device.
+            facts: the properties of the model.
+            processes: the number of processes that train together, each on its own device.
+
+        Returns:
+            The same settings with nothing left open.
 
         Raises:
-            RecipeError: a preset of another model or unknown, a sequence longer than the
-                model's positions, or a value out of its range.
+            RecipeError: a preset that is unknown or of another family, a sequence longer than
+                the model's positions, or a value out of its range.
         """
         self._check()
         preset = find_preset(self.preset, facts)
@@ -141,7 +165,7 @@ class Recipe:
             dropout=self.dropout,
             batch_size=_batch_size(self.batch_size, processes),
             dtype=self.dtype,
-            packing=self.packing,
+            packing=preset.packing if self.packing is None else self.packing,
             attention=self.attention,
             distill=self.distill,
             eval_every=self.eval_every or max(1, self.steps // 8),
@@ -162,6 +186,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value < most:
                 raise RecipeError(f"{name} must be in [0, {most}), got {value!r}")
+        for name in ("packing", "attention", "recompute"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not bool:
+                raise RecipeError(f"{name} must be True or False, got {value!r}")
         if self.learning_rate == 0:
             raise RecipeError("a learning_rate of 0 trains nothing")
         if self.max_length is not None and self.max_length < 2:
@@ -173,7 +201,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A recipe with nothing left open; attributes as of :class:`Recipe`."""
+    """A :class:`Recipe` with nothing left open; the attributes are the same."""
 
     preset: str
     steps: int
@@ -191,12 +219,26 @@ class Resolved:
     seed: int
     recompute: bool
 
+    def __str__(self) -> str:
+        kind = "packed" if self.packing else "truncated"
+        return (
+            f"preset {self.preset}: rank {self.rank}, peak rate {self.learning_rate:g}, "
+            f"{self.steps} steps of {GLOBAL_BATCH} sequences of {self.max_length} tokens, {kind}"
+        )
+
     def accumulation(self, processes: int = 1) -> int:
-        """Forwards that are accumulated in one step of the optimiser."""
+        """The number of forwards that are accumulated in one step of the optimiser.
+
+        Args:
+            processes: the number of processes that share a step.
+
+        Returns:
+            Forwards of ``batch_size`` sequences, of each process.
+        """
         return GLOBAL_BATCH // (self.batch_size * processes)
 
     def without_dropout(self) -> "Resolved":
-        """The same, with no dropout."""
+        """The same settings without dropout."""
         return replace(self, dropout=0.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -205,7 +247,18 @@ class Resolved:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Resolved":
-        """Settings from a file; raises TypeError or KeyError."""
+        """Read settings from the values of a file.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The settings.
+
+        Raises:
+            TypeError: a value is of another type.
+            KeyError: a value is missing.
+        """
         kinds: dict[str, type[Any]] = {
             **dict.fromkeys(("learning_rate", "dropout", "distill"), float),
             **dict.fromkeys(("preset", "dtype"), str),
@@ -222,7 +275,16 @@ class Resolved:
 
 
 def find_preset(name: str, facts: ModelFacts) -> Preset:
-    """The preset of a name; for ``auto`` the paper's for this family and size, or ours.
+    """Find a preset by its name.
+
+    Args:
+        name: ``auto``, for the paper's row if the paper healed this very model, else ours by
+            its width; or a name in ``PRESETS``, in any case, with spaces, dashes or
+            underscores.
+        facts: the properties of the model.
+
+    Returns:
+        The preset.
 
     Raises:
         RecipeError: there is none of this name, or it is for another family.
@@ -241,15 +303,16 @@ def find_preset(name: str, facts: ModelFacts) -> Preset:
 
 
 def _automatic(facts: ModelFacts) -> Preset:
+    model = facts.model_type, facts.hidden_size, facts.num_layers, facts.vocab_size
     for preset in PAPER_PRESETS:
-        size = preset.hidden_size, preset.num_layers
-        if preset.model_type == facts.model_type and size == (facts.hidden_size, facts.num_layers):
+        healed = preset.model_type, preset.hidden_size, preset.num_layers, preset.vocab_size
+        if healed == model:
             return preset
     return SMALL if facts.hidden_size < SMALL_BELOW else GENERAL
 
 
 def _batch_size(wanted: int | None, processes: int) -> int:
-    """Sequences in one forward, so that whole forwards make the global batch."""
+    """The number of sequences in one forward, so that whole forwards make the global batch."""
     if GLOBAL_BATCH % processes:
         raise RecipeError(
             f"{processes} processes cannot share {GLOBAL_BATCH} sequences a step: start 1, 2, 4, 8 "

@@ -1,0 +1,151 @@
+"""The plan and the settings of a healing, and what is refused before a model is loaded."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from ..errors import MissingExtraError, ModelError, PlanError, RecipeError
+from ..models.architecture import find_layers
+from ..models.identity import stored_dtype
+from ..processes import num_processes
+from ..texts.sequences import read_samples
+from ..values.files import PLAN_FILE
+from ..values.plan import Plan
+from ..values.recipe import GLOBAL_BATCH, ModelFacts, Recipe, Resolved
+
+
+def read_plan(path: str) -> Plan:
+    """Read the plan beside a cut model.
+
+    Args:
+        path: the cut, a folder or hub id.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: there is none, or it is damaged.
+        ModelError: there is no such folder or repository.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        found: str | None = str(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+    elif folder.exists() or path.startswith(("/", ".", "~")) or folder.suffix == ".gguf":
+        kind = "a file" if folder.exists() else "not there"
+        raise ModelError(f"{path} is {kind}: expected the folder of a cut, or a hub id")
+    else:
+        try:
+            found = cached_file(path, PLAN_FILE, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise ModelError(f"cannot load {path}: {error}") from error
+    if found is None:
+        raise PlanError(
+            f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "
+            f"shallower prune MODEL --drop 12:20 --out cut"
+        )
+    return Plan.load(found)
+
+
+def resolve(path: str, plan: Plan, recipe: Recipe, *, trust_remote_code: bool = False) -> Resolved:
+    """Resolve the settings for a cut model, by its config alone.
+
+    Args:
+        path: the cut, a folder or hub id.
+        plan: its plan.
+        recipe: the settings.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The settings with nothing left open.
+
+    Raises:
+        RecipeError: settings that do not fit the model or the number of processes.
+        ModelError: the config cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the config of {path}: {error}") from error
+    return recipe.resolve(_facts(config, plan.num_layers), num_processes())
+
+
+def require_healable(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    recipe: Recipe,
+) -> Resolved:
+    """Refuse, before a model is cut, patched and healed, what can be known then.
+
+    Args:
+        model: the uncut model.
+        tokenizer: its tokenizer.
+        texts: the texts to heal on; as many are read as one step takes.
+        recipe: the settings.
+
+    Returns:
+        The settings with nothing left open.
+
+    Raises:
+        RecipeError: settings that do not fit the model, weights of 4 or 8 bits, into which
+            adapters are not merged, or several processes.
+        TextsError: too few texts for one step.
+        MissingExtraError: peft is not installed.
+    """
+    require_peft()
+    require_one_process()
+    dtype = stored_dtype(model)
+    if dtype in ("nf4", "int8"):
+        raise RecipeError(
+            f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
+            f"--dtype bfloat16)"
+        )
+    resolved = recipe.resolve(_facts(model.config, len(find_layers(model))))
+    read_samples(
+        tokenizer, texts, max_length=resolved.max_length, packing=resolved.packing,
+        num_samples=GLOBAL_BATCH,
+    )  # fmt: skip
+    return resolved
+
+
+def require_peft(purpose: str = "healing") -> None:
+    """Refuse a purpose for which peft is not installed.
+
+    Args:
+        purpose: the work that needs it, for the error.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise MissingExtraError("peft", "heal", purpose)
+
+
+def require_one_process() -> None:
+    """Refuse to patch in several processes.
+
+    Raises:
+        RecipeError: this is one of several.
+    """
+    if num_processes() > 1:
+        raise RecipeError(
+            "several processes cannot patch together: shallower patch the model first, and heal "
+            "what it leaves"
+        )
+
+
+def _facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
+    decoder: Any = config.get_text_config(decoder=True)
+    positions = getattr(decoder, "max_position_embeddings", None)
+    return ModelFacts(
+        model_type=decoder.model_type,
+        hidden_size=decoder.hidden_size,
+        num_layers=num_layers,
+        positions=positions if isinstance(positions, int) and positions > 0 else None,
+        vocab_size=getattr(decoder, "vocab_size", None),
+    )
