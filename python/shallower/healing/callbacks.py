@@ -58,6 +58,7 @@ class Throughput(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        *,
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
@@ -75,6 +76,7 @@ class StopOnNonFinite(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        *,
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:

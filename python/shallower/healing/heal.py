@@ -96,10 +96,13 @@ def heal(
         MissingExtraError: peft, or bitsandbytes for 4 and 8 bits, is not installed.
 
     Example:
-        >>> recipe = sh.Recipe(steps=2, max_length=16, dtype="float32", learning_rate=0.01)
-        >>> healing = sh.heal(cut, texts, folder / "adapters", recipe=recipe)
-        >>> healing.best_step, healing.recipe.preset
-        (2, 'small')
+        >>> recipe = sh.Recipe(steps=2, dtype="float32", max_length=16)
+        >>> healing = sh.heal("smol-22-layers", texts, "adapters", recipe=recipe)
+        >>> healing.recipe.preset, healing.best_step
+        ('small', 2)
+        >>> merged = sh.merge("adapters", "healed")
+        >>> merged.merge.difference < 1e-5
+        True
     """
     require_peft()
     path, out, recipe = str(path), Path(out), recipe or Recipe()

@@ -73,11 +73,11 @@ def patch(
         LayersError, ModelError: as :func:`shallower.drop_layers`.
 
     Example:
-        >>> done = sh.patch(model, tokenizer, [range(3, 5)], texts=texts)
+        >>> plan = scan.plan(8)
+        >>> done = sh.patch(model, tokenizer, plan, texts=texts)
         >>> done.patched < done.cut
         True
-        >>> model.config.num_hidden_layers
-        6
+        >>> sh.save_patched(model, tokenizer, "patched", done=done)
     """
     options = method, max_length, batch_size, num_tokens, progress
     with _solved(model, tokenizer, layers, texts, *options) as (done, undo):
