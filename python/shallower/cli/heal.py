@@ -128,8 +128,7 @@ def heal_command(
     """Heal a cut by training low-rank adapters.
 
     As the paper does, by QLoRA. When interrupted, the same command goes on from its last
-    checkpoint. On several devices: accelerate launch -m shallower heal … or torchrun -m shallower
-    heal ….
+    checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
     from ..storage import check_free
     from ..texts.sources import Texts
