@@ -41,7 +41,7 @@ import json, re, sys, time
 from pathlib import Path
 import shallower as sh
 began = time.perf_counter()
-scan = sh.analyse_states(sys.argv[1], ("angular", "cosine"), json.loads(sys.argv[2]))
+scan = sh.analyse_states(sys.argv[1], ("angular", "cosine"), threads=json.loads(sys.argv[2]))
 taken = time.perf_counter() - began
 scan.save(sys.argv[3])
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
@@ -100,7 +100,7 @@ def widened(states):
 
 def in_memory(base, num_samples, threads):
     """The scan of the same samples by the engine alone, and its seconds."""
-    builder = ScanBuilder(base.shape[1], ["angular", "cosine"], threads)
+    builder = ScanBuilder(base.shape[1], ["angular", "cosine"], threads=threads)
     seconds, start = 0.0, 0
     step = max(1, BUFFER_BYTES // base[0].nbytes)  # as the file is read, on few cores
     for part in tiles(base, num_samples):

@@ -38,7 +38,7 @@ def texts(samples):
 def bare_forward(model, tokenizer, samples, max_length, batch_size):
     layers = find_layers(model)
     with torch.inference_mode():
-        for batch in TokenBatches(tokenizer, samples, max_length, batch_size):
+        for batch in TokenBatches(tokenizer, samples, max_length=max_length, batch_size=batch_size):
             layers.runner(
                 input_ids=torch.from_numpy(batch.input_ids),
                 attention_mask=torch.from_numpy(batch.attention_mask),
@@ -48,9 +48,11 @@ def bare_forward(model, tokenizer, samples, max_length, batch_size):
 
 def check(model, tokenizer, samples, max_length, batch_size):
     """The scan against the reference on the states of a separate run."""
-    scan = sh.scan(model, tokenizer, samples, max_length, batch_size)
-    batches = TokenBatches(tokenizer, samples, max_length, batch_size)
-    states = np.concatenate([s.float().numpy() for _, s, _ in stream(model, batches)], axis=1)
+    scan = sh.scan(model, tokenizer, samples, max_length=max_length, batch_size=batch_size)
+    batches = TokenBatches(tokenizer, samples, max_length=max_length, batch_size=batch_size)
+    states = np.concatenate(
+        [part.states.float().numpy() for part in stream(model, batches)], axis=1
+    )
     mean, _ = _reference.mean_and_stderr(states.transpose(1, 0, 2), "angular")
     assert np.abs(scan.mean("angular") - mean).max() < 1e-7
 

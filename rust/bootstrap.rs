@@ -25,24 +25,23 @@ use self::weights::Weights;
 use crate::error::Error;
 use crate::kernels::Tier;
 use crate::kernels::dots::Dots;
-use crate::metric::Metric;
 
 /// Resamples whose sums are found together.
 const RESAMPLES: usize = 64;
 
 /// Counts how often each start was the best, for every block size `n = 1 .. L-1`.
 ///
-/// `values` holds the `L(L + 1)/2` pairs `(l, m)`, `l < m`, row by row, of every sample. The
-/// same seed gives the same answer on every machine, for any number of threads and any order
+/// `values` holds the `L(L + 1)/2` pairs `(l, m)`, `l < m`, row by row, of every sample: what the
+/// block between them costs, or, with `more_is_better`, how good it is to drop it. The same seed gives the same answer on every machine, for any number of threads and any order
 /// of the samples. Of equal starts the smallest is the best.
 pub fn bootstrap(
     values: &[f32],
     num_states: usize,
-    metric: Metric,
+    more_is_better: bool,
     num_resamples: usize,
     seed: u64,
 ) -> Result<Vec<Vec<u64>>, Error> {
-    let samples = Samples::new(values, num_states, metric)?;
+    let samples = Samples::new(values, num_states, more_is_better)?;
     let rivals = Rivals::new(&samples, Dots::of(Tier::chosen()?));
     let wins = (0..num_resamples.div_ceil(RESAMPLES))
         .into_par_iter()

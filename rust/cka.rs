@@ -11,10 +11,13 @@
 
 use rayon::prelude::*;
 
+use crate::bytes::{Words, bytes, mark};
 use crate::error::Error;
 use crate::limits::{MAX_BATCH, MAX_SAMPLES, MIN_BATCH};
 use crate::states::{Element, States, check_num_states};
 use crate::superaccumulator::Superaccumulator;
+
+const MARK: u64 = mark(*b"cka v.1.");
 
 /// Columns of the states that are widened at a time.
 const CHUNK: usize = 256;
@@ -33,17 +36,19 @@ pub struct Cka {
 impl Cka {
     /// No sums yet, of minibatches of `batch_size` samples.
     pub fn new(num_states: usize, batch_size: usize) -> Result<Self, Error> {
-        check_num_states(num_states)?;
-        if !(MIN_BATCH..=MAX_BATCH).contains(&batch_size) {
-            return Err(Error::CkaBatch(batch_size));
-        }
+        check_sizes(num_states, batch_size)?;
         Ok(Self {
             num_states,
             batch_size,
             batches: 0,
             samples: 0,
-            sums: vec![Superaccumulator::default(); num_states * (num_states + 1) / 2],
+            sums: vec![Superaccumulator::default(); num_sums(num_states)],
         })
+    }
+
+    /// States a sample, `L + 1`.
+    pub fn num_states(&self) -> usize {
+        self.num_states
     }
 
     /// Samples in a minibatch; the last one may be smaller.
@@ -144,35 +149,41 @@ impl Cka {
         Ok(values)
     }
 
-    /// The sums as words, for storage.
-    pub fn to_words(&self) -> Vec<u64> {
-        self.sums
-            .iter()
-            .flat_map(Superaccumulator::to_words)
-            .collect()
+    /// The sums as bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let sizes = [self.num_states as u64, self.batch_size as u64];
+        let head = [MARK, sizes[0], sizes[1], self.batches, self.samples];
+        let sums = self.sums.iter().flat_map(Superaccumulator::to_words);
+        bytes(head.into_iter().chain(sums))
     }
 
-    /// Rebuilds stored sums; refuses what no minibatches give.
-    pub fn from_words(
-        num_states: usize,
-        batch_size: usize,
-        batches: u64,
-        samples: u64,
-        words: &[u64],
-    ) -> Result<Self, Error> {
-        let mut this = Self::new(num_states, batch_size)?;
-        (this.batches, this.samples) = (batches, samples);
+    /// The sums that these are the bytes of; refuses what no minibatches give.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        let mut words = Words::new(bytes);
+        let ended = || Error::StoredLength {
+            what: "sums for CKA",
+            bytes: bytes.len(),
+        };
+        let [mark, num_states, batch_size, batches, samples] = words.take().ok_or_else(ended)?;
+        if mark != MARK {
+            return Err(Error::StoredMark("sums for CKA"));
+        }
+        let size = |stored| usize::try_from(stored).unwrap_or(usize::MAX);
+        let (num_states, batch_size) = (size(num_states), size(batch_size));
+        check_sizes(num_states, batch_size)?;
+        if words.left() != 8 * Superaccumulator::WORDS * num_sums(num_states) {
+            return Err(ended());
+        }
         let most = batches.saturating_mul(batch_size as u64);
         let least = batches.saturating_mul(MIN_BATCH as u64);
-        let (stored, rest) = words.as_chunks::<{ Superaccumulator::WORDS }>();
-        if stored.len() != this.sums.len()
-            || !rest.is_empty()
-            || !(least..=most.min(MAX_SAMPLES)).contains(&samples)
-        {
+        if !(least..=most.min(MAX_SAMPLES)).contains(&samples) {
             return Err(Error::DamagedCka);
         }
-        for (sum, words) in this.sums.iter_mut().zip(stored) {
-            *sum = Superaccumulator::from_words(words).ok_or(Error::DamagedCka)?;
+        let mut this = Self::new(num_states, batch_size)?;
+        (this.batches, this.samples) = (batches, samples);
+        for sum in &mut this.sums {
+            let stored = words.take().ok_or_else(ended)?;
+            *sum = Superaccumulator::from_words(&stored).ok_or(Error::DamagedCka)?;
         }
         let mut diagonal = 0;
         for state in 0..num_states {
@@ -184,6 +195,19 @@ impl Cka {
         }
         Ok(this)
     }
+}
+
+fn check_sizes(num_states: usize, batch_size: usize) -> Result<(), Error> {
+    check_num_states(num_states)?;
+    if !(MIN_BATCH..=MAX_BATCH).contains(&batch_size) {
+        return Err(Error::CkaBatch(batch_size));
+    }
+    Ok(())
+}
+
+/// Pairs `(l, m)`, `l <= m`.
+fn num_sums(num_states: usize) -> usize {
+    num_states * (num_states + 1) / 2
 }
 
 /// The dot products of one state of all samples, `(i, j)`, `i < j`, row by row, less the mean

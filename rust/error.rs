@@ -1,6 +1,6 @@
 //! What can be wrong with the input, each case with its culprit and the way out.
 
-use crate::limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH};
+use crate::limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MAX_THREADS, MIN_BATCH};
 
 /// An input that the core refuses.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -134,6 +134,36 @@ pub enum Error {
     /// Values of single samples that no scan has kept.
     #[error("the values of the samples are damaged: {0}")]
     SampleValues(&'static str),
+    /// Costs that are not those of all blocks.
+    #[error("a matrix of costs needs {expected} values, (L + 1, L + 1), the buffer has {actual}")]
+    CostsLength {
+        /// Values asked for.
+        expected: usize,
+        /// The length of the buffer.
+        actual: usize,
+    },
+    /// A cost that cannot be compared.
+    #[error(
+        "the cost of block [{start}, {stop}) is {value}: expected a finite number, or NaN where it \
+         was not measured"
+    )]
+    InfiniteCost {
+        /// The first layer.
+        start: usize,
+        /// One past the last layer.
+        stop: usize,
+        /// The cost.
+        value: f64,
+    },
+    /// No block or plan whose costs are known.
+    #[error(
+        "cannot drop n = {n} layers: of no way to do so all costs are known (the others are NaN); \
+         measure the costs of more blocks, allow more blocks, or protect fewer layers"
+    )]
+    NothingMeasured {
+        /// Layers to drop.
+        n: i64,
+    },
     /// A minibatch too small for CKA, or too large.
     #[error("a minibatch for CKA must hold {MIN} to {MAX} samples and no more than the others, got {0}", MIN = MIN_BATCH, MAX = MAX_BATCH)]
     CkaBatch(usize),
@@ -147,8 +177,8 @@ pub enum Error {
     #[error("the stored sums for CKA are damaged")]
     DamagedCka,
     /// A number of threads that cannot be.
-    #[error("threads must be at least 1, got {0}")]
-    Threads(i64),
+    #[error("threads must be 1 to {MAX}, got {0}", MAX = MAX_THREADS)]
+    Threads(String),
     /// The operating system refused the threads.
     #[error("cannot start {threads} threads: {reason}")]
     ThreadPool {
@@ -163,7 +193,18 @@ pub enum Error {
         /// The metric.
         metric: &'static str,
         /// What is wrong with them.
-        what: String,
+        what: &'static str,
+    },
+    /// Bytes that do not begin as stored ones do.
+    #[error("these bytes are not stored {0}, or those of another version")]
+    StoredMark(&'static str),
+    /// Stored bytes that end early, or go on.
+    #[error("the stored {what} are truncated or damaged: {bytes} bytes do not fit their head")]
+    StoredLength {
+        /// What is stored.
+        what: &'static str,
+        /// How many bytes there are.
+        bytes: usize,
     },
     /// Stored norms that no set of samples can have.
     #[error("the stored sums of the norms are damaged")]

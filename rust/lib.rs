@@ -9,8 +9,10 @@
 
 mod accumulator;
 mod bootstrap;
+mod bytes;
 pub mod checkpoint;
 mod cka;
+mod costs;
 mod error;
 mod exact;
 pub mod gguf;
@@ -23,12 +25,14 @@ mod python;
 mod search;
 mod sequence;
 mod states;
+mod sums;
 mod superaccumulator;
 mod wide;
 
-pub use accumulator::{Accumulator, MetricSums};
+pub use accumulator::Accumulator;
 pub use bootstrap::bootstrap;
 pub use cka::Cka;
+pub use costs::Costs;
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
 pub use gram::Gram;
@@ -37,3 +41,4 @@ pub use limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH};
 pub use metric::{Metric, Pair};
 pub use sequence::Lengths;
 pub use states::{Element, Order, States};
+pub use sums::Sums;

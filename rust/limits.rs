@@ -10,6 +10,9 @@ pub const MAX_STATES: usize = 4096;
 /// The samples that a sequence can have.
 pub const MAX_SEQUENCE: u64 = 1 << 20;
 
+/// Threads that an update can have.
+pub const MAX_THREADS: usize = 4096;
+
 /// The samples that a minibatch for CKA needs: `HSIC_1` divides by `n (n - 3)`.
 pub const MIN_BATCH: usize = 4;
 

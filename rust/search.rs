@@ -1,43 +1,73 @@
 //! Which blocks to drop: the best starts of one block, and the best plan of several.
 //!
-//! Costs are sums of distances in exact integer units, so nothing here depends on rounding,
-//! and equal costs are decided by a rule: fewer blocks, then smaller starts, then smaller stops.
+//! Costs are whole numbers, so nothing here depends on rounding, and equal costs are decided by
+//! a rule: fewer blocks, then smaller starts, then smaller stops.
 
 use std::num::NonZeroUsize;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 
-use crate::accumulator::Accumulator;
 use crate::error::Error;
-use crate::metric::Metric;
 
-/// The cost of what cannot be.
-const IMPOSSIBLE: i128 = i128::MAX;
+/// The cost of a block or of several; known ones are less.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Cost<K> {
+    Of(K),
+    /// Of what was not measured, or cannot be.
+    Unknown,
+}
 
-impl Accumulator {
-    /// The `count` best starts `l` in `0..=L-n` of a block of `n` layers, `l*(n)` first
-    /// (2403.17887, eq. 6); of equals the smaller. There may be fewer than `count`.
-    pub fn best_starts(&self, metric: Metric, n: i64, count: usize) -> Result<Vec<usize>, Error> {
-        let n = self.block_size(n)?;
-        let cost = self.cost(metric)?;
-        let mut starts: Vec<usize> = (0..=self.num_layers() - n).collect();
-        starts.sort_by_key(|&start| cost(start, start + n));
+impl<K: for<'k> AddAssign<&'k K>> Cost<K> {
+    /// Both together.
+    pub fn plus(self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Of(mut sum), Self::Of(addend)) => {
+                sum += addend;
+                Self::Of(sum)
+            }
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// The blocks of some layers, and what each costs.
+pub(crate) struct Search<'a, K> {
+    num_layers: usize,
+    /// `start` by `start`, and `stop` by `stop`.
+    costs: &'a [Cost<K>],
+}
+
+impl<'a, K: Clone + Default + Ord + for<'k> AddAssign<&'k K>> Search<'a, K> {
+    pub fn new(num_layers: usize, costs: &'a [Cost<K>]) -> Self {
+        Self { num_layers, costs }
+    }
+
+    fn cost(&self, start: usize, stop: usize) -> &'a Cost<K> {
+        let first = start * (2 * self.num_layers + 1 - start) / 2;
+        &self.costs[first + stop - start - 1]
+    }
+
+    pub fn best_starts(&self, n: i64, count: usize) -> Result<Vec<usize>, Error> {
+        let size = self.block_size(n)?;
+        let cost = |start: &usize| self.cost(*start, start + size);
+        let mut starts: Vec<usize> = (0..=self.num_layers - size)
+            .filter(|start| *cost(start) != Cost::Unknown)
+            .collect();
+        if starts.is_empty() {
+            return Err(Error::NothingMeasured { n });
+        }
+        starts.sort_by(|left, right| cost(left).cmp(cost(right)));
         starts.truncate(count);
         Ok(starts)
     }
 
-    /// At most `max_blocks` blocks of `n` layers together whose mean distances have the least
-    /// sum. The first and the last layers named stay, and so does one between two blocks:
-    /// blocks that touch would be one block, whose removal joins another pair of states.
     pub fn best_plan(
         &self,
-        metric: Metric,
         n: i64,
         max_blocks: NonZeroUsize,
-        protect_first: usize,
-        protect_last: usize,
+        (protect_first, protect_last): (usize, usize),
     ) -> Result<Vec<Range<usize>>, Error> {
         let size = self.block_size(n)?;
-        let num_layers = self.num_layers();
+        let num_layers = self.num_layers;
         let free = num_layers.saturating_sub(protect_first.saturating_add(protect_last));
         if size > free {
             return Err(Error::Protected {
@@ -47,15 +77,15 @@ impl Accumulator {
                 protect_last,
             });
         }
-        let cost = self.cost(metric)?;
         let layers = protect_first..protect_first + free;
         let most = max_blocks.get().min(size).min(free.div_ceil(2));
-        let table = Table::new(layers, size, most, cost);
-        Ok(table.best())
+        Table::new(self, layers, size, most)
+            .best()
+            .ok_or(Error::NothingMeasured { n })
     }
 
     fn block_size(&self, n: i64) -> Result<usize, Error> {
-        let num_layers = self.num_layers();
+        let num_layers = self.num_layers;
         usize::try_from(n)
             .ok()
             .filter(|n| (1..num_layers).contains(n))
@@ -65,34 +95,34 @@ impl Accumulator {
 
 /// The least cost to drop exactly `size` of the layers from `first` on in exactly `blocks`
 /// blocks, for every `blocks`, `first` and `size`.
-struct Table<C> {
+struct Table<'a, K> {
+    search: &'a Search<'a, K>,
     layers: Range<usize>,
     size: usize,
     most: usize,
-    cost: C,
-    least: Vec<i128>,
+    least: Vec<Cost<K>>,
 }
 
-impl<C: Fn(usize, usize) -> i128> Table<C> {
-    fn new(layers: Range<usize>, size: usize, most: usize, cost: C) -> Self {
+impl<'a, K: Clone + Default + Ord + for<'k> AddAssign<&'k K>> Table<'a, K> {
+    fn new(search: &'a Search<'a, K>, layers: Range<usize>, size: usize, most: usize) -> Self {
         let states = (most + 1) * (layers.len() + 1) * (size + 1);
         let mut table = Self {
+            search,
             layers,
             size,
             most,
-            cost,
-            least: vec![IMPOSSIBLE; states],
+            least: vec![Cost::Unknown; states],
         };
         for first in table.layers.start..=table.layers.end {
             let index = table.index(0, first, 0);
-            table.least[index] = 0;
+            table.least[index] = Cost::Of(K::default());
         }
         for blocks in 1..=most {
             for first in table.layers.clone().rev() {
                 for size in 1..=table.size {
-                    let stay = table.at(blocks, first + 1, size);
+                    let stay = table.at(blocks, first + 1, size).clone();
                     let drop = (1..=size).map(|length| table.drop(blocks, first, size, length));
-                    let least = drop.fold(stay, i128::min);
+                    let least = drop.fold(stay, Cost::min);
                     let index = table.index(blocks, first, size);
                     table.least[index] = least;
                 }
@@ -106,29 +136,34 @@ impl<C: Fn(usize, usize) -> i128> Table<C> {
         row * (self.size + 1) + size
     }
 
-    fn at(&self, blocks: usize, first: usize, size: usize) -> i128 {
-        self.least[self.index(blocks, first.min(self.layers.end), size)]
+    fn at(&self, blocks: usize, first: usize, size: usize) -> &Cost<K> {
+        &self.least[self.index(blocks, first.min(self.layers.end), size)]
     }
 
     /// The least cost if `first .. first + length` is the first block.
-    fn drop(&self, blocks: usize, first: usize, size: usize, length: usize) -> i128 {
+    fn drop(&self, blocks: usize, first: usize, size: usize, length: usize) -> Cost<K> {
         let stop = first + length;
         if stop > self.layers.end {
-            return IMPOSSIBLE;
+            return Cost::Unknown;
         }
-        match self.at(blocks - 1, stop + 1, size - length) {
-            IMPOSSIBLE => IMPOSSIBLE,
-            rest => (self.cost)(first, stop) + rest,
+        let rest = self.at(blocks - 1, stop + 1, size - length);
+        if *rest == Cost::Unknown {
+            return Cost::Unknown;
         }
+        self.search.cost(first, stop).clone().plus(rest)
     }
 
-    fn best(&self) -> Vec<Range<usize>> {
-        let total = |&blocks: &usize| self.at(blocks, self.layers.start, self.size);
-        let mut left = (1..=self.most).min_by_key(total).unwrap_or(0);
+    /// The best plan; `None` if every one has a block whose cost is unknown.
+    fn best(&self) -> Option<Vec<Range<usize>>> {
+        let total = |blocks: &usize| self.at(*blocks, self.layers.start, self.size);
+        let mut left = (1..=self.most).min_by(|one, other| total(one).cmp(total(other)))?;
+        if *total(&left) == Cost::Unknown {
+            return None;
+        }
         let (mut first, mut size, mut found) = (self.layers.start, self.size, Vec::new());
         while left > 0 && first < self.layers.end {
             let least = self.at(left, first, size);
-            match (1..=size).find(|&length| self.drop(left, first, size, length) == least) {
+            match (1..=size).find(|&length| self.drop(left, first, size, length) == *least) {
                 Some(length) => {
                     found.push(first..first + length);
                     (left, size, first) = (left - 1, size - length, first + length + 1);
@@ -136,6 +171,6 @@ impl<C: Fn(usize, usize) -> i128> Table<C> {
                 None => first += 1,
             }
         }
-        found
+        Some(found)
     }
 }

@@ -1,6 +1,9 @@
 //! The exact sum of any finite float64, whatever their magnitudes: a fixed-point number as
 //! long as the range of float64 (Kulisch's long accumulator), in digits of 32 bits.
 
+use std::cmp::Ordering;
+use std::ops::AddAssign;
+
 const DIGITS: usize = 68;
 const DIGIT: i64 = 1 << 32;
 
@@ -12,6 +15,24 @@ const LEAST: i32 = -1074;
 pub(crate) struct Superaccumulator {
     /// Lowest first; all but the last in `0 .. 2^32`, so that equal sums are equal.
     digits: [i64; DIGITS],
+}
+
+impl Ord for Superaccumulator {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.digits.iter().rev().cmp(other.digits.iter().rev())
+    }
+}
+
+impl PartialOrd for Superaccumulator {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl AddAssign<&Self> for Superaccumulator {
+    fn add_assign(&mut self, other: &Self) {
+        self.merge(other);
+    }
 }
 
 impl Default for Superaccumulator {

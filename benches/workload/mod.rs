@@ -40,7 +40,7 @@ pub fn mean(tier: Tier, data: &[bf16], shape: Shape) -> Vec<f64> {
     let accumulator = Accumulator::new(states, &[Metric::Angular]).unwrap();
     let mut accumulator = accumulator.with_tier(tier).unwrap();
     accumulator.update(&view).unwrap();
-    accumulator.mean(Metric::Angular).unwrap()
+    accumulator.sums().mean(Metric::Angular).unwrap()
 }
 
 /// Asserts that a tier's answer for some samples is the scalar one's.

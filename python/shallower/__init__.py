@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cutting.memory import without_layers as without_layers
     from .cutting.saving import save_model as save_model
     from .cutting.saving import verify_checkpoint as verify_checkpoint
+    from .errors import CostsError as CostsError
     from .errors import InMemoryOnlyError as InMemoryOnlyError
     from .errors import LayersError as LayersError
     from .errors import MetricError as MetricError
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
     from .runs.run import run as run
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
-    from .scanning.scan import BootstrappedStart as BootstrappedStart
     from .scanning.scan import Scan as Scan
+    from .values.costs import BootstrappedStart as BootstrappedStart
+    from .values.costs import Costs as Costs
     from .values.healing import Healing as Healing
     from .values.layers import Block as Block
     from .values.layers import deepest_block as deepest_block
@@ -64,8 +66,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Block": "values.layers",
-    "BootstrappedStart": "scanning.scan",
+    "BootstrappedStart": "values.costs",
     "Comparison": "values.loss",
+    "Costs": "values.costs",
+    "CostsError": "errors",
     "Cut": "values.loss",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",

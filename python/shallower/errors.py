@@ -33,6 +33,10 @@ class ScanError(ShallowerError):
     """A scan file that is damaged, scans that cannot be merged, or what a scan does not hold."""
 
 
+class CostsError(ShallowerError):
+    """Costs of blocks that do not fit a model or cannot be compared, or were not measured."""
+
+
 class PlanError(ShallowerError):
     """A plan file that is damaged, or that was made for another model."""
 

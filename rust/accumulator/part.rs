@@ -2,13 +2,14 @@
 
 use std::sync::Mutex;
 
-use super::{Accumulator, MetricSums, num_pairs};
+use super::{Accumulator, keep_sequence};
 use crate::error::{Reason, Rejection};
 use crate::exact::{BlockSums, add_rounded};
 use crate::gram::Gram;
-use crate::kernels::{Kernels, Work};
+use crate::kernels::{Kernels, Tier, Work};
 use crate::sequence::Sequence;
 use crate::states::{Element, States};
+use crate::sums::{MetricSums, Sums, num_pairs};
 
 /// What comparing samples takes, its sums empty between two ranges: new memory costs the system
 /// more than it costs to use it.
@@ -34,11 +35,12 @@ impl Workspaces {
     fn take(&self, whole: &Accumulator) -> Workspace {
         let spare = self.0.lock().ok().and_then(|mut spare| spare.pop());
         spare.unwrap_or_else(|| {
-            let pairs = num_pairs(whole.num_states);
+            let (num_states, metrics) = (whole.sums.num_states(), whole.sums.metrics.iter());
+            let pairs = num_pairs(num_states);
             Workspace {
-                gram: Gram::new(whole.num_states, whole.tier),
+                gram: Gram::new(num_states, whole.tier),
                 fractions: vec![0.0; pairs],
-                blocks: whole.sums.iter().map(|_| BlockSums::new(pairs)).collect(),
+                blocks: metrics.map(|_| BlockSums::new(pairs)).collect(),
             }
         })
     }
@@ -52,6 +54,7 @@ impl Workspaces {
 
 /// A range of samples that is being added up.
 pub(super) struct Part {
+    tier: Tier,
     workspace: Workspace,
     range: Range,
     undrained: u32,
@@ -61,7 +64,7 @@ pub(super) struct Part {
 
 /// A range of samples, added up.
 pub(super) struct Range {
-    pub sums: Accumulator,
+    pub sums: Sums,
     pub rejections: Vec<Rejection>,
     /// The values of all pairs of the samples added, a vector for each metric, if they are kept.
     pub kept: Vec<Vec<f32>>,
@@ -72,8 +75,9 @@ pub(super) struct Range {
 impl Part {
     pub fn new(whole: &Accumulator, keep: bool) -> Self {
         Self {
+            tier: whole.tier,
             workspace: whole.workspaces.take(whole),
-            range: Range::new(whole, keep),
+            range: Range::new(&whole.sums, keep),
             undrained: 0,
             lanes: Vec::new(),
         }
@@ -89,8 +93,7 @@ impl Part {
         if let Some(number) = sequence {
             self.enter(number);
         }
-        let tier = self.range.sums.tier;
-        let added = tier.run(AddSample {
+        let added = self.tier.run(AddSample {
             part: self,
             states,
             sample,
@@ -116,8 +119,8 @@ impl Part {
             return;
         }
         self.drain_lanes();
-        let pairs = num_pairs(self.range.sums.num_states);
-        let metrics = self.range.sums.sums.len();
+        let pairs = num_pairs(self.range.sums.num_states());
+        let metrics = self.range.sums.metrics.len();
         self.lanes.resize(metrics, vec![0; pairs]);
         self.range.ends.push(Sequence::new(number, metrics, pairs));
         self.range.settle();
@@ -137,7 +140,7 @@ impl Part {
         self.undrained = 0;
         self.drain_lanes();
         let sums = &mut self.range.sums;
-        for (block, sums) in self.workspace.blocks.iter_mut().zip(&mut sums.sums) {
+        for (block, sums) in self.workspace.blocks.iter_mut().zip(&mut sums.metrics) {
             block.drain_into(&mut sums.pairs);
         }
         for norm in &mut sums.norms {
@@ -154,11 +157,11 @@ impl Part {
 }
 
 impl Range {
-    pub fn new(whole: &Accumulator, keep: bool) -> Self {
+    pub fn new(whole: &Sums, keep: bool) -> Self {
         Self {
             sums: whole.empty(),
             rejections: Vec::new(),
-            kept: vec![Vec::new(); if keep { whole.sums.len() } else { 0 }],
+            kept: vec![Vec::new(); if keep { whole.metrics.len() } else { 0 }],
             ends: Vec::new(),
         }
     }
@@ -168,7 +171,7 @@ impl Range {
         while self.ends.len() > 2 {
             let inner = self.ends.remove(1);
             self.sums.add_sequence(&inner);
-            self.sums.keep(&inner, &mut self.kept);
+            keep_sequence(&self.sums, &inner, &mut self.kept);
         }
     }
 
@@ -216,12 +219,12 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
         } = range;
         gram.compute_with::<K, T>(self.states, self.sample)?;
         let of_norms = |sums: &MetricSums| sums.metric.range() > 1.0;
-        if sums.sums.iter().any(of_norms)
+        if sums.metrics.iter().any(of_norms)
             && let Some(state) = gram.ratio_out_of_range()
         {
             return Err((state, Reason::RatioOutOfRange));
         }
-        for (place, (sums, block)) in sums.sums.iter().zip(blocks).enumerate() {
+        for (place, (sums, block)) in sums.metrics.iter().zip(blocks).enumerate() {
             gram.fractions::<K>(sums.metric, fractions);
             if let Some(lanes) = lanes.get_mut(place) {
                 add_rounded(lanes, fractions);

@@ -7,7 +7,6 @@ use rayon::prelude::*;
 
 use super::differences::{Differences, add};
 use crate::error::Error;
-use crate::metric::Metric;
 use crate::states::check_num_states;
 
 /// Bits of the greatest magnitude among the values, so that differences fit 32.
@@ -29,7 +28,7 @@ pub(super) struct Samples<'a> {
 }
 
 impl<'a> Samples<'a> {
-    pub fn new(values: &'a [f32], num_states: usize, metric: Metric) -> Result<Self, Error> {
+    pub fn new(values: &'a [f32], num_states: usize, more_is_better: bool) -> Result<Self, Error> {
         check_num_states(num_states)?;
         let width = num_states * (num_states - 1) / 2;
         if values.is_empty() || !values.len().is_multiple_of(width) {
@@ -45,10 +44,7 @@ impl<'a> Samples<'a> {
         let by_value = |&left: &usize, &right: &usize| row(left).partial_cmp(row(right));
         let mut order: Vec<usize> = (0..values.len() / width).collect();
         order.par_sort_by(|left, right| by_value(left, right).unwrap_or(Ordering::Equal));
-        let similarity = metric
-            .is_similarity()
-            .ok_or(Error::NoDistance(metric.name()))?;
-        let sign = if similarity { -1.0 } else { 1.0 };
+        let sign = if more_is_better { -1.0 } else { 1.0 };
         Ok(Self {
             values,
             width,

@@ -57,9 +57,9 @@ def test_plan_of_several_blocks_between_protected_layers(shallower, scans):
     options = ("--max-blocks", 2, "--protect-first", 1, "--protect-last", 1)
     done = shallower("plan", scans / "tiny", "--n", 3, *options, "--json")
     scanned = Scan.load(scans / "tiny" / "scan.safetensors")
-    assert done.json == scanned.best_plan(3, 2, 1, 1).to_json()
+    assert done.json == scanned.best_plan(3, 2, protect_first=1, protect_last=1).to_json()
     assert shallower("plan", scans / "tiny", "--n", 3, *options).out.count("drop") == len(
-        scanned.best_plan(3, 2, 1, 1).blocks
+        scanned.best_plan(3, 2, protect_first=1, protect_last=1).blocks
     )
 
 

@@ -87,8 +87,7 @@ proptest! {
             merged.merge(&part).unwrap();
         }
         prop_assert_eq!(&merged, &whole);
-        let (batches, samples) = (whole.batches(), whole.samples());
-        let back = Cka::from_words(STATES, 8, batches, samples, &whole.to_words()).unwrap();
+        let back = Cka::from_bytes(&whole.to_bytes()).unwrap();
         prop_assert_eq!(&back, &whole);
     }
 }
@@ -107,12 +106,6 @@ fn minibatches_of_other_sizes_are_refused() {
     }
     assert!(cka.merge(&Cka::new(STATES, 9).unwrap()).is_err());
     assert!(cka.merge(&Cka::new(4, 8).unwrap()).is_err());
-    let words = cka.to_words();
-    assert!(Cka::from_words(STATES, 8, 0, 0, &words).is_ok());
-    assert!(Cka::from_words(STATES, 8, 0, 1, &words).is_err());
-    assert!(Cka::from_words(STATES, 8, 2, 17, &words).is_err());
-    assert!(Cka::from_words(STATES, 8, u64::MAX, u64::MAX, &words).is_err());
-    assert!(Cka::from_words(4, 8, 0, 0, &words).is_err());
 }
 
 #[test]

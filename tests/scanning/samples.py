@@ -15,7 +15,7 @@ from shallower import (
     TextsIdentity,
 )
 from shallower.scanning.builder import ScanBuilder
-from shallower.scanning.scan import FORMAT, NORMS, _digest
+from shallower.scanning.scan_file import FORMAT, digest
 
 BOTH = ("angular", "cosine")
 DTYPES = ["float32", "float16", "bfloat16", "bfloat16 bits", "float64"]
@@ -83,6 +83,35 @@ def closed(header, data):
     return struct.pack("<Q", len(text)) + text + data
 
 
+def word_places(data):
+    """Where the parts of stored sums lie in their bytes: slices of words of 64 bits by name.
+
+    The core's own layout, for tests that damage it: a head of 8 words, two for the name of each
+    metric, 68 for each norm, then four for each pair and metric, and eight more if there are
+    sequences of several samples.
+    """
+    words = np.frombuffer(data, "<u8")
+    _, num_states, _, several, *_, metrics = (int(word) for word in words[:8])
+    pairs = num_states * (num_states - 1) // 2
+    start = 8 + 2 * metrics
+    places = {"norms": slice(start, start + 68 * num_states)}
+    start += 68 * num_states
+    for number in range(metrics):
+        name = data[64 + 16 * number :][:16].rstrip(b"\0").decode()
+        places[name] = slice(start, start + 4 * pairs)
+        start += (12 if several else 4) * pairs
+    assert start == len(words)
+    return places
+
+
+def exact_sums(scan, metric):
+    """The sum of every pair over sequences of one sample, in units of 2**-48: integers."""
+    data = scan.contents.sums.to_bytes()
+    words = np.frombuffer(data, "<u8")[word_places(data)[metric]].reshape(-1, 4)
+    sums = [int(low) + (int(high) << 64) for low, high in words[:, :2]]
+    return [value - (value >> 127 << 128) for value in sums]
+
+
 def scan_of(states, metrics=BOTH, model="of that depth", texts=(TEXTS,)):
     """A scan that remembers a model and texts."""
     if model == "of that depth":
@@ -116,11 +145,11 @@ def signed(header, inner, data):
     """The header with another description, its checksum made to fit where that can be."""
     with suppress(KeyError, TypeError, AttributeError, ValueError):
         sums = {}
-        for name in (*inner["metrics"], NORMS):
+        for name in header.keys() - {"__metadata__"}:
             start, stop = header[name]["data_offsets"]
-            sums[name] = np.frombuffer(data[start:stop], "<u8")
+            sums[name] = np.frombuffer(data[start:stop], np.uint8)
         plain = {name: value for name, value in inner.items() if name != "sha256"}
-        inner = {**plain, "sha256": _digest(plain, sums)}
+        inner = {**plain, "sha256": digest(plain, sums)}
     header["__metadata__"] = {FORMAT: json.dumps(inner)}
     return header
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from shallower import (
     _reference,
     analyse_states,
 )
+from shallower._core import Threads
 from shallower._core import bootstrap as core_bootstrap
 
 BOTH = ("angular", "cosine")
@@ -39,7 +41,7 @@ def vague(num_samples, num_states=7, seed=0):
 
 
 def kept(states, metrics=BOTH, threads=None):
-    return analyse_states(states, metrics, threads, keep_samples=True)
+    return analyse_states(states, metrics, threads=threads, keep_samples=True)
 
 
 def shares(scan, *args, **options):
@@ -136,18 +138,16 @@ def test_a_scan_of_a_model_keeps_its_samples_and_goes_on(llama, words, tmp_path,
 
 
 @pytest.mark.parametrize("damage", ["nan", "fewer", "float64", "gone"])
-def test_damaged_samples_are_refused(damage, tmp_path, monkeypatch):
-    scan = kept(walk(30), ["angular"])
+def test_damaged_samples_are_refused(damage, tmp_path):
+    scan = kept(walk(30))
     values = scan.samples().copy()
     if damage == "nan":
         values[3, 4] = np.nan
     changed = {"nan": values, "fewer": values[1:], "float64": values.astype(float)}
-    if damage == "gone":
-        scan._samples = None
-        monkeypatch.setattr(Scan, "keeps_samples", True)
-    else:
-        scan._samples = {"angular": changed[damage]}
-    scan.save(tmp_path / "scan")
+    samples = {"cosine": scan.samples("cosine")}
+    if damage != "gone":
+        samples["angular"] = changed[damage]
+    Scan(replace(scan.contents, samples=samples)).save(tmp_path / "scan")
     with pytest.raises(ScanError):
         Scan.load(tmp_path / "scan")
 
@@ -162,7 +162,7 @@ def test_the_bootstrap_equals_its_slow_twin(data):
     scan = kept(make(num_samples, num_states, data.draw(st.integers(0, 2**32))))
     seed, count = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(1, 300))
     for metric in BOTH:
-        found = scan.bootstrap(count, seed, metric)
+        found = scan.bootstrap(count, seed, metric=metric)
         expected = _reference.bootstrap(scan.samples(metric), metric == "cosine", count, seed)
         assert list(found) == list(range(1, scan.num_layers))
         for n, wins in zip(found, expected, strict=True):
@@ -177,7 +177,7 @@ def test_many_samples_equal_the_slow_twin(num_samples):
     states[:, 3:] += 3
     scan = kept(states)
     for metric in BOTH:
-        found = scan.bootstrap(130, 5, metric)
+        found = scan.bootstrap(130, 5, metric=metric)
         expected = _reference.bootstrap(scan.samples(metric), metric == "cosine", 130, 5)
         for n, wins in zip(found, expected, strict=True):
             assert np.array_equal(found[n].distribution, wins / 130)
@@ -189,7 +189,7 @@ def test_starts_that_differ_in_their_last_bits_are_told_apart(seed, num_samples)
     reference, rival = rng.random((2, num_samples)).astype(np.float32)
     values = np.stack([reference, rival, rival, rival, reference, rival], axis=1)
     values[:, [1, 2, 3, 5]] += 2.0**-20 * rng.integers(-1, 2, (num_samples, 4)).astype(np.float32)
-    found = core_bootstrap(values, 4, "angular", 200, seed)
+    found = core_bootstrap(values, 4, 200, seed, Threads())
     expected = _reference.bootstrap(values, False, 200, seed)
     assert [list(wins) for wins in expected] == found
 
@@ -202,7 +202,7 @@ def test_a_start_that_only_the_rarest_draws_make_the_best_is_found():
     drawn = np.array([_reference.resample(12, 1, index) for index in range(100_000)])
     expected = int(((drawn == 0).sum(axis=1) >= 7).sum())
     assert expected > 0
-    assert core_bootstrap(values, 3, "angular", 100_000, 1) == [[100_000 - expected, expected]]
+    assert core_bootstrap(values, 3, 100_000, 1, Threads()) == [[100_000 - expected, expected]]
 
 
 def test_any_threads_shards_and_order_give_the_same_bits():

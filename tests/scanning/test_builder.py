@@ -21,6 +21,7 @@ from shallower import (
 )
 from shallower.scanning.builder import ScanBuilder
 from tests.conftest import tiny_llama
+from tests.scanning.samples import exact_sums
 
 METRICS = ("angular", "cosine", "relative_l2", "norm_ratio")
 
@@ -64,9 +65,8 @@ def units(states, metric="angular"):
     """The exact value of every sample, (S, pairs) fractions of 2**-48."""
     found = []
     for sample in states:
-        words = analyse_states(sample[None], (metric,))._accumulator.to_words(metric)
-        sums = [int(a) + (int(b) << 64) for a, b in words.reshape(-1, 4)[:, :2]]
-        found.append([Fraction(v - (v >> 127 << 128), 2**48) for v in sums])
+        sums = exact_sums(analyse_states(sample[None], (metric,)), metric)
+        found.append([Fraction(value, 2**48) for value in sums])
     return found
 
 
@@ -93,13 +93,13 @@ def test_cuts_and_threads_do_not_matter(lengths, data):
     states = states_in(numbers)
     if data.draw(st.booleans(), label="one without a direction"):
         states[data.draw(st.integers(0, len(states) - 1)), 2] = 0
-    builder = ScanBuilder(5, METRICS, data.draw(st.integers(1, 3)), None, True)
+    builder = ScanBuilder(5, METRICS, threads=data.draw(st.integers(1, 3)), keep_samples=True)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(states)), max_size=6)))
     for start, stop in zip([0, *cuts], [*cuts, len(states)], strict=True):
-        builder.add(states[start:stop], range(start, stop), False, numbers[start:stop])
-    whole = ScanBuilder(5, METRICS, 1, None, True)
+        builder.add(states[start:stop], range(start, stop), sequences=numbers[start:stop])
+    whole = ScanBuilder(5, METRICS, threads=1, keep_samples=True)
     by_state = np.ascontiguousarray(states.transpose(1, 0, 2))
-    whole.add(by_state, range(len(states)), True, numbers)
+    whole.add(by_state, range(len(states)), state_first=True, sequences=numbers)
     one, other = builder.finish(), whole.finish()
     assert values(one) == values(other)
     assert one.rejections == other.rejections
@@ -214,9 +214,9 @@ def test_a_sequence_too_long_is_refused():
     with pytest.raises(StatesError, match="sequence 7 has more than 1048576 samples"):
         analyse_states(states, sequences=np.full(len(states), 7))
     builder = ScanBuilder(2, ["angular"])
-    builder.add(states[:-1], range(2**20), False, np.full(2**20, 7))
+    builder.add(states[:-1], range(2**20), sequences=np.full(2**20, 7))
     with pytest.raises(StatesError, match="sequence 7"):
-        builder.add(states[:1], [0], False, np.array([7]))
+        builder.add(states[:1], [0], sequences=np.array([7]))
 
 
 def test_a_file_of_sequences_comes_back_or_is_refused(tmp_path):

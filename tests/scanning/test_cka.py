@@ -1,5 +1,7 @@
 """Linear CKA: against its slow twin, what leaves it as it is, and where minibatches end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,10 +110,10 @@ def test_where_the_callers_batches_end_does_not_matter(step, state_first):
         part = states[start : start + step]
         if len(part) == step:
             reused[:] = part.transpose(1, 0, 2) if state_first else part
-            builder.add(reused, range(start, 61), state_first)
+            builder.add(reused, range(start, 61), state_first=state_first)
         else:
             last = part.transpose(1, 0, 2) if state_first else part
-            builder.add(np.ascontiguousarray(last), range(start, 61), state_first)
+            builder.add(np.ascontiguousarray(last), range(start, 61), state_first=state_first)
     assert builder.finish().cka.tobytes() == cka(states).tobytes()
 
 
@@ -177,31 +179,45 @@ def test_scans_without_cka_say_how_to_get_it():
 
 
 class Damaged:
-    """Sums for CKA whose words or numbers are not theirs."""
+    """Bytes in the place of sums for CKA."""
 
-    def __init__(self, cka, words=None, **numbers):
-        self.batch_size, self.batches, self.samples = cka.batch_size, cka.batches, cka.samples
-        self.__dict__.update(numbers)
-        self._words = cka.to_words() if words is None else words
+    def __init__(self, content):
+        self._content = content
 
-    def to_words(self):
-        return self._words
+    def to_bytes(self):
+        return self._content
+
+
+def struck(content, word, value):
+    words = np.frombuffer(content, "<u8").copy()
+    words[word] = value
+    return words.tobytes()
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        {"words": np.zeros(3, np.uint64)}, {"words": np.zeros(15 * 68, np.float64)},
-        {"words": np.full(15 * 68, 2**63, np.uint64)}, {"batch_size": 3}, {"batches": 0},
-        {"batches": -1}, {"batches": 2**64}, {"samples": 31}, {"samples": -1},
-        {"samples": 29.0}, {"batch_size": True},
+        lambda content: b"",
+        lambda content: content[:-8],
+        lambda content: content + bytes(8),
+        lambda content: struck(content, 0, 7),  # the mark
+        lambda content: struck(content, 1, 4),  # states
+        lambda content: struck(content, 2, 3),  # samples of a minibatch
+        lambda content: struck(content, 3, 0),  # minibatches
+        lambda content: struck(content, 3, 2**64 - 1),
+        lambda content: struck(content, 4, 31),  # samples
+        lambda content: struck(content, 4, 2**64 - 1),
+        lambda content: struck(content, 5, 2**63),  # a digit
+        lambda content: analyse_states(walk(30, 4), cka_batch=8).contents.cka.to_bytes(),
+        lambda content: analyse_states(walk(32), cka_batch=8).contents.cka.to_bytes(),
     ],
-    ids=lambda damage: str(damage)[:40],
+    ids=["gone", "shorter", "longer", "mark", "states", "batch", "batches", "many batches",
+         "samples", "many samples", "digit", "other states", "other samples"],
 )  # fmt: skip
 def test_damaged_sums_are_refused(damage, tmp_path):
     scan = analyse_states(walk(30), cka_batch=8)
-    scan._cka = Damaged(scan._cka, **damage)
-    scan.save(tmp_path / "scan")
+    damaged = Damaged(damage(scan.contents.cka.to_bytes()))
+    Scan(replace(scan.contents, cka=damaged)).save(tmp_path / "scan")
     with pytest.raises(ScanError):
         Scan.load(tmp_path / "scan")
 

@@ -89,7 +89,7 @@ def batched(sequences, size, left=False):
 
 def states_of(model, batches):
     """(S, L+1, D), by sample."""
-    parts = [(batch.samples, states) for batch, states, _ in stream(model, batches)]
+    parts = [(part.samples, part.states) for part in stream(model, batches)]
     joined = torch.cat([states for _, states in parts], dim=1).transpose(0, 1)
     return joined[np.argsort(np.concatenate([samples for samples, _ in parts]))]
 
@@ -149,27 +149,31 @@ def test_the_chosen_tokens_are_those_of_a_plain_forward(llama, name, left):
     (whole,) = stream(llama, [padded(SEQUENCES)], Positions.parse("all"))
     lengths = [len(sequence) for sequence in SEQUENCES]
     starts = np.cumsum([0, *lengths])
-    assert whole[1].shape == (7, sum(lengths), 32)
+    assert whole.states.shape == (7, sum(lengths), 32)
     for text, sequence in enumerate(SEQUENCES):
         with torch.no_grad():
             ids = torch.tensor([sequence])
             hidden = llama(input_ids=ids, output_hidden_states=True).hidden_states
         expected = torch.cat(hidden[:-1])
-        got = whole[1][:-1, starts[text] : starts[text + 1]]
+        got = whole.states[:-1, starts[text] : starts[text + 1]]
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
     for size in (1, 2, len(SEQUENCES)):
-        for batch, states, samples in stream(llama, batched(SEQUENCES, size, left), positions):
+        batches = batched(SEQUENCES, size, left)
+        for batch, part in zip(batches, stream(llama, batches, positions), strict=True):
             wanted = [positions.chosen(lengths[text], text) for text in batch.samples]
             texts = np.repeat(batch.samples, [len(tokens) for tokens in wanted])
-            assert samples.tolist() == texts.tolist()
-            expected = whole[1][:, starts[texts] + np.concatenate(wanted)]
-            torch.testing.assert_close(states, expected, atol=2e-6, rtol=1e-5)
-            assert states.is_contiguous()
+            assert part.samples.tolist() == texts.tolist()
+            assert part.sequences is (None if positions.one_a_text else part.samples)
+            assert (part.state_first, part.steps) == (True, len(batch))
+            expected = whole.states[:, starts[texts] + np.concatenate(wanted)]
+            torch.testing.assert_close(part.states, expected, atol=2e-6, rtol=1e-5)
+            assert part.states.is_contiguous()
 
 
 def test_a_batch_without_tokens_gives_no_rows(llama):
     empty = Batch(np.zeros((2, 3), np.int64), np.zeros((2, 3), np.int64), np.arange(2))
-    ((_, states, samples),) = stream(llama, [empty], Positions.parse("all"))
+    (part,) = stream(llama, [empty], Positions.parse("all"))
+    states, samples = part.states, part.samples
     assert states.shape == (7, 0, 32)
     assert samples.shape == (0,)
     builder = ScanBuilder(7, ["angular"], keep_samples=True)
@@ -184,7 +188,8 @@ def test_a_batch_without_tokens_gives_no_rows(llama):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_states_come_in_the_dtype_of_the_model(dtype):
     model = tiny_llama(3).to(dtype)
-    ((_, states, _),) = stream(model, [padded(SEQUENCES)])
+    (part,) = stream(model, [padded(SEQUENCES)])
+    states = part.states
     assert states.dtype == dtype
     assert states.device.type == "cpu"
     assert not states.requires_grad
@@ -207,8 +212,8 @@ def test_batches_come_back_in_order_and_one_at_a_time(llama):
             asked.append(batch)
             yield batch
 
-    for number, (batch, _, _) in enumerate(stream(llama, batches())):
-        assert batch is asked[number]
+    for number, part in enumerate(stream(llama, batches())):
+        assert part.samples.tolist() == asked[number].samples.tolist()
         assert len(asked) <= number + 2
 
 
@@ -218,7 +223,7 @@ def test_no_batches_give_no_states(llama):
 
 def test_states_stay_as_they_were_when_more_are_asked_for(llama):
     streamed = stream(llama, batched(SEQUENCES, 1))
-    _, first, _ = next(streamed)
+    first = next(streamed).states
     before = first.clone()
     list(streamed)
     assert torch.equal(first, before)

@@ -1,9 +1,9 @@
 """Scans that are merged."""
 
+import numpy as np
 import pytest
 
 from shallower import RejectedSamplesWarning, Scan, ScanError, StatesError
-from shallower.scanning.scan import NORMS
 from tests.scanning.samples import (
     MODEL,
     closed,
@@ -13,6 +13,7 @@ from tests.scanning.samples import (
     random_states,
     scan_of,
     signed,
+    word_places,
 )
 
 
@@ -42,11 +43,11 @@ def test_no_scans_do_not_merge(scans):
 
 
 def test_more_samples_than_there_is_room_for_do_not_merge():
-    header, inner, data = described(lengths=[2**31, 0, 0, 0])
-    nothing = bytearray(len(data))
-    norms = slice(*header[NORMS]["data_offsets"])
-    nothing[norms] = data[norms]
-    scan = load(closed(signed(header, inner, nothing), bytes(nothing)))
+    header, inner, data = described()
+    words = np.frombuffer(data, "<u8").copy()
+    words[2] = 2**31
+    words[word_places(data)["norms"].stop :] = 0
+    scan = load(closed(signed(header, inner, words.tobytes()), words.tobytes()))
     with pytest.raises(StatesError, match="at most 2147483648 samples"):
         Scan.merge([scan, scan])
 

@@ -97,7 +97,7 @@ WITH_REJECTED = [*MANY[:40], "", *MANY[40:70], "w5 w96", *MANY[70:], "w96"]
 
 
 def bits(scanned):
-    sums = {metric: scanned._accumulator.to_words(metric).tobytes() for metric in scanned.metrics}
+    sums = scanned.contents.sums.to_bytes()
     return sums, scanned.num_samples, scanned.num_rejected, scanned.rejections, scanned.texts
 
 

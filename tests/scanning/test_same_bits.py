@@ -41,7 +41,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
     states, _ = rounded(random_states((97, 6, 130), 1), dtype)
     alone = bits(analyse_states(states, BOTH, threads=1))
     for threads in (2, 4, None):
-        assert bits(analyse_states(states, BOTH, threads)) == alone
+        assert bits(analyse_states(states, BOTH, threads=threads)) == alone
 
 
 @st.composite

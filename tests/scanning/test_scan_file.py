@@ -21,7 +21,7 @@ from shallower import (
     ScanError,
 )
 from shallower.reporting.tables import scan_table
-from shallower.scanning.scan import FORMAT, NORMS
+from shallower.scanning.scan_file import FORMAT
 from tests.scanning.samples import (
     BOTH,
     MODEL,
@@ -37,6 +37,7 @@ from tests.scanning.samples import (
     scan_of,
     signed,
     stored,
+    word_places,
 )
 from tests.values.damage import JSON, damaged
 
@@ -156,7 +157,7 @@ def test_a_scan_with_a_word_replaced_is_refused_or_of_use(scan_file, value):
 def test_a_negative_sum_of_distances_is_refused():
     header, inner, data = described()
     words = np.frombuffer(data, "<u8").copy()
-    low, high = header["angular"]["data_offsets"][0] // 8 + np.arange(2)
+    low, high = word_places(data)["angular"].start + np.arange(2)
     negative = (-int(words[low]) - (int(words[high]) << 64)) % (1 << 128)
     words[low], words[high] = negative % (1 << 64), negative >> 64
     damage = words.tobytes()
@@ -166,7 +167,8 @@ def test_a_negative_sum_of_distances_is_refused():
 
 def test_norms_that_no_samples_have_are_refused():
     header, inner, data = described()
-    start, stop = header[NORMS]["data_offsets"]
+    place = word_places(data)["norms"]
+    start, stop = 8 * place.start, 8 * place.stop
     for words in (bytes(stop - start), b"\xff" * (stop - start)):
         damage = data[:start] + words + data[stop:]
         with pytest.raises(ScanError, match="norms are damaged"):
@@ -176,25 +178,11 @@ def test_norms_that_no_samples_have_are_refused():
 @pytest.mark.parametrize(
     "values",
     [
-        {"num_states": -3}, {"num_states": 0}, {"num_states": 1}, {"num_states": 3},
-        {"num_states": 5}, {"num_states": 2**31}, {"num_states": 10**18}, {"num_states": 10**400},
-        {"num_states": 4.0}, {"num_states": "4"}, {"num_states": None}, {"num_states": True},
-        {"num_states": float("nan")}, {"num_states": float("inf")}, {"num_states": [4]},
-        *({"lengths": [count, 0, 0, 0]} for count in (
-            -1, 0, 1, 5.0, "5", None, True, 2**31 + 1, 2**63, 2**64, 10**400, float("nan"), [])),
-        {"lengths": []}, {"lengths": [5]}, {"lengths": None}, {"lengths": 5},
-        {"lengths": [5, 0, 0, 0, 0]}, {"lengths": [3, 1, 2, 4]}, {"lengths": [5, 0, 2, 4]},
-        {"lengths": [5, 0, 0, 1]}, {"lengths": [5, 2**64, 0, 0]}, {"lengths": [5, 0, -1, 1]},
         {"positions": "last"}, {"positions": {}}, {"positions": 5},
         {"positions": {"kind": "first", "count": 1, "seed": 0}},
         {"positions": {"kind": "last", "count": True, "seed": 0}},
         {"positions": {"kind": "last", "count": 10**400, "seed": 0}},
         {"positions": {"kind": "last", "count": 1}},
-        {"rejected": -1}, {"rejected": 1.0}, {"rejected": "1"}, {"rejected": None},
-        {"rejected": 2**31}, {"rejected": 2**64}, {"rejected": float("inf")},
-        {"metrics": []}, {"metrics": "angular"}, {"metrics": None}, {"metrics": [5]},
-        {"metrics": ["euclidean"]}, {"metrics": ["angular", "angular"]}, {"metrics": [["angular"]]},
-        {"metrics": [None]}, {"metrics": ["__metadata__"]}, {"metrics": ["angular"]},
         {"rejections": None}, {"rejections": 5}, {"rejections": ["x"]}, {"rejections": [{}]},
         {"rejections": [{"sample": 1}]}, {"rejections": [{"sample": 1, "reason": "r", "x": 1}]},
         {"rejections": [{"sample": "x", "reason": "r"}]},
@@ -216,6 +204,38 @@ def test_norms_that_no_samples_have_are_refused():
 def test_a_scan_that_describes_itself_wrongly_is_refused(values):
     header, _, data = described(**values)
     with pytest.raises(ScanError):
+        load(closed(header, data))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *({0: mark} for mark in (0, 1, 2**64 - 1)),
+        *({1: states} for states in (0, 1, 3, 5, 4096, 4097, 2**31, 10**18, 2**64 - 3)),
+        *({2: alone} for alone in (0, 1, 2**31 + 1, 2**63, 2**64 - 1)),
+        {2: 3, 3: 1, 4: 2, 5: 4}, {4: 2, 5: 4}, {5: 1}, {3: 2**64 - 1}, {3: 2**63, 5: 2**63},
+        *({6: rejected} for rejected in (2**31, 2**31 - 4, 2**63, 2**64 - 1)),
+        *({7: metrics} for metrics in (0, 1, 3, 4, 5, 2**32, 2**64 - 1)),
+        {8: 0}, {8: 5}, {8: 2**64 - 1}, {9: 1}, {10: int.from_bytes(b"angular\0", "little")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sums_that_describe_themselves_wrongly_are_refused(words):
+    header, inner, data = described()
+    damage = np.frombuffer(data, "<u8").copy()
+    for place, word in words.items():
+        damage[place] = word
+    with pytest.raises(ScanError):
+        load(closed(signed(header, inner, damage.tobytes()), damage.tobytes()))
+
+
+@pytest.mark.parametrize(
+    ("version", "way"), [(1, "scan again"), (3, "scan again"), (5, "update shallower")]
+)
+def test_a_scan_of_another_version_is_refused_in_plain_words(version, way):
+    header, inner, data = described()
+    header["__metadata__"] = {f"shallower.scan.{version}": json.dumps(inner)}
+    with pytest.raises(ScanError, match=f"version {version}, .* reads version 4: {way}"):
         load(closed(header, data))
 
 
@@ -259,24 +279,31 @@ def test_safetensors_of_something_else_are_refused(metadata):
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [
-        ("BOOL", 8), ("U8", 8), ("I8", 8), ("F8_E4M3", 8), ("F8_E5M2", 8), ("F4", 4), ("I16", 16),
-        ("F16", 16), ("BF16", 16), ("F32", 32), ("F64", 64), ("I64", 64), ("C64", 64), ("X", 64),
+        ("BOOL", 8), ("I8", 8), ("F8_E4M3", 8), ("F8_E5M2", 8), ("F4", 4), ("I16", 16), ("F16", 16),
+        ("BF16", 16), ("F32", 32), ("F64", 64), ("I64", 64), ("U64", 64), ("C64", 64), ("X", 64),
     ],
 )  # fmt: skip
 def test_sums_of_another_dtype_are_refused(dtype, width):
-    header, _, data = described()
-    for metric in BOTH:
-        header[metric].update(dtype=dtype, shape=[24 * 64 // width])
+    header, inner, data = described()
+    header["sums"].update(dtype=dtype, shape=[len(data) * 8 // width])
     with pytest.raises(ScanError):
-        load(closed(header, data))
+        load(closed(signed(header, inner, data), data))
 
 
-@pytest.mark.parametrize("shape", [[4, 6], [1, 24], [24, 1], [23], [25], [], [2**62, 24], [-24]])
+@pytest.mark.parametrize("shape", [[2, -1], [1, -2], [-2, 1], [1], [-3], [], [2**62, 8], [-24]])
 def test_sums_of_another_shape_are_refused(shape):
-    header, _, data = described()
-    header["angular"]["shape"] = shape
+    header, inner, data = described()
+    lengths = {-1: len(data) // 2, -2: len(data), -3: len(data) - 1}
+    header["sums"]["shape"] = [lengths.get(axis, axis) for axis in shape]
     with pytest.raises(ScanError):
-        load(closed(header, data))
+        load(closed(signed(header, inner, data), data))
+
+
+def test_tensors_that_a_scan_has_not_are_refused():
+    header, inner, data = described()
+    header["more"] = {"dtype": "U8", "shape": [1], "data_offsets": [len(data), len(data) + 1]}
+    with pytest.raises(ScanError, match="expected"):
+        load(closed(signed(header, inner, data + b"\0"), data + b"\0"))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**20, 2**40, 2**63, 2**64 - 1])

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import Block, LayersError, MetricError, Plan, _reference, analyse_states
+from tests.scanning.samples import exact_sums
 
 BOTH = ("angular", "cosine")
 
@@ -28,8 +29,7 @@ def dyadic(num_states, seed):
 def exact_costs(scan, metric):
     """The cost of every pair in whole units of the sums: Python's integers."""
     states = scan.num_layers + 1
-    words = scan._accumulator.to_words(metric).reshape(-1, 4)
-    sums = iter(int(w[0]) + (int(w[1].astype(np.int64)) << 64) for w in words)
+    sums = iter(exact_sums(scan, metric))
     costs = np.zeros((states, states), dtype=object)
     for start in range(states):
         for stop in range(start + 1, states):
@@ -84,9 +84,9 @@ def test_the_best_plan_is_the_best_of_all(scan, data):
     max_blocks = data.draw(st.integers(1, 5))
     if n > free:
         with pytest.raises(LayersError, match="protected"):
-            scan.best_plan(n, max_blocks, first, last, metric)
+            scan.best_plan(n, max_blocks, protect_first=first, protect_last=last, metric=metric)
         return
-    plan = scan.best_plan(n, max_blocks, first, last, metric)
+    plan = scan.best_plan(n, max_blocks, protect_first=first, protect_last=last, metric=metric)
     costs = exact_costs(scan, metric)
     expected = _reference.best_plan(costs, n, max_blocks, first, last)
     assert [(block.start, block.stop) for block in plan.blocks] == expected
@@ -107,7 +107,10 @@ def test_more_blocks_and_less_protection_never_cost_more(scan, data):
     first = data.draw(st.integers(0, scan.num_layers - n))
     last = data.draw(st.integers(0, scan.num_layers - n - first))
     scores = [
-        sum(block.score for block in scan.best_plan(n, most, first, last).blocks)
+        sum(
+            block.score
+            for block in scan.best_plan(n, most, protect_first=first, protect_last=last).blocks
+        )
         for most in range(1, 6)
     ]
     assert all(more <= fewer + 1e-12 for fewer, more in pairwise(scores))
@@ -140,7 +143,7 @@ def test_protected_layers_stay():
     kept = scan.best_plan(2, protect_first=1, protect_last=1).blocks
     assert kept[0].start >= 1
     assert kept[-1].stop <= 7
-    assert scan.best_plan(5, 3, 1, 2).blocks == (Block(1, 6),)
+    assert scan.best_plan(5, 3, protect_first=1, protect_last=2).blocks == (Block(1, 6),)
 
 
 def test_a_plan_of_several_blocks_comes_back(tmp_path):
@@ -156,7 +159,7 @@ def test_a_plan_of_several_blocks_comes_back(tmp_path):
 
 
 def test_eighty_layers_are_planned():
-    plan = analyse_states(walk(3, 81, 3)).best_plan(40, 10**30, 4, 2)
+    plan = analyse_states(walk(3, 81, 3)).best_plan(40, 10**30, protect_first=4, protect_last=2)
     assert len(plan.dropped) == 40
     assert plan.dropped[0] >= 4
     assert plan.dropped[-1] < 78

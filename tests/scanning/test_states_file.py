@@ -175,10 +175,10 @@ def test_a_part_is_read_while_the_last_one_is_compared(tmp_path, monkeypatch):
     began = threading.Event()
     read = StatesFile._part
 
-    def watched(self, buffer, start):
+    def watched(self, buffer, start, sequences):
         if start:
             began.set()
-        return read(self, buffer, start)
+        return read(self, buffer, start, sequences)
 
     monkeypatch.setattr(StatesFile, "_part", watched)
     with StatesFile(write(tmp_path / "states.npy", walk())) as file:

@@ -21,9 +21,9 @@ from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no .npy file"),
-        (b"\x93NUMPY\x01", "is no .npy file"),
-        (b"PK\x03\x04" + bytes(100), "is no .npy file"),
+        (b"", "is not a .npy file"),
+        (b"\x93NUMPY\x01", "is not a .npy file"),
+        (b"PK\x03\x04" + bytes(100), "is not a .npy file"),
         (npy(version=4), r"version \(4, 0\)"),
         (npy(length=60_000), "claims 60000 bytes"),
         (npy(length=2**32 - 1, version=2), "claims 4294967295 bytes"),
@@ -83,7 +83,7 @@ def described(**origin):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no safetensors file: it has 0 bytes"),
+        (b"", "not a safetensors file: it has 0 bytes"),
         (bytes(8), "truncated or damaged"),
         (safetensors(STATES, length=2**64 - 1), "claims 18446744073709551615 bytes"),
         (safetensors(STATES, length=1000), "claims 1000 bytes"),
@@ -190,7 +190,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
     monkeypatch.setattr(ScanBuilder, "add", changing)
     expected = {
         "shrink": "ended early: expected .* at least, it holds 2000",
-        "touch": "was changed",
+        "touch": "changed while it was read; run again",
     }[change]
     with pytest.raises(StatesError, match=expected):
         analyse_states(path)

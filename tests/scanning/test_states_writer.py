@@ -78,7 +78,7 @@ def test_every_bit_is_kept(tmp_path_factory, dtype, sizes, state_first):
         for size in sizes:
             part = states[start : start + size]
             batch = part.transpose(0, 1).contiguous() if state_first else part
-            writer.add(batch, numbers[start : start + size], state_first)
+            writer.add(batch, numbers[start : start + size], state_first=state_first)
             start += size
         writer.finish(texts_so_far(40), 2, [Rejection(3, "empty text")])
     kept = load_file(path)
@@ -373,7 +373,7 @@ def test_the_states_are_those_of_the_model(llama, words, tmp_path):
     path = tmp_path / "states.safetensors"
     sh.scan(llama, words, documents(10), batch_size=4, keep_states=path)
     batches = TokenBatches(words, documents(10), 256, 4)
-    expected = [(samples, states) for _, states, samples in stream(llama, batches)]
+    expected = [(part.samples, part.states) for part in stream(llama, batches)]
     kept = load_file(path)
     assert kept["samples"].tolist() == np.concatenate([s for s, _ in expected]).tolist()
     states = torch.cat([states for _, states in expected], dim=1).transpose(0, 1)

@@ -118,7 +118,7 @@ def quiet() -> None:
 
 def metric_names(metrics: str) -> list[str]:
     """Read the metrics that ``--metrics`` names."""
-    from ..scanning.scan import check_metrics
+    from ..scanning.contents import check_metrics
 
     return check_metrics([name.strip() for name in metrics.split(",")])
 

@@ -90,7 +90,7 @@ def scan_command(
     tokens = Positions.parse(positions, seed)
     shape = states_shape(model, gguf_file, trust_remote_code)
     if keep_states is not None:
-        _check_apart(check_keepable(keep_states, overwrite), out)
+        _check_apart(check_keepable(keep_states, overwrite=overwrite), out)
     if dry_run:
         described: dict[str, Any] = {"scan": model, "texts": texts, "positions": str(tokens)}
         if keep_states is not None:
@@ -106,8 +106,8 @@ def scan_command(
         loaded,
         tokenizer,
         source,
-        max_length,
-        batch_size,
+        max_length=max_length,
+        batch_size=batch_size,
         metrics=names,
         threads=threads,
         checkpoint=partial,

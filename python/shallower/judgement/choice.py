@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayersError, PlanError, ScanError
-from ..scanning.scan import BootstrappedStart, Scan
+from ..scanning.scan import Scan
+from ..values.costs import BootstrappedStart
 from ..values.files import SCAN_FILE
 from ..values.layers import Block, deepest_block
 from ..values.plan import Plan
@@ -120,7 +121,7 @@ def choose(
             "--protect-first and --protect-last)"
         )
     best = scanned.best_blocks(n, top, metric) if top else []
-    start = scanned.bootstrap(bootstrap, seed, metric)[n] if bootstrap else None
+    start = scanned.bootstrap(bootstrap, seed, metric=metric)[n] if bootstrap else None
     return Choice(plan, tuple(best), start, bootstrap, seed)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ..scanning.scan import BootstrappedStart, Scan
+from ..scanning.scan import Scan
+from ..values.costs import BootstrappedStart
 from ..values.healing import Healing
 from ..values.layers import Block, ranges
 from ..values.loss import Comparison, with_error

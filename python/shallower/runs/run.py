@@ -95,7 +95,7 @@ def run(
     if overwrite:
         partial.unlink(missing_ok=True)
     scanned = scan(
-        model, tokenizer, texts, max_length, batch_size,
+        model, tokenizer, texts, max_length=max_length, batch_size=batch_size,
         threads=threads, progress=progress, checkpoint=partial, total=total,
     )  # fmt: skip
     scanned.save(out / SCAN_FILE)

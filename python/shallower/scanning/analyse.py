@@ -1,6 +1,6 @@
 """Scans of stored states: arrays, tensors and files."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatesError
-from .builder import ScanBuilder, as_array
+from .builder import ScanBuilder
+from .parts import Part, as_array
 from .scan import Scan
 from .states_file import StatesFile
 
@@ -20,6 +21,7 @@ CHUNK_BYTES = 64 << 20
 def analyse_states(
     states: Any,
     metrics: Sequence[str] = ("angular",),
+    *,
     threads: int | None = None,
     keep_samples: bool = False,
     cka_batch: int | None = None,
@@ -51,29 +53,51 @@ def analyse_states(
         tensor: the name of the tensor in a safetensors file; by default ``hidden_states``, or
             else the only one of three axes.
 
+    Returns:
+        The scan.
+
     Raises:
         StatesError: a file that is not there, truncated or damaged; wrong shape or dtype, no
             samples, or none that can be compared. Single samples with NaN, infinity or zero
             vectors are counted and named in the result, with a warning.
         MetricError: an unknown metric, or one named twice.
-        ThreadsError: ``threads`` is less than 1.
+        ThreadsError: ``threads`` is out of range.
+
+    Example:
+        >>> import numpy as np, shallower as sh
+        >>> states = np.random.default_rng(0).standard_normal((10, 5, 8)).cumsum(axis=1)
+        >>> sh.analyse_states(states, ["cosine"])
+        Scan(num_layers=4, num_samples=10, num_rejected=0, metrics=('cosine',))
     """
-    options = metrics, threads
-    kept = keep_samples, cka_batch
+    options: dict[str, Any] = {
+        "threads": threads,
+        "keep_samples": keep_samples,
+        "cka_batch": cka_batch,
+    }
     if isinstance(states, str | Path):
         with StatesFile(states, tensor) as file:
             origin = file.origin
-            builder = ScanBuilder(file.shape[1], *options, origin.model, *kept, origin.positions)
+            builder = ScanBuilder(
+                file.shape[1], metrics, model=origin.model, positions=origin.positions, **options
+            )
             told = file.sequences() if sequences is None else sequences
-            numbers = None if told is None else sequence_numbers(told, len(file))
-            with closing(file.parts(threads)) as parts, _progress(len(file), progress) as advance:
-                for part in parts:
-                    stop = part.start + len(part)
-                    here = None if numbers is None else numbers[part.start : stop]
-                    builder.add(part.states, part.samples, sequences=here)
-                    advance(len(part))
+            numbers = _numbers(told, len(file))
+            with (
+                closing(file.parts(threads, numbers)) as parts,
+                _progress(len(file), progress) as advance,
+            ):
+                builder.take(parts, advance)
             builder.reject(origin.num_rejected, origin.rejections)
         return builder.finish(origin.texts)
+    array = _checked(states, tensor)
+    numbers = _numbers(sequences, len(array))
+    builder = ScanBuilder(array.shape[1], metrics, **options)
+    with _progress(len(array), bool(progress)) as advance:
+        builder.take(array_parts(array, numbers), advance)
+    return builder.finish()
+
+
+def _checked(states: Any, tensor: str | None) -> NDArray[Any]:
     array = as_array(states)
     if tensor is not None:
         raise StatesError(f"there is no tensor {tensor!r} in an array: name one of a file")
@@ -81,15 +105,11 @@ def analyse_states(
         raise StatesError(f"states of shape {array.shape}: expected three axes (samples, L+1, D)")
     if len(array) == 0:
         raise StatesError("there are no samples to compare")
-    numbers = None if sequences is None else sequence_numbers(sequences, len(array))
-    builder = ScanBuilder(array.shape[1], *options, None, *kept)
-    with _progress(len(array), bool(progress)) as advance:
-        for start, chunk, state_first in _readable(array):
-            stop = start + chunk.shape[1 if state_first else 0]
-            here = None if numbers is None else numbers[start:stop]
-            builder.add(chunk, range(start, stop), state_first, here)
-            advance(stop - start)
-    return builder.finish()
+    return array
+
+
+def _numbers(sequences: ArrayLike | None, num_samples: int) -> NDArray[np.int64] | None:
+    return None if sequences is None else sequence_numbers(sequences, num_samples)
 
 
 def _progress(total: int, show: bool | None) -> AbstractContextManager[Callable[[int], None]]:
@@ -101,7 +121,14 @@ def _progress(total: int, show: bool | None) -> AbstractContextManager[Callable[
 
 
 def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64]:
-    """The numbers of the sequences of so many samples, (samples,) int64.
+    """Check the numbers of the sequences that samples are of.
+
+    Args:
+        sequences: (samples,) integers.
+        num_samples: how many samples there are.
+
+    Returns:
+        (samples,) int64, C-contiguous.
 
     Raises:
         StatesError: not an integer for each sample, or the samples of a sequence do not
@@ -127,12 +154,25 @@ def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64
     return numbers
 
 
-def _readable(array: NDArray[Any]) -> Iterable[tuple[int, NDArray[Any], bool]]:
-    """Parts that the core can read: (first sample, part, whether the state axis is first)."""
-    if array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous:
-        yield 0, array.transpose(1, 0, 2), True
-        return
+def array_parts(array: NDArray[Any], numbers: NDArray[np.int64] | None = None) -> Iterator[Part]:
+    """Cut an array into parts that the core can read: one in place, or several copied.
+
+    Args:
+        array: (samples, L+1, D).
+        numbers: (samples,) int64, the sequences of the samples.
+
+    Yields:
+        All samples in their order.
+    """
+    in_place = array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous
     step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        yield start, np.require(part, requirements=["C", "A"]), False
+    for start in range(0, len(array), len(array) if in_place else step):
+        stop = len(array) if in_place else min(start + step, len(array))
+        states = array[start:stop]
+        yield Part(
+            states.transpose(1, 0, 2) if in_place else np.require(states, requirements=["C", "A"]),
+            np.arange(start, stop),
+            steps=stop - start,
+            state_first=in_place,
+            sequences=None if numbers is None else numbers[start:stop],
+        )

@@ -1,17 +1,16 @@
-"""States into a scan, batch by batch.
+"""ScanBuilder: states into a scan, from any source.
 
 Sees the Rust core and NumPy, no torch and no model.
 """
 
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import Accumulator, Cka
+from .._core import Accumulator, Cka, Threads
 from ..errors import RejectedSamplesWarning, ScanError, StatesError
 from ..values.plan import (
     NAMED_REJECTIONS,
@@ -22,14 +21,18 @@ from ..values.plan import (
 )
 from ..values.positions import Positions
 from .cka import CkaBatches, check_batch
-from .scan import Samples, Scan, check_metrics, check_threads, joined
+from .contents import Contents, Samples, check_metrics, joined
+from .parts import Part, as_array
+from .scan import Scan
 
 MANY_REJECTIONS = 10_000
 """Rejected samples that wait to be named, before all but the first are forgotten."""
 
 
 class ScanBuilder:
-    """A scan in the making: states go in batch by batch, and a :class:`Scan` comes out.
+    """A scan in the making: parts go in one by one, and a :class:`Scan` comes out.
+
+    The threads of the core live as long as the builder, not as long as the scan.
 
     Args:
         num_states: L+1.
@@ -41,59 +44,92 @@ class ScanBuilder:
         positions: which tokens of a text the samples are, if they are.
 
     Raises:
-        MetricError, StatesError, ThreadsError: what the arguments say cannot be done.
+        MetricError, StatesError, ThreadsError: an argument is out of range.
     """
 
     def __init__(
         self,
         num_states: int,
         metrics: Sequence[str],
+        *,
         threads: int | None = None,
         model: ModelIdentity | None = None,
         keep_samples: bool = False,
         cka_batch: int | None = None,
         positions: Positions | None = None,
     ) -> None:
-        names = check_metrics(metrics)
-        check_threads(threads)
+        self._metrics = check_metrics(metrics)
         if cka_batch is not None:
             check_batch(cka_batch)
-        self._accumulator = Accumulator(num_states, names, threads)
+        self._accumulator = Accumulator(num_states, self._metrics)
+        self._threads = Threads(threads)
         self._rejections: list[Rejection] = []
         self._samples: list[Samples] = []
         self._keep_samples = keep_samples
         self._model = model
         self._positions = positions
         self._last: tuple[np.int64, np.int64] | None = None  # the last sequence and its length
-        self._cka = None if cka_batch is None else CkaBatches(num_states, cka_batch, threads)
+        self._cka = None
+        if cka_batch is not None:
+            self._cka = CkaBatches(num_states, cka_batch, self._threads)
+
+    def take(
+        self,
+        parts: Iterable[Part],
+        advance: Callable[[int], None],
+        *,
+        also: Callable[[Part], None] | None = None,
+    ) -> None:
+        """Add the parts of a source, one after the other.
+
+        Args:
+            parts: from a model, an array or a file.
+            advance: hears the steps of each part.
+            also: takes each part as well, to write it to a file, say.
+
+        Raises:
+            StatesError: as :meth:`add`.
+        """
+        for part in parts:
+            self.add(
+                part.states, part.samples, state_first=part.state_first, sequences=part.sequences
+            )
+            if also:
+                also(part)
+            advance(part.steps)
 
     def add(
         self,
         states: Any,
         samples: Sequence[int] | NDArray[np.int64],
+        *,
         state_first: bool = False,
         sequences: NDArray[np.int64] | None = None,
     ) -> None:
-        """Add a C-contiguous batch, (B, L+1, D), or (L+1, B, D) if ``state_first``.
+        """Add a batch.
 
-        ``samples`` are the (B,) indices by which rejected samples are named. ``sequences``,
-        (B,) int64, says which of them are of one sequence: neighbours with the same number.
-        One goes on in the next batch if that begins with its number.
+        Args:
+            states: (B, L+1, D), or (L+1, B, D) if ``state_first``, C-contiguous.
+            samples: (B,) indices by which rejected samples are named.
+            state_first: which axis of ``states`` comes first.
+            sequences: (B,) int64, which samples are of one sequence: neighbours with the same
+                number. One goes on in the next batch if that begins with its number.
 
         Raises:
-            StatesError: a sequence has more than 2**20 samples.
+            StatesError: a wrong shape or dtype; a sequence has more than 2**20 samples.
         """
-        accumulator, array = self._accumulator, as_array(states)
-        rejected, kept, goes_on = accumulator.update(
-            array, state_first, self._keep_samples, sequences
-        )
+        array = as_array(states)
+        rejected, kept, goes_on = self._accumulator.update(
+            array, self._threads, state_first=state_first, keep=self._keep_samples,
+            sequences=sequences,
+        )  # fmt: skip
         if self._cka is not None:
             by_sample = array.transpose(1, 0, 2) if state_first else array
             self._cka.add(by_sample, [sample for sample, _, _ in rejected])
         if goes_on and kept is not None:
             self._drop_last_kept()
         if kept is not None:
-            self._samples.append(dict(zip(accumulator.metrics, kept, strict=True)))
+            self._samples.append(dict(zip(self._metrics, kept, strict=True)))
         places = None
         if sequences is not None and self._positions is not None and len(sequences):
             places = self._places(sequences)
@@ -123,15 +159,19 @@ class ScanBuilder:
         self._samples.append({metric: sums[:-1] for metric, sums in last.items()})
 
     def resume(self, before: Scan, texts: TextsIdentity) -> None:
-        """Take over an interrupted scan of the same model, metrics and positions, and of ``texts``.
+        """Take over an interrupted scan of the same job.
+
+        Args:
+            before: the scan so far.
+            texts: the texts that it must be of.
 
         Raises:
             ScanError: it is of another model, of other metrics, positions or texts.
         """
-        if before.model != self._model or before.metrics != tuple(self._accumulator.metrics):
+        if before.model != self._model or list(before.metrics) != self._metrics:
             raise ScanError(
                 f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "
-                f"{', '.join(self._accumulator.metrics)}"
+                f"{', '.join(self._metrics)}"
             )
         if before.positions != self._positions:
             raise ScanError(f"it is of the positions {before.positions}, not {self._positions}")
@@ -140,79 +180,72 @@ class ScanBuilder:
         if before.keeps_samples != self._keep_samples:
             kept = "keeps" if before.keeps_samples else "does not keep"
             raise ScanError(f"it {kept} the values of single samples")
-        if before._samples is not None:
-            self._samples.append(before._samples)
-        self._accumulator.merge(before._accumulator)
+        held = before.contents
+        if held.samples is not None:
+            self._samples.append(held.samples)
+        self._accumulator.merge(held.sums)
         self._rejections += before.rejections
 
     def reject(self, count: int, rejections: Sequence[Rejection]) -> None:
-        """Count samples that never became states, the first of them by name."""
+        """Count samples that never became states.
+
+        Args:
+            count: how many.
+            rejections: the first of them, by name.
+
+        Raises:
+            StatesError: there is no room for so many.
+        """
         self._accumulator.reject(count)
         self._rejections += rejections
 
     def so_far(self, texts: TextsIdentity) -> Scan:
-        """The scan as it stands, to be saved and resumed."""
-        return self._scan(_first(self._rejections), (texts,), None)
+        """Give the scan as it stands, to be saved and resumed.
+
+        Args:
+            texts: the texts so far.
+
+        Returns:
+            A scan without CKA, whose minibatches may be incomplete.
+        """
+        return self._scan((texts,), None)
 
     def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
-        """The scan; warns of rejected samples.
+        """Give the scan, and warn of rejected samples.
+
+        Args:
+            texts: the texts behind it.
+
+        Returns:
+            The scan of all samples.
 
         Raises:
             StatesError: no sample was accepted.
         """
-        accepted, rejected = self._accumulator.count, self._accumulator.rejected
-        named = _first(self._rejections)
+        done = self._scan(texts, self._cka.finish() if self._cka else None)
+        accepted, rejected = done.num_samples, done.num_rejected
         if rejected:
-            described = describe_rejections(rejected, accepted + rejected, named)
+            described = describe_rejections(rejected, accepted + rejected, done.rejections)
             if not accepted:
                 raise StatesError(f"there is nothing to compare: {described}")
             warnings.warn(described, RejectedSamplesWarning, stacklevel=3)
         elif not accepted:
             raise StatesError("there are no samples to compare")
-        return self._scan(named, texts, self._cka.finish() if self._cka else None)
+        return done
 
-    def _scan(
-        self,
-        rejections: Sequence[Rejection],
-        texts: tuple[TextsIdentity, ...],
-        cka: Cka | None,
-    ) -> Scan:
-        samples = joined(self._samples) if self._samples else None
+    def _scan(self, texts: tuple[TextsIdentity, ...], cka: Cka | None) -> Scan:
         return Scan(
-            self._accumulator, rejections, self._model, texts, samples, cka, self._positions
+            Contents(
+                self._accumulator.sums(),
+                tuple(_first(self._rejections)),
+                self._model,
+                texts,
+                joined(self._samples) if self._samples else None,
+                cka,
+                self._positions,
+            )
         )
 
 
 def _first(rejections: list[Rejection]) -> list[Rejection]:
     return sorted(rejections, key=lambda rejection: rejection.sample)
-
-
-def as_array(states: Any) -> NDArray[Any]:
-    """A NumPy view of ``states``; bfloat16 becomes uint16 bits. Never copies a CPU tensor.
-
-    Raises:
-        StatesError: neither an array nor a dense tensor on the CPU.
-    """
-    if isinstance(states, np.ndarray):
-        array = states
-    elif "torch" in sys.modules and isinstance(states, sys.modules["torch"].Tensor):
-        if states.device.type != "cpu":
-            raise StatesError(f"states on {states.device}: bring them to the CPU first")
-        tensor = states.detach()
-        try:
-            if str(tensor.dtype) == "torch.bfloat16":
-                tensor = tensor.view(sys.modules["torch"].uint16)
-            array = tensor.numpy()
-        except (TypeError, RuntimeError) as error:
-            raise StatesError(
-                f"states of dtype {states.dtype}, layout {states.layout} cannot be read: {error}"
-            ) from error
-    else:
-        raise StatesError(
-            f"states must be a path, a NumPy array or a torch tensor, got {type(states)}"
-        )
-    if array.dtype.name == "bfloat16":
-        array = array.view(np.uint16)
-    if array.dtype.newbyteorder("=") != array.dtype:
-        raise StatesError(f"states of dtype {array.dtype}: expected the machine's byte order")
-    return array

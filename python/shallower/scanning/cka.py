@@ -1,4 +1,4 @@
-"""Minibatches of samples for linear CKA; sees the core, and what it is given as arrays."""
+"""CkaBatches: the minibatches of samples that linear CKA is summed over."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import Cka
+from .._core import Cka, Threads
 from ..errors import StatesError
 
 MIN_BATCH, MAX_BATCH = 4, 1024
@@ -15,8 +15,11 @@ MIN_BATCH, MAX_BATCH = 4, 1024
 def check_batch(size: int) -> None:
     """Refuse a size of minibatches that CKA cannot be found from.
 
+    Args:
+        size: samples in a minibatch.
+
     Raises:
-        StatesError: it is no integer from 4 to 1024.
+        StatesError: not an integer from 4 to 1024.
     """
     is_integer = isinstance(size, int) and not isinstance(size, bool)
     if not is_integer or not MIN_BATCH <= size <= MAX_BATCH:
@@ -24,18 +27,29 @@ def check_batch(size: int) -> None:
 
 
 class CkaBatches:
-    """Cuts the accepted samples, in the order they come, into minibatches for the core.
+    """Accepted samples cut, in the order they come, into minibatches for the core.
 
     Where the batches of the caller end does not matter. At most one minibatch waits, as a
     copy.
+
+    Args:
+        num_states: L+1.
+        size: samples in a minibatch.
+        threads: threads of the core.
     """
 
-    def __init__(self, num_states: int, size: int, threads: int | None = None) -> None:
-        self._core = Cka(num_states, size, threads)
+    def __init__(self, num_states: int, size: int, threads: Threads) -> None:
+        self._core = Cka(num_states, size)
+        self._threads = threads
         self._waiting: list[NDArray[Any]] = []
 
     def add(self, states: NDArray[Any], rejected: Sequence[int]) -> None:
-        """Take the samples of (B, L+1, D) that were not ``rejected``."""
+        """Take the samples that were not rejected.
+
+        Args:
+            states: (B, L+1, D).
+            rejected: indices below B, ascending.
+        """
         accepted = np.delete(np.arange(len(states)), rejected)
         while len(accepted):
             room = self._core.batch_size - sum(map(len, self._waiting))
@@ -48,12 +62,16 @@ class CkaBatches:
                 self._flush(part)
 
     def finish(self) -> Cka:
-        """The sums; a last minibatch counts if it has at least 4 samples."""
+        """Give the sums.
+
+        Returns:
+            The sums of all minibatches; a last one counts if it has at least 4 samples.
+        """
         if sum(map(len, self._waiting)) >= MIN_BATCH:
             self._flush(self._waiting.pop())
         return self._core
 
     def _flush(self, last: NDArray[Any]) -> None:
         batch = np.concatenate([*self._waiting, last]) if self._waiting else last
-        self._core.update(np.require(batch, requirements=["C", "A"]))
+        self._core.update(np.require(batch, requirements=["C", "A"]), self._threads)
         self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Hidden states out of a model, at the chosen tokens, by hooks.
+"""Hidden states of a model at the chosen tokens, by hooks.
 
 For every batch: the base model runs once, without its head and without a cache; a hook on
 every layer keeps the rows of the chosen tokens (the last that is no padding, by default) of
@@ -7,7 +7,7 @@ norm. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory 
 batch runs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..models.architecture import DecoderLayers, evaluating, find_layers, input_
 from ..models.positions import check_length, learned_positions
 from ..texts.batches import Batch
 from ..values.positions import Positions
+from .parts import Part
 
 LAST = Positions()
 
@@ -28,7 +29,15 @@ LAST = Positions()
 def chosen_tokens(
     batch: Batch, positions: Positions
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The (N,) rows and columns of the chosen tokens, by row; padding left or right."""
+    """Find the tokens of a batch that are compared; padding may be left or right.
+
+    Args:
+        batch: B texts of T tokens.
+        positions: which tokens of each.
+
+    Returns:
+        Their (N,) rows and columns, by row.
+    """
     rows, columns = [], []
     for row, (mask, text) in enumerate(zip(batch.attention_mask, batch.samples, strict=True)):
         tokens = np.flatnonzero(mask)
@@ -40,11 +49,18 @@ def chosen_tokens(
 
 def stream(
     model: nn.Module, batches: Iterable[Batch], positions: Positions = LAST
-) -> Iterator[tuple[Batch, torch.Tensor, NDArray[np.int64]]]:
-    """Yield every batch with the states of the chosen tokens, and the text of each.
+) -> Generator[Part, None, None]:
+    """Run batches through a model, and keep the states of the chosen tokens.
 
-    The states are (L+1, N, D) on the CPU in the model's dtype, by text in the batch's order,
-    then by position; the texts are (N,) of the batch's ``samples``.
+    Args:
+        model: a model of transformers, or its base model.
+        batches: padded tokens.
+        positions: which tokens of each text.
+
+    Yields:
+        A part for each batch. The states are (L+1, N, D) on the CPU in the model's dtype, by text
+        in the batch's order, then by position; ``samples`` are the texts; they are the sequences,
+        too, unless no text can have several tokens.
 
     Raises:
         ModelError: the model has no list of decoder layers, or did not run them once each.
@@ -56,16 +72,21 @@ def stream(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         hooks = stack.enter_context(_RowHooks(layers))
-        pending: tuple[Batch, _HostCopy, NDArray[np.int64]] | None = None
+        pending: tuple[_HostCopy, NDArray[np.int64], int] | None = None
         for batch in batches:
             check_length(batch.input_ids.shape[1], learned)
             rows, columns = chosen_tokens(batch, positions)
             copy = _HostCopy(hooks.run(batch, rows, columns, device))
             if pending:
-                yield pending[0], pending[1].wait(), pending[2]
-            pending = batch, copy, batch.samples[rows]
+                yield _part(*pending, positions)
+            pending = copy, batch.samples[rows], len(batch)
         if pending:
-            yield pending[0], pending[1].wait(), pending[2]
+            yield _part(*pending, positions)
+
+
+def _part(copy: "_HostCopy", texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:
+    sequences = None if positions.one_a_text else texts
+    return Part(copy.wait(), texts, steps, state_first=True, sequences=sequences)
 
 
 def _positions(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:

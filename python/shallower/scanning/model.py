@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence, Sized
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ def scan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
+    *,
     max_length: int = 256,
     batch_size: int = 8,
     metrics: Sequence[str] = ("angular", "cosine"),
@@ -69,9 +70,12 @@ def scan(
             times D values a compared token. :func:`analyse_states` makes the same scan of it.
         overwrite: replace what is at ``keep_states``, once the new file is complete.
 
+    Returns:
+        The scan.
+
     Raises:
-        PositionsError: there are no such positions.
-        TextsError: no texts, or one that is no string.
+        PositionsError: ``positions`` names none, or ``seed`` is out of range.
+        TextsError: no texts, or one that is not a string.
         StatesError: no text could be compared. Single texts without a token, or whose
             states hold NaN, infinity or only zeros, are counted and named, with a warning.
         ModelError: the model has no list of decoder layers.
@@ -87,8 +91,9 @@ def scan(
     batches = TokenBatches(tokenizer, texts, max_length, batch_size)
     identity = identify(model)
     builder = ScanBuilder(
-        len(layers) + 1, metrics, threads, identity, keep_samples, cka_batch, positions
-    )
+        len(layers) + 1, metrics, threads=threads, model=identity, keep_samples=keep_samples,
+        cka_batch=cka_batch, positions=positions,
+    )  # fmt: skip
     if total is None and isinstance(texts, Sized):
         total = len(texts)
     saved = time.monotonic()
@@ -96,17 +101,15 @@ def scan(
         advance = stack.enter_context(track("scan", total, progress))
         kept = None
         if keep_states:
-            kept = stack.enter_context(keep_states_in(keep_states, identity, positions, overwrite))
+            kept = stack.enter_context(
+                keep_states_in(keep_states, identity, positions, overwrite=overwrite)
+            )
         if checkpoint and Path(checkpoint).exists():
             _resume(builder, batches, Path(checkpoint), kept)
             advance(batches.num_texts)
         for window in batches.windows():
-            for batch, states, samples in stream(model, window, positions):
-                sequences = None if positions.one_a_text else samples
-                builder.add(states, samples, state_first=True, sequences=sequences)
-                if kept:
-                    kept.add(states, samples, state_first=True)
-                advance(len(batch))
+            with closing(stream(model, window, positions)) as parts:
+                builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 _save(builder.so_far(batches.identity), batches, Path(checkpoint), kept)

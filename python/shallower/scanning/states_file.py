@@ -1,17 +1,15 @@
-"""Files of hidden states, read part by part in constant memory; sees the core, and no torch.
+"""StatesFile: hidden states read part by part in constant memory.
 
 A ``.npy`` file holds one array (samples, L+1, D). A ``.safetensors`` file holds one tensor of
-that shape, and may say more: which text a sample is of, and what :mod:`shallower.kept_states`
-writes of the model and the texts. Nothing in a header is believed before it fits the length
+that shape, and may say more: which text a sample is of, and what :mod:`.states_writer` writes of
+the model and the texts. Nothing in a header is believed before it fits the length
 of the file.
 """
 
 import ast
-import json
 import os
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,40 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._core import parse_header
-from ..errors import PositionsError, StatesError
-from ..values.plan import ModelIdentity, Rejection, TextsIdentity, positions_of
-from ..values.positions import Positions
-from ..values.schema import from_fields, of_type
-
-FORMAT = "shallower.states.1"
-"""The key of a states file's metadata."""
-
-HIDDEN_STATES = "hidden_states"
-"""The name of the tensor of states."""
-
-SAMPLES = "samples"
-"""The name of the tensor that numbers the samples, (samples,) int64."""
-
-SEQUENCES = "sequences"
-"""The name of the tensor that tells the sequence of every sample, (samples,) int64."""
-
-DTYPES: Mapping[str, Any] = {
-    "BF16": np.uint16,
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-}
-"""Dtypes of states in a safetensors file, and how the core takes them."""
+from ..errors import StatesError
+from .parts import Part
+from .states_format import DTYPES, FORMAT, HIDDEN_STATES, NO_ORIGIN, SAMPLES, SEQUENCES, Origin
 
 BUFFER_BYTES = 4 << 20
-"""How much is read at a time, twice: one buffer is filled while the other is compared. What is in
-the caches still is compared faster."""
+"""Bytes that are read at a time, twice: one buffer is filled while the other is compared. States
+that are still in the caches are compared faster."""
 
 MAX_BUFFER_BYTES = 64 << 20
-"""How much at most, where many threads need samples to share."""
+"""Bytes at most, where many threads need samples to share."""
 
 AHEAD_BYTES = 64 << 20
-"""How far ahead the system is asked to fetch; that is no memory of the process."""
+"""Bytes ahead that the system is asked to fetch; they are not memory of the process."""
 
 SAMPLES_A_THREAD = 4
 """Samples of a part that every thread should get."""
@@ -70,66 +47,8 @@ _NPY_DTYPES: Mapping[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a states file remembers of the scan that wrote it.
-
-    Attributes:
-        model: the model that the states come from, if known.
-        texts: the texts behind them.
-        num_rejected: texts that never became states.
-        rejections: the first of those, by name.
-        positions: which tokens of the texts the samples are, if that is known.
-    """
-
-    model: ModelIdentity | None = None
-    texts: tuple[TextsIdentity, ...] = ()
-    num_rejected: int = 0
-    rejections: tuple[Rejection, ...] = ()
-    positions: Positions | None = None
-
-    def to_json(self) -> str:
-        """The origin as the metadata of a file holds it."""
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Origin":
-        """Raises one of ``_NO_ORIGIN`` where that is none."""
-        data = of_type(dict, json.loads(text))
-        if not 0 <= of_type(int, data["num_rejected"]) < 2**31:
-            raise ValueError(f"num_rejected is {data['num_rejected']}")
-        return cls(
-            None if data["model"] is None else from_fields(ModelIdentity, data["model"]),
-            tuple(from_fields(TextsIdentity, texts) for texts in of_type(list, data["texts"])),
-            data["num_rejected"],
-            tuple(from_fields(Rejection, item) for item in of_type(list, data["rejections"])),
-            positions_of(data["positions"]),
-        )
-
-
-_NO_ORIGIN = (ValueError, TypeError, KeyError, RecursionError, PositionsError)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Consecutive samples of a file; the next part but one overwrites the states.
-
-    Attributes:
-        start: the place of the first one in the file.
-        states: (n, L+1, D).
-        samples: (n,) int64, the numbers of the samples.
-    """
-
-    start: int
-    states: NDArray[Any]
-    samples: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-
 class StatesFile:
-    """A file of states, its header read and checked; a context manager.
+    """File of states with its header read and checked; a context manager.
 
     Args:
         path: ends in ``.npy`` or ``.safetensors``. Links are followed.
@@ -142,7 +61,7 @@ class StatesFile:
         origin: what the file tells of the scan that wrote it.
 
     Raises:
-        StatesError: there is no such file, or it is no file of states; it is truncated.
+        StatesError: there is no such file, it is truncated, or it is not a file of states.
     """
 
     def __init__(self, path: str | Path, tensor: str | None = None) -> None:
@@ -184,11 +103,17 @@ class StatesFile:
         """Bytes of all states."""
         return self.shape[0] * self._sample_bytes
 
-    def parts(self, threads: int | None = None) -> Generator[Part, None, None]:
-        """All samples in their order; one part is read while the last one is worked on.
+    def parts(
+        self, threads: int | None = None, sequences: NDArray[np.int64] | None = None
+    ) -> Generator[Part, None, None]:
+        """Read all samples in their order; one part is read while the last one is worked on.
 
         Args:
             threads: how many will share a part, all by default.
+            sequences: (samples,) int64, the sequences of the samples.
+
+        Yields:
+            The parts; the next but one overwrites the states of one.
 
         Raises:
             StatesError: the file ended early, was changed, or cannot be read.
@@ -206,17 +131,24 @@ class StatesFile:
             ) from error
         self._ask_ahead(self._start, AHEAD_BYTES)
         with ThreadPoolExecutor(1, "states") as reader:
-            reading = reader.submit(self._part, buffers[0], 0)
+            reading = reader.submit(self._part, buffers[0], 0, sequences)
             for number, start in enumerate(range(0, num_samples, step)):
                 part = reading.result()
                 if start + step < num_samples:
-                    reading = reader.submit(self._part, buffers[(number + 1) % 2], start + step)
+                    buffer = buffers[(number + 1) % 2]
+                    reading = reader.submit(self._part, buffer, start + step, sequences)
                 yield part
         if self._stamp_now() != self._stamp:
-            raise StatesError(f"{self.path} was changed while it was read: read it when it rests")
+            raise StatesError(
+                f"{self.path} changed while it was read; run again when it is no longer being "
+                f"written"
+            )
 
     def sequences(self) -> NDArray[np.int64] | None:
-        """The sequence of every sample, (samples,) int64, if several may be of one.
+        """Read the sequence of every sample.
+
+        Returns:
+            (samples,) int64; None if every sample is its own sequence.
 
         Raises:
             StatesError: as :meth:`parts`.
@@ -231,16 +163,21 @@ class StatesFile:
     def _sample_bytes(self) -> int:
         return self.shape[1] * self.shape[2] * np.dtype(self.dtype).itemsize
 
-    def _part(self, buffer: NDArray[Any], start: int) -> Part:
+    def _part(self, buffer: NDArray[Any], start: int, sequences: NDArray[np.int64] | None) -> Part:
         stop = min(start + len(buffer), self.shape[0])
         states = buffer[: stop - start]
         offset = self._start + start * self._sample_bytes
         self._ask_ahead(offset + AHEAD_BYTES, states.nbytes)
         self._fill(states, offset)
-        return Part(start, states, self._column(SAMPLES, start, stop))
+        return Part(
+            states,
+            self._column(SAMPLES, start, stop),
+            steps=stop - start,
+            sequences=None if sequences is None else sequences[start:stop],
+        )
 
     def _column(self, name: str, start: int, stop: int) -> NDArray[np.int64]:
-        """What a tensor of integers, if there is one, says of some samples; else their places."""
+        """Some samples' entries of a tensor of integers, if there is one; else their places."""
         column = np.arange(start, stop)
         if name in self._columns:
             self._fill(column, self._columns[name] + start * 8)
@@ -295,7 +232,7 @@ class StatesFile:
         size = self._stamp[0]
         beginning = self._read(0, min(size, 12 + _MAX_NPY_HEADER_BYTES))
         if beginning[:6] != b"\x93NUMPY" or len(beginning) < 12:
-            raise StatesError(f"{self.path} is no .npy file: it does not begin as one")
+            raise StatesError(f"{self.path} is not a .npy file: it does not begin as one")
         version = tuple(beginning[6:8])
         if version not in ((1, 0), (2, 0), (3, 0)):
             raise StatesError(f"{self.path} is of version {version} of .npy: expected 1, 2 or 3")
@@ -333,18 +270,18 @@ class StatesFile:
     def _read_safetensors(self, wanted: str | None) -> tuple[tuple[int, int, int], Any, int]:
         size = self._stamp[0]
         if size < 8:
-            raise StatesError(f"{self.path} is no safetensors file: it has {size} bytes")
+            raise StatesError(f"{self.path} is not a safetensors file: it has {size} bytes")
         length = int.from_bytes(self._read(0, 8), "little")
         if length > min(size - 8, _MAX_HEADER_BYTES):
             raise StatesError(
-                f"{self.path} is truncated, or no safetensors file: its header claims {length} "
+                f"{self.path} is truncated, or not a safetensors file: its header claims {length} "
                 f"bytes, the file has {size}, and at most {_MAX_HEADER_BYTES} are read"
             )
         try:
             metadata, tensors = parse_header(self._read(8, length), size - 8 - length)
             if FORMAT in metadata:
                 self.origin = Origin.from_json(metadata[FORMAT])
-        except _NO_ORIGIN as error:
+        except NO_ORIGIN as error:
             raise StatesError(f"{self.path} is truncated or damaged: {error}") from error
         name, dtype, shape, start, _ = self._choose(tensors, wanted)
         for column, column_dtype, column_shape, column_start, _ in tensors:

@@ -1,4 +1,4 @@
-"""Writing hidden states to a file while they are scanned, in constant memory; sees no torch.
+"""StatesWriter: hidden states written to a file while they are scanned, in constant memory.
 
 The number of samples is known at the end only: room is left for the header, which is written
 last. Until then all lies in a hidden folder beside the file, with a mark for each checkpoint of
@@ -21,8 +21,8 @@ from ..errors import OutputError, ScanError, StatesError
 from ..storage import check_free, partial_folder, refusing, resumable_file
 from ..values.plan import NAMED_REJECTIONS, ModelIdentity, Rejection, TextsIdentity
 from ..values.positions import Positions
-from .builder import as_array
-from .states_file import DTYPES, FORMAT, HIDDEN_STATES, SAMPLES, Origin
+from .parts import Part, as_array
+from .states_format import DTYPES, FORMAT, HIDDEN_STATES, SAMPLES, Origin
 
 HEADER_BYTES = 1 << 16
 """Where the states begin in the file."""
@@ -36,6 +36,7 @@ def keep_states_in(
     path: str | Path,
     model: ModelIdentity | None = None,
     positions: Positions | None = None,
+    *,
     overwrite: bool = False,
 ) -> Iterator["StatesWriter"]:
     """Write a safetensors file of states, whole or not at all.
@@ -48,10 +49,13 @@ def keep_states_in(
         positions: which tokens of the texts the samples are.
         overwrite: replace what is at ``path``, once the new file is complete.
 
+    Yields:
+        The writer, which must be finished before the body ends.
+
     Raises:
         OutputError: something is at ``path`` already, or it cannot be written to.
     """
-    path = check_keepable(path, overwrite)
+    path = check_keepable(path, overwrite=overwrite)
     with (
         resumable_file(path, FORMAT, overwrite) as folder,
         StatesWriter(path, folder, Origin(model, positions=positions)) as writer,
@@ -65,8 +69,15 @@ def keep_states_in(
             raise
 
 
-def check_keepable(path: str | Path, overwrite: bool = False) -> Path:
-    """The path, if states can be kept there.
+def check_keepable(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Refuse a path that states cannot be kept at.
+
+    Args:
+        path: where to.
+        overwrite: whether a file may be there.
+
+    Returns:
+        The path.
 
     Raises:
         OutputError: its name does not end in ``.safetensors``, or something is there already.
@@ -107,10 +118,24 @@ class StatesWriter:
             with suppress(OSError):  # what could not be written has been refused
                 file.close()
 
-    def add(self, states: Any, samples: NDArray[np.int64], state_first: bool = False) -> None:
-        """Write a batch, (B, L+1, D), or (L+1, B, D) if ``state_first``.
+    def take(self, part: Part) -> None:
+        """Write a part of a scan, as :meth:`add` does.
 
-        ``samples`` are the (B,) indices of the texts; those of one text follow each other.
+        Args:
+            part: its states and samples are written.
+
+        Raises:
+            StatesError, OutputError: as :meth:`add`.
+        """
+        self.add(part.states, part.samples, state_first=part.state_first)
+
+    def add(self, states: Any, samples: NDArray[np.int64], *, state_first: bool = False) -> None:
+        """Write a batch.
+
+        Args:
+            states: (B, L+1, D), or (L+1, B, D) if ``state_first``.
+            samples: (B,) indices of the texts; those of one text follow each other.
+            state_first: which axis of ``states`` comes first.
 
         Raises:
             StatesError: the batch differs from the first one in shape or dtype.
@@ -132,7 +157,10 @@ class StatesWriter:
         self._count += len(array)
 
     def mark(self, texts: TextsIdentity) -> None:
-        """Flush all states of ``texts``, the texts so far, so that :meth:`resume` finds them.
+        """Flush all states so far, so that :meth:`resume` finds them.
+
+        Args:
+            texts: the texts so far.
 
         Raises:
             OutputError: they cannot be written.
@@ -152,7 +180,10 @@ class StatesWriter:
                 _flush(marks)
 
     def resume(self, texts: TextsIdentity) -> None:
-        """Go on behind the states of ``texts``, which an earlier run has marked.
+        """Go on behind states that an earlier run has marked.
+
+        Args:
+            texts: the texts of those states.
 
         Raises:
             ScanError: there is no such mark, or less than it counts.
@@ -233,7 +264,7 @@ class StatesWriter:
         self._began = True
 
     def _ends(self) -> list[tuple[BinaryIO, int]]:
-        """Where the files end that hold the samples counted."""
+        """Pairs of a file, and where it ends if it holds the samples counted."""
         states = HEADER_BYTES + self._count * self._sample_bytes()
         return [(self._states, states), (self._samples, 8 * self._count)]
 

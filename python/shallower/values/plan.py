@@ -85,6 +85,7 @@ def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Reje
 
 STRATEGIES = {
     "similarity": "of all blocks of its size, its ends are most alike at the last token",
+    "costs": "of all blocks of its size, it costs least by the criterion named",
     "deepest": "the deepest layers but the last",
     "manual": "named by hand",
 }

@@ -1,7 +1,7 @@
 //! The slow twin, and batches of states to hold it against the core on.
 
 use proptest::prelude::*;
-use shallower_core::{Accumulator, Element, Metric, Order, States, Tier};
+use shallower_core::{Accumulator, Element, Metric, Order, States, Sums, Tier};
 
 pub const METRICS: [Metric; 4] = Metric::ALL;
 
@@ -13,7 +13,7 @@ pub fn accumulate<T: Element>(
     shape: (usize, usize, usize),
     order: Order,
     threads: usize,
-) -> Accumulator {
+) -> Sums {
     accumulate_on(Tier::chosen().unwrap(), data, shape, order, threads)
 }
 
@@ -23,7 +23,7 @@ pub fn accumulate_on<T: Element>(
     shape: (usize, usize, usize),
     order: Order,
     threads: usize,
-) -> Accumulator {
+) -> Sums {
     let (samples, states, width) = shape;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -33,7 +33,7 @@ pub fn accumulate_on<T: Element>(
     let mut accumulator = accumulator.with_tier(tier).unwrap();
     let view = States::new(data, samples, states, width, order).unwrap();
     pool.install(|| accumulator.update(&view)).unwrap();
-    accumulator
+    accumulator.into_sums()
 }
 
 /// The angle by the chord between the unit vectors, `2·asin(|u - v| / 2)`: another formula

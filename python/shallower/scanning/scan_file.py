@@ -1,0 +1,177 @@
+"""Scan files: what a scan holds, written and read without loss.
+
+A safetensors file: the core's own bytes (``sums``, and ``cka`` if there is one), the values of
+single samples if they are kept, and a header in JSON.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._core import Cka, Sums
+from ..errors import MetricError, PositionsError, ScanError, StatesError
+from ..storage import write_file
+from ..values.plan import ModelIdentity, Rejection, TextsIdentity, positions_of
+from ..values.schema import from_fields, of_type
+from .contents import Contents, Samples
+
+FORMAT = "shallower.scan.4"
+"""The key of a scan file's metadata."""
+
+SUMS, CKA = "sums", "cka"
+"""The names of the core's bytes."""
+
+
+def write_scan(path: str | Path, contents: Contents) -> None:
+    """Write a scan, whole or not at all.
+
+    Args:
+        path: where to; what is there is replaced.
+        contents: what to write.
+
+    Raises:
+        OutputError: the place cannot be written to.
+    """
+    from safetensors.numpy import save
+
+    header: dict[str, Any] = {
+        "rejections": [asdict(rejection) for rejection in contents.rejections],
+        "model": asdict(contents.model) if contents.model else None,
+        "texts": [asdict(texts) for texts in contents.texts],
+        "positions": asdict(contents.positions) if contents.positions else None,
+    }
+    arrays: dict[str, NDArray[Any]] = {SUMS: np.frombuffer(contents.sums.to_bytes(), np.uint8)}
+    if contents.cka is not None:
+        arrays[CKA] = np.frombuffer(contents.cka.to_bytes(), np.uint8)
+    for metric, values in (contents.samples or {}).items():
+        arrays[_samples_name(metric)] = values
+    header["sha256"] = digest(header, arrays)
+    write_file(Path(path), save(arrays, metadata={FORMAT: json.dumps(header)}))
+
+
+def read_scan(path: str | Path) -> Contents:
+    """Read a scan.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What it holds, checked.
+
+    Raises:
+        ScanError: the file is not there, is truncated, damaged or of another version, or is not a
+            scan.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not Path(path).is_file():
+            raise ScanError(f"there is no scan file {path}")
+        with safe_open(str(path), framework="numpy") as file:
+            _check_version(path, file.metadata() or {})
+            return _contents(file)
+    except (SafetensorError, OSError) as error:
+        raise ScanError(f"{path} is truncated, or not a scan of shallower: {error}") from error
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        StatesError,
+        MetricError,
+        PositionsError,
+    ) as error:
+        raise ScanError(f"{path} is damaged, or not a scan of shallower: {error}") from error
+
+
+def digest(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Hash what a scan file holds.
+
+    Args:
+        header: all of its header but the hash.
+        arrays: its arrays by name.
+
+    Returns:
+        The SHA-256 in hexadecimal.
+    """
+    hashed = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        hashed.update(name.encode() + array.tobytes())
+    return hashed.hexdigest()
+
+
+def _samples_name(metric: str) -> str:
+    return f"{metric}.samples"
+
+
+def _check_version(path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Refuse the scans of other versions in words of their own."""
+    if FORMAT in metadata:
+        return
+    kind, _, number = FORMAT.rpartition(".")
+    others = (re.fullmatch(re.escape(kind) + r"\.(\d{1,9})", key) for key in metadata)
+    for found in filter(None, others):
+        way = "scan again" if int(found[1]) < int(number) else "update shallower, or scan again"
+        raise ScanError(
+            f"{path} is a scan file of version {found[1]}, and this shallower reads version "
+            f"{number}: {way}"
+        )
+    raise ValueError(f"its metadata has no {FORMAT}")
+
+
+def _contents(file: Any) -> Contents:
+    header = of_type(dict, json.loads(file.metadata()[FORMAT]))
+    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if header.pop("sha256") != digest(header, arrays):
+        raise ValueError("its checksum does not fit its content")
+    sums = Sums.from_bytes(_bytes(SUMS, arrays.pop(SUMS)))
+    cka = None
+    if CKA in arrays:
+        cka = Cka.from_bytes(_bytes(CKA, arrays.pop(CKA)))
+        if cka.num_states != sums.num_states or cka.samples > sums.count:
+            raise ValueError("its sums for CKA are not of its samples")
+    model = None if header["model"] is None else from_fields(ModelIdentity, header["model"])
+    if model and model.num_layers != sums.num_states - 1:
+        raise ValueError(f"it is of {sums.num_states - 1} layers, its model has {model.num_layers}")
+    return Contents(
+        sums,
+        tuple(from_fields(Rejection, rejection) for rejection in header["rejections"]),
+        model,
+        tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),
+        _samples(arrays, sums),
+        cka,
+        positions_of(header["positions"]),
+    )
+
+
+def _bytes(name: str, array: NDArray[Any]) -> bytes:
+    if array.dtype != np.uint8 or array.ndim != 1:
+        raise ValueError(f"{name}: expected 1-D uint8, got {array.ndim}-D {array.dtype}")
+    return array.tobytes()
+
+
+def _samples(arrays: Mapping[str, NDArray[Any]], sums: Sums) -> Samples | None:
+    names = {metric: _samples_name(metric) for metric in sums.metrics}
+    if not arrays:
+        return None
+    if set(arrays) != set(names.values()):
+        raise ValueError(f"it holds {sorted(arrays)}: expected {sorted(names.values())}, or none")
+    shape = (sums.num_sequences, sums.num_states * (sums.num_states - 1) // 2)
+    samples = {metric: arrays[name] for metric, name in names.items()}
+    for metric, values in samples.items():
+        if values.dtype != np.float32 or values.shape != shape:
+            raise ValueError(
+                f"{names[metric]}: expected float32 {shape}, got {values.dtype} {values.shape}"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{names[metric]}: a value is NaN or infinite")
+    return samples

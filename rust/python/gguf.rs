@@ -1,0 +1,87 @@
+//! GGUF files, cut without being read whole.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use pyo3::prelude::*;
+
+use super::errors::raised;
+use super::tell;
+use crate::gguf::{self, Gguf, GgufError};
+
+/// A GGUF file, its header read; see `shallower.gguf`.
+#[pyclass(name = "Gguf", module = "shallower._core")]
+pub(super) struct PyGguf {
+    path: PathBuf,
+    file: File,
+    inner: Gguf,
+}
+
+fn gguf_error(path: &Path, error: &GgufError) -> PyErr {
+    let message = format!("{} {error}", path.display());
+    match error {
+        GgufError::Survivors { .. } => raised::LayersError::new_err(message),
+        GgufError::Write(_) | GgufError::Stopped => raised::OutputError::new_err(message),
+        GgufError::Read(_)
+        | GgufError::Damaged { .. }
+        | GgufError::Format(_)
+        | GgufError::Split(_)
+        | GgufError::NoLayers(_)
+        | GgufError::Refused { .. } => raised::ModelError::new_err(message),
+    }
+}
+
+#[pymethods]
+impl PyGguf {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let read = || {
+            let mut file = gguf::open(&path)?;
+            Ok((Gguf::read(&mut file)?, file))
+        };
+        let (inner, file) = py.detach(read).map_err(|error| gguf_error(&path, &error))?;
+        Ok(Self { path, file, inner })
+    }
+
+    #[getter]
+    fn architecture(&self) -> &str {
+        self.inner.architecture()
+    }
+
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers()
+    }
+
+    fn cut_size(&mut self, survivors: Vec<usize>) -> PyResult<u64> {
+        let cut = self.inner.cut(&mut self.file, &survivors);
+        Ok(cut.map_err(|error| gguf_error(&self.path, &error))?.size())
+    }
+
+    #[pyo3(signature = (survivors, out, progress=None))]
+    fn cut(
+        &mut self,
+        py: Python<'_>,
+        survivors: Vec<usize>,
+        out: PathBuf,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let Self { path, file, inner } = self;
+        let planned = inner.cut(file, &survivors);
+        let cut = planned.map_err(|error| gguf_error(path, &error))?;
+        let (total, mut raised) = (cut.size(), None);
+        let told = |done| Python::attach(|py| tell(py, progress.as_ref(), done, total));
+        let saved = py.detach(|| {
+            cut.save(file, &out, &mut |done| {
+                raised = told(done).err();
+                raised.is_none()
+            })
+        });
+        match (saved, raised) {
+            (Ok(()), _) => Ok(()),
+            (Err(GgufError::Stopped), Some(error)) => Err(error),
+            (Err(error @ GgufError::Write(_)), _) => Err(gguf_error(&out, &error)),
+            (Err(error), _) => Err(gguf_error(path, &error)),
+        }
+    }
+}
