@@ -20,6 +20,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 # Tiny models on busy cores: threads that wait for each other cost tenfold. Read when torch loads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# No test waits for the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(97)]

@@ -2,7 +2,6 @@
 
 import doctest
 import inspect
-import re
 
 import pytest
 
@@ -89,15 +88,6 @@ def test_commands_of_a_document_run(folder, shallower, document):
         for words in examples.commands(examples.quicker(code), "shallower"):
             done = shallower(*words)
             assert done.status == 0, f"{document}:{line}: shallower {' '.join(words)}\n{done.err}"
-
-
-def test_targets_that_documents_name_are_there():
-    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for document, blocks in BLOCKS.items():
-        for _, line, code in blocks:
-            for words in examples.commands(code, "make"):
-                for word in words:
-                    assert "=" in word or word in targets, f"{document}:{line}: make {word}"
 
 
 def doctests():

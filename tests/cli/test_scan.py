@@ -103,6 +103,7 @@ def test_a_rejected_text_is_a_warning_on_standard_error(shallower, folder, tiny)
     assert "rejected sample 1: empty text" in shown.splitlines()
 
 
+@pytest.mark.filterwarnings("default:drawing the heat map needs")
 def test_without_matplotlib_the_heat_map_is_left_out_with_a_warning(
     shallower, folder, tiny, jsonl, monkeypatch
 ):

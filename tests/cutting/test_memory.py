@@ -173,7 +173,7 @@ def test_layers_that_cannot_be_dropped_are_refused_and_nothing_changes(llama, la
         [sh.Block(2, 4)],
         np.array([2, 3]),
         {2, 3},
-        iter([2, 3]),
+        pytest.param(iter([2, 3]), id="iter"),
         [range(3, 1, -1)],
         torch.tensor([2, 3]),
     ],

@@ -54,7 +54,7 @@ def test_distillation_matches_the_state_behind_the_block(words, blocks):
         here = state(student, sum(layer < start for layer in plan.survivors), ids, mask)
         error = (here - wanted).square().sum(-1) / wanted.square().sum(-1)
         expected.append(float(error[0, 1:].sum() + error[1, 1:7].sum()))
-    assert float(got) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert got.item() == pytest.approx(np.mean(expected), rel=1e-5)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     if blocks[0][0]:  # else the embedding alone could change the state, and it does not
         got.backward()

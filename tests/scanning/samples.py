@@ -154,7 +154,12 @@ def signed(header, inner, data):
     return header
 
 
+FOLDER = TemporaryDirectory()
+"""One for thousands of files: to remove a folder costs more than to load a scan."""
+
+
 def load(content):
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "scan").write_bytes(content)
-        return Scan.load(Path(folder) / "scan")
+    path = Path(FOLDER.name) / "scan"
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    return Scan.load(path)

@@ -56,8 +56,8 @@ def test_a_block_needs_integers(value):
     "layers",
     [
         Block(2, 5), [Block(2, 5)], range(2, 5), [range(2, 5)], [2, 3, 4], (4, 3, 2), {2, 3, 4},
-        [Block(2, 4), 4], [4, range(2, 4)], np.arange(2, 5), torch.arange(2, 5), iter([4, 2, 3]),
-        [range(4, 1, -1)], [np.int32(2), Block(3, 5)],
+        [Block(2, 4), 4], [4, range(2, 4)], np.arange(2, 5), torch.arange(2, 5),
+        pytest.param(iter([4, 2, 3]), id="iter"), [range(4, 1, -1)], [np.int32(2), Block(3, 5)],
     ],
     ids=repr,
 )  # fmt: skip

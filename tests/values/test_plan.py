@@ -41,6 +41,7 @@ def plan_file(tmp_path):
 
     def write(content):
         path = tmp_path / "plan.json"
+        path.unlink(missing_ok=True)  # quicker than to cut it short
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         return path
 

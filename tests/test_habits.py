@@ -1,0 +1,51 @@
+"""One definition of clean: what people, pre-commit and CI call is a target of the Makefile."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = re.findall(r"^([a-z-]+):.*?## \S", MAKEFILE, re.MULTILINE)
+
+
+def called(text):
+    """The targets that a text calls, as code or in a shell's line."""
+    return re.findall(r"(?:`|^ {4}|exec )make ([a-z-]+)", text, re.MULTILINE)
+
+
+def test_make_alone_prints_the_targets():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = [line.split()[0] for line in done.stdout.splitlines()]
+    assert printed == TARGETS
+    assert {"dev", "check", "test", "lint", "ci"} <= set(TARGETS)
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)[1]
+    assert set(TARGETS) == set(phony.replace("\\\n", " ").split())
+
+
+def test_ci_calls_make():
+    assert called((ROOT / ".ci" / "run").read_text()) == ["ci"]
+    needed = re.search(r"^ci: (.*?) *##", MAKEFILE, re.MULTILINE)[1]
+    assert needed.split() == ["test", "lint", "bench-check", "wheel"]
+
+
+def test_pre_commit_calls_make():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    for hook in hooks:
+        program, target, *_ = hook["entry"].split()
+        assert (program, hook["language"]) == ("make", "system")
+        assert target in TARGETS
+    lint = re.search(r"^lint: (.*?) *##", MAKEFILE, re.MULTILINE)[1]
+    assert set(lint.split()) <= {hook["id"] for hook in hooks}
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "benches/README.md"]
+)
+def test_targets_that_documents_name_are_there(name):
+    named = set(called((ROOT / name).read_text(encoding="utf-8")))
+    assert named <= set(TARGETS)
