@@ -188,8 +188,9 @@ class Costs:
         size = len(layers) + 1
         search = _core.Costs.of_layers(layers)
         blocks = np.zeros((size, size))
-        for start in range(len(layers)):
-            blocks[start, start + 1 :] = np.cumsum(layers[start:])
+        with np.errstate(over="ignore"):  # the search is exact; the score is infinite then
+            for start in range(len(layers)):
+                blocks[start, start + 1 :] = np.cumsum(layers[start:])
         errors = None
         if stderr is not None:
             errors = np.full((size, size), np.nan)
