@@ -20,7 +20,7 @@ MAX_RESAMPLES = 2**31
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BootstrappedStart:
-    """How often the best block of one size starts where it does, over resamples.
+    """Stability of the best start of one block size over resamples.
 
     Attributes:
         start: l*(n), the start of the best block over all samples.

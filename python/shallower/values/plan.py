@@ -21,7 +21,7 @@ from .schema import from_fields, of_type
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What a scan and a plan remember of a model, so that a plan is not used on another.
+    """Identity of a model, kept by scans and plans so that a plan is not used on another one.
 
     ``fingerprint`` covers the shape and the one-dimensional weights (norms and biases,
     which no quantiser touches) rounded to bfloat16: the same for every dtype that the
@@ -54,7 +54,7 @@ def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> s
 
 @dataclass(frozen=True, slots=True)
 class TextsIdentity:
-    """What a scan remembers of its texts: how many, how long at most, and their hash."""
+    """Identity of a scan's texts: how many, how long at most, and their hash."""
 
     num_texts: int
     max_length: int
