@@ -39,6 +39,45 @@ def test_the_command_heals_and_merges(shallower, cut, folder):
     assert "unknown preset" in shallower("heal", cut, *data, "--out", "x", "--preset", "y").error
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 0), "steps must be an integer of at least 1"),
+        (("--preset", "gpt-5"), "unknown preset 'gpt-5'"),
+        (("--from-patch",), "a patch needs the uncut model"),
+        (("--distill", 1), "distillation needs the uncut model"),
+        (("--texts", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
+)
+def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(
+    tmp_path, cut, options, message
+):
+    texts = write_jsonl(tmp_path / "t.jsonl", TEXTS)
+    done = in_a_process(
+        sys.executable, "-c", "import sys; sys.modules['torch'] = None; import shallower.cli; "
+        "shallower.cli.main()", "heal", cut, "--texts", texts, "--out", tmp_path / "out", *options,
+    )  # fmt: skip
+    assert done.status == 2
+    assert message in done.err
+
+
+@pytest.mark.parametrize("packing", [None, True, False])
+def test_the_preset_decides_on_packing_unless_it_is_asked_for(shallower, cut, folder, packing):
+    texts = write_jsonl(folder / "t.jsonl", TEXTS)
+    asked = {None: (), True: ("--packing",), False: ("--no-packing",)}[packing]
+    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json", *asked)
+    for preset, packs in (("llama-2-7b", False), ("small", True)):
+        dry = shallower("heal", cut, *options, "--preset", preset).json
+        assert dry["packing"] is (packs if packing is None else packing)
+
+
+def test_gradient_checkpointing_is_an_option(shallower, cut, folder):
+    texts = write_jsonl(folder / "t.jsonl", TEXTS)
+    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
+    assert shallower("heal", cut, *options, "--gradient-checkpointing").json["recompute"] is True
+
+
 def test_the_command_says_how_to_cut(shallower, both, folder):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     assert (

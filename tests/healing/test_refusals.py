@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
+from shallower.texts.sources import Texts
 from tests.conftest import tiny_llama
 from tests.families import small_config
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
@@ -31,6 +32,17 @@ def test_bad_input_leaves_nothing(cut, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         sh.heal(cut, out=tmp_path / "out", **given)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["texts", "eval_texts"])
+def test_texts_are_looked_at_before_a_model_is_loaded(cut, tmp_path, name, monkeypatch):
+    from shallower.healing import heal
+
+    monkeypatch.setattr(heal, "load_placed", lambda *_args, **_options: pytest.fail("too early"))
+    (tmp_path / "texts.jsonl").write_text('{"body": "w1 w2"}\n')
+    given = {"texts": TEXTS, "eval_texts": HELD_OUT, name: Texts(str(tmp_path / "texts.jsonl"))}
+    with pytest.raises(sh.TextsError, match="no field `text`"):
+        sh.heal(cut, out=tmp_path / "out", recipe=QUICK, **given)
 
 
 def test_a_model_that_was_not_cut_is_refused(both, tmp_path):

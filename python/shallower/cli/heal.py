@@ -143,6 +143,7 @@ def heal_command(
         packing=packing, attention=attention, distill=distill, eval_every=eval_every, seed=seed,
         recompute=gradient_checkpointing,
     )  # fmt: skip
+    recipe.check(original=original is not None, from_patch=from_patch)
     quiet()
     from ..healing.checks import read_plan, resolve
     from ..healing.heal import heal

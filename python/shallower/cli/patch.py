@@ -62,7 +62,6 @@ def patch_command(
     made; then those behind it, as long as the loss on held-out text falls. A patch that does not
     help is not saved. Patch, then heal, is the recommended way.
     """
-    from ..models.loading import count_layers
     from ..storage import check_free
     from ..texts.sources import Texts
     from ..values.layers import ranges
@@ -70,8 +69,10 @@ def patch_command(
 
     source = Texts(texts, max_texts)
     held_out = Texts(eval_texts) if eval_texts is not None else None
-    wanted = wanted_plan(model, drop, plan, count_layers(model, gguf_file, trust_remote_code))
     check_free(out, overwrite)
+    from ..models.loading import count_layers
+
+    wanted = wanted_plan(model, drop, plan, count_layers(model, gguf_file, trust_remote_code))
     if dry_run:
         described = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
         say_dry_run({**described, "texts": texts, "write": [str(out)]}, as_json)

@@ -107,12 +107,13 @@ def heal(
     require_peft()
     path, out, recipe = str(path), Path(out), recipe or Recipe()
     check_free(out, overwrite)
-    if recipe.distill and original is None:
-        raise RecipeError("distillation needs the uncut model: name it (original, --original)")
-    if from_patch and original is None:
-        raise RecipeError("a patch needs the uncut model: name it (original, --original)")
+    recipe.check(original=original is not None, from_patch=from_patch)
     if eval_texts is None and losses != (None, None):
         raise RecipeError("losses without eval_texts: give the texts that they were measured on")
+    held_out = None if eval_texts is None else list(eval_texts)
+    source = ReadOnce(texts)
+    if not any(True for _ in source):
+        raise TextsError("there are no texts to heal with")
     plan = read_plan(path)
     resolved = resolve(path, plan, recipe, trust_remote_code=trust_remote_code)
     dtype = stored_plainly(path, trust_remote_code) if merge or from_patch else ""
@@ -122,16 +123,14 @@ def heal(
     patched = None
     if from_patch and uncut is not None:
         require_one_process()
-        texts = ReadOnce(texts)
         patched = patched_cut(
-            path, plan, uncut.name, texts=texts, out=out, whole=lambda: uncut.load(dtype),
+            path, plan, uncut.name, texts=source, out=out, whole=lambda: uncut.load(dtype),
             max_length=resolved.max_length, progress=progress,
         )  # fmt: skip
-        texts = texts.last_pass()
         if dtype != resolved.dtype:
             uncut.release()
     done = _Run(
-        path, plan, resolved, texts, eval_texts, uncut, merge, losses, progress,
+        path, plan, resolved, source.last_pass(), held_out, uncut, merge, losses, progress,
         trust_remote_code, patched,
     ).to(out, overwrite)  # fmt: skip
     if patched is not None:
@@ -154,7 +153,7 @@ class _Run:
     plan: Plan
     recipe: Resolved
     texts: Iterable[str]
-    eval_texts: Iterable[str] | None
+    held_out: list[str] | None
     uncut: Uncut | None
     merge: bool
     losses: tuple[Loss | None, Loss | None]
@@ -169,7 +168,7 @@ class _Run:
 
     def to(self, out: Path, overwrite: bool) -> Healing:
         """Heal into a folder."""
-        held_out = None if self.eval_texts is None else list(self.eval_texts)
+        held_out = self.held_out
         model, tokenizer = load_placed(
             self.path, self.recipe.dtype, trust_remote_code=self.trust_remote_code
         )

@@ -139,7 +139,7 @@ class Recipe:
             RecipeError: a preset that is unknown or of another family, a sequence longer than
                 the model's positions, or a value out of its range.
         """
-        self._check()
+        self.check()
         preset = find_preset(self.preset, facts)
         max_length = self.max_length or preset.max_length
         if facts.positions is not None and max_length > facts.positions:
@@ -173,7 +173,21 @@ class Recipe:
             recompute=self.recompute,
         )
 
-    def _check(self) -> None:
+    def check(self, *, original: bool = True, from_patch: bool = False) -> None:
+        """Refuse settings that fit no model, before any is loaded.
+
+        Args:
+            original: whether the uncut model is named, which distillation and a patch need.
+            from_patch: whether the cut is patched first.
+
+        Raises:
+            RecipeError: an unknown preset, a value out of its range, or no uncut model.
+        """
+        if self.distill and not original:
+            raise RecipeError("distillation needs the uncut model: name it (original, --original)")
+        if from_patch and not original:
+            raise RecipeError("a patch needs the uncut model: name it (original, --original)")
+        _named_preset(self.preset)
         for name in ("steps", "rank", "max_length", "batch_size", "eval_every"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -289,16 +303,24 @@ def find_preset(name: str, facts: ModelFacts) -> Preset:
     Raises:
         RecipeError: there is none of this name, or it is for another family.
     """
-    if name == "auto":
-        return _automatic(facts)
-    preset = PRESETS.get("-".join(name.lower().replace("_", "-").split()))
+    preset = _named_preset(name)
     if preset is None:
-        raise RecipeError(f"unknown preset {name!r}: expected auto, {', '.join(PRESETS)}")
+        return _automatic(facts)
     if preset.model_type not in (None, facts.model_type):
         raise RecipeError(
             f"the preset {preset.name} is for {preset.model_type}, and the model is of the family "
             f"{facts.model_type}: choose auto, or {SMALL.name} or {GENERAL.name}"
         )
+    return preset
+
+
+def _named_preset(name: str) -> Preset | None:
+    """The preset of a name; None for ``auto``."""
+    if name == "auto":
+        return None
+    preset = PRESETS.get("-".join(name.lower().replace("_", "-").split()))
+    if preset is None:
+        raise RecipeError(f"unknown preset {name!r}: expected auto, {', '.join(PRESETS)}")
     return preset
 
 
