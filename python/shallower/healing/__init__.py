@@ -1,1 +1,1 @@
-"""Healing a cut by training low-rank adapters (QLoRA), as appendix A of 2403.17887 does."""
+"""Healing of a cut: in closed form, and by training low-rank adapters (QLoRA)."""

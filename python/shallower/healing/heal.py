@@ -371,6 +371,6 @@ class _Run:
 
 
 def _is_better(healing: Healing) -> bool:
-    """Whether the held-out loss fell; where it was not measured, nobody knows better."""
+    """True if the held-out loss fell, or was not measured."""
     before, after = healing.before, healing.after
     return not (before and after and after.nats >= before.nats)
