@@ -269,11 +269,20 @@ def test_whatever_names_layers_makes_a_plan():
 
 
 def test_a_plan_of_blocks_keeps_their_scores():
-    scored = [Block(6, 8, 0.2, 0.01), Block(4, 6, 0.1), 2, 3]
+    scored = [Block(9, 11, 0.2, 0.01), Block(4, 6, 0.1), 1, 2]
     plan = Plan.of(12, scored)
-    assert plan.blocks == (Block(2, 4), Block(4, 6), Block(6, 8))
+    assert plan.blocks == (Block(1, 3), Block(4, 6), Block(9, 11))
     assert [block.score for block in plan.blocks] == [None, 0.1, 0.2]
+    assert plan.blocks[2].stderr == 0.01
     assert (plan.strategy, plan.metric) == ("manual", None)
+    assert Plan.of(12, Block(4, 6, 0.1)).blocks[0].score == 0.1
+
+
+@pytest.mark.parametrize("beside", [6, 3, range(6, 8), Block(2, 4), Block(6, 8, 0.2)], ids=str)
+def test_a_block_that_touches_another_layer_loses_its_score(beside):
+    (block,) = Plan.of(12, [Block(4, 6, 0.1, 0.01), beside]).blocks
+    assert len(block) > 2
+    assert (block.score, block.stderr) == (None, None)
 
 
 def test_a_plan_passes_through_if_it_is_for_so_many_layers():

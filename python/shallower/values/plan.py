@@ -134,8 +134,9 @@ class Plan:
 
         Args:
             num_layers: layers of the model before the cut.
-            layers: a plan, which passes through; or blocks, ranges or indices. Blocks that
-                have a score keep it; all else is joined into the fewest blocks.
+            layers: a plan, which passes through; or blocks, ranges or indices, joined into
+                the fewest blocks. A block that touches no other named layer keeps its score;
+                one that does joins another pair of states than the one scored, and loses it.
 
         Returns:
             The plan; ``manual`` unless ``layers`` is a plan.
@@ -155,10 +156,8 @@ class Plan:
             layers = tuple(layers)
         dropped = dropped_layers(num_layers, layers)
         named = (layers,) if isinstance(layers, Block) else layers
-        scored = [item for item in named if isinstance(item, Block) and item.score is not None]
-        known = {layer for block in scored for layer in block.layers}
-        rest = blocks_of([layer for layer in dropped if layer not in known])
-        return cls(num_layers, tuple(sorted((*scored, *rest), key=lambda block: block.start)))
+        scored = {block: block for block in named if isinstance(block, Block)}
+        return cls(num_layers, tuple(scored.get(block, block) for block in blocks_of(dropped)))
 
     @property
     def dropped(self) -> tuple[int, ...]:
