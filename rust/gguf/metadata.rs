@@ -4,14 +4,16 @@ use std::io::{Read, Seek};
 
 use super::error::{Result, damaged, refused};
 use super::header::integers;
+use super::label::{name_with_layers, size_label};
 use super::model::Gguf;
-use super::piece::{Piece, filtered, recounted};
+use super::piece::{Piece, filtered, recounted, retold};
 use super::quirks::out_of_step;
 use super::record::{Entry, Value};
 use super::rules::{
     INDICES, Meaning, NOT_PER_LAYER, OTHER_TOWERS, PER_LAYER_PREFIX, SCALARS, UNCUTTABLE,
 };
 use super::tensors::{place_of, renamed};
+use super::told::text_of;
 use super::types::Kind;
 
 impl Gguf {
@@ -27,6 +29,9 @@ impl Gguf {
             let names = self.header.tensors.iter();
             let tensors = names.filter(|t| renamed(&t.name, kept).is_some()).count();
             return recounted(entry, tensors as u64);
+        }
+        if let Some(text) = self.told_anew(source, entry, kept) {
+            return Ok(retold(entry, &text));
         }
         let prefix = format!("{}.", self.architecture);
         let suffix = match entry.key.strip_prefix(&prefix) {
@@ -60,6 +65,32 @@ impl Gguf {
                      layers: cut the model in memory instead, with a folder as --out"
                 ),
             )),
+        }
+    }
+
+    /// The new text of an entry that tells the model's size.
+    fn told_anew(
+        &self,
+        source: &mut (impl Read + Seek),
+        entry: &Entry,
+        kept: &[u64],
+    ) -> Option<String> {
+        let Value::Text(_) = entry.value else {
+            return None;
+        };
+        match entry.key.as_str() {
+            "general.size_label" => {
+                let tensors = self.header.tensors.iter();
+                Some(size_label(
+                    tensors.filter(|tensor| renamed(&tensor.name, kept).is_some()),
+                ))
+            }
+            "general.name" => {
+                let name = text_of(source, entry)?;
+                let left = self.layers_of(kept).len();
+                Some(name_with_layers(&name, self.num_layers(), left))
+            }
+            _ => None,
         }
     }
 

@@ -57,6 +57,16 @@ pub(super) fn recounted(entry: &Entry, number: u64) -> Result<Vec<Piece>> {
     ])
 }
 
+/// An entry with another text.
+pub(super) fn retold(entry: &Entry, text: &str) -> Vec<Piece> {
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(text.as_bytes());
+    vec![
+        Piece::Copy(entry.start, entry.payload - 8),
+        Piece::Bytes(bytes),
+    ]
+}
+
 /// An array with the elements of `kept` alone.
 pub(super) fn filtered(
     source: &mut (impl Read + Seek),

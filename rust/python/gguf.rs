@@ -4,10 +4,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use super::errors::raised;
 use super::tell;
-use crate::gguf::{self, Gguf, GgufError};
+use crate::gguf::{self, Gguf, GgufError, Told};
 
 /// A GGUF file, its header read; see `shallower.gguf`.
 #[pyclass(name = "Gguf", module = "shallower._core")]
@@ -51,6 +52,23 @@ impl PyGguf {
     #[getter]
     fn num_layers(&self) -> usize {
         self.inner.num_layers()
+    }
+
+    fn metadata<'py>(
+        &mut self,
+        py: Python<'py>,
+        keys: Vec<String>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let told = PyDict::new(py);
+        for key in keys {
+            match self.inner.told(&mut self.file, &key) {
+                Some(Told::Number(number)) => told.set_item(key, number)?,
+                Some(Told::Text(text)) => told.set_item(key, text)?,
+                Some(Told::Texts(texts)) => told.set_item(key, texts)?,
+                None => {}
+            }
+        }
+        Ok(told)
     }
 
     fn cut_size(&mut self, survivors: Vec<usize>) -> PyResult<u64> {
