@@ -42,7 +42,7 @@ def more(made, tmp_path_factory):
     scan = sh.scan(model, tokenizer, examples.sentences(32, seed=1), keep_samples=True)
     scan.save(folder / "scans" / "smol" / "scan.safetensors")
     plan = sh.drop_layers(model, [range(12, 20)])
-    sh.save_model(model, tokenizer, folder / examples.CUT, plan)
+    sh.save_model(model, tokenizer, folder / examples.CUT, plan=plan)
     write(folder / "model.gguf", num_layers=30)
     return folder
 

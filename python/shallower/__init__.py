@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .cutting.gguf import prune_gguf as prune_gguf
     from .cutting.memory import drop_layers as drop_layers
     from .cutting.memory import without_layers as without_layers
+    from .cutting.prune import plan_prune as plan_prune
+    from .cutting.prune import prune as prune
     from .cutting.saving import save_model as save_model
     from .cutting.saving import verify_checkpoint as verify_checkpoint
     from .errors import CostsError as CostsError
@@ -110,6 +112,8 @@ _HOMES = {
     "merge": "healing.saving",
     "patch": "healing.patch",
     "plan_gguf": "cutting.gguf",
+    "plan_prune": "cutting.prune",
+    "prune": "cutting.prune",
     "prune_checkpoint": "cutting.checkpoint",
     "prune_gguf": "cutting.gguf",
     "run": "runs.run",

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from shallower import Plan, cli
+from shallower import Plan
+from shallower.models import loading
 from tests.cli.documents import assert_cut, tree
 
 
@@ -38,7 +39,7 @@ def test_prune_verifies(shallower, tiny, dtype, most):
 @pytest.fixture
 def never_loaded(monkeypatch):
     """Loading a model is an error."""
-    monkeypatch.setattr(cli.prune, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "float32"]])

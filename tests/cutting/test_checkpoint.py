@@ -22,7 +22,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 import shallower as sh
 from shallower import LayersError, ModelError, Plan, PlanError
 from shallower.cutting import checkpoint
-from shallower.cutting.cards import EXPORT_FILES
+from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.plain import VECTORS
 from shallower.models.quantised import quantisation
 from tests.conftest import tiny_llama
@@ -42,8 +42,8 @@ def stock(folder):
 def test_a_cut_on_disk_is_the_cut_in_memory(source, tmp_path, size):
     model, tokenizer = sh.load_model(source, dtype="float32")
     plan = sh.drop_layers(model, DROPPED)
-    sh.save_model(model, tokenizer, tmp_path / "memory", plan)
-    assert sh.prune_checkpoint(source, DROPPED, tmp_path / "disk", size) == plan
+    sh.save_model(model, tokenizer, tmp_path / "memory", plan=plan)
+    assert sh.prune_checkpoint(source, DROPPED, tmp_path / "disk", max_shard_size=size) == plan
     disk = tmp_path / "disk"
     assert stored(disk) == stored(tmp_path / "memory")
     assert Plan.load(disk / "shallower_plan.json") == plan
@@ -115,7 +115,7 @@ def test_quantised_checkpoints_of_bitsandbytes_stay_bit_by_bit(words, tmp_path, 
     plan = sh.drop_layers(model, DROPPED)
     sh.save_model(model, tokenizer, tmp_path / "memory")
     disk = tmp_path / "disk"
-    done = sh.prune_checkpoint(tmp_path / "source", DROPPED, disk, "10KB", plan=plan)
+    done = sh.prune_checkpoint(tmp_path / "source", DROPPED, disk, max_shard_size="10KB", plan=plan)
     assert stored(disk) == stored(tmp_path / "memory")
     assert (done, done.model.dtype) == (plan, dtype)
     assert torch.equal(logits_of(stock(disk)), logits_of(stock(tmp_path / "memory")))
@@ -140,7 +140,7 @@ def test_fp8_of_transformers_stays_bit_by_bit(tmp_path, monkeypatch):
 
 
 def test_a_cut_can_be_cut_again(source, tmp_path):
-    sh.prune_checkpoint(source, [1], tmp_path / "once", 1000)
+    sh.prune_checkpoint(source, [1], tmp_path / "once", max_shard_size=1000)
     sh.prune_checkpoint(tmp_path / "once", [2, 3], tmp_path / "twice")
     sh.prune_checkpoint(source, DROPPED, tmp_path / "straight")
     assert stored(tmp_path / "twice") == stored(tmp_path / "straight")
@@ -167,7 +167,7 @@ def plain_checkpoint(family, folder, **options):
 
 def prepared(folder, drop):
     """What a cut writes, and how."""
-    cut = checkpoint.prepare(folder, drop, 20_000)
+    cut = checkpoint.prepare(folder, drop, max_shard_size=20_000)
     return cut.texts, cut.plan, cut.job.journal, cut.job.files, cut.carried
 
 

@@ -61,7 +61,7 @@ def make_quantised(folder, method, config, plain_layers=()):
 @pytest.mark.parametrize("method", FORMATS)
 def test_other_quantised_formats_are_renamed_and_copied(method, tmp_path):
     before = stored(make_quantised(tmp_path / "source", method, {"bits": 4}))
-    sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "cut", 3000)
+    sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "cut", max_shard_size=3000)
     expected = {}
     for name, tensor in before.items():
         if name.startswith("model.layers."):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import shallower as sh
 from shallower import ModelError, OutputError
-from shallower.cutting import checkpoint
+from shallower.cutting import checkpoint_files
 from shallower.storage import partial_folder
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
 from tests.folders import full_disk, tree
@@ -142,17 +142,17 @@ def test_sizes_that_are_none_are_refused(source, tmp_path, size):
 
 def test_sizes_are_read():
     sizes = {"5GB": 5 * 10**9, "1.5 MB": 1_500_000, "2GiB": 2 << 30, "7": 7, 8: 8, "10k": 10_000}
-    assert {text: checkpoint.parse_size(text) for text in sizes} == sizes
+    assert {text: checkpoint_files.parse_size(text) for text in sizes} == sizes
 
 
 def test_a_full_disk_is_told_and_the_work_goes_on(source, tmp_path):
     out = tmp_path / "cut"
     with full_disk(12_000), pytest.raises(OutputError, match="do the same again to go on"):
-        sh.prune_checkpoint(source, DROPPED, out, 10_000)
+        sh.prune_checkpoint(source, DROPPED, out, max_shard_size=10_000)
     assert not out.exists()
     assert partial_folder(out).is_dir()
-    sh.prune_checkpoint(source, DROPPED, out, 10_000)
-    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", 10_000)
+    sh.prune_checkpoint(source, DROPPED, out, max_shard_size=10_000)
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", max_shard_size=10_000)
     assert tree(out) == tree(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
 

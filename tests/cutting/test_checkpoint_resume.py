@@ -30,11 +30,13 @@ def test_progress_is_told_and_can_stop_the_copy(source, tmp_path):
 
     out = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        sh.prune_checkpoint(source, DROPPED, out, 10_000, progress=stop)
+        sh.prune_checkpoint(source, DROPPED, out, max_shard_size=10_000, progress=stop)
     assert not out.exists()
     kept = {path.name: path.stat().st_ino for path in (partial_folder(out) / "folder").glob("m*")}
     heard.clear()
-    sh.prune_checkpoint(source, DROPPED, out, 10_000, progress=lambda *args: heard.append(args))
+    sh.prune_checkpoint(
+        source, DROPPED, out, max_shard_size=10_000, progress=lambda *args: heard.append(args)
+    )
     assert kept
     assert all((out / name).stat().st_ino == inode for name, inode in kept.items())
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
@@ -42,7 +44,7 @@ def test_progress_is_told_and_can_stop_the_copy(source, tmp_path):
 
 
 def test_other_threads_run_while_bytes_are_copied(source, tmp_path):
-    job = checkpoint.prepare(source, DROPPED, 1000).job
+    job = checkpoint.prepare(source, DROPPED, max_shard_size=1000).job
     ticks, stop = [], threading.Event()
 
     def tick():
@@ -67,9 +69,9 @@ def test_work_of_another_job_is_discarded(source, tmp_path):
             raise InterruptedError
 
     with pytest.raises(OutputError):
-        sh.prune_checkpoint(source, [0], out, 10_000, progress=stop)
-    sh.prune_checkpoint(source, DROPPED, out, 9_000)
-    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", 9_000)
+        sh.prune_checkpoint(source, [0], out, max_shard_size=10_000, progress=stop)
+    sh.prune_checkpoint(source, DROPPED, out, max_shard_size=9_000)
+    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", max_shard_size=9_000)
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -84,7 +86,7 @@ SERVER = """
         child = os.fork()
         if not child:
             os.write(1, b"%d\\n" % os.getpid())
-            prune_checkpoint(source, [1, 3, 4], out, 4000, progress=tell)
+            prune_checkpoint(source, [1, 3, 4], out, max_shard_size=4000, progress=tell)
             os._exit(0)
         os.waitpid(child, 0)
         os.write(1, b"ended\\n")
@@ -95,7 +97,7 @@ SERVER = """
 def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(source, tmp_path, seed):
     chance = random.Random(seed)
     out, whole = tmp_path / "cut", tmp_path / "whole"
-    sh.prune_checkpoint(source, DROPPED, whole, 4000)
+    sh.prune_checkpoint(source, DROPPED, whole, max_shard_size=4000)
     command = [sys.executable, "-c", textwrap.dedent(SERVER), source, out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kills = 0

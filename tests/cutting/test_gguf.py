@@ -128,7 +128,12 @@ def check_cut(source, out, survivors, changed):
 
 def test_the_real_model_is_cut(real, cut):
     survivors = [layer for layer in range(30) if layer not in CUT]
-    check_cut(real, cut, survivors, {"llama.block_count": 22})
+    changed = {
+        "llama.block_count": 22,
+        "general.name": "Smollm2 135M 8k Lc100K Mix1 Ep2 (22 layers)",
+        "general.size_label": "106M",
+    }
+    check_cut(real, cut, survivors, changed)
     assert len(GGUFReader(cut).tensors) == 272 - 8 * 9
     assert sh.count_gguf_layers(cut) == 22
 
@@ -224,6 +229,7 @@ def test_metadata_follows_the_survivors(tmp_path):
         "llama.attention.layer_indices": [0, 2],
         "xielu.alpha_n": [0.25, 0.5, 2.0],
         "llama.leading_dense_block_count": 2,
+        "general.name": "a name (3 layers)",
     }
     check_cut(source, tmp_path / "b.gguf", [1, 2, 5], changed)
 

@@ -224,7 +224,7 @@ def test_the_command_line_refuses_with_status_2(real, tmp_path):
         ((real,), "--drop or by --plan"),
         ((real, "--plan", tmp_path / "plan.json"), "is for 28 layers"),
         ((real, "--drop", "1", "--dtype", "nf4"), "--dtype nf4 does not go with"),
-        ((tmp_path, "--drop", "1"), "is no .gguf file"),
+        ((tmp_path, "--drop", "1"), "is not a .gguf file"),
         ((small, "--drop", "1", "--dry-run"), "gemma2 is an architecture"),
         ((tmp_path, "--gguf-file", "none.gguf", "--drop", "1"), "No such file"),
     ]:

@@ -13,7 +13,7 @@ from tests.cutting.tiny_models import GATED, logits_of, reload
 
 def test_a_checkpoint_is_saved_with_its_tokenizer_and_plan(llama, words, tmp_path):
     plan = sh.drop_layers(llama, [2, 3])
-    sh.save_model(llama, words, tmp_path / "deep" / "cut", plan)
+    sh.save_model(llama, words, tmp_path / "deep" / "cut", plan=plan)
     folder = tmp_path / "deep" / "cut"
     assert sh.Plan.load(folder / "shallower_plan.json") == plan
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -102,7 +102,7 @@ def test_saving_that_fails_midway_leaves_all_as_it_was(
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     sh.drop_layers(llama, [sh.Block(2, 4)])
     with pytest.raises(error):
-        sh.save_model(llama, tokenizer, tmp_path / "cut", plan, overwrite)
+        sh.save_model(llama, tokenizer, tmp_path / "cut", plan=plan, overwrite=overwrite)
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
     assert len(list(tmp_path.iterdir())) == len(before and [1])
 

@@ -18,24 +18,27 @@ from tests.documents import PROBE, assert_same, state_of
 def checkpoint(llama, words, tmp_path):
     """The model without layers 1 and 2, saved."""
     with sh.without_layers(llama, [1, 2]):
-        sh.save_model(llama, words, tmp_path / "cut", sh.Plan(6, (Block(1, 3),)))
+        sh.save_model(llama, words, tmp_path / "cut", plan=sh.Plan(6, (Block(1, 3),)))
     return tmp_path / "cut"
 
 
 def test_a_faithful_checkpoint_passes(llama, words, checkpoint):
     before = state_of(llama)
-    assert sh.verify_checkpoint(llama, words, checkpoint, [Block(1, 3)], "w1 w2 w3") <= 1e-5
+    assert (
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text="w1 w2 w3")
+        <= 1e-5
+    )
     assert_same(before, state_of(llama))
 
 
 def test_a_long_text_is_cut_to_what_fits(llama, words, checkpoint):
     text = "w1 w2 w3 " * 1000
-    assert sh.verify_checkpoint(llama, words, checkpoint, [Block(1, 3)], text) <= 1e-5
+    assert sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text=text) <= 1e-5
 
 
 def test_other_layers_than_those_dropped_do_not_pass(llama, words, checkpoint):
     with pytest.raises(ModelError, match="logits are off by"):
-        sh.verify_checkpoint(llama, words, checkpoint, [Block(2, 4)], "w1 w2 w3")
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(2, 4)], text="w1 w2 w3")
 
 
 @pytest.fixture
@@ -57,13 +60,13 @@ NORM = "model.layers.1.input_layernorm.weight"
 def test_a_tampered_checkpoint_does_not_pass(llama, words, checkpoint, tamper, factor):
     tamper(lambda weights: weights[NORM].mul_(factor))
     with pytest.raises(ModelError, match=r"cut is not the model.*logits are off by"):
-        sh.verify_checkpoint(llama, words, checkpoint, [Block(1, 3)], "w1 w2 w3")
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text="w1 w2 w3")
 
 
 def test_a_checkpoint_that_lacks_a_weight_does_not_pass(llama, words, checkpoint, tamper):
     tamper(lambda weights: weights.pop(NORM))
     with pytest.raises(ModelError, match=f"lacks the weights.*{NORM}"):
-        sh.verify_checkpoint(llama, words, checkpoint, [Block(1, 3)], "w1 w2 w3")
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text="w1 w2 w3")
 
 
 def test_a_checkpoint_with_a_weight_of_another_shape_does_not_pass(
@@ -71,17 +74,17 @@ def test_a_checkpoint_with_a_weight_of_another_shape_does_not_pass(
 ):
     tamper(lambda weights: weights.update({NORM: torch.ones(31)}))
     with pytest.raises(ModelError, match="cut"):
-        sh.verify_checkpoint(llama, words, checkpoint, [Block(1, 3)], "w1 w2 w3")
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text="w1 w2 w3")
 
 
 def test_a_checkpoint_that_cannot_be_read_does_not_pass(llama, words, checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cut"):
-        sh.verify_checkpoint(llama, words, checkpoint, [Block(1, 3)], "w1 w2 w3")
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text="w1 w2 w3")
     shutil.rmtree(checkpoint)
     with pytest.raises(ModelError, match="cut"):
-        sh.verify_checkpoint(llama, words, checkpoint, [Block(1, 3)], "w1 w2 w3")
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text="w1 w2 w3")
 
 
 def test_the_difference_of_logits_is_the_greatest_one(llama, checkpoint):
@@ -92,6 +95,6 @@ def test_the_difference_of_logits_is_the_greatest_one(llama, checkpoint):
     changed.save_pretrained(checkpoint)
     with torch.inference_mode(), sh.without_layers(llama, [Block(1, 3)]):
         faithful = llama(input_ids=PROBE).logits
-    got = logits_difference(llama, checkpoint, [Block(1, 3)], PROBE)
+    got = logits_difference(llama, checkpoint, [Block(1, 3)], input_ids=PROBE)
     assert got == pytest.approx(float((expected - faithful).abs().max()), abs=1e-6)
     assert got > 1e-3

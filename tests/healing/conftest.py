@@ -34,6 +34,6 @@ def smol_cut(smol, passages, tmp_path_factory):
     model, tokenizer = sh.load_model(demo.model_path(), dtype="bfloat16")
     path = tmp_path_factory.mktemp("smol") / "cut"
     plan = sh.drop_layers(model, [range(12, 20)])
-    sh.save_model(model, tokenizer, path, plan)
+    sh.save_model(model, tokenizer, path, plan=plan)
     yield path, passages[0]
     shutil.rmtree(path)

@@ -31,5 +31,5 @@ def save_cut(path, model, tokenizer, layers=(BLOCK,)):
     sh.save_model(model, tokenizer, whole)
     loaded, _ = sh.load_model(whole, dtype=str(model.dtype).removeprefix("torch."))
     plan = sh.drop_layers(loaded, layers)
-    sh.save_model(loaded, tokenizer, cut, plan)
+    sh.save_model(loaded, tokenizer, cut, plan=plan)
     return whole, cut

@@ -188,7 +188,7 @@ def test_half_precision(model, words, dtype):
 
 def test_a_patched_model_is_saved_and_loaded_as_any(model, words, tmp_path):
     done = patch(model, words, [range(3, 5)], texts=TEXTS)
-    sh.save_model(model, words, tmp_path / "cut", done.plan)
+    sh.save_model(model, words, tmp_path / "cut", plan=done.plan)
     again, _ = sh.load_model(tmp_path / "cut", dtype="float32")
     ids = torch.tensor(words(HELD_OUT)["input_ids"])
     with torch.inference_mode():

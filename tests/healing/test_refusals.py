@@ -106,7 +106,7 @@ def test_quantised_weights_cannot_be_merged_into(words, tmp_path):
     model = tiny_llama(6)
     sh.save_model(model, words, tmp_path / "whole")
     loaded, tokenizer = sh.load_model(tmp_path / "whole", dtype="int8")
-    sh.save_model(loaded, tokenizer, tmp_path / "cut", sh.drop_layers(loaded, [2]))
+    sh.save_model(loaded, tokenizer, tmp_path / "cut", plan=sh.drop_layers(loaded, [2]))
     with pytest.raises(sh.ModelError, match="are quantised, and adapters are merged into plain"):
         sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", recipe=QUICK, merge=True)
 

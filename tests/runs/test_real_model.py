@@ -60,7 +60,7 @@ def cut(smol, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "cut"
     plan = sh.Plan(30, (BLOCK,), model=identify(model))
     with sh.without_layers(model, [BLOCK]):
-        sh.save_model(model, tokenizer, folder, plan)
+        sh.save_model(model, tokenizer, folder, plan=plan)
     yield folder
     shutil.rmtree(folder)
 
@@ -117,10 +117,12 @@ def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
     whole, tokenizer = sh.load_model(demo.model_path(), dtype="nf4")
     sh.save_model(whole, tokenizer, tmp_path / "source")
     layers = [0, BLOCK, 22, 27]
-    on_disk = sh.prune_checkpoint(tmp_path / "source", layers, tmp_path / "disk", "20MB")
+    on_disk = sh.prune_checkpoint(
+        tmp_path / "source", layers, tmp_path / "disk", max_shard_size="20MB"
+    )
     model, _ = sh.load_model(tmp_path / "source", dtype="nf4")
     assert sh.drop_layers(model, layers) == on_disk
-    sh.save_model(model, tokenizer, tmp_path / "memory", on_disk)
+    sh.save_model(model, tokenizer, tmp_path / "memory", plan=on_disk)
     tensors = stored(tmp_path / "disk")
     assert tensors == stored(tmp_path / "memory")
     places = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}

@@ -1,31 +1,25 @@
-"""What lies beside a cut, for people and for other tools: a model card, and what mergekit and
-llama.cpp need to make the same cut.
+"""The model cards: of a cut, of a healed one, and of adapters; and all texts beside a cut.
 
 Texts only: whoever makes the cut writes them, so that they appear with it or not at all.
 """
 
-import re
 import shlex
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..values.layers import Block, blocks_of, ranges
-from ..values.loss import Loss, with_error
+from ..values.layers import Block, ranges
+from ..values.loss import with_error
 from ..values.plan import STRATEGIES, Plan
-
-CARD_FILE = "README.md"
-MERGEKIT_FILE = "mergekit.yaml"
-PRUNE_LAYERS_FILE = "prune_layers.txt"
-EXPORT_FILES = (CARD_FILE, MERGEKIT_FILE, PRUNE_LAYERS_FILE)
-
-_CARRIED_KEYS = ("license", "license_name", "license_link", "language")
-_MERGEKIT_DTYPES = ("float32", "bfloat16", "float16")
-_MAX_CARD_BYTES = 1 << 20
-_FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTALL)
+from .card_file import CARD_FILE, FRONT_MATTER, front_matter, read_card
+from .exports import (
+    MERGEKIT_FILE,
+    PRUNE_LAYERS_FILE,
+    CutFacts,
+    mergekit_config,
+    prune_layers,
+)
+from .source import PLACEHOLDER, Source, find_source
 
 _NOT_HEALED = """\
 **This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
@@ -37,7 +31,7 @@ _CARD = """\
 
 # {name} without layers {dropped}
 
-Whole decoder layers were cut out of `{source}`. They are counted from 0, and ranges are half-open.
+Whole decoder layers were cut out of {source}. They are counted from 0, and ranges are half-open.
 
 {not_healed}
 
@@ -45,7 +39,9 @@ Whole decoder layers were cut out of `{source}`. They are counted from 0, and ra
 |---|---|
 {rows}
 
-## Making it again
+## Making the cut again
+
+On the command line or in Python: either makes the whole cut.{placeholder}
 
 ```sh
 {command}
@@ -59,7 +55,7 @@ import shallower as sh
 
 ## Loading it
 
-From this folder, by transformers:
+From this folder, by transformers{version}:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,14 +72,22 @@ By vLLM and llama.cpp:
 
 ## The same cut by other tools
 
-mergekit and llama.cpp cut the source, too. They rename its tensors and count its layers anew; what
-else a config says of single layers, they may leave behind.
+mergekit and llama.cpp cut the source, too, and are not needed for this model. They rename its
+tensors and count its layers anew; what else a config says of single layers, they may leave behind.
 
 ```sh
 mergekit-yaml {mergekit} merged
 llama-quantize --prune-layers {prune_layers} source.gguf cut.gguf copy
 ```
+
+- mergekit 0.1.5 does not cut `layer_types`. For families whose config has that list, such as
+  Qwen2, Qwen3, Gemma 2, Gemma 3, SmolLM3 and gpt-oss, it writes all tensors and then fails.
+- `--prune-layers` needs llama.cpp of August 2026 (commit 0c1e570) or later. Earlier builds look
+  tensors up by their new names, and drop the wrong layers or crash.
 """
+
+_VERSION = """ 5 or later (version 4 ignores `rope_parameters` in
+`config.json`, and loads another model without an error)"""
 
 _SERVE_FOLDER = """\
 vllm serve .
@@ -91,69 +95,138 @@ python convert_hf_to_gguf.py . --outfile cut.gguf  # of llama.cpp; for weights i
 llama-cli -m cut.gguf"""
 
 _SERVE_GGUF = """\
-vllm serve ./{gguf} --tokenizer SOURCE  # with vllm-gguf-plugin, and the source's own tokenizer
+vllm serve ./{gguf} --tokenizer {source}  # with vllm-gguf-plugin, and the source's own tokenizer
 llama-cli -m {gguf}"""
 
 
-def exports(
-    plan: Plan,
-    source: str,
-    python: str,
-    options: Sequence[str] = (),
-    dtype: str | None = None,
-    source_card: Path | None = None,
-    losses: tuple[Loss, Loss] | None = None,
-    gguf: str | None = None,
-) -> dict[str, str]:
-    """The texts that lie beside a cut, by the names in ``EXPORT_FILES``.
+def exports(facts: CutFacts) -> dict[str, str]:
+    """Write the texts that lie beside a cut.
 
     Args:
-        plan: what was dropped.
-        source: the uncut model as it was named: a folder, a hub id or a GGUF file.
-        python: the lines that make the cut again, after ``import shallower as sh``.
-        options: what ``shallower prune`` needs for it beside the layers.
-        dtype: what the weights are stored in, if that is known.
-        source_card: the model card of ``source``, whose license is carried over and whose
-            text comes below the new one. It need not be there.
-        losses: the held-out loss before and after the cut, if they were measured.
-        gguf: the name of the new file, if it is a GGUF file and no folder.
+        facts: what there is to say of the cut.
+
+    Returns:
+        The texts by the names in ``EXPORT_FILES``.
     """
-    inherited, text = read_card(source_card) if source_card else ({}, "")
-    metadata = {
-        "base_model": hub_id(source),
-        "library_name": "gguf" if gguf else "transformers",
-        **{key: inherited.get(key) for key in _CARRIED_KEYS},
-        "tags": ["shallower", "layer-pruning"],
+    return {
+        CARD_FILE: cut_card(facts),
+        MERGEKIT_FILE: mergekit_config(facts),
+        PRUNE_LAYERS_FILE: prune_layers(facts.plan) + "\n",
     }
-    drop = ",".join(
-        f"{block.start}:{block.stop}" if len(block) > 1 else str(block.start)
-        for block in plan.blocks
-    )
-    command = ["shallower", "prune", source, "--drop", drop, *options, "--out", gguf or "cut"]
+
+
+def cut_card(facts: CutFacts) -> str:
+    """Write the model card of a cut.
+
+    Args:
+        facts: what there is to say of it.
+
+    Returns:
+        The text of ``README.md``, with the source's own card at the end.
+    """
+    plan, source, gguf = facts.plan, facts.source, facts.gguf
+    quantised = gguf is not None or facts.dtype in ("nf4", "int8")
     quoted = shlex.quote(gguf or "")
     card = _CARD.format(
-        metadata=_yaml({key: value for key, value in metadata.items() if value is not None}),
-        name=_inline(hub_id(source) or Path(source).name or source),
+        metadata=front_matter(
+            source.inherited,
+            base=source.hub,
+            relation="quantized" if quantised else "finetune",
+            library="gguf" if gguf else "transformers",
+        ),
+        name=_inline(source.name),
         dropped=ranges(plan.dropped),
         not_healed=_NOT_HEALED,
-        source=_inline(source),
-        rows="\n".join(f"| {name} | {_inline(value)} |" for name, value in _rows(plan, losses)),
-        command=shlex.join(command),
-        python=python,
+        source=_described(source),
+        rows=_table(_rows(facts)),
+        placeholder=_placeholder(source),
+        command=_command(facts),
+        python=_python(facts),
+        version=_VERSION if facts.needs_5 and not gguf else "",
         arguments=f'".", gguf_file={gguf!r}' if gguf else '"."',
-        serve=_SERVE_GGUF.format(gguf=quoted) if gguf else _SERVE_FOLDER,
-        mergekit=shlex.quote(
-            export_path(Path(gguf), MERGEKIT_FILE).name if gguf else MERGEKIT_FILE
-        ),
-        prune_layers=_prune_layers(plan),
+        serve=_SERVE_GGUF.format(gguf=quoted, source=source.place) if gguf else _SERVE_FOLDER,
+        mergekit=shlex.quote(facts.mergekit_file),
+        prune_layers=prune_layers(plan),
     )
-    if text.strip():
-        card += f"\n## The card of the source\n\n{text.strip()}\n"
-    return {
-        CARD_FILE: card,
-        MERGEKIT_FILE: _mergekit(plan, source, dtype, gguf),
-        PRUNE_LAYERS_FILE: _prune_layers(plan) + "\n",
-    }
+    if source.text.strip():
+        card += f"\n## The card of the source\n\n{source.text.strip()}\n"
+    return card
+
+
+def _described(source: Source) -> str:
+    """The source in a sentence: its name, the quantisation of a GGUF file, its repository."""
+    name = f"`{_inline(source.name)}`"
+    if source.quantisation:
+        name += f" ({source.quantisation})"
+    return f"{name} of `{source.hub}`" if source.gguf and source.hub else name
+
+
+def _placeholder(source: Source) -> str:
+    if source.place != PLACEHOLDER:
+        return ""
+    what = "folder that holds" if source.gguf else "folder of"
+    return f" `{PLACEHOLDER}` stands for the\n{what} `{_inline(source.name)}`."
+
+
+def _arguments(facts: CutFacts) -> dict[str, Any]:
+    """The options of the cut, by their names in Python."""
+    given = {"gguf_file": facts.source.gguf, **facts.options}
+    return {name: value for name, value in given.items() if value not in (None, False)}
+
+
+def _command(facts: CutFacts) -> str:
+    drop = ",".join(
+        f"{block.start}:{block.stop}" if len(block) > 1 else str(block.start)
+        for block in facts.plan.blocks
+    )
+    words = ["shallower", "prune", facts.source.place, "--drop", drop]
+    for name, value in _arguments(facts).items():
+        words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return shlex.join([*words, "--out", facts.out])
+
+
+def _python(facts: CutFacts) -> str:
+    layers = [block.layers for block in facts.plan.blocks]
+    words = [f", {name}={value!r}" for name, value in _arguments(facts).items()]
+    return f"sh.prune({facts.source.place!r}, {layers}, {facts.out!r}{''.join(words)})"
+
+
+def _rows(facts: CutFacts) -> list[tuple[str, str]]:
+    plan = facts.plan
+    kept = f"{ranges(plan.survivors)}, {len(plan.survivors)} of {plan.num_layers} layers"
+    rows = [("removed", _scored(block, plan.metric)) for block in plan.blocks]
+    rows += [("kept", kept), ("why", f"{plan.strategy}: {STRATEGIES[plan.strategy]}")]
+    rows += [
+        ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")
+        for texts in plan.texts
+    ]
+    if plan.positions:
+        rows.append(("tokens compared", f"{plan.positions} of every text"))
+    if facts.losses:
+        before, after = facts.losses
+        tokens = f"{after.num_tokens} tokens of {after.num_texts} texts"
+        rows.append(("held-out loss", f"{before} → {after} nats a token, {tokens}"))
+    else:
+        rows.append(("held-out loss", "not measured; `shallower eval` measures it"))
+    if plan.model:
+        rows.append(("source", str(plan.model)))
+    made_with = ", ".join(f"{package} {version}" for package, version in plan.versions.items())
+    return [*rows, ("made with", made_with)]
+
+
+def _scored(block: Block, metric: str | None) -> str:
+    if block.score is None:
+        return str(block)
+    return f"{block}, {metric or 'its'} distance {with_error(block.score, block.stderr)}"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"| {name} | {_inline(value)} |" for name, value in rows)
+
+
+def _inline(text: str) -> str:
+    """Text from a path or a plan that cannot break a line or a table of the card."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 _HEALED = """\
@@ -171,7 +244,7 @@ _ADAPTERS = """\
 
 # Healing of {name}
 
-Low-rank adapters for `{source}`, a model without its layers {dropped}. They belong to that very
+Low-rank adapters for `{name}`, a model without its layers {dropped}. They belong to that very
 model, and to its plain weights or the same in 4 bits alike.
 
 {healed}
@@ -191,153 +264,51 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 def adapters_card(
     plan: Plan, source: str, source_card: Path, rows: Sequence[tuple[str, str]]
 ) -> str:
-    """The card of adapters that heal a cut.
+    """Write the card of adapters that heal a cut.
 
     Args:
         plan: of the cut.
-        source: the cut model as it was named.
+        source: the cut model as it was named; the card gives its hub id or its own name.
         source_card: its card, whose license is carried over. It need not be there.
         rows: what the card says of the healing, by name.
+
+    Returns:
+        The text of ``README.md``.
     """
+    known = find_source(source)
     inherited, _ = read_card(source_card)
-    metadata = {
-        "base_model": hub_id(source),
-        "library_name": "peft",
-        **{key: inherited.get(key) for key in _CARRIED_KEYS},
-        "tags": ["shallower", "layer-pruning", "lora"],
-    }
+    inherited.pop("base_model", None)  # the cut's own base, which these adapters do not fit
     return _ADAPTERS.format(
-        metadata=_yaml({key: value for key, value in metadata.items() if value is not None}),
-        name=_inline(hub_id(source) or Path(source).name),
-        source=_inline(source),
+        metadata=front_matter(
+            inherited, base=known.hub, relation="adapter", library="peft", tags=["lora"]
+        ),
+        name=_inline(known.name),
         dropped=ranges(plan.dropped),
         healed=_healed("low-rank adapters were trained.", rows),
     )
 
 
 def healed_card(cut_card: Path, what: str, rows: Sequence[tuple[str, str]]) -> str:
-    """The card of a cut, once it is healed: the same, but for what it says of healing.
+    """Write the card of a cut once it is healed: the same but for what it says of healing.
 
     Args:
         cut_card: the cut's card. It need not be there.
         what: was done after the cut, to end the sentence.
         rows: what the card says of the healing, by name.
+
+    Returns:
+        The text of ``README.md``.
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
     healed = _healed(what, rows)
     if _NOT_HEALED in text:
         return text.replace(_NOT_HEALED, healed, 1)
-    front = _FRONT_MATTER.match(text)
-    end = front.end() if front else 0
-    return f"{text[:end]}\n{healed}\n{text[end:]}"
+    front = FRONT_MATTER.match(text)
+    if front:
+        return f"{text[: front.end()]}\n{healed}\n{text[front.end() :]}"
+    metadata = front_matter({}, base=None, relation="finetune", library="transformers")
+    return f"---\n{metadata}---\n\n{healed}\n{text}"
 
 
 def _healed(what: str, rows: Sequence[tuple[str, str]]) -> str:
-    lines = "\n".join(f"| {name} | {_inline(value)} |" for name, value in rows)
-    return _HEALED.format(what=what, rows=lines)
-
-
-def export_path(gguf: Path, name: str) -> Path:
-    """Where a file beside a GGUF file lies: ``model.README.md`` beside ``model.gguf``."""
-    return gguf.with_suffix(f".{name}")
-
-
-def range_list(plan: Plan) -> str:
-    """The layers that go, in Python: ``[range(12, 20)]``."""
-    return str([block.layers for block in plan.blocks])
-
-
-def hub_id(source: str) -> str | None:
-    """The hub id of a model by the name it was loaded by; None for one's own folder or file."""
-    cached = re.search(r"models--([\w.-]+)/snapshots/", source)
-    if cached:
-        return cached[1].replace("--", "/", 1)
-    named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(".gguf")
-    return source if named and not Path(source).exists() else None
-
-
-def read_card(path: Path) -> tuple[dict[str, Any], str]:
-    """The words in a model card's front matter by their keys, and the text below it.
-
-    What is no front matter is text; a file that is not there, or too large, is empty.
-    """
-    if not path.is_file():
-        return {}, ""
-    if path.stat().st_size > _MAX_CARD_BYTES:
-        warnings.warn(f"{path} is left out: it is too large for a model card", stacklevel=2)
-        return {}, ""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    found = _FRONT_MATTER.match(text)
-    try:
-        # The base loader knows strings, lists and mappings alone, and merges no keys.
-        metadata = yaml.load(found[1] or "", Loader=yaml.BaseLoader) if found else None
-    except (yaml.YAMLError, RecursionError):
-        metadata = None
-    if not found or not isinstance(metadata, dict):
-        return {}, text
-    words = {key: value for key, value in metadata.items() if _is_words(value)}
-    return words, text[found.end() :]
-
-
-def _is_words(value: Any) -> bool:
-    """A string, or a list of strings, and not YAML's nothing."""
-    items = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) and item not in ("", "~", "null") for item in items)
-
-
-def _rows(plan: Plan, losses: tuple[Loss, Loss] | None) -> list[tuple[str, str]]:
-    rows = [("removed", _scored(block, plan.metric)) for block in plan.blocks]
-    rows += [
-        ("kept", f"{ranges(plan.survivors)}, {len(plan.survivors)} of {plan.num_layers} layers"),
-        ("why", f"{plan.strategy}: {STRATEGIES[plan.strategy]}"),
-    ]
-    rows += [
-        ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")
-        for texts in plan.texts
-    ]
-    if plan.positions:
-        rows.append(("tokens compared", f"{plan.positions} of every text"))
-    if losses:
-        before, after = losses
-        tokens = f"{after.num_tokens} tokens of {after.num_texts} texts"
-        rows.append(("held-out loss", f"{before} → {after} nats a token, {tokens}"))
-    else:
-        rows.append(("held-out loss", "not measured; `shallower eval` measures it"))
-    if plan.model:
-        rows.append(("source", str(plan.model)))
-    made_with = ", ".join(f"{package} {version}" for package, version in plan.versions.items())
-    return [*rows, ("made with", made_with)]
-
-
-def _scored(block: Block, metric: str | None) -> str:
-    if block.score is None:
-        return str(block)
-    return f"{block}, {metric or 'its'} distance {with_error(block.score, block.stderr)}"
-
-
-def _inline(text: str) -> str:
-    """Text from a path or a plan that cannot break a line or a table of the card."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _prune_layers(plan: Plan) -> str:
-    """What ``llama-quantize --prune-layers`` takes: the numbers in ``blk.N``, with commas."""
-    return ",".join(map(str, plan.dropped))
-
-
-def _mergekit(plan: Plan, source: str, dtype: str | None, gguf: str | None) -> str:
-    config: dict[str, Any] = {
-        "merge_method": "passthrough",
-        "slices": [
-            {"sources": [{"model": source, "layer_range": [block.start, block.stop]}]}
-            for block in blocks_of(plan.survivors)
-        ],
-    }
-    if dtype in _MERGEKIT_DTYPES:
-        config["dtype"] = dtype
-    why = "# mergekit reads no GGUF: put the folder or hub id that the file was made from.\n"
-    return (why if gguf else "") + _yaml(config)
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return _HEALED.format(what=what, rows=_table(rows))

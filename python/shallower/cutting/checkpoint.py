@@ -1,6 +1,6 @@
 """Cutting layers out of a checkpoint on disk, without loading its weights.
 
-The config is shortened as for a cut in memory: for the families of :mod:`.models.plain` from
+The config is shortened as for a cut in memory: for the families of :mod:`.plain` from
 its JSON alone, in little memory; for others a model is built on the meta device and the cut is
 checked on it, which loads torch. The tensors of the layers that stay get their new numbers and
 are copied from file to file by the core, whatever they hold: quantised weights stay as they
@@ -9,26 +9,36 @@ are, bit by bit.
 
 import json
 import math
-import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._core import Checkpoint, Job
-from ..errors import ModelError, OutputError, PlanError
-from ..progress import track
+from ..errors import OutputError
 from ..storage import check_free, partial_folder, resumable_folder
 from ..values.files import PLAN_FILE
-from ..values.layers import MAX_LAYERS, Layers, blocks_of, dropped_layers
+from ..values.layers import MAX_LAYERS, Layers
 from ..values.plan import ModelIdentity, Plan, fingerprint
-from .cards import CARD_FILE, exports, range_list
+from .cards import exports
+from .checkpoint_files import (
+    CONFIG_FILE,
+    QUANTISATION_FILES,
+    carried_files,
+    config_dtype,
+    needs_transformers_5,
+    parse_size,
+    read_config,
+    read_json,
+)
+from .copying import Progress, copying
+from .exports import CutFacts
 from .plain import plain_model
+from .plans import agreed_plan, made_for
+from .source import find_source
 from .tensor_names import (
     QUANTISATION_KEYS,
     Description,
@@ -38,30 +48,16 @@ from .tensor_names import (
     module_of,
 )
 
-Progress = Callable[[int, int], object]
-"""Hears of the bytes copied so far and of those in all; what it raises stops the copy."""
-
-CONFIG_FILE = "config.json"
-
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_OTHER_WEIGHTS = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5",
-    ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".pkl", ".pickle",
-)  # fmt: skip
-_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_NOT_CARRIED = (CONFIG_FILE, PLAN_FILE, "params.json")
-"""Rewritten here, or the layer count of another format."""
-_SUBFOLDERS = ("additional_chat_templates",)
-_MAX_CARRIED_BYTES = 256 << 20
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+SHARD_SIZE = "5GB"
+"""Bytes in a file of weights at most, where nothing else is asked for."""
 
 
 def prune_checkpoint(
     source: str | Path,
-    layers: Layers,
+    layers: Plan | Layers,
     out: str | Path,
-    max_shard_size: int | str = "5GB",
+    *,
+    max_shard_size: int | str = SHARD_SIZE,
     overwrite: bool = False,
     plan: Plan | None = None,
     progress: Progress | bool | None = None,
@@ -74,11 +70,12 @@ def prune_checkpoint(
 
     Args:
         source: a local folder with ``config.json`` and safetensors.
-        layers: blocks, ranges or indices, 0-based.
+        layers: a plan, or blocks, ranges or indices, 0-based.
         out: a folder that does not exist yet, or is empty.
         max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``.
         overwrite: replace what is at ``out``, once the new checkpoint is complete.
-        plan: the plan behind ``layers``; it is checked against the checkpoint and saved.
+        plan: the plan behind ``layers``, if they are not a plan themselves. A plan is checked
+            against the checkpoint, and saved with it.
         progress: a function of the bytes copied and the bytes in all, or whether to show a
             bar; by default if standard error is a terminal.
         trust_remote_code: run code that comes with the model.
@@ -92,11 +89,17 @@ def prune_checkpoint(
         ModelError: no such checkpoint, one that is damaged or incomplete, or a cut that its
             config cannot describe.
         OutputError: ``out`` holds something already or cannot be written to, or
-            ``max_shard_size`` is no size.
+            ``max_shard_size`` is not a size.
     """
     check_free(Path(out), overwrite)
-    cut = prepare(source, layers, max_shard_size, plan, trust_remote_code)
-    cut.write(out, overwrite, progress)
+    cut = prepare(
+        source,
+        layers,
+        max_shard_size=max_shard_size,
+        plan=plan,
+        trust_remote_code=trust_remote_code,
+    )
+    cut.write(out, overwrite=overwrite, progress=progress)
     return cut.plan
 
 
@@ -129,9 +132,18 @@ class PreparedCut:
         return sum(size for _, size in self.job.files)
 
     def write(
-        self, out: str | Path, overwrite: bool = False, progress: Progress | bool | None = None
+        self,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        progress: Progress | bool | None = None,
     ) -> None:
         """Make the cut, or go on with it.
+
+        Args:
+            out: a folder that does not exist yet, or is empty.
+            overwrite: replace what is at ``out``, once the new checkpoint is complete.
+            progress: as for :func:`prune_checkpoint`.
 
         Raises:
             OutputError, ModelError: as :func:`prune_checkpoint`.
@@ -160,7 +172,7 @@ class PreparedCut:
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         self.plan.save(folder / PLAN_FILE)
-        with _reporting(progress, self.job.total_bytes) as report:
+        with copying(progress, self.job.total_bytes) as report:
             self.job.write(folder, report)
 
     def _check_room(self, folder: Path) -> None:
@@ -174,24 +186,35 @@ class PreparedCut:
 
 def prepare(
     source: str | Path,
-    layers: Layers,
-    max_shard_size: int | str = "5GB",
+    layers: Plan | Layers,
+    *,
+    max_shard_size: int | str = SHARD_SIZE,
     plan: Plan | None = None,
     trust_remote_code: bool = False,
 ) -> PreparedCut:
     """Check a cut of a checkpoint and lay it out; nothing is written.
 
+    Args:
+        source: a local folder with ``config.json`` and safetensors.
+        layers: a plan, or blocks, ranges or indices, 0-based.
+        max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``.
+        plan: the plan behind ``layers``, if they are not a plan themselves.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The cut, ready to be written.
+
     Raises:
         LayersError, PlanError, ModelError, OutputError: as :func:`prune_checkpoint`.
     """
     size = parse_size(max_shard_size)
-    folder = Path(source).expanduser()
+    folder = Path(source).expanduser().resolve()
     stored = Checkpoint(folder)
-    raw = _read_config(stored.resolve(CONFIG_FILE))
+    raw = read_config(stored.resolve(CONFIG_FILE))
     model = _describe(folder, raw, trust_remote_code)
     total = model.shape[1]
-    dropped = dropped_layers(total, layers)
-    survivors = tuple(index for index in range(total) if index not in set(dropped))
+    wanted = agreed_plan(str(source), total, layers, plan)
+    survivors = wanted.survivors
     weights = {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
     more = _num_more(raw)
     prefix = find_prefix(weights, model.path, total, more)
@@ -203,17 +226,25 @@ def prepare(
     renumbering = Renumbering(paths, stored_survivors)
     modules = {module_of(name) for name in weights if name.startswith(prefix)}
     named = {model.path + module.removeprefix(paths[1]) for module in modules} | modules
-    files = dict(_carried(stored))
+    files = dict(carried_files(stored))
     texts = {CONFIG_FILE: _edited(model, raw, survivors, renumbering, named)}
-    for name in _QUANTISATION_FILES:
+    for name in QUANTISATION_FILES:
         if name in files:
-            texts[name] = _renumbered(_read_json(files.pop(name)), renumbering, named)
-    identity = _identify(model, _stored_dtype(raw), weights, prefix)
-    plan = _checked(plan, total, dropped, identity)
-    options = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
-    texts |= _exports(source, plan, options, _stored_dtype(raw), files.get(CARD_FILE))
+            texts[name] = _renumbered(read_json(files.pop(name)), renumbering, named)
+    wanted = made_for(wanted, _identify(model, config_dtype(raw), weights, prefix))
+    facts = CutFacts(
+        wanted,
+        find_source(folder),
+        options={
+            "max_shard_size": None if max_shard_size == SHARD_SIZE else max_shard_size,
+            "trust_remote_code": trust_remote_code,
+        },
+        dtype=config_dtype(raw),
+        needs_5=needs_transformers_5(raw),
+    )
+    texts |= exports(facts)
     return PreparedCut(
-        plan,
+        wanted,
         stored.cut([prefix], total + more, list(stored_survivors), size),
         texts,
         {name: path for name, path in files.items() if name not in texts},
@@ -231,13 +262,17 @@ def _num_more(raw: Mapping[str, Any]) -> int:
 
 
 def count_stored_layers(source: str | Path, trust_remote_code: bool = False) -> int:
-    """The number of decoder layers of a checkpoint by its config alone.
+    """Count the decoder layers of a checkpoint by its config alone.
+
+    Args:
+        source: a local folder with ``config.json``.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         ModelError: as :func:`prune_checkpoint`.
     """
-    folder = Path(source).expanduser()
-    plain = plain_model(folder, _read_config(folder / CONFIG_FILE))
+    folder = Path(source).expanduser().resolve()
+    plain = plain_model(folder, read_config(folder / CONFIG_FILE))
     if plain is not None:
         return plain.shape[1]
     from ..models.loading import count_layers
@@ -252,84 +287,6 @@ def _describe(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> 
     from .built import BuiltModel
 
     return BuiltModel(folder, trust_remote_code)
-
-
-def _exports(
-    source: str | Path, plan: Plan, options: dict[str, Any], dtype: str, card: Path | None
-) -> dict[str, str]:
-    """The files for people and other tools; ``options`` are of :func:`prune_checkpoint`."""
-    given = {name: value for name, value in options.items() if value not in ("5GB", False)}
-    words = [f", {name}={value!r}" for name, value in given.items()]
-    python = f"sh.prune_checkpoint({str(source)!r}, {range_list(plan)}, 'cut'{''.join(words)})"
-    command = []
-    for name, value in given.items():
-        command += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    return exports(plan, str(source), python, command, dtype, card)
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a local folder holds a config and safetensors."""
-    folder = Path(path).expanduser()
-    weights = any((folder / name).is_file() for name in _WEIGHTS)
-    return weights and (folder / CONFIG_FILE).is_file()
-
-
-def stored_dtype(path: str | Path) -> str:
-    """What the config in a folder says that its weights are stored in; ``unknown`` if nothing.
-
-    ``nf4``, ``int8``, the name of another quantisation, or torch's name of a dtype.
-
-    Raises:
-        ModelError: there is no config, or it is not JSON.
-    """
-    path = Path(path).expanduser() / CONFIG_FILE
-    return _stored_dtype(_read_json(path))
-
-
-def _stored_dtype(raw: Mapping[str, Any]) -> str:
-    quantised = raw.get("quantization_config")
-    if isinstance(quantised, dict):
-        for key, name in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
-            if quantised.get(key):
-                return name
-        return str(quantised.get("quant_method", "quantised"))
-    return str(raw.get("dtype") or raw.get("torch_dtype") or "unknown").removeprefix("torch.")
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes from a number or from words such as ``5GB`` or ``500MiB``.
-
-    Raises:
-        OutputError: it is no size, or less than a byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(size).strip().upper())
-    unit = {**_UNITS, **_BINARY_UNITS}.get(match[2]) if match else None
-    if match and unit and 1 <= float(match[1]) * unit < 2**63 and not isinstance(size, bool):
-        return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
-    raise OutputError(f"{size!r} is no size of a shard: expected bytes, or words such as 5GB")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is damaged: expected a JSON object")
-    return value
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    raw = _read_json(path)
-    if raw.get("transformers_weights"):
-        raise ModelError(
-            f"{CONFIG_FILE} places the weights in {raw['transformers_weights']!r}: expected "
-            f"{' or '.join(_WEIGHTS)}, name them so and remove transformers_weights"
-        )
-    count = raw.get("num_hidden_layers")
-    if isinstance(count, int) and count > MAX_LAYERS:
-        raise ModelError(f"{path} counts {count} layers: expected at most {MAX_LAYERS}")
-    return raw
 
 
 class Stored(NamedTuple):
@@ -362,34 +319,14 @@ def _edited(
     for key in QUANTISATION_KEYS:
         if key in raw:
             edited[key] = json.loads(_renumbered(raw[key], renumbering, modules))
+    if Path(str(edited.get("_name_or_path"))).is_absolute():
+        del edited["_name_or_path"]  # transformers 4 wrote where the model was loaded from
     return json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
 
 
 def _renumbered(value: Any, renumbering: Renumbering, modules: set[str]) -> str:
     renumbering.check_patterns(value, modules)
     return json.dumps(renumbering.edit(value), indent=2, ensure_ascii=False) + "\n"
-
-
-def _carried(stored: Checkpoint) -> Iterator[tuple[str, Path]]:
-    """The files beside the weights that belong to the model: tokenizer, templates, code."""
-    for entry in sorted(stored.folder.iterdir()):
-        names = [entry.name]
-        if entry.is_dir():
-            inner = entry.iterdir() if entry.name in _SUBFOLDERS else ()
-            names = sorted(f"{entry.name}/{file.name}" for file in inner)
-        for name in names:
-            hidden = entry.name.startswith(".") or entry.name in _NOT_CARRIED
-            if hidden or name.endswith(_OTHER_WEIGHTS):
-                continue
-            try:
-                path = stored.resolve(name)
-            except ModelError as error:
-                warnings.warn(f"{name} is left out: {error}", stacklevel=2)
-                continue
-            if path.stat().st_size > _MAX_CARRIED_BYTES:
-                warnings.warn(f"{name} is left out: it is too large", stacklevel=2)
-                continue
-            yield name, path
 
 
 def _identify(
@@ -427,36 +364,3 @@ def _bfloat16_bits(stored: Stored) -> bytes:
 
 
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-def _checked(
-    plan: Plan | None, num_layers: int, dropped: tuple[int, ...], identity: ModelIdentity | None
-) -> Plan:
-    if plan is None:
-        return Plan(num_layers, blocks_of(dropped), model=identity)
-    if plan.dropped != dropped:
-        raise PlanError(f"the plan drops the layers {plan.dropped}, asked for are {dropped}")
-    if identity is not None:
-        plan.check_model(identity)
-    elif plan.model is not None:
-        raise PlanError(
-            f"the plan was made for {plan.model.name}, and whether this is the same model cannot "
-            f"be told from the names of its tensors: name the layers yourself"
-        )
-    return plan if plan.model else replace(plan, model=identity)
-
-
-@contextmanager
-def _reporting(progress: Progress | bool | None, total: int) -> Iterator[Progress | None]:
-    if callable(progress):
-        yield progress
-        return
-    with track("copy, MiB", total >> 20, progress) as advance:
-        shown = 0
-
-        def report(done: int, _total: int) -> None:
-            nonlocal shown
-            advance((done >> 20) - shown)
-            shown = done >> 20
-
-        yield report

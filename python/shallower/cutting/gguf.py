@@ -1,45 +1,51 @@
 """Cutting layers out of a GGUF file directly; sees the core, and neither torch nor gguf.
 
 Nothing is dequantised or loaded: the tensors that stay keep their bytes, and of the metadata
-only what speaks of layers changes. What it cannot describe is refused (``rust/gguf/rules.rs``).
+only what speaks of layers, size and name changes. What it cannot describe is refused
+(``rust/gguf/rules.rs``).
 """
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .._core import Gguf
-from ..errors import OutputError, PlanError
-from ..storage import check_free, new_file, write_file
+from ..errors import ModelError, OutputError
+from ..storage import check_free, new_file, new_folder, write_file
 from ..values.files import PLAN_FILE
-from ..values.layers import Layers, blocks_of, dropped_layers
+from ..values.layers import Layers
 from ..values.plan import Plan
-from .cards import CARD_FILE, EXPORT_FILES, export_path, exports, range_list, read_card
-
-Progress = Callable[[int, int], Any]
-"""Called with the bytes that are written, and those of the whole file."""
+from .cards import exports
+from .copying import Progress, copying
+from .exports import EXPORT_FILES, CutFacts, export_path
+from .plans import agreed_plan
+from .source import GGUF_KEYS, find_source
 
 
 def prune_gguf(
     source: str | Path,
-    layers: Layers,
+    layers: Plan | Layers,
     out: str | Path,
+    *,
     overwrite: bool = False,
     plan: Plan | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Plan:
     """Write a GGUF file without some layers, whole or not at all, and what tells of it beside it.
 
     Args:
         source: a GGUF file of version 2 or 3, one file a model.
-        layers: blocks, ranges or indices, 0-based.
+        layers: a plan, or blocks, ranges or indices, 0-based.
         out: the new file, ending in ``.gguf``. Beside it lie the plan, a model card and what
             mergekit and llama.cpp need for the same cut (:func:`gguf_files`).
         overwrite: replace what is there, ``source`` too, once the new files are complete.
-        plan: the plan that chose the layers, to be saved in place of a plain one. The model
-            itself is not compared with it: a GGUF file does not tell its fingerprint.
-        progress: called with the bytes written and their total. What it raises stops the cut.
+        plan: the plan behind ``layers``, if they are not a plan themselves; it is saved. A GGUF
+            file does not tell its fingerprint, which is not compared with the plan's.
+        progress: a function of the bytes written and the bytes in all, or whether to show a
+            bar; by default if standard error is a terminal. What it raises stops the cut.
 
     Returns:
         The plan that was carried out.
@@ -51,43 +57,155 @@ def prune_gguf(
             metadata that cannot describe the survivors.
         OutputError: something is at ``out`` already, or it cannot be written to.
     """
-    out = Path(out)
-    if out.suffix != ".gguf":
+    cut = prepare_gguf(source, layers, out, plan=plan)
+    cut.write(overwrite=overwrite, progress=progress)
+    return cut.plan
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedGguf:
+    """A cut of a GGUF file, checked and not yet made.
+
+    Attributes:
+        plan: what goes.
+        source: the file, its header read.
+        num_bytes: of the new file.
+        out: the new file, or the folder that gets it.
+        gguf: the new file.
+        texts: the files beside it that are written anew, by path.
+        carried: the files beside it that are copied, by path.
+    """
+
+    plan: Plan
+    source: Gguf
+    num_bytes: int
+    out: Path
+    gguf: Path
+    texts: Mapping[Path, str]
+    carried: Mapping[Path, Path]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of the cut, the GGUF file and its plan first."""
+        return [self.gguf, self._plan_path, *self.texts, *self.carried]
+
+    @property
+    def _plan_path(self) -> Path:
+        beside = self.gguf == self.out
+        return plan_path(self.gguf) if beside else self.gguf.with_name(PLAN_FILE)
+
+    def check_free(self, overwrite: bool = False) -> None:
+        """Refuse a place where something is.
+
+        Args:
+            overwrite: it may be replaced.
+
+        Raises:
+            OutputError: something is there, or the place cannot be looked at.
+        """
+        for path in self.files if self.gguf == self.out else [self.out]:
+            check_free(path, overwrite)
+
+    def write(self, *, overwrite: bool = False, progress: Progress | bool | None = None) -> None:
+        """Make the cut.
+
+        Args:
+            overwrite: replace what is there, once the new files are complete.
+            progress: as for :func:`prune_gguf`.
+
+        Raises:
+            OutputError: something is there, or the place cannot be written to.
+        """
+        self.check_free(overwrite)
+        with ExitStack() as stack:
+            if self.gguf == self.out:
+                new = (stack.enter_context(new_file(path, overwrite)) for path in self.files)
+                places = dict(zip(self.files, new, strict=True))
+            else:
+                folder = stack.enter_context(new_folder(self.out, overwrite))
+                places = {path: folder / path.name for path in self.files}
+            self.plan.save(places[self._plan_path])
+            for path, text in self.texts.items():
+                write_file(places[path], text.encode())
+            for path, carried in self.carried.items():
+                shutil.copyfile(carried, places[path])
+            with copying(progress, self.num_bytes) as report:
+                self.source.cut(list(self.plan.survivors), places[self.gguf], report)
+
+
+def prepare_gguf(
+    source: str | Path,
+    layers: Plan | Layers,
+    out: str | Path,
+    *,
+    plan: Plan | None = None,
+    as_gguf: bool = False,
+) -> PreparedGguf:
+    """Check a cut of a GGUF file; nothing is written.
+
+    Args:
+        source: a GGUF file.
+        layers: a plan, or blocks, ranges or indices, 0-based.
+        out: the new file, ending in ``.gguf``; or a folder.
+        plan: the plan behind ``layers``, if they are not a plan themselves.
+        as_gguf: ``out`` is a folder, which gets ``NAME.gguf`` and ``README.md``.
+
+    Returns:
+        The cut, ready to be written.
+
+    Raises:
+        LayersError, PlanError, ModelError: as :func:`prune_gguf`.
+        OutputError: ``out`` does not end in ``.gguf``, or is the folder of the source.
+    """
+    at, out = Path(source).expanduser(), Path(out)
+    beside = out.suffix == ".gguf"
+    if not beside and not as_gguf:
         raise OutputError(f"{out}: a GGUF file is cut into a file whose name ends in .gguf")
-    file, wanted = _open(source, layers, plan)
-    texts = _exports(Path(source), wanted, out)
-    for path in gguf_files(out)[1:]:
-        check_free(path, overwrite)
-    with ExitStack() as files:
-        partial = files.enter_context(new_file(out, overwrite))
-        wanted.save(files.enter_context(new_file(plan_path(out), overwrite)))
-        for name, text in texts.items():
-            beside = files.enter_context(new_file(export_path(out, name), overwrite))
-            write_file(beside, text.encode())
-        file.cut(list(wanted.survivors), partial, progress)
-    return wanted
+    if not beside and out.exists() and out.resolve() == at.parent.resolve():
+        raise OutputError(f"{out} is the folder of the model itself: name another one")
+    file = Gguf(at)
+    wanted = agreed_plan(str(source), file.num_layers, layers, plan)
+    num_bytes = file.cut_size(list(wanted.survivors))
+    gguf = out if beside else out / f"{out.absolute().name}.gguf"
+    known = find_source(at, metadata=file.metadata(list(GGUF_KEYS)))
+    options = {} if beside else {"as_gguf": True}
+    texts = exports(CutFacts(wanted, known, options=options, gguf=gguf.name))
+    return PreparedGguf(
+        wanted,
+        file,
+        num_bytes,
+        out,
+        gguf,
+        {export_path(gguf, name) if beside else out / name: text for name, text in texts.items()},
+        {} if beside else {out / name: path for name, path in known.licenses.items()},
+    )
 
 
-def _exports(source: Path, plan: Plan, out: Path) -> dict[str, str]:
-    python = f"sh.prune_gguf({str(source)!r}, {range_list(plan)}, {out.name!r})"
-    at = source.expanduser()
-    own, shared = export_path(at, CARD_FILE), at.with_name(CARD_FILE)
-    # The folder's README may be of anything: it is a model card by its front matter.
-    card = shared if not own.is_file() and read_card(shared)[0] else own
-    return exports(plan, str(source), python, source_card=card, gguf=out.name)
+def plan_gguf(source: str | Path, layers: Plan | Layers, plan: Plan | None = None) -> Plan:
+    """Check a cut of a GGUF file as :func:`prune_gguf` does, and write nothing.
 
+    Args:
+        source: a GGUF file.
+        layers: a plan, or blocks, ranges or indices, 0-based.
+        plan: the plan behind ``layers``, if they are not a plan themselves.
 
-def plan_gguf(source: str | Path, layers: Layers, plan: Plan | None = None) -> Plan:
-    """The plan that :func:`prune_gguf` would carry out, checked, with nothing written.
+    Returns:
+        The plan that would be carried out.
 
     Raises:
         LayersError, PlanError, ModelError: as :func:`prune_gguf`.
     """
-    return _open(source, layers, plan)[1]
+    return prepare_gguf(source, layers, "cut.gguf", plan=plan).plan
 
 
 def count_gguf_layers(source: str | Path) -> int:
-    """The number of decoder layers in a GGUF file, by its header alone.
+    """Count the decoder layers in a GGUF file, by its header alone.
+
+    Args:
+        source: a GGUF file.
+
+    Returns:
+        The layers; blocks that predict further tokens are not among them.
 
     Raises:
         ModelError: as :func:`prune_gguf`.
@@ -95,31 +213,31 @@ def count_gguf_layers(source: str | Path) -> int:
     return Gguf(Path(source).expanduser()).num_layers
 
 
+def read_metadata(source: Path) -> dict[str, Any]:
+    """Read what a card says of a GGUF file.
+
+    Args:
+        source: a GGUF file; one whose layers cannot be cut tells nothing.
+
+    Returns:
+        The values of :data:`GGUF_KEYS` that it has.
+    """
+    try:
+        return Gguf(source).metadata(list(GGUF_KEYS))
+    except ModelError:
+        return {}
+
+
 def plan_path(out: str | Path) -> Path:
-    """Where the plan of a cut lies: ``model.shallower_plan.json`` beside ``model.gguf``."""
+    """Name the plan beside a GGUF file: ``model.shallower_plan.json`` beside ``model.gguf``."""
     return export_path(Path(out), PLAN_FILE)
 
 
 def gguf_files(out: str | Path) -> list[Path]:
-    """All files of a cut: the GGUF file, its plan and the exports."""
+    """Name all files of a cut: the GGUF file, its plan and the exports.
+
+    Args:
+        out: the GGUF file.
+    """
     out = Path(out)
     return [out, plan_path(out), *(export_path(out, name) for name in EXPORT_FILES)]
-
-
-def _open(source: str | Path, layers: Layers, plan: Plan | None) -> tuple[Gguf, Plan]:
-    file = Gguf(Path(source).expanduser())
-    if plan is not None and plan.num_layers != file.num_layers:
-        raise PlanError(
-            f"the plan is for {plan.num_layers} layers, {source} has {file.num_layers}: plan "
-            f"again, or name the layers yourself"
-        )
-    dropped = dropped_layers(file.num_layers, layers)
-    if plan is None:
-        plan = Plan(file.num_layers, blocks_of(dropped))
-    elif plan.dropped != dropped:
-        raise PlanError(
-            f"the plan drops the layers {list(plan.dropped)}, and {list(dropped)} are named: "
-            f"name the plan's layers, or give no plan"
-        )
-    file.cut_size(list(plan.survivors))
-    return file, plan

@@ -22,44 +22,60 @@ from ..models.architecture import (
     text_config,
     undo_rescaling,
 )
-from ..models.identity import identify
+from ..models.identity import identify, model_name
 from ..models.layer_config import layer_counts, shorten
-from ..values.layers import Layers, blocks_of, dropped_layers
+from ..values.layers import Layers
 from ..values.plan import Plan
-from .twin import PLACES, _checked_twin
+from .plans import agreed_plan, made_for
+from .twin import PLACES, checked_twin
 
 
-def drop_layers(model: PreTrainedModel, layers: Layers) -> Plan:
+def drop_layers(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     """Remove layers from a model, in place.
 
     Args:
         model: a Llama-like causal language model of transformers, quantised or not.
-        layers: blocks, ranges or indices, 0-based.
+        layers: a plan, or blocks, ranges or indices, 0-based.
 
     Returns:
-        The plan that was carried out, with the identity of the uncut model.
+        The plan that was carried out, with the identity of the uncut model. A plan keeps all that
+        it knows, and a block its score.
 
     Raises:
         LayersError: a layer that is not there, is named twice, or is the last one left.
+        PlanError: a plan that was made for another model.
         ModelError: no list of decoder layers, or a config that cannot describe the
             survivors. The model is then as it was.
+
+    Example:
+        >>> plan = sh.drop_layers(model, scan.plan(8))
+        >>> model.config.num_hidden_layers, plan.strategy
+        (22, 'similarity')
     """
     found = find_layers(model)
-    dropped = dropped_layers(len(found), layers)
-    plan = Plan(len(found), blocks_of(dropped), model=identify(model))
+    plan = made_for(agreed_plan(model_name(model), len(found), layers), identify(model))
     _cut(model, found, plan.survivors)
     return plan
 
 
 @contextmanager
-def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
-    """The model without some layers, for as long as the body runs.
+def without_layers(model: PreTrainedModel, layers: Plan | Layers) -> Iterator[None]:
+    """Run a body with the model without some layers; afterwards it is as before.
+
+    Args:
+        model: as for :func:`drop_layers`.
+        layers: a plan, or blocks, ranges or indices, 0-based.
+
+    Yields:
+        Nothing; the model that was given is the cut one.
 
     Raises:
-        LayersError, ModelError: as :func:`drop_layers`.
+        LayersError, PlanError, ModelError: as :func:`drop_layers`.
     """
     found = find_layers(model)
-    dropped = set(dropped_layers(len(found), layers))
+    plan = agreed_plan(model_name(model), len(found), layers)
+    if plan.model is not None:
+        plan.check_model(identify(model))
     modules = found.modules
     places = [
         (module, name, vars(module)[name])
@@ -71,8 +87,7 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
     parts = layer_parts(model, found)
     ties = [(module, dict(_ties(module))) for module in model.modules()]
     device_map = copy.copy(getattr(model, "hf_device_map", None))
-    survivors = tuple(index for index in range(len(found)) if index not in dropped)
-    _cut(model, found, survivors)
+    _cut(model, found, plan.survivors)
     try:
         yield
     finally:
@@ -93,7 +108,7 @@ def without_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
 
 def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
     total = len(found)
-    twin = _checked_twin(model, found, survivors)[1]
+    twin = checked_twin(model, found, survivors)[1]
     undo_rescaling(model)
     for part in layer_parts(model, found):
         part.keep(survivors)

@@ -1,7 +1,9 @@
-"""Cuts in memory saved as standard checkpoints, and the check of a saved one."""
+"""A model in memory as a standard checkpoint, and the check that it is the cut it should be."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,21 +17,175 @@ from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..storage import new_folder
 from ..values.files import PLAN_FILE
-from ..values.layers import Block
+from ..values.layers import Layers
 from ..values.loss import Loss
 from ..values.plan import Plan
-from .cards import CARD_FILE, exports, range_list
+from .cards import exports
+from .exports import CutFacts
+from .gguf import read_metadata
 from .memory import without_layers
+from .source import Source, find_source
+
+PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again."
+"""The text on which a cut is compared with its source where no other is named."""
+
+_DTYPES = ("float32", "bfloat16", "float16", "nf4", "int8")
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    plan: Plan | None = None,
+    overwrite: bool = False,
+    losses: tuple[Loss, Loss] | None = None,
+) -> None:
+    """Save a standard checkpoint, whole or not at all, that stock transformers loads.
+
+    With a plan, the plan itself, a model card, the source's license and what mergekit and
+    llama.cpp need for the same cut lie beside the weights (``exports.EXPORT_FILES``).
+
+    Args:
+        model: cut or not; a 4-bit model becomes a standard 4-bit checkpoint.
+        tokenizer: saved beside it, unless ``None``.
+        path: a folder that does not exist yet, or is empty.
+        plan: what was dropped; saved as ``shallower_plan.json``.
+        overwrite: replace what is at ``path``, once the new checkpoint is complete.
+        losses: the held-out loss before and after the cut, for the model card.
+
+    Raises:
+        PlanError: ``plan`` leaves another number of layers than the model has.
+        OutputError: ``path`` holds something already, or cannot be written to.
+        ModelError: weights that cannot be saved as they are.
+
+    Example:
+        >>> plan = sh.drop_layers(model, scan.plan(8))
+        >>> sh.save_model(model, tokenizer, "cut", plan=plan)
+    """
+    if plan is None:
+        _save(model, tokenizer, Path(path), overwrite)
+    else:
+        source = _source_of(model, plan)
+        save_cut(
+            model, tokenizer, path, plan=plan, source=source, overwrite=overwrite, losses=losses
+        )
+
+
+def save_cut(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    plan: Plan,
+    source: Source,
+    overwrite: bool = False,
+    losses: tuple[Loss, Loss] | None = None,
+) -> None:
+    """Save a cut as :func:`save_model` does, where it is known what it was cut out of.
+
+    Args:
+        model: the cut.
+        tokenizer: saved beside it, unless ``None``.
+        path: a folder that does not exist yet, or is empty.
+        plan: what was dropped.
+        source: the uncut model, for the card.
+        overwrite: replace what is at ``path``, once the new checkpoint is complete.
+        losses: the held-out loss before and after the cut, for the model card.
+
+    Raises:
+        PlanError, OutputError, ModelError: as :func:`save_model`.
+    """
+    require_weights(model)
+    texts = exports(_facts(model, plan, source, losses))
+    _save(model, tokenizer, Path(path), overwrite, plan, texts, source.licenses)
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: Path,
+    overwrite: bool,
+    plan: Plan | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
+    carried: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    check_exact(model)
+    require_weights(model)
+    undo_rescaling(model)
+    if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
+        clear_gguf_marks(model)
+    dtype = model.config.dtype
+    with new_folder(path, overwrite) as folder:
+        try:
+            model.save_pretrained(folder)
+            model.config.dtype = dtype  # which save_pretrained turns into a word
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            for name, file in carried.items():
+                shutil.copyfile(file, folder / name)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {path}: {error}") from error
+        except (ValueError, NotImplementedError) as error:
+            message = f"transformers cannot save {type(model).__name__}: {error}"
+            raise ModelError(message) from error
+        if plan is not None:
+            plan.save(folder / PLAN_FILE)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _source_of(model: PreTrainedModel, plan: Plan) -> Source:
+    """What a model in memory tells of where it came from."""
+    named, of_config = str(model.name_or_path), str(model.config.name_or_path)
+    if not of_config.endswith(".gguf"):
+        name = plan.model.name if plan.model else type(model).__name__
+        return find_source(named or name)
+    if named.endswith(".gguf"):  # its folder is not known any more
+        return Source(of_config, gguf=of_config)
+    metadata = read_metadata(Path(named).expanduser() / of_config)
+    return find_source(named, gguf_file=of_config, metadata=metadata)
+
+
+def _facts(
+    model: PreTrainedModel, plan: Plan, source: Source, losses: tuple[Loss, Loss] | None
+) -> CutFacts:
+    left = len(find_layers(model))
+    if len(plan.survivors) != left:
+        raise PlanError(
+            f"the plan leaves {len(plan.survivors)} layers, and the model has {left}: save the "
+            f"model that the plan was carried out on"
+        )
+    dtype = stored_dtype(model)
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    own_code = type(model).__module__.startswith("transformers_modules")
+    asked = dtype if dtype in ("nf4", "int8") or not quantised else None
+    return CutFacts(
+        plan,
+        source,
+        options={
+            "dtype": asked if asked in _DTYPES else None,
+            "trust_remote_code": own_code,
+        },
+        dtype=dtype,
+        losses=losses,
+        needs_5=True,
+    )
 
 
 def logits_difference(
-    model: PreTrainedModel, path: str | Path, layers: Sequence[Block], input_ids: torch.Tensor
+    model: PreTrainedModel, path: str | Path, layers: Plan | Layers, *, input_ids: torch.Tensor
 ) -> float:
-    """How far the saved checkpoint is from the model with its layers skipped.
+    """Measure how far a saved checkpoint is from the model with its layers skipped.
 
-    Loads ``path``, a folder or a GGUF file, with stock transformers and gives the greatest
-    absolute difference of the logits on ``input_ids`` (B, T). ``model`` is the uncut one;
-    nothing is changed.
+    Args:
+        model: the uncut one; it is as before afterwards.
+        path: the checkpoint, a folder or a GGUF file, which is loaded with stock transformers.
+        layers: that were dropped.
+        input_ids: tokens (B, T), int64.
+
+    Returns:
+        The greatest absolute difference of the logits.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or lacks weights.
@@ -53,16 +209,27 @@ def verify_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
-    layers: Sequence[Block],
-    text: str,
+    *,
+    layers: Plan | Layers,
+    text: str = PROBE,
 ) -> float:
-    """Check a saved cut by :func:`logits_difference` on one text; gives the difference.
+    """Check a saved cut against the model with its layers skipped, on one text.
+
+    Args:
+        model: the uncut model; it is as before afterwards.
+        tokenizer: its tokenizer.
+        path: the checkpoint, a folder or a GGUF file.
+        layers: that were dropped: a plan, or blocks, ranges or indices.
+        text: of which the first 128 tokens are compared.
+
+    Returns:
+        The greatest absolute difference of the logits.
 
     Raises:
         ModelError: it exceeds 1e-5 in float32, or 0.1 in the other dtypes.
     """
     input_ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :128]
-    difference = logits_difference(model, path, layers, input_ids)
+    difference = logits_difference(model, path, layers, input_ids=input_ids)
     tolerance = 1e-5 if model.dtype == torch.float32 else 0.1
     if not difference <= tolerance:
         raise ModelError(
@@ -70,73 +237,3 @@ def verify_checkpoint(
             f"by {difference:.2g}, more than {tolerance:.0e}"
         )
     return difference
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    path: str | Path,
-    plan: Plan | None = None,
-    overwrite: bool = False,
-    losses: tuple[Loss, Loss] | None = None,
-) -> None:
-    """Save a standard checkpoint, whole or not at all, that stock transformers loads.
-
-    With a plan, the plan itself, a model card and what mergekit and llama.cpp need for the
-    same cut lie beside the weights (``exports.EXPORT_FILES``).
-
-    Args:
-        model: cut or not; a 4-bit model becomes a standard 4-bit checkpoint.
-        tokenizer: saved beside it, unless ``None``.
-        path: a folder that does not exist yet, or is empty.
-        plan: what was dropped; saved as ``shallower_plan.json``.
-        overwrite: replace what is at ``path``, once the new checkpoint is complete.
-        losses: the held-out loss before and after the cut, for the model card.
-
-    Raises:
-        PlanError: ``plan`` leaves another number of layers than the model has.
-        OutputError: ``path`` holds something already, or cannot be written to.
-        ModelError: weights that cannot be saved as they are.
-    """
-    check_exact(model)
-    require_weights(model)
-    texts = {} if plan is None else _exports(model, plan, losses)
-    undo_rescaling(model)
-    if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
-        clear_gguf_marks(model)
-    dtype = model.config.dtype
-    with new_folder(Path(path), overwrite) as folder:
-        try:
-            model.save_pretrained(folder)
-            model.config.dtype = dtype  # which save_pretrained turns into a word
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
-        except (ValueError, NotImplementedError) as error:
-            message = f"transformers cannot save {type(model).__name__}: {error}"
-            raise ModelError(message) from error
-        if plan is not None:
-            plan.save(folder / PLAN_FILE)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-
-
-def _exports(
-    model: PreTrainedModel, plan: Plan, losses: tuple[Loss, Loss] | None
-) -> dict[str, str]:
-    left = len(find_layers(model))
-    if len(plan.survivors) != left:
-        raise PlanError(
-            f"the plan leaves {len(plan.survivors)} layers, and the model has {left}: save the "
-            f"model that the plan was carried out on"
-        )
-    source = str(model.name_or_path) or (plan.model.name if plan.model else type(model).__name__)
-    dtype = stored_dtype(model)
-    python = (
-        f"model, tokenizer = sh.load_model({source!r}, dtype={dtype!r})\n"
-        f"plan = sh.drop_layers(model, {range_list(plan)})\n"
-        f"sh.save_model(model, tokenizer, 'cut', plan)"
-    )
-    options = ("--dtype", dtype)
-    return exports(plan, source, python, options, dtype, Path(source) / CARD_FILE, losses)

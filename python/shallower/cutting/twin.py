@@ -50,22 +50,37 @@ PLACES = (
 
 
 def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
-    """The config of a model with these layers alone, checked; the model stays as it is.
+    """Make the config of a model with some layers alone, and check it; the model stays as it is.
 
     Args:
         model: with weights, or on the meta device without any.
         survivors: the indices of the layers that stay, ascending.
 
+    Returns:
+        The config, of the model's own class.
+
     Raises:
         ModelError: a model built from the new config would have other layers.
     """
-    return _checked_twin(model, find_layers(model), survivors)[0]
+    return checked_twin(model, find_layers(model), survivors)[0]
 
 
-def _checked_twin(
+def checked_twin(
     model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
 ) -> tuple[Any, PreTrainedModel]:
-    """The shortened config, and what a stock loader builds from it, on the meta device."""
+    """Make the shortened config, and build what a stock loader builds from it.
+
+    Args:
+        model: with weights, or on the meta device without any.
+        found: its layers.
+        survivors: the indices of those that stay, ascending.
+
+    Returns:
+        The config, and a model on the meta device.
+
+    Raises:
+        ModelError: the model would have other layers; it names other layers that could go.
+    """
     try:
         return _twin(model, found, survivors)
     except ModelError as error:

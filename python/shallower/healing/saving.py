@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.cards import CARD_FILE, EXPORT_FILES, adapters_card, healed_card
+from ..cutting.card_file import CARD_FILE
+from ..cutting.cards import adapters_card, healed_card
+from ..cutting.exports import EXPORT_FILES
 from ..cutting.saving import save_model
 from ..errors import MissingExtraError, ModelError, OutputError
 from ..evaluation.loss import evaluate_loss

@@ -108,10 +108,21 @@ def run(
     losses = comparison.base, cut.loss
     before = continue_text(model, tokenizer, prompt)
     with without_layers(model, plan.blocks):
-        save_model(model, tokenizer, out / CHECKPOINT_FOLDER, plan, overwrite, losses)
+        save_model(
+            model,
+            tokenizer,
+            out / CHECKPOINT_FOLDER,
+            plan=plan,
+            overwrite=overwrite,
+            losses=losses,
+        )
         after = continue_text(model, tokenizer, prompt)
     difference = verify_checkpoint(
-        model, tokenizer, out / CHECKPOINT_FOLDER, plan.blocks, max(eval_texts, key=len)
+        model,
+        tokenizer,
+        out / CHECKPOINT_FOLDER,
+        layers=plan.blocks,
+        text=max(eval_texts, key=len),
     )
     done = Run(scanned, comparison, plan, difference, before, after, out)
     write_file(out / RESULTS_FILE, (json.dumps(done.to_json(), indent=2) + "\n").encode())

@@ -1,0 +1,159 @@
+"""The files of a checkpoint beside its tensors: the config, and what is carried over."""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, OutputError
+from ..values.files import PLAN_FILE
+from ..values.layers import MAX_LAYERS
+
+if TYPE_CHECKING:
+    from .._core import Checkpoint
+
+CONFIG_FILE = "config.json"
+QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_OTHER_WEIGHTS = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5",
+    ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".pkl", ".pickle",
+)  # fmt: skip
+_NOT_CARRIED = (CONFIG_FILE, PLAN_FILE, "params.json")
+"""Rewritten here, or the layer count of another format."""
+_SUBFOLDERS = ("additional_chat_templates",)
+_MAX_CARRIED_BYTES = 256 << 20
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Tell whether a local folder holds a config and safetensors.
+
+    Args:
+        path: of the folder; it need not be there.
+    """
+    folder = Path(path).expanduser()
+    weights = any((folder / name).is_file() for name in _WEIGHTS)
+    return weights and (folder / CONFIG_FILE).is_file()
+
+
+def stored_dtype(path: str | Path) -> str:
+    """Read from the config in a folder what its weights are stored in.
+
+    Args:
+        path: of the folder.
+
+    Returns:
+        ``nf4``, ``int8``, the name of another quantisation, or torch's name of a dtype;
+        ``unknown`` where the config does not tell.
+
+    Raises:
+        ModelError: there is no config, or it is not JSON.
+    """
+    return config_dtype(read_json(Path(path).expanduser() / CONFIG_FILE))
+
+
+def config_dtype(raw: Mapping[str, Any]) -> str:
+    """Read :func:`stored_dtype` from the JSON of a config."""
+    quantised = raw.get("quantization_config")
+    if isinstance(quantised, dict):
+        for key, name in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+            if quantised.get(key):
+                return name
+        return str(quantised.get("quant_method", "quantised"))
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "unknown").removeprefix("torch.")
+
+
+def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
+    """Tell whether a config is written for transformers 5, which version 4 reads amiss.
+
+    Version 4 knows ``rope_theta`` and ``rope_scaling``, and ignores ``rope_parameters``.
+    """
+    version = str(raw.get("transformers_version") or "").partition(".")[0]
+    return (version.isdecimal() and int(version) >= 5) or "rope_parameters" in raw
+
+
+def parse_size(size: int | str) -> int:
+    """Read a number of bytes.
+
+    Args:
+        size: a number, or words such as ``5GB`` or ``500MiB``.
+
+    Returns:
+        The bytes, at least one.
+
+    Raises:
+        OutputError: it is not a size, or less than a byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(size).strip().upper())
+    unit = {**_UNITS, **_BINARY_UNITS}.get(match[2]) if match else None
+    if match and unit and 1 <= float(match[1]) * unit < 2**63 and not isinstance(size, bool):
+        return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
+    raise OutputError(f"{size!r} is no size of a shard: expected bytes, or words such as 5GB")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: the file is not there, or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is damaged: expected a JSON object")
+    return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the config of a checkpoint.
+
+    Raises:
+        ModelError: it is not there or damaged, names its weights otherwise than
+            ``model.safetensors``, or counts more layers than any model has.
+    """
+    raw = read_json(path)
+    if raw.get("transformers_weights"):
+        raise ModelError(
+            f"{CONFIG_FILE} places the weights in {raw['transformers_weights']!r}: expected "
+            f"{' or '.join(_WEIGHTS)}, name them so and remove transformers_weights"
+        )
+    count = raw.get("num_hidden_layers")
+    if isinstance(count, int) and count > MAX_LAYERS:
+        raise ModelError(f"{path} counts {count} layers: expected at most {MAX_LAYERS}")
+    return raw
+
+
+def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
+    """Find the files beside the weights that belong to the model: tokenizer, templates, code.
+
+    Args:
+        stored: the checkpoint.
+
+    Yields:
+        Their names in the folder, and where they are.
+    """
+    for entry in sorted(stored.folder.iterdir()):
+        names = [entry.name]
+        if entry.is_dir():
+            inner = entry.iterdir() if entry.name in _SUBFOLDERS else ()
+            names = sorted(f"{entry.name}/{file.name}" for file in inner)
+        for name in names:
+            hidden = entry.name.startswith(".") or entry.name in _NOT_CARRIED
+            if hidden or name.endswith(_OTHER_WEIGHTS):
+                continue
+            try:
+                path = stored.resolve(name)
+            except ModelError as error:
+                warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+                continue
+            if path.stat().st_size > _MAX_CARRIED_BYTES:
+                warnings.warn(f"{name} is left out: it is too large", stacklevel=2)
+                continue
+            yield name, path

@@ -1,0 +1,92 @@
+"""The cut in other tools' words: what mergekit and llama.cpp need to make the same one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..values.layers import blocks_of
+from ..values.loss import Loss
+from ..values.plan import Plan
+from .card_file import CARD_FILE, to_yaml
+from .source import PLACEHOLDER, Source
+
+MERGEKIT_FILE = "mergekit.yaml"
+PRUNE_LAYERS_FILE = "prune_layers.txt"
+EXPORT_FILES = (CARD_FILE, MERGEKIT_FILE, PRUNE_LAYERS_FILE)
+"""The names of the files beside a cut."""
+
+_MERGEKIT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class CutFacts:
+    """What the files beside a cut say of it.
+
+    Attributes:
+        plan: what was dropped, and why.
+        source: the uncut model.
+        options: what :func:`shallower.prune` was given beside source, layers and place, by name.
+        dtype: of the stored weights, if that is known.
+        losses: the held-out loss before and after the cut, if they were measured.
+        gguf: the name of the new file, if it is a GGUF file.
+        needs_5: whether its config is written for transformers 5.
+    """
+
+    plan: Plan
+    source: Source
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    losses: tuple[Loss, Loss] | None = None
+    gguf: str | None = None
+    needs_5: bool = False
+
+    @property
+    def out(self) -> str:
+        """Where a command puts the cut."""
+        if self.gguf and self.options.get("as_gguf"):
+            return Path(self.gguf).stem
+        return self.gguf or "cut"
+
+    @property
+    def mergekit_file(self) -> str:
+        """The name of mergekit's config."""
+        if self.gguf and not self.options.get("as_gguf"):
+            return export_path(Path(self.gguf), MERGEKIT_FILE).name
+        return MERGEKIT_FILE
+
+
+def export_path(gguf: Path, name: str) -> Path:
+    """Name a file beside a GGUF file: ``model.README.md`` beside ``model.gguf``."""
+    return gguf.with_suffix(f".{name}")
+
+
+def prune_layers(plan: Plan) -> str:
+    """Write the dropped layers as ``llama-quantize --prune-layers`` takes them: ``12,13``."""
+    return ",".join(map(str, plan.dropped))
+
+
+def mergekit_config(facts: CutFacts) -> str:
+    """Write the cut as a config of mergekit, a passthrough merge of the ranges that stay.
+
+    Args:
+        facts: what there is to say of the cut.
+
+    Returns:
+        The text of ``mergekit.yaml``.
+    """
+    source = facts.source
+    model = PLACEHOLDER if source.gguf else source.place
+    config: dict[str, Any] = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": model, "layer_range": [block.start, block.stop]}]}
+            for block in blocks_of(facts.plan.survivors)
+        ],
+    }
+    if facts.dtype in _MERGEKIT_DTYPES:
+        config["dtype"] = facts.dtype
+    name = " ".join(source.name.split())
+    what = "that it was made from; mergekit reads no GGUF file" if source.gguf else "of the model"
+    note = f"# {PLACEHOLDER} stands for the folder or hub id {what}: {name}\n"
+    return (note if model == PLACEHOLDER else "") + to_yaml(config)

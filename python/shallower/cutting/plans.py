@@ -1,0 +1,78 @@
+"""The plan that a cut carries out, from whatever names the layers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import PlanError
+from ..values.files import PLAN_FILE
+from ..values.layers import Layers
+from ..values.plan import ModelIdentity, Plan
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Load a saved plan.
+
+    Args:
+        path: of the file, or of the folder that holds it under its usual name.
+
+    Raises:
+        PlanError: it is not there, or is not a plan.
+    """
+    path = Path(path).expanduser()
+    return Plan.load(path / PLAN_FILE if path.is_dir() else path)
+
+
+def agreed_plan(
+    named: str, num_layers: int, layers: Plan | Layers, plan: Plan | None = None
+) -> Plan:
+    """Find the plan that names these layers of a model.
+
+    Args:
+        named: the model, for errors.
+        num_layers: that it has.
+        layers: a plan, blocks, ranges or indices.
+        plan: the plan behind ``layers``, if they are not a plan themselves.
+
+    Returns:
+        The plan; a new one with the strategy ``manual`` where only layers are named.
+
+    Raises:
+        LayersError: a layer that is not there, is named twice, or is the last one left.
+        PlanError: a plan for another number of layers, or for other layers than are named.
+    """
+    for given in (plan, layers):
+        if isinstance(given, Plan) and given.num_layers != num_layers:
+            raise PlanError(
+                f"the plan is for {given.num_layers} layers, {named} has {num_layers}: plan "
+                f"again, or name the layers yourself"
+            )
+    wanted = Plan.of(num_layers, layers)
+    if plan is not None and plan.dropped != wanted.dropped:
+        raise PlanError(
+            f"the plan drops the layers {list(plan.dropped)}, asked for are "
+            f"{list(wanted.dropped)}: name the plan's layers, or give no plan"
+        )
+    return plan or wanted
+
+
+def made_for(plan: Plan, identity: ModelIdentity | None) -> Plan:
+    """Check a plan against the model that it is carried out on.
+
+    Args:
+        plan: with or without the identity of the model that it was made for.
+        identity: of the model; None if its files do not tell.
+
+    Returns:
+        The plan, with the model's identity where it had none.
+
+    Raises:
+        PlanError: it was made for another model, or that cannot be told.
+    """
+    if identity is not None:
+        plan.check_model(identity)
+    elif plan.model is not None:
+        raise PlanError(
+            f"the plan was made for {plan.model.name}, and whether this is the same model cannot "
+            f"be told from the names of its tensors: name the layers yourself"
+        )
+    return plan if plan.model else replace(plan, model=identity)

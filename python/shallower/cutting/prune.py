@@ -1,0 +1,308 @@
+"""The one door of cuts: on disk, in memory, or a GGUF file directly.
+
+What is to be done is planned first (:func:`plan_prune`), with every refusal made, and then done.
+torch is loaded only where a model is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import InMemoryOnlyError, ModelError, OutputError
+from ..storage import check_free
+from ..values.files import PLAN_FILE
+from ..values.layers import Layers, ranges
+from ..values.plan import Plan
+from .checkpoint import SHARD_SIZE, PreparedCut, prepare
+from .copying import Progress
+from .exports import EXPORT_FILES
+from .gguf import prepare_gguf
+from .plans import agreed_plan, load_plan
+from .request import Request
+
+if TYPE_CHECKING:
+    from ..models.loading import DeviceMap, Dtype
+
+Way = Literal["disk", "memory", "gguf"]
+
+_SAVED = ("config.json", "generation_config.json", "model*.safetensors", "tokenizer*")
+"""What transformers writes, as far as that is known before."""
+
+
+def prune(
+    source: str | Path,
+    what: "Plan | Layers | str | Path",
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: "Dtype | None" = None,
+    max_shard_size: int | str | None = None,
+    device_map: "DeviceMap" = None,
+    gguf_file: str | None = None,
+    as_gguf: bool = False,
+    trust_remote_code: bool = False,
+    verify: bool = False,
+    progress: Progress | bool | None = None,
+) -> Plan:
+    """Drop layers from a model, and save a standard checkpoint with the plan beside it.
+
+    A folder of safetensors is cut on disk, without loading it, unless ``dtype`` asks for another
+    dtype than the stored one; when interrupted, the same call goes on. A GGUF file is cut directly
+    into a GGUF file. Whatever else there is is loaded, cut in memory and saved.
+
+    Args:
+        source: a local folder, a hub id, or a ``.gguf`` file.
+        what: a plan, the path of a saved one or of its folder, or blocks, ranges or indices to
+            drop, 0-based.
+        out: a folder that does not exist yet, or is empty; or a ``.gguf`` file, which only a GGUF
+            file is cut into.
+        overwrite: replace what is at ``out``, once the new files are complete.
+        dtype: of the weights; by default as stored in a folder of safetensors, else bfloat16.
+        max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``, which is
+            the default; for cuts on disk.
+        device_map: where the model is loaded, as transformers takes it.
+        gguf_file: a GGUF file in the folder or repository ``source``.
+        as_gguf: ``out`` is a folder, which gets ``NAME.gguf`` and a ``README.md`` as the hub shows
+            it; for a GGUF file.
+        trust_remote_code: run code that comes with the model.
+        verify: reload the cut with stock transformers and compare its logits with those of the
+            source without its layers.
+        progress: a function of the bytes copied and the bytes in all, or whether to show a bar;
+            by default if standard error is a terminal.
+
+    Returns:
+        The plan that was carried out, as it is saved in ``shallower_plan.json``.
+
+    Raises:
+        LayersError: a layer that is not there, is named twice, or is the last one left.
+        PlanError: a plan that is damaged, or was made for another model.
+        ModelError: a model that is not there, is damaged or incomplete, or cannot be described
+            without these layers; options that do not go together; with ``verify``, logits that
+            differ.
+        OutputError: something is at ``out`` already, or it cannot be written to.
+        MissingExtraError: a package is needed that is not installed.
+
+    Example:
+        >>> plan = sh.prune("HuggingFaceTB/SmolLM2-135M", [range(12, 20)], "smol-cut")
+        >>> len(plan.survivors)
+        22
+        >>> again = sh.prune("model.gguf", plan.blocks, "cut.gguf")
+    """
+    planned = plan_prune(
+        source,
+        what,
+        out,
+        overwrite=overwrite,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        device_map=device_map,
+        gguf_file=gguf_file,
+        as_gguf=as_gguf,
+        trust_remote_code=trust_remote_code,
+        verify=verify,
+    )
+    return planned.run(progress).plan
+
+
+def plan_prune(
+    source: str | Path,
+    what: "Plan | Layers | str | Path",
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: "Dtype | None" = None,
+    max_shard_size: int | str | None = None,
+    device_map: "DeviceMap" = None,
+    gguf_file: str | None = None,
+    as_gguf: bool = False,
+    trust_remote_code: bool = False,
+    verify: bool = False,
+) -> "PlannedPrune":
+    """Plan what :func:`prune` would do, and write nothing.
+
+    Args:
+        source: as for :func:`prune`, like all that follow.
+        what: what to drop.
+        out: the place of the cut.
+        overwrite: replace what is there.
+        dtype: of the weights.
+        max_shard_size: bytes of tensors in a file at most.
+        device_map: where the model is loaded.
+        gguf_file: a GGUF file in ``source``.
+        as_gguf: ``out`` is a folder for a GGUF file.
+        trust_remote_code: run code that comes with the model.
+        verify: compare the logits of the cut.
+
+    Returns:
+        What would be done, by which way, and the files; ``run()`` does it.
+
+    Raises:
+        LayersError, PlanError, ModelError, OutputError, MissingExtraError: as :func:`prune`,
+            but for what only the weights tell.
+    """
+    local = Path(source).expanduser()
+    request = Request(
+        # A folder by its own name, also where it is named ``.`` or by a link.
+        source=str(local.resolve() if local.is_dir() else source),
+        named=str(source),
+        out=Path(out),
+        overwrite=overwrite,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        device_map=device_map,
+        gguf_file=gguf_file,
+        as_gguf=as_gguf,
+        trust_remote_code=trust_remote_code,
+        verify=verify,
+    )
+    if isinstance(what, str | Path):
+        what = load_plan(what)
+    if request.out.suffix == ".gguf" or as_gguf:
+        return _plan_gguf(request, what)
+    return _plan_folder(request, what)
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What a cut came to.
+
+    Attributes:
+        plan: what was dropped, with the identity of the model.
+        written: the folder, or all files of a GGUF cut.
+        difference: the greatest absolute difference of the logits, if the cut was verified.
+    """
+
+    plan: Plan
+    written: tuple[Path, ...]
+    difference: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the plan and what came of it as plain JSON values."""
+        written = [str(path) for path in self.written]
+        return {
+            **self.plan.to_json(),
+            "max_logits_difference": self.difference,
+            "written": written[0] if len(written) == 1 else written,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPrune:
+    """A cut that is planned, with every refusal made that needs no weights.
+
+    Attributes:
+        way: ``disk``, ``memory`` or ``gguf``.
+        plan: what goes.
+        files: that would be written; in memory, patterns of their names.
+        num_bytes: of the files of weights, where that is known.
+    """
+
+    way: Way
+    plan: Plan
+    files: tuple[Path, ...]
+    num_bytes: int | None
+    _request: Request
+    _write: Callable[..., None] | None = None
+
+    @property
+    def loads_model(self) -> bool:
+        """Whether the model is loaded, which takes torch and memory."""
+        return self.way == "memory" or self._request.verify
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what would be done as plain JSON values."""
+        size = {} if self.num_bytes is None else {"bytes": self.num_bytes}
+        return {
+            "prune": self._request.named,
+            "drop": ranges(self.plan.dropped),
+            "keep": ranges(self.plan.survivors),
+            **size,
+            "write": [str(path) for path in self.files],
+        }
+
+    def run(self, progress: Progress | bool | None = None) -> Pruned:
+        """Make the cut, and verify it if that is wanted.
+
+        Args:
+            progress: as for :func:`prune`.
+
+        Returns:
+            The plan that was carried out, and what verifying it gave.
+
+        Raises:
+            PlanError, ModelError, OutputError, MissingExtraError: as :func:`prune`.
+        """
+        request, plan, on_disk = self._request, self.plan, self.way == "disk"
+        # Before the cut, which may replace a GGUF file; on disk it never replaces its source.
+        loaded = request.load() if self.loads_model and not on_disk else None
+        if self._write is not None:
+            self._write(overwrite=request.overwrite, progress=progress)
+        elif loaded is not None:
+            plan = request.cut_in_memory(*loaded, plan)
+        written = self.files if request.out.suffix == ".gguf" else (request.out,)
+        if not request.verify:
+            return Pruned(plan, written)
+        from .saving import verify_checkpoint
+
+        cut = self.files[0] if self.way == "gguf" else request.out
+        loaded = loaded or request.load(as_stored=on_disk)
+        return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan.blocks))
+
+
+def _plan_gguf(request: Request, layers: Plan | Layers) -> PlannedPrune:
+    """A GGUF file into a GGUF file."""
+    refused = {
+        "dtype": request.dtype,
+        "max_shard_size": request.max_shard_size,
+        "device_map": request.device_map,
+        "trust_remote_code": request.trust_remote_code or None,
+    }
+    path = request.gguf_path
+    for name, value in refused.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+            raise ModelError(
+                f"{name}={value!r} or {option} does not go with a GGUF file as out (--out), which "
+                f"is cut without being loaded: leave it out, or name a folder as out"
+            )
+    cut = prepare_gguf(path, layers, request.out, as_gguf=request.as_gguf)
+    cut.check_free(request.overwrite)
+    return PlannedPrune("gguf", cut.plan, tuple(cut.files), cut.num_bytes, request, cut.write)
+
+
+def _plan_folder(request: Request, layers: Plan | Layers) -> PlannedPrune:
+    """Into a folder of safetensors: on disk where that can be, else in memory."""
+    out, on_disk = request.out, request.on_disk
+    wanted = agreed_plan(request.named, request.count_layers(), layers)
+    check_free(out, request.overwrite)
+    local = Path(request.source).expanduser()
+    if out.exists() and local.exists() and out.samefile(local):
+        raise OutputError(f"{out} is the model itself: name another folder for the cut")
+    cut = _prepared(request, wanted) if on_disk else None
+    if cut is not None:
+        files = tuple(out / name for name in cut.files)
+        write = partial(cut.write, out)
+        return PlannedPrune("disk", cut.plan, files, cut.num_bytes, request, write)
+    if request.max_shard_size is not None:
+        raise OutputError(
+            "max_shard_size or --max-shard-size goes with a folder of safetensors that is cut as "
+            "it is stored: leave it out, or leave out dtype (--dtype)"
+        )
+    files = tuple(out / name for name in (*_SAVED, PLAN_FILE, *EXPORT_FILES))
+    return PlannedPrune("memory", wanted, files, None, request)
+
+
+def _prepared(request: Request, plan: Plan) -> PreparedCut | None:
+    """The cut on disk; None if this model must be cut in memory."""
+    size = SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
+    try:
+        return prepare(
+            request.source,
+            plan,
+            max_shard_size=size,
+            trust_remote_code=request.trust_remote_code,
+        )
+    except InMemoryOnlyError:
+        return None

@@ -1,0 +1,169 @@
+"""The uncut model as a card names it: by its hub id or its own name, never by a path.
+
+A path means nothing to whoever reads the card elsewhere, tells of the machine that wrote it, and
+may be mistaken for a hub id. In commands the placeholder ``SOURCE`` stands for the folder of a
+model that no hub id is known of.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .card_file import CARD_FILE, read_card
+
+PLACEHOLDER = "SOURCE"
+
+GGUF_KEYS = {
+    "general.file_type": "quantisation",
+    "general.license": "license",
+    "general.license.name": "license_name",
+    "general.license.link": "license_link",
+    "general.languages": "language",
+    "general.tags": "tags",
+    "general.base_model.0.repo_url": "base_model",
+}
+"""The keys of a GGUF file that a card speaks of, and the card's words for them."""
+
+FILE_TYPES = (
+    "F32", "F16", "Q4_0", "Q4_1", None, None, None, "Q8_0", "Q5_0", "Q5_1",
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K",
+    "IQ2_XXS", "IQ2_XS", "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ3_M",
+    "IQ2_S", "IQ2_M", "IQ4_XS", "IQ1_M", "BF16", None, None, None, "TQ1_0", "TQ2_0",
+    "MXFP4_MOE", "NVFP4", "Q1_0",
+)  # fmt: skip
+"""The quantisations of llama.cpp, by the number in ``general.file_type``."""
+
+_LICENSE = re.compile(r"(licen[sc]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
+_MAX_LICENSE_BYTES = 1 << 20
+_REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The uncut model, as far as a card speaks of it.
+
+    Attributes:
+        name: its hub id, or the own name of its folder or GGUF file.
+        hub: its hub id, if that is known.
+        gguf: the name of the GGUF file that was cut, if it was one.
+        quantisation: of the GGUF file, such as ``Q8_0``, if the file tells.
+        inherited: the front matter of its own card, and what its GGUF file tells.
+        text: its own card below the front matter.
+        licenses: the files of its license, by name.
+    """
+
+    name: str
+    hub: str | None = None
+    gguf: str | None = None
+    quantisation: str | None = None
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    licenses: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """The folder or repository in a command: the hub id, or ``SOURCE``."""
+        return self.hub or PLACEHOLDER
+
+
+def find_source(
+    named: str | Path,
+    *,
+    gguf_file: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    from_hub: bool = False,
+) -> Source:
+    """Find what a card says of a model.
+
+    Args:
+        named: the model as it was loaded: a folder, a hub id or a GGUF file.
+        gguf_file: the name of a GGUF file in that folder or repository.
+        metadata: values of :data:`GGUF_KEYS` in the GGUF file.
+        from_hub: a hub id by its form is one. If not, it counts as one only if the hub's cache
+            holds it: it may be the path of a folder that is gone, or in another place.
+    """
+    path = Path(named).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        path, gguf_file = path.parent, path.name
+    hub = hub_id(str(path))
+    cached = _snapshot(hub, gguf_file) if hub and not path.is_dir() else None
+    if hub and not (path.is_dir() or cached or from_hub):
+        hub = None
+    folder = path if path.is_dir() else cached
+    told = _told(metadata or {})
+    quantisation = told.pop("quantisation", None)
+    card = _card_of(folder, gguf_file) if folder else None
+    inherited, text = read_card(card) if card else ({}, "")
+    # A folder of GGUF files may be of many models, and its license of any.
+    owns_license = folder is not None and (gguf_file is None or bool(inherited))
+    return Source(
+        name=Path(gguf_file).name if gguf_file else hub or path.resolve().name,
+        hub=hub,
+        gguf=gguf_file,
+        quantisation=quantisation,
+        inherited={**told, **inherited},
+        text=text,
+        licenses=_licenses(folder) if folder and owns_license else {},
+    )
+
+
+def hub_id(source: str) -> str | None:
+    """Read the hub id of a model out of the name that it was loaded by.
+
+    Args:
+        source: a hub id, or a path; one into the hub's cache names the id.
+
+    Returns:
+        The id; None for other paths and for what is there as a folder or file.
+    """
+    for path in (source, str(Path(source).resolve())):
+        if cached := re.search(r"models--([\w.-]+)/snapshots/", path + "/"):
+            return cached[1].replace("--", "/", 1)
+    named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(".gguf")
+    return source if named and not Path(source).exists() else None
+
+
+def _snapshot(hub: str, gguf_file: str | None) -> Path | None:
+    """The folder of a repository in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = gguf_file or "config.json"
+    found = try_to_load_from_cache(hub, name)
+    return Path(str(found).removesuffix(name)) if isinstance(found, str) else None
+
+
+def _card_of(folder: Path, gguf_file: str | None) -> Path:
+    """The card of a model; a folder's README may be of anything, beside a GGUF file above all."""
+    shared = folder / CARD_FILE
+    own = (folder / gguf_file).with_suffix(f".{CARD_FILE}") if gguf_file else shared
+    return shared if not own.is_file() and read_card(shared)[0] else own
+
+
+def _licenses(folder: Path) -> dict[str, Path]:
+    """The files in a folder that hold its license."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to its blobs
+        root = root.parents[1]
+    files = [file for file in sorted(folder.iterdir()) if _LICENSE.fullmatch(file.name)]
+    return {
+        file.name: file
+        for file in files
+        if file.is_file()
+        and file.resolve().is_relative_to(root)
+        and file.stat().st_size <= _MAX_LICENSE_BYTES
+    }
+
+
+def _told(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a GGUF file tells, in a card's words."""
+    told = {word: metadata.get(key) for key, word in GGUF_KEYS.items()}
+    number = told.pop("quantisation")
+    told = {word: value for word, value in told.items() if value and not isinstance(value, int)}
+    if isinstance(number, int) and 0 <= number < len(FILE_TYPES):
+        told["quantisation"] = FILE_TYPES[number]
+    repository = _REPOSITORY.fullmatch(str(told.pop("base_model", "")))
+    if repository:
+        told["base_model"] = repository[1]
+    return told

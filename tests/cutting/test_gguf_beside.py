@@ -1,0 +1,205 @@
+"""The files beside a cut GGUF file, or in a folder with it; and the logits of the cut."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, size_label
+
+import shallower as sh
+from shallower.cutting.exports import export_path
+from shallower.cutting.gguf import gguf_files
+from tests.cutting.card_tools import LICENSED, front
+from tests.cutting.gguf_files import write
+from tests.folders import tree
+from tests.models.gguf_files import write_gguf
+
+DROPPED = [1, 3, 4]
+
+
+def test_a_cut_gguf_has_its_files_beside_it(tmp_path, shallower):
+    source, out = write(tmp_path / "tiny.gguf"), tmp_path / "out" / "cut.gguf"
+    (tmp_path / "README.md").write_text("# Of something else\n")
+    words = (source, "--drop", "1,3:5", "--out", out)
+    there = shallower("prune", *words, "--dry-run", "--json").json["write"]
+    assert there == [str(path) for path in gguf_files(out)]
+    assert not out.parent.exists()
+    sh.prune_gguf(source, DROPPED, out)
+    assert set(out.parent.iterdir()) == set(gguf_files(out))
+    card = export_path(out, "README.md").read_text()
+    assert front(card) == {
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["shallower", "layer-pruning"],
+    }
+    assert "Of something else" not in card
+    assert export_path(out, "prune_layers.txt").read_text() == "1,3,4\n"
+
+    for name, text in (("README.md", LICENSED), ("tiny.README.md", "---\nlicense: mit\n---\n")):
+        (tmp_path / name).write_text(text)
+        sh.prune_gguf(source, DROPPED, out, overwrite=True)
+        expected = "mit" if name.startswith("tiny") else "other"
+        assert front(export_path(out, "README.md").read_text())["license"] == expected
+
+
+@pytest.mark.parametrize("index", range(1, 5))
+def test_a_file_beside_a_gguf_is_not_replaced_unasked(tmp_path, shallower, index):
+    source, out = write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
+    taken = gguf_files(out)[index]
+    taken.write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(sh.OutputError, match=f"{taken.name} exists already"):
+        sh.prune_gguf(source, DROPPED, out)
+    refused = shallower("prune", source, "--drop", "1", "--out", out, "--dry-run")
+    assert f"{taken.name} exists already" in refused.error
+    assert tree(tmp_path) == before
+    sh.prune_gguf(source, DROPPED, out, overwrite=True)
+    assert taken.read_bytes() != b"mine"
+    taken.unlink()
+    taken.mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(sh.OutputError, match="is a folder"):
+        sh.prune_gguf(source, DROPPED, out, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_gguf_that_fails_midway_leaves_all_as_it_was(tmp_path, overwrite):
+    source, out = write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
+    if overwrite:
+        sh.prune_gguf(source, [0], out)
+    before = tree(tmp_path)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sh.prune_gguf(source, DROPPED, out, overwrite=overwrite, progress=stop)
+    assert tree(tmp_path) == before
+    broken = sh.Plan(6, (sh.Block(1, 2),), versions={"made by": object()})
+    with pytest.raises(TypeError):
+        sh.prune_gguf(source, [1], out, overwrite=overwrite, plan=broken)
+    assert tree(tmp_path) == before
+
+
+# The logits of a cut GGUF file.
+def test_a_cut_gguf_is_verified(tmp_path, shallower):
+    source, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
+    words = ("prune", source, "--drop", "1", "--verify", "--out")
+    assert 0 <= shallower(*words, out, "--json").json["max_logits_difference"] <= 1e-5
+    done = shallower(*words, source, "--overwrite")
+    assert done.status == 0, done.err
+    assert "logits differ by at most" in done.out
+    assert source.read_bytes() == out.read_bytes()
+
+
+def test_a_gguf_of_other_layers_is_told_from_the_cut(tmp_path):
+    source, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
+    model, tokenizer = sh.load_model(source, "float32")
+    sh.prune_gguf(source, [1], out)
+    assert (
+        sh.verify_checkpoint(model, tokenizer, out, layers=[sh.Block(1, 2)], text="the fox") <= 1e-5
+    )
+    with pytest.raises(sh.ModelError, match=r"cut\.gguf is not the model with its layers skipped"):
+        sh.verify_checkpoint(model, tokenizer, out, layers=[sh.Block(2, 3)], text="the fox")
+
+
+def test_a_gguf_that_transformers_cannot_load_is_refused_before_the_cut(tmp_path, shallower):
+    source, out = write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
+    done = shallower("prune", source, "--drop", "1", "--out", out, "--verify")
+    assert "cannot load" in done.error
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+# A folder as the hub shows it.
+FILES = ["README.md", "mergekit.yaml", "prune_layers.txt", "shallower_plan.json", "small.gguf"]
+
+
+def test_a_folder_for_the_hub_holds_the_file_and_its_card(tmp_path, shallower):
+    source, out = write(tmp_path / "tiny.gguf"), tmp_path / "small"
+    words = ("prune", source, "--drop", "1,3:5", "--out", out, "--as-gguf")
+    there = shallower(*words, "--dry-run", "--json").json["write"]
+    assert sorted(there) == [str(out / name) for name in FILES]
+    assert not out.exists()
+    assert shallower(*words, "--json").json["written"] == str(out)
+    assert sorted(tree(out)) == FILES
+    sh.prune_gguf(source, DROPPED, tmp_path / "beside.gguf")
+    assert (out / "small.gguf").read_bytes() == (tmp_path / "beside.gguf").read_bytes()
+    assert sh.Plan.load(out / "shallower_plan.json").dropped == tuple(DROPPED)
+    card = (out / "README.md").read_text()
+    assert front(card)["library_name"] == "gguf"
+    assert "mergekit-yaml mergekit.yaml merged" in card
+    assert "exists already" in shallower(*words).error
+    assert "exists already" in shallower(*words, "--dry-run").error
+    before = tree(out)
+    assert shallower(*words, "--overwrite").status == 0
+    assert tree(out) == before
+
+
+def test_a_folder_for_the_hub_has_the_license_of_a_folder_with_a_card(tmp_path):
+    source = write(tmp_path / "tiny.gguf")
+    (tmp_path / "LICENSE").write_text("Do as you like.")
+    sh.prune(source, DROPPED, tmp_path / "a", as_gguf=True)
+    assert not (tmp_path / "a" / "LICENSE").exists()
+    (tmp_path / "README.md").write_text(LICENSED)
+    sh.prune(source, DROPPED, tmp_path / "b", as_gguf=True)
+    assert (tmp_path / "b" / "LICENSE").read_text() == "Do as you like."
+    sh.prune(source, DROPPED, tmp_path / "c.gguf", as_gguf=True)
+    assert (tmp_path / "c.README.md").is_file()
+
+
+def test_a_folder_for_the_hub_is_whole_or_not_at_all(tmp_path):
+    (tmp_path / "files").mkdir()
+    source = write(tmp_path / "files" / "tiny.gguf")
+    before = tree(tmp_path)
+    broken = sh.Plan(6, (sh.Block(1, 2),), versions={"made by": object()})
+    with pytest.raises(TypeError):
+        sh.prune(source, broken, tmp_path / "cut", as_gguf=True)
+    assert tree(tmp_path) == before
+    with pytest.raises(sh.OutputError, match="folder of the model itself"):
+        sh.prune(source, DROPPED, tmp_path / "files", as_gguf=True, overwrite=True)
+    with pytest.raises(sh.ModelError, match=r"not a \.gguf file"):
+        sh.prune(tmp_path / "files", DROPPED, tmp_path / "cut", as_gguf=True)
+    assert tree(tmp_path) == before
+
+
+# The size and the name.
+def test_the_size_and_the_name_are_of_what_is_left(tmp_path):
+    text = GGUFValueType.STRING
+    extra = [("general.name", "Tiny 9B", text, None), ("general.size_label", "9B", text, None)]
+    source = write(tmp_path / "a.gguf", extra=extra, types=[GGMLQuantizationType.Q4_0])
+    out = tmp_path / "b.gguf"
+    for survivors in ([0], [1, 2, 5], [0, 1, 2, 3, 4]):
+        dropped = [layer for layer in range(6) if layer not in survivors]
+        sh.prune_gguf(source, dropped, out, overwrite=True)
+        reader = GGUFReader(out)
+        sizes = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        assert reader.fields["general.size_label"].contents() == size_label(sizes, sizes, 0, 0)
+        count = f"{len(survivors)} layer{'s' if len(survivors) > 1 else ''}"
+        assert reader.fields["general.name"].contents() == f"Tiny 9B ({count})"
+
+
+def test_experts_count_as_in_gguf(tmp_path):
+    """``GGUFWriter.get_total_parameter_count`` and ``gguf.size_label`` are the rule."""
+
+    def build(path, layers):
+        writer = GGUFWriter(path, "llama")
+        writer.add_block_count(len(layers))
+        writer.add_size_label("8x7B")
+        writer.add_tensor("token_embd.weight", np.zeros((70, 50), np.float32))
+        for layer in range(len(layers)):
+            experts = layers[layer]
+            shapes = {"up_exps.weight": (experts, 30, 20), "up_exps.bias": (experts, 30)}
+            for name, shape in {**shapes, "norm.weight": (9,)}.items():
+                writer.add_tensor(f"blk.{layer}.{name}", np.zeros(shape, np.float32))
+        label = size_label(*writer.get_total_parameter_count())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return label
+
+    build(tmp_path / "a.gguf", [4, 8, 3, 16])
+    for dropped, left in (([0], [8, 3, 16]), ([1, 3], [4, 3]), ([0, 1, 2], [16])):
+        label = build(tmp_path / "expected.gguf", left)
+        sh.prune_gguf(tmp_path / "a.gguf", dropped, tmp_path / "b.gguf", overwrite=True)
+        fields = GGUFReader(tmp_path / "b.gguf").fields
+        assert fields["general.size_label"].contents() == label

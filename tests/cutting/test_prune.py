@@ -1,0 +1,209 @@
+"""The one door: which way a cut is made, and that a plan is never forgotten on it."""
+
+import inspect
+
+import pytest
+import torch
+
+import shallower as sh
+from shallower.cutting.prune import plan_prune
+from shallower.models import loading
+from tests.conftest import tiny_llama
+from tests.cutting.card_tools import assert_same_weights
+from tests.folders import tree
+from tests.models.gguf_files import write_gguf
+
+TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, words):
+    """A folder with ``tiny``, a checkpoint, and ``files/tiny.gguf``."""
+    folder = tmp_path_factory.mktemp("door")
+    tiny_llama(initializer_range=0.2).save_pretrained(folder / "tiny")
+    words.save_pretrained(folder / "tiny")
+    (folder / "files").mkdir()
+    write_gguf(folder / "files" / "tiny.gguf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plans(place, words):
+    """Plans of a scan for the checkpoint, and for a model of 4 layers."""
+    model, tokenizer = sh.load_model(place / "tiny", dtype="float32")
+    four = tiny_llama(num_layers=4)
+    return sh.scan(model, tokenizer, TEXTS).plan(2), sh.scan(four, words, TEXTS).plan(2)
+
+
+def assert_told(plan, folder, card="README.md", saved="shallower_plan.json"):
+    """The card and the saved plan name score, metric, texts and strategy."""
+    block = plan.blocks[0]
+    stored = sh.Plan.load(folder / saved)
+    assert stored == plan
+    assert (stored.blocks[0].score, stored.blocks[0].stderr) == (block.score, block.stderr)
+    assert (stored.metric, stored.strategy) == ("angular", "similarity")
+    assert stored.texts == plan.texts != ()
+    text = (folder / card).read_text()
+    assert f"| removed | {block}, angular distance {block.score:.4f} ± {block.stderr:.4f} |" in text
+    assert "| why | similarity: of all blocks of its size" in text
+    assert "| calibration | 3 texts of at most 256 tokens |" in text
+    assert "named by hand" not in text
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["disk", "memory"])
+def test_a_plan_of_a_scan_is_told_by_the_door(place, plans, tmp_path, options):
+    done = sh.prune(place / "tiny", plans[0], tmp_path / "cut", **options)
+    assert done == plans[0]
+    assert_told(plans[0], tmp_path / "cut")
+
+
+def test_a_plan_of_a_scan_is_told_in_memory(place, plans, tmp_path):
+    model, tokenizer = sh.load_model(place / "tiny", dtype="float32")
+    plan = sh.drop_layers(model, plans[0])
+    assert plan is plans[0]
+    sh.save_model(model, tokenizer, tmp_path / "cut", plan=plan)
+    assert_told(plans[0], tmp_path / "cut")
+
+
+def test_a_plan_of_a_scan_is_told_of_a_gguf_file(place, plans, tmp_path):
+    source = place / "files" / "tiny.gguf"
+    sh.prune(source, plans[1], tmp_path / "cut.gguf")
+    assert_told(plans[1], tmp_path, "cut.README.md", "cut.shallower_plan.json")
+    sh.prune(source, plans[1], tmp_path / "folder", as_gguf=True)
+    assert_told(plans[1], tmp_path / "folder")
+    assert sh.plan_gguf(source, plans[1]) is plans[1]
+
+
+def test_a_block_keeps_its_score_in_memory(place, plans):
+    model, _ = sh.load_model(place / "tiny", dtype="float32")
+    block = plans[0].blocks[0]
+    plan = sh.drop_layers(model, [block])
+    assert (plan.blocks[0].score, plan.blocks[0].stderr) == (block.score, block.stderr)
+
+
+def test_what_names_the_layers_can_be_many_things(place, plans, tmp_path):
+    plan = plans[0]
+    plan.save(tmp_path / "plan.json")
+    plan.save(tmp_path / "shallower_plan.json")
+    block = plan.blocks[0]
+    named = [plan, tmp_path / "plan.json", str(tmp_path), plan.blocks, [block.layers], block.layers]
+    for number, what in enumerate(named):
+        done = sh.prune(place / "tiny", what, tmp_path / str(number))
+        assert done.blocks == plan.blocks
+        assert (done == plan) == (number < 3)
+        assert tree(tmp_path / str(number)).keys() == tree(tmp_path / "0").keys()
+    with pytest.raises(sh.PlanError, match="cannot read the plan 12:20"):
+        sh.prune(place / "tiny", "12:20", tmp_path / "cut")
+    with pytest.raises(sh.PlanError, match=r"the plan is for 4 layers, .*tiny has 6"):
+        sh.prune(place / "tiny", plans[1], tmp_path / "cut")
+
+
+def test_a_plan_of_another_model_is_refused_on_every_way(place, tmp_path):
+    other = tiny_llama(seed=1)
+    torch.nn.init.uniform_(other.model.norm.weight)
+    plan = sh.drop_layers(other, [1, 2])
+    model, _ = sh.load_model(place / "tiny", dtype="float32")
+    for cut in (
+        lambda: sh.prune(place / "tiny", plan, tmp_path / "cut"),
+        lambda: sh.prune(place / "tiny", plan, tmp_path / "cut", dtype="bfloat16"),
+        lambda: sh.drop_layers(model, plan),
+        lambda: sh.without_layers(model, plan).__enter__(),
+    ):
+        with pytest.raises(sh.PlanError, match="another model"):
+            cut()
+    assert list(tmp_path.iterdir()) == []
+    assert len(model.model.layers) == 6
+
+
+WAYS = [
+    ("tiny", "cut", {}, "disk"),
+    ("tiny", "cut", {"dtype": "float32"}, "disk"),
+    ("tiny", "cut", {"max_shard_size": "30KB"}, "disk"),
+    ("tiny", "cut", {"dtype": "bfloat16"}, "memory"),
+    ("files/tiny.gguf", "cut", {}, "memory"),
+    ("files", "cut", {"gguf_file": "tiny.gguf"}, "memory"),
+    ("files/tiny.gguf", "cut.gguf", {}, "gguf"),
+    ("files", "cut.gguf", {"gguf_file": "tiny.gguf"}, "gguf"),
+    ("files/tiny.gguf", "cut.gguf", {"gguf_file": "tiny.gguf"}, "gguf"),
+    ("files/tiny.gguf", "cut", {"as_gguf": True}, "gguf"),
+]
+
+
+@pytest.mark.parametrize(("source", "out", "options", "way"), WAYS)
+def test_the_door_chooses_the_way(place, tmp_path, monkeypatch, source, out, options, way):
+    planned = plan_prune(place / source, [1], tmp_path / out, **options)
+    assert planned.way == way
+    assert planned.loads_model == (way == "memory")
+    assert list(tmp_path.iterdir()) == []
+    if way != "memory":
+        monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    assert sh.prune(place / source, [1], tmp_path / out, **options).dropped == (1,)
+    there = {path for path in tmp_path.rglob("*") if path.is_file()}
+    if way == "memory":
+        assert all(any(file.match(path.name) for path in planned.files) for file in there)
+    else:
+        assert there == set(planned.files)
+        assert planned.num_bytes == sum(
+            file.stat().st_size
+            for file in there
+            if file.name.startswith("model") or file.suffix == ".gguf"
+        )
+
+
+@pytest.mark.parametrize(("source", "out", "options", "way"), [WAYS[0], WAYS[3], WAYS[4], WAYS[6]])
+def test_a_cut_is_verified(place, tmp_path, source, out, options, way):
+    planned = plan_prune(place / source, [1], tmp_path / out, verify=True, **options)
+    assert planned.loads_model
+    assert 0 <= planned.run().difference <= 0.1
+
+
+REFUSED = [
+    ("tiny", "cut.gguf", {}, sh.ModelError, r"tiny is not a \.gguf file"),
+    ("tiny", "cut", {"as_gguf": True}, sh.ModelError, r"tiny is not a \.gguf file"),
+    ("files", "cut", {}, sh.ModelError, "holds no config.json"),
+    ("none", "cut", {}, sh.ModelError, "none"),
+    ("files/tiny.gguf", "cut.gguf", {"dtype": "nf4"}, sh.ModelError, "dtype='nf4'.*does not go"),
+    ("files/tiny.gguf", "cut.gguf", {"device_map": "cpu"}, sh.ModelError, "--device-map cpu does"),
+    (
+        "files/tiny.gguf",
+        "cut",
+        {"as_gguf": True, "trust_remote_code": True},
+        sh.ModelError,
+        "trust_remote_code=True or --trust-remote-code does not go",
+    ),
+    ("files/tiny.gguf", "cut", {"max_shard_size": 9}, sh.OutputError, "max_shard_size or --max"),
+    ("tiny", "cut", {"max_shard_size": 9, "dtype": "float16"}, sh.OutputError, "leave out dtype"),
+    ("tiny", "tiny", {"overwrite": True}, sh.OutputError, "is the model itself"),
+]
+
+
+@pytest.mark.parametrize(("source", "out", "options", "error", "message"), REFUSED)
+def test_what_does_not_go_together_is_refused(
+    place, tmp_path, monkeypatch, source, out, options, error, message
+):
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    out = place / "tiny" if out == "tiny" else tmp_path / out
+    before = tree(place)
+    with pytest.raises(error, match=message):
+        sh.prune(place / source, [1], out, **options)
+    assert tree(place) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_door_has_three_places_and_the_words_of_the_command(shallower):
+    parameters = inspect.signature(sh.prune).parameters
+    by_place = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_place == ["source", "what", "out"]
+    shown = shallower("prune", "--help").out
+    for name in set(parameters) - {*by_place, "progress"}:
+        assert f"--{name.replace('_', '-')}" in shown
+    planned = inspect.signature(plan_prune).parameters
+    assert [name for name in parameters if name != "progress"] == list(planned)
+
+
+def test_the_door_gives_what_the_command_gives(place, tmp_path, shallower):
+    sh.prune(place / "tiny", [range(1, 3)], tmp_path / "python", dtype="bfloat16")
+    words = ("prune", place / "tiny", "--drop", "1:3", "--dtype", "bfloat16")
+    assert shallower(*words, "--out", tmp_path / "command").status == 0
+    assert_same_weights(tmp_path / "python", tmp_path / "command")
+    assert tree(tmp_path / "python") == tree(tmp_path / "command")
