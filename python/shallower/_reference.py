@@ -106,7 +106,7 @@ def best_start(mean: Matrix, n: int) -> int:
 
 
 def best_plan(
-    cost: Matrix, n: int, max_blocks: int, protect_first: int = 0, protect_last: int = 0
+    cost: Matrix, n: int, max_blocks: int, *, protect_first: int = 0, protect_last: int = 0
 ) -> list[tuple[int, int]]:
     """The cheapest blocks (start, stop) of ``n`` layers together, by trying all of them.
 
@@ -164,7 +164,7 @@ def wins(sums: Matrix) -> list[NDArray[np.int64]]:
 
 
 def bootstrap(
-    values: NDArray[np.float32], similarity: bool, num_resamples: int, seed: int
+    values: NDArray[np.float32], num_resamples: int, seed: int, *, similarity: bool
 ) -> list[NDArray[np.int64]]:
     """How often each start was best, for every n: values (S, L(L+1)/2), up to 2**23 samples.
 

@@ -163,7 +163,9 @@ def test_the_bootstrap_equals_its_slow_twin(data):
     seed, count = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(1, 300))
     for metric in BOTH:
         found = scan.bootstrap(count, seed, metric=metric)
-        expected = _reference.bootstrap(scan.samples(metric), metric == "cosine", count, seed)
+        expected = _reference.bootstrap(
+            scan.samples(metric), count, seed, similarity=metric == "cosine"
+        )
         assert list(found) == list(range(1, scan.num_layers))
         for n, wins in zip(found, expected, strict=True):
             assert np.array_equal(found[n].distribution, wins / count)
@@ -178,7 +180,7 @@ def test_many_samples_equal_the_slow_twin(num_samples):
     scan = kept(states)
     for metric in BOTH:
         found = scan.bootstrap(130, 5, metric=metric)
-        expected = _reference.bootstrap(scan.samples(metric), metric == "cosine", 130, 5)
+        expected = _reference.bootstrap(scan.samples(metric), 130, 5, similarity=metric == "cosine")
         for n, wins in zip(found, expected, strict=True):
             assert np.array_equal(found[n].distribution, wins / 130)
 
@@ -190,7 +192,7 @@ def test_starts_that_differ_in_their_last_bits_are_told_apart(seed, num_samples)
     values = np.stack([reference, rival, rival, rival, reference, rival], axis=1)
     values[:, [1, 2, 3, 5]] += 2.0**-20 * rng.integers(-1, 2, (num_samples, 4)).astype(np.float32)
     found = core_bootstrap(values, 4, 200, seed, Threads())
-    expected = _reference.bootstrap(values, False, 200, seed)
+    expected = _reference.bootstrap(values, 200, seed, similarity=False)
     assert [list(wins) for wins in expected] == found
 
 

@@ -148,7 +148,7 @@ def test_a_resampling_draws_sequences():
     states = states_in(numbers, num_states=7)
     scan = analyse_states(states, sequences=numbers, keep_samples=True)
     found = scan.bootstrap(200, 3)
-    expected = _reference.bootstrap(scan.samples(), False, 200, 3)
+    expected = _reference.bootstrap(scan.samples(), 200, 3, similarity=False)
     for n, wins in enumerate(expected, 1):
         assert (found[n].distribution * 200).round().tolist() == wins.tolist()
 

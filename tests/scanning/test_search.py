@@ -88,7 +88,7 @@ def test_the_best_plan_is_the_best_of_all(scan, data):
         return
     plan = scan.best_plan(n, max_blocks, protect_first=first, protect_last=last, metric=metric)
     costs = exact_costs(scan, metric)
-    expected = _reference.best_plan(costs, n, max_blocks, first, last)
+    expected = _reference.best_plan(costs, n, max_blocks, protect_first=first, protect_last=last)
     assert [(block.start, block.stop) for block in plan.blocks] == expected
     for block in plan.blocks:
         assert block.score == scan.scored(block, metric).score

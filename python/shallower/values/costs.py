@@ -302,7 +302,7 @@ class Costs:
             CostsError: every such plan has a block that was not measured.
         """
         demand = [layer_number(v) for v in (n, max_blocks, protect_first, protect_last)]
-        check_plan(self.num_layers, *demand)
+        check_plan(self.num_layers, *demand[:2], protect_first=demand[2], protect_last=demand[3])
         demand[1] = min(demand[1], self.num_layers)
         blocks = self._search.best_plan(*demand)
         return Plan(

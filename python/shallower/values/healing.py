@@ -34,7 +34,11 @@ class Measured:
     loss: Loss
 
     def to_json(self) -> dict[str, Any]:
-        """The measurement as plain JSON values."""
+        """Give the measurement as plain JSON values.
+
+        Returns:
+            ``step`` and the fields of the loss.
+        """
         return {"step": self.step, **self.loss.to_json()}
 
 
@@ -61,7 +65,11 @@ class Merge:
     loss: Loss | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as plain JSON values."""
+        """Give the comparison as plain JSON values.
+
+        Returns:
+            The fields; ``loss`` is None where it was not measured.
+        """
         return {**asdict(self), "loss": self.loss.to_json() if self.loss else None}
 
 
@@ -124,7 +132,11 @@ class Healing:
         return (cut.nats - self.after.nats) / lost if lost > 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        """The healing as plain JSON values."""
+        """Give the healing as plain JSON values.
+
+        Returns:
+            A dict of JSON values, which :meth:`load` reads from a file.
+        """
         return {
             "format": "shallower.healing",
             "version": 1,
@@ -146,7 +158,11 @@ class Healing:
         }
 
     def to_bytes(self) -> bytes:
-        """The healing as a JSON file."""
+        """Give the healing as the content of a JSON file.
+
+        Returns:
+            UTF-8, one newline at the end.
+        """
         return (json.dumps(self.to_json(), indent=1) + "\n").encode()
 
     @classmethod

@@ -41,7 +41,11 @@ class Block:
         return f"[{self.start}, {self.stop})"
 
     def to_json(self) -> dict[str, Any]:
-        """The block as plain JSON values."""
+        """Give the block as plain JSON values.
+
+        Returns:
+            ``start``, ``stop``, ``score`` and ``stderr``; what is not finite is None.
+        """
         return {**asdict(self), "score": finite(self.score), "stderr": finite(self.stderr)}
 
     @property
@@ -133,9 +137,16 @@ def check_size(num_layers: int, n: int) -> None:
 
 
 def check_plan(
-    num_layers: int, n: int, max_blocks: int, protect_first: int, protect_last: int
+    num_layers: int, n: int, max_blocks: int, *, protect_first: int, protect_last: int
 ) -> None:
     """Refuse a plan that cannot be: more layers than are free, or no block at all.
+
+    Args:
+        num_layers: layers of the model.
+        n: layers to drop.
+        max_blocks: blocks at most.
+        protect_first: layers at the start that stay.
+        protect_last: layers at the end that stay.
 
     Raises:
         LayersError: as :func:`check_size`; ``max_blocks`` is less than 1; ``protect_first`` or
@@ -155,7 +166,14 @@ def check_plan(
 
 
 def deepest_block(num_layers: int, n: int) -> Block:
-    """The deepest ``n`` layers but the last: ``[L-1-n, L-1)`` (2403.17887, §4.4).
+    """Choose the deepest layers but the last, ``[L-1-n, L-1)`` (2403.17887, §4.4).
+
+    Args:
+        num_layers: L, layers of the model.
+        n: layers to drop.
+
+    Returns:
+        The block, without a score.
 
     Raises:
         LayersError: ``n`` is not in ``1 .. num_layers-1``.

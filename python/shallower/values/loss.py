@@ -40,7 +40,11 @@ class Loss:
         return self.stderr / math.log(self.vocab_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The loss as plain JSON values."""
+        """Give the loss as plain JSON values.
+
+        Returns:
+            The fields and ``normalized``; an error that is not finite is None.
+        """
         return {**asdict(self), "stderr": finite(self.stderr), "normalized": self.normalized}
 
     def __str__(self) -> str:
@@ -57,7 +61,11 @@ class Cut:
     loss: Loss
 
     def to_json(self) -> dict[str, Any]:
-        """The cut as plain JSON values."""
+        """Give the cut as plain JSON values.
+
+        Returns:
+            ``strategy``, ``drop`` (a block) and ``loss``.
+        """
         return {
             "strategy": self.strategy,
             "drop": self.block.to_json(),
@@ -73,7 +81,11 @@ class Comparison:
     cuts: tuple[Cut, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as plain JSON values."""
+        """Give the comparison as plain JSON values.
+
+        Returns:
+            ``base`` (a loss) and ``cuts``.
+        """
         return {"base": self.base.to_json(), "cuts": [cut.to_json() for cut in self.cuts]}
 
 

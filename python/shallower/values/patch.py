@@ -66,6 +66,10 @@ class Patch:
         return (self.cut - self.patched) / lost if lost > 0 else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """The patch as plain JSON values."""
+        """Give the patch as plain JSON values.
+
+        Returns:
+            The fields, the plan as JSON, and ``recovered``.
+        """
         values = {**asdict(self), "plan": self.plan.to_json(), "recovered": self.recovered}
         return {"format": "shallower.patch", "version": 1, **values}

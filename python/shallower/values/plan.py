@@ -39,12 +39,15 @@ class ModelIdentity:
 
 
 def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
-    """The hash that :class:`ModelIdentity` keeps.
+    """Hash what tells one model from another, for :class:`ModelIdentity`.
 
     Args:
         shape: model type, layers, hidden size, vocabulary size.
         vectors: names and bfloat16 bits of the one-dimensional weights, in the order of the
             model's modules.
+
+    Returns:
+        A SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256(repr(tuple(shape)).encode())
     for name, bits in vectors:
@@ -77,7 +80,16 @@ NAMED_REJECTIONS = 100
 
 
 def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Rejection]) -> str:
-    """One sentence that counts the rejected samples and names the first of them."""
+    """Count the rejected samples in one sentence, and name the first of them.
+
+    Args:
+        num_rejected: samples that were left out.
+        total: samples in all.
+        rejections: those that are known by name.
+
+    Returns:
+        The sentence, without a full stop.
+    """
     named = "; ".join(str(rejection) for rejection in rejections[:5])
     more = f"; and {num_rejected - 5} more" if num_rejected > 5 else ""
     return f"{num_rejected} of {total} samples rejected: {named}{more}"
@@ -171,7 +183,11 @@ class Plan:
         return tuple(layer for layer in range(self.num_layers) if layer not in gone)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
+        """Give the plan as plain JSON values.
+
+        Returns:
+            A dict of lists, strings and numbers, which :meth:`from_json` reads.
+        """
         return {
             "format": "shallower.plan",
             "version": 1,
@@ -187,15 +203,28 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, whole or not at all.
+
+        Args:
+            path: the file, replaced where there is one; its folder is made.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         write_file(Path(path), (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan.
 
+        Args:
+            path: a file that :meth:`save` wrote.
+
+        Returns:
+            The plan, checked.
+
         Raises:
-            PlanError: the file is not there, is not JSON, or is no plan.
+            PlanError: the file cannot be read, is not JSON, or holds something else than a plan.
         """
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -215,8 +244,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":
-        """A plan from plain JSON values; raises ValueError, KeyError, TypeError or an error of
-        ours where they are none.
+        """Read a plan from plain JSON values.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The plan, checked.
+
+        Raises:
+            ValueError, KeyError, TypeError: the values are not those of a plan.
+            LayersError, PlanError, PositionsError: they describe one that cannot be.
         """
         kind, version = of_type(dict, data).get("format"), data.get("version")
         if kind != "shallower.plan" or version != 1:
@@ -240,6 +278,9 @@ class Plan:
     def check_model(self, model: ModelIdentity) -> None:
         """Refuse another model than the one that the plan was made for.
 
+        Args:
+            model: the model to be cut.
+
         Raises:
             PlanError: the number of layers or the fingerprint differs.
         """
@@ -256,7 +297,17 @@ class Plan:
 
 
 def positions_of(data: Any) -> Positions | None:
-    """The positions in a file, if there are any; raises TypeError or PositionsError."""
+    """Read the positions in a file, if there are any.
+
+    Args:
+        data: the fields of :class:`Positions`, or None.
+
+    Returns:
+        The positions, or None.
+
+    Raises:
+        TypeError, PositionsError: the values are not those of positions.
+    """
     return None if data is None else from_fields(Positions, data)
 
 

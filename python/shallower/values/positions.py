@@ -48,12 +48,17 @@ class Positions:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "Positions":
-        """The choice that ``last``, ``last:K``, ``random:K`` or ``all`` names.
+        """Read a choice of tokens from text.
 
-        ``seed`` counts for ``random:K`` alone.
+        Args:
+            text: ``last``, ``last:K``, ``random:K`` or ``all``.
+            seed: 0 to 2**64 - 1; it counts for ``random:K`` alone.
+
+        Returns:
+            The choice.
 
         Raises:
-            PositionsError: the text names none, or the seed is out of range.
+            PositionsError: the text names no choice, or the seed is out of range.
         """
         match = re.fullmatch(r"(last|random|all)(?::(\d{1,9}))?", text, re.ASCII)
         kind, count = match.groups() if match else ("", None)
@@ -73,11 +78,19 @@ class Positions:
 
     @property
     def one_a_text(self) -> bool:
-        """Whether no text can have more than one token."""
+        """True where no text can have more than one token."""
         return self.count == 1
 
     def chosen(self, num_tokens: int, text: int) -> NDArray[np.int64]:
-        """The tokens of text number ``text``, ascending: all it has if it has fewer."""
+        """Choose the tokens of one text.
+
+        Args:
+            num_tokens: tokens of the text that are no padding.
+            text: the number of the text among all, which decides ``random``.
+
+        Returns:
+            Indices of tokens, ascending, (K,) int64: all of the text where it has fewer.
+        """
         if self.kind == "all" or self.count >= num_tokens:
             return np.arange(num_tokens)
         if self.kind == "last":
