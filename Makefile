@@ -11,7 +11,7 @@ INSTALLED := $(WHEEL)/bin
 # The same, and no other program within reach.
 BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
-BORDER := bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals
+BORDER := bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals threads
 RUST := Cargo.toml Cargo.lock $(shell find rust -type f)
 SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
 LINTED := python tests benches
@@ -100,7 +100,7 @@ wheel: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested w
 	$(ALONE) -m pip install --quiet --only-binary :all: --force-reinstall --no-deps dist/*.whl
 	$(ALONE) -m pip install --quiet --only-binary :all: --group test dist/*.whl
 	$(ALONE) tests/wheel.py alone
-	$(ALONE) -m pytest -m "not slow" $(BORDER:%=tests/scanning/test_%.py)
+	$(ALONE) -m pytest -m "not slow" $(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py
 
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist
