@@ -28,6 +28,7 @@ from shallower.models.architecture import find_layers
 from shallower.runs import demo
 from shallower.scanning.hidden_states import stream
 from shallower.texts.batches import TokenBatches
+from shallower.values.tokens import Tokens
 
 
 def texts(samples):
@@ -38,7 +39,7 @@ def texts(samples):
 def bare_forward(model, tokenizer, samples, max_length, batch_size):
     layers = find_layers(model)
     with torch.inference_mode():
-        for batch in TokenBatches(tokenizer, samples, max_length=max_length, batch_size=batch_size):
+        for batch in TokenBatches(tokenizer, samples, Tokens(max_length, batch_size)):
             layers.runner(
                 input_ids=torch.from_numpy(batch.input_ids),
                 attention_mask=torch.from_numpy(batch.attention_mask),
@@ -49,7 +50,7 @@ def bare_forward(model, tokenizer, samples, max_length, batch_size):
 def check(model, tokenizer, samples, max_length, batch_size):
     """The scan against the reference on the states of a separate run."""
     scan = sh.scan(model, tokenizer, samples, max_length=max_length, batch_size=batch_size)
-    batches = TokenBatches(tokenizer, samples, max_length=max_length, batch_size=batch_size)
+    batches = TokenBatches(tokenizer, samples, Tokens(max_length, batch_size))
     states = np.concatenate(
         [part.states.float().numpy() for part in stream(model, batches)], axis=1
     )

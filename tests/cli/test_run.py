@@ -19,10 +19,12 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
     with sh.without_layers(model, [1, 3, 4]):
         cut = sh.evaluate_loss(model, tokenizer, held_out)
     command = ["eval", tiny, "--texts", texts / "held_out.jsonl"]
-    assert shallower(*command, "--json").json == {"base": whole.to_json()}
+    dtype = str(model.dtype).removeprefix("torch.")
+    assert shallower(*command, "--json").json == {"base": whole.to_json(), "dtype": dtype}
     assert shallower(*command, "--drop", "1,3:5", "--json").json == {
         "base": whole.to_json(),
         "cut": cut.to_json(),
+        "dtype": dtype,
         "drop": [sh.Block(1, 2).to_json(), sh.Block(3, 5).to_json()],
     }
     shown = shallower(*command, "--drop", "1,3:5").out.splitlines()
@@ -35,7 +37,7 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
 def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny, plans):
     source = write_jsonl(folder / "gap.jsonl", ["w1 w2 w3", "w1", "w4 w5"])
     done = shallower("eval", tiny, "--texts", source, "--plan", plans / "tiny", "--json")
-    (name,) = done.json.keys() - {"base", "drop"}
+    (name,) = done.json.keys() - {"base", "drop", "dtype"}
     assert name == "cut"
     block = Plan.load(plans / "tiny" / "shallower_plan.json").blocks[0]
     assert done.json["drop"] == [sh.Block(block.start, block.stop).to_json() | block.to_json()]
@@ -71,6 +73,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
         "format",
         "version",
         "num_layers",
+        "dtype",
         "num_samples",
         "num_rejected",
         "base",

@@ -52,6 +52,7 @@ def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
     blocks = [scanned.best_block(n) for n in range(1, 6)]
     assert done.json == {
         "num_layers": 6,
+        "dtype": scanned.model.dtype,
         "positions": "last",
         "num_samples": 24,
         "num_sequences": 24,

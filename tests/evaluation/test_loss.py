@@ -163,7 +163,7 @@ def test_a_module_that_is_no_model_is_refused(words):
 
 @pytest.mark.parametrize("in_cache", [1, 99, 250, 1 << 20])
 def test_the_losses_of_tokens_in_whatever_parts(monkeypatch, in_cache):
-    monkeypatch.setattr("shallower.evaluation.loss.IN_CACHE", in_cache)
+    monkeypatch.setattr("shallower.evaluation.loss.LOGITS_PER_CHUNK", in_cache)
     logits = torch.randn((7, 100), generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = torch.arange(7) * 13
     wide = logits.double()

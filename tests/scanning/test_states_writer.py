@@ -25,6 +25,7 @@ from shallower.scanning.states_writer import HEADER_BYTES, keep_states_in
 from shallower.storage import partial_folder
 from shallower.texts.batches import TokenBatches
 from shallower.values.plan import ModelIdentity, Rejection, TextsIdentity
+from shallower.values.tokens import Tokens
 from tests.conftest import WORDS, tiny_llama, write_jsonl
 
 MODEL = ModelIdentity("model", "llama", 4, "bfloat16", "f" * 64)
@@ -372,7 +373,7 @@ def test_states_of_other_positions_are_not_gone_on_from(llama, words, tmp_path, 
 def test_the_states_are_those_of_the_model(llama, words, tmp_path):
     path = tmp_path / "states.safetensors"
     sh.scan(llama, words, documents(10), batch_size=4, keep_states=path)
-    batches = TokenBatches(words, documents(10), 256, 4)
+    batches = TokenBatches(words, documents(10), Tokens(256, 4))
     expected = [(part.samples, part.states) for part in stream(llama, batches)]
     kept = load_file(path)
     assert kept["samples"].tolist() == np.concatenate([s for s, _ in expected]).tolist()

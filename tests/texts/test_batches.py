@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from shallower.errors import TextsError
 from shallower.texts.batches import WINDOW, TokenBatches
 from shallower.values.plan import NAMED_REJECTIONS
+from shallower.values.tokens import Tokens
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=80)
 
@@ -49,7 +50,7 @@ def framed(words):
 
 @given(LENGTHS, st.integers(1, 9), st.integers(1, 14))
 def test_every_text_comes_out_once_truncated_or_is_rejected(words, lengths, batch_size, limit):
-    batches = TokenBatches(words, iter(sentences(lengths)), limit, batch_size)
+    batches = TokenBatches(words, iter(sentences(lengths)), Tokens(limit, batch_size))
     got = rows(batches)
     expected = {
         index: [(index + i) % 97 for i in range(min(length, limit))]
@@ -63,7 +64,7 @@ def test_every_text_comes_out_once_truncated_or_is_rejected(words, lengths, batc
 
 @given(LENGTHS, st.integers(1, 9))
 def test_batches_are_full_padded_on_the_right_and_longest_first(words, lengths, batch_size):
-    for window in TokenBatches(words, sentences(lengths), 16, batch_size).windows():
+    for window in TokenBatches(words, sentences(lengths), Tokens(16, batch_size)).windows():
         sizes = [len(batch) for batch in window]
         assert all(size == batch_size for size in sizes[:-1])
         tokens = [n for batch in window for n in batch.attention_mask.sum(axis=1)]
@@ -79,7 +80,7 @@ def test_batches_are_full_padded_on_the_right_and_longest_first(words, lengths, 
 def test_padding_is_on_the_right_whatever_the_tokenizer_says(words, side):
     tokenizer = copy.deepcopy(words)
     tokenizer.padding_side = side
-    (batch,) = TokenBatches(tokenizer, ["w1 w2 w3", "w4"], 8, 2)
+    (batch,) = TokenBatches(tokenizer, ["w1 w2 w3", "w4"], Tokens(8, 2))
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.input_ids[1, 0] == 4
 
@@ -87,7 +88,7 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_says(words, side):
 def test_texts_are_read_a_window_at_a_time(words):
     taken = count()
     texts = (sentence(3 + next(taken) % 5) for _ in iter(int, 1))
-    batches = iter(TokenBatches(words, texts, 8, 2))
+    batches = iter(TokenBatches(words, texts, Tokens(8, 2)))
     next(batches)
     assert next(taken) == WINDOW * 2
     list(islice(batches, WINDOW))
@@ -96,7 +97,7 @@ def test_texts_are_read_a_window_at_a_time(words):
 
 def test_a_generator_is_read_once_and_texts_are_not_kept(words):
     texts = (sentence(n) for n in range(1, 50))
-    assert len(rows(TokenBatches(words, texts, 8, 4))) == 49
+    assert len(rows(TokenBatches(words, texts, Tokens(8, 4)))) == 49
     assert next(texts, None) is None
 
 
@@ -106,11 +107,11 @@ def test_an_error_of_the_texts_themselves_passes_through(words):
         raise ConnectionError("the network is gone")
 
     with pytest.raises(ConnectionError):
-        list(TokenBatches(words, broken(), 8, 2))
+        list(TokenBatches(words, broken(), Tokens(8, 2)))
 
 
 def test_empty_and_wordless_texts_are_rejected_and_named(words):
-    batches = TokenBatches(words, ["w1", "", "w2", "  \n"], 8, 2)
+    batches = TokenBatches(words, ["w1", "", "w2", "  \n"], Tokens(8, 2))
     assert sorted(rows(batches)) == [0, 2]
     assert [(r.sample, r.reason) for r in batches.rejections] == [
         (1, "empty text"),
@@ -120,20 +121,20 @@ def test_empty_and_wordless_texts_are_rejected_and_named(words):
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t"])
 def test_a_text_of_special_tokens_alone_is_rejected(words, text):
-    batches = TokenBatches(framed(words), ["w1", text], 8, 2)
+    batches = TokenBatches(framed(words), ["w1", text], Tokens(8, 2))
     assert sorted(rows(batches)) == [0]
     assert batches.num_rejected == 1
 
 
 def test_rejections_are_counted_without_end_and_named_up_to_a_limit(words):
-    batches = TokenBatches(words, [""] * 250 + ["w1"], 8, 4)
+    batches = TokenBatches(words, [""] * 250 + ["w1"], Tokens(8, 4))
     assert sorted(rows(batches)) == [250]
     assert batches.num_rejected == 250
     assert [r.sample for r in batches.rejections] == list(range(NAMED_REJECTIONS))
 
 
 def test_texts_with_too_few_tokens_are_rejected(words):
-    batches = TokenBatches(words, ["w1", "w1 w2", "w1 w2 w3"], 8, 2, min_tokens=2)
+    batches = TokenBatches(words, ["w1", "w1 w2", "w1 w2 w3"], Tokens(8, 2), min_tokens=2)
     assert sorted(rows(batches)) == [1, 2]
     assert [(r.sample, r.reason) for r in batches.rejections] == [(0, "1 tokens")]
 
@@ -141,25 +142,25 @@ def test_texts_with_too_few_tokens_are_rejected(words):
 @pytest.mark.parametrize("wrong", [None, 7, b"w1", ["w1"], float("nan")])
 def test_a_text_that_is_no_string_is_named(words, wrong):
     with pytest.raises(TextsError, match=f"text 5 is of type {type(wrong).__name__}"):
-        list(TokenBatches(words, ["w1"] * 5 + [wrong], 8, 2))
+        list(TokenBatches(words, ["w1"] * 5 + [wrong], Tokens(8, 2)))
 
 
 @pytest.mark.parametrize("texts", ["w1 w2", b"w1 w2", None, 3])
 def test_texts_that_are_one_string_or_nothing_are_refused(words, texts):
     with pytest.raises(TextsError, match="must be an iterable of strings"):
-        TokenBatches(words, texts, 8, 2)
+        TokenBatches(words, texts, Tokens(8, 2))
 
 
 @pytest.mark.parametrize("name", ["max_length", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "3", None])
 def test_a_limit_that_is_no_positive_integer_is_refused(words, name, value):
     with pytest.raises(TextsError, match=f"{name} must be an integer of at least 1"):
-        TokenBatches(words, ["w1"], **{"max_length": 4, "batch_size": 2, name: value})
+        TokenBatches(words, ["w1"], Tokens(**{"max_length": 4, "batch_size": 2, name: value}))
 
 
 def test_a_lone_surrogate_is_refused_with_its_place(words):
     with pytest.raises(TextsError, match=r"cannot tokenise a text among 2 \.\. 3"):
-        list(TokenBatches(words, ["w1", "w2", "\ud800", "w3"], 8, 2))
+        list(TokenBatches(words, ["w1", "w2", "\ud800", "w3"], Tokens(8, 2)))
 
 
 def test_a_failure_of_the_tokenizer_is_named(words):
@@ -167,13 +168,13 @@ def test_a_failure_of_the_tokenizer_is_named(words):
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     with pytest.raises(TextsError, match="cannot tokenise"):
-        list(TokenBatches(tokenizer, ["w0", "unheard"], 8, 2))
+        list(TokenBatches(tokenizer, ["w0", "unheard"], Tokens(8, 2)))
 
 
 def test_a_tokenizer_without_pad_token_will_do(words):
     tokenizer = copy.deepcopy(words)
     tokenizer.pad_token = None
-    (batch,) = TokenBatches(tokenizer, ["w3 w4", "w5"], 8, 2)
+    (batch,) = TokenBatches(tokenizer, ["w3 w4", "w5"], Tokens(8, 2))
     assert batch.attention_mask.tolist() == [[1, 1], [1, 0]]
     assert batch.input_ids[:, 0].tolist() == [3, 5]
 
@@ -181,7 +182,7 @@ def test_a_tokenizer_without_pad_token_will_do(words):
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 def test_no_text_is_longer_than_max_length_with_special_tokens(words, limit):
     with suppress(TextsError) if limit < 3 else nullcontext():
-        for batch in TokenBatches(framed(words), ["w1 w2 w3 w4", "w5"], limit, 2):
+        for batch in TokenBatches(framed(words), ["w1 w2 w3 w4", "w5"], Tokens(limit, 2)):
             assert batch.input_ids.shape[1] <= limit
 
 
@@ -189,13 +190,13 @@ def test_reading_leaves_the_tokenizer_as_it_was(words):
     tokenizer = copy.deepcopy(words)
     tokenizer.backend_tokenizer.no_truncation()
     before = tokenizer.backend_tokenizer.to_str()
-    list(TokenBatches(tokenizer, ["w1 w2 w3 w4 w5"], 3, 2))
+    list(TokenBatches(tokenizer, ["w1 w2 w3 w4 w5"], Tokens(3, 2)))
     assert tokenizer.backend_tokenizer.truncation is None
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def identity(words, texts, max_length=8, batch_size=4):
-    batches = TokenBatches(words, texts, max_length, batch_size)
+    batches = TokenBatches(words, texts, Tokens(max_length, batch_size))
     list(batches)
     return batches.identity
 
@@ -237,9 +238,9 @@ def test_the_identity_tells_another_length_limit(words):
 def test_skipping_reads_the_same_and_goes_on_where_it_stopped(words, lengths, data):
     texts = sentences(lengths)
     some = data.draw(st.integers(0, len(texts)))
-    whole = TokenBatches(words, texts, 8, 3)
+    whole = TokenBatches(words, texts, Tokens(8, 3))
     expected = {sample: ids for sample, ids in rows(whole).items() if sample >= some}
-    resumed = TokenBatches(words, iter(texts), 8, 5)
+    resumed = TokenBatches(words, iter(texts), Tokens(8, 5))
     assert resumed.skip(some) == identity(words, texts[:some])
     assert resumed.num_texts == some
     assert rows(resumed) == expected
@@ -249,11 +250,11 @@ def test_skipping_reads_the_same_and_goes_on_where_it_stopped(words, lengths, da
 
 
 def test_skipping_past_the_end_says_how_far_it_came(words):
-    batches = TokenBatches(words, ["w1", "w2"], 8, 3)
+    batches = TokenBatches(words, ["w1", "w2"], Tokens(8, 3))
     assert batches.skip(1000).num_texts == 2
     assert rows(batches) == {}
 
 
 def test_skipping_refuses_a_wrong_text_as_reading_does(words):
     with pytest.raises(TextsError, match="text 1 is of type int"):
-        TokenBatches(words, ["w1", 2], 8, 1).skip(2)
+        TokenBatches(words, ["w1", 2], Tokens(8, 1)).skip(2)

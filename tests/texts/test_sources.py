@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from operator import length_hint
 from pathlib import Path
 
 import pyarrow as pa
@@ -147,6 +148,69 @@ def test_count_is_the_number_of_texts(write, content, limit):
 def test_count_agrees_on_what_a_blank_line_is(write, blank):
     texts = Texts(write("a.txt", f"one\n{blank}\ntwo\n"))
     assert texts.count() == len(list(texts))
+
+
+def test_count_stops_at_the_limit(write):
+    source = write("a.txt", b"one\n" * 100_000 + b"\xff broken\n")
+    assert Texts(source, 2).count() == 2
+    with pytest.raises(TextsError, match="not UTF-8"):
+        Texts(source).count()
+
+
+def test_texts_are_counted_once(write):
+    texts = Texts(write("a.txt", "one\ntwo\n"))
+    assert texts.count() == 2
+    Path(texts.source).write_text("one\n")
+    assert texts.count() == 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("limit", [None, 3, 500])
+def test_the_number_of_texts_is_estimated_without_reading_them(write, name, limit):
+    content = records("one", "two") if name == "a.jsonl" else "one\n\n two \n"
+    assert length_hint(Texts(write(name, content), limit)) == 2
+    many = ["word " * (i % 40) + "end" for i in range(20_000)]
+    texts = Texts(write(name, records(*many) if name == "a.jsonl" else "\n".join(many)), limit)
+    assert length_hint(texts) == pytest.approx(min(20_000, limit or 20_000), rel=0.05)
+    assert texts.count() == length_hint(texts) == min(20_000, limit or 20_000)
+
+
+def test_the_number_of_texts_is_known_of_parquet_and_of_a_limit(parquet):
+    source = parquet({"text": ["one", "two", "three"]})
+    assert length_hint(Texts(source)) == 3
+    assert length_hint(Texts(source, 2)) == 2
+    assert length_hint(Texts("allenai/c4:en:validation")) == 0
+    assert length_hint(Texts("allenai/c4:en:validation", 5)) == 5
+
+
+def test_checked_texts_are_the_texts(write, parquet):
+    for source in (write("a.jsonl", records("one", "two")), parquet({"text": ["one", "two"]})):
+        texts = Texts(source)
+        assert texts.check() is texts
+        assert list(texts) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", [{"txt": "one"}], "line 1: no field `text`"),
+        ("a.jsonl", "one\n", "line 1: not JSON"),
+        ("a.jsonl", "", "there are no texts in"),
+        ("a.txt", " \n\n", "there are no texts in"),
+        ("a.txt", b"\xff\n", "not UTF-8"),
+        ("a.parquet", b"", "cannot read"),
+    ],
+)
+def test_wrong_texts_are_found_by_a_check(write, name, content, words):
+    with pytest.raises(TextsError, match=words):
+        Texts(write(name, content)).check()
+
+
+def test_parquet_without_text_is_found_by_a_check(parquet):
+    with pytest.raises(TextsError, match="no column `text`"):
+        Texts(parquet({"txt": ["one"]})).check()
+    with pytest.raises(TextsError, match="there are no texts in"):
+        Texts(parquet({"text": pa.array([], pa.string())})).check()
 
 
 def test_count_of_a_parquet_file_is_its_number_of_rows(parquet):

@@ -1,9 +1,8 @@
 """``shallower eval``."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..texts.sources import Texts
-from ..values.layers import ranges
+from ..models.source import ModelSource
 from .options import (
     BatchSize,
     DeviceMap,
@@ -18,9 +17,14 @@ from .options import (
     TextsSource,
     TrustRemoteCode,
     load,
+    read_texts,
     wanted_plan,
 )
 from .output import print_json, show
+
+if TYPE_CHECKING:
+    from ..values.loss import Loss
+    from ..values.plan import Plan
 
 
 def eval_command(
@@ -29,7 +33,7 @@ def eval_command(
     texts: TextsSource,
     drop: Drop = None,
     plan: PlanPath = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
     max_texts: MaxTexts = None,
@@ -39,36 +43,47 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Measure the next-token loss, before and after a cut."""
-    from ..cutting.memory import without_layers
-    from ..evaluation.loss import evaluate_loss
-    from ..models.identity import identify
-    from ..models.loading import count_layers
+    from ..values.tokens import Tokens
 
-    held_out = list(Texts(texts, max_texts))
+    held_out, tokens = list(read_texts(texts, max_texts)), Tokens(max_length, batch_size)
+    source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     wanted = None
     if drop is not None or plan is not None:
-        total = count_layers(model, gguf_file, trust_remote_code)
-        wanted = wanted_plan(model, drop, plan, total)
-    loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
-    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
+        wanted = wanted_plan(model, drop, plan, num_layers=source.count_layers())
+    loaded, tokenizer = load(source)
+    from ..cutting.memory import without_layers
+    from ..evaluation.loss import measure_loss
+    from ..models.decoder import Decoder
+    from ..values.layers import ranges
+
+    decoder = Decoder.of(loaded)
     if wanted:
-        wanted.check_model(identify(loaded))
-    losses = {"base": evaluate_loss(loaded, tokenizer, held_out, **options)}
+        wanted.check_model(decoder.identity)
+    losses = {"base": measure_loss(decoder, tokenizer, held_out, tokens)}
     if wanted:
         with without_layers(loaded, wanted.blocks):
-            options["description"] = f"loss without {ranges(wanted.dropped)}"
-            losses["cut"] = evaluate_loss(loaded, tokenizer, held_out, **options)
+            losses["cut"] = measure_loss(
+                decoder, tokenizer, held_out, tokens,
+                description=f"loss without {ranges(wanted.dropped)}",
+            )  # fmt: skip
+    _say(losses, wanted, decoder.identity.dtype, as_json=as_json)
+
+
+def _say(losses: "dict[str, Loss]", wanted: "Plan | None", dtype: str, *, as_json: bool) -> None:
+    from ..values.layers import ranges
+
     if as_json:
         described: dict[str, Any] = {name: loss.to_json() for name, loss in losses.items()}
+        described["dtype"] = dtype
         if wanted:
             described["drop"] = [block.to_json() for block in wanted.blocks]
         print_json(described)
         return
     for name, loss in losses.items():
-        cut = f"without {ranges(wanted.dropped)}" if wanted else ""
-        what = cut if name == "cut" else "all layers"
+        layers = f"without {ranges(wanted.dropped)}" if wanted and name == "cut" else "all layers"
         show(
-            f"{what}: {loss} nats a token ({loss.normalized:.4f} of ln vocabulary), "
+            f"{layers}: {loss} nats a token ({loss.normalized:.4f} of ln vocabulary), "
             f"{loss.num_tokens} tokens of {loss.num_texts} texts"
             + (f", {loss.num_rejected} texts rejected" if loss.num_rejected else "")
         )
+    show(f"weights: {dtype}")

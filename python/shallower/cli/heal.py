@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .options import DryRun, Json, MaxTexts, Out, Overwrite, TextsSource, TrustRemoteCode, quiet
+from .options import (
+    DryRun,
+    Json,
+    MaxTexts,
+    Out,
+    Overwrite,
+    TextsSource,
+    TrustRemoteCode,
+    quiet,
+    read_texts,
+)
 from .output import print_json, say_dry_run, show
 
 if TYPE_CHECKING:
@@ -131,12 +141,11 @@ def heal_command(
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
     from ..storage import check_free
-    from ..texts.sources import Texts
     from ..values.recipe import Recipe
 
     check_free(out, overwrite)
-    source = Texts(texts, max_texts)
-    held_out = Texts(eval_texts, max_eval_texts) if eval_texts is not None else None
+    source = read_texts(texts, max_texts)
+    held_out = read_texts(eval_texts, max_eval_texts) if eval_texts is not None else None
     recipe = Recipe(
         preset, steps=steps, rank=rank, learning_rate=learning_rate, max_length=max_length,
         warmup_steps=warmup_steps, dropout=dropout, batch_size=batch_size, dtype=dtype,

@@ -3,16 +3,19 @@
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ..models.dtypes import Dtype as DtypeName
+from ..models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..texts.sources import Texts
     from ..values.plan import Plan
 
-DtypeName = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a .gguf file.")
 ]
@@ -30,12 +33,17 @@ CutOut = Annotated[
     typer.Option(metavar="PATH", help="Folder to write to, or a .gguf file if MODEL is one."),
 ]
 Dtype = Annotated[
-    DtypeName, typer.Option(help="Dtype of the weights; nf4 and int8 by bitsandbytes.")
+    DtypeName,
+    typer.Option(
+        help="Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else "
+        "float32. nf4 and int8 by bitsandbytes."
+    ),
 ]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        metavar="MAP", help="Devices, as transformers takes them; auto by default with CUDA."
+        metavar="MAP",
+        help="Devices, as transformers takes them; every GPU by default, without one the CPU.",
     ),
 ]
 GgufFile = Annotated[
@@ -89,22 +97,57 @@ Sizes = Annotated[
 ]
 
 
-def load(
-    model: str,
-    dtype: DtypeName,
-    device_map: str | None,
-    gguf_file: str | None,
-    trust_remote_code: bool,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model as the options say, on the GPUs if there are any."""
+def read_texts(source: str, max_texts: int | None = None) -> "Texts":
+    """Open texts and read the first, before anything that takes long.
+
+    Args:
+        source: as ``--texts`` names it.
+        max_texts: read the first so many texts only.
+
+    Returns:
+        The texts, which can be read again.
+
+    Raises:
+        TextsError: there are no texts, or the first one cannot be read.
+        MissingExtraError: the package datasets is needed and not installed.
+    """
+    from ..texts.sources import Texts
+
+    return Texts(source, max_texts).check()
+
+
+def resolve(source: ModelSource) -> ModelSource:
+    """Decide dtype and devices; on a terminal, say which dtype ``auto`` is and why.
+
+    Args:
+        source: the model and how it is loaded, as the options say.
+
+    Returns:
+        The source with its dtype and device map decided.
+    """
+    resolved = source.resolved()
+    if source.dtype == "auto" and sys.stderr.isatty():
+        from ..models.dtypes import choose_dtype
+
+        dtype, reason = choose_dtype(resolved.device_map)
+        print(f"dtype {dtype}: {reason}", file=sys.stderr)
+    return resolved
+
+
+def load(source: ModelSource) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a model; on a terminal, say which dtype ``auto`` is and why.
+
+    Args:
+        source: the model and how it is loaded, as the options say.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ModelError, MissingExtraError: as :func:`shallower.load_model`.
+    """
     quiet()
-    import torch
-
-    from ..models.loading import load_model
-
-    if device_map is None and torch.cuda.is_available():
-        device_map = "auto"
-    return load_model(model, dtype, device_map, gguf_file, trust_remote_code)
+    return resolve(source).load()
 
 
 def quiet() -> None:
@@ -117,14 +160,38 @@ def quiet() -> None:
 
 
 def metric_names(metrics: str) -> list[str]:
-    """Read the metrics that ``--metrics`` names."""
+    """Read the metrics that ``--metrics`` names.
+
+    Args:
+        metrics: names, comma-separated.
+
+    Returns:
+        The names.
+
+    Raises:
+        MetricError: one of them does not exist, or is named twice.
+    """
     from ..scanning.contents import check_metrics
 
     return check_metrics([name.strip() for name in metrics.split(",")])
 
 
-def wanted_plan(model: str, drop: str | None, plan: Path | None, num_layers: int) -> "Plan":
-    """Make the plan behind ``--drop`` or ``--plan``, for a model of so many layers."""
+def wanted_plan(model: str, drop: str | None, plan: Path | None, *, num_layers: int) -> "Plan":
+    """Make the plan behind ``--drop`` or ``--plan``.
+
+    Args:
+        model: its name, for messages.
+        drop: layers as ``--drop`` names them.
+        plan: a plan file, or its folder.
+        num_layers: of the model.
+
+    Returns:
+        The plan.
+
+    Raises:
+        LayersError: neither or both are named, or layers that the model does not have.
+        PlanError: the plan is damaged, or for another number of layers.
+    """
     from ..errors import LayersError, PlanError
     from ..values.files import PLAN_FILE
     from ..values.layers import blocks_of, dropped_layers, parse_layers

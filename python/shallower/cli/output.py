@@ -51,13 +51,16 @@ def say_scan(scanned: "Scan", written: list[Path], as_json: bool) -> None:
     if as_json:
         print_json({**_described(scanned), "written": [str(path) for path in written]})
     else:
-        show(scan_table(scanned), *rejected(scanned), *(f"wrote {path}" for path in written))
+        weights = [f"weights: {scanned.model.dtype}"] if scanned.model else []
+        wrote = (f"wrote {path}" for path in written)
+        show(scan_table(scanned), *weights, *rejected(scanned), *wrote)
 
 
 def _described(scanned: "Scan") -> dict[str, Any]:
     blocks = [scanned.best_block(n) for n in range(1, scanned.num_layers)]
     return {
         "num_layers": scanned.num_layers,
+        "dtype": scanned.model and scanned.model.dtype,
         "positions": str(scanned.positions),
         "num_samples": scanned.num_samples,
         "num_sequences": scanned.num_sequences,

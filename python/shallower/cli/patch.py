@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..models.source import ModelSource
 from .options import (
     BatchSize,
     DeviceMap,
@@ -20,6 +21,7 @@ from .options import (
     TextsSource,
     TrustRemoteCode,
     load,
+    read_texts,
     wanted_plan,
 )
 from .output import print_json, say_dry_run, show
@@ -41,8 +43,12 @@ def patch_command(
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
-    ] = "bfloat16",
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else "
+            "float32."
+        ),
+    ] = "auto",
     num_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens to fit at most.", min=1)
     ] = 131_072,
@@ -63,16 +69,14 @@ def patch_command(
     help is not saved. Patch, then heal, is the recommended way.
     """
     from ..storage import check_free
-    from ..texts.sources import Texts
     from ..values.layers import ranges
     from ..values.loss import with_error
 
-    source = Texts(texts, max_texts)
-    held_out = Texts(eval_texts) if eval_texts is not None else None
+    source = read_texts(texts, max_texts)
+    held_out = read_texts(eval_texts) if eval_texts is not None else None
     check_free(out, overwrite)
-    from ..models.loading import count_layers
-
-    wanted = wanted_plan(model, drop, plan, count_layers(model, gguf_file, trust_remote_code))
+    place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
+    wanted = wanted_plan(model, drop, plan, num_layers=place.count_layers())
     if dry_run:
         described = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
         say_dry_run({**described, "texts": texts, "write": [str(out)]}, as_json)
@@ -80,7 +84,7 @@ def patch_command(
     from ..healing.patch_folder import patch_to_folder
     from ..reporting.tables import patch_table
 
-    loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
+    loaded, tokenizer = load(place)
     done, losses = patch_to_folder(
         loaded, tokenizer, wanted, texts=source, out=out, eval_texts=held_out, method=method,
         max_length=max_length, batch_size=batch_size, num_tokens=num_tokens, overwrite=overwrite,

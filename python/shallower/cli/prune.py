@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
+from ..models.dtypes import Dtype as DtypeName
 from .options import (
     CutOut,
     DeviceMap,
     Drop,
     DryRun,
-    DtypeName,
     GgufFile,
     Json,
     Model,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..models.source import ModelSource
 from .heal import say_healing
 from .options import (
     BatchSize,
@@ -24,6 +25,8 @@ from .options import (
     Threads,
     TrustRemoteCode,
     load,
+    read_texts,
+    resolve,
 )
 from .output import print_json, say_dry_run, show, warn
 
@@ -45,7 +48,7 @@ def run_command(
     ],
     out: Out,
     sizes: Sizes = "1,2,4,8",
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
     max_texts: MaxTexts = None,
@@ -74,31 +77,31 @@ def run_command(
     stopped. Where no patch helps, or texts are too few for one, it is healed alone.
     """
     from ..errors import PatchError, RecipeError, TextsError
-    from ..models.loading import count_layers
     from ..storage import check_free
-    from ..texts.sources import Texts
     from ..values.files import CHECKPOINT_FOLDER
     from ..values.layers import check_size, parse_sizes
     from ..values.recipe import Recipe
 
     if heal_steps is not None and not heal:
         raise RecipeError("--heal-steps without --heal: healing is asked for by --heal")
-    recipe = Recipe(dtype="bfloat16" if dtype == "float16" else dtype)
-    if heal_steps is not None:
-        recipe = replace(recipe, steps=heal_steps)
-    source, held_out = Texts(texts, max_texts), Texts(eval_texts)
+    source, held_out = read_texts(texts, max_texts), read_texts(eval_texts)
     wanted = parse_sizes(sizes)
     _check_run(out, overwrite)
     if heal:
         check_free(out / HEALED_FOLDER, overwrite)
-    num_layers = count_layers(model, gguf_file, trust_remote_code)
+    place = resolve(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code))
+    kept: Any = "bfloat16" if place.dtype == "float16" else place.dtype
+    recipe = Recipe(dtype=kept)
+    if heal_steps is not None:
+        recipe = replace(recipe, steps=heal_steps)
+    num_layers = place.count_layers()
     for n in wanted:
         check_size(num_layers, n)
     if dry_run:
         plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted, "heal": heal}
         say_dry_run({**plan, "write": [str(out)]}, as_json)
         return
-    loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
+    loaded, tokenizer = load(place)
     if heal:
         from ..healing.checks import require_healable
 
@@ -107,7 +110,6 @@ def run_command(
     done = _run(
         loaded, tokenizer, source, passages, out, wanted,
         max_length=max_length, batch_size=batch_size, threads=threads, overwrite=overwrite,
-        total=source.count(),
     )  # fmt: skip
     report = {**done.to_json(), "out": str(out)}
     if not as_json:
@@ -165,7 +167,7 @@ def demo_command(
         counts = {"texts": len(calibration), "eval_texts": len(held_out), "n": wanted}
         say_dry_run({"demo": path.name, **counts, "write": [str(out)]}, as_json)
         return
-    loaded, tokenizer = load(str(path), dtype, None, None, False)
+    loaded, tokenizer = load(ModelSource(path, dtype))
     done = _run(loaded, tokenizer, calibration, held_out, out, wanted, overwrite=overwrite)
     if as_json:
         print_json({**done.to_json(), "out": str(out)})

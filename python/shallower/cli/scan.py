@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ..models.dtypes import Dtype as DtypeName
+from ..models.source import ModelSource
 from .options import (
     BatchSize,
     DeviceMap,
     DryRun,
     Dtype,
-    DtypeName,
     GgufFile,
     Json,
     KeepSamples,
@@ -26,6 +27,8 @@ from .options import (
     TrustRemoteCode,
     load,
     metric_names,
+    read_texts,
+    resolve,
 )
 from .output import say_dry_run, say_scan
 
@@ -35,7 +38,7 @@ def scan_command(
     *,
     texts: TextsSource,
     out: Out,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = 8,
     max_texts: MaxTexts = None,
@@ -75,31 +78,33 @@ def scan_command(
     scan, its kept states too, goes on where it was when the same command is given again.
     """
     from ..errors import ScanError
-    from ..models.loading import states_shape
     from ..reporting.figures import draw_heat_map
-    from ..scanning.model import scan
     from ..scanning.states_writer import check_keepable
     from ..storage import check_free
-    from ..texts.sources import Texts
     from ..values.files import PARTIAL_FILE, SCAN_FILE
     from ..values.positions import Positions
 
-    source = Texts(texts, max_texts)
+    source = read_texts(texts, max_texts)
     check_free(out / SCAN_FILE, overwrite)
     names = metric_names(metrics)
     tokens = Positions.parse(positions, seed)
-    shape = states_shape(model, gguf_file, trust_remote_code)
     if keep_states is not None:
         _check_apart(check_keepable(keep_states, overwrite=overwrite), out)
+    place = resolve(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code))
+    shape = place.states_shape()
     if dry_run:
-        described: dict[str, Any] = {"scan": model, "texts": texts, "positions": str(tokens)}
+        described: dict[str, Any] = {
+            "scan": model, "dtype": place.dtype, "texts": texts, "positions": str(tokens),
+        }  # fmt: skip
         if keep_states is not None:
             most = min(max_length, tokens.count or max_length)
-            described.update(_room(shape, dtype, most, source.count(), keep_states))
+            described.update(_room(shape, place.dtype, most, source.count(), keep_states))
         described["write"] = [str(path) for path in (out / SCAN_FILE, keep_states) if path]
         say_dry_run(described, as_json)
         return
-    loaded, tokenizer = load(model, dtype, device_map, gguf_file, trust_remote_code)
+    loaded, tokenizer = load(place)
+    from ..scanning.model import scan
+
     partial = out / PARTIAL_FILE
     go_on = functools.partial(
         scan,
@@ -111,7 +116,6 @@ def scan_command(
         metrics=names,
         threads=threads,
         checkpoint=partial,
-        total=source.count(),
         keep_samples=keep_samples,
         keep_states=keep_states,
         overwrite=overwrite,

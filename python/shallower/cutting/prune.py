@@ -23,7 +23,7 @@ from .plans import agreed_plan, load_plan
 from .request import Request
 
 if TYPE_CHECKING:
-    from ..models.loading import DeviceMap, Dtype
+    from ..models.dtypes import DeviceMap, Dtype
 
 Way = Literal["disk", "memory", "gguf"]
 

@@ -15,7 +15,7 @@ from .source import Source, find_source, hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..models.loading import DeviceMap, Dtype
+    from ..models.dtypes import DeviceMap, Dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,7 @@ def logits_difference(
     reloaded: Any
     if Path(path).suffix == ".gguf":
         dtype: Any = stored_dtype(model)
-        reloaded, _ = load_model(path, dtype)
+        reloaded, _ = load_model(path, dtype, "cpu")
     else:
         reloaded = load_weights(str(path), model.dtype)
     device = input_device(find_layers(model))

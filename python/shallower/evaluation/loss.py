@@ -1,57 +1,116 @@
 """The next-token loss of a model on texts."""
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
+from operator import length_hint
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TextsError
-from ..models.architecture import evaluating, find_layers, input_device
-from ..models.positions import check_length, learned_positions
+from ..models.architecture import evaluating
+from ..models.decoder import Decoder
+from ..models.positions import check_length
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss
 from ..values.plan import describe_rejections
+from ..values.tokens import Tokens
 
-IN_CACHE = 1 << 20
-"""Logits that a processor's softmax is taken of at once, a few megabytes: five times as fast
-as those of a text."""
+LOGITS_PER_CHUNK = 1 << 20
+"""Logits whose softmax a CPU takes at once: a few megabytes, which its cache holds. Five times as
+fast as all logits of a text."""
 
 
 def evaluate_loss(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Decoder,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
+    *,
     max_length: int = 256,
     batch_size: int = 8,
     progress: bool | None = None,
     description: str = "loss",
 ) -> Loss:
-    """The mean cross-entropy of the next token, in nats.
+    """Measure the mean cross-entropy of the next token.
 
-    Every text is tokenised as the tokenizer does by default and truncated to
-    ``max_length``; its first token is given, all others are predicted. The mean is over
-    tokens; its standard error is that of a ratio of sums over texts (tokens of one text are
-    not independent): ``sqrt(S/(S-1) · sum_i (loss_i - nats·n_i)²) / sum_i n_i``.
+    Every text is tokenised as the tokenizer does by default and truncated to ``max_length``;
+    its first token is given, all others are predicted. The mean is over tokens; its standard
+    error is that of a ratio of sums over texts (tokens of one text are not independent):
+    ``sqrt(S/(S-1) · sum_i (loss_i - nats·n_i)²) / sum_i n_i``.
+
+    Args:
+        model: a causal language model of transformers, quantised or not, on any device.
+        tokenizer: its tokenizer.
+        texts: any iterable of strings, read once. Texts of fewer than two tokens are left out
+            and counted.
+        max_length: tokens of a text at most.
+        batch_size: texts in one forward.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        description: the name of the bar.
+
+    Returns:
+        The loss in nats a token with its standard error, and what it was measured on.
 
     Raises:
-        TextsError: no text has two tokens, or a text is no string, or longer than the
+        TextsError: no text has two tokens, or a text is not a string, or longer than the
             positions that the model has learned.
         ModelError: the loss is not finite.
+
+    Example:
+        >>> import shallower as sh
+        >>> from shallower.runs.demo import model_path
+        >>> model, tokenizer = sh.load_model(model_path(), dtype="float32")
+        >>> loss = sh.evaluate_loss(model, tokenizer, ["The cat sat on the mat."])
+        >>> print(loss.nats, "nats a token, on", loss.num_texts, "text")
+        5.3... nats a token, on 1 text
     """
-    batches = TokenBatches(tokenizer, texts, max_length, batch_size, min_tokens=2)
-    device = input_device(find_layers(model))
-    positions = learned_positions(model)
+    return measure_loss(
+        Decoder.of(model),
+        tokenizer,
+        texts,
+        Tokens(max_length, batch_size),
+        progress=progress,
+        description=description,
+    )
+
+
+def measure_loss(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    tokens: Tokens,
+    *,
+    progress: bool | None = None,
+    description: str = "loss",
+) -> Loss:
+    """Measure the loss as :func:`evaluate_loss` does, of a model that is known already.
+
+    Args:
+        decoder: the model with what was found out about it.
+        tokenizer: its tokenizer.
+        texts: any iterable of strings, read once.
+        tokens: how texts become batches.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        description: the name of the bar.
+
+    Returns:
+        The loss in nats a token with its standard error, and what it was measured on.
+
+    Raises:
+        TextsError, ModelError: as :func:`evaluate_loss`.
+    """
+    batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2)
     losses: list[float] = []
     counts: list[int] = []
     vocab_size = 0
-    total = len(texts) if isinstance(texts, Sized) else None
-    with track(description, total, progress) as advance, evaluating(model):
+    total = length_hint(texts) or None
+    with track(description, total, progress) as advance, evaluating(decoder.model):
         for batch in batches:
-            check_length(batch.input_ids.shape[1], positions)
-            sums, vocab_size = _summed_losses(model, batch, device)
+            check_length(batch.input_ids.shape[1], decoder.positions)
+            sums, vocab_size = _summed_losses(decoder.model, batch, decoder.device)
             losses += sums
             counts += [int(n) - 1 for n in batch.attention_mask.sum(axis=1)]
             advance(len(batch))
@@ -66,20 +125,31 @@ def evaluate_loss(
 
 
 def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of every token, (T,) float32 nats.
+    """Take the cross-entropy of every token.
 
     Args:
         logits: (T, V), of any float dtype.
-        expected: (T,) token ids.
+        expected: (T,) token ids, int64, on the same device.
+
+    Returns:
+        (T,) float32 nats.
     """
-    rows = len(logits) if logits.is_cuda else max(1, IN_CACHE // logits.shape[1])
+    rows = len(logits) if logits.is_cuda else max(1, LOGITS_PER_CHUNK // logits.shape[1])
     parts = zip(logits.split(rows), expected.split(rows), strict=True)
     losses = [functional.cross_entropy(z.float(), e, reduction="none") for z, e in parts]
     return torch.cat(losses)
 
 
 def losses_of_texts(logits: torch.Tensor, batch: Batch) -> list[float]:
-    """The summed cross-entropy of every text of a batch, from its logits (B, T, V)."""
+    """Sum the cross-entropy of every text of a batch.
+
+    Args:
+        logits: (B, T, V), of any float dtype.
+        batch: the texts, padded on the right.
+
+    Returns:
+        B sums in nats, over all tokens of a text but the first.
+    """
     sums = []
     for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
         expected = torch.from_numpy(batch.input_ids[row, 1:length]).to(logits.device)
@@ -93,10 +163,15 @@ def require_predictable(
 ) -> None:
     """Refuse texts that :func:`evaluate_loss` would refuse, before any long work.
 
+    Args:
+        tokenizer: of the model.
+        texts: held out; read up to the first of at least two tokens.
+        max_length: tokens of a text at most.
+
     Raises:
         TextsError: no text has two tokens.
     """
-    batches = TokenBatches(tokenizer, texts, max_length, 1, min_tokens=2)
+    batches = TokenBatches(tokenizer, texts, Tokens(max_length, 1), min_tokens=2)
     if not any(True for _ in batches):
         raise _nothing_to_predict(batches)
 
@@ -111,9 +186,7 @@ def _nothing_to_predict(batches: TokenBatches) -> TextsError:
 
 
 @torch.inference_mode()
-def _summed_losses(
-    model: PreTrainedModel, batch: Batch, device: torch.device
-) -> tuple[list[float], int]:
+def _summed_losses(model: nn.Module, batch: Batch, device: torch.device) -> tuple[list[float], int]:
     """The summed loss of every text of a batch, and the size of the vocabulary."""
     input_ids = torch.from_numpy(batch.input_ids).to(device)
     attention_mask = torch.from_numpy(batch.attention_mask).to(device)

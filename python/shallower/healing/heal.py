@@ -25,6 +25,7 @@ from ..values.healing import HEALING_FILE, Healing
 from ..values.loss import Loss
 from ..values.plan import Plan, TextsIdentity
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
+from ..values.tokens import Tokens
 from .checks import read_plan, require_one_process, require_peft, resolve
 from .job import describe_job, work_folder
 from .losses import Distillation
@@ -310,7 +311,7 @@ class _Run:
 
     def _identity(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TextsIdentity:
         """The identity of the held-out texts, on which the losses that are given must be."""
-        batches = TokenBatches(tokenizer, texts, self.recipe.max_length, 64, min_tokens=2)
+        batches = TokenBatches(tokenizer, texts, Tokens(self.recipe.max_length, 64), min_tokens=2)
         num_tokens = sum(int(batch.attention_mask.sum()) - len(batch) for batch in batches)
         for loss in filter(None, self.losses):
             if loss.num_tokens != num_tokens:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import TextsError
 from ..texts.batches import Batch, TokenBatches, untouched
+from ..values.tokens import Tokens
 
 MAX_HELD_OUT = 8192
 """Tokens on which choices are made, at most."""
@@ -53,7 +54,10 @@ def divide(
     fitted, held_out = (
         list(
             TokenBatches(
-                tokenizer, [text for _, text in sorted(part)], max_length, batch_size, min_tokens=2
+                tokenizer,
+                [text for _, text in sorted(part)],
+                Tokens(max_length, batch_size),
+                min_tokens=2,
             )
         )
         for part in parts

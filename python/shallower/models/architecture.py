@@ -1,4 +1,4 @@
-"""Where a model keeps its decoder layers, found by structure."""
+"""The decoder layers of a model and the parts that go with them, found by structure."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +39,13 @@ class DecoderLayers:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The part of the model's config that describes its decoder.
+    """Find the part of a model's config that describes its decoder.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        The config of transformers; that of the text part where there are several.
 
     Raises:
         ModelError: the model has no config of transformers.
@@ -54,8 +60,16 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_layers(model: nn.Module) -> DecoderLayers:
-    """Find the list of decoder layers: the decoder's module list of as many modules as its
-    config counts, the one with the most parameters if there are several.
+    """Find the list of decoder layers.
+
+    It is the decoder's module list of as many modules as its config counts, and the one with
+    the most parameters if there are several.
+
+    Args:
+        model: of transformers, with weights or on the meta device.
+
+    Returns:
+        The list, its owner and its place.
 
     Raises:
         ModelError: there is no such list, or a layer's parts are spread over several.
@@ -92,7 +106,7 @@ def find_layers(model: nn.Module) -> DecoderLayers:
 
 
 def _runner(model: nn.Module, path: str) -> nn.Module:
-    """The innermost model of transformers around a module."""
+    """Find the innermost model of transformers around a module."""
     while path and not isinstance(model.get_submodule(path), PreTrainedModel):
         path = path.rpartition(".")[0]
     return model.get_submodule(path)
@@ -102,7 +116,7 @@ PACKED_TABLES = {
     "embed_tokens_per_layer.weight": 1,
     "per_layer_model_projection.weight": 0,
 }
-"""Weights beside the layers that hold a part for each of them, side by side on this axis.
+"""Weights beside the layers that hold a part for each of them, by the axis that is divided.
 
 Gemma 3n and Gemma 4: per-layer embeddings.
 """
@@ -124,7 +138,11 @@ class PackedTable:
         self._num_layers = num_layers
 
     def keep(self, layers: Sequence[int]) -> None:
-        """Keep the parts of some layers, ascending."""
+        """Keep the parts of some layers.
+
+        Args:
+            layers: their indices, ascending.
+        """
         parts = self._whole.detach().unflatten(self.axis, (self._num_layers, -1))
         kept = parts.index_select(self.axis, torch.tensor(layers, device=parts.device))
         self._put(nn.Parameter(kept.flatten(self.axis, self.axis + 1), self._whole.requires_grad))
@@ -143,7 +161,15 @@ class PackedTable:
 
 
 def packed_tables(model: nn.Module, layers: DecoderLayers) -> list[PackedTable]:
-    """The weights beside the layers that hold a part for each of them."""
+    """Find the weights beside the layers that hold a part for each of them.
+
+    Args:
+        model: of transformers.
+        layers: its decoder layers.
+
+    Returns:
+        The weights, each of which can be cut along with the layers.
+    """
     prefix = layers.path.rpartition(".")[0]
     return [
         PackedTable(model, name, axis, len(layers))
@@ -156,7 +182,7 @@ def packed_tables(model: nn.Module, layers: DecoderLayers) -> list[PackedTable]:
 class AdapterList:
     """A list in a layer with an adapter for every layer that shares the weights beside it.
 
-    Zamba 2: adapters of the blocks that its hybrid layers share.
+    Zamba 2 has them: its hybrid layers share blocks, each with adapters of its own.
 
     Attributes:
         name: its name in its module.
@@ -167,7 +193,11 @@ class AdapterList:
         self._whole: nn.ModuleList = getattr(module, name)
 
     def keep(self, layers: Sequence[int]) -> None:
-        """Keep the adapters of some layers, ascending."""
+        """Keep the adapters of some layers.
+
+        Args:
+            layers: their indices, ascending.
+        """
         kept = [part for i, part in zip(self._sharing, self._whole, strict=True) if i in layers]
         setattr(self._module, self.name, nn.ModuleList(kept))
 
@@ -177,7 +207,15 @@ class AdapterList:
 
 
 def adapter_lists(model: nn.Module, layers: DecoderLayers) -> list[AdapterList]:
-    """The lists of adapters in the layers of a model whose layers share weights."""
+    """Find the lists of adapters in the layers of a model whose layers share weights.
+
+    Args:
+        model: of transformers.
+        layers: its decoder layers.
+
+    Returns:
+        The lists, each of which can be cut along with the layers.
+    """
     sharing = getattr(text_config(model), "hybrid_layer_ids", ())
     return [
         AdapterList(module, name, sharing)
@@ -188,12 +226,24 @@ def adapter_lists(model: nn.Module, layers: DecoderLayers) -> list[AdapterList]:
 
 
 def layer_parts(model: nn.Module, layers: DecoderLayers) -> list[PackedTable | AdapterList]:
-    """What holds a part for every layer beside its module, and is cut with it."""
+    """Find everything beside the layers' modules that holds a part for every layer.
+
+    Args:
+        model: of transformers.
+        layers: its decoder layers.
+
+    Returns:
+        The weights and lists, each of which can be cut along with the layers.
+    """
     return [*packed_tables(model, layers), *adapter_lists(model, layers)]
 
 
 def undo_rescaling(model: nn.Module) -> None:
-    """Put back weights that RWKV divides in place, by their layer's number, for inference."""
+    """Put back weights that RWKV divides in place, by their layer's number, for inference.
+
+    Args:
+        model: of any family; only RWKV's is changed.
+    """
     for module in model.modules():
         if getattr(module, "layers_are_rescaled", False):
             training, module.training = module.training, True
@@ -202,7 +252,10 @@ def undo_rescaling(model: nn.Module) -> None:
 
 
 def require_weights(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are neither here nor offloaded.
+    """Refuse a model whose weights are neither in memory nor offloaded.
+
+    Args:
+        model: of transformers.
 
     Raises:
         ModelError: they are on the meta device.
@@ -212,14 +265,25 @@ def require_weights(model: PreTrainedModel) -> None:
 
 
 def input_device(layers: DecoderLayers) -> torch.device:
-    """Where token ids go."""
+    """Find the device that token ids go to.
+
+    Args:
+        layers: the decoder layers of a model.
+
+    Returns:
+        The device of the model's first weights; the CPU where they are offloaded.
+    """
     parameter = next(layers.runner.parameters())
     return parameter.device if parameter.device.type != "meta" else torch.device("cpu")
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; the modes of all modules are put back afterwards."""
+    """Switch a model to evaluation mode, without dropout, for as long as the body runs.
+
+    Args:
+        model: any module; the modes of all its modules are put back afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""The linear maps of a decoder's feed-forward parts, found by structure: what healing adapts.
+"""The linear maps of a decoder's feed-forward parts, found by structure; healing adapts them.
 
 A part is known by the names and classes of the modules on the way to it, below its layer. The
-words are data; `tests/models/test_feed_forward.py` holds them against every family.
+words are data; ``tests/models/test_feed_forward.py`` holds them against every family.
 """
 
 import re
@@ -30,19 +30,18 @@ OTHER_NAMES = re.compile(
     r"gate|router|shared_expert_gate|\w*norm|\w*adapter\w*|\w*mamba\w*|\w*indexer|compressor"
     r"|\w*conv\w*|\w*sconv|ple|\w*hyper_connection|\w*_hc|\w*message_\w+|sink_proj|\w*position_bias"
 )
-"""What decides, scales or mixes beside the linear maps: never adapted."""
+"""Modules that decide, scale or mix beside the linear maps: never adapted."""
 
 OTHER_CLASSES = re.compile(r"Router|Gating|Norm$|Adapter|Mamba|Indexer|Rglru|RecurrentBlock$")
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What low-rank adapters are put on, by full name in the model.
+    """The weights that low-rank adapters are put on, by full name in the model.
 
     Attributes:
         modules: linear maps, quantised or not.
         parameters: weights that hold the maps of several experts, (experts, in, out) or so.
-
         transposed: whether the linear maps keep their weights as (in, out), as GPT-2's do.
     """
 
@@ -55,13 +54,16 @@ class Targets:
 
 
 def feed_forward_targets(model: nn.Module, attention: bool = False) -> Targets:
-    """The linear maps of the feed-forward part of every decoder layer.
+    """Find the linear maps of the feed-forward part of every decoder layer.
 
     Routers, gates of experts, and whatever mixes tokens stay as they are.
 
     Args:
         model: of transformers, quantised or not, on any device.
         attention: take the linear maps of the attention, too.
+
+    Returns:
+        Their names.
 
     Raises:
         ModelError: there are none, or layers share one.
@@ -102,7 +104,14 @@ def _check_unshared(model: nn.Module, targets: set[str]) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one linear map: of torch, GPT-2's, or one of a quantiser's."""
+    """Tell whether a module is one linear map: of torch, GPT-2's, or one of a quantiser's.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True if it is.
+    """
     if isinstance(module, nn.Linear | Conv1D):
         return True
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))

@@ -1,4 +1,4 @@
-"""Knowing a model again, whatever the dtype it is loaded in."""
+"""The identity of a model, the same in whatever dtype it is loaded."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,24 +12,32 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..values.plan import ModelIdentity, fingerprint
-from .architecture import find_layers, require_weights, text_config
+from .architecture import DecoderLayers, find_layers, require_weights, text_config
 
 
-def identify(model: PreTrainedModel) -> ModelIdentity:
-    """The identity of a model as it is now; reads its one-dimensional weights only.
+def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> ModelIdentity:
+    """Find the identity of a model as it is now; reads its one-dimensional weights only.
 
     A float32 checkpoint loaded as float16 is rounded twice, and may count as another model.
+
+    Args:
+        model: a causal language model, quantised or not, on any device or offloaded.
+        layers: its decoder layers, where they are known.
+
+    Returns:
+        Its name, type, number of layers, dtype and fingerprint.
 
     Raises:
         ModelError: the weights are not there.
     """
     require_weights(model)
+    shape = shape_of(model, layers)
     return ModelIdentity(
         name=model_name(model),
-        model_type=text_config(model).model_type,
-        num_layers=len(find_layers(model)),
+        model_type=shape[0],
+        num_layers=shape[1],
         dtype=stored_dtype(model),
-        fingerprint=fingerprint(shape_of(model), _read_vectors(model)),
+        fingerprint=fingerprint(shape, _read_vectors(model)),
     )
 
 
@@ -42,25 +50,50 @@ def _read_vectors(model: PreTrainedModel) -> Iterator[tuple[str, bytes]]:
 
 
 def vectors_of(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The one-dimensional weights, as the path of a module and the name in it."""
+    """Find the one-dimensional weights of a model.
+
+    Args:
+        model: any module.
+
+    Yields:
+        The path of a module, and the name of the weight in it.
+    """
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1:
                 yield path, name
 
 
-def shape_of(model: PreTrainedModel) -> tuple[str, int, int, int]:
-    """Model type, layers, hidden size, vocabulary size."""
+def shape_of(
+    model: PreTrainedModel, layers: DecoderLayers | None = None
+) -> tuple[str, int, int, int]:
+    """Find the sizes of a model that its fingerprint depends on.
+
+    Args:
+        model: a causal language model, with weights or on the meta device.
+        layers: its decoder layers, where they are known.
+
+    Returns:
+        Model type, number of decoder layers, hidden size and vocabulary size.
+
+    Raises:
+        ModelError: the model has no list of decoder layers.
+    """
     config = text_config(model)
-    return config.model_type, len(find_layers(model)), config.hidden_size, config.vocab_size
+    count = len(layers if layers is not None else find_layers(model))
+    return config.model_type, count, config.hidden_size, config.vocab_size
 
 
 def stored_digest(path: str | Path) -> str:
-    """A hash that tells checkpoints apart whose :func:`identify` is the same, such as a cut and its
-    patch: of the names, shapes and first rows of all tensors of safetensors.
+    """Hash the names, shapes and first rows of all tensors of a checkpoint.
+
+    Tells checkpoints apart whose :func:`identify` is the same, such as a cut and its patch.
 
     Args:
-        path: a folder, or the hub id of a model that was loaded before.
+        path: a folder with safetensors, or the hub id of a model that was loaded before.
+
+    Returns:
+        A SHA-256 in hexadecimal digits.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -77,12 +110,26 @@ def stored_digest(path: str | Path) -> str:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """The name of the folder or repository that a model comes from."""
+    """Find the name of the folder or repository that a model comes from.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        The last part of its path or hub id; the name of its class where there is none.
+    """
     return Path(str(text_config(model).name_or_path)).name or type(model).__name__
 
 
 def stored_dtype(model: PreTrainedModel) -> str:
-    """The dtype that the weights are kept in: ``nf4``, ``int8`` or torch's name."""
+    """Find the dtype that the weights of a model are kept in.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        ``nf4``, ``int8`` or torch's name, such as ``bfloat16``.
+    """
     if getattr(model, "is_loaded_in_4bit", False):
         return "nf4"
     if getattr(model, "is_loaded_in_8bit", False):

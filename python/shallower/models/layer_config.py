@@ -1,4 +1,4 @@
-"""What a config says of its layers, made to fit the survivors; the rules as data.
+"""Rewriting a config for the layers that survive a cut; the rules as data.
 
 A rule here only proposes. :mod:`shallower.pruning` builds a model from the shortened config
 and refuses the cut if its layers are not the survivors.
@@ -86,7 +86,14 @@ def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
 
 
 def layer_counts(config: Any) -> dict[str, int]:
-    """What a decoder's config says of the number of its layers, by key."""
+    """Find the numbers of layers that a decoder's config names.
+
+    Args:
+        config: of transformers, the decoder's part.
+
+    Returns:
+        The numbers by key; the first is the decoder's.
+    """
     names = (
         DECODER_COUNTS if any(hasattr(config, name) for name in DECODER_COUNTS) else LAYER_COUNTS
     )

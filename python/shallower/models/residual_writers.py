@@ -48,13 +48,25 @@ class Writer:
         return weight
 
     def stored(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of (D, inputs) as the module keeps it, or the other way round."""
+        """Transpose a weight from (D, inputs) to the module's own layout, or back.
+
+        Args:
+            weight: in either layout.
+
+        Returns:
+            A view in the other layout; the weight itself where both are the same.
+        """
         return weight.T if isinstance(self.module, Conv1D) else weight
 
 
 @dataclass(frozen=True, slots=True)
 class Writers:
-    """The writers of one layer; None where there is none that is a plain linear map."""
+    """The writers of one layer.
+
+    Attributes:
+        attention: the last matrix of its attention; None where it is not a plain linear map.
+        feed_forward: the last matrix of its feed-forward part; None likewise.
+    """
 
     attention: Writer | None
     feed_forward: Writer | None
@@ -62,7 +74,17 @@ class Writers:
 
 @torch.inference_mode()
 def find_writers(model: Layerwise, layer: int, batch: Batch, states: torch.Tensor) -> Writers:
-    """Find a layer's writers on a batch of its inputs, (B, T, D)."""
+    """Find a layer's writers by probing them.
+
+    Args:
+        model: whose layers can be run by themselves.
+        layer: its index.
+        batch: of token ids.
+        states: (B, T, D), the layer's inputs on that batch.
+
+    Returns:
+        The writers, each None where there is none that is a plain linear map.
+    """
     found = {
         name: module
         for name, module in model.modules[layer].named_modules()
@@ -124,9 +146,9 @@ def _scale(
     module: nn.Module,
     silent: nn.Module | None = None,
 ) -> float | None:
-    """What a module's output is multiplied by on its way; None if it is no plain sum.
+    """The factor of a module's output on its way into the stream; None if it is not a plain sum.
 
-    With ``silent``, whose output then counts for nothing.
+    The output of ``silent`` is taken as zero.
     """
     mask = torch.from_numpy(batch.attention_mask).bool().to(states.device)
     with _output(silent, lambda output: torch.zeros_like(output)):

@@ -52,6 +52,7 @@ class Run:
             "format": "shallower.run",
             "version": 1,
             "num_layers": self.scan.num_layers,
+            "dtype": self.scan.model and self.scan.model.dtype,
             "num_samples": self.scan.num_samples,
             "num_rejected": self.scan.num_rejected,
             **self.comparison.to_json(),

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ModelError
-from ..models.architecture import DecoderLayers, evaluating, find_layers, input_device
-from ..models.positions import check_length, learned_positions
+from ..models.architecture import DecoderLayers, evaluating
+from ..models.decoder import Decoder
+from ..models.positions import check_length
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .parts import Part
@@ -48,12 +49,12 @@ def chosen_tokens(
 
 
 def stream(
-    model: nn.Module, batches: Iterable[Batch], positions: Positions = LAST
+    model: nn.Module | Decoder, batches: Iterable[Batch], positions: Positions = LAST
 ) -> Generator[Part, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
 
     Args:
-        model: a model of transformers, or its base model.
+        model: a model of transformers or its base model, or what was found out about it.
         batches: padded tokens.
         positions: which tokens of each text.
 
@@ -66,17 +67,15 @@ def stream(
         ModelError: the model has no list of decoder layers, or did not run them once each.
         TextsError: a batch is longer than the positions that the model has learned.
     """
-    layers = find_layers(model)
-    learned = learned_positions(model)
-    device = input_device(layers)
+    decoder = Decoder.of(model)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        hooks = stack.enter_context(_RowHooks(layers))
+        stack.enter_context(evaluating(decoder.model))
+        hooks = stack.enter_context(_RowHooks(decoder.layers))
         pending: tuple[_HostCopy, NDArray[np.int64], int] | None = None
         for batch in batches:
-            check_length(batch.input_ids.shape[1], learned)
+            check_length(batch.input_ids.shape[1], decoder.positions)
             rows, columns = chosen_tokens(batch, positions)
-            copy = _HostCopy(hooks.run(batch, rows, columns, device))
+            copy = _HostCopy(hooks.run(batch, rows, columns, decoder.device))
             if pending:
                 yield _part(*pending, positions)
             pending = copy, batch.samples[rows], len(batch)

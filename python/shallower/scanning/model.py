@@ -1,18 +1,19 @@
 """The scan of a model: hidden states streamed from a forward into the comparison of all layers."""
 
 import time
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
+from operator import length_hint
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ScanError, TextsError
-from ..models.architecture import find_layers
-from ..models.identity import identify
+from ..models.decoder import Decoder
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..values.positions import Positions
+from ..values.tokens import Tokens
 from .builder import ScanBuilder
 from .hidden_states import stream
 from .scan import Scan
@@ -87,15 +88,15 @@ def scan(
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
     if isinstance(positions, str):
         positions = Positions.parse(positions, seed)
-    layers = find_layers(model)
-    batches = TokenBatches(tokenizer, texts, max_length, batch_size)
-    identity = identify(model)
+    decoder = Decoder.of(model)
+    batches = TokenBatches(tokenizer, texts, Tokens(max_length, batch_size))
+    identity = decoder.identity
     builder = ScanBuilder(
-        len(layers) + 1, metrics, threads=threads, model=identity, keep_samples=keep_samples,
+        len(decoder) + 1, metrics, threads=threads, model=identity, keep_samples=keep_samples,
         cka_batch=cka_batch, positions=positions,
     )  # fmt: skip
-    if total is None and isinstance(texts, Sized):
-        total = len(texts)
+    if total is None:
+        total = length_hint(texts) or None
     saved = time.monotonic()
     with ExitStack() as stack:
         advance = stack.enter_context(track("scan", total, progress))
@@ -108,7 +109,7 @@ def scan(
             _resume(builder, batches, Path(checkpoint), kept)
             advance(batches.num_texts)
         for window in batches.windows():
-            with closing(stream(model, window, positions)) as parts:
+            with closing(stream(decoder, window, positions)) as parts:
                 builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:

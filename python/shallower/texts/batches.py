@@ -1,10 +1,10 @@
 """Texts to padded batches of token ids, in constant memory.
 
-Texts are read once. A window of batches is tokenised, sorted by length and cut into
-batches, longest first; what is kept of a text is its token ids, at most ``max_length``.
-Batches are padded on the right, with token 0, which every vocabulary has: in a causal model
-no token sees what follows it, so the states of a text are those it has alone, whatever the
-tokenizer's padding side and pad token.
+Texts are read once. A window of batches is tokenised, sorted by length and cut into batches,
+longest first; only the token ids of a text are kept, at most ``max_length``. Batches are padded
+on the right, with token 0, which every vocabulary has: in a causal model no token sees what
+follows it, so the states of a text are those it has alone, whatever the tokenizer's padding side
+and pad token.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import TextsError
 from ..values.plan import NAMED_REJECTIONS, Rejection, TextsIdentity
+from ..values.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,54 +30,64 @@ WINDOW = 16
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids and attention mask, (B, T) int64 each, padded on the right."""
+    """Token ids of B texts, padded on the right to T tokens.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) int64, 1 at tokens and 0 at padding.
+        samples: (B,) int64, the index of every text among all texts.
+    """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     samples: NDArray[np.int64]
-    """(B,) the index of every text among all texts."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 class TokenBatches:
-    """Reads texts once, a window of batches at a time; says what was read so far.
+    """An iterable of batches that reads texts once, a window of batches at a time.
+
+    Args:
+        tokenizer: of the model.
+        texts: any iterable of strings.
+        tokens: how many tokens a text has at most, and how many texts make a batch.
+        min_tokens: texts of fewer tokens are rejected.
 
     Attributes:
         num_texts: texts read so far.
-        num_rejected: texts with too few tokens.
+        num_rejected: texts with too few tokens, so far.
         rejections: the first of those, by name.
 
     Raises:
-        TextsError: on iteration, at a text that is not a string or cannot be tokenised.
+        TextsError: ``texts`` is not an iterable of strings, or ``max_length`` leaves no room
+            beside special tokens; on iteration, at a text that is not a string or cannot be
+            tokenised.
     """
 
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
         texts: Iterable[str],
-        max_length: int,
-        batch_size: int,
+        tokens: Tokens,
+        *,
         min_tokens: int = 1,
     ) -> None:
-        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise TextsError(f"{name} must be an integer of at least 1, got {value!r}")
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
         self._tokenizer = tokenizer
         self._texts = iter(texts)
-        self._max_length = max_length
-        self._batch_size = batch_size
+        self._max_length = tokens.max_length
+        self._batch_size = tokens.batch_size
         self._min_tokens = min_tokens
         self._num_special = tokenizer.num_special_tokens_to_add(pair=False)
-        if max_length <= self._num_special:
+        if self._max_length <= self._num_special:
             raise TextsError(
-                f"max_length {max_length} leaves no room beside the {self._num_special} special "
-                f"tokens that the tokenizer adds to every text"
+                f"max_length {self._max_length} leaves no room beside the {self._num_special} "
+                f"special tokens that the tokenizer adds to every text"
             )
-        self._hash = hashlib.sha256(f"max_length={max_length}".encode()).digest()
+        self._hash = hashlib.sha256(f"max_length={self._max_length}".encode()).digest()
         self.num_texts = 0
         self.num_rejected = 0
         self._taken = 0
@@ -84,11 +95,15 @@ class TokenBatches:
 
     @property
     def identity(self) -> TextsIdentity:
-        """What was read so far: number, length limit and a hash of the token ids in order."""
+        """The number of texts read so far, the length limit, and a hash of all token ids."""
         return TextsIdentity(self.num_texts, self._max_length, self._hash.hex())
 
     def windows(self) -> Iterator[list[Batch]]:
-        """The batches, as many at a time as are sorted by length together."""
+        """Read on, a window at a time.
+
+        Yields:
+            The batches that were sorted by length together, longest first.
+        """
         while texts := list(islice(self._texts, WINDOW * self._batch_size)):
             yield self._batches(self._tokenise(texts))
 
@@ -97,13 +112,24 @@ class TokenBatches:
             yield from window
 
     def token_ids(self) -> Iterator[NDArray[np.int64]]:
-        """The ids of one text after the other, as they come; without those rejected."""
+        """Read on without making batches.
+
+        Yields:
+            (T,) int64 token ids, text by text as they come, without those rejected.
+        """
         while texts := list(islice(self._texts, self._batch_size)):
             for _, ids in self._tokenise(texts):
                 yield ids
 
     def skip(self, num_texts: int) -> TextsIdentity:
-        """Read texts without making batches of them; says what was read."""
+        """Read texts without making batches of them.
+
+        Args:
+            num_texts: read until so many are read in all.
+
+        Returns:
+            The identity of all texts read so far.
+        """
         while remaining := num_texts - self.num_texts:
             texts = list(islice(self._texts, min(remaining, WINDOW * self._batch_size)))
             if not texts:
@@ -151,7 +177,11 @@ class TokenBatches:
             self.rejections.append(Rejection(self.num_texts, reason))
 
     def take_rejections(self) -> tuple[int, list[Rejection]]:
-        """The number and the first names of the texts rejected since the last call."""
+        """Take the rejections since the last call.
+
+        Returns:
+            Their number, and the first of them by name.
+        """
         taken = self.num_rejected - self._taken, self.rejections[self._taken :]
         self._taken = self.num_rejected
         return taken
@@ -173,7 +203,13 @@ class TokenBatches:
 
 @contextmanager
 def untouched(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
-    """Put a fast tokenizer's truncation and padding back, which it keeps and would save."""
+    """Put a fast tokenizer's truncation and padding back when the body ends.
+
+    A fast tokenizer keeps those of its last call, and would save them.
+
+    Args:
+        tokenizer: fast or slow; a slow one keeps nothing.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         yield

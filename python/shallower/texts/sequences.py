@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..errors import TextsError
 from ..values.plan import TextsIdentity, describe_rejections
 from ..values.recipe import GLOBAL_BATCH
+from ..values.tokens import Tokens
 from .batches import TokenBatches
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def read_samples(
             tokenizer has no end-of-text token to pack with.
     """
     limit = _WHOLE if packing else max_length
-    batches = TokenBatches(tokenizer, texts, limit, 64, min_tokens=1 if packing else 2)
+    batches = TokenBatches(tokenizer, texts, Tokens(limit, 64), min_tokens=1 if packing else 2)
     if packing:
         end = tokenizer.eos_token_id
         if not isinstance(end, int):

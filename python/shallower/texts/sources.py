@@ -13,9 +13,14 @@ from ..errors import MissingExtraError, TextsError
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
 
+_HEAD_BYTES = 1 << 16
+"""The number of texts in a file is estimated from its size and as many bytes of its head."""
+
 
 class Texts:
-    """An iterable of texts that can be opened again; ``count`` tells how many where it can.
+    """An iterable of texts that can be opened again.
+
+    ``operator.length_hint`` estimates their number without reading them.
 
     Args:
         source: a ``.jsonl`` file (field ``text``), a ``.txt`` file (a document a line, blank
@@ -33,6 +38,7 @@ class Texts:
             raise TextsError(f"the number of texts must be at least 1, got {limit}")
         self.source = source
         self.limit = limit
+        self._counted: int | None = None
         self._path = Path(source)
         try:
             self._path = self._path.expanduser()
@@ -56,15 +62,53 @@ class Texts:
         read = readers[self._path.suffix] if self._is_file else self._hub
         return islice(read(), self.limit)
 
+    def __length_hint__(self) -> int:
+        """An estimate of how many texts there are, for an ETA; 0 where nothing is known."""
+        if self._counted is None and not self._is_file:
+            return self.limit or 0
+        if self._counted is None and self._path.suffix == ".parquet":
+            self.count()
+        known = self._estimate() if self._counted is None else self._counted
+        return known if self.limit is None else min(known, self.limit)
+
+    def check(self) -> "Texts":
+        """Read the first text, so that what is wrong with the source is known before long work.
+
+        Returns:
+            The texts themselves.
+
+        Raises:
+            TextsError: there is no text, or the first one cannot be read.
+        """
+        if next(iter(self), None) is None:
+            raise TextsError(f"there are no texts in {self.source}")
+        return self
+
     def count(self) -> int | None:
-        """How many texts there are, where counting does not load them; else the limit."""
+        """Count the texts, where that does not load them.
+
+        Returns:
+            How many there are, at most ``limit``; of a hub dataset the limit, or None.
+        """
         if not self._is_file:
             return self.limit
-        if self._path.suffix == ".parquet":
-            counted = self._open_parquet().metadata.num_rows
-        else:
-            counted = sum(1 for _ in self._numbered_lines())
-        return counted if self.limit is None else min(counted, self.limit)
+        if self._counted is None:
+            if self._path.suffix == ".parquet":
+                self._counted = self._open_parquet().metadata.num_rows
+            else:
+                self._counted = sum(1 for _ in islice(self._numbered_lines(), self.limit))
+        return self._counted if self.limit is None else min(self._counted, self.limit)
+
+    def _estimate(self) -> int:
+        """About how many lines that are not blank a file has, by its size and its head."""
+        try:
+            size = self._path.stat().st_size
+            with self._path.open("rb") as file:
+                head = file.read(_HEAD_BYTES)
+        except OSError:
+            return 0
+        lines = sum(1 for line in head.split(b"\n") if line.strip())
+        return lines if len(head) == size else round(lines * size / len(head))
 
     def _lines(self) -> Iterator[str]:
         for _, line in self._numbered_lines():

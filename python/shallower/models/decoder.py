@@ -1,0 +1,65 @@
+"""What is found out about a causal language model once, and handed on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..values.plan import ModelIdentity
+from .architecture import DecoderLayers, find_layers, input_device, text_config
+from .identity import identify
+from .positions import learned_positions
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model with its decoder layers, and what does not change when layers are dropped.
+
+    Attributes:
+        model: as transformers built it.
+        layers: its decoder layers, as they are when they are asked for.
+        config: the part of its config that describes the decoder.
+        device: where token ids go.
+        positions: how many positions it has learned; None if it computes them, as by RoPE.
+    """
+
+    model: PreTrainedModel
+    layers: DecoderLayers
+    config: Any
+    device: torch.device
+    positions: int | None
+
+    @classmethod
+    def of(cls, model: "nn.Module | Decoder") -> "Decoder":
+        """Find out about a model; a decoder is given back as it is.
+
+        Args:
+            model: a causal language model of transformers, or what was found out about it.
+
+        Returns:
+            The model with what was found.
+
+        Raises:
+            ModelError: it has no config of transformers, or no list of decoder layers.
+        """
+        if isinstance(model, Decoder):
+            return model
+        layers = find_layers(model)
+        config = text_config(model)
+        positions = learned_positions(layers.runner, config)
+        return cls(cast("PreTrainedModel", model), layers, config, input_device(layers), positions)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """The identity that the model has when it is first asked for; see :func:`identify`.
+
+        Raises:
+            ModelError: the weights are not there.
+        """
+        return identify(self.model, self.layers)

@@ -1,0 +1,100 @@
+"""The dtype and the devices that a model is loaded with where the user names none.
+
+Loads torch when it is asked to choose.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import ModelError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"]
+DeviceMap = str | dict[str, Any] | None
+
+CPU_FEATURES = ("amx_bf16", "avx512_bf16", "svebf16")
+"""Instructions that multiply bfloat16, by their names in ``/proc/cpuinfo``. With AVX2 alone a
+forward in bfloat16 takes seven times as long as in float32."""
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuse a dtype that does not exist.
+
+    Args:
+        dtype: as the user named it.
+
+    Raises:
+        ModelError: it is none of :data:`Dtype`.
+    """
+    if dtype not in get_args(Dtype):
+        raise ModelError(f"unknown dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
+
+
+def choose_device_map(device_map: DeviceMap) -> DeviceMap:
+    """Decide where a model goes.
+
+    Args:
+        device_map: as the user named it.
+
+    Returns:
+        ``auto``, which is every GPU, if none is named and there is CUDA; else ``device_map``.
+    """
+    import torch
+
+    return "auto" if device_map is None and torch.cuda.is_available() else device_map
+
+
+def choose_dtype(device_map: DeviceMap) -> tuple[Literal["bfloat16", "float32"], str]:
+    """Decide the dtype ``auto``.
+
+    Args:
+        device_map: decided, as by :func:`choose_device_map`.
+
+    Returns:
+        ``bfloat16`` on CUDA and on CPUs that multiply it, else ``float32``; and the reason, in
+        words.
+    """
+    import torch
+
+    if _uses_cuda(device_map):
+        return "bfloat16", "on CUDA"
+    if torch.backends.mkldnn.is_available():
+        for feature in CPU_FEATURES:
+            if feature in cpu_features():
+                return "bfloat16", f"this CPU multiplies it, by {feature}"
+    return "float32", "this CPU has no instructions for bfloat16"
+
+
+def _uses_cuda(device_map: DeviceMap) -> bool:
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    places = device_map.values() if isinstance(device_map, dict) else (device_map,)
+    return not all(str(place) in ("None", "cpu", "disk") for place in places)
+
+
+def cpu_features() -> frozenset[str]:
+    """Find the instruction sets of this CPU that torch may use.
+
+    Returns:
+        Their names as in ``/proc/cpuinfo``; empty where they cannot be found.
+    """
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 and later
+    if capabilities is not None:
+        found = {name for name, is_there in capabilities().items() if is_there is True}
+        return frozenset("svebf16" if name == "sve_bf16" else name for name in found)
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    words = (line.partition(":") for line in lines)
+    return frozenset(
+        feature
+        for key, _, value in words
+        if key.strip() in ("flags", "Features")
+        for feature in value.split()
+    )

@@ -1,0 +1,180 @@
+"""The names of other packages that nobody promises to keep, and what each is used for.
+
+Some fail silently when they move: an attribute that nobody reads any more is set without a word.
+``tests/models/test_private_names.py`` looks every one up in the installed packages, and finds
+uses that are not listed.
+"""
+
+from typing import NamedTuple
+
+
+class PrivateName(NamedTuple):
+    """A name of another package that is not part of its documented interface.
+
+    Attributes:
+        module: the module that defines it.
+        name: its dotted name there; of an attribute of instances, behind their class.
+        used_for: what would go wrong without it.
+    """
+
+    module: str
+    name: str
+    used_for: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+_TRANSFORMERS = (
+    PrivateName(
+        "transformers.core_model_loading", "revert_weight_conversion._weight_conversions",
+        "set to None on 4-bit models, whose loading transformers cannot run backwards to save them",
+    ),
+    PrivateName(
+        "transformers.modeling_utils", "PreTrainedModel._tied_weights_keys",
+        "shared weights are named by their layers' numbers, which a cut changes",
+    ),
+    PrivateName(
+        "transformers.modeling_utils", "PreTrainedModel.all_tied_weights_keys",
+        "shared weights are named by their layers' numbers, which a cut changes",
+    ),
+    PrivateName(
+        "transformers.modeling_utils", "PreTrainedModel.hf_device_map",
+        "layers that are spread over devices get their new numbers",
+    ),
+    PrivateName(
+        "transformers.modeling_utils", "PreTrainedModel.hf_quantizer",
+        "removed from dequantised GGUF models, so that they are saved as plain ones",
+    ),
+    PrivateName(
+        "transformers.quantizers.base", "HfQuantizer.quantization_method",
+        "removed from dequantised GGUF models, so that they are saved as plain ones",
+    ),
+    PrivateName(
+        "transformers.quantizers.base", "HfQuantizer.is_quantized",
+        "removed from dequantised GGUF models, so that they are saved as plain ones",
+    ),
+    PrivateName(
+        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.packed_modules",
+        "models whose weights are still GGUF blocks are refused",
+    ),
+    PrivateName(
+        "transformers.quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer.is_loaded_in_4bit",
+        "tells the dtype nf4",
+    ),
+    PrivateName(
+        "transformers.quantizers.quantizer_bnb_8bit", "Bnb8BitHfQuantizer.is_loaded_in_8bit",
+        "tells the dtype int8",
+    ),
+    PrivateName(
+        "transformers.configuration_utils", "PreTrainedConfig._heterogeneity_spec",
+        "settings of single layers move with them",
+    ),
+    PrivateName(
+        "transformers.integrations.heterogeneity.configuration_utils",
+        "_HeterogeneitySpec.per_layer_overrides",
+        "settings of single layers move with them",
+    ),
+    PrivateName(
+        "transformers.models.rwkv.modeling_rwkv", "RwkvModel._rescale_layers",
+        "weights that RWKV divides by their layer's number are put back before a cut",
+    ),
+    PrivateName(
+        "transformers.models.rwkv.modeling_rwkv", "RwkvModel.layers_are_rescaled",
+        "weights that RWKV divides by their layer's number are put back before a cut",
+    ),
+    PrivateName(
+        "transformers.utils.loading_report", "LOAD REPORT",
+        "the report on the weights is held back if the model is refused",
+    ),
+    PrivateName(
+        "transformers.utils.hub", "cached_files._raise_exceptions_for_missing_entries",
+        "a hub model without a plan is told from one that cannot be reached",
+    ),
+    PrivateName(
+        "transformers.modeling_gguf_pytorch_utils", "load_gguf_checkpoint.GGUFReader",
+        "taken from gguf at every call, so that a faster reader can stand in",
+    ),
+    PrivateName(
+        "transformers.modeling_gguf_pytorch_utils", "load_gguf_checkpoint.dequantize",
+        "taken from gguf at every call, so that a faster one can stand in",
+    ),
+    PrivateName(
+        "transformers.modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map.get_tensor_name_map",
+        "taken from gguf at every call, so that the table is made once",
+    ),
+    PrivateName(
+        "transformers.trainer", "Trainer.compute_loss_context_manager",
+        "overridden, so that training computes in bfloat16 with float32 adapters",
+    ),
+    PrivateName(
+        "transformers.integrations.peft", "PeftAdapterMixin._hf_peft_config_loaded",
+        "removed from merged models, so that they are saved as plain ones",
+    ),
+)  # fmt: skip
+
+_OTHERS = (
+    PrivateName(
+        "bitsandbytes.nn.modules", "Linear4bit.support_avx512bf16_for_cpu",
+        "set to False, so that 4-bit weights are not repacked before they are trained on",
+    ),
+    PrivateName(
+        "bitsandbytes.nn.modules", "Linear4bit.packing_format_for_cpu",
+        "tells 4-bit weights that were repacked, and their scales rounded",
+    ),
+    PrivateName(
+        "bitsandbytes.nn.modules", "Params4bit.quant_state",
+        "the scales of a 4-bit weight are kept as they were loaded",
+    ),
+    PrivateName(
+        "bitsandbytes.autograd._functions", "logger",
+        "silenced: a line a layer and forward about int8's arithmetic",
+    ),
+    PrivateName(
+        "bitsandbytes.backends.cpu.ops", "logger",
+        "silenced: advice to get a kernel from a hub",
+    ),
+    PrivateName(
+        "peft.tuners.lora.layer", "LoraLayer.cast_input_dtype_enabled",
+        "set to False: autocast casts, to bfloat16",
+    ),
+    PrivateName(
+        "peft.peft_model", "PeftModel.peft_config",
+        "adapters name their model as it will be found; removed from merged models",
+    ),
+    PrivateName(
+        "accelerate.utils.modeling", "align_module_device",
+        "weights that are offloaded are read for the fingerprint",
+    ),
+    PrivateName(
+        "torch.nn", "Module._state_dict_hooks",
+        "4-bit models that cannot be saved exactly are refused",
+    ),
+    PrivateName(
+        "torch.utils.deterministic", "fill_uninitialized_memory",
+        "off while training: it costs a twentieth of the time",
+    ),
+    PrivateName(
+        "gguf.gguf_reader", "GGUFReader._get_field_parts",
+        "overridden, so that no array is made for every token of a vocabulary",
+    ),
+    PrivateName(
+        "gguf.gguf_reader", "GGUFReader._get",
+        "reads the numbers of a metadata array at once",
+    ),
+    PrivateName(
+        "gguf.gguf_reader", "GGUFReader.data",
+        "overridden, so that the mapped file is sliced as a plain array",
+    ),
+    PrivateName(
+        "gguf.gguf_reader", "GGUFReader.gguf_scalar_to_np",
+        "the dtypes of metadata arrays",
+    ),
+    PrivateName(
+        "gguf.gguf_reader", "GGUFReader.byte_order",
+        "files of the other byte order are read by gguf alone",
+    ),
+)  # fmt: skip
+
+PRIVATE_NAMES = _TRANSFORMERS + _OTHERS
+"""All of them, by package."""

@@ -1,0 +1,95 @@
+"""Where a model comes from and how it is loaded, as one value. Loads torch when it is asked to."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A place that a model is loaded from, and the options of loading it.
+
+    Attributes:
+        path: a local folder, a hub id, or a ``.gguf`` file.
+        dtype: of the weights. ``auto`` is bfloat16 on CUDA and on CPUs that multiply it, and
+            float32 elsewhere; ``nf4`` and ``int8`` are quantised by bitsandbytes.
+        device_map: as transformers takes it. ``None`` is every GPU where there is CUDA, and the
+            CPU elsewhere.
+        gguf_file: a GGUF file in the folder or hub repository.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: there is no such dtype.
+    """
+
+    path: str | Path
+    dtype: Dtype = "auto"
+    device_map: DeviceMap = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (str(self.path), self.gguf_file)))
+
+    def resolved(self) -> "ModelSource":
+        """The same source with its dtype and device map decided for this machine.
+
+        Returns:
+            A source whose dtype is not ``auto``, and whose device map names the GPUs if it was
+            ``None`` and there are any.
+        """
+        device_map = choose_device_map(self.device_map)
+        dtype = choose_dtype(device_map)[0] if self.dtype == "auto" else self.dtype
+        return replace(self, dtype=dtype, device_map=device_map)
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load the model and its tokenizer, ready for inference.
+
+        Returns:
+            What :func:`shallower.load_model` returns.
+
+        Raises:
+            ModelError, MissingExtraError: as :func:`shallower.load_model`.
+        """
+        from .loading import load_model
+
+        return load_model(
+            self.path,
+            self.dtype,
+            self.device_map,
+            gguf_file=self.gguf_file,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def count_layers(self) -> int:
+        """Count the decoder layers by the model's config alone.
+
+        Returns:
+            L, the number of decoder layers.
+
+        Raises:
+            ModelError: as :meth:`load`.
+        """
+        return self.states_shape()[0] - 1
+
+    def states_shape(self) -> tuple[int, int | None]:
+        """Find the shape of a token's states by the model's config alone.
+
+        Returns:
+            L+1, the number of states of a token, and D, their width, or None where the config
+            does not tell it.
+
+        Raises:
+            ModelError: as :meth:`load`.
+        """
+        from .loading import states_shape
+
+        return states_shape(self.path, self.gguf_file, self.trust_remote_code)

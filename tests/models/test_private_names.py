@@ -1,0 +1,100 @@
+"""Names that other packages may move are where the list says, and the list is whole."""
+
+import ast
+import inspect
+import re
+from importlib import import_module
+
+import pytest
+
+from shallower.models.private_names import PRIVATE_NAMES, PrivateName
+from tests.conftest import ROOT
+
+SOURCE = ROOT / "python" / "shallower"
+
+
+def require(entry):
+    """Fail with the name of what moved."""
+    moved = f"{entry} moved: {entry.used_for}"
+    try:
+        place = import_module(entry.module)
+    except ImportError:
+        pytest.fail(moved)
+    owner, _, name = entry.name.rpartition(".")
+    try:
+        for part in owner.split(".") if owner else ():
+            place = getattr(place, part)
+    except AttributeError:
+        pytest.fail(moved)
+    if hasattr(place, name):
+        return
+    # Attributes of instances and local names are found in the source of their class or function.
+    parents = place.__mro__ if inspect.isclass(place) else (place,)
+    assert any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source_of(p)) for p in parents), moved
+
+
+def source_of(place):
+    try:
+        return inspect.getsource(place)
+    except (OSError, TypeError):
+        return ""  # of C
+
+
+@pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=str)
+def test_a_private_name_is_where_it_was(entry):
+    require(entry)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        PrivateName("bitsandbytes.nn.modules", "Linear4bit.moved_for_cpu", "why it matters"),
+        PrivateName("bitsandbytes.nn.modules", "Linear5bit.support", "why it matters"),
+        PrivateName("bitsandbytes.moved", "anything", "why it matters"),
+    ],
+    ids=str,
+)
+def test_a_name_that_moved_is_told_with_what_it_was_used_for(entry):
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=f"{entry} moved: why it"):
+        require(entry)
+
+
+def private_uses(tree):
+    """Private attributes of other objects, and strings that name them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (
+            isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        ):
+            yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def own_names(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+def test_every_private_name_in_use_is_listed():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+    own = {name for tree in trees.values() for name in own_names(tree)} | {"_core", "_reference"}
+    listed = {part for entry in PRIVATE_NAMES for part in entry.name.split(".")}
+    unlisted = {
+        f"{path.relative_to(SOURCE)}: {name}"
+        for path, tree in trees.items()
+        if path.name != "private_names.py"
+        for name in private_uses(tree)
+        if re.fullmatch(r"_[a-z]\w+", name) and name not in own | listed | SUFFIXES
+    }
+    assert unlisted == set()
+
+
+SUFFIXES = {"_adapter_list", "_token_id", "_token_ids", "_command"}
+"""Strings that names end in."""
