@@ -16,7 +16,7 @@ def scanned(llama, words):
 
 
 def test_a_comparison_measures_the_best_and_the_deepest_block_of_every_size(llama, words, scanned):
-    comparison = sh.compare_cuts(llama, words, scanned, HELD_OUT, [1, 3])
+    comparison = sh.compare_cuts(llama, words, scanned, texts=HELD_OUT, sizes=[1, 3])
     assert comparison.base == sh.evaluate_loss(llama, words, HELD_OUT)
     assert [(cut.strategy, cut.block) for cut in comparison.cuts] == [
         ("similarity", scanned.best_block(1)),
@@ -34,7 +34,7 @@ def test_a_comparison_measures_the_best_and_the_deepest_block_of_every_size(llam
 
 def test_a_comparison_by_cosine_scores_by_one_minus_cosine(llama, words):
     scanned = sh.scan(llama, words, TEXTS, metrics=("cosine",))
-    comparison = sh.compare_cuts(llama, words, scanned, HELD_OUT, [2])
+    comparison = sh.compare_cuts(llama, words, scanned, texts=HELD_OUT, sizes=[2])
     for cut in comparison.cuts:
         expected = 1 - scanned.mean("cosine")[cut.block.start, cut.block.stop]
         assert cut.block.score == expected
@@ -46,7 +46,7 @@ def test_a_block_that_is_best_and_deepest_has_two_rows_of_one_loss(words):
         llama.model.layers[0].mlp.down_proj.weight.zero_()
         llama.model.layers[0].self_attn.o_proj.weight.zero_()
     scanned = sh.scan(llama, words, TEXTS)
-    best, deepest = sh.compare_cuts(llama, words, scanned, HELD_OUT, [1]).cuts
+    best, deepest = sh.compare_cuts(llama, words, scanned, texts=HELD_OUT, sizes=[1]).cuts
     assert best.block == deepest.block == Block(0, 1)
     assert best.block.score == deepest.block.score == 0
     assert best.loss == deepest.loss
@@ -54,14 +54,14 @@ def test_a_block_that_is_best_and_deepest_has_two_rows_of_one_loss(words):
 
 
 def test_held_out_texts_may_be_an_iterator(llama, words, scanned):
-    expected = sh.compare_cuts(llama, words, scanned, HELD_OUT, [1, 2])
-    assert sh.compare_cuts(llama, words, scanned, once(HELD_OUT), [1, 2]) == expected
+    expected = sh.compare_cuts(llama, words, scanned, texts=HELD_OUT, sizes=[1, 2])
+    assert sh.compare_cuts(llama, words, scanned, texts=once(HELD_OUT), sizes=[1, 2]) == expected
 
 
 def test_a_comparison_leaves_the_model_as_it_was(llama, words, scanned):
     llama.train()
     before = state_of(llama)
-    sh.compare_cuts(llama, words, scanned, HELD_OUT, [1, 2, 5])
+    sh.compare_cuts(llama, words, scanned, texts=HELD_OUT, sizes=[1, 2, 5])
     assert_same(before, state_of(llama))
 
 
@@ -76,7 +76,7 @@ def test_a_failing_comparison_leaves_the_model_as_it_was(llama, words, scanned):
 
     handle = llama.lm_head.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        sh.compare_cuts(llama, words, scanned, HELD_OUT, [2])
+        sh.compare_cuts(llama, words, scanned, texts=HELD_OUT, sizes=[2])
     handle.remove()
     assert_same(before, state_of(llama))
 
@@ -86,9 +86,9 @@ def test_sizes_that_the_model_cannot_lose_are_refused_before_any_work(
     llama, words, scanned, sizes, tmp_path
 ):
     with pytest.raises(LayersError):
-        sh.compare_cuts(llama, words, scanned, Unread(), sizes)
+        sh.compare_cuts(llama, words, scanned, texts=Unread(), sizes=sizes)
     with pytest.raises(LayersError):
-        sh.run(llama, words, Unread(), Unread(), tmp_path / "out", sizes)
+        sh.run(llama, words, Unread(), eval_texts=Unread(), out=tmp_path / "out", sizes=sizes)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,9 +96,9 @@ def test_sizes_that_the_model_cannot_lose_are_refused_before_any_work(
 @pytest.mark.parametrize("texts", [[], [""], ["w1"]])
 def test_a_comparison_needs_a_text_of_two_tokens(llama, words, scanned, texts):
     with pytest.raises(TextsError):
-        sh.compare_cuts(llama, words, scanned, texts, [1])
+        sh.compare_cuts(llama, words, scanned, texts=texts, sizes=[1])
 
 
 def test_a_scan_of_another_depth_is_refused(words, scanned):
     with pytest.raises(sh.ShallowerError):
-        sh.compare_cuts(tiny_llama(num_layers=8), words, scanned, HELD_OUT, [1])
+        sh.compare_cuts(tiny_llama(num_layers=8), words, scanned, texts=HELD_OUT, sizes=[1])

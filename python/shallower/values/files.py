@@ -7,3 +7,6 @@ SCAN_FILE = "scan.safetensors"
 PARTIAL_FILE = "scan.partial.safetensors"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoint"
+
+HEALED_FOLDER = "healed"
+"""The healed model below the folder of a run."""

@@ -1,0 +1,148 @@
+"""A scan of a model into a folder: checked before anything is loaded, and resumed."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import length_hint
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError, ScanError
+from ..models.source import ModelSource
+from ..reporting.figures import draw_heat_map
+from ..scanning.contents import check_metrics
+from ..scanning.scan import Scan
+from ..scanning.states_writer import check_keepable
+from ..storage import check_free, free_bytes
+from ..texts.sources import Texts
+from ..values.files import PARTIAL_FILE, SCAN_FILE
+from ..values.positions import Positions
+from ..values.tokens import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanJob:
+    """A scan of a model into a folder, which is checked when it is made.
+
+    Attributes:
+        source: the model.
+        texts: calibration texts; of a file the first one is read.
+        out: the folder for ``scan.safetensors`` and, where it can be drawn, ``heat_map.png``.
+        tokens: how texts become batches.
+        metrics: metrics to measure.
+        positions: the tokens of every text that are compared.
+        threads: threads of the Rust core, all by default.
+        keep_samples: keep the values of single samples.
+        keep_states: a ``.safetensors`` file for the states, if they are to be kept.
+        overwrite: replace what is there, once the new is complete.
+
+    Raises:
+        OutputError: a place is taken, or is not one to write to.
+        MetricError, TextsError, PositionsError: an option that no scan has.
+    """
+
+    source: ModelSource
+    texts: Iterable[str]
+    out: Path
+    tokens: Tokens = field(default_factory=Tokens)
+    metrics: Sequence[str] = ("angular", "cosine")
+    positions: Positions = field(default_factory=Positions)
+    threads: int | None = None
+    keep_samples: bool = False
+    keep_states: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_free(self.out / SCAN_FILE, self.overwrite)
+        check_metrics(self.metrics)
+        if self.keep_states is not None:
+            check_keepable(self.keep_states, overwrite=self.overwrite)
+            for name in (SCAN_FILE, PARTIAL_FILE):
+                if self.keep_states.absolute() == (self.out / name).absolute():
+                    raise OutputError(
+                        f"{self.keep_states} is the scan itself: keep the states elsewhere"
+                    )
+        if isinstance(self.texts, Texts):
+            self.texts.check()
+
+    @property
+    def places(self) -> list[Path]:
+        """The files that the job leaves."""
+        return [path for path in (self.out / SCAN_FILE, self.keep_states) if path]
+
+    def describe(self) -> dict[str, Any]:
+        """Say what would be done, by the config of the model alone.
+
+        Returns:
+            The model, its dtype, the texts, the positions, and under ``write`` the files. Where
+            states are kept, ``states_bytes_per_token``, ``states_bytes_at_most`` of all texts, and
+            ``free_bytes`` at the place of their file; None where that is not known.
+
+        Raises:
+            ModelError: the config cannot be read.
+        """
+        num_states, width = self.source.states_shape()
+        dtype = self.source.resolved().dtype
+        described = {
+            "scan": str(self.source),
+            "dtype": dtype,
+            "texts": self.texts.source if isinstance(self.texts, Texts) else "given",
+            "positions": str(self.positions),
+        }
+        if self.keep_states is not None:
+            size = 4 if dtype == "float32" else 2
+            each = width and num_states * width * size
+            described.update(self._room(each))
+        return {**described, "write": [str(path) for path in self.places]}
+
+    def _room(self, bytes_per_token: int | None) -> dict[str, Any]:
+        assert self.keep_states is not None
+        most = min(self.tokens.max_length, self.positions.count or self.tokens.max_length)
+        count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
+        return {
+            "states_bytes_per_token": bytes_per_token,
+            "states_bytes_at_most": bytes_per_token and count and bytes_per_token * most * count,
+            "free_bytes": free_bytes(self.keep_states),
+        }
+
+    def run(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+    ) -> tuple[Scan, list[Path]]:
+        """Scan, going on from what an interrupted run of the same job left.
+
+        Args:
+            model: as ``source`` loads it.
+            tokenizer: its tokenizer.
+
+        Returns:
+            The scan, and the files that were written.
+
+        Raises:
+            ScanError: what was left is of another job, and ``overwrite`` is off.
+            TextsError, StatesError, ModelError, OutputError: as :func:`shallower.scan`.
+        """
+        partial = self.out / PARTIAL_FILE
+        try:
+            scanned = self._scan(model, tokenizer, partial)
+        except ScanError:
+            if not self.overwrite:
+                raise
+            partial.unlink()
+            scanned = self._scan(model, tokenizer, partial)
+        scanned.save(self.out / SCAN_FILE)
+        drawn = draw_heat_map(scanned, self.out)
+        partial.unlink(missing_ok=True)
+        first, *others = self.places
+        return scanned, [first, *drawn, *others]
+
+    def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
+        from ..scanning.model import scan
+
+        return scan(
+            model, tokenizer, self.texts, max_length=self.tokens.max_length,
+            batch_size=self.tokens.batch_size, metrics=self.metrics, threads=self.threads,
+            checkpoint=checkpoint, keep_samples=self.keep_samples, positions=self.positions,
+            keep_states=self.keep_states, overwrite=self.overwrite,
+        )  # fmt: skip
