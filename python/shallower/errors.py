@@ -1,4 +1,4 @@
-"""What can go wrong by the user's hand, a class for each kind. Knows nothing else."""
+"""Errors that a user can cause, a class for each kind."""
 
 
 class ShallowerError(Exception):

@@ -1,4 +1,4 @@
-"""Progress with ETA on standard error: a bar where a person looks, now and then a line in a log."""
+"""Progress with ETA on standard error: a bar on a terminal, a line a minute in a log."""
 
 import sys
 import time
@@ -21,20 +21,26 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 class Advance(Protocol):
-    """Advances a bar by so many steps, and says something beside it."""
+    """A function that advances a bar."""
 
     def __call__(self, steps: int, note: str = "", /) -> None:
-        """``note`` stays until the next one."""
+        """Advance by so many steps; ``note`` is shown beside the bar until the next one."""
 
 
 @contextmanager
 def track(
     description: str, total: int | None = None, show: bool | None = None
 ) -> Iterator[Advance]:
-    """Give a function that advances a bar by so many steps.
+    """Show the progress of long work.
 
-    A bar is shown if standard error is a terminal; if it is not, a line is written once a
-    minute. ``show`` asks for the bar anywhere, or for silence.
+    Args:
+        description: name of the work.
+        total: steps of the work, if their number is known.
+        show: True for a bar anywhere, False for silence. By default a bar if standard error is a
+            terminal, and else a line once a minute.
+
+    Yields:
+        A function that advances by so many steps.
     """
     console = Console(stderr=True)
     if show is None and not console.is_terminal:
@@ -64,7 +70,7 @@ def track(
 
 
 class _Lines:
-    """What long work says in a log."""
+    """Lines about long work, for a log."""
 
     def __init__(self, description: str, total: int | None) -> None:
         self._description, self._total = description, total

@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half-written: a temporary sibling, then a rename."""
+"""Files and folders that appear whole or not at all: a temporary sibling, then a rename."""
 
 import fcntl
 import os
@@ -14,10 +14,14 @@ from .errors import OutputError
 def check_free(path: Path, overwrite: bool = False) -> None:
     """Refuse a path that holds something already; an empty folder is free.
 
+    Args:
+        path: the file or folder to be written.
+        overwrite: whether something may be there.
+
     Raises:
         OutputError: something is there and ``overwrite`` is off, or a parent is a file.
     """
-    with refusing(path):
+    with raise_output_error(path):
         if path.absolute() == Path.cwd():
             raise OutputError(f"cannot write {path}: it is the current folder, name a new one")
         if path.is_dir() and not path.is_symlink():
@@ -37,19 +41,35 @@ def check_free(path: Path, overwrite: bool = False) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that can be written where ``path`` would be.
+    """Count the bytes that can be written where a path would be.
+
+    Args:
+        path: a file or folder, which need not be there.
+
+    Returns:
+        The free bytes of its file system.
 
     Raises:
         OutputError: the place cannot be looked at.
     """
-    with refusing(path):
+    with raise_output_error(path):
         there = next(parent for parent in path.absolute().parents if parent.exists())
         return shutil.disk_usage(there).free
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """What the system refuses in the body is an OutputError that names ``path``."""
+def raise_output_error(path: Path) -> Iterator[None]:
+    """Turn what the system refuses in the body into an error that names the path.
+
+    Args:
+        path: the file or folder to be written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: the body raised an OSError or a ValueError.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
@@ -59,11 +79,19 @@ def refusing(path: Path) -> Iterator[None]:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, replacing one that is there.
 
+    Args:
+        path: the file.
+        content: all of its bytes.
+
     Raises:
         OutputError: the place cannot be written to.
     """
     path = Path(path)
-    with new_file(path, overwrite=True) as partial, refusing(path), partial.open("xb") as file:
+    with (
+        new_file(path, overwrite=True) as partial,
+        raise_output_error(path),
+        partial.open("xb") as file,
+    ):
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -73,20 +101,27 @@ def write_file(path: Path, content: bytes) -> None:
 def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a free temporary sibling path; what is there becomes ``path`` when the body succeeds.
 
+    Args:
+        path: the file to be.
+        overwrite: replace what is at ``path``, once the new file is complete.
+
+    Yields:
+        The temporary path.
+
     Raises:
         OutputError: ``path`` is a folder, or holds something already and ``overwrite`` is
             off, or the place cannot be written to.
     """
     path = Path(path)
     partial = _sibling(path, "partial")
-    with refusing(path):
+    with raise_output_error(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder: a file name is needed")
         check_free(path, overwrite)
         partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        with refusing(path):
+        with raise_output_error(path):
             partial.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
@@ -98,6 +133,13 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary sibling folder that becomes ``path`` when the body succeeds.
 
+    Args:
+        path: a folder that does not exist yet, or is empty.
+        overwrite: replace what is at ``path``, once the new folder is complete.
+
+    Yields:
+        The temporary folder.
+
     Raises:
         OutputError: ``path`` holds something already and ``overwrite`` is off, or the
             place cannot be written to.
@@ -105,12 +147,12 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     check_free(path, overwrite)
     partial = _sibling(path, "partial")
-    with refusing(path):
+    with raise_output_error(path):
         partial.mkdir(parents=True)
     try:
         yield partial
         check_free(path, overwrite)
-        with refusing(path):
+        with raise_output_error(path):
             _settle(partial)
             _put(partial, path)
     finally:
@@ -131,6 +173,9 @@ def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[
         job: a text that tells this work from any other.
         overwrite: replace what is at ``path``, once the new folder is complete.
 
+    Yields:
+        The folder, with what an earlier run of the same job left in it.
+
     Raises:
         OutputError: ``path`` holds something already and ``overwrite`` is off, the place
             cannot be written to, another process writes there, or the hidden sibling is not
@@ -140,7 +185,7 @@ def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[
     with _working(path, job, overwrite) as folder:
         yield folder
         check_free(path, overwrite)
-        with refusing(path):
+        with raise_output_error(path):
             _settle(folder)
             flush_folder(folder)
             _put(folder, path)
@@ -154,6 +199,14 @@ def resumable_file(path: Path, job: str, overwrite: bool = False) -> Iterator[Pa
     Whatever else the body leaves in the folder is for the next run, and goes when the body
     succeeds.
 
+    Args:
+        path: the file to be.
+        job: a text that tells this work from any other.
+        overwrite: replace what is at ``path``, once the new file is complete.
+
+    Yields:
+        The folder.
+
     Raises:
         OutputError: as :func:`resumable_folder`, or ``path`` is a folder.
     """
@@ -163,7 +216,7 @@ def resumable_file(path: Path, job: str, overwrite: bool = False) -> Iterator[Pa
     with _working(path, job, overwrite) as folder:
         yield folder
         check_free(path, overwrite)
-        with refusing(path):
+        with raise_output_error(path):
             (folder / path.name).replace(path)
             flush_folder(path.absolute().parent)
             shutil.rmtree(folder)
@@ -176,7 +229,7 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
     work = partial_folder(path)
     lock = _lock(work, path)
     try:
-        with refusing(path):
+        with raise_output_error(path):
             folder = _begin(work, f"{path.absolute()}\n{job}")
         try:
             yield folder
@@ -188,7 +241,13 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
 
 
 def partial_folder(path: Path) -> Path:
-    """Where :func:`resumable_folder` works on ``path``.
+    """Name the place where :func:`resumable_folder` works.
+
+    Args:
+        path: the folder or file to be.
+
+    Returns:
+        A hidden sibling of it.
 
     Raises:
         OutputError: ``path`` has no name.
@@ -199,7 +258,7 @@ def partial_folder(path: Path) -> Path:
 def _lock(work: Path, path: Path) -> int:
     """Hold a folder against other processes; the system lets go of it when this one dies."""
     while True:
-        with refusing(path):
+        with raise_output_error(path):
             work.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -275,7 +334,11 @@ def _settle(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Put the names in a folder on disk; its files are flushed by whoever writes them."""
+    """Put the names in a folder on disk; its files are flushed by whoever writes them.
+
+    Args:
+        folder: the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -2,18 +2,24 @@
 
 import json
 import shlex
+import subprocess
 import sys
 
 import pytest
 
-from tests.commands import in_a_process
-
-HEAVY = {"torch", "transformers", "datasets", "matplotlib"}
-CODE = (
-    "import sys\nfrom shallower.cli import main\n"
-    "try:\n    main()\n"
-    f"finally:\n    print('loaded', *({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
-)
+CODE = """
+import contextlib, io, json, os, sys
+from shallower.cli import main
+folder, commands = json.load(sys.stdin)
+os.chdir(folder)
+for command in commands:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.suppress(SystemExit):
+        main(command)
+    heavy = {"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules)
+    print(json.dumps([error.getvalue(), sorted(heavy)]))
+"""
+"""All commands in one process: what one of them imports is there for all behind it."""
 
 SCAN = "scan {tiny} --out out --texts "
 RUN = "run {tiny} --out out --texts {texts} --eval-texts "
@@ -75,14 +81,28 @@ def place(tmp_path_factory, models, texts, scans):
     return folder, names
 
 
-@pytest.mark.parametrize(("command", "message"), EARLY, ids=[command for command, _ in EARLY])
-def test_a_mistake_is_refused_before_anything_heavy_is_imported(place, command, message):
+@pytest.fixture(scope="module")
+def ended(place):
+    """How every command ended: what it said, and what is imported then."""
     folder, names = place
-    arguments = shlex.split(command.format(**names))
-    done = in_a_process(sys.executable, "-c", CODE, *arguments, cwd=folder)
-    error, loaded = done.err.splitlines()
-    assert done.status == 2
+    commands = [shlex.split(command.format(**names)) for command, _ in EARLY]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        input=json.dumps([str(folder), commands]),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=90,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip([command for command, _ in EARLY], results, strict=True))
+
+
+@pytest.mark.parametrize(("command", "message"), EARLY, ids=[command for command, _ in EARLY])
+def test_a_mistake_is_refused_before_anything_heavy_is_imported(place, ended, command, message):
+    said, heavy = ended[command]
+    (error,) = said.splitlines()
     assert error.startswith("error: ")
     assert message in error
-    assert loaded == "loaded"
-    assert not (folder / "out").exists()
+    assert heavy == []
+    assert not (place[0] / "out").exists()

@@ -108,18 +108,25 @@ def parser(name: str) -> Any:
         A command of click, as typer makes it, which parses arguments and calls.
     """
     from importlib import import_module
-    from textwrap import wrap
 
     import typer
 
-    command = COMMANDS[name]
-    line = f"shallower {name} {command.example}"
-    example = wrap(line, 68, subsequent_indent="    ", break_on_hyphens=False)
     # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    function = getattr(import_module(f".{command.module}", __name__), f"{name}_command")
-    app.command(name, epilog="\b\nExample:\n  " + " \\\n  ".join(example))(function)
+    module = import_module(f".{COMMANDS[name].module}", __name__)
+    app.command(name, epilog=_example(name))(getattr(module, f"{name}_command"))
     return typer.main.get_command(app)
+
+
+def _example(name: str) -> str:
+    """The example of a command, on lines for a shell that do not part an option from its value."""
+    from textwrap import wrap
+
+    options = COMMANDS[name].example.replace(" ", "\xa0").replace("\xa0--", " --")
+    lines = wrap(
+        f"shallower {name} {options}", 68, subsequent_indent="    ", break_on_hyphens=False
+    )
+    return "\b\nExample:\n  " + " \\\n  ".join(lines).replace("\xa0", " ")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OutputError, ScanError, StatesError
-from ..storage import check_free, partial_folder, refusing, resumable_file
+from ..storage import check_free, partial_folder, raise_output_error, resumable_file
 from ..values.plan import NAMED_REJECTIONS, ModelIdentity, Rejection, TextsIdentity
 from ..values.positions import Positions
 from .parts import Part, as_array
@@ -106,7 +106,7 @@ class StatesWriter:
         self._began = False
         self.finished = False
         self._header(self._origin, spare=HEADER_BYTES // 2)
-        with refusing(path):
+        with raise_output_error(path):
             self._states = (folder / path.name).open("ab")
             self._samples = (folder / SAMPLES).open("ab")
 
@@ -190,7 +190,7 @@ class StatesWriter:
         """
         wanted = {**self._job(), "texts": asdict(texts)}
         found = None
-        with refusing(self._path):
+        with raise_output_error(self._path):
             path = self._folder / _MARKS
             lines = path.read_bytes().splitlines() if path.is_file() else []
         for line in lines:
@@ -203,7 +203,7 @@ class StatesWriter:
         self._count, self._shape, self._dtype = (
             found[name] for name in ("count", "shape", "dtype")
         )
-        with refusing(self._path):
+        with raise_output_error(self._path):
             if any(file.seek(0, os.SEEK_END) < end for file, end in self._ends()):
                 raise ScanError(
                     f"{partial_folder(self._path)} holds fewer than its {self._count} states"
@@ -301,7 +301,7 @@ class StatesWriter:
     @contextmanager
     def _refusing(self) -> Iterator[None]:
         try:
-            with refusing(self._path):
+            with raise_output_error(self._path):
                 yield
         except OutputError as error:
             way = ""
