@@ -67,7 +67,7 @@ def compare_cuts(
 
     def measure(description: str) -> Loss:
         return measure_loss(
-            decoder, tokenizer, texts, tokens, progress=progress, description=description
+            decoder, tokenizer, texts, tokens=tokens, progress=progress, description=description
         )
 
     base = measure("loss, all layers")

@@ -139,7 +139,7 @@ class HealingStage:
 
         def measure(description: str) -> Loss:
             return measure_loss(
-                decoder, tokenizer, self.eval_texts, own, progress=self.progress,
+                decoder, tokenizer, self.eval_texts, tokens=own, progress=self.progress,
                 description=description,
             )  # fmt: skip
 
