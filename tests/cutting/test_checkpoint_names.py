@@ -41,7 +41,7 @@ def test_a_config_is_edited_where_the_value_stands():
     before = {"n_layer": 6, "text": {"types": [1, 2], "same": 1}, "unset": None}
     after = {"n_layer": 3, "text": {"types": [2], "same": 1}, "unset": None, "new": 1}
     raw = {"num_layers": 6, "text": {"types": [1, 2], "own": 7}}
-    edited = edit_config(raw, before, after, {"num_layers": "n_layer"})
+    edited = edit_config(raw, before, after, aliases={"num_layers": "n_layer"})
     assert edited == {"num_layers": 3, "text": {"types": [2], "own": 7}, "new": 1}
 
 

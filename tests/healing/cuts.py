@@ -29,6 +29,7 @@ TEXTS, HELD_OUT = documents(120, 0), documents(12, 1)
 def save_cut(path, model, tokenizer, layers=(BLOCK,)):
     whole, cut = path / "whole", path / "cut"
     sh.save_model(model, tokenizer, whole)
+    (whole / "LICENSE").write_text("Do as you like.")
     loaded, _ = sh.load_model(whole, dtype=str(model.dtype).removeprefix("torch."))
     plan = sh.drop_layers(loaded, layers)
     sh.save_model(loaded, tokenizer, cut, plan=plan)

@@ -44,13 +44,15 @@ def test_a_card_of_adapters(cut, healed, tmp_path, monkeypatch, shallower):
 
 def test_a_card_of_a_merged_model(both, healed, tmp_path, monkeypatch, shallower):
     whole, cut = both
+    out, _ = healed
     merged = tmp_path / "merged"
-    sh.merge(healed[0], merged)
+    sh.merge(out, merged)
     card = (merged / "README.md").read_text()
     assert front(card) == front((cut / "README.md").read_text())
     assert "**This model is healed**" in card
     assert "## Making the cut again\n" in card
     tell_no_paths(merged, whole, cut)
+    assert (merged / "LICENSE").read_text() == (out / "LICENSE").read_text() == "Do as you like."
     for name, make in ways(card, shallower).items():
         monkeypatch.chdir(stand_for(tmp_path / name, whole))
         make()

@@ -14,14 +14,14 @@ from .twin import shortened_config
 
 
 class BuiltModel:
-    """The model of a folder's config; see :class:`shallower.models.stored.Description`.
+    """The model of a folder's config; see :class:`.tensor_names.Description`.
 
     Args:
         folder: with the config, and the code of the model if it has its own.
         trust_remote_code: run that code.
 
     Raises:
-        ModelError: it is no causal language model, or has no list of decoder layers.
+        ModelError: it is not a causal language model, or has not one list of decoder layers.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
@@ -37,11 +37,18 @@ class BuiltModel:
         return [tuple(name for name, _ in layer.named_parameters()) for layer in layers]
 
     def vectors(self) -> Iterator[str]:
-        """The names of the one-dimensional weights."""
+        """Give the names of the one-dimensional weights, in the order of the modules."""
         return (f"{path}.{name}" for path, name in vectors_of(self._model))
 
     def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
-        """The JSON of the config for the layers that stay.
+        """Make the JSON of the config for the layers that stay.
+
+        Args:
+            raw: the JSON of the config.
+            survivors: the indices of the layers that stay, ascending.
+
+        Returns:
+            The same with what changes, unknown keys included.
 
         Raises:
             InMemoryOnlyError: weights beside the layers would have to be cut as well.
@@ -50,12 +57,12 @@ class BuiltModel:
         if parts := layer_parts(self._model, find_layers(self._model)):
             raise InMemoryOnlyError(
                 f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "
-                f"which is cut in memory only: use load_model, drop_layers and save_model"
+                f"which is cut in memory only: use prune, or load_model, drop_layers and save_model"
             )
         shortened = shortened_config(self._model, tuple(survivors))
         aliases = type(shortened.get_text_config(decoder=True)).attribute_map
         after = shortened.to_dict()
-        edited = edit_config(raw, self._model.config.to_dict(), after, aliases)
+        edited = edit_config(raw, self._model.config.to_dict(), after, aliases=aliases)
         read_back = type(shortened).from_dict(copy.deepcopy(edited))
         if not same_config(read_back.to_dict(), after):
             raise ModelError(

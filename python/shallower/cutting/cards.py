@@ -262,7 +262,7 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 
 
 def adapters_card(
-    plan: Plan, source: str, source_card: Path, rows: Sequence[tuple[str, str]]
+    plan: Plan, source: str, *, source_card: Path, rows: Sequence[tuple[str, str]]
 ) -> str:
     """Write the card of adapters that heal a cut.
 

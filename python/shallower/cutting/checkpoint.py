@@ -213,11 +213,11 @@ def prepare(
     raw = read_config(stored.resolve(CONFIG_FILE))
     model = _describe(folder, raw, trust_remote_code)
     total = model.shape[1]
-    wanted = agreed_plan(str(source), total, layers, plan)
+    wanted = agreed_plan(str(source), total, layers, plan=plan)
     survivors = wanted.survivors
     weights = {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
     more = _num_more(raw)
-    prefix = find_prefix(weights, model.path, total, more)
+    prefix = find_prefix(weights, model.path, total, num_more=more)
     if more and not any(name.startswith(f"{prefix}{total}.") for name in weights):
         more = 0
     stored_survivors = (*survivors, *range(total, total + more))

@@ -93,7 +93,7 @@ def parse_size(size: int | str) -> int:
     unit = {**_UNITS, **_BINARY_UNITS}.get(match[2]) if match else None
     if match and unit and 1 <= float(match[1]) * unit < 2**63 and not isinstance(size, bool):
         return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
-    raise OutputError(f"{size!r} is no size of a shard: expected bytes, or words such as 5GB")
+    raise OutputError(f"{size!r} is not a size of a shard: expected bytes, or words such as 5GB")
 
 
 def read_json(path: Path) -> dict[str, Any]:

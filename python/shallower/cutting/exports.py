@@ -21,7 +21,7 @@ _MERGEKIT_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class CutFacts:
-    """What the files beside a cut say of it.
+    """The facts of a cut that the files beside it tell.
 
     Attributes:
         plan: what was dropped, and why.
@@ -57,12 +57,27 @@ class CutFacts:
 
 
 def export_path(gguf: Path, name: str) -> Path:
-    """Name a file beside a GGUF file: ``model.README.md`` beside ``model.gguf``."""
+    """Name a file beside a GGUF file: ``model.README.md`` beside ``model.gguf``.
+
+    Args:
+        gguf: the GGUF file.
+        name: of the file as it is in a folder of its own.
+
+    Returns:
+        The path in the same folder.
+    """
     return gguf.with_suffix(f".{name}")
 
 
 def prune_layers(plan: Plan) -> str:
-    """Write the dropped layers as ``llama-quantize --prune-layers`` takes them: ``12,13``."""
+    """Write the dropped layers as ``llama-quantize --prune-layers`` takes them: ``12,13``.
+
+    Args:
+        plan: that names them.
+
+    Returns:
+        Their numbers, joined by commas.
+    """
     return ",".join(map(str, plan.dropped))
 
 

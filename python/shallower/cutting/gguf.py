@@ -164,7 +164,7 @@ def prepare_gguf(
     if not beside and out.exists() and out.resolve() == at.parent.resolve():
         raise OutputError(f"{out} is the folder of the model itself: name another one")
     file = Gguf(at)
-    wanted = agreed_plan(str(source), file.num_layers, layers, plan)
+    wanted = agreed_plan(str(source), file.num_layers, layers, plan=plan)
     num_bytes = file.cut_size(list(wanted.survivors))
     gguf = out if beside else out / f"{out.absolute().name}.gguf"
     known = find_source(at, metadata=file.metadata(list(GGUF_KEYS)))

@@ -137,7 +137,7 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 
 def _ties(module: nn.Module) -> dict[str, Any]:
-    """What a model of transformers knows of shared weights, if by the numbers of its layers."""
+    """The attributes by which a module of transformers names shared weights, layers' among them."""
     names = ("_tied_weights_keys", "all_tied_weights_keys")
     return {name: vars(module)[name] for name in names if name in vars(module)}
 

@@ -3,7 +3,7 @@
 In these families every layer has the same parts, and all that tells layers apart are the few
 keys that follow the survivors here. What the table says of a family is what transformers
 builds: the tests cut every one of them both ways. Whatever is unusual is left to
-:mod:`shallower.models.built`.
+:mod:`.built`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ _KINDS = {"full_attention", "sliding_attention", 0, 1}
 
 @dataclass(frozen=True, slots=True)
 class PlainModel:
-    """A model of one of these families; see :class:`shallower.models.stored.Description`."""
+    """A model of one of these families; see :class:`.tensor_names.Description`."""
 
     name: str
     shape: tuple[str, int, int, int]
@@ -90,13 +90,20 @@ class PlainModel:
         return (None,) * self.shape[1]
 
     def vectors(self) -> Iterator[str]:
-        """The names of the one-dimensional weights."""
+        """Give the names of the one-dimensional weights, in the order of the modules."""
         for index in range(self.shape[1]):
             yield from (f"{self.path}.{index}.{name}" for name in VECTORS[self.shape[0]])
         yield "model.norm.weight"
 
     def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
-        """The JSON of the config for the layers that stay.
+        """Make the JSON of the config for the layers that stay.
+
+        Args:
+            raw: the JSON of the config.
+            survivors: the indices of the layers that stay, ascending.
+
+        Returns:
+            The same with what changes, unknown keys included.
 
         Raises:
             ModelError: a key of another family that the survivors do not fit.
@@ -109,11 +116,19 @@ class PlainModel:
             raise ModelError(
                 f"the config cannot describe the layers {list(survivors)} alone: {error}"
             ) from error
-        return edit_config(raw, before, vars(after), {})
+        return edit_config(raw, before, vars(after), aliases={})
 
 
 def plain_model(folder: Path, raw: Mapping[str, Any]) -> PlainModel | None:
-    """What a config describes, or None if it is not of these families or anyhow unusual."""
+    """Read the model that a config describes.
+
+    Args:
+        folder: of the checkpoint, by its own name.
+        raw: the JSON of its config.
+
+    Returns:
+        The model; None if it is not of these families, or unusual in any way.
+    """
     family = raw.get("model_type")
     total, width, vocabulary = (raw.get(key) for key in _SIZES)
     if not isinstance(family, str) or family not in VECTORS or not folder.name:
@@ -142,7 +157,7 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 
 def _defaults(family: str, total: int, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers takes for the keys that a config lacks."""
+    """The values that transformers takes for the keys that a config lacks."""
     defaults: dict[str, Any] = {}
     if family in _WINDOWED:
         defaults["max_window_layers"] = 28

@@ -23,7 +23,7 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def agreed_plan(
-    named: str, num_layers: int, layers: Plan | Layers, plan: Plan | None = None
+    named: str, num_layers: int, layers: Plan | Layers, *, plan: Plan | None = None
 ) -> Plan:
     """Find the plan that names these layers of a model.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Way = Literal["disk", "memory", "gguf"]
 
 _SAVED = ("config.json", "generation_config.json", "model*.safetensors", "tokenizer*")
-"""What transformers writes, as far as that is known before."""
+"""The files that transformers writes, as patterns: the shards are not counted before."""
 
 
 def prune(
@@ -166,7 +166,7 @@ def plan_prune(
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What a cut came to.
+    """The outcome of a cut.
 
     Attributes:
         plan: what was dropped, with the identity of the model.
@@ -208,7 +208,7 @@ class PlannedPrune:
 
     @property
     def loads_model(self) -> bool:
-        """Whether the model is loaded, which takes torch and memory."""
+        """True if the model is loaded, which takes torch and memory."""
         return self.way == "memory" or self._request.verify
 
     def to_json(self) -> dict[str, Any]:

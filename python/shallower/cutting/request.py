@@ -1,4 +1,4 @@
-"""What a cut is asked for: where the model is, how it is loaded, and what a card says of it."""
+"""A request for a cut: where the model is, how it is loaded, and what a card says of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What :func:`prune` is asked for beside the layers, and how ``source`` was named."""
+    """All that :func:`shallower.prune` is asked for beside the layers; see there.
+
+    ``named`` is the source in the caller's words, for errors; ``source`` its resolved folder.
+    """
 
     source: str
     named: str
@@ -36,14 +39,14 @@ class Request:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the weights stay as they are stored in a folder of safetensors."""
+        """True if the weights stay as they are stored in a folder of safetensors."""
         if self.gguf_file is not None or not is_checkpoint(self.source):
             return False
         return self.dtype is None or self.dtype == stored_dtype(self.source)
 
     @property
     def to_gguf(self) -> bool:
-        """Whether a GGUF file is written."""
+        """True if a GGUF file is written."""
         return self.as_gguf or self.out.suffix == ".gguf"
 
     @property
@@ -67,14 +70,14 @@ class Request:
 
     @property
     def known(self) -> Source:
-        """What the card says of the source."""
+        """The source as the card tells of it."""
         metadata = {}
         if self.gguf_file is not None or self.source.endswith(".gguf"):
             metadata = read_metadata(self.gguf_path)
         return find_source(self.source, gguf_file=self.gguf_file, metadata=metadata, from_hub=True)
 
     def count_layers(self) -> int:
-        """The number of decoder layers, by the config alone."""
+        """Count the decoder layers, by the config alone."""
         if self.on_disk:
             return count_stored_layers(self.source, self.trust_remote_code)
         from ..models.loading import count_layers
@@ -102,7 +105,16 @@ class Request:
     def cut_in_memory(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan
     ) -> Plan:
-        """Save the model without its layers; gives the plan with the model's identity."""
+        """Save the model without its layers.
+
+        Args:
+            model: the whole model.
+            tokenizer: its tokenizer.
+            plan: what goes.
+
+        Returns:
+            The plan, with the identity of the model.
+        """
         from ..models.identity import identify
         from .memory import without_layers
         from .saving import save_cut
@@ -121,7 +133,7 @@ class Request:
 
     @property
     def _stored_plainly(self) -> "Dtype":
-        """What the weights are loaded in as they are stored; bfloat16 where that is not told."""
+        """The plain dtype of the stored weights; bfloat16 where it is not told or not plain."""
         if self.gguf_file is not None or not is_checkpoint(self.source):
             return "bfloat16"
         plain: tuple[Dtype, ...] = ("float32", "float16")

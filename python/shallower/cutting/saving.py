@@ -136,7 +136,7 @@ def _save(
 
 
 def _source_of(model: PreTrainedModel, plan: Plan) -> Source:
-    """What a model in memory tells of where it came from."""
+    """The source that a model in memory names."""
     named, of_config = str(model.name_or_path), str(model.config.name_or_path)
     if not of_config.endswith(".gguf"):
         name = plan.model.name if plan.model else type(model).__name__

@@ -157,7 +157,7 @@ def _licenses(folder: Path) -> dict[str, Path]:
 
 
 def _told(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a GGUF file tells, in a card's words."""
+    """The metadata of a GGUF file in a card's words."""
     told = {word: metadata.get(key) for key, word in GGUF_KEYS.items()}
     number = told.pop("quantisation")
     told = {word: value for word, value in told.items() if value and not isinstance(value, int)}

@@ -1,4 +1,4 @@
-"""What a checkpoint's files say of its layers: the names of tensors, the config.
+"""Layers in the files of a checkpoint: in the names of tensors, and in the config.
 
 Plain names and JSON values; it knows no torch and opens no file. Quantisation configs differ
 from tool to tool, but all name modules in lists or as keys: a name that counts a layer is
@@ -19,7 +19,7 @@ _VOLATILE = ("transformers_version", "dtype", "torch_dtype", *QUANTISATION_KEYS)
 
 
 class Description(Protocol):
-    """What a cut on disk must know of a model beyond the names of its tensors."""
+    """The model behind a checkpoint, as far as the names of tensors do not tell."""
 
     @property
     def name(self) -> str:
@@ -44,8 +44,8 @@ class Description(Protocol):
         """The JSON of the config for the layers that stay; ModelError if there is none."""
 
 
-def find_prefix(names: Iterable[str], path: str, num_layers: int, num_more: int = 0) -> str:
-    """The prefix of the layers' tensors in a checkpoint, such as ``model.layers.``.
+def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: int = 0) -> str:
+    """Find the prefix of the layers' tensors in a checkpoint, such as ``model.layers.``.
 
     Args:
         names: of all tensors.
@@ -53,6 +53,9 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int, num_more: int 
             model without its head lack the first part.
         num_layers: layers of the model.
         num_more: layers for multi-token prediction that may be stored behind them.
+
+    Returns:
+        The prefix, with the dot at its end.
 
     Raises:
         ModelError: no such tensors, or their numbers are not ``0 .. num_layers-1``.
@@ -124,12 +127,19 @@ def _check_module(forms: Sequence[tuple[int, Mapping[str, str]]]) -> None:
                 name = min(set(rich) - set(poor))[0]
                 raise ModelError(
                     f"layer {index} lacks the tensor {name}, which layer {other} has: the "
-                    f"checkpoint is incomplete, fetch it anew"
+                    f"checkpoint is incomplete, fetch it again"
                 )
 
 
 def module_of(name: str) -> str:
-    """The module that a tensor belongs to, also one of bitsandbytes' states of a weight."""
+    """Name the module that a tensor belongs to.
+
+    Args:
+        name: of the tensor, which may be one of bitsandbytes' states of a weight.
+
+    Returns:
+        The dotted path of the module.
+    """
     head, weight, _ = name.partition(".weight.")
     return head if weight else name.rpartition(".")[0]
 
@@ -138,15 +148,19 @@ def edit_config(
     raw: Mapping[str, Any],
     before: Mapping[str, Any],
     after: Mapping[str, Any],
+    *,
     aliases: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The JSON of a config with what differs between two states of it, and nothing else.
+    """Change in the JSON of a config what differs between two states of it, and nothing else.
 
     Args:
         raw: the file, unknown keys included.
         before: all values, as transformers reads the file.
         after: all values, as they shall be.
         aliases: other names of keys, with the keys.
+
+    Returns:
+        The edited JSON.
     """
     edited = dict(raw)
     for name, value in after.items():
@@ -156,14 +170,22 @@ def edit_config(
         if name not in raw:
             key = next((a for a, of in aliases.items() if of == name and a in raw), name)
         if isinstance(value, dict) and isinstance(before.get(name), dict):
-            edited[key] = edit_config(raw.get(key) or {}, before[name], value, aliases)
+            edited[key] = edit_config(raw.get(key) or {}, before[name], value, aliases=aliases)
         else:
             edited[key] = value
     return edited
 
 
 def same_config(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    """Whether two configs build the same model, whatever wrote them."""
+    """Tell whether two configs build the same model, whatever wrote them.
+
+    Args:
+        left: a config as JSON.
+        right: another one.
+
+    Returns:
+        True if they differ in versions, dtypes and private keys alone.
+    """
     return bool(_essence(left) == _essence(right))
 
 
@@ -188,7 +210,14 @@ class Renumbering:
         self._places = {str(old): new for new, old in enumerate(survivors)}
 
     def rename(self, name: str) -> str | None:
-        """The new name of a module, ``None`` if its layer goes."""
+        """Give the new name of a module.
+
+        Args:
+            name: before the cut.
+
+        Returns:
+            The name after it; None if its layer goes.
+        """
         for prefix in self._prefixes:
             number, dot, tail = name.removeprefix(prefix).partition(".")
             if not name.startswith(prefix) or not number.isdecimal():
@@ -198,7 +227,14 @@ class Renumbering:
         return name
 
     def edit(self, value: Any) -> Any:
-        """A quantisation config with every module's name renumbered; regexes stay."""
+        """Renumber every module's name in a quantisation config; regexes stay.
+
+        Args:
+            value: the config, or a part of it.
+
+        Returns:
+            A copy; of lists and mappings without what names layers that go.
+        """
         if isinstance(value, dict):
             named = ((self.rename(key), item) for key, item in value.items())
             edited = {key: self.edit(item) for key, item in named if key is not None}

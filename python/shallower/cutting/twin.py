@@ -37,7 +37,7 @@ _BUILDING_ERRORS = (
     StrictDataclassError,
     ModelError,
 )
-"""What a model's constructor raises for a config that it does not support."""
+"""The errors of a model's constructor for a config that it does not support."""
 
 
 PLACES = (
@@ -157,7 +157,7 @@ def _differences(
     survivors: tuple[int, ...],
     config: Any,
 ) -> str | None:
-    """How the model that a stock loader builds differs from the cut one, in words."""
+    """The first difference between the cut model and the one that a stock loader builds."""
     read = vars(text_config(twin))
     for name, value in vars(config).items():
         if isinstance(value, list) and read.get(name, value) != value:
@@ -182,7 +182,7 @@ def _differences(
 def _difference_outside(
     model: PreTrainedModel, twin: PreTrainedModel, found: DecoderLayers
 ) -> str | None:
-    """What lies outside the layers and depends on their number."""
+    """The first difference outside the layers, of weights that depend on their number."""
     built = _shapes_outside(twin, found.path)
     packed = {table.name for table in packed_tables(model, found)}
     for name, shape in _shapes_outside(model, found.path).items():
@@ -220,7 +220,7 @@ the length of lists, which is compared."""
 
 
 def _difference(layer: nn.Module, twin: nn.Module, sharing: bool) -> str | None:
-    """What a stock loader would build otherwise, in words.
+    """The first difference between a layer and the one that a stock loader builds, in words.
 
     Args:
         layer: as it is.

@@ -14,6 +14,7 @@ from ..cutting.card_file import CARD_FILE
 from ..cutting.cards import adapters_card, healed_card
 from ..cutting.exports import EXPORT_FILES
 from ..cutting.saving import save_model
+from ..cutting.source import find_source
 from ..errors import MissingExtraError, ModelError, OutputError
 from ..evaluation.loss import evaluate_loss
 from ..reporting.figures import healing_curve
@@ -163,9 +164,11 @@ def write_adapters(
     """
     _copy(str(checkpoint), folder, _ADAPTER_FILES)
     tokenizer.save_pretrained(folder)
-    _copy(path, folder, (PATCH_FILE,))
+    _copy(path, folder, (PATCH_FILE, *find_source(path).licenses))
     healing.plan.save(folder / PLAN_FILE)
-    card = adapters_card(healing.plan, path, Path(path) / CARD_FILE, _healing_rows(healing))
+    card = adapters_card(
+        healing.plan, path, source_card=Path(path) / CARD_FILE, rows=_healing_rows(healing)
+    )
     write_file(folder / CARD_FILE, card.encode())
 
 
@@ -210,7 +213,8 @@ def write_merged(
         )  # fmt: skip
         merged = replace(merged, loss=loss)
     healing = replace(healing, merge=merged)
-    _copy(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
+    beside = (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE))
+    _copy(base, folder, (*beside, *find_source(base).licenses))
     healing.plan.save(folder / PLAN_FILE)
     write_file(
         folder / CARD_FILE,
