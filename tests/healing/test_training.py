@@ -38,7 +38,7 @@ def test_healing_lowers_the_held_out_loss(healed, cut):
 def test_adapters_are_a_repository_of_peft(healed, cut):
     out, record = healed
     assert {file.name for file in out.iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "healing.json",
+        "LICENSE", "README.md", "adapter_config.json", "adapter_model.safetensors", "healing.json",
         "healing.png", "shallower_plan.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     config = json.loads((out / "adapter_config.json").read_text())
