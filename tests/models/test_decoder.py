@@ -53,7 +53,7 @@ def test_a_known_model_is_not_looked_into_again(llama, words, monkeypatch):
 
     for module in (architecture, decoder):
         monkeypatch.setattr(module, "find_layers", never)
-    assert measure_loss(found, words, TEXTS, Tokens()) == expected
+    assert measure_loss(found, words, TEXTS, tokens=Tokens()) == expected
     assert evaluate_loss(found, words, TEXTS) == expected
     again = [part.states for part in stream(found, TokenBatches(words, TEXTS, Tokens()))]
     assert all(torch.equal(one, other) for one, other in zip(states, again, strict=True))
@@ -64,4 +64,4 @@ def test_the_loss_of_a_cut_is_measured_on_a_known_model(llama, words):
     found = Decoder.of(llama)
     with sh.without_layers(llama, [2, 3]):
         expected = evaluate_loss(llama, words, TEXTS)
-        assert measure_loss(found, words, TEXTS, Tokens()) == expected
+        assert measure_loss(found, words, TEXTS, tokens=Tokens()) == expected

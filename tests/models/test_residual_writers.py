@@ -25,7 +25,7 @@ REFUSED = {"gemma2": "a norm behind the feed-forward", "mixtral": "experts"}
 def writers(model, layer=3):
     layerwise, some = Layerwise(model), batch(vocabulary=60)
     states = layerwise.run(some, layerwise.embed(some), range(layer))
-    return find_writers(layerwise, layer, some, states)
+    return find_writers(layerwise, layer, batch=some, states=states)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +70,7 @@ def test_what_is_found_in_a_family_does_write(name):
     model, some = random_model(name), batch(vocabulary=60)
     layerwise = Layerwise(model)
     states = layerwise.run(some, layerwise.embed(some), range(3))
-    writer = find_writers(layerwise, 3, some, states).feed_forward
+    writer = find_writers(layerwise, 3, batch=some, states=states).feed_forward
     if writer is None:
         return
     taken = []

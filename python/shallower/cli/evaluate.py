@@ -59,11 +59,11 @@ def eval_command(
     decoder = Decoder.of(loaded)
     if wanted:
         wanted.check_model(decoder.identity)
-    losses = {"base": measure_loss(decoder, tokenizer, held_out, tokens)}
+    losses = {"base": measure_loss(decoder, tokenizer, held_out, tokens=tokens)}
     if wanted:
         with without_layers(loaded, wanted.blocks):
             losses["cut"] = measure_loss(
-                decoder, tokenizer, held_out, tokens,
+                decoder, tokenizer, held_out, tokens=tokens,
                 description=f"loss without {ranges(wanted.dropped)}",
             )  # fmt: skip
     _say(losses, wanted, decoder.identity.dtype, as_json=as_json)

@@ -71,7 +71,7 @@ def evaluate_loss(
         Decoder.of(model),
         tokenizer,
         texts,
-        Tokens(max_length, batch_size),
+        tokens=Tokens(max_length, batch_size),
         progress=progress,
         description=description,
     )
@@ -81,8 +81,8 @@ def measure_loss(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
-    tokens: Tokens,
     *,
+    tokens: Tokens,
     progress: bool | None = None,
     description: str = "loss",
 ) -> Loss:

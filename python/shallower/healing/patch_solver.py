@@ -159,7 +159,7 @@ class Patching:
             passed = [s for b, s in zip(self.plan.blocks, scales, strict=True) if b.stop <= layer]
             factor = math.prod(passed)
             if factor != 1.0:
-                writers = find_writers(self.model, layer, batch, hidden)
+                writers = find_writers(self.model, layer, batch=batch, states=hidden)
                 for writer in self._both(layer, writers):
                     for weight in writer.module.parameters(recurse=False):
                         self._change(weight, weight / factor)
@@ -196,7 +196,7 @@ class Patching:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
         self._mark = len(self.undo)
         batch = self.held_out.batches[0]
-        writers = find_writers(self.model, layer, batch, self.held_out.cut[0])
+        writers = find_writers(self.model, layer, batch=batch, states=self.held_out.cut[0])
         feed_forward = writers.feed_forward
         if feed_forward is None:
             if not jump:

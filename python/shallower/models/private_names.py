@@ -67,6 +67,10 @@ _TRANSFORMERS = (
         "tells the dtype int8",
     ),
     PrivateName(
+        "transformers.configuration_utils", "PreTrainedConfig._name_or_path",
+        "removed from a cut's config.json if it is a path: transformers 4 wrote it there",
+    ),
+    PrivateName(
         "transformers.configuration_utils", "PreTrainedConfig._heterogeneity_spec",
         "settings of single layers move with them",
     ),

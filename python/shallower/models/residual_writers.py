@@ -73,7 +73,7 @@ class Writers:
 
 
 @torch.inference_mode()
-def find_writers(model: Layerwise, layer: int, batch: Batch, states: torch.Tensor) -> Writers:
+def find_writers(model: Layerwise, layer: int, *, batch: Batch, states: torch.Tensor) -> Writers:
     """Find a layer's writers by probing them.
 
     Args:
