@@ -39,6 +39,7 @@ class Texts:
         self.source = source
         self.limit = limit
         self._counted: int | None = None
+        self._checked = False
         self._path = Path(source)
         try:
             self._path = self._path.expanduser()
@@ -72,7 +73,7 @@ class Texts:
         return known if self.limit is None else min(known, self.limit)
 
     def check(self) -> "Texts":
-        """Read the first text, so that what is wrong with the source is known before long work.
+        """Read the first text, once, so that a wrong source is found before long work.
 
         Returns:
             The texts themselves.
@@ -80,8 +81,9 @@ class Texts:
         Raises:
             TextsError: there is no text, or the first one cannot be read.
         """
-        if next(iter(self), None) is None:
+        if not self._checked and next(iter(self), None) is None:
             raise TextsError(f"there are no texts in {self.source}")
+        self._checked = True
         return self
 
     def count(self) -> int | None:
