@@ -55,6 +55,7 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
     assert kept["format"] == "shallower.patch"
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(patched)
+    assert "# Healing of patched\n" in (tmp_path / "adapters" / "README.md").read_text()
     merged = sh.heal(
         cut, texts, tmp_path / "merged", recipe=QUICK, eval_texts=HELD_OUT, merge=True, **options
     )

@@ -87,9 +87,11 @@ def test_a_patch_and_a_license_are_carried_over(cut, tmp_path):
     carried = tmp_path / "cut"
     shutil.copytree(cut, carried)
     (carried / "shallower_patch.json").write_text('{"method": "refit"}')
+    (carried / "LICENSE.txt").write_text("Do as you like.")
     card = (carried / "README.md").read_text()
     (carried / "README.md").write_text(card.replace("---\n", "---\nlicense: apache-2.0\n", 1))
     for name, merge in (("adapters", False), ("merged", True)):
         sh.heal(carried, TEXTS, tmp_path / name, recipe=replace(QUICK, steps=1), merge=merge)
         assert (tmp_path / name / "shallower_patch.json").read_text() == '{"method": "refit"}'
         assert "license: apache-2.0" in (tmp_path / name / "README.md").read_text()
+        assert (tmp_path / name / "LICENSE.txt").read_text() == "Do as you like."

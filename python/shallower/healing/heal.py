@@ -356,11 +356,12 @@ class _Run:
                     trained=logits, trust_remote_code=self.trust_remote_code,
                 )  # fmt: skip
             else:
-                write_adapters(
-                    folder, self.path, trained.checkpoint, healing=healing, tokenizer=tokenizer
-                )
+                base = self.path
                 if self.patched is not None:
-                    settle(self.patched, folder)
+                    base = str(settle(self.patched, folder))
+                write_adapters(
+                    folder, base, trained.checkpoint, healing=healing, tokenizer=tokenizer
+                )
             draw(folder, healing)
             (folder / _LOSSES).unlink(missing_ok=True)
             write_file(folder / HEALING_FILE, healing.to_bytes())

@@ -76,12 +76,15 @@ def patched_cut(
     return place
 
 
-def settle(patched: Path, folder: Path) -> None:
+def settle(patched: Path, folder: Path) -> Path:
     """Put a patched cut into the folder of the adapters that belong to it.
 
     Args:
         patched: what :func:`patched_cut` gave.
         folder: the folder of the adapters.
+
+    Returns:
+        The new place of the patched cut.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -91,6 +94,7 @@ def settle(patched: Path, folder: Path) -> None:
             patched.rename(folder / PATCHED)
         except OSError as error:
             raise OutputError(f"cannot write {folder / PATCHED}: {error}") from error
+    return folder / PATCHED
 
 
 def copy_to(patched: Path, folder: Path) -> None:
