@@ -72,6 +72,17 @@ def test_the_preset_decides_on_packing_unless_it_is_asked_for(shallower, cut, fo
         assert dry["packing"] is (packs if packing is None else packing)
 
 
+@pytest.mark.parametrize(("features", "dtype"), [({"amx_bf16"}, "bfloat16"), (set(), "float32")])
+def test_the_dtype_auto_is_of_the_machine(shallower, cut, folder, monkeypatch, features, dtype):
+    from shallower.models import dtypes
+
+    monkeypatch.setattr(dtypes, "cpu_features", lambda: features)
+    texts = write_jsonl(folder / "t.jsonl", TEXTS)
+    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
+    assert shallower("heal", cut, *options, "--dtype", "auto").json["dtype"] == dtype
+    assert shallower("heal", cut, *options).json["dtype"] == "nf4"
+
+
 def test_gradient_checkpointing_is_an_option(shallower, cut, folder):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")

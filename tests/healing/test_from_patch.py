@@ -158,17 +158,17 @@ def counted(monkeypatch):
     from shallower.healing import heal, uncut
 
     done = []
-    load, evaluate = uncut.load_model, heal.evaluate_loss
+    load, evaluate = uncut.ModelSource.load, heal.evaluate_loss
 
-    def load_counted(path, **options):
-        done.append(f"load {Path(path).name.split('.')[-1]}")
-        return load(path, **options)
+    def load_counted(source):
+        done.append(f"load {Path(source.path).name.split('.')[-1]}")
+        return load(source)
 
     def evaluate_counted(*args, description, **options):
         done.append(description)
         return evaluate(*args, description=description, **options)
 
-    monkeypatch.setattr(uncut, "load_model", load_counted)
+    monkeypatch.setattr(uncut.ModelSource, "load", load_counted)
     monkeypatch.setattr(heal, "evaluate_loss", evaluate_counted)
     return done
 

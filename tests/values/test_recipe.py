@@ -88,7 +88,14 @@ def test_the_papers_presets_truncate_and_ours_pack():
         assert Recipe(name).resolve(facts).packing
         assert not Recipe(name, packing=False).resolve(facts).packing
     assert Recipe(packing=True).resolve(facts).packing
-    assert str(Recipe().resolve(facts)).endswith("16 sequences of 2048 tokens, truncated")
+    said = str(Recipe().resolve(facts))
+    assert said.endswith("16 sequences of 2048 tokens, truncated; weights in nf4")
+
+
+def test_auto_is_a_dtype_of_the_machine():
+    assert Recipe(dtype="auto").resolve(FACTS).dtype == "bfloat16"
+    assert Recipe(dtype="auto").resolve(FACTS, auto="float32").dtype == "float32"
+    assert Recipe().resolve(FACTS, auto="float32").dtype == "nf4"
 
 
 def test_the_preset_is_the_only_setting_that_goes_by_place():
@@ -120,7 +127,7 @@ def test_names_are_the_papers_however_they_are_written():
         (Recipe(dropout=1.0), r"dropout must be in \[0, 1.0\), got 1.0"),
         (Recipe(distill=-1.0), r"distill must be in"),
         (Recipe(steps=5, warmup_steps=5), r"a warm-up of 5 steps leaves nothing of 5"),
-        (Recipe(dtype="nf8"), r"unknown dtype 'nf8': expected one of nf4, int8"),
+        (Recipe(dtype="nf8"), r"unknown dtype 'nf8': expected one of auto, nf4, int8"),
         (Recipe(seed=-1), r"seed must be an integer of at least 0"),
         (Recipe(packing=1), r"packing must be True or False, got 1"),
         (Recipe(recompute="yes"), r"recompute must be True or False, got 'yes'"),

@@ -77,8 +77,11 @@ def heal_command(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["nf4", "int8", "bfloat16", "float32"],
-        typer.Option(help="Dtype of the frozen weights."),
+        Literal["auto", "nf4", "int8", "bfloat16", "float32"],
+        typer.Option(
+            help="Dtype of the frozen weights. auto: bfloat16 on CUDA and CPUs that multiply it, "
+            "else float32."
+        ),
     ] = "nf4",
     packing: Annotated[
         bool | None,

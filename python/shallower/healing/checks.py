@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, RecipeError
 from ..models.architecture import find_layers
+from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
 from ..processes import num_processes
 from ..texts.sequences import read_samples
@@ -70,7 +71,7 @@ def resolve(path: str, plan: Plan, recipe: Recipe, *, trust_remote_code: bool = 
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the config of {path}: {error}") from error
-    return recipe.resolve(_facts(config, plan.num_layers), num_processes())
+    return recipe.resolve(_facts(config, plan.num_layers), num_processes(), auto=_auto())
 
 
 def require_healable(
@@ -105,7 +106,7 @@ def require_healable(
             f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
             f"--dtype bfloat16)"
         )
-    resolved = recipe.resolve(_facts(model.config, len(find_layers(model))))
+    resolved = recipe.resolve(_facts(model.config, len(find_layers(model))), auto=_auto())
     read_samples(
         tokenizer, texts, max_length=resolved.max_length, packing=resolved.packing,
         num_samples=GLOBAL_BATCH,
@@ -137,6 +138,11 @@ def require_one_process() -> None:
             "several processes cannot patch together: shallower patch the model first, and heal "
             "what it leaves"
         )
+
+
+def _auto() -> Literal["bfloat16", "float32"]:
+    """The dtype that ``auto`` stands for on this machine."""
+    return choose_dtype(choose_device_map(None))[0]
 
 
 def _facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:

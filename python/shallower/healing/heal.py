@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..cutting.memory import without_layers
 from ..errors import ModelError, OutputError, PlanError, RecipeError, TextsError
 from ..evaluation.loss import evaluate_loss, require_predictable
-from ..models.architecture import find_layers, input_device
+from ..models.decoder import Decoder
 from ..models.feed_forward import feed_forward_targets
-from ..models.identity import identify, stored_digest
+from ..models.identity import stored_digest
 from ..processes import is_main_process
 from ..progress import track
 from ..storage import check_free, write_file
@@ -173,7 +173,8 @@ class _Run:
         model, tokenizer = load_placed(
             self.path, self.recipe.dtype, trust_remote_code=self.trust_remote_code
         )
-        self._require_plan_of(model)
+        decoder = Decoder.of(model)
+        self._require_plan_of(decoder)
         if held_out is not None:
             require_predictable(tokenizer, held_out, self.recipe.max_length)
         samples = read_samples(
@@ -183,7 +184,7 @@ class _Run:
         targets = feed_forward_targets(model, self.recipe.attention)
         recipe = self.recipe.without_dropout() if targets.parameters else self.recipe
         healing = Healing(
-            model=identify(model),
+            model=decoder.identity,
             weights=stored_digest(self.path),
             plan=self.plan,
             recipe=recipe,
@@ -208,11 +209,10 @@ class _Run:
             elif self.uncut is not None:
                 self.uncut.release()
             adapted = add_adapters(model, targets, recipe, base=self._base(out))
-            device = input_device(find_layers(model))
 
             def measure() -> Loss:
-                with computing(recipe, device):
-                    return self._loss(model, tokenizer, held_out or [], "loss, held out")
+                with computing(recipe, decoder.device):
+                    return self._loss(decoder, tokenizer, held_out or [], "loss, held out")
 
             def loss(step: int) -> Loss:
                 return measure() if step else known.get("before", measure)
@@ -236,8 +236,8 @@ class _Run:
                 healing = self._write(folder, trained, healing, adapted, tokenizer, held_out)
         return healing
 
-    def _require_plan_of(self, model: PreTrainedModel) -> None:
-        layers = len(find_layers(model))
+    def _require_plan_of(self, decoder: Decoder) -> None:
+        layers = len(decoder)
         if len(self.plan.survivors) != layers:
             raise PlanError(
                 f"the plan beside {self.path} leaves {len(self.plan.survivors)} layers, and the "
@@ -280,14 +280,14 @@ class _Run:
         def measure_uncut() -> Loss:
             assert self.uncut is not None
             model, _ = self.uncut.load(self.recipe.dtype)
-            return self._loss(model, tokenizer, held_out, "loss, uncut")
+            return self._loss(Decoder.of(model), tokenizer, held_out, "loss, uncut")
 
         def measure_cut() -> Loss:
             assert self.uncut is not None
             model, _ = self.uncut.load(self.recipe.dtype)
-            device = input_device(find_layers(model))
-            with without_layers(model, self.plan.blocks), computing(self.recipe, device):
-                return self._loss(model, tokenizer, held_out, "loss, unpatched")
+            decoder = Decoder.of(model)
+            with without_layers(model, self.plan.blocks), computing(self.recipe, decoder.device):
+                return self._loss(decoder, tokenizer, held_out, "loss, unpatched")
 
         given = self._given()
         if self.patched is not None or "cut" in given:
@@ -298,13 +298,13 @@ class _Run:
 
     def _loss(
         self,
-        model: PreTrainedModel,
+        decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
         texts: list[str],
         description: str,
     ) -> Loss:
         return evaluate_loss(
-            model, tokenizer, texts, max_length=self.recipe.max_length,
+            decoder, tokenizer, texts, max_length=self.recipe.max_length,
             batch_size=self.recipe.batch_size, progress=self._show_progress,
             description=description,
         )  # fmt: skip

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.memory import drop_layers, without_layers
 from ..errors import PatchError
-from ..models.architecture import find_layers
-from ..models.identity import identify
+from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..values.layers import Layers
 from ..values.patch import Patch
@@ -141,10 +140,10 @@ def _solved(
         raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if num_tokens < 1:
         raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
-    plan = Plan.of(len(find_layers(model)), layers)
-    identity = identify(model)
-    plan.check_model(identity)
-    plan = replace(plan, model=identity)
+    decoder = Decoder.of(model)
+    plan = Plan.of(len(decoder), layers)
+    plan.check_model(decoder.identity)
+    plan = replace(plan, model=decoder.identity)
     if plan.blocks[0].start == 0 and method != "magnitude":
         raise PatchError(
             f"there is no layer before the block {plan.blocks[0]} that could be solved anew: "

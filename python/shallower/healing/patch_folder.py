@@ -7,8 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.memory import without_layers
 from ..evaluation.loss import evaluate_loss, require_predictable
-from ..models.architecture import find_layers
-from ..models.identity import identify
+from ..models.decoder import Decoder
 from ..storage import check_free
 from ..values.layers import Layers
 from ..values.loss import Loss
@@ -58,8 +57,9 @@ def patch_to_folder(
         OutputError: ``out`` holds something already, or cannot be written to.
     """
     check_free(Path(out), overwrite)
-    plan = Plan.of(len(find_layers(model)), layers)
-    plan.check_model(identify(model))
+    decoder = Decoder.of(model)
+    plan = Plan.of(len(decoder), layers)
+    plan.check_model(decoder.identity)
     held_out = [] if eval_texts is None else list(eval_texts)
     if eval_texts is not None:
         require_predictable(tokenizer, held_out, max_length)
@@ -68,7 +68,7 @@ def patch_to_folder(
     def measure(name: str) -> None:
         if held_out:
             losses[name] = evaluate_loss(
-                model, tokenizer, held_out, max_length=max_length, batch_size=batch_size,
+                decoder, tokenizer, held_out, max_length=max_length, batch_size=batch_size,
                 progress=progress, description=f"loss, {name}",
             )  # fmt: skip
 

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.identity import identify
-from ..models.loading import load_model
 from ..models.quantised import keep_unpacked
+from ..models.source import ModelSource
 from ..processes import num_processes
 from ..values.plan import Plan
 
@@ -29,13 +29,10 @@ def load_placed(
     Raises:
         ModelError, MissingExtraError: as :func:`shallower.load_model`.
     """
-    device_map: Any = None
-    if torch.cuda.is_available():
-        several = num_processes() > 1
-        device_map = {"": int(os.environ.get("LOCAL_RANK", "0"))} if several else "auto"
-    model, tokenizer = load_model(
-        path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
+    several = num_processes() > 1 and torch.cuda.is_available()
+    device_map: Any = {"": int(os.environ.get("LOCAL_RANK", "0"))} if several else None
+    source = ModelSource(path, dtype, device_map, trust_remote_code=trust_remote_code)
+    model, tokenizer = source.load()
     keep_unpacked(model)
     return model, tokenizer
 

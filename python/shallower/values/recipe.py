@@ -10,7 +10,7 @@ from ..errors import RecipeError
 GLOBAL_BATCH = 16
 """Sequences in one step of the optimiser, over all devices."""
 
-HealingDtype = Literal["nf4", "int8", "bfloat16", "float32"]
+HealingDtype = Literal["auto", "nf4", "int8", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,8 @@ class Recipe:
             is less; a cosine to zero follows.
         dropout: dropout before the adapters.
         batch_size: sequences in one forward of a device; gradients are accumulated to 16.
-        dtype: dtype of the frozen weights. Adapters are float32; products are bfloat16 unless
+        dtype: dtype of the frozen weights; ``auto`` is bfloat16 on CUDA and on CPUs that
+            multiply it, and float32 elsewhere. Adapters are float32; products are bfloat16 unless
             this is float32.
         packing: join documents and cut them into sequences of ``max_length``, or truncate every
             text to one sequence. By default the preset decides: the paper's truncate, as the
@@ -125,12 +126,15 @@ class Recipe:
     seed: int = 0
     recompute: bool = False
 
-    def resolve(self, facts: ModelFacts, processes: int = 1) -> "Resolved":
+    def resolve(
+        self, facts: ModelFacts, processes: int = 1, *, auto: HealingDtype = "bfloat16"
+    ) -> "Resolved":
         """Fill in what is not named, and refuse what does not fit.
 
         Args:
             facts: the properties of the model.
             processes: the number of processes that train together, each on its own device.
+            auto: the dtype that ``auto`` stands for on this machine.
 
         Returns:
             The same settings with nothing left open.
@@ -164,7 +168,7 @@ class Recipe:
             warmup_steps=warmup,
             dropout=self.dropout,
             batch_size=_batch_size(self.batch_size, processes),
-            dtype=self.dtype,
+            dtype=auto if self.dtype == "auto" else self.dtype,
             packing=preset.packing if self.packing is None else self.packing,
             attention=self.attention,
             distill=self.distill,
@@ -237,7 +241,8 @@ class Resolved:
         kind = "packed" if self.packing else "truncated"
         return (
             f"preset {self.preset}: rank {self.rank}, peak rate {self.learning_rate:g}, "
-            f"{self.steps} steps of {GLOBAL_BATCH} sequences of {self.max_length} tokens, {kind}"
+            f"{self.steps} steps of {GLOBAL_BATCH} sequences of {self.max_length} tokens, {kind}; "
+            f"weights in {self.dtype}"
         )
 
     def accumulation(self, processes: int = 1) -> int:
