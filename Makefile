@@ -14,6 +14,8 @@ ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
 BORDER := bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals threads
 RUST := Cargo.toml Cargo.lock $(shell find rust -type f)
 SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
+# Processes that share the tests, a file each at a time; torch has one thread in each.
+WORKERS ?= 2
 LINTED := python tests benches
 ARM := aarch64-unknown-linux-gnu
 
@@ -45,11 +47,11 @@ test-rust:  ## The core's tests
 	cargo test --locked --quiet
 
 test-python: install  ## The package's tests, against the installed wheel
-	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -m "not slow"
+	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: install  ## The minutes-long tests too, with more examples
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
-	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest
+	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 3600
 
 lint: lint-rust lint-python  ## Formats, lints and types; also run by pre-commit
 
