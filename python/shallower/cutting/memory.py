@@ -22,7 +22,8 @@ from ..models.architecture import (
     text_config,
     undo_rescaling,
 )
-from ..models.identity import identify, model_name
+from ..models.decoder import Decoder
+from ..models.identity import model_name
 from ..models.layer_config import layer_counts, shorten
 from ..values.layers import Layers
 from ..values.plan import Plan
@@ -52,9 +53,10 @@ def drop_layers(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
         >>> model.config.num_hidden_layers, plan.strategy
         (22, 'similarity')
     """
-    found = find_layers(model)
-    plan = made_for(agreed_plan(model_name(model), len(found), layers), identify(model))
-    _cut(model, found, plan.survivors)
+    decoder = Decoder.of(model)
+    plan = agreed_plan(model_name(model), len(decoder), layers)
+    plan = made_for(plan, decoder.identity)
+    _cut(model, decoder.layers, plan.survivors)
     return plan
 
 
@@ -72,10 +74,11 @@ def without_layers(model: PreTrainedModel, layers: Plan | Layers) -> Iterator[No
     Raises:
         LayersError, PlanError, ModelError: as :func:`drop_layers`.
     """
-    found = find_layers(model)
+    decoder = Decoder.of(model)
+    found = decoder.layers
     plan = agreed_plan(model_name(model), len(found), layers)
     if plan.model is not None:
-        plan.check_model(identify(model))
+        plan.check_model(decoder.identity)
     modules = found.modules
     places = [
         (module, name, vars(module)[name])

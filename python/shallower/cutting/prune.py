@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..errors import InMemoryOnlyError, ModelError, OutputError
+from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..storage import check_free
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
@@ -22,9 +23,6 @@ from .gguf import prepare_gguf
 from .plans import agreed_plan, load_plan
 from .request import Request
 
-if TYPE_CHECKING:
-    from ..models.dtypes import DeviceMap, Dtype
-
 Way = Literal["disk", "memory", "gguf"]
 
 _SAVED = ("config.json", "generation_config.json", "model*.safetensors", "tokenizer*")
@@ -33,13 +31,13 @@ _SAVED = ("config.json", "generation_config.json", "model*.safetensors", "tokeni
 
 def prune(
     source: str | Path,
-    what: "Plan | Layers | str | Path",
+    what: Plan | Layers | str | Path,
     out: str | Path,
     *,
     overwrite: bool = False,
-    dtype: "Dtype | None" = None,
+    dtype: Dtype | None = None,
     max_shard_size: int | str | None = None,
-    device_map: "DeviceMap" = None,
+    device_map: DeviceMap = None,
     gguf_file: str | None = None,
     as_gguf: bool = False,
     trust_remote_code: bool = False,
@@ -108,13 +106,13 @@ def prune(
 
 def plan_prune(
     source: str | Path,
-    what: "Plan | Layers | str | Path",
+    what: Plan | Layers | str | Path,
     out: str | Path,
     *,
     overwrite: bool = False,
-    dtype: "Dtype | None" = None,
+    dtype: Dtype | None = None,
     max_shard_size: int | str | None = None,
-    device_map: "DeviceMap" = None,
+    device_map: DeviceMap = None,
     gguf_file: str | None = None,
     as_gguf: bool = False,
     trust_remote_code: bool = False,
@@ -142,6 +140,8 @@ def plan_prune(
         LayersError, PlanError, ModelError, OutputError, MissingExtraError: as :func:`prune`,
             but for what only the weights tell.
     """
+    if dtype is not None:
+        check_dtype(dtype)
     local = Path(source).expanduser()
     request = Request(
         # A folder by its own name, also where it is named ``.`` or by a link.

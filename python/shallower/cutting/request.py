@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
+from ..models.dtypes import DeviceMap, Dtype
+from ..models.source import ModelSource
 from ..values.plan import Plan
 from .checkpoint import count_stored_layers
 from .checkpoint_files import is_checkpoint, stored_dtype
@@ -14,8 +16,6 @@ from .source import Source, find_source, hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..models.dtypes import DeviceMap, Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Request:
     named: str
     out: Path
     overwrite: bool
-    dtype: "Dtype | None"
+    dtype: Dtype | None
     max_shard_size: int | str | None
-    device_map: "DeviceMap"
+    device_map: DeviceMap
     gguf_file: str | None
     as_gguf: bool
     trust_remote_code: bool
@@ -80,9 +80,7 @@ class Request:
         """Count the decoder layers, by the config alone."""
         if self.on_disk:
             return count_stored_layers(self.source, self.trust_remote_code)
-        from ..models.loading import count_layers
-
-        return count_layers(self.source, self.gguf_file, self.trust_remote_code)
+        return self._loaded_from(as_stored=True).count_layers()
 
     def load(self, *, as_stored: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load the whole model and its tokenizer.
@@ -90,17 +88,9 @@ class Request:
         Args:
             as_stored: in the dtype of the folder, quantised or not, whatever is asked for.
         """
-        from ..models.loading import load_model
-
         if self.to_gguf:
-            return load_model(self.gguf_path, dtype="float32")
-        return load_model(
-            self.source,
-            dtype=self._stored_plainly if as_stored or self.dtype is None else self.dtype,
-            device_map=self.device_map,
-            gguf_file=self.gguf_file,
-            trust_remote_code=self.trust_remote_code,
-        )
+            return ModelSource(self.gguf_path, "float32").load()
+        return self._loaded_from(as_stored=as_stored).load()
 
     def cut_in_memory(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan
@@ -131,8 +121,18 @@ class Request:
             )
         return plan
 
+    def _loaded_from(self, *, as_stored: bool) -> ModelSource:
+        dtype = None if as_stored else self.dtype
+        return ModelSource(
+            self.source,
+            self._stored_plainly if dtype is None else dtype,
+            self.device_map,
+            self.gguf_file,
+            self.trust_remote_code,
+        )
+
     @property
-    def _stored_plainly(self) -> "Dtype":
+    def _stored_plainly(self) -> Dtype:
         """The plain dtype of the stored weights; bfloat16 where it is not told or not plain."""
         if self.gguf_file is not None or not is_checkpoint(self.source):
             return "bfloat16"

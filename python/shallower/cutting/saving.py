@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, OutputError, PlanError
-from ..models.architecture import find_layers, input_device, require_weights, undo_rescaling
+from ..models.architecture import find_layers, require_weights, undo_rescaling
+from ..models.decoder import Decoder
 from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
@@ -196,7 +197,7 @@ def logits_difference(
         reloaded, _ = load_model(path, dtype, "cpu")
     else:
         reloaded = load_weights(str(path), model.dtype)
-    device = input_device(find_layers(model))
+    device = Decoder.of(model).device
     reloaded.to(device)
     with torch.inference_mode():
         with without_layers(model, layers):
