@@ -70,6 +70,7 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
 
 
 @pytest.mark.parametrize("why_not", [None, "the patch does not help", "7 texts are too few"])
+@pytest.mark.filterwarnings("default:healed from the cut")
 def test_a_run_patches_and_heals(patchable, shallower, tmp_path, why_not, monkeypatch):
     from shallower.healing import patched
 
