@@ -258,7 +258,8 @@ def test_scan_keeps_states_and_analyse_gives_the_same_scan(shallower, folder, ti
 
 def test_a_dry_run_says_how_many_bytes_states_take(shallower, folder, tiny, jsonl):
     command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--keep-states", "kept.safetensors"]
-    said = shallower(*command, "--dry-run", "--json").json
+    said = shallower(*command, "--dtype", "bfloat16", "--dry-run", "--json").json
+    assert said["dtype"] == "bfloat16"
     assert said["states_bytes_per_token"] == 7 * 32 * 2
     assert said["states_bytes_at_most"] == 7 * 32 * 2 * 24
     assert said["free_bytes"] > 0
