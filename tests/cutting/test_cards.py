@@ -182,6 +182,16 @@ def test_a_folder_saved_by_version_4_is_loaded_by_both(source, tmp_path):
     assert "rope_parameters" not in (tmp_path / "old-cut" / "README.md").read_text()
 
 
+def test_a_card_of_a_model_with_its_own_code_says_so(llama, tmp_path):
+    own = type("Own", (type(llama),), {"__module__": "transformers_modules.own"})
+    llama.__class__ = own
+    sh.save_model(llama, None, tmp_path / "cut", plan=sh.drop_layers(llama, DROPPED))
+    card = (tmp_path / "cut" / "README.md").read_text()
+    command, python = (blocks_of_code(card, language)[0] for language in ("sh", "python"))
+    assert "--dtype float32 --trust-remote-code --out cut" in command
+    assert "dtype='float32', trust_remote_code=True)" in python
+
+
 def test_a_healed_card_is_the_cuts_but_for_the_healing(tmp_path):
     plan = sh.Plan(6, (sh.Block(1, 2),))
     path = tmp_path / "README.md"

@@ -95,7 +95,7 @@ python convert_hf_to_gguf.py . --outfile cut.gguf  # of llama.cpp; for weights i
 llama-cli -m cut.gguf"""
 
 _SERVE_GGUF = """\
-vllm serve ./{gguf} --tokenizer {source}  # with vllm-gguf-plugin, and the source's own tokenizer
+vllm serve ./{gguf} --tokenizer TOKENIZER  # with vllm-gguf-plugin; a folder or hub id
 llama-cli -m {gguf}"""
 
 
@@ -144,7 +144,7 @@ def cut_card(facts: CutFacts) -> str:
         python=_python(facts),
         version=_VERSION if facts.needs_5 and not gguf else "",
         arguments=f'".", gguf_file={gguf!r}' if gguf else '"."',
-        serve=_SERVE_GGUF.format(gguf=quoted, source=source.place) if gguf else _SERVE_FOLDER,
+        serve=_SERVE_GGUF.format(gguf=quoted) if gguf else _SERVE_FOLDER,
         mergekit=shlex.quote(facts.mergekit_file),
         prune_layers=prune_layers(plan),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import ModelError, OutputError, PlanError
 from ..models.architecture import find_layers, require_weights, undo_rescaling
@@ -159,7 +160,7 @@ def _facts(
         )
     dtype = stored_dtype(model)
     quantised = getattr(model.config, "quantization_config", None) is not None
-    own_code = type(model).__module__.startswith("transformers_modules")
+    own_code = type(model).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
     asked = dtype if dtype in ("nf4", "int8") or not quantised else None
     return CutFacts(
         plan,

@@ -46,6 +46,13 @@ pub const KEYS: [&str; 22] = [
     "x",
 ];
 
+pub const TOLD: [&str; 4] = [
+    "general.name",
+    "general.size_label",
+    "general.languages",
+    "general.alignment",
+];
+
 pub fn gguf_text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
@@ -117,7 +124,7 @@ pub fn gguf() -> impl Strategy<Value = (Tokens, usize, Vec<u8>)> {
                     .to_le_bytes()
                     .to_vec(),
             );
-            tokens.push((entries.len() as u64 + 3).to_le_bytes().to_vec());
+            tokens.push((entries.len() as u64 + 6).to_le_bytes().to_vec());
             tokens.extend([
                 gguf_text("general.architecture"),
                 number(8),
@@ -128,6 +135,18 @@ pub fn gguf() -> impl Strategy<Value = (Tokens, usize, Vec<u8>)> {
                 gguf_text(&format!("{arch}.block_count")),
                 number(4),
                 number(blocks),
+            ]);
+            for (key, text) in [
+                ("general.name", format!("m ({blocks} layers)")),
+                ("general.size_label", "1B".into()),
+            ] {
+                tokens.extend([gguf_text(key), number(8), gguf_text(&text)]);
+            }
+            tokens.extend([gguf_text("general.languages"), number(9), number(8)]);
+            tokens.extend([
+                2_u64.to_le_bytes().to_vec(),
+                gguf_text("en"),
+                gguf_text("fr"),
             ]);
             for (key, value) in entries {
                 tokens.push(gguf_text(&format!("{arch}.{key}")));
@@ -152,6 +171,9 @@ pub fn gguf_survives(file: &[u8], bits: usize) -> bool {
     let Ok(read) = bounded(file.len(), || Gguf::read(&mut source)) else {
         return false;
     };
+    for key in TOLD {
+        bounded(file.len(), || read.told(&mut source, key));
+    }
     let layers = read.num_layers().min(64);
     let survivors: Vec<usize> = (0..layers).filter(|layer| bits >> layer & 1 == 1).collect();
     let Ok(cut) = bounded(file.len(), || read.cut(&mut source, &survivors)) else {
