@@ -12,35 +12,15 @@ from shallower.healing import patch_solver
 from shallower.healing.patch import patch, with_patch
 from shallower.healing.saving import PATCH_FILE
 from tests.commands import in_this_process
-from tests.conftest import WORDS, tiny_llama, write_jsonl
+from tests.conftest import tiny_llama, write_jsonl
+from tests.examples import learned_llama, sentences
 from tests.families import random_model
-
-
-def sentences(count, seed=0, length=24):
-    """Words that follow from the two before, most of the time."""
-    generator = np.random.default_rng(seed)
-    texts = []
-    for _ in range(count):
-        words = list(generator.integers(0, 30, 2))
-        for _ in range(length - 2):
-            noise = generator.integers(0, 30) if generator.random() < 0.1 else 0
-            words.append((3 * words[-1] + words[-2] + 1 + noise) % 30)
-        texts.append(" ".join(WORDS[word] for word in words))
-    return texts
 
 
 @pytest.fixture(scope="module")
 def learned(words):
     """A tiny Llama that predicts such words better than chance. Tests copy it."""
-    model = tiny_llama(num_layers=8).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    ids = torch.tensor(words(sentences(2048))["input_ids"])
-    for step in range(150):
-        part = ids[step * 64 % 2048 :][:64]
-        model(input_ids=part, labels=part).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+    return learned_llama(words, num_layers=8, steps=150)
 
 
 @pytest.fixture
