@@ -137,7 +137,7 @@ ERRORS = [
     ("analyse {bad}/truncated.safetensors --out out", r"bad/truncated\.safetensors is truncated"),
     ("analyse {scan}/scan.safetensors --out out", "has no tensor hidden_states.*--tensor"),
     ("analyse {scan}/scan.safetensors --out out --dry-run", "has no tensor hidden_states"),
-    ("analyse {scan}/scan.safetensors --out out --tensor angular", "expected one of BF16"),
+    ("analyse {scan}/scan.safetensors --out out --tensor sums", "expected one of BF16"),
     ("analyse {bad}/none.npy --out out --metrics taxicab", "taxicab.*angular, cosine"),
     ("plan {bad}/truncated.safetensors --n 2", r"bad/truncated\.safetensors is truncated"),
     ("plan {bad}/file --n 2", "bad/file"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,7 @@ def test_texts_too_few_for_a_patch_are_healed_with_alone(learned, words, tmp_pat
     [
         ({"heal_steps": 2}, sh.RecipeError, "heal_steps .*without heal"),
         ({"heal_steps": 2, "heal": QUICK}, sh.RecipeError, "heal_steps"),
+        ({"heal": replace(QUICK, dropout=2.0)}, sh.RecipeError, "dropout"),
         ({"sizes": [6]}, sh.LayersError, "n = 6"),
         ({"sizes": []}, sh.LayersError, "no block size"),
     ],
@@ -277,6 +279,11 @@ def test_a_run_is_refused_before_anything_is_loaded(
 
 
 def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_path):
+    with pytest.raises(sh.RecipeError, match="distillation needs the uncut model"):
+        sh.run(
+            llama, words, Unread(), eval_texts=Unread(), out=tmp_path / "out", sizes=[1],
+            heal=replace(QUICK, distill=1.0),
+        )  # fmt: skip
     for texts, message in ((TEXTS[:2], "2 texts make 0 sequences"), ([], "no texts")):
         with pytest.raises(TextsError, match=message):
             sh.run(

@@ -234,6 +234,9 @@ def check_run(
     for source in (texts, eval_texts):
         if isinstance(source, Texts):
             source.check()
+    if isinstance(heal, Recipe):
+        # A teacher is loaded by its name, which a model in memory need not have.
+        heal.check(original=isinstance(model, ModelSource))
     if heal:
         from ..healing.checks import require_one_process, require_peft
 
