@@ -11,7 +11,7 @@ INSTALLED := $(WHEEL)/bin
 # The same, and no other program within reach.
 BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
-BORDER := bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals threads
+BORDER := accuracy bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals threads
 RUST := Cargo.toml Cargo.lock $(shell find rust -type f)
 SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
 # Processes that share the tests, a file each at a time; torch has one thread in each.

@@ -255,3 +255,8 @@ def test_a_batch_of_another_depth_is_refused():
     builder = ScanBuilder(4, BOTH)
     with pytest.raises(StatesError, match="4 states"):
         builder.add(random_states((5, 3, 8), 0), range(5))
+
+
+def test_an_integer_tensor_is_a_size_as_any_integer():
+    scan = analyse_states(random_states((2, 7, 4), 0))
+    assert scan.best_block(torch.tensor(2)) == scan.best_block(2)
