@@ -44,11 +44,14 @@ def learned_llama(tokenizer, num_layers, steps):
 
 
 def make_folder(folder, tokenizer):
-    """What examples read, relative to the folder: a model where its hub id says, and texts."""
+    """What examples read, relative to the folder: a model where its hub id says, a GGUF file, texts."""
+    from tests.cutting.gguf_files import write
+
     learned_llama(tokenizer, 30, 40).save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)
     write_jsonl(folder / "c4.jsonl", sentences(400, seed=1))
     write_jsonl(folder / "c4_eval.jsonl", sentences(64, seed=2))
+    write(folder / "model.gguf", num_layers=30)
 
 
 FENCED = r"^( *)```+ *(\w*)[^\n]*\n(.*?)^\1```+\n"

@@ -27,7 +27,7 @@ SHELL = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, words):
-    """What examples read; and a cut, a scan and a GGUF file, that examples of README make."""
+    """What examples read; and a cut and a scan, that examples of README make."""
     folder = tmp_path_factory.mktemp("examples")
     examples.make_folder(folder, words)
     return folder
@@ -35,15 +35,12 @@ def made(tmp_path_factory, words):
 
 @pytest.fixture(scope="module")
 def more(made, tmp_path_factory):
-    from tests.cutting.gguf_files import write
-
     folder = examples.copy_folder(made, tmp_path_factory.mktemp("more"))
     model, tokenizer = sh.load_model(folder / examples.MODEL, dtype="float32")
     scan = sh.scan(model, tokenizer, examples.sentences(32, seed=1), keep_samples=True)
     scan.save(folder / "scans" / "smol" / "scan.safetensors")
     plan = sh.drop_layers(model, [range(12, 20)])
     sh.save_model(model, tokenizer, folder / examples.CUT, plan=plan)
-    write(folder / "model.gguf", num_layers=30)
     return folder
 
 
