@@ -44,7 +44,7 @@ def learned_llama(tokenizer, num_layers, steps):
 
 
 def make_folder(folder, tokenizer):
-    """What examples read, relative to the folder: a model where its hub id says, a GGUF file, texts."""
+    """What examples read: a model in a folder named as its hub id, a GGUF file, texts."""
     from tests.cutting.gguf_files import write
 
     learned_llama(tokenizer, 30, 40).save_pretrained(folder / MODEL)

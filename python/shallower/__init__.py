@@ -53,16 +53,16 @@ if TYPE_CHECKING:
     from .values.costs import BootstrappedStart as BootstrappedStart
     from .values.costs import Costs as Costs
     from .values.healing import Healing as Healing
+    from .values.identity import ModelIdentity as ModelIdentity
+    from .values.identity import TextsIdentity as TextsIdentity
     from .values.layers import Block as Block
     from .values.layers import deepest_block as deepest_block
     from .values.loss import Comparison as Comparison
     from .values.loss import Cut as Cut
     from .values.loss import Loss as Loss
     from .values.patch import Patch as Patch
-    from .values.plan import ModelIdentity as ModelIdentity
     from .values.plan import Plan as Plan
     from .values.plan import Rejection as Rejection
-    from .values.plan import TextsIdentity as TextsIdentity
     from .values.positions import Positions as Positions
     from .values.recipe import Recipe as Recipe
 
@@ -80,7 +80,7 @@ _HOMES = {
     "MetricError": "errors",
     "MissingExtraError": "errors",
     "ModelError": "errors",
-    "ModelIdentity": "values.plan",
+    "ModelIdentity": "values.identity",
     "OutputError": "errors",
     "Patch": "values.patch",
     "PatchError": "errors",
@@ -97,7 +97,7 @@ _HOMES = {
     "ShallowerError": "errors",
     "StatesError": "errors",
     "TextsError": "errors",
-    "TextsIdentity": "values.plan",
+    "TextsIdentity": "values.identity",
     "ThreadsError": "errors",
     "TierError": "errors",
     "__version__": "_core",

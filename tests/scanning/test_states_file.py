@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from shallower import StatesError, analyse_states
 from shallower.scanning import states_file
 from shallower.scanning.states_file import FORMAT, Origin, StatesFile
-from shallower.values.plan import ModelIdentity, Rejection, TextsIdentity
+from shallower.values.identity import ModelIdentity, TextsIdentity
+from shallower.values.plan import Rejection
 from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
 
 ALL = ("angular", "cosine", "relative_l2", "norm_ratio")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shallower import StatesError, analyse_states
 from shallower.scanning.builder import ScanBuilder
 from shallower.scanning.states_file import FORMAT
-from shallower.values.plan import ModelIdentity
+from shallower.values.identity import ModelIdentity
 from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
 
 

@@ -24,7 +24,8 @@ from shallower.scanning.hidden_states import stream
 from shallower.scanning.states_writer import HEADER_BYTES, keep_states_in
 from shallower.storage import partial_folder
 from shallower.texts.batches import TokenBatches
-from shallower.values.plan import ModelIdentity, Rejection, TextsIdentity
+from shallower.values.identity import ModelIdentity, TextsIdentity
+from shallower.values.plan import Rejection
 from shallower.values.tokens import Tokens
 from tests.conftest import WORDS, tiny_llama, write_jsonl
 
@@ -246,7 +247,7 @@ def test_one_process_at_a_time_writes(tmp_path):
 FULL = """
 import resource, sys
 import numpy as np
-from shallower.values.plan import TextsIdentity
+from shallower.values.identity import TextsIdentity
 from shallower.errors import OutputError
 from shallower.scanning.states_writer import keep_states_in
 

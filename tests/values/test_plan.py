@@ -8,12 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import ANY
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import (
     Block,
+    Costs,
     LayersError,
     ModelIdentity,
     OutputError,
@@ -306,3 +308,18 @@ def test_many_rejections_are_counted_and_the_first_are_named():
 def test_few_rejections_are_all_named():
     described = describe_rejections(1, 20, [Rejection(7, "no token")])
     assert described == "1 of 20 samples rejected: sample 7: no token"
+
+
+def test_a_plan_of_chosen_blocks_knows_what_chose_them():
+    texts = (TextsIdentity(3, 8, "texts"),)
+    values = np.add.outer(np.zeros(7), np.arange(7.0) % 3)
+    costs = Costs.of_blocks(values, metric="taylor", texts=texts)
+    first, second = costs.best_blocks(1, 2)
+    plan = Plan.of(6, [second, first])
+    assert (plan.strategy, plan.metric, plan.texts) == ("costs", "taylor", texts)
+    assert [block.score for block in plan.blocks] == [first.score, second.score]
+    other = Costs.of_blocks(values, metric="loss", texts=texts).best_block(1)
+    for mixed in ([other, second], [first, 4], [first, Block(4, 5, 0.1)], [costs.scored(first)]):
+        plan = Plan.of(6, mixed)
+        assert (plan.strategy, plan.metric, plan.texts) == ("manual", None, ())
+    assert Plan.from_json(Plan.of(6, [first]).to_json()).metric == "taylor"

@@ -21,8 +21,9 @@ from .._core import Checkpoint, Job
 from ..errors import OutputError
 from ..storage import check_free, partial_folder, resumable_folder
 from ..values.files import PLAN_FILE
+from ..values.identity import ModelIdentity, fingerprint
 from ..values.layers import MAX_LAYERS, Layers
-from ..values.plan import ModelIdentity, Plan, fingerprint
+from ..values.plan import Plan
 from .cards import exports
 from .checkpoint_files import (
     CONFIG_FILE,

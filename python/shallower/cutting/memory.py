@@ -40,7 +40,7 @@ def drop_layers(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
 
     Returns:
         The plan that was carried out, with the identity of the uncut model. A plan keeps all that
-        it knows, and a block its score.
+        it knows, and so does a block that a scan chose: score, metric and texts.
 
     Raises:
         LayersError: a layer that is not there, is named twice, or is the last one left.

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ..errors import PlanError
 from ..values.files import PLAN_FILE
+from ..values.identity import ModelIdentity
 from ..values.layers import Layers
-from ..values.plan import ModelIdentity, Plan
+from ..values.plan import Plan
 
 
 def load_plan(path: str | Path) -> Plan:

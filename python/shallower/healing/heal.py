@@ -22,8 +22,9 @@ from ..storage import check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, read_samples
 from ..values.healing import HEALING_FILE, Healing
+from ..values.identity import TextsIdentity
 from ..values.loss import Loss
-from ..values.plan import Plan, TextsIdentity
+from ..values.plan import Plan
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
 from .checks import read_plan, require_one_process, require_peft, resolve

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from ..processes import is_main_process, num_processes
 from ..storage import partial_folder, resumable_folder
 from ..values.healing import Healing
-from ..values.plan import TextsIdentity
+from ..values.identity import TextsIdentity
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..values.plan import ModelIdentity
+from ..values.identity import ModelIdentity
 from .architecture import DecoderLayers, find_layers, input_device, text_config
 from .identity import identify
 from .positions import learned_positions

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..values.plan import ModelIdentity, fingerprint
+from ..values.identity import ModelIdentity, fingerprint
 from .architecture import DecoderLayers, find_layers, require_weights, text_config
 
 

@@ -12,13 +12,8 @@ from numpy.typing import NDArray
 
 from .._core import Accumulator, Cka, Threads
 from ..errors import RejectedSamplesWarning, ScanError, StatesError
-from ..values.plan import (
-    NAMED_REJECTIONS,
-    ModelIdentity,
-    Rejection,
-    TextsIdentity,
-    describe_rejections,
-)
+from ..values.identity import ModelIdentity, TextsIdentity
+from ..values.plan import NAMED_REJECTIONS, Rejection, describe_rejections
 from ..values.positions import Positions
 from .cka import CkaBatches, check_batch
 from .contents import Contents, Samples, check_metrics, joined

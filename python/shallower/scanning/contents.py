@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from .._core import Cka, Sums
 from ..errors import MetricError, ScanError
-from ..values.plan import NAMED_REJECTIONS, ModelIdentity, Rejection, TextsIdentity
+from ..values.identity import ModelIdentity, TextsIdentity
+from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 
 Samples = Mapping[str, NDArray[np.float32]]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from .._core import Cka
 from ..errors import LayersError, MetricError, ScanError
 from ..values.costs import BootstrappedStart, Costs
+from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
-from ..values.plan import ModelIdentity, Plan, Rejection, TextsIdentity
+from ..values.plan import Plan, Rejection
 from ..values.positions import Positions
 from .contents import Contents, merged
 from .scan_file import read_scan, write_scan
@@ -23,9 +24,8 @@ from .scan_file import read_scan, write_scan
 class Scan:
     """Distances between all pairs of the L+1 states x^(0) .. x^(L), over samples.
 
-    x^(l) is the input of layer l (0-based), x^(L) the output of the last layer before the
-    final norm (2403.17887, §3). Made by :func:`shallower.scan` and
-    :func:`shallower.analyse_states`; saved, loaded and merged without loss.
+    x^(l) is the input of layer l (0-based), x^(L) the output of the last layer before the final
+    norm (2403.17887, §3). Made by :func:`scan` and :func:`analyse_states`; merged without loss.
 
     Attributes:
         contents: the sums, and what else a scan holds.

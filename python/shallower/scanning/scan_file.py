@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from .._core import Cka, Sums
 from ..errors import MetricError, PositionsError, ScanError, StatesError
 from ..storage import write_file
-from ..values.plan import ModelIdentity, Rejection, TextsIdentity, positions_of
+from ..values.identity import ModelIdentity, TextsIdentity
+from ..values.plan import Rejection, positions_of
 from ..values.schema import from_fields, of_type
 from .contents import Contents, Samples
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import PositionsError
-from ..values.plan import ModelIdentity, Rejection, TextsIdentity, positions_of
+from ..values.identity import ModelIdentity, TextsIdentity
+from ..values.plan import Rejection, positions_of
 from ..values.positions import Positions
 from ..values.schema import from_fields, of_type
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError, ScanError, StatesError
 from ..storage import check_free, partial_folder, raise_output_error, resumable_file
-from ..values.plan import NAMED_REJECTIONS, ModelIdentity, Rejection, TextsIdentity
+from ..values.identity import ModelIdentity, TextsIdentity
+from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 from .parts import Part, as_array
 from .states_format import DTYPES, FORMAT, HIDDEN_STATES, SAMPLES, Origin

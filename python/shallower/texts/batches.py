@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
-from ..values.plan import NAMED_REJECTIONS, Rejection, TextsIdentity
+from ..values.identity import TextsIdentity
+from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.tokens import Tokens
 
 if TYPE_CHECKING:

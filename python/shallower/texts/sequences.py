@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
-from ..values.plan import TextsIdentity, describe_rejections
+from ..values.identity import TextsIdentity
+from ..values.plan import describe_rejections
 from ..values.recipe import GLOBAL_BATCH
 from ..values.tokens import Tokens
 from .batches import TokenBatches

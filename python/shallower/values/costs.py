@@ -4,15 +4,16 @@ Sees the core, which searches on whole numbers: order, ties and sums are exact.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import CostsError, LayersError, PlanError, ScanError
+from .identity import Criterion, ModelIdentity, TextsIdentity
 from .layers import Block, check_plan, check_size, layer_number
-from .plan import STRATEGIES, ModelIdentity, Plan, TextsIdentity
+from .plan import STRATEGIES, Plan
 from .positions import Positions
 
 MAX_RESAMPLES = 2**31
@@ -233,7 +234,8 @@ class Costs:
             n: layers of the block.
 
         Returns:
-            The block with its score; of equals the one that starts first.
+            The block with its score, and what it was chosen by; of equals the one that starts
+            first.
 
         Raises:
             LayersError: ``n`` is not in ``1 .. L-1``.
@@ -261,7 +263,9 @@ class Costs:
         if k < 1:
             raise LayersError(f"cannot name the best k = {k} blocks: expected at least 1")
         starts = self._search.best_starts(n, min(k, self.num_layers))
-        return [self.scored(Block(start, start + n)) for start in starts]
+        by = Criterion(self.strategy, self.metric, self.model, self.texts, self.positions)
+        best = (self.scored(Block(start, start + n)) for start in starts)
+        return [replace(block, criterion=by) for block in best]
 
     def plan(self, n: int) -> Plan:
         """Plan to drop :meth:`best_block`.

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, ShallowerError
+from .identity import ModelIdentity, TextsIdentity
 from .loss import Loss
-from .plan import ModelIdentity, Plan, TextsIdentity
+from .plan import Plan
 from .provenance import versions
 from .recipe import Resolved
 from .schema import from_fields, of_type

@@ -7,10 +7,11 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 from ..errors import LayersError
+from .identity import Criterion
 from .schema import finite
 
 
@@ -19,14 +20,16 @@ class Block:
     """The layers ``start .. stop-1``, 0-based and half-open.
 
     ``score`` is the mean distance between the states x^(start) and x^(stop), the pair that
-    removing the block joins; ``stderr`` is its standard error. They do not count in
-    comparisons: ``Block(11, 19) == scan.best_block(8)`` asks for the range alone.
+    removing the block joins; ``stderr`` is its standard error; ``criterion`` is known of a block
+    that was chosen as the best. They do not count in comparisons: ``Block(11, 19) ==
+    scan.best_block(8)`` asks for the range alone.
     """
 
     start: int
     stop: int
     score: float | None = field(default=None, compare=False)
     stderr: float | None = field(default=None, compare=False)
+    criterion: Criterion | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "stop"):
@@ -46,7 +49,8 @@ class Block:
         Returns:
             ``start``, ``stop``, ``score`` and ``stderr``; what is not finite is None.
         """
-        return {**asdict(self), "score": finite(self.score), "stderr": finite(self.stderr)}
+        score, stderr = finite(self.score), finite(self.stderr)
+        return {"start": self.start, "stop": self.stop, "score": score, "stderr": stderr}
 
     @property
     def layers(self) -> range:
@@ -69,7 +73,7 @@ def layer_number(value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise LayersError(f"{value!r} is no number of layers and no layer index: expected an integer")
+    raise LayersError(f"{value!r}: expected an integer layer index or count")
 
 
 def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:

@@ -1,9 +1,8 @@
-"""The plan of a cut, and the identities of the model and the texts that it was made from.
+"""The plan of a cut: which layers go, and by what criterion; samples that were left out.
 
 Knows no model and no arithmetic; a plan can be printed, saved and loaded.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,55 +12,11 @@ from typing import Any
 
 from ..errors import LayersError, PlanError, PositionsError
 from ..storage import write_file
+from .identity import ModelIdentity, TextsIdentity
 from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers, layer_number
 from .positions import Positions
 from .provenance import versions
 from .schema import from_fields, of_type
-
-
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """Identity of a model, kept by scans and plans so that a plan is not used on another one.
-
-    ``fingerprint`` covers the shape and the one-dimensional weights (norms and biases,
-    which no quantiser touches) rounded to bfloat16: the same for every dtype that the
-    model is loaded in.
-    """
-
-    name: str
-    model_type: str
-    num_layers: int
-    dtype: str
-    fingerprint: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.num_layers} layers, {self.dtype}, {self.fingerprint[:12]})"
-
-
-def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
-    """Hash what tells one model from another, for :class:`ModelIdentity`.
-
-    Args:
-        shape: model type, layers, hidden size, vocabulary size.
-        vectors: names and bfloat16 bits of the one-dimensional weights, in the order of the
-            model's modules.
-
-    Returns:
-        A SHA-256 in hexadecimal digits.
-    """
-    digest = hashlib.sha256(repr(tuple(shape)).encode())
-    for name, bits in vectors:
-        digest.update(name.encode() + bits)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class TextsIdentity:
-    """Identity of a scan's texts: how many, how long at most, and their hash."""
-
-    num_texts: int
-    max_length: int
-    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +106,11 @@ class Plan:
                 one that does joins another pair of states than the one scored, and loses it.
 
         Returns:
-            The plan; ``manual`` unless ``layers`` is a plan.
+            The plan; ``manual`` unless ``layers`` is a plan, or blocks that one scan or criterion
+            chose, which know it.
 
         Raises:
-            PlanError: the plan is for another number of layers.
+            PlanError: the plan is, or the blocks were chosen, for another number of layers.
             LayersError: an index outside ``0 .. num_layers-1``, one named twice, none at all,
                 or every layer of the model.
         """
@@ -169,7 +125,11 @@ class Plan:
         dropped = dropped_layers(num_layers, layers)
         named = (layers,) if isinstance(layers, Block) else layers
         scored = {block: block for block in named if isinstance(block, Block)}
-        return cls(num_layers, tuple(scored.get(block, block) for block in blocks_of(dropped)))
+        blocks = tuple(scored.get(block, block) for block in blocks_of(dropped))
+        by = blocks[0].criterion
+        if by is None or any(block.criterion != by for block in blocks):
+            return cls(num_layers, blocks)
+        return cls(num_layers, blocks, by.strategy, by.metric, by.model, by.texts, by.positions)
 
     @property
     def dropped(self) -> tuple[int, ...]:

@@ -1,0 +1,75 @@
+"""Identities of models and texts, and the criterion that layers were chosen by.
+
+Knows no model; a scan hands them to its blocks and plans, and these to the card.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .positions import Positions
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Identity of a model, kept by scans and plans so that a plan is not used on another one.
+
+    ``fingerprint`` covers the shape and the one-dimensional weights (norms and biases,
+    which no quantiser touches) rounded to bfloat16: the same for every dtype that the
+    model is loaded in.
+    """
+
+    name: str
+    model_type: str
+    num_layers: int
+    dtype: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.num_layers} layers, {self.dtype}, {self.fingerprint[:12]})"
+
+
+def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
+    """Hash what tells one model from another, for :class:`ModelIdentity`.
+
+    Args:
+        shape: model type, layers, hidden size, vocabulary size.
+        vectors: names and bfloat16 bits of the one-dimensional weights, in the order of the
+            model's modules.
+
+    Returns:
+        A SHA-256 in hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    for name, bits in vectors:
+        digest.update(name.encode() + bits)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TextsIdentity:
+    """Identity of a scan's texts: how many, how long at most, and their hash."""
+
+    num_texts: int
+    max_length: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """What layers were chosen by, and on what.
+
+    Attributes:
+        strategy: a row of ``STRATEGIES``.
+        metric: the metric behind the scores, if one decided.
+        model: the model that was looked at, if known.
+        texts: the calibration texts, if any.
+        positions: which of their tokens were compared, if that is known.
+    """
+
+    strategy: str
+    metric: str | None = None
+    model: ModelIdentity | None = None
+    texts: tuple[TextsIdentity, ...] = ()
+    positions: Positions | None = None
