@@ -83,8 +83,7 @@ impl Accumulator {
     /// one of the update before if that has the same number; any other update ends it, and so
     /// does a merge.
     ///
-    /// What is kept, if anything, is the sum over each sequence, left out if no sample of it was
-    /// added. Also says whether the first one kept takes the place of the last one kept before,
+    /// The sum over each sequence is kept, if anything, but none of one that adds no sample. Also says whether the first one kept takes the place of the last one kept before,
     /// which has gone on.
     pub fn update_sequences<T: Element>(
         &mut self,

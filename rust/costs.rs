@@ -1,5 +1,5 @@
-//! What every block of layers costs, in whole numbers: sums of costs are exact, and so is what is
-//! less and what is equal.
+//! Costs of blocks of layers in whole numbers: their sums are exact, and so is which cost is
+//! less or equal.
 
 use std::ops::{AddAssign, Range};
 
@@ -23,7 +23,7 @@ pub struct Costs {
 enum Blocks {
     /// In a unit that all are multiples of.
     Units(Vec<Cost<i128>>),
-    /// Where magnitudes are too far apart for one unit.
+    /// Sums of any magnitude, too far apart for one unit.
     Long(Vec<Cost<Superaccumulator>>),
 }
 
@@ -129,7 +129,7 @@ impl Costs {
     }
 }
 
-/// Where the blocks from a start on are.
+/// Place of the blocks from a start on.
 fn first_place(num_states: usize, start: usize) -> usize {
     start * (2 * num_states - start - 1) / 2
 }

@@ -1,4 +1,4 @@
-//! What can be wrong with the input, each case with its culprit and the way out.
+//! Errors of the input, each case with its culprit and the way out.
 
 use crate::limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MAX_THREADS, MIN_BATCH};
 
@@ -78,7 +78,7 @@ pub enum Error {
     /// Accumulators of different shapes or metrics cannot be merged.
     #[error("cannot merge accumulators of {what}: {left} and {right}")]
     Unmergeable {
-        /// What differs.
+        /// Difference in words.
         what: &'static str,
         /// The value on this side.
         left: String,
@@ -192,7 +192,7 @@ pub enum Error {
     DamagedSums {
         /// The metric.
         metric: &'static str,
-        /// What is wrong with them.
+        /// Damage in words.
         what: &'static str,
     },
     /// Bytes that do not begin as stored ones do.
@@ -201,9 +201,9 @@ pub enum Error {
     /// Stored bytes that end early, or go on.
     #[error("the stored {what} are truncated or damaged: {bytes} bytes do not fit their head")]
     StoredLength {
-        /// What is stored.
+        /// Kind of the stored sums.
         what: &'static str,
-        /// How many bytes there are.
+        /// Number of bytes.
         bytes: usize,
     },
     /// Stored norms that no set of samples can have.
@@ -243,6 +243,6 @@ pub struct Rejection {
     pub sample: usize,
     /// The first offending state.
     pub state: usize,
-    /// What is wrong with it.
+    /// Damage in words.
     pub reason: Reason,
 }

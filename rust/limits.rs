@@ -1,4 +1,4 @@
-//! How much the core takes, in constants that its errors name.
+//! Limits of the core, in constants that its errors name.
 
 /// The samples that the exact sums have room for.
 pub const MAX_SAMPLES: u64 = 1 << 31;

@@ -91,7 +91,7 @@ impl Metric {
         }
     }
 
-    /// Whether a greater value means that the states are more alike; `None` if the value
+    /// True if a greater value means that the states are more alike; `None` if the value
     /// does not say how alike they are.
     pub fn is_similarity(self) -> Option<bool> {
         match self {
@@ -101,7 +101,7 @@ impl Metric {
         }
     }
 
-    /// Whether a value can be less than zero.
+    /// True if a value can be less than zero.
     pub fn can_be_negative(self) -> bool {
         self == Metric::Cosine
     }

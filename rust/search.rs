@@ -1,4 +1,4 @@
-//! Which blocks to drop: the best starts of one block, and the best plan of several.
+//! The search for blocks to drop: the best starts of one block, and the best plan of several.
 //!
 //! Costs are whole numbers, so nothing here depends on rounding, and equal costs are decided by
 //! a rule: fewer blocks, then smaller starts, then smaller stops.

@@ -63,7 +63,7 @@ impl Lengths {
         }
     }
 
-    /// Whether sequences can have these lengths, as long as there are at most 2^31 samples.
+    /// True if sequences can have these lengths, as long as there are at most 2^31 samples.
     pub(crate) fn are_possible(self) -> bool {
         let [several, samples, squares] =
             [self.several, self.samples, self.squares].map(u128::from);

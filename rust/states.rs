@@ -8,7 +8,7 @@ use crate::limits::MAX_STATES;
 
 /// A number that a state can be stored in; every one widens to float64 without loss.
 pub trait Element: Copy + Send + Sync {
-    /// Whether the dtype is bfloat16, whose products float32 holds exactly.
+    /// True if the dtype is bfloat16, whose products float32 holds exactly.
     const IS_BF16: bool;
 
     /// The bits of a row if the dtype is bfloat16.
@@ -130,7 +130,7 @@ impl Element for u16 {
     }
 }
 
-/// Which of the two outer axes comes first in memory.
+/// Order of the two outer axes in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// `(samples, L + 1, D)`.

@@ -113,7 +113,7 @@ impl Sums {
         self.lengths.all_samples()
     }
 
-    /// How many sequences the samples are of, and how long those are.
+    /// Number of sequences that the samples are of, and their lengths.
     pub fn lengths(&self) -> Lengths {
         self.lengths
     }
@@ -190,7 +190,7 @@ impl Sums {
         }))
     }
 
-    /// What every block costs by a metric: the sum over samples of how far the states it joins
+    /// Costs of every block by a metric: the sum over samples of how far the states it joins
     /// are from alike, in the units of the exact sums.
     pub fn costs(&self, metric: Metric) -> Result<Costs, Error> {
         let similarity = metric

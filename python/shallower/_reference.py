@@ -40,7 +40,7 @@ def cosine(states: NDArray[np.floating]) -> Matrix:
 
 
 def relative_l2(states: NDArray[np.floating]) -> Matrix:
-    """How far each state is from an earlier one, in the earlier one's norm; mirrored."""
+    """Distance of each state from an earlier one, in the earlier one's norm; mirrored."""
     rows = states.astype(np.float64)
     differences = np.linalg.norm(rows[:, None, :] - rows[None, :, :], axis=2)
     return _mirrored(differences / np.linalg.norm(rows, axis=1)[:, None], 0)
@@ -153,7 +153,7 @@ def integer_costs(values: NDArray[np.float32], similarity: bool) -> Matrix:
 
 
 def wins(sums: Matrix) -> list[NDArray[np.int64]]:
-    """How often each start has the least sum, for every n: sums (R, L(L+1)/2)."""
+    """Count how often each start has the least sum, for every n: sums (R, L(L+1)/2)."""
     num_states = round((1 + np.sqrt(1 + 8 * sums.shape[1])) / 2)
     first, second = np.triu_indices(num_states, 1)
     counts = []
@@ -166,7 +166,7 @@ def wins(sums: Matrix) -> list[NDArray[np.int64]]:
 def bootstrap(
     values: NDArray[np.float32], num_resamples: int, seed: int, *, similarity: bool
 ) -> list[NDArray[np.int64]]:
-    """How often each start was best, for every n: values (S, L(L+1)/2), up to 2**23 samples.
+    """Count how often each start is best, for every n: values (S, L(L+1)/2), up to 2**23 samples.
 
     Weighted sums of integers, which float64 holds exactly.
     """

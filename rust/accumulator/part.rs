@@ -1,4 +1,4 @@
-//! What one thread adds up before it is added to the rest.
+//! The part that one thread adds up before it joins the rest.
 
 use std::sync::Mutex;
 
@@ -11,7 +11,7 @@ use crate::sequence::Sequence;
 use crate::states::{Element, States};
 use crate::sums::{MetricSums, Sums, num_pairs};
 
-/// What comparing samples takes, its sums empty between two ranges: new memory costs the system
+/// Memory for comparing samples, its sums empty between two ranges: new memory costs the system
 /// more than it costs to use it.
 #[derive(Debug)]
 struct Workspace {
@@ -58,7 +58,7 @@ pub(super) struct Part {
     workspace: Workspace,
     range: Range,
     undrained: u32,
-    /// What the last sequence has more than its sums, for each metric.
+    /// Excess of the last sequence over its sums, for each metric.
     lanes: Vec<Vec<i64>>,
 }
 

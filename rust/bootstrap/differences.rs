@@ -47,7 +47,7 @@ impl Differences {
         self
     }
 
-    /// Whether no weights with `sum (w - 1)^2 <= spread` bring a sum down to zero: it is at
+    /// True if no weights with `sum (w - 1)^2 <= spread` bring a sum down to zero: it is at
     /// least `sum x - sqrt(spread · sum (x - mean)^2)` (Cauchy and Schwarz). The margins are
     /// far above the rounding.
     pub fn stays_positive(&self, pair: usize, spread: usize, num_samples: usize) -> bool {

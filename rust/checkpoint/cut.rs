@@ -1,4 +1,4 @@
-//! Which tensors go, and what the others are called afterwards.
+//! The tensors that go, and the names of the others afterwards.
 
 use super::error::Error;
 

@@ -20,25 +20,25 @@ const MAX_RANK: usize = 64;
 /// A tensor of a safetensors file; its bytes are `start .. end` after the header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
-    /// Its name, unique in its file.
+    /// Name, unique in its file.
     pub name: String,
-    /// Its dtype, as written.
+    /// Dtype, as written.
     pub dtype: String,
-    /// Its axes.
+    /// Axes.
     pub shape: Vec<u64>,
-    /// Its first byte, counted from the end of the header.
+    /// First byte, counted from the end of the header.
     pub start: u64,
     /// One past its last byte.
     pub end: u64,
 }
 
 impl Tensor {
-    /// Its length in bytes.
+    /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.end - self.start
     }
 
-    /// Whether it has no bytes.
+    /// True if it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.start == self.end
     }

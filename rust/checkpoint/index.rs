@@ -49,7 +49,7 @@ impl Index {
     }
 }
 
-/// Whether a name is that of a shard in the same folder: no separator and no `..`.
+/// True if a name is that of a shard in the same folder: no separator and no `..`.
 fn is_plain(file: &str) -> bool {
     let stem = file.strip_suffix(".safetensors");
     stem.is_some_and(|stem| !stem.is_empty())

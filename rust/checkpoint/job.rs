@@ -291,7 +291,7 @@ fn output(
     })
 }
 
-/// Whether an earlier run finished this shard: files get their names when they are flushed.
+/// True if an earlier run finished this shard: files get their names when they are flushed.
 fn is_complete(path: &Path, output: &Output) -> bool {
     let len = output.header.len() as u64 + output.data_len();
     let is_whole =

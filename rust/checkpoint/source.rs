@@ -36,11 +36,11 @@ impl Stamp {
 /// A file of a checkpoint, its header read.
 #[derive(Debug)]
 pub struct Shard {
-    /// Its name in the folder.
+    /// Name in the folder.
     pub name: String,
-    /// Its path, links followed.
+    /// Path, links followed.
     pub path: PathBuf,
-    /// Its header.
+    /// Header.
     pub header: Header,
     /// The start of its tensors in the file.
     pub data_start: u64,
@@ -146,9 +146,9 @@ fn blobs(folder: &Path) -> Option<PathBuf> {
 /// A checkpoint whose headers are all read and consistent.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// Its folder, links followed.
+    /// Folder, links followed.
     pub folder: PathBuf,
-    /// Its files, by name.
+    /// Files, by name.
     pub shards: Vec<Shard>,
 }
 

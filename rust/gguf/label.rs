@@ -1,4 +1,4 @@
-//! What a file says of its size and its name, true again after a cut.
+//! The size label and the name of a file, true again after a cut.
 
 use super::record::Tensor;
 

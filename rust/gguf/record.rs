@@ -36,11 +36,11 @@ pub struct Entry {
 /// A tensor by its place in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its dimensions, the contiguous one first.
+    /// Dimensions, the contiguous one first.
     pub dims: Vec<u64>,
-    /// Its ggml type.
+    /// Ggml type.
     pub ggml_type: u32,
     /// The start of its data, from the start of the file.
     pub start: u64,

@@ -22,7 +22,7 @@ pub(super) struct Rows<'a> {
     pub column: &'a mut [f64],
 }
 
-/// Whether a value outweighs a row whose columns around it have this sum of squares.
+/// True if a value outweighs a row whose columns around it have this sum of squares.
 #[inline(always)]
 pub(super) fn is_massive(value: f64, square: f64) -> bool {
     value * value > MASSIVE_SHARE * square

@@ -16,7 +16,7 @@ pub(crate) trait Packed: Copy + Default {
     /// The bits of a magnitude, ordered; nothing where they are not looked at.
     type Bits: Copy + Default + Ord;
 
-    /// Whether products are summed in less than float64.
+    /// True if products are summed in less than float64.
     const NARROW: bool;
 
     /// An element in this form, without loss for the dtypes that are packed so.

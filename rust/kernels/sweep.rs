@@ -19,7 +19,7 @@ pub(crate) trait Kernels {
     type Double: Sweep<Packed = f64>;
     /// For bfloat16, in float32 or float64.
     type Bf16: Sweep;
-    /// Whether there are instructions that multiply and add.
+    /// True if there are instructions that multiply and add.
     const FUSED: bool = true;
 }
 

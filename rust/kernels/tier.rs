@@ -57,7 +57,7 @@ impl Tier {
         }
     }
 
-    /// Whether this processor and this operating system have the tier's instructions.
+    /// True if this processor and this operating system have the tier's instructions.
     pub fn is_available(self) -> bool {
         match self {
             Tier::Scalar => true,

@@ -50,7 +50,7 @@ impl PyCosts {
     }
 }
 
-/// How often each start was the best, by block size; see `Costs.bootstrap`.
+/// Counts how often each start was the best, by block size; see `Costs.bootstrap`.
 #[pyfunction]
 #[pyo3(signature = (values, num_states, num_resamples, seed, threads, *, more_is_better=false))]
 pub(super) fn bootstrap(

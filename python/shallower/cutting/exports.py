@@ -43,7 +43,7 @@ class CutFacts:
 
     @property
     def out(self) -> str:
-        """Where a command puts the cut."""
+        """Place of the cut in a command."""
         if self.gguf and self.options.get("as_gguf"):
             return Path(self.gguf).stem
         return self.gguf or "cut"

@@ -81,7 +81,7 @@ class PlainModel:
 
     @property
     def path(self) -> str:
-        """Where the layers are."""
+        """Place of the layers."""
         return "model.layers"
 
     @property

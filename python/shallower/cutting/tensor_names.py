@@ -31,7 +31,7 @@ class Description(Protocol):
 
     @property
     def path(self) -> str:
-        """Where the layers are in the model, such as ``model.layers``."""
+        """Place of the layers in the model, such as ``model.layers``."""
 
     @property
     def kinds(self) -> Sequence[object]:

@@ -1,4 +1,4 @@
-"""What is found out about a causal language model once, and handed on."""
+"""Decoder: the facts about a causal language model, found out once and handed on."""
 
 from dataclasses import dataclass
 from functools import cached_property

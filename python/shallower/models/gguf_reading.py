@@ -52,7 +52,7 @@ def faster_gguf() -> Iterator[None]:
 
 
 REPLACED = ("GGUFReader", "get_tensor_name_map", "dequantize")
-"""What transformers takes from the package gguf at every call."""
+"""Names that transformers takes from the package gguf at every call."""
 
 
 def _by_long_rows(dequantize: Callable[..., Any]) -> Callable[..., Any]:

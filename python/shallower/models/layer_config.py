@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 LAYER_COUNTS = ("num_hidden_layers", "num_blocks")
-"""Where configs keep the number of decoder layers; others map theirs to the first."""
+"""Keys under which configs keep the number of decoder layers; others map theirs to the first."""
 
 DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
-"""Where configs keep it that count the layers of an encoder as well, which are then the first."""
+"""Keys of configs that count the layers of an encoder as well, which are then the first."""
 
 LEADING_COUNTS = (
     "first_k_dense_replace",

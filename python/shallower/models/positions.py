@@ -1,4 +1,4 @@
-"""How long a text can be for a model that has learned its positions one by one."""
+"""Longest texts of models that have learned their positions one by one."""
 
 from typing import Any
 

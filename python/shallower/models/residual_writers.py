@@ -19,7 +19,7 @@ from ..texts.batches import Batch
 from .layerwise import Layerwise
 
 TOLERANCE = 0.02
-"""How far a probe may be from what was added, as a share: several roundings of bfloat16."""
+"""Deviation of a probe from what was added, at most, as a share: several roundings of bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def find_writers(model: Layerwise, layer: int, *, batch: Batch, states: torch.Te
 
 
 def _is_plain(module: nn.Module, width: int) -> bool:
-    """Whether a module is a linear map of floating-point weights to ``width`` values."""
+    """Tell if a module is a linear map of floating-point weights to ``width`` values."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return False

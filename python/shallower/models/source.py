@@ -1,4 +1,4 @@
-"""Where a model comes from and how it is loaded, as one value. Loads torch when it is asked to."""
+"""ModelSource: a model's place and the way to load it, as one value. Loads torch when asked to."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

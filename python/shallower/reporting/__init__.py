@@ -1,1 +1,1 @@
-"""What a person reads: tables and figures."""
+"""Tables and figures for people."""

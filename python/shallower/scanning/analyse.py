@@ -15,7 +15,7 @@ from .scan import Scan
 from .states_file import StatesFile
 
 CHUNK_BYTES = 64 << 20
-"""How much of an array goes to the core at a time."""
+"""Bytes of an array that go to the core at a time."""
 
 
 def analyse_states(

@@ -18,7 +18,7 @@ Samples = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a scan holds.
+    """Contents of a scan.
 
     Attributes:
         sums: the exact sums of every metric.

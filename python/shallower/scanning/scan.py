@@ -147,7 +147,7 @@ class Scan:
 
     @property
     def keeps_samples(self) -> bool:
-        """Whether the values of single samples are kept, for :meth:`bootstrap`."""
+        """True if the values of single samples are kept, for :meth:`bootstrap`."""
         return self.contents.samples is not None
 
     def samples(self, metric: str = "angular") -> NDArray[np.float32]:

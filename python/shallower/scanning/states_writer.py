@@ -26,7 +26,7 @@ from .parts import Part, as_array
 from .states_format import DTYPES, FORMAT, HIDDEN_STATES, SAMPLES, Origin
 
 HEADER_BYTES = 1 << 16
-"""Where the states begin in the file."""
+"""Bytes before the states in the file."""
 
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 _MARKS = "marks"
@@ -152,7 +152,7 @@ class StatesWriter:
                 f"cannot keep states of shape {array.shape[1:]} and dtype {array.dtype}: those "
                 f"before are of shape {tuple(self._shape)} and dtype {self._dtype}"
             )
-        with self._refusing():
+        with self._raise_output_error():
             self._states.write(np.ascontiguousarray(array).data.cast("B"))
             self._samples.write(np.asarray(samples, dtype="<i8").tobytes())
         self._count += len(array)
@@ -173,7 +173,7 @@ class StatesWriter:
             "shape": self._shape,
             "dtype": self._dtype,
         }
-        with self._refusing():
+        with self._raise_output_error():
             for file in (self._states, self._samples):
                 _flush(file)
             with (self._folder / _MARKS).open("ab") as marks:
@@ -233,7 +233,7 @@ class StatesWriter:
             num_rejected=num_rejected,
             rejections=tuple(rejections[:NAMED_REJECTIONS]),
         )
-        with self._refusing():
+        with self._raise_output_error():
             self._samples.flush()
             with (self._folder / SAMPLES).open("rb") as samples:
                 shutil.copyfileobj(samples, self._states)
@@ -255,7 +255,7 @@ class StatesWriter:
 
     def _begin(self) -> None:
         if not self._began:
-            with self._refusing():
+            with self._raise_output_error():
                 (self._folder / _MARKS).unlink(missing_ok=True)
                 self._cut()
 
@@ -300,7 +300,7 @@ class StatesWriter:
         return room.to_bytes(8, "little") + text.ljust(room)
 
     @contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def _raise_output_error(self) -> Iterator[None]:
         try:
             with raise_output_error(self._path):
                 yield

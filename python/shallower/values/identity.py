@@ -58,7 +58,7 @@ class TextsIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """What layers were chosen by, and on what.
+    """Criterion by which layers were chosen, and what it was applied to.
 
     Attributes:
         strategy: a row of ``STRATEGIES``.

@@ -59,7 +59,7 @@ class Block:
 
 
 Layers = Iterable[Block | range | SupportsIndex]
-"""What names layers: blocks, ranges and single indices, in any mixture."""
+"""Names of layers: blocks, ranges and single indices, in any mixture."""
 
 
 def layer_number(value: Any) -> int:

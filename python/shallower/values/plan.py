@@ -31,7 +31,7 @@ class Rejection:
 
 
 NAMED_REJECTIONS = 100
-"""How many rejected samples are named; the rest are only counted."""
+"""Rejected samples that are named; the rest are only counted."""
 
 
 def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Rejection]) -> str:

@@ -1,4 +1,4 @@
-"""Which tokens of a text are compared: the last, the last few, a random few, or all.
+"""Positions: the tokens of a text that are compared; the last, the last few, some, or all.
 
 Tokens are counted from 0 among those that are no padding.
 """

@@ -1,4 +1,4 @@
-"""Which packages made a result."""
+"""Versions of the packages that make a result."""
 
 from importlib.metadata import PackageNotFoundError, version
 

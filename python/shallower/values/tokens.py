@@ -7,7 +7,7 @@ from ..errors import TextsError
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """How long texts may be, and how many make one forward.
+    """Length of texts at most, and their number in one forward.
 
     Attributes:
         max_length: tokens of a text at most; longer texts are truncated.

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use crate::kernels::avx512bf16;
 
-/// Whether the processor has tiles of bfloat16, the kernel saves them, and lets us use them.
+/// True if the processor has tiles of bfloat16, the kernel saves them, and lets us use them.
 pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| avx512bf16::is_available() && has_tiles() && is_permitted())

@@ -14,11 +14,11 @@ pub(crate) struct Session<E> {
     pub(super) engine: E,
     /// The most steps of a span: fewer in short rows, where few errors average out.
     pub(super) most: usize,
-    /// Whether norms are summed apart, as in longer rows they need not be.
+    /// True if norms are summed apart, as in longer rows they need not be.
     pub(super) is_short: bool,
     /// The length of the rows.
     pub(super) length: usize,
-    /// Whether the rows are others than when the tiles were filled.
+    /// True if the rows are others than when the tiles were filled.
     pub(super) stale: bool,
     pub(super) buffers: Buffers,
 }
