@@ -82,6 +82,16 @@ def test_a_log_has_a_line_a_minute_of_long_work(capfd, monkeypatch):
     )
 
 
+def test_a_log_of_more_than_was_estimated_has_nothing_left(capfd, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with track("measuring", 15) as advance:
+        for _ in range(2):
+            now[0] += 60.0
+            advance(10)
+    assert capfd.readouterr().err.splitlines()[-1] == "measuring 20/15, 0:02:00, eta 0:00:00"
+
+
 def test_a_log_of_an_unknown_total_has_no_eta(capfd, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     with track("measuring") as advance:

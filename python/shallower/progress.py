@@ -89,7 +89,8 @@ class _Lines:
         # By what was done since the last line: before the first, a resumed work leaps.
         if self._total and self._done_then is not None and self._done > self._done_then:
             speed = (self._done - self._done_then) / (now - self._said)
-            parts.append(f"eta {_clock((self._total - self._done) / speed)}")
+            left = max(0, self._total - self._done)  # a total may be an estimate
+            parts.append(f"eta {_clock(left / speed)}")
         self._said, self._done_then = now, self._done
         print(", ".join([*parts, *filter(None, [self._note])]), file=sys.stderr, flush=True)
 

@@ -1,5 +1,7 @@
 """Training sequences from texts."""
 
+from operator import length_hint
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,7 @@ def test_texts_are_read_from_their_source_once():
     assert list(zip(texts, range(4), strict=False))[-1] == ("w3", 3)
     assert list(texts.last_pass()) == [f"w{number}" for number in range(6)]
     assert read == list(range(6))
+    assert (length_hint(texts), length_hint(ReadOnce(["w1", "w2"]))) == (0, 2)
     for wrong in ("w1 w2", b"w1", 7):
         with pytest.raises(sh.TextsError, match="iterable of strings"):
             ReadOnce(wrong)

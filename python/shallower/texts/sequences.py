@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import length_hint
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,7 @@ class ReadOnce:
     def __init__(self, texts: Iterable[str]) -> None:
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
+        self._source = texts
         self._read: list[str] = []
         self._rest = iter(texts)
 
@@ -48,6 +50,10 @@ class ReadOnce:
         for text in self._rest:
             self._read.append(text)
             yield text
+
+    def __length_hint__(self) -> int:
+        """The hint of the source, for an ETA; 0 where nothing is known."""
+        return length_hint(self._source)
 
     def last_pass(self) -> Iterator[str]:
         """All texts, of which no more are kept."""

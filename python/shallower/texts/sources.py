@@ -110,7 +110,7 @@ class Texts:
         except OSError:
             return 0
         lines = sum(1 for line in head.split(b"\n") if line.strip())
-        return lines if len(head) == size else round(lines * size / len(head))
+        return lines if len(head) < _HEAD_BYTES else round(lines * size / _HEAD_BYTES)
 
     def _lines(self) -> Iterator[str]:
         for _, line in self._numbered_lines():
