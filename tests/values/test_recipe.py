@@ -162,8 +162,9 @@ def test_processes_that_cannot_share_are_refused():
         Recipe().resolve(FACTS, 3)
 
 
-def test_settings_come_back_from_json():
-    resolved = Recipe().resolve(FACTS)
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(learning_rate=1, dropout=0, distill=1)])
+def test_settings_come_back_from_json(recipe):
+    resolved = recipe.resolve(FACTS)
     assert Resolved.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
     for key, value in (("rank", True), ("rank", 2.0), ("packing", 1), ("dtype", 4)):
         with pytest.raises(TypeError, match=f"expected {key}"):
