@@ -137,8 +137,9 @@ def test_samples_of_any_criterion_are_resampled():
         assert found[n].probability == found[n].distribution[found[n].start]
     with pytest.raises(ScanError, match="no samples behind these costs"):
         Costs.of_blocks(matrix, metric="any").bootstrap()
-    with pytest.raises(ScanError, match="a single sample"):
-        Costs.of_blocks(matrix, metric="any", samples=samples[:1]).bootstrap()
+    for few in (samples[:1], samples[:0]):
+        with pytest.raises(ScanError, match="scan at least 2"):
+            Costs.of_blocks(matrix, metric="any", samples=few).bootstrap()
     with pytest.raises(ScanError, match="NaN or infinite"):
         Costs.of_blocks(matrix, metric="any", samples=np.full((3, 15), np.nan)).bootstrap()
 
@@ -191,10 +192,11 @@ def test_the_columns_and_errors_of_a_matrix_are_its_blocks():
         (lambda: Costs.of_blocks(np.zeros((4, 4)), metric="x", samples=np.zeros((2, 5))), "pair"),
         (lambda: Costs.of_layers([], metric="x"), r"expected \(L,\)"),
         (lambda: Costs.of_layers([[1, 2]], metric="x"), r"expected \(L,\)"),
+        (lambda: Costs.of_layers(np.zeros(4096), metric="x"), "L from 1 to 4095"),
         (lambda: Costs.of_layers([1, -np.inf], metric="x"), r"block \[1, 2\) is -inf"),
         (lambda: Costs.of_layers([1, 2], metric="x", stderr=[1]), "stderr"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_costs_that_cannot_be_are_refused(make, said):
     with pytest.raises(CostsError, match=said):

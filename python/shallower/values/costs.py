@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..errors import CostsError, LayersError, PlanError, ScanError
 from .identity import Criterion, ModelIdentity, TextsIdentity
-from .layers import Block, check_plan, check_size, layer_number
+from .layers import MAX_LAYERS, Block, check_plan, check_size, layer_number
 from .plan import STRATEGIES, Plan
 from .positions import Positions
 
@@ -352,7 +352,7 @@ class Costs:
             if not is_integer or not least <= value <= most:
                 raise ScanError(f"{name} = {value!r}: expected an integer, {least} to {most}")
         pool = _core.Threads(threads)
-        if len(self.samples) == 1:
+        if len(self.samples) < 2:
             raise ScanError("a single sample cannot be resampled: scan at least 2")
         wins = _core.bootstrap(
             self.samples, self.num_layers + 1, num_resamples, seed, pool,
@@ -375,15 +375,18 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 def _matrix(name: str, values: ArrayLike) -> NDArray[np.float64]:
     matrix = _numbers(name, values)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
-        raise CostsError(f"{name} of shape {matrix.shape}: expected (L+1, L+1), L the layers")
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    if not square or not 1 <= len(matrix) - 1 <= MAX_LAYERS:
+        raise CostsError(
+            f"{name} of shape {matrix.shape}: expected (L+1, L+1), L from 1 to {MAX_LAYERS}"
+        )
     return matrix
 
 
 def _vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
     vector = _numbers(name, values)
-    if vector.ndim != 1 or not len(vector):
-        raise CostsError(f"{name} of shape {vector.shape}: expected (L,), L the layers")
+    if vector.ndim != 1 or not 1 <= len(vector) <= MAX_LAYERS:
+        raise CostsError(f"{name} of shape {vector.shape}: expected (L,), L from 1 to {MAX_LAYERS}")
     return vector
 
 

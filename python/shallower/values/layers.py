@@ -20,9 +20,9 @@ class Block:
     """The layers ``start .. stop-1``, 0-based and half-open.
 
     ``score`` is the mean distance between the states x^(start) and x^(stop), the pair that
-    removing the block joins; ``stderr`` is its standard error; ``criterion`` is known of a block
-    that was chosen as the best. They do not count in comparisons: ``Block(11, 19) ==
-    scan.best_block(8)`` asks for the range alone.
+    removing the block joins, or its cost by another criterion; ``stderr`` is its standard error;
+    ``criterion`` is known of a block that was chosen as the best. They do not count in
+    comparisons: ``Block(11, 19) == scan.best_block(8)`` asks for the range alone.
     """
 
     start: int

@@ -66,7 +66,7 @@ class Plan:
     Attributes:
         num_layers: layers of the model before the cut.
         blocks: disjoint half-open ranges to drop, ascending.
-        strategy: ``similarity``, ``deepest`` or ``manual``.
+        strategy: a row of ``STRATEGIES``.
         metric: the metric behind the score, if one decided.
         model: the model it was made for, if known.
         texts: the calibration texts, if any.
