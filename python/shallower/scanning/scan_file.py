@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from .contents import Contents, Samples
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
+
+T = TypeVar("T", Sums, Cka)
 
 SUMS, CKA = "sums", "cka"
 """The names of the core's bytes."""
@@ -134,10 +136,10 @@ def _contents(file: Any) -> Contents:
     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if header.pop("sha256") != digest(header, arrays):
         raise ValueError("its checksum does not fit its content")
-    sums = Sums.from_bytes(_bytes(SUMS, arrays.pop(SUMS)))
+    sums = _stored(Sums, SUMS, arrays.pop(SUMS))
     cka = None
     if CKA in arrays:
-        cka = Cka.from_bytes(_bytes(CKA, arrays.pop(CKA)))
+        cka = _stored(Cka, CKA, arrays.pop(CKA))
         if cka.num_states != sums.num_states or cka.samples > sums.count:
             raise ValueError("its sums for CKA are not of its samples")
     model = None if header["model"] is None else from_fields(ModelIdentity, header["model"])
@@ -154,10 +156,14 @@ def _contents(file: Any) -> Contents:
     )
 
 
-def _bytes(name: str, array: NDArray[Any]) -> bytes:
+def _stored(kind: type[T], name: str, array: NDArray[Any]) -> T:
+    """The core's sums of an array of their bytes."""
     if array.dtype != np.uint8 or array.ndim != 1:
         raise ValueError(f"{name}: expected 1-D uint8, got {array.ndim}-D {array.dtype}")
-    return array.tobytes()
+    try:
+        return kind.from_bytes(array.tobytes())
+    except ScanError as error:  # which does not know the file
+        raise ValueError(str(error)) from error
 
 
 def _samples(arrays: Mapping[str, NDArray[Any]], sums: Sums) -> Samples | None:
