@@ -17,8 +17,8 @@ from .options import (
     TextsSource,
     TrustRemoteCode,
     load,
+    named_layers,
     read_texts,
-    wanted_plan,
 )
 from .output import print_json, show
 
@@ -43,13 +43,15 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Measure the next-token loss, before and after a cut."""
+    from ..cutting.plans import agreed_plan
     from ..values.tokens import Tokens
 
     held_out, tokens = list(read_texts(texts, max_texts)), Tokens(max_length, batch_size)
     source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     wanted = None
     if drop is not None or plan is not None:
-        wanted = wanted_plan(model, drop, plan, num_layers=source.count_layers())
+        named = named_layers(drop, plan)
+        wanted = agreed_plan(model, source.count_layers(), named)
     loaded, tokenizer = load(source)
     from ..cutting.memory import without_layers
     from ..evaluation.loss import measure_loss

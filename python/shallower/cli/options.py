@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..texts.sources import Texts
+    from ..values.layers import Block
     from ..values.plan import Plan
 
 Model = Annotated[
@@ -176,35 +177,24 @@ def metric_names(metrics: str) -> list[str]:
     return check_metrics([name.strip() for name in metrics.split(",")])
 
 
-def wanted_plan(model: str, drop: str | None, plan: Path | None, *, num_layers: int) -> "Plan":
-    """Make the plan behind ``--drop`` or ``--plan``.
+def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":
+    """Read the layers behind ``--drop`` or ``--plan``, before anything that takes long.
 
     Args:
-        model: its name, for messages.
         drop: layers as ``--drop`` names them.
         plan: a plan file, or its folder.
-        num_layers: of the model.
 
     Returns:
-        The plan.
+        The plan, or the blocks.
 
     Raises:
-        LayersError: neither or both are named, or layers that the model does not have.
-        PlanError: the plan is damaged, or for another number of layers.
+        LayersError: neither or both are named, or ``drop`` does not name layers.
+        PlanError: the plan is not there, or is damaged.
     """
-    from ..errors import LayersError, PlanError
-    from ..values.files import PLAN_FILE
-    from ..values.layers import blocks_of, dropped_layers, parse_layers
-    from ..values.plan import Plan
+    from ..cutting.plans import load_plan
+    from ..errors import LayersError
+    from ..values.layers import parse_layers
 
     if (drop is None) == (plan is None):
         raise LayersError("name the layers to drop, either by --drop or by --plan")
-    if plan is not None:
-        path = plan / PLAN_FILE if plan.is_dir() else plan
-        loaded = Plan.load(path)
-        if loaded.num_layers != num_layers:
-            raise PlanError(
-                f"the plan {path} is for {loaded.num_layers} layers, {model} has {num_layers}"
-            )
-        return loaded
-    return Plan(num_layers, blocks_of(dropped_layers(num_layers, parse_layers(drop or ""))))
+    return load_plan(plan) if plan is not None else parse_layers(drop or "")

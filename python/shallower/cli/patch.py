@@ -21,8 +21,8 @@ from .options import (
     TextsSource,
     TrustRemoteCode,
     load,
+    named_layers,
     read_texts,
-    wanted_plan,
 )
 from .output import print_json, say_dry_run, show
 
@@ -68,6 +68,7 @@ def patch_command(
     made; then those behind it, as long as the loss on held-out text falls. A patch that does not
     help is not saved. Patch, then heal, is the recommended way.
     """
+    from ..cutting.plans import agreed_plan
     from ..storage import check_free
     from ..values.layers import ranges
     from ..values.loss import with_error
@@ -75,8 +76,9 @@ def patch_command(
     source = read_texts(texts, max_texts)
     held_out = read_texts(eval_texts) if eval_texts is not None else None
     check_free(out, overwrite)
+    named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
-    wanted = wanted_plan(model, drop, plan, num_layers=place.count_layers())
+    wanted = agreed_plan(model, place.count_layers(), named)
     if dry_run:
         described = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
         say_dry_run({**described, "texts": texts, "write": [str(out)]}, as_json)

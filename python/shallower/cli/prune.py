@@ -16,6 +16,7 @@ from .options import (
     Overwrite,
     PlanPath,
     TrustRemoteCode,
+    named_layers,
     quiet,
 )
 from .output import print_json, say_dry_run, show
@@ -62,14 +63,10 @@ def prune_command(
     A model card, mergekit's config and llama.cpp's list of layers lie beside every cut.
     """
     from ..cutting.prune import plan_prune
-    from ..errors import LayersError
     from ..reporting.tables import plan_table
-    from ..values.layers import parse_layers
 
-    if (drop is None) == (plan is None):
-        raise LayersError("name the layers to drop, either by --drop or by --plan")
     planned = plan_prune(
-        model, plan or parse_layers(drop or ""), out, overwrite=overwrite, dtype=dtype,
+        model, named_layers(drop, plan), out, overwrite=overwrite, dtype=dtype,
         max_shard_size=max_shard_size, device_map=device_map, gguf_file=gguf_file,
         as_gguf=as_gguf, trust_remote_code=trust_remote_code, verify=verify,
     )  # fmt: skip
