@@ -83,8 +83,9 @@ impl Accumulator {
     /// one of the update before if that has the same number; any other update ends it, and so
     /// does a merge.
     ///
-    /// The sum over each sequence is kept, if anything, but none of one that adds no sample. Also says whether the first one kept takes the place of the last one kept before,
-    /// which has gone on.
+    /// The sum over each sequence is kept, if anything, but none of one that adds no sample. Also
+    /// says whether the first one kept takes the place of the last one kept before, which has gone
+    /// on.
     pub fn update_sequences<T: Element>(
         &mut self,
         states: &States<'_, T>,

@@ -32,8 +32,9 @@ const RESAMPLES: usize = 64;
 /// Counts how often each start was the best, for every block size `n = 1 .. L-1`.
 ///
 /// `values` holds the `L(L + 1)/2` pairs `(l, m)`, `l < m`, row by row, of every sample: what the
-/// block between them costs, or, with `more_is_better`, how good it is to drop it. The same seed gives the same answer on every machine, for any number of threads and any order
-/// of the samples. Of equal starts the smallest is the best.
+/// block between them costs, or, with `more_is_better`, how good it is to drop it. The same seed
+/// gives the same answer on every machine, for any number of threads and any order of the samples.
+/// Of equal starts the smallest is the best.
 pub fn bootstrap(
     values: &[f32],
     num_states: usize,

@@ -15,7 +15,7 @@ use crate::checkpoint::{self, Checkpoint, Cut, Job};
 type Tensor = (String, String, Vec<u64>, u64, u64);
 
 /// The free texts and the tensors, in the order of their bytes, of a safetensors header that
-/// `data_len` bytes follow; see `shallower.states_file`.
+/// `data_len` bytes follow; see `shallower.scanning.states_file`.
 #[pyfunction]
 pub(super) fn parse_header(
     json: &[u8],
@@ -27,7 +27,7 @@ pub(super) fn parse_header(
     Ok((header.metadata, described.collect()))
 }
 
-/// A checkpoint on disk, its headers read; see `shallower.checkpoint`.
+/// A checkpoint on disk, its headers read; see `shallower.cutting.checkpoint`.
 #[pyclass(name = "Checkpoint", module = "shallower._core", frozen)]
 pub(super) struct PyCheckpoint(Arc<Checkpoint>);
 
@@ -67,7 +67,7 @@ impl PyCheckpoint {
     }
 }
 
-/// A cut of a checkpoint, laid out; see `shallower.checkpoint`.
+/// A cut of a checkpoint, laid out; see `shallower.cutting.checkpoint`.
 #[pyclass(name = "Job", module = "shallower._core", frozen)]
 pub(super) struct PyJob(Job);
 

@@ -10,7 +10,7 @@ use super::errors::raised;
 use super::tell;
 use crate::gguf::{self, Gguf, GgufError, Told};
 
-/// A GGUF file, its header read; see `shallower.gguf`.
+/// A GGUF file, its header read; see `shallower.cutting.gguf`.
 #[pyclass(name = "Gguf", module = "shallower._core")]
 pub(super) struct PyGguf {
     path: PathBuf,

@@ -1,6 +1,6 @@
 """Rewriting a config for the layers that survive a cut; the rules as data.
 
-A rule here only proposes. :mod:`shallower.pruning` builds a model from the shortened config
+A rule here only proposes. :mod:`shallower.cutting.twin` builds a model from the shortened config
 and refuses the cut if its layers are not the survivors.
 """
 
