@@ -159,6 +159,20 @@ def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
         torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=0, atol=1e-4)
 
 
+def test_magnitude_changes_biases_and_cuts_what_the_scan_chose(words, monkeypatch):
+    """The biases count in the identity of the model, which is another one before it is cut."""
+    losses = iter([2.0, 3.0, 2.5])  # as if it helped
+    monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
+    model = tiny_llama(6, attention_bias=True, mlp_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.down_proj.bias)
+    blocks = sh.scan(model, words, TEXTS[:20]).best_blocks(2, 5)
+    best = next(block for block in blocks if block.stop < 6)
+    done = patch(model, words, [best], texts=TEXTS[:40], method="magnitude")
+    assert (done.plan.blocks, done.plan.strategy) == ((best,), "similarity")
+    assert len(model.model.layers) == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, words, dtype):
     done = patch(model.to(dtype), words, [range(3, 5)], texts=TEXTS)

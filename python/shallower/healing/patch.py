@@ -80,7 +80,8 @@ def patch(
     """
     options = method, max_length, batch_size, num_tokens, progress
     with _solved(model, tokenizer, layers, texts, *options) as (done, undo):
-        drop_layers(model, done.plan.blocks)
+        # By number: blocks that a scan chose know its model, whose biases may have been scaled.
+        drop_layers(model, done.plan.dropped)
         undo.clear()
     return done
 
