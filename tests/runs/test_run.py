@@ -243,16 +243,22 @@ def test_a_run_in_memory_heals_and_leaves_the_model_as_it_was(learned, words, tm
     ]  # fmt: skip
 
 
-def test_texts_too_few_for_a_patch_are_healed_with_alone(learned, words, tmp_path):
-    few = progressions(600, 5)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_too_few_for_a_patch_are_healed_with_alone(learned, words, tmp_path, dtype):
+    """The loss that the training must lower is that of the weights that are trained."""
+    few, held_out = progressions(600, 5), progressions(12, 1)
     few = [" ".join(few[start::7]) for start in range(7)]
+    recipe = replace(QUICK, dtype=dtype)
     with pytest.warns(UserWarning, match="healed from the cut, without a patch: 7 texts"):
         done = sh.run(
-            learned, words, few, eval_texts=progressions(12, 1), out=tmp_path / "out", sizes=[1],
-            max_length=16, heal=QUICK,
+            learned, words, few, eval_texts=held_out, out=tmp_path / "out", sizes=[1],
+            max_length=16, heal=recipe,
         )  # fmt: skip
     assert done.healing.cut is None
-    assert done.healing.before == done.losses[1]
+    assert (done.healing.before == done.losses[1]) is (dtype == "float32")
+    cut = done.out / "checkpoint"
+    alone = sh.heal(cut, few, tmp_path / "alone", recipe=recipe, eval_texts=held_out)
+    assert done.healing.before.nats == pytest.approx(alone.before.nats, abs=1e-6)
 
 
 @pytest.mark.parametrize(

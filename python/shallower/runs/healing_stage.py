@@ -68,7 +68,7 @@ class HealingStage:
     overwrite: bool
     progress: bool | None
     _resolved: Resolved = field(init=False)
-    _losses: tuple[Loss, Loss] = field(init=False)
+    _losses: tuple[Loss, Loss | None] = field(init=False)
     _patched: bool = field(init=False)
 
     def check(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -107,7 +107,6 @@ class HealingStage:
             ModelError: a loss is not finite.
             OutputError: the patched cut cannot be written.
         """
-        self._losses = self._measure(Decoder.of(model), tokenizer, plan, measured, tokens)
         try:
             patched_cut(
                 str(self.out / CHECKPOINT_FOLDER), plan, self.original, texts=self.texts,
@@ -118,6 +117,7 @@ class HealingStage:
         except (PatchError, TextsError) as error:
             self._patched = False
             warnings.warn(f"healed from the cut, without a patch: {error}", stacklevel=3)
+        self._losses = self._measure(Decoder.of(model), tokenizer, plan, measured, tokens)
 
     def _measure(
         self,
@@ -126,12 +126,16 @@ class HealingStage:
         plan: Plan,
         measured: tuple[Loss, Loss],
         tokens: Tokens,
-    ) -> tuple[Loss, Loss]:
+    ) -> tuple[Loss, Loss | None]:
         """The losses of the whole model and of the cut as the healing measures them.
 
         Those of the run, where it measured in the same way: at the same length, and for the cut
-        also with the same products, which are float32 in a recipe of float32 alone.
+        also with the same products, which are float32 in a recipe of float32 alone. Without a
+        patch the loss of the cut is the one that the training must lower, so that in weights of
+        another dtype it is left to the healing.
         """
+        whole: Loss
+        cut: Loss | None
         whole, cut = measured
         resolved = self._resolved
         own = Tokens(resolved.max_length, resolved.batch_size)
@@ -145,7 +149,9 @@ class HealingStage:
 
         if not same:
             whole = measure("loss, uncut")
-        if not same or resolved.dtype != "float32":
+        if not self._patched and stored_dtype(decoder.model) != resolved.dtype:
+            cut = None
+        elif not same or resolved.dtype != "float32":
             with without_layers(decoder.model, plan.blocks), computing(resolved, decoder.device):
                 cut = measure("loss, unpatched")
         return whole, cut
