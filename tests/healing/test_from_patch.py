@@ -10,7 +10,7 @@ import torch
 import shallower as sh
 from shallower.healing.checks import read_plan
 from shallower.healing.losses import summed_loss
-from shallower.healing.patched import patched_cut
+from shallower.healing.patched import copy_to, patched_cut
 from shallower.healing.saving import write_adapters
 from shallower.texts.sequences import collate, read_samples
 from shallower.values.healing import Healing
@@ -55,6 +55,7 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
     assert kept["format"] == "shallower.patch"
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(patched)
+    assert not any(str(tmp_path).encode() in file.read_bytes() for file in patched.iterdir())
     assert "# Healing of patched\n" in (tmp_path / "adapters" / "README.md").read_text()
     merged = sh.heal(
         cut, texts, tmp_path / "merged", recipe=QUICK, eval_texts=HELD_OUT, merge=True, **options
@@ -257,6 +258,17 @@ def test_the_patch_is_kept_where_training_makes_it_worse(patchable, tmp_path, me
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(sh.ModelError, match="nothing to merge"):
         sh.merge(tmp_path / "out", tmp_path / "merged")
+
+
+def test_a_patched_cut_is_copied_with_its_folders_and_without_its_job(tmp_path):
+    (tmp_path / "patched" / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "patched" / "job").write_text("this one")
+    (tmp_path / "patched" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (tmp_path / "out").mkdir()
+    copy_to(tmp_path / "patched", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["additional_chat_templates"]
+    template = tmp_path / "out" / "additional_chat_templates" / "tools.jinja"
+    assert template.read_text() == "{{ tools }}"
 
 
 def test_a_patch_can_be_made_of_a_model_in_memory(patchable, tmp_path, counted):

@@ -107,13 +107,12 @@ def copy_to(patched: Path, folder: Path) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    for file in patched.iterdir():
-        if file.name != _JOB:
-            shutil.copyfile(file, folder / file.name)
+    beside = shutil.ignore_patterns(_JOB)
+    shutil.copytree(patched, folder, ignore=beside, dirs_exist_ok=True)
 
 
 def _job(path: str, original: str, texts: Iterable[str], max_length: int) -> str:
-    """The text that tells this patch from any other; of endless texts, the first count."""
+    """The hash that tells this patch from any other; of endless texts, the first count."""
     digest = hashlib.sha256()
     for text in islice(texts, _HASHED_TEXTS):
         if not isinstance(text, str):
@@ -123,4 +122,6 @@ def _job(path: str, original: str, texts: Iterable[str], max_length: int) -> str
         cut = stored_digest(path)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error}") from error
-    return json.dumps([cut, original, digest.hexdigest(), max_length])
+    # A hash, as the file stays beside the patched cut and the name may be a path.
+    described = json.dumps([cut, original, digest.hexdigest(), max_length])
+    return hashlib.sha256(described.encode()).hexdigest()
