@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cutting.saving import PROBE
 from ..errors import ModelError
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify, stored_digest
@@ -19,9 +20,6 @@ from .training import computing
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
 """The most that ‖merged − adapters‖ / ‖adapters‖ of the logits may be, by the dtype that the sum of
 weight and adapter is rounded to once."""
-
-PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again."
-"""The text on which logits are compared."""
 
 
 def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
