@@ -7,7 +7,7 @@ import pytest
 import shallower as sh
 from shallower.cutting.card_file import front_matter, read_card
 from shallower.cutting.cards import adapters_card, healed_card
-from shallower.cutting.source import Source
+from shallower.cutting.source import Source, find_source
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, texts_of
 
@@ -214,7 +214,7 @@ def test_a_healed_card_is_the_cuts_but_for_the_healing(tmp_path):
 
 def test_the_card_of_adapters_names_the_cut_and_carries_its_license(source, tmp_path):
     plan = sh.Plan(6, (sh.Block(1, 2),))
-    card = adapters_card(plan, str(source), source_card=source / "README.md", rows=[("steps", "9")])
+    card = adapters_card(plan, find_source(source), rows=[("steps", "9")])
     assert front(card) == {
         "library_name": "peft",
         "pipeline_tag": "text2text-generation",

@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM
 import shallower as sh
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.values.recipe import Recipe
+from tests.cutting.card_tools import hub
 from tests.families import small_config
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
+
+__all__ = ["hub"]
 
 # Merging
 FAMILIES = ["gpt2", "mixtral", "gpt_neox", "opt", "phi", "qwen3_next"]
@@ -95,3 +98,11 @@ def test_a_patch_and_a_license_are_carried_over(cut, tmp_path):
         assert (tmp_path / name / "shallower_patch.json").read_text() == '{"method": "refit"}'
         assert "license: apache-2.0" in (tmp_path / name / "README.md").read_text()
         assert (tmp_path / name / "LICENSE.txt").read_text() == "Do as you like."
+
+
+def test_the_license_of_a_cut_of_the_hub_is_carried_over(cut, healed, tmp_path, hub):
+    shutil.copytree(cut, tmp_path / "cut")
+    (tmp_path / "cut" / "LICENSE.txt").write_text("Do as you like.")
+    hub(tmp_path / "cut", "models/cut")
+    sh.merge(healed[0], tmp_path / "merged", "models/cut")
+    assert (tmp_path / "merged" / "LICENSE.txt").read_text() == "Do as you like."

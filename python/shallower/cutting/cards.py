@@ -11,7 +11,7 @@ from typing import Any
 from ..values.layers import Block, ranges
 from ..values.loss import with_error
 from ..values.plan import STRATEGIES, Plan
-from .card_file import CARD_FILE, FRONT_MATTER, front_matter, read_card
+from .card_file import CARD_FILE, FRONT_MATTER, front_matter
 from .exports import (
     MERGEKIT_FILE,
     PRUNE_LAYERS_FILE,
@@ -19,7 +19,7 @@ from .exports import (
     mergekit_config,
     prune_layers,
 )
-from .source import PLACEHOLDER, Source, find_source
+from .source import PLACEHOLDER, Source
 
 _NOT_HEALED = """\
 **This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
@@ -261,28 +261,24 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 """
 
 
-def adapters_card(
-    plan: Plan, source: str, *, source_card: Path, rows: Sequence[tuple[str, str]]
-) -> str:
+def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -> str:
     """Write the card of adapters that heal a cut.
 
     Args:
         plan: of the cut.
-        source: the cut model as it was named; the card gives its hub id or its own name.
-        source_card: its card, whose license is carried over. It need not be there.
+        cut: the cut model, which the card names, and whose license it carries over.
         rows: what the card says of the healing, by name.
 
     Returns:
         The text of ``README.md``.
     """
-    known = find_source(source)
-    inherited, _ = read_card(source_card)
-    inherited.pop("base_model", None)  # the cut's own base, which these adapters do not fit
+    # Not the cut's own base, which these adapters do not fit.
+    inherited = {key: value for key, value in cut.inherited.items() if key != "base_model"}
     return _ADAPTERS.format(
         metadata=front_matter(
-            inherited, base=known.hub, relation="adapter", library="peft", tags=["lora"]
+            inherited, base=cut.hub, relation="adapter", library="peft", tags=["lora"]
         ),
-        name=_inline(known.name),
+        name=_inline(cut.name),
         dropped=ranges(plan.dropped),
         healed=_healed("low-rank adapters were trained.", rows),
     )

@@ -133,8 +133,12 @@ def draw(folder: Path, healing: Healing) -> None:
 
 def _copy(source: str, folder: Path, names: Iterable[str]) -> None:
     """Copy files from beside a local model, where there are any."""
-    for name in names:
-        file = Path(source).expanduser() / name
+    _carry({name: Path(source).expanduser() / name for name in names}, folder)
+
+
+def _carry(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files, where they are there, under the names that they are given."""
+    for name, file in files.items():
         if file.is_file():
             write_file(folder / name, file.read_bytes())
 
@@ -164,11 +168,11 @@ def write_adapters(
     """
     _copy(str(checkpoint), folder, _ADAPTER_FILES)
     tokenizer.save_pretrained(folder)
-    _copy(path, folder, (PATCH_FILE, *find_source(path).licenses))
+    cut = find_source(path)
+    _copy(path, folder, (PATCH_FILE,))
+    _carry(cut.licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
-    card = adapters_card(
-        healing.plan, path, source_card=Path(path) / CARD_FILE, rows=_healing_rows(healing)
-    )
+    card = adapters_card(healing.plan, cut, rows=_healing_rows(healing))
     write_file(folder / CARD_FILE, card.encode())
 
 
@@ -213,8 +217,8 @@ def write_merged(
         )  # fmt: skip
         merged = replace(merged, loss=loss)
     healing = replace(healing, merge=merged)
-    beside = (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE))
-    _copy(base, folder, (*beside, *find_source(base).licenses))
+    _copy(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
+    _carry(find_source(base).licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
     write_file(
         folder / CARD_FILE,
