@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
-    from .values.costs import BootstrappedStart as BootstrappedStart
+    from .values.bootstrap import BootstrappedStart as BootstrappedStart
     from .values.costs import Costs as Costs
     from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Block": "values.layers",
-    "BootstrappedStart": "values.costs",
+    "BootstrappedStart": "values.bootstrap",
     "Comparison": "values.loss",
     "Costs": "values.costs",
     "CostsError": "errors",

@@ -74,7 +74,7 @@ def patch_command(
     from ..values.loss import with_error
 
     source = read_texts(texts, max_texts)
-    held_out = read_texts(eval_texts) if eval_texts is not None else None
+    held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
     check_free(out, overwrite)
     named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LayersError, PlanError, ScanError
 from ..scanning.scan import Scan
-from ..values.costs import BootstrappedStart
+from ..values.bootstrap import BootstrappedStart
 from ..values.files import SCAN_FILE
 from ..values.layers import Block, deepest_block
 from ..values.plan import Plan

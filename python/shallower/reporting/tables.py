@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from ..scanning.scan import Scan
-from ..values.costs import BootstrappedStart
+from ..values.bootstrap import BootstrappedStart
 from ..values.healing import Healing
 from ..values.layers import Block, ranges
 from ..values.loss import Comparison, with_error

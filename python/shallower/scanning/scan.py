@@ -1,7 +1,6 @@
 """Scan: how alike the layers of a model are, with errors.
 
-Sees the Rust core and NumPy, no torch and no model. The core holds exact integer sums, so a scan
-has the same bits at any number of threads, and merging is associative to the bit.
+The core's sums are exact: the same bits at any number of threads and in any order of merging.
 """
 
 from collections.abc import Iterable
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 
 from .._core import Cka
 from ..errors import LayersError, MetricError, ScanError
-from ..values.costs import BootstrappedStart, Costs
+from ..values.bootstrap import BootstrappedStart
+from ..values.costs import Costs
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection

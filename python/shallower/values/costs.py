@@ -4,37 +4,18 @@ Sees the core, which searches on whole numbers: order, ties and sums are exact.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import CostsError, LayersError, PlanError, ScanError
+from .bootstrap import BootstrappedStart, resampled_wins
 from .identity import Criterion, ModelIdentity, TextsIdentity
 from .layers import MAX_LAYERS, Block, check_plan, check_size, layer_number
 from .plan import STRATEGIES, Plan
 from .positions import Positions
-
-MAX_RESAMPLES = 2**31
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BootstrappedStart:
-    """Stability of the best start of one block size over resamples.
-
-    Attributes:
-        start: l*(n), the start of the best block over all samples.
-        probability: the share of resamples in which the best block starts there as well. It says
-            how stable the choice is under other samples of the same kind; it is not the
-            probability that the start is the true one.
-        distribution: (L-n+1,) float64, the share of resamples that each start wins; their sum
-            is 1.
-    """
-
-    start: int
-    probability: float
-    distribution: NDArray[np.float64]
 
 
 class Costs:
@@ -263,9 +244,11 @@ class Costs:
         if k < 1:
             raise LayersError(f"cannot name the best k = {k} blocks: expected at least 1")
         starts = self._search.best_starts(n, min(k, self.num_layers))
+        return [self._chosen(start, start + n) for start in starts]
+
+    def _chosen(self, start: int, stop: int) -> Block:
         by = Criterion(self.strategy, self.metric, self.model, self.texts, self.positions)
-        best = (self.scored(Block(start, start + n)) for start in starts)
-        return [replace(block, criterion=by) for block in best]
+        return replace(self.scored(Block(start, stop)), criterion=by)
 
     def plan(self, n: int) -> Plan:
         """Plan to drop :meth:`best_block`.
@@ -308,16 +291,8 @@ class Costs:
         demand = [layer_number(v) for v in (n, max_blocks, protect_first, protect_last)]
         check_plan(self.num_layers, *demand[:2], protect_first=demand[2], protect_last=demand[3])
         demand[1] = min(demand[1], self.num_layers)
-        blocks = self._search.best_plan(*demand)
-        return Plan(
-            num_layers=self.num_layers,
-            blocks=tuple(self.scored(Block(*block)) for block in blocks),
-            strategy=self.strategy,
-            metric=self.metric,
-            model=self.model,
-            texts=self.texts,
-            positions=self.positions,
-        )
+        blocks = [self._chosen(*block) for block in self._search.best_plan(*demand)]
+        return Plan.of(self.num_layers, blocks)
 
     def bootstrap(
         self, num_resamples: int = 1000, seed: int = 0, *, threads: int | None = None
@@ -344,19 +319,9 @@ class Costs:
         """
         if self.samples is None:
             raise ScanError("there are no samples behind these costs: a bootstrap draws from them")
-        for name, value, least, most in (
-            ("num_resamples", num_resamples, 1, MAX_RESAMPLES),
-            ("seed", seed, 0, 2**64 - 1),
-        ):
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            if not is_integer or not least <= value <= most:
-                raise ScanError(f"{name} = {value!r}: expected an integer, {least} to {most}")
-        pool = _core.Threads(threads)
-        if len(self.samples) < 2:
-            raise ScanError("a single sample cannot be resampled: scan at least 2")
-        wins = _core.bootstrap(
-            self.samples, self.num_layers + 1, num_resamples, seed, pool,
-            more_is_better=self._more_is_better,
+        wins = resampled_wins(
+            self.samples, num_resamples, seed,
+            num_states=self.num_layers + 1, threads=threads, more_is_better=self._more_is_better,
         )  # fmt: skip
         found = {}
         for n, counts in enumerate(wins, 1):
