@@ -18,7 +18,9 @@ def called(text):
 
 
 def test_make_alone_prints_the_targets():
-    done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     printed = [line.split()[0] for line in done.stdout.splitlines()]
     assert printed == TARGETS
     assert {"dev", "check", "test", "lint", "ci"} <= set(TARGETS)
