@@ -28,12 +28,22 @@ def settled(expected):
     return count() == expected
 
 
+def resting():
+    """Count the threads once those that end have ended."""
+    now, unchanged = count(), 0
+    while unchanged < 20:
+        time.sleep(0.01)
+        last, now = now, count()
+        unchanged = unchanged + 1 if now == last else 0
+    return now
+
+
 def states():
     return np.random.default_rng(0).standard_normal((20, 6, 16)).cumsum(axis=1)
 
 
 def test_a_builder_has_threads_and_a_scan_has_none():
-    before = count()
+    before = resting()
     builder = ScanBuilder(6, ["angular"], threads=3, cka_batch=8)
     assert count() == before + 3
     builder.add(states(), range(20))
@@ -54,7 +64,7 @@ def test_what_is_done_with_a_scan_starts_no_thread(tmp_path, monkeypatch):
         began.append(thread)
         start(thread)
 
-    before = count()
+    before = resting()
     monkeypatch.setattr(threading.Thread, "start", watched)
     back = sh.Scan.load(tmp_path / "scan")
     assert count() == before
