@@ -16,26 +16,17 @@ TASKS = Path("/proc/self/task")
 pytestmark = pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads in /proc")
 
 
-def count():
-    return len(list(TASKS.iterdir()))
+def tasks():
+    """The threads of this process, by their numbers."""
+    return {path.name for path in TASKS.iterdir()}
 
 
-def settled(expected):
-    """Whether so many threads are left; those that end take a moment."""
+def ended(before):
+    """Whether no thread is left but those from before; those that end take a moment."""
     deadline = time.monotonic() + 10
-    while count() != expected and time.monotonic() < deadline:
+    while tasks() - before and time.monotonic() < deadline:
         time.sleep(0.01)
-    return count() == expected
-
-
-def resting():
-    """Count the threads once those that end have ended."""
-    now, unchanged = count(), 0
-    while unchanged < 20:
-        time.sleep(0.01)
-        last, now = now, count()
-        unchanged = unchanged + 1 if now == last else 0
-    return now
+    return not tasks() - before
 
 
 def states():
@@ -43,14 +34,14 @@ def states():
 
 
 def test_a_builder_has_threads_and_a_scan_has_none():
-    before = resting()
+    before = tasks()
     builder = ScanBuilder(6, ["angular"], threads=3, cka_batch=8)
-    assert count() == before + 3
+    assert len(tasks() - before) == 3
     builder.add(states(), range(20))
-    assert count() == before + 3
+    assert len(tasks() - before) == 3
     scan = builder.finish()
     del builder
-    assert settled(before)
+    assert ended(before)
     assert scan.best_block(2).stop
 
 
@@ -64,19 +55,19 @@ def test_what_is_done_with_a_scan_starts_no_thread(tmp_path, monkeypatch):
         began.append(thread)
         start(thread)
 
-    before = resting()
+    before = tasks()
     monkeypatch.setattr(threading.Thread, "start", watched)
     back = sh.Scan.load(tmp_path / "scan")
-    assert count() == before
+    assert not tasks() - before
     merged = sh.Scan.merge([back, scan])
     merged.save(tmp_path / "merged")
     merged.best_plan(3, 2)
     sh.Costs.of_blocks(merged.mean(), metric="angular").plan(2)
     assert merged.cka.shape == (6, 6)
-    assert count() == before
+    assert not tasks() - before
     assert not began
     back.bootstrap(50, threads=2)
-    assert settled(before)
+    assert ended(before)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 4097, 10**30, 1.5, "2"])
