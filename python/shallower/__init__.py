@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .healing.saving import save_patched as save_patched
     from .judgement.compare import compare_cuts as compare_cuts
     from .models.loading import load_model as load_model
+    from .models.source import ModelSource as ModelSource
     from .reporting.figures import save_heat_map as save_heat_map
     from .runs.run import run as run
     from .scanning.analyse import analyse_states as analyse_states
@@ -81,6 +82,7 @@ _HOMES = {
     "MissingExtraError": "errors",
     "ModelError": "errors",
     "ModelIdentity": "values.identity",
+    "ModelSource": "models.source",
     "OutputError": "errors",
     "Patch": "values.patch",
     "PatchError": "errors",
