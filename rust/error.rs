@@ -75,8 +75,8 @@ pub enum Error {
         /// The metrics there are.
         held: String,
     },
-    /// Accumulators of different shapes or metrics cannot be merged.
-    #[error("cannot merge accumulators of {what}: {left} and {right}")]
+    /// Sums of different shapes or metrics cannot be merged.
+    #[error("cannot merge sums of {what}: {left} and {right}")]
     Unmergeable {
         /// Difference in words.
         what: &'static str,

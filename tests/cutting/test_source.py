@@ -21,7 +21,7 @@ def test_a_hub_id_is_told_from_a_folder(tmp_path, monkeypatch):
     (tmp_path / "org" / "here").mkdir(parents=True)
     assert hub_id("org/name-1.5B_x") == "org/name-1.5B_x"
     assert hub_id("gpt2") == "gpt2"
-    assert hub_id("/root/hub/models--org--name/snapshots/0123") == "org/name"
+    assert hub_id("/srv/hub/models--org--name/snapshots/0123") == "org/name"
     assert hub_id("models--gpt2/snapshots/0123") == "gpt2"
     for source in ("org/here", "./name", "/org/name", "a/b/c", "tiny.gguf", "", "a b"):
         assert hub_id(source) is None
