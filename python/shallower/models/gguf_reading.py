@@ -1,4 +1,4 @@
-"""GGUF files read by transformers in a seventh of the time.
+"""GGUF files parsed once for transformers, with long rows.
 
 For most families transformers reads a GGUF file three times, for the tokenizer, the config and
 the weights, and each time makes an array of NumPy of every token and every merge of its
