@@ -4,7 +4,15 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
+from shallower.cutting.exports import EXPORT_FILES, export_path
+from shallower.cutting.gguf import plan_path
+
 CUT = range(12, 20)
+
+
+def files_of_cut(out):
+    """The names of all that a cut leaves: the file, its plan and the exports."""
+    return [out, plan_path(out), *(export_path(out, name) for name in EXPORT_FILES)]
 
 
 def write(path, num_layers=6, arch="llama", alignment=None, extra=(), types=(), split=None):

@@ -11,9 +11,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
 import shallower as sh
-from shallower.cutting.gguf import gguf_files
 from tests.conftest import ROOT
-from tests.cutting.gguf_files import CUT, write
+from tests.cutting.gguf_files import CUT, files_of_cut, write
 
 
 def fields(reader):
@@ -143,7 +142,7 @@ def test_the_plan_lies_beside(real, cut):
     assert plan == sh.plan_gguf(real, CUT)
     assert plan.num_layers == 30
     assert plan.dropped == tuple(CUT)
-    assert set(cut.parent.iterdir()) == set(gguf_files(cut))
+    assert set(cut.parent.iterdir()) == set(files_of_cut(cut))
 
 
 def test_the_file_gives_the_logits_of_the_model_cut_in_memory(smol, cut):

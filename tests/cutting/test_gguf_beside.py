@@ -6,9 +6,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, si
 
 import shallower as sh
 from shallower.cutting.exports import export_path
-from shallower.cutting.gguf import gguf_files
 from tests.cutting.card_tools import LICENSED, front
-from tests.cutting.gguf_files import write
+from tests.cutting.gguf_files import files_of_cut, write
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
@@ -20,10 +19,10 @@ def test_a_cut_gguf_has_its_files_beside_it(tmp_path, shallower):
     (tmp_path / "README.md").write_text("# Of something else\n")
     words = (source, "--drop", "1,3:5", "--out", out)
     there = shallower("prune", *words, "--dry-run", "--json").json["write"]
-    assert there == [str(path) for path in gguf_files(out)]
+    assert there == [str(path) for path in files_of_cut(out)]
     assert not out.parent.exists()
     sh.prune_gguf(source, DROPPED, out)
-    assert set(out.parent.iterdir()) == set(gguf_files(out))
+    assert set(out.parent.iterdir()) == set(files_of_cut(out))
     card = export_path(out, "README.md").read_text()
     assert front(card) == {
         "library_name": "gguf",
@@ -43,7 +42,7 @@ def test_a_cut_gguf_has_its_files_beside_it(tmp_path, shallower):
 @pytest.mark.parametrize("index", range(1, 5))
 def test_a_file_beside_a_gguf_is_not_replaced_unasked(tmp_path, shallower, index):
     source, out = write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
-    taken = gguf_files(out)[index]
+    taken = files_of_cut(out)[index]
     taken.write_text("mine")
     before = tree(tmp_path)
     with pytest.raises(sh.OutputError, match=f"{taken.name} exists already"):

@@ -11,8 +11,8 @@ import time
 import pytest
 
 import shallower as sh
-from shallower.cutting.gguf import gguf_files, plan_path
-from tests.cutting.gguf_files import CUT, write
+from shallower.cutting.gguf import plan_path
+from tests.cutting.gguf_files import CUT, files_of_cut, write
 
 
 def test_split_files_are_refused(tmp_path):
@@ -202,7 +202,7 @@ def test_the_command_line(real, tmp_path):
     done = shallower("prune", real, "--drop", "12:20", "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     described = json.loads(done.stdout)
-    assert described["written"] == [str(path) for path in gguf_files(out)]
+    assert described["written"] == [str(path) for path in files_of_cut(out)]
     assert described["survivors"] == [*range(12), *range(20, 30)]
     again = shallower("prune", real, "--drop", "12:20", "--out", out)
     assert again.returncode == 2

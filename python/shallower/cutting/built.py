@@ -28,13 +28,14 @@ class BuiltModel:
         self._model = empty_model(folder, trust_remote_code)
         self.name = model_name(self._model)
         self.shape = shape_of(self._model)
-        self.path = find_layers(self._model).path
+        self._layers = find_layers(self._model)
+        self.path = self._layers.path
 
     @property
     def kinds(self) -> Sequence[object]:
         """The names of every layer's parameters."""
-        layers = find_layers(self._model).modules
-        return [tuple(name for name, _ in layer.named_parameters()) for layer in layers]
+        modules = self._layers.modules
+        return [tuple(name for name, _ in layer.named_parameters()) for layer in modules]
 
     def vectors(self) -> Iterator[str]:
         """Give the names of the one-dimensional weights, in the order of the modules."""
@@ -54,7 +55,7 @@ class BuiltModel:
             InMemoryOnlyError: weights beside the layers would have to be cut as well.
             ModelError: a stock loader would not build the layers that stay from it.
         """
-        if parts := layer_parts(self._model, find_layers(self._model)):
+        if parts := layer_parts(self._model, self._layers):
             raise InMemoryOnlyError(
                 f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "
                 f"which is cut in memory only: use prune, or load_model, drop_layers and save_model"

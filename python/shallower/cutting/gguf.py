@@ -20,7 +20,7 @@ from ..values.layers import Layers
 from ..values.plan import Plan
 from .cards import exports
 from .copying import Progress, copying
-from .exports import EXPORT_FILES, CutFacts, export_path
+from .exports import CutFacts, export_path
 from .plans import agreed_plan
 from .source import GGUF_KEYS, find_source
 
@@ -40,7 +40,7 @@ def prune_gguf(
         source: a GGUF file of version 2 or 3, one file a model.
         layers: a plan, or blocks, ranges or indices, 0-based.
         out: the new file, ending in ``.gguf``. Beside it lie the plan, a model card and what
-            mergekit and llama.cpp need for the same cut (:func:`gguf_files`).
+            mergekit and llama.cpp need for the same cut (:attr:`PreparedGguf.files`).
         overwrite: replace what is there, ``source`` too, once the new files are complete.
         plan: the plan behind ``layers``, if they are not a plan themselves; it is saved. A GGUF
             file does not tell its fingerprint, which is not compared with the plan's.
@@ -231,13 +231,3 @@ def read_metadata(source: Path) -> dict[str, Any]:
 def plan_path(out: str | Path) -> Path:
     """Name the plan beside a GGUF file: ``model.shallower_plan.json`` beside ``model.gguf``."""
     return export_path(Path(out), PLAN_FILE)
-
-
-def gguf_files(out: str | Path) -> list[Path]:
-    """Name all files of a cut: the GGUF file, its plan and the exports.
-
-    Args:
-        out: the GGUF file.
-    """
-    out = Path(out)
-    return [out, plan_path(out), *(export_path(out, name) for name in EXPORT_FILES)]
