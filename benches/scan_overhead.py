@@ -47,15 +47,19 @@ def bare_forward(model, tokenizer, samples, max_length, batch_size):
             )
 
 
+def scan(model, tokenizer, samples, max_length, batch_size):
+    return sh.scan(model, tokenizer, samples, max_length=max_length, batch_size=batch_size)
+
+
 def check(model, tokenizer, samples, max_length, batch_size):
     """The scan against the reference on the states of a separate run."""
-    scan = sh.scan(model, tokenizer, samples, max_length=max_length, batch_size=batch_size)
+    scanned = scan(model, tokenizer, samples, max_length, batch_size)
     batches = TokenBatches(tokenizer, samples, Tokens(max_length, batch_size))
     states = np.concatenate(
         [part.states.float().numpy() for part in stream(model, batches)], axis=1
     )
     mean, _ = _reference.mean_and_stderr(states.transpose(1, 0, 2), "angular")
-    assert np.abs(scan.mean("angular") - mean).max() < 1e-7
+    assert np.abs(scanned.mean("angular") - mean).max() < 1e-7
 
 
 def seconds(run, *args):
@@ -71,9 +75,9 @@ def measure_time(options):
     bare_forward(*work)
     pairs = []
     for _ in range(options.repeats):
-        pairs.append((seconds(bare_forward, *work), seconds(sh.scan, *work)))
+        pairs.append((seconds(bare_forward, *work), seconds(scan, *work)))
         print(f"bare {pairs[-1][0]:.2f} s, scan {pairs[-1][1]:.2f} s", file=sys.stderr)
-    ratios = [scan / bare for bare, scan in pairs]
+    ratios = [scanning / bare for bare, scanning in pairs]
     return {
         "pairs_s": pairs,
         "ratio_median": statistics.median(ratios),
@@ -96,7 +100,7 @@ def measure_memory(options):
 
 def measure_one(options):
     model, tokenizer = sh.load_model(demo.model_path(), dtype=options.dtype)
-    run = sh.scan if options.mode == "scan" else bare_forward
+    run = scan if options.mode == "scan" else bare_forward
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     run(model, tokenizer, texts(int(options.samples)), options.max_length, options.batch_size)
     status = Path("/proc/self/status").read_text()

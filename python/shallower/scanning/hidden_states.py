@@ -4,7 +4,7 @@ For every batch: the base model runs once, without its head and without a cache;
 every layer keeps the rows of the chosen tokens (the last that is no padding, by default) of
 x^(l), the layer's input, and one more those of x^(L), the last layer's output before the final
 norm. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory while the next
-batch runs.
+batch runs (``transfers``).
 """
 
 from collections.abc import Generator, Iterable
@@ -23,6 +23,7 @@ from ..models.positions import check_length
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .parts import Part
+from .transfers import Gathered, HostCopies, HostCopy
 
 LAST = Positions()
 
@@ -49,33 +50,42 @@ def chosen_tokens(
 
 
 def stream(
-    model: nn.Module | Decoder, batches: Iterable[Batch], positions: Positions = LAST
+    model: nn.Module | Decoder,
+    batches: Iterable[Batch],
+    positions: Positions = LAST,
+    *,
+    copies: HostCopies | None = None,
 ) -> Generator[Part, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
+
+    A part is given while the next batch runs, so that two batches' states are in memory at most.
 
     Args:
         model: a model of transformers or its base model, or what was found out about it.
         batches: padded tokens.
         positions: which tokens of each text.
+        copies: those of the calls before, whose buffers are used again.
 
     Yields:
         A part for each batch. The states are (L+1, N, D) on the CPU in the model's dtype, by text
         in the batch's order, then by position; ``samples`` are the texts; they are the sequences,
-        too, unless no text can have several tokens.
+        too, unless no text can have several tokens. Those of a model on CUDA are overwritten once
+        the next part is asked for.
 
     Raises:
         ModelError: the model has no list of decoder layers, or did not run them once each.
         TextsError: a batch is longer than the positions that the model has learned.
     """
     decoder = Decoder.of(model)
+    copies = copies or HostCopies()
     with ExitStack() as stack:
         stack.enter_context(evaluating(decoder.model))
-        hooks = stack.enter_context(_RowHooks(decoder.layers))
-        pending: tuple[_HostCopy, NDArray[np.int64], int] | None = None
+        hooks = stack.enter_context(_RowHooks(decoder.layers, copies))
+        pending: tuple[HostCopy, NDArray[np.int64], int] | None = None
         for batch in batches:
             check_length(batch.input_ids.shape[1], decoder.positions)
             rows, columns = chosen_tokens(batch, positions)
-            copy = _HostCopy(hooks.run(batch, rows, columns, decoder.device))
+            copy = copies.start(hooks.run(batch, rows, columns, decoder.device))
             if pending:
                 yield _part(*pending, positions)
             pending = copy, batch.samples[rows], len(batch)
@@ -83,28 +93,30 @@ def stream(
             yield _part(*pending, positions)
 
 
-def _part(copy: "_HostCopy", texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:
+def _part(copy: HostCopy, texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:
     sequences = None if positions.one_a_text else texts
     return Part(copy.wait(), texts, steps, state_first=True, sequences=sequences)
 
 
-def _positions(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+def _positions(batch: Batch) -> dict[str, torch.Tensor]:
     """Positions from the first token that is no padding; models count so by themselves
     where the padding is on the right.
     """
     if batch.attention_mask[:, 0].all():
         return {}
     counted = torch.from_numpy(batch.attention_mask).cumsum(dim=1) - 1
-    return {"position_ids": counted.clamp(min=0).to(device)}
+    return {"position_ids": counted.clamp(min=0)}
 
 
 class _RowHooks:
     """Hooks that keep the chosen tokens' rows of one forward at a time."""
 
-    def __init__(self, layers: DecoderLayers) -> None:
-        self.layers = layers
-        self.rows: list[torch.Tensor | None] = [None] * (len(layers) + 1)
-        self.places: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
+    def __init__(self, layers: DecoderLayers, copies: HostCopies) -> None:
+        self.layers, self.copies = layers, copies
+        self.gathered: dict[tuple[torch.device, torch.dtype, int], Gathered] = {}
+        self.seen: set[int] = set()
+        self.tokens = torch.empty(0)
+        self.tokens_on: dict[torch.device, torch.Tensor] = {}
         self.shape = torch.Size()
         self.handles: list[Any] = []
 
@@ -127,23 +139,22 @@ class _RowHooks:
         rows: NDArray[np.int64],
         columns: NDArray[np.int64],
         device: torch.device,
-    ) -> list[torch.Tensor]:
-        """One forward of the base model; the rows of the L+1 states, (N, D) each."""
-        self.rows = [None] * len(self.rows)
-        attention_mask = torch.from_numpy(batch.attention_mask).to(device)
-        self.places = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
-        self.shape = attention_mask.shape
-        self.layers.runner(
-            input_ids=torch.from_numpy(batch.input_ids).to(device),
-            attention_mask=attention_mask,
-            use_cache=False,
-            **_positions(batch, device),
-        )
-        states = [state for state in self.rows if state is not None]
-        if len(states) != len(self.rows):
-            missing = [index for index, state in enumerate(self.rows) if state is None]
+    ) -> list[Gathered]:
+        """One forward of the base model; the (N, D) rows of each of the L+1 states."""
+        self.gathered, self.seen, self.tokens_on = {}, set(), {}
+        self.shape = torch.Size(batch.input_ids.shape)
+        self.tokens = torch.from_numpy(rows * self.shape[1] + columns)
+        inputs = {
+            "input_ids": torch.from_numpy(batch.input_ids),
+            "attention_mask": torch.from_numpy(batch.attention_mask),
+            **_positions(batch),
+        }
+        inputs = {name: self.copies.send(tensor, device) for name, tensor in inputs.items()}
+        self.layers.runner(**inputs, use_cache=False)
+        if missing := sorted({*range(len(self.layers) + 1)} - self.seen):
             raise ModelError(f"{self.layers.path}: the forward gave no states for {missing}")
-        return states
+        done, self.gathered = list(self.gathered.values()), {}
+        return done
 
     def _input_hook(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -161,31 +172,24 @@ class _RowHooks:
                 f"{self.layers.path}: expected hidden states of shape (B, T, D) with (B, T) = "
                 f"{tuple(self.shape)} at layer {index}, got {shape}"
             )
-        rows, columns = (place.to(states.device) for place in self.places)
-        self.rows[index] = states[rows, columns]
+        device = states.device
+        if device not in self.tokens_on:
+            self.tokens_on[device] = self.copies.send(self.tokens, device)
+        tokens = self.tokens_on[device]
+        torch.index_select(states.flatten(0, 1), 0, tokens, out=self._place(index, states))
 
-
-class _HostCopy:
-    """Rows on their way to the CPU."""
-
-    def __init__(self, rows: list[torch.Tensor]) -> None:
-        dtype = rows[0].dtype
-        for row in rows[1:]:
-            dtype = torch.promote_types(dtype, row.dtype)
-        devices = {row.device for row in rows if row.device.type == "cuda"}
-        self.states = torch.empty(
-            (len(rows), *rows[0].shape), dtype=dtype, pin_memory=bool(devices)
-        )
-        for state, row in zip(self.states, rows, strict=True):
-            state.copy_(row, non_blocking=row.device.type == "cuda")
-        self.events = []
-        for device in devices:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            self.events.append(event)
-
-    def wait(self) -> torch.Tensor:
-        """The states, once they have arrived."""
-        for event in self.events:
-            event.synchronize()
-        return self.states
+    def _place(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """Where the rows of a state go, beside those of the same device and dtype."""
+        key = states.device, states.dtype, states.shape[-1]
+        if key not in self.gathered:
+            room = len(self.layers) + 1 - len(self.seen)
+            with torch.inference_mode(False):
+                rows = torch.empty(
+                    (room, len(self.tokens), key[2]), dtype=key[1], device=states.device
+                )
+            self.gathered[key] = Gathered(rows, [])
+        gathered = self.gathered[key]
+        if index not in gathered.states:
+            gathered.states.append(index)
+            self.seen.add(index)
+        return gathered.rows[gathered.states.index(index)]

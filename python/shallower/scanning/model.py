@@ -18,6 +18,7 @@ from .builder import ScanBuilder
 from .hidden_states import stream
 from .scan import Scan
 from .states_writer import StatesWriter, keep_states_in
+from .transfers import HostCopies
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
@@ -97,7 +98,7 @@ def scan(
     )  # fmt: skip
     if total is None:
         total = length_hint(texts) or None
-    saved = time.monotonic()
+    saved, copies = time.monotonic(), HostCopies()
     with ExitStack() as stack:
         advance = stack.enter_context(track("scan", total, progress))
         kept = None
@@ -109,7 +110,7 @@ def scan(
             _resume(builder, batches, Path(checkpoint), kept)
             advance(batches.num_texts)
         for window in batches.windows():
-            with closing(stream(decoder, window, positions)) as parts:
+            with closing(stream(decoder, window, positions, copies=copies)) as parts:
                 builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:

@@ -16,7 +16,7 @@ class Part:
 
     Attributes:
         states: (B, L+1, D), or (L+1, B, D) if ``state_first``: an array or a tensor on the CPU,
-            C-contiguous. The source may overwrite it once the part after the next is asked for.
+            C-contiguous. The source may overwrite it once the next part is asked for.
         samples: (B,) int64, the numbers by which rejected samples are named.
         steps: how far a bar goes on: texts of a model's batch, else samples.
         state_first: which axis comes first.

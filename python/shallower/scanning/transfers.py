@@ -1,0 +1,196 @@
+"""States on their way to the CPU, and token ids on theirs to the device.
+
+On CUDA both travel while the model computes: token ids leave pinned memory, and the states of a
+batch leave on a stream of their own, into one of two pinned buffers, while the next batch runs.
+:class:`SideStreams` makes all the calls to CUDA; without CUDA, nothing here calls it.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Rows of the states that are on one device in one dtype.
+
+    Attributes:
+        rows: (room, N, D), filled from the front.
+        states: which states they are of, by their place in ``rows``.
+    """
+
+    rows: torch.Tensor
+    states: list[int]
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Neighbours in ``rows`` that are neighbouring states: place, state and length."""
+        found: list[tuple[int, int, int]] = []
+        for place, state in enumerate(self.states):
+            if found and state == sum(found[-1][1:]):
+                found[-1] = (*found[-1][:2], found[-1][2] + 1)
+            else:
+                found.append((place, state, 1))
+        return found
+
+
+class Event(Protocol):
+    """The end of a copy."""
+
+    def synchronize(self) -> object:
+        """Wait for it."""
+
+
+class SideStreams:
+    """A stream on each device beside the one that computes.
+
+    The only calls to CUDA of a scan are here, so that a stand-in can take their place.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def pin(self, num_bytes: int) -> torch.Tensor:
+        """Allocate pinned memory.
+
+        Args:
+            num_bytes: how much.
+
+        Returns:
+            A tensor of so many bytes.
+        """
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def send(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Send a tensor from pinned memory to a device, where it comes before what is asked next.
+
+        Args:
+            tensor: on the CPU. PyTorch keeps the pinned copy until it has been sent.
+            device: a CUDA device.
+
+        Returns:
+            The tensor on the device.
+        """
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    def receive(self, rows: torch.Tensor, target: torch.Tensor) -> Event:
+        """Copy rows, once the device has computed them, while it computes what comes next.
+
+        Args:
+            rows: on a CUDA device. Whoever asks keeps them until the copy has ended: only then
+                may the device use their memory for something else.
+            target: pinned memory of their shape, which nobody else uses until then.
+
+        Returns:
+            The end of the copy.
+        """
+        device = rows.device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        side = self._streams[device]
+        computed = torch.cuda.Event()
+        computed.record(torch.cuda.current_stream(device))
+        side.wait_event(computed)
+        with torch.cuda.stream(side):
+            target.copy_(rows, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(side)
+        return copied
+
+
+class HostCopies:
+    """Copies of states to the CPU, at most two at a time.
+
+    Args:
+        streams: makes the calls to CUDA.
+    """
+
+    def __init__(self, streams: SideStreams | None = None) -> None:
+        self._streams = streams or SideStreams()
+        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._largest = 0
+
+    def send(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Send a tensor to a device, beside its computing if it can.
+
+        Args:
+            tensor: on the CPU.
+            device: of any kind.
+
+        Returns:
+            The tensor on the device; itself if that is the CPU.
+        """
+        return self._streams.send(tensor, device) if _apart(device) else tensor.to(device)
+
+    def start(self, gathered: list[Gathered]) -> "HostCopy":
+        """Start the copy of all states of a batch.
+
+        On CUDA it takes the buffer of the copy before the last one, whose reader must be done by
+        then: :func:`stream` starts the copy of a batch when its consumer has asked for the part
+        before, and so is done with the one before that.
+
+        Args:
+            gathered: the rows of the states, by device and dtype. Nobody else may keep them.
+
+        Returns:
+            The copy, on its way.
+        """
+        shape = sum(len(one.states) for one in gathered), *gathered[0].rows.shape[1:]
+        dtype = gathered[0].rows.dtype
+        for one in gathered[1:]:
+            dtype = torch.promote_types(dtype, one.rows.dtype)
+        apart = any(_apart(one.rows.device) for one in gathered)
+        if not apart and len(gathered) == 1 and gathered[0].runs == [(0, 0, shape[0])]:
+            return HostCopy(gathered[0].rows.cpu(), [], [])
+        states = self._buffer(shape, dtype) if apart else torch.empty(shape, dtype=dtype)
+        events = []
+        for one in gathered:
+            for place, state, length in one.runs:
+                rows, target = one.rows[place : place + length], states[state : state + length]
+                if _apart(rows.device):
+                    events.append(self._streams.receive(rows, target))
+                else:
+                    target.copy_(rows)
+        return HostCopy(states, events, gathered)
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The states' part of the pinned buffer whose turn it is, no smaller than any so far."""
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        self._largest = max(self._largest, num_bytes)
+        buffer, other = self._buffers
+        if buffer is None or buffer.numel() < num_bytes:
+            self._buffers[0] = buffer = None  # give back the smaller one before asking for more
+            buffer = self._streams.pin(self._largest)
+        self._buffers = [other, buffer]
+        return buffer[:num_bytes].view(dtype).view(shape)
+
+
+def _apart(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@dataclass(slots=True)
+class HostCopy:
+    """States of a batch on their way to the CPU.
+
+    Attributes:
+        states: (L+1, N, D), on the CPU; not there yet.
+        events: the ends of the copies to it.
+        sources: what is copied, which must stay until then.
+    """
+
+    states: torch.Tensor
+    events: list[Event]
+    sources: list[Gathered]
+
+    def wait(self) -> torch.Tensor:
+        """Wait for the states, and give back the memory that they take on the devices.
+
+        Returns:
+            (L+1, N, D). On CUDA they may be overwritten once the copy after the next is started.
+        """
+        for event in self.events:
+            event.synchronize()
+        self.sources.clear()
+        return self.states

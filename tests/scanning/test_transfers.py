@@ -1,0 +1,229 @@
+"""States on their way to the CPU: a stand-in for CUDA copies as late as it may, and records."""
+
+from contextlib import contextmanager
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from shallower.scanning import transfers
+from shallower.scanning.hidden_states import stream
+from shallower.scanning.transfers import Gathered, HostCopies, SideStreams
+from shallower.values.positions import Positions
+from tests.conftest import tiny_llama
+from tests.scanning.test_hidden_states import SEQUENCES, batched
+
+ALL = Positions.parse("all")
+
+
+class LateStreams:
+    """Side streams that copy only when somebody waits."""
+
+    def __init__(self):
+        self.pinned, self.waiting, self.most_waiting, self.sent = [], [], 0, 0
+
+    def pin(self, num_bytes):
+        self.pinned.append(num_bytes)
+        return torch.full((num_bytes,), 255, dtype=torch.uint8)
+
+    def send(self, tensor, device):
+        self.sent += 1
+        return tensor.clone().to(device)
+
+    def receive(self, rows, target):
+        copy = SimpleNamespace(rows=rows, target=target)
+
+        def synchronize():
+            copy.target.copy_(copy.rows)
+            self.waiting.remove(copy)
+
+        self.waiting.append(copy)
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
+        return SimpleNamespace(synchronize=synchronize)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The stand-in, to which every device is one apart from the CPU."""
+    monkeypatch.setattr(transfers, "_apart", lambda _device: True)
+    return LateStreams()
+
+
+@pytest.mark.parametrize("positions", [Positions(), ALL])
+def test_states_that_travel_late_are_those_that_do_not_travel(late, llama, positions, monkeypatch):
+    batches = batched(SEQUENCES, 1)
+    got = [
+        (part.states.clone(), part.samples.tolist())
+        for part in stream(llama, batches, positions, copies=HostCopies(late))
+    ]
+    monkeypatch.undo()
+    expected = stream(llama, batches, positions)
+    for (states, samples), part in zip(got, expected, strict=True):
+        assert torch.equal(states, part.states)
+        assert samples == part.samples.tolist()
+    assert late.waiting == []
+
+
+def test_a_part_stays_until_the_next_is_asked_for_while_a_batch_is_on_its_way(late, llama):
+    """At most two batches' states are in memory: one that is read, one that travels."""
+    batches = batched(SEQUENCES * 3, 1)
+    alone = HostCopies(LateStreams())
+    expected = [part.states.clone() for part in stream(llama, batches, ALL, copies=alone)]
+    streamed = stream(llama, batches, ALL, copies=HostCopies(late))
+    places = []
+    for number, part in enumerate(streamed):
+        assert len(late.waiting) == (number < len(expected) - 1)
+        for copy in list(late.waiting):  # the one that travels may arrive while this one is read
+            copy.target.copy_(copy.rows)
+        assert torch.equal(part.states, expected[number])
+        places.append(part.states.data_ptr())
+    assert late.most_waiting == 2
+    assert len(places) == len(expected) == 15
+    assert all(place == after for place, after in zip(places[4:], places[6:], strict=False))
+    assert all(place != after for place, after in pairwise(places))
+
+
+def test_two_buffers_serve_all_calls_and_grow_to_the_largest(late, llama):
+    copies = HostCopies(late)
+    sizes = []
+    for sequences in (SEQUENCES[1:2] * 3, SEQUENCES[:1] * 4, SEQUENCES[1:2] * 3, SEQUENCES):
+        for part in stream(llama, batched(sequences, 1), ALL, copies=copies):
+            sizes.append(part.states.nbytes)
+    small, large = 7 * 1 * 32 * 4, 7 * 7 * 32 * 4
+    assert sorted(set(sizes)) == [small, 3 * small, 5 * small, large]
+    assert late.pinned == [small, small, large, large]
+
+
+def test_the_sources_are_kept_until_their_copy_has_ended(late):
+    gathered = Gathered(torch.ones(2, 3, 4), [0, 1])
+    copy = HostCopies(late).start([gathered])
+    assert copy.sources == [gathered]
+    assert not torch.equal(copy.states, gathered.rows)
+    assert torch.equal(copy.wait(), gathered.rows)
+    assert copy.sources == []
+
+
+def test_token_ids_are_sent_and_rows_leave_at_once(late, llama):
+    copies = HostCopies(late)
+    (part,) = stream(llama, batched(SEQUENCES, 5), copies=copies)
+    assert part.states.shape == (7, 5, 32)
+    assert late.sent == 3  # the ids, their mask, and the places of the chosen tokens
+    assert late.most_waiting == 1  # all seven states in one copy
+
+
+# States in several dtypes.
+@pytest.mark.parametrize("apart", [False, True])
+def test_states_of_several_dtypes_are_joined_in_order(late, apart, monkeypatch):
+    monkeypatch.setattr(transfers, "_apart", lambda _device: apart)
+    three = torch.arange(3 * 2 * 4.0).view(3, 2, 4)
+    rows = [
+        Gathered(torch.cat([three, three]).bfloat16(), [0, 3, 4]),
+        Gathered((three + 0.1).float(), [2, 1]),
+    ]
+    states = HostCopies(late).start(rows).wait()
+    assert states.dtype == torch.float32
+    assert states.shape == (5, 2, 4)
+    assert torch.equal(states[[0, 3, 4]], three)
+    assert torch.equal(states[[2, 1]], (three + 0.1)[:2])
+
+
+def test_a_model_whose_layers_change_the_dtype_is_read():
+    model = tiny_llama(4)
+    expected = [part.states for part in stream(model, batched(SEQUENCES, 2))]
+    model.model.layers[-1].register_forward_hook(lambda _module, _args, out: out.double())
+    model.model.norm.register_forward_pre_hook(lambda _module, args: (args[0].float(),))
+    got = [part.states for part in stream(model, batched(SEQUENCES, 2))]
+    assert [states.dtype for states in got] == [torch.float64] * 3
+    for states, single in zip(got, expected, strict=True):
+        assert torch.equal(states.float(), single)
+
+
+def test_layers_that_run_in_another_order_are_read_in_theirs(llama):
+    (expected,) = stream(llama, batched(SEQUENCES, 5))
+    rows = Gathered(torch.stack([expected.states[3], expected.states[0]]), [3, 0])
+    more = Gathered(expected.states[[1, 2, 4, 5, 6]].double(), [1, 2, 4, 5, 6])
+    assert torch.equal(HostCopies().start([rows, more]).wait().float(), expected.states)
+
+
+# The calls to CUDA.
+class Recorded:
+    """A stand-in for torch.cuda that writes down who waits for whom."""
+
+    def __init__(self):
+        self.calls, self.inside = [], ["none"]
+        self.num_events = 0
+
+    def Stream(self, device):  # noqa: N802
+        return SimpleNamespace(
+            name=f"side of {device}",
+            wait_event=lambda event: self.calls.append(f"side of {device} waits for {event.name}"),
+        )
+
+    def Event(self):  # noqa: N802
+        self.num_events += 1
+        event = SimpleNamespace(name=f"event {self.num_events}")
+        event.record = lambda stream: self.calls.append(f"{event.name} on {stream.name}")
+        event.synchronize = lambda: self.calls.append(f"host waits for {event.name}")
+        return event
+
+    def current_stream(self, device):
+        return SimpleNamespace(name=f"computing of {device}")
+
+    @contextmanager
+    def stream(self, stream):
+        self.inside.append(stream.name)
+        yield
+        self.inside.pop()
+
+
+class Rows:
+    """Rows on a device, as far as the copy asks."""
+
+    def __init__(self, device):
+        self.device = device
+
+
+def test_a_copy_waits_for_what_computes_its_rows_and_only_the_host_for_the_copy(monkeypatch):
+    cuda = Recorded()
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+
+    class Target:
+        def copy_(self, rows, *, non_blocking):
+            cuda.calls.append(f"copy of {rows.device} in {cuda.inside[-1]}, {non_blocking}")
+
+    streams = SideStreams()
+    events = [streams.receive(Rows(f"cuda:{device}"), Target()) for device in (0, 1, 0)]
+    for event in events:
+        event.synchronize()
+    assert cuda.calls == [
+        "event 1 on computing of cuda:0",
+        "side of cuda:0 waits for event 1",
+        "copy of cuda:0 in side of cuda:0, True",
+        "event 2 on side of cuda:0",
+        "event 3 on computing of cuda:1",
+        "side of cuda:1 waits for event 3",
+        "copy of cuda:1 in side of cuda:1, True",
+        "event 4 on side of cuda:1",
+        "event 5 on computing of cuda:0",
+        "side of cuda:0 waits for event 5",
+        "copy of cuda:0 in side of cuda:0, True",
+        "event 6 on side of cuda:0",
+        "host waits for event 2",
+        "host waits for event 4",
+        "host waits for event 6",
+    ]
+    assert len(streams._streams) == 2
+
+
+def test_without_cuda_nothing_is_pinned_and_nothing_is_used_again(llama):
+    class Refusing:
+        def __getattr__(self, name):
+            pytest.fail(f"{name} was called on a CPU")
+
+    parts = list(stream(llama, batched(SEQUENCES, 1), ALL, copies=HostCopies(Refusing())))
+    assert len({part.states.data_ptr() for part in parts}) == len(parts)
+    assert not any(part.states.is_pinned() for part in parts)
+    assert np.isfinite(parts[0].states.numpy()).all()
