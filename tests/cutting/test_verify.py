@@ -1,6 +1,7 @@
 """The verification of a saved cut."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower import Block, ModelError
-from shallower.cutting.saving import logits_difference
+from shallower.cutting.saving import lend_layers, logits_difference
 from tests.documents import PROBE, assert_same, state_of
 
 
@@ -98,3 +99,47 @@ def test_the_difference_of_logits_is_the_greatest_one(llama, checkpoint):
     got = logits_difference(llama, checkpoint, [Block(1, 3)], input_ids=PROBE)
     assert got == pytest.approx(float((expected - faithful).abs().max()), abs=1e-6)
     assert got > 1e-3
+
+
+# On a GPU that has no room for a second model.
+@pytest.fixture
+def visits(monkeypatch):
+    """Where the CPU stands for a GPU: what is moved there, and back, in order."""
+    moved = []
+    gpu = SimpleNamespace(type="cuda")
+    move = torch.nn.Module.to
+
+    def recording(module, device):
+        moved.append((type(module).__name__, "gpu" if device is gpu else device))
+        return move(module, "cpu")
+
+    monkeypatch.setattr(torch.nn.Module, "to", recording)
+    return gpu, moved
+
+
+def test_the_layers_of_a_checkpoint_visit_the_gpu_one_at_a_time(visits, checkpoint):
+    gpu, moved = visits
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        expected = model(input_ids=PROBE).logits
+        lend_layers(model, gpu)
+        assert moved == [("LlamaForCausalLM", "gpu")]
+        got = model(input_ids=PROBE).logits
+    assert moved[1:] == [("LlamaDecoderLayer", "gpu"), ("LlamaDecoderLayer", "cpu")] * 4
+    assert torch.equal(got, expected)
+
+
+def test_what_goes_to_the_gpu_for_good_has_no_layers(visits, checkpoint, monkeypatch):
+    gpu, _ = visits
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    sent = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, _: sent.extend(module.state_dict()))
+    lend_layers(model, gpu)
+    assert sorted(sent) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    assert len(model.model.layers) == 4
+
+
+def test_on_the_cpu_nothing_visits(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    lend_layers(model, torch.device("cpu"))
+    assert not any(module._forward_hooks for module in model.modules())

@@ -135,6 +135,52 @@ def test_a_second_run_needs_overwrite_before_any_work(llama, words, tmp_path):
     assert len(sh.Plan.load(done.out / "checkpoint" / "shallower_plan.json").dropped) == 2
 
 
+def read_results(done_or_folder):
+    return json.loads((done_or_folder / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_results_are_written_before_the_cut_is_verified(llama, words, tmp_path, monkeypatch):
+    """A verification that fails, or is killed, costs no result."""
+    seen = []
+
+    def other_model(*_args, **_options):
+        seen.append(read_results(tmp_path / "out"))
+        raise sh.ModelError("the checkpoint is another model")
+
+    options = {"texts": TEXTS, "eval_texts": HELD_OUT, "sizes": [2]}
+    with monkeypatch.context() as patched:
+        patched.setattr("shallower.cutting.saving.verify_checkpoint", other_model)
+        with pytest.raises(sh.ModelError, match=r"another model; all else is in .*results\.json"):
+            sh.run(llama, words, out=tmp_path / "out", **options)
+    whole = sh.run(llama, words, out=tmp_path / "whole", **options)
+    (results,) = seen
+    assert read_results(tmp_path / "out") == results
+    assert results["max_logits_difference"] is None
+    assert {**results, "max_logits_difference": whole.difference} == read_results(whole.out)
+    assert whole.difference == whole.to_json()["max_logits_difference"] <= 1e-5
+    assert not (tmp_path / "out" / PARTIAL_FILE).exists()
+    assert (tmp_path / "out" / "checkpoint" / "config.json").is_file()
+
+
+def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
+    from shallower.runs.healing_stage import HealingStage
+
+    told = []
+
+    def killed(_stage):
+        assert [done.healing for done in told] == [None]
+        assert read_results(tmp_path / "out") == told[0].to_json()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HealingStage, "heal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sh.run(
+            learned, words, progressions(600, 5), eval_texts=progressions(12, 1),
+            out=tmp_path / "out", sizes=[2], max_length=16, heal=QUICK, report=told.append,
+        )  # fmt: skip
+    assert told[0].difference <= 1e-5
+
+
 # Continuing a text.
 def test_a_continuation_is_greedy(llama, words):
     ids = words("w3 w1 w4", return_tensors="pt")["input_ids"]

@@ -1,5 +1,6 @@
 """``shallower run`` and ``shallower demo``: the whole way."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,6 +87,7 @@ def run_command(
         resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
         max_length=max_length, batch_size=batch_size, threads=threads, heal=heal,
         heal_steps=heal_steps, overwrite=overwrite,
+        report=lambda so_far: say_results(so_far, as_json),
     )  # fmt: skip
     say_run(done, as_json)
 
@@ -126,20 +128,18 @@ def demo_command(
     quiet()
     done = run(
         resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
-        overwrite=overwrite,
+        overwrite=overwrite, report=lambda so_far: say_results(so_far, as_json),
     )  # fmt: skip
     say_run(done, as_json)
 
 
-def say_run(done: "Run", as_json: bool) -> None:
-    """Draw the heat map of a run, and print its results."""
+def say_results(done: "Run", as_json: bool) -> None:
+    """Draw the heat map of a run, and print its results; a healing may still be to come."""
     from ..reporting.figures import draw_heat_map
     from ..reporting.tables import comparison_table, plan_table, rejected, scan_table
-    from ..values.files import HEALED_FOLDER
 
     draw_heat_map(done.scan, done.out)
     if as_json:
-        print_json({**done.to_json(), "out": str(done.out)})
         return
     show(
         scan_table(done.scan),
@@ -151,5 +151,14 @@ def say_run(done: "Run", as_json: bool) -> None:
         *rejected(done.scan),
         f"wrote {done.out}",
     )
-    if done.healing is not None:
+    sys.stdout.flush()
+
+
+def say_run(done: "Run", as_json: bool) -> None:
+    """Print the end of a run: its healing, or all of it as JSON."""
+    from ..values.files import HEALED_FOLDER
+
+    if as_json:
+        print_json({**done.to_json(), "out": str(done.out)})
+    elif done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)

@@ -4,10 +4,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -180,6 +181,10 @@ def logits_difference(
 ) -> float:
     """Measure how far a saved checkpoint is from the model with its layers skipped.
 
+    Both run on the device of the model, so that they round alike. On a GPU there is no need of
+    room for a second model: the checkpoint lies in the memory of the CPU, and its layers visit
+    the GPU one after the other.
+
     Args:
         model: the uncut one; it is as before afterwards.
         path: the checkpoint, a folder or a GGUF file, which is loaded with stock transformers.
@@ -192,19 +197,47 @@ def logits_difference(
     Raises:
         ModelError: the checkpoint cannot be loaded, or lacks weights.
     """
+    device = Decoder.of(model).device
+    input_ids = input_ids.to(device)
+    with torch.inference_mode(), without_layers(model, layers):
+        expected = model(input_ids=input_ids, use_cache=False).logits
     reloaded: Any
     if Path(path).suffix == ".gguf":
         dtype: Any = stored_dtype(model)
         reloaded, _ = load_model(path, dtype, "cpu")
     else:
-        reloaded = load_weights(str(path), model.dtype)
-    device = Decoder.of(model).device
-    reloaded.to(device)
-    with torch.inference_mode():
-        with without_layers(model, layers):
-            expected = model(input_ids=input_ids.to(device), use_cache=False).logits
-        got = reloaded(input_ids=input_ids.to(device), use_cache=False).logits
+        reloaded = load_weights(str(path), model.dtype, None if device.type == "cpu" else "cpu")
+    lend_layers(reloaded, device)
+    with torch.no_grad():  # weights cannot move in inference mode
+        got = reloaded(input_ids=input_ids, use_cache=False).logits
+    expected = expected.to(device)  # that of a model on several GPUs may be on the last one
     return float((got.float() - expected.float()).abs().max())
+
+
+def lend_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Make a model on the CPU run on another device that has no room for all its layers.
+
+    Args:
+        model: its layers go to the device when they are run, and back; all else goes and stays.
+        device: where it runs; nothing is to be done for the CPU.
+    """
+    if device.type == "cpu":
+        return
+    layers = find_layers(model)
+    modules = layers.modules
+    setattr(layers.owner, layers.name, nn.ModuleList())
+    cast("Any", model).to(device)
+    setattr(layers.owner, layers.name, modules)
+
+    def come(layer: nn.Module, _args: Any) -> None:
+        layer.to(device)
+
+    def leave(layer: nn.Module, _args: Any, _output: Any) -> None:
+        layer.to("cpu")
+
+    for layer in modules:
+        layer.register_forward_pre_hook(come)
+        layer.register_forward_hook(leave)
 
 
 def verify_checkpoint(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,8 @@ class Run:
         comparison: the held-out losses of the whole model and of every cut that was measured.
         plan: the layers that the saved cut is without.
         difference: the greatest absolute difference between the logits of the saved cut, reloaded
-            by stock transformers, and those of the model with its layers skipped.
+            by stock transformers, and those of the model with its layers skipped. NaN until it is
+            known, which is null in JSON.
         before: the whole model's greedy continuation of the prompt.
         after: that of the cut.
         out: the folder of the run.
@@ -81,7 +82,7 @@ class Run:
             "dtype": self.scan.model and self.scan.model.dtype,
             **self.comparison.to_json(),
             "plan": self.plan.to_json(),
-            "max_logits_difference": self.difference,
+            "max_logits_difference": None if math.isnan(self.difference) else self.difference,
             "continuation": {"before": self.before, "after": self.after},
         }
         return values if self.healing is None else {**values, "healing": self.healing.to_json()}
@@ -113,6 +114,7 @@ def run(
     overwrite: bool = False,
     progress: bool | None = None,
     total: int | None = None,
+    report: Callable[[Run], None] | None = None,
 ) -> Run:
     """Scan a model, measure every block size, save the largest cut, and heal it if asked to.
 
@@ -120,7 +122,8 @@ def run(
     ``checkpoint/``, which is reloaded with stock transformers and compared; with ``heal`` also
     ``healed/``, patched and trained by :func:`shallower.heal` on the same texts. Where no patch
     helps, or the texts are too few for one, the cut is healed alone, with a warning. An
-    interrupted scan goes on where it was. The model is as before afterwards.
+    interrupted scan goes on where it was. ``results.json`` is there before the checkpoint is
+    compared, and before the healing. The model is as before afterwards.
 
     Args:
         model: a causal language model of transformers, or the source that it is loaded from.
@@ -140,6 +143,7 @@ def run(
         overwrite: replace what is in ``out``, once the new is complete.
         progress: bars with ETA on standard error; by default if that is a terminal.
         total: how many texts there are, for the ETA, where ``texts`` does not tell.
+        report: hears the results before a healing starts, which may take days.
 
     Returns:
         The results, which are in ``results.json`` too.
@@ -150,7 +154,8 @@ def run(
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
         TextsError: no texts, or too few; no text to measure a loss on.
         StatesError: no text could be compared.
-        ModelError: the model cannot be loaded, or the saved cut is another model.
+        ModelError: the model cannot be loaded, or the saved cut is another model; then
+            ``results.json`` holds all that is known.
         MissingExtraError: ``heal`` without peft.
 
     Example:
@@ -188,6 +193,8 @@ def run(
         model, tokenizer, texts, eval_texts=eval_texts, out=out, sizes=sizes, tokens=tokens,
         threads=threads, prompt=prompt, overwrite=overwrite, progress=progress, total=total,
     )  # fmt: skip
+    if report is not None:
+        report(done)
     if stage is not None:
         stage.patch(model, tokenizer, done.plan, measured=done.losses, tokens=tokens)
         del model  # nothing needs it any more, and the training needs its memory
@@ -277,7 +284,7 @@ def _scan_and_cut(
 ) -> Run:
     """The run without a healing, saved; an interrupted scan goes on where it was."""
     from ..cutting.memory import without_layers
-    from ..cutting.saving import save_model, verify_checkpoint
+    from ..cutting.saving import save_model
     from ..judgement.compare import compare_cuts
     from ..scanning.model import scan
 
@@ -301,13 +308,25 @@ def _scan_and_cut(
     with without_layers(model, plan.blocks):
         save_model(model, tokenizer, path, plan=plan, overwrite=overwrite, losses=done.losses)
         after = continue_text(model, tokenizer, prompt)
-    difference = verify_checkpoint(
-        model, tokenizer, path, layers=plan.blocks, text=max(eval_texts, key=len)
-    )
-    done = replace(done, difference=difference, after=after)
+    done = replace(done, after=after)
     done.save()
     partial.unlink(missing_ok=True)
+    done = replace(done, difference=_verify(model, tokenizer, done, max(eval_texts, key=len)))
+    done.save()
     return done
+
+
+def _verify(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", done: Run, text: str
+) -> float:
+    """Compare the saved cut with the model; a failure says that the results are there."""
+    from ..cutting.saving import verify_checkpoint
+
+    path = done.out / CHECKPOINT_FOLDER
+    try:
+        return verify_checkpoint(model, tokenizer, path, layers=done.plan.blocks, text=text)
+    except ModelError as error:
+        raise ModelError(f"{error}; all else is in {done.out / RESULTS_FILE}") from error
 
 
 def continue_text(
