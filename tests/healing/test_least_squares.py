@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.healing.least_squares import PANEL, ROWS, NormalEquations
+from shallower.healing.least_squares import KEPT_ROWS, PANEL, ROWS, NormalEquations
 
 
 def data(seed, rows, inputs=7, outputs=3):
@@ -51,21 +51,48 @@ def test_more_inputs_than_are_multiplied_at_once(inputs):
     np.testing.assert_allclose(sums.cross.numpy(), x.T @ r, atol=1e-4)
 
 
-def test_weighted_tokens_count_so_many_times():
-    x, r = data(1, 40)
-    both = equations(x[:30], r[:30]).plus(equations(x[30:], r[30:]), 0.25)
-    weights = np.sqrt(np.r_[np.ones(30), np.full(10, 0.25)])[:, None]
-    found = both.solve(0.1, torch.ones(7, dtype=torch.float64)).numpy()
-    np.testing.assert_allclose(
-        found, expected(weights * x, weights * r, 0.1, np.ones(7)), atol=1e-5
-    )
+@pytest.mark.parametrize("inputs", [7, 2 * PANEL + 3])
+def test_kept_tokens_count_as_often_as_is_said(inputs):
+    x, r = data(1, KEPT_ROWS + 40, inputs)
+    sums = equations(x[:30], r[:30])
+    for a, b in zip(np.array_split(x[30:], 3), np.array_split(r[30:], 3), strict=True):
+        sums.keep(torch.from_numpy(a), torch.from_numpy(b))
+    ones = np.ones(inputs)
+    for weight in (0.25, 2.0, 0.0):
+        weights = np.sqrt(np.r_[np.ones(30), np.full(len(x) - 30, weight)])[:, None]
+        found = sums.solve(10.0, torch.from_numpy(ones), weight).numpy()
+        wanted = expected(weights * x, weights * r, 10.0, ones)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_solution_leaves_the_sums_alone():
+    x, r = data(5, 40)
+    sums = equations(x, r)
+    gram, cross = sums.gram.clone(), sums.cross.clone()
+    first, again = (sums.solve(0.1, torch.ones(7, dtype=torch.float64)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(sums.gram, gram)
+    assert torch.equal(sums.cross, cross)
+
+
+def test_a_single_output():
+    x, r = data(6, 40, outputs=1)
+    found = equations(x, r).solve(0.1, torch.ones(7, dtype=torch.float64)).numpy()
+    np.testing.assert_allclose(found, expected(x, r, 0.1, np.ones(7)), atol=1e-5)
+
+
+def test_equations_without_a_solution_give_no_number():
+    sums = NormalEquations.empty(3, 2, torch.device("cpu"))
+    assert sums.solve(0.0, torch.zeros(3, dtype=torch.float64)).isnan().all()
 
 
 def test_mapped_inputs():
     x, r = data(2, 60)
     matrix = np.random.default_rng(3).normal(size=(4, 7))
     ones = torch.ones(4, dtype=torch.float64)
-    found = equations(x, r).mapped(torch.from_numpy(matrix)).solve(0.1, ones).numpy()
+    sums = equations(x[:50], r[:50])
+    sums.keep(torch.from_numpy(x[50:]), torch.from_numpy(r[50:]))
+    found = sums.mapped(torch.from_numpy(matrix)).solve(0.1, ones, 1.0).numpy()
     np.testing.assert_allclose(found, expected(x @ matrix.T, r, 0.1, np.ones(4)), atol=1e-5)
 
 

@@ -1,8 +1,12 @@
-"""Linear maps by least squares, from sums over tokens: memory grows with the widths alone."""
+"""Linear maps by least squares, from sums over tokens: memory grows with the widths alone.
+
+Beside the sums, one Gram matrix and one cross product, a solution takes one copy of both: the
+copy of the Gram matrix is factored in place, that of the cross product becomes the map.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,10 +16,20 @@ ROWS = 4096
 PANEL = 384
 """Columns of the symmetric products that are made at once."""
 
+CROSS_PANEL = 4096
+"""Inputs whose products with the targets are made at once."""
+
+KEPT_ROWS = 512
+"""Kept tokens whose products are made at once, in float64."""
+
 
 @contextmanager
 def _exact_in_bfloat16(dtype: torch.dtype) -> Iterator[None]:
-    """Let products of float32 round their factors to bfloat16, if that is what they come from."""
+    """Let products of float32 round their factors to bfloat16, if that is what they come from.
+
+    A CPU then multiplies in bfloat16. CUDA takes TF32, which has bfloat16's exponents and three
+    bits more. Either way such factors are not rounded, and the sums are float32.
+    """
     before = torch.get_float32_matmul_precision()
     try:
         if dtype == torch.bfloat16:
@@ -32,12 +46,15 @@ class NormalEquations:
     Attributes:
         gram: (F, F) float64, the sum of x xᵀ.
         cross: (F, D) float64, the sum of x rᵀ.
-        count: tokens.
+        count: tokens in these sums.
+        kept: tokens (N, F) and their targets (N, D) that are in no sum, and are given a weight
+            when the equations are solved.
     """
 
     gram: torch.Tensor
     cross: torch.Tensor
     count: int = 0
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
@@ -65,11 +82,14 @@ class NormalEquations:
             targets: (N, D), of any float dtype.
         """
         for x, r in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
-            wide = x.float()
+            wide, right = x.float(), r.float()
             with _exact_in_bfloat16(x.dtype):
                 for start in range(0, wide.shape[1], PANEL):
                     self._add_panel(wide[:, start:].T @ wide[:, start : start + PANEL], start)
-            self.cross += wide.T @ r.float()
+            for some, sums in zip(
+                wide.split(CROSS_PANEL, dim=1), self.cross.split(CROSS_PANEL), strict=True
+            ):
+                sums += some.T @ right
         self.count += len(inputs)
 
     def _add_panel(self, products: torch.Tensor, start: int) -> None:
@@ -78,21 +98,14 @@ class NormalEquations:
         self.gram[start:, start:stop] += products
         self.gram[start:stop, stop:] += products[stop - start :].T
 
-    def plus(self, other: "NormalEquations", weight: float) -> "NormalEquations":
-        """Add the tokens of other sums, each counted ``weight`` times.
+    def keep(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Keep a few tokens apart from the sums.
 
         Args:
-            other: sums of the same F and D.
-            weight: the weight of its tokens.
-
-        Returns:
-            New sums.
+            inputs: (N, F), of any float dtype.
+            targets: (N, D), of any float dtype.
         """
-        return NormalEquations(
-            self.gram + weight * other.gram,
-            self.cross + weight * other.cross,
-            self.count + other.count,
-        )
+        self.kept.append((inputs, targets))
 
     def mapped(self, matrix: torch.Tensor) -> "NormalEquations":
         """Map the inputs: the sums of y = ``matrix`` x.
@@ -104,21 +117,49 @@ class NormalEquations:
             New sums of G inputs.
         """
         matrix = matrix.to(self.gram)
-        return NormalEquations(matrix @ self.gram @ matrix.T, matrix @ self.cross, self.count)
+        kept = [(x.to(matrix) @ matrix.T, r) for x, r in self.kept]
+        return NormalEquations(matrix @ self.gram @ matrix.T, matrix @ self.cross, self.count, kept)
 
-    def solve(self, ridge: float, penalty: torch.Tensor) -> torch.Tensor:
+    def solve(self, ridge: float, penalty: torch.Tensor, kept_weight: float = 0.0) -> torch.Tensor:
         """Find the map with the least sum of squared errors and penalties.
 
         Args:
             ridge: cost of the squares of the map's entries.
             penalty: (F,) float64, the factor of ``ridge`` for each input.
+            kept_weight: how many times each of the kept tokens counts.
 
         Returns:
-            (D, F) float64.
+            (D, F) float64; NaN where the equations have no solution.
         """
-        regular = self.gram + torch.diag(ridge * penalty)
-        factor = torch.linalg.cholesky(regular)
-        return torch.cholesky_solve(self.cross, factor).T
+        gram, solution = self.gram.clone(), self._turned_cross()
+        self._add_kept(gram, solution, kept_weight)
+        gram.diagonal().add_(ridge * penalty)
+        # Columns one after the other, as LAPACK and cuSOLVER want them: neither call copies.
+        lower, right = gram.mT, solution.mT
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        torch.linalg.solve_triangular(lower, right, upper=False, out=right)
+        torch.linalg.solve_triangular(lower.mT, right, upper=True, out=right)
+        return solution.masked_fill_(info != 0, torch.nan)
+
+    def _turned_cross(self) -> torch.Tensor:
+        """(D, F), a copy."""
+        return self.cross.mT.clone(memory_format=torch.contiguous_format)
+
+    def _add_kept(self, gram: torch.Tensor, cross: torch.Tensor, weight: float) -> None:
+        """Add the kept tokens to copies of the sums: to one triangle, and to (D, F)."""
+        if not self.kept or not weight:
+            return
+        if len(self.kept) > 1:
+            inputs, targets = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+            self.kept = [(inputs, targets)]
+        inputs, targets = self.kept[0]
+        for x, r in zip(inputs.split(KEPT_ROWS), targets.split(KEPT_ROWS), strict=True):
+            x, r = x.to(gram), r.to(gram)
+            cross.addmm_(r.T, x, alpha=weight)
+            for start in range(0, x.shape[1], PANEL):
+                panel = gram[start : start + PANEL, start:]
+                panel.addmm_(x[:, start : start + PANEL].T, x[:, start:], alpha=weight)
 
     @property
     def scale(self) -> torch.Tensor:

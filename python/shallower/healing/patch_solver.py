@@ -19,7 +19,7 @@ from ..texts.batches import Batch
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .least_squares import NormalEquations
-from .patch_states import StateSet, Stored, first_tokens, other_tokens
+from .patch_states import StateSet, Stored, first_rows, other_rows
 
 RIDGES = (0.03, 0.3, 3.0)
 """Penalties on the change of a matrix that are tried, as shares of its inputs' mean square."""
@@ -137,23 +137,10 @@ class Patching:
         Raises:
             PatchError: a layer does not write by two plain linear maps.
         """
-        states = self.held_out
-        sums = {place: 0.0 for block in self.plan.blocks for place in (block.start, block.stop)}
-        counts = 0
-        for chosen in (self.fitted, self.held_out):
-            for index, batch in enumerate(chosen.batches):
-                hidden = self.model.embed(batch)
-                chosen.cut[index] = hidden
-                mask = other_tokens(batch)
-                at = 0
-                for place in sorted(sums):
-                    hidden = self.model.run(batch, hidden, range(at, place))
-                    at = place
-                    sums[place] += float(hidden[mask].float().norm(dim=-1).double().sum())
-                counts += int(mask.sum())
+        norms = self._norms()
         original, cut = self._loss(0, range(len(self.model))), self._loss(0, self.survivors)
-        scales = tuple(sums[block.stop] / sums[block.start] for block in self.plan.blocks)
-        batch, factor = states.batches[0], 1.0
+        scales = tuple(norms[block.stop] / norms[block.start] for block in self.plan.blocks)
+        batch, factor = self.held_out.batches[0], 1.0
         hidden = self.model.embed(batch)
         for layer in self.survivors:
             passed = [s for b, s in zip(self.plan.blocks, scales, strict=True) if b.stop <= layer]
@@ -165,6 +152,21 @@ class Patching:
                         self._change(weight, weight / factor)
             hidden = self.model.run(batch, hidden, (layer,))
         return self._done("magnitude", original, cut, self._loss(0, self.survivors), scales=scales)
+
+    def _norms(self) -> dict[int, float]:
+        """The sums of the states' norms at both ends of every block; the embeddings are kept."""
+        places = sorted({p for block in self.plan.blocks for p in (block.start, block.stop)})
+        sums: dict[int, torch.Tensor] = {}
+        for chosen in (self.fitted, self.held_out):
+            for index, batch in enumerate(chosen.batches):
+                hidden = self.model.embed(batch)
+                chosen.cut[index] = hidden
+                at = 0
+                for place in places:
+                    hidden = self.model.run(batch, hidden, range(at, place))
+                    at = place
+                    _add_to(sums, place, other_rows(batch, hidden).float().norm(dim=-1))
+        return {place: float(total) for place, total in sums.items()}
 
     def _both(self, layer: int, writers: Writers) -> tuple[Writer, Writer]:
         if writers.attention is None or writers.feed_forward is None:
@@ -211,16 +213,17 @@ class Patching:
         if method == "refit" and writers.attention is not None:
             self._give_attention_its_share(layer, writers.attention, feed_forward)
             changed.insert(0, writers.attention.name)
-        rest, first = self._equations(layer, (feed_forward,))
-        own = feed_forward.weight.double()
+        equations = self._equations(layer, (feed_forward,))
+        own = feed_forward.weight.clone()
         if method == "map":
-            rest, first = rest.mapped(own), first.mapped(own)
+            equations = equations.mapped(own)
+        penalty = equations.scale.expand(len(equations.gram))
 
         def change(ridge: float, first_weight: float) -> None:
-            penalty = rest.scale.expand(len(rest.gram))
-            delta = rest.plus(first, first_weight).solve(ridge, penalty) / feed_forward.scale
-            new = own + (delta @ own if method == "map" else delta)
-            self._set(feed_forward, new)
+            delta = equations.solve(ridge, penalty, first_weight).div_(feed_forward.scale)
+            if method == "map":
+                delta = delta @ own.double()
+            self._set(feed_forward, delta.add_(own))
 
         choices = [(RIDGES[0], self.first_weight)]
         best, nats = choices[0], math.inf
@@ -241,45 +244,43 @@ class Patching:
         return Fit(layer, tuple(prefix + name for name in changed), target, *best, explained, nats)
 
     def _give_attention_its_share(self, layer: int, attention: Writer, other: Writer) -> None:
-        rest, first = self._equations(layer, (attention, other))
+        equations = self._equations(layer, (attention, other))
         inputs = attention.weight.shape[1]
-        diagonal = rest.gram.diagonal()
+        diagonal = equations.gram.diagonal()
         parts = diagonal[:inputs], diagonal[inputs:]
         penalty = torch.cat([part.mean().expand(len(part)) for part in parts])
-        joint = rest.plus(first, self.first_weight).solve(RIDGES[0], penalty)
+        joint = equations.solve(RIDGES[0], penalty, self.first_weight)
         delta = ATTENTION_STEP * joint[:, :inputs] / attention.scale
-        self._set(attention, attention.weight.double() + delta)
+        self._set(attention, attention.weight + delta)
 
-    def _equations(
-        self, layer: int, writers: tuple[Writer, ...]
-    ) -> tuple[NormalEquations, NormalEquations]:
+    def _equations(self, layer: int, writers: tuple[Writer, ...]) -> NormalEquations:
         """The normal equations of what is missing to the whole model's states, from the writers'
-        inputs: of all tokens but the first of the texts, and of those first tokens.
+        inputs; the first tokens of the texts are kept apart.
         """
         states = self.fitted
-        sums: tuple[NormalEquations, ...] = ()
+        equations: NormalEquations | None = None
         for index, batch in enumerate(states.batches):
             with _inputs([writer.module for writer in writers]) as taken:
                 output = self.model.run(batch, states.cut[index], (layer,))
             inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
             missing = states.whole[index].to(output.device).float() - output.float()
-            if not sums:
+            if equations is None:
                 sizes = inputs.shape[-1], missing.shape[-1]
-                sums = tuple(NormalEquations.empty(*sizes, inputs.device) for _ in range(2))
-            for equations, mask in zip(
-                sums, (other_tokens(batch), first_tokens(batch)), strict=True
-            ):
-                equations.add(inputs[mask], missing[mask])
-        return sums[0], sums[1]
+                equations = NormalEquations.empty(*sizes, inputs.device)
+            equations.add(other_rows(batch, inputs), other_rows(batch, missing))
+            equations.keep(first_rows(batch, inputs), first_rows(batch, missing))
+        assert equations is not None
+        return equations
 
     def _missing(self, layer: int) -> float:
         """The squared distance to the whole model's states on held-out text, first tokens apart."""
-        states, total = self.held_out, 0.0
+        states = self.held_out
+        sums: dict[int, torch.Tensor] = {}
         for index, batch in enumerate(states.batches):
             output = self.model.run(batch, states.cut[index], (layer,))
             missing = states.whole[index].to(output.device).float() - output.float()
-            total += float(missing[other_tokens(batch)].double().square().sum())
-        return total
+            _add_to(sums, layer, other_rows(batch, missing).double().square())
+        return float(sums[layer])
 
     def _loss(self, layer: int, layers: Sequence[int] | None = None) -> float:
         """The held-out loss, from the cut model's states before ``layer``."""
@@ -297,13 +298,19 @@ class Patching:
 
     def _change(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         if all(parameter is not known for known, _ in self.undo):
-            self.undo.append((parameter, parameter.detach().clone()))
+            self.undo.append((parameter, parameter.detach().to("cpu", copy=True)))
         parameter.copy_(value)
 
     def _take_back(self) -> None:
         while len(self.undo) > self._mark:
             parameter, before = self.undo.pop()
             parameter.copy_(before)
+
+
+def _add_to(sums: dict[int, torch.Tensor], place: int, values: torch.Tensor) -> None:
+    """Add to a sum in float64 that stays on its device, which nobody waits for."""
+    total = values.double().sum()
+    sums[place] = sums[place] + total if place in sums else total
 
 
 @contextmanager

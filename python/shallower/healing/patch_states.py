@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TextsError
+from ..models.layerwise import rows
 from ..texts.batches import Batch, TokenBatches, untouched
 from ..values.tokens import Tokens
 
@@ -71,7 +73,7 @@ def divide(
 
 
 class Stored:
-    """States of batches, in one temporary file.
+    """States of batches on the CPU, in one temporary file.
 
     Args:
         file: the file to make.
@@ -122,27 +124,31 @@ class StateSet:
         self.cut.thin(step)
 
 
-def first_tokens(batch: Batch) -> torch.Tensor:
-    """Mark the first tokens of the texts.
+def first_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+    """Take the states of the first tokens of the texts.
 
     Args:
         batch: padded on the right.
+        states: (B, T, D), on any device.
 
     Returns:
-        (B, T) bool.
+        (B, D).
     """
-    mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+    mask = np.zeros(batch.input_ids.shape, dtype=bool)
     mask[:, 0] = True
-    return mask
+    return rows(states, mask)
 
 
-def other_tokens(batch: Batch) -> torch.Tensor:
-    """Mark all tokens but the first and the padding.
+def other_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+    """Take the states of all tokens but the first and the padding.
 
     Args:
         batch: padded on the right.
+        states: (B, T, D), on any device.
 
     Returns:
-        (B, T) bool.
+        (N, D).
     """
-    return torch.from_numpy(batch.attention_mask).bool() & ~first_tokens(batch)
+    mask = batch.attention_mask.astype(bool)
+    mask[:, 0] = False
+    return rows(states, mask)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -102,11 +104,12 @@ class Layerwise:
         try:
             for layer in range(len(self)):
                 states = self.run(batch, states, (layer,))
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
             states = torch.full_like(expected, torch.nan)
-        mask = torch.from_numpy(batch.attention_mask).bool().to(states.device)
-        whole = states.shape == expected.shape and states.ndim == mask.ndim + 1
-        if not whole or not torch.equal(states[mask], expected[mask]):
+        whole = states.shape == expected.shape and states.ndim == batch.attention_mask.ndim + 1
+        if not whole or not torch.equal(token_rows(batch, states), token_rows(batch, expected)):
             raise ModelError(
                 f"the layers of {type(self._model).__name__} cannot be run one by one: more than "
                 f"the residual stream goes from one to the next"
@@ -204,3 +207,30 @@ class Layerwise:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def token_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+    """Take the states of a batch's tokens, and leave the padding out.
+
+    Args:
+        batch: of token ids.
+        states: (B, T, D), on any device.
+
+    Returns:
+        (N, D), text by text.
+    """
+    return rows(states, batch.attention_mask.astype(bool))
+
+
+def rows(states: torch.Tensor, mask: NDArray[np.bool_]) -> torch.Tensor:
+    """Take the states at some tokens; no device waits to hear how many.
+
+    Args:
+        states: (B, T, D), on any device.
+        mask: (B, T), true at the tokens.
+
+    Returns:
+        (N, D), on the device of the states.
+    """
+    places = torch.from_numpy(np.flatnonzero(mask)).to(states.device)
+    return states.flatten(0, 1).index_select(0, places)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..texts.batches import Batch
-from .layerwise import Layerwise
+from .layerwise import Layerwise, token_rows
 
 TOLERANCE = 0.02
 """Deviation of a probe from what was added, at most, as a share: several roundings of bfloat16."""
@@ -150,20 +150,32 @@ def _scale(
 
     The output of ``silent`` is taken as zero.
     """
-    mask = torch.from_numpy(batch.attention_mask).bool().to(states.device)
+    ratio = _ratio(model, layer, batch, states, module, silent)
+    scale, deviation = ratio.tolist()
+    if abs(scale) < TOLERANCE or not deviation <= 4 * TOLERANCE * abs(scale):
+        return None
+    return 1.0 if abs(scale - 1.0) < TOLERANCE else scale
+
+
+def _ratio(
+    model: Layerwise,
+    layer: int,
+    batch: Batch,
+    states: torch.Tensor,
+    module: nn.Module,
+    silent: nn.Module | None = None,
+) -> torch.Tensor:
+    """(2,): the mean factor of a module's output in the stream, and the greatest deviation."""
     with _output(silent, lambda output: torch.zeros_like(output)):
         before = model.run(batch, states, (layer,)).float()
         signs = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)) < 0.5
         probe = (before.abs() + before.square().mean().sqrt()) * (2.0 * signs.to(before) - 1.0)
         with _output(module, lambda output: output + probe.to(output).view_as(output)):
             after = model.run(batch, states, (layer,)).float()
-    expected, seen = probe[mask], (after - before)[mask]
     # Every element counts alike, however massive its channel.
-    ratio = seen / expected
-    scale = float(ratio.mean())
-    if abs(scale) < TOLERANCE or float((ratio - scale).abs().max()) > 4 * TOLERANCE * abs(scale):
-        return None
-    return 1.0 if abs(scale - 1.0) < TOLERANCE else scale
+    ratio = token_rows(batch, after - before) / token_rows(batch, probe)
+    mean = ratio.mean()
+    return torch.stack([mean, (ratio - mean).abs().max()])
 
 
 @contextmanager
