@@ -57,8 +57,7 @@ def llama():
     return tiny_llama()
 
 
-@pytest.fixture(scope="session")
-def words():
+def word_tokenizer():
     """A tokenizer of 97 words, w0 .. w96, without special tokens of its own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -69,6 +68,12 @@ def words():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
     )
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer of 97 words, as `word_tokenizer` makes it."""
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")

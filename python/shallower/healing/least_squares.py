@@ -7,6 +7,7 @@ copy of the Gram matrix is factored in place, that of the cross product becomes 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -165,3 +166,51 @@ class NormalEquations:
     def scale(self) -> torch.Tensor:
         """The mean square of an input, as a sum over tokens."""
         return self.gram.diagonal().mean()
+
+
+class SolverBytes(NamedTuple):
+    """What normal equations take on their device.
+
+    Attributes:
+        held: the sums and the kept tokens, from the first batch to the last solution, and the old
+            matrix beside the solutions that are tried.
+        adding: beside these while the tokens of a batch are added.
+        solving: beside these while the equations are solved.
+    """
+
+    held: int
+    adding: int
+    solving: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is taken at once."""
+        return self.held + max(self.adding, self.solving)
+
+
+def solver_bytes(
+    inputs: int, outputs: int, *, batch_tokens: int, kept_tokens: int, value_bytes: int
+) -> SolverBytes:
+    """Count what normal equations take beside the model and its forward.
+
+    Args:
+        inputs: F; of both writers of a layer together, for their joint equations.
+        outputs: D.
+        batch_tokens: tokens of a batch, padding included.
+        kept_tokens: first tokens, one for each text that is fitted.
+        value_bytes: bytes of a value of the model.
+
+    Returns:
+        The bytes, by what they are for.
+    """
+    sums = 8 * inputs * (inputs + outputs)
+    kept = kept_tokens * (inputs * value_bytes + outputs * 4)
+    rows, some = min(batch_tokens, ROWS), min(kept_tokens, KEPT_ROWS)
+    # The inputs joined and without padding; what is missing, twice likewise; all in float32.
+    batch = batch_tokens * (2 * inputs * value_bytes + 2 * outputs * 4)
+    products = max(inputs * PANEL, min(inputs, CROSS_PANEL) * outputs)
+    return SolverBytes(
+        held=sums + kept + inputs * outputs * value_bytes,
+        adding=batch + 4 * (rows * inputs + products),
+        solving=sums + max(kept, 8 * some * (inputs + outputs)),
+    )
