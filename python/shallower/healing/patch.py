@@ -21,6 +21,7 @@ from ..cutting.memory import drop_layers, without_layers
 from ..errors import PatchError
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..models.offload import require_no_disk
 from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
@@ -141,6 +142,7 @@ def _solved(
         raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if num_tokens < 1:
         raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
+    require_no_disk(model)
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)
     plan.check_model(decoder.identity)

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import PatchError
 from ..evaluation.loss import losses_of_texts
 from ..models.layerwise import Layerwise
+from ..models.offload import resident, stored_weight, write_weight
 from ..models.residual_writers import Writer, Writers, find_writers
 from ..progress import track
 from ..texts.batches import Batch
@@ -98,10 +99,10 @@ class Patching:
         first = self.plan.blocks[0].start - 1
         after = {block.start - 1: block.stop for block in self.plan.blocks}
         last = max(after)
+        self._embed()
+        self._advance_whole(0, first)
         for states in (self.fitted, self.held_out):
-            for index, batch in enumerate(states.batches):
-                embedded = self.model.embed(batch)
-                states.whole[index] = self.model.run(batch, embedded, range(first))
+            for index in range(len(states.batches)):
                 states.cut[index] = states.whole[index]
         original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
         nats, fits, failures = cut, [], 0
@@ -145,28 +146,32 @@ class Patching:
         for layer in self.survivors:
             passed = [s for b, s in zip(self.plan.blocks, scales, strict=True) if b.stop <= layer]
             factor = math.prod(passed)
-            if factor != 1.0:
-                writers = find_writers(self.model, layer, batch=batch, states=hidden)
-                for writer in self._both(layer, writers):
-                    for weight in writer.module.parameters(recurse=False):
-                        self._change(weight, weight / factor)
-            hidden = self.model.run(batch, hidden, (layer,))
+            with resident(self.model.modules[layer]):
+                if factor != 1.0:
+                    self._divide(layer, factor, batch, hidden)
+                hidden = self.model.run(batch, hidden, (layer,))
         return self._done("magnitude", original, cut, self._loss(0, self.survivors), scales=scales)
 
     def _norms(self) -> dict[int, float]:
         """The sums of the states' norms at both ends of every block; the embeddings are kept."""
         places = sorted({p for block in self.plan.blocks for p in (block.start, block.stop)})
         sums: dict[int, torch.Tensor] = {}
-        for chosen in (self.fitted, self.held_out):
-            for index, batch in enumerate(chosen.batches):
-                hidden = self.model.embed(batch)
-                chosen.cut[index] = hidden
-                at = 0
-                for place in places:
-                    hidden = self.model.run(batch, hidden, range(at, place))
-                    at = place
-                    _add_to(sums, place, other_rows(batch, hidden).float().norm(dim=-1))
+        self._embed()
+        for at, place in zip((0, *places), places, strict=False):
+            self._advance_whole(at, place)
+            for states in (self.fitted, self.held_out):
+                for index, batch in enumerate(states.batches):
+                    hidden = other_rows(batch, states.whole[index])
+                    _add_to(sums, place, hidden.float().norm(dim=-1))
         return {place: float(total) for place, total in sums.items()}
+
+    def _divide(self, layer: int, factor: float, batch: Batch, hidden: torch.Tensor) -> None:
+        """Divide what a layer writes into the residual stream."""
+        writers = find_writers(self.model, layer, batch=batch, states=hidden)
+        for writer in self._both(layer, writers):
+            for name, _ in writer.module.named_parameters(recurse=False):
+                stored = stored_weight(writer.module, name)
+                self._change(writer.module, name, stored / factor)
 
     def _both(self, layer: int, writers: Writers) -> tuple[Writer, Writer]:
         if writers.attention is None or writers.feed_forward is None:
@@ -182,21 +187,30 @@ class Patching:
         )
         return Patch(self.plan, method, fitted, held_out, original, cut, patched, **more)
 
-    def _advance_whole(self, layer: int, target: int) -> None:
+    def _embed(self) -> None:
         for states in (self.fitted, self.held_out):
             for index, batch in enumerate(states.batches):
-                states.whole[index] = self.model.run(
-                    batch, states.whole[index], range(layer, target)
-                )
+                states.whole[index] = states.cut[index] = self.model.embed(batch)
+
+    def _advance_whole(self, layer: int, target: int) -> None:
+        for layers in self.model.passes(range(layer, target)):
+            for states in (self.fitted, self.held_out):
+                for index, batch in enumerate(states.batches):
+                    states.whole[index] = self.model.run(batch, states.whole[index], layers)
 
     def _advance_cut(self, layer: int) -> None:
-        for states in (self.fitted, self.held_out):
-            for index, batch in enumerate(states.batches):
-                states.cut[index] = self.model.run(batch, states.cut[index], (layer,))
+        for layers in self.model.passes((layer,)):
+            for states in (self.fitted, self.held_out):
+                for index, batch in enumerate(states.batches):
+                    states.cut[index] = self.model.run(batch, states.cut[index], layers)
 
     def _fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
         self._mark = len(self.undo)
+        with resident(self.model.modules[layer]):
+            return self._best_fit(layer, target, method, jump)
+
+    def _best_fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
         batch = self.held_out.batches[0]
         writers = find_writers(self.model, layer, batch=batch, states=self.held_out.cut[0])
         feed_forward = writers.feed_forward
@@ -214,7 +228,7 @@ class Patching:
             self._give_attention_its_share(layer, writers.attention, feed_forward)
             changed.insert(0, writers.attention.name)
         equations = self._equations(layer, (feed_forward,))
-        own = feed_forward.weight.clone()
+        own = feed_forward.weight.to(equations.gram.device, copy=True)
         if method == "map":
             equations = equations.mapped(own)
         penalty = equations.scale.expand(len(equations.gram))
@@ -251,7 +265,7 @@ class Patching:
         penalty = torch.cat([part.mean().expand(len(part)) for part in parts])
         joint = equations.solve(RIDGES[0], penalty, self.first_weight)
         delta = ATTENTION_STEP * joint[:, :inputs] / attention.scale
-        self._set(attention, attention.weight + delta)
+        self._set(attention, attention.weight.to(delta.device) + delta)
 
     def _equations(self, layer: int, writers: tuple[Writer, ...]) -> NormalEquations:
         """The normal equations of what is missing to the whole model's states, from the writers'
@@ -286,25 +300,29 @@ class Patching:
         """The held-out loss, from the cut model's states before ``layer``."""
         if layers is None:
             layers = [index for index in self.survivors if index >= layer]
-        total, count = 0.0, 0
-        for index, batch in enumerate(self.held_out.batches):
-            logits = self.model.logits(batch, self.held_out.cut[index], layers)
-            total += sum(losses_of_texts(logits, batch))
+        batches, total, count = self.held_out.batches, 0.0, 0
+        states = [self.held_out.cut[index] for index in range(len(batches))]
+        for some in self.model.passes(layers):
+            states = [self.model.run(*pair, some) for pair in zip(batches, states, strict=True)]
+        for batch, last in zip(batches, states, strict=True):
+            total += sum(losses_of_texts(self.model.logits(batch, last, ()), batch))
             count += int(batch.attention_mask.sum()) - len(batch)
         return total / count if math.isfinite(total) else math.inf
 
     def _set(self, writer: Writer, weight: torch.Tensor) -> None:
-        self._change(writer.parameter, writer.stored(weight))
+        self._change(writer.module, "weight", writer.turned(weight))
 
-    def _change(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
-        if all(parameter is not known for known, _ in self.undo):
-            self.undo.append((parameter, parameter.detach().to("cpu", copy=True)))
-        parameter.copy_(value)
+    def _change(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        stored = stored_weight(module, name)
+        if all(stored is not known for known, _ in self.undo):
+            self.undo.append((stored, stored.detach().to("cpu", copy=True)))
+        write_weight(module, name, value)
 
     def _take_back(self) -> None:
+        """Undo what the last layer changed, whose weights are not resident any more."""
         while len(self.undo) > self._mark:
-            parameter, before = self.undo.pop()
-            parameter.copy_(before)
+            stored, before = self.undo.pop()
+            stored.copy_(before)
 
 
 def _add_to(sums: dict[int, torch.Tensor], place: int, values: torch.Tensor) -> None:

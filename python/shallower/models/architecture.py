@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from .layer_config import layer_counts
+from .offload import execution_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +272,14 @@ def input_device(layers: DecoderLayers) -> torch.device:
         layers: the decoder layers of a model.
 
     Returns:
-        The device of the model's first weights; the CPU where they are offloaded.
+        The device of the model's first weights; of their forward where they are offloaded.
     """
-    parameter = next(layers.runner.parameters())
-    return parameter.device if parameter.device.type != "meta" else torch.device("cpu")
+    for module in layers.runner.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_meta:
+                return parameter.device
+            return execution_device(module) or torch.device("cpu")
+    raise ModelError(f"{type(layers.runner).__name__} has no weights")
 
 
 @contextmanager

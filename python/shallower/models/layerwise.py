@@ -20,6 +20,7 @@ from ..errors import ModelError
 from ..texts.batches import Batch
 from .architecture import evaluating
 from .decoder import Decoder
+from .offload import is_offloaded, resident
 
 
 class _Reached(Exception):  # noqa: N818 - no error
@@ -74,6 +75,23 @@ class Layerwise:
             (B, T, D), the states after the last of the layers.
         """
         return self._reach(batch, states, layers) if layers else states
+
+    def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Divide layers into passes over all batches.
+
+        Args:
+            layers: their indices, ascending.
+
+        Yields:
+            All of them at once; where weights are offloaded each by itself, whose weights stay
+            on its device until the next is asked for.
+        """
+        if not any(is_offloaded(self.modules[layer]) for layer in layers):
+            yield layers
+            return
+        for layer in layers:
+            with resident(self.modules[layer]):
+                yield (layer,)
 
     @torch.inference_mode()
     def logits(self, batch: Batch, states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:

@@ -151,6 +151,10 @@ _OTHERS = (
         "weights that are offloaded are read for the fingerprint",
     ),
     PrivateName(
+        "accelerate.hooks", "add_hook_to_module._hf_hook",
+        "weights that are offloaded are changed where they are stored",
+    ),
+    PrivateName(
         "torch.nn", "Module._state_dict_hooks",
         "4-bit models that cannot be saved exactly are refused",
     ),

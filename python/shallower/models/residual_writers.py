@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..texts.batches import Batch
 from .layerwise import Layerwise, token_rows
+from .offload import stored_weight
 
 TOLERANCE = 0.02
 """Deviation of a probe from what was added, at most, as a share: several roundings of bfloat16."""
@@ -38,16 +39,10 @@ class Writer:
 
     @property
     def weight(self) -> torch.Tensor:
-        """(D, inputs), a view."""
-        return self.stored(self.parameter.detach())
+        """(D, inputs), a view of the stored weight, which is on the CPU if it is offloaded."""
+        return self.turned(stored_weight(self.module, "weight").detach())
 
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The weight as the module keeps it."""
-        weight: Any = self.module.weight
-        return weight
-
-    def stored(self, weight: torch.Tensor) -> torch.Tensor:
+    def turned(self, weight: torch.Tensor) -> torch.Tensor:
         """Transpose a weight from (D, inputs) to the module's own layout, or back.
 
         Args:
