@@ -66,7 +66,7 @@ def patch_wide(width, intermediate, length):
     from tests.conftest import word_tokenizer
     from tests.examples import sentences
 
-    patch_solver.FIRST_WEIGHTS, patch_solver.RIDGES = (0.01,), (0.03,)
+    patch_solver.FIRST_WEIGHTS, patch_solver.RIDGES, patch_solver.PATIENCE = (0.01,), (0.03,), 0
     words = word_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
