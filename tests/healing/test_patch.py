@@ -208,6 +208,21 @@ def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
     assert model.config.num_hidden_layers == 6
 
 
+def test_a_patch_without_enough_memory_says_what_to_set(model, words, monkeypatch):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    missing = patch_solver.Patching._missing
+
+    def fail(work, layer):
+        if work.undo:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return missing(work, layer)
+
+    monkeypatch.setattr(patch_solver.Patching, "_missing", fail)
+    with pytest.raises(sh.PatchError, match=r"with 16 texts of at most 256 .* lower batch_size"):
+        patch(model, words, [range(3, 5)], texts=TEXTS)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("gemma2", "plain linear map"), ("mixtral", "plain linear map"), ("dory", "one by one")],

@@ -67,7 +67,8 @@ def patch(
     Raises:
         PatchError: the loss on held-out text would not fall; there is no layer before a
             block; a layer does not write by a plain linear map (mixtures of experts, norms
-            behind the feed-forward, quantised weights). The model is then as it was.
+            behind the feed-forward, quantised weights); there is not enough memory. The model
+            is then as it was.
         TextsError: there are too few texts.
         PlanError: the plan is for another model.
         LayersError, ModelError: as :func:`shallower.drop_layers`.
@@ -157,10 +158,17 @@ def _solved(
     )
     undo: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
-        with torch.no_grad(), Patching(
-            Layerwise(model), plan, fitted, held_out, undo, progress
-        ) as work:  # fmt: skip
-            done = work.magnitude() if method == "magnitude" else work.solve(method)
+        try:
+            with torch.no_grad(), Patching(
+                Layerwise(model), plan, fitted, held_out, undo, progress
+            ) as work:  # fmt: skip
+                done = work.magnitude() if method == "magnitude" else work.solve(method)
+        except torch.OutOfMemoryError as error:
+            raise PatchError(
+                f"there is not enough memory to patch with {batch_size} texts of at most "
+                f"{max_length} tokens in one forward: lower batch_size (--batch-size), or let "
+                f"layers wait in the memory of the CPU (device_map, --device-map)"
+            ) from error
         if not done.patched < done.cut:
             raise PatchError(
                 f"the patch does not help: the loss on {done.num_held_out} held-out tokens is "
