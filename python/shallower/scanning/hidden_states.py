@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import ModelError
 from ..models.architecture import DecoderLayers, evaluating
 from ..models.decoder import Decoder
+from ..models.halving import Halving
 from ..models.positions import check_length
 from ..texts.batches import Batch
 from ..values.positions import Positions
@@ -55,6 +56,7 @@ def stream(
     positions: Positions = LAST,
     *,
     copies: HostCopies | None = None,
+    halving: Halving | None = None,
 ) -> Generator[Part, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
 
@@ -65,30 +67,37 @@ def stream(
         batches: padded tokens.
         positions: which tokens of each text.
         copies: those of the calls before, whose buffers are used again.
+        halving: that of the calls before, which knows how many texts the device takes.
 
     Yields:
-        A part for each batch. The states are (L+1, N, D) on the CPU in the model's dtype, by text
-        in the batch's order, then by position; ``samples`` are the texts; they are the sequences,
-        too, unless no text can have several tokens. Those of a model on CUDA are overwritten once
-        the next part is asked for.
+        A part for each batch, or several where the device has no memory for the whole. The states
+        are (L+1, N, D) on the CPU in the model's dtype, by text in the batch's order, then by
+        position; ``samples`` are the texts; they are the sequences, too, unless no text can have
+        several tokens. Those of a model on CUDA are overwritten once the next part is asked for.
 
     Raises:
-        ModelError: the model has no list of decoder layers, or did not run them once each.
+        ModelError: the model has no list of decoder layers, or did not run them once each; or
+            there is no memory for a single text.
         TextsError: a batch is longer than the positions that the model has learned.
     """
     decoder = Decoder.of(model)
-    copies = copies or HostCopies()
+    copies, halving = copies or HostCopies(), halving or Halving()
     with ExitStack() as stack:
         stack.enter_context(evaluating(decoder.model))
         hooks = stack.enter_context(_RowHooks(decoder.layers, copies))
         pending: tuple[HostCopy, NDArray[np.int64], int] | None = None
+
+        def forward(batch: Batch) -> tuple[list[Gathered], NDArray[np.int64]]:
+            rows, columns = chosen_tokens(batch, positions)
+            return hooks.run(batch, rows, columns, decoder.device), batch.samples[rows]
+
         for batch in batches:
             check_length(batch.input_ids.shape[1], decoder.positions)
-            rows, columns = chosen_tokens(batch, positions)
-            copy = copies.start(hooks.run(batch, rows, columns, decoder.device))
-            if pending:
-                yield _part(*pending, positions)
-            pending = copy, batch.samples[rows], len(batch)
+            for part, (gathered, texts) in halving.run(batch, forward):
+                copy = copies.start(gathered)
+                if pending:
+                    yield _part(*pending, positions)
+                pending = copy, texts, len(part)
         if pending:
             yield _part(*pending, positions)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ScanError, TextsError
 from ..models.decoder import Decoder
+from ..models.halving import Halving
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..values.positions import Positions
@@ -50,7 +51,7 @@ def scan(
         texts: any iterable of strings, read once, tokenised as the tokenizer does by default
             and truncated to ``max_length`` tokens.
         max_length: tokens of a text at most.
-        batch_size: texts in one forward.
+        batch_size: texts in one forward; fewer where the memory of the device is too small.
         metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the Rust core, all by default.
         progress: a bar with ETA on standard error; by default if that is a terminal.
@@ -98,7 +99,7 @@ def scan(
     )  # fmt: skip
     if total is None:
         total = length_hint(texts) or None
-    saved, copies = time.monotonic(), HostCopies()
+    saved, copies, halving = time.monotonic(), HostCopies(), Halving()
     with ExitStack() as stack:
         advance = stack.enter_context(track("scan", total, progress))
         kept = None
@@ -110,7 +111,8 @@ def scan(
             _resume(builder, batches, Path(checkpoint), kept)
             advance(batches.num_texts)
         for window in batches.windows():
-            with closing(stream(decoder, window, positions, copies=copies)) as parts:
+            states = stream(decoder, window, positions, copies=copies, halving=halving)
+            with closing(states) as parts:
                 builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:

@@ -46,6 +46,26 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def split(self, num_texts: int) -> "list[Batch]":
+        """Split the batch, and drop the columns that are padding in all texts of a part.
+
+        Args:
+            num_texts: texts of a part at most.
+
+        Returns:
+            The parts in their order; the batch itself if it is one part.
+        """
+        if num_texts >= len(self):
+            return [self]
+        parts = []
+        for start in range(0, len(self), num_texts):
+            rows = slice(start, start + num_texts)
+            mask = self.attention_mask[rows]
+            used = np.flatnonzero(mask.any(axis=0))
+            columns = slice(used[0], used[-1] + 1)
+            parts.append(Batch(self.input_ids[rows, columns], mask[:, columns], self.samples[rows]))
+        return parts
+
 
 class TokenBatches:
     """An iterable of batches that reads texts once, a window of batches at a time.
