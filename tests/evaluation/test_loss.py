@@ -9,9 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import shallower as sh
 from shallower.evaluation.loss import next_token_losses
+from shallower.texts.batches import TokenBatches
+from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama
 
 TEXTS = [" ".join(f"w{(5 * i + 11 * j) % 97}" for j in range(2 + i % 9)) for i in range(17)]
@@ -177,3 +180,68 @@ def test_bfloat16_logits_are_summed_in_more(sharp, words):
     sums, counts = plain_losses(model.float(), words, TEXTS)
     loss = sh.evaluate_loss(model.bfloat16(), words, TEXTS)
     assert loss.nats == pytest.approx(sums.sum() / counts.sum(), rel=0.02)
+
+
+class Capped(LlamaForCausalLM):
+    """A model whose forward casts and caps its logits, as Gemma 2's does."""
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.logits = 3 * torch.tanh(output.logits.float() / 3)
+        return output
+
+
+def loss_of_all_logits(model, tokenizer, texts, tokens):
+    """The loss from (B, T, V) logits, padding and all."""
+    sums, counts = [], []
+    for batch in TokenBatches(tokenizer, texts, tokens, min_tokens=2):
+        ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, length in enumerate(mask.sum(1).tolist()):
+            losses = next_token_losses(logits[row, : length - 1], ids[row, 1:length])
+            sums.append(float(losses.double().sum()))
+            counts.append(length - 1)
+    nats = math.fsum(sums) / sum(counts)
+    squares = math.fsum((s - nats * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    stderr = math.sqrt(squares * len(sums) / (len(sums) - 1)) / sum(counts)
+    return sh.Loss(nats, stderr, sum(counts), len(sums), 0, logits.shape[-1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_bits_are_those_of_all_logits_at_once(monkeypatch, smol, passages, batch_size):
+    model, tokenizer = smol
+    texts = [text[: 150 + 40 * i] for i, text in enumerate(passages[1][:6])]
+    texts += ["One.", "Two of them.", "And a third"]
+    tokens = Tokens(64, batch_size)
+    monkeypatch.setattr("shallower.models.head.LOGITS_AT_ONCE", 30 * 49152)
+    found = sh.evaluate_loss(model, tokenizer, texts, max_length=64, batch_size=batch_size)
+    assert found == loss_of_all_logits(model, tokenizer, texts, tokens)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_logits_are_the_models_own(monkeypatch, words, in_parts):
+    torch.manual_seed(0)
+    model = Capped(tiny_llama(3, initializer_range=1.0).config).bfloat16().eval()
+    if in_parts:
+        monkeypatch.setattr("shallower.models.head.LOGITS_AT_ONCE", 400)
+    found = sh.evaluate_loss(model, words, TEXTS, batch_size=5)
+    expected = loss_of_all_logits(model, words, TEXTS, Tokens(256, 5))
+    assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+    plain = LlamaForCausalLM(model.config).bfloat16().eval()
+    plain.load_state_dict(model.state_dict())
+    assert sh.evaluate_loss(plain, words, TEXTS).nats > 1.01 * found.nats
+
+
+def test_a_model_that_runs_as_a_whole_does_so_in_few_texts(monkeypatch, sharp, words):
+    expected = sh.evaluate_loss(sharp, words, TEXTS, batch_size=8)
+    monkeypatch.setattr("shallower.models.head._agree", lambda *_: False)
+    assert sh.evaluate_loss(sharp, words, TEXTS, batch_size=8) == expected
+    monkeypatch.setattr("shallower.evaluation.loss.LOGITS_AT_ONCE", 3 * 10 * 100)
+    sizes = []
+    hook = sharp.register_forward_hook(lambda _m, _a, output: sizes.append(output.logits.numel()))
+    found = sh.evaluate_loss(sharp, words, TEXTS, batch_size=8)
+    hook.remove()
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert found.num_tokens == expected.num_tokens
+    assert max(sizes) <= 3 * 10 * 100 < 8 * 10 * 100

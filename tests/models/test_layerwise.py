@@ -22,19 +22,27 @@ def logits(model, some):
         ).logits
 
 
+def rest(layerwise, model, some, *, states, layers):
+    """The logits of a model whose forward starts from states."""
+    with layerwise.starting_from(states, layers):
+        return logits(model, some)
+
+
 def test_one_after_the_other_they_make_what_the_model_makes():
     model, some = tiny_llama(), batch()
     layerwise = Layerwise(model)
     states = layerwise.embed(some)
     for layer in range(4):
         states = layerwise.run(some, states, (layer,))
-    assert torch.equal(layerwise.logits(some, states, (4, 5)), logits(model, some))
+    found = rest(layerwise, model, some, states=states, layers=(4, 5))
+    assert torch.equal(found, logits(model, some))
 
 
 def test_layers_that_are_not_run_pass_on_what_they_get():
     model, some = tiny_llama(), batch()
     layerwise = Layerwise(model)
-    found = layerwise.logits(some, layerwise.embed(some), (0, 1, 4, 5))
+    states = layerwise.embed(some)
+    found = rest(layerwise, model, some, states=states, layers=(0, 1, 4, 5))
     with sh.without_layers(model, [range(2, 4)]):
         assert torch.equal(found, logits(model, some))
 
@@ -64,5 +72,6 @@ def test_a_family_can_be_run_by_layers_or_is_refused(name):
     layerwise.check(some)
     states = layerwise.run(some, layerwise.embed(some), range(len(layerwise)))
     mask = some.attention_mask.astype(bool)
-    found, expected = layerwise.logits(some, states, ()), logits(model, some)
+    found = rest(layerwise, model, some, states=states, layers=())
+    expected = logits(model, some)
     torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-6)

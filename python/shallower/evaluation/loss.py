@@ -4,14 +4,15 @@ import math
 from collections.abc import Iterable
 from operator import length_hint
 
+import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TextsError
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
+from ..models.head import LOGITS_AT_ONCE, Head
 from ..models.positions import check_length
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
@@ -105,13 +106,13 @@ def measure_loss(
     batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2)
     losses: list[float] = []
     counts: list[int] = []
-    vocab_size = 0
     total = length_hint(texts) or None
+    head = Head.of(decoder)
     with track(description, total, progress) as advance, evaluating(decoder.model):
         for batch in batches:
             check_length(batch.input_ids.shape[1], decoder.positions)
-            sums, vocab_size = _summed_losses(decoder.model, batch, decoder.device)
-            losses += sums
+            for part in _parts(batch, head):
+                losses += _finite(summed_losses(head, part).tolist(), part, head)
             counts += [int(n) - 1 for n in batch.attention_mask.sum(axis=1)]
             advance(len(batch))
     if not losses:
@@ -121,7 +122,7 @@ def measure_loss(
     deviations = math.fsum((s - nats * n) ** 2 for s, n in zip(losses, counts, strict=True))
     size = len(losses)
     stderr = math.sqrt(deviations * size / (size - 1)) / num_tokens if size > 1 else math.nan
-    return Loss(nats, stderr, num_tokens, size, batches.num_rejected, vocab_size)
+    return Loss(nats, stderr, num_tokens, size, batches.num_rejected, head.vocab_size)
 
 
 def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -140,22 +141,32 @@ def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Ten
     return torch.cat(losses)
 
 
-def losses_of_texts(logits: torch.Tensor, batch: Batch) -> list[float]:
-    """Sum the cross-entropy of every text of a batch.
+@torch.inference_mode()
+def summed_losses(head: Head, batch: Batch) -> torch.Tensor:
+    """Sum the cross-entropy of every text of a batch; nothing is read back from the device.
 
     Args:
-        logits: (B, T, V), of any float dtype.
+        head: of the model, which is in evaluation mode.
         batch: the texts, padded on the right.
 
     Returns:
-        B sums in nats, over all tokens of a text but the first.
+        (B,) float64 nats, over all tokens of a text but the first.
     """
-    sums = []
-    for row, length in enumerate(batch.attention_mask.sum(axis=1).tolist()):
-        expected = torch.from_numpy(batch.input_ids[row, 1:length]).to(logits.device)
-        losses = next_token_losses(logits[row, : length - 1], expected)
-        sums.append(float(losses.double().sum()))
-    return sums
+    device = head.decoder.device
+    counts = batch.attention_mask.sum(axis=1) - 1
+    predicting = np.arange(batch.input_ids.shape[1]) < counts[:, None]
+    tokens = np.flatnonzero(predicting)
+    expected = torch.from_numpy(np.roll(batch.input_ids, -1, axis=1)[predicting]).to(device)
+    input_ids = torch.from_numpy(batch.input_ids).to(device)
+    attention_mask = torch.from_numpy(batch.attention_mask).to(device)
+    parts: list[torch.Tensor] = []
+    start = 0
+    for logits in head.logits_of(input_ids, attention_mask, tokens):
+        stop = start + len(logits)
+        parts.append(next_token_losses(logits, expected[start:stop].to(logits.device)))
+        start = stop
+    losses = torch.cat(parts).split(counts.tolist())
+    return torch.stack([of_text.double().sum() for of_text in losses])
 
 
 def require_predictable(
@@ -185,17 +196,20 @@ def _nothing_to_predict(batches: TokenBatches) -> TextsError:
     )
 
 
-@torch.inference_mode()
-def _summed_losses(model: nn.Module, batch: Batch, device: torch.device) -> tuple[list[float], int]:
-    """The summed loss of every text of a batch, and the size of the vocabulary."""
-    input_ids = torch.from_numpy(batch.input_ids).to(device)
-    attention_mask = torch.from_numpy(batch.attention_mask).to(device)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    sums = losses_of_texts(logits, batch)
+def _parts(batch: Batch, head: Head) -> list[Batch]:
+    """The batch; in parts, if the model makes all logits of it at once and they are many."""
+    size = len(batch)
+    if not head.by_rows:
+        size = max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * head.vocab_size))
+    slices = [slice(start, start + size) for start in range(0, len(batch), size)]
+    return [Batch(batch.input_ids[s], batch.attention_mask[s], batch.samples[s]) for s in slices]
+
+
+def _finite(sums: list[float], batch: Batch, head: Head) -> list[float]:
     for sample, loss in zip(batch.samples, sums, strict=True):
         if not math.isfinite(loss):
             raise ModelError(
                 f"the loss on text {sample} is not finite: the model's logits overflow "
-                f"or are NaN in {logits.dtype}; load it as bfloat16 or float32"
+                f"or are NaN in {head.dtype}; load it as bfloat16 or float32"
             )
-    return sums, logits.shape[-1]
+    return sums

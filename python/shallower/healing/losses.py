@@ -6,41 +6,93 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..models.architecture import find_layers
+from ..models.decoder import Decoder
+from ..models.head import FEWEST_ROWS, Head, part_sizes, replaced
 from ..values.layers import Block
 from ..values.plan import Plan
 
 _ROWS = 128
-"""Rows of logits that are in float32 at a time."""
+"""Rows of logits that are in float32 at a time, at most."""
+
+_LOGITS = 1 << 23
+"""Logits that are in float32 at a time, at most, if that leaves as many rows as keep the bits."""
+
+
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take logsumexp z − z[target] of every row in float32, a few rows at a time.
+
+    Returns:
+        The losses, 0 where the target is negative, and the gradient of ``scale`` times their sum
+        in the logits' dtype, so that no float32 copy of all logits exists.
+    """
+    gradient = torch.empty_like(logits)
+    parts = []
+    size = min(_ROWS, max(FEWEST_ROWS, _LOGITS // logits.shape[1]))
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        rows = logits[part].to(torch.float32, copy=True)
+        counts = targets[part, None] >= 0
+        expected = targets[part, None].clamp(min=0)
+        log_sum = rows.logsumexp(-1, keepdim=True)
+        parts.append(((log_sum - rows.gather(1, expected)) * counts).squeeze(1))
+        errors = rows.sub_(log_sum).exp_()
+        errors.scatter_add_(1, expected, torch.full_like(log_sum, -1))
+        gradient[part] = errors.mul_(counts).mul_(scale)
+    return torch.cat(parts), gradient
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Σ (logsumexp z − z[target]) in float32, rows at a time; the gradient is kept in the logits'
-    dtype, so that no float32 copy of all logits exists.
-    """
+    """The sum over rows of logits; the gradient to them is made at once, and kept."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        gradient = torch.empty_like(logits)
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for start in range(0, len(targets), _ROWS):
-            part = slice(start, start + _ROWS)
-            rows = logits[part].to(torch.float32, copy=True)
-            counts = targets[part, None] >= 0
-            expected = targets[part, None].clamp(min=0)
-            log_sum = rows.logsumexp(-1, keepdim=True)
-            total += ((log_sum - rows.gather(1, expected)) * counts).double().sum()
-            errors = rows.sub_(log_sum).exp_()
-            errors.scatter_add_(1, expected, torch.full_like(log_sum, -1))
-            gradient[part] = errors.mul_(counts)
+        losses, gradient = _cross_entropy(logits, targets, 1.0)
         ctx.save_for_backward(gradient)
-        return total.float()
+        return losses.double().sum().float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].to(gradient.dtype), None
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """The same from final states, whose logits exist a few rows at a time: the gradient to the
+    states, (N, D), is all that is kept. The head gets none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor, head: Head
+    ) -> torch.Tensor:
+        gradient = torch.empty_like(states)
+        scale = 1 / divisor
+        losses = []
+        sizes = part_sizes(len(states), 2 * head.vocab_size)  # their gradient is as large
+        for rows, expected, found in zip(
+            states.split(sizes), targets.split(sizes), gradient.split(sizes), strict=True
+        ):
+            with torch.enable_grad():
+                given = rows.detach().requires_grad_()
+                logits = head.logits(given)
+            of_rows, errors = _cross_entropy(
+                logits.detach(), expected.to(logits.device), scale.to(logits.device)
+            )
+            losses.append(of_rows.to(states.device))
+            found.copy_(torch.autograd.grad(logits, given, errors)[0])
+            del logits, errors
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses).double().sum().float() / divisor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None, None
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -53,10 +105,93 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         A float32 scalar, in nats.
     """
-    nothing = torch.full_like(labels[:, :1], -100)
-    expected = torch.cat([labels[:, 1:], nothing], dim=1).to(logits.device)
-    loss: torch.Tensor = _SummedCrossEntropy.apply(logits.flatten(0, 1), expected.flatten())
+    loss: torch.Tensor = _SummedCrossEntropy.apply(
+        logits.flatten(0, 1), _expected(labels).to(logits.device)
+    )
     return loss
+
+
+def mean_loss(
+    head: Head, states: torch.Tensor, labels: torch.Tensor, *, divisor: torch.Tensor | int
+) -> torch.Tensor:
+    """Take the mean cross-entropy of the next tokens, without all logits.
+
+    Args:
+        head: of the model; its weights get no gradient.
+        states: (B, T, D) final states, as the head gets them.
+        labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
+        divisor: the tokens that are predicted, in all that belongs to one step.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    count = torch.as_tensor(divisor, dtype=torch.float32, device=states.device)
+    loss: torch.Tensor = _MeanCrossEntropy.apply(
+        states.flatten(0, 1), _expected(labels).to(states.device), count, head
+    )
+    return loss
+
+
+def _expected(labels: torch.Tensor) -> torch.Tensor:
+    """The next token of every token, -100 where there is none."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1).flatten()
+
+
+class TrainingLoss:
+    """The loss of a model that is trained, made inside its forward.
+
+    So it is made through whatever is wrapped around the model: peft, accelerate, DDP. Where the
+    head is not frozen, or takes more than final states, the loss is made of all logits.
+
+    Args:
+        model: the model whose layers are trained, without peft's around it; it runs once, on a
+            few tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = Decoder.of(model)
+        inside = {id(p) for layer in decoder.layers.modules for p in layer.parameters()}
+        frozen = not any(p.requires_grad and id(p) not in inside for p in model.parameters())
+        self._model = model
+        self._head = Head.of(decoder) if frozen else None
+
+    @contextmanager
+    def made_inside(self, labels: torch.Tensor, divisor: torch.Tensor | int) -> Iterator[None]:
+        """Let the model's forward return the loss instead of logits, where it can.
+
+        Args:
+            labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
+            divisor: the tokens that are predicted, in all that belongs to one step.
+        """
+        head, run = self._head, self._model.forward
+        if head is None or not head.by_rows:
+            yield
+            return
+
+        def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            with replaced(self._model, run):
+                states = head.reached_by(run, *args, **kwargs)
+                return {"loss": mean_loss(head, states, labels, divisor=divisor)}
+
+        with replaced(self._model, forward):
+            yield
+
+    @staticmethod
+    def of(
+        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Take the loss that a forward made, or make it of its logits.
+
+        Args:
+            outputs: of a forward inside :meth:`made_inside`.
+            labels: as there.
+            num_items_in_batch: the divisor, by the Trainer's name.
+
+        Returns:
+            A float32 scalar, in nats.
+        """
+        loss: torch.Tensor | None = outputs.get("loss")
+        return summed_loss(outputs["logits"], labels) / num_items_in_batch if loss is None else loss
 
 
 class _EnoughError(Exception):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import PatchError
-from ..evaluation.loss import losses_of_texts
+from ..evaluation.loss import summed_losses
 from ..models.layerwise import Layerwise
 from ..models.offload import resident, stored_weight, write_weight
 from ..models.residual_writers import Writer, Writers, find_writers
@@ -305,7 +305,8 @@ class Patching:
         for some in self.model.passes(layers):
             states = [self.model.run(*pair, some) for pair in zip(batches, states, strict=True)]
         for batch, last in zip(batches, states, strict=True):
-            total += sum(losses_of_texts(self.model.logits(batch, last, ()), batch))
+            with self.model.starting_from(last, ()):
+                total += sum(summed_losses(self.model.head, batch).tolist())
             count += int(batch.attention_mask.sum()) - len(batch)
         return total / count if math.isfinite(total) else math.inf
 

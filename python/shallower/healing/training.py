@@ -36,7 +36,7 @@ from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
 from .callbacks import CheckpointCallback, StopOnNonFinite, Throughput
-from .losses import Distillation, summed_loss
+from .losses import Distillation, TrainingLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,11 +304,13 @@ class _Trainer(Trainer):
             data_collator=_collate,
             train_dataset=dataset,
             eval_dataset=dataset if held_out else None,  # never read: see evaluate
-            compute_loss_func=_mean_loss,
+            compute_loss_func=TrainingLoss.of,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self._recipe, self._held_out, self._distillation = recipe, held_out, distillation
+        with computing(recipe, arguments.device):
+            self._loss = TrainingLoss(model.get_base_model())
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
@@ -319,14 +321,17 @@ class _Trainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
     ) -> Any:
         inputs = {**inputs, "use_cache": False}
+        divisor = options["num_items_in_batch"]
+        made = self._loss.made_inside(inputs["labels"], divisor)
         if self._distillation is None:
-            return super().compute_loss(model, inputs, return_outputs, **options)
+            with made:
+                return super().compute_loss(model, inputs, return_outputs, **options)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with self._distillation.watching():
+        with made, self._distillation.watching():
             loss = super().compute_loss(model, inputs, False, **options)
         # As many tokens are matched as are predicted, so both have the same divisor.
         scale = self._recipe.distill * self.accelerator.num_processes
-        return loss + scale * self._distillation.summed(ids, mask) / options["num_items_in_batch"]
+        return loss + scale * self._distillation.summed(ids, mask) / divisor
 
     def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
         assert self._held_out is not None
@@ -341,12 +346,6 @@ class _Trainer(Trainer):
 
 def _flat(loss: Loss) -> dict[str, Any]:
     return {name: getattr(loss, name) for name in Loss.__slots__}
-
-
-def _mean_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
-) -> torch.Tensor:
-    return summed_loss(outputs["logits"], labels) / num_items_in_batch
 
 
 def _trained(trainer: _Trainer, folder: Path, throughput: Throughput) -> Trained:

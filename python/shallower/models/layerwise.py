@@ -20,6 +20,7 @@ from ..errors import ModelError
 from ..texts.batches import Batch
 from .architecture import evaluating
 from .decoder import Decoder
+from .head import Head
 from .offload import is_offloaded, resident
 
 
@@ -34,15 +35,17 @@ class Layerwise:
     """A model whose layers can be run by themselves.
 
     Args:
-        model: a causal language model, or what was found out about it; it runs once, on two
-            tokens.
+        model: a causal language model, or what was found out about it; it runs twice, on a
+            few tokens.
 
     Attributes:
         modules: the decoder layers, L of them.
+        head: what makes logits of the final states.
     """
 
     def __init__(self, model: PreTrainedModel | Decoder) -> None:
         decoder = Decoder.of(model)
+        self.head = Head.of(decoder)
         self.modules = decoder.layers.modules
         self._model, self._device = decoder.model, decoder.device
         self._runner, self._path = decoder.layers.runner, decoder.layers.path
@@ -93,20 +96,17 @@ class Layerwise:
             with resident(self.modules[layer]):
                 yield (layer,)
 
-    @torch.inference_mode()
-    def logits(self, batch: Batch, states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-        """Run some layers, the final norm and the head.
+    @contextmanager
+    def starting_from(self, states: torch.Tensor, layers: Sequence[int]) -> Iterator[None]:
+        """Let every forward of the model start from states, for as long as the body runs.
 
         Args:
-            batch: of token ids, for positions and masks.
             states: (B, T, D), before the first of the layers.
-            layers: their indices, ascending.
-
-        Returns:
-            (B, T, V) logits in the model's dtype.
+            layers: the layers that run, their indices ascending; behind them come the final norm
+                and the head.
         """
         with self._only(layers, states, stop=False):
-            return self._forward(self._model, batch).logits
+            yield
 
     def check(self, batch: Batch) -> None:
         """Check that the layers, run one after the other, make what the whole model makes.

@@ -1,0 +1,286 @@
+"""The head of a causal language model: from final states to logits, a few rows at a time.
+
+All logits of a batch are (B, T, V), which at a vocabulary of 262,144 are 34 GB for 8 texts of
+4,096 tokens. A row of them is made of its own final state alone, so nobody has to hold them all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..errors import ModelError
+from .architecture import evaluating
+from .decoder import Decoder
+from .offload import resident
+
+LOGITS_AT_ONCE = 1 << 26
+"""Logits that are made at once: 256 MiB in float32."""
+
+FEWEST_ROWS = 4
+"""Rows from which on a product has the same bits for any number of rows, in float32 on a CPU."""
+
+_PROBE = ((0, 1, 2), (2, 0, 1))
+"""Token ids that every vocabulary has."""
+
+_PICKED = (4, 2, 5, 0)
+"""Tokens of the probe, in an order that no sequence has."""
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """Raised to end a forward behind the inner model; carries the final states."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = states
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The part of a causal language model behind its inner model.
+
+    The model's own forward does the work, while the forward of its inner model returns the rows
+    that are asked for. So soft caps, scales, casts and projections stay the model's own, on
+    whatever device and inside whatever hooks.
+
+    A model whose logits are made of more than the final states, or that has no inner model, gives
+    them by its whole forward (``by_rows`` is False). None of the families in ``docs/families.md``
+    does; :meth:`of` finds it out.
+
+    Attributes:
+        decoder: the model.
+        vocab_size: logits of a row.
+        dtype: of the logits.
+        output: what the inner model returned for a few tokens; None if the model has to be run
+            as a whole.
+    """
+
+    decoder: Decoder
+    vocab_size: int
+    dtype: torch.dtype
+    output: Any
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "Head":
+        """Find out about the head of a model, which runs once, on six tokens.
+
+        Args:
+            decoder: a causal language model.
+
+        Returns:
+            Its head.
+        """
+        head, expected, found = cls.probe(decoder)
+        return head if found is not None and _agree(found, expected) else head.whole()
+
+    @classmethod
+    def probe(cls, decoder: Decoder) -> tuple["Head", torch.Tensor, torch.Tensor | None]:
+        """Run a model on a few tokens, as a whole and from its final states, and compare nothing.
+
+        Args:
+            decoder: a causal language model.
+
+        Returns:
+            The head, and the logits of some of the tokens: by the model's whole forward, and by
+            the head; None if the head cannot make them.
+        """
+        runner, outputs = decoder.layers.runner, []
+        run = runner.forward
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            outputs.append(run(*args, **kwargs))
+            return outputs[-1]
+
+        ids = torch.tensor(_PROBE, device=decoder.device)
+        with torch.no_grad(), evaluating(decoder.model):
+            if runner is decoder.model:
+                logits = _run(decoder.model, ids).logits
+            else:
+                with replaced(runner, keep):
+                    logits = _run(decoder.model, ids).logits
+            head = cls(decoder, logits.shape[-1], logits.dtype, outputs[0] if outputs else None)
+            expected = logits.flatten(0, 1)[list(_PICKED)]
+            if len(outputs) != 1:
+                return head, expected, None
+            try:
+                states = _first(head.output)
+                return head, expected, head.logits(states.flatten(0, 1)[list(_PICKED)])
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError):
+                return head, expected, None
+
+    def whole(self) -> "Head":
+        """Give the head that runs the whole model for logits."""
+        return dataclasses.replace(self, output=None)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether logits are made of final states, a few rows at a time."""
+        return self.output is not None
+
+    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Run the model up to its head.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 1 at tokens and 0 at padding.
+
+        Returns:
+            (B, T, D) final states, as the head gets them.
+        """
+        return self.reached_by(
+            self.decoder.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        )
+
+    def reached_by(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a forward that calls the inner model, and end it behind that.
+
+        Args:
+            forward: the model's, or one that ends in it.
+            *args: its arguments.
+            **kwargs: the same by name.
+
+        Returns:
+            (B, T, D) final states.
+
+        Raises:
+            ModelError: the forward does not call the inner model.
+        """
+        runner = self.decoder.layers.runner
+        run = runner.forward
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise _Reached(_first(run(*args, **kwargs)))
+
+        try:
+            with replaced(runner, stop):
+                forward(*args, **kwargs)
+        except _Reached as reached:
+            return reached.states
+        raise ModelError(
+            f"the forward of {type(self.decoder.model).__name__} did not run its layers"
+        )
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Apply the head.
+
+        Args:
+            rows: (R, D) final states, of any tokens.
+
+        Returns:
+            (R, V) logits, of the dtype and on the device that the model gives them in.
+        """
+        ids = torch.zeros((1, len(rows)), dtype=torch.long, device=self.decoder.device)
+        output = _with_first(self.output, rows[None])
+        with replaced(self.decoder.layers.runner, lambda *_args, **_kwargs: output):
+            logits: torch.Tensor = _run(self.decoder.model, ids).logits
+        return logits[0]
+
+    def logits_of(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: NDArray[np.int64]
+    ) -> Iterator[torch.Tensor]:
+        """Make the logits of some tokens, in parts.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 1 at tokens and 0 at padding.
+            tokens: the places of the tokens in the batch, ascending, counted through all texts.
+
+        Yields:
+            (R, V) logits of the next R of the tokens.
+        """
+        if not self.by_rows:
+            outputs = self.decoder.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
+            for part in self._parts(tokens):
+                yield outputs.logits.flatten(0, 1)[part.to(outputs.logits.device)]
+            return
+        states = self.states(input_ids, attention_mask).flatten(0, 1)
+        if len(tokens) < FEWEST_ROWS:
+            yield self.logits(states)[torch.from_numpy(tokens)]
+            return
+        with self._resident():
+            for part in self._parts(tokens):
+                yield self.logits(states[part.to(states.device)])
+
+    @contextmanager
+    def _resident(self) -> Iterator[None]:
+        """Bring the head's weights to their device once, where they wait elsewhere."""
+        inner = set(self.decoder.layers.runner.modules())
+        with ExitStack() as stack:
+            for module in self.decoder.model.modules():
+                if module not in inner and any(True for _ in module.parameters(recurse=False)):
+                    stack.enter_context(resident(module))
+            yield
+
+    def _parts(self, tokens: NDArray[np.int64]) -> Sequence[torch.Tensor]:
+        return torch.from_numpy(tokens).split(part_sizes(len(tokens), self.vocab_size))
+
+
+def part_sizes(num_rows: int, vocab_size: int) -> list[int]:
+    """Share rows out to parts whose logits are made at once.
+
+    Args:
+        num_rows: rows in all.
+        vocab_size: logits of a row.
+
+    Returns:
+        The rows of every part: no part has more than ``LOGITS_AT_ONCE`` logits, unless it would
+        be of fewer than ``FEWEST_ROWS`` rows.
+    """
+    most = max(1, LOGITS_AT_ONCE // vocab_size)
+    parts = max(1, min(-(-num_rows // most), num_rows // FEWEST_ROWS))
+    return [num_rows * (i + 1) // parts - num_rows * i // parts for i in range(parts)]
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another forward for as long as the body runs.
+
+    Args:
+        module: any module; accelerate's hooks on its forward come back afterwards.
+        forward: what it runs instead.
+    """
+    kept = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if kept is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = kept
+
+
+def _run(model: nn.Module, ids: torch.Tensor) -> Any:
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+def _first(output: Any) -> torch.Tensor:
+    states: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return states
+
+
+def _with_first(output: Any, rows: torch.Tensor) -> Any:
+    """A copy of what an inner model returned, with other states."""
+    if isinstance(output, torch.Tensor):
+        return rows
+    if isinstance(output, tuple):
+        return (rows, *output[1:])
+    return dataclasses.replace(output, **{next(iter(output)): rows})
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """True if logits are the same but for rounding."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    finite = expected.float().nan_to_num(0, 0, 0)
+    tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * float(finite.abs().max())
+    return torch.allclose(found.float(), expected.float(), 0, tolerance, equal_nan=True)
