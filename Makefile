@@ -25,7 +25,7 @@ export TOKENIZERS_PARALLELISM ?= true
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help dev check install ci test test-rust test-python test-slow lint lint-rust lint-python format demo families \
-	bench bench-check fuzz sanitize wheel clean
+	bench bench-check gpu-check fuzz sanitize wheel clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,9 @@ bench: install  ## Measure; asserts the answers first
 bench-check: install  ## The benchmarks' assertions alone
 	cargo bench --locked -- --test
 	$(INSTALLED)/python -m pytest benches --benchmark-disable
+
+gpu-check: install  ## Measure this machine's GPU in 25 minutes, into benches/record/; GPU_CHECK="--only a,c" picks steps
+	$(INSTALLED)/python benches/gpu_check.py $(GPU_CHECK)
 
 fuzz:  ## The parsers of headers, indexes and GGUF files, for FUZZ_SECONDS
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --locked --profile fuzz --test fuzz -- --nocapture

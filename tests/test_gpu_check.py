@@ -1,0 +1,113 @@
+"""The check of a GPU, in miniature on the CPU: every step leaves a complete record."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+MEMORY = {"measured", "before_bytes", "peak_bytes", "above_bytes"}
+SPREAD = {"median", "min", "max", "values"}
+SCAN = {
+    "batch_size", "num_texts", "max_length", "oracle_difference", "bare_s", "scan_s",
+    "tokens_per_second_of_batch_sizes", "throughput_ratio", "memory", "memory_of_bare_forward",
+}  # fmt: skip
+PRUNEME = {
+    "batch_size", "num_texts", "max_length", "difference_of_distances", "one_n_s", "scan_s",
+    "difference_at_the_last_state", "one_n_over_scan", "runs_for_all_n", "memory",
+}  # fmt: skip
+FIGURES = {
+    "c": {"shape", "num_tokens", "layers_dropped", "outcome", "seconds", "memory"},
+    "d": {
+        "shape", "recipe", "tokens_per_second", "tokens_per_second_of_plain_loop",
+        "throughput_ratio", "seconds_of_steps_of_plain_loop", "mean_loss",
+        "difference_of_mean_losses", "memory", "memory_of_plain_loop",
+    },
+    "e": {
+        "model", "steps", "block", "loss", "loss_of_cut", "loss_before_training", "loss_healed",
+        "recovered", "max_logits_difference", "tokens_per_second", "seconds", "memory",
+    },
+    "f": {"steps", "seconds_of_resumed", "same_bits", "max_difference", "largest_weight"},
+    "g": {
+        "seconds", "adapted", "share_of_same_bits", "max_difference_from_sum",
+        "difference_of_logits", "memory",
+    },
+    "h": {
+        "vocabulary", "batch_size", "max_length", "nats", "difference", "seconds",
+        "tokens_per_second", "bytes_of_all_logits", "memory",
+    },
+    "i": {"ranks", "seconds", "held_out", "tokens_per_second", "difference_of_logits"},
+}  # fmt: skip
+
+
+def check(*arguments):
+    command = [sys.executable, ROOT / "benches" / "gpu_check.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+def numbers(value):
+    """Every number in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for one in value for number in numbers(one)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_a_step_that_does_not_exist_is_refused():
+    done = check("--only", "a,x")
+    assert done.returncode == 1
+    assert "--only x: the steps are a, b, c" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_step_leaves_a_complete_record(tmp_path):
+    out = tmp_path / "record.json"
+    done = check("--miniature", "--out", out, "--work", tmp_path / "work")
+    record = json.loads(out.read_text(), parse_constant=pytest.fail)
+    errors = {name: step.get("error") for name, step in record["steps"].items()}
+    assert set(errors.values()) == {None}, done.stderr[-4000:]
+    assert done.returncode == 0
+    assert list(record["steps"]) == list("abcdefghi")
+    assert record["card"] is None
+    assert record["miniature"]
+    assert record["packages"]["torch"]
+    for step in record["steps"].values():
+        assert step.keys() == {"title", "ok", "date", "commit", "command", "figures", "seconds"}
+        assert step["ok"]
+        assert all(map(math.isfinite, numbers(step)))
+    figures = {name: step["figures"] for name, step in record["steps"].items()}
+    for letter, keys in (("a", SCAN), ("b", PRUNEME)):
+        for of_model in figures[letter].values():
+            assert of_model.keys() == keys
+    assert figures["a"].keys() == {"1b float32", "1b nf4", "7b float32", "7b nf4"}
+    assert figures["b"].keys() == {"1b float32", "7b float32"}
+    assert {name: figures[name].keys() for name in FIGURES} == FIGURES
+    for found in (*figures["a"].values(), *figures["b"].values()):
+        ratio = found.get("throughput_ratio") or found["one_n_over_scan"]
+        assert ratio.keys() == SPREAD
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert found["memory"].keys() == MEMORY
+    assert figures["d"]["throughput_ratio"] > 0
+    assert figures["i"]["ranks"] == 2
+    assert str(tmp_path) not in out.read_text()
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_is_recorded_and_the_others_go_on(tmp_path):
+    out, work = tmp_path / "record.json", tmp_path / "work"
+    (work / "7b").mkdir(parents=True)  # where a model should be
+    done = check("--miniature", "--only", "c,h", "--out", out, "--work", work)
+    assert done.returncode == 1
+    steps = json.loads(out.read_text())["steps"]
+    assert (steps["c"]["ok"], steps["h"]["ok"]) == (False, True)
+    assert "holds no config.json" in steps["c"]["error"]
+    assert "(c) patch: FAILED: " in done.stdout
+    again = check("--miniature", "--only", "h", "--out", out, "--work", work)
+    assert again.returncode == 0
+    after = json.loads(out.read_text())["steps"]
+    assert after["c"] == steps["c"]
