@@ -16,8 +16,7 @@ from shallower.evaluation.loss import next_token_losses
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama
-
-TEXTS = [" ".join(f"w{(5 * i + 11 * j) % 97}" for j in range(2 + i % 9)) for i in range(17)]
+from tests.evaluation.texts import TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +244,22 @@ def test_a_model_that_runs_as_a_whole_does_so_in_few_texts(monkeypatch, sharp, w
     assert found.nats == pytest.approx(expected.nats, rel=1e-6)
     assert found.num_tokens == expected.num_tokens
     assert max(sizes) <= 3 * 10 * 100 < 8 * 10 * 100
+
+
+def test_too_many_texts_for_the_memory_are_halved(sharp, words):
+    expected = sh.evaluate_loss(sharp, words, TEXTS, batch_size=8)
+    sizes = []
+
+    def short_of_memory(_module, args, _options):
+        sizes.append(len(args[0]))
+        if len(args[0]) > 3:
+            raise torch.OutOfMemoryError("a GPU's")
+
+    layer = sharp.model.layers[1]
+    hook = layer.register_forward_pre_hook(short_of_memory, with_kwargs=True)
+    with pytest.warns(UserWarning, match="going on with"):
+        found = sh.evaluate_loss(sharp, words, TEXTS, batch_size=8)
+    hook.remove()
+    assert {8, 4} < set(sizes)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert (found.num_tokens, found.num_texts) == (expected.num_tokens, expected.num_texts)

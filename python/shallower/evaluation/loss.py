@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError, TextsError
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
+from ..models.halving import Halving
 from ..models.head import LOGITS_AT_ONCE, Head
 from ..models.positions import check_length
 from ..progress import track
@@ -19,6 +20,7 @@ from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss
 from ..values.plan import describe_rejections
 from ..values.tokens import Tokens
+from .shards import gathered, rank_and_size
 
 LOGITS_PER_CHUNK = 1 << 20
 """Logits whose softmax a CPU takes at once: a few megabytes, which its cache holds. Five times as
@@ -86,6 +88,7 @@ def measure_loss(
     tokens: Tokens,
     progress: bool | None = None,
     description: str = "loss",
+    shared: bool = False,
 ) -> Loss:
     """Measure the loss as :func:`evaluate_loss` does, of a model that is known already.
 
@@ -96,33 +99,52 @@ def measure_loss(
         tokens: how texts become batches.
         progress: a bar with ETA on standard error; by default if that is a terminal.
         description: the name of the bar.
+        shared: share the batches out to the processes of torch.distributed's group, if there is
+            one. All of them must call this, with the same model and texts.
 
     Returns:
-        The loss in nats a token with its standard error, and what it was measured on.
+        The loss in nats a token with its standard error, and what it was measured on; the same in
+        all processes.
 
     Raises:
-        TextsError, ModelError: as :func:`evaluate_loss`.
+        TextsError, ModelError: as :func:`evaluate_loss`, in all processes.
     """
     batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2)
-    losses: list[float] = []
-    counts: list[int] = []
     total = length_hint(texts) or None
-    head = Head.of(decoder)
-    with track(description, total, progress) as advance, evaluating(decoder.model):
-        for batch in batches:
-            check_length(batch.input_ids.shape[1], decoder.positions)
-            for part in _parts(batch, head):
-                losses += _finite(summed_losses(head, part).tolist(), part, head)
-            counts += [int(n) - 1 for n in batch.attention_mask.sum(axis=1)]
-            advance(len(batch))
+    rank, size = rank_and_size(shared)
+
+    def measure() -> tuple[list[float], list[int], int]:
+        head, halving = Head.of(decoder), Halving()
+        losses: list[float] = []
+        counts: list[int] = []
+        with track(description, total, progress) as advance, evaluating(decoder.model):
+            for index, batch in enumerate(batches):
+                check_length(batch.input_ids.shape[1], decoder.positions)
+                mine = _parts(batch, head) if index % size == rank else []
+                for part in mine:
+                    for piece, sums in halving.run(part, lambda p: summed_losses(head, p).tolist()):
+                        losses += _finite(sums, piece, head)
+                        counts += [int(n) - 1 for n in piece.attention_mask.sum(axis=1)]
+                advance(len(batch))
+        return losses, counts, head.vocab_size
+
+    by_rank = gathered(measure, size)
+    losses = [loss for found, _, _ in by_rank for loss in found]
+    counts = [count for _, found, _ in by_rank for count in found]
     if not losses:
         raise _nothing_to_predict(batches)
-    num_tokens = sum(counts)
+    nats, stderr = _mean(losses, counts)
+    num_tokens, vocab_size = sum(counts), by_rank[0][2]
+    return Loss(nats, stderr, num_tokens, len(losses), batches.num_rejected, vocab_size)
+
+
+def _mean(losses: list[float], counts: list[int]) -> tuple[float, float]:
+    """The mean over tokens and its standard error, whatever the order of the texts."""
+    num_tokens, size = sum(counts), len(losses)
     nats = math.fsum(losses) / num_tokens
     deviations = math.fsum((s - nats * n) ** 2 for s, n in zip(losses, counts, strict=True))
-    size = len(losses)
     stderr = math.sqrt(deviations * size / (size - 1)) / num_tokens if size > 1 else math.nan
-    return Loss(nats, stderr, num_tokens, size, batches.num_rejected, head.vocab_size)
+    return nats, stderr
 
 
 def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -198,11 +220,9 @@ def _nothing_to_predict(batches: TokenBatches) -> TextsError:
 
 def _parts(batch: Batch, head: Head) -> list[Batch]:
     """The batch; in parts, if the model makes all logits of it at once and they are many."""
-    size = len(batch)
-    if not head.by_rows:
-        size = max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * head.vocab_size))
-    slices = [slice(start, start + size) for start in range(0, len(batch), size)]
-    return [Batch(batch.input_ids[s], batch.attention_mask[s], batch.samples[s]) for s in slices]
+    if head.by_rows:
+        return [batch]
+    return batch.split(max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * head.vocab_size)))
 
 
 def _finite(sums: list[float], batch: Batch, head: Head) -> list[float]:
