@@ -194,8 +194,9 @@ def merge_command(
 ) -> None:
     """Fold the adapters of heal into the weights of the cut.
 
-    The weights must not be quantised; sums are made in float32 and rounded once. The result is
-    reloaded, and its logits are compared with those of the adapters.
+    The weights must not be quantised; sums are made in float32 and rounded once, a few rows at a
+    time. The result is loaded, and its logits are compared with those of the adapters; if it does
+    not fit into memory, every weight is compared with its sum instead.
     """
     from ..storage import check_free
     from ..values.healing import Healing
@@ -224,8 +225,9 @@ def say_healing(healing: "Healing", out: Path, as_json: bool) -> None:
     if healing.tokens_per_second:
         lines.append(f"{healing.tokens_per_second:,.0f} tokens a second")
     if merged := healing.merge:
+        what = "logits differ" if merged.check == "logits" else "weights differ from the exact sums"
         lines.append(
-            f"merged into {merged.dtype}: logits differ by {merged.difference:.2g} of their norm, "
+            f"merged into {merged.dtype}: {what} by {merged.difference:.2g} of their norm, "
             f"{merged.max_difference:.2g} at most"
         )
         if merged.trained_difference is not None:

@@ -354,7 +354,8 @@ class _Run:
                     )
                 healing = write_merged(
                     folder, self.path, trained.checkpoint, healing=healing, held_out=held_out,
-                    trained=logits, trust_remote_code=self.trust_remote_code,
+                    trained=logits, progress=self._show_progress,
+                    trust_remote_code=self.trust_remote_code,
                 )  # fmt: skip
             else:
                 base = self.path

@@ -1,25 +1,42 @@
-"""Adapters folded into the plain weights of their model, and the check of the result."""
+"""Adapters folded into the plain weights of their model, and the check of the result.
 
-import copy
+Weight by weight from file to file, in the memory of the adapters and of a few rows: a model of
+70 billion parameters is merged in 2 GB, and so on any machine that has the disk for it.
+"""
+
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..cutting.saving import PROBE
+from ..cutting.card_file import CARD_FILE
+from ..cutting.checkpoint_files import is_checkpoint
+from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
 from ..errors import ModelError
+from ..evaluation.loss import evaluate_loss
 from ..models.architecture import find_layers, input_device
-from ..models.identity import identify, stored_digest
-from ..models.loading import load_model, load_weights
-from ..values.healing import Healing, Merge
+from ..models.decoder import Decoder
+from ..models.identity import stored_digest
+from ..models.source import ModelSource
+from ..progress import track
+from ..values.files import PLAN_FILE
+from ..values.healing import CURVE_FILE, HEALING_FILE, Healing, Merge
 from ..values.recipe import Resolved
+from .low_rank import Deviations, LowRank
+from .memory_merge import merge_in_memory
+from .merged_check import TOLERANCE, adapted_logits, another_model, place_for, probe_logits
+from .stored_adapters import low_rank_changes
 from .training import computing
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
-"""The most that ‖merged − adapters‖ / ‖adapters‖ of the logits may be, by the dtype that the sum of
-weight and adapter is rounded to once."""
+_NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, CURVE_FILE, "job"})
+"""Files beside the weights of a cut that are not those of the merged model."""
 
 
 def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
@@ -50,107 +67,203 @@ def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
     return dtype
 
 
-class Merger:
-    """A cut model in float32 with its adapters, ready to fold them in.
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """Adapters to fold into a cut.
 
-    Args:
-        base: the cut model, a folder or hub id.
+    Attributes:
+        base: the cut, a folder or hub id.
         adapters: the folder of the adapters.
-        healing: the record of the adapters.
+        healing: their record.
+        held_out: texts to measure the merged model on.
+        trained: the logits on ``PROBE`` of the adapters on the model as it was trained,
+            (1, T, V) float32.
+        progress: whether to show a bar on standard error; by default if that is a terminal.
         trust_remote_code: run code that comes with the model.
-
-    Raises:
-        ModelError: the adapters are not this model's, or its weights are quantised.
     """
 
-    def __init__(
-        self, base: str, adapters: Path, healing: Healing, *, trust_remote_code: bool = False
-    ) -> None:
-        from peft import PeftModel
+    base: str
+    adapters: Path
+    healing: Healing
+    held_out: list[str] | None = None
+    trained: torch.Tensor | None = None
+    progress: bool | None = None
+    trust_remote_code: bool = False
 
-        self.base = base
-        self.dtype = stored_plainly(base, trust_remote_code)
-        plain: Any = self.dtype
-        model, self.tokenizer = load_model(
-            base, dtype=plain, device_map="cpu", trust_remote_code=trust_remote_code
-        )
-        if (identify(model).fingerprint, stored_digest(base)) != (
-            healing.model.fingerprint, healing.weights,
-        ):  # fmt: skip
-            raise ModelError(
-                f"the adapters in {adapters} were trained for {healing.model}, and {base} is "
-                f"another model, or has other weights: name the one that they were trained for"
-            )
-        self._dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-        self._config_dtype = copy.copy(model.config.dtype)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
-                self._adapted = PeftModel.from_pretrained(model.float(), str(adapters)).eval()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelError(f"cannot load the adapters in {adapters}: {error}") from error
-        self._probe = self.tokenizer(PROBE, return_tensors="pt")["input_ids"]
-        self.expected = self._logits(self._adapted)
+    def into(self, folder: Path) -> Merge:
+        """Fill a folder with the merged checkpoint, and check it.
 
-    def merged(self) -> PreTrainedModel:
-        """Fold the adapters in: float32 sums, each rounded once.
-
-        Returns:
-            The model in the dtype that it is stored in.
-        """
-        model: PreTrainedModel = self._adapted.merge_and_unload(safe_merge=True)
-        for name, value in model.state_dict().items():
-            owner, _, key = name.rpartition(".")
-            if value.dtype != self._dtypes[name]:
-                module = model.get_submodule(owner)
-                getattr(module, key).data = value.to(self._dtypes[name])
-        model.config.dtype = self._config_dtype
-        for attribute in ("peft_config", "_hf_peft_config_loaded"):
-            vars(model).pop(attribute, None)
-        return model
-
-    def check(self, folder: Path, trained: torch.Tensor | None = None) -> Merge:
-        """Reload a merged checkpoint with stock transformers, and compare its logits.
+        It is loaded by stock transformers, and its logits are compared with those of the adapters
+        on their model, both in float32, where that fits into what is free; else every weight is
+        read back and compared with its sum in float64.
 
         Args:
-            folder: the checkpoint.
-            trained: the logits on :data:`PROBE` of the adapters on the model as it was trained,
-                (1, T, V) float32.
+            folder: an empty folder.
 
         Returns:
-            The differences.
+            The differences, and the held-out loss.
 
         Raises:
-            ModelError: it differs by more than the tolerance for its dtype.
+            ModelError: the adapters are another model's, or the result differs.
+            OutputError, OSError: a file cannot be written.
         """
-        got = self._logits(load_weights(str(folder), torch.float32))
-        scale = float(self.expected.norm())
-        difference = float((got - self.expected).norm()) / scale
-        if not difference <= TOLERANCE[self.dtype]:
+        dtype = stored_plainly(self.base, self.trust_remote_code)
+        place = fetched(self.base, self.trust_remote_code)
+        if stored_digest(place) != self.healing.weights:
+            raise another_model(self.base, self.adapters, self.healing)
+        stored, changes = self._stored(place)
+        if stored is None:
+            source = self._source(self.base, dtype, "cpu")
+            expected = merge_in_memory(folder, source, self.adapters, healing=self.healing)
+            return self._by_logits(folder, dtype, "cpu", expected)
+        device_map = place_for(4 * stored.num_values)
+        if device_map is None:
+            return self._by_tensors(folder, dtype, stored, changes)
+        source = self._source(self.base, "float32", device_map)
+        expected = adapted_logits(source, self.adapters, healing=self.healing)
+        with self._bar(stored.num_bytes) as report:
+            rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
+        return self._by_logits(folder, dtype, place_for(4 * stored.num_values) or "cpu", expected)
+
+    def _source(self, path: str | Path, dtype: Any, device_map: Any) -> ModelSource:
+        return ModelSource(path, dtype, device_map, trust_remote_code=self.trust_remote_code)
+
+    def _stored(self, place: Path) -> tuple[StoredCheckpoint | None, Mapping[str, LowRank]]:
+        """The weights on disk and what is added to them; None where they are not there so."""
+        if not is_checkpoint(place):
+            return None, {}
+        stored = StoredCheckpoint.open(place)
+        changes = low_rank_changes(stored, self.adapters, trust_remote_code=self.trust_remote_code)
+        return (None, {}) if changes is None else (stored, changes)
+
+    @contextmanager
+    def _bar(self, total: int) -> Iterator[Callable[[int], None]]:
+        done = 0
+        with track("merge, MiB", total >> 20, self.progress) as advance:
+
+            def report(count: int) -> None:
+                nonlocal done
+                before, done = done, done + count
+                advance((done >> 20) - (before >> 20))
+
+            yield report
+
+    def _by_logits(self, folder: Path, dtype: str, device_map: Any, expected: Any) -> Merge:
+        """The check of a model that fits into memory."""
+        model, tokenizer = self._source(folder, "float32", device_map).load()
+        got = probe_logits(model, tokenizer, input_device(find_layers(model)))
+        scale = float(expected.norm())
+        difference = float((got - expected).norm()) / scale
+        if not difference <= TOLERANCE[dtype]:
             raise ModelError(
                 f"the merged model is not the one with its adapters: its logits are off by "
-                f"{difference:.2g} of their norm, more than {TOLERANCE[self.dtype]:.0e}"
+                f"{difference:.2g} of their norm, more than {TOLERANCE[dtype]:.0e}"
             )
-        return Merge(
-            dtype=self.dtype,
+        merge = Merge(
+            dtype=dtype,
             difference=difference,
-            tolerance=TOLERANCE[self.dtype],
-            max_difference=float((got - self.expected).abs().max()),
+            tolerance=TOLERANCE[dtype],
+            max_difference=float((got - expected).abs().max()),
             trained_difference=(
-                None if trained is None else float((got - trained.cpu()).norm()) / scale
+                None if self.trained is None else float((got - self.trained.cpu()).norm()) / scale
             ),
         )
+        return self._with_loss(merge, Decoder.of(model), tokenizer)
 
-    @torch.inference_mode()
-    def _logits(self, model: Any) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=self._probe, use_cache=False).logits
-        return logits.float()
+    def _by_tensors(
+        self, folder: Path, dtype: str, stored: StoredCheckpoint, changes: Mapping[str, LowRank]
+    ) -> Merge:
+        """The merge and the check of a model that does not."""
+        deviations = Deviations()
+        with self._bar(2 * stored.num_bytes) as report:
+            rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
+            checks = {
+                name: partial(deviations.check, change, device=_device())
+                for name, change in changes.items()
+            }
+            compare(stored, folder, checks, report=report)
+        merge = Merge(
+            dtype=dtype,
+            difference=deviations.relative,
+            tolerance=max(torch.finfo(change.dtype).eps for change in changes.values()),
+            max_difference=deviations.largest,
+            check="tensors",
+        )
+        if not self.held_out:
+            return merge
+        device_map = place_for(stored.num_bytes)
+        if device_map is None:
+            warnings.warn(
+                f"the held-out loss of the merged model is not measured: its {stored.num_bytes:,} "
+                f"bytes do not fit into memory. Measure it where they do: shallower eval",
+                stacklevel=2,
+            )
+            return merge
+        model, tokenizer = self._source(folder, dtype, device_map).load()
+        return self._with_loss(merge, Decoder.of(model), tokenizer)
+
+    def _with_loss(
+        self, merge: Merge, decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+    ) -> Merge:
+        """With the held-out loss, in the arithmetic of the other losses of the healing."""
+        if not self.held_out:
+            return merge
+        recipe = self.healing.recipe
+        with computing(recipe, decoder.device):
+            loss = evaluate_loss(
+                decoder, tokenizer, self.held_out, max_length=recipe.max_length,
+                batch_size=recipe.batch_size, progress=self.progress,
+                description="loss, merged",
+            )  # fmt: skip
+        return replace(merge, loss=loss)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _changing(changes: Mapping[str, LowRank]) -> dict[str, Any]:
+    return {name: partial(change.changed, device=_device()) for name, change in changes.items()}
+
+
+def fetched(base: str, trust_remote_code: bool = False) -> Path:
+    """Find the folder of a model, which is fetched from the hub if it is not there.
+
+    Args:
+        base: a folder or hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The folder; of a hub id the one in the hub's cache.
+
+    Raises:
+        ModelError: it is not there, or cannot be fetched.
+    """
+    if (folder := Path(base).expanduser()).is_dir():
+        return folder
+
+    def fetch(name: str) -> str | None:
+        found = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else str(found)
+
+    try:
+        config = fetch("config.json")
+        if fetch("model.safetensors") is None and (index := fetch(INDEX_FILE)):
+            get_checkpoint_shard_files(base, index)
+        for name in ("generation_config.json", PLAN_FILE):
+            fetch(name)
+        AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {base}: {error}") from error
+    if config is None:
+        raise ModelError(f"{base} holds no config.json: expected a checkpoint of transformers")
+    return Path(config).parent
 
 
 def trained_logits(
     adapted: Any, tokenizer: PreTrainedTokenizerBase, recipe: Resolved, *, checkpoint: Path
 ) -> torch.Tensor:
-    """Compute the logits on :data:`PROBE` of kept adapters on the model as it was trained.
+    """Compute the logits on ``PROBE`` of kept adapters on the model as it was trained.
 
     Args:
         adapted: peft's model.
@@ -164,7 +277,5 @@ def trained_logits(
     adapted.load_adapter(str(checkpoint), "default")
     adapted.eval()
     device = input_device(find_layers(adapted.get_base_model()))
-    input_ids = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(device)
-    with torch.inference_mode(), computing(recipe, device):
-        logits: torch.Tensor = adapted(input_ids=input_ids, use_cache=False).logits
-    return logits.float()
+    with computing(recipe, device):
+        return probe_logits(adapted, tokenizer, device)

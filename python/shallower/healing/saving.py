@@ -16,7 +16,6 @@ from ..cutting.exports import EXPORT_FILES
 from ..cutting.saving import save_model
 from ..cutting.source import find_source
 from ..errors import MissingExtraError, ModelError, OutputError
-from ..evaluation.loss import evaluate_loss
 from ..reporting.figures import healing_curve
 from ..storage import check_free, new_folder, write_file
 from ..values.files import PLAN_FILE
@@ -25,7 +24,8 @@ from ..values.loss import Loss
 from ..values.patch import Patch
 from ..values.recipe import GLOBAL_BATCH
 from .checks import require_peft
-from .merging import Merger
+from .merging import Merging
+from .stored_adapters import read_adapter_config
 
 PATCH_FILE = "shallower_patch.json"
 
@@ -184,6 +184,7 @@ def write_merged(
     healing: Healing,
     held_out: list[str] | None = None,
     trained: torch.Tensor | None = None,
+    progress: bool | None = None,
     trust_remote_code: bool = False,
 ) -> Healing:
     """Write a merged checkpoint, without the record of the healing.
@@ -195,28 +196,21 @@ def write_merged(
         healing: the record.
         held_out: texts to measure the merged model on.
         trained: the logits of the adapters on the model as it was trained.
+        progress: whether to show bars on standard error; by default if that is a terminal.
         trust_remote_code: run code that comes with the model.
 
     Returns:
         The record with the comparison of the merged model.
 
     Raises:
-        ModelError: the adapters are another model's, or the logits differ.
+        ModelError: the adapters are another model's, or the result differs.
         OutputError, OSError: a file cannot be written.
     """
-    merger = Merger(base, adapters, healing, trust_remote_code=trust_remote_code)
-    model = merger.merged()
-    model.save_pretrained(folder)
-    merger.tokenizer.save_pretrained(folder)
-    merged = merger.check(folder, trained)
-    if held_out:
-        recipe = healing.recipe
-        loss = evaluate_loss(
-            model, merger.tokenizer, held_out, max_length=recipe.max_length,
-            batch_size=recipe.batch_size, progress=False,
-        )  # fmt: skip
-        merged = replace(merged, loss=loss)
-    healing = replace(healing, merge=merged)
+    merging = Merging(
+        base, adapters, healing, held_out=held_out, trained=trained, progress=progress,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    healing = replace(healing, merge=merging.into(folder))
     _copy(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
     _carry(find_source(base).licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
@@ -233,27 +227,32 @@ def merge(
     model: str | Path | None = None,
     *,
     overwrite: bool = False,
+    progress: bool | None = None,
     trust_remote_code: bool = False,
 ) -> Healing:
     """Fold the adapters of :func:`shallower.heal` into the unquantised weights of the cut.
 
     The sum of a weight and its adapter is made in float32, and rounded once to the dtype that
-    the model is stored in. The new checkpoint is reloaded by stock transformers, and its logits
-    are compared with those of the adapters on the model.
+    the model is stored in, weight by weight from file to file: a model of any size is merged in
+    the memory of a few of its rows and of the adapters. Then the new checkpoint is loaded by
+    stock transformers, and its logits are compared with those of the adapters on the model. That
+    takes four bytes and a half a parameter; where they are not free, every weight is read back
+    instead, and compared with its sum in float64.
 
     Args:
         adapters: the folder that :func:`shallower.heal` left.
         out: a folder that does not exist yet, or is empty.
         model: the cut; by default where it was when it was healed.
         overwrite: replace what is at ``out``, once the new folder is complete.
+        progress: whether to show a bar on standard error; by default if that is a terminal.
         trust_remote_code: run code that comes with the model.
 
     Returns:
         The record of the healing, with the comparison of the merged model.
 
     Raises:
-        ModelError: no adapters of shallower, adapters of another model, quantised weights, or
-            logits that differ.
+        ModelError: no adapters of shallower, adapters of another model, quantised weights,
+            adapters that are not finite, or a result that differs.
         OutputError: ``out`` holds something already, or cannot be written to.
         MissingExtraError: peft is not installed.
     """
@@ -269,8 +268,9 @@ def merge(
     with new_folder(out, overwrite) as folder:
         try:
             healing = write_merged(
-                folder, base, adapters, healing=healing, trust_remote_code=trust_remote_code
-            )
+                folder, base, adapters, healing=healing, progress=progress,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {out}: {error}") from error
         draw(folder, healing)
@@ -279,8 +279,7 @@ def merge(
 
 
 def _remembered_base(adapters: Path) -> str:
-    try:
-        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(config["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{adapters} holds no adapters of peft: {error}") from error
+    base = read_adapter_config(adapters).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ModelError(f"the adapters in {adapters} name no model: name the cut (model, --model)")
+    return base

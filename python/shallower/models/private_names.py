@@ -28,7 +28,8 @@ class PrivateName(NamedTuple):
 _TRANSFORMERS = (
     PrivateName(
         "transformers.core_model_loading", "revert_weight_conversion._weight_conversions",
-        "set to None on 4-bit models, whose loading transformers cannot run backwards to save them",
+        "set to None on 4-bit models, whose loading transformers cannot run backwards to "
+        "save them; where adapters are merged on disk, to the ways that weights may be stored",
     ),
     PrivateName(
         "transformers.modeling_utils", "PreTrainedModel._tied_weights_keys",

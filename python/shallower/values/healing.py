@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ModelError, ShallowerError
 from .identity import ModelIdentity, TextsIdentity
@@ -50,12 +50,14 @@ class Merge:
     Attributes:
         dtype: dtype of the stored weights.
         difference: ‖merged − adapters‖ / ‖adapters‖ of the logits, both computed in float32 on
-            the unquantised model.
+            the unquantised model. Of a model that was too large for that, the greatest
+            ‖merged − sum‖ / ‖sum‖ of a weight, the sum of weight and adapter in float64.
         tolerance: the most that ``difference`` may be.
-        max_difference: the greatest absolute difference of a logit.
+        max_difference: the greatest absolute difference of a logit, or of a value of a weight.
         trained_difference: the same as ``difference``, but from the adapters on the model as it
             was trained, in 4 or 8 bits; None if it was trained on plain weights.
         loss: held-out loss of the merged checkpoint, if it was measured.
+        check: what was compared: ``logits``, or ``tensors`` where the model was too large.
     """
 
     dtype: str
@@ -64,6 +66,7 @@ class Merge:
     max_difference: float
     trained_difference: float | None = None
     loss: Loss | None = None
+    check: Literal["logits", "tensors"] = "logits"
 
     def to_json(self) -> dict[str, Any]:
         """Give the comparison as plain JSON values.

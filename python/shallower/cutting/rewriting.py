@@ -1,0 +1,347 @@
+"""A checkpoint of safetensors copied with the values of some tensors changed, in constant memory.
+
+Names, dtypes and shapes stay, so headers and index do. Files are written once, from their first
+byte to their last: the kernel copies what does not change, and what changes passes in blocks.
+"""
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .._core import Checkpoint
+from ..errors import ModelError, OutputError
+from ..storage import raise_output_error
+from .checkpoint_files import CONFIG_FILE, carried_files
+
+INDEX_FILE = "model.safetensors.index.json"
+BLOCK_BYTES = 16 << 20
+"""Bytes that are copied or compared at once."""
+
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+Read = Callable[[int], bytearray]
+"""Reads so many bytes that follow those read before."""
+
+Change = Callable[[Read], Iterator[Any]]
+"""Reads a tensor from its first byte to its last, and yields buffers of the new bytes."""
+
+Compare = Callable[[Read, Read], None]
+"""Reads a tensor as it was and as it is, and raises if that is not what it should be."""
+
+Report = Callable[[int], object]
+"""Hears of bytes that were written or compared."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint: its dtype in safetensors' words, and where its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of its values; only of floats of 16 to 64 bits."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its values are floats of 16 to 64 bits."""
+        return self.dtype in _BITS
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCheckpoint:
+    """A checkpoint on disk whose headers were read and checked against the sizes of its files.
+
+    Attributes:
+        folder: its folder.
+        files: the files of its weights by name, links followed.
+        beside: all other files that belong to it, by name: config, tokenizer, card, code.
+        tensors: its tensors by name.
+    """
+
+    folder: Path
+    files: Mapping[str, Path]
+    beside: Mapping[str, Path]
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> "StoredCheckpoint":
+        """Read the headers of a checkpoint.
+
+        Args:
+            folder: with ``config.json`` and safetensors.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            ModelError: no safetensors, a file that is damaged, missing or leads elsewhere, or a
+                tensor that is in two files.
+        """
+        core = Checkpoint(folder)
+        listed = core.tensors()
+        paths = {path for _, _, _, path, _ in listed}
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        files = {name: core.resolve(name) for name in names if core.resolve(name) in paths}
+        name_of = {path: name for name, path in files.items()}
+        tensors = {
+            name: StoredTensor(dtype, tuple(shape), name_of[path], start)
+            for name, dtype, shape, path, start in listed
+        }
+        beside = {**dict(carried_files(core)), CONFIG_FILE: core.resolve(CONFIG_FILE)}
+        if set(files) != {"model.safetensors"}:
+            beside[INDEX_FILE] = core.resolve(INDEX_FILE)
+        return cls(folder, files, beside, tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the files of its weights."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    @property
+    def num_values(self) -> int:
+        """The values of all its tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def read(self, name: str) -> bytearray:
+        """Read a small tensor of floats whole.
+
+        Args:
+            name: of the tensor.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            ModelError: the file cannot be read, or ended early.
+        """
+        tensor = self.tensors[name]
+        with _opened(self.files[tensor.file]) as descriptor:
+            return _Reader(self.files[tensor.file], descriptor, tensor.start)(tensor.num_bytes)
+
+    def pieces(self, file: str, changed: Mapping[str, Any]) -> Iterator[tuple[int, int, str]]:
+        """Divide a file into the tensors that change, and what lies between them.
+
+        Args:
+            file: its name.
+            changed: mapping by the names of those tensors.
+
+        Yields:
+            First byte, end, and the name of the tensor; an empty name is what does not change.
+        """
+        position = 0
+        inside = [(t.start, n) for n, t in self.tensors.items() if t.file == file and n in changed]
+        for start, name in sorted(inside):
+            if start > position:
+                yield position, start, ""
+            position = start + self.tensors[name].num_bytes
+            yield start, position, name
+        size = self.files[file].stat().st_size
+        if size > position:
+            yield position, size, ""
+
+
+def rewrite(
+    stored: StoredCheckpoint,
+    folder: Path,
+    changes: Mapping[str, Change],
+    *,
+    report: Report = lambda _count: None,
+    leave_out: frozenset[str] = frozenset(),
+) -> None:
+    """Copy a checkpoint into an empty folder, with the values of some tensors changed.
+
+    Args:
+        stored: the checkpoint.
+        folder: an empty folder.
+        changes: makes the new bytes of tensors of floats, by their names.
+        report: told of the bytes of weights as they are written.
+        leave_out: names of files beside the weights that are not copied.
+
+    Raises:
+        ModelError: a file of the checkpoint cannot be read, or changed meanwhile.
+        OutputError: the folder cannot be written, or its disk has no room.
+    """
+    with raise_output_error(folder):
+        needed, free = stored.num_bytes, shutil.disk_usage(folder).free
+        if needed > free:
+            raise OutputError(f"cannot write {folder}: {needed} bytes are needed, {free} are free")
+        for name, path in stored.beside.items():
+            if name not in leave_out:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name)
+    for name, path in stored.files.items():
+        before = path.stat()
+        with _opened(path) as source, _created(folder / name) as target:
+            for start, stop, tensor in stored.pieces(name, changes):
+                if not tensor:
+                    _copy(source, target, start, stop=stop, path=path, report=report)
+                    continue
+                with closing(_Writer(target, start)) as write:
+                    for block in changes[tensor](_Reader(path, source, start)):
+                        report(write(block))
+                    if write.position != stop:
+                        raise ModelError(f"the new values of {tensor} are not as many as the old")
+        after = path.stat()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise ModelError(
+                f"{path} changed while it was copied; run again when it is no longer being written"
+            )
+
+
+def compare(
+    stored: StoredCheckpoint,
+    folder: Path,
+    checks: Mapping[str, Compare],
+    *,
+    report: Report = lambda _count: None,
+) -> None:
+    """Read a rewritten checkpoint back, and compare it with the one that it was made from.
+
+    Args:
+        stored: the checkpoint as it was.
+        folder: the folder that :func:`rewrite` filled.
+        checks: the checks of the tensors that changed; every other byte must be the same.
+        report: told of the bytes of weights as they are compared.
+
+    Raises:
+        ModelError: a byte differs that should not, or a check fails.
+    """
+    for name, path in stored.files.items():
+        made = folder / name
+        if made.stat().st_size != path.stat().st_size:
+            raise ModelError(f"{made} was not written as it should be: it has another size")
+        with _opened(path) as before, _opened(made) as after:
+            for start, stop, tensor in stored.pieces(name, checks):
+                was, now = _Reader(path, before, start), _Reader(made, after, start)
+                if tensor:
+                    checks[tensor](was, now)
+                    report(stop - start)
+                    continue
+                for count in _blocks(stop - start):
+                    if was(count) != now(count):
+                        raise ModelError(
+                            f"{made} was not written as it should be: a byte between "
+                            f"{start} and {stop} differs, where nothing was to change"
+                        )
+                    report(count)
+
+
+def _blocks(total: int) -> Iterator[int]:
+    for start in range(0, total, BLOCK_BYTES):
+        yield min(BLOCK_BYTES, total - start)
+
+
+class _Reader:
+    """Reads on from a place in an open file."""
+
+    def __init__(self, path: Path, descriptor: int, position: int) -> None:
+        self._path, self._descriptor, self._position = path, descriptor, position
+
+    def __call__(self, count: int) -> bytearray:
+        data = bytearray(count)
+        filled = 0
+        with memoryview(data) as view:
+            while filled < count:
+                try:
+                    got = os.preadv(self._descriptor, [view[filled:]], self._position + filled)
+                except OSError as error:
+                    raise ModelError(f"cannot read {self._path}: {error}") from error
+                if not got:
+                    raise ModelError(
+                        f"{self._path} ended early; run again when it is no longer being written"
+                    )
+                filled += got
+        self._position += count
+        return data
+
+
+class _Writer:
+    """Writes on from a place in an open file."""
+
+    def __init__(self, descriptor: "_Target", position: int) -> None:
+        self._target, self.position = descriptor, position
+
+    def __call__(self, block: Any) -> int:
+        with memoryview(block).cast("B") as view:
+            self._target.write(view, self.position)
+            self.position += len(view)
+            return len(view)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    path: Path
+    descriptor: int
+
+    def write(self, view: memoryview, position: int) -> None:
+        written = 0
+        with raise_output_error(self.path):
+            while written < len(view):
+                written += os.pwrite(self.descriptor, view[written:], position + written)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[_Target]:
+    """A new file; nothing that is there is opened, and so no link is written through."""
+    with raise_output_error(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        yield _Target(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(
+    source: int, target: _Target, start: int, *, stop: int, path: Path, report: Report
+) -> None:
+    """Copy bytes to the same place of another file, in the kernel where that is possible."""
+    position = start
+    while position < stop:
+        count = min(BLOCK_BYTES, stop - position)
+        done = _kernel_copy(source, target, position, count)
+        if not done:
+            data = _Reader(path, source, position)(count)
+            with memoryview(data) as view:
+                target.write(view, position)
+            done = count
+        position += done
+        report(done)
+
+
+def _kernel_copy(source: int, target: _Target, position: int, count: int) -> int:
+    """The bytes that the kernel copied; 0 where it does not."""
+    copy_range = getattr(os, "copy_file_range", None)  # of Linux
+    if copy_range is None:
+        return 0
+    try:
+        return int(copy_range(source, target.descriptor, count, position, position))
+    except OSError as error:
+        if error.errno in _NO_KERNEL_COPY:
+            return 0
+        raise OutputError(f"cannot write {target.path}: {error}") from error

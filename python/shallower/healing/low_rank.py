@@ -1,0 +1,196 @@
+"""The sum of a weight and its adapter, a few rows at a time, and the check of the result."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..cutting.rewriting import Read
+from ..errors import ModelError
+
+PANEL = 1 << 20
+"""Values of a weight that are summed at once: 4 MiB in float32."""
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes that adapters are merged into, by their names in safetensors."""
+
+
+def add_low_rank(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scaling: float
+) -> torch.Tensor:
+    """Add the product of two small matrices to some rows of a weight, in float32.
+
+    Args:
+        weight: (R, N), of any float dtype.
+        left: (R, rank) float32 on the same device.
+        right: (rank, N) float32 on the same device.
+        scaling: the factor of the product.
+
+    Returns:
+        (R, N) float32: ``weight + scaling · left @ right``.
+    """
+    return weight.float() + (left @ right) * scaling
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What adapters add to a stored weight: ``scaling · left[e] @ right[e]`` for every expert.
+
+    Attributes:
+        name: of the weight in its file.
+        left: (E, M, rank) float32; E is 1 for plain matrices.
+        right: (E, rank, N) float32.
+        scaling: the factor of the product.
+        dtype: of the stored weight.
+    """
+
+    name: str
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+    dtype: torch.dtype
+
+    def panels(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Divide the weight into panels of rows, of about :data:`PANEL` values.
+
+        Args:
+            device: the device to compute on.
+
+        Yields:
+            The factors of each panel: (R, rank) and (rank, N).
+        """
+        rows, columns = self.left.shape[1], self.right.shape[2]
+        # Even panels: products of one or two rows take another path, and other bits, on CPUs.
+        count = max(1, min(math.ceil(rows * columns / PANEL), rows // 4))
+        edges = [index * rows // count for index in range(count + 1)]
+        for left, right in zip(self.left, self.right, strict=True):
+            moved = right.to(device)
+            for start, stop in pairwise(edges):
+                yield left[start:stop].to(device), moved
+
+    def changed(self, read: Read, device: torch.device) -> Iterator[Any]:
+        """Make the bytes of the merged weight: float32 sums, each rounded once.
+
+        Args:
+            read: reads the bytes of the weight as it is stored.
+            device: the device to compute on.
+
+        Yields:
+            Buffers of the new bytes.
+
+        Raises:
+            ModelError: a value is not finite, before or after.
+        """
+        for left, right in self.panels(device):
+            weight = self.read(read, left, right)
+            merged = add_low_rank(weight, left, right, scaling=self.scaling).to(self.dtype)
+            if not bool(torch.isfinite(merged).all()):
+                raise self._not_finite(weight)
+            yield merged.cpu().contiguous().view(torch.uint8).numpy()
+
+    def read(self, read: Read, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Read the panel of the weight that belongs to some factors.
+
+        Args:
+            read: reads on in the bytes of the weight.
+            left: (R, rank).
+            right: (rank, N).
+
+        Returns:
+            (R, N), in the dtype of the weight, on the device of the factors.
+        """
+        shape = left.shape[0], right.shape[1]
+        data = read(shape[0] * shape[1] * self.dtype.itemsize)
+        return torch.frombuffer(data, dtype=self.dtype).view(shape).to(left.device)
+
+    def _not_finite(self, weight: torch.Tensor) -> ModelError:
+        kind = str(self.dtype).removeprefix("torch.")
+        if not bool(torch.isfinite(weight).all()):
+            return ModelError(f"cannot merge into {self.name}: it holds NaN or infinity already")
+        return ModelError(
+            f"cannot merge into {self.name}: the sum of weight and adapter overflows {kind}; "
+            f"merge into a cut that is stored in bfloat16 or float32"
+        )
+
+
+def rounding(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Tell how far values can be from their nearest neighbours in a dtype.
+
+    Args:
+        values: float64, of any shape.
+        dtype: a float dtype.
+
+    Returns:
+        Half a unit in the last place of each, float64.
+    """
+    form = torch.finfo(dtype)
+    exponents = torch.frexp(values).exponent - 1
+    half = torch.ldexp(torch.full_like(values, form.eps / 2), exponents)
+    return half.clamp(min=form.tiny * form.eps / 2)
+
+
+def sum_rounding(
+    values: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scaling: float
+) -> torch.Tensor:
+    """Bound the rounding of a float32 sum of a weight and a product of small matrices.
+
+    Args:
+        values: the sums (R, N), float64.
+        left: (R, rank).
+        right: (rank, N).
+        scaling: the factor of the product.
+
+    Returns:
+        (R, N) float64: a rounding for each addition and product on the way.
+    """
+    norms = left.double().norm(dim=1, keepdim=True) * right.double().norm(dim=0)
+    terms = (left.shape[1] + 2) * abs(scaling) * norms + values.abs()
+    return torch.finfo(torch.float32).eps * terms
+
+
+class Deviations:
+    """The differences of merged weights from sums in float64, which must be rounding alone.
+
+    A merged value may be off by half a unit in its last place, which is what rounding once
+    costs, and by the rounding of the float32 sum before it.
+
+    Attributes:
+        relative: the greatest ‖merged − sum‖ / ‖sum‖ of a weight.
+        largest: the greatest absolute difference of a value.
+    """
+
+    def __init__(self) -> None:
+        self.relative = self.largest = 0.0
+
+    def check(self, low_rank: LowRank, was: Read, now: Read, *, device: torch.device) -> None:
+        """Compare a weight that was read back.
+
+        Args:
+            low_rank: what was added to it.
+            was: reads the bytes that were merged into.
+            now: reads the bytes that were written.
+            device: the device to compute on.
+
+        Raises:
+            ModelError: a value is not the rounded sum.
+        """
+        off = whole = 0.0
+        for left, right in low_rank.panels(device):
+            weight = low_rank.read(was, left, right).double()
+            merged = low_rank.read(now, left, right).double()
+            expected = weight + (left.double() @ right.double()) * low_rank.scaling
+            difference = (merged - expected).abs()
+            allowed = rounding(expected, low_rank.dtype)
+            allowed += sum_rounding(expected, left, right, scaling=low_rank.scaling)
+            if not bool((difference <= allowed).all()):
+                raise ModelError(
+                    f"{low_rank.name} was not merged as it should be: a value is off by "
+                    f"{float(difference.max()):.2g} from the sum of weight and adapter"
+                )
+            off += float(difference.square().sum())
+            whole += float(expected.square().sum())
+            self.largest = max(self.largest, float(difference.max()))
+        self.relative = max(self.relative, math.sqrt(off / whole) if whole else math.sqrt(off))

@@ -1,0 +1,195 @@
+"""Checkpoints copied with some tensors changed."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import shallower as sh
+from shallower.cutting import rewriting
+from shallower.cutting.rewriting import StoredCheckpoint, compare, rewrite
+from tests.conftest import tiny_llama
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+SIZE = 4 * 48 * 32
+
+
+@pytest.fixture(params=["one file", "shards"])
+def checkpoint(request, tmp_path):
+    size = "5GB" if request.param == "one file" else "40KB"
+    tiny_llama(4).save_pretrained(tmp_path / "base", max_shard_size=size)
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "healing.json").write_text("{}")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1 or size == "5GB"
+    return tmp_path / "base"
+
+
+def negated(read):
+    """A change in blocks of uneven sizes: the sign of every value."""
+    for count in (12, 4000, 1000):
+        values = np.frombuffer(read(count), np.float32)
+        yield np.negative(values)
+    yield np.negative(np.frombuffer(read(SIZE - 5012), np.float32))
+
+
+def loaded(folder):
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
+def test_only_the_named_tensors_change(checkpoint, tmp_path, kernel, monkeypatch):
+    monkeypatch.setattr(rewriting, "BLOCK_BYTES", 1000)
+    if not kernel:
+        monkeypatch.setattr(rewriting, "_kernel_copy", lambda *_args: 0)
+    stored = StoredCheckpoint.open(checkpoint)
+    assert stored.tensors[NAME].num_bytes == SIZE
+    out = tmp_path / "out"
+    out.mkdir()
+    told = []
+    rewrite(stored, out, {NAME: negated}, report=told.append, leave_out=frozenset({"healing.json"}))
+    assert sum(told) == stored.num_bytes
+    before, after = loaded(checkpoint), loaded(out)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], -value if name == NAME else value)
+    names = {file.name for file in checkpoint.iterdir()} - {"healing.json"}
+    assert {file.name for file in out.iterdir()} == names
+    for name in names:
+        if not name.endswith(".safetensors"):
+            assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
+
+    def is_negated(was, now):
+        assert np.array_equal(
+            np.frombuffer(was(SIZE), np.float32), -np.frombuffer(now(SIZE), np.float32)
+        )
+
+    told.clear()
+    compare(stored, out, {NAME: is_negated}, report=told.append)
+    assert sum(told) == stored.num_bytes
+    with pytest.raises(sh.ModelError, match="differs, where nothing was to change"):
+        compare(stored, out, {})
+
+
+def test_a_byte_that_changed_is_found(checkpoint, tmp_path):
+    stored = StoredCheckpoint.open(checkpoint)
+    (tmp_path / "out").mkdir()
+    rewrite(stored, tmp_path / "out", {})
+    file = sorted((tmp_path / "out").glob("*.safetensors"))[-1]
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        last = opened.read(1)
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last[0] ^ 1]))
+    with pytest.raises(sh.ModelError, match="was not written as it should be: a byte"):
+        compare(stored, tmp_path / "out", {})
+    with file.open("ab") as opened:
+        opened.write(b"more")
+    with pytest.raises(sh.ModelError, match="it has another size"):
+        compare(stored, tmp_path / "out", {})
+
+
+def test_links_of_the_hubs_cache_are_read_and_never_written_through(checkpoint, tmp_path):
+    blobs, snapshot = tmp_path / "m" / "blobs", tmp_path / "m" / "snapshots" / "0"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    before = {file.name: file.read_bytes() for file in blobs.iterdir()}
+    (tmp_path / "out").mkdir()
+    rewrite(StoredCheckpoint.open(snapshot), tmp_path / "out", {NAME: negated})
+    assert {file.name: file.read_bytes() for file in blobs.iterdir()} == before
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    weights = next(checkpoint.glob("*.safetensors"))
+    (planted / weights.name).symlink_to(blobs / weights.name)
+    with pytest.raises(sh.OutputError, match="exists"):
+        rewrite(StoredCheckpoint.open(checkpoint), planted, {})
+    assert (blobs / weights.name).read_bytes() == before[weights.name]
+
+
+def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):
+    files = sorted(checkpoint.glob("*.safetensors"))
+    whole = files[-1].read_bytes()
+    files[-1].write_bytes(whole[:-100])
+    with pytest.raises(sh.ModelError, match="damaged"):
+        StoredCheckpoint.open(checkpoint)
+    files[-1].unlink()
+    with pytest.raises(sh.ModelError, match=r"cannot read|holds neither"):
+        StoredCheckpoint.open(checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", ["shards"], indirect=True)
+def test_a_weight_in_two_shards_is_refused(checkpoint):
+    files = sorted(checkpoint.glob("*.safetensors"))
+    name, value = next(iter(load_file(files[0]).items()))
+    save_file({**load_file(files[1]), name: value}, files[1])
+    with pytest.raises(sh.ModelError, match=r"is in .* and in"):
+        StoredCheckpoint.open(checkpoint)
+
+
+def test_a_file_that_shrinks_meanwhile_is_an_error(checkpoint, tmp_path):
+    stored = StoredCheckpoint.open(checkpoint)
+    path = stored.files[stored.tensors[NAME].file]
+
+    def shrinks(read):
+        os.truncate(path, stored.tensors[NAME].start + 8)
+        yield bytes(read(SIZE))
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(sh.ModelError, match="ended early"):
+        rewrite(stored, tmp_path / "out", {NAME: shrinks})
+
+
+def test_a_file_that_is_written_meanwhile_is_an_error(checkpoint, tmp_path):
+    stored = StoredCheckpoint.open(checkpoint)
+    path = stored.files[stored.tensors[NAME].file]
+
+    def touched(read):
+        os.utime(path, ns=(1, 1))
+        yield read(SIZE)
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(sh.ModelError, match="changed while it was copied"):
+        rewrite(stored, tmp_path / "out", {NAME: touched})
+
+
+def test_too_few_values_are_an_error(checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(sh.ModelError, match="are not as many"):
+        rewrite(StoredCheckpoint.open(checkpoint), tmp_path / "out", {NAME: lambda read: [read(8)]})
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from shallower.cutting.rewriting import StoredCheckpoint, rewrite
+from shallower.errors import OutputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    rewrite(StoredCheckpoint.open(Path(sys.argv[1])), Path(sys.argv[2]), {})
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_a_disk_without_room_is_named(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    if len(list(checkpoint.glob("*.safetensors"))) == 1:
+        command = [sys.executable, "-c", FULL, checkpoint, tmp_path / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "cannot write" in done.stdout
+        assert "model.safetensors" in done.stdout
+    stored = StoredCheckpoint.open(checkpoint)
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(rewriting.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(sh.OutputError, match=r"bytes are needed, 10 are free"):
+        rewrite(stored, tmp_path / "out", {})
