@@ -111,9 +111,27 @@ def test_links_of_the_hubs_cache_are_read_and_never_written_through(checkpoint, 
     planted.mkdir()
     weights = next(checkpoint.glob("*.safetensors"))
     (planted / weights.name).symlink_to(blobs / weights.name)
-    with pytest.raises(sh.OutputError, match="exists"):
-        rewrite(StoredCheckpoint.open(checkpoint), planted, {})
+    (planted / "config.json").symlink_to(blobs / "config.json")
+    rewrite(StoredCheckpoint.open(checkpoint), planted, {NAME: negated})
     assert (blobs / weights.name).read_bytes() == before[weights.name]
+    assert not any(file.is_symlink() for file in planted.iterdir())
+
+
+def test_what_an_interrupted_call_left_is_written_anew(checkpoint, tmp_path):
+    stored = StoredCheckpoint.open(checkpoint)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def stops(read):
+        yield read(12)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(stored, out, {NAME: stops})
+    assert list(out.glob("*.safetensors"))
+    rewrite(stored, out, {NAME: negated})
+    before, after = loaded(checkpoint), loaded(out)
+    assert all(torch.equal(after[k], -v if k == NAME else v) for k, v in before.items())
 
 
 def test_damaged_checkpoints_are_refused(checkpoint, tmp_path):

@@ -159,11 +159,11 @@ def rewrite(
     report: Report = lambda _count: None,
     leave_out: frozenset[str] = frozenset(),
 ) -> None:
-    """Copy a checkpoint into an empty folder, with the values of some tensors changed.
+    """Copy a checkpoint into a folder, with the values of some tensors changed.
 
     Args:
         stored: the checkpoint.
-        folder: an empty folder.
+        folder: the folder, which may hold what an interrupted call left: that is written anew.
         changes: makes the new bytes of tensors of floats, by their names.
         report: told of the bytes of weights as they are written.
         leave_out: names of files beside the weights that are not copied.
@@ -172,14 +172,16 @@ def rewrite(
         ModelError: a file of the checkpoint cannot be read, or changed meanwhile.
         OutputError: the folder cannot be written, or its disk has no room.
     """
+    beside = {name: path for name, path in stored.beside.items() if name not in leave_out}
     with raise_output_error(folder):
+        for name in (*stored.files, *beside):
+            (folder / name).unlink(missing_ok=True)
         needed, free = stored.num_bytes, shutil.disk_usage(folder).free
         if needed > free:
             raise OutputError(f"cannot write {folder}: {needed} bytes are needed, {free} are free")
-        for name, path in stored.beside.items():
-            if name not in leave_out:
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / name)
+        for name, path in beside.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
     for name, path in stored.files.items():
         before = path.stat()
         with _opened(path) as source, _created(folder / name) as target:
@@ -308,7 +310,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _created(path: Path) -> Iterator[_Target]:
-    """A new file; nothing that is there is opened, and so no link is written through."""
+    """A new file: what is there was removed, a link itself too, so none is written through."""
     with raise_output_error(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import ModelError
 from ..models.architecture import find_layers, input_device
 from ..models.source import ModelSource
 from ..values.healing import Healing
@@ -39,7 +40,10 @@ def merge_in_memory(
     device = input_device(find_layers(model))
     adapted = with_adapters(model.float(), adapters)
     expected = probe_logits(adapted, tokenizer, device)
-    merged = adapted.merge_and_unload(safe_merge=True)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"cannot merge the adapters in {adapters}: {error}") from error
     for name, value in merged.state_dict().items():
         owner, _, key = name.rpartition(".")
         if value.dtype != dtypes[name]:

@@ -33,11 +33,18 @@ def place_for(num_bytes: int) -> Any:
     Returns:
         ``auto`` for the GPUs, else ``cpu``; None where it fits nowhere.
     """
-    gc.collect()
+    needed = num_bytes + num_bytes // 8 + _ROOM
+    place = _place_for(needed)
+    if place == "auto" or (place and not torch.cuda.is_available()):
+        return place
+    gc.collect()  # of what was loaded before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return _place_for(needed)
+
+
+def _place_for(needed: int) -> Any:
     free = get_max_memory()
-    needed = num_bytes + num_bytes // 8 + _ROOM
     if sum(size for device, size in free.items() if isinstance(device, int)) >= needed:
         return "auto"
     return "cpu" if min(free["cpu"], _free_in_container()) >= needed else None

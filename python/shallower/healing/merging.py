@@ -109,10 +109,15 @@ class Merging:
         """
         dtype = stored_plainly(self.base, self.trust_remote_code)
         place = fetched(self.base, self.trust_remote_code)
+        stored = StoredCheckpoint.open(place) if is_checkpoint(place) else None
         if stored_digest(place) != self.healing.weights:
             raise another_model(self.base, self.adapters, self.healing)
-        stored, changes = self._stored(place)
-        if stored is None:
+        changes = None
+        if stored is not None:
+            changes = low_rank_changes(
+                stored, self.adapters, trust_remote_code=self.trust_remote_code
+            )
+        if stored is None or changes is None:
             source = self._source(self.base, dtype, "cpu")
             expected = merge_in_memory(folder, source, self.adapters, healing=self.healing)
             return self._by_logits(folder, dtype, "cpu", expected)
@@ -127,14 +132,6 @@ class Merging:
 
     def _source(self, path: str | Path, dtype: Any, device_map: Any) -> ModelSource:
         return ModelSource(path, dtype, device_map, trust_remote_code=self.trust_remote_code)
-
-    def _stored(self, place: Path) -> tuple[StoredCheckpoint | None, Mapping[str, LowRank]]:
-        """The weights on disk and what is added to them; None where they are not there so."""
-        if not is_checkpoint(place):
-            return None, {}
-        stored = StoredCheckpoint.open(place)
-        changes = low_rank_changes(stored, self.adapters, trust_remote_code=self.trust_remote_code)
-        return (None, {}) if changes is None else (stored, changes)
 
     @contextmanager
     def _bar(self, total: int) -> Iterator[Callable[[int], None]]:
