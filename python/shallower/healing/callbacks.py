@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -49,7 +50,9 @@ class Throughput(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Stop the clock, and count the step's tokens."""
+        """Stop the clock, once a GPU has done what it was asked for; count the step's tokens."""
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
         self._seconds += time.perf_counter() - self._began
         self._trained += int(self._tokens[state.global_step - 1])
 
