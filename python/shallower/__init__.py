@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .models.loading import load_model as load_model
     from .models.source import ModelSource as ModelSource
     from .reporting.figures import save_heat_map as save_heat_map
+    from .runs.forecast import memory_forecast as memory_forecast
     from .runs.run import run as run
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .values.loss import Comparison as Comparison
     from .values.loss import Cut as Cut
     from .values.loss import Loss as Loss
+    from .values.memory import MemoryPlan as MemoryPlan
     from .values.patch import Patch as Patch
     from .values.plan import Plan as Plan
     from .values.plan import Rejection as Rejection
@@ -78,6 +80,7 @@ _HOMES = {
     "InMemoryOnlyError": "errors",
     "LayersError": "errors",
     "Loss": "values.loss",
+    "MemoryPlan": "values.memory",
     "MetricError": "errors",
     "MissingExtraError": "errors",
     "ModelError": "errors",
@@ -111,6 +114,7 @@ _HOMES = {
     "evaluate_loss": "evaluation.loss",
     "heal": "healing.heal",
     "load_model": "models.loading",
+    "memory_forecast": "runs.forecast",
     "merge": "healing.saving",
     "patch": "healing.patch",
     "plan_gguf": "cutting.gguf",

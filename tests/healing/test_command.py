@@ -123,3 +123,32 @@ def test_two_processes_heal_as_one_does(cut, tmp_path):
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.jsonl", "one", "t.jsonl", "two"]
+
+
+def test_a_dry_run_tells_the_memory_of_a_card_that_is_not_here(shallower, cut, folder):
+    texts = write_jsonl(folder / "texts.jsonl", TEXTS)
+    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run")
+    done = shallower("heal", cut, *options, "--device-memory", "16GB", "--json").json
+    memory = done["memory"]
+    assert memory["device_bytes"] == 16 * 10**9
+    assert (memory["micro_batch"], memory["gradient_checkpointing"]) == (4, False)
+    assert (done["batch_size"], done["recompute"]) == (4, False)
+    assert 10**5 < memory["peak_bytes"] == sum(memory["parts"].values()) < 10**8
+    asked = ("--batch-size", 2, "--gradient-checkpointing", "--device-memory", "16GB")
+    text = shallower("heal", cut, *options, *asked).out
+    assert " of 16.0 GB (weights " in text
+    assert "; 2 texts a forward, with recomputation\n" in text
+    with_less = shallower("heal", cut, *options, "--device-memory", "100MB").out
+    assert "which does not fit" in with_less
+
+
+def test_a_healing_that_does_not_fit_ends_before_it_loads(shallower, cut, folder):
+    texts = write_jsonl(folder / "texts.jsonl", TEXTS)
+    done = shallower(
+        "heal", cut, "--texts", texts, "--out", "x", "--max-length", 16, "--dtype", "float32",
+        "--device-memory", "100MB",
+    )  # fmt: skip
+    assert done.status == 2
+    assert "takes a device of" in done.err
+    assert "there are 0.1 GB" in done.err
+    assert not (folder / "x").exists()

@@ -1,11 +1,13 @@
 """``shallower heal`` and ``shallower merge``."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .options import (
+    DeviceMemory,
     DryRun,
     Json,
     MaxTexts,
@@ -20,6 +22,7 @@ from .output import print_json, say_dry_run, show
 
 if TYPE_CHECKING:
     from ..values.healing import Healing
+    from ..values.recipe import Recipe
 
 
 def heal_command(
@@ -73,7 +76,9 @@ def heal_command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Sequences in one forward; gradients are accumulated to 16."
+            metavar="N",
+            help="Sequences in one forward; gradients are accumulated to 16. By default as many "
+            "as there is memory for, 8 at most; on a CPU 4 at most.",
         ),
     ] = None,
     dtype: Annotated[
@@ -121,12 +126,14 @@ def heal_command(
         int, typer.Option(metavar="N", help="Seed of the order, the adapters and dropout.")
     ] = 0,
     gradient_checkpointing: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--gradient-checkpointing",
-            help="Recompute activations in the backward pass, which saves memory.",
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Recompute activations in the backward pass, which saves memory; by default "
+            "where there is no memory for one sequence without it.",
         ),
-    ] = False,
+    ] = None,
+    device_memory: DeviceMemory = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapters into the unquantised weights.")
     ] = False,
@@ -157,14 +164,21 @@ def heal_command(
     )  # fmt: skip
     recipe.check(original=original is not None, from_patch=from_patch)
     quiet()
+    if dry_run:
+        say_dry_run(
+            {**_planned(model, recipe, device_memory, trust_remote_code), "write": [str(out)]},
+            as_json,
+        )
+        return
     from ..healing.checks import read_plan, resolve
     from ..healing.heal import heal
     from ..processes import is_main_process
 
-    resolved = resolve(model, read_plan(model), recipe, trust_remote_code=trust_remote_code)
-    if dry_run:
-        say_dry_run({"heal": model, **resolved.to_json(), "write": [str(out)]}, as_json)
-        return
+    resolved = resolve(
+        model, read_plan(model), recipe, device_memory=device_memory,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    recipe = replace(recipe, batch_size=resolved.batch_size, recompute=resolved.recompute)
     if is_main_process() and not as_json:
         show(str(resolved))
     done = heal(
@@ -173,6 +187,26 @@ def heal_command(
     )  # fmt: skip
     if is_main_process():
         say_healing(done, out, as_json)
+
+
+def _planned(
+    model: str, recipe: "Recipe", device_memory: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """The settings of a healing, and the memory that it will need."""
+    from ..healing.checks import read_plan, resolve
+    from ..processes import num_processes
+    from ..runs.forecast import memory_forecast
+
+    plan = read_plan(model)
+    memory = memory_forecast(
+        model, "heal", recipe=recipe, device_memory=device_memory, processes=num_processes(),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    chosen = replace(
+        recipe, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
+    )
+    resolved = resolve(model, plan, chosen, trust_remote_code=trust_remote_code)
+    return {"heal": model, **resolved.to_json(), "memory": memory}
 
 
 def merge_command(

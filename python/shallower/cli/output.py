@@ -28,9 +28,17 @@ def print_json(value: Any) -> None:
 
 
 def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
-    """Print what would be done; the files that would be written under ``write``."""
+    """Print what would be done; the files that would be written under ``write``.
+
+    A value that can give itself as JSON does so there, and as text elsewhere.
+    """
     if as_json:
-        print_json({"dry_run": True, **described})
+        plain = {
+            name: to_json()
+            for name, value in described.items()
+            if (to_json := getattr(value, "to_json", None))
+        }
+        print_json({"dry_run": True, **described, **plain})
         return
     for name, value in described.items():
         if name == "write":

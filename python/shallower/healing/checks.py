@@ -1,6 +1,7 @@
 """The plan and the settings of a healing, and what is refused before a model is loaded."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,13 @@ from ..errors import MissingExtraError, ModelError, PlanError, RecipeError
 from ..models.architecture import find_layers
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
+from ..models.memory import device_room
 from ..processes import num_processes
 from ..texts.sequences import read_samples
 from ..values.files import PLAN_FILE
 from ..values.plan import Plan
 from ..values.recipe import GLOBAL_BATCH, ModelFacts, Recipe, Resolved
+from .memory import plainly_fits, plan_healing, require_room
 
 
 def read_plan(path: str) -> Plan:
@@ -51,27 +54,53 @@ def read_plan(path: str) -> Plan:
     return Plan.load(found)
 
 
-def resolve(path: str, plan: Plan, recipe: Recipe, *, trust_remote_code: bool = False) -> Resolved:
-    """Resolve the settings for a cut model, by its config alone.
+def resolve(
+    path: str,
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    device_memory: str | int | None = None,
+) -> Resolved:
+    """Resolve the settings for a cut model, by its config and the memory of the device alone.
 
     Args:
         path: the cut, a folder or hub id.
         plan: its plan.
-        recipe: the settings.
+        recipe: the settings; a batch size and recomputation that are named are taken as they are.
         trust_remote_code: run code that comes with the model.
+        device_memory: the memory that may be used, in bytes or as ``16GB``; by default what the
+            device has free.
 
     Returns:
         The settings with nothing left open.
 
     Raises:
-        RecipeError: settings that do not fit the model or the number of processes.
+        RecipeError: settings that do not fit the model, the number of processes or the device.
         ModelError: the config cannot be read.
     """
+    config = _config(path, trust_remote_code)
+    resolved = recipe.resolve(facts(config, plan.num_layers), num_processes(), auto=auto_dtype())
+    if recipe.batch_size is not None and recipe.recompute is not None:
+        return resolved
+    room, card = device_room(device_memory, num_processes())
+    if not card and plainly_fits(config, resolved, room):
+        return resolved
+    memory = plan_healing(
+        config, resolved, device_bytes=room, card=card, batch_size=recipe.batch_size,
+        recompute=recipe.recompute, processes=num_processes(),
+    )  # fmt: skip
+    require_room(memory, resolved)
+    return replace(
+        resolved, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
+    )
+
+
+def _config(path: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the config of {path}: {error}") from error
-    return recipe.resolve(_facts(config, plan.num_layers), num_processes(), auto=_auto())
 
 
 def require_healable(
@@ -106,7 +135,7 @@ def require_healable(
             f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
             f"--dtype bfloat16)"
         )
-    resolved = recipe.resolve(_facts(model.config, len(find_layers(model))), auto=_auto())
+    resolved = recipe.resolve(facts(model.config, len(find_layers(model))), auto=auto_dtype())
     read_samples(
         tokenizer, texts, max_length=resolved.max_length, packing=resolved.packing,
         num_samples=GLOBAL_BATCH,
@@ -140,12 +169,25 @@ def require_one_process() -> None:
         )
 
 
-def _auto() -> Literal["bfloat16", "float32"]:
-    """The dtype that ``auto`` stands for on this machine."""
+def auto_dtype() -> Literal["bfloat16", "float32"]:
+    """Decide the dtype that ``auto`` stands for on this machine.
+
+    Returns:
+        As :func:`.dtypes.choose_dtype`.
+    """
     return choose_dtype(choose_device_map(None))[0]
 
 
-def _facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
+def facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
+    """Find the properties of a model that decide its preset.
+
+    Args:
+        config: of transformers.
+        num_layers: its decoder layers before the cut.
+
+    Returns:
+        The properties.
+    """
     decoder: Any = config.get_text_config(decoder=True)
     positions = getattr(decoder, "max_position_embeddings", None)
     return ModelFacts(

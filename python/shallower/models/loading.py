@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -144,21 +145,54 @@ def states_shape(
     Raises:
         ModelError: as :func:`load_model`.
     """
+    config = read_config(path_or_id, gguf_file, trust_remote_code)
+    count = layers_of(config)
+    if count is None:
+        raise ModelError(f"the config of {path_or_id} does not tell how many layers it has")
+    width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+    return count + 1, width if isinstance(width, int) else None
+
+
+def read_config(
+    path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Read the config of a model, and nothing else.
+
+    Args:
+        path_or_id: a local folder, a hub id, or a ``.gguf`` file.
+        gguf_file: the file's name in the folder or hub repository.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The config of transformers.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
     source, gguf_file = _locate(path_or_id, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     with _reading(gguf_file):
-        config = _call(
+        config: PretrainedConfig = _call(
             AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
         )
-    decoder = config.get_text_config(decoder=True)
+    return config
+
+
+def layers_of(config: PretrainedConfig) -> int | None:
+    """Count the decoder layers that a config describes.
+
+    Args:
+        config: of transformers.
+
+    Returns:
+        Their number; None where the config does not tell it.
+    """
+    decoder: Any = config.get_text_config(decoder=True)
     count = next(iter(layer_counts(decoder).values()), None)
-    if count is None:
-        raise ModelError(f"the config of {source} does not tell how many layers it has")
     modules = getattr(decoder, "num_layers", None)
-    width = getattr(decoder, "hidden_size", None)
-    if isinstance(modules, int) and count == 2 * modules:
-        count = modules
-    return count + 1, width if isinstance(width, int) else None
+    if count is not None and isinstance(modules, int) and count == 2 * modules:
+        return modules
+    return count
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:

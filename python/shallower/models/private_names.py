@@ -113,6 +113,10 @@ _TRANSFORMERS = (
         "overridden, so that training computes in bfloat16 with float32 adapters",
     ),
     PrivateName(
+        "transformers.configuration_utils", "PreTrainedConfig._experts_implementation",
+        "experts are rehearsed without loops over data",
+    ),
+    PrivateName(
         "transformers.integrations.peft", "PeftAdapterMixin._hf_peft_config_loaded",
         "removed from merged models, so that they are saved as plain ones",
     ),
@@ -158,6 +162,26 @@ _OTHERS = (
     PrivateName(
         "torch.nn", "Module._state_dict_hooks",
         "4-bit models that cannot be saved exactly are refused",
+    ),
+    PrivateName(
+        "torch.nn", "Module._parameters",
+        "empty weights are replaced by fake ones, on which a step is rehearsed",
+    ),
+    PrivateName(
+        "torch.nn", "Module._buffers",
+        "empty buffers are replaced by fake ones, on which a step is rehearsed",
+    ),
+    PrivateName(
+        "torch._subclasses.fake_tensor", "FakeTensorMode",
+        "a step is rehearsed on tensors without memory",
+    ),
+    PrivateName(
+        "torch", "UntypedStorage._cdata",
+        "tells the storages of a rehearsal apart",
+    ),
+    PrivateName(
+        "torch", "ops.aten._local_scalar_dense",
+        "fake tensors have no value to read, so that a rehearsal gives one",
     ),
     PrivateName(
         "torch.utils.deterministic", "fill_uninitialized_memory",

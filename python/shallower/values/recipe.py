@@ -93,7 +93,8 @@ class Recipe:
         warmup_steps: steps of linear warm-up, by default 100 or a tenth of ``steps`` if that
             is less; a cosine to zero follows.
         dropout: dropout before the adapters.
-        batch_size: sequences in one forward of a device; gradients are accumulated to 16.
+        batch_size: sequences in one forward of a device; gradients are accumulated to 16. By
+            default as many as there is memory for, 8 at most; on a CPU 4 at most.
         dtype: dtype of the frozen weights; ``auto`` is bfloat16 on CUDA and on CPUs that
             multiply it, and float32 elsewhere. Adapters are float32; products are bfloat16 unless
             this is float32.
@@ -106,7 +107,8 @@ class Recipe:
             ``steps``.
         seed: seed of the order of sequences, the adapters and dropout.
         recompute: gradient checkpointing: recompute activations in the backward pass, which
-            saves memory (``--gradient-checkpointing``).
+            saves memory (``--gradient-checkpointing``); by default where there is no memory for
+            one sequence without it.
     """
 
     preset: str = "auto"
@@ -124,12 +126,15 @@ class Recipe:
     distill: float = 0.0
     eval_every: int | None = None
     seed: int = 0
-    recompute: bool = False
+    recompute: bool | None = None
 
     def resolve(
         self, facts: ModelFacts, processes: int = 1, *, auto: HealingDtype = "bfloat16"
     ) -> "Resolved":
         """Fill in what is not named, and refuse what does not fit.
+
+        A batch size and recomputation that are not named are 4 at most and none; what a device
+        has memory for is decided by :mod:`shallower.healing.memory`.
 
         Args:
             facts: the properties of the model.
@@ -174,7 +179,7 @@ class Recipe:
             distill=float(self.distill),
             eval_every=self.eval_every or max(1, self.steps // 8),
             seed=self.seed,
-            recompute=self.recompute,
+            recompute=bool(self.recompute),
         )
 
     def check(self, *, original: bool = True, from_patch: bool = False) -> None:

@@ -1,0 +1,136 @@
+"""The bytes of a model's weights by dtype, and the bytes that a device has free."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from ..errors import ModelError
+from ..values.memory import parse_size
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+"""Weights that share a scale in bitsandbytes' 4 bits; scales that share one themselves."""
+
+_NF4_TABLES = 4 * (16 + 256 + 1)
+"""The values of the 16 codes, of the scales' 256, and the scales' mean, in float32."""
+
+
+def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
+    """Count the bytes of a model's weights and buffers as they are loaded.
+
+    Args:
+        model: in plain weights, or on the meta device; weights that it shares count once.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or bitsandbytes' ``nf4`` (with double
+            quantisation) or ``int8``, by which embeddings, head and norms stay in bfloat16.
+
+    Returns:
+        The bytes.
+    """
+    size = 4 if dtype == "float32" else 2
+    total = sum(p.numel() * size for p in model.parameters())
+    total += sum(b.numel() * b.element_size() for b in model.buffers())
+    if dtype in ("nf4", "int8"):
+        for module in _quantised(model):
+            total += _quantised_bytes(module, dtype) - _weight(module).numel() * size
+    return total
+
+
+def dequantised_bytes(model: PreTrainedModel, dtype: str) -> int:
+    """Count the bytes that quantised weights take while one of them is multiplied by.
+
+    Args:
+        model: as for :func:`weight_bytes`.
+        dtype: dtype of the weights.
+
+    Returns:
+        The bytes of the largest quantised weight in bfloat16; 0 for plain weights.
+    """
+    if dtype not in ("nf4", "int8"):
+        return 0
+    return max((2 * _weight(module).numel() for module in _quantised(model)), default=0)
+
+
+def _quantised(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose weights bitsandbytes quantises, as transformers chooses them."""
+    kept = get_keys_to_not_convert(model)
+    found: list[nn.Module] = [
+        module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and not any(name == one or name.startswith(f"{one}.") for one in kept)
+    ]
+    return found
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _quantised_bytes(module: nn.Module, dtype: str) -> int:
+    weight = _weight(module)
+    count = weight.numel()
+    if dtype == "int8":
+        outputs = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
+        return count + 4 * outputs
+    scales = -(-count // _BLOCK)
+    return -(-count // 2) + scales + 4 * -(-scales // _NESTED_BLOCK) + _NF4_TABLES
+
+
+def free_bytes(device: torch.device) -> int:
+    """Count the bytes that a device has free for this process.
+
+    Args:
+        device: a GPU, or the CPU.
+
+    Returns:
+        What the driver and torch's own cache have left on a GPU; on the CPU the memory that is
+        available without swapping.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def main_device() -> torch.device:
+    """Find the device that models go to where the user names none.
+
+    Returns:
+        The GPU of this process, or the CPU.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def device_room(given: str | int | None = None, processes: int = 1) -> tuple[int, bool]:
+    """Find the memory that may be planned with.
+
+    Args:
+        given: the memory of a card, here or not, as a size in words or in bytes; None for the
+            free memory of this machine's own device.
+        processes: processes that must all come to the same choice, each on a GPU of its own; they
+            plan with the whole memory of the smallest.
+
+    Returns:
+        The bytes, and whether they are a GPU's.
+
+    Raises:
+        ModelError: the size is none.
+    """
+    if given is not None:
+        size = parse_size(given) if isinstance(given, str) else given
+        if size < 1:
+            raise ModelError(f"a device of {size} bytes holds nothing: expected at least 1")
+        return size, True
+    device = main_device()
+    if device.type == "cuda" and processes > 1:
+        cards = range(torch.cuda.device_count())
+        return min(torch.cuda.get_device_properties(card).total_memory for card in cards), True
+    return free_bytes(device), device.type == "cuda"

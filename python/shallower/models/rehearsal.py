@@ -1,0 +1,169 @@
+"""A step run on a model without weights, and the bytes that it would hold at its peak.
+
+The model is built from its config on the meta device; its weights become torch's fake tensors,
+which have shapes and strides and no memory, and what is then run is the real code, forward and
+backward. A dispatch mode sees every storage come and go. A second or two for a model of any size.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..errors import ModelError
+
+EXPERTS = (None, "grouped_mm", "batched_mm")
+"""Ways to run experts that are tried: the model's own, then those without loops over data."""
+
+
+def build_empty(
+    config: PretrainedConfig, dtype: torch.dtype, *, experts: str | None = None
+) -> PreTrainedModel:
+    """Build a causal language model without weights.
+
+    Args:
+        config: of transformers; it stays as it is.
+        dtype: dtype of the weights.
+        experts: the way that experts are run; None is the model's own.
+
+    Returns:
+        The model on the meta device.
+
+    Raises:
+        ModelError: transformers cannot build a causal language model from the config.
+    """
+    trusted = type(config).__module__.startswith("transformers_modules.")  # its code has run
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    if experts is not None:
+        config._experts_implementation = experts
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trusted
+            )
+    except Exception as error:  # transformers raises bare ones for what it does not know
+        raise ModelError(f"cannot build a model from the config: {error}") from error
+    return model.eval()
+
+
+_COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
+"""Values are taken as those that the code expects."""
+
+
+_COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
+"""Values are taken as those that the code expects."""
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made in its body, until they go.
+
+    Attributes:
+        peak: the bytes that were held at the peak.
+    """
+
+    def __init__(self, known: set[int], padded: bool) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known, self._padded = known, padded
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._read(args[0])
+        if func in _COMPARISONS:
+            return True
+        output = func(*args, **(kwargs or {}))
+        for value in tree_iter(output):
+            if isinstance(value, torch.Tensor):
+                self._count(value)
+        return output
+
+    def _read(self, value: torch.Tensor) -> Any:
+        """The value of a tensor that has none: masks have padding if the texts have."""
+        if value.dtype == torch.bool:
+            return not self._padded
+        return 1.0 if value.is_floating_point() else 1
+
+    def _count(self, value: torch.Tensor) -> None:
+        storage = value.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+class Rehearsal:
+    """A model whose weights are fake, on which steps are run.
+
+    Args:
+        model: on the meta device; its weights are replaced.
+
+    Attributes:
+        model: the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._weights: set[int] = set()
+        with self._mode:
+            self._replace()
+
+    def _replace(self) -> None:
+        """Put fake tensors of the CPU where the model has tensors of the meta device."""
+        made: dict[int, torch.Tensor] = {}
+
+        def fake(value: torch.Tensor) -> torch.Tensor:
+            if id(value) not in made:
+                new = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="cpu"
+                )
+                if isinstance(value, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=value.requires_grad)
+                made[id(value)] = new
+                self._weights.add(new.untyped_storage()._cdata)
+            return made[id(value)]
+
+        kept = []  # so that no id is given twice
+        place: Any
+        for module in self.model.modules():
+            for place in (module._parameters, module._buffers, vars(module)):
+                for name, value in list(place.items()):
+                    if isinstance(value, torch.Tensor):
+                        kept.append(value)
+                        place[name] = fake(value)
+
+    def run(self, step: Callable[[], object], *, padded: bool = True) -> int:
+        """Run a step.
+
+        Args:
+            step: makes its inputs by itself, on the CPU.
+            padded: whether its texts have padding, which attention takes a mask for.
+
+        Returns:
+            The bytes at the peak beside the weights.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(self._mode)
+            live = stack.enter_context(_LiveBytes(set(self._weights), padded))
+            step()
+        return live.peak

@@ -1,0 +1,130 @@
+"""The memory that a stage will need, by the config of the model alone."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ..errors import ModelError
+from ..values.files import PLAN_FILE
+from ..values.layers import deepest_block
+from ..values.memory import MemoryPlan
+from ..values.plan import Plan
+from ..values.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Stage = Literal["heal", "patch", "scan", "eval"]
+
+
+def memory_forecast(
+    config: "PretrainedConfig | str | Path",
+    what: Stage = "heal",
+    *,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    rank: int | None = None,
+    recipe: Recipe | None = None,
+    gradient_checkpointing: bool | None = None,
+    drop: int = 0,
+    device_memory: str | int | None = None,
+    processes: int = 1,
+    trust_remote_code: bool = False,
+) -> MemoryPlan:
+    """Plan the memory of a stage without a model, for a device that need not be here.
+
+    The model is built from its config without weights, and the stage's own forward, loss and
+    backward run on it, on tensors that have shapes alone.
+
+    Args:
+        config: of transformers; or the folder or hub id of a model or of a cut.
+        what: ``heal``, ``patch``, ``scan`` or ``eval``.
+        dtype: dtype of the weights; by default ``nf4`` to heal, and else ``bfloat16``.
+        max_length: tokens of a text at most; by default the preset's to heal, and else 256.
+        batch_size: texts in one forward; ``auto`` is what the device has memory for.
+        rank: rank of the adapters of a healing; by default the preset's.
+        recipe: the other settings of a healing.
+        gradient_checkpointing: recomputation in a healing; by default where it must be.
+        drop: decoder layers of ``config`` that will have been dropped.
+        device_memory: the memory of a card, here or not, in bytes or as ``16GB``; by default
+            what this machine's device has free.
+        processes: processes that share a healing, each on a device of its own.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The plan; without a peak where a model of this family cannot be rehearsed.
+
+    Raises:
+        ModelError: the config cannot be read, or ``device_memory`` is no size.
+        RecipeError: settings of a healing that do not fit the model.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> llama = LlamaConfig(num_hidden_layers=4)  # the widths of Llama-2-7B
+        >>> plan = sh.memory_forecast(llama, max_length=2048, rank=2, device_memory="16GB")
+        >>> plan.micro_batch, plan.gradient_checkpointing, plan.fits
+        (4, False, True)
+    """
+    if what not in get_args(Stage):
+        raise ModelError(f"unknown stage {what!r}: expected one of {', '.join(get_args(Stage))}")
+    from ..models.loading import layers_of, read_config
+    from ..models.memory import device_room
+
+    num_layers = None
+    if isinstance(config, str | Path):
+        num_layers = _layers_of_uncut(str(config))
+        config = read_config(config, trust_remote_code=trust_remote_code)
+    num_layers = num_layers or layers_of(config)
+    if num_layers is None:
+        raise ModelError("the config does not tell how many layers the model has")
+    if drop:
+        config = _shortened(config, drop)
+    device = device_room(device_memory, processes)
+    size = None if batch_size == "auto" else batch_size
+    given: dict[str, Any] = {
+        "dtype": dtype, "max_length": max_length, "rank": rank, "batch_size": size,
+        "recompute": gradient_checkpointing,
+    }  # fmt: skip
+    named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return _healing(config, num_layers, replace(recipe or Recipe(), **named), device, processes)
+
+
+def _layers_of_uncut(path: str) -> int | None:
+    """The layers of the model that a folder's model was cut out of, if it is a cut."""
+    place = Path(path).expanduser() / PLAN_FILE
+    return Plan.load(place).num_layers if place.is_file() else None
+
+
+def _shortened(config: "PretrainedConfig", drop: int) -> "PretrainedConfig":
+    """The config without its deepest layers but the last; all layers are about as large."""
+    from ..models.layer_config import shorten
+    from ..models.loading import layers_of
+
+    shortened = copy.deepcopy(config)
+    total = layers_of(config) or 0
+    block = deepest_block(total, drop)
+    survivors = [index for index in range(total) if index not in range(block.start, block.stop)]
+    shorten(shortened.get_text_config(decoder=True), total, survivors)
+    return shortened
+
+
+def _healing(
+    config: "PretrainedConfig",
+    num_layers: int,
+    recipe: Recipe,
+    device: tuple[int, bool],
+    processes: int,
+) -> MemoryPlan:
+    from ..healing.checks import auto_dtype, facts, require_peft
+    from ..healing.memory import plan_healing
+
+    require_peft("the forecast of a healing")
+    room, card = device
+    auto: Any = "bfloat16" if card else auto_dtype()
+    resolved = recipe.resolve(facts(config, num_layers), processes, auto=auto)
+    return plan_healing(
+        config, resolved, device_bytes=room, card=card, batch_size=recipe.batch_size,
+        recompute=recipe.recompute, processes=processes,
+    )  # fmt: skip

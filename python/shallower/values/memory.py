@@ -1,0 +1,130 @@
+"""MemoryPlan: the memory that a step needs of a device, and what was chosen to fit it."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import ModelError
+
+RESERVED_SHARE = 0.05
+"""Share of a device that is left free: blocks that the allocator cannot use."""
+
+RESERVED_BYTES = 1 << 29
+"""Left free beside it: the context of a GPU, its kernels and the libraries' workspaces."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes.
+
+    Args:
+        text: such as ``16GB`` or ``80G`` (10^9 bytes each), ``16GiB`` (2^30 each), or plain bytes.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        ModelError: it is no size, or no byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit, binary = (match[2].lower(), bool(match[3])) if match else ("", False)
+    if not match or (binary and not unit) or float(match[1]) == 0:
+        raise ModelError(f"unknown size {text!r}: expected bytes, as 16GB, 80G or 16GiB")
+    return int(float(match[1]) * (_BINARY_UNITS if binary else _UNITS)[unit])
+
+
+def format_size(size: int) -> str:
+    """Write a number of bytes for people.
+
+    Args:
+        size: bytes.
+
+    Returns:
+        The size in GB of 10^9 bytes, or in MB below a tenth of one.
+    """
+    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
+
+
+def usable(device_bytes: int) -> int:
+    """Count the bytes of a device that a plan may take.
+
+    Args:
+        device_bytes: memory of the device that is free, or all of a card that is not here.
+
+    Returns:
+        Those bytes without the reserve.
+    """
+    return max(0, int(device_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES)
+
+
+def needed_device(peak_bytes: int) -> int:
+    """Count the bytes of a device that has room for a peak, the reverse of :func:`usable`.
+
+    Args:
+        peak_bytes: bytes at the peak of a step.
+
+    Returns:
+        The bytes of the device.
+    """
+    return math.ceil((peak_bytes + RESERVED_BYTES + 1) / (1 - RESERVED_SHARE))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory that a step needs of a device, and what was chosen so that it fits.
+
+    Attributes:
+        peak_bytes: bytes that are held at once at the peak, weights included; None where the
+            family of the model cannot be rehearsed, so that nothing is known.
+        micro_batch: texts in one forward.
+        gradient_checkpointing: whether activations are recomputed in the backward pass; None
+            where there is none.
+        device_bytes: memory of the device that is free, or all of a card that is not here.
+        parts: bytes at the peak by what they are for.
+    """
+
+    peak_bytes: int | None
+    micro_batch: int
+    gradient_checkpointing: bool | None
+    device_bytes: int
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room, a reserve aside; True where the need is unknown."""
+        return self.peak_bytes is None or self.peak_bytes <= usable(self.device_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the plan as plain JSON values.
+
+        Returns:
+            Its attributes.
+        """
+        return {
+            "peak_bytes": self.peak_bytes,
+            "micro_batch": self.micro_batch,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "device_bytes": self.device_bytes,
+            "parts": dict(self.parts),
+        }
+
+    def __str__(self) -> str:
+        texts = "1 text" if self.micro_batch == 1 else f"{self.micro_batch} texts"
+        choice = f"{texts} a forward"
+        if self.gradient_checkpointing is not None:
+            choice += f", {'with' if self.gradient_checkpointing else 'without'} recomputation"
+        device = format_size(self.device_bytes)
+        if self.peak_bytes is None:
+            return f"unknown for a model of this family, of {device}; {choice}"
+        parts = ", ".join(f"{name} {format_size(size)}" for name, size in self.parts.items())
+        fits = "" if self.fits else ", which does not fit"
+        return f"{format_size(self.peak_bytes)} of {device}{fits} ({parts}); {choice}"

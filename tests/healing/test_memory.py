@@ -1,0 +1,106 @@
+"""The memory of a healing, planned without weights, against torch's own tracker."""
+
+import pytest
+
+from shallower.errors import RecipeError
+from shallower.healing import memory
+from shallower.healing.checks import facts
+from shallower.healing.memory import HealingStep, plan_healing, require_room
+from shallower.models.loading import layers_of
+from shallower.values.memory import needed_device
+from shallower.values.recipe import Recipe
+from tests.healing.memory_oracle import shape, tracked_healing
+
+NAMED = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "qwen2.5-7b", "phi-2")
+OTHERS = ("mistral-7b", "gemma-2-2b", "gpt2-xl", "falcon-7b")
+
+
+def step_of(name, layers=None, *, length=2048, rank=2, dtype="bfloat16"):
+    config, _ = shape(name, layers)
+    return HealingStep(config, resolved(config, length, rank, dtype))
+
+
+def resolved(config, length, rank=2, dtype="nf4", **options):
+    recipe = Recipe(rank=rank, max_length=length, dtype=dtype, packing=True, **options)
+    return recipe.resolve(facts(config, layers_of(config)))
+
+
+def assert_near_the_tracker(name, layers, batch, length=2048, recompute=False, rank=2):
+    parts = step_of(name, layers, length=length, rank=rank).parts(batch, recompute)
+    found = tracked_healing(name, layers, batch, length, rank, recompute)
+    assert sum(parts.values()) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", NAMED)
+def test_a_few_layers_are_within_15_percent_of_the_tracker(name, recompute):
+    assert_near_the_tracker(name, 2, 1 if recompute else 4, recompute=recompute)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_that_nobody_tuned_for_are_too(name):
+    length = 1024 if name == "gpt2-xl" else 2048
+    assert_near_the_tracker(name, 2, 2, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", NAMED)
+def test_whole_models_are_within_15_percent_of_the_tracker(name, batch, recompute):
+    assert_near_the_tracker(name, None, batch, recompute=recompute)
+
+
+def test_the_estimate_from_two_texts_is_near():
+    step = step_of("phi-2", 2)
+    for recompute in (False, True):
+        found = sum(step.parts(8, recompute).values())
+        assert step.estimate(8, recompute) == pytest.approx(found, rel=0.1)
+
+
+# What is chosen
+LLAMA, _ = shape("llama-2-7b", 3)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return HealingStep(LLAMA, resolved(LLAMA, 512))
+
+
+@pytest.fixture(autouse=True)
+def rehearsed_once(step, monkeypatch):
+    monkeypatch.setattr(memory, "HealingStep", lambda *_args, **_options: step)
+
+
+def chosen(step, texts, recomputed, spare=1.0, **options):
+    """The choice for a device that has room for a choice, or for a part of it."""
+    device = needed_device(int(spare * sum(step.parts(texts, recomputed).values())))
+    options = {"card": True, **options}
+    plan = plan_healing(LLAMA, step.recipe, device_bytes=device, **options)
+    return plan.micro_batch, plan.gradient_checkpointing, plan.fits
+
+
+def test_what_is_fastest_of_that_which_fits_is_chosen(step):
+    assert chosen(step, 4, False) == (4, False, True)
+    assert chosen(step, 4, False, 2.0) == (4, False, True)
+    assert chosen(step, 4, False, 0.99) == (2, False, True)
+    assert chosen(step, 1, False) == (1, False, True)
+    assert chosen(step, 1, False, 0.99)[1:] == (True, True)
+    assert chosen(step, 1, True) == (1, True, True)
+
+
+def test_what_needs_least_is_chosen_where_nothing_fits(step):
+    assert chosen(step, 1, True, 0.99) == (1, True, False)
+    plan = plan_healing(LLAMA, step.recipe, device_bytes=1_600_000_000, card=True)
+    with pytest.raises(RecipeError, match=r"shorten sequences to 256 tokens .*--max-length"):
+        require_room(plan, step.recipe)
+    plan = plan_healing(LLAMA, step.recipe, device_bytes=1_200_000_000, card=True)
+    with pytest.raises(RecipeError, match=r"there are 1.2 GB: take a larger one"):
+        require_room(plan, step.recipe)
+
+
+def test_what_is_asked_for_is_taken(step):
+    assert chosen(step, 4, False, 2.0, batch_size=2) == (2, False, True)
+    assert chosen(step, 4, False, 2.0, recompute=True) == (8, True, True)
+    assert chosen(step, 4, False, 2.0, recompute=True, card=False) == (4, True, True)
+    assert chosen(step, 4, False, 2.0, processes=8) == (2, False, True)
