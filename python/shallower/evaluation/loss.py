@@ -178,7 +178,7 @@ def summed_losses(head: Head, batch: Batch) -> torch.Tensor:
     counts = batch.attention_mask.sum(axis=1) - 1
     predicting = np.arange(batch.input_ids.shape[1]) < counts[:, None]
     tokens = np.flatnonzero(predicting)
-    expected = torch.from_numpy(np.roll(batch.input_ids, -1, axis=1)[predicting]).to(device)
+    expected = torch.from_numpy(np.roll(batch.input_ids, -1, axis=1)[predicting])
     input_ids = torch.from_numpy(batch.input_ids).to(device)
     attention_mask = torch.from_numpy(batch.attention_mask).to(device)
     parts: list[torch.Tensor] = []

@@ -127,7 +127,7 @@ def mean_loss(
     """
     count = torch.as_tensor(divisor, dtype=torch.float32, device=states.device)
     loss: torch.Tensor = _MeanCrossEntropy.apply(
-        states.flatten(0, 1), _expected(labels).to(states.device), count, head
+        states.flatten(0, 1), _expected(labels), count, head
     )
     return loss
 
@@ -171,7 +171,8 @@ class TrainingLoss:
         def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
             with replaced(self._model, run):
                 states = head.reached_by(run, *args, **kwargs)
-                return {"loss": mean_loss(head, states, labels, divisor=divisor)}
+                loss = mean_loss(head, states, labels, divisor=divisor)
+                return {"loss": loss.to(labels.device)}  # the states may be on the last of several
 
         with replaced(self._model, forward):
             yield
@@ -245,7 +246,8 @@ class Distillation:
             here = counts.to(got.device)
             expected = wanted.to(got.device).float()[here]
             missed = got.float()[here] - expected
-            errors.append((missed.square().sum(-1) / expected.square().sum(-1)).sum())
+            shares = missed.square().sum(-1) / expected.square().sum(-1)
+            errors.append(shares.sum().to(input_ids.device))
         return torch.stack(errors).mean()
 
 

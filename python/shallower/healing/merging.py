@@ -162,7 +162,7 @@ class Merging:
             tolerance=TOLERANCE[dtype],
             max_difference=float((got - expected).abs().max()),
             trained_difference=(
-                None if self.trained is None else float((got - self.trained.cpu()).norm()) / scale
+                None if self.trained is None else float((got - self.trained).norm()) / scale
             ),
         )
         return self._with_loss(merge, Decoder.of(model), tokenizer)

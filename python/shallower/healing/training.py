@@ -28,6 +28,7 @@ from transformers import (
 
 from ..errors import ModelError, OutputError
 from ..models.feed_forward import Targets
+from ..models.offload import is_offloaded
 from ..processes import num_processes
 from ..progress import Advance
 from ..texts.sequences import Samples, collate, order
@@ -72,10 +73,16 @@ def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, 
         peft's model around ``model``.
 
     Raises:
-        ModelError: peft adapts other weights than ``targets``.
+        ModelError: peft adapts other weights than ``targets``; or layers are offloaded.
     """
     from peft import LoraConfig, get_peft_model
 
+    if is_offloaded(model):
+        raise ModelError(
+            f"layers of {type(model).__name__} wait in the memory of the CPU, where adapters "
+            f"cannot be trained: heal in 4 bits (dtype, --dtype nf4), heal a smaller model, or "
+            f"take a GPU with more memory"
+        )
     torch.manual_seed(recipe.seed)
     modules, parameters = _named(model, targets)
     config = LoraConfig(

@@ -1,0 +1,17 @@
+"""Stages of one and of two fake CUDA devices, and of one beside the CPU's memory."""
+
+import pytest
+
+from tests.devices.stage import Stage
+
+STAGES = {
+    "one device": Stage(1),
+    "two devices": Stage(2),
+    "one device, half of the layers offloaded": Stage(1, offloading=True),
+}
+"""Kept for the session: models without values cost nothing but the time to build them."""
+
+
+@pytest.fixture(params=STAGES.values(), ids=STAGES)
+def stage(request):
+    return request.param

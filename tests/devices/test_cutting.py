@@ -1,0 +1,69 @@
+"""Layers dropped from a model that lies on fake CUDA devices."""
+
+import pytest
+import torch
+from torch import nn
+
+from shallower.cutting import saving
+from shallower.cutting.memory import drop_layers, without_layers
+from shallower.models.architecture import PackedTable
+from tests.devices.batches import inputs
+from tests.devices.stage import Stage
+
+
+def map_of_half(stage):
+    """Where the layers 0 and 3 of four are; None where all are on one device."""
+    if stage.devices == 1 and not stage.offloading:
+        return None
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    other = "cpu" if stage.offloading else 1
+    return (
+        places
+        | {"model.layers.1": other, "model.norm": stage.last.index}
+        | {"lm_head": stage.last.index}
+    )
+
+
+def runs(model):
+    ids = inputs("cuda:0")["input_ids"]
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits.shape == (3, 9, 32000)
+
+
+def test_a_model_without_some_layers_runs(stage):
+    model = stage.model()
+    before = getattr(model, "hf_device_map", None)
+    with stage.open():
+        with without_layers(model, [1, 2]):
+            assert runs(model)
+            assert getattr(model, "hf_device_map", None) == map_of_half(stage)
+        assert runs(model)
+    assert getattr(model, "hf_device_map", None) == before
+
+
+def test_a_model_that_lost_layers_runs(stage):
+    model = stage.llama()
+    with stage.open():
+        drop_layers(model, [1, 2])
+        assert len(model.model.layers) == 2
+        assert runs(model)
+    assert getattr(model, "hf_device_map", None) == map_of_half(stage)
+
+
+def test_a_weight_that_holds_a_part_for_every_layer_is_cut(stage):
+    with stage.open():
+        model = nn.Module()
+        model.table = nn.Embedding(100, 4 * 16, device=stage.last)
+        table = PackedTable(model, "table.weight", 1, 4)
+        table.keep([0, 3])
+        assert (model.table.weight.shape, model.table.weight.device) == ((100, 32), stage.last)
+        table.restore()
+        assert model.table.weight.shape == (100, 64)
+
+
+def test_a_saved_cut_is_compared_with_its_model(stage):
+    saved = Stage(0).llama(2)
+    with stage.open(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "load_weights", lambda *_: saved)
+        ids = inputs("cpu")["input_ids"]
+        assert saving.logits_difference(stage.model(), "cut", [1, 2], input_ids=ids) > 0

@@ -1,0 +1,115 @@
+"""The forwards and losses of a training, on fake CUDA devices; backward on fake CPU tensors."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from shallower.cutting.memory import drop_layers
+from shallower.errors import ModelError
+from shallower.healing.losses import Distillation, TrainingLoss, summed_loss
+from shallower.healing.training import add_adapters, computing
+from shallower.models.decoder import Decoder
+from shallower.models.feed_forward import feed_forward_targets
+from shallower.values.plan import Plan
+from shallower.values.recipe import ModelFacts, Recipe
+from tests.devices.batches import inputs
+from tests.devices.conftest import STAGES
+from tests.devices.stage import Stage, devices_of
+
+PLAN = Plan.of(8, [1, 5, 6])
+"""Two blocks, so that on two devices the cut is joined on both."""
+
+
+def recipe(**options):
+    facts = ModelFacts("llama", 4096, 32, 4096, 32000)
+    return Recipe(dtype="bfloat16", steps=10, **options).resolve(facts)
+
+
+def adapted(stage):
+    """A cut with adapters, ready for training."""
+    cut = stage.llama(8)
+    drop_layers(cut, PLAN.dropped)
+    model = add_adapters(cut, feed_forward_targets(cut), recipe(), base="base")
+    return cut, model.train()
+
+
+def loss_of(cut, model, given, *within):
+    """The loss of a forward, as the Trainer gets it."""
+    words = {name: value for name, value in given.items() if name != "labels"}
+    divisor = torch.tensor(17, device=given["labels"].device)
+    with computing(recipe(), Decoder.of(cut).device), ExitStack() as stack:
+        loss = TrainingLoss(cut)
+        for context in (*within, loss.made_inside(given["labels"], divisor)):
+            stack.enter_context(context)
+        outputs = model(**words, use_cache=False)
+        assert set(outputs) == {"loss"}  # and no logits
+        return loss.of(outputs, given["labels"], divisor)
+
+
+def refused(stage):
+    """Whether adapters are refused, as they are where layers are offloaded."""
+    if stage.offloading:
+        with stage.open(), pytest.raises(ModelError, match="wait in the memory of the CPU"):
+            adapted(stage)
+    return stage.offloading
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
+def test_the_loss_of_a_model_with_adapters(stage, recompute):
+    if refused(stage):
+        return
+    with stage.open():
+        cut, model = adapted(stage)
+        if recompute:
+            cut.activation_checkpointing_enable({"use_reentrant": False})
+        weights = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in weights} == {torch.float32}
+        assert devices_of(weights) == {f"cuda:{i}" for i in range(stage.devices)}
+        loss = loss_of(cut, model, inputs("cuda:0"))
+        assert (loss.dtype, loss.requires_grad) == (torch.float32, True)
+
+
+def test_the_loss_where_labels_lie_elsewhere(stage):
+    if refused(stage):
+        return
+    with stage.open():
+        given = inputs("cuda:0")
+        given["labels"] = given["labels"].cpu()
+        assert loss_of(*adapted(stage), given).device == torch.device("cpu")
+        logits = torch.empty(3, 9, 100, device=stage.last, requires_grad=True)
+        assert summed_loss(logits, given["labels"]).device == stage.last
+
+
+@pytest.mark.parametrize("teachers", STAGES.values(), ids=STAGES)
+def test_the_distillation(stage, teachers):
+    if refused(stage):
+        return
+    teacher = teachers.model(8)
+    with stage.open():
+        cut, model = adapted(stage)
+        distillation = Distillation(cut, teacher, PLAN)
+        given = inputs("cuda:0")
+        loss = loss_of(cut, model, given, distillation.watching())
+        with computing(recipe(), Decoder.of(cut).device):
+            ours = distillation.summed(given["input_ids"], given["attention_mask"])
+        assert (loss + 0.5 * ours).requires_grad
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
+def test_backward(recompute):
+    stage = Stage(0)
+    with stage.open():
+        cut, model = adapted(stage)
+        if recompute:
+            cut.activation_checkpointing_enable({"use_reentrant": False})
+        distillation = Distillation(cut, stage.llama(8), PLAN)
+        given = inputs("cpu")
+        loss = loss_of(cut, model, given, distillation.watching())
+        with computing(recipe(), torch.device("cpu")):
+            loss += distillation.summed(given["input_ids"], given["attention_mask"])
+        loss.backward()
+        gradients = [(p.grad, p) for p in model.parameters() if p.requires_grad]
+        assert len(gradients) == 2 * 3 * len(PLAN.survivors)
+        assert all(grad is not None and grad.dtype == torch.float32 for grad, _ in gradients)
+        assert not [p for p in cut.model.layers[0].self_attn.parameters() if p.grad is not None]

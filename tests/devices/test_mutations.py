@@ -1,0 +1,126 @@
+"""Take any move to a device out of the package, and a rehearsal fails for it.
+
+Which rehearsals reach a function is seen by running them once; those are run again with each move
+of that function taken out, one after the other.
+"""
+
+import functools
+import inspect
+import itertools
+import time
+
+import pytest
+
+from tests.devices import (
+    test_cutting,
+    test_evaluation,
+    test_healing,
+    test_merging,
+    test_models,
+    test_patching,
+    test_scanning,
+)
+from tests.devices.conftest import STAGES
+from tests.devices.mutations import moves, noting, without
+from tests.devices.stage import is_about_devices
+
+ROOMS = (
+    test_scanning, test_models, test_cutting, test_evaluation, test_patching, test_healing,
+    test_merging,
+)  # fmt: skip
+
+_ROOM = "it only takes room on the device"
+_LAYER = "both are of one layer, and so on one device"
+_INDEX = "an index may lie on the CPU"
+_HOST = "no CUDA device gets here"
+HARMLESS = {
+    "cutting/saving.py: lend_layers: layer.to('cpu')": _ROOM,
+    "cutting/saving.py: logits_difference: expected.to(device)": "accelerate brings logits back",
+    "healing/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
+    "healing/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
+    "healing/least_squares.py: NormalEquations.mapped: matrix.to(self.gram)": _LAYER,
+    "healing/least_squares.py: NormalEquations.mapped: x.to(matrix)": _LAYER,
+    "healing/patch_solver.py: Patching._best_fit: "
+    "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
+    "healing/patch_solver.py: Patching._give_attention_its_share: "
+    "attention.weight.to(delta.device)": _LAYER,
+    "healing/patch_solver.py: Patching._change: stored.detach().to('cpu', copy=True)": _ROOM,
+    "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
+    "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
+    "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
+    "runs/run.py: continue_text: "
+    "tokenizer(prompt, return_tensors='pt').to(Decoder.of(model).device)": "generate moves tokens",
+    "scanning/transfers.py: HostCopies.send: tensor.to(device)": _HOST,
+    "scanning/transfers.py: HostCopies.start: gathered[0].rows.cpu()": _HOST,
+}
+"""Moves that no rehearsal misses, and why."""
+
+MOVES = moves()
+
+
+def cases(function):
+    """What a test is called with, stages apart: all its parameters, as pytest would set them."""
+    marks = [m for m in getattr(function, "pytestmark", ()) if m.name == "parametrize"]
+    sets = []
+    for mark in marks:
+        names, values, *_ = mark.args
+        names = names.split(", ") if isinstance(names, str) else names
+        sets.append([dict(zip(names, v if len(names) > 1 else [v], strict=True)) for v in values])
+    for chosen in itertools.product(*sets):
+        yield {name: value for one in chosen for name, value in one.items()}
+
+
+def rehearsals():
+    """Every rehearsal as calls without arguments, one for each stage."""
+    for room in ROOMS:
+        for name, function in inspect.getmembers(room, inspect.isfunction):
+            if not name.startswith("test_") or function.__module__ != room.__name__:
+                continue
+            for case in cases(function):
+                if "stage" in inspect.signature(function).parameters:
+                    given = [{**case, "stage": stage} for stage in STAGES.values()]
+                else:
+                    given = [case]
+                yield [functools.partial(function, **one) for one in given]
+
+
+@pytest.fixture(scope="module")
+def reaching():
+    """The rehearsals that run each function with a move, the quickest first."""
+    found = {}
+    with noting(MOVES) as ran:
+        for calls in rehearsals():
+            ran.clear()
+            start = time.perf_counter()
+            calls[0]()
+            taken = time.perf_counter() - start
+            for function in ran:
+                found.setdefault(function, []).append((taken, calls))
+    return {
+        function: [call for _, calls in sorted(timed, key=lambda one: one[0]) for call in calls]
+        for function, timed in found.items()
+    }
+
+
+@pytest.mark.parametrize("move", MOVES, ids=str)
+def test_a_move_that_is_taken_out_is_missed(move, reaching):
+    calls = reaching.get((move.file, move.function), [])
+    assert calls, "no rehearsal runs this"
+    missed, harmless = False, str(move) in HARMLESS
+    with without(move):
+        for call in calls[:1] if harmless else calls:
+            try:
+                call()
+            except AssertionError:  # who looks at the result
+                missed = True
+            except (RuntimeError, TypeError) as error:
+                if not is_about_devices(error):
+                    raise
+                missed = True
+            if missed:
+                break
+    assert missed != harmless
+
+
+def test_what_is_harmless_is_there():
+    assert set(HARMLESS) <= {str(move) for move in MOVES}
