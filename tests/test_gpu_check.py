@@ -13,18 +13,19 @@ MEMORY = {"measured", "before_bytes", "peak_bytes", "above_bytes"}
 SPREAD = {"median", "min", "max", "values"}
 SCAN = {
     "batch_size", "num_texts", "max_length", "oracle_difference", "bare_s", "scan_s",
-    "tokens_per_second_of_batch_sizes", "throughput_ratio", "memory", "memory_of_bare_forward",
+    "tokens_per_second_of_batch_sizes", "throughput_ratio", "memory",
+    "memory_of_bare_forward", "planned",
 }  # fmt: skip
 PRUNEME = {
     "batch_size", "num_texts", "max_length", "difference_of_distances", "one_n_s", "scan_s",
     "difference_at_the_last_state", "one_n_over_scan", "runs_for_all_n", "memory",
 }  # fmt: skip
 FIGURES = {
-    "c": {"shape", "num_tokens", "layers_dropped", "outcome", "seconds", "memory"},
+    "c": {"shape", "num_tokens", "layers_dropped", "outcome", "seconds", "memory", "planned"},
     "d": {
         "shape", "recipe", "tokens_per_second", "tokens_per_second_of_plain_loop",
         "throughput_ratio", "seconds_of_steps_of_plain_loop", "mean_loss",
-        "difference_of_mean_losses", "memory", "memory_of_plain_loop",
+        "difference_of_mean_losses", "memory", "planned", "memory_of_plain_loop",
     },
     "e": {
         "model", "steps", "block", "loss", "loss_of_cut", "loss_before_training", "loss_healed",
@@ -37,7 +38,7 @@ FIGURES = {
     },
     "h": {
         "vocabulary", "batch_size", "max_length", "nats", "difference", "seconds",
-        "tokens_per_second", "bytes_of_all_logits", "memory",
+        "tokens_per_second", "bytes_of_all_logits", "memory", "planned",
     },
     "i": {"ranks", "seconds", "held_out", "tokens_per_second", "difference_of_logits"},
 }  # fmt: skip

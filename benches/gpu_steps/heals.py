@@ -59,6 +59,7 @@ def heal(setting):
         "mean_loss": ours,
         "difference_of_mean_losses": difference,
         "memory": memory,
+        "planned": setting.planned(setting.cut("7b"), "heal", recipe=recipe),
         "memory_of_plain_loop": of_plain,
     }
 

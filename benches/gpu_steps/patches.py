@@ -38,6 +38,9 @@ def patch(setting):
         "outcome": outcome,
         "seconds": taken,
         "memory": memory,
+        "planned": setting.planned(
+            setting.stored("7b"), "patch", dtype=setting.plain, max_length=max_length
+        ),
     }
 
 
@@ -73,6 +76,9 @@ def loss(setting):
         "tokens_per_second": measured.num_tokens / min(repeats),
         "bytes_of_all_logits": logits,
         "memory": memory,
+        "planned": setting.planned(
+            config, "eval", dtype=setting.plain, max_length=max_length, batch_size=size
+        ),
     }
 
 

@@ -51,6 +51,9 @@ def _compare(setting, model, shape, dtype):
         "scan_s": spread([scan for _, scan in pairs]),
         "throughput_ratio": spread([bare / scan for bare, scan in pairs]),
         "memory": of_scan,
+        "planned": setting.planned(
+            setting.stored(shape), "scan", dtype=dtype, max_length=max_length, batch_size=size
+        ),
         "memory_of_bare_forward": of_forward,
     }
 

@@ -156,6 +156,11 @@ class Setting:
         new.rename(folder)
 
     # Clocks and memory.
+    def planned(self, model, what, **options):
+        """The memory that a stage is planned to take, by the config or folder of its model."""
+        forecast = getattr(sh, "memory_forecast", None)  # versions before it have no plan
+        return forecast and forecast(model, what, **options).to_json()
+
     def seconds(self, work, *arguments):
         """The time that a call takes, to the end of what it has asked the GPU for."""
         self.wait()
