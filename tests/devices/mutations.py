@@ -1,9 +1,10 @@
 """Every place of the package that moves a tensor to a device, and the package without one of them.
 
 A move is ``x.to(where)`` where ``where`` is no dtype, ``x.cpu()``, or ``device=where`` where torch
-makes a tensor. Without it, ``x`` stays where it is (in the dtype that it is moved to), and a new
-tensor is made on the CPU. A function is changed in place, by the code of its changed source, so
-that whoever knows it meets the change.
+makes a tensor; not a copy that is kept in the CPU's memory, nor one made there. Without it, ``x``
+stays where it is (in the dtype that it is moved to), and a new tensor is made on the CPU. A
+function is changed in place, by the code of its changed source, so that whoever knows it meets the
+change.
 """
 
 import ast
@@ -42,17 +43,19 @@ class Move:
 
 def is_move(call):
     """Whether a call moves a tensor to a device, or makes one there."""
-    function = call.func
+    function, named = call.func, {word.arg: word.value for word in call.keywords}
     if not isinstance(function, ast.Attribute):
         return False
     if function.attr == "to":
         words = [ast.unparse(argument) for argument in call.args]
         to_dtype = words and (words[0].startswith("torch.") or "dtype" in words[0])
+        if "copy" in named and words == ["'cpu'"]:
+            return False
         return "device" in " ".join(words) or (len(words) == 1 and not to_dtype)
     if function.attr == "cpu":
         return not call.args
     made = isinstance(function.value, ast.Name) and function.value.id == "torch"
-    return made and any(word.arg == "device" for word in call.keywords)
+    return made and "device" in named and not isinstance(named["device"], ast.Constant)
 
 
 def stayed(call):

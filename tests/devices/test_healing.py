@@ -1,12 +1,15 @@
 """The forwards and losses of a training, on fake CUDA devices; backward on fake CPU tensors."""
 
-from contextlib import ExitStack
+import tempfile
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from shallower.cutting.memory import drop_layers
 from shallower.errors import ModelError
+from shallower.healing import training
 from shallower.healing.losses import Distillation, TrainingLoss, summed_loss
 from shallower.healing.training import add_adapters, computing
 from shallower.models.decoder import Decoder
@@ -94,6 +97,40 @@ def test_the_distillation(stage, teachers):
         with computing(recipe(), Decoder.of(cut).device):
             ours = distillation.summed(given["input_ids"], given["attention_mask"])
         assert (loss + 0.5 * ours).requires_grad
+
+
+@contextmanager
+def trainer(stage):
+    """Our Trainer of a cut and its teacher, and the inputs of a step."""
+    with stage.open(), tempfile.TemporaryDirectory() as folder:
+        cut, model = adapted(stage)
+        arguments = TrainingArguments(
+            output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, label_names=["labels"],
+        )  # fmt: skip
+        vars(arguments)["_setup_devices"] = stage.first  # as where there is CUDA
+        if stage.devices == 1:
+            cut.hf_device_map = {"": 0}
+        ours = training._Trainer(
+            model, arguments, [], recipe(distill=0.1), None,
+            Distillation(cut, stage.model(8), PLAN), [],
+        )  # fmt: skip
+        yield ours, model, inputs(stage.first), torch.tensor(17, device=stage.first)
+
+
+def test_the_loss_of_the_trainer(stage):
+    if refused(stage):
+        return
+    with trainer(stage) as (ours, model, given, count):
+        with ours.compute_loss_context_manager():
+            loss = ours.compute_loss(model, given, num_items_in_batch=count)
+        assert (loss.device, loss.requires_grad) == (stage.first, True)
+
+
+def test_a_step_of_the_trainer():
+    with trainer(Stage(0)) as (ours, model, given, count):
+        ours.training_step(model, given, count)
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])

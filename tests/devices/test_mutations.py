@@ -44,7 +44,6 @@ HARMLESS = {
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
     "healing/patch_solver.py: Patching._give_attention_its_share: "
     "attention.weight.to(delta.device)": _LAYER,
-    "healing/patch_solver.py: Patching._change: stored.detach().to('cpu', copy=True)": _ROOM,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
     "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
