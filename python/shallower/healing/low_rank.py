@@ -116,39 +116,32 @@ class LowRank:
         )
 
 
-def rounding(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Tell how far values can be from their nearest neighbours in a dtype.
-
-    Args:
-        values: float64, of any shape.
-        dtype: a float dtype.
-
-    Returns:
-        Half a unit in the last place of each, float64.
-    """
-    form = torch.finfo(dtype)
-    exponents = torch.frexp(values).exponent - 1
-    half = torch.ldexp(torch.full_like(values, form.eps / 2), exponents)
-    return half.clamp(min=form.tiny * form.eps / 2)
+_EXPONENT = 0x7FF0000000000000
+"""The bits of a float64 that hold its power of two."""
 
 
-def sum_rounding(
-    values: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scaling: float
+def rounding(
+    values: torch.Tensor, dtype: torch.dtype, *, left: torch.Tensor, right: torch.Tensor
 ) -> torch.Tensor:
-    """Bound the rounding of a float32 sum of a weight and a product of small matrices.
+    """Bound the rounding of a float32 sum of a weight and a product, itself rounded to a dtype.
+
+    Half a unit in the last place of each value, and a rounding of float32 for each addition and
+    product on the way.
 
     Args:
-        values: the sums (R, N), float64.
-        left: (R, rank).
+        values: the exact sums (R, N), float64.
+        dtype: a float dtype.
+        left: (R, rank), with the factor of the product.
         right: (rank, N).
-        scaling: the factor of the product.
 
     Returns:
-        (R, N) float64: a rounding for each addition and product on the way.
+        (R, N) float64.
     """
-    norms = left.double().norm(dim=1, keepdim=True) * right.double().norm(dim=0)
-    terms = (left.shape[1] + 2) * abs(scaling) * norms + values.abs()
-    return torch.finfo(torch.float32).eps * terms
+    form, fine = torch.finfo(dtype), torch.finfo(torch.float32).eps
+    powers = values.view(torch.int64).bitwise_and(_EXPONENT).view(torch.float64)
+    bound = powers.mul_(form.eps / 2 + 2 * fine).clamp_(min=form.tiny * form.eps / 2)
+    norms = left.norm(dim=1).double(), right.double().norm(dim=0)
+    return bound.addr_(*norms, alpha=(left.shape[1] + 2) * fine)
 
 
 class Deviations:
@@ -179,18 +172,18 @@ class Deviations:
         """
         off = whole = 0.0
         for left, right in low_rank.panels(device):
-            weight = low_rank.read(was, left, right).double()
-            merged = low_rank.read(now, left, right).double()
-            expected = weight + (left.double() @ right.double()) * low_rank.scaling
-            difference = (merged - expected).abs()
-            allowed = rounding(expected, low_rank.dtype)
-            allowed += sum_rounding(expected, left, right, scaling=low_rank.scaling)
+            left = left.double() * low_rank.scaling
+            expected = low_rank.read(was, left, right).double()
+            expected.addmm_(left, right.double())
+            difference = low_rank.read(now, left, right).double().sub_(expected).abs_()
+            largest = float(difference.amax())
+            whole = math.hypot(whole, float(expected.norm()))
+            off = math.hypot(off, float(difference.norm()))
+            allowed = rounding(expected, low_rank.dtype, left=left, right=right)
             if not bool((difference <= allowed).all()):
                 raise ModelError(
                     f"{low_rank.name} was not merged as it should be: a value is off by "
-                    f"{float(difference.max()):.2g} from the sum of weight and adapter"
+                    f"{largest:.2g} from the sum of weight and adapter"
                 )
-            off += float(difference.square().sum())
-            whole += float(expected.square().sum())
-            self.largest = max(self.largest, float(difference.max()))
-        self.relative = max(self.relative, math.sqrt(off / whole) if whole else math.sqrt(off))
+            self.largest = max(self.largest, largest)
+        self.relative = max(self.relative, off / whole if whole else off)
