@@ -9,7 +9,7 @@ from shallower.healing.memory import HealingStep, plan_healing, require_room
 from shallower.models.loading import layers_of
 from shallower.values.memory import needed_device
 from shallower.values.recipe import Recipe
-from tests.healing.memory_oracle import shape, tracked_healing
+from tests.memory_oracle import shape, tracked_healing
 
 NAMED = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "qwen2.5-7b", "phi-2")
 OTHERS = ("mistral-7b", "gemma-2-2b", "gpt2-xl", "falcon-7b")

@@ -6,7 +6,9 @@ from ..models.source import ModelSource
 from .options import (
     BatchSize,
     DeviceMap,
+    DeviceMemory,
     Drop,
+    DryRun,
     Dtype,
     GgufFile,
     Json,
@@ -20,10 +22,11 @@ from .options import (
     named_layers,
     read_texts,
 )
-from .output import print_json, show
+from .output import print_json, say_dry_run, show
 
 if TYPE_CHECKING:
     from ..values.loss import Loss
+    from ..values.memory import MemoryPlan
     from ..values.plan import Plan
 
 
@@ -35,30 +38,42 @@ def eval_command(
     plan: PlanPath = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = "auto",
     max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
+    device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Measure the next-token loss, before and after a cut."""
     from ..cutting.plans import agreed_plan
-    from ..values.tokens import Tokens
+    from ..values.tokens import Tokens, parse_batch_size
 
-    held_out, tokens = list(read_texts(texts, max_texts)), Tokens(max_length, batch_size)
+    tokens = Tokens(max_length, parse_batch_size(batch_size))
+    held_out = list(read_texts(texts, max_texts))
     source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     wanted = None
     if drop is not None or plan is not None:
         named = named_layers(drop, plan)
         wanted = agreed_plan(model, source.count_layers(), named)
+    if dry_run or device_memory is not None:
+        from ..runs.forecast import forecast_source
+
+        memory = forecast_source(source, "eval", tokens, device_memory=device_memory)
+        tokens = Tokens(max_length, memory.micro_batch)
+        if dry_run:
+            say_dry_run(_described(source, texts, wanted, memory), as_json)
+            return
     loaded, tokenizer = load(source)
     from ..cutting.memory import without_layers
-    from ..evaluation.loss import measure_loss
+    from ..evaluation.loss import fitting_tokens, measure_loss
     from ..models.decoder import Decoder
     from ..values.layers import ranges
 
     decoder = Decoder.of(loaded)
+    tokens = fitting_tokens(decoder, tokens)
     if wanted:
         wanted.check_model(decoder.identity)
     losses = {"base": measure_loss(decoder, tokenizer, held_out, tokens=tokens)}
@@ -69,6 +84,17 @@ def eval_command(
                 description=f"loss without {ranges(wanted.dropped)}",
             )  # fmt: skip
     _say(losses, wanted, decoder.identity.dtype, as_json=as_json)
+
+
+def _described(
+    source: ModelSource, texts: str, wanted: "Plan | None", memory: "MemoryPlan"
+) -> dict[str, Any]:
+    from ..values.layers import ranges
+
+    described: dict[str, Any] = {"eval": str(source)}
+    if wanted:
+        described["drop"] = ranges(wanted.dropped)
+    return {**described, "texts": texts, "memory": memory}
 
 
 def _say(losses: "dict[str, Loss]", wanted: "Plan | None", dtype: str, *, as_json: bool) -> None:

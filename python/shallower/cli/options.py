@@ -55,7 +55,15 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
 ]
 MaxLength = Annotated[int, typer.Option(metavar="N", help="Tokens of a text at most.", min=1)]
-BatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|N",
+        help="Texts in one forward. auto: as many as the device has memory for, on a CPU 8 at "
+        "most.",
+    ),
+]
+PatchBatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)]
 MaxTexts = Annotated[
     int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
 ]

@@ -6,7 +6,6 @@ import typer
 
 from ..models.source import ModelSource
 from .options import (
-    BatchSize,
     DeviceMap,
     Drop,
     DryRun,
@@ -17,6 +16,7 @@ from .options import (
     Model,
     Out,
     Overwrite,
+    PatchBatchSize,
     PlanPath,
     TextsSource,
     TrustRemoteCode,
@@ -53,7 +53,7 @@ def patch_command(
         int, typer.Option(metavar="N", help="Tokens to fit at most.", min=1)
     ] = 131_072,
     max_length: MaxLength = 256,
-    batch_size: BatchSize = 16,
+    batch_size: PatchBatchSize = 16,
     max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,

@@ -45,7 +45,7 @@ def run_command(
     sizes: Sizes = "1,2,4,8",
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = "auto",
     max_texts: MaxTexts = None,
     threads: Threads = None,
     heal: Annotated[
@@ -73,8 +73,10 @@ def run_command(
     """
     from ..runs.run import check_run, run
     from ..values.layers import parse_sizes
+    from ..values.tokens import parse_batch_size
 
     source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
+    size = parse_batch_size(batch_size)
     read, held_out = read_texts(texts, max_texts), read_texts(eval_texts)
     wanted = parse_sizes(sizes)
     check_run(source, out=out, sizes=wanted, heal=heal, heal_steps=heal_steps, overwrite=overwrite)
@@ -85,7 +87,7 @@ def run_command(
     quiet()
     done = run(
         resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
-        max_length=max_length, batch_size=batch_size, threads=threads, heal=heal,
+        max_length=max_length, batch_size=size, threads=threads, heal=heal,
         heal_steps=heal_steps, overwrite=overwrite,
         report=lambda so_far: say_results(so_far, as_json),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from ..models.source import ModelSource
 from .options import (
     BatchSize,
     DeviceMap,
+    DeviceMemory,
     DryRun,
     Dtype,
     GgufFile,
@@ -37,7 +38,7 @@ def scan_command(
     out: Out,
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = "auto",
     max_texts: MaxTexts = None,
     metrics: Metrics = "angular,cosine",
     positions: Annotated[
@@ -63,6 +64,7 @@ def scan_command(
     ] = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
+    device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -76,19 +78,20 @@ def scan_command(
     """
     from ..runs.scan import ScanJob
     from ..values.positions import Positions
-    from ..values.tokens import Tokens
+    from ..values.tokens import Tokens, parse_batch_size
 
     job = ScanJob(
         source=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
         texts=read_texts(texts, max_texts),
         out=out,
-        tokens=Tokens(max_length, batch_size),
+        tokens=Tokens(max_length, parse_batch_size(batch_size)),
         metrics=metric_names(metrics),
         positions=Positions.parse(positions, seed),
         threads=threads,
         keep_samples=keep_samples,
         keep_states=keep_states,
         overwrite=overwrite,
+        device_memory=device_memory,
     )
     if dry_run:
         say_dry_run(job.describe(), as_json)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TextsError
 from ..models.architecture import evaluating
+from ..models.batching import Forward, fitting
 from ..models.decoder import Decoder
 from ..models.halving import Halving
 from ..models.head import LOGITS_AT_ONCE, Head
@@ -19,7 +20,7 @@ from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss
 from ..values.plan import describe_rejections
-from ..values.tokens import Tokens
+from ..values.tokens import BatchSize, Tokens
 from .shards import gathered, rank_and_size
 
 LOGITS_PER_CHUNK = 1 << 20
@@ -33,7 +34,7 @@ def evaluate_loss(
     texts: Iterable[str],
     *,
     max_length: int = 256,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool | None = None,
     description: str = "loss",
 ) -> Loss:
@@ -50,7 +51,8 @@ def evaluate_loss(
         texts: any iterable of strings, read once. Texts of fewer than two tokens are left out
             and counted.
         max_length: tokens of a text at most.
-        batch_size: texts in one forward.
+        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
+            CPU 8 at most.
         progress: a bar with ETA on standard error; by default if that is a terminal.
         description: the name of the bar.
 
@@ -96,7 +98,7 @@ def measure_loss(
         decoder: the model with what was found out about it.
         tokenizer: its tokenizer.
         texts: any iterable of strings, read once.
-        tokens: how texts become batches.
+        tokens: how texts become batches; see :func:`fitting_tokens`.
         progress: a bar with ETA on standard error; by default if that is a terminal.
         description: the name of the bar.
         shared: share the batches out to the processes of torch.distributed's group, if there is
@@ -109,6 +111,7 @@ def measure_loss(
     Raises:
         TextsError, ModelError: as :func:`evaluate_loss`, in all processes.
     """
+    tokens = fitting_tokens(decoder, tokens)
     batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2)
     total = length_hint(texts) or None
     rank, size = rank_and_size(shared)
@@ -136,6 +139,36 @@ def measure_loss(
     nats, stderr = _mean(losses, counts)
     num_tokens, vocab_size = sum(counts), by_rank[0][2]
     return Loss(nats, stderr, num_tokens, len(losses), batches.num_rejected, vocab_size)
+
+
+def fitting_tokens(decoder: Decoder, tokens: Tokens) -> Tokens:
+    """Decide how many texts make one forward of an evaluation.
+
+    Args:
+        decoder: the model.
+        tokens: the length of texts, and their number or ``auto``.
+
+    Returns:
+        The same with a number.
+    """
+    return fitting(decoder, tokens, FORWARD)
+
+
+@torch.inference_mode()
+def _rehearsed(decoder: Decoder, batch: Batch) -> None:
+    """What :func:`summed_losses` does, with the first logits alone: the others take their place."""
+    ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
+    for _logits in Head.of(decoder).logits_of(ids, mask, np.flatnonzero(batch.attention_mask)):
+        return
+
+
+def _on_cards(decoder: Decoder, tokens: int) -> int:
+    """A GPU takes the softmax of all logits that are made at once: two copies in float32."""
+    return 8 * min(tokens * int(getattr(decoder.config, "vocab_size", 0)), LOGITS_AT_ONCE)
+
+
+FORWARD = Forward(_rehearsed, on_cards=_on_cards)
+"""The forward of an evaluation, as its memory is rehearsed."""
 
 
 def _mean(losses: list[float], counts: list[int]) -> tuple[float, float]:

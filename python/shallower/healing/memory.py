@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from ..errors import ModelError, RecipeError
 from ..models.feed_forward import feed_forward_targets
 from ..models.memory import dequantised_bytes, weight_bytes
-from ..models.rehearsal import EXPERTS, Rehearsal, build_empty
+from ..models.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from .losses import TrainingLoss
@@ -138,7 +138,13 @@ def plan_healing(
         the model cannot be rehearsed.
     """
     choices = list(_choices(batch_size, recompute, processes, card))
-    step = _first_that_runs(config, recipe, recompute is True)
+
+    def rehearsed(experts: str | None) -> HealingStep:
+        step = HealingStep(config, recipe, experts=experts)
+        step.parts(1, recompute is True)
+        return step
+
+    step = first_that_runs(rehearsed)
     if step is None:
         texts, recomputed = choices[0]
         return MemoryPlan(None, texts, recomputed, device_bytes)
@@ -171,22 +177,6 @@ def _choices(
         for texts in (8, 4, 2, 1) if batch_size is None else (batch_size,):
             if batch_size is not None or (texts <= most and share % texts == 0):
                 yield texts, recomputed
-
-
-def _first_that_runs(
-    config: PretrainedConfig, recipe: Resolved, recompute: bool
-) -> HealingStep | None:
-    """The step of the model's own experts, or of others that do not loop over data; or none."""
-    for experts in EXPERTS:
-        try:
-            step = HealingStep(config, recipe, experts=experts)
-            step.parts(1, recompute)
-        except ModelError:
-            return None
-        except Exception:
-            continue
-        return step
-    return None
 
 
 def require_room(plan: MemoryPlan, recipe: Resolved) -> None:

@@ -6,12 +6,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.memory import without_layers
 from ..errors import LayersError
-from ..evaluation.loss import measure_loss
+from ..evaluation.loss import fitting_tokens, measure_loss
 from ..models.decoder import Decoder
 from ..scanning.scan import Scan
 from ..values.layers import Block, check_sizes, deepest_block
 from ..values.loss import Comparison, Cut, Loss
-from ..values.tokens import Tokens
+from ..values.tokens import BatchSize, Tokens
 
 
 def compare_cuts(
@@ -22,7 +22,7 @@ def compare_cuts(
     texts: Iterable[str],
     sizes: Sequence[int],
     max_length: int = 256,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     progress: bool | None = None,
 ) -> Comparison:
     """Measure the loss of the best block and of the deepest one, for every size.
@@ -37,7 +37,8 @@ def compare_cuts(
         texts: held-out texts, any iterable of strings, read once.
         sizes: block sizes to measure.
         max_length: tokens of a text at most.
-        batch_size: texts in one forward.
+        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
+            CPU 8 at most.
         progress: bars with ETA on standard error; by default if that is a terminal.
 
     Returns:
@@ -63,7 +64,8 @@ def compare_cuts(
             f"this model"
         )
     check_sizes(sizes, len(decoder))
-    texts, tokens = list(texts), Tokens(max_length, batch_size)
+    texts = list(texts)
+    tokens = fitting_tokens(decoder, Tokens(max_length, batch_size))
 
     def measure(description: str) -> Loss:
         return measure_loss(

@@ -9,7 +9,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
+
+Step = TypeVar("Step")
 
 EXPERTS = (None, "grouped_mm", "batched_mm")
 """Ways to run experts that are tried: the model's own, then those without loops over data."""
@@ -63,6 +65,25 @@ _COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 """Values are taken as those that the code expects."""
 
 
+def first_that_runs(make: Callable[[str | None], Step]) -> Step | None:
+    """Make a rehearsal with the model's own way to run experts, or with one without loops.
+
+    Args:
+        make: builds it with a way to run experts, and rehearses once.
+
+    Returns:
+        What it gives; None where the family cannot be rehearsed in any way.
+    """
+    for experts in EXPERTS:
+        try:
+            return make(experts)
+        except ModelError:
+            return None
+        except Exception:  # whatever a family does whose shapes depend on values
+            continue
+    return None
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that are made in its body, until they go.
 
@@ -82,7 +103,12 @@ class _LiveBytes(TorchDispatchMode):
             return self._read(args[0])
         if func in _COMPARISONS:
             return True
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":
+            with self:  # there, what is made of other operations arrives as a whole
+                if (output := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return output
+        output = func(*args, **kwargs)
         for value in tree_iter(output):
             if isinstance(value, torch.Tensor):
                 self._count(value)

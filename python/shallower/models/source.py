@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,19 @@ class ModelSource:
             gguf_file=self.gguf_file,
             trust_remote_code=self.trust_remote_code,
         )
+
+    def read_config(self) -> "PretrainedConfig":
+        """Read the model's config, and nothing else.
+
+        Returns:
+            The config of transformers.
+
+        Raises:
+            ModelError: as :meth:`load`.
+        """
+        from .loading import read_config
+
+        return read_config(self.path, self.gguf_file, self.trust_remote_code)
 
     def count_layers(self) -> int:
         """Count the decoder layers by the model's config alone.

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
+from ..models.source import ModelSource
 from ..values.files import PLAN_FILE
 from ..values.layers import deepest_block
 from ..values.memory import MemoryPlan
 from ..values.plan import Plan
+from ..values.positions import Positions
 from ..values.recipe import Recipe
+from ..values.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,6 +32,7 @@ def memory_forecast(
     recipe: Recipe | None = None,
     gradient_checkpointing: bool | None = None,
     drop: int = 0,
+    positions: str | Positions = "last",
     device_memory: str | int | None = None,
     processes: int = 1,
     trust_remote_code: bool = False,
@@ -48,6 +52,7 @@ def memory_forecast(
         recipe: the other settings of a healing.
         gradient_checkpointing: recomputation in a healing; by default where it must be.
         drop: decoder layers of ``config`` that will have been dropped.
+        positions: the tokens of every text that a scan compares.
         device_memory: the memory of a card, here or not, in bytes or as ``16GB``; by default
             what this machine's device has free.
         processes: processes that share a healing, each on a device of its own.
@@ -72,23 +77,26 @@ def memory_forecast(
     from ..models.loading import layers_of, read_config
     from ..models.memory import device_room
 
-    num_layers = None
+    total = None
     if isinstance(config, str | Path):
-        num_layers = _layers_of_uncut(str(config))
+        total = _layers_of_uncut(str(config))
         config = read_config(config, trust_remote_code=trust_remote_code)
-    num_layers = num_layers or layers_of(config)
-    if num_layers is None:
+    total = total or layers_of(config)
+    if total is None:
         raise ModelError("the config does not tell how many layers the model has")
     if drop:
         config = _shortened(config, drop)
-    device = device_room(device_memory, processes)
-    size = None if batch_size == "auto" else batch_size
-    given: dict[str, Any] = {
-        "dtype": dtype, "max_length": max_length, "rank": rank, "batch_size": size,
-        "recompute": gradient_checkpointing,
-    }  # fmt: skip
-    named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return _healing(config, num_layers, replace(recipe or Recipe(), **named), device, processes)
+    room = device_room(device_memory, processes)
+    if what == "heal":
+        given: dict[str, Any] = {
+            "dtype": dtype, "max_length": max_length, "rank": rank,
+            "batch_size": None if batch_size == "auto" else batch_size,
+            "recompute": gradient_checkpointing,
+        }  # fmt: skip
+        named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return _healing(config, total, replace(recipe or Recipe(), **named), room, processes)
+    tokens = Tokens(max_length or 256, batch_size)
+    return _forward(config, what, dtype or "bfloat16", tokens, positions, room)
 
 
 def _layers_of_uncut(path: str) -> int | None:
@@ -127,4 +135,55 @@ def _healing(
     return plan_healing(
         config, resolved, device_bytes=room, card=card, batch_size=recipe.batch_size,
         recompute=recipe.recompute, processes=processes,
+    )  # fmt: skip
+
+
+def _forward(
+    config: "PretrainedConfig",
+    what: Stage,
+    dtype: str,
+    tokens: Tokens,
+    positions: str | Positions,
+    room: tuple[int, bool],
+) -> MemoryPlan:
+    from ..evaluation.loss import FORWARD
+    from ..models.batching import plan_forward
+    from ..scanning.hidden_states import forward
+
+    if isinstance(positions, str):
+        positions = Positions.parse(positions)
+    kind = forward(positions) if what == "scan" else FORWARD
+    size, card = room
+    return plan_forward(config, dtype, kind, tokens=tokens, device_bytes=size, card=card)
+
+
+def forecast_source(
+    source: ModelSource,
+    what: Stage,
+    tokens: Tokens,
+    *,
+    device_memory: str | int | None = None,
+    positions: Positions | None = None,
+) -> MemoryPlan:
+    """Plan the memory of a stage for a model by its place.
+
+    Args:
+        source: the model; its dtype is decided for this machine if it is ``auto``.
+        what: ``patch``, ``scan`` or ``eval``.
+        tokens: the length of texts, and their number or ``auto``.
+        device_memory: as for :func:`memory_forecast`.
+        positions: the tokens of every text that a scan compares.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ModelError: the config cannot be read, or ``device_memory`` is no size.
+    """
+    dtype = source.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device_memory is not None else source.resolved().dtype
+    return memory_forecast(
+        source.read_config(), what, dtype=dtype, max_length=tokens.max_length,
+        batch_size=tokens.batch_size, positions=positions or "last", device_memory=device_memory,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from ..values.layers import check_sizes
 from ..values.loss import Comparison, Loss
 from ..values.plan import Plan
 from ..values.recipe import Recipe
-from ..values.tokens import Tokens
+from ..values.tokens import BatchSize, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ def run(
     out: str | Path,
     sizes: Sequence[int] = (1, 2, 4, 8),
     max_length: int = 256,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     threads: int | None = None,
     prompt: str = PROMPT,
     heal: bool | Recipe = False,
@@ -134,7 +134,8 @@ def run(
         out: the folder to write to.
         sizes: block sizes to measure; the largest is saved.
         max_length: tokens of a text at most; a healing has its own, by its recipe.
-        batch_size: texts in one forward.
+        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
+            CPU 8 at most.
         threads: threads of the Rust core, all by default.
         prompt: a text for the models to continue.
         heal: patch and heal the largest cut: True, or the settings. True trains in the dtype of

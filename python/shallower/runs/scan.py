@@ -15,6 +15,7 @@ from ..scanning.states_writer import check_keepable
 from ..storage import check_free, free_bytes
 from ..texts.sources import Texts
 from ..values.files import PARTIAL_FILE, SCAN_FILE
+from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.tokens import Tokens
 
@@ -37,6 +38,7 @@ class ScanJob:
         keep_samples: keep the values of single samples.
         keep_states: a ``.safetensors`` file for the states, if they are to be kept.
         overwrite: replace what is there, once the new is complete.
+        device_memory: the memory that may be used, as ``16GB``; what is free by default.
 
     Raises:
         OutputError: a place is taken, or is not one to write to.
@@ -53,6 +55,7 @@ class ScanJob:
     keep_samples: bool = False
     keep_states: Path | None = None
     overwrite: bool = False
+    device_memory: str | None = None
 
     def __post_init__(self) -> None:
         check_free(self.out / SCAN_FILE, self.overwrite)
@@ -76,7 +79,8 @@ class ScanJob:
         """Say what would be done, by the config of the model alone.
 
         Returns:
-            The model, its dtype, the texts, the positions, and under ``write`` the files. Where
+            The model, its dtype, the texts, the positions, the plan of the memory under ``memory``,
+            and under ``write`` the files. Where
             states are kept, ``states_bytes_per_token``, ``states_bytes_at_most`` of all texts, and
             ``free_bytes`` at the place of their file; None where that is not known.
 
@@ -90,12 +94,21 @@ class ScanJob:
             "dtype": dtype,
             "texts": self.texts.source if isinstance(self.texts, Texts) else "given",
             "positions": str(self.positions),
+            "memory": self._memory(),
         }
         if self.keep_states is not None:
             size = 4 if dtype == "float32" else 2
             each = width and num_states * width * size
             described.update(self._room(each))
         return {**described, "write": [str(path) for path in self.places]}
+
+    def _memory(self) -> MemoryPlan:
+        from .forecast import forecast_source
+
+        return forecast_source(
+            self.source, "scan", self.tokens, device_memory=self.device_memory,
+            positions=self.positions,
+        )  # fmt: skip
 
     def _room(self, bytes_per_token: int | None) -> dict[str, Any]:
         assert self.keep_states is not None
@@ -140,9 +153,12 @@ class ScanJob:
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
         from ..scanning.model import scan
 
+        batch_size = self.tokens.batch_size
+        if self.device_memory is not None:
+            batch_size = self._memory().micro_batch
         return scan(
             model, tokenizer, self.texts, max_length=self.tokens.max_length,
-            batch_size=self.tokens.batch_size, metrics=self.metrics, threads=self.threads,
+            batch_size=batch_size, metrics=self.metrics, threads=self.threads,
             checkpoint=checkpoint, keep_samples=self.keep_samples, positions=self.positions,
             keep_states=self.keep_states, overwrite=self.overwrite,
         )  # fmt: skip

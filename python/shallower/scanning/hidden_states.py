@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..models.architecture import DecoderLayers, evaluating
+from ..models.batching import Forward
 from ..models.decoder import Decoder
 from ..models.halving import Halving
 from ..models.positions import check_length
@@ -27,6 +28,28 @@ from .parts import Part
 from .transfers import Gathered, HostCopies, HostCopy
 
 LAST = Positions()
+
+
+def forward(positions: Positions = LAST) -> Forward:
+    """Describe the forward of a scan, as its memory is rehearsed.
+
+    Args:
+        positions: the tokens of every text that are compared.
+
+    Returns:
+        The forward; beside it lie the states of the batch before, on their way to the CPU.
+    """
+
+    def run(decoder: Decoder, batch: Batch) -> None:
+        with _RowHooks(decoder.layers, HostCopies()) as hooks:
+            hooks.run(batch, *chosen_tokens(batch, positions), decoder.device)
+
+    def beside(decoder: Decoder, length: int) -> int:
+        count = min(length, positions.count or length)
+        width = getattr(decoder.config, "hidden_size", 0)
+        return (len(decoder) + 1) * count * int(width) * decoder.model.dtype.itemsize
+
+    return Forward(run, beside)
 
 
 def chosen_tokens(

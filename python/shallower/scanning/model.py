@@ -9,14 +9,15 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ScanError, TextsError
+from ..models.batching import fitting
 from ..models.decoder import Decoder
 from ..models.halving import Halving
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..values.positions import Positions
-from ..values.tokens import Tokens
+from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from .builder import ScanBuilder
-from .hidden_states import stream
+from .hidden_states import forward, stream
 from .scan import Scan
 from .states_writer import StatesWriter, keep_states_in
 from .transfers import HostCopies
@@ -30,7 +31,7 @@ def scan(
     texts: Iterable[str],
     *,
     max_length: int = 256,
-    batch_size: int = 8,
+    batch_size: BatchSize = "auto",
     metrics: Sequence[str] = ("angular", "cosine"),
     threads: int | None = None,
     progress: bool | None = None,
@@ -51,7 +52,9 @@ def scan(
         texts: any iterable of strings, read once, tokenised as the tokenizer does by default
             and truncated to ``max_length`` tokens.
         max_length: tokens of a text at most.
-        batch_size: texts in one forward; fewer where the memory of the device is too small.
+        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
+            CPU 8 at most, and 8 with ``cka_batch``, whose minibatches follow the order of the
+            batches. No text's values depend on it but for rounding.
         metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the Rust core, all by default.
         progress: a bar with ETA on standard error; by default if that is a terminal.
@@ -91,7 +94,10 @@ def scan(
     if isinstance(positions, str):
         positions = Positions.parse(positions, seed)
     decoder = Decoder.of(model)
-    batches = TokenBatches(tokenizer, texts, Tokens(max_length, batch_size))
+    if batch_size == "auto" and cka_batch is not None:
+        batch_size = DEFAULT_BATCH
+    tokens = fitting(decoder, Tokens(max_length, batch_size), forward(positions))
+    batches = TokenBatches(tokenizer, texts, tokens)
     identity = decoder.identity
     builder = ScanBuilder(
         len(decoder) + 1, metrics, threads=threads, model=identity, keep_samples=keep_samples,

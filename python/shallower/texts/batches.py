@@ -100,7 +100,7 @@ class TokenBatches:
         self._tokenizer = tokenizer
         self._texts = iter(texts)
         self._max_length = tokens.max_length
-        self._batch_size = tokens.batch_size
+        self._batch_size = tokens.texts
         self._min_tokens = min_tokens
         self._num_special = tokenizer.num_special_tokens_to_add(pair=False)
         if self._max_length <= self._num_special:

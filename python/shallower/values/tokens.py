@@ -1,8 +1,35 @@
 """The two numbers by which texts become batches of token ids."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import TextsError
+
+DEFAULT_BATCH = 8
+"""Texts in one forward where nobody decides by a model and its device."""
+
+BatchSize = int | Literal["auto"]
+
+
+def parse_batch_size(text: str) -> BatchSize:
+    """Read a number of texts in one forward.
+
+    Args:
+        text: ``auto`` or an integer.
+
+    Returns:
+        The number, or ``auto``.
+
+    Raises:
+        TextsError: it is neither, or below 1.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise TextsError(
+            f"batch_size (--batch-size) is {text!r}: expected auto or an integer of at least 1"
+        )
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,17 +38,25 @@ class Tokens:
 
     Attributes:
         max_length: tokens of a text at most; longer texts are truncated.
-        batch_size: texts in one forward.
+        batch_size: texts in one forward; ``auto`` is as many as the device has memory for: on a
+            CPU 8 at most.
 
     Raises:
         TextsError: one of them is not an integer of at least 1.
     """
 
     max_length: int = 256
-    batch_size: int = 8
+    batch_size: BatchSize = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_size"):
             value = getattr(self, name)
+            if name == "batch_size" and value == "auto":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise TextsError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    @property
+    def texts(self) -> int:
+        """The number of texts in one forward; 8 where it is still ``auto``."""
+        return DEFAULT_BATCH if self.batch_size == "auto" else self.batch_size

@@ -142,3 +142,22 @@ def tracked_healing(name, layers, batch, length, rank, recompute):
             loss.backward()
     moments = sum(8 * p.numel() for p in trained)
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] + moments
+
+
+@functools.cache
+def tracked_forward(name, layers, batch, length, logits):
+    """The peak of a forward without gradients in bytes, and of the first logits if asked for."""
+    config, _ = shape(name, layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _faked(model)
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        head = model.get_output_embeddings()
+        tracker = _Tracker()
+        tracker.track_external(model)
+        with tracker, torch.no_grad():
+            states = find_layers(model).runner(input_ids=ids, use_cache=False)[0]
+            if logits:
+                functional.linear(states.flatten(0, 1)[: 2**26 // len(head.weight)], head.weight)
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
