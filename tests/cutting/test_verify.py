@@ -143,3 +143,12 @@ def test_on_the_cpu_nothing_visits(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     lend_layers(model, torch.device("cpu"))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_gpu_without_room_for_the_comparison_is_told(llama, words, checkpoint, monkeypatch):
+    def out_of_memory(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("shallower.cutting.saving.lend_layers", out_of_memory)
+    with pytest.raises(ModelError, match=r"cut is not verified: .*--device-map cpu"):
+        sh.verify_checkpoint(llama, words, checkpoint, layers=[Block(1, 3)], text="w1 w2 w3")

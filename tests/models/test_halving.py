@@ -7,8 +7,13 @@ import pytest
 import torch
 
 import shallower as sh
+from shallower.models.architecture import find_layers
 from shallower.models.halving import Halving
-from shallower.texts.batches import Batch
+from shallower.scanning.hidden_states import _RowHooks, chosen_tokens
+from shallower.scanning.transfers import HostCopies
+from shallower.texts.batches import Batch, TokenBatches
+from shallower.values.positions import Positions
+from shallower.values.tokens import Tokens
 from tests.conftest import WORDS, tiny_llama
 
 TEXTS = [" ".join(WORDS[i : i + 5 + i % 7]) for i in range(40)]
@@ -101,3 +106,14 @@ def test_a_scan_goes_on_with_smaller_batches(short_of_memory, words, positions):
     expected = sh.scan(model, words, TEXTS, positions=positions, batch_size=2)
     np.testing.assert_allclose(got.mean("angular"), expected.mean("angular"), rtol=0, atol=1e-7)
     assert got.num_samples == expected.num_samples
+
+
+def test_a_forward_without_memory_leaves_no_states_behind(short_of_memory, words):
+    """The smaller one may need what they take."""
+    model, _ = short_of_memory
+    hooks = _RowHooks(find_layers(model), HostCopies())
+    (batch,) = TokenBatches(words, TEXTS[:4], Tokens(64, 4))
+    with hooks, pytest.raises(torch.OutOfMemoryError):
+        hooks.run(batch, *chosen_tokens(batch, Positions()), torch.device("cpu"))
+    assert not hooks.gathered
+    assert not hooks.tokens_on

@@ -200,3 +200,15 @@ def test_a_forward_is_replaced_within_another(llama):
             assert llama() == 2
         assert llama() == 1
     assert "forward" not in vars(llama)
+
+
+def test_a_head_without_memory_is_no_head_of_another_kind(llama, monkeypatch):
+    """A model that is run as a whole needs more of it."""
+
+    def out_of_memory(_head, _rows):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Head, "logits", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        Head.of(Decoder.of(llama))
+    assert not any("forward" in vars(module) for module in llama.modules())

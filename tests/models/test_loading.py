@@ -210,3 +210,12 @@ def test_weights_that_are_missing_are_told_once(checkpoint, logged):
     load_model(checkpoint)
     (report,) = (message for message in logged if "LOAD REPORT" in message)
     assert "stray" in report
+
+
+def test_a_model_that_does_not_fit_is_told_with_ways_out(checkpoint, monkeypatch):
+    def out_of_memory(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", out_of_memory)
+    with pytest.raises(sh.ModelError, match=r"not enough memory to load .*--dtype nf4.*--device-"):
+        load_model(checkpoint)

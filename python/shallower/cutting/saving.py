@@ -261,10 +261,18 @@ def verify_checkpoint(
         The greatest absolute difference of the logits.
 
     Raises:
-        ModelError: it exceeds 1e-5 in float32, or 0.1 in the other dtypes.
+        ModelError: it exceeds 1e-5 in float32, or 0.1 in the other dtypes; or a GPU has not the
+            memory that the comparison takes.
     """
     input_ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :128]
-    difference = logits_difference(model, path, layers, input_ids=input_ids)
+    try:
+        difference = logits_difference(model, path, layers, input_ids=input_ids)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the checkpoint {path} is not verified: beside the model there is not enough memory "
+            f"for its embedding, its head and one layer; verify it with the model on the CPU "
+            f"(device_map, --device-map cpu)"
+        ) from error
     tolerance = 1e-5 if model.dtype == torch.float32 else 0.1
     if not difference <= tolerance:
         raise ModelError(

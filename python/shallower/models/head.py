@@ -109,6 +109,8 @@ class Head:
             try:
                 states = _first(head.output)
                 return head, expected, head.logits(states.flatten(0, 1)[list(_PICKED)])
+            except torch.OutOfMemoryError:
+                raise
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError):
                 return head, expected, None
 

@@ -311,6 +311,11 @@ def _report_unless_refused() -> Iterator[None]:
 def _call(load: Any, source: str, **options: Any) -> Any:
     try:
         return load(source, **options)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"there is not enough memory to load {_name(source, options)}: quantise its weights "
+            f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)"
+        ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
         message = f"cannot load {_name(source, options)}: {_first_lines(error)}"
         raise ModelError(message) from error

@@ -182,11 +182,13 @@ class _RowHooks:
             **_positions(batch),
         }
         inputs = {name: self.copies.send(tensor, device) for name, tensor in inputs.items()}
-        self.layers.runner(**inputs, use_cache=False)
-        if missing := sorted({*range(len(self.layers) + 1)} - self.seen):
-            raise ModelError(f"{self.layers.path}: the forward gave no states for {missing}")
-        done, self.gathered = list(self.gathered.values()), {}
-        return done
+        try:
+            self.layers.runner(**inputs, use_cache=False)
+            if missing := sorted({*range(len(self.layers) + 1)} - self.seen):
+                raise ModelError(f"{self.layers.path}: the forward gave no states for {missing}")
+            return list(self.gathered.values())
+        finally:  # of a forward that failed, too: a smaller one may need the memory
+            self.gathered, self.tokens_on = {}, {}
 
     def _input_hook(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
