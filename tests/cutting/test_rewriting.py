@@ -211,3 +211,18 @@ def test_a_disk_without_room_is_named(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(rewriting.shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(sh.OutputError, match=r"bytes are needed, 10 are free"):
         rewrite(stored, tmp_path / "out", {})
+
+
+def test_other_names_of_a_file_of_weights_are_left_out(checkpoint, tmp_path):
+    """As the hub's cache has them for files of the same bytes."""
+    stored = StoredCheckpoint.open(checkpoint)
+    file = stored.tensors[NAME].file
+    (checkpoint / "z.safetensors").symlink_to(file)
+    (tmp_path / "out").mkdir()
+    again = StoredCheckpoint.open(checkpoint)
+    assert (again.files, again.tensors) == (stored.files, stored.tensors)
+    rewrite(again, tmp_path / "out", {NAME: negated})
+    assert not (tmp_path / "out" / "z.safetensors").exists()
+    assert torch.equal(
+        load_file(tmp_path / "out" / file)[NAME], -load_file(checkpoint / file)[NAME]
+    )

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from .._core import Checkpoint
 from ..errors import ModelError, OutputError
 from ..storage import raise_output_error
-from .checkpoint_files import CONFIG_FILE, carried_files
+from .checkpoint_files import CONFIG_FILE, carried_files, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
 BLOCK_BYTES = 16 << 20
 """Bytes that are copied or compared at once."""
 
@@ -51,11 +52,6 @@ class StoredTensor(NamedTuple):
     def num_bytes(self) -> int:
         """The bytes of its values; only of floats of 16 to 64 bits."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
-
-    @property
-    def is_float(self) -> bool:
-        """Whether its values are floats of 16 to 64 bits."""
-        return self.dtype in _BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +86,14 @@ class StoredCheckpoint:
         """
         core = Checkpoint(folder)
         listed = core.tensors()
-        paths = {path for _, _, _, path, _ in listed}
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
-        files = {name: core.resolve(name) for name in names if core.resolve(name) in paths}
+        files = {name: core.resolve(name) for name in _weight_files(folder)}
         name_of = {path: name for name, path in files.items()}
         tensors = {
             name: StoredTensor(dtype, tuple(shape), name_of[path], start)
             for name, dtype, shape, path, start in listed
         }
         beside = {**dict(carried_files(core)), CONFIG_FILE: core.resolve(CONFIG_FILE)}
-        if set(files) != {"model.safetensors"}:
+        if set(files) != {_SINGLE_FILE}:
             beside[INDEX_FILE] = core.resolve(INDEX_FILE)
         return cls(folder, files, beside, tensors)
 
@@ -112,22 +106,6 @@ class StoredCheckpoint:
     def num_values(self) -> int:
         """The values of all its tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
-
-    def read(self, name: str) -> bytearray:
-        """Read a small tensor of floats whole.
-
-        Args:
-            name: of the tensor.
-
-        Returns:
-            Its bytes.
-
-        Raises:
-            ModelError: the file cannot be read, or ended early.
-        """
-        tensor = self.tensors[name]
-        with _opened(self.files[tensor.file]) as descriptor:
-            return _Reader(self.files[tensor.file], descriptor, tensor.start)(tensor.num_bytes)
 
     def pieces(self, file: str, changed: Mapping[str, Any]) -> Iterator[tuple[int, int, str]]:
         """Divide a file into the tensors that change, and what lies between them.
@@ -189,11 +167,14 @@ def rewrite(
                 if not tensor:
                     _copy(source, target, start, stop=stop, path=path, report=report)
                     continue
-                with closing(_Writer(target, start)) as write:
-                    for block in changes[tensor](_Reader(path, source, start)):
-                        report(write(block))
-                    if write.position != stop:
-                        raise ModelError(f"the new values of {tensor} are not as many as the old")
+                position = start
+                for block in changes[tensor](_Reader(path, source, start)):
+                    with memoryview(block).cast("B") as view:
+                        target.write(view, position)
+                        position += len(view)
+                        report(len(view))
+                if position != stop:
+                    raise ModelError(f"the new values of {tensor} are not as many as the old")
         after = path.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise ModelError(
@@ -239,6 +220,13 @@ def compare(
                     report(count)
 
 
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the files that the core has found the weights in, and checked."""
+    if (folder / _SINGLE_FILE).exists():
+        return [_SINGLE_FILE]
+    return sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
+
+
 def _blocks(total: int) -> Iterator[int]:
     for start in range(0, total, BLOCK_BYTES):
         yield min(BLOCK_BYTES, total - start)
@@ -266,22 +254,6 @@ class _Reader:
                 filled += got
         self._position += count
         return data
-
-
-class _Writer:
-    """Writes on from a place in an open file."""
-
-    def __init__(self, descriptor: "_Target", position: int) -> None:
-        self._target, self.position = descriptor, position
-
-    def __call__(self, block: Any) -> int:
-        with memoryview(block).cast("B") as view:
-            self._target.write(view, self.position)
-            self.position += len(view)
-            return len(view)
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 @dataclass(frozen=True, slots=True)
