@@ -179,3 +179,11 @@ def test_a_merge_that_is_killed_leaves_nothing_half_written(healed, tmp_path):
     sh.merge(healed[0], out)
     assert StoredCheckpoint.open(out).tensors
     assert json.loads((out / "healing.json").read_text())["merge"]["check"] == "logits"
+
+
+def test_a_cut_in_the_home_folder_is_found(healed, cut, tmp_path, too_large, monkeypatch):
+    monkeypatch.setenv("HOME", str(cut.parent))
+    sh.merge(healed[0], tmp_path / "merged", f"~/{cut.name}")
+    sh.merge(healed[0], tmp_path / "again", cut)
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("merged", "again")]
+    assert cards[0] == cards[1]

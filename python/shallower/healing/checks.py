@@ -54,6 +54,30 @@ def read_plan(path: str) -> Plan:
     return Plan.load(found)
 
 
+def read_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the config of a model.
+
+    Args:
+        path: a folder or hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The config of transformers.
+
+    Raises:
+        ModelError: it is not there, or is damaged.
+    """
+    folder = Path(path).expanduser()
+    source = str(folder) if folder.is_dir() else path
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the config of {path}: {error}") from error
+    return config
+
+
 def resolve(
     path: str,
     plan: Plan,
@@ -79,7 +103,7 @@ def resolve(
         RecipeError: settings that do not fit the model, the number of processes or the device.
         ModelError: the config cannot be read.
     """
-    config = _config(path, trust_remote_code)
+    config = read_config(path, trust_remote_code)
     resolved = recipe.resolve(facts(config, plan.num_layers), num_processes(), auto=auto_dtype())
     if recipe.batch_size is not None and recipe.recompute is not None:
         return resolved
@@ -94,13 +118,6 @@ def resolve(
     return replace(
         resolved, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
     )
-
-
-def _config(path: str, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the config of {path}: {error}") from error
 
 
 def require_healable(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..cutting.card_file import CARD_FILE
@@ -29,6 +29,7 @@ from ..progress import track
 from ..values.files import PLAN_FILE
 from ..values.healing import CURVE_FILE, HEALING_FILE, Healing, Merge
 from ..values.recipe import Resolved
+from .checks import read_config
 from .low_rank import Deviations, LowRank
 from .memory_merge import merge_in_memory
 from .merged_check import TOLERANCE, adapted_logits, another_model, place_for, probe_logits
@@ -50,12 +51,10 @@ def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
         A name in ``TOLERANCE``.
 
     Raises:
-        ModelError: the weights are quantised, or of a dtype that adapters are not merged into.
+        ModelError: the weights are quantised, or of a dtype that adapters are not merged into;
+            or the config cannot be read.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the config of {path}: {error}") from error
+    config = read_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"the weights of {path} are quantised, and adapters are merged into plain ones only: "

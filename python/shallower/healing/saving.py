@@ -216,7 +216,7 @@ def write_merged(
     healing.plan.save(folder / PLAN_FILE)
     write_file(
         folder / CARD_FILE,
-        healed_card(Path(base) / CARD_FILE, _MERGED, _healing_rows(healing)).encode(),
+        healed_card(Path(base).expanduser() / CARD_FILE, _MERGED, _healing_rows(healing)).encode(),
     )
     return healing
 
