@@ -106,3 +106,19 @@ def test_products_of_bfloat16_are_exact():
     exact = x.double().numpy()
     np.testing.assert_allclose(sums.gram.numpy(), exact.T @ exact, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(sums.cross.numpy(), exact.T @ r, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precisions_that_are_set_by_backend_are_left_alone(dtype):
+    """torch has no common word for them then, and raises where it is asked for one."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        x, r = (torch.from_numpy(values).to(dtype) for values in data(7, 40))
+        sums = NormalEquations.empty(7, 3, torch.device("cpu"))
+        sums.add(x, r)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    np.testing.assert_allclose(sums.gram, x.double().T @ x.double(), atol=1e-4)

@@ -255,3 +255,27 @@ def test_a_stand_in_refuses_what_it_does_not_know():
     with pytest.raises(NotImplementedError, match="cat of a stand-in"):
         torch.cat([StandIn.of((4, 4))])
     assert not StandIn.of((4, 6, 8)).transpose(0, 1).is_matrix
+
+
+def test_sums_are_float32_whatever_the_process_has_asked_for():
+    """TF32 has ten bits: the check would take its sums for damaged ones."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    seen = []
+
+    class Left(torch.Tensor):
+        def __matmul__(self, other):
+            seen.append((cuda.fp32_precision, cpu.fp32_precision))
+            return torch.Tensor(self) @ other
+
+    change, weight = low_rank(torch.float32)
+    left = change.left[0].as_subclass(Left)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = cuda.fp32_precision, cpu.fp32_precision
+        merged = add_low_rank(weight[0], left, change.right[0], scaling=0.5)
+        assert (cuda.fp32_precision, cpu.fp32_precision) == before == ("tf32", "bf16")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("ieee", "ieee")]
+    expected = add_low_rank(weight[0], change.left[0], change.right[0], scaling=0.5)
+    assert torch.equal(merged, expected)

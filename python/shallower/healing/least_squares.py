@@ -5,7 +5,7 @@ copy of the Gram matrix is factored in place, that of the cross product becomes 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,12 +29,18 @@ def _exact_in_bfloat16(dtype: torch.dtype) -> Iterator[None]:
     """Let products of float32 round their factors to bfloat16, if that is what they come from.
 
     A CPU then multiplies in bfloat16. CUDA takes TF32, which has bfloat16's exponents and three
-    bits more. Either way such factors are not rounded, and the sums are float32.
+    bits more. Either way such factors are not rounded, and the sums are float32. A process that
+    has set this backend by backend, of which torch gives no common word, is left its own choice.
     """
-    before = torch.get_float32_matmul_precision()
+    before = None
+    if dtype == torch.bfloat16:
+        with suppress(RuntimeError):
+            before = torch.get_float32_matmul_precision()
+    if before is None:
+        yield
+        return
     try:
-        if dtype == torch.bfloat16:
-            torch.set_float32_matmul_precision("medium")
+        torch.set_float32_matmul_precision("medium")
         yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,23 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes that adapters are merged into, by their names in safetensors."""
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Let no product in float32 be one of TF32 or bfloat16, whatever the process has asked for."""
+    cuda, cpu = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    name, exact = ("fp32_precision", "ieee") if cpu else ("allow_tf32", False)  # torch 2.9
+    backends = [backend for backend in (cuda, cpu) if backend]
+    before = [getattr(backend, name) for backend in backends]
+    try:
+        for backend in backends:
+            setattr(backend, name, exact)
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
+
+
+@exact_products()
 def add_low_rank(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scaling: float
 ) -> torch.Tensor:

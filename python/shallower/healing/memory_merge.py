@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..models.architecture import find_layers, input_device
 from ..models.source import ModelSource
 from ..values.healing import Healing
+from .low_rank import exact_products
 from .merged_check import probe_logits, require_same_model, with_adapters
 
 
@@ -41,7 +42,8 @@ def merge_in_memory(
     adapted = with_adapters(model.float(), adapters)
     expected = probe_logits(adapted, tokenizer, device)
     try:
-        merged = adapted.merge_and_unload(safe_merge=True)
+        with exact_products():
+            merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"cannot merge the adapters in {adapters}: {error}") from error
     for name, value in merged.state_dict().items():

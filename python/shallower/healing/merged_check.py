@@ -15,6 +15,7 @@ from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
 from ..values.healing import Healing
+from .low_rank import exact_products
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
 """The most that ‖merged − adapters‖ / ‖adapters‖ of the logits may be, by the dtype that the sum of
@@ -141,6 +142,7 @@ def adapted_logits(source: ModelSource, adapters: Path, *, healing: Healing) -> 
 
 
 @torch.inference_mode()
+@exact_products()
 def probe_logits(
     model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> torch.Tensor:
