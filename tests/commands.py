@@ -51,7 +51,7 @@ def in_a_process(*command, **options):
         list(map(str, command)),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=options.pop("timeout", 90),
         env=environment,
         **options,
     )

@@ -191,9 +191,12 @@ def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Ten
         (T,) float32 nats.
     """
     rows = len(logits) if logits.is_cuda else max(1, LOGITS_PER_CHUNK // logits.shape[1])
-    parts = zip(logits.split(rows), expected.split(rows), strict=True)
-    losses = [functional.cross_entropy(z.float(), e, reduction="none") for z, e in parts]
-    return torch.cat(losses)
+    # Written into one tensor: small ones, allocated among large ones, keep the heap in pieces.
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    pieces = logits.split(rows), expected.split(rows), losses.split(rows)
+    for some, tokens, found in zip(*pieces, strict=True):
+        found.copy_(functional.cross_entropy(some.float(), tokens, reduction="none"))
+    return losses
 
 
 @torch.inference_mode()
@@ -220,6 +223,7 @@ def summed_losses(head: Head, batch: Batch) -> torch.Tensor:
         stop = start + len(logits)
         parts.append(next_token_losses(logits, expected[start:stop].to(logits.device)))
         start = stop
+        del logits  # before the next are made
     losses = torch.cat(parts).split(counts.tolist())
     return torch.stack([of_text.double().sum() for of_text in losses])
 

@@ -31,7 +31,7 @@ def _cross_entropy(
         in the logits' dtype, so that no float32 copy of all logits exists.
     """
     gradient = torch.empty_like(logits)
-    parts = []
+    losses = logits.new_empty(len(targets), dtype=torch.float32)
     size = min(_ROWS, max(FEWEST_ROWS, _LOGITS // logits.shape[1]))
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
@@ -39,11 +39,11 @@ def _cross_entropy(
         counts = targets[part, None] >= 0
         expected = targets[part, None].clamp(min=0)
         log_sum = rows.logsumexp(-1, keepdim=True)
-        parts.append(((log_sum - rows.gather(1, expected)) * counts).squeeze(1))
+        losses[part] = ((log_sum - rows.gather(1, expected)) * counts).squeeze(1)
         errors = rows.sub_(log_sum).exp_()
         errors.scatter_add_(1, expected, torch.full_like(log_sum, -1))
         gradient[part] = errors.mul_(counts).mul_(scale)
-    return torch.cat(parts), gradient
+    return losses, gradient
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

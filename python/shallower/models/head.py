@@ -178,11 +178,12 @@ class Head:
         Returns:
             (R, V) logits, of the dtype and on the device that the model gives them in.
         """
-        ids = torch.zeros((1, len(rows)), dtype=torch.long, device=self.decoder.device)
-        output = _with_first(self.output, rows[None])
+        # Sequences of one token each: no mask is made between rows, no position is beyond the last.
+        ids = torch.zeros((len(rows), 1), dtype=torch.long, device=self.decoder.device)
+        output = _with_states(self.output, rows[:, None])
         with replaced(self.decoder.layers.runner, lambda *_args, **_kwargs: output):
             logits: torch.Tensor = _run(self.decoder.model, ids).logits
-        return logits[0]
+        return logits[:, 0]
 
     def logits_of(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: NDArray[np.int64]
@@ -270,13 +271,13 @@ def _first(output: Any) -> torch.Tensor:
     return states
 
 
-def _with_first(output: Any, rows: torch.Tensor) -> Any:
-    """A copy of what an inner model returned, with other states."""
+def _with_states(output: Any, states: torch.Tensor) -> Any:
+    """What an inner model would return with these states, and nothing beside them if it can."""
     if isinstance(output, torch.Tensor):
-        return rows
+        return states
     if isinstance(output, tuple):
-        return (rows, *output[1:])
-    return dataclasses.replace(output, **{next(iter(output)): rows})
+        return (states, *output[1:])
+    return type(output)(**{next(iter(output)): states})
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
