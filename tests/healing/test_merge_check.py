@@ -85,22 +85,15 @@ def test_the_loss_is_measured_where_the_stored_weights_fit(healed, cut, tmp_path
     assert merge.loss.nats == pytest.approx(healed[1].after.nats, abs=1e-5)
 
 
-def test_a_place_is_found_where_there_is_room(monkeypatch, tmp_path):
-    free = {0: 40 << 30, 1: 40 << 30, "cpu": 30 << 30}
-    monkeypatch.setattr(merged_check, "get_max_memory", lambda: free)
-    monkeypatch.setattr(merged_check, "_CGROUP", tmp_path)
-    assert [place_for(size << 30) for size in (60, 20, 80)] == ["auto", "auto", None]
-    del free[0], free[1]
-    assert [place_for(size << 30) for size in (20, 30)] == ["cpu", None]
-    for name, text in (
-        ("memory.max", f"{16 << 30}\n"),
-        ("memory.current", f"{9 << 30}\n"),
-        ("memory.stat", f"anon {5 << 30}\ninactive_file {4 << 30}\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    assert [place_for(size << 30) for size in (8, 12)] == ["cpu", None]
-    (tmp_path / "memory.max").write_text("max\n")
-    assert place_for(12 << 30) == "cpu"
+@pytest.mark.parametrize(
+    ("cards", "size", "place"),
+    [(2, 60, "auto"), (2, 20, "auto"), (2, 80, None), (0, 20, "cpu"), (0, 30, None)],
+)
+def test_a_place_is_found_where_there_is_room(monkeypatch, cards, size, place):
+    free = {"cuda": 40 << 30, "cpu": 30 << 30}
+    monkeypatch.setattr(merged_check, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert place_for(size << 30) == place
 
 
 def test_weights_that_are_not_safetensors_are_merged_in_memory(healed, cut, tmp_path):

@@ -6,6 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import shallower as sh
 from shallower.errors import ModelError
+from shallower.models import memory
 from shallower.models.memory import dequantised_bytes, device_room, weight_bytes
 from shallower.models.rehearsal import build_empty
 
@@ -90,3 +91,17 @@ def test_processes_that_must_agree_take_the_smallest_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: Card(80 - card))
     assert device_room(processes=2) == (79, True)
+
+
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    free = memory.free_bytes(torch.device("cpu"))
+    for name, text in (
+        ("memory.max", f"{free}\n"),
+        ("memory.current", f"{free // 2}\n"),
+        ("memory.stat", f"anon {free // 4}\ninactive_file {free // 4}\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert memory.free_bytes(torch.device("cpu")) == free - free // 2 + free // 4
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(torch.device("cpu")) > free * 3 // 4 + 1

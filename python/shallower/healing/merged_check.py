@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.modeling import get_max_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.saving import PROBE
 from ..errors import ModelError
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
+from ..models.memory import free_bytes
 from ..models.source import ModelSource
 from ..values.healing import Healing
 from .low_rank import exact_products
@@ -22,7 +22,6 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
 weight and adapter is rounded to once."""
 
 _ROOM = 1 << 30
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def place_for(num_bytes: int) -> Any:
@@ -45,22 +44,10 @@ def place_for(num_bytes: int) -> Any:
 
 
 def _place_for(needed: int) -> Any:
-    free = get_max_memory()
-    if sum(size for device, size in free.items() if isinstance(device, int)) >= needed:
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if sum(free_bytes(card) for card in cards) >= needed:
         return "auto"
-    return "cpu" if min(free["cpu"], _free_in_container()) >= needed else None
-
-
-def _free_in_container() -> float:
-    """The bytes that the limit of a container leaves; files that are cached can be let go."""
-    try:
-        limit = float((_CGROUP / "memory.max").read_text())
-        used = float((_CGROUP / "memory.current").read_text())
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-        cached = sum(float(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    except (OSError, ValueError):
-        return float("inf")  # no limit, or none that can be read
-    return limit - used + cached
+    return "cpu" if free_bytes(torch.device("cpu")) >= needed else None
 
 
 def require_same_model(
@@ -117,6 +104,8 @@ def with_adapters(model: PreTrainedModel, adapters: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
             return PeftModel.from_pretrained(model, str(adapters)).eval()
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelError(f"cannot load the adapters in {adapters}: {error}") from error
 

@@ -1,5 +1,7 @@
 """The bytes of a model's weights by dtype, and the bytes that a device has free."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -8,6 +10,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from ..errors import ModelError
 from ..values.memory import parse_size
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 """Weights that share a scale in bitsandbytes' 4 bits; scales that share one themselves."""
@@ -87,7 +91,7 @@ def free_bytes(device: torch.device) -> int:
 
     Returns:
         What the driver and torch's own cache have left on a GPU; on the CPU the memory that is
-        available without swapping.
+        available without swapping, and that the limit of a container leaves.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -95,7 +99,19 @@ def free_bytes(device: torch.device) -> int:
         return int(free + cached)
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, _free_in_container()))
+
+
+def _free_in_container() -> float:
+    """The bytes that the limit of a container leaves; files that are cached can be let go."""
+    try:
+        limit = float((_CGROUP / "memory.max").read_text())
+        used = float((_CGROUP / "memory.current").read_text())
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        cached = sum(float(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError):
+        return float("inf")  # no limit, or none that can be read
+    return limit - used + cached
 
 
 def main_device() -> torch.device:
