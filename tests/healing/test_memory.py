@@ -1,13 +1,17 @@
 """The memory of a healing, planned without weights, against torch's own tracker."""
 
 import pytest
+import torch
 
+import shallower as sh
 from shallower.errors import RecipeError
 from shallower.healing import memory
 from shallower.healing.checks import facts
 from shallower.healing.memory import HealingStep, plan_healing, require_room
 from shallower.models.loading import layers_of
-from shallower.values.memory import needed_device
+from shallower.models.memory import weight_bytes
+from shallower.models.rehearsal import build_empty
+from shallower.values.memory import needed_device, usable
 from shallower.values.recipe import Recipe
 from tests.memory_oracle import shape, tracked_healing
 
@@ -63,13 +67,15 @@ LLAMA, _ = shape("llama-2-7b", 3)
 
 
 @pytest.fixture(scope="module")
-def step():
+def small():
     return HealingStep(LLAMA, resolved(LLAMA, 512))
 
 
-@pytest.fixture(autouse=True)
-def rehearsed_once(step, monkeypatch):
-    monkeypatch.setattr(memory, "HealingStep", lambda *_args, **_options: step)
+@pytest.fixture
+def step(small, monkeypatch):
+    """A step that is built once for all choices."""
+    monkeypatch.setattr(memory, "HealingStep", lambda *_args, **_options: small)
+    return small
 
 
 def chosen(step, texts, recomputed, spare=1.0, **options):
@@ -104,3 +110,33 @@ def test_what_is_asked_for_is_taken(step):
     assert chosen(step, 4, False, 2.0, recompute=True) == (8, True, True)
     assert chosen(step, 4, False, 2.0, recompute=True, card=False) == (4, True, True)
     assert chosen(step, 4, False, 2.0, processes=8) == (2, False, True)
+
+
+# The targets
+def tracked_whole(name, length, rank, layers):
+    """The tracker's peak with recomputation for a whole model, from those of a few layers."""
+    two, four = (tracked_healing(name, n, 1, length, rank, True) for n in (2, 4))
+    return two + (layers - 2) * (four - two) // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "rank", "card"),
+    [("llama-2-7b", 2048, 2, 16 * 10**9), ("llama-2-70b", 4096, 8, 80 * 10**9)],
+    ids=["7b", "70b"],
+)
+def test_the_recipes_of_the_paper_fit_one_card(name, length, rank, card):
+    config, _ = shape(name)
+    layers = layers_of(config)
+    step = step_of(name, None, length=length, rank=rank)
+    parts = step.parts(1, True)
+    tracked = tracked_whole(name, length, rank, layers)
+    assert sum(parts.values()) == pytest.approx(tracked, rel=0.15)
+    quantised = weight_bytes(build_empty(config, torch.bfloat16), "nf4")
+    assert tracked - parts["weights"] + quantised < usable(card)
+
+
+def test_the_forecast_takes_the_recipe_of_the_paper():
+    config, _ = shape("llama-2-7b")
+    plan = sh.memory_forecast(config, "heal", drop=8, device_memory="16GB")
+    assert (plan.micro_batch, plan.fits) == (1, True)
+    assert sh.memory_forecast(config, "heal", drop=30, device_memory="80GB").micro_batch == 4

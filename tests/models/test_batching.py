@@ -69,7 +69,7 @@ def test_a_cpu_takes_eight_without_a_rehearsal(llama, monkeypatch):
 
 def test_a_cpu_takes_fewer_where_memory_is_short(llama, monkeypatch):
     decoder = Decoder.of(llama)
-    step = batching._Step(llama.config, "float32", forward(), experts=None)
+    step = batching.ForwardStep(llama.config, "float32", forward(), experts=None)
     for texts in (4, 1):
         room = needed_device(step.live(texts, 128, card=False))
         monkeypatch.setattr(batching, "free_bytes", lambda _, room=room: room)

@@ -1,12 +1,16 @@
 """``shallower patch``."""
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..models.source import ModelSource
 from .options import (
     DeviceMap,
+    DeviceMemory,
     Drop,
     DryRun,
     GgufFile,
@@ -25,6 +29,9 @@ from .options import (
     read_texts,
 )
 from .output import print_json, say_dry_run, show
+
+if TYPE_CHECKING:
+    from ..values.memory import MemoryPlan
 
 
 def patch_command(
@@ -57,6 +64,7 @@ def patch_command(
     max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
+    device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -69,9 +77,11 @@ def patch_command(
     help is not saved. Patch, then heal, is the recommended way.
     """
     from ..cutting.plans import agreed_plan
+    from ..runs.forecast import forecast_source
     from ..storage import check_free
     from ..values.layers import ranges
     from ..values.loss import with_error
+    from ..values.tokens import Tokens
 
     source = read_texts(texts, max_texts)
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
@@ -79,10 +89,16 @@ def patch_command(
     named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     wanted = agreed_plan(model, place.count_layers(), named)
+    plan_memory = partial(
+        forecast_source, place, "patch", Tokens(max_length, batch_size), num_tokens=num_tokens,
+        device_memory=device_memory,
+    )  # fmt: skip
     if dry_run:
-        described = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
-        say_dry_run({**described, "texts": texts, "write": [str(out)]}, as_json)
+        asked: dict[str, Any] = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
+        asked |= {"texts": texts, "memory": plan_memory(), "write": [str(out)]}
+        say_dry_run(asked, as_json)
         return
+    place = _placed(place, plan_memory, wanted.dropped)
     from ..healing.patch_folder import patch_to_folder
     from ..reporting.tables import patch_table
 
@@ -100,3 +116,18 @@ def patch_command(
         for name, loss in losses.items()
     ]
     show(patch_table(done), *lines, f"wrote {out}")
+
+
+def _placed(
+    place: ModelSource, plan_memory: "Callable[[], MemoryPlan]", dropped: Sequence[int]
+) -> ModelSource:
+    """The source; on a GPU that has no room for all weights, with layers in the CPU's memory."""
+    import torch
+
+    if place.device_map is not None or torch.cuda.device_count() != 1:
+        return place
+    from ..healing.patch_memory import place_weights
+
+    dtype = place.resolved().dtype
+    places = place_weights(place.read_config(), dtype, plan_memory(), spare=dropped)
+    return place if places is None else replace(place, dtype=dtype, device_map=places)

@@ -38,14 +38,25 @@ class Forward:
     on_cards: Callable[[Decoder, int], int] = lambda _decoder, _tokens: 0
 
 
-class _Step:
-    """A forward on a model without weights."""
+class ForwardStep:
+    """A forward on a model without weights.
+
+    Args:
+        config: of the model.
+        dtype: dtype of the weights.
+        forward: the kind of forward.
+        experts: the way that experts are run; None is the model's own.
+
+    Attributes:
+        model: the model.
+        weights: bytes of its weights.
+    """
 
     def __init__(
         self, config: PretrainedConfig, dtype: str, forward: Forward, *, experts: str | None
     ) -> None:
         plain = torch.bfloat16 if dtype in ("nf4", "int8") else getattr(torch, dtype)
-        model = build_empty(config, plain, experts=experts)
+        self.model = model = build_empty(config, plain, experts=experts)
         self.weights = weight_bytes(model, dtype)
         self._dequantised = dequantised_bytes(model, dtype)
         self._rehearsal, self._forward = Rehearsal(model), forward
@@ -53,7 +64,16 @@ class _Step:
         self._seen: dict[tuple[int, int], int] = {}
 
     def live(self, texts: int, length: int, card: bool) -> int:
-        """The bytes at the peak beside the weights."""
+        """Count the bytes at the peak.
+
+        Args:
+            texts: texts in the forward.
+            length: tokens of each.
+            card: whether the device is a GPU, which takes more than a CPU at once.
+
+        Returns:
+            The bytes beside the weights.
+        """
         key = texts, length
         if key not in self._seen:
             batch = Batch(
@@ -100,8 +120,8 @@ def plan_forward(
     """
     sizes = list(_sizes(tokens, card))
 
-    def rehearsed(experts: str | None) -> _Step:
-        step = _Step(config, dtype, forward, experts=experts)
+    def rehearsed(experts: str | None) -> ForwardStep:
+        step = ForwardStep(config, dtype, forward, experts=experts)
         step.live(1, tokens.max_length, card)
         return step
 

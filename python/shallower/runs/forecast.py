@@ -32,6 +32,7 @@ def memory_forecast(
     recipe: Recipe | None = None,
     gradient_checkpointing: bool | None = None,
     drop: int = 0,
+    num_tokens: int = 131_072,
     positions: str | Positions = "last",
     device_memory: str | int | None = None,
     processes: int = 1,
@@ -52,6 +53,7 @@ def memory_forecast(
         recipe: the other settings of a healing.
         gradient_checkpointing: recomputation in a healing; by default where it must be.
         drop: decoder layers of ``config`` that will have been dropped.
+        num_tokens: tokens that a patch fits, at most.
         positions: the tokens of every text that a scan compares.
         device_memory: the memory of a card, here or not, in bytes or as ``16GB``; by default
             what this machine's device has free.
@@ -96,6 +98,8 @@ def memory_forecast(
         named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return _healing(config, total, replace(recipe or Recipe(), **named), room, processes)
     tokens = Tokens(max_length or 256, batch_size)
+    if what == "patch":
+        return _patch(config, dtype or "bfloat16", tokens, num_tokens, room)
     return _forward(config, what, dtype or "bfloat16", tokens, positions, room)
 
 
@@ -138,6 +142,17 @@ def _healing(
     )  # fmt: skip
 
 
+def _patch(
+    config: "PretrainedConfig", dtype: str, tokens: Tokens, num_tokens: int, room: tuple[int, bool]
+) -> MemoryPlan:
+    from ..healing.patch_memory import plan_patch
+
+    size, card = room
+    return plan_patch(
+        config, dtype, tokens=tokens, num_tokens=num_tokens, device_bytes=size, card=card
+    )
+
+
 def _forward(
     config: "PretrainedConfig",
     what: Stage,
@@ -164,6 +179,7 @@ def forecast_source(
     *,
     device_memory: str | int | None = None,
     positions: Positions | None = None,
+    num_tokens: int = 131_072,
 ) -> MemoryPlan:
     """Plan the memory of a stage for a model by its place.
 
@@ -173,6 +189,7 @@ def forecast_source(
         tokens: the length of texts, and their number or ``auto``.
         device_memory: as for :func:`memory_forecast`.
         positions: the tokens of every text that a scan compares.
+        num_tokens: tokens that a patch fits, at most.
 
     Returns:
         The plan.
@@ -186,4 +203,5 @@ def forecast_source(
     return memory_forecast(
         source.read_config(), what, dtype=dtype, max_length=tokens.max_length,
         batch_size=tokens.batch_size, positions=positions or "last", device_memory=device_memory,
+        num_tokens=num_tokens,
     )  # fmt: skip

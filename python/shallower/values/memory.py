@@ -125,6 +125,7 @@ class MemoryPlan:
         device = format_size(self.device_bytes)
         if self.peak_bytes is None:
             return f"unknown for a model of this family, of {device}; {choice}"
-        parts = ", ".join(f"{name} {format_size(size)}" for name, size in self.parts.items())
+        held = {name: size for name, size in self.parts.items() if size}
+        parts = ", ".join(f"{name} {format_size(size)}" for name, size in held.items())
         fits = "" if self.fits else ", which does not fit"
         return f"{format_size(self.peak_bytes)} of {device}{fits} ({parts}); {choice}"
