@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import PatchError as PatchError
     from .errors import PlanError as PlanError
     from .errors import PositionsError as PositionsError
+    from .errors import ProcessesError as ProcessesError
     from .errors import RecipeError as RecipeError
     from .errors import RejectedSamplesWarning as RejectedSamplesWarning
     from .errors import ScanError as ScanError
@@ -93,6 +94,7 @@ _HOMES = {
     "PlanError": "errors",
     "Positions": "values.positions",
     "PositionsError": "errors",
+    "ProcessesError": "errors",
     "Recipe": "values.recipe",
     "RecipeError": "errors",
     "RejectedSamplesWarning": "errors",

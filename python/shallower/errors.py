@@ -57,6 +57,10 @@ class RecipeError(ShallowerError):
     """Settings of a healing that are out of range, or do not fit the model."""
 
 
+class ProcessesError(ShallowerError):
+    """Several processes where one is expected, or one of them that ended too early."""
+
+
 class PatchError(ShallowerError):
     """A cut that cannot be healed in closed form, or would not be the better for it."""
 

@@ -2,6 +2,8 @@
 
 import os
 
+from .errors import ProcessesError
+
 
 def num_processes() -> int:
     """Count the processes that train together, as torchrun or accelerate started them."""
@@ -11,3 +13,24 @@ def num_processes() -> int:
 def is_main_process() -> bool:
     """Say whether this process is the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def local_rank() -> int:
+    """Find the number of this process among those of its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def refuse_several(work: str = "scans are") -> None:
+    """Refuse work that processes cannot share: each would do all of it, into one place.
+
+    Args:
+        work: the work and its verb, for the error.
+
+    Raises:
+        ProcessesError: this is one of several processes.
+    """
+    if num_processes() > 1:
+        raise ProcessesError(
+            f"{work} not shared among processes yet: start one process; it uses every GPU "
+            f"(--device-map auto)"
+        )

@@ -160,6 +160,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     from ..errors import ShallowerError
     from .output import quiet_bars, warn
 
+    _refuse_several(name)
     quiet_bars()
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
     command = parser(name)
@@ -180,6 +181,42 @@ def _usage_error() -> Any:
     return BadParameter.__base__
 
 
+SHARED = ("heal", "info")
+"""The commands that several processes may be started for; no other shares its work."""
+
+PATIENCE = 3.0
+"""Seconds in which whatever started several processes ends the others once one has failed."""
+
+
+def _refuse_several(name: str) -> None:
+    """Refuse, under torchrun, a command that every process would carry out alone."""
+    from ..errors import ProcessesError
+    from ..processes import is_main_process, refuse_several
+
+    try:
+        if name not in SHARED:
+            refuse_several("scans are" if name == "scan" else f"{name} is")
+    except ProcessesError as error:
+        if is_main_process():
+            _fail(str(error))
+        _wait_for_the_end()
+        raise SystemExit(2) from error
+
+
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    """End with a sentence: of several processes, with that of the main one, if it fails too."""
+    from ..processes import is_main_process
+
+    if not is_main_process():
+        _wait_for_the_end()
+    print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def _wait_for_the_end() -> None:
+    """Wait, in a process that is not the main one: torchrun ends all others when one ends, even
+    before that one has printed why.
+    """
+    from time import sleep
+
+    sleep(PATIENCE)

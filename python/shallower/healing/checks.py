@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from ..errors import MissingExtraError, ModelError, PlanError, RecipeError
+from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError
 from ..models.architecture import find_layers
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
@@ -139,13 +139,12 @@ def require_healable(
         The settings with nothing left open.
 
     Raises:
-        RecipeError: settings that do not fit the model, weights of 4 or 8 bits, into which
-            adapters are not merged, or several processes.
+        RecipeError: settings that do not fit the model, or weights of 4 or 8 bits, into which
+            adapters are not merged.
         TextsError: too few texts for one step.
         MissingExtraError: peft is not installed.
     """
     require_peft()
-    require_one_process()
     dtype = stored_dtype(model)
     if dtype in ("nf4", "int8"):
         raise RecipeError(
@@ -177,10 +176,10 @@ def require_one_process() -> None:
     """Refuse to patch in several processes.
 
     Raises:
-        RecipeError: this is one of several.
+        ProcessesError: this is one of several.
     """
     if num_processes() > 1:
-        raise RecipeError(
+        raise ProcessesError(
             "several processes cannot patch together: shallower patch the model first, and heal "
             "what it leaves"
         )

@@ -96,6 +96,7 @@ def heal(
             finite or at no step below that before healing.
         OutputError: ``out`` holds something already, or cannot be written to.
         MissingExtraError: peft, or bitsandbytes for 4 and 8 bits, is not installed.
+        ProcessesError: ``from_patch`` in several processes, or one of them ended.
 
     Example:
         >>> recipe = sh.Recipe(steps=2, dtype="float32", max_length=16)

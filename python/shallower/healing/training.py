@@ -6,7 +6,6 @@ run ends with the bits of an uninterrupted one on the CPU.
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
 from .callbacks import CheckpointCallback, StopOnNonFinite, Throughput
+from .determinism import deterministic
 from .losses import Distillation, TrainingLoss
 
 
@@ -171,8 +171,8 @@ def train(
         ModelError: the loss is not finite.
         OutputError: a checkpoint cannot be written.
     """
-    with _kept_global_state():
-        cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
+    with _quiet_trainer(), deterministic(next(model.parameters()).device):
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=recipe.steps,
@@ -182,9 +182,7 @@ def train(
             lr_scheduler_type="cosine",
             warmup_steps=recipe.warmup_steps,
             weight_decay=0.0,
-            optim="paged_adamw_32bit"
-            if cuda and recipe.dtype in ("nf4", "int8")
-            else "adamw_torch",
+            optim="adamw_torch",  # paged states cannot be loaded again, and adapters are small
             logging_steps=1,
             logging_nan_inf_filter=False,
             eval_strategy="steps" if held_out else "no",
@@ -194,7 +192,6 @@ def train(
             metric_for_best_model="loss" if held_out else None,
             greater_is_better=False,
             train_sampling_strategy="sequential",
-            full_determinism=True,
             seed=recipe.seed,
             activation_checkpointing=recipe.recompute,
             activation_checkpointing_kwargs={"use_reentrant": False} if recipe.recompute else None,
@@ -248,31 +245,15 @@ def _is_about_writing(error: Exception) -> bool:
 
 
 @contextmanager
-def _kept_global_state() -> Iterator[None]:
-    """Put back what the Trainer changes for the whole process."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    memory: Any = torch.utils.deterministic
-    filling = memory.fill_uninitialized_memory
-    names = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
-    environment = {name: os.environ.get(name) for name in names}
+def _quiet_trainer() -> Iterator[None]:
+    """Hold back what the Trainer says of settings that are ours."""
     logger = logging.getLogger("transformers.trainer")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    memory.fill_uninitialized_memory = False  # a twentieth of the time
     try:
         yield
     finally:
         logger.setLevel(level)
-        memory.fill_uninitialized_memory = filling
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 class OrderedDataset(torch.utils.data.Dataset[NDArray[np.uint32]]):

@@ -3,6 +3,7 @@
 Loads torch when it is asked to choose.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,10 @@ DeviceMap = str | dict[str, Any] | None
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "svebf16")
 """Instructions that multiply bfloat16, by their names in ``/proc/cpuinfo``. With AVX2 alone a
 forward in bfloat16 takes seven times as long as in float32."""
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""The variable that fixes the memory in which cuBLAS adds up; without it a product may have other
+bits every time. cuBLAS and torch read it once, at the first product on a GPU."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -34,6 +39,10 @@ def check_dtype(dtype: object) -> None:
 def choose_device_map(device_map: DeviceMap) -> DeviceMap:
     """Decide where a model goes.
 
+    Every model that is loaded comes by here before it is anywhere. So where there is CUDA, this
+    also sets :data:`CUBLAS_WORKSPACE`, unless the user did: a healing later in the process needs
+    it, and then it would be too late. ``import shallower`` leaves the process alone.
+
     Args:
         device_map: as the user named it.
 
@@ -42,7 +51,10 @@ def choose_device_map(device_map: DeviceMap) -> DeviceMap:
     """
     import torch
 
-    return "auto" if device_map is None and torch.cuda.is_available() else device_map
+    if not torch.cuda.is_available():
+        return device_map
+    os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
+    return "auto" if device_map is None else device_map
 
 
 def choose_dtype(device_map: DeviceMap) -> tuple[Literal["bfloat16", "float32"], str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, RecipeError
 from ..models.source import ModelSource
+from ..processes import refuse_several
 from ..storage import check_free, write_file
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
@@ -158,6 +159,7 @@ def run(
         ModelError: the model cannot be loaded, or the saved cut is another model; then
             ``results.json`` holds all that is known.
         MissingExtraError: ``heal`` without peft.
+        ProcessesError: this is one of several processes, as torchrun starts them.
 
     Example:
         >>> done = sh.run(
@@ -228,9 +230,10 @@ def check_run(
         overwrite: replace what is in ``out``.
 
     Raises:
-        OutputError, LayersError, RecipeError, TextsError, ModelError, MissingExtraError: as
-            :func:`run`.
+        OutputError, LayersError, RecipeError, TextsError, ModelError, MissingExtraError,
+            ProcessesError: as :func:`run`.
     """
+    refuse_several("runs are")
     out = Path(out)
     if heal_steps is not None and heal is not True:
         raise RecipeError(
@@ -246,10 +249,9 @@ def check_run(
         # A teacher is loaded by its name, which a model in memory need not have.
         heal.check(original=isinstance(model, ModelSource))
     if heal:
-        from ..healing.checks import require_one_process, require_peft
+        from ..healing.checks import require_peft
 
         require_peft()
-        require_one_process()
     check_sizes(sizes, _num_layers(model))
 
 

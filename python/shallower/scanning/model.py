@@ -12,6 +12,7 @@ from ..errors import ScanError, TextsError
 from ..models.batching import fitting
 from ..models.decoder import Decoder
 from ..models.halving import Halving
+from ..processes import refuse_several
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..values.positions import Positions
@@ -88,7 +89,9 @@ def scan(
         ScanError: ``checkpoint`` is of another model, of other texts or positions, or does not go
             with ``cka_batch``, whose minibatches a file of sums cannot cut through.
         OutputError: something is at ``keep_states`` already, or it cannot be written to.
+        ProcessesError: this is one of several processes, as torchrun starts them.
     """
+    refuse_several()
     if checkpoint and cka_batch is not None:
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
     if isinstance(positions, str):

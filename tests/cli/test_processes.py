@@ -1,0 +1,65 @@
+"""Commands that several processes cannot share."""
+
+import sys
+import time
+
+import pytest
+
+import shallower as sh
+from shallower import cli
+from tests.commands import in_a_process
+
+ALONE = [name for name in cli.COMMANDS if name not in cli.SHARED]
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """Of this process, the environment of the second of two."""
+
+    def of(rank):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(cli, "PATIENCE", 0.01)
+
+    return of
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_command_under_torchrun_says_that_it_is_not_shared(name, second, shallower):
+    second(0)
+    done = shallower(name, "x")
+    subject = "scans are" if name == "scan" else f"{name} is"
+    assert done.error == (
+        f"{subject} not shared among processes yet: start one process; it uses every GPU "
+        f"(--device-map auto)"
+    )
+    second(1)
+    done = shallower(name, "x")
+    assert (done.status, done.out, done.err) == (2, "", "")
+
+
+def test_of_several_processes_that_fail_the_others_wait_for_the_main_one(second, shallower):
+    """What only they know they say, unless the main one ends first, and they with it."""
+    second(1)
+    began = time.monotonic()
+    done = shallower("heal", "nowhere", "--texts", "nowhere.jsonl", "--out", "x")
+    assert "nowhere.jsonl" in done.error
+    assert time.monotonic() - began >= 0.01
+
+
+def test_a_scan_under_torchrun_ends_all_processes_with_one_sentence(tmp_path):
+    done = in_a_process(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+        "-m", "shallower", "scan", "model", "--texts", "texts.jsonl", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.status == 1
+    assert done.err.count("error: scans are not shared among processes yet") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_scans_and_runs_in_python_refuse_as_well(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(sh.ProcessesError, match="scans are not shared among processes yet"):
+        sh.scan(None, None, [])
+    with pytest.raises(sh.ProcessesError, match="runs are not shared among processes yet"):
+        sh.run(None, None, [], eval_texts=[], out=tmp_path / "out")
