@@ -120,12 +120,12 @@ def test_a_run_that_cannot_heal_does_nothing(patchable, shallower, tmp_path):
 
 
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
-    from shallower.healing import heal, patched
+    from shallower.healing import patched, work
 
     whole, cut = patchable
     texts = documents(600, 5)
     options = {"original": whole, "from_patch": True}
-    monkeypatch.setattr(heal, "train", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr(work, "train", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sh.heal(cut, texts, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, **options)
     monkeypatch.undo()
@@ -157,10 +157,10 @@ def test_texts_are_read_once_by_patch_and_training(patchable, tmp_path, recwarn)
 @pytest.fixture
 def counted(monkeypatch):
     """What heal loads and measures, in order."""
-    from shallower.healing import heal, uncut
+    from shallower.healing import uncut, work
 
     done = []
-    load, evaluate = uncut.ModelSource.load, heal.evaluate_loss
+    load, evaluate = uncut.ModelSource.load, work.measure_loss
 
     def load_counted(source):
         done.append(f"load {Path(source.path).name.split('.')[-1]}")
@@ -171,24 +171,24 @@ def counted(monkeypatch):
         return evaluate(*args, description=description, **options)
 
     monkeypatch.setattr(uncut.ModelSource, "load", load_counted)
-    monkeypatch.setattr(heal, "evaluate_loss", evaluate_counted)
+    monkeypatch.setattr(work, "measure_loss", evaluate_counted)
     return done
 
 
 def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, counted, monkeypatch):
     """The uncut model for the patch and both losses; and nothing again after a kill."""
-    from shallower.healing import heal
+    from shallower.healing import work
 
     whole, cut = patchable
     job = cut, documents(600, 5), tmp_path / "out"
     options = {"recipe": QUICK, "eval_texts": HELD_OUT, "original": whole, "from_patch": True}
-    monkeypatch.setattr(heal, "write_adapters", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr(work, "write_adapters", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sh.heal(*job, **options)
     held_out = ["loss, held out"] * 4
-    assert counted == ["load whole", "load patched", "loss, unpatched", "loss, uncut", *held_out]
+    assert counted == ["load whole", "loss, unpatched", "loss, uncut", "load patched", *held_out]
     counted.clear()
-    monkeypatch.setattr(heal, "write_adapters", write_adapters)
+    monkeypatch.setattr(work, "write_adapters", write_adapters)
     record = sh.heal(*job, **options)
     assert counted == ["load patched"]
     again = sh.heal(*job[:2], tmp_path / "again", **options)

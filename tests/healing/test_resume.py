@@ -158,20 +158,20 @@ def test_a_full_disk_leaves_nothing_half_written(cut, tmp_path):
 
 
 def test_another_job_starts_anew(cut, tmp_path, monkeypatch):
-    from shallower.healing import heal
+    from shallower.healing import work
 
-    monkeypatch.setattr(heal, "write_adapters", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr(work, "write_adapters", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2))
     assert (tmp_path / ".out.partial" / "folder" / "training" / "checkpoint-2").is_dir()
     monkeypatch.undo()
     began = []
-    train = heal.train
+    train = work.train
 
     def watched(*args, folder, **options):
         began.append(list(folder.glob("*")))
         return train(*args, folder=folder, **options)
 
-    monkeypatch.setattr(heal, "train", watched)
+    monkeypatch.setattr(work, "train", watched)
     sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2, seed=7))
     assert began == [[]]

@@ -13,8 +13,30 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..errors import ModelError
 from ..progress import Advance
 from . import trainer_checkpoints
+from .ranks import agree
 
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
+
+
+class StepsOnce:
+    """Reports every step once, though a training that begins again does some anew.
+
+    Args:
+        advance: told of every step.
+    """
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._reached = advance, 0
+
+    def reach(self, step: int, note: str = "") -> None:
+        """Report a step, and all before it.
+
+        Args:
+            step: how many steps are done.
+            note: what is said of the last one.
+        """
+        self._advance(max(0, step - self._reached), note)
+        self._reached = max(step, self._reached)
 
 
 class Throughput(TrainerCallback):
@@ -22,11 +44,11 @@ class Throughput(TrainerCallback):
 
     Args:
         tokens: tokens of every step, (steps,).
-        advance: told of every step.
+        report: told of every step.
     """
 
-    def __init__(self, tokens: NDArray[np.int64], advance: Advance) -> None:
-        self._tokens, self._advance = tokens, advance
+    def __init__(self, tokens: NDArray[np.int64], report: StepsOnce) -> None:
+        self._tokens, self._report = tokens, report
         self._began = 0.0
         self._seconds, self._trained = 0.0, 0
 
@@ -39,7 +61,7 @@ class Throughput(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Report the steps that an earlier run has done."""
-        self._advance(state.global_step)
+        self._report.reach(state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -68,7 +90,7 @@ class Throughput(TrainerCallback):
         """Report a step, its loss and the speed so far."""
         if logs and "loss" in logs:
             speed = self._trained / max(self._seconds, 1e-9)
-            self._advance(1, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+            self._report.reach(state.global_step, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -114,8 +136,7 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a checkpoint if the last one is old."""
-        # Several processes would not agree on the time.
-        if args.world_size == 1 and time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
+        if agree(lambda: time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS):
             control.should_save = True
 
     def on_save(

@@ -5,10 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
-from ..processes import is_main_process, num_processes
+from ..processes import is_main_process
 from ..storage import partial_folder, resumable_folder
 from ..values.healing import Healing
 from ..values.identity import TextsIdentity
@@ -17,6 +14,8 @@ from ..values.identity import TextsIdentity
 @contextmanager
 def work_folder(out: Path, job: str, *, overwrite: bool) -> Iterator[Path]:
     """Open the folder that becomes ``out``: the main process's, for all processes to use.
+
+    For the others it is there once they are together with the main one.
 
     Args:
         out: the place of the healing.
@@ -29,20 +28,11 @@ def work_folder(out: Path, job: str, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         OutputError: as :func:`shallower.storage.resumable_folder`.
     """
-    if num_processes() == 1:
-        with resumable_folder(out, job, overwrite) as folder:
-            yield folder
-        return
-    state = PartialState(cpu=not torch.cuda.is_available())
     if is_main_process():
         with resumable_folder(out, job, overwrite) as folder:
-            state.wait_for_everyone()
             yield folder
-            PartialState().wait_for_everyone()
-        return
-    state.wait_for_everyone()
-    yield partial_folder(out) / "folder"
-    PartialState().wait_for_everyone()
+    else:
+        yield partial_folder(out) / "folder"
 
 
 def describe_job(healing: Healing, evaluated: TextsIdentity | None, *, merge: bool) -> str:

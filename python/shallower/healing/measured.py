@@ -3,15 +3,18 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..processes import is_main_process
 from ..storage import write_file
 from ..values.healing import read_loss
 from ..values.loss import Loss
+from .ranks import agree
 
 
 class MeasuredLosses:
     """Losses in a file of the healing's job, so that a resumed healing measures none again.
+
+    Of processes that are together all must ask for the same losses, in the same order.
 
     Args:
         file: where the losses are kept.
@@ -36,12 +39,31 @@ class MeasuredLosses:
         """
         if name in self._given:
             return self._given[name]
-        known = json.loads(self._file.read_bytes()) if self._file.is_file() else {}
-        if name in known:
-            loss: Loss = read_loss(known[name])
+        found = agree(lambda: self._known().get(name))
+        if found is not None:
+            loss: Loss = read_loss(found)
             return loss
-        loss = measure()
-        if is_main_process():
-            known[name] = loss.to_json()
-            write_file(self._file, json.dumps(known).encode())
+        return self.keep(name, measure())
+
+    def keep(self, name: str, loss: Loss) -> Loss:
+        """Keep a loss that was measured.
+
+        Args:
+            name: tells it from the other losses of the job.
+            loss: the loss.
+
+        Returns:
+            The loss, as the main process measured it.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        return agree(lambda: self._keep(name, loss))
+
+    def _known(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._file.read_bytes()) if self._file.is_file() else {}
+        return found
+
+    def _keep(self, name: str, loss: Loss) -> Loss:
+        write_file(self._file, json.dumps({**self._known(), name: loss.to_json()}).encode())
         return loss

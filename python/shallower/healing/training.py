@@ -7,7 +7,7 @@ run ends with the bits of an uninterrupted one on the CPU.
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,11 @@ from ..values.healing import Measured, Step
 from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
-from .callbacks import CheckpointCallback, StopOnNonFinite, Throughput
+from .callbacks import CheckpointCallback, StepsOnce, StopOnNonFinite, Throughput
 from .determinism import deterministic
 from .losses import Distillation, TrainingLoss
+from .ranks import agree
+from .shrinking import Shrinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Trained:
         checkpoint: the folder that holds them.
         tokens_per_second: speed of the training alone, since this process began; None if it
             had nothing left to do.
+        recipe: the settings at the end, of which the size of a forward may have changed.
     """
 
     steps: tuple[Step, ...]
@@ -58,6 +61,7 @@ class Trained:
     best_step: int
     checkpoint: Path
     tokens_per_second: float | None
+    recipe: Resolved
 
 
 def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, base: str) -> Any:
@@ -151,6 +155,7 @@ def train(
     held_out: Callable[[int], Loss] | None,
     distillation: Distillation | None,
     advance: Advance,
+    automatic: Collection[str] = (),
 ) -> Trained:
     """Train the adapters of a model, going on from what ``folder`` holds.
 
@@ -163,69 +168,112 @@ def train(
             measure nothing.
         distillation: added to the loss with the recipe's weight.
         advance: told of every step.
+        automatic: names of the settings that may be changed where memory is short, of
+            ``batch_size`` and ``recompute``; one process does.
 
     Returns:
         Losses, the step that is kept, and its checkpoint.
 
     Raises:
         ModelError: the loss is not finite.
+        RecipeError: there is not enough memory.
         OutputError: a checkpoint cannot be written.
     """
-    cuda = torch.cuda.is_available()
-    with _quiet_trainer(), deterministic(next(model.parameters()).device):
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            gradient_accumulation_steps=recipe.accumulation(num_processes()),
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=recipe.warmup_steps,
-            weight_decay=0.0,
-            optim="adamw_torch",  # paged states cannot be loaded again, and adapters are small
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps" if held_out else "no",
-            eval_steps=recipe.eval_every,
-            save_strategy="steps",
-            save_steps=recipe.eval_every,
-            metric_for_best_model="loss" if held_out else None,
-            greater_is_better=False,
-            train_sampling_strategy="sequential",
-            seed=recipe.seed,
-            activation_checkpointing=recipe.recompute,
-            activation_checkpointing_kwargs={"use_reentrant": False} if recipe.recompute else None,
-            remove_unused_columns=False,
-            dataloader_pin_memory=cuda,
-            label_names=["labels"],
-            disable_tqdm=True,
-            report_to="none",
-            use_cpu=not cuda,
-        )
-        taken = order(len(samples), recipe.steps * GLOBAL_BATCH, recipe.seed)
-        lengths = np.array([len(row) for row in samples.rows])
-        throughput = Throughput(
-            lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), advance
-        )
-        trainer = _Trainer(
-            model, arguments, OrderedDataset(samples, taken), recipe, held_out, distillation,
-            [throughput, StopOnNonFinite()],
+    shrinking = Shrinking(model, recipe, automatic if num_processes() == 1 else ())
+    report = StepsOnce(advance)
+
+    def attempt(recipe: Resolved) -> Trained:
+        return _train(
+            model, samples, recipe, folder=folder, held_out=held_out, distillation=distillation,
+            report=report,
         )  # fmt: skip
-        trainer.add_callback(CheckpointCallback(trainer))
-        if trainer.args.should_save:
-            trainer_checkpoints.discard_incomplete(folder)
-        trainer.accelerator.wait_for_everyone()
-        checkpoint = trainer_checkpoints.last(folder)
-        try:
-            with warnings.catch_warnings():
-                # peft's, of a patched cut that comes to its place with the adapters
-                warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_about_writing(error):
-                raise
-            raise OutputError(f"cannot write a checkpoint of the healing: {error}") from error
-        return _trained(trainer, folder, throughput)
+
+    with _quiet_trainer(), deterministic(next(model.parameters()).device):
+        return shrinking.run(attempt)
+
+
+def _train(
+    model: Any,
+    samples: Samples,
+    recipe: Resolved,
+    *,
+    folder: Path,
+    held_out: Callable[[int], Loss] | None,
+    distillation: Distillation | None,
+    report: StepsOnce,
+) -> Trained:
+    """Train by these very settings."""
+    taken = order(len(samples), recipe.steps * GLOBAL_BATCH, recipe.seed)
+    lengths = np.array([len(row) for row in samples.rows])
+    throughput = Throughput(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), report)
+    trainer = _Trainer(
+        model, _arguments(model, recipe, folder, measured=held_out is not None),
+        OrderedDataset(samples, taken), recipe, held_out, distillation,
+        [throughput, StopOnNonFinite()],
+    )  # fmt: skip
+    trainer.add_callback(CheckpointCallback(trainer))
+    checkpoint = agree(lambda: _last_checkpoint(folder))
+    try:
+        with warnings.catch_warnings():
+            # peft's, of a patched cut that comes to its place with the adapters
+            warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_about_writing(error):
+            raise
+        raise OutputError(f"cannot write a checkpoint of the healing: {error}") from error
+    return _trained(trainer, folder, throughput, recipe)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last complete checkpoint, alone of all that an earlier run left."""
+    trainer_checkpoints.discard_incomplete(folder)
+    checkpoint = trainer_checkpoints.last(folder)
+    return str(checkpoint) if checkpoint else None
+
+
+class _Arguments(TrainingArguments):
+    """The Trainer's settings; a process trains on one GPU, however many it sees."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, int(super().n_gpu))
+
+
+def _arguments(model: Any, recipe: Resolved, folder: Path, *, measured: bool) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    adapters = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    return _Arguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation(num_processes()),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=0.0,
+        optim="adamw_torch",  # paged states cannot be loaded again, and adapters are small
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if measured else "no",
+        eval_steps=recipe.eval_every,
+        save_strategy="steps",
+        save_steps=recipe.eval_every,
+        metric_for_best_model="loss" if measured else None,
+        greater_is_better=False,
+        train_sampling_strategy="sequential",
+        seed=recipe.seed,
+        activation_checkpointing=recipe.recompute,
+        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.recompute else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        label_names=["labels"],
+        # An expert that is a module of its own gets no gradient from texts that pass it by.
+        ddp_find_unused_parameters=any("expert" in name for name in adapters),
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=not cuda,
+    )
 
 
 _WRITING = (
@@ -336,7 +384,7 @@ def _flat(loss: Loss) -> dict[str, Any]:
     return {name: getattr(loss, name) for name in Loss.__slots__}
 
 
-def _trained(trainer: _Trainer, folder: Path, throughput: Throughput) -> Trained:
+def _trained(trainer: _Trainer, folder: Path, throughput: Throughput, recipe: Resolved) -> Trained:
     history: list[dict[str, Any]] = trainer.state.log_history
     steps = tuple(
         Step(entry["step"], entry["loss"], entry["learning_rate"])
@@ -352,4 +400,4 @@ def _trained(trainer: _Trainer, folder: Path, throughput: Throughput) -> Trained
     )
     best = trainer.state.best_global_step or trainer.state.global_step
     checkpoint = trainer_checkpoints.of_step(folder, best)
-    return Trained(steps, held_out, best, checkpoint, throughput.tokens_per_second)
+    return Trained(steps, held_out, best, checkpoint, throughput.tokens_per_second, recipe)

@@ -1,6 +1,6 @@
 """The models that a healing loads: the cut that it trains, and the uncut one that it came from."""
 
-import os
+import gc
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.identity import identify
 from ..models.quantised import keep_unpacked
 from ..models.source import ModelSource
-from ..processes import num_processes
 from ..values.plan import Plan
+from .ranks import own_device_map
 
 
 def load_placed(
@@ -28,27 +28,26 @@ def load_placed(
 
     Raises:
         ModelError, MissingExtraError: as :func:`shallower.load_model`.
+        ProcessesError: there are more processes than GPUs.
     """
-    several = num_processes() > 1 and torch.cuda.is_available()
-    device_map: Any = {"": int(os.environ.get("LOCAL_RANK", "0"))} if several else None
+    device_map: Any = own_device_map()
     source = ModelSource(path, dtype, device_map, trust_remote_code=trust_remote_code)
     model, tokenizer = source.load()
     keep_unpacked(model)
     return model, tokenizer
 
 
-class Uncut:
-    """The uncut model of a healing, loaded when it is first asked for, and once.
+class LoadedOnce:
+    """A model that is loaded when it is first asked for, and again once it was released.
 
     Args:
         name: a folder, hub id or GGUF file.
-        plan: the plan of the cut, which must be of this model.
         trust_remote_code: run code that comes with the model.
     """
 
-    def __init__(self, name: str, plan: Plan, *, trust_remote_code: bool) -> None:
+    def __init__(self, name: str, *, trust_remote_code: bool) -> None:
         self.name = name
-        self._plan, self._trust_remote_code = plan, trust_remote_code
+        self._trust_remote_code = trust_remote_code
         self._dtype: str | None = None
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
@@ -62,16 +61,49 @@ class Uncut:
             The model and its tokenizer.
 
         Raises:
-            PlanError: the cut was not made out of it.
             ModelError, MissingExtraError: as :func:`shallower.load_model`.
+            PlanError: it is not the model that the plan was made for.
         """
-        if self._loaded is None or self._dtype != dtype:
+        if self._loaded is None or not self.is_loaded(dtype):
             self.release()
             loaded = load_placed(self.name, dtype, trust_remote_code=self._trust_remote_code)
-            self._plan.check_model(identify(loaded[0]))
+            self._check(loaded[0])
             self._loaded, self._dtype = loaded, dtype
         return self._loaded
 
+    def is_loaded(self, dtype: str) -> bool:
+        """Say whether the model is in memory in this dtype."""
+        return self._loaded is not None and self._dtype == dtype
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Refuse a model that is not the one meant."""
+
     def release(self) -> None:
-        """Let go of the model."""
-        self._loaded = self._dtype = None
+        """Let go of the model, and of its memory once nobody else holds it."""
+        if self._loaded is not None:
+            self._loaded = self._dtype = None
+            free_memory()
+
+
+class Uncut(LoadedOnce):
+    """The uncut model of a healing.
+
+    Args:
+        name: a folder, hub id or GGUF file.
+        plan: the plan of the cut, which must be of this model.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(self, name: str, plan: Plan, *, trust_remote_code: bool) -> None:
+        super().__init__(name, trust_remote_code=trust_remote_code)
+        self._plan = plan
+
+    def _check(self, model: PreTrainedModel) -> None:
+        self._plan.check_model(identify(model))
+
+
+def free_memory() -> None:
+    """Give the memory of models that nobody holds back to the device."""
+    gc.collect()  # modules and hooks know one another
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

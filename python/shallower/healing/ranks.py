@@ -1,0 +1,100 @@
+"""The processes that train together: their group, and what all of them agree on."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from ..errors import ProcessesError
+from ..processes import is_main_process, local_rank, num_processes
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one another, as while the main one measures or writes. One that ends
+is not waited for: torchrun then ends all others."""
+
+SECONDS_TO_BE_ENDED = 10.0
+
+_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""Words of what torch raises in a process that has lost another one."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the processes that train for the body, and part again; of one process, do nothing.
+
+    All of them must leave the body by the same way. Whoever writes afterwards writes alone, and the
+    others need not wait for it.
+
+    Raises:
+        ProcessesError: another process ended.
+    """
+    if num_processes() == 1 or distributed.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.barrier()  # the main process comes once the folder is there
+        yield
+        distributed.barrier()
+    except RuntimeError as error:
+        if not _is_about_the_others(error):
+            raise
+        time.sleep(SECONDS_TO_BE_ENDED)  # so that the last words are those of the one that failed
+        raise ProcessesError(
+            "another of the processes that train together ended: what it said tells why"
+        ) from error
+    distributed.destroy_process_group()
+
+
+def _is_about_the_others(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in _LOST)
+
+
+def agree(decide: Callable[[], T]) -> T:
+    """Let the main process decide for all that are together.
+
+    Whatever depends on files or clocks is decided so: they may be read before or after the main
+    process writes.
+
+    Args:
+        decide: called in the main process alone; what it gives must be picklable.
+
+    Returns:
+        What the main process decided, in all of them.
+    """
+    if not distributed.is_initialized():
+        return decide()
+    decided: list[Any] = [decide() if is_main_process() else None]
+    distributed.broadcast_object_list(decided, src=0)
+    value: T = decided[0]
+    return value
+
+
+def own_device_map() -> dict[str, int] | None:
+    """Give this process its GPU, which holds the whole of every model.
+
+    Returns:
+        A device map: the GPU of this process's number on its machine, the first one of a single
+        process; None, the CPU, where there is no CUDA.
+
+    Raises:
+        ProcessesError: there are more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return None
+    index = local_rank() if num_processes() > 1 else 0
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ProcessesError(
+            f"process {index} of this machine has no GPU of its own: start as many as there are "
+            f"GPUs, {count} (--nproc_per_node {count})"
+        )
+    torch.cuda.set_device(index)
+    return {"": index}
