@@ -40,6 +40,7 @@ from .determinism import deterministic
 from .losses import Distillation, TrainingLoss
 from .ranks import agree
 from .shrinking import Shrinking
+from .trainer_arguments import trainer_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,7 @@ def _train(
     lengths = np.array([len(row) for row in samples.rows])
     throughput = Throughput(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), report)
     trainer = _Trainer(
-        model, _arguments(model, recipe, folder, measured=held_out is not None),
+        model, trainer_arguments(model, recipe, folder, measured=held_out is not None),
         OrderedDataset(samples, taken), recipe, held_out, distillation,
         [throughput, StopOnNonFinite()],
     )  # fmt: skip
@@ -230,50 +231,6 @@ def _last_checkpoint(folder: Path) -> str | None:
     trainer_checkpoints.discard_incomplete(folder)
     checkpoint = trainer_checkpoints.last(folder)
     return str(checkpoint) if checkpoint else None
-
-
-class _Arguments(TrainingArguments):
-    """The Trainer's settings; a process trains on one GPU, however many it sees."""
-
-    @property
-    def n_gpu(self) -> int:
-        return min(1, int(super().n_gpu))
-
-
-def _arguments(model: Any, recipe: Resolved, folder: Path, *, measured: bool) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    adapters = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    return _Arguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation(num_processes()),
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=0.0,
-        optim="adamw_torch",  # paged states cannot be loaded again, and adapters are small
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if measured else "no",
-        eval_steps=recipe.eval_every,
-        save_strategy="steps",
-        save_steps=recipe.eval_every,
-        metric_for_best_model="loss" if measured else None,
-        greater_is_better=False,
-        train_sampling_strategy="sequential",
-        seed=recipe.seed,
-        activation_checkpointing=recipe.recompute,
-        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.recompute else None,
-        remove_unused_columns=False,
-        dataloader_pin_memory=cuda,
-        label_names=["labels"],
-        # An expert that is a module of its own gets no gradient from texts that pass it by.
-        ddp_find_unused_parameters=any("expert" in name for name in adapters),
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=not cuda,
-    )
 
 
 _WRITING = (
