@@ -1,12 +1,8 @@
 """The commands `heal` and `merge`."""
 
-import json
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from tests.commands import in_a_process
 from tests.conftest import write_jsonl
@@ -94,35 +90,6 @@ def test_the_command_says_how_to_cut(shallower, both, folder):
     assert (
         "shallower prune MODEL" in shallower("heal", both[0], "--texts", texts, "--out", "x").error
     )
-
-
-@pytest.mark.slow
-def test_two_processes_heal_as_one_does(cut, tmp_path):
-    texts = write_jsonl(tmp_path / "t.jsonl", TEXTS)
-    held_out = write_jsonl(tmp_path / "e.jsonl", HELD_OUT)
-    options = ("--texts", texts, "--eval-texts", held_out, "--dtype", "float32", "--rank", 4)
-    options = (*options, "--max-length", 16, "--steps", 4, "--dropout", 0, "--learning-rate", 0.01)
-    python = Path(sys.executable)
-    alone = in_a_process(
-        python, "-m", "shallower", "heal", cut, *options, "--out", tmp_path / "one"
-    )
-    assert alone.status == 0, alone.err
-    launch = (python, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517)
-    both = in_a_process(
-        *launch, "-m", "shallower", "heal", cut, *options, "--out", tmp_path / "two",
-        env={"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert both.status == 0, both.err
-    assert both.out.count("wrote") == 1
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    for name, value in one.items():
-        assert np.abs(value - two[name]).max() < 2e-4 * max(1, np.abs(value).max())
-    losses = [
-        [measured["nats"] for measured in json.loads(path.read_text())["held_out"]]
-        for path in (tmp_path / "one" / "healing.json", tmp_path / "two" / "healing.json")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.jsonl", "one", "t.jsonl", "two"]
 
 
 def test_a_dry_run_tells_the_memory_of_a_card_that_is_not_here(shallower, cut, folder):

@@ -158,11 +158,13 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     import warnings
 
     from ..errors import ShallowerError
+    from ..processes import is_main_process
     from .output import quiet_bars, warn
 
     _refuse_several(name)
     quiet_bars()
-    warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
+    speaks = is_main_process()
+    warnings.showwarning = lambda message, *_args, **_options: speaks and warn(str(message))
     command = parser(name)
     usage_error = _usage_error()
     try:

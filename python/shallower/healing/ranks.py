@@ -1,6 +1,7 @@
 """The processes that train together: their group, and what all of them agree on."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -98,3 +99,15 @@ def own_device_map() -> dict[str, int] | None:
         )
     torch.cuda.set_device(index)
     return {"": index}
+
+
+def warn_of_idle_gpus() -> None:
+    """Tell whoever heals in one process on a machine of several GPUs how to use them all."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_processes() == 1 and count > 1:
+        most = max(n for n in (2, 4, 8, 16) if n <= count)
+        warnings.warn(
+            f"healing trains on one of {count} GPUs: torchrun --nproc_per_node {most} -m shallower "
+            f"heal trains on {most}, each of which holds the whole model",
+            stacklevel=2,
+        )
