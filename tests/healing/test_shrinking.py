@@ -10,7 +10,7 @@ from transformers import LlamaModel, TrainingArguments
 
 import shallower as sh
 from shallower.healing import shrinking, trainer_arguments, training
-from shallower.healing.ranks import own_device_map
+from shallower.healing.ranks import own_device_map, warn_of_idle_gpus
 from tests.healing.cuts import FACTS, HELD_OUT, QUICK, TEXTS
 
 AUTOMATIC = replace(QUICK, batch_size=None, steps=4)
@@ -153,3 +153,16 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch, rank, place):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(sh.ProcessesError, match=r"as there are GPUs, 2 \(--nproc_per_node 2\)"):
         own_device_map()
+
+
+def test_a_process_among_several_gpus_is_told_how_to_use_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for count, most in ((6, 4), (2, 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.warns(UserWarning, match=f"one of {count} GPUs: .*--nproc_per_node {most} "):
+            warn_of_idle_gpus()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    warn_of_idle_gpus()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    warn_of_idle_gpus()

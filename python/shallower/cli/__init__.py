@@ -163,8 +163,9 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 
     _refuse_several(name)
     quiet_bars()
-    speaks = is_main_process()
-    warnings.showwarning = lambda message, *_args, **_options: speaks and warn(str(message))
+    warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
+    if not is_main_process():
+        warnings.simplefilter("ignore")
     command = parser(name)
     usage_error = _usage_error()
     try:

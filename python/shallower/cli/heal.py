@@ -172,6 +172,7 @@ def heal_command(
         return
     from ..healing.checks import read_plan, resolve
     from ..healing.heal import heal
+    from ..healing.ranks import warn_of_idle_gpus
     from ..processes import is_main_process
 
     resolved = resolve(
@@ -181,6 +182,7 @@ def heal_command(
     recipe = replace(recipe, batch_size=resolved.batch_size, recompute=resolved.recompute)
     if is_main_process() and not as_json:
         show(str(resolved))
+    warn_of_idle_gpus()
     done = heal(
         model, source, out, recipe=recipe, eval_texts=held_out, original=original, merge=merge,
         from_patch=from_patch, overwrite=overwrite, trust_remote_code=trust_remote_code,
