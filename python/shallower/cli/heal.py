@@ -179,7 +179,8 @@ def heal_command(
         model, read_plan(model), recipe, device_memory=device_memory,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    recipe = replace(recipe, batch_size=resolved.batch_size, recompute=resolved.recompute)
+    if device_memory is not None:  # else the healing chooses the same, and may change it
+        recipe = replace(recipe, batch_size=resolved.batch_size, recompute=resolved.recompute)
     if is_main_process() and not as_json:
         show(str(resolved))
     warn_of_idle_gpus()

@@ -125,4 +125,4 @@ def heal(
 
 def _automatic(recipe: Recipe) -> set[str]:
     """The settings that the user left to us, and that change nothing but rounding."""
-    return {"batch_size", "recompute"} if recipe.batch_size is None else set()
+    return {name for name in ("batch_size", "recompute") if getattr(recipe, name) is None}
