@@ -150,6 +150,15 @@ def test_two_processes_that_were_killed_end_with_the_same_bits(together, healing
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_processes_that_cannot_find_one_another_say_so(healing, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    done = in_this_process(*healing, "--out", tmp_path / "out")
+    assert "one of 2 processes, as WORLD_SIZE says, and cannot find the others" in done.err
+    assert (done.status, "Start them by torchrun" in done.err) == (2, True)
+
+
 def test_the_one_process_that_fails_says_why_and_ends_all(healing, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

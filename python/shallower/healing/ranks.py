@@ -1,14 +1,19 @@
 """The processes that train together: their group, and what all of them agree on."""
 
+import itertools
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import ProcessesError
 from ..processes import is_main_process, local_rank, num_processes
@@ -20,6 +25,9 @@ PATIENCE = timedelta(days=1)
 is not waited for: torchrun then ends all others."""
 
 SECONDS_TO_BE_ENDED = 10.0
+
+_GROUPS = itertools.count()
+"""The groups of these processes, one a healing."""
 
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 """Words of what torch raises in a process that has lost another one."""
@@ -38,9 +46,8 @@ def together() -> Iterator[None]:
     if num_processes() == 1 or distributed.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        _join(_store())
         distributed.barrier()  # the main process comes once the folder is there
         yield
         distributed.barrier()
@@ -52,6 +59,28 @@ def together() -> Iterator[None]:
             "another of the processes that train together ended: what it said tells why"
         ) from error
     distributed.destroy_process_group()
+
+
+def _join(store: Store) -> None:
+    """Begin a group; its addresses are not those of an earlier one of these processes."""
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"healing {next(_GROUPS)}", store),
+        rank=int(os.environ["RANK"]), world_size=num_processes(), timeout=PATIENCE,
+    )  # fmt: skip
+
+
+@cache
+def _store() -> Store:
+    """The store by which these processes find one another."""
+    try:
+        store: Store = next(rendezvous("env://", timeout=PATIENCE))[0]
+    except ValueError as error:
+        raise ProcessesError(
+            f"this should be one of {num_processes()} processes, as WORLD_SIZE says, and cannot "
+            f"find the others: {error}. Start them by torchrun"
+        ) from error
+    return store
 
 
 def _is_about_the_others(error: RuntimeError) -> bool:
