@@ -1,18 +1,21 @@
 """The memory of a healing, planned without weights, against torch's own tracker."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import shallower as sh
-from shallower.errors import RecipeError
+from shallower.errors import ModelError, RecipeError
 from shallower.healing import memory
 from shallower.healing.checks import facts
-from shallower.healing.memory import HealingStep, plan_healing, require_room
+from shallower.healing.memory import HealingStep, plainly_fits, plan_healing, require_room
 from shallower.models.loading import layers_of
 from shallower.models.memory import weight_bytes
 from shallower.models.rehearsal import build_empty
 from shallower.values.memory import needed_device, usable
 from shallower.values.recipe import Recipe
+from tests.families import small_config
 from tests.memory_oracle import shape, tracked_healing
 
 NAMED = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "qwen2.5-7b", "phi-2")
@@ -140,3 +143,27 @@ def test_the_forecast_takes_the_recipe_of_the_paper():
     plan = sh.memory_forecast(config, "heal", drop=8, device_memory="16GB")
     assert (plan.micro_batch, plan.fits) == (1, True)
     assert sh.memory_forecast(config, "heal", drop=30, device_memory="80GB").micro_batch == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["mamba2", "bamba", "mixtral", "dots3_note_text"]
+)
+def test_what_is_plain_without_a_rehearsal_is_so(name):
+    config = small_config(name)
+    recipe = resolved(config, 64, dtype="float32")
+    assert plainly_fits(config, recipe, 10**11)
+    assert not plainly_fits(config, recipe, 6 * 10**8)
+    try:
+        step = HealingStep(config, recipe)
+    except ModelError:
+        return  # it has no feed-forward part
+    peak = sum(step.parts(4, False).values())
+    assert not plainly_fits(config, recipe, needed_device(peak))
+
+
+def test_a_teacher_takes_the_memory_of_the_uncut_model(step):
+    recipe = replace(step.recipe, distill=0.1)
+    options = {"device_bytes": 10**11, "card": True}
+    plan = plan_healing(LLAMA, recipe, **options, uncut_layers=6)
+    assert plan.parts["uncut model"] == 2 * plan.parts["weights"]
+    assert "uncut model" not in plan_healing(LLAMA, step.recipe, **options).parts

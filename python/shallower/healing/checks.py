@@ -112,7 +112,7 @@ def resolve(
         return resolved
     memory = plan_healing(
         config, resolved, device_bytes=room, card=card, batch_size=recipe.batch_size,
-        recompute=recipe.recompute, processes=num_processes(),
+        recompute=recipe.recompute, processes=num_processes(), uncut_layers=plan.num_layers,
     )  # fmt: skip
     require_room(memory, resolved)
     return replace(

@@ -7,6 +7,8 @@ from transformers import PretrainedConfig
 
 from ..errors import ModelError, RecipeError
 from ..models.feed_forward import feed_forward_targets
+from ..models.layer_config import heads_of
+from ..models.loading import layers_of
 from ..models.memory import dequantised_bytes, weight_bytes
 from ..models.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
@@ -121,6 +123,7 @@ def plan_healing(
     batch_size: int | None = None,
     recompute: bool | None = None,
     processes: int = 1,
+    uncut_layers: int | None = None,
 ) -> MemoryPlan:
     """Choose the texts of a forward and recomputation by what a device has room for.
 
@@ -132,6 +135,7 @@ def plan_healing(
         batch_size: texts in one forward, if they are given.
         recompute: recomputation, if it is given.
         processes: the number of processes that share a step.
+        uncut_layers: decoder layers of the uncut model, which teaches if the recipe distils.
 
     Returns:
         The first choice that fits, or else the one that needs least; a plan without a peak where
@@ -151,6 +155,9 @@ def plan_healing(
 
     def plan(texts: int, recomputed: bool) -> MemoryPlan:
         parts = step.parts(texts, recomputed)
+        if recipe.distill:
+            layers = layers_of(config) or 1
+            parts["uncut model"] = step.weights * max(layers, uncut_layers or 0) // layers
         return MemoryPlan(sum(parts.values()), texts, recomputed, device_bytes, parts)
 
     def may_fit(texts: int, recomputed: bool) -> bool:
@@ -191,7 +198,7 @@ def require_room(plan: MemoryPlan, recipe: Resolved) -> None:
     """
     if plan.fits or plan.peak_bytes is None:
         return
-    fixed = plan.parts["weights"] + plan.parts["adapters and optimiser"]
+    fixed = plan.peak_bytes - plan.parts[PARTS[-1]]
     share = (usable(plan.device_bytes) - fixed) / (plan.peak_bytes - fixed)
     length = int(share * recipe.max_length) // 64 * 64
     needed = f"{format_size(needed_device(plan.peak_bytes))} at least"
@@ -222,8 +229,7 @@ def plainly_fits(config: PretrainedConfig, recipe: Resolved, device_bytes: int) 
     except ModelError:
         return False
     widths = sum(sum(weight.shape[-2:]) for weight in model.parameters() if weight.ndim > 1)
-    heads = getattr(config.get_text_config(decoder=True), "num_attention_heads", None) or 1
-    length, layers = recipe.max_length, model.config.get_text_config(decoder=True)
-    scores = heads * length * (getattr(layers, "num_hidden_layers", None) or 1)
+    length = recipe.max_length
+    scores = heads_of(config.get_text_config(decoder=True)) * length * (layers_of(config) or 1)
     live = 12 * recipe.batch_size * length * (widths + scores)
     return 8 * (live + 20 * sum(p.numel() for p in model.parameters())) < usable(device_bytes)

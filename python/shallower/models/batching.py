@@ -14,6 +14,7 @@ from ..values.tokens import DEFAULT_BATCH, Tokens
 from .architecture import evaluating
 from .decoder import Decoder
 from .identity import stored_dtype
+from .layer_config import heads_of
 from .memory import dequantised_bytes, free_bytes, weight_bytes
 from .rehearsal import Rehearsal, build_empty, first_that_runs
 
@@ -193,6 +194,7 @@ def _plainly_fits(decoder: Decoder, length: int, forward: Forward, room: int) ->
         sum(sum(weight.shape[-2:]) for weight in layer.parameters() if weight.ndim > 1)
         for layer in decoder.layers.modules
     )
-    heads = getattr(decoder.config, "num_attention_heads", None) or 1
-    each = 12 * length * (widths + heads * length) + forward.beside(decoder, length)
+    each = 12 * length * (widths + heads_of(decoder.config) * length) + forward.beside(
+        decoder, length
+    )
     return 8 * (DEFAULT_BATCH * each + (1 << 27)) < usable(room)

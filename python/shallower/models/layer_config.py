@@ -101,6 +101,21 @@ def layer_counts(config: Any) -> dict[str, int]:
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
+def heads_of(config: Any) -> int:
+    """Count the attention heads of a layer.
+
+    Args:
+        config: of transformers, the decoder's part.
+
+    Returns:
+        Their number; 64 where layers have different ones, 1 where there are none.
+    """
+    try:
+        return int(getattr(config, "num_attention_heads", None) or 1)
+    except Exception:  # of a config by layer, which has no one number
+        return 64
+
+
 def _key(config: Any, name: str) -> str:
     """The key under which a config keeps what it also calls by this name."""
     aliases: dict[str, str] = getattr(config, "attribute_map", {})

@@ -138,7 +138,7 @@ def _healing(
     resolved = recipe.resolve(facts(config, num_layers), processes, auto=auto)
     return plan_healing(
         config, resolved, device_bytes=room, card=card, batch_size=recipe.batch_size,
-        recompute=recipe.recompute, processes=processes,
+        recompute=recipe.recompute, processes=processes, uncut_layers=num_layers,
     )  # fmt: skip
 
 
