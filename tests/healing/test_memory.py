@@ -145,9 +145,7 @@ def test_the_forecast_takes_the_recipe_of_the_paper():
     assert sh.memory_forecast(config, "heal", drop=30, device_memory="80GB").micro_batch == 4
 
 
-@pytest.mark.parametrize(
-    "name", ["mamba2", "bamba", "mixtral", "dots3_note_text"]
-)
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "mixtral", "dots3_note_text"])
 def test_what_is_plain_without_a_rehearsal_is_so(name):
     config = small_config(name)
     recipe = resolved(config, 64, dtype="float32")
