@@ -1,6 +1,7 @@
 """The memory of a healing: rehearsed without weights, and the batch that is chosen by it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig
@@ -142,13 +143,7 @@ def plan_healing(
         the model cannot be rehearsed.
     """
     choices = list(_choices(batch_size, recompute, processes, card))
-
-    def rehearsed(experts: str | None) -> HealingStep:
-        step = HealingStep(config, recipe, experts=experts)
-        step.parts(1, recompute is True)
-        return step
-
-    step = first_that_runs(rehearsed)
+    step = _step_of(config, recipe, recompute is True)
     if step is None:
         texts, recomputed = choices[0]
         return MemoryPlan(None, texts, recomputed, device_bytes)
@@ -172,6 +167,26 @@ def plan_healing(
         if plan(texts, recomputed).fits:
             return plan(texts, recomputed)
     return plan(*choices[-1])
+
+
+_LAST: dict[tuple[str, Resolved], HealingStep | None] = {}
+"""The step that was rehearsed last: a healing is planned for the user, and again when it begins."""
+
+
+def _step_of(config: PretrainedConfig, recipe: Resolved, recompute: bool) -> HealingStep | None:
+    """The step of a healing, rehearsed once; None where the model cannot be."""
+
+    def rehearsed(experts: str | None) -> HealingStep:
+        step = HealingStep(config, recipe, experts=experts)
+        step.parts(1, recompute)
+        return step
+
+    key = repr(config.to_dict()), replace(recipe, batch_size=1, recompute=False)
+    if key not in _LAST:
+        found = first_that_runs(rehearsed)
+        _LAST.clear()
+        _LAST[key] = found
+    return _LAST[key]
 
 
 def _choices(
