@@ -7,6 +7,7 @@ import pytest
 
 import shallower as sh
 from shallower import cli
+from shallower.cli.output import say_dry_run
 from tests.commands import in_a_process
 
 ALONE = [name for name in cli.COMMANDS if name not in cli.SHARED]
@@ -63,3 +64,10 @@ def test_scans_and_runs_in_python_refuse_as_well(monkeypatch, tmp_path):
         sh.scan(None, None, [])
     with pytest.raises(sh.ProcessesError, match="runs are not shared among processes yet"):
         sh.run(None, None, [], eval_texts=[], out=tmp_path / "out")
+
+
+def test_a_dry_run_of_several_processes_is_told_once(second, capsys):
+    for rank in (0, 1):
+        second(rank)
+        say_dry_run({"heal": "cut", "write": ["out"]}, as_json=False)
+    assert capsys.readouterr().out == "heal: cut\nwould write out\n"

@@ -29,6 +29,27 @@ def healed(cut, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def patchable(words, tmp_path_factory):
+    """A tiny model that was trained a little, so that a patch has something to gain."""
+    import torch
+
+    from shallower.healing.losses import summed_loss
+    from shallower.texts.sequences import collate, read_samples
+
+    model = tiny_llama(6, seed=3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    samples = read_samples(words, TEXTS, max_length=16, packing=True, num_samples=10**6)
+    for step in range(60):
+        rows = [samples.rows[i % len(samples)] for i in range(8 * step, 8 * step + 8)]
+        batch = {name: torch.from_numpy(values) for name, values in collate(rows)}
+        loss = summed_loss(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / 120
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return save_cut(tmp_path_factory.mktemp("patchable"), model, words)
+
+
+@pytest.fixture(scope="session")
 def smol_cut(smol, passages, tmp_path_factory):
     """SmolLM2-135M in bfloat16 without layers 12 .. 19, on disk, and texts."""
     model, tokenizer = sh.load_model(demo.model_path(), dtype="bfloat16")

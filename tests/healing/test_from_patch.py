@@ -9,32 +9,14 @@ import torch
 
 import shallower as sh
 from shallower.healing.checks import read_plan
-from shallower.healing.losses import summed_loss
 from shallower.healing.patched import copy_to, patched_cut
 from shallower.healing.saving import write_adapters
-from shallower.texts.sequences import collate, read_samples
 from shallower.values.healing import Healing
-from tests.conftest import tiny_llama, write_jsonl
-from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, documents, save_cut
+from tests.conftest import write_jsonl
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, documents
 
 
 # From a patch
-@pytest.fixture(scope="module")
-def patchable(words, tmp_path_factory):
-    """A tiny model that was trained a little, so that a patch has something to gain."""
-    model = tiny_llama(6, seed=3)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    samples = read_samples(words, TEXTS, max_length=16, packing=True, num_samples=10**6)
-    for step in range(60):
-        rows = [samples.rows[i % len(samples)] for i in range(8 * step, 8 * step + 8)]
-        batch = {name: torch.from_numpy(values) for name, values in collate(rows)}
-        loss = summed_loss(model(input_ids=batch["input_ids"]).logits, batch["labels"]) / 120
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return save_cut(tmp_path_factory.mktemp("patchable"), model, words)
-
-
 def test_healing_starts_from_the_patch(patchable, tmp_path):
     whole, cut = patchable
     texts = documents(600, 5)

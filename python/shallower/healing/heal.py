@@ -14,7 +14,7 @@ from ..values.recipe import Recipe
 from .checks import read_plan, require_one_process, require_peft, resolve
 from .merging import stored_plainly
 from .patched import patched_cut
-from .uncut import Uncut
+from .uncut import Uncut, free_memory
 from .work import Work
 
 
@@ -95,6 +95,7 @@ def heal(
     if not any(True for _ in source):
         raise TextsError("there are no texts to heal with")
     plan = read_plan(path)
+    free_memory()  # so that what is planned with is what there is, after a run's scan too
     resolved = resolve(path, plan, recipe, trust_remote_code=trust_remote_code)
     dtype = stored_plainly(path, trust_remote_code) if merge or from_patch else ""
     uncut = None
