@@ -30,8 +30,13 @@ def print_json(value: Any) -> None:
 def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
     """Print what would be done; the files that would be written under ``write``.
 
-    A value that can give itself as JSON does so there, and as text elsewhere.
+    A value that can give itself as JSON does so there, and as text elsewhere. Of several processes
+    the main one prints.
     """
+    from ..processes import is_main_process
+
+    if not is_main_process():
+        return
     if as_json:
         plain = {
             name: to_json()
