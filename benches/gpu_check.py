@@ -103,7 +103,7 @@ def call_step(name, work, end, miniature):
     start = time.monotonic()
     process = subprocess.Popen(
         [*command, "--miniature"] if miniature else command,
-        env=environment(miniature), stdout=subprocess.DEVNULL, start_new_session=True,
+        env=environment(name, miniature), stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
         process.wait(max(1.0, limit))
@@ -119,9 +119,13 @@ def call_step(name, work, end, miniature):
     return {**step, "seconds": time.monotonic() - start}
 
 
-def environment(miniature):
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if miniature else {}
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", **hidden}
+def environment(name, miniature):
+    """The environment of a step, which sees one GPU; torchrun's step sees all."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    visible = {} if name == "i" else {"CUDA_VISIBLE_DEVICES": seen}
+    if miniature:
+        visible = {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", **visible}
 
 
 def run_step(options):

@@ -64,6 +64,21 @@ def test_a_step_that_does_not_exist_is_refused():
     assert "--only x: the steps are a, b, c" in done.stderr
 
 
+def test_a_step_sees_one_gpu_unless_it_is_of_several(monkeypatch):
+    """The Trainer of the plain loop would put a copy of the model on each."""
+    monkeypatch.syspath_prepend(ROOT / "benches")
+    import gpu_check
+
+    seen = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.setenv(seen, "2,3")
+    assert gpu_check.environment("d", False)[seen] == "2"
+    assert gpu_check.environment("i", False)[seen] == "2,3"
+    assert gpu_check.environment("i", True)[seen] == ""
+    monkeypatch.delenv(seen)
+    assert gpu_check.environment("d", False)[seen] == "0"
+    assert seen not in gpu_check.environment("i", False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_step_leaves_a_complete_record(tmp_path):
@@ -96,6 +111,8 @@ def test_every_step_leaves_a_complete_record(tmp_path):
     assert figures["d"]["throughput_ratio"] > 0
     assert figures["i"]["ranks"] == 2
     assert str(tmp_path) not in out.read_text()
+    again = check("--miniature", "--only", "f", "--out", out, "--work", tmp_path / "work")
+    assert again.returncode == 0, again.stderr[-4000:]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import statistics
 import subprocess
@@ -191,7 +192,8 @@ def run_heal(setting):
 def kill_and_resume(setting):
     """A healing killed after its first checkpoint ends with the weights of one that was not."""
     work = setting.work / "killed"
-    work.mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # of an earlier call
+    work.mkdir()
     command = [*_heal_command(setting), "--steps", "12", "--eval-every", "3"]
     _call([*command, "--out", str(work / "whole")])
     process = subprocess.Popen([*command, "--out", str(work / "out")], cwd=setting.work)
@@ -281,8 +283,9 @@ def _names(file):
 
 
 def several(setting):
-    """A healing with merge by torchrun, a process on every GPU, or two on the CPU."""
+    """A healing with merge by torchrun, a process on each GPU with a share, or two on the CPU."""
     ranks = torch.cuda.device_count() if setting.cuda else 2
+    ranks = max(n for n in (1, 2, 4, 8, 16) if n <= ranks)  # they share 16 sequences
     out = setting.work / "several"
     held_out = setting.text_file("held-out", setting.texts(8, 64))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
