@@ -1,6 +1,10 @@
 """The memory that commands plan with, and the batches that follow."""
 
+import json
+
 import pytest
+
+import shallower as sh
 
 
 @pytest.mark.parametrize("command", ["scan", "eval"])
@@ -30,3 +34,48 @@ def test_a_budget_decides_on_the_batch(shallower, tiny, jsonl):
     expected = shallower("eval", *options).json["base"]["nats"]
     found = shallower("eval", *options, "--device-memory", "565MB").json["base"]["nats"]
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("what", ["scan", "eval", "patch"])
+def test_a_forecast_takes_a_dtype_that_there_is(tiny, what):
+    options = {"max_length": 64, "device_memory": "16GB"}
+    auto, plain = (sh.memory_forecast(tiny, what, dtype=d, **options) for d in ("auto", "bfloat16"))
+    assert auto == plain
+    assert auto.peak_bytes
+    with pytest.raises(sh.ModelError, match="unknown dtype 'fp16': expected one of auto, float32"):
+        sh.memory_forecast(tiny, what, dtype="fp16", **options)
+
+
+def test_a_forecast_of_a_patch_is_of_plain_weights(tiny):
+    with pytest.raises(sh.ModelError, match="weights of nf4 are not patched"):
+        sh.memory_forecast(tiny, "patch", dtype="nf4", device_memory="16GB")
+
+
+def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_path, monkeypatch):
+    """Its plan lies beside its weights, as in a folder."""
+    from transformers.utils import hub
+
+    from shallower.models import loading
+    from shallower.values.recipe import PRESETS, Preset
+
+    cut = tmp_path / "cut"
+    sh.prune(tiny, [sh.Block(2, 4)], cut)
+    shape = json.loads((cut / "config.json").read_text())
+    config = loading.read_config(cut)
+    monkeypatch.setattr(loading, "read_config", lambda *_args, **_options: config)
+    asked = []
+
+    def cached(*place, **_options):
+        asked.append(place)
+        return str(cut / "shallower_plan.json")
+
+    monkeypatch.setattr(hub, "cached_file", cached)
+    paper = Preset("own", 16, 1e-3, 2, "llama", 32, 6, shape["vocab_size"])
+    monkeypatch.setattr("shallower.values.recipe.PAPER_PRESETS", (paper,))
+    monkeypatch.setitem(PRESETS, "own", paper)
+    plan, own, small = (
+        sh.memory_forecast(place, recipe=sh.Recipe(preset, max_length=16), device_memory="16GB")
+        for place, preset in (("who/cut", "auto"), (cut, "own"), (cut, "small"))
+    )
+    assert plan == own != small
+    assert asked == [("who/cut", "shallower_plan.json")]

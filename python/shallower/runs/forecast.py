@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
+from ..models.dtypes import check_dtype, choose_device_map, choose_dtype
 from ..models.source import ModelSource
 from ..values.files import PLAN_FILE
 from ..values.layers import deepest_block
@@ -46,7 +47,8 @@ def memory_forecast(
     Args:
         config: of transformers; or the folder or hub id of a model or of a cut.
         what: ``heal``, ``patch``, ``scan`` or ``eval``.
-        dtype: dtype of the weights; by default ``nf4`` to heal, and else ``bfloat16``.
+        dtype: dtype of the weights, as :func:`shallower.load_model` takes it; by default ``nf4``
+            to heal, and else ``bfloat16``. ``auto`` is bfloat16 on a card.
         max_length: tokens of a text at most; by default the preset's to heal, and else 256.
         batch_size: texts in one forward; ``auto`` is what the device has memory for.
         rank: rank of the adapters of a healing; by default the preset's.
@@ -64,7 +66,8 @@ def memory_forecast(
         The plan; without a peak where a model of this family cannot be rehearsed.
 
     Raises:
-        ModelError: the config cannot be read, or ``device_memory`` is no size.
+        ModelError: the config cannot be read, ``device_memory`` is no size, or there is no such
+            ``dtype``.
         RecipeError: settings of a healing that do not fit the model.
 
     Example:
@@ -81,8 +84,8 @@ def memory_forecast(
 
     total = None
     if isinstance(config, str | Path):
-        total = _layers_of_uncut(str(config))
-        config = read_config(config, trust_remote_code=trust_remote_code)
+        place, config = config, read_config(config, trust_remote_code=trust_remote_code)
+        total = _layers_of_uncut(str(place)) if what == "heal" else None
     total = total or layers_of(config)
     if total is None:
         raise ModelError("the config does not tell how many layers the model has")
@@ -97,16 +100,33 @@ def memory_forecast(
         }  # fmt: skip
         named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return _healing(config, total, replace(recipe or Recipe(), **named), room, processes)
-    tokens = Tokens(max_length or 256, batch_size)
+    tokens, dtype = Tokens(max_length or 256, batch_size), _decided(dtype, what, card=room[1])
     if what == "patch":
-        return _patch(config, dtype or "bfloat16", tokens, num_tokens, room)
-    return _forward(config, what, dtype or "bfloat16", tokens, positions, room)
+        return _patch(config, dtype, tokens, num_tokens, room)
+    return _forward(config, what, dtype, tokens, positions, room)
+
+
+def _decided(dtype: str | None, what: Stage, *, card: bool) -> str:
+    """The dtype of the weights of a forward or a patch; one that does not exist is refused."""
+    if dtype is None:
+        return "bfloat16"
+    check_dtype(dtype)
+    if what == "patch" and dtype in ("nf4", "int8"):
+        raise ModelError(f"weights of {dtype} are not patched: plan for plain ones (dtype)")
+    if dtype == "auto":
+        return "bfloat16" if card else choose_dtype(choose_device_map(None))[0]
+    return dtype
 
 
 def _layers_of_uncut(path: str) -> int | None:
-    """The layers of the model that a folder's model was cut out of, if it is a cut."""
+    """The layers of the model that a model was cut out of, if it is a cut."""
+    from transformers.utils.hub import cached_file
+
     place = Path(path).expanduser() / PLAN_FILE
-    return Plan.load(place).num_layers if place.is_file() else None
+    found = str(place) if place.is_file() else None
+    if not place.parent.exists():
+        found = cached_file(path, PLAN_FILE, _raise_exceptions_for_missing_entries=False)
+    return Plan.load(found).num_layers if found is not None else None
 
 
 def _shortened(config: "PretrainedConfig", drop: int) -> "PretrainedConfig":
