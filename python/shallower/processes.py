@@ -20,17 +20,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def refuse_several(work: str = "scans are") -> None:
+def refuse_several(work: str = "scans are", *, spreads: bool = True) -> None:
     """Refuse work that processes cannot share: each would do all of it, into one place.
 
     Args:
         work: the work and its verb, for the error.
+        spreads: whether one process spreads its model over every GPU.
 
     Raises:
         ProcessesError: this is one of several processes.
     """
     if num_processes() > 1:
-        raise ProcessesError(
-            f"{work} not shared among processes yet: start one process; it uses every GPU "
-            f"(--device-map auto)"
-        )
+        one = "; it uses every GPU (--device-map auto)" if spreads else ""
+        raise ProcessesError(f"{work} not shared among processes yet: start one process{one}")

@@ -58,6 +58,17 @@ def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(
     assert message in done.err
 
 
+def test_of_several_processes_one_tells_the_dry_run(shallower, cut, folder, monkeypatch):
+    texts = write_jsonl(folder / "t.jsonl", TEXTS)
+    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    assert shallower("heal", cut, *options).json["memory"]["micro_batch"] == 2
+    monkeypatch.setenv("RANK", "1")
+    done = shallower("heal", cut, *options)
+    assert (done.status, done.out, done.err) == (0, "", "")
+
+
 @pytest.mark.parametrize("packing", [None, True, False])
 def test_the_preset_decides_on_packing_unless_it_is_asked_for(shallower, cut, folder, packing):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)

@@ -187,6 +187,9 @@ def _usage_error() -> Any:
 SHARED = ("heal", "info")
 """The commands that several processes may be started for; no other shares its work."""
 
+SPREAD = ("scan", "eval", "patch", "run", "prune")
+"""The commands of one process that have ``--device-map``."""
+
 PATIENCE = 3.0
 """Seconds in which whatever started several processes ends the others once one has failed."""
 
@@ -198,7 +201,8 @@ def _refuse_several(name: str) -> None:
 
     try:
         if name not in SHARED:
-            refuse_several("scans are" if name == "scan" else f"{name} is")
+            work = "scans are" if name == "scan" else f"{name} is"
+            refuse_several(work, spreads=name in SPREAD)
     except ProcessesError as error:
         if is_main_process():
             _fail(str(error))

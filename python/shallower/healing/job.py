@@ -15,7 +15,7 @@ from ..values.identity import TextsIdentity
 def work_folder(out: Path, job: str, *, overwrite: bool) -> Iterator[Path]:
     """Open the folder that becomes ``out``: the main process's, for all processes to use.
 
-    For the others it is there once they are together with the main one.
+    For the others it is there once they have agreed with the main one on anything.
 
     Args:
         out: the place of the healing.

@@ -48,7 +48,7 @@ def together() -> Iterator[None]:
         return
     try:
         _join(_store())
-        distributed.barrier()  # the main process comes once the folder is there
+        distributed.barrier()
         yield
         distributed.barrier()
     except RuntimeError as error:

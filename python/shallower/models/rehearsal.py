@@ -61,10 +61,6 @@ _COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 """Values are taken as those that the code expects."""
 
 
-_COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
-"""Values are taken as those that the code expects."""
-
-
 def first_that_runs(make: Callable[[str | None], Step]) -> Step | None:
     """Make a rehearsal with the model's own way to run experts, or with one without loops.
 
