@@ -50,6 +50,20 @@ def test_of_several_processes_that_fail_the_others_wait_for_the_main_one(second,
     assert time.monotonic() - began >= 0.01
 
 
+@pytest.mark.parametrize(("rank", "terminal", "bars"), [(0, True, 1), (0, False, 0), (1, True, 0)])
+def test_one_process_shows_bars_on_a_terminal(second, monkeypatch, rank, terminal, bars):
+    from transformers.utils import logging
+
+    from shallower.cli.options import quiet
+
+    second(rank)
+    off = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(logging, "disable_progress_bar", lambda: off.append(True))
+    quiet()
+    assert len(off) == 1 - bars
+
+
 def test_a_scan_under_torchrun_ends_all_processes_with_one_sentence(tmp_path):
     done = in_a_process(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,

@@ -168,9 +168,13 @@ def load(source: ModelSource) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def quiet() -> None:
-    """Turn off transformers' bars where nobody looks, and what bitsandbytes says of its kernels."""
+    """Turn off transformers' bars where nobody looks, or another process shows the same ones, and
+    what bitsandbytes says of its kernels.
+    """
+    from ..processes import is_main_process
+
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not is_main_process():
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
