@@ -79,3 +79,27 @@ def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_
     )
     assert plan == own != small
     assert asked == [("who/cut", "shallower_plan.json")]
+
+
+@pytest.mark.parametrize("command", ["scan", "eval"])
+def test_a_budget_is_of_the_weights_as_they_are_loaded(
+    shallower, tiny, jsonl, folder, monkeypatch, command
+):
+    """A dry run is of the card that is named; what runs here takes float32 on an old CPU."""
+    from shallower.models import dtypes
+    from shallower.runs import forecast
+
+    asked = []
+    planned = forecast.memory_forecast
+
+    def plan(*args, dtype, **options):
+        asked.append(dtype)
+        return planned(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(forecast, "memory_forecast", plan)
+    monkeypatch.setattr(dtypes, "cpu_features", frozenset)
+    out = ("--out", folder / "out") if command == "scan" else ()
+    options = (tiny, "--texts", jsonl, *out, "--max-length", 64, "--device-memory", "1GB", "--json")
+    for more, dtype in ((("--dry-run",), "bfloat16"), ((), "float32")):
+        assert shallower(command, *options, *more).status == 0
+        assert asked.pop() == dtype

@@ -61,7 +61,8 @@ def eval_command(
     if dry_run or device_memory is not None:
         from ..runs.forecast import forecast_source
 
-        memory = forecast_source(source, "eval", tokens, device_memory=device_memory)
+        loaded_as = source if dry_run else source.resolved()
+        memory = forecast_source(loaded_as, "eval", tokens, device_memory=device_memory)
         tokens = Tokens(max_length, memory.micro_batch)
         if dry_run:
             say_dry_run(_described(source, texts, wanted, memory), as_json)

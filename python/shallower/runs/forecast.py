@@ -204,7 +204,8 @@ def forecast_source(
     """Plan the memory of a stage for a model by its place.
 
     Args:
-        source: the model; its dtype is decided for this machine if it is ``auto``.
+        source: the model; a dtype that is ``auto`` is that of this machine, or of the card whose
+            memory is given.
         what: ``patch``, ``scan`` or ``eval``.
         tokens: the length of texts, and their number or ``auto``.
         device_memory: as for :func:`memory_forecast`.

@@ -94,7 +94,7 @@ class ScanJob:
             "dtype": dtype,
             "texts": self.texts.source if isinstance(self.texts, Texts) else "given",
             "positions": str(self.positions),
-            "memory": self._memory(),
+            "memory": self._memory(self.source),
         }
         if self.keep_states is not None:
             size = 4 if dtype == "float32" else 2
@@ -102,11 +102,11 @@ class ScanJob:
             described.update(self._room(each))
         return {**described, "write": [str(path) for path in self.places]}
 
-    def _memory(self) -> MemoryPlan:
+    def _memory(self, source: ModelSource) -> MemoryPlan:
         from .forecast import forecast_source
 
         return forecast_source(
-            self.source, "scan", self.tokens, device_memory=self.device_memory,
+            source, "scan", self.tokens, device_memory=self.device_memory,
             positions=self.positions,
         )  # fmt: skip
 
@@ -155,7 +155,7 @@ class ScanJob:
 
         batch_size = self.tokens.batch_size
         if self.device_memory is not None:
-            batch_size = self._memory().micro_batch
+            batch_size = self._memory(self.source.resolved()).micro_batch
         return scan(
             model, tokenizer, self.texts, max_length=self.tokens.max_length,
             batch_size=batch_size, metrics=self.metrics, threads=self.threads,
