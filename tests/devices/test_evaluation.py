@@ -24,7 +24,7 @@ def test_the_losses_of_cuts(stage):
     scanned = analyse_states(states)
     with stage.open():
         found = compare_cuts(
-            stage.model(), WORDS, scanned, texts=TEXTS, sizes=[1, 2], progress=False
+            stage.model(), WORDS, scanned, texts=TEXTS, sizes=[1, 2], batch_size=3, progress=False
         )
     assert len(found.cuts) == 4
 
