@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,6 +87,15 @@ def parse():
     return parser.parse_args()
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a step and the processes that it has started; torchrun ends its own when it is asked."""
+    for signal in (15, 9):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+
+
 def call_step(name, work, end, miniature):
     """Run a step in a process of its own, and give what is recorded of it."""
     title, _, minutes = STEPS[name]
@@ -108,8 +118,7 @@ def call_step(name, work, end, miniature):
     try:
         process.wait(max(1.0, limit))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the processes that it has started, too
-        process.wait()
+        stop(process)
         step["error"] = f"took longer than {limit:.0f} s"
     else:
         if answer.is_file():

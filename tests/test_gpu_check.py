@@ -1,9 +1,11 @@
 """The check of a GPU, in miniature on the CPU: every step leaves a complete record."""
 
+import importlib
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +131,26 @@ def test_a_step_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     assert again.returncode == 0
     after = json.loads(out.read_text())["steps"]
     assert after["c"] == steps["c"]
+
+
+LAUNCHER = """
+import signal, subprocess, sys
+worker = subprocess.Popen(
+    [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+)
+print(worker.pid, flush=True)
+signal.signal(signal.SIGTERM, lambda *_: (worker.kill(), worker.wait(), sys.exit(1)))
+signal.pause()
+"""
+
+
+def test_a_step_that_takes_too_long_leaves_no_worker_behind(monkeypatch):
+    """As torchrun starts them, each in a session of its own."""
+    monkeypatch.syspath_prepend(str(ROOT / "benches"))
+    stop = importlib.import_module("gpu_check").stop
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        worker = int(process.stdout.readline())
+        stop(process)
+    assert not Path(f"/proc/{worker}").exists()

@@ -68,8 +68,8 @@ def _products_are_deterministic(device: torch.device) -> bool:
 
 def _warn_of_late_setting() -> None:
     warnings.warn(
-        f"this training may differ in its last bits when it is repeated: CUDA was used in this "
-        f"process before {CUBLAS_WORKSPACE} was set. Set {CUBLAS_WORKSPACE}=:4096:8 in the "
-        f"environment before the process starts",
+        f"this training may differ in its last bits when it is repeated: cuBLAS began without a "
+        f"fixed workspace, as when CUDA was used in this process before. Set "
+        f"{CUBLAS_WORKSPACE}=:4096:8 in the environment before the process starts",
         stacklevel=4,
     )
