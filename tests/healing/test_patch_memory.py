@@ -127,5 +127,5 @@ def test_a_patch_stays_within_its_plan(width, intermediate):
     # Beside the equations there are states of a layer: three of the width of its feed-forward.
     forward = 4 * batch * length * (4 * intermediate + 8 * width)
     found = measure("patch_wide", width, intermediate, length)
-    # Huge pages and the allocator's own come and go; one copy more of the sums would be a half more.
+    # Huge pages and the allocator's own come and go; one more copy of the sums takes a half more.
     assert 0.85 * plan.peak < found < 1.25 * plan.peak + forward
