@@ -7,7 +7,7 @@ are joined by the residual stream alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..texts.batches import Batch
 from .architecture import evaluating
 from .decoder import Decoder
-from .head import Head
+from .head import Head, replaced
 from .offload import is_offloaded, resident
 
 
@@ -162,21 +162,14 @@ class Layerwise:
         """Let only ``layers`` work: the first gets ``states``, the last ends the forward."""
         first, last = (layers[0], layers[-1]) if layers else (0, 0)
         wanted = set(layers)
-        kept = [vars(module).get("forward") for module in self.modules]
-        try:
+        with ExitStack() as stack:
             for index, module in enumerate(self.modules):
                 given = states if index == first else None
                 work = module.forward if index in wanted else None
                 ends = stop and index == last
-                module.forward = self._replacement(index, work, given, ends)
-            with evaluating(self._model):
-                yield
-        finally:
-            for module, forward in zip(self.modules, kept, strict=True):
-                if forward is None:
-                    vars(module).pop("forward", None)
-                else:
-                    module.forward = forward  # accelerate's
+                stack.enter_context(replaced(module, self._replacement(index, work, given, ends)))
+            stack.enter_context(evaluating(self._model))
+            yield
 
     def _replacement(
         self,
