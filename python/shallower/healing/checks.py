@@ -6,13 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError
 from ..models.architecture import find_layers
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
+from ..models.loading import read_config
 from ..models.memory import device_room
 from ..processes import num_processes
 from ..texts.sequences import read_samples
@@ -54,30 +55,6 @@ def read_plan(path: str) -> Plan:
     return Plan.load(found)
 
 
-def read_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the config of a model.
-
-    Args:
-        path: a folder or hub id.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The config of transformers.
-
-    Raises:
-        ModelError: it is not there, or is damaged.
-    """
-    folder = Path(path).expanduser()
-    source = str(folder) if folder.is_dir() else path
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            source, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the config of {path}: {error}") from error
-    return config
-
-
 def resolve(
     path: str,
     plan: Plan,
@@ -103,7 +80,7 @@ def resolve(
         RecipeError: settings that do not fit the model, the number of processes or the device.
         ModelError: the config cannot be read.
     """
-    config = read_config(path, trust_remote_code)
+    config = read_config(path, trust_remote_code=trust_remote_code)
     resolved = recipe.resolve(facts(config, plan.num_layers), num_processes(), auto=auto_dtype())
     if recipe.batch_size is not None and recipe.recompute is not None:
         return resolved

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RecipeError, TextsError
+from ..models.memory import free_memory
 from ..storage import check_free
 from ..texts.sequences import ReadOnce
 from ..values.healing import Healing
@@ -14,7 +15,7 @@ from ..values.recipe import Recipe
 from .checks import read_plan, require_one_process, require_peft, resolve
 from .merging import stored_plainly
 from .patched import patched_cut
-from .uncut import Uncut, free_memory
+from .uncut import Uncut
 from .work import Work
 
 

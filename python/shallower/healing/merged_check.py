@@ -1,6 +1,5 @@
 """The check of a merged model by its logits, beside those of the adapters on their model."""
 
-import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ..cutting.saving import PROBE
 from ..errors import ModelError
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
-from ..models.memory import free_bytes
+from ..models.memory import free_bytes, free_memory
 from ..models.source import ModelSource
 from ..values.healing import Healing
 from .low_rank import exact_products
@@ -37,9 +36,7 @@ def place_for(num_bytes: int) -> Any:
     place = _place_for(needed)
     if place == "auto" or (place and not torch.cuda.is_available()):
         return place
-    gc.collect()  # of what was loaded before
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()  # of what was loaded before
     return _place_for(needed)
 
 

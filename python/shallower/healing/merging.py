@@ -24,12 +24,12 @@ from ..evaluation.loss import evaluate_loss
 from ..models.architecture import find_layers, input_device
 from ..models.decoder import Decoder
 from ..models.identity import stored_digest
+from ..models.loading import read_config
 from ..models.source import ModelSource
 from ..progress import track
 from ..values.files import PLAN_FILE
 from ..values.healing import CURVE_FILE, HEALING_FILE, Healing, Merge
 from ..values.recipe import Resolved
-from .checks import read_config
 from .low_rank import Deviations, LowRank
 from .memory_merge import merge_in_memory
 from .merged_check import TOLERANCE, adapted_logits, another_model, place_for, probe_logits
@@ -54,7 +54,7 @@ def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
         ModelError: the weights are quantised, or of a dtype that adapters are not merged into;
             or the config cannot be read.
     """
-    config = read_config(path, trust_remote_code)
+    config = read_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"the weights of {path} are quantised, and adapters are merged into plain ones only: "

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import RecipeError
+from ..models.memory import free_memory
 from ..values.recipe import Resolved
-from .uncut import free_memory
 
 Result = TypeVar("Result")
 

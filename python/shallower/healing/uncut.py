@@ -1,12 +1,11 @@
 """The models that a healing loads: the cut that it trains, and the uncut one that it came from."""
 
-import gc
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.identity import identify
+from ..models.memory import free_memory
 from ..models.quantised import keep_unpacked
 from ..models.source import ModelSource
 from ..values.plan import Plan
@@ -100,10 +99,3 @@ class Uncut(LoadedOnce):
 
     def _check(self, model: PreTrainedModel) -> None:
         self._plan.check_model(identify(model))
-
-
-def free_memory() -> None:
-    """Give the memory of models that nobody holds back to the device."""
-    gc.collect()  # modules and hooks know one another
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """The bytes of a model's weights by dtype, and the bytes that a device has free."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -112,6 +113,13 @@ def _free_in_container() -> float:
     except (OSError, ValueError):
         return float("inf")  # no limit, or none that can be read
     return limit - used + cached
+
+
+def free_memory() -> None:
+    """Give the memory of models that nobody holds back to the device."""
+    gc.collect()  # modules and hooks know one another
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main_device() -> torch.device:
