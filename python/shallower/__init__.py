@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .cutting.prune import prune as prune
     from .cutting.saving import save_model as save_model
     from .cutting.saving import verify_checkpoint as verify_checkpoint
+    from .errors import CacheError as CacheError
     from .errors import CostsError as CostsError
+    from .errors import CriterionError as CriterionError
     from .errors import InMemoryOnlyError as InMemoryOnlyError
     from .errors import LayersError as LayersError
     from .errors import MetricError as MetricError
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from .healing.patch import patch as patch
     from .healing.saving import merge as merge
     from .healing.saving import save_patched as save_patched
+    from .judgement.criterion import Criterion as Criterion
     from .judgement.compare import compare_cuts as compare_cuts
     from .models.loading import load_model as load_model
     from .models.source import ModelSource as ModelSource
@@ -73,9 +76,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Block": "values.layers",
     "BootstrappedStart": "values.bootstrap",
+    "CacheError": "errors",
     "Comparison": "values.loss",
     "Costs": "values.costs",
     "CostsError": "errors",
+    "Criterion": "judgement.criterion",
+    "CriterionError": "errors",
     "Cut": "values.loss",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",

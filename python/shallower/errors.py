@@ -37,6 +37,14 @@ class CostsError(ShallowerError):
     """Costs of blocks that do not fit a model or cannot be compared, or were not measured."""
 
 
+class CriterionError(ShallowerError):
+    """A criterion or a judge that does not exist, is named twice, or has not what it needs."""
+
+
+class CacheError(ShallowerError):
+    """An entry of the cache that is damaged."""
+
+
 class PlanError(ShallowerError):
     """A plan file that is damaged, or that was made for another model."""
 

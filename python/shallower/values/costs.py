@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..errors import CostsError, LayersError, PlanError, ScanError
 from .bootstrap import BootstrappedStart, resampled_wins
-from .identity import Criterion, ModelIdentity, TextsIdentity
+from .identity import ChosenBy, ModelIdentity, TextsIdentity
 from .layers import MAX_LAYERS, Block, check_plan, check_size, layer_number
 from .plan import STRATEGIES, Plan
 from .positions import Positions
@@ -34,6 +34,7 @@ class Costs:
         model: the model that the costs are of, if known.
         texts: the texts behind them.
         positions: which tokens of the texts were looked at, if that is known.
+        of_single_layers: whether a block costs the sum of its layers.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Costs:
         strategy: str = "similarity",
         samples: NDArray[np.float32] | None = None,
         more_is_better: bool = False,
+        of_single_layers: bool = False,
         model: ModelIdentity | None = None,
         texts: tuple[TextsIdentity, ...] = (),
         positions: Positions | None = None,
@@ -60,6 +62,7 @@ class Costs:
             strategy: as the attribute.
             samples: as the attribute.
             more_is_better: whether ``samples`` are similarities, and not costs.
+            of_single_layers: as the attribute.
             model: as the attribute.
             texts: as the attribute.
             positions: as the attribute.
@@ -71,6 +74,7 @@ class Costs:
             raise PlanError(f"unknown strategy {strategy!r}: expected {', '.join(STRATEGIES)}")
         self._search = search
         self._more_is_better = more_is_better
+        self.of_single_layers = of_single_layers
         self.blocks, self.stderr, self.samples = blocks, stderr, samples
         self.metric, self.strategy = metric, strategy
         self.model, self.texts, self.positions = model, tuple(texts), positions
@@ -182,7 +186,7 @@ class Costs:
             errors[np.arange(size - 1), np.arange(1, size)] = of_layers
         return cls(
             search, blocks, metric=metric, stderr=errors, strategy=strategy, model=model,
-            texts=tuple(texts), positions=positions,
+            texts=tuple(texts), positions=positions, of_single_layers=True,
         )  # fmt: skip
 
     @property
@@ -247,7 +251,7 @@ class Costs:
         return [self._chosen(start, start + n) for start in starts]
 
     def _chosen(self, start: int, stop: int) -> Block:
-        by = Criterion(self.strategy, self.metric, self.model, self.texts, self.positions)
+        by = ChosenBy(self.strategy, self.metric, self.model, self.texts, self.positions)
         return replace(self.scored(Block(start, stop)), criterion=by)
 
     def plan(self, n: int) -> Plan:
@@ -264,6 +268,22 @@ class Costs:
             CostsError: no block of ``n`` layers was measured.
         """
         return self.best_plan(n)
+
+    def cheapest(self, n: int) -> Plan:
+        """Plan to drop the layers that the criterion would drop.
+
+        Args:
+            n: layers to drop.
+
+        Returns:
+            The best block of ``n``; of costs of single layers the ``n`` cheapest, wherever they
+            are.
+
+        Raises:
+            LayersError: ``n`` is not in ``1 .. L-1``.
+            CostsError: too few blocks or layers were measured.
+        """
+        return self.best_plan(n, n if self.of_single_layers else 1)
 
     def best_plan(
         self, n: int, max_blocks: int = 1, *, protect_first: int = 0, protect_last: int = 0

@@ -57,7 +57,7 @@ class TextsIdentity:
 
 
 @dataclass(frozen=True, slots=True)
-class Criterion:
+class ChosenBy:
     """Criterion by which layers were chosen, and what it was applied to.
 
     Attributes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 from ..errors import LayersError
-from .identity import Criterion
+from .identity import ChosenBy
 from .schema import finite
 
 
@@ -29,7 +29,7 @@ class Block:
     stop: int
     score: float | None = field(default=None, compare=False)
     stderr: float | None = field(default=None, compare=False)
-    criterion: Criterion | None = field(default=None, compare=False, repr=False)
+    criterion: ChosenBy | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "stop"):

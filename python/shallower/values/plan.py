@@ -53,6 +53,8 @@ def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Reje
 STRATEGIES = {
     "similarity": "of all blocks of its size, its ends are most alike at the last token",
     "costs": "of all blocks of its size, it costs least by the criterion named",
+    "search": "the best that the search named has found",
+    "random": "drawn at random",
     "deepest": "the deepest layers but the last",
     "manual": "named by hand",
 }

@@ -1,0 +1,56 @@
+"""Subject: the model and the texts that criteria look at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from ..models.decoder import Decoder
+from ..models.layerwise import Layerwise
+from ..texts.batches import Batch
+from ..values.identity import TextsIdentity
+from .trials import Trials
+from .work import Meter
+
+
+@dataclass
+class Subject:
+    """A model with the texts that a criterion may look at; none of them reports.
+
+    Attributes:
+        decoder: the whole model. A criterion leaves it as it is.
+        tokenizer: its tokenizer.
+        batches: the texts that fit: what similarity is measured on, and maps are solved on.
+        trials: cuts judged on the texts that choose.
+        sizes: how many layers are to go, ascending.
+        texts: identity of the texts that fit.
+        seed: of whatever is drawn.
+        meter: the accounts of work; every run of layers beside ``trials`` is noted in it.
+        progress: bars with ETA on standard error; by default if that is a terminal.
+    """
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    batches: Sequence[Batch]
+    trials: Trials
+    sizes: Sequence[int]
+    texts: tuple[TextsIdentity, ...] = ()
+    seed: int = 0
+    meter: Meter = field(default_factory=Meter)
+    progress: bool | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L, the layers of the model."""
+        return len(self.decoder)
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that fit."""
+        return sum(len(batch) for batch in self.batches)
+
+    @cached_property
+    def layerwise(self) -> Layerwise:
+        """The model as layers that can be run by themselves."""
+        return self.trials.model

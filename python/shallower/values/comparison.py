@@ -1,0 +1,139 @@
+"""CriteriaComparison: what each criterion removes, and what that costs, row by row."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .loss import Loss
+from .schema import finite
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cut that a criterion chose, and the loss of the model without these layers.
+
+    All losses are on the texts that report, which no criterion has seen. ``None`` is what could
+    not be measured, or does not exist.
+
+    Attributes:
+        model: name of the model.
+        texts: name of the calibration texts, which the criterion and the patch looked at.
+        criterion: name of the criterion.
+        n: layers that go.
+        dropped: their indices.
+        loss: nats a token of the cut.
+        stderr: its standard error.
+        difference: ``loss`` less that of the whole model.
+        difference_stderr: paired standard error of ``difference``.
+        patched: nats a token after the quick patch.
+        patched_stderr: its standard error.
+        regret: judge's score of the cut less that of the best cut of ``n`` layers in the
+            comparison.
+        regret_stderr: its paired standard error; 0 for the best itself.
+        tied: whether the cut cannot be told from the best of ``n`` layers.
+        tau: Kendall's τ-b of the criterion's costs of single layers with the true losses without
+            them.
+        layers_share: ``n`` as a share of all layers.
+        parameters_share: the parameters that go as a share of all.
+        seconds: wall time that the choice takes by itself.
+        layer_forwards: layers run, times texts, that the choice takes by itself.
+        score: what the judge says of the cut on items that report; as ``loss`` for the judge
+            ``loss``.
+        score_stderr: its standard error.
+        accuracy: share of right answers, of the judge ``options``.
+    """
+
+    model: str
+    texts: str
+    criterion: str
+    n: int
+    dropped: tuple[int, ...]
+    loss: float
+    stderr: float
+    difference: float
+    difference_stderr: float
+    patched: float | None
+    patched_stderr: float | None
+    regret: float
+    regret_stderr: float
+    tied: bool
+    tau: float | None
+    layers_share: float
+    parameters_share: float
+    seconds: float
+    layer_forwards: int
+    score: float
+    score_stderr: float
+    accuracy: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the row as plain JSON values; what is not finite is None."""
+        return {
+            name: finite(value) if isinstance(value, float) else value
+            for name, value in {**asdict(self), "dropped": list(self.dropped)}.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedModel:
+    """What a comparison says of one model beside its rows.
+
+    Attributes:
+        name: of the model.
+        num_layers: L.
+        whole: the loss of the whole model on the texts that report.
+        single_layers: the true losses without each single layer, (L,), nats a token.
+        chance: accuracy of a guess, of the judge ``options``.
+        accuracy: that of the whole model.
+    """
+
+    name: str
+    num_layers: int
+    whole: Loss
+    single_layers: tuple[float, ...] = ()
+    chance: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CriteriaComparison:
+    """Criteria compared on one or several models.
+
+    Attributes:
+        models: the models that were compared, in order.
+        rows: every choice, by model, texts, criterion and n.
+        failures: the models that could not be compared, and why.
+        judge: name of the judge that chose.
+        unit: of a score of that judge.
+        splits: how many texts fit, choose and report.
+        half_blocks: what single attentions and feed-forwards are worth, if asked for; a dict each.
+    """
+
+    models: tuple[ComparedModel, ...]
+    rows: tuple[Row, ...]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    judge: str = "loss"
+    unit: str = "nats a token"
+    splits: Mapping[str, int] = field(default_factory=dict)
+    half_blocks: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the comparison as plain JSON values.
+
+        Returns:
+            ``rows``; ``whole``, the loss of the first model; and everything else by name.
+        """
+        models = [{**asdict(m), "whole": m.whole.to_json()} for m in self.models]
+        whole = self.models[0].whole if self.models else None
+        return {
+            "format": "shallower.comparison",
+            "version": 1,
+            "rows": [row.to_json() for row in self.rows],
+            "whole": whole and {"loss": whole.nats, **whole.to_json()},
+            "models": models,
+            "failures": dict(self.failures),
+            "judge": self.judge,
+            "unit": self.unit,
+            "splits": dict(self.splits),
+            "half_blocks": [dict(half) for half in self.half_blocks],
+        }

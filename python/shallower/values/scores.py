@@ -1,0 +1,93 @@
+"""Scores by item: what a judge says of each text, its mean with error, and paired differences."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+TIE = 2.0
+"""Standard errors within which a paired difference is called a tie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The mean difference of two scores of the same items.
+
+    Attributes:
+        mean: the first less the second, in the unit of the scores.
+        stderr: its standard error, from the differences of single items; NaN for one item.
+        num_items: items that both have.
+    """
+
+    mean: float
+    stderr: float
+    num_items: int
+
+    @property
+    def tied(self) -> bool:
+        """Whether the two cannot be told apart: the mean is within two standard errors of 0."""
+        return self.mean == 0 or not math.isfinite(self.stderr) or abs(self.mean) <= TIE * self.stderr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """A measure by item; lower is better.
+
+    The mean is a ratio of sums over items, and so is its error, as that of a loss:
+    ``sqrt(S/(S-1) · sum_i (sum_i - mean·weight_i)²) / sum_i weight_i``.
+
+    Attributes:
+        sums: (S,) float64, the sum over each item, as the nats of all tokens of a text; NaN for
+            an item that was not looked at.
+        weights: (S,) float64, what each item counts, as its predicted tokens.
+    """
+
+    sums: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        """Items that were looked at."""
+        return int(np.isfinite(self.sums).sum())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all items were looked at."""
+        return len(self) == len(self.sums)
+
+    @property
+    def mean(self) -> float:
+        """The mean over what was looked at; NaN where that is nothing."""
+        return _ratio(self.sums, self.weights)[0]
+
+    @property
+    def stderr(self) -> float:
+        """The standard error of the mean over items; NaN for a single one."""
+        return _ratio(self.sums, self.weights)[1]
+
+    def minus(self, other: "Scores") -> Difference:
+        """Compare with the scores of the same items by something else.
+
+        Args:
+            other: scores of as many items, of the same weights.
+
+        Returns:
+            The paired difference over the items that both have.
+        """
+        difference = self.sums - other.sums
+        mean, stderr = _ratio(difference, self.weights)
+        return Difference(mean, stderr, int(np.isfinite(difference).sum()))
+
+
+def _ratio(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """The ratio of two sums over the items that are there, and its standard error."""
+    there = np.isfinite(sums)
+    sums, weights = sums[there], weights[there]
+    total, size = math.fsum(weights), len(sums)
+    if not size or not total:
+        return math.nan, math.nan
+    mean = math.fsum(sums) / total
+    if size == 1:
+        return mean, math.nan
+    squares = math.fsum((sums - mean * weights) ** 2)
+    return mean, math.sqrt(squares * size / (size - 1)) / total
