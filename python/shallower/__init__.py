@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from .healing.patch import patch as patch
     from .healing.saving import merge as merge
     from .healing.saving import save_patched as save_patched
-    from .judgement.criterion import Criterion as Criterion
     from .judgement.compare import compare_cuts as compare_cuts
+    from .judgement.criterion import Criterion as Criterion
     from .models.loading import load_model as load_model
     from .models.source import ModelSource as ModelSource
     from .reporting.figures import save_heat_map as save_heat_map

@@ -1,6 +1,7 @@
 """Trials: cuts judged by skipping layers, never by copying or reloading the model."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,7 +62,7 @@ class Trials:
         sums = np.full(self.judge.num_items, np.nan)
         for index in range(self.num_looks if looks is None else min(looks, self.num_looks)):
             sums[self.judge.items[index]] = self.meter.shared(
-                ("trial", id(self), gone, index), lambda index=index: self._measure(gone, index)
+                ("trial", id(self), gone, index), partial(self._measure, gone, index)
             )
         return Scores(sums, self.judge.weights)
 

@@ -27,7 +27,7 @@ class Difference:
     @property
     def tied(self) -> bool:
         """Whether the two cannot be told apart: the mean is within two standard errors of 0."""
-        return self.mean == 0 or not math.isfinite(self.stderr) or abs(self.mean) <= TIE * self.stderr
+        return not math.isfinite(self.stderr) or abs(self.mean) <= TIE * self.stderr
 
 
 @dataclass(frozen=True, slots=True, eq=False)

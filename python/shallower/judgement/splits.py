@@ -1,0 +1,146 @@
+"""Three sets of texts: those that fit, those that choose, and those that report."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import TextsError
+
+NUM_CHOOSING = 16
+"""Texts that choose, by default."""
+
+FEWEST_FITTING = 8
+FEWEST_CHOOSING = 4
+FEWEST_REPORTING = 2
+"""Texts from which on there are three sets: two have an error, four a first look of a race."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Texts by what they are for; no text is in two of the sets.
+
+    Attributes:
+        fit: texts that similarity is measured on and maps are solved on.
+        choose: texts that cuts are judged on while one is chosen, in a random order: the first
+            few of them are a sample of all.
+        report: texts that the final figures are measured on, as they were given.
+        num_shared: calibration texts that report as well, and therefore do nothing else.
+        num_repeated: calibration texts that were there before, and are left out.
+    """
+
+    fit: list[str]
+    choose: list[str]
+    report: list[str]
+    num_shared: int
+    num_repeated: int = 0
+
+
+def three_splits(
+    texts: Iterable[str],
+    eval_texts: Iterable[str],
+    *,
+    num_choosing: int = NUM_CHOOSING,
+    seed: int = 0,
+) -> Splits:
+    """Divide calibration texts into those that fit and those that choose; the others report.
+
+    Every k-th text chooses, evenly over all of them, a third at most; so both sets are of the
+    same kinds where a file is sorted. Two texts are the same if they differ by white space at
+    their ends alone.
+
+    Args:
+        texts: calibration texts.
+        eval_texts: held-out texts, which report.
+        num_choosing: texts that choose at most.
+        seed: of the order of those that choose.
+
+    Returns:
+        The three sets.
+
+    Raises:
+        TextsError: fewer than 8 texts to fit, 4 to choose or 2 to report.
+
+    Example:
+        >>> from shallower.judgement.splits import three_splits
+        >>> splits = three_splits([f"text {i}" for i in range(13)], ["text 0", "text 13"])
+        >>> len(splits.fit), len(splits.choose), splits.num_shared
+        (8, 4, 1)
+    """
+    texts, report = _listed(texts), _listed(eval_texts)
+    if num_choosing < FEWEST_CHOOSING:
+        raise TextsError(f"at least {FEWEST_CHOOSING} texts must choose, got {num_choosing}")
+    reporting = {text.strip() for text in report}
+    if len(reporting) < FEWEST_REPORTING:
+        raise TextsError(
+            f"too few texts to report: {_count(len(reporting), 'different text')}, expected at "
+            f"least {FEWEST_REPORTING}; name a file of more held-out texts (--eval-texts)"
+        )
+    different = {text.strip(): text for text in reversed(texts)}
+    own = [text for key, text in reversed(different.items()) if key not in reporting]
+    num_shared = sum(text.strip() in reporting for text in texts)
+    num_repeated = len(texts) - num_shared - len(own)
+    if len(own) < FEWEST_FITTING + FEWEST_CHOOSING:
+        left_out = f" beside {num_shared} that report" if num_shared else ""
+        repeated = f" and {num_repeated} that are there twice" if num_repeated else ""
+        raise TextsError(
+            f"too few texts to fit and to choose: {len(own)}{left_out}{repeated}, expected at "
+            f"least {FEWEST_FITTING} and {FEWEST_CHOOSING}; name more calibration texts, "
+            f"other than those that report (--texts, --max-texts)"
+        )
+    size = min(num_choosing, len(own) // 3)
+    chosen = [len(own) * (2 * i + 1) // (2 * size) for i in range(size)]
+    choosing = set(chosen)
+    fit = [text for index, text in enumerate(own) if index not in choosing]
+    return Splits(fit, shuffled([own[i] for i in chosen], seed), report, num_shared, num_repeated)
+
+
+def two_splits(items: Sequence[Item], *, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """Divide the items of a task into halves: those that choose, and those that report.
+
+    Args:
+        items: of :func:`shallower.texts.options.read_options`; one that was there before is
+            left out.
+        seed: of the order in which they are dealt out.
+
+    Returns:
+        The items that choose, and those that report, each in a random order.
+
+    Raises:
+        TextsError: fewer than 8 items that differ.
+    """
+    different = shuffled(list(dict.fromkeys(items)), seed)
+    if len(different) < 2 * FEWEST_CHOOSING:
+        raise TextsError(
+            f"too few items to choose and to report: {len(different)} that differ, expected at "
+            f"least {2 * FEWEST_CHOOSING}; name a file of more items (--options)"
+        )
+    return different[::2], different[1::2]
+
+
+def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
+    """Give items in a random order, which is the same on every machine.
+
+    Args:
+        items: any.
+        seed: of the order.
+
+    Returns:
+        All of them.
+    """
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    found = [] if isinstance(texts, str | bytes) else list(texts)
+    if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in found):
+        raise TextsError("texts must be an iterable of strings")
+    return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
