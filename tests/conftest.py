@@ -5,7 +5,9 @@ Heavy packages are imported where they are used: a room without models is tested
 
 import json
 import os
+import secrets
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 os.environ["OMP_NUM_THREADS"] = "1"
 # No test waits for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No test sees a cache of another one, let alone that of the user.
+_CACHES = tempfile.TemporaryDirectory(prefix="shallower-tests-")
+os.environ["SHALLOWER_CACHE"] = _CACHES.name
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(97)]
@@ -50,6 +55,14 @@ def tiny_llama(num_layers=6, seed=0, **options):
         **options,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """The folder of a cache that is new for every test; it is made with its first entry."""
+    folder = tmp_path_factory.getbasetemp() / "caches" / secrets.token_hex(8)
+    monkeypatch.setenv("SHALLOWER_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture
