@@ -1,0 +1,21 @@
+"""Cosine distance between the ends of a block."""
+
+from ...values.costs import Costs
+from ..criterion import Criterion
+from ..similarity import COST, shared_scan
+from ..subject import Subject
+
+
+class Cosine(Criterion):
+    """1 less the mean cosine of x⁽ˡ⁾ and x⁽ᵐ⁾ at the last token.
+
+    It does not see what changes the length of the states alone.
+    """
+
+    name = "cosine"
+    summary = "1 less the mean cosine of the states at both ends of a block, at the last token."
+    cost = COST
+
+    def costs(self, subject: Subject) -> Costs:
+        """Measure as :meth:`Criterion.costs`."""
+        return shared_scan(subject).costs(self.name)

@@ -1,0 +1,143 @@
+"""The first-order change of the loss if a layer's weights were zero, weight by weight."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import CriterionError, ModelError
+from ...healing.losses import TrainingLoss
+from ...models.architecture import evaluating
+from ...models.decoder import Decoder
+from ...progress import track
+from ...scanning.transfers import HostCopies
+from ...texts.batches import Batch
+from ...values.costs import Costs
+from ..criterion import Criterion
+from ..subject import Subject
+from ..token_states import ALL_TOKENS
+
+NUM_TEXTS = 16
+"""Texts whose loss is differentiated, at most, evenly over those that fit."""
+
+
+class Taylor(Criterion):
+    """Σ |W ⊙ ∂L/∂W| over the entries of all matrices W of a layer (2402.02834, eq. 2).
+
+    L is the loss in nats a token over a few texts: gradients are summed over texts first, then
+    magnitudes are taken. Vectors, as the weights of norms, do not count. It looks at single
+    layers, so it does not see that two cancel each other; and only at the slope of the loss, so
+    that it measures what a layer takes part in, and not what its removal would change.
+    """
+
+    name = "taylor"
+    summary = "Sum of |weight · gradient of the loss| over the matrices of a layer."
+    cost = (
+        "A forward and a backward of 16 texts, one at a time; beside the activations of one text "
+        "4 bytes for every weight of the layers."
+    )
+
+    def costs(self, subject: Subject) -> Costs:
+        """Measure as :meth:`Criterion.costs`.
+
+        Raises:
+            CriterionError: weights have no gradient: they are quantised, or wait off their device.
+            ModelError: a gradient is not finite.
+        """
+        matrices = [
+            {weight: None for weight in layer.parameters() if weight.ndim > 1}
+            for layer in subject.decoder.layers.modules
+        ]
+        _check(matrices, self.name)
+        sums = _gradients(subject, [weight for layer in matrices for weight in layer])
+        costs = [sum(_product(w, sums) for w in layer) if layer else np.nan for layer in matrices]
+        for index, cost in enumerate(costs):
+            if matrices[index] and not math.isfinite(cost):
+                raise ModelError(
+                    f"the gradient of layer {index} is not finite: load the model as bfloat16 or "
+                    f"float32 (dtype, --dtype)"
+                )
+        return Costs.of_layers(
+            costs, metric=self.name, model=subject.decoder.identity, texts=subject.texts,
+            positions=ALL_TOKENS,
+        )  # fmt: skip
+
+
+def _check(matrices: list[dict[nn.Parameter, None]], name: str) -> None:
+    for index, layer in enumerate(matrices):
+        if any(weight.is_meta or not weight.is_floating_point() for weight in layer):
+            raise CriterionError(
+                f"the criterion {name} needs gradients, and weights of layer {index} have none "
+                f"(quantised, or offloaded): load the model unquantised and whole, or leave out "
+                f"{name} (--criteria)"
+            )
+
+
+def _product(weight: nn.Parameter, sums: dict[nn.Parameter, torch.Tensor]) -> float:
+    if weight not in sums:  # no text has used it, as that of an expert
+        return 0.0
+    return float((weight.detach().float() * sums[weight]).abs().sum(dtype=torch.float64))
+
+
+def _gradients(subject: Subject, weights: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
+    """The gradient of the loss to every weight, in float32, summed over the texts."""
+    texts, decoder, copies = _few(subject.batches), subject.decoder, HostCopies()
+    divisor = sum(int(text.attention_mask.sum()) - 1 for text in texts)
+    with _differentiated(decoder, weights) as sums, torch.enable_grad():
+        loss_inside = TrainingLoss(decoder.model)
+        with track("taylor", len(texts), subject.progress) as advance:
+            for text in texts:
+                ids, mask = (
+                    copies.send(torch.from_numpy(array), decoder.device)
+                    for array in (text.input_ids, text.attention_mask)
+                )
+                labels = ids.masked_fill(mask == 0, -100)
+                with loss_inside.made_inside(labels, divisor):
+                    outputs = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
+                    TrainingLoss.of(outputs, labels, divisor).backward()
+                advance(1)
+    subject.meter.ran(3 * subject.num_layers, len(texts))
+    return sums
+
+
+def _few(batches: Sequence[Batch]) -> list[Batch]:
+    """Up to ``NUM_TEXTS`` texts, each a batch, evenly over all."""
+    single = [text for batch in batches for text in batch.split(1)]
+    places = np.linspace(0, len(single) - 1, min(NUM_TEXTS, len(single))).round().astype(int)
+    return [single[place] for place in places]
+
+
+@contextmanager
+def _differentiated(
+    decoder: Decoder, weights: list[nn.Parameter]
+) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
+    """Let backwards add up the gradients of these weights alone, apart from the model's own."""
+    sums: dict[nn.Parameter, torch.Tensor] = {}
+
+    def take(weight: nn.Parameter) -> None:
+        assert weight.grad is not None
+        if weight in sums:
+            sums[weight] += weight.grad
+        else:
+            sums[weight] = weight.grad.float()
+        weight.grad = None
+
+    wanted = set(weights)
+    before = [(p, p.requires_grad, p.grad) for p in decoder.model.parameters()]
+    with ExitStack() as stack:
+        for parameter, requires, gradient in before:
+            stack.callback(_put_back, parameter, requires, gradient)
+            parameter.grad = None
+            parameter.requires_grad_(parameter in wanted)
+        for weight in wanted:
+            stack.callback(weight.register_post_accumulate_grad_hook(take).remove)
+        stack.enter_context(evaluating(decoder.model))
+        yield sums
+
+
+def _put_back(parameter: nn.Parameter, requires: bool, gradient: torch.Tensor | None) -> None:
+    parameter.requires_grad_(requires)
+    parameter.grad = gradient

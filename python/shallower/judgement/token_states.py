@@ -1,0 +1,137 @@
+"""All tokens of the texts that fit, state by state: what every layer does to them, as sums."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import RejectedSamplesWarning, StatesError
+from ..models.layerwise import Layerwise, token_rows
+from ..progress import track
+from ..texts.batches import Batch
+from ..values.costs import Costs
+from ..values.plan import NAMED_REJECTIONS, Rejection, describe_rejections
+from ..values.positions import Positions
+from ..values.scores import Scores
+from .subject import Subject
+
+ALL_TOKENS = Positions("all", 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerChanges:
+    """What every layer does to the states of all tokens that are no padding, first tokens too.
+
+    Attributes:
+        cosines: (L, S) float64, cos(x, y) summed over the tokens of a text.
+        magnitudes: (L, S) float64, ‖y − x‖ / ‖y‖ likewise.
+        tokens: (S,) float64, how many those are.
+    """
+
+    cosines: NDArray[np.float64]
+    magnitudes: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+
+
+def states_of(model: Layerwise, batch: Batch) -> Iterator[torch.Tensor]:
+    """Run a model on a batch, layer by layer.
+
+    Args:
+        model: whose layers can be run by themselves.
+        batch: of token ids.
+
+    Yields:
+        x^(0) .. x^(L), (B, T, D) each, on the device where it was made.
+    """
+    states = model.embed(batch)
+    yield states
+    for layer in range(len(model)):
+        states = model.run(batch, states, (layer,))
+        yield states
+
+
+def layer_changes(subject: Subject) -> LayerChanges:
+    """Sum what every layer does to all tokens, once for all criteria.
+
+    Args:
+        subject: the model and its texts.
+
+    Returns:
+        The sums over each text, without those that have a state of NaN, infinity or only zeros,
+        which are counted and named with a warning.
+
+    Raises:
+        StatesError: no text is left.
+        ModelError: more than the residual stream goes from layer to layer.
+    """
+    return subject.meter.shared("layer_changes", lambda: _layer_changes(subject))
+
+
+def layer_costs(
+    subject: Subject, values: NDArray[np.float64], tokens: NDArray[np.float64], *, metric: str
+) -> Costs:
+    """Make costs of layers from sums over texts.
+
+    Args:
+        subject: the model and its texts.
+        values: (L, S), the sum over the tokens of a text.
+        tokens: (S,), how many those are.
+        metric: name of the criterion.
+
+    Returns:
+        The means over all tokens, with errors clustered by text.
+    """
+    scores = [Scores(of_layer, tokens) for of_layer in values]
+    return Costs.of_layers(
+        [score.mean for score in scores], stderr=[score.stderr for score in scores],
+        metric=metric, model=subject.decoder.identity, texts=subject.texts, positions=ALL_TOKENS,
+    )  # fmt: skip
+
+
+def _layer_changes(subject: Subject) -> LayerChanges:
+    model = subject.layerwise
+    model.check(subject.batches[0].split(1)[0])
+    sums: list[NDArray[np.float64]] = []
+    with track("all tokens", subject.num_texts, subject.progress) as advance:
+        for batch in subject.batches:
+            sums.append(_changes(model, batch))
+            advance(len(batch))
+    subject.meter.ran(subject.num_layers, subject.num_texts + 2)
+    cosines, magnitudes = np.concatenate(sums, axis=2)
+    tokens = np.concatenate([b.attention_mask.sum(axis=1) for b in subject.batches]) * 1.0
+    texts = np.concatenate([batch.samples for batch in subject.batches])
+    kept = np.isfinite(cosines + magnitudes).all(axis=0)
+    _report(texts[~kept], len(texts))
+    return LayerChanges(cosines[:, kept], magnitudes[:, kept], tokens[kept])
+
+
+def _changes(model: Layerwise, batch: Batch) -> NDArray[np.float64]:
+    """(2, L, B): the cosines and the magnitudes, summed over the tokens of every text."""
+    lengths = batch.attention_mask.sum(axis=1).tolist()
+    before: torch.Tensor | None = None
+    found = []
+    for states in states_of(model, batch):
+        after = token_rows(batch, states).double()
+        if before is not None:
+            before = before.to(after.device)
+            cosines = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+            magnitudes = (after - before).norm(dim=-1) / after.norm(dim=-1)
+            both = torch.stack([cosines, magnitudes])
+            found.append(torch.stack([part.sum(-1) for part in both.split(lengths, dim=1)], dim=1))
+        before = after
+    return np.stack([sums.cpu().numpy() for sums in found], axis=1)
+
+
+def _report(rejected: NDArray[np.int64], total: int) -> None:
+    """Warn of texts that are left out; refuse if that is all."""
+    if not len(rejected):
+        return
+    reason = "a state holds NaN, infinity or only zeros"
+    named = [Rejection(int(text), reason) for text in sorted(rejected)[:NAMED_REJECTIONS]]
+    described = describe_rejections(len(rejected), total, named)
+    if len(rejected) == total:
+        raise StatesError(f"there is nothing to compare: {described}")
+    warnings.warn(described, RejectedSamplesWarning, stacklevel=4)

@@ -1,0 +1,195 @@
+"""Criteria of similarity, of single layers and of weights, against their slow twins."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from shallower.errors import CriterionError, ModelError, RejectedSamplesWarning, StatesError
+from shallower.judgement.criteria import CRITERIA
+from tests.conftest import tiny_llama
+from tests.documents import TEXTS, documents
+from tests.judgement import twins
+from tests.judgement.toy import make_subject
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def tiny_gpt2():
+    """Layers that return tuples on some versions, and write by transposed weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=100, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    return GPT2LMHeadModel(config).eval()
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+@pytest.fixture(params=[(m, d) for m in MODELS for d in DTYPES], ids=str, scope="module")
+def subject(request, words):
+    name, dtype = request.param
+    return make_subject(MODELS[name]().to(dtype), words, TEXTS, batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def states(subject):
+    return twins.hooked_states(
+        subject.decoder.model, subject.decoder.layers.modules, subject.batches
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("angular", 1e-7), ("cosine", 1e-7), ("relative_l2", 1e-6)]
+)
+def test_the_ends_of_blocks(subject, states, name, tolerance):
+    costs = CRITERIA[name].costs(subject)
+    expected = getattr(twins, name)(states)
+    np.testing.assert_allclose(np.triu(costs.blocks, 1), expected, rtol=0, atol=tolerance)
+    assert (costs.metric, costs.strategy, str(costs.positions)) == (name, "similarity", "last")
+    assert costs.model == subject.decoder.identity
+    assert costs.texts == subject.texts
+
+
+def test_cka(subject, states):
+    costs = CRITERIA["cka"].costs(subject)
+    texts = [int(text) for batch in subject.batches for text in batch.samples]
+    minibatch = np.array([states[text][:, -1] for text in texts])
+    np.testing.assert_allclose(np.triu(costs.blocks, 1), twins.cka([minibatch]), atol=1e-9)
+
+
+def test_cka_of_several_minibatches_that_are_of_one_size(words):
+    subject = make_subject(tiny_llama(2), words, documents(130), batch_size=8)
+    states = twins.hooked_states(
+        subject.decoder.model, subject.decoder.layers.modules, subject.batches
+    )
+    texts = [int(text) for batch in subject.batches for text in batch.samples]
+    last = np.array([states[text][:, -1] for text in texts])
+    expected = twins.cka([last[:44], last[44:88], last[88:]])
+    costs = CRITERIA["cka"].costs(subject)
+    np.testing.assert_allclose(np.triu(costs.blocks, 1), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["block_influence", "magnitude"])
+def test_single_layers_over_all_tokens(subject, states, name):
+    costs = CRITERIA[name].costs(subject)
+    means, errors = getattr(twins, name)(states)
+    np.testing.assert_allclose(np.diag(costs.blocks, 1), means, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(np.diag(costs.stderr, 1), errors, rtol=1e-5)
+    assert (costs.metric, costs.strategy, str(costs.positions)) == (name, "costs", "all")
+    assert costs.of_single_layers
+
+
+def test_xmerge(subject, states):
+    costs = CRITERIA["xmerge"].costs(subject)
+    np.testing.assert_allclose(np.diag(costs.blocks, 1), twins.xmerge(states), rtol=1e-5, atol=1e-6)
+
+
+def test_taylor(subject):
+    model = copy.deepcopy(subject.decoder.model).double()
+    layers = subject.decoder.layers.path
+    expected = twins.taylor(model, model.get_submodule(layers), few(subject.batches))
+    costs = np.diag(CRITERIA["taylor"].costs(subject).blocks, 1)
+    coarse = subject.decoder.model.dtype == torch.bfloat16
+    np.testing.assert_allclose(costs, expected, rtol=0.02 if coarse else 1e-5)
+
+
+def few(batches):
+    """The texts that are differentiated: 16 of 24, evenly."""
+    single = [text for batch in batches for text in batch.split(1)]
+    return [single[round(i * 23 / 15)] for i in range(16)]
+
+
+def test_taylor_leaves_the_model_as_it_was(words):
+    model = tiny_llama()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.grad = torch.ones_like(weight)
+    model.model.norm.weight.requires_grad_(False)
+    model.train()
+    before = [(p.requires_grad, p.grad, p.clone()) for p in model.parameters()]
+    CRITERIA["taylor"].costs(make_subject(model, words, TEXTS))
+    assert all(module.training for module in model.modules())
+    for parameter, (requires, gradient, value) in zip(model.parameters(), before, strict=True):
+        assert parameter.requires_grad == requires
+        assert parameter.grad is gradient
+        assert torch.equal(parameter, value)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+def test_weights(subject):
+    names = {"llama": ("self_attn.o_proj", "mlp.down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj")}
+    both = names[subject.decoder.config.model_type]
+    expected = twins.weights(
+        [
+            [layer.get_submodule(name).weight.detach().float().numpy() for name in both]
+            for layer in subject.decoder.layers.modules
+        ]
+    )
+    costs = np.diag(CRITERIA["weights"].costs(subject).blocks, 1)
+    np.testing.assert_allclose(costs, expected, rtol=1e-6)
+
+
+def test_a_pass_is_shared_and_each_is_charged_for_it(words):
+    subject = make_subject(tiny_llama(3), words, TEXTS)
+    scans = ("angular", "cosine", "relative_l2", "cka")
+    sums = ("block_influence", "magnitude", "xmerge")
+    charged = {}
+    for name in (*scans, *sums, "taylor", "weights"):
+        with subject.meter.account() as work:
+            CRITERIA[name].plans(subject)
+        charged[name] = work.layer_forwards
+    assert {charged[name] for name in scans} == {3 * 24}
+    assert {charged[name] for name in sums} == {3 * 24 + 2 * 3}
+    assert charged["taylor"] == 3 * 3 * 16
+    assert charged["weights"] == 0
+
+
+def test_cka_of_three_texts_is_refused(words):
+    subject = make_subject(tiny_llama(2), words, TEXTS[:3])
+    with pytest.raises(CriterionError, match="3 texts are too few, give at least 4"):
+        CRITERIA["cka"].costs(subject)
+    assert CRITERIA["angular"].costs(subject).best_block(1)
+
+
+@pytest.mark.parametrize("name", ["block_influence", "magnitude", "xmerge"])
+def test_a_text_with_a_state_of_zeros_is_left_out_and_named(words, name):
+    model = tiny_llama(2)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = 0
+    texts = ["w1 w2 w3", "w4 w7 w5", "w6 w8"]
+    subject = make_subject(model, words, texts)
+    with pytest.warns(RejectedSamplesWarning, match="1 of 3 samples rejected: sample 1: a state"):
+        costs = CRITERIA[name].costs(subject)
+    expected = CRITERIA[name].costs(make_subject(model, words, [texts[0], texts[2]]))
+    np.testing.assert_allclose(costs.blocks, expected.blocks, atol=1e-12)
+    with pytest.raises(StatesError, match="nothing to compare: 1 of 1"):
+        CRITERIA[name].costs(make_subject(model, words, texts[1:2]))
+
+
+def test_weights_without_gradients_are_refused(words):
+    subject = make_subject(tiny_llama(2), words, TEXTS)
+    layer = subject.decoder.layers.modules[1]
+    layer.mlp.up_proj.weight = torch.nn.Parameter(
+        torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(CriterionError, match="weights of layer 1 have none"):
+        CRITERIA["taylor"].costs(subject)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(words):
+    model = tiny_llama(2)
+    subject = make_subject(model, words, TEXTS)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="gradient of layer 0 is not finite"):
+        CRITERIA["taylor"].costs(subject)
+
+
+def test_layers_that_write_by_no_plain_map_are_refused(words):
+    subject = make_subject(tiny_llama(2), words, TEXTS)
+    for layer in subject.decoder.layers.modules:
+        layer.mlp.register_forward_hook(lambda _module, _args, output: output.abs())
+    with pytest.raises(CriterionError, match="this model has none"):
+        CRITERIA["weights"].costs(subject)
