@@ -7,6 +7,7 @@ import torch
 from shallower.evaluation.loss import summed_losses
 from shallower.models.decoder import Decoder
 from shallower.models.head import Head
+from shallower.models.identity import weights_hash
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
 from tests.devices.batches import batch, inputs
@@ -20,6 +21,13 @@ def test_a_model_is_known_by_its_values_wherever_they_are(stage):
     assert decoder.device == torch.device("cuda:0")
     with stage.open():
         assert decoder.identity.dtype == "bfloat16"
+
+
+def test_the_weights_of_a_model_are_hashed_wherever_they_are(stage):
+    with stage.open():
+        model = stage.model()
+        offloaded = any(weight.is_meta for weight in model.parameters())
+        assert (weights_hash(model) is None) == offloaded
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["as they come", "after a stop on the CPU"])

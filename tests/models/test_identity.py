@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
-from shallower.models.identity import identify, stored_dtype
+from shallower.models.identity import identify, stored_dtype, weights_hash
 from shallower.models.loading import load_model
 from tests.conftest import tiny_llama
 from tests.models.checkpoints import lively, logits_of, wide_llama, wide_qwen
@@ -80,3 +80,33 @@ def test_the_fingerprint_tells_a_cut(llama):
 )
 def test_the_dtype_is_that_of_the_weights(llama, dtype, name):
     assert stored_dtype(llama.to(dtype)) == name
+
+
+# The hash of all weights.
+def test_the_hash_of_the_weights_knows_every_value():
+    model = tiny_llama()
+    expected = weights_hash(model)
+    assert weights_hash(tiny_llama()) == expected
+    assert weights_hash(tiny_llama(seed=1)) != expected
+    for tensor in (*model.parameters(), *model.buffers()):
+        with torch.no_grad():
+            kept = tensor.clone()
+            tensor.view(-1)[-1] += 1
+            assert weights_hash(model) != expected
+            tensor.copy_(kept)
+    assert weights_hash(model) == expected
+    model.config.rms_norm_eps *= 2
+    assert weights_hash(model) != expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "nf4", "int8"])
+def test_the_hash_of_quantised_weights_is_that_of_their_bits(words, tmp_path, dtype):
+    wide_llama().save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    hashes = [weights_hash(load_model(tmp_path, dtype=dtype)[0]) for _ in range(2)]
+    assert hashes[0] == hashes[1] is not None
+    assert weights_hash(load_model(tmp_path, dtype="float32")[0]) != hashes[0]
+
+
+def test_offloaded_weights_have_no_hash():
+    assert weights_hash(tiny_llama().to("meta")) is None

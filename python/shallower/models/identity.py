@@ -1,6 +1,7 @@
 """The identity of a model, the same in whatever dtype it is loaded."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,28 @@ def stored_digest(path: str | Path) -> str:
                 digest.update(repr((name, stored.get_shape(), stored.get_dtype())).encode())
                 row = stored[:1] if stored.get_shape() else opened.get_tensor(name)
                 digest.update(row.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_hash(model: PreTrainedModel) -> str | None:
+    """Hash everything that a model in memory computes with: weights, buffers, config.
+
+    Args:
+        model: of transformers, on any device.
+
+    Returns:
+        A SHA-256 in hexadecimal digits; None where weights are offloaded, and not there to see.
+    """
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    attention = getattr(model.config, "_attn_implementation", None)
+    digest = hashlib.sha256(f"{type(model).__name__} {attention} {config}".encode())
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta:
+            return None
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

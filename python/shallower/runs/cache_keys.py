@@ -1,0 +1,277 @@
+"""What a result depends on, as the cache's entries are found by it: models, texts, the machine.
+
+Loads no torch: a result that is known is found within a fraction of a second.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable, Iterator
+from functools import cache as remembering
+from pathlib import Path
+from typing import Any
+
+from ..cutting.source import hub_id
+from ..errors import ShallowerError
+from ..models.source import ModelSource
+from ..progress import track
+from ..texts.sources import Texts
+from ..values.provenance import versions
+from .cache import Cache
+
+RACY_SECONDS = 0.1
+"""A file that changed so recently may change again without another time of change."""
+
+LARGE_BYTES = 1 << 30
+"""From here on hashing is shown by a bar."""
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_BLOCK = 1 << 22
+_DECIDING = (
+    "SHALLOWER_TIER", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+    "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE",
+)  # fmt: skip
+"""Variables that choose the instructions or devices of a computation."""
+
+
+def model_inputs(source: ModelSource, cache: Cache, *, stat: bool = False) -> dict[str, Any] | None:
+    """Tell what a loaded model depends on: its files, how it is loaded, machine and versions.
+
+    Args:
+        source: the model.
+        cache: where hashes of files are kept, until a file changes.
+        stat: know weights by place, size and time of change, and do not read them.
+
+    Returns:
+        Plain JSON values; None where it cannot be told, or the cache is off.
+    """
+    if cache.folder is None:
+        return None
+    content = _local(source, cache, stat) or _on_the_hub(source)
+    if content is None:
+        return None
+    return {
+        "model": content,
+        "dtype": source.dtype,
+        "device_map": repr(source.device_map),
+        "trust_remote_code": source.trust_remote_code,
+        "machine": machine(),
+        "made_by": made_by(),
+    }
+
+
+def texts_inputs(texts: Texts | Iterable[str] | None, cache: Cache) -> dict[str, Any] | None:
+    """Tell texts by the strings that are read, whatever file they come from.
+
+    Args:
+        texts: a source, or a list of texts.
+        cache: where hashes of files are kept, until a file changes.
+
+    Returns:
+        Their number and hash. None where it cannot be told: the cache is off, the texts are
+        broken, or they are a whole dataset of the hub, which nobody would read for this.
+    """
+    if cache.folder is None or texts is None:
+        return None
+    stamps = None
+    if isinstance(texts, Texts):
+        path = Path(texts.source).expanduser()
+        if not path.is_file() and texts.limit is None:
+            return None
+        stamps = path.is_file() and _stamps([path])
+    memo = {"texts": stamps, "limit": getattr(texts, "limit", None)} if stamps else None
+    known = cache.get("hashes", memo)
+    if known is None:
+        known = _hash_of_texts(texts)
+        if known is not None:
+            cache.put("hashes", memo, known)
+    return known
+
+
+def file_inputs(path: str | Path) -> list[Any] | None:
+    """Tell a file by its place, size and time of change, without reading it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Plain JSON values; None if it is not there, or changes right now.
+    """
+    return _stamps([Path(path).expanduser()])
+
+
+def hash_of_files(files: list[Path], cache: Cache) -> str:
+    """Hash the names and contents of files; what was hashed before is not read again.
+
+    Args:
+        files: the files, in an order of their own.
+        cache: where hashes are kept, until a file changes.
+
+    Returns:
+        The SHA-256 in hexadecimal.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    stamps = _stamps(files)
+    memo = None if stamps is None else {"files": stamps}
+    known = cache.get("hashes", memo)
+    if known is not None:
+        return str(known["sha256"])
+    digest = hashlib.sha256()
+    total = sum(file.stat().st_size for file in files)
+    with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
+        for file in files:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb", buffering=0) as opened:
+                while block := opened.read(_BLOCK):
+                    digest.update(block)
+                    advance(len(block) >> 20)
+    if stamps == _stamps(files):
+        cache.put("hashes", memo, {"sha256": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+@remembering
+def machine() -> dict[str, Any]:
+    """Describe the processors here, as far as a result's last bits depend on them."""
+    own = [
+        line
+        for line in _first_processor()
+        if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part")
+    ]
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [line for card in cards for line in _lines(card) if line.startswith("Model:")]
+    nodes = [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
+    return {
+        "architecture": platform.machine(),
+        "cpu": hashlib.sha256("\n".join(own).encode()).hexdigest(),
+        "gpus": [*models, *sorted(nodes)],
+        "variables": {name: os.environ[name] for name in _DECIDING if name in os.environ},
+    }
+
+
+@remembering
+def made_by() -> dict[str, str]:
+    """Name the versions of the packages that make a result, and hash this one's own code."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), *package.glob("_core*")]):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return {**versions(), "code": digest.hexdigest()}
+
+
+def _first_processor() -> Iterator[str]:
+    """The lines on the first processor; those on hundreds of others would take their time."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if not line.strip():
+                    return
+                yield line.strip()
+    except OSError:
+        return
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _local(source: ModelSource, cache: Cache, stat: bool) -> dict[str, Any] | None:
+    """A folder by all files directly in it, or a GGUF file; None if it is neither."""
+    path = Path(source.path).expanduser()
+    if source.gguf_file is not None and path.is_dir():
+        path /= source.gguf_file
+    try:
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+        else:
+            return None
+        if _reaches_elsewhere(files):
+            return None
+        names = [Path(source.path).name, path.resolve().name]
+        if stat:
+            weights = [file for file in files if file.suffix in _WEIGHTS]
+            known = {"stamps": _stamps(weights)} if weights else {}
+            if None in known.values():
+                return None
+            files = [file for file in files if file not in weights]
+            return {"names": names, **known, "sha256": hash_of_files(files, cache)}
+        return {"names": names, "sha256": hash_of_files(files, cache)}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # damaged: whoever loads it says so
+
+
+def _reaches_elsewhere(files: list[Path]) -> bool:
+    """True if a model is also made of what lies in other folders or repositories."""
+    for file in files:
+        if file.name == "adapter_config.json":
+            return True
+        if file.name == "config.json":
+            homes = json.loads(file.read_bytes()).get("auto_map") or {}
+            if "--" in json.dumps(homes):
+                return True
+        if file.name.endswith(".index.json"):
+            names = json.loads(file.read_bytes()).get("weight_map") or {}
+            if any("/" in str(name) for name in names.values()):
+                return True
+    return False
+
+
+def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
+    """A repository by its commit, which the hub is asked for, or its cache where that is off."""
+    name = str(source.path)
+    if hub_id(name) is None or Path(name).expanduser().exists():
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = source.gguf_file or "config.json"
+    try:
+        found = Path(hf_hub_download(name, wanted))
+        commit = found.parents[wanted.count("/")].name
+        if not _COMMIT.fullmatch(commit) or _reaches_elsewhere([found]):
+            return None
+    except (OSError, ValueError, AttributeError, RecursionError, HfHubHTTPError):
+        return None
+    return {"names": [name], "commit": commit, "gguf_file": source.gguf_file}
+
+
+def _stamps(files: Iterable[Path]) -> list[Any] | None:
+    """Place, size, times and number of files; None if one is not there, or changes right now."""
+    found = []
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            return None
+        if time.time() - max(status.st_mtime, status.st_ctime) < RACY_SECONDS:
+            return None
+        found.append(
+            [
+                str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+                status.st_dev, status.st_ino,
+            ]
+        )  # fmt: skip
+    return found
+
+
+def _hash_of_texts(texts: Iterable[str]) -> dict[str, Any] | None:
+    digest, count = hashlib.sha256(), 0
+    try:
+        for text in texts:
+            content = text.encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "little") + content)
+            count += 1
+    except (ShallowerError, AttributeError):  # whoever reads them says what is wrong
+        return None
+    return {"texts": count, "sha256": digest.hexdigest()}
