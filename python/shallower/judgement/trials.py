@@ -1,15 +1,22 @@
 """Trials: cuts judged by skipping layers, never by copying or reloading the model."""
 
+import math
+import time
 from collections.abc import Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..errors import CacheError, LayersError
 from ..models.layerwise import Layerwise
+from ..models.prefixes import Prefixes
+from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge
-from .work import Meter
+from .work import Meter, Work
 
 
 class Journal(Protocol):
@@ -22,23 +29,60 @@ class Journal(Protocol):
         """Add a record, which is there whole after any death, or not at all."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What came of a trial: its scores, and what they took where they were made."""
+
+    sums: NDArray[np.float64]
+    layers: int  # that ran, each on all texts of the batch
+    layer_seconds: float
+    judge_seconds: float
+
+
 class Trials:
     """Cuts of one model, judged on the items of one judge.
 
-    A cut is judged once; whoever asks for it again is charged for it again, so that each
-    criterion has the cost that it has by itself.
+    A trial is a cut on one batch of items. It is judged once, from the states that it shares with
+    the trials before it (:class:`Prefixes`). Whoever asks for it again is charged for it again: an
+    account is charged for the layers that it would have run by itself, with the same memory.
 
     Args:
         model: the whole model.
         judge: with the items that choose, or those that report.
         meter: whose accounts are charged.
-        journal: records of trials that were made before; new ones are appended.
+        journal: records of trials of this model and judge that were made before; new ones are
+            appended.
+        memory: bytes for states that trials share, as for :class:`Prefixes`.
+        spill: a folder for them, as for :class:`Prefixes`.
+
+    Raises:
+        CacheError: a record of the journal is none of such a trial.
     """
 
     def __init__(
-        self, model: Layerwise, judge: Judge, *, meter: Meter, journal: Journal | None = None
+        self,
+        model: Layerwise,
+        judge: Judge,
+        *,
+        meter: Meter,
+        journal: Journal | None = None,
+        memory: int | None = None,
+        spill: Path | None = None,
     ) -> None:
         self.model, self.judge, self.meter = model, judge, meter
+        self._prefixes = Prefixes(model, judge.batches, memory=memory, spill=spill)
+        self._prepares = type(judge).prepare is not Judge.prepare
+        self._prepared: set[int] = set()
+        self._journal = journal
+        self._judged: dict[tuple[frozenset[int], int], _Judged] = {}
+        for number, record in enumerate(() if journal is None else journal.read()):
+            try:
+                self._recall(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise CacheError(
+                    f"record {number} of the trials that were made before is damaged ({error}): "
+                    f"remove what is kept of them, or go on without it (--no-cache)"
+                ) from error
 
     @property
     def num_looks(self) -> int:
@@ -56,20 +100,96 @@ class Trials:
             The scores by item, NaN for those that were not looked at.
 
         Raises:
+            LayersError: the model has no such layer.
             ModelError: a score is not finite.
         """
         gone = frozenset(dropped)
+        if foreign := gone - set(range(len(self.model))):
+            raise LayersError(
+                f"the model has no layer {min(foreign)}: its {len(self.model)} layers are "
+                f"0 .. {len(self.model) - 1}"
+            )
         sums = np.full(self.judge.num_items, np.nan)
         for index in range(self.num_looks if looks is None else min(looks, self.num_looks)):
-            sums[self.judge.items[index]] = self.meter.shared(
-                ("trial", id(self), gone, index), partial(self._measure, gone, index)
-            )
+            sums[self.judge.items[index]] = self._look(gone, index).sums
         return Scores(sums, self.judge.weights)
 
-    def _measure(self, gone: frozenset[int], index: int) -> np.ndarray:
-        batch = self.judge.batches[index]
-        layers = [layer for layer in range(len(self.model)) if layer not in gone]
-        states = self.model.run(batch, self.model.embed(batch), layers)
-        self.meter.ran(len(layers), len(batch))
+    def path(self, dropped: Iterable[int]) -> tuple[int, ...]:
+        """The layers that a cut has left; in the order of paths, cuts that begin alike are
+        neighbours, so that trials in this order need the least memory.
+
+        Args:
+            dropped: the layers that the model is without.
+        """
+        gone = frozenset(dropped)
+        return tuple(layer for layer in range(len(self.model)) if layer not in gone)
+
+    def _look(self, gone: frozenset[int], index: int) -> _Judged:
+        key = gone, index
+        if key not in self._judged:
+            with self.meter.account():  # its time is charged below, and not as it passes
+                self._judged[key] = self._measure(gone, index)
+            if self._journal is not None:
+                self._journal.append(_record(gone, index, self._judged[key]))
+        judged, name = self._judged[key], ("trial", id(self), gone, index)
+        if self.meter.owes(name):
+            self.meter.charge(name, self._cost(judged, gone, index))
+        return judged
+
+    def _measure(self, gone: frozenset[int], index: int) -> _Judged:
+        started = time.perf_counter()
+        ran = 0
+        if self._prepares and index not in self._prepared:
+            states, ran = self._prefixes.run(index, self.path(()))
+            self.judge.prepare(self.model, index, states)
+            self._prepared.add(index)
+        states, more = self._prefixes.run(index, self.path(gone))
+        there = time.perf_counter()
         with self.model.starting_from(states, ()):
-            return self.judge.measure(self.model.head, index)
+            sums = self.judge.measure(self.model.head, index)
+        return _Judged(sums, ran + more, there - started, time.perf_counter() - there)
+
+    def _cost(self, judged: _Judged, gone: frozenset[int], index: int) -> Work:
+        """The work of a trial for an account that made all others of its trials itself."""
+        known = self.meter.own(("known", id(self)), self._prefixes.known)
+        layers = 0
+        if self._prepares and self.meter.owes(prepared := ("prepared", id(self), index)):
+            self.meter.charge(prepared, Work())
+            layers = known.count(index, self.path(()))
+        layers += known.count(index, self.path(gone))
+        seconds = judged.judge_seconds + layers * self._seconds_of_layer(judged)
+        return Work(layers * len(self.judge.batches[index]), seconds)
+
+    def _seconds_of_layer(self, judged: _Judged) -> float:
+        """What a layer took on the batch; if none ran there, what one took in all trials."""
+        if judged.layers:
+            return judged.layer_seconds / judged.layers
+        made = self._judged.values()
+        return sum(one.layer_seconds for one in made) / max(1, sum(one.layers for one in made))
+
+    def _recall(self, record: dict[str, Any]) -> None:
+        gone = [of_type(int, layer) for layer in of_type(list, of_type(dict, record)["dropped"])]
+        if gone != sorted(set(gone) & set(range(len(self.model)))):
+            raise ValueError(f"layers {gone} of {len(self.model)}")
+        index = of_type(int, record["look"])
+        if not 0 <= index < self.num_looks:
+            raise ValueError(f"look {index} of {self.num_looks}")
+        sums = [of_type(float, value) for value in of_type(list, record["sums"])]
+        if len(sums) != len(self.judge.items[index]):
+            raise ValueError(f"{len(sums)} scores of {len(self.judge.items[index])} items")
+        times = [of_type(float, record[name]) for name in ("layer_seconds", "judge_seconds")]
+        layers = of_type(int, record["layers"])
+        if not all(map(math.isfinite, [*sums, *times])) or min(layers, *times) < 0:
+            raise ValueError("a number is not finite, or negative")
+        self._judged[frozenset(gone), index] = _Judged(np.array(sums), layers, *times)
+
+
+def _record(gone: frozenset[int], index: int, judged: _Judged) -> dict[str, Any]:
+    return {
+        "dropped": sorted(gone),
+        "look": index,
+        "sums": judged.sums.tolist(),
+        "layers": judged.layers,
+        "layer_seconds": judged.layer_seconds,
+        "judge_seconds": judged.judge_seconds,
+    }

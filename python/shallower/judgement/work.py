@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
@@ -33,6 +33,7 @@ class _Account:
     work: Work = field(default_factory=Work)
     elsewhere: float = 0.0
     charged: set[Hashable] = field(default_factory=set)
+    own: dict[Hashable, Any] = field(default_factory=dict)
 
 
 class Meter:
@@ -85,6 +86,30 @@ class Meter:
         if self._accounts and key not in self._accounts[-1].charged:
             self._accounts[-1].charged.add(key)
             self._accounts[-1].work.add(work)
+
+    def owes(self, key: Hashable) -> bool:
+        """Tell whether there is an open account that has not been charged for something yet.
+
+        Args:
+            key: what was made.
+        """
+        return bool(self._accounts) and key not in self._accounts[-1].charged
+
+    def own(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Give what the open account has for itself, as long as it is open.
+
+        Args:
+            key: names it.
+            make: makes it, if the account has none yet.
+
+        Returns:
+            The value; without an open account a new one.
+        """
+        kept = self._accounts[-1].own if self._accounts else {}
+        if key not in kept:
+            kept[key] = make()
+        value: Value = kept[key]
+        return value
 
     def shared(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Give what is shared, and charge the open account for it.

@@ -66,18 +66,37 @@ class Layerwise:
         """
         return self._reach(batch, None, (0,), run_last=False)
 
-    def run(self, batch: Batch, states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    def run(
+        self,
+        batch: Batch,
+        states: torch.Tensor,
+        layers: Sequence[int],
+        *,
+        each: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """Run some layers.
 
         Args:
             batch: of token ids, for positions and masks.
             states: (B, T, D), before the first of the layers.
             layers: their indices, ascending.
+            each: hears the states after each of the layers, as they are made.
 
         Returns:
             (B, T, D), the states after the last of the layers.
         """
-        return self._reach(batch, states, layers) if layers else states
+        if not layers or each is None:
+            return self._reach(batch, states, layers) if layers else states
+
+        def hear(_module: nn.Module, _args: Any, output: Any) -> None:
+            each(output[0] if isinstance(output, tuple) else output)
+
+        with ExitStack() as stack:
+            for layer in layers[:-1]:
+                stack.enter_context(self.modules[layer].register_forward_hook(hear))
+            states = self._reach(batch, states, layers)
+        each(states)  # the forward ends within the last layer, before a hook would hear of it
+        return states
 
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Divide layers into passes over all batches.

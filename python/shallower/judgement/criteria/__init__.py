@@ -5,7 +5,14 @@ from .angular import Angular
 from .block_influence import BlockInfluence
 from .cka import LinearCka
 from .cosine import Cosine
+from .deepest import Deepest
+from .evolution import Evolution
+from .exhaustive import Exhaustive
+from .greedy import Greedy
 from .magnitude import Magnitude
+from .mask_regression import MaskRegression
+from .one_shot import OneShot
+from .random import Random
 from .relative_l2 import RelativeL2
 from .taylor import Taylor
 from .weights import Weights
@@ -21,8 +28,15 @@ CRITERIA: dict[str, Criterion] = {
         BlockInfluence(),
         Magnitude(),
         XMerge(),
+        OneShot(),
+        MaskRegression(),
         Taylor(),
         Weights(),
+        Greedy(),
+        Exhaustive(),
+        Evolution(),
+        Deepest(),
+        Random(),
     )
 }
 """Every criterion by its name; one that is put in here takes part like any other."""

@@ -1,0 +1,120 @@
+"""Races: of several cuts the best one, without judging all of them on all items."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from ..progress import Advance
+from ..values.scores import Scores
+from .trials import Trials
+
+ALPHA = 0.05
+"""Probability with which the cut that is best on all items is lost on the way, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """What came of a race.
+
+    Attributes:
+        winner: the number of the cut with the least mean; of equals the first.
+        tied: numbers of the other cuts that were never lost and cannot be told from the winner
+            by their paired difference, ascending.
+        scores: of every cut, with NaN for the items that it was not judged on. Where all others
+            were lost early, so are items of the winner.
+    """
+
+    winner: int
+    tied: tuple[int, ...]
+    scores: tuple[Scores, ...]
+
+
+def race(
+    trials: Trials,
+    cuts: Sequence[Iterable[int]],
+    *,
+    alpha: float = ALPHA,
+    advance: Advance | None = None,
+) -> Race:
+    """Find the best of several cuts.
+
+    After each look those cuts are lost whose mean on what was seen so far is worse than that of
+    another one by more than chance: see :func:`lost`. So the cut that is best on all items wins
+    with a probability of at least ``1 - alpha``.
+
+    Args:
+        trials: that judge.
+        cuts: at least one; the layers that each drops.
+        alpha: the probability of losing the best, at most; 0 judges all cuts on all items.
+        advance: of a bar of as many steps as there are cuts times looks.
+
+    Returns:
+        The winner, and the scores of all.
+
+    Raises:
+        ModelError: a score is not finite.
+    """
+    dropped = [frozenset(cut) for cut in cuts]
+    order = sorted(range(len(cuts)), key=lambda number: trials.path(dropped[number]))
+    scores = [trials.scores((), looks=0)] * len(cuts)
+    left = list(range(len(cuts)))
+    for look in range(1, trials.num_looks + 1):
+        for number in [number for number in order if number in left]:
+            scores[number] = trials.scores(dropped[number], looks=look)
+            if advance:
+                advance(1)
+        if alpha and look < trials.num_looks:
+            share = alpha / ((trials.num_looks - 1) * max(1, len(cuts) - 1))
+            worse = lost(np.array([scores[n].sums for n in left]), scores[left[0]].weights, share)
+            if advance:
+                advance(int(worse.sum()) * (trials.num_looks - look))
+            left = [number for number, gone in zip(left, worse, strict=True) if not gone]
+        if len(left) == 1:
+            if advance:
+                advance(trials.num_looks - look)
+            break
+    means = [scores[number].mean for number in left]
+    winner = left[int(np.argmin(means))]
+    tied = [n for n in left if n != winner and scores[n].minus(scores[winner]).tied]
+    return Race(winner, tuple(tied), tuple(scores))
+
+
+def lost(
+    sums: NDArray[np.float64], weights: NDArray[np.float64], alpha: float
+) -> NDArray[np.bool_]:
+    """Tell which cuts are worse than another one on the items seen, by more than chance.
+
+    Of the cuts b and j and s items of S, with the difference ``d`` of their means and its paired
+    standard error ``e`` (both as of ratios), b is lost if ``d > t · e · sqrt(1 - f)``: t is
+    Student's quantile at ``1 - alpha`` for s - 1 degrees of freedom, and f the share of the items
+    that were seen, by weight. The root is the correction for a finite population (Cochran,
+    Sampling Techniques, §2.6): what is estimated is the mean over the S items, in whose order
+    there is no system.
+
+    Args:
+        sums: (K, S), the sums over items, NaN for those that were not seen, the same of all cuts.
+        weights: (S,), what the items count.
+        alpha: of a single comparison.
+
+    Returns:
+        (K,), true for the lost. One is left at least.
+    """
+    seen = np.isfinite(sums).all(axis=0)
+    sums, counts, size = sums[:, seen], weights[seen], int(seen.sum())
+    total = counts.sum()
+    if size < 2:
+        return np.zeros(len(sums), dtype=bool)
+    means = sums.sum(axis=1) / total
+    # Var(b - j) from the products of all: (K, K) at once.
+    rests = sums - means[:, None] * counts
+    products = rests @ rests.T
+    squares = np.diag(products)
+    variances = np.maximum(squares[:, None] + squares - 2 * products, 0) * size / (size - 1)
+    left = max(0.0, 1 - total / weights.sum())
+    bound = stdtrit(size - 1, 1 - alpha) * np.sqrt(variances * left) / total
+    worse: NDArray[np.bool_] = (means[:, None] - means > bound).any(axis=1)
+    worse[np.argmin(means)] = False
+    return worse
