@@ -155,3 +155,70 @@ def weights(pairs):
         beside = [norms[i] for i in (layer - 1, layer + 1) if 0 <= i < len(norms)]
         costs.append(norm / (sum(beside) / len(beside)))
     return np.array(costs)
+
+
+def kept(batches, fit=4096, hold=1024):
+    """For every text, in batch order, the places that are fitted and those that are held out."""
+    texts = [
+        (int(text), int(n))
+        for b in batches
+        for text, n in zip(b.samples, b.attention_mask.sum(1), strict=True)
+    ]
+    found = []
+    for held, most in ((False, fit), (True, hold)):
+        all_places = [
+            (text, place)
+            for index, (text, length) in enumerate(texts)
+            if (index % 4 == 3) == held
+            for place in range(1, length)
+        ]
+        count = min(most, len(all_places))
+        found.append(
+            [
+                all_places[int(np.round(i * (len(all_places) - 1) / max(1, count - 1)))]
+                for i in range(count)
+            ]
+        )
+    return found
+
+
+def at(states, layer, places):
+    return np.array([states[text][layer, place] for text, place in places])
+
+
+def unexplained(states, batches, inputs, first=0):
+    """1 - R² of every block, by normal equations; ``inputs(start)`` gives them by text."""
+    fitted, held = kept(batches)
+    num_layers = len(states[0]) - 1
+    costs = np.full((num_layers + 1, num_layers + 1), np.nan)
+    errors = costs.copy()
+    for start in range(first, num_layers):
+        x, a = (np.array([inputs(start, *place) for place in places]) for places in (fitted, held))
+        gram = x.T @ x
+        gram += np.diag(np.diag(gram)) * x.shape[1] / len(x)
+        for stop in range(start + 1, num_layers + 1):
+            increment = at(states, stop, fitted) - at(states, start, fitted)
+            change = np.linalg.solve(gram, x.T @ increment)
+            goal = at(states, stop, held)
+            missing = np.sum((goal - at(states, start, held) - a @ change) ** 2, axis=1)
+            spread = np.sum((goal - at(states, stop, fitted).mean(axis=0)) ** 2, axis=1)
+            texts = np.array([text for text, _ in held])
+            sums = np.array(
+                [[missing[texts == t].sum(), spread[texts == t].sum()] for t in np.unique(texts)]
+            )
+            share = sums[:, 0].sum() / sums[:, 1].sum()
+            costs[start, stop] = share
+            squares = np.sum((sums[:, 0] - share * sums[:, 1]) ** 2) * len(sums) / (len(sums) - 1)
+            errors[start, stop] = np.sqrt(squares) / sums[:, 1].sum()
+    return costs, errors
+
+
+def linear_map(states, batches):
+    return unexplained(states, batches, lambda start, text, place: states[text][start, place])
+
+
+def reachable(states, batches, inputs):
+    """``inputs[layer][text]``: (T, F), what the feed-forward's last matrix is given."""
+    return unexplained(
+        states, batches, lambda start, text, place: inputs[start - 1][text][place], first=1
+    )

@@ -9,10 +9,12 @@ from .deepest import Deepest
 from .evolution import Evolution
 from .exhaustive import Exhaustive
 from .greedy import Greedy
+from .linear_map import LinearMap
 from .magnitude import Magnitude
 from .mask_regression import MaskRegression
 from .one_shot import OneShot
 from .random import Random
+from .reachable import Reachable
 from .relative_l2 import RelativeL2
 from .taylor import Taylor
 from .weights import Weights
@@ -25,6 +27,8 @@ CRITERIA: dict[str, Criterion] = {
         Cosine(),
         RelativeL2(),
         LinearCka(),
+        LinearMap(),
+        Reachable(),
         BlockInfluence(),
         Magnitude(),
         XMerge(),

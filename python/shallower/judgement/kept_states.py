@@ -1,0 +1,194 @@
+"""The states of all layers at a few thousand tokens, and how much of one a linear map explains."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import CriterionError, ModelError
+from ..healing.least_squares import NormalEquations
+from ..models.layerwise import rows
+from ..progress import track
+from ..texts.batches import Batch
+from ..values.scores import Scores
+from .subject import Subject
+from .token_states import states_of
+
+FIT_TOKENS = 4096
+HELD_OUT_TOKENS = 1024
+"""Tokens to fit and tokens held out, at most; evenly over all but the first ones of texts."""
+
+HELD_OUT_TEXTS = 4
+"""Every so-manieth text is held out."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptTokens:
+    """Tokens to fit and tokens held out: none of them the first of a text, nor padding.
+
+    Attributes:
+        fitted: for every batch, (B, T), true at the tokens to fit.
+        held_out: likewise.
+        texts: (held-out tokens,) int64, the held-out text of each, counted from 0.
+    """
+
+    fitted: list[NDArray[np.bool_]]
+    held_out: list[NDArray[np.bool_]]
+    texts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batches: "list[Batch]") -> "KeptTokens":
+        """Choose tokens.
+
+        Args:
+            batches: padded on the right.
+
+        Returns:
+            The tokens.
+
+        Raises:
+            CriterionError: there is no token to fit, or fewer than two texts to hold out.
+        """
+        masks = [batch.attention_mask.astype(bool) for batch in batches]
+        texts = np.concatenate([[0], np.cumsum([len(mask) for mask in masks])])
+        numbers = [
+            np.broadcast_to(np.arange(start, start + len(mask))[:, None], mask.shape)
+            for start, mask in zip(texts, masks, strict=False)
+        ]
+        for mask in masks:
+            mask[:, 0] = False
+        flat, text = (np.concatenate([a.ravel() for a in arrays]) for arrays in (masks, numbers))
+        held = text % HELD_OUT_TEXTS == HELD_OUT_TEXTS - 1
+        ends = np.cumsum([mask.size for mask in masks])[:-1]
+        parts = []
+        for wanted, most in ((flat & ~held, FIT_TOKENS), (flat & held, HELD_OUT_TOKENS)):
+            kept = np.zeros(len(flat), dtype=bool)
+            kept[_evenly(np.flatnonzero(wanted), most)] = True
+            parts.append(kept)
+        numbered = np.unique(text[parts[1]], return_inverse=True)[1]
+        if not parts[0].any() or not len(numbered) or numbered[-1] < 1:
+            raise CriterionError(
+                f"{texts[-1]} texts are too few to fit a map and to hold two out of "
+                f"{HELD_OUT_TEXTS}: give at least {2 * HELD_OUT_TEXTS} of two tokens (--texts)"
+            )
+        shaped = (
+            [
+                part.reshape(mask.shape)
+                for part, mask in zip(np.split(kept, ends), masks, strict=True)
+            ]
+            for kept in parts
+        )
+        return cls(*shaped, numbered)
+
+
+def _evenly(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    chosen = np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)
+    return places[chosen]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptStates:
+    """The states of all layers at the tokens that are kept, in the model's dtype, on one device.
+
+    Attributes:
+        tokens: which those are.
+        fitted: x^(0) .. x^(L), (N, D) each.
+        held_out: likewise.
+        spreads: (L+1, held-out texts) float64, ‖x − mean of the fitted x‖² summed over the
+            held-out tokens of a text.
+    """
+
+    tokens: KeptTokens
+    fitted: list[torch.Tensor]
+    held_out: list[torch.Tensor]
+    spreads: NDArray[np.float64]
+
+    def unexplained(
+        self, start: int, inputs: torch.Tensor, held_out: torch.Tensor
+    ) -> Iterator[Scores]:
+        """Measure how much of later states no linear map of some inputs reaches.
+
+        What is missing to x^(stop) at ``start`` is fitted by ridge regression: each input's
+        penalty is F/N times its sum of squares, F inputs and N tokens.
+
+        Args:
+            start: l, the first layer of the blocks.
+            inputs: (N, F), at the tokens to fit.
+            held_out: the same at those held out.
+
+        Yields:
+            For stop = start + 1 .. L, 1 - R² on held-out text by text: the squared length of
+            what is missing after the map, over the spread of x^(stop).
+        """
+        solved = _predictor(inputs, held_out)
+        for stop in range(start + 1, len(self.fitted)):
+            fitted, missing = (
+                states[stop].float() - states[start].float()
+                for states in (self.fitted, self.held_out)
+            )
+            errors = (missing - solved @ fitted).double().square().sum(-1)
+            yield Scores(self._by_text(errors), self.spreads[stop])
+
+    def _by_text(self, values: torch.Tensor) -> NDArray[np.float64]:
+        return np.bincount(self.tokens.texts, weights=values.cpu().numpy())
+
+
+def _predictor(inputs: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
+    """(M, N) float32: what makes predictions at M held-out tokens of the targets of N tokens.
+
+    It is A (XᵀX + F/N diag(XᵀX))⁻¹ Xᵀ for inputs X (N, F) and A (M, F): of all targets alike.
+    """
+    count, width = inputs.shape
+    equations = NormalEquations.empty(width, 0, inputs.device)
+    equations.add(inputs, inputs.new_empty(count, 0))
+    squares = equations.gram.diagonal().clone()
+    squares.clamp_(min=float(squares.mean()) * 1e-12)  # an input that is always zero
+    solution = NormalEquations(equations.gram, held_out.double().T, count)
+    return solution.solve(width / count, squares).float() @ inputs.float().T
+
+
+def kept_states(subject: Subject) -> KeptStates:
+    """Run the texts that fit and keep states of all layers, once for all criteria.
+
+    Args:
+        subject: the model and its texts.
+
+    Returns:
+        The states.
+
+    Raises:
+        CriterionError: too few texts.
+        ModelError: more than the residual stream goes from layer to layer, or a state is not
+            finite.
+    """
+    return subject.meter.shared("kept_states", lambda: _kept_states(subject))
+
+
+def _kept_states(subject: Subject) -> KeptStates:
+    model, batches = subject.layerwise, list(subject.batches)
+    tokens = KeptTokens.of(batches)
+    model.check(batches[0].split(1)[0])
+    parts: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [
+        ([], []) for _ in range(len(model) + 1)
+    ]
+    with track("states", subject.num_texts, subject.progress) as advance:
+        for index, batch in enumerate(batches):
+            for found, states in zip(parts, states_of(model, batch), strict=True):
+                for kept, masks in zip(found, (tokens.fitted, tokens.held_out), strict=True):
+                    kept.append(rows(states, masks[index]).to(subject.decoder.device))
+            advance(len(batch))
+    subject.meter.ran(subject.num_layers, subject.num_texts + 2)
+    fitted, held_out = ([torch.cat(found[i]) for found in parts] for i in range(2))
+    spreads = []
+    for state, (fit, held) in enumerate(zip(fitted, held_out, strict=True)):
+        spread = (held.double() - fit.double().mean(0)).square().sum(-1)
+        sums = np.bincount(tokens.texts, weights=spread.cpu().numpy())
+        if not np.isfinite(sums).all():
+            raise ModelError(
+                f"state {state} is not finite on the calibration texts: load the model as "
+                f"bfloat16 or float32 (dtype, --dtype)"
+            )
+        spreads.append(sums)
+    return KeptStates(tokens, fitted, held_out, np.array(spreads))

@@ -1,0 +1,163 @@
+"""Criteria by linear maps against their slow twins."""
+
+import numpy as np
+import pytest
+import torch
+
+from shallower.errors import CriterionError, ModelError
+from shallower.judgement import kept_states
+from shallower.judgement.criteria import CRITERIA
+from tests.conftest import tiny_llama
+from tests.documents import documents
+from tests.judgement import twins
+from tests.judgement.test_criteria import DTYPES, MODELS
+from tests.judgement.toy import make_subject
+
+LAST = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
+FEW = documents(32)
+
+
+@pytest.fixture(params=[(m, d) for m in MODELS for d in DTYPES], ids=str, scope="module")
+def subject(request, words):
+    name, dtype = request.param
+    return make_subject(MODELS[name]().to(dtype), words, FEW, batch_size=6)
+
+
+@pytest.fixture(scope="module")
+def states(subject):
+    return twins.hooked_states(
+        subject.decoder.model, subject.decoder.layers.modules, subject.batches
+    )
+
+
+def hooked_inputs(subject):
+    """For every layer and text what the last matrix of the feed-forward is given, (T, F)."""
+    taken, found = [], []
+    for layer in subject.decoder.layers.modules:
+        module = layer.get_submodule(LAST[subject.decoder.config.model_type])
+        handle = module.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+        of_texts = {}
+        for batch in subject.batches:
+            taken.clear()
+            with torch.no_grad():
+                subject.decoder.model(
+                    input_ids=torch.from_numpy(batch.input_ids),
+                    attention_mask=torch.from_numpy(batch.attention_mask),
+                )
+            inputs = taken[0].double().numpy().reshape(*batch.input_ids.shape, -1)
+            for row, text in enumerate(batch.samples):
+                of_texts[int(text)] = inputs[row, batch.attention_mask[row] == 1]
+        found.append(of_texts)
+        handle.remove()
+    return found
+
+
+def assert_costs(costs, expected, errors):
+    upper = np.triu_indices(len(expected), 1)
+    np.testing.assert_allclose(costs.blocks[upper], expected[upper], rtol=1e-4)
+    np.testing.assert_allclose(costs.stderr[upper], errors[upper], rtol=1e-3)
+
+
+def test_linear_map(subject, states):
+    costs = CRITERIA["linear_map"].costs(subject)
+    assert_costs(costs, *twins.linear_map(states, subject.batches))
+    assert (costs.metric, costs.strategy, str(costs.positions)) == ("linear_map", "costs", "all")
+
+
+def test_reachable(subject, states):
+    costs = CRITERIA["reachable"].costs(subject)
+    assert_costs(costs, *twins.reachable(states, subject.batches, hooked_inputs(subject)))
+    assert np.isnan(costs.blocks[0, 1:]).all()
+    assert np.isfinite(costs.blocks[np.triu_indices(subject.num_layers + 1, 1)][6:]).any()
+
+
+@pytest.mark.parametrize("name", ["linear_map", "reachable"])
+def test_tokens_beyond_the_bound_are_left_out_evenly(words, name, monkeypatch):
+    monkeypatch.setattr(kept_states, "FIT_TOKENS", 60)
+    monkeypatch.setattr(kept_states, "HELD_OUT_TOKENS", 20)
+    subject = make_subject(tiny_llama(3), words, FEW, batch_size=6)
+    states = twins.hooked_states(
+        subject.decoder.model, subject.decoder.layers.modules, subject.batches
+    )
+    monkeypatch.setattr(twins.kept, "__defaults__", (60, 20))
+    if name == "linear_map":
+        expected = twins.linear_map(states, subject.batches)
+    else:
+        expected = twins.reachable(states, subject.batches, hooked_inputs(subject))
+    assert_costs(CRITERIA[name].costs(subject), *expected)
+    kept = kept_states.kept_states(subject)
+    assert len(kept.fitted[0]) == 60
+    assert len(kept.held_out[0]) == 20
+    assert set(kept.tokens.texts) == set(range(8))
+
+
+def test_first_tokens_and_padding_are_never_kept(subject):
+    kept = kept_states.kept_states(subject)
+    for batch, *masks in zip(
+        subject.batches, kept.tokens.fitted, kept.tokens.held_out, strict=True
+    ):
+        for mask in masks:
+            assert not mask[:, 0].any()
+            assert not mask[batch.attention_mask == 0].any()
+        assert not (masks[0].any(axis=1) & masks[1].any(axis=1)).any()  # held out by text
+
+
+def test_what_a_linear_map_makes_of_its_input_costs_nothing():
+    """States that are linear in each other, with a massive channel; and noise, which is not."""
+    source = np.random.default_rng(0)
+    x = source.standard_normal((800, 6)) * [1, 1, 1, 1, 1, 1000]
+    mixed = x @ (np.eye(6) + 0.3 * source.standard_normal((6, 6)))
+    noise = source.standard_normal((800, 6)) * x.std(axis=0)
+    states = [torch.tensor(s, dtype=torch.float32) for s in (x, mixed, noise)]
+    tokens = kept_states.KeptTokens([], [], np.arange(200) // 20)
+    fitted, held = [s[:600] for s in states], [s[600:] for s in states]
+    spreads = np.array(
+        [
+            np.bincount(tokens.texts, (h.double() - f.double().mean(0)).square().sum(-1).numpy())
+            for f, h in zip(fitted, held, strict=True)
+        ]
+    )
+    kept = kept_states.KeptStates(tokens, fitted, held, spreads)
+    linear, other = kept.unexplained(0, fitted[0], held[0])
+    assert linear.mean < 1e-4
+    assert other.mean == pytest.approx(1.0, abs=0.1)
+
+
+def test_both_share_one_pass(words):
+    subject = make_subject(tiny_llama(3), words, FEW)
+    charged = {}
+    for name in ("linear_map", "reachable"):
+        with subject.meter.account() as work:
+            CRITERIA[name].plans(subject)
+        charged[name] = work.layer_forwards
+    assert charged["linear_map"] == 3 * (32 + 2)
+    assert charged["reachable"] == 3 * (32 + 2) + 2 * (32 + 5)
+
+
+@pytest.mark.parametrize("name", ["linear_map", "reachable"])
+def test_too_few_texts_are_refused(words, name):
+    with pytest.raises(CriterionError, match="7 texts are too few to fit a map"):
+        CRITERIA[name].costs(make_subject(tiny_llama(2), words, FEW[:7]))
+
+
+@pytest.mark.parametrize("name", ["linear_map", "reachable"])
+def test_a_state_that_is_not_finite_is_refused(words, name):
+    model = tiny_llama(2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ModelError, match="state 2 is not finite"):
+        CRITERIA[name].costs(make_subject(model, words, FEW))
+
+
+def test_layers_that_write_by_no_plain_map_are_not_measured(words):
+    model = tiny_llama(3)
+    subject = make_subject(model, words, FEW)
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: output.abs())
+    costs = CRITERIA["reachable"].costs(subject)
+    handle.remove()
+    assert np.isnan(costs.blocks[:2]).all()
+    assert np.isfinite(costs.blocks[2, 3])
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _m, _a, output: output.abs())
+    with pytest.raises(CriterionError, match="feed-forward writes into the residual stream by a"):
+        CRITERIA["reachable"].costs(make_subject(model, words, FEW))
