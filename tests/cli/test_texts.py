@@ -29,17 +29,17 @@ def test_wrong_texts_are_refused_in_little_time(folder, tiny, content):
 
 
 def test_a_file_of_texts_is_read_once(folder, tiny, monkeypatch, shallower):
-    from shallower.texts.sources import Texts
+    from shallower.texts import sources
 
     read = []
-    lines = Texts._numbered_lines
+    lines = sources.numbered_lines
 
-    def counting(texts):
-        for number, line in lines(texts):
+    def counting(*file):
+        for number, line in lines(*file):
             read.append(number)
             yield number, line
 
-    monkeypatch.setattr(Texts, "_numbered_lines", counting)
+    monkeypatch.setattr(sources, "numbered_lines", counting)
     write_jsonl(folder / "texts.jsonl", [f"w{i} w2 w3" for i in range(40)])
     assert shallower("scan", tiny, "--texts", "texts.jsonl", "--out", "out").status == 0
     assert read == [1, *range(1, 41)]  # its first line for the check

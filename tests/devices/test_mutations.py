@@ -15,6 +15,7 @@ from tests.devices import (
     test_cutting,
     test_evaluation,
     test_healing,
+    test_judging,
     test_merging,
     test_models,
     test_patching,
@@ -26,7 +27,7 @@ from tests.devices.stage import is_about_devices
 
 ROOMS = (
     test_scanning, test_models, test_cutting, test_evaluation, test_patching, test_healing,
-    test_merging,
+    test_judging, test_merging,
 )  # fmt: skip
 
 _ROOM = "it only takes room on the device"

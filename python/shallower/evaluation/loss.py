@@ -1,11 +1,12 @@
 """The next-token loss of a model on texts."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import length_hint
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -199,32 +200,63 @@ def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Ten
     return losses
 
 
+def predicting_tokens(batch: Batch, given: NDArray[np.int64] | int = 1) -> NDArray[np.bool_]:
+    """Find the tokens whose logits predict a token of the text.
+
+    Args:
+        batch: the texts, padded on the right.
+        given: tokens at the start of a text that are not predicted, (B,) or of all texts.
+
+    Returns:
+        (B, T), true from the last of the given tokens to the last but one of the text.
+    """
+    places = np.arange(batch.input_ids.shape[1])
+    first = np.broadcast_to(given, len(batch))[:, None] - 1
+    found: NDArray[np.bool_] = (places >= first) & (
+        places < batch.attention_mask.sum(axis=1, keepdims=True) - 1
+    )
+    return found
+
+
+def logits_at(head: Head, batch: Batch, tokens: NDArray[np.bool_]) -> Iterator[torch.Tensor]:
+    """Make the logits of some tokens of a batch, in parts.
+
+    Args:
+        head: of the model, which is in evaluation mode.
+        batch: the texts.
+        tokens: (B, T), true at those tokens.
+
+    Yields:
+        (R, V) logits of the next R of the tokens, text by text.
+    """
+    device = head.decoder.device
+    input_ids = torch.from_numpy(batch.input_ids).to(device)
+    attention_mask = torch.from_numpy(batch.attention_mask).to(device)
+    yield from head.logits_of(input_ids, attention_mask, np.flatnonzero(tokens))
+
+
 @torch.inference_mode()
-def summed_losses(head: Head, batch: Batch) -> torch.Tensor:
+def summed_losses(head: Head, batch: Batch, given: NDArray[np.int64] | int = 1) -> torch.Tensor:
     """Sum the cross-entropy of every text of a batch; nothing is read back from the device.
 
     Args:
         head: of the model, which is in evaluation mode.
         batch: the texts, padded on the right.
+        given: tokens at the start of a text that are not predicted, (B,) or of all texts.
 
     Returns:
-        (B,) float64 nats, over all tokens of a text but the first.
+        (B,) float64 nats, over all tokens of a text but those that are given.
     """
-    device = head.decoder.device
-    counts = batch.attention_mask.sum(axis=1) - 1
-    predicting = np.arange(batch.input_ids.shape[1]) < counts[:, None]
-    tokens = np.flatnonzero(predicting)
+    predicting = predicting_tokens(batch, given)
     expected = torch.from_numpy(np.roll(batch.input_ids, -1, axis=1)[predicting])
-    input_ids = torch.from_numpy(batch.input_ids).to(device)
-    attention_mask = torch.from_numpy(batch.attention_mask).to(device)
     parts: list[torch.Tensor] = []
     start = 0
-    for logits in head.logits_of(input_ids, attention_mask, tokens):
+    for logits in logits_at(head, batch, predicting):
         stop = start + len(logits)
         parts.append(next_token_losses(logits, expected[start:stop].to(logits.device)))
         start = stop
         del logits  # before the next are made
-    losses = torch.cat(parts).split(counts.tolist())
+    losses = torch.cat(parts).split(predicting.sum(axis=1).tolist())
     return torch.stack([of_text.double().sum() for of_text in losses])
 
 

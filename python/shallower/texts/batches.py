@@ -8,7 +8,7 @@ and pad token.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -210,16 +210,25 @@ class TokenBatches:
     def _batches(self, accepted: list[tuple[int, NDArray[np.int64]]]) -> list[Batch]:
         accepted.sort(key=lambda item: (-len(item[1]), item[0]))
         starts = range(0, len(accepted), self._batch_size)
-        return [self._pad_right(accepted[start : start + self._batch_size]) for start in starts]
+        return [padded(accepted[start : start + self._batch_size]) for start in starts]
 
-    def _pad_right(self, items: list[tuple[int, NDArray[np.int64]]]) -> Batch:
-        length = max(len(ids) for _, ids in items)
-        input_ids = np.zeros((len(items), length), dtype=np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        for row, (_, ids) in enumerate(items):
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-        return Batch(input_ids, attention_mask, np.array([sample for sample, _ in items]))
+
+def padded(texts: Sequence[tuple[int, NDArray[np.int64]]]) -> Batch:
+    """Make a batch of token ids.
+
+    Args:
+        texts: the index among all texts and the (T,) int64 token ids of every text; at least one.
+
+    Returns:
+        The batch, padded on the right with token 0.
+    """
+    length = max(len(ids) for _, ids in texts)
+    input_ids = np.zeros((len(texts), length), dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, (_, ids) in enumerate(texts):
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+    return Batch(input_ids, attention_mask, np.array([sample for sample, _ in texts]))
 
 
 @contextmanager

@@ -98,7 +98,9 @@ class Texts:
             if self._path.suffix == ".parquet":
                 self._counted = self._open_parquet().metadata.num_rows
             else:
-                self._counted = sum(1 for _ in islice(self._numbered_lines(), self.limit))
+                self._counted = sum(
+                    1 for _ in islice(numbered_lines(self._path, self.source), self.limit)
+                )
         return self._counted if self.limit is None else min(self._counted, self.limit)
 
     def _estimate(self) -> int:
@@ -113,28 +115,12 @@ class Texts:
         return lines if len(head) < _HEAD_BYTES else round(lines * size / _HEAD_BYTES)
 
     def _lines(self) -> Iterator[str]:
-        for _, line in self._numbered_lines():
+        for _, line in numbered_lines(self._path, self.source):
             yield line
 
     def _jsonl(self) -> Iterator[str]:
-        for number, line in self._numbered_lines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TextsError(f"{self.source}, line {number}: not JSON ({error})") from error
+        for number, record in numbered_records(self._path, self.source):
             yield self._text(record, f"line {number}")
-
-    def _numbered_lines(self) -> Iterator[tuple[int, str]]:
-        number = 0
-        try:
-            with self._path.open(encoding="utf-8-sig", newline="\n") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield number, line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise TextsError(f"{self.source}, after line {number}: not UTF-8 ({error})") from error
-        except OSError as error:
-            raise TextsError(f"cannot read {self.source}: {error}") from error
 
     def _open_parquet(self) -> Any:
         from pyarrow import ArrowException
@@ -177,3 +163,49 @@ class Texts:
         if not isinstance(text, str):
             raise TextsError(f"{self.source}, {place}: no field `text` that holds a string")
         return text
+
+
+def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
+    """Read the lines of a file of text, and skip blank ones.
+
+    Args:
+        path: of the file.
+        source: its name in errors.
+
+    Yields:
+        The number of each line, from 1 on, and the line without its end.
+
+    Raises:
+        TextsError: the file cannot be read, or is not UTF-8.
+    """
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise TextsError(f"{source}, after line {number}: not UTF-8 ({error})") from error
+    except OSError as error:
+        raise TextsError(f"cannot read {source}: {error}") from error
+
+
+def numbered_records(path: Path, source: str) -> Iterator[tuple[int, object]]:
+    """Read a file of JSON lines, and skip blank ones.
+
+    Args:
+        path: of the file.
+        source: its name in errors.
+
+    Yields:
+        The number of each line, from 1 on, and what it holds.
+
+    Raises:
+        TextsError: the file cannot be read, or a line is not JSON.
+    """
+    for number, line in numbered_lines(path, source):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TextsError(f"{source}, line {number}: not JSON ({error})") from error
+        yield number, record

@@ -1,16 +1,19 @@
 """Judge: what a cut costs, by item; lower is better."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from ...errors import ModelError, TextsError
 from ...models.head import Head
 from ...models.layerwise import Layerwise
-from ...texts.batches import Batch
+from ...texts.batches import Batch, TokenBatches, padded
+from ...values.tokens import Tokens
 
 FIRST_LOOK = 4
 """Items of the first look of a race; each look doubles them."""
@@ -22,6 +25,7 @@ class Judge(ABC):
     Attributes:
         name: as ``--judge`` names it.
         unit: of a mean score, as tables print it.
+        chance: the accuracy of a guess; None where nothing is right or wrong.
         batches: the items as token batches, in the order in which they are looked at.
         items: for every batch the indices of its items, ascending and consecutive: the first
             batch has the items ``0 .. a-1``, the next ``a .. b-1``.
@@ -30,6 +34,7 @@ class Judge(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    chance: float | None = None
     batches: Sequence[Batch]
     items: Sequence[NDArray[np.int64]]
     weights: NDArray[np.float64]
@@ -63,6 +68,65 @@ class Judge(ABC):
         Raises:
             ModelError: a score is not finite.
         """
+
+    def accuracy(self, sums: NDArray[np.float64]) -> float | None:
+        """Tell the share of items that a cut gets right.
+
+        Args:
+            sums: (S,) of :meth:`measure`; an item that is NaN was not looked at.
+
+        Returns:
+            The share among those that were looked at; None where nothing is right or wrong.
+        """
+        return None
+
+
+def judged_batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: Tokens
+) -> list[Batch]:
+    """Tokenise texts for a judge of whole texts, in their order.
+
+    Args:
+        tokenizer: of the model.
+        texts: any iterable of strings; those of fewer than two tokens are left out.
+        tokens: the length of a text at most, and texts in one forward at most.
+
+    Returns:
+        The batches, looked at one after the other (:func:`looks`); texts are numbered in this
+        order, without those that are left out.
+
+    Raises:
+        TextsError: no text has two tokens, or one is not a string.
+    """
+    found = list(TokenBatches(tokenizer, texts, tokens, min_tokens=2).token_ids())
+    if not found:
+        raise TextsError("no text that a cut could be judged on has two tokens")
+    numbered = list(enumerate(found))
+    return [padded(numbered[look]) for look in looks(len(found), tokens.texts)]
+
+
+def require_finite(
+    sums: NDArray[np.float64], items: NDArray[np.int64], head: Head
+) -> NDArray[np.float64]:
+    """Refuse scores that are not finite.
+
+    Args:
+        sums: (B,) over each item of a batch.
+        items: (B,) their indices.
+        head: that made them.
+
+    Returns:
+        The same scores.
+
+    Raises:
+        ModelError: a score is not finite; it names the first such item.
+    """
+    for item in items[~np.isfinite(sums)]:
+        raise ModelError(
+            f"the score of item {item} is not finite: the model's logits overflow or are NaN in "
+            f"{head.dtype}; load it as bfloat16 or float32 (dtype, --dtype)"
+        )
+    return sums
 
 
 def looks(num_items: int, at_once: int) -> list[slice]:

@@ -5,18 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ModelError
-from ...evaluation.loss import summed_losses
+from ...evaluation.loss import predicting_tokens, summed_losses
 from ...models.head import Head
 from ...texts.batches import Batch
-from .judge import Judge
+from .judge import Judge, require_finite
 
 
 class LossJudge(Judge):
     """The next-token loss: nats summed over the tokens of a text but the first.
 
     Args:
-        batches: texts of at least two tokens, numbered in the order of the batches.
+        batches: of :func:`judged_batches`, texts of at least two tokens.
     """
 
     name = "loss"
@@ -25,11 +24,9 @@ class LossJudge(Judge):
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
         self.items = [batch.samples for batch in batches]
-        self.weights = np.concatenate([b.attention_mask.sum(axis=1) - 1.0 for b in batches])
+        self.weights = np.concatenate([predicting_tokens(b).sum(axis=1) for b in batches]) * 1.0
 
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
         """Measure as :meth:`Judge.measure`."""
-        sums: NDArray[np.float64] = summed_losses(head, self.batches[index]).cpu().numpy()
-        if not np.isfinite(sums).all():
-            raise ModelError("a loss is not finite: load the model as bfloat16 or float32")
-        return sums
+        sums = np.array(summed_losses(head, self.batches[index]).tolist())
+        return require_finite(sums, self.items[index], head)

@@ -1,0 +1,157 @@
+"""Items of a task: a context, and options to go on with, one of which is right."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TypeGuard
+
+from ..errors import TextsError
+from .sources import numbered_records
+
+_CONTEXT = ("context", "query", "question")
+_OPTIONS = ("options", "choices")
+
+
+@dataclass(frozen=True, slots=True)
+class OptionItem:
+    """A context with options to go on with, of which one is right.
+
+    Attributes:
+        context: what comes before every option.
+        options: at least two.
+        answer: the index of the right one, from 0 on.
+        line: where it stands in its file; for errors.
+    """
+
+    context: str
+    options: tuple[str, ...]
+    answer: int
+    line: int = field(default=0, compare=False)
+
+
+def read_options(source: str | Path, limit: int | None = None) -> list[OptionItem]:
+    """Read a file of items, a JSON object a line.
+
+    The fields are ``context`` (also called ``query`` or ``question``), a string; ``options``
+    (also called ``choices``), a list of strings; and ``answer``, the index of the right option,
+    from 0 on. Others are ignored.
+
+    Args:
+        source: path of a file of JSON lines.
+        limit: read the first so many items only.
+
+    Returns:
+        The items in their order; at least one.
+
+    Raises:
+        TextsError: the file is not there or empty, or a line is not an item; the line is named.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from shallower.texts.options import read_options
+        >>> line = '{"context": "The sky is", "options": ["blue", "wet"], "answer": 0}'
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "options.jsonl"
+        ...     _ = file.write_text(line)
+        ...     read_options(file)[0].options
+        ('blue', 'wet')
+    """
+    if limit is not None and limit < 1:
+        raise TextsError(f"the number of items must be at least 1, got {limit}")
+    try:
+        path = Path(source).expanduser()
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TextsError(f"cannot read options from {source}: {error}") from error
+    if not there:
+        raise TextsError(f"there is no file of options {source}")
+    records = islice(numbered_records(path, str(source)), limit)
+    items = [_item(record, number, f"{source}, line {number}") for number, record in records]
+    if not items:
+        raise TextsError(
+            f"there are no items in {source}: expected a JSON object a line, with the fields "
+            f"context, options and answer"
+        )
+    return items
+
+
+def options_fingerprint(items: Iterable[OptionItem]) -> str:
+    """Hash items, whatever file they are in.
+
+    Args:
+        items: in their order.
+
+    Returns:
+        A SHA-256 in hexadecimal digits of their contexts, options and answers.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.context, item.options, item.answer]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _item(record: object, line: int, place: str) -> OptionItem:
+    if not isinstance(record, dict):
+        raise TextsError(
+            f"{place}: expected a JSON object with the fields context, options and answer, got "
+            f"{_name(record)}"
+        )
+    context = _field(record, _CONTEXT, place)
+    if not _is_text(context):
+        raise TextsError(f"{place}: the context must be a string, got {_name(context)}")
+    options = _field(record, _OPTIONS, place)
+    if not isinstance(options, list) or len(options) < 2:
+        raise TextsError(
+            f"{place}: the options must be a list of at least 2 strings, got {_name(options)}"
+        )
+    for index, option in enumerate(options):
+        if not _is_text(option) or not option.strip():
+            raise TextsError(
+                f"{place}: option {index} must be a string that is not blank, got {_name(option)}"
+            )
+    answer = _field(record, ("answer",), place)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
+        way_out = (
+            "; write true as the index of its option, as 1 of [no, yes]"
+            if isinstance(answer, bool)
+            else ""
+        )
+        raise TextsError(
+            f"{place}: the answer must be the index of the right option, an integer from 0 to "
+            f"{len(options) - 1}, got {_name(answer)}{way_out}"
+        )
+    return OptionItem(context, tuple(options), answer, line)
+
+
+def _field(record: dict[str, object], names: tuple[str, ...], place: str) -> object:
+    there = [name for name in names if name in record]
+    if len(there) > 1:
+        raise TextsError(
+            f"{place}: {' and '.join(there)} mean the same: write all of it into {names[0]} alone"
+        )
+    if not there:
+        others = f" (or {' or '.join(names[1:])})" if names[1:] else ""
+        raise TextsError(f"{place}: there is no field {names[0]}{others}")
+    return record[there[0]]
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Tell a string that can be written as UTF-8; JSON may hold halves of surrogate pairs."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def _name(value: object) -> str:
+    """Name a value that was not expected, shortly."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, str) and not _is_text(value):
+        return "a string that is not UTF-8"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

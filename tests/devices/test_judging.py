@@ -1,0 +1,30 @@
+"""Cuts judged on fake CUDA devices, by every judge."""
+
+import pytest
+
+from shallower.judgement.judges.judge import judged_batches
+from shallower.judgement.judges.kl import KLJudge
+from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.options import OptionsJudge
+from shallower.judgement.trials import Trials
+from shallower.judgement.work import Meter
+from shallower.models.layerwise import Layerwise
+from shallower.texts.options import OptionItem
+from shallower.values.tokens import Tokens
+from tests.conftest import word_tokenizer
+from tests.devices.batches import TEXTS
+
+WORDS = word_tokenizer()
+ITEMS = [OptionItem(text, ("w1 w2", "w3", "w4"), 1) for text in TEXTS]
+
+
+@pytest.mark.parametrize("judge", ["loss", "kl", "options"])
+def test_a_cut_is_judged(stage, judge):
+    if judge == "options":
+        made = OptionsJudge(ITEMS, WORDS, tokens=Tokens(16, 6))
+    else:
+        made = {"loss": LossJudge, "kl": KLJudge}[judge](judged_batches(WORDS, TEXTS, Tokens()))
+    with stage.open():
+        scores = Trials(Layerwise(stage.model()), made, meter=Meter()).scores([1, 2])
+    assert scores.complete
+    assert len(scores) == len(TEXTS)
