@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.devices import (
+    test_criteria,
     test_cutting,
     test_evaluation,
     test_healing,
@@ -27,7 +28,7 @@ from tests.devices.stage import is_about_devices
 
 ROOMS = (
     test_scanning, test_models, test_cutting, test_evaluation, test_patching, test_healing,
-    test_judging, test_merging,
+    test_judging, test_merging, test_criteria,
 )  # fmt: skip
 
 _ROOM = "it only takes room on the device"

@@ -46,14 +46,15 @@ class Reachable(Criterion):
         """
         kept, size = kept_states(subject), subject.num_layers + 1
         blocks = np.full((size, size), np.nan)
-        errors = blocks.copy()
+        errors, plain = blocks.copy(), False
         with track(self.name, subject.num_layers - 1, subject.progress) as advance:
             for start, inputs in self._inputs(subject):
                 if inputs is not None:
+                    plain = True
                     for stop, scores in enumerate(kept.unexplained(start, *inputs), start + 1):
                         blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
                 advance(1)
-        if np.isnan(blocks).all():
+        if not plain:
             raise CriterionError(
                 f"the criterion {self.name} knows only layers whose feed-forward writes into the "
                 f"residual stream by a plain linear map, and this model has none (experts, a norm "

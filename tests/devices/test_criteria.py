@@ -1,0 +1,27 @@
+"""Criteria of similarity, of all tokens and by linear maps, on fake CUDA devices."""
+
+import pytest
+
+from shallower.errors import CriterionError
+from shallower.judgement.criteria import CRITERIA
+from tests.conftest import word_tokenizer
+from tests.devices.batches import TEXTS
+from tests.devices.stage import Stage
+from tests.devices.test_models import A_PLAIN_SUM
+from tests.judgement.toy import make_subject
+
+
+@pytest.mark.parametrize("name", ["block_influence", "linear_map", "reachable", "weights"])
+def test_a_criterion(stage, name):
+    with stage.open(_scale=A_PLAIN_SUM):
+        subject = make_subject(stage.model(), word_tokenizer(), TEXTS)
+        costs = CRITERIA[name].costs(subject)
+    assert (costs.num_layers, costs.metric) == (4, name)
+
+
+def test_taylor_needs_weights_on_their_device():
+    stage = Stage(1, offloading=True)
+    with stage.open():
+        subject = make_subject(stage.model(), word_tokenizer(), TEXTS)
+        with pytest.raises(CriterionError, match="weights of layer 2 have none"):
+            CRITERIA["taylor"].costs(subject)
