@@ -91,10 +91,30 @@ def test_tokens_beyond_the_bound_are_left_out_evenly(words, name, monkeypatch):
     assert set(kept.tokens.texts) == set(range(8))
 
 
+def test_only_some_texts_are_run_where_they_are_long(words, monkeypatch):
+    subject = make_subject(tiny_llama(2), words, FEW, batch_size=6)
+    lengths = [int(n) for batch in subject.batches for n in batch.attention_mask.sum(axis=1)]
+    monkeypatch.setattr(kept_states, "TOKENS_RUN", sum(lengths) // 2)
+    tokens = kept_states.kept_states(subject).tokens
+    ran = [int(n) for batch in tokens.batches for n in batch.attention_mask.sum(axis=1)]
+    assert ran == [lengths[round(i * 31 / 15)] for i in range(16)]
+    assert all(batch.attention_mask.any(axis=0).all() for batch in tokens.batches)
+    kept = sum(int(mask.sum()) for mask in tokens.fitted + tokens.held_out)
+    assert kept == sum(ran) - len(ran)
+
+
+def test_two_texts_are_held_out_however_long_they_are(words, monkeypatch):
+    monkeypatch.setattr(kept_states, "TOKENS_RUN", 10)
+    subject = make_subject(tiny_llama(2), words, FEW, batch_size=6)
+    tokens = kept_states.kept_states(subject).tokens
+    assert tokens.num_texts == 8
+    assert set(tokens.texts) == {0, 1}
+
+
 def test_first_tokens_and_padding_are_never_kept(subject):
     kept = kept_states.kept_states(subject)
     for batch, *masks in zip(
-        subject.batches, kept.tokens.fitted, kept.tokens.held_out, strict=True
+        kept.tokens.batches, kept.tokens.fitted, kept.tokens.held_out, strict=True
     ):
         for mask in masks:
             assert not mask[:, 0].any()
@@ -109,7 +129,7 @@ def test_what_a_linear_map_makes_of_its_input_costs_nothing():
     mixed = x @ (np.eye(6) + 0.3 * source.standard_normal((6, 6)))
     noise = source.standard_normal((800, 6)) * x.std(axis=0)
     states = [torch.tensor(s, dtype=torch.float32) for s in (x, mixed, noise)]
-    tokens = kept_states.KeptTokens([], [], np.arange(200) // 20)
+    tokens = kept_states.KeptTokens([], [], [], np.arange(200) // 20)
     fitted, held = [s[:600] for s in states], [s[600:] for s in states]
     spreads = np.array(
         [

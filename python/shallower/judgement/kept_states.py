@@ -1,6 +1,7 @@
 """The states of all layers at a few thousand tokens, and how much of one a linear map explains."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +15,21 @@ from ..progress import track
 from ..texts.batches import Batch
 from ..values.scores import Scores
 from .subject import Subject
-from .token_states import states_of
+from .token_states import evenly, states_of
 
 FIT_TOKENS = 4096
 HELD_OUT_TOKENS = 1024
 """Tokens to fit and tokens held out, at most; evenly over all but the first ones of texts."""
 
+TOKENS_RUN = 8192
+"""Tokens of the texts that are run, about, evenly over all that fit: more than are kept, so that
+no text counts too much."""
+
 HELD_OUT_TEXTS = 4
 """Every so-manieth text is held out."""
+
+FEWEST_TEXTS = 2 * HELD_OUT_TEXTS
+"""Texts of which two are held out, so that there is an error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,17 +37,19 @@ class KeptTokens:
     """Tokens to fit and tokens held out: none of them the first of a text, nor padding.
 
     Attributes:
+        batches: of the texts that are run.
         fitted: for every batch, (B, T), true at the tokens to fit.
         held_out: likewise.
         texts: (held-out tokens,) int64, the held-out text of each, counted from 0.
     """
 
+    batches: list[Batch]
     fitted: list[NDArray[np.bool_]]
     held_out: list[NDArray[np.bool_]]
     texts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, batches: "list[Batch]") -> "KeptTokens":
+    def of(cls, batches: Sequence[Batch]) -> "KeptTokens":
         """Choose tokens.
 
         Args:
@@ -51,7 +61,10 @@ class KeptTokens:
         Raises:
             CriterionError: there is no token to fit, or fewer than two texts to hold out.
         """
-        masks = [batch.attention_mask.astype(bool) for batch in batches]
+        lengths = np.concatenate([batch.attention_mask.sum(axis=1) for batch in batches])
+        share = min(1.0, TOKENS_RUN / lengths.sum())
+        some = evenly(batches, max(FEWEST_TEXTS, math.ceil(len(lengths) * share)))
+        masks = [batch.attention_mask.astype(bool) for batch in some]
         texts = np.concatenate([[0], np.cumsum([len(mask) for mask in masks])])
         numbers = [
             np.broadcast_to(np.arange(start, start + len(mask))[:, None], mask.shape)
@@ -71,7 +84,7 @@ class KeptTokens:
         if not parts[0].any() or not len(numbered) or numbered[-1] < 1:
             raise CriterionError(
                 f"{texts[-1]} texts are too few to fit a map and to hold two out of "
-                f"{HELD_OUT_TEXTS}: give at least {2 * HELD_OUT_TEXTS} of two tokens (--texts)"
+                f"{HELD_OUT_TEXTS}: give at least {FEWEST_TEXTS} of two tokens (--texts)"
             )
         shaped = (
             [
@@ -80,7 +93,12 @@ class KeptTokens:
             ]
             for kept in parts
         )
-        return cls(*shaped, numbered)
+        return cls(some, *shaped, numbered)
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that are run."""
+        return sum(len(batch) for batch in self.batches)
 
 
 def _evenly(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -167,19 +185,18 @@ def kept_states(subject: Subject) -> KeptStates:
 
 
 def _kept_states(subject: Subject) -> KeptStates:
-    model, batches = subject.layerwise, list(subject.batches)
-    tokens = KeptTokens.of(batches)
-    model.check(batches[0].split(1)[0])
+    model, tokens = subject.layerwise, KeptTokens.of(subject.batches)
+    model.check(tokens.batches[0].split(1)[0])
     parts: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [
         ([], []) for _ in range(len(model) + 1)
     ]
-    with track("states", subject.num_texts, subject.progress) as advance:
-        for index, batch in enumerate(batches):
+    with track("states", tokens.num_texts, subject.progress) as advance:
+        for index, batch in enumerate(tokens.batches):
             for found, states in zip(parts, states_of(model, batch), strict=True):
                 for kept, masks in zip(found, (tokens.fitted, tokens.held_out), strict=True):
                     kept.append(rows(states, masks[index]).to(subject.decoder.device))
             advance(len(batch))
-    subject.meter.ran(subject.num_layers, subject.num_texts + 2)
+    subject.meter.ran(subject.num_layers, tokens.num_texts + 2)
     fitted, held_out = ([torch.cat(found[i]) for found in parts] for i in range(2))
     spreads = []
     for state, (fit, held) in enumerate(zip(fitted, held_out, strict=True)):

@@ -1,7 +1,7 @@
 """All tokens of the texts that fit, state by state: what every layer does to them, as sums."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,31 @@ class LayerChanges:
     cosines: NDArray[np.float64]
     magnitudes: NDArray[np.float64]
     tokens: NDArray[np.float64]
+
+
+def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
+    """Take some texts, evenly over all.
+
+    Args:
+        batches: padded on the right.
+        num_texts: how many at most.
+
+    Returns:
+        Batches of those texts, in the same order and no longer than they are.
+    """
+    total = sum(len(batch) for batch in batches)
+    wanted = np.linspace(0, total - 1, min(num_texts, total)).round().astype(int)
+    found, start = [], 0
+    for batch in batches:
+        rows = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+        start += len(batch)
+        if len(rows):
+            mask = batch.attention_mask[rows]
+            length = int(mask.sum(axis=1).max())
+            found.append(
+                Batch(batch.input_ids[rows, :length], mask[:, :length], batch.samples[rows])
+            )
+    return found
 
 
 def states_of(model: Layerwise, batch: Batch) -> Iterator[torch.Tensor]:

@@ -34,8 +34,8 @@ class Reachable(Criterion):
     name = "reachable"
     summary = "1 less the R² of the layer before the block with a new matrix, on texts held out."
     cost = (
-        "Two passes over the texts, one of them shared with linear_map; beside that pass's states "
-        "those of one layer at all tokens, and the square of the feed-forward's width in float64."
+        "Two passes over about 8,192 tokens, one of them shared with linear_map; beside what that "
+        "keeps 16 bytes a pair of the feed-forward's channels, and its products."
     )
 
     def costs(self, subject: Subject) -> Costs:
@@ -71,14 +71,14 @@ class Reachable(Criterion):
     ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor] | None]]:
         """For every start from 1 on the last matrix's inputs at the tokens that are kept."""
         model, tokens = subject.layerwise, kept_states(subject).tokens
-        states = [model.embed(batch) for batch in subject.batches]
-        probe = subject.batches[0].split(1)[0]
+        states = [model.embed(batch) for batch in tokens.batches]
+        probe = tokens.batches[0].split(1)[0]
         for layer in range(subject.num_layers - 1):
             for some in model.passes((layer,)):
                 beginning = states[0][:1, : probe.input_ids.shape[1]]
                 writer = find_writers(model, layer, batch=probe, states=beginning).feed_forward
                 parts: tuple[list[torch.Tensor], ...] = ([], [])
-                for index, batch in enumerate(subject.batches):
+                for index, batch in enumerate(tokens.batches):
                     with _watched(writer and writer.module) as taken:
                         states[index] = model.run(batch, states[index], some)
                     if writer is None:
@@ -86,7 +86,7 @@ class Reachable(Criterion):
                     inputs = taken[-1].view(*batch.input_ids.shape, -1)
                     for kept, masks in zip(parts, (tokens.fitted, tokens.held_out), strict=True):
                         kept.append(rows(inputs, masks[index]).to(subject.decoder.device))
-                subject.meter.ran(1, subject.num_texts + PROBES)
+                subject.meter.ran(1, tokens.num_texts + PROBES)
             yield layer + 1, None if writer is None else (torch.cat(parts[0]), torch.cat(parts[1]))
 
 

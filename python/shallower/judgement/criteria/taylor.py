@@ -1,7 +1,7 @@
 """The first-order change of the loss if a layer's weights were zero, weight by weight."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -14,11 +14,10 @@ from ...models.architecture import evaluating
 from ...models.decoder import Decoder
 from ...progress import track
 from ...scanning.transfers import HostCopies
-from ...texts.batches import Batch
 from ...values.costs import Costs
 from ..criterion import Criterion
 from ..subject import Subject
-from ..token_states import ALL_TOKENS
+from ..token_states import ALL_TOKENS, evenly
 
 NUM_TEXTS = 16
 """Texts whose loss is differentiated, at most, evenly over those that fit."""
@@ -84,7 +83,8 @@ def _product(weight: nn.Parameter, sums: dict[nn.Parameter, torch.Tensor]) -> fl
 
 def _gradients(subject: Subject, weights: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
     """The gradient of the loss to every weight, in float32, summed over the texts."""
-    texts, decoder, copies = _few(subject.batches), subject.decoder, HostCopies()
+    decoder, copies = subject.decoder, HostCopies()
+    texts = [text for batch in evenly(subject.batches, NUM_TEXTS) for text in batch.split(1)]
     divisor = sum(int(text.attention_mask.sum()) - 1 for text in texts)
     with _differentiated(decoder, weights) as sums, torch.enable_grad():
         loss_inside = TrainingLoss(decoder.model)
@@ -101,13 +101,6 @@ def _gradients(subject: Subject, weights: list[nn.Parameter]) -> dict[nn.Paramet
                 advance(1)
     subject.meter.ran(3 * subject.num_layers, len(texts))
     return sums
-
-
-def _few(batches: Sequence[Batch]) -> list[Batch]:
-    """Up to ``NUM_TEXTS`` texts, each a batch, evenly over all."""
-    single = [text for batch in batches for text in batch.split(1)]
-    places = np.linspace(0, len(single) - 1, min(NUM_TEXTS, len(single))).round().astype(int)
-    return [single[place] for place in places]
 
 
 @contextmanager
