@@ -157,7 +157,7 @@ def weights(pairs):
     return np.array(costs)
 
 
-def kept(batches, fit=4096, hold=1024):
+def kept(batches, fit=4096, hold=512):
     """For every text, in batch order, the places that are fitted and those that are held out."""
     texts = [
         (int(text), int(n))

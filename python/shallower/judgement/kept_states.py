@@ -18,7 +18,7 @@ from .subject import Subject
 from .token_states import evenly, states_of
 
 FIT_TOKENS = 4096
-HELD_OUT_TOKENS = 1024
+HELD_OUT_TOKENS = 512
 """Tokens to fit and tokens held out, at most; evenly over all but the first ones of texts."""
 
 TOKENS_RUN = 8192

@@ -25,8 +25,8 @@ class LinearMap(Criterion):
     name = "linear_map"
     summary = "1 less the R² of a linear map in place of the block, on texts held out."
     cost = (
-        "One pass over about 8,192 tokens, shared with reachable; (L+1)·D values for each of 5,120 "
-        "of them, and L(L+1)/2 products of (1,024 × 4,096) by (4,096 × D)."
+        "One pass over about 8,192 tokens, shared with reachable; (L+1)·D values for each of 4,608 "
+        "of them, and L(L+1)/2 products of (512 × 4,096) by (4,096 × D)."
     )
 
     def costs(self, subject: Subject) -> Costs:
