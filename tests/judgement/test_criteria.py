@@ -10,6 +10,7 @@ from shallower.errors import CriterionError, ModelError, RejectedSamplesWarning,
 from shallower.judgement.criteria import CRITERIA
 from tests.conftest import tiny_llama
 from tests.documents import TEXTS, documents
+from tests.families import random_model
 from tests.judgement import twins
 from tests.judgement.toy import make_subject
 
@@ -191,5 +192,30 @@ def test_layers_that_write_by_no_plain_map_are_refused(words):
     subject = make_subject(tiny_llama(2), words, TEXTS)
     for layer in subject.decoder.layers.modules:
         layer.mlp.register_forward_hook(lambda _module, _args, output: output.abs())
-    with pytest.raises(CriterionError, match="this model has none"):
+    with pytest.raises(CriterionError, match="this model has 0"):
         CRITERIA["weights"].costs(subject)
+
+
+ALL = ("angular", "cka", "block_influence", "magnitude", "xmerge", "taylor")
+MAPS = ("linear_map", "reachable", "weights")
+
+
+@pytest.mark.parametrize(
+    ("family", "refused", "missing"),
+    [
+        ("falcon", (), ()),  # attention and feed-forward side by side
+        ("mixtral", ("reachable", "weights"), ()),  # experts
+        ("qwen3_moe, every second", (), ("reachable", "weights")),
+        ("gemma4_text, shared keys and values", (*ALL[2:5], *MAPS), ()),  # not the stream alone
+    ],
+)
+def test_families_that_say_less_than_others(words, family, refused, missing):
+    subject = make_subject(random_model(family), words, documents(12))
+    for name in (*ALL, *MAPS):
+        if name in refused:
+            with pytest.raises((CriterionError, ModelError)):
+                CRITERIA[name].costs(subject)
+            continue
+        single = np.diag(CRITERIA[name].costs(subject).blocks, 1)
+        assert np.isfinite(single[1:]).all() == (name not in missing)
+        assert np.isfinite(single).any()

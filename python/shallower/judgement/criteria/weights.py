@@ -16,12 +16,12 @@ PROBE_TOKENS = 8
 
 
 class Weights(Criterion):
-    """wₗ over the mean w of the layers next to it, w = √(‖W_attention‖² + ‖W_feed-forward‖²).
+    """wₗ over the mean w of its neighbours, w = √(‖W_attention‖² + ‖W_feed-forward‖²).
 
     Both are the last matrices of their part, in Frobenius norm, times the factor that the layer
     itself puts on what they write. Data-free: it says how much a layer can write, not what, so it
     knows nothing of two layers that cancel each other or of one that only scales. Layers that do
-    not write by plain linear maps (experts, quantised weights) are not measured.
+    not write by plain linear maps (experts, quantised weights) are not measured, nor neighbours.
     """
 
     name = "weights"
@@ -32,18 +32,22 @@ class Weights(Criterion):
         """Measure as :meth:`Criterion.costs`.
 
         Raises:
-            CriterionError: no layer writes by plain linear maps.
+            CriterionError: fewer than two layers write by plain linear maps.
+            ModelError: more than the residual stream goes from layer to layer.
         """
         norms = np.array(_norms(subject.layerwise))
-        if np.isnan(norms).all():
+        measured = np.flatnonzero(np.isfinite(norms))
+        if len(measured) < 2:
             raise CriterionError(
                 f"the criterion {self.name} knows only layers that write into the residual stream "
-                f"by plain linear maps, and this model has none (experts, a norm behind the maps, "
-                f"or quantised weights): load it unquantised, or leave out {self.name} (--criteria)"
+                f"by plain linear maps, and this model has {len(measured)} (experts, a norm behind "
+                f"the maps, or quantised weights): load it unquantised, or leave out {self.name} "
+                f"(--criteria)"
             )
-        beside = [np.delete(norms[max(0, i - 1) : i + 2], min(i, 1)) for i in range(len(norms))]
-        means = np.array([around.mean() if len(around) else np.nan for around in beside])
-        costs = np.divide(norms, means, out=np.full_like(norms, np.nan), where=means > 0)
+        own, costs = norms[measured], np.full_like(norms, np.nan)
+        beside = [np.delete(own[max(0, i - 1) : i + 2], min(i, 1)) for i in range(len(own))]
+        means = np.array([around.mean() for around in beside])
+        costs[measured] = np.divide(own, means, out=np.full_like(own, np.nan), where=means > 0)
         return Costs.of_layers(costs, metric=self.name, model=subject.decoder.identity)
 
 
@@ -52,6 +56,7 @@ def _norms(model: Layerwise) -> list[float]:
     batch = Batch(
         np.arange(PROBE_TOKENS)[None] % 3, np.ones((1, PROBE_TOKENS), np.int64), np.zeros(1, int)
     )
+    model.check(batch)
     states, norms = model.embed(batch), []
     for layer in range(len(model)):
         writers = find_writers(model, layer, batch=batch, states=states)
