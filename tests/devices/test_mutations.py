@@ -38,14 +38,13 @@ _HOST = "no CUDA device gets here"
 HARMLESS = {
     "cutting/saving.py: lend_layers: layer.to('cpu')": _ROOM,
     "cutting/saving.py: logits_difference: expected.to(device)": "accelerate brings logits back",
+    "healing/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
     "healing/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
     "healing/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
     "healing/least_squares.py: NormalEquations.mapped: matrix.to(self.gram)": _LAYER,
     "healing/least_squares.py: NormalEquations.mapped: x.to(matrix)": _LAYER,
     "healing/patch_solver.py: Patching._best_fit: "
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
-    "healing/patch_solver.py: Patching._give_attention_its_share: "
-    "attention.weight.to(delta.device)": _LAYER,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
     "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,

@@ -3,8 +3,11 @@
 import pytest
 
 from shallower.healing.patch import patch
+from shallower.healing.quick_patch import QuickPatch
+from shallower.models.layerwise import Layerwise
+from shallower.values.plan import Plan
 from tests.conftest import word_tokenizer
-from tests.devices.batches import TEXTS
+from tests.devices.batches import TEXTS, batch
 from tests.devices.test_models import A_PLAIN_SUM
 
 
@@ -18,3 +21,11 @@ def test_a_patch(stage, method):
         )  # fmt: skip
     assert done.plan.dropped == (2,)
     assert done.method == method
+
+
+def test_a_quick_patch(stage):
+    with stage.open(_scale=A_PLAIN_SUM):
+        model = Layerwise(stage.llama())
+        quick = QuickPatch(model, [batch()] * 2)
+        with quick.patched(Plan.of(len(model), [1, 3])) as fits:
+            assert fits.layers == (0, 2)

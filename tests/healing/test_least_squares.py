@@ -86,6 +86,30 @@ def test_equations_without_a_solution_give_no_number():
     assert sums.solve(0.0, torch.zeros(3, dtype=torch.float64)).isnan().all()
 
 
+def test_equations_are_joined():
+    x, r = data(8, 60)
+    whole, some, rest = (
+        equations(x[:50], r[:50]),
+        equations(x[:20], r[:20]),
+        equations(x[20:50], r[20:50]),
+    )
+    for sums, rows in ((whole, slice(50, 60)), (some, slice(50, 57)), (rest, slice(57, 60))):
+        sums.keep(torch.from_numpy(x[rows]), torch.from_numpy(r[rows]))
+    some.join(rest)
+    assert some.count == 50
+    ones = torch.ones(7, dtype=torch.float64)
+    np.testing.assert_allclose(some.solve(1.0, ones, 0.5), whole.solve(1.0, ones, 0.5), atol=1e-5)
+
+
+def test_the_error_of_a_map_is_that_of_its_rows():
+    x, r = data(9, 50)
+    sums = equations(x, r)
+    matrix = np.random.default_rng(4).normal(size=(r.shape[1], x.shape[1]))
+    expected = np.square(r - x @ matrix.T).sum() - np.square(r).sum()
+    assert sums.error_of(torch.from_numpy(matrix)) == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(sums.error_of(torch.from_numpy(matrix * np.nan)))
+
+
 def test_mapped_inputs():
     x, r = data(2, 60)
     matrix = np.random.default_rng(3).normal(size=(4, 7))

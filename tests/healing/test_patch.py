@@ -213,7 +213,7 @@ def test_a_patch_without_enough_memory_says_what_to_set(model, words, monkeypatc
     missing = patch_solver.Patching._missing
 
     def fail(work, layer):
-        if work.undo:
+        if work.changes:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return missing(work, layer)
 

@@ -114,6 +114,30 @@ class NormalEquations:
         """
         self.kept.append((inputs, targets))
 
+    def join(self, other: "NormalEquations") -> None:
+        """Add the tokens of other equations.
+
+        Args:
+            other: of the same inputs and outputs, on the same device.
+        """
+        self.gram += other.gram
+        self.cross += other.cross
+        self.count += other.count
+        self.kept += other.kept
+
+    def error_of(self, solution: torch.Tensor) -> float:
+        """Measure a map on the tokens of these sums, the kept ones aside.
+
+        Args:
+            solution: (D, F) float64.
+
+        Returns:
+            The sum of its squared errors, less that of no map at all; NaN for one that is not
+            there.
+        """
+        quadratic = (solution @ self.gram).mul_(solution).sum()
+        return float(quadratic - 2 * (solution * self.cross.mT).sum())
+
     def mapped(self, matrix: torch.Tensor) -> "NormalEquations":
         """Map the inputs: the sums of y = ``matrix`` x.
 

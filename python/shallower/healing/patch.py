@@ -25,6 +25,7 @@ from ..models.offload import require_no_disk
 from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
+from .changes import Changes
 from .patch_solver import Patching
 from .patch_states import divide
 
@@ -81,10 +82,10 @@ def patch(
         >>> sh.save_patched(model, tokenizer, "patched", done=done)
     """
     options = method, max_length, batch_size, num_tokens, progress
-    with _solved(model, tokenizer, layers, texts, *options) as (done, undo):
+    with _solved(model, tokenizer, layers, texts, *options) as (done, changes):
         # By number: blocks that a scan chose know its model, whose biases may have been scaled.
         drop_layers(model, done.plan.dropped)
-        undo.clear()
+        changes.settle()
     return done
 
 
@@ -133,11 +134,10 @@ def _solved(
     batch_size: int,
     num_tokens: int,
     progress: bool | None,
-) -> Iterator[tuple[Patch, list[tuple[torch.Tensor, torch.Tensor]]]]:
+) -> Iterator[tuple[Patch, Changes]]:
     """Solve the matrices of a model that still has all of its layers.
 
-    Yields the patch, and every weight that changed with its old value: what is still in that
-    list after the body is put back.
+    Yields the patch, and the weights that changed: what is not settled by the body is put back.
     """
     if method not in METHODS:
         raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
@@ -156,11 +156,11 @@ def _solved(
     fitted, held_out = divide(
         tokenizer, texts, max_length=max_length, batch_size=batch_size, num_tokens=num_tokens
     )
-    undo: list[tuple[torch.Tensor, torch.Tensor]] = []
+    changes = Changes()
     try:
         try:
             with torch.no_grad(), Patching(
-                Layerwise(model), plan, fitted, held_out, undo, progress
+                Layerwise(model), plan, fitted, held_out, changes, progress
             ) as work:  # fmt: skip
                 done = work.magnitude() if method == "magnitude" else work.solve(method)
         except torch.OutOfMemoryError as error:
@@ -175,8 +175,6 @@ def _solved(
                 f"{done.patched:.4f} nats with it and {done.cut:.4f} without, of "
                 f"{done.original:.4f} before the cut; give more texts, or another method"
             )
-        yield done, undo
+        yield done, changes
     finally:
-        with torch.no_grad():
-            for weight, before in reversed(undo):
-                weight.copy_(before)
+        changes.take_back()

@@ -2,25 +2,25 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import PatchError
 from ..evaluation.loss import summed_losses
 from ..models.layerwise import Layerwise
-from ..models.offload import resident, stored_weight, write_weight
+from ..models.offload import resident, stored_weight
 from ..models.residual_writers import Writer, Writers, find_writers
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
+from .changes import Changes
 from .least_squares import NormalEquations
-from .patch_states import StateSet, Stored, first_rows, other_rows
+from .missing import missing_equations, no_writer
+from .patch_states import StateSet, Stored, other_rows
 
 RIDGES = (0.03, 0.3, 3.0)
 """Penalties on the change of a matrix that are tried, as shares of its inputs' mean square."""
@@ -47,7 +47,7 @@ class Patching:
         plan: the plan of the cut.
         fitted: batches to fit.
         held_out: batches to choose on.
-        undo: is filled with every weight that changes, and its old value.
+        changes: are filled with every weight that changes, and its old value.
         progress: whether to show a bar on standard error.
     """
 
@@ -57,10 +57,10 @@ class Patching:
         plan: Plan,
         fitted: Sequence[Batch],
         held_out: Sequence[Batch],
-        undo: list[tuple[torch.Tensor, torch.Tensor]],
+        changes: Changes,
         progress: bool | None,
     ) -> None:
-        self.model, self.plan, self.undo, self.progress = model, plan, undo, progress
+        self.model, self.plan, self.changes, self.progress = model, plan, changes, progress
         self._batches = fitted, held_out
         self.survivors = plan.survivors
         self.first_weight = FIRST_WEIGHTS[0]
@@ -116,7 +116,7 @@ class Patching:
                     fits.append(fit)
                     nats, failures = fit.nats, 0
                 elif wanted:
-                    self._take_back()
+                    self.changes.take_back(self._mark)
                     failures += 1
                 if layer >= last and (method == "map" or failures >= PATIENCE):
                     break
@@ -171,7 +171,7 @@ class Patching:
         for writer in self._both(layer, writers):
             for name, _ in writer.module.named_parameters(recurse=False):
                 stored = stored_weight(writer.module, name)
-                self._change(writer.module, name, stored / factor)
+                self.changes.change(writer.module, name, stored / factor)
 
     def _both(self, layer: int, writers: Writers) -> tuple[Writer, Writer]:
         if writers.attention is None or writers.feed_forward is None:
@@ -206,7 +206,7 @@ class Patching:
 
     def _fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
-        self._mark = len(self.undo)
+        self._mark = len(self.changes)
         with resident(self.model.modules[layer]):
             return self._best_fit(layer, target, method, jump)
 
@@ -217,11 +217,7 @@ class Patching:
         if feed_forward is None:
             if not jump:
                 return None
-            raise PatchError(
-                f"layer {layer}, before the block, does not write into the residual stream by a "
-                f"plain linear map (experts, a norm behind it, or quantised weights): load the "
-                f"model unquantised, or drop another block"
-            )
+            raise no_writer(layer)
         before = self._missing(layer)
         changed = [feed_forward.name]
         if method == "refit" and writers.attention is not None:
@@ -237,7 +233,7 @@ class Patching:
             delta = equations.solve(ridge, penalty, first_weight).div_(feed_forward.scale)
             if method == "map":
                 delta = delta @ own.double()
-            self._set(feed_forward, delta.add_(own))
+            self.changes.set(feed_forward, delta.add_(own))
 
         choices = [(RIDGES[0], self.first_weight)]
         best, nats = choices[0], math.inf
@@ -264,27 +260,10 @@ class Patching:
         parts = diagonal[:inputs], diagonal[inputs:]
         penalty = torch.cat([part.mean().expand(len(part)) for part in parts])
         joint = equations.solve(RIDGES[0], penalty, self.first_weight)
-        delta = ATTENTION_STEP * joint[:, :inputs] / attention.scale
-        self._set(attention, attention.weight.to(delta.device) + delta)
+        self.changes.add(attention, ATTENTION_STEP * joint[:, :inputs] / attention.scale)
 
     def _equations(self, layer: int, writers: tuple[Writer, ...]) -> NormalEquations:
-        """The normal equations of what is missing to the whole model's states, from the writers'
-        inputs; the first tokens of the texts are kept apart.
-        """
-        states = self.fitted
-        equations: NormalEquations | None = None
-        for index, batch in enumerate(states.batches):
-            with _inputs([writer.module for writer in writers]) as taken:
-                output = self.model.run(batch, states.cut[index], (layer,))
-            inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
-            missing = states.whole[index].to(output.device).float() - output.float()
-            if equations is None:
-                sizes = inputs.shape[-1], missing.shape[-1]
-                equations = NormalEquations.empty(*sizes, inputs.device)
-            equations.add(other_rows(batch, inputs), other_rows(batch, missing))
-            equations.keep(first_rows(batch, inputs), first_rows(batch, missing))
-        assert equations is not None
-        return equations
+        return missing_equations(self.model, layer, writers, states=self.fitted)
 
     def _missing(self, layer: int) -> float:
         """The squared distance to the whole model's states on held-out text, first tokens apart."""
@@ -310,42 +289,8 @@ class Patching:
             count += int(batch.attention_mask.sum()) - len(batch)
         return total / count if math.isfinite(total) else math.inf
 
-    def _set(self, writer: Writer, weight: torch.Tensor) -> None:
-        self._change(writer.module, "weight", writer.turned(weight))
-
-    def _change(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
-        stored = stored_weight(module, name)
-        if all(stored is not known for known, _ in self.undo):
-            self.undo.append((stored, stored.detach().to("cpu", copy=True)))
-        write_weight(module, name, value)
-
-    def _take_back(self) -> None:
-        """Undo what the last layer changed, whose weights are not resident any more."""
-        while len(self.undo) > self._mark:
-            stored, before = self.undo.pop()
-            stored.copy_(before)
-
 
 def _add_to(sums: dict[int, torch.Tensor], place: int, values: torch.Tensor) -> None:
     """Add to a sum in float64 that stays on its device, which nobody waits for."""
     total = values.double().sum()
     sums[place] = sums[place] + total if place in sums else total
-
-
-@contextmanager
-def _inputs(modules: Sequence[nn.Module]) -> Iterator[Callable[[], list[torch.Tensor]]]:
-    """Watch modules; gives a function that returns their last inputs."""
-    taken: dict[int, torch.Tensor] = {}
-
-    def keep(place: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            taken[place] = args[0]
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(keep(place)) for place, m in enumerate(modules)]
-    try:
-        yield lambda: [taken[place] for place in range(len(modules))]
-    finally:
-        for handle in handles:
-            handle.remove()

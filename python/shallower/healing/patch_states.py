@@ -73,20 +73,23 @@ def divide(
 
 
 class Stored:
-    """States of batches on the CPU, in one temporary file.
+    """States of batches on the CPU, in memory or in one temporary file.
 
     Args:
-        file: the file to make.
+        file: the file to make; None for memory.
         batches: the batches.
         width: D.
         dtype: dtype of the states.
     """
 
     def __init__(
-        self, file: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype
+        self, file: Path | None, batches: Sequence[Batch], width: int, dtype: torch.dtype
     ) -> None:
         sizes = [batch.input_ids.size * width for batch in batches]
-        whole = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+        if file is None:
+            whole = torch.empty(sum(sizes), dtype=dtype)
+        else:
+            whole = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
         self._parts = [
             part.view(*batch.input_ids.shape, width)
             for part, batch in zip(whole.split(sizes), batches, strict=True)

@@ -1,0 +1,279 @@
+"""The quick patch against a slow twin in float64, and what it leaves behind: nothing."""
+
+import copy
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+
+import shallower as sh
+from shallower.healing import quick_patch
+from shallower.healing.quick_patch import FIRST_WEIGHT, HELD, RIDGES, QuickPatch
+from shallower.models.layerwise import Layerwise
+from shallower.models.residual_writers import Writers
+from shallower.texts.batches import TokenBatches
+from shallower.values.layers import blocks_of
+from shallower.values.tokens import Tokens
+from tests.documents import TEXTS, assert_same, state_of
+from tests.examples import learned_llama, sentences
+from tests.families import random_model
+
+SCATTERED = (2, 4, 5, 7)
+
+
+@pytest.fixture(scope="module")
+def learned(words):
+    """A tiny Llama that predicts such words better than chance. Tests copy it, or leave it."""
+    return learned_llama(words, num_layers=8, steps=150)
+
+
+def batches_of(words, texts, batch_size=8):
+    return list(TokenBatches(words, texts, Tokens(32, batch_size), min_tokens=2))
+
+
+def plan_of(layers, num_layers=8):
+    return sh.Plan.of(num_layers, layers)
+
+
+def texts_in_order(batches):
+    """(1, T) token ids of every text, without padding, in the order of the batches."""
+    for batch in batches:
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+            yield torch.from_numpy(ids[mask.astype(bool)])[None]
+
+
+def states_behind(model, layer, ids):
+    """(T, D), the output of a layer."""
+    taken = []
+    hook = model.model.layers[layer].register_forward_hook(
+        lambda _module, _args, out: taken.append(out if isinstance(out, torch.Tensor) else out[0])
+    )
+    with torch.inference_mode():
+        model(input_ids=ids)
+    hook.remove()
+    return taken[0].reshape(ids.shape[1], -1)
+
+
+def rows_of(whole, cut, batches, layer, target):
+    """Inputs of a down-projection of a cut model, and what is missing behind the layer.
+
+    By text: two lists of (T, F) and (T, D), float64.
+    """
+    inputs, missing = [], []
+    down = cut.model.layers[layer].mlp.down_proj
+    hook = down.register_forward_hook(lambda _, args, out: inputs.append(args[0][0]))
+    for ids in texts_in_order(batches):
+        aim, found = states_behind(whole, target - 1, ids), states_behind(cut, layer, ids)
+        missing.append((aim - found).double().numpy())
+    hook.remove()
+    return [x.double().numpy() for x in inputs], missing
+
+
+def ridge_map(inputs, missing, ridge):
+    """(D, F): the map by its definition; first tokens count FIRST_WEIGHT."""
+    rest = np.concatenate([x[1:] for x in inputs])
+    penalty = ridge * np.square(rest).sum(axis=0).mean()
+    weights = np.concatenate([np.r_[FIRST_WEIGHT, np.ones(len(x) - 1)] for x in inputs])
+    x, r = np.concatenate(inputs), np.concatenate(missing)
+    gram = (weights[:, None] * x).T @ x + penalty * np.eye(x.shape[1])
+    return np.linalg.solve(gram, (weights[:, None] * x).T @ r).T
+
+
+def slow_twin(model, batches, dropped):
+    """The matrices of a patched model by layer, and their ridges, block after block."""
+    cut, gone, found, ridges = copy.deepcopy(model), [], {}, []
+    for block in blocks_of(dropped):
+        place = block.start - 1 - len(gone)  # of the layer in the cut so far
+        x, r = rows_of(model, cut, batches, place, block.stop)
+        held = [index % HELD == 1 for index in range(len(x))]
+        fit_x, fit_r = (
+            [v for v, out in zip(part, held, strict=True) if not out] for part in (x, r)
+        )
+        errors = {}
+        for ridge in RIDGES:
+            solved = ridge_map(fit_x, fit_r, ridge)
+            errors[ridge] = sum(
+                np.square(b[1:] - a[1:] @ solved.T).sum()
+                for a, b, out in zip(x, r, held, strict=True)
+                if out
+            )
+        ridges.append(min(errors, key=errors.get))
+        weight = cut.model.layers[place].mlp.down_proj.weight
+        solved = weight.detach().double().numpy() + ridge_map(x, r, ridges[-1])
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(solved))
+        found[block.start - 1] = solved
+        sh.drop_layers(cut, [range(block.start - len(gone), block.stop - len(gone))])
+        gone += block.layers
+    return found, tuple(ridges)
+
+
+@pytest.mark.parametrize("dropped", [(3, 4), SCATTERED, (1,)])
+def test_matrices_are_those_of_the_slow_twin(learned, words, dropped):
+    """Within 1e-3 of matrices of about 1; texts of 3 to 20 words, so that there is padding."""
+    batches = batches_of(words, TEXTS + sentences(16))
+    expected, ridges = slow_twin(learned, batches, dropped)
+    quick = QuickPatch(Layerwise(learned), batches)
+    with quick.patched(plan_of(dropped)) as fits:
+        assert fits.layers == tuple(expected)
+        assert fits.ridges == ridges
+        for layer, matrix in expected.items():
+            found = learned.model.layers[layer].mlp.down_proj.weight.detach().double().numpy()
+            assert np.abs(found - matrix).max() < 1e-3
+
+
+def test_the_ridges_of_the_test_differ(learned, words):
+    """So that a ridge that is not chosen would be noticed."""
+    batches = batches_of(words, sentences(64, seed=3))
+    quick = QuickPatch(Layerwise(learned), batches)
+    with quick.patched(plan_of((3, 4))) as many:
+        assert many.ridges[0] < RIDGES[0]
+
+
+def test_a_quick_patch_lowers_the_loss_of_a_cut(learned, words):
+    held_out = sentences(64, seed=2)
+
+    def loss():
+        with sh.without_layers(learned, [range(3, 5)]):
+            return sh.evaluate_loss(learned, words, held_out).nats
+
+    base, cut = sh.evaluate_loss(learned, words, held_out).nats, loss()
+    quick = QuickPatch(Layerwise(learned), batches_of(words, sentences(200, seed=1)))
+    with quick.patched(plan_of((3, 4))):
+        assert loss() < cut - 0.1 * (cut - base)
+    assert loss() == cut
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropped", [(3, 4), SCATTERED])
+def test_the_model_is_as_before_whatever_happens(words, dtype, dropped):
+    from tests.conftest import tiny_llama
+
+    model = tiny_llama(8).to(dtype)
+    before = state_of(model)
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
+    with quick.patched(plan_of(dropped)) as fits:
+        names = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in fits.layers}
+        now = model.state_dict()
+        assert {n for n in now if not torch.equal(now[n], before["weights"][n])} == names
+    assert_same(before, state_of(model))
+    with pytest.raises(KeyboardInterrupt), quick.patched(plan_of(dropped)):
+        raise KeyboardInterrupt
+    assert_same(before, state_of(model))
+
+
+def test_the_same_plan_gives_the_same_patch_whatever_came_between(learned, words):
+    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    with quick.patched(plan_of(SCATTERED)):
+        first = copy.deepcopy(learned.state_dict())
+    with quick.patched(plan_of((1, 2, 3, 6))):
+        pass
+    with quick.patched(plan_of(SCATTERED)):
+        assert all(torch.equal(v, first[k]) for k, v in learned.state_dict().items())
+
+
+def test_a_second_block_that_cannot_be_patched_leaves_nothing(words, learned, monkeypatch):
+    before = state_of(learned)
+    found = quick_patch.find_writers
+
+    def find(model, layer, **more):
+        return Writers(None, None) if layer == 3 else found(model, layer, **more)
+
+    monkeypatch.setattr(quick_patch, "find_writers", find)
+    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    for _ in range(2):
+        with (
+            pytest.raises(sh.PatchError, match="layer 3, before the block, does not write"),
+            quick.patched(plan_of(SCATTERED)),
+        ):
+            raise AssertionError
+        assert_same(before, state_of(learned))
+
+
+def test_states_in_a_file_are_the_same(learned, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    batches = batches_of(words, TEXTS)
+    made = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: made.append(a) or from_file(*a, **k))
+    kept = QuickPatch(Layerwise(learned), batches)
+    assert not made
+    spilled = QuickPatch(Layerwise(learned), batches, room=0)
+    assert len(made) == 2 * (9 + 1)
+    assert not list(tmp_path.iterdir())
+    with kept.patched(plan_of(SCATTERED)):
+        first = copy.deepcopy(learned.state_dict())
+    with spilled.patched(plan_of(SCATTERED)):
+        assert all(torch.equal(v, first[k]) for k, v in learned.state_dict().items())
+
+
+def test_layers_that_run_are_counted(learned, words):
+    """The whole model once; a plan from its first block on, to the layer before its last."""
+    ran = []
+    batches = batches_of(words, TEXTS)
+    quick = QuickPatch(
+        Layerwise(learned), batches, ran=lambda layers, texts: ran.append(layers * texts)
+    )
+    assert sum(ran) == 8 * 24
+    ran.clear()
+    with quick.patched(plan_of((3, 4))):
+        assert sum(ran) == 24
+    ran.clear()
+    with quick.patched(plan_of(SCATTERED)):  # 1 to fit, 1 on, 3 to fit, 3 on, 6 to fit
+        assert sum(ran) == 5 * 24
+
+
+def test_settings_are_json_and_name_the_ridges(learned, words):
+    import json
+
+    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    assert json.loads(json.dumps(quick.settings)) == quick.settings
+    assert quick.settings["ridges"] == list(RIDGES)
+
+
+def test_transposed_weights_too(words):
+    model = random_model("gpt2")
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
+    before = model.transformer.h[2].mlp.c_proj.weight.detach().clone()
+    with quick.patched(plan_of((3, 4), len(model.transformer.h))) as fits:
+        assert fits.layers == (2,)
+        assert not torch.equal(model.transformer.h[2].mlp.c_proj.weight, before)
+    assert torch.equal(model.transformer.h[2].mlp.c_proj.weight, before)
+
+
+def test_what_cannot_be_patched_is_refused(learned, words):
+    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    with pytest.raises(sh.PatchError, match=r"no layer before the block \[0, 2\)"):
+        quick.patched(plan_of((0, 1, 5))).__enter__()
+    with pytest.raises(sh.PlanError, match="for 9 layers, the model has 8"):
+        quick.patched(plan_of((3,), 9)).__enter__()
+    with pytest.raises(sh.TextsError, match="1 texts are too few"):
+        QuickPatch(Layerwise(learned), batches_of(words, TEXTS[:1]))
+
+
+def test_states_that_are_not_finite_are_refused(learned, words):
+    model = copy.deepcopy(learned)
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
+    with quick.patched(plan_of((3, 4))):
+        pass  # the layer is known to write by a plain map
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(torch.inf)
+    before = copy.deepcopy(model.state_dict())
+    with (
+        pytest.raises(sh.PatchError, match="not finite"),
+        quick.patched(plan_of((3, 4))),
+    ):
+        raise AssertionError
+    after = model.state_dict()
+    assert all(torch.equal(after[k].nan_to_num(), before[k].nan_to_num()) for k in before)
+
+
+def test_too_little_memory_is_named(learned, words, monkeypatch):
+    def fail(*_args, **_more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    monkeypatch.setattr(quick_patch, "missing_equations", fail)
+    with pytest.raises(sh.PatchError, match="lower batch_size"):
+        quick.patched(plan_of((3, 4))).__enter__()
