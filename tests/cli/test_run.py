@@ -24,6 +24,7 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
     assert shallower(*command, "--drop", "1,3:5", "--json").json == {
         "base": whole.to_json(),
         "cut": cut.to_json(),
+        "difference": cut.minus(whole).to_json(),
         "dtype": dtype,
         "drop": [sh.Block(1, 2).to_json(), sh.Block(3, 5).to_json()],
     }
@@ -31,13 +32,15 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
     assert shown[0].startswith(f"all layers: {whole} nats a token ({whole.normalized:.4f} of ln")
     assert shown[1].startswith(f"without [1, 2) [3, 5): {cut} nats a token")
     assert f"{whole.num_tokens} tokens of 8 texts" in shown[0]
+    assert shown[2].startswith(f"difference: {cut.minus(whole)} nats a token, paired by text")
+    assert ("tie" in shown[2]) == cut.minus(whole).tied
     assert tree(folder) == {}
 
 
 def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny, plans):
     source = write_jsonl(folder / "gap.jsonl", ["w1 w2 w3", "w1", "w4 w5"])
     done = shallower("eval", tiny, "--texts", source, "--plan", plans / "tiny", "--json")
-    (name,) = done.json.keys() - {"base", "drop", "dtype"}
+    (name,) = done.json.keys() - {"base", "drop", "dtype", "difference"}
     assert name == "cut"
     block = Plan.load(plans / "tiny" / "shallower_plan.json").blocks[0]
     assert done.json["drop"] == [sh.Block(block.start, block.stop).to_json() | block.to_json()]
@@ -78,6 +81,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
         "num_rejected",
         "base",
         "cuts",
+        "ties",
         "plan",
         "max_logits_difference",
         "continuation",

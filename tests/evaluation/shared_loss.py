@@ -46,7 +46,7 @@ def cases(rank):
     def loss(model, texts, batch_size, shared=True):
         tokens = Tokens(256, batch_size)
         found = measure_loss(model, words, texts, tokens=tokens, shared=shared)
-        return found.to_json()
+        return found.to_record()
 
     for batch_size in (1, 3, 50):
         yield f"shared {batch_size}", lambda b=batch_size: loss(decoder, TEXTS, b)

@@ -62,6 +62,21 @@ def test_the_loss_is_that_of_a_plain_float64_computation(sharp, words, max_lengt
     assert loss.normalized_stderr == loss.stderr / math.log(100)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_loss_is_known_by_text_in_their_order(sharp, words, batch_size):
+    texts = [*TEXTS[:3], "w1", *TEXTS[3:]]  # one is left out
+    loss = sh.evaluate_loss(sharp, words, texts, batch_size=batch_size)
+    sums, counts = plain_losses(sharp, words, TEXTS)
+    np.testing.assert_allclose(loss.by_text.sums, sums, rtol=1e-5)
+    np.testing.assert_array_equal(loss.by_text.weights, counts)
+    with sh.without_layers(sharp, [1]):
+        cut = sh.evaluate_loss(sharp, words, texts)
+    found = cut.minus(loss)
+    without = cut.by_text.sums - sums
+    assert found.mean == pytest.approx(without.sum() / counts.sum(), rel=1e-5)
+    assert found.stderr == pytest.approx(plain_stderr(without, counts), rel=1e-5)
+
+
 @given(st.permutations(range(len(TEXTS))), st.integers(1, 20))
 def test_neither_order_nor_batch_size_changes_the_loss(sharp, words, order, batch_size):
     expected = sh.evaluate_loss(sharp, words, TEXTS, batch_size=1)

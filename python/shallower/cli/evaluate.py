@@ -101,8 +101,11 @@ def _described(
 def _say(losses: "dict[str, Loss]", wanted: "Plan | None", dtype: str, *, as_json: bool) -> None:
     from ..values.layers import ranges
 
+    lost = losses["cut"].minus(losses["base"]) if "cut" in losses else None
     if as_json:
         described: dict[str, Any] = {name: loss.to_json() for name, loss in losses.items()}
+        if lost:
+            described["difference"] = lost.to_json()
         described["dtype"] = dtype
         if wanted:
             described["drop"] = [block.to_json() for block in wanted.blocks]
@@ -115,4 +118,7 @@ def _say(losses: "dict[str, Loss]", wanted: "Plan | None", dtype: str, *, as_jso
             f"{loss.num_tokens} tokens of {loss.num_texts} texts"
             + (f", {loss.num_rejected} texts rejected" if loss.num_rejected else "")
         )
+    if lost:
+        tie = "; a tie, within two standard errors" if lost.tied else ""
+        show(f"difference: {lost} nats a token, paired by text{tie}")
     show(f"weights: {dtype}")

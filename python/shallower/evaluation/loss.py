@@ -21,6 +21,7 @@ from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss
 from ..values.plan import describe_rejections
+from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
 from .shards import gathered, rank_and_size
 
@@ -117,29 +118,31 @@ def measure_loss(
     total = length_hint(texts) or None
     rank, size = rank_and_size(shared)
 
-    def measure() -> tuple[list[float], list[int], int]:
+    def measure() -> tuple[list[tuple[int, float, int]], int]:
         head, halving = Head.of(decoder), Halving()
-        losses: list[float] = []
-        counts: list[int] = []
+        found: list[tuple[int, float, int]] = []
         with track(description, total, progress) as advance, evaluating(decoder.model):
             for index, batch in enumerate(batches):
                 check_length(batch.input_ids.shape[1], decoder.positions)
                 mine = _parts(batch, head) if index % size == rank else []
                 for part in mine:
                     for piece, sums in halving.run(part, lambda p: summed_losses(head, p).tolist()):
-                        losses += _finite(sums, piece, head)
-                        counts += [int(n) - 1 for n in piece.attention_mask.sum(axis=1)]
+                        _require_finite(sums, piece, head)
+                        counts = (piece.attention_mask.sum(axis=1) - 1).tolist()
+                        found += zip(piece.samples.tolist(), sums, counts, strict=True)
                 advance(len(batch))
-        return losses, counts, head.vocab_size
+        return found, head.vocab_size
 
     by_rank = gathered(measure, size)
-    losses = [loss for found, _, _ in by_rank for loss in found]
-    counts = [count for _, found, _ in by_rank for count in found]
-    if not losses:
+    by_sample = sorted(one for found, _ in by_rank for one in found)
+    if not by_sample:
         raise _nothing_to_predict(batches)
-    nats, stderr = _mean(losses, counts)
-    num_tokens, vocab_size = sum(counts), by_rank[0][2]
-    return Loss(nats, stderr, num_tokens, len(losses), batches.num_rejected, vocab_size)
+    _, losses, counts = (np.array(column, np.float64) for column in zip(*by_sample, strict=True))
+    by_text = Scores(losses, counts)
+    return Loss(
+        by_text.mean, by_text.stderr, int(counts.sum()), len(losses), batches.num_rejected,
+        by_rank[0][1], by_text,
+    )  # fmt: skip
 
 
 def fitting_tokens(decoder: Decoder, tokens: Tokens) -> Tokens:
@@ -170,15 +173,6 @@ def _on_cards(decoder: Decoder, tokens: int) -> int:
 
 FORWARD = Forward(_rehearsed, on_cards=_on_cards)
 """The forward of an evaluation, as its memory is rehearsed."""
-
-
-def _mean(losses: list[float], counts: list[int]) -> tuple[float, float]:
-    """The mean over tokens and its standard error, whatever the order of the texts."""
-    num_tokens, size = sum(counts), len(losses)
-    nats = math.fsum(losses) / num_tokens
-    deviations = math.fsum((s - nats * n) ** 2 for s, n in zip(losses, counts, strict=True))
-    stderr = math.sqrt(deviations * size / (size - 1)) / num_tokens if size > 1 else math.nan
-    return nats, stderr
 
 
 def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -294,11 +288,10 @@ def _parts(batch: Batch, head: Head) -> list[Batch]:
     return batch.split(max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * head.vocab_size)))
 
 
-def _finite(sums: list[float], batch: Batch, head: Head) -> list[float]:
+def _require_finite(sums: list[float], batch: Batch, head: Head) -> None:
     for sample, loss in zip(batch.samples, sums, strict=True):
         if not math.isfinite(loss):
             raise ModelError(
                 f"the loss on text {sample} is not finite: the model's logits overflow "
                 f"or are NaN in {head.dtype}; load it as bfloat16 or float32"
             )
-    return sums

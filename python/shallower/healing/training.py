@@ -32,7 +32,7 @@ from ..processes import num_processes
 from ..progress import Advance
 from ..texts.sequences import Samples, collate, order
 from ..values.healing import Measured, Step
-from ..values.loss import Loss
+from ..values.loss import FIGURES, Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
 from .callbacks import CheckpointCallback, StepsOnce, StopOnNonFinite, Throughput
@@ -338,7 +338,7 @@ class _Trainer(Trainer):
 
 
 def _flat(loss: Loss) -> dict[str, Any]:
-    return {name: getattr(loss, name) for name in Loss.__slots__}
+    return {name: getattr(loss, name) for name in FIGURES}
 
 
 def _trained(trainer: _Trainer, folder: Path, throughput: Throughput, recipe: Resolved) -> Trained:
@@ -349,9 +349,7 @@ def _trained(trainer: _Trainer, folder: Path, throughput: Throughput, recipe: Re
         if "loss" in entry
     )
     held_out = tuple(
-        Measured(
-            entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in Loss.__slots__})
-        )
+        Measured(entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES}))
         for entry in history
         if "eval_loss" in entry
     )

@@ -137,30 +137,45 @@ def comparison_table(comparison: Comparison) -> Table:
         comparison: of :func:`shallower.compare_cuts`.
 
     Returns:
-        A table with a row for the whole model, and one for every cut.
+        A table with a row for the whole model, and one for every cut with the nats that it
+        loses, paired by text; the caption names ties.
     """
     base = comparison.base
     table = Table(
         title=f"held-out loss, nats a token; with all layers {base}\n"
-        f"{base.num_tokens} tokens of {base.num_texts} texts; V = {base.vocab_size}"
+        f"{base.num_tokens} tokens of {base.num_texts} texts; {base.normalized:.3f} of ln V, "
+        f"V = {base.vocab_size}",
+        caption=_ties(comparison),
     )
     table.add_column("n", justify="right")
     table.add_column("strategy", no_wrap=True)
     table.add_column("drop", no_wrap=True)
     table.add_column("distance ± error", no_wrap=True)
-    table.add_column("loss ± error", no_wrap=True)
-    table.add_column("/ ln V", no_wrap=True)
-    table.add_row("0", "", "", "", str(base), f"{base.normalized:.3f}")
+    table.add_column("loss", no_wrap=True, justify="right")
+    table.add_column("lost ± error", no_wrap=True, justify="right")
+    table.add_row("0", "", "", "", f"{base.nats:.3f}")
     for cut in comparison.cuts:
         table.add_row(
             str(len(cut.block)),
             cut.strategy,
             str(cut.block),
             with_error(cut.block.score, cut.block.stderr),
-            str(cut.loss),
-            f"{cut.loss.normalized:.3f}",
+            f"{cut.loss.nats:.3f}",
+            str(comparison.difference(cut)),
         )
     return table
+
+
+def _ties(comparison: Comparison) -> str | None:
+    """The cuts that cannot be told apart, in words."""
+    sizes = ", ".join(map(str, comparison.ties))
+    found = [f"n = {sizes}: the two strategies"] if sizes else []
+    for cut in comparison.cuts:
+        same = f"{cut.block} and the whole model"
+        difference = comparison.difference(cut)
+        if difference.num_items > 1 and difference.tied and same not in found:
+            found.append(same)
+    return f"ties, within two standard errors: {'; '.join(found)}" if found else None
 
 
 def patch_table(patch: Patch) -> Table:

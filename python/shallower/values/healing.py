@@ -240,8 +240,4 @@ def read_loss(data: Any) -> Any:
         TypeError: a value is of another type.
         KeyError: a value is missing.
     """
-    if data is None:
-        return None
-    values = {name: of_type(dict, data)[name] for name in Loss.__slots__}
-    values["stderr"] = float("nan") if values["stderr"] is None else values["stderr"]
-    return from_fields(Loss, values)
+    return None if data is None else Loss.from_json(data)

@@ -1,11 +1,16 @@
 """The held-out loss of a model, and of the cuts that were tried."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
 
+import numpy as np
+
+from ..errors import TextsError
 from .layers import Block
-from .schema import finite
+from .schema import finite, of_type
+from .scores import Difference, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,8 @@ class Loss:
         num_texts: texts that count.
         num_rejected: texts with fewer than two tokens.
         vocab_size: size of the vocabulary that the model predicts over.
+        by_text: the nats and the predicted tokens of every text, in the order of the texts; None
+            where they are not known, as of a loss from the record of a healing.
     """
 
     nats: float
@@ -28,6 +35,7 @@ class Loss:
     num_texts: int
     num_rejected: int
     vocab_size: int
+    by_text: Scores | None = field(default=None, compare=False, repr=False)
 
     @property
     def normalized(self) -> float:
@@ -43,13 +51,83 @@ class Loss:
         """Give the loss as plain JSON values.
 
         Returns:
-            The fields and ``normalized``; an error that is not finite is None.
+            The fields but ``by_text``, and ``normalized``; an error that is not finite is None.
         """
-        return {**asdict(self), "stderr": finite(self.stderr), "normalized": self.normalized}
+        figures = {name: getattr(self, name) for name in FIGURES}
+        return {**figures, "stderr": finite(self.stderr), "normalized": self.normalized}
+
+    def to_record(self) -> dict[str, Any]:
+        """Give the loss as plain JSON values from which all of it can be read again.
+
+        Returns:
+            As :meth:`to_json`, and ``by_text``.
+        """
+        scores = self.by_text
+        by_text = scores and {"sums": scores.sums.tolist(), "weights": scores.weights.tolist()}
+        return {**self.to_json(), "by_text": by_text}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Loss":
+        """Read a loss from plain JSON values.
+
+        Args:
+            data: what :meth:`to_json` or :meth:`to_record` gave.
+
+        Returns:
+            The loss; ``by_text`` only of a record.
+
+        Raises:
+            TypeError: a value is of another type.
+            KeyError: a value is missing.
+            ValueError: there is not a number of tokens for every sum.
+        """
+        values = {name: of_type(dict, data)[name] for name in FIGURES}
+        values["stderr"] = math.nan if values["stderr"] is None else values["stderr"]
+        for name, kind in get_type_hints(cls).items():
+            of_type(kind, values.get(name))
+        scores = data.get("by_text")
+        if scores is None:
+            return cls(**values)
+        names = ("sums", "weights")
+        lists = [[of_type(float, v) for v in of_type(list, scores[name])] for name in names]
+        sums, weights = map(np.array, lists)
+        if sums.shape != weights.shape:
+            raise ValueError(f"{len(sums)} sums of {len(weights)} texts")
+        return cls(**values, by_text=Scores(sums, weights))
+
+    def minus(self, other: "Loss") -> Difference:
+        """Compare with the loss of another model, or of a cut, on the same texts.
+
+        Args:
+            other: measured on the same texts, with the same tokenizer.
+
+        Returns:
+            The paired difference in nats a token, with its own standard error: texts that are
+            hard for both count for nothing.
+
+        Raises:
+            TextsError: a loss is not known by text, or the two are of different texts.
+        """
+        if self.by_text is None or other.by_text is None:
+            raise TextsError(
+                "a loss is not known text by text, so no difference can be paired: measure both "
+                "with evaluate_loss"
+            )
+        if not np.array_equal(self.by_text.weights, other.by_text.weights):
+            raise TextsError(
+                f"the losses are of different texts, or of another tokenizer: {self.num_tokens} "
+                f"tokens of {self.num_texts} texts, and {other.num_tokens} of {other.num_texts}; "
+                f"measure both on the same"
+            )
+        return self.by_text.minus(other.by_text)
 
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
         return f"{self.nats:.3f}{error}"
+
+
+FIGURES = tuple(one.name for one in fields(Loss) if one.compare)
+"""Names of the figures of a loss, all that it has beside ``by_text``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +158,42 @@ class Comparison:
     base: Loss
     cuts: tuple[Cut, ...]
 
+    def difference(self, cut: Cut) -> Difference:
+        """Compare a cut with the whole model.
+
+        Args:
+            cut: one of ``cuts``.
+
+        Returns:
+            The paired difference in nats a token; without an error where losses are not known
+            text by text.
+        """
+        if cut.loss.by_text is None or self.base.by_text is None:
+            return Difference(cut.loss.nats - self.base.nats, math.nan, 1)
+        return cut.loss.minus(self.base)
+
+    @property
+    def ties(self) -> tuple[int, ...]:
+        """The sizes whose two blocks cannot be told from one another by their losses."""
+        found = []
+        for n in dict.fromkeys(len(cut.block) for cut in self.cuts):
+            different = {cut.block: cut.loss for cut in self.cuts if len(cut.block) == n}
+            losses = [loss for loss in different.values() if loss.by_text is not None]
+            if len(losses) == 2 and losses[0].minus(losses[1]).tied:
+                found.append(n)
+        return tuple(found)
+
     def to_json(self) -> dict[str, Any]:
         """Give the comparison as plain JSON values.
 
         Returns:
-            ``base`` (a loss) and ``cuts``.
+            ``base`` (a loss); ``cuts``, each with its ``difference`` to the whole model; and
+            ``ties``.
         """
-        return {"base": self.base.to_json(), "cuts": [cut.to_json() for cut in self.cuts]}
+        cuts = [
+            {**cut.to_json(), "difference": self.difference(cut).to_json()} for cut in self.cuts
+        ]
+        return {"base": self.base.to_json(), "cuts": cuts, "ties": list(self.ties)}
 
 
 def with_error(value: float | None, stderr: float | None, digits: int = 4) -> str:

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .schema import finite
 
 TIE = 2.0
 """Standard errors within which a paired difference is called a tie."""
@@ -28,6 +31,18 @@ class Difference:
     def tied(self) -> bool:
         """Whether the two cannot be told apart: the mean is within two standard errors of 0."""
         return not math.isfinite(self.stderr) or abs(self.mean) <= TIE * self.stderr
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the difference as plain JSON values.
+
+        Returns:
+            ``mean``, ``stderr`` (None where there is none) and ``tied``.
+        """
+        return {"mean": self.mean, "stderr": finite(self.stderr), "tied": self.tied}
+
+    def __str__(self) -> str:
+        error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
+        return f"{self.mean:+.3f}{error}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
