@@ -107,7 +107,7 @@ def test_texts_are_looked_at_in_their_order(words, at_once):
     assert max(map(len, batches)) <= at_once
     assert rows(batches) == [words(text)["input_ids"] for text in TEXTS[:19]]
     if at_once == 8:
-        assert [len(b) for b in batches] == [4, 4, 8, 3]
+        assert [len(b) for b in batches] == [2, 2, 4, 8, 3]
 
 
 def test_texts_of_which_none_can_be_judged_are_refused(words):

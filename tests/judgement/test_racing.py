@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, special, stats
 
-from shallower.judgement.judges.judge import looks
+from shallower.judgement.judges.judge import FIRST_LOOK, looks
 from shallower.judgement.judges.loss import LossJudge
-from shallower.judgement.racing import ALPHA, lost, race
+from shallower.judgement.racing import ALPHA, common_variance, lost, race
 from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
 from shallower.models.layerwise import Layerwise
@@ -105,7 +105,7 @@ def test_level_zero_judges_all_on_all_items():
 def test_one_cut_is_not_judged_more_than_once():
     trials = table(0, num_cuts=1)
     assert race(trials, [(0,)]).winner == 0
-    assert trials.judged[0] == 4
+    assert trials.judged[0] == FIRST_LOOK
 
 
 @pytest.mark.parametrize("gap", [0.0, 20.0])
@@ -115,18 +115,50 @@ def test_the_bar_is_full_at_the_end(gap):
     assert sum(steps) == 12 * trials.num_looks
 
 
+def slow_common(variances, degrees):
+    """Smyth's estimates, by a solver."""
+    logs = np.log(variances)
+    spread = np.var(logs, ddof=1) - special.polygamma(1, degrees / 2)
+    unknown = lambda more: special.polygamma(1, more / 2) - spread  # noqa: E731
+    more = 1000.0 if unknown(1000) > 0 else 0.1 if unknown(0.1) < 0 else None
+    more = more or optimize.brentq(unknown, 0.1, 1000)
+    logs = logs - special.digamma(degrees / 2) + np.log(degrees / 2)
+    return more, np.exp(logs.mean() + special.digamma(more / 2) - np.log(more / 2))
+
+
 def slow_lost(sums, weights, alpha):
     """The same rule, a pair at a time."""
     seen = np.isfinite(sums[0])
-    size, total = seen.sum(), weights[seen].sum()
+    degrees, unseen = seen.sum() - 1, 1 - weights[seen].sum() / weights.sum()
+    cuts = [Scores(row, weights) for row in sums]
+    best = min(cuts, key=lambda cut: cut.mean)
+    variances = [cut.minus(best).stderr ** 2 for cut in cuts if cut is not best]
+    more, common = slow_common(np.array(variances), degrees)
+    quantile = stats.t.ppf(1 - alpha, degrees + more)
     worse = np.zeros(len(sums), dtype=bool)
-    for b in range(len(sums)):
-        for j in range(len(sums)):
-            difference = Scores(sums[b], weights).minus(Scores(sums[j], weights))
-            unseen = 1 - total / weights.sum()
-            quantile = stats.t.ppf(1 - alpha, size - 1)
-            worse[b] |= difference.mean > quantile * difference.stderr * np.sqrt(unseen)
+    for number, cut in enumerate(cuts):
+        for other in cuts:
+            pair = cut.minus(other)
+            variance = (more * common + degrees * pair.stderr**2) / (more + degrees)
+            worse[number] |= pair.mean > quantile * np.sqrt(variance * unseen)
     return worse
+
+
+@pytest.mark.parametrize("degrees", [1, 3, 15])
+@pytest.mark.parametrize("more", [2.0, 10.0])
+def test_the_common_variance_is_found_again(degrees, more):
+    random = np.random.default_rng(0)
+    true = 0.7 * more / random.chisquare(more, 10**6)
+    found = common_variance(true * random.chisquare(degrees, 10**6) / degrees, degrees)
+    assert found[0] == pytest.approx(more, rel=0.2)
+    assert found[1] == pytest.approx(0.7, rel=0.1)
+    drawn = true[:30] * random.chisquare(degrees, 30) / degrees
+    assert common_variance(drawn, degrees) == pytest.approx(slow_common(drawn, degrees), rel=0.05)
+
+
+def test_a_single_variance_has_nothing_in_common():
+    assert common_variance(np.array([0.5]), 3) == (0, 0)
+    assert common_variance(np.array([0.5, 0.0]), 3) == (0, 0)
 
 
 @pytest.mark.parametrize("seen", [2, 4, 8, 16, 32])

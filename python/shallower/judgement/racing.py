@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import digamma, polygamma, stdtrit
 
 from ..progress import Advance
 from ..values.scores import Scores
@@ -88,11 +88,12 @@ def lost(
     """Tell which cuts are worse than another one on the items seen, by more than chance.
 
     Of the cuts b and j and s items of S, with the difference ``d`` of their means and its paired
-    standard error ``e`` (both as of ratios), b is lost if ``d > t · e · sqrt(1 - f)``: t is
-    Student's quantile at ``1 - alpha`` for s - 1 degrees of freedom, and f the share of the items
-    that were seen, by weight. The root is the correction for a finite population (Cochran,
-    Sampling Techniques, §2.6): what is estimated is the mean over the S items, in whose order
-    there is no system.
+    variance ``v`` (both as of ratios), b is lost if ``d > t · sqrt(v' · (1 - f))``. The variance
+    is moderated, ``v' = (d0 · v0 + (s-1) · v) / (d0 + s-1)``, with what the variances of all cuts
+    have in common (:func:`common_variance`; Smyth 2004), t is Student's quantile at ``1 - alpha``
+    for ``d0 + s - 1`` degrees of freedom, and f the share of the items that were seen, by weight.
+    ``1 - f`` corrects for a finite population (Cochran, Sampling Techniques, §2.6): what is
+    estimated is the mean over the S items, in whose order there is no system.
 
     Args:
         sums: (K, S), the sums over items, NaN for those that were not seen, the same of all cuts.
@@ -103,18 +104,50 @@ def lost(
         (K,), true for the lost. One is left at least.
     """
     seen = np.isfinite(sums).all(axis=0)
-    sums, counts, size = sums[:, seen], weights[seen], int(seen.sum())
-    total = counts.sum()
-    if size < 2:
+    sums, counts, degrees = sums[:, seen], weights[seen], int(seen.sum()) - 1
+    if degrees < 1:
         return np.zeros(len(sums), dtype=bool)
+    total = counts.sum()
     means = sums.sum(axis=1) / total
-    # Var(b - j) from the products of all: (K, K) at once.
-    rests = sums - means[:, None] * counts
-    products = rests @ rests.T
+    # The variances of the differences of all pairs, (K, K), from the products of all deviations.
+    deviations = sums - means[:, None] * counts
+    products = deviations @ deviations.T
     squares = np.diag(products)
-    variances = np.maximum(squares[:, None] + squares - 2 * products, 0) * size / (size - 1)
-    left = max(0.0, 1 - total / weights.sum())
-    bound = stdtrit(size - 1, 1 - alpha) * np.sqrt(variances * left) / total
+    pairs = np.maximum(squares[:, None] + squares - 2 * products, 0)
+    variances = pairs * (degrees + 1) / degrees / total**2
+    best = int(np.argmin(means))
+    more, common = common_variance(np.delete(variances[best], best), degrees)
+    variances = (more * common + degrees * variances) / (more + degrees)
+    bound = stdtrit(more + degrees, 1 - alpha) * np.sqrt(
+        variances * max(0.0, 1 - total / weights.sum())
+    )
     worse: NDArray[np.bool_] = (means[:, None] - means > bound).any(axis=1)
-    worse[np.argmin(means)] = False
+    worse[best] = False
     return worse
+
+
+def common_variance(variances: NDArray[np.float64], degrees: int) -> tuple[float, float]:
+    """Estimate the distribution that variances come from, by their logarithms (Smyth 2004, §6.2).
+
+    A variance is ``v0 d0 / chi²(d0)``, and an estimate of it has ``degrees`` of its own: then the
+    logarithms of the estimates have the variance ``trigamma(degrees/2) + trigamma(d0/2)``.
+
+    Args:
+        variances: estimates.
+        degrees: their degrees of freedom.
+
+    Returns:
+        d0, the degrees of freedom that the others add to each of them, and v0; d0 is 0 where there
+        are not two estimates, and between 0.1 and 1000 else.
+    """
+    logs = np.log(variances[variances > 0])
+    if len(logs) < 2:
+        return 0.0, 0.0
+    spread = np.var(logs, ddof=1) - polygamma(1, degrees / 2)
+    fitting = int((polygamma(1, _DEGREES / 2) >= spread).sum())
+    more = float(_DEGREES[max(0, fitting - 1)])
+    shift = digamma(more / 2) - np.log(more / 2) - digamma(degrees / 2) + np.log(degrees / 2)
+    return more, float(np.exp(logs.mean() + shift))
+
+
+_DEGREES = np.geomspace(0.1, 1000, 400)

@@ -9,6 +9,7 @@ from ..progress import Advance, track
 from ..values.layers import blocks_of, check_sizes, dropped_layers
 from ..values.plan import Plan
 from .criterion import Criterion
+from .racing import ALPHA
 from .subject import Subject
 
 
@@ -18,10 +19,12 @@ class Search(Criterion):
     Attributes:
         strategy: a row of ``STRATEGIES``.
         judged: whether the set that was found is judged on all items, for the score of its plan.
+        alpha: of races, as for :func:`race`.
     """
 
     strategy: ClassVar[str] = "search"
     judged: ClassVar[bool] = True
+    alpha: ClassVar[float] = ALPHA
 
     @abstractmethod
     def search(self, subject: Subject, n: int, advance: Advance) -> Iterable[int]:

@@ -10,8 +10,8 @@ class Deepest(Search):
     """The simple heuristic of 2403.17887, §4.4: ``[L-1-n, L-1)``."""
 
     name = "deepest"
-    summary = "the deepest layers but the last, whatever the texts are"
-    cost = "nothing"
+    summary = "The deepest layers but the last, whatever the texts are."
+    cost = "Nothing."
     strategy = "deepest"
     judged = False
 

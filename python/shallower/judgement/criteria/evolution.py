@@ -38,8 +38,8 @@ class Evolution(Search):
     """
 
     name = "evolution"
-    summary = "the best set that mutation and selection by the judge have found"
-    cost = "16 generations of 16 sets at most, most of them on 4 items; the states of many paths"
+    summary = "The best set that mutation and selection by the judge have found."
+    cost = "16 generations of 16 sets at most, most of them on 4 items; the states of many paths."
 
     def search(self, subject: Subject, n: int, advance: Advance) -> Iterable[int]:
         """Search as :meth:`Search.search`."""

@@ -10,13 +10,14 @@ class Exhaustive(Search):
     """The contiguous block of n layers without which the judge's score is least."""
 
     name = "exhaustive"
-    summary = "the judge's score without each contiguous block; the blocks are raced"
-    cost = "at most (L-n)(L-n+3)/2 layers a text, about half of it raced; the states of a path"
+    summary = "The judge's score without each contiguous block; the blocks are raced."
+    cost = "At most (L-n)(L-n+3)/2 layers a text, about half of it raced; the states of a path."
 
     def search(self, subject: Subject, n: int, advance: Advance) -> range:
         """Search as :meth:`Search.search`."""
         blocks = [range(start, start + n) for start in range(subject.num_layers - n + 1)]
-        return blocks[race(subject.trials, blocks, advance=advance).winner]
+        found = race(subject.trials, blocks, alpha=self.alpha, advance=advance)
+        return blocks[found.winner]
 
     def steps(self, subject: Subject, n: int) -> int:
         """Count steps as :meth:`Search.steps`."""

@@ -13,8 +13,8 @@ class Greedy(Search):
     """
 
     name = "greedy"
-    summary = "one layer after the other, each the one whose removal costs the judge least"
-    cost = "at most about n L²/2 layers a text, raced; the states of the paths that were tried"
+    summary = "One layer after the other, each the one whose removal costs the judge least."
+    cost = "At most about n L²/2 layers a text, raced; the states of the paths that were tried."
 
     def search(self, subject: Subject, n: int, advance: Advance) -> list[int]:
         """Search as :meth:`Search.search`."""
@@ -22,7 +22,8 @@ class Greedy(Search):
         for _ in range(n):
             left = subject.trials.path(gone)
             cuts = [(*gone, layer) for layer in left]
-            gone.append(left[race(subject.trials, cuts, advance=advance).winner])
+            found = race(subject.trials, cuts, alpha=self.alpha, advance=advance)
+            gone.append(left[found.winner])
         return gone
 
     def steps(self, subject: Subject, n: int) -> int:

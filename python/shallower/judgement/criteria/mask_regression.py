@@ -14,8 +14,8 @@ DROPPED = 0.1
 MASKS_PER_LAYER, LEAST_MASKS = 4, 128
 """Masks: more than there are coefficients, and so many that each layer is gone in a dozen."""
 
-LOOKS = 1
-"""Batches of items that each mask is judged on: many masks say more than many items."""
+ITEMS = 4
+"""Items that each mask is judged on, at least: many masks say more than many items."""
 
 RIDGES = np.logspace(-4, 4, 33)
 """Ridges to choose from, times the mean squared singular value of the centred masks."""
@@ -25,8 +25,8 @@ class MaskRegression(Criterion):
     """The coefficients of a ridge regression of the judge's score on which layers are gone."""
 
     name = "mask_regression"
-    summary = "the share of each layer in what random cuts cost, by ridge regression"
-    cost = "4 L cuts, 128 at least, on the first items, less what they share; states of paths"
+    summary = "The share of each layer in what random cuts cost, by ridge regression."
+    cost = "4 L cuts, 128 at least, on the first items, less what they share; states of paths."
 
     def costs(self, subject: Subject) -> Costs:
         """Measure as :meth:`Criterion.costs`."""
@@ -34,9 +34,10 @@ class MaskRegression(Criterion):
         gone = draw_masks(subject.num_layers, subject.seed)
         cuts = [tuple(int(layer) for layer in np.flatnonzero(mask)) for mask in gone]
         scores = np.empty(len(cuts))
+        enough = np.searchsorted(np.cumsum([len(part) for part in trials.judge.items]), ITEMS)
         with track(self.name, len(cuts), subject.progress) as advance:
             for index in sorted(range(len(cuts)), key=lambda index: trials.path(cuts[index])):
-                scores[index] = trials.scores(cuts[index], looks=LOOKS).mean
+                scores[index] = trials.scores(cuts[index], looks=int(enough) + 1).mean
                 advance(1)
         return Costs.of_layers(
             ridge_regression(gone, scores), metric=self.name, model=subject.decoder.identity

@@ -13,8 +13,8 @@ class OneShot(Criterion):
     """
 
     name = "one_shot"
-    summary = "what the judge's score loses without each single layer"
-    cost = "L(L+1)/2 layers a text; the states of one path"
+    summary = "What the judge's score loses without each single layer."
+    cost = "L(L+1)/2 layers a text; the states of one path."
 
     def costs(self, subject: Subject) -> Costs:
         """Measure as :meth:`Criterion.costs`."""

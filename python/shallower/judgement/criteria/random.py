@@ -13,8 +13,8 @@ class Random(Search):
     """n of the L layers, every set with the same probability, by the subject's seed."""
 
     name = "random"
-    summary = "layers drawn at random, by the seed"
-    cost = "nothing"
+    summary = "Layers drawn at random, by the seed."
+    cost = "Nothing."
     strategy = "random"
     judged = False
 

@@ -15,7 +15,7 @@ from ...models.layerwise import Layerwise
 from ...texts.batches import Batch, TokenBatches, padded
 from ...values.tokens import Tokens
 
-FIRST_LOOK = 4
+FIRST_LOOK = 2
 """Items of the first look of a race; each look doubles them."""
 
 
@@ -130,7 +130,7 @@ def require_finite(
 
 
 def looks(num_items: int, at_once: int) -> list[slice]:
-    """Divide items into batches for a race: 4, 4, 8, 16, …, so that each look doubles them.
+    """Divide items into batches for a race: 2, 2, 4, 8, …, so that each look doubles them.
 
     Args:
         num_items: S.
