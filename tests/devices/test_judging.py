@@ -2,17 +2,21 @@
 
 import pytest
 
+from shallower.judgement.half_blocks import half_blocks
 from shallower.judgement.judges.judge import judged_batches
 from shallower.judgement.judges.kl import KLJudge
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.judges.options import OptionsJudge
+from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
+from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.texts.options import OptionItem
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS
+from tests.devices.test_models import A_PLAIN_SUM
 
 WORDS = word_tokenizer()
 ITEMS = [OptionItem(text, ("w1 w2", "w3", "w4"), 1) for text in TEXTS]
@@ -28,3 +32,13 @@ def test_a_cut_is_judged(stage, judge):
         scores = Trials(Layerwise(stage.model()), made, meter=Meter()).scores([1, 2])
     assert scores.complete
     assert len(scores) == len(TEXTS)
+
+
+def test_half_blocks(stage):
+    judge = KLJudge(judged_batches(WORDS, TEXTS, Tokens()))
+    with stage.open(_scale=A_PLAIN_SUM):
+        decoder = Decoder.of(stage.model())
+        trials = Trials(Layerwise(decoder), judge, meter=Meter())
+        found = half_blocks(Subject(decoder, WORDS, judge.batches[:1], trials, (1,)))
+    assert len(found) == 2 * len(decoder)
+    assert found[0].kv_bytes == 2 * 4096 * 2

@@ -101,6 +101,17 @@ def find_writers(model: Layerwise, layer: int, *, batch: Batch, states: torch.Te
     return Writers(attention, Writer(last, found[last], scale))
 
 
+@contextmanager
+def silenced(writer: Writer) -> Iterator[None]:
+    """Let a linear map write nothing into the stream for as long as the body runs.
+
+    Args:
+        writer: of a layer.
+    """
+    with _output(writer.module, torch.zeros_like):
+        yield
+
+
 def _is_plain(module: nn.Module, width: int) -> bool:
     """Tell if a module is a linear map of floating-point weights to ``width`` values."""
     weight = getattr(module, "weight", None)
@@ -161,7 +172,7 @@ def _ratio(
     silent: nn.Module | None = None,
 ) -> torch.Tensor:
     """(2,): the mean factor of a module's output in the stream, and the greatest deviation."""
-    with _output(silent, lambda output: torch.zeros_like(output)):
+    with _output(silent, torch.zeros_like):
         before = model.run(batch, states, (layer,)).float()
         signs = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)) < 0.5
         probe = (before.abs() + before.square().mean().sqrt()) * (2.0 * signs.to(before) - 1.0)

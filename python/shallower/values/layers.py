@@ -73,7 +73,19 @@ def layer_number(value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
+    _require_whole(value)
     raise LayersError(f"{value!r}: expected an integer layer index or count")
+
+
+def _require_whole(value: object) -> None:
+    """Refuse the name of a half of a layer, as ``3.attention``."""
+    half = isinstance(value, str) and re.fullmatch(r"\s*([0-9:]+)\.([a-z][\w-]*)\s*", value)
+    if half:
+        raise LayersError(
+            f"{half[0].strip()} is a half of a layer, and no stock loader would leave it out: "
+            f"transformers 5.24 writes per_layer_config skip into a config and ignores it in the "
+            f"model, whose logits stay as they are; drop the whole layer ({half[1]})"
+        )
 
 
 def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
@@ -85,6 +97,7 @@ def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
     """
     if isinstance(layers, Block):
         layers = (layers,)
+    _require_whole(layers)
     if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
         raise LayersError(f"{layers!r} does not name layers: expected blocks or indices")
     named: list[int] = []
@@ -197,6 +210,7 @@ def parse_layers(text: str) -> list[Block]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?::\s*([0-9]{1,9})\s*)?", part)
         if not match:
+            _require_whole(part)
             raise LayersError(
                 f"cannot read {part!r} in {text!r}: expected indices and half-open ranges "
                 f"such as 3,12:20"
