@@ -83,7 +83,7 @@ def half_blocks(subject: Subject) -> list[HalfBlock]:
     """Measure the model without each attention and without each feed-forward.
 
     Every half is tried once on all texts that choose, from the states before its layer on:
-    L (L + 3) layers a text, and 3 L for each that fits. In memory are the states of one batch.
+    L² + 3 L - 1 layers a text, and 2 L for each that fits. In memory are the states of one batch.
 
     Args:
         subject: the model, its texts and its judge.
