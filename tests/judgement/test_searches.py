@@ -1,5 +1,8 @@
 """Searches over sets of layers, against plain ones by models that are really cut."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,9 @@ from shallower import Block, LayersError
 from shallower.judgement.criteria import CRITERIA
 from shallower.judgement.criteria.evolution import mutations
 from shallower.judgement.criteria.mask_regression import DROPPED, draw_masks, ridge_regression
+from shallower.judgement.judges.kl import KLJudge
+from shallower.judgement.trials import Trials
+from shallower.judgement.work import Meter
 from tests.conftest import tiny_llama
 from tests.documents import documents
 from tests.judgement import toy
@@ -259,3 +265,37 @@ def test_evolution_finds_layers_that_do_nothing_wherever_they_are(known):
         lost = known.trials.scores(dropped).minus(known.trials.scores(()))
         best = known.trials.scores((toy.IDENTITY, toy.SCALES)).minus(known.trials.scores(()))
         assert lost.mean <= best.mean + (n == 3) * 0.1
+
+
+@pytest.mark.parametrize("name", ["greedy", "exhaustive", "evolution", "one_shot"])
+def test_what_changes_least_is_found_by_the_divergence_too(known, name):
+    judge = KLJudge(known.trials.judge.batches)
+    meter = Meter()
+    subject = replace(
+        known, trials=Trials(known.trials.model, judge, meter=meter), meter=meter, sizes=(1, 2)
+    )
+    plans = CRITERIA[name].plans(subject)
+    assert plans[1].dropped in [(toy.IDENTITY,), (toy.SCALES,)]
+    cancel, nothing = tuple(range(*toy.PAIR)), (toy.IDENTITY, toy.SCALES)
+    either = {"exhaustive": [cancel], "evolution": [cancel, nothing]}
+    assert plans[2].dropped in either.get(name, [nothing])
+
+
+# The real model.
+@pytest.mark.slow
+def test_a_real_model_loses_what_plain_searches_choose(smol, data):
+    model, tokenizer = smol
+    lines = (data / "text" / "c4_eval.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    texts = [json.loads(line)["text"] for line in lines]
+
+    def loss(dropped):
+        with sh.without_layers(model, sorted(dropped)):
+            return sh.evaluate_loss(model, tokenizer, texts, max_length=64, progress=False).nats
+
+    subject = toy.make_subject(model, tokenizer, texts, sizes=(8,), max_length=64, batch_size=2)
+    blocks = [range(start, start + 8) for start in range(23)]
+    assert CRITERIA["exhaustive"].plans(subject)[8].dropped == tuple(min(blocks, key=loss))
+    gone = ()
+    for n in (1, 2):
+        gone = min(((*gone, layer) for layer in range(30) if layer not in gone), key=loss)
+        assert CRITERIA["greedy"].plans(of_sizes(subject, n))[n].dropped == tuple(sorted(gone))
