@@ -198,13 +198,12 @@ def test_states_in_a_file_are_the_same(learned, words, tmp_path, monkeypatch):
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *a, **k: made.append(a) or from_file(*a, **k))
     kept = QuickPatch(Layerwise(learned), batches)
-    assert not made
-    spilled = QuickPatch(Layerwise(learned), batches, room=0)
-    assert len(made) == 2 * (9 + 1)
-    assert not list(tmp_path.iterdir())
     with kept.patched(plan_of(SCATTERED)):
         first = copy.deepcopy(learned.state_dict())
-    with spilled.patched(plan_of(SCATTERED)):
+    assert not made
+    with QuickPatch(Layerwise(learned), batches, room=0).patched(plan_of(SCATTERED)):
+        assert len(made) == 2 * (9 + 1)
+        assert not list(tmp_path.iterdir())
         assert all(torch.equal(v, first[k]) for k, v in learned.state_dict().items())
 
 
@@ -215,7 +214,9 @@ def test_layers_that_run_are_counted(learned, words):
     quick = QuickPatch(
         Layerwise(learned), batches, ran=lambda layers, texts: ran.append(layers * texts)
     )
-    assert sum(ran) == 8 * 24
+    assert not ran
+    with quick.patched(plan_of((3, 4))):
+        assert sum(ran) == 8 * 24 + 24
     ran.clear()
     with quick.patched(plan_of((3, 4))):
         assert sum(ran) == 24

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class _Part:
 class QuickPatch:
     """Quick patches of cuts of one model, on the same texts.
 
+    The whole model runs on them once, when the first cut is patched.
+
     Args:
         model: the whole model, in float32, bfloat16 or float16.
         batches: texts to fit, padded on the right: a few thousand tokens.
@@ -81,7 +84,6 @@ class QuickPatch:
 
     Raises:
         TextsError: there are fewer than two texts.
-        ModelError: the layers cannot be run one by one.
     """
 
     def __init__(
@@ -92,16 +94,21 @@ class QuickPatch:
         room: int | None = None,
         ran: Callable[[int, int], None] = lambda _layers, _texts: None,
     ) -> None:
-        self._model, self._ran = model, ran
+        self._model, self._room, self._ran = model, room, ran
+        self._divided = _divide(batches)
+        self._probe = self._divided[0][0].split(1)[0]
         self._writers: dict[int, Writer | None] = {}
-        divided = _divide(batches)
-        self._probe = divided[0][0].split(1)[0]
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        """The whole model's states on the texts to fit and on those held out, made once."""
+        model = self._model
         model.check(self._probe)
         sample = model.embed(self._probe)
         width, dtype = sample.shape[-1], sample.dtype
-        tokens = sum(batch.input_ids.size for part in divided for batch in part)
+        tokens = sum(batch.input_ids.size for part in self._divided for batch in part)
         taken = (len(model) + 1) * tokens * width * dtype.itemsize
-        room = free_bytes(torch.device("cpu")) // 4 if room is None else room
+        room = free_bytes(torch.device("cpu")) // 4 if self._room is None else self._room
         with ExitStack() as stack:
             folder = None
             if taken > room:
@@ -111,16 +118,18 @@ class QuickPatch:
             def stored(name: str, part: Sequence[Batch]) -> Stored:
                 return Stored(folder and folder / name, part, width, dtype)
 
-            self._parts = [
+            parts = [
                 _Part(
                     part,
                     [stored(f"{name}.{layer}", part) for layer in range(len(model) + 1)],
                     stored(f"{name}.cut", part),
                 )
-                for name, part in zip(("fitted", "held"), divided, strict=True)
+                for name, part in zip(("fitted", "held"), self._divided, strict=True)
             ]
-        for part in self._parts:
-            self._run_whole(part)
+        with torch.no_grad():
+            for part in parts:
+                self._run_whole(part)
+        return parts
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -146,6 +155,7 @@ class QuickPatch:
             PatchError: there is no layer before a block; the one that is there does not write by
                 a plain linear map; states are not finite; or there is not enough memory.
             PlanError: the plan is for another number of layers.
+            ModelError: the layers cannot be run one by one.
         """
         changes = Changes()
         try:
