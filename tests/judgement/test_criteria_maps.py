@@ -103,6 +103,32 @@ def test_only_some_texts_are_run_where_they_are_long(words, monkeypatch):
     assert kept == sum(ran) - len(ran)
 
 
+@pytest.mark.parametrize("name", ["linear_map", "reachable"])
+def test_tokens_with_massive_activations_are_left_out(words, name):
+    model = tiny_llama(3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[[7, 8, 9]] *= 1000
+    subject = make_subject(model, words, FEW, batch_size=6)
+    states = twins.hooked_states(model, subject.decoder.layers.modules, subject.batches)
+    if name == "linear_map":
+        expected = twins.linear_map(states, subject.batches)
+    else:
+        expected = twins.reachable(states, subject.batches, hooked_inputs(subject))
+    assert_costs(CRITERIA[name].costs(subject), *expected)
+    tokens = kept_states.kept_states(subject).tokens
+    ids = [
+        batch.input_ids[mask]
+        for masks in (tokens.fitted, tokens.held_out)
+        for batch, mask in zip(tokens.batches, masks, strict=True)
+    ]
+    later = [
+        i for b in subject.batches for row in zip(b.input_ids, b.attention_mask, strict=True)
+        for i in row[0][1 : row[1].sum()]
+    ]  # fmt: skip
+    assert sorted(np.concatenate(ids)) == sorted(i for i in later if i not in (7, 8, 9))
+    assert {7, 8, 9} < set(later)
+
+
 def test_two_texts_are_held_out_however_long_they_are(words, monkeypatch):
     monkeypatch.setattr(kept_states, "TOKENS_RUN", 10)
     subject = make_subject(tiny_llama(2), words, FEW, batch_size=6)

@@ -182,13 +182,21 @@ def kept(batches, fit=4096, hold=512):
     return found
 
 
+def plain(states, places, fitted):
+    """The places that carry massive activations at no state."""
+    for layer in range(len(states[0])):
+        bound = 10 * np.median(np.linalg.norm(at(states, layer, fitted), axis=1))
+        places = [p for p in places if np.linalg.norm(states[p[0]][layer, p[1]]) <= bound]
+    return places
+
+
 def at(states, layer, places):
     return np.array([states[text][layer, place] for text, place in places])
 
 
 def unexplained(states, batches, inputs, first=0):
     """1 - R² of every block, by normal equations; ``inputs(start)`` gives them by text."""
-    fitted, held = kept(batches)
+    fitted, held = (plain(states, places, kept(batches)[0]) for places in kept(batches))
     num_layers = len(states[0]) - 1
     costs = np.full((num_layers + 1, num_layers + 1), np.nan)
     errors = costs.copy()

@@ -28,13 +28,18 @@ no text counts too much."""
 HELD_OUT_TEXTS = 4
 """Every so-manieth text is held out."""
 
+MASSIVE = 10.0
+"""Medians of the norms of a state beyond which a token carries massive activations."""
+
 FEWEST_TEXTS = 2 * HELD_OUT_TEXTS
 """Texts of which two are held out, so that there is an error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptTokens:
-    """Tokens to fit and tokens held out: none of them the first of a text, nor padding.
+    """Tokens to fit and tokens held out: none of them padding or the first of a text.
+
+    Nor any that carries massive activations at some state, once those are known.
 
     Attributes:
         batches: of the texts that are run.
@@ -100,10 +105,31 @@ class KeptTokens:
         """Texts that are run."""
         return sum(len(batch) for batch in self.batches)
 
+    def only(self, fitted: NDArray[np.bool_], held_out: NDArray[np.bool_]) -> "KeptTokens":
+        """Leave tokens out.
+
+        Args:
+            fitted: (N,), true at those tokens to fit that stay.
+            held_out: (M,), likewise.
+
+        Returns:
+            The others.
+        """
+        masks = (_narrowed(self.fitted, fitted), _narrowed(self.held_out, held_out))
+        return KeptTokens(self.batches, *masks, self.texts[held_out])
+
 
 def _evenly(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     chosen = np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)
     return places[chosen]
+
+
+def _narrowed(masks: list[NDArray[np.bool_]], stay: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    ends = np.cumsum([mask.sum() for mask in masks])[:-1]
+    narrowed = [np.zeros_like(mask) for mask in masks]
+    for new, mask, part in zip(narrowed, masks, np.split(stay, ends), strict=True):
+        new[mask] = part
+    return narrowed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +176,8 @@ class KeptStates:
             yield Scores(self._by_text(errors), self.spreads[stop])
 
     def _by_text(self, values: torch.Tensor) -> NDArray[np.float64]:
-        return np.bincount(self.tokens.texts, weights=values.cpu().numpy())
+        weights = values.cpu().numpy()
+        return np.bincount(self.tokens.texts, weights, minlength=self.spreads.shape[1])
 
 
 def _predictor(inputs: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
@@ -198,6 +225,12 @@ def _kept_states(subject: Subject) -> KeptStates:
             advance(len(batch))
     subject.meter.ran(subject.num_layers, tokens.num_texts + 2)
     fitted, held_out = ([torch.cat(found[i]) for found in parts] for i in range(2))
+    plain, plain_held = _without_massive(fitted, held_out)
+    tokens = tokens.only(plain, plain_held)
+    fitted, held_out = (
+        [states[torch.from_numpy(np.flatnonzero(stay))] for states in some]
+        for some, stay in ((fitted, plain), (held_out, plain_held))
+    )
     spreads = []
     for state, (fit, held) in enumerate(zip(fitted, held_out, strict=True)):
         spread = (held.double() - fit.double().mean(0)).square().sum(-1)
@@ -209,3 +242,16 @@ def _kept_states(subject: Subject) -> KeptStates:
             )
         spreads.append(sums)
     return KeptStates(tokens, fitted, held_out, np.array(spreads))
+
+
+def _without_massive(
+    fitted: list[torch.Tensor], held_out: list[torch.Tensor]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which tokens to fit, and which held out, carry massive activations at no state."""
+    massive = [np.zeros(len(some[0]), dtype=bool) for some in (fitted, held_out)]
+    for fit, held in zip(fitted, held_out, strict=True):
+        norms = [states.float().norm(dim=-1) for states in (fit, held)]
+        bound = MASSIVE * norms[0].median()
+        for found, of_tokens in zip(massive, norms, strict=True):
+            found |= (of_tokens > bound).cpu().numpy()
+    return ~massive[0], ~massive[1]

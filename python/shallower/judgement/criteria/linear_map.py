@@ -17,7 +17,8 @@ class LinearMap(Criterion):
     sum of squares over the N tokens, times D/N: the channels of a stream differ a
     thousandfold in size. The penalty is on the change, so that the map falls back to doing
     nothing. R² is of the variance of x⁽ᵐ⁾, which the layers behind the block read, so blocks of
-    all sizes can be compared. First tokens, whose activations outweigh all others, are left out.
+    all sizes can be compared. First tokens and others that carry massive activations are left
+    out: they outweigh all others together.
 
     A layer that only scales the states costs next to nothing: a linear map can stand in for it.
     """
