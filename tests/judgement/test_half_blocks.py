@@ -27,6 +27,7 @@ from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama
 from tests.documents import HELD_OUT, TEXTS, assert_same, state_of
 from tests.families import random_model
+from tests.judgement.toy import IDENTITY, SCALES, make_subject, toy_model, toy_texts
 
 WRITERS = {
     "llama": ("self_attn.o_proj", "mlp.down_proj"),
@@ -93,8 +94,8 @@ def test_a_half_is_a_model_whose_writer_is_zero(words, name):
         (layer, part) for layer in range(num_layers) for part in parts
     ]
     whole = sh.evaluate_loss(model, words, TEXTS[:9], max_length=16)
-    for half in found:
-        attention, feed_forward = WRITERS[name]
+    attention, feed_forward = WRITERS[name]
+    for half in found[:2] + found[-4:-2]:
         writer = attention if half.part == "attention" else feed_forward
         cut = sh.evaluate_loss(without(model, half.layer, writer), words, TEXTS[:9], max_length=16)
         lost = cut.minus(whole)
@@ -108,6 +109,23 @@ def test_a_half_is_a_model_whose_writer_is_zero(words, name):
             between = outputs(only_attention, text, half.layer, words)[1]
             pairs.append((before, between) if half.part == "attention" else (between, after))
         assert half.similarity == pytest.approx(distance(pairs), abs=1e-6)
+
+
+def test_the_halves_of_a_network_whose_worth_is_known(words):
+    network = toy_model()
+    subject = make_subject(network, words, toy_texts(network, 12))
+    found = {(half.layer, half.part): half for half in half_blocks(subject)}
+    idle = [(IDENTITY, "attention"), (IDENTITY, "feed_forward"), (SCALES, "attention")]
+    for half in [found[one] for one in idle]:
+        assert (half.difference, half.difference_stderr, half.tied) == (0, 0, True)
+        assert half.similarity == pytest.approx(0, abs=1e-12)
+    # The last layer scales the stream, which the final norm undoes.
+    assert found[SCALES, "feed_forward"].similarity == pytest.approx(0, abs=1e-6)
+    assert found[SCALES, "feed_forward"].difference == pytest.approx(0, abs=1e-5)
+    others = [half for one, half in found.items() if one[0] not in (IDENTITY, SCALES)]
+    assert len(others) == 12
+    assert all(half.similarity > 1e-3 and half.difference > 0.01 for half in others)
+    assert all(half.kv_bytes is None for half in found.values() if half.part == "attention")
 
 
 def test_a_half_that_does_nothing_costs_nothing(words):
