@@ -204,16 +204,27 @@ def test_costs_are_read_by_people(forwards, seconds, expected):
 
 def test_half_blocks_are_sorted_by_what_they_cost(whole):
     text = printed(whole)
-    part = text.split("single attentions and feed-forwards")[1]
-    lines = [line for line in part.splitlines() if line.strip().startswith("12 ")]
-    assert [line.split()[1] for line in lines] == ["attention", "feed-forward"]
-    assert "0.040 ± 0.005" in lines[0]
-    assert "885k" in lines[0]
-    assert "–" in lines[1]
-    assert "nan" not in part
+    part = text.split("single attentions and feed-forwards")[1].split("models that")[0]
+    lines = [line.split() for line in part.splitlines() if re.match(r" *\d+ [af]", line)]
+    assert lines == [
+        ["3", "attention", "0.0011", "-0.001", "±", "0.002", "tie", "885k", "–"],
+        ["12", "attention", "0.0069", "+0.040", "±", "0.005", "885k", "768"],
+        ["12", "feed-forward", "–", "+0.139", "tie", "2.65M", "0"],
+    ]
+    assert "a model without them cannot be saved" in part
+    can = tuple({**half, "cuttable": True} for half in HALF_BLOCKS)
+    assert "cannot be saved" not in printed(replace(whole, half_blocks=can))
     two = [{**half, "model": name} for name in ("a/one", "b/two") for half in HALF_BLOCKS]
     text = printed(replace(whole, half_blocks=tuple(two)))
-    assert len(re.findall(r"a/one +12", text)) == 2
+    assert len(re.findall(r"a/one +\d+", text)) == 3
+    assert text.index("a/one") < text.index("b/two")
+
+
+def test_half_blocks_of_the_judges_are_tabulated(whole):
+    from shallower.judgement.half_blocks import HalfBlock
+
+    half = HalfBlock(3, "attention", 0.1, 4.0, 0.5, 0.1, 2000, 0.01, None, cuttable=False)
+    assert "+0.500 ± 0.100" in printed(replace(whole, half_blocks=(half.to_json(),)))
 
 
 def test_the_table_of_criteria_has_their_words():

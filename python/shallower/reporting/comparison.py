@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
@@ -103,7 +103,7 @@ def _table(title: str) -> Table:
     """A table with narrow gaps, so that all columns have room."""
     return Table(
         title=Text(f"\n{title}"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        show_edge=False, padding=0, collapse_padding=True,
+        show_edge=False, padding=0, caption_justify="left", collapse_padding=True,
     )  # fmt: skip
 
 
@@ -202,30 +202,34 @@ def _taus(rows: Sequence[Row]) -> Table | None:
     return table
 
 
-def _half_blocks(halves: Iterable[Mapping[str, Any]], unit: str) -> Table:
+def _half_blocks(halves: Sequence[Mapping[str, Any]], unit: str) -> Table:
     """Single attentions and feed-forwards, by model, the least loss first."""
-    table = _table(f"single attentions and feed-forwards; {unit} more than the whole model")
-    halves = list(halves)
+    table = _table("single attentions and feed-forwards")
     several = any("model" in half for half in halves)
     if several:
         table.add_column("model", overflow="fold")
     table.add_column("layer", justify="right")
     table.add_column("part", no_wrap=True)
-    table.add_column("cosine", justify="right")
-    table.add_column("difference ± error", no_wrap=True)
-    table.add_column("parameters", justify="right")
-    table.add_column("KV cache,\nbytes a token", justify="right", no_wrap=True)
+    table.add_column("1 -\ncosine", no_wrap=True)
+    table.add_column(f"to the whole model,\n{unit}")
+    table.add_column("", no_wrap=True, min_width=3)
+    table.add_column("para-\nmeters", no_wrap=True, justify="right")
+    table.add_column("KV bytes\na token", no_wrap=True, justify="right")
     for _, of_model in groupby(halves, lambda half: half.get("model")):
         for half in sorted(of_model, key=lambda half: _last(half["difference"])):
+            difference = _known(half["difference"])
             cells = [
                 str(half["layer"]),
                 str(half["part"]).replace("_", "-"),
-                _short(half["similarity"]),
-                _short(half["difference"], half["difference_stderr"]),
+                with_error(_known(half["similarity"]), None),
+                "–" if difference is None else _signed(difference, half["difference_stderr"]),
+                "tie" if half["tied"] else "",
                 _count(half["parameters"]),
-                _count(half["kv_bytes"]),
+                "–" if half["kv_bytes"] is None else _count(half["kv_bytes"]),
             ]
             table.add_row(*([Text(str(half.get("model", "")))] if several else []), *cells)
+    if not all(half["cuttable"] for half in halves):
+        table.caption = "a model without them cannot be saved: transformers builds layers whole"
     return table
 
 
@@ -250,6 +254,10 @@ def _short(value: float | None, stderr: float | None = None) -> str:
     """A value with its error, in 13 characters up to 99."""
     value = _known(value)
     return with_error(value, stderr, 3 if value is None or abs(value) < 9.9995 else 2)
+
+
+def _signed(value: float, stderr: float | None) -> str:
+    return ("+" if value > 0 else "") + _short(value, stderr)
 
 
 def _known(value: float | None) -> float | None:
