@@ -155,7 +155,7 @@ def test_a_comparison_shows_paired_differences_and_names_ties(width):
         Cut("similarity", Block(103, 104), by_text(21, 119, 229)),
         Cut("deepest", Block(128, 129), by_text(40, 140, 251)),
     )
-    text = printed(comparison_table(Comparison(by_text(20, 120, 230), cuts)), width)
+    text = printed(comparison_table(Comparison.of(by_text(20, 120, 230), cuts)), width)
     assert "+11.700 ± 0.351" in row_of(text, "│ 8 ", "similarity")
     assert "+2.033 ± 0.033" in row_of(text, "│ 1 ", "deepest")
     assert "n = 8: the two strategies; [103, 104) and the whole model" in " ".join(text.split())

@@ -32,7 +32,7 @@ def test_a_comparison_is_strict_json():
     assert data["cuts"][0]["strategy"] == "similarity"
     assert data["cuts"][0]["drop"] == {"start": 2, "stop": 4, "score": 0.25, "stderr": None}
     assert data["cuts"][0]["loss"]["stderr"] == 0.125
-    assert data["cuts"][0]["difference"] == {"mean": 0.25, "stderr": None, "tied": True}
+    assert data["cuts"][0]["difference"] is None
     assert data["ties"] == []
 
 
@@ -110,8 +110,22 @@ def test_blocks_of_one_size_that_cannot_be_told_apart_are_ties():
         Cut("similarity", Block(0, 4), by_text(50, 150, 260)),
         Cut("deepest", Block(0, 4), by_text(50, 150, 260)),
     ]
-    comparison = Comparison(by_text(20, 120, 230), tuple(cuts))
+    comparison = Comparison.of(by_text(20, 120, 230), cuts)
     assert comparison.ties == (2,)
+    assert [cut.difference.tied for cut in comparison.cuts] == [False] * 6
     data = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
     assert data["ties"] == [2]
-    assert data["cuts"][2]["difference"] == {"mean": 0.1, "stderr": 0, "tied": False}
+    assert data["cuts"][4]["difference"] == {"mean": 3, "stderr": 0, "num_items": 3, "tied": False}
+    assert Comparison.from_json(data) == comparison
+    for change in ({"ties": [2.5]}, {"cuts": [{**data["cuts"][0], "difference": {"mean": 1}}]}):
+        with pytest.raises((KeyError, TypeError)):
+            Comparison.from_json({**data, **change})
+
+
+def test_a_single_text_has_no_error_and_so_a_tie():
+    comparison = Comparison.of(by_text(20), [Cut("deepest", Block(1, 2), by_text(40))])
+    (cut,) = comparison.cuts
+    assert (cut.difference.mean, cut.difference.tied) == (2, True)
+    data = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    assert data["cuts"][0]["difference"]["stderr"] is None
+    assert Comparison.from_json(data).to_json() == data

@@ -43,7 +43,8 @@ def compare_cuts(
 
     Returns:
         The loss of the whole model, and for every size that of the best block (strategy
-        ``similarity``) and of the deepest one (``deepest``).
+        ``similarity``) and of the deepest one (``deepest``), each with its paired difference to
+        the whole; and the sizes at which the two are tied.
 
     Raises:
         LayersError: a size that the model cannot lose, or a scan of another number of layers.
@@ -82,4 +83,4 @@ def compare_cuts(
                 with without_layers(decoder.model, [block]):
                     losses[block] = measure(f"loss without {block}")
             cuts.append(Cut(strategy, block, losses[block]))
-    return Comparison(base, tuple(cuts))
+    return Comparison.of(base, cuts)

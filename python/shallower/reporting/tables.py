@@ -161,7 +161,7 @@ def comparison_table(comparison: Comparison) -> Table:
             str(cut.block),
             with_error(cut.block.score, cut.block.stderr),
             f"{cut.loss.nats:.3f}",
-            str(comparison.difference(cut)),
+            str(cut.difference or f"{cut.loss.nats - base.nats:+.3f}"),
         )
     return table
 
@@ -172,8 +172,7 @@ def _ties(comparison: Comparison) -> str | None:
     found = [f"n = {sizes}: the two strategies"] if sizes else []
     for cut in comparison.cuts:
         same = f"{cut.block} and the whole model"
-        difference = comparison.difference(cut)
-        if difference.num_items > 1 and difference.tied and same not in found:
+        if cut.difference and cut.difference.tied and same not in found:
             found.append(same)
     return f"ties, within two standard errors: {'; '.join(found)}" if found else None
 

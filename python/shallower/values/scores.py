@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .schema import finite
+from .schema import finite, of_type
 
 TIE = 2.0
 """Standard errors within which a paired difference is called a tie."""
@@ -36,9 +36,27 @@ class Difference:
         """Give the difference as plain JSON values.
 
         Returns:
-            ``mean``, ``stderr`` (None where there is none) and ``tied``.
+            ``mean``, ``stderr`` (None where there is none), ``num_items`` and ``tied``.
         """
-        return {"mean": self.mean, "stderr": finite(self.stderr), "tied": self.tied}
+        figures = {"mean": self.mean, "stderr": finite(self.stderr), "num_items": self.num_items}
+        return {**figures, "tied": self.tied}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Difference":
+        """Read a difference.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The difference.
+
+        Raises:
+            KeyError, TypeError: the values are not those of a difference.
+        """
+        stderr = of_type(dict, data)["stderr"]
+        stderr = math.nan if stderr is None else of_type(float, stderr)
+        return cls(of_type(float, data["mean"]), stderr, of_type(int, data["num_items"]))
 
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
