@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shallower import OutputError
+from shallower.models import prefixes
 from shallower.models.layerwise import Layerwise
 from shallower.models.prefixes import Known, Prefixes
 from tests.conftest import tiny_llama
@@ -66,16 +68,16 @@ def test_every_second_state_is_kept_where_two_paths_do_not_fit():
     layerwise, some = Layerwise(tiny_llama(6)), batch()
     of_state = some.input_ids.size * 32 * 4
     for states, every in [(12, 1), (11, 2), (6, 2), (5, 3), (4, 3), (3, 6), (0, 6)]:
-        prefixes = Prefixes(layerwise, [some], memory=states * of_state)
-        assert prefixes.known()._every == every, states
+        store = Prefixes(layerwise, [some], memory=states * of_state)
+        assert store.known()._every == every, states
 
 
 @pytest.mark.parametrize("memory", [None, 0, 20_000])
 def test_a_path_is_what_its_layers_make(memory):
     layerwise, some = Layerwise(tiny_llama(6)), batch()
-    prefixes = Prefixes(layerwise, [some], memory=memory)
+    store = Prefixes(layerwise, [some], memory=memory)
     for path in [(0, 1, 2, 3, 4, 5), (0, 1, 3, 4, 5), (0, 1, 3, 5), (), (5,), (0, 1, 2)]:
-        states, ran = prefixes.run(0, path)
+        states, ran = store.run(0, path)
         expected = layerwise.run(some, layerwise.embed(some), path)
         assert torch.equal(states, expected)
         assert ran <= len(path)
@@ -83,10 +85,10 @@ def test_a_path_is_what_its_layers_make(memory):
 
 def test_states_are_not_changed_by_who_gets_them():
     layerwise, some = Layerwise(tiny_llama(6)), batch()
-    prefixes = Prefixes(layerwise, [some])
-    prefixes.run(0, (0, 1, 2, 3))
-    first, _ = prefixes.run(0, (0, 1, 2))
-    again, ran = prefixes.run(0, (0, 1, 2))
+    store = Prefixes(layerwise, [some])
+    store.run(0, (0, 1, 2, 3))
+    first, _ = store.run(0, (0, 1, 2))
+    again, ran = store.run(0, (0, 1, 2))
     assert ran == 0
     assert torch.equal(first, again)
 
@@ -106,3 +108,22 @@ def test_the_states_after_each_layer_are_heard():
     assert len(heard) == 3
     assert all(not module._forward_hooks for module in layerwise.modules)
     assert np.isfinite(end.numpy()).all()
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefixes.os, "posix_fallocate", full)
+    some = batch()
+    with pytest.raises(OutputError, match=f"{tmp_path}.*No space left"):
+        Prefixes(Layerwise(tiny_llama(2)), [some], spill=tmp_path).run(0, (0, 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_not_more_than_a_process_can_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefixes, "MOST_FILES", 3)
+    store = Prefixes(Layerwise(tiny_llama(6)), [batch()], spill=tmp_path)
+    for path in [(0, 1, 2, 3, 4, 5), (0, 2, 4), (1, 3, 5)]:
+        store.run(0, path)
+        assert len(store._states) <= 3

@@ -81,7 +81,7 @@ class Trials:
             except (KeyError, TypeError, ValueError) as error:
                 raise CacheError(
                     f"record {number} of the trials that were made before is damaged ({error}): "
-                    f"remove what is kept of them, or go on without it (--no-cache)"
+                    f"remove them (shallower cache --clear), or make them anew (--no-cache)"
                 ) from error
 
     @property

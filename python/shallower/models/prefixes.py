@@ -6,6 +6,7 @@ and a cut starts from the longest beginning that is known. All paths together ar
 """
 
 import math
+import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from .memory import free_bytes
 
 FREE_SHARE = 0.25
 """Share of the free memory, or of the free disk space, that the states take at most."""
+
+MOST_FILES = 1 << 14
+"""States in files at most: a process has 65,530 mappings."""
 
 KEPT_PATHS = 2
 """Paths over all batches that are kept in any case, thinned to every k-th state if need be: that
@@ -171,10 +175,12 @@ class Prefixes:
     def _room(self, states: torch.Tensor) -> torch.Tensor:
         if self._spill is None:
             return torch.empty(states.shape, dtype=states.dtype)
+        size = states.numel() * states.element_size()
         with (
             storage.raise_output_error(self._spill),
             tempfile.NamedTemporaryFile(dir=self._spill) as file,
         ):
+            os.posix_fallocate(file.fileno(), 0, size)  # a mapping beyond a full disk is a SIGBUS
             room = torch.from_file(file.name, shared=True, size=states.numel(), dtype=states.dtype)
         return room.view(states.shape)
 
@@ -192,11 +198,12 @@ class Prefixes:
 
     @cached_property
     def _capacity(self) -> int:
-        if self._memory is not None:
-            return self._memory
         if self._spill is None:
-            return int(FREE_SHARE * free_bytes(torch.device("cpu")))
-        return int(FREE_SHARE * storage.free_bytes(self._spill))
+            free = free_bytes(torch.device("cpu")) if self._memory is None else 0
+        else:
+            free = storage.free_bytes(self._spill)
+        capacity = int(FREE_SHARE * free) if self._memory is None else self._memory
+        return capacity if self._spill is None else min(capacity, MOST_FILES * min(self._sizes))
 
     @cached_property
     def _every(self) -> int:
