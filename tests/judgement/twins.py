@@ -221,8 +221,10 @@ def unexplained(states, batches, inputs, first=0):
     return costs, errors
 
 
-def linear_map(states, batches):
-    return unexplained(states, batches, lambda start, text, place: states[text][start, place])
+def linear_map(states, batches, first=0):
+    return unexplained(
+        states, batches, lambda start, text, place: states[text][start, place], first
+    )
 
 
 def reachable(states, batches, inputs):
