@@ -319,3 +319,38 @@ def test_an_option_that_does_not_fit_is_refused(words, max_length, message):
 def test_no_items_are_refused(words):
     with pytest.raises(TextsError, match="no items that a cut could be judged on"):
         OptionsJudge([], words, tokens=Tokens())
+
+
+# A real model.
+QUESTIONS = [
+    item("The capital of France is", "Rome", "Paris", "green", answer=1),
+    item("Question: Is the sun hot?\nAnswer:", " no", " yes", answer=1),
+    item("He opened the door and walked ", "banana", "inside the house.", answer=1),
+    item("Birds can", "fly", "read newspapers", answer=0),
+]
+
+
+def test_options_of_a_real_model(smol):
+    model, tokenizer = smol
+    judge = OptionsJudge(QUESTIONS, tokenizer, tokens=Tokens(64, 4))
+    for dropped in ((), range(12, 20)):
+        spaced = [
+            item(one.context.rstrip(), *(f" {o.strip()}" for o in one.options), answer=one.answer)
+            for one in QUESTIONS
+        ]
+        expected = margins(cut(model, dropped), tokenizer, spaced)
+        np.testing.assert_allclose(measured(judge, model, dropped), -expected, atol=1e-3)
+    assert judge.accuracy(measured(judge, model, ())) >= 0.75
+
+
+def test_the_divergence_of_a_real_model(smol, passages):
+    model, tokenizer = smol
+    texts, dropped = passages[1][:3], range(12, 20)
+    judge = KLJudge(judged_batches(tokenizer, texts, Tokens(48, 2)))
+    assert (measured(judge, model, ()) == 0).all()
+    whole, without, expected = cut(model, ()), cut(model, dropped), []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"][:48]
+        p, q = whole(ids)[:-1], without(ids)[:-1]
+        expected.append((np.exp(p) * (p - q)).sum())
+    np.testing.assert_allclose(measured(judge, model, dropped), expected, rtol=1e-4)
