@@ -240,7 +240,7 @@ def test_a_path_in_a_message_is_not_broken_over_lines(
     assert f"error: there is no text file {long}/none.txt" in failed.err.splitlines()
     done = shallower("scan", tiny, "--texts", jsonl, "--out", long)
     assert f"wrote {long}/scan.safetensors" in done.out.splitlines()
-    refused = shallower("scan", tiny, "--texts", jsonl, "--out", long)
+    refused = shallower("scan", tiny, "--texts", jsonl, "--out", long, "--no-cache")
     assert f"{long}/scan.safetensors exists already" in refused.err
 
 

@@ -93,7 +93,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
     assert results["num_samples"] == 24
 
     before = tree(folder)
-    refused = shallower(*command)
+    refused = shallower(*command, "--no-cache")
     assert "exists already" in refused.error
     assert tree(folder) == before
 

@@ -41,8 +41,15 @@ def test_a_file_of_texts_is_read_once(folder, tiny, monkeypatch, shallower):
 
     monkeypatch.setattr(sources, "numbered_lines", counting)
     write_jsonl(folder / "texts.jsonl", [f"w{i} w2 w3" for i in range(40)])
-    assert shallower("scan", tiny, "--texts", "texts.jsonl", "--out", "out").status == 0
+    command = ("scan", tiny, "--texts", "texts.jsonl", "--out")
+    assert shallower(*command, "out", "--no-cache").status == 0
     assert read == [1, *range(1, 41)]  # its first line for the check
+    read.clear()
+    assert shallower(*command, "kept").status == 0
+    assert read == [1, *range(1, 41), *range(1, 41)]  # and once for its hash
+    read.clear()
+    assert shallower(*command, "copied").status == 0
+    assert read == [1]
     read.clear()
     assert shallower("eval", tiny, "--texts", "texts.jsonl", "--drop", "2").status == 0
     assert read == [1, *range(1, 41)]

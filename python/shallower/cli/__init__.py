@@ -80,6 +80,11 @@ COMMANDS = {
         "Run the whole way on a small model, without a download.",
         "--out shallower-demo",
     ),
+    "cache": Command(
+        "cache",
+        "Show what was measured before, or remove it.",
+        "--clear",
+    ),
     "info": Command(
         "info",
         "Show the core's instruction tiers and the packages' versions.",

@@ -1,12 +1,26 @@
 """``shallower analyse``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DryRun, Json, KeepSamples, Metrics, Out, Overwrite, Threads, metric_names
-from .output import say_dry_run, say_scan
+from .options import (
+    DryRun,
+    Json,
+    KeepSamples,
+    Metrics,
+    NoCache,
+    Out,
+    Overwrite,
+    Threads,
+    metric_names,
+)
+from .output import reuse, say_dry_run, say_scan
+
+if TYPE_CHECKING:
+    from ..runs.cache import Cache
+    from ..runs.outputs import Output
 
 
 def analyse_command(
@@ -37,6 +51,7 @@ def analyse_command(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -46,14 +61,21 @@ def analyse_command(
     heat_map.png, for plan. States that scan --keep-states wrote give the same scan again.
     """
     from ..reporting.figures import draw_heat_map
+    from ..runs.cache import open_cache
     from ..scanning.analyse import analyse_states
     from ..scanning.states_file import StatesFile
     from ..storage import check_free
     from ..values.files import SCAN_FILE
 
     path = out / SCAN_FILE
-    check_free(path, overwrite)
     names = metric_names(metrics)
+    output = _output(
+        open_cache(no_cache or dry_run), states, out, tensor=tensor, metrics=names,
+        keep_samples=keep_samples, cka_batch=cka_batch,
+    )  # fmt: skip
+    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
+        return
+    check_free(path, overwrite)
     if dry_run:
         with StatesFile(states, tensor) as file:
             described = {
@@ -71,4 +93,36 @@ def analyse_command(
         tensor=tensor,
     )  # fmt: skip
     scanned.save(path)
-    say_scan(scanned, [path, *draw_heat_map(scanned, out)], as_json)
+    written = [path, *draw_heat_map(scanned, out)]
+    output.keep({})
+    say_scan(scanned, written, as_json)
+
+
+def _output(cache: "Cache", states: Path, out: Path, **settings: Any) -> "Output":
+    """The scan of a file, as the cache remembers it.
+
+    The file is known by its place and time of change: to hash it would take longer than the scan.
+    """
+    from ..reporting.figures import HEAT_MAP_FILE
+    from ..runs.cache_keys import file_inputs, made_by
+    from ..runs.outputs import Output
+    from ..values.files import SCAN_FILE
+
+    def describe() -> dict[str, Any] | None:
+        file = file_inputs(states)
+        return None if file is None else {"states": file, **settings, "made_by": made_by()}
+
+    names = (SCAN_FILE, HEAT_MAP_FILE)
+    return Output(
+        cache, "analyse", out, describe, names=names, claimed=names[:1], keep_content=True
+    )
+
+
+def _say_again(out: Path, as_json: bool) -> None:
+    """Print a scan from its folder."""
+    from ..reporting.figures import HEAT_MAP_FILE
+    from ..scanning.scan import Scan
+    from ..values.files import SCAN_FILE
+
+    written = [path for path in (out / SCAN_FILE, out / HEAT_MAP_FILE) if path.is_file()]
+    say_scan(Scan.load(written[0]), written, as_json)

@@ -15,6 +15,7 @@ from .options import (
     MaxLength,
     MaxTexts,
     Model,
+    NoCache,
     PlanPath,
     TextsSource,
     TrustRemoteCode,
@@ -22,9 +23,10 @@ from .options import (
     named_layers,
     read_texts,
 )
-from .output import print_json, say_dry_run, show
+from .output import print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
+    from ..runs.evaluate import MeasuredLoss
     from ..values.loss import Loss
     from ..values.memory import MemoryPlan
     from ..values.plan import Plan
@@ -44,47 +46,42 @@ def eval_command(
     gguf_file: GgufFile = None,
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Measure the next-token loss, before and after a cut."""
-    from ..cutting.plans import agreed_plan
+    from ..runs.cache import open_cache
+    from ..runs.evaluate import EvalJob
     from ..values.tokens import Tokens, parse_batch_size
 
     tokens = Tokens(max_length, parse_batch_size(batch_size))
     held_out = list(read_texts(texts, max_texts))
-    source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
-    wanted = None
-    if drop is not None or plan is not None:
-        named = named_layers(drop, plan)
-        wanted = agreed_plan(model, source.count_layers(), named)
-    if dry_run or device_memory is not None:
-        from ..runs.forecast import forecast_source
+    named = None if drop is None and plan is None else named_layers(drop, plan)
+    job = EvalJob(
+        source=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
+        texts=held_out,
+        layers=named,
+        tokens=tokens,
+        device_memory=device_memory,
+        cache=open_cache(no_cache or dry_run),
+    )
+    wanted = job.plan
+    if dry_run:
+        say_dry_run(_described(job.source, texts, wanted, job.memory(job.source)), as_json)
+        return
+    measured = job.known() or job.measure(*load(job.source))
+    losses = {name: one.loss for name, one in measured.items()}
+    _say(losses, wanted, measured["base"].model.dtype, as_json=as_json)
+    say_known_losses(measured)
 
-        loaded_as = source if dry_run else source.resolved()
-        memory = forecast_source(loaded_as, "eval", tokens, device_memory=device_memory)
-        tokens = Tokens(max_length, memory.micro_batch)
-        if dry_run:
-            say_dry_run(_described(source, texts, wanted, memory), as_json)
-            return
-    loaded, tokenizer = load(source)
-    from ..cutting.memory import without_layers
-    from ..evaluation.loss import fitting_tokens, measure_loss
-    from ..models.decoder import Decoder
-    from ..values.layers import ranges
 
-    decoder = Decoder.of(loaded)
-    tokens = fitting_tokens(decoder, tokens)
-    if wanted:
-        wanted.check_model(decoder.identity)
-    losses = {"base": measure_loss(decoder, tokenizer, held_out, tokens=tokens)}
-    if wanted:
-        with without_layers(loaded, wanted.blocks):
-            losses["cut"] = measure_loss(
-                decoder, tokenizer, held_out, tokens=tokens,
-                description=f"loss without {ranges(wanted.dropped)}",
-            )  # fmt: skip
-    _say(losses, wanted, decoder.identity.dtype, as_json=as_json)
+def say_known_losses(measured: "dict[str, MeasuredLoss]") -> None:
+    """Say on standard error which losses were measured before."""
+    made = [one.made for one in measured.values() if one.made]
+    if made:
+        what = "" if len(made) == len(measured) else "one of the losses was "
+        say_known(min(made), what=what)
 
 
 def _described(

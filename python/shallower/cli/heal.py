@@ -1,16 +1,18 @@
 """``shallower heal`` and ``shallower merge``."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..models.source import ModelSource
 from .options import (
     DeviceMemory,
     DryRun,
     Json,
     MaxTexts,
+    NoCache,
     Out,
     Overwrite,
     TextsSource,
@@ -18,9 +20,12 @@ from .options import (
     quiet,
     read_texts,
 )
-from .output import print_json, say_dry_run, show
+from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from ..runs.cache import Cache
+    from ..runs.outputs import Output
+    from ..texts.sources import Texts
     from ..values.healing import Healing
     from ..values.recipe import Recipe
 
@@ -142,6 +147,7 @@ def heal_command(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -150,10 +156,11 @@ def heal_command(
     As the paper does, by QLoRA. When interrupted, the same command goes on from its last
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
+    from ..processes import is_main_process
+    from ..runs.cache import open_cache
     from ..storage import check_free
     from ..values.recipe import Recipe
 
-    check_free(out, overwrite)
     source = read_texts(texts, max_texts)
     held_out = read_texts(eval_texts, max_eval_texts) if eval_texts is not None else None
     recipe = Recipe(
@@ -163,15 +170,68 @@ def heal_command(
         recompute=gradient_checkpointing,
     )  # fmt: skip
     recipe.check(original=original is not None, from_patch=from_patch)
+    output = _output(
+        open_cache(no_cache or dry_run), model, original, out, texts=(source, held_out),
+        recipe=recipe, merge=merge, from_patch=from_patch, device_memory=device_memory,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
+        return
+    check_free(out, overwrite)
     quiet()
     if dry_run:
-        say_dry_run(
-            {**_planned(model, recipe, device_memory, trust_remote_code), "write": [str(out)]},
-            as_json,
-        )
+        described = _planned(model, recipe, device_memory, trust_remote_code)
+        say_dry_run({**described, "write": [str(out)]}, as_json)
         return
-    from ..healing.checks import read_plan, resolve
     from ..healing.heal import heal
+
+    recipe = _settled(model, recipe, device_memory, trust_remote_code, as_json)
+    done = heal(
+        model, source, out, recipe=recipe, eval_texts=held_out, original=original, merge=merge,
+        from_patch=from_patch, overwrite=overwrite, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if is_main_process():
+        output.keep({})
+        say_healing(done, out, as_json)
+
+
+def _output(
+    cache: "Cache",
+    model: str,
+    original: str | None,
+    out: Path,
+    *,
+    texts: "tuple[Texts, Texts | None]",
+    recipe: "Recipe",
+    merge: bool,
+    from_patch: bool,
+    device_memory: str | None,
+    trust_remote_code: bool,
+) -> "Output":
+    """The output of a healing, as the cache remembers it: that of one process."""
+    from ..processes import num_processes
+    from ..runs.cache import Cache
+    from ..runs.outputs import output_of
+
+    code = trust_remote_code
+    folder = Path(model).expanduser()
+    uncut = None if original is None else ModelSource(original, trust_remote_code=code)
+    return output_of(
+        cache if num_processes() == 1 else Cache(None), "heal", out,
+        models={"cut": ModelSource(model, trust_remote_code=code), "original": uncut},
+        texts=dict(zip(("texts", "eval_texts"), texts, strict=True)),
+        recipe=asdict(recipe), merge=merge, from_patch=from_patch, device_memory=device_memory,
+        # Adapters name the place of their model, which may lie beside them.
+        base=str(folder.resolve()) if folder.exists() and not merge else None,
+        movable=merge or not from_patch,
+    )  # fmt: skip
+
+
+def _settled(
+    model: str, recipe: "Recipe", device_memory: str | None, trust_remote_code: bool, as_json: bool
+) -> "Recipe":
+    """The settings, with those that the memory decides; what they are is printed."""
+    from ..healing.checks import read_plan, resolve
     from ..healing.ranks import warn_of_idle_gpus
     from ..processes import is_main_process
 
@@ -184,12 +244,17 @@ def heal_command(
     if is_main_process() and not as_json:
         show(str(resolved))
     warn_of_idle_gpus()
-    done = heal(
-        model, source, out, recipe=recipe, eval_texts=held_out, original=original, merge=merge,
-        from_patch=from_patch, overwrite=overwrite, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    if is_main_process():
-        say_healing(done, out, as_json)
+    return recipe
+
+
+def _say_again(out: Path, as_json: bool) -> None:
+    """Print a healing from its folder."""
+    from ..values.healing import Healing
+
+    healing = Healing.load(out)
+    if not as_json:
+        show(str(healing.recipe))
+    say_healing(healing, out, as_json)
 
 
 def _planned(
@@ -226,6 +291,7 @@ def merge_command(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -235,9 +301,16 @@ def merge_command(
     time. The result is loaded, and its logits are compared with those of the adapters; if it does
     not fit into memory, every weight is compared with its sum instead.
     """
+    from ..runs.cache import open_cache
+    from ..runs.cache_keys import adapters_inputs
+    from ..runs.outputs import Output
     from ..storage import check_free
     from ..values.healing import Healing
 
+    cache = open_cache(no_cache or dry_run)
+    output = Output(cache, "merge", out, lambda: adapters_inputs(adapters, model, cache))
+    if reuse(output, overwrite, lambda _: say_healing(Healing.load(out), out, as_json)):
+        return
     check_free(out, overwrite)
     healing = Healing.load(adapters)
     if dry_run:
@@ -248,6 +321,7 @@ def merge_command(
     from ..healing.saving import merge
 
     done = merge(adapters, out, model, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    output.keep({})
     say_healing(done, out, as_json)
 
 

@@ -97,6 +97,9 @@ DeviceMemory = Annotated[
         "what the device has free.",
     ),
 ]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Drop = Annotated[

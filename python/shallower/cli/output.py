@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..runs.outputs import Output
     from ..scanning.scan import Scan
 
 
@@ -50,6 +53,41 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
             show(*(f"would write {path}" for path in value))
         else:
             show(f"{name}: {value}")
+
+
+def say_known(made: str, there: Path | None = None, *, what: str = "") -> None:
+    """Say on standard error that a result was not measured anew, and how it would be.
+
+    Args:
+        made: when it was measured, in ISO 8601.
+        there: the output, if it lay where it was asked for.
+        what: the beginning of the sentence.
+    """
+    way_out = "(shallower cache; --no-cache measures anew)"
+    if there is None:
+        said = f"{what}measured before, on {made[:10]} {way_out}"
+    else:
+        said = f"{there} is already there, made from the same inputs on {made[:10]} {way_out}"
+    print(said, file=sys.stderr)
+
+
+def reuse(output: "Output", overwrite: bool, say: "Callable[[dict[str, Any]], None]") -> bool:
+    """Print an earlier result of the same inputs, if there is one, and bring it to its place.
+
+    Args:
+        output: what the command would write.
+        overwrite: whether what is there may be replaced.
+        say: prints the report, from the value that was kept.
+
+    Returns:
+        True if nothing is left to do.
+    """
+    known = output.find(overwrite)
+    if known is None:
+        return False
+    say(known.value)
+    say_known(known.made, output.out if known.is_there else None)
+    return True
 
 
 def warn(message: str) -> None:

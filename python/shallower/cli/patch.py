@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -18,6 +19,7 @@ from .options import (
     MaxLength,
     MaxTexts,
     Model,
+    NoCache,
     Out,
     Overwrite,
     PatchBatchSize,
@@ -28,7 +30,7 @@ from .options import (
     named_layers,
     read_texts,
 )
-from .output import print_json, say_dry_run, show
+from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
     from ..values.memory import MemoryPlan
@@ -67,6 +69,7 @@ def patch_command(
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -77,45 +80,62 @@ def patch_command(
     help is not saved. Patch, then heal, is the recommended way.
     """
     from ..cutting.plans import agreed_plan
+    from ..runs.cache import open_cache
     from ..runs.forecast import forecast_source
+    from ..runs.outputs import output_of
     from ..storage import check_free
     from ..values.layers import ranges
-    from ..values.loss import with_error
     from ..values.tokens import Tokens
 
     source = read_texts(texts, max_texts)
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
-    check_free(out, overwrite)
     named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
+    output = output_of(
+        open_cache(no_cache or dry_run), "patch", out, models={"model": place},
+        texts={"texts": source, "eval_texts": held_out}, layers=named, method=method,
+        num_tokens=num_tokens, tokens=[max_length, batch_size], device_memory=device_memory,
+    )  # fmt: skip
+    if reuse(output, overwrite, lambda value: _say(value, out, as_json)):
+        return
+    check_free(out, overwrite)
     wanted = agreed_plan(model, place.count_layers(), named)
     plan_memory = partial(
         forecast_source, place, "patch", Tokens(max_length, batch_size), num_tokens=num_tokens,
         device_memory=device_memory,
     )  # fmt: skip
     if dry_run:
-        asked: dict[str, Any] = {"patch": model, "drop": ranges(wanted.dropped), "method": method}
-        asked |= {"texts": texts, "memory": plan_memory(), "write": [str(out)]}
-        say_dry_run(asked, as_json)
+        asked = {"patch": model, "drop": ranges(wanted.dropped), "method": method, "texts": texts}
+        say_dry_run({**asked, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
     from ..healing.patch_folder import patch_to_folder
-    from ..reporting.tables import patch_table
 
     loaded, tokenizer = load(place)
     done, losses = patch_to_folder(
         loaded, tokenizer, wanted, texts=source, out=out, eval_texts=held_out, method=method,
         max_length=max_length, batch_size=batch_size, num_tokens=num_tokens, overwrite=overwrite,
     )  # fmt: skip
+    evaluated = {name: loss.to_json() for name, loss in losses.items()}
+    _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
+
+
+def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print a patch and its losses, from their JSON values."""
+    from ..reporting.tables import patch_table
+    from ..values.healing import read_loss
+    from ..values.loss import with_error
+    from ..values.patch import Patch
+
     if as_json:
-        evaluated = {name: loss.to_json() for name, loss in losses.items()}
-        print_json({**done.to_json(), "eval": evaluated, "written": str(out)})
+        print_json({**value["patch"], "eval": value["eval"], "written": str(out)})
         return
+    losses = {name: read_loss(loss) for name, loss in value["eval"].items()}
     lines = [
         f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
         for name, loss in losses.items()
     ]
-    show(patch_table(done), *lines, f"wrote {out}")
+    show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
 
 
 def _placed(

@@ -1,6 +1,6 @@
 """``shallower prune``: a folder on disk or in memory, a GGUF file directly."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,13 +13,14 @@ from .options import (
     GgufFile,
     Json,
     Model,
+    NoCache,
     Overwrite,
     PlanPath,
     TrustRemoteCode,
     named_layers,
     quiet,
 )
-from .output import print_json, say_dry_run, show
+from .output import print_json, reuse, say_dry_run, show
 
 
 def prune_command(
@@ -51,6 +52,7 @@ def prune_command(
         typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
     ] = False,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -63,22 +65,36 @@ def prune_command(
     A model card, mergekit's config and llama.cpp's list of layers lie beside every cut.
     """
     from ..cutting.prune import plan_prune
-    from ..reporting.tables import plan_table
+    from ..runs.cache import open_cache
+    from ..runs.prune import cut_output, written_at
 
-    planned = plan_prune(
-        model, named_layers(drop, plan), out, overwrite=overwrite, dtype=dtype,
-        max_shard_size=max_shard_size, device_map=device_map, gguf_file=gguf_file,
-        as_gguf=as_gguf, trust_remote_code=trust_remote_code, verify=verify,
-    )  # fmt: skip
+    layers = named_layers(drop, plan)
+    options: dict[str, Any] = {
+        "dtype": dtype, "max_shard_size": max_shard_size, "device_map": device_map,
+        "gguf_file": gguf_file, "as_gguf": as_gguf, "trust_remote_code": trust_remote_code,
+        "verify": verify,
+    }  # fmt: skip
+    output = cut_output(open_cache(no_cache or dry_run), model, layers, out=out, **options)
+    if reuse(output, overwrite, lambda value: _say(written_at(value, out), as_json)):
+        return
+    planned = plan_prune(model, layers, out, overwrite=overwrite, **options)
     if dry_run:
         say_dry_run(planned.to_json(), as_json)
         return
     if planned.loads_model:
         quiet()
-    done = planned.run()
+    _say(output.keep(planned.run().to_json()), as_json)
+
+
+def _say(done: dict[str, Any], as_json: bool) -> None:
+    """Print a cut, from its JSON values."""
+    from ..reporting.tables import plan_table
+    from ..values.plan import Plan
+
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
         return
-    verified = [] if done.difference is None else [done.difference]
-    said = (f"logits differ by at most {difference:.2g}" for difference in verified)
-    show(plan_table(done.plan), *said, *(f"wrote {path}" for path in done.written))
+    difference, written = done["max_logits_difference"], done["written"]
+    said = [] if difference is None else [f"logits differ by at most {difference:.2g}"]
+    files = [written] if isinstance(written, str) else written
+    show(plan_table(Plan.from_json(done)), *said, *(f"wrote {path}" for path in files))

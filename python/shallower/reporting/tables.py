@@ -200,3 +200,20 @@ def patch_table(patch: Patch) -> Table:
     if not patch.fits:
         table.add_row("all layers behind the cut, scaled", "", "", f"{patch.patched:.4f}")
     return table
+
+
+def cache_table(rows: Sequence[tuple[str, int, str, str, str]]) -> Table:
+    """Tabulate the entries of the cache by kind.
+
+    Args:
+        rows: kind, number, size, and the dates of the oldest and the newest.
+
+    Returns:
+        A table with a row for every kind.
+    """
+    table = Table(title="measured before")
+    for name in ("kind", "entries", "size", "oldest", "newest"):
+        table.add_column(name, justify="right" if name in ("entries", "size") else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table

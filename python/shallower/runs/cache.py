@@ -75,20 +75,23 @@ class Entry:
     made: str
     _files: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
 
-    def content(self, name: str) -> bytes | None:
+    @property
+    def names(self) -> list[str]:
+        """The names of the files that were kept with the entry."""
+        return list(self._files)
+
+    def content(self, name: str) -> bytes:
         """Read a file that was kept with the entry.
 
         Args:
-            name: of the file.
+            name: of the file, one of ``names``.
 
         Returns:
-            Its bytes; None if none of this name was kept.
+            Its bytes.
 
         Raises:
             CacheError: it is not there any more, or was changed.
         """
-        if name not in self._files:
-            return None
         path, digest = self._files[name]
         try:
             content = path.read_bytes()
@@ -185,6 +188,7 @@ class Cache:
         value: Mapping[str, Any],
         *,
         files: Mapping[str, bytes] | None = None,
+        made: str | None = None,
     ) -> None:
         """Keep a result. Where that cannot be, a warning says so: the result itself is not lost.
 
@@ -193,6 +197,7 @@ class Cache:
             inputs: all that it depends on.
             value: the result, as plain JSON values.
             files: contents of files to keep with it, by name.
+            made: when it was measured, in ISO 8601; now by default.
         """
         if self.folder is None or inputs is None:
             return
@@ -200,16 +205,16 @@ class Cache:
         kept = {
             name: hashlib.sha256(content).hexdigest() for name, content in (files or {}).items()
         }
-        made = datetime.now().astimezone().isoformat(timespec="seconds")
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
         entry = {
-            "format": _FORMAT, "kind": kind, "made": made, "inputs": inputs, "value": value,
+            "format": _FORMAT, "kind": kind, "made": made or now, "inputs": inputs, "value": value,
             "files": kept,
         }  # fmt: skip
         entry["sha256"] = hashlib.sha256(_canonical(entry)).hexdigest()
         try:
             for name, content in (files or {}).items():
                 write_file(path.with_suffix("") / kept[name], content)
-            write_file(path, _canonical(entry) + b"\n")
+            write_file(path, json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         except OutputError as error:
             warnings.warn(f"the result is not kept in the cache: {error}", stacklevel=2)
 

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache as remembering
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,62 @@ def texts_inputs(texts: Texts | Iterable[str] | None, cache: Cache) -> dict[str,
         if known is not None:
             cache.put("hashes", memo, known)
     return known
+
+
+def inputs_of(
+    cache: Cache,
+    models: Mapping[str, ModelSource | None],
+    texts: Mapping[str, Texts | Iterable[str] | None],
+    **settings: Any,
+) -> dict[str, Any] | None:
+    """Put together what a command's result depends on.
+
+    Args:
+        cache: where hashes of files are kept.
+        models: by the name of their option; None where it was not given.
+        texts: by the name of their option; None where it was not given.
+        settings: all else, as plain JSON values.
+
+    Returns:
+        Plain JSON values; None where a part of them cannot be told.
+    """
+    if cache.folder is None:
+        return None
+    found: dict[str, Any] = {}
+    for name, source in models.items():
+        found[name] = None if source is None else model_inputs(source, cache)
+        if source is not None and found[name] is None:
+            return None
+    for name, some in texts.items():
+        found[name] = texts_inputs(some, cache)
+        if some is not None and found[name] is None:
+            return None
+    return {**found, **settings}
+
+
+def adapters_inputs(adapters: Path, model: str | None, cache: Cache) -> dict[str, Any] | None:
+    """Tell adapters by their files, and by the cut that they were trained for.
+
+    Args:
+        adapters: the folder of the adapters.
+        model: the cut; by default where the adapters say that it was.
+        cache: where hashes of files are kept.
+
+    Returns:
+        Plain JSON values; None where it cannot be told, or the cache is off.
+    """
+    if cache.folder is None:
+        return None
+    try:
+        base = model
+        if base is None:
+            config = json.loads((adapters / "adapter_config.json").read_bytes())
+            base = str(config["base_model_name_or_path"])
+        own = hash_of_files(sorted(p for p in adapters.iterdir() if p.is_file()), cache)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # damaged: whoever loads them says so
+    cut = model_inputs(ModelSource(base), cache)
+    return None if cut is None else {"adapters": own, "cut": cut}
 
 
 def file_inputs(path: str | Path) -> list[Any] | None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError, OutputError, RecipeError, ShallowerError
 from ..models.source import ModelSource
 from ..processes import refuse_several
+from ..reporting.figures import HEAT_MAP_FILE
 from ..storage import check_free, write_file
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..scanning.scan import Scan
+
+RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, HEAT_MAP_FILE, RESULTS_FILE)
+"""What a run leaves, but for the healed model."""
 
 PROMPT = "The most important thing about a good plan is"
 
@@ -87,6 +91,37 @@ class Run:
             "continuation": {"before": self.before, "after": self.after},
         }
         return values if self.healing is None else {**values, "healing": self.healing.to_json()}
+
+    @classmethod
+    def load(cls, out: str | Path) -> "Run":
+        """Read a run from its folder.
+
+        Args:
+            out: the folder.
+
+        Returns:
+            The run; its losses are not known by text.
+
+        Raises:
+            OutputError: ``results.json`` is not there, or is damaged.
+            ScanError, ModelError: the scan or the healing is.
+        """
+        from ..scanning.scan import Scan
+
+        out = Path(out)
+        try:
+            values = json.loads((out / RESULTS_FILE).read_bytes())
+            comparison = Comparison.from_json(values)
+            plan = Plan.from_json(values["plan"])
+            difference, continued = values["max_logits_difference"], values["continuation"]
+            before, after = str(continued["before"]), str(continued["after"])
+        except (OSError, ValueError, KeyError, TypeError, ShallowerError) as error:
+            message = f"{out / RESULTS_FILE} is not of a run, or is damaged: {error}"
+            raise OutputError(message) from error
+        healing = Healing.load(out / HEALED_FOLDER) if "healing" in values else None
+        scanned = Scan.load(out / SCAN_FILE)
+        difference = math.nan if difference is None else float(difference)
+        return cls(scanned, comparison, plan, difference, before, after, out, healing)
 
     def save(self) -> None:
         """Write ``results.json`` into the folder of the run.

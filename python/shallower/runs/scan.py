@@ -1,14 +1,15 @@
 """A scan of a model into a folder: checked before anything is loaded, and resumed."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, ScanError
 from ..models.source import ModelSource
-from ..reporting.figures import draw_heat_map
+from ..reporting.figures import HEAT_MAP_FILE, draw_heat_map
 from ..scanning.contents import check_metrics
 from ..scanning.scan import Scan
 from ..scanning.states_writer import check_keepable
@@ -18,6 +19,9 @@ from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.tokens import Tokens
+from .cache import Cache
+from .cache_keys import inputs_of
+from .outputs import Known, Output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +43,8 @@ class ScanJob:
         keep_states: a ``.safetensors`` file for the states, if they are to be kept.
         overwrite: replace what is there, once the new is complete.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
+        cache: where an earlier scan of the same inputs is looked for, and this one kept.
+        known: that scan, if there is one.
 
     Raises:
         OutputError: a place is taken, or is not one to write to.
@@ -56,10 +62,19 @@ class ScanJob:
     keep_states: Path | None = None
     overwrite: bool = False
     device_memory: str | None = None
+    cache: Cache = field(default_factory=lambda: Cache(None))
+    known: Known | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        check_free(self.out / SCAN_FILE, self.overwrite)
         check_metrics(self.metrics)
+        object.__setattr__(self, "known", self._look_up())
+        if self.known is None:
+            self._check_places()
+        if isinstance(self.texts, Texts):
+            self.texts.check()
+
+    def _check_places(self) -> None:
+        check_free(self.out / SCAN_FILE, self.overwrite)
         if self.keep_states is not None:
             check_keepable(self.keep_states, overwrite=self.overwrite)
             for name in (SCAN_FILE, PARTIAL_FILE):
@@ -67,8 +82,6 @@ class ScanJob:
                     raise OutputError(
                         f"{self.keep_states} is the scan itself: keep the states elsewhere"
                     )
-        if isinstance(self.texts, Texts):
-            self.texts.check()
 
     @property
     def places(self) -> list[Path]:
@@ -120,6 +133,54 @@ class ScanJob:
             "free_bytes": free_bytes(self.keep_states),
         }
 
+    @cached_property
+    def _outputs(self) -> list[Output]:
+        """The scan and its heat map, and the states that are kept."""
+        scan = Output(
+            self.cache, "scan", self.out, self._inputs, names=(SCAN_FILE, HEAT_MAP_FILE),
+            claimed=(SCAN_FILE,), keep_content=True,
+        )  # fmt: skip
+        if self.keep_states is None:
+            return [scan]
+        return [scan, Output(self.cache, "states", self.keep_states, lambda: scan.inputs)]
+
+    def _inputs(self) -> dict[str, Any] | None:
+        """All that the scan depends on, without the threads; None for texts that are read once."""
+        if not isinstance(self.texts, Texts | list):
+            return None
+        return inputs_of(
+            self.cache, {"model": self.source}, {"texts": self.texts},
+            tokens=asdict(self.tokens), metrics=list(self.metrics),
+            positions=asdict(self.positions), keep_samples=self.keep_samples,
+            device_memory=self.device_memory,
+        )  # fmt: skip
+
+    def _look_up(self) -> Known | None:
+        found = [output.look_up(self.overwrite) for output in self._outputs]
+        return None if None in found else found[0]
+
+    def reuse(self) -> tuple[Scan, list[Path]]:
+        """Bring the scan that is known to where it is asked for.
+
+        Returns:
+            The scan, and its files, as :meth:`run` gives them.
+
+        Raises:
+            OutputError: a place cannot be written to.
+            CacheError: a file in the cache is damaged.
+        """
+        for output in self._outputs:
+            output.find(self.overwrite)
+        return self._written(Scan.load(self.out / SCAN_FILE))
+
+    def _written(self, scanned: Scan) -> tuple[Scan, list[Path]]:
+        """The scan and its files; the heat map is drawn where it is missing."""
+        first, *others = self.places
+        heat_map = self.out / HEAT_MAP_FILE
+        there = self.known is not None and heat_map.is_file()
+        drawn = [heat_map] if there else draw_heat_map(scanned, self.out)
+        return scanned, [first, *drawn, *others]
+
     def run(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
     ) -> tuple[Scan, list[Path]]:
@@ -145,10 +206,11 @@ class ScanJob:
             partial.unlink()
             scanned = self._scan(model, tokenizer, partial)
         scanned.save(self.out / SCAN_FILE)
-        drawn = draw_heat_map(scanned, self.out)
+        done = self._written(scanned)
         partial.unlink(missing_ok=True)
-        first, *others = self.places
-        return scanned, [first, *drawn, *others]
+        for output in self._outputs:
+            output.keep({})
+        return done
 
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
         from ..scanning.model import scan

@@ -1,6 +1,7 @@
 """The record of a patch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,3 +74,22 @@ class Patch:
         """
         values = {**asdict(self), "plan": self.plan.to_json(), "recovered": self.recovered}
         return {"format": "shallower.patch", "version": 1, **values}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Patch":
+        """Read a patch from plain JSON values.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The patch.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a patch.
+            LayersError, PlanError, PositionsError: its plan cannot be.
+        """
+        values = {name: data[name] for name in cls.__slots__}
+        fits = (Fit(**{**fit, "matrices": tuple(fit["matrices"])}) for fit in data["fits"])
+        more = {"fits": tuple(fits), "scales": tuple(data["scales"])}
+        return cls(**{**values, **more, "plan": Plan.from_json(data["plan"])})

@@ -1,0 +1,306 @@
+"""The cache behind every command: a second run finds what the first has measured."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from shallower.models import loading
+from shallower.runs import cache_keys
+from tests.cli.documents import documents, tree
+from tests.commands import in_a_process
+from tests.conftest import write_jsonl
+
+QUICK = (
+    "--dtype float32 --max-length 16 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 "
+    "--eval-every 1"
+)
+FEW = "--max-eval-texts 40 "
+COMMANDS = {
+    "scan": "scan {tiny} --texts {texts} --out {out}",
+    "scan samples": "scan {tiny} --texts {texts} --out {out} --keep-samples --positions last:2",
+    "scan states": "scan {tiny} --texts {texts} --out {out} --keep-states {out}.safetensors",
+    "analyse": "analyse {states} --out {out} --cka-batch 8",
+    "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 2,1 --out {out}",
+    "patch": "patch {tiny} --texts {many} --drop 2:4 --eval-texts {held_out} --out {out} "
+    "--dtype float32 --method magnitude",
+    "prune": "prune {tiny} --drop 2:4 --dtype bfloat16 --verify --out {out}",
+    "heal": "heal {cut} --texts {many} --eval-texts {many} --max-eval-texts 40 --out {out} "
+    + QUICK,
+    "heal merged": "heal {cut} --texts {many} --out {out} --merge " + QUICK,
+    "merge": "merge {adapters} --out {out}",
+}
+"""Commands that leave something."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, models, texts):
+    """What the commands are given, by name."""
+    folder = tmp_path_factory.mktemp("cached")
+    names = {
+        "tiny": models / "tiny",
+        "texts": texts / "texts.jsonl",
+        "held_out": texts / "held_out.jsonl",
+        "many": write_jsonl(folder / "many.jsonl", documents(300, seed=2)),
+        "states": folder / "states.safetensors",
+        "cut": folder / "cut",
+        "adapters": folder / "adapters",
+    }
+    for command in (
+        "scan {tiny} --texts {texts} --out {states}.scan --keep-states {states}",
+        "prune {tiny} --drop 2:4 --out {cut}",
+        "heal {cut} --texts {many} --out {adapters} " + QUICK,
+    ):
+        words = command.format(**names).split()
+        done = in_a_process(sys.executable, "-m", "shallower", *words, "--no-cache")
+        assert done.status == 0, done.err
+    return names
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Nothing is loaded, scanned or cut any more, once called."""
+
+    def refuse():
+        def refused(*_args, **_options):
+            pytest.fail("a model was loaded")
+
+        monkeypatch.setattr(loading, "load_model", refused)
+        monkeypatch.setattr(loading, "read_config", refused)
+        for module in ("shallower.scanning.analyse", "shallower.healing.saving"):
+            if module in sys.modules:
+                for name in ("analyse_states", "merge"):
+                    monkeypatch.setattr(f"{module}.{name}", refused, raising=False)
+
+    return refuse
+
+
+def words(command, place, out="made"):
+    return command.format(**place, out=out).split()
+
+
+def said_once(text):
+    (line,) = [line for line in text.splitlines() if "shallower cache" in line]
+    assert re.search(r"on \d{4}-\d\d-\d\d \(shallower cache; --no-cache measures anew\)$", line)
+    return line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, name):
+    first = shallower(*words(COMMANDS[name], place))
+    assert first.status == 0, first.err
+    assert "shallower cache" not in first.err
+    before = tree(folder)
+    no_model()
+    again = shallower(*words(COMMANDS[name], place))
+    assert (again.status, again.out) == (0, first.out), again.err
+    assert "already there, made from the same inputs on" in said_once(again.err)
+    assert tree(folder) == before
+    elsewhere = shallower(*words(COMMANDS[name], place, "elsewhere"))
+    assert elsewhere.status == 0, elsewhere.err
+    assert elsewhere.out == first.out.replace("made", "elsewhere")
+    assert said_once(elsewhere.err).startswith("measured before, on ")
+    after = tree(folder)
+    assert {key: value for key, value in after.items() if not key.startswith("elsewhere")} == before
+    assert {
+        key.replace("elsewhere", "made", 1): value
+        for key, value in after.items()
+        if key.startswith("elsewhere")
+    } == before
+    # That of the copy is found there as well.
+    assert "already there" in shallower(*words(COMMANDS[name], place, "elsewhere")).err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_json_of_a_second_run_is_that_of_the_first(shallower, place, no_model, name):
+    first = shallower(*words(COMMANDS[name], place), "--json")
+    no_model()
+    again = shallower(*words(COMMANDS[name], place), "--json")
+    assert again.out == first.out
+    said_once(again.err)
+
+
+@pytest.mark.parametrize("name", ["scan", "run", "prune", "merge"])
+def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
+    command = words(COMMANDS[name], place)
+    assert shallower(*command).status == 0
+    path = next(path for path in sorted((folder / "made").rglob("*.safetensors")))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "exists already" in shallower(*command).error
+    assert path.read_bytes() == content
+    done = shallower(*command, "--overwrite")
+    assert done.status == 0
+    assert path.read_bytes() != content
+    if name == "scan":  # which lies in the cache itself
+        said_once(done.err)
+    else:
+        assert "shallower cache" not in done.err
+    if name == "scan":  # nothing is in its way any more
+        path.unlink()
+        said_once(shallower(*command).err)
+        assert path.read_bytes() != content
+
+
+@pytest.mark.parametrize("name", ["scan", "run", "patch"])
+def test_another_input_is_another_result(shallower, place, name):
+    command = words(COMMANDS[name], place)
+    assert shallower(*command).status == 0
+    number = "--num-tokens=2500" if name == "patch" else "--max-texts=20"
+    other = [*words(COMMANDS[name], place, "other"), number]
+    done = shallower(*other)
+    assert done.status == 0
+    assert "shallower cache" not in done.err
+    assert "exists already" in shallower(*command, number).error
+
+
+def test_without_the_cache_nothing_is_found_and_nothing_kept(
+    shallower, folder, place, cache_folder
+):
+    for name in ("scan", "prune"):
+        command = words(COMMANDS[name], place, name)
+        assert shallower(*command, "--no-cache").status == 0
+        assert cache_folder.exists() == (name != "scan")
+        assert "exists already" in shallower(*command).error
+        assert shallower(*command, "--overwrite").status == 0
+        assert "exists already" in shallower(*command, "--no-cache").error
+        done = shallower(*command, "--no-cache", "--overwrite")
+        assert "shallower cache" not in done.err
+
+
+def test_a_dry_run_asks_for_no_cache(shallower, place, cache_folder, monkeypatch):
+    monkeypatch.setattr(cache_keys, "model_inputs", None)
+    for name in ("scan", "run", "prune", "merge"):
+        done = shallower(*words(COMMANDS[name], place), "--dry-run")
+        assert done.status == 0, done.err
+    assert not cache_folder.exists()
+
+
+# Losses.
+def test_a_loss_is_measured_once(shallower, folder, place, no_model):
+    command = ["eval", place["tiny"], "--texts", place["held_out"], "--json"]
+    whole = shallower(*command)
+    cut = shallower(*command, "--drop", "1:3")
+    assert cut.json["base"] == whole.json["base"]
+    assert said_once(cut.err).startswith("one of the losses was measured before, on ")
+    no_model()
+    for options, first in (((), whole), (("--drop", "1:3"), cut), (("--drop", "2,1"), cut)):
+        again = shallower(*command, *options)
+        assert (again.status, again.out) == (0, first.out)
+        assert said_once(again.err).startswith("measured before, on ")
+    assert "cannot read" in shallower(*command, "--drop", "junk").error
+    assert "layer" in shallower(*command, "--drop", "7").error
+    assert tree(folder) == {}
+
+
+def test_a_plan_for_another_model_is_refused_though_its_loss_is_known(shallower, place, plans):
+    command = ["eval", place["tiny"], "--texts", place["held_out"]]
+    fits = shallower(*command, "--plan", plans / "tiny")
+    assert fits.status == 0
+    assert shallower(*command, "--plan", plans / "tiny").out == fits.out
+    assert "another model" in shallower(*command, "--plan", plans / "twin").error
+    assert "the plan is for 8 layers" in shallower(*command, "--plan", plans / "deeper").error
+
+
+def test_a_hit_loads_no_torch(folder, place, cache_folder):
+    code = (
+        "import sys\nfrom shallower.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(*({'torch', 'transformers', 'matplotlib'} & set(sys.modules)),"
+        " file=sys.stderr)"
+    )
+    hits = ("scan", "run", "prune", "merge")
+    commands = [
+        ["eval", place["tiny"], "--texts", place["held_out"], "--drop", "1"],
+        *(words(COMMANDS[name], place, f"out{i}") for i, name in enumerate(hits)),
+    ]
+    for command in commands:
+        (out, err), (again, said) = [
+            (done.out, done.err)
+            for done in (in_a_process(sys.executable, "-c", code, *command) for _ in range(2))
+        ]
+        assert again == out
+        assert "torch" in err.splitlines()[-1]
+        assert said.splitlines()[-1] == ""
+        said_once(said)
+
+
+# Damage.
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda _: b"{}"])
+def test_a_damaged_entry_is_an_error_of_one_sentence(
+    shallower, folder, place, cache_folder, damage
+):
+    command = ["eval", place["tiny"], "--texts", place["held_out"]]
+    first = shallower(*command)
+    (path,) = (cache_folder / "loss").glob("*.json")
+    path.write_bytes(damage(path.read_bytes()))
+    error = shallower(*command).error
+    assert str(path) in error
+    assert "shallower cache --clear" in error
+    assert shallower(*command, "--no-cache").out == first.out
+    assert shallower("cache", "--clear").status == 0
+    done = shallower(*command)
+    assert done.out == first.out
+    assert "shallower cache" not in done.err
+
+
+def test_a_damaged_file_in_the_cache_is_an_error_and_nothing_is_lost(
+    shallower, folder, place, cache_folder
+):
+    command = words(COMMANDS["scan"], place)
+    assert shallower(*command).status == 0
+    before = tree(folder)
+    for path in (cache_folder / "scan").glob("*/*"):
+        path.write_bytes(b"changed")
+    assert "checksum" in shallower(*words(COMMANDS["scan"], place, "elsewhere")).error
+    assert tree(folder) == before
+    assert "already there" in shallower(*command).err  # it is not needed for that
+
+
+# The command.
+def test_the_cache_is_shown_and_cleared(shallower, folder, place, cache_folder):
+    shown = shallower("cache")
+    assert shown.out == f"nothing was measured yet\n{cache_folder}\n"
+    assert shallower("cache", "--json").json == {"folder": str(cache_folder), "kinds": []}
+    shallower("eval", place["tiny"], "--texts", place["held_out"])
+    shallower(*words(COMMANDS["scan"], place))
+    kinds = {kind["kind"]: kind for kind in shallower("cache", "--json").json["kinds"]}
+    assert {"loss", "scan", "hashes"} <= kinds.keys()
+    assert kinds["loss"]["entries"] == 1
+    assert kinds["scan"]["bytes"] > (folder / "made" / "scan.safetensors").stat().st_size
+    assert kinds["loss"]["oldest"] == kinds["loss"]["newest"]
+    table = shallower("cache").out
+    assert "loss" in table
+    assert str(cache_folder) in table
+    total = sum(kind["bytes"] for kind in kinds.values())
+    assert shallower("cache", "--clear", "--json").json == {
+        "folder": str(cache_folder),
+        "cleared_bytes": total,
+    }
+    assert not cache_folder.exists()
+    assert Path("made/scan.safetensors").is_file()
+    assert "removed 0.0 MB" in shallower("cache", "--clear").out
+
+
+def test_without_a_home_there_is_no_cache_and_no_error(shallower, place, monkeypatch):
+    monkeypatch.delenv("SHALLOWER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for _ in range(2):
+        done = shallower("eval", place["tiny"], "--texts", place["held_out"])
+        assert (done.status, "shallower cache" in done.err) == (0, False)
+    assert shallower("cache", "--json").json == {"folder": None, "kinds": []}
+    assert "no folder" in shallower("cache").out
+
+
+def test_entries_hold_no_more_than_json(shallower, place, cache_folder):
+    shallower("eval", place["tiny"], "--texts", place["held_out"])
+    for path in cache_folder.rglob("*.json"):
+        json.loads(path.read_bytes())
