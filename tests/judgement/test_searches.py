@@ -17,7 +17,7 @@ from shallower.judgement.work import Meter
 from tests.conftest import tiny_llama
 from tests.documents import documents
 from tests.judgement import toy
-from tests.judgement.test_trials import Counted
+from tests.judgement.test_trials import Counted, Memory, key_of
 
 SEARCHES = ("greedy", "exhaustive", "evolution", "deepest", "random")
 TEXTS = documents(20, seed=3)
@@ -126,6 +126,24 @@ def test_a_search_for_the_second_time_runs_no_layer(subject):
     counted = Counted(subject.decoder.model)
     CRITERIA["greedy"].plans(of_sizes(subject, 1, 2, 3))
     assert counted.runs <= 3 * len(TEXTS) * NUM_LAYERS  # some looks that the race could spare
+
+
+@pytest.mark.parametrize("name", ["greedy", "exhaustive", "evolution", "one_shot"])
+def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, name):
+    def search(journal):
+        meter = Meter()
+        trials = Trials(subject.layerwise, subject.trials.judge, meter=meter, journal=journal)
+        again = replace(subject, trials=trials, meter=meter, sizes=(3,))
+        with meter.account() as work:
+            plan = CRITERIA[name].plans(again)[3]
+        return plan, work.layer_forwards
+
+    whole = Memory()
+    expected = search(whole)
+    for kept in (0, 1, len(whole) // 3, len(whole) - 1, len(whole)):
+        rest = Memory(whole[:kept])
+        assert search(rest) == expected
+        assert sorted(map(key_of, rest)) == sorted(map(key_of, whole))
 
 
 def test_evolution_depends_on_its_seed_alone(subject):

@@ -40,7 +40,15 @@ class Search(Criterion):
         """
 
     def steps(self, _subject: Subject, _n: int) -> int:
-        """Count the steps of a bar for :meth:`search`."""
+        """Count the steps of a bar for :meth:`search`.
+
+        Args:
+            _subject: the model and its texts.
+            _n: how many layers are to go.
+
+        Returns:
+            The steps, at most.
+        """
         return 1
 
     def plans(self, subject: Subject) -> Mapping[int, Plan]:

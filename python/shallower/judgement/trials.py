@@ -115,11 +115,15 @@ class Trials:
         return Scores(sums, self.judge.weights)
 
     def path(self, dropped: Iterable[int]) -> tuple[int, ...]:
-        """The layers that a cut has left; in the order of paths, cuts that begin alike are
-        neighbours, so that trials in this order need the least memory.
+        """Give the layers that a cut has left.
+
+        Sorted by their paths, cuts that begin alike are neighbours: so trials need least memory.
 
         Args:
             dropped: the layers that the model is without.
+
+        Returns:
+            Indices, ascending.
         """
         gone = frozenset(dropped)
         return tuple(layer for layer in range(len(self.model)) if layer not in gone)
