@@ -14,7 +14,9 @@ from transformers import (
 
 import shallower as sh
 from shallower import TextsError
+from shallower.models.layerwise import Layerwise
 from tests.conftest import WORDS, tiny_llama
+from tests.models.batches import batch
 
 # Positions.
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -38,6 +40,14 @@ def test_a_text_longer_than_the_learned_positions_is_refused_before_the_forward(
         measure(model, words, longer, max_length=9)
         with pytest.raises(TextsError, match=r"10 tokens, .*9 positions: choose a max_length"):
             measure(model, words, longer)
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_layers_are_not_run_on_a_longer_text(family):
+    layerwise = Layerwise(LEARNED[family].eval())
+    assert layerwise.embed(batch(length=9)).shape[1] == 9
+    with pytest.raises(TextsError, match=r"10 tokens, .*9 positions: choose a max_length"):
+        layerwise.embed(batch(length=10))
 
 
 def test_a_text_may_be_longer_than_computed_positions(words):

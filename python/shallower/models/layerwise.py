@@ -22,6 +22,7 @@ from .architecture import evaluating
 from .decoder import Decoder
 from .head import Head, replaced
 from .offload import is_offloaded, resident
+from .positions import check_length
 
 
 class _Reached(Exception):  # noqa: N818 - no error
@@ -49,6 +50,7 @@ class Layerwise:
         self.modules = decoder.layers.modules
         self._model, self._device = decoder.model, decoder.device
         self._runner, self._path = decoder.layers.runner, decoder.layers.path
+        self._positions = decoder.positions
         self._extras: list[int] = []
         self._probe()
 
@@ -63,7 +65,11 @@ class Layerwise:
 
         Returns:
             x^(0), (B, T, D) in the model's dtype.
+
+        Raises:
+            TextsError: the texts are longer than the positions that the model has learned.
         """
+        check_length(batch.input_ids.shape[1], self._positions)
         return self._reach(batch, None, (0,), run_last=False)
 
     def run(
