@@ -45,11 +45,15 @@ def documented(text):
     return {name.strip(" *") for group in names for name in group.split(",")}
 
 
+# A model, its tokenizer, and the two sets of texts that no one may confuse, in the data's order.
+BY_PLACE = {"compare": 4}
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_at_most_three_parameters_go_by_place(name):
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_place = [one.name for one in parameters(PUBLIC[name]) if one.kind in kinds]
-    assert len(by_place) <= 3, by_place
+    assert len(by_place) <= BY_PLACE.get(name, 3), by_place
 
 
 @pytest.mark.parametrize("name", PUBLIC)

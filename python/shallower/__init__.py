@@ -51,12 +51,14 @@ if TYPE_CHECKING:
     from .models.loading import load_model as load_model
     from .models.source import ModelSource as ModelSource
     from .reporting.figures import save_heat_map as save_heat_map
+    from .runs.compare import compare as compare
     from .runs.forecast import memory_forecast as memory_forecast
     from .runs.run import run as run
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
     from .values.bootstrap import BootstrappedStart as BootstrappedStart
+    from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
     from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
@@ -80,6 +82,7 @@ _HOMES = {
     "Comparison": "values.loss",
     "Costs": "values.costs",
     "CostsError": "errors",
+    "CriteriaComparison": "values.comparison",
     "Criterion": "judgement.criterion",
     "CriterionError": "errors",
     "Cut": "values.loss",
@@ -115,8 +118,10 @@ _HOMES = {
     "TierError": "errors",
     "__version__": "_core",
     "analyse_states": "scanning.analyse",
+    "compare": "runs.compare",
     "compare_cuts": "judgement.compare",
     "count_gguf_layers": "cutting.gguf",
+    "criteria": "judgement.criteria",
     "deepest_block": "values.layers",
     "drop_layers": "cutting.memory",
     "evaluate_loss": "evaluation.loss",

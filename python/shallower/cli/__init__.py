@@ -44,6 +44,12 @@ COMMANDS = {
         "Choose the layers to drop from a scan.",
         "scans/smol --n 8 --out plans/smol-8",
     ),
+    "compare": Command(
+        "compare",
+        "Compare criteria by what they remove and what that costs.",
+        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4 "
+        "--criteria angular,block_influence,greedy --out comparisons/smol",
+    ),
     "prune": Command(
         "prune",
         "Drop layers, and save a standard checkpoint.",
@@ -192,7 +198,7 @@ def _usage_error() -> Any:
 SHARED = ("heal", "info")
 """The commands that several processes may be started for; no other shares its work."""
 
-SPREAD = ("scan", "eval", "patch", "run", "prune")
+SPREAD = ("scan", "eval", "compare", "patch", "run", "prune")
 """The commands of one process that have ``--device-map``."""
 
 PATIENCE = 3.0

@@ -1,11 +1,12 @@
 """CriteriaComparison: what each criterion removes, and what that costs, row by row."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .loss import Loss
-from .schema import finite
+from .schema import finite, of_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,25 @@ class Row:
             for name, value in {**asdict(self), "dropped": list(self.dropped)}.items()
         }
 
+    @classmethod
+    def from_json(cls, data: Any) -> "Row":
+        """Read a row.
+
+        Args:
+            data: what :meth:`to_json` gave; figures that are None there and cannot be are NaN.
+
+        Returns:
+            The row.
+
+        Raises:
+            KeyError, TypeError: the values are not those of a row.
+        """
+        values = {one.name: of_type(dict, data)[one.name] for one in fields(cls)}
+        for one in fields(cls):
+            if one.type is float and values[one.name] is None:
+                values[one.name] = math.nan
+        return cls(**{**values, "dropped": tuple(values["dropped"])})
+
 
 @dataclass(frozen=True, slots=True)
 class ComparedModel:
@@ -94,6 +114,17 @@ class ComparedModel:
     chance: float | None = None
     accuracy: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Give the model as plain JSON values."""
+        return {
+            "name": self.name,
+            "num_layers": self.num_layers,
+            "whole": self.whole.to_json(),
+            "single_layers": list(self.single_layers),
+            "chance": self.chance,
+            "accuracy": self.accuracy,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class CriteriaComparison:
@@ -103,6 +134,7 @@ class CriteriaComparison:
         models: the models that were compared, in order.
         rows: every choice, by model, texts, criterion and n.
         failures: the models that could not be compared, and why.
+        skipped: the criteria that could not choose, and why.
         judge: name of the judge that chose.
         unit: of a score of that judge.
         splits: how many texts fit, choose and report.
@@ -112,10 +144,41 @@ class CriteriaComparison:
     models: tuple[ComparedModel, ...]
     rows: tuple[Row, ...]
     failures: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
     judge: str = "loss"
     unit: str = "nats a token"
     splits: Mapping[str, int] = field(default_factory=dict)
     half_blocks: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Any) -> "CriteriaComparison":
+        """Read a comparison.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The comparison.
+
+        Raises:
+            ValueError, KeyError, TypeError: the values are not those of a comparison.
+        """
+        if of_type(dict, data).get("format") != "shallower.comparison" or data["version"] != 1:
+            raise ValueError("expected format shallower.comparison version 1")
+        models = [
+            ComparedModel(
+                **{**model, "whole": _loss(model["whole"])}
+                | {"single_layers": tuple(model["single_layers"])}
+            )
+            for model in of_type(list, data["models"])
+        ]
+        names = ("failures", "skipped", "judge", "unit", "splits")
+        return cls(
+            tuple(models),
+            tuple(Row.from_json(row) for row in of_type(list, data["rows"])),
+            **{name: data[name] for name in names},
+            half_blocks=tuple(data["half_blocks"]),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give the comparison as plain JSON values.
@@ -123,7 +186,7 @@ class CriteriaComparison:
         Returns:
             ``rows``; ``whole``, the loss of the first model; and everything else by name.
         """
-        models = [{**asdict(m), "whole": m.whole.to_json()} for m in self.models]
+        models = [model.to_json() for model in self.models]
         whole = self.models[0].whole if self.models else None
         return {
             "format": "shallower.comparison",
@@ -132,8 +195,15 @@ class CriteriaComparison:
             "whole": whole and {"loss": whole.nats, **whole.to_json()},
             "models": models,
             "failures": dict(self.failures),
+            "skipped": dict(self.skipped),
             "judge": self.judge,
             "unit": self.unit,
             "splits": dict(self.splits),
             "half_blocks": [dict(half) for half in self.half_blocks],
         }
+
+
+def _loss(data: Any) -> Loss:
+    """A loss from its JSON values, of which ``normalized`` follows from the others."""
+    values = {one.name: of_type(dict, data)[one.name] for one in fields(Loss) if one.name in data}
+    return Loss(**{**values, "stderr": math.nan if values["stderr"] is None else values["stderr"]})

@@ -10,3 +10,7 @@ CHECKPOINT_FOLDER = "checkpoint"
 
 HEALED_FOLDER = "healed"
 """The healed model below the folder of a run."""
+
+COMPARISON_FILE = "comparison.json"
+COMPARISON_TABLE = "comparison.csv"
+"""A comparison of criteria and its table; beside them lie its figures."""

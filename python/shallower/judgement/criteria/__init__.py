@@ -44,3 +44,4 @@ CRITERIA: dict[str, Criterion] = {
     )
 }
 """Every criterion by its name; one that is put in here takes part like any other."""
+criteria = CRITERIA

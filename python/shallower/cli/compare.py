@@ -1,0 +1,205 @@
+"""``shallower compare``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..models.source import ModelSource
+from .options import (
+    BatchSize,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    Json,
+    MaxLength,
+    NoCache,
+    Overwrite,
+    Sizes,
+    TrustRemoteCode,
+    quiet,
+    read_texts,
+)
+from .output import print_json, say_dry_run, show
+
+if TYPE_CHECKING:
+    from ..runs.comparison_job import ComparisonJob
+    from ..values.comparison import CriteriaComparison
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL...", help="Local folders, hub ids, or .gguf files, compared in this order."
+    ),
+]
+CalibrationTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--texts",
+        metavar="TEXTS",
+        help="Calibration texts, as for scan; a part of them fits, a part chooses. Given more than "
+        "once, each chooses for itself.",
+    ),
+]
+EvalTexts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXTS", help="Held-out texts for every figure that is reported, as --texts."
+    ),
+]
+Criteria = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Criteria, comma-separated; all by default (see --list)."),
+]
+Judge = Annotated[
+    Literal["loss", "kl", "options"],
+    typer.Option(
+        help="Judge of a cut. loss: of the next token; kl: divergence from the whole model's "
+        "next-token distributions; options: margin of the right option over the others."
+    ),
+]
+Options = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON lines with context, options and answer (an index), of the judge options; one "
+        "half chooses, the other half reports.",
+    ),
+]
+
+
+def compare_command(
+    models: Models = None,
+    *,
+    texts: CalibrationTexts = None,
+    eval_texts: EvalTexts = None,
+    sizes: Sizes = "1,2,4,8",
+    criteria: Criteria = None,
+    judge: Judge = "loss",
+    options: Options = None,
+    half_blocks: Annotated[
+        bool,
+        typer.Option(
+            "--half-blocks", help="Also judge each layer's attention and feed-forward alone."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
+    ] = None,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = 256,
+    batch_size: BatchSize = "auto",
+    max_texts: Annotated[
+        int, typer.Option(metavar="N", help="Read the first N calibration texts only.", min=1)
+    ] = 80,
+    max_eval_texts: Annotated[
+        int, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
+    ] = 64,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.")] = 0,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    no_cache: NoCache = False,
+    overwrite: Overwrite = False,
+    list_criteria: Annotated[
+        bool, typer.Option("--list", help="List the criteria with what they cost, and stop.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> int:
+    """Compare criteria: what each removes, what that costs, and how sure that is.
+
+    Every figure is measured on --eval-texts, which no criterion sees. The exit status is 1 if one
+    of several models could not be compared.
+    """
+    if list_criteria:
+        return _list(as_json)
+    from ..runs.cache import open_cache
+    from ..runs.comparison_job import ComparisonJob
+    from ..values.layers import parse_sizes
+    from ..values.tokens import Tokens, parse_batch_size
+
+    tokens = Tokens(max_length, parse_batch_size(batch_size))
+    wanted = parse_sizes(sizes)
+    named, held_out = _read(texts, eval_texts, (max_texts, max_eval_texts))
+    job = ComparisonJob(
+        models=[
+            ModelSource(model, dtype, device_map, trust_remote_code=trust_remote_code)
+            for model in models or ()
+        ],
+        texts=named, eval_texts=held_out, sizes=wanted, criteria=_names(criteria), judge=judge,
+        options=options, tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts,
+        seed=seed, half_blocks=half_blocks, out=out, overwrite=overwrite,
+        cache=open_cache(no_cache),
+    )  # fmt: skip
+    if dry_run:
+        say_dry_run(_described(job, criteria), as_json)
+        return 0
+    quiet()
+    comparison = job.run()
+    _say(comparison, job, as_json)
+    return 1 if comparison.failures else 0
+
+
+def _read(
+    texts: list[str] | None, eval_texts: str | None, limits: tuple[int, int]
+) -> tuple[dict[str, Any], Any]:
+    """Open all texts; those of calibration by the names of their files."""
+    from ..errors import TextsError
+
+    if not texts or eval_texts is None:
+        missing = "--eval-texts" if texts else "--texts"
+        raise TextsError(f"{missing} is missing: texts that choose, and others that report")
+    named = {}
+    for source in texts:
+        name = Path(source).stem if Path(source).suffix else source
+        if name in named or source in named:
+            name = source
+        if name in named:
+            raise TextsError(f"{source} is named twice (--texts)")
+        named[name] = read_texts(source, limits[0])
+    return named, read_texts(eval_texts, limits[1])
+
+
+def _names(criteria: str | None) -> list[str] | None:
+    return None if criteria is None else [name.strip() for name in criteria.split(",")]
+
+
+def _described(job: "ComparisonJob", criteria: str | None) -> dict[str, Any]:
+    described = {
+        "compare": ", ".join(map(str, job.models)),
+        "texts": ", ".join(job.splits),
+        "n": list(job.sizes),
+        "criteria": criteria or "all",
+        "judge": job.judge,
+    }
+    return described if job.out is None else {**described, "write": [str(job.out)]}
+
+
+def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) -> None:
+    from ..reporting.comparison import criteria_tables
+    from .output import say_measured_before
+
+    say_measured_before(job.entry)
+    if as_json:
+        print_json(comparison.to_json())
+        return
+    show(*criteria_tables(comparison))
+    if job.out is not None:
+        show(f"wrote {job.out}")
+
+
+def _list(as_json: bool) -> int:
+    from ..judgement.criteria import CRITERIA
+
+    rows = [
+        {"name": criterion.name, "summary": criterion.summary, "cost": criterion.cost}
+        for criterion in CRITERIA.values()
+    ]
+    if as_json:
+        print_json(rows)
+        return 0
+    from ..reporting.comparison import table_of_criteria
+
+    show(table_of_criteria(rows))
+    return 0

@@ -1,0 +1,229 @@
+"""Contest: what each criterion removes from one model, and what that costs."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ..errors import CostsError, CriterionError, PatchError
+from ..healing.quick_patch import QuickPatch
+from ..progress import Advance
+from ..values.comparison import Row
+from ..values.plan import Plan
+from ..values.scores import Scores
+from .criterion import Criterion
+from .referee import Referee, Store
+from .subject import Subject
+from .work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The layers that a criterion would drop, and the work of finding them."""
+
+    criterion: Criterion
+    n: int
+    plan: Plan
+    work: Work
+    tau: float | None
+
+
+@dataclass
+class Contest:
+    """Criteria on one model and one calibration text.
+
+    Attributes:
+        subject: the model, the texts that fit and those that choose.
+        criteria: those that are compared.
+        referee: the same model on the texts that report.
+        patch: the quick patch on the texts that fit.
+        store: results that were measured before.
+        model_name: for the rows.
+        texts_name: for the rows.
+        fitted: identity of the texts that fit, for the store.
+        chosen_on: identity of the items that choose, and what else a choice depends on.
+        skipped: the criteria that cannot choose here, and why; filled as they are tried.
+    """
+
+    subject: Subject
+    criteria: Sequence[Criterion]
+    referee: Referee
+    patch: QuickPatch
+    store: Store
+    model_name: str
+    texts_name: str
+    fitted: str
+    chosen_on: Mapping[str, Any]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the progress: every choice, and the losses of what it chose."""
+        return 2 * len(self.criteria) * len(self.subject.sizes)
+
+    def choices(self, advance: Advance) -> list[Choice]:
+        """Let every criterion choose, for every size.
+
+        Args:
+            advance: advances by a choice.
+
+        Returns:
+            What was chosen; a criterion that cannot choose is noted in ``skipped``.
+        """
+        found = []
+        for criterion in self.criteria:
+            try:
+                tau = self._tau(criterion)
+                for n in self.subject.sizes:
+                    advance(1, f"{criterion.name} {n}")
+                    plan, work = self._choice(criterion, n)
+                    found.append(Choice(criterion, n, plan, work, tau))
+            except (CriterionError, CostsError, PatchError) as error:
+                self.skipped[criterion.name] = str(error)
+        return found
+
+    def rows(self, choices: Sequence[Choice], advance: Advance) -> Iterator[Row]:
+        """Measure what was chosen, on the texts that report; regret is not known yet.
+
+        Args:
+            choices: what the criteria chose.
+            advance: advances by a choice.
+
+        Yields:
+            A row for each.
+        """
+        referee, whole = self.referee, self.referee.losses.scores(())
+        shares = parameter_shares(self.subject)
+        for choice in choices:
+            dropped = choice.plan.dropped
+            advance(1, f"loss of {choice.criterion.name} {choice.n}")
+            scores, losses = referee.scores.scores(dropped), referee.losses.scores(dropped)
+            found = referee.patched(self.patch, choice.plan, fitted=self.fitted)
+            patched = found if isinstance(found, Scores) else None
+            difference = losses.minus(whole)
+            yield Row(
+                model=self.model_name, texts=self.texts_name, criterion=choice.criterion.name,
+                n=choice.n, dropped=dropped, loss=losses.mean, stderr=losses.stderr,
+                difference=difference.mean, difference_stderr=difference.stderr,
+                patched=None if patched is None else patched.mean,
+                patched_stderr=None if patched is None else patched.stderr,
+                regret=math.nan, regret_stderr=math.nan, tied=False, tau=choice.tau,
+                layers_share=len(dropped) / self.subject.num_layers,
+                parameters_share=float(shares[list(dropped)].sum()),
+                seconds=choice.work.seconds, layer_forwards=choice.work.layer_forwards,
+                score=scores.mean, score_stderr=scores.stderr,
+                accuracy=referee.scores.judge.accuracy(scores.sums),
+            )  # fmt: skip
+
+    def _choice(self, criterion: Criterion, n: int) -> tuple[Plan, Work]:
+        inputs = {"criterion": criterion.name, "n": n, "fitted": self.fitted, **self.chosen_on}
+        known = self.store.get("choice", inputs) if _is_own(criterion) else None
+        if known is not None:
+            return Plan.from_json(known["plan"]), Work(known["layer_forwards"], known["seconds"])
+        with self.subject.meter.account() as work:
+            plans = criterion.plans(replace(self.subject, sizes=(n,)))
+        if n not in plans:
+            raise CriterionError(f"the criterion {criterion.name} names no {n} layers")
+        if _is_own(criterion):
+            done = {"plan": plans[n].to_json(), "layer_forwards": work.layer_forwards}
+            self.store.put("choice", inputs, {**done, "seconds": work.seconds})
+        return plans[n], work
+
+    def _tau(self, criterion: Criterion) -> float | None:
+        """Kendall's τ-b of the costs of single layers with the true losses without them."""
+        inputs = {"criterion": criterion.name, "fitted": self.fitted, **self.chosen_on}
+        known = self.store.get("single_layers", inputs) if _is_own(criterion) else None
+        if known is None:
+            known = {"costs": self._single_costs(criterion)}
+            if _is_own(criterion):
+                self.store.put("single_layers", inputs, known)
+        if known["costs"] is None:
+            return None
+        costs = np.array([np.nan if c is None else c for c in known["costs"]], np.float64)
+        return kendall_tau(costs, np.array(self.referee.single_layers()))
+
+    def _single_costs(self, criterion: Criterion) -> list[float | None] | None:
+        subject = self.subject
+        if type(criterion).costs is Criterion.costs:
+            return None
+        try:
+            costs = subject.meter.shared(
+                ("costs", criterion.name), lambda: criterion.costs(subject)
+            )
+        except CostsError:
+            return None
+        values = costs.blocks.diagonal(1)
+        return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def _is_own(criterion: Criterion) -> bool:
+    """Whether the criterion is one of this package, whose results its version tells."""
+    return type(criterion).__module__.startswith(f"{__package__}.")
+
+
+def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float | None:
+    """Compare two orders of layers by Kendall's τ-b.
+
+    Args:
+        costs: (L,) by a criterion, NaN where it says nothing.
+        truth: (L,) losses without each layer.
+
+    Returns:
+        From -1 to 1; None where fewer than two layers can be compared, or all are equal.
+    """
+    from scipy.stats import kendalltau
+
+    known = np.isfinite(costs) & np.isfinite(truth)
+    if known.sum() < 2:
+        return None
+    tau = float(kendalltau(costs[known], truth[known]).statistic)
+    return tau if math.isfinite(tau) else None
+
+
+def parameter_shares(subject: Subject) -> NDArray[np.float64]:
+    """Find the parameters of every layer as a share of all of the model.
+
+    Args:
+        subject: the model.
+
+    Returns:
+        (L,) float64.
+    """
+    total = _parameters(subject.decoder.model)
+    return np.array([_parameters(layer) / total for layer in subject.decoder.layers.modules])
+
+
+def _parameters(module: nn.Module) -> int:
+    """Values of a module's weights; those of 4 bits lie two in a byte."""
+    states = [getattr(weight, "quant_state", None) for weight in module.parameters()]
+    return sum(
+        math.prod(state.shape) if state is not None else weight.numel()
+        for state, weight in zip(states, module.parameters(), strict=True)
+    )
+
+
+def with_regret(rows: Sequence[Row], referee: Referee) -> list[Row]:
+    """Compare every row of one model with the best of its size.
+
+    Args:
+        rows: of one model, by any criteria and calibration texts.
+        referee: who knows the scores by item.
+
+    Returns:
+        The same rows with regret, its paired error, and whether it is a tie.
+    """
+    best: dict[int, Row] = {}
+    for row in rows:
+        if row.n not in best or row.score < best[row.n].score:
+            best[row.n] = row
+    found = []
+    for row in rows:
+        scores = referee.scores.scores(row.dropped)
+        regret = scores.minus(referee.scores.scores(best[row.n].dropped))
+        stderr = regret.stderr if row.dropped != best[row.n].dropped else 0.0
+        found.append(replace(row, regret=regret.mean, regret_stderr=stderr, tied=regret.tied))
+    return found

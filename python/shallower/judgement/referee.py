@@ -1,0 +1,154 @@
+"""Referee: cuts of one model on the texts that report, which no criterion has seen."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import PatchError
+from ..healing.quick_patch import QuickPatch
+from ..models.layerwise import Layerwise
+from ..values.comparison import ComparedModel
+from ..values.loss import Loss
+from ..values.plan import Plan
+from ..values.scores import Scores
+from .judges.judge import Judge
+from .judges.loss import LossJudge
+from .trials import Journal, Trials
+from .work import Meter
+
+TRUTH_ITEMS = 32
+"""Texts on which the true losses without single layers are measured, at most."""
+
+
+class Store(Protocol):
+    """Results of one model that outlive the process."""
+
+    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Give what was put under the same kind and inputs; None if there is nothing."""
+
+    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
+        """Keep a result, whole or not at all."""
+
+    def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
+        """Open a journal; None if nothing is kept."""
+
+
+class Referee:
+    """The losses and scores of cuts on the texts that report.
+
+    Args:
+        model: the whole model.
+        losses: the next-token loss of the texts that report.
+        judge: on items that report; the same as ``losses`` if the loss judges.
+        store: results that were measured before.
+        texts: identity of the texts that report, for the store.
+        num_rejected: texts with fewer than two tokens.
+    """
+
+    def __init__(
+        self,
+        model: Layerwise,
+        losses: LossJudge,
+        judge: Judge,
+        *,
+        store: Store,
+        texts: str,
+        num_rejected: int = 0,
+    ) -> None:
+        self.model, self.store, self.texts = model, store, texts
+        self._num_rejected = num_rejected
+        self._single_layers: tuple[float, ...] | None = None
+        self._patched: dict[tuple[str, tuple[int, ...]], Scores | str] = {}
+        self.losses = self._trials(losses)
+        self.scores = self.losses if judge is losses else self._trials(judge)
+
+    def _trials(self, judge: Judge) -> Trials:
+        journal = self.store.journal("trials", {"judge": judge.name, "items": self.texts})
+        return Trials(self.model, judge, meter=Meter(), journal=journal)
+
+    def compared(self, name: str) -> ComparedModel:
+        """Measure the whole model.
+
+        Args:
+            name: of the model.
+
+        Returns:
+            Its loss, and its accuracy beside that of a guess where the judge knows right answers.
+        """
+        judge = self.scores.judge
+        return ComparedModel(
+            name, len(self.model), self._whole(), self._single_layers or (),
+            chance=judge.chance, accuracy=judge.accuracy(self.scores.scores(()).sums),
+        )  # fmt: skip
+
+    def _whole(self) -> Loss:
+        scores = self.losses.scores(())
+        return Loss(
+            scores.mean,
+            scores.stderr,
+            int(scores.weights.sum()),
+            len(scores),
+            self._num_rejected,
+            self.model.head.vocab_size,
+        )
+
+    def single_layers(self) -> tuple[float, ...]:
+        """Measure the true loss without each single layer, on some of the texts.
+
+        Returns:
+            (L,) nats a token, on the first batches of at least ``TRUTH_ITEMS`` texts.
+        """
+        if self._single_layers is not None:
+            return self._single_layers
+        looks, seen = 0, 0
+        while looks < self.losses.num_looks and seen < TRUTH_ITEMS:
+            seen += len(self.losses.judge.items[looks])
+            looks += 1
+        layers = range(len(self.model))
+        means = (self.losses.scores((layer,), looks).mean for layer in layers)
+        self._single_layers = tuple(means)
+        return self._single_layers
+
+    def patched(self, patch: QuickPatch, plan: Plan, *, fitted: str) -> Scores | str:
+        """Measure the loss of a cut after a quick patch.
+
+        Args:
+            patch: of the model, on texts that fit.
+            plan: the cut.
+            fitted: identity of those texts, for the store.
+
+        Returns:
+            The scores by text; a sentence that says why where the cut cannot be patched.
+
+        Raises:
+            ModelError: a score is not finite.
+        """
+        if (fitted, plan.dropped) not in self._patched:
+            self._patched[fitted, plan.dropped] = self._measure_patched(patch, plan, fitted)
+        return self._patched[fitted, plan.dropped]
+
+    def _measure_patched(self, patch: QuickPatch, plan: Plan, fitted: str) -> Scores | str:
+        texts = {"fitted": fitted, "items": self.texts}
+        inputs = {"dropped": list(plan.dropped), **texts, **patch.settings}
+        found = self.store.get("patched", inputs)
+        if found is None:
+            try:
+                with patch.patched(plan):
+                    found = {"sums": self._without_prefixes(plan.dropped)}
+            except PatchError as error:
+                found = {"why": str(error)}
+            self.store.put("patched", inputs, found)
+        if "why" in found:
+            return str(found["why"])
+        return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
+
+    def _without_prefixes(self, dropped: Sequence[int]) -> list[float]:
+        """Judge a cut of a model whose weights are not those that the trials know."""
+        judge, sums = self.losses.judge, np.full(self.losses.judge.num_items, np.nan)
+        layers = [layer for layer in range(len(self.model)) if layer not in set(dropped)]
+        for index, batch in enumerate(judge.batches):
+            states = self.model.run(batch, self.model.embed(batch), layers)
+            with self.model.starting_from(states, ()):
+                sums[judge.items[index]] = judge.measure(self.model.head, index)
+        return [float(value) for value in sums]

@@ -1,0 +1,341 @@
+"""Criteria compared: every figure against a plain measurement, and what is not done twice."""
+
+import csv
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+import shallower as sh
+from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
+from shallower.judgement.splits import three_splits
+from shallower.judgement.trials import Trials
+from shallower.values.comparison import CriteriaComparison
+from tests.conftest import tiny_llama
+from tests.documents import assert_same, documents, state_of
+
+TEXTS = documents(24)
+HELD_OUT = documents(8, seed=1)
+FEW = ["angular", "greedy", "deepest"]
+
+
+class Odd(sh.Criterion):
+    """Odd layers first."""
+
+    name = "odd"
+    summary = "Odd layers first."
+    cost = "Nothing."
+
+    def costs(self, subject):
+        values = [(layer + 1) % 2 for layer in range(subject.num_layers)]
+        return sh.Costs.of_layers(values, metric=self.name)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def compared(model, words):
+    before = state_of(model)
+    done = sh.compare(
+        model, words, TEXTS, HELD_OUT, n=[1, 3], criteria=[*sh.criteria, Odd()], cache=False
+    )
+    assert_same(before, state_of(model))
+    return done
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The cuts that are measured from now on, each as often as it is."""
+    cuts = []
+    measure = Trials._measure
+
+    def noted(self, *arguments):
+        cuts.append((self.judge.name, *arguments))
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Trials, "_measure", noted)
+    return cuts
+
+
+# What is reported.
+def test_every_criterion_has_a_row_for_every_size(compared):
+    assert [(row.criterion, row.n) for row in compared.rows] == [
+        (name, n) for name in [*sh.criteria, "odd"] for n in (1, 3)
+    ]
+    assert compared.skipped == compared.failures == {}
+
+
+def test_a_row_has_the_loss_of_the_cut_on_the_texts_that_report(compared, model, words):
+    whole = sh.evaluate_loss(model, words, HELD_OUT)
+    (of_model,) = compared.models
+    assert of_model.whole.nats == pytest.approx(whole.nats, rel=1e-6)
+    assert of_model.whole.stderr == pytest.approx(whole.stderr, rel=1e-4)
+    for row in compared.rows:
+        assert len(row.dropped) == row.n
+        with sh.without_layers(model, row.dropped):
+            loss = sh.evaluate_loss(model, words, HELD_OUT)
+        assert row.loss == pytest.approx(loss.nats, rel=1e-6)
+        assert row.stderr == pytest.approx(loss.stderr, rel=1e-4)
+        assert row.difference == pytest.approx(loss.nats - whole.nats, abs=1e-6)
+
+
+def test_the_error_of_a_difference_is_paired(compared, model, words):
+    def nats_of(dropped):
+        def nats(text):
+            return sh.evaluate_loss(model, words, [text])
+
+        if not dropped:
+            return [nats(text) for text in HELD_OUT]
+        with sh.without_layers(model, dropped):
+            return [nats(text) for text in HELD_OUT]
+
+    row = compared.rows[0]
+    cut, whole = nats_of(row.dropped), nats_of(())
+    counts = np.array([loss.num_tokens for loss in whole])
+    sums = np.array([(a.nats - b.nats) * a.num_tokens for a, b in zip(cut, whole, strict=True)])
+    mean, size = sums.sum() / counts.sum(), len(sums)
+    squares = ((sums - mean * counts) ** 2).sum() * size / (size - 1)
+    assert row.difference_stderr == pytest.approx(math.sqrt(squares) / counts.sum(), rel=1e-4)
+
+
+def test_regret_is_over_the_best_row_of_its_size(compared):
+    for n in (1, 3):
+        rows = [row for row in compared.rows if row.n == n]
+        best = min(rows, key=lambda row: row.loss)
+        for row in rows:
+            assert row.regret == pytest.approx(row.loss - best.loss, abs=1e-9)
+            assert row.regret_stderr == 0 if row.dropped == best.dropped else row.regret_stderr > 0
+        assert best.tied
+
+
+def test_shares_are_of_layers_and_of_parameters(compared, model):
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    total = sum(weight.numel() for weight in model.parameters())
+    for row in compared.rows:
+        assert row.layers_share == row.n / 6
+        assert row.parameters_share == pytest.approx(row.n * layer / total)
+
+
+def test_tau_compares_with_the_true_losses_of_single_layers(compared, model, words):
+    def loss_without(layer):
+        with sh.without_layers(model, [layer]):
+            return sh.evaluate_loss(model, words, HELD_OUT).nats
+
+    truth = np.array([loss_without(layer) for layer in range(6)])
+    assert compared.models[0].single_layers == pytest.approx(truth, rel=1e-6)
+    costs = np.array([(layer + 1) % 2 for layer in range(6)])
+    signs = [
+        np.sign((costs[i] - costs[j]) * (truth[i] - truth[j])) for i in range(6) for j in range(i)
+    ]
+    pairs, ties = len(signs), sum(costs[i] == costs[j] for i in range(6) for j in range(i))
+    expected = sum(signs) / math.sqrt(pairs * (pairs - ties))
+    (tau,) = {row.tau for row in compared.rows if row.criterion == "odd"}
+    assert tau == pytest.approx(expected)
+    assert {row.tau for row in compared.rows if row.criterion == "random"} == {None}
+
+
+def test_a_patched_loss_is_that_of_the_patched_model(compared):
+    patched = [row for row in compared.rows if 0 not in row.dropped]
+    assert all(row.patched is not None and row.patched_stderr > 0 for row in patched)
+    without = [row for row in compared.rows if 0 in row.dropped]
+    assert all(row.patched is None for row in without)
+
+
+def test_work_is_counted_for_each_criterion_by_itself(compared, model, words):
+    alone = sh.compare(model, words, TEXTS, HELD_OUT, n=[3], criteria=["greedy"], cache=False)
+    (row,) = [row for row in compared.rows if (row.criterion, row.n) == ("greedy", 3)]
+    assert alone.rows[0].layer_forwards == row.layer_forwards > 0
+    free = {"deepest", "random", "weights", "odd"}
+    assert {row.criterion for row in compared.rows if not row.layer_forwards} == free
+
+
+def test_calibration_texts_choose_each_for_itself(model, words):
+    texts = {"one": TEXTS, "two": documents(24, seed=5)}
+    done = sh.compare(model, words, texts, HELD_OUT, n=[2], criteria=["angular"], cache=False)
+    assert [row.texts for row in done.rows] == ["one", "two"]
+
+
+def test_other_judges_choose_and_report(model, words, tmp_path):
+    items = [
+        {"context": text, "options": [f" w{i}", f" w{i + 1}"], "answer": i % 2}
+        for i, text in enumerate(TEXTS)
+    ]
+    file = tmp_path / "items.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    asked = {"n": [2], "criteria": ["one_shot"], "cache": False}
+    (row,) = sh.compare(model, words, TEXTS, HELD_OUT, judge="kl", **asked).rows
+    assert row.score > 0
+    assert row.accuracy is None
+    done = sh.compare(model, words, TEXTS, HELD_OUT, judge="options", options=file, **asked)
+    assert done.models[0].chance == 0.5
+    assert 0 <= done.rows[0].accuracy <= 1
+
+
+# What is written.
+def test_a_comparison_is_written_as_json_csv_and_figures(model, words, tmp_path):
+    out = tmp_path / "out"
+    done = sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=FEW, out=out)
+    assert {path.name for path in out.iterdir()} >= {
+        "comparison.json", "comparison.csv", "loss_over_dropped.svg", "regret_over_cost.svg",
+    }  # fmt: skip
+    data = json.loads((out / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert CriteriaComparison.from_json(data).rows == done.rows
+    assert data["whole"]["loss"] == done.models[0].whole.nats
+    with (out / "comparison.csv").open() as file:
+        assert [row["criterion"] for row in csv.DictReader(file)] == [
+            row.criterion for row in done.rows
+        ]
+    with pytest.raises(OutputError, match="overwrite"):
+        sh.compare(model, words, TEXTS, HELD_OUT, n=[1], criteria=FEW, out=out)
+
+
+# What is not done twice.
+def test_a_comparison_is_measured_once(model, words, tmp_path, measured):
+    asked = {"n": [1, 2], "criteria": FEW, "out": tmp_path / "out"}
+    first = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
+    assert measured
+    measured.clear()
+    again = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
+    assert again.to_json() == first.to_json()
+    assert measured == []
+    sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False, overwrite=True)
+    assert measured
+
+
+def test_more_criteria_measure_only_what_is_new(model, words, measured):
+    sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=["exhaustive"])
+    before = list(measured)
+    measured.clear()
+    sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=["exhaustive", "deepest"])
+    assert not set(map(str, before)) & set(map(str, measured))
+
+
+def test_other_weights_are_another_model(words, measured):
+    asked = {"n": [1], "criteria": ["deepest"]}
+    sh.compare(tiny_llama(), words, TEXTS, HELD_OUT, **asked)
+    measured.clear()
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
+    sh.compare(changed, words, TEXTS, HELD_OUT, **asked)
+    assert measured
+
+
+def test_a_comparison_goes_on_where_it_was_cut_short(model, words, measured, monkeypatch):
+    asked = {"n": [1, 2, 3], "criteria": ["greedy", "exhaustive", "evolution", "one_shot"]}
+    whole = sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False)
+    total = len(measured)
+    measure, left = Trials._measure, [0]
+
+    class Killed(BaseException):
+        pass
+
+    def until_killed(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Trials, "_measure", until_killed)
+    measured.clear()
+    for trials in (3, total // 8, total // 4, total // 3):
+        left[0] = trials
+        with pytest.raises(Killed):
+            sh.compare(model, words, TEXTS, HELD_OUT, **asked)
+    left[0] = 10**6
+    done = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
+    assert len(measured) == total
+
+    def table(comparison):
+        return [asdict(row) | {"seconds": 0} for row in comparison.rows]
+
+    assert table(done) == table(whole)
+
+
+# Several models.
+def test_the_failure_of_one_of_several_models_is_recorded(words, tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    places = [tmp_path / "one", tmp_path / "gone", tmp_path / "two"]
+    done = sh.compare(
+        [sh.ModelSource(str(place), "float32") for place in places], None, TEXTS, HELD_OUT,
+        n=[1], criteria=["deepest"], out=tmp_path / "out",
+    )  # fmt: skip
+    assert [model.name for model in done.models] == [str(places[0]), str(places[2])]
+    assert list(done.failures) == [str(places[1])]
+    assert "gone" in done.failures[str(places[1])]
+    assert [row.model for row in done.rows] == [str(places[0]), str(places[2])]
+
+
+def test_the_only_model_that_cannot_be_loaded_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match="gone"):
+        sh.compare(sh.ModelSource(str(tmp_path / "gone")), None, TEXTS, HELD_OUT)
+
+
+def test_a_size_that_the_model_cannot_lose_is_refused(model, words):
+    with pytest.raises(LayersError, match="6"):
+        sh.compare(model, words, TEXTS, HELD_OUT, n=[6], criteria=["deepest"])
+
+
+# Bad input.
+@pytest.mark.parametrize(
+    ("asked", "error", "named"),
+    [
+        ({"criteria": ["angular", "angular"]}, CriterionError, "twice: angular"),
+        ({"criteria": ["angles"]}, CriterionError, "angles"),
+        ({"criteria": []}, CriterionError, "expected"),
+        ({"n": []}, LayersError, "--n"),
+        ({"n": [0]}, LayersError, "at least 1"),
+        ({"judge": "taste"}, CriterionError, "taste"),
+        ({"judge": "options"}, CriterionError, "--options"),
+        ({"options": "x.jsonl"}, CriterionError, "--judge options"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(model, words, asked, error, named):
+    with pytest.raises(error, match=named):
+        sh.compare(model, words, TEXTS, HELD_OUT, **{"n": [1], "criteria": FEW, **asked})
+
+
+def test_too_few_texts_for_three_sets_are_refused(model, words):
+    with pytest.raises(TextsError, match="too few texts to fit and to choose: 11"):
+        sh.compare(model, words, TEXTS[:11], HELD_OUT)
+    with pytest.raises(TextsError, match="to report"):
+        sh.compare(model, words, TEXTS, HELD_OUT[:1])
+    with pytest.raises(ModelError, match="tokenizer"):
+        sh.compare(model, None, TEXTS, HELD_OUT)
+
+
+def test_texts_that_report_choose_nothing():
+    splits = three_splits([*TEXTS, *HELD_OUT], HELD_OUT)
+    assert not {*splits.fit, *splits.choose} & set(HELD_OUT)
+
+
+def test_a_damaged_entry_is_named(model, words, tmp_path, monkeypatch):
+    asked = {"n": [1], "criteria": ["deepest"]}
+    sh.compare(model, words, TEXTS, HELD_OUT, **asked)
+    from shallower.runs.cache import cache_folder
+
+    for entry in cache_folder().glob("comparison/*.json"):
+        entry.write_bytes(entry.read_bytes()[:-20])
+    with pytest.raises(sh.CacheError, match="no-cache"):
+        sh.compare(model, words, TEXTS, HELD_OUT, **asked)
+
+
+@pytest.mark.slow
+def test_the_real_model(smol, data):
+    texts = [json.loads(line)["text"] for line in (data / "text" / "c4.jsonl").open()]
+    held_out = [json.loads(line)["text"] for line in (data / "text" / "c4_eval.jsonl").open()]
+    done = sh.compare(
+        *smol, texts, held_out, n=[8], criteria=["angular", "exhaustive", "deepest"],
+        max_eval_texts=16, cache=False,
+    )  # fmt: skip
+    by_name = {row.criterion: row for row in done.rows}
+    assert by_name["exhaustive"].loss < by_name["angular"].loss < by_name["deepest"].loss
+    assert all(row.patched < row.loss for row in done.rows)
