@@ -20,7 +20,7 @@ from .options import (
     quiet,
     read_texts,
 )
-from .output import print_json, say_dry_run, show
+from .output import print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
     from ..runs.comparison_job import ComparisonJob
@@ -178,9 +178,9 @@ def _described(job: "ComparisonJob", criteria: str | None) -> dict[str, Any]:
 
 def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) -> None:
     from ..reporting.comparison import criteria_tables
-    from .output import say_measured_before
 
-    say_measured_before(job.entry)
+    if job.entry is not None:
+        say_known(job.entry.made)
     if as_json:
         print_json(comparison.to_json())
         return
@@ -190,11 +190,11 @@ def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) 
 
 
 def _list(as_json: bool) -> int:
-    from ..judgement.criteria import CRITERIA
+    from ..judgement.criteria import criteria
 
     rows = [
         {"name": criterion.name, "summary": criterion.summary, "cost": criterion.cost}
-        for criterion in CRITERIA.values()
+        for criterion in criteria.values()
     ]
     if as_json:
         print_json(rows)

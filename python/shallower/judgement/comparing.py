@@ -18,6 +18,7 @@ from ..values.layers import check_sizes
 from ..values.tokens import Tokens
 from .contest import Contest, with_regret
 from .criterion import Criterion
+from .half_blocks import half_blocks
 from .judges.judge import Judge, judged_batches
 from .judges.kl import KLJudge
 from .judges.loss import LossJudge
@@ -132,8 +133,6 @@ def compare_on(
         several = f" on {texts}" if len(terms.texts) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in contest.skipped.items()}
         if terms.halves and not halves:
-            from .half_blocks import half_blocks
-
             halves += [half.to_json() for half in half_blocks(subject)]
     return Outcome(
         referee.compared(name), tuple(with_regret(rows, referee)), skipped, tuple(halves)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CriterionError, LayersError, ModelError, ShallowerError, TextsError
+from ..errors import CriterionError, LayersError, MissingExtraError, ModelError, ShallowerError, TextsError
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..storage import check_free, write_file
@@ -270,8 +271,10 @@ class ComparisonJob:
         content = json.dumps(comparison.to_json(), indent=2) + "\n"
         write_file(self.out / COMPARISON_FILE, content.encode())
         write_csv(comparison, self.out / COMPARISON_TABLE)
-        if comparison.rows:
+        try:
             draw_comparison(comparison, self.out)
+        except MissingExtraError as error:
+            warnings.warn(str(error), stacklevel=2)
 
     def _is_there(self) -> bool:
         """Whether ``out`` holds this very comparison already."""
@@ -285,7 +288,7 @@ class ComparisonJob:
 
     def _model_inputs(self, model: ModelSource | InMemory) -> dict[str, Any] | None:
         if isinstance(model, ModelSource):
-            return model_inputs(model.resolved(), self.cache)
+            return model_inputs(model, self.cache)
         return model.inputs() if self.cache.folder is not None else None
 
     def _identities(self) -> dict[str, str]:

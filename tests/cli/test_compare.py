@@ -1,0 +1,117 @@
+"""The command `compare`."""
+
+import json
+
+import pytest
+
+import shallower as sh
+from tests.cli.documents import tree
+
+KEYS = {
+    "model", "criterion", "n", "dropped", "loss", "stderr", "patched", "regret", "seconds",
+    "layer_forwards",
+}  # fmt: skip
+
+
+@pytest.fixture
+def asked(tiny, texts):
+    """A comparison of two cheap criteria."""
+    files = ["--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl"]
+    return ["compare", tiny, *files, "--n", "1,2", "--criteria", "angular,deepest"]
+
+
+def test_compare_prints_a_row_for_every_criterion_and_size(shallower, folder, asked):
+    done = shallower(*asked, "--json")
+    assert done.status == 0
+    rows = done.json["rows"]
+    assert [(row["criterion"], row["n"]) for row in rows] == [
+        ("angular", 1), ("angular", 2), ("deepest", 1), ("deepest", 2),
+    ]  # fmt: skip
+    assert all(row.keys() >= KEYS for row in rows)
+    assert done.json["whole"].keys() >= {"loss", "stderr"}
+    assert rows[2]["dropped"] == [4]
+    assert tree(folder) == {}
+
+
+def test_compare_says_what_was_measured_before(shallower, folder, asked):
+    first = shallower(*asked, "--out", "out")
+    assert "measured before" not in first.err + first.out
+    again = shallower(*asked, "--out", "out")
+    assert again.status == 0
+    assert "measured before" in again.err + again.out
+    assert "angular" in first.out
+    assert "tie" in first.out
+    anew = shallower(*asked, "--no-cache", "--out", "other")
+    assert anew.status == 0
+    assert "measured before" not in anew.err + anew.out
+
+
+def test_compare_lists_the_criteria(shallower):
+    shown = shallower("compare", "--list").out
+    rows = shallower("compare", "--list", "--json").json
+    assert [row["name"] for row in rows] == list(sh.criteria)
+    assert all(row["summary"].endswith(".") and row["cost"].endswith(".") for row in rows)
+    assert all(name in shown for name in sh.criteria)
+
+
+def test_compare_goes_on_where_one_model_fails(shallower, folder, asked, models):
+    done = shallower(*asked, models / "deeper", folder / "gone", "--json")
+    assert done.status == 1
+    assert [model["num_layers"] for model in done.json["models"]] == [6, 8]
+    (failed,) = done.json["failures"].items()
+    assert failed[0].endswith("gone")
+    assert "gone" in failed[1]
+    shown = shallower(*asked, models / "deeper", folder / "gone")
+    assert shown.status == 1
+    assert "gone" in shown.out
+
+
+def test_compare_takes_calibration_texts_as_an_axis(shallower, asked, texts):
+    done = shallower(*asked, "--texts", texts / "texts.txt", "--json")
+    assert {row["texts"] for row in done.json["rows"]} == {
+        "texts", str(texts / "texts.txt"),
+    }  # fmt: skip
+
+
+def test_compare_judges_by_options(shallower, folder, asked):
+    lines = [{"context": f"w{i}", "options": ["w1", "w2"], "answer": i % 2} for i in range(12)]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ["--judge", "options", "--options", "items.jsonl"]
+    done = shallower(*asked, *options, "--json")
+    assert done.json["judge"] == "options"
+    assert done.json["models"][0]["chance"] == 0.5
+    del lines[3]["answer"]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    error = shallower(*asked, *options).error
+    assert "line 4" in error
+    assert "answer" in error
+
+
+def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked):
+    done = shallower(*asked, "--out", "out", "--dry-run")
+    assert done.status == 0
+    assert "would write out" in done.out
+    assert tree(folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--criteria", "angular,cosine,angular"], "twice: angular"),
+        (["--criteria", "angles"], "'angles'"),
+        (["--judge", "options"], "--options"),
+        (["--n", "0"], "'0'"),
+        (["--n", "6"], "6"),
+        (["--max-texts", "11"], "too few texts to fit and to choose: 11"),
+        (["--max-eval-texts", "1"], "too few texts to report"),
+    ],
+)
+def test_what_compare_cannot_do_is_one_sentence(shallower, folder, asked, more, named):
+    assert named in shallower(*asked, *more, "--out", "out").error
+    assert tree(folder) == {}
+
+
+def test_compare_needs_models_and_both_sets_of_texts(shallower, asked):
+    assert "--texts" in shallower("compare", "model").error
+    assert "--eval-texts" in shallower(*asked[:4]).error
+    assert "model" in shallower("compare", *asked[2:]).error
