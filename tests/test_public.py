@@ -78,7 +78,7 @@ def test_what_is_returned_is_described(name):
 @pytest.mark.parametrize("name", shallower.__all__)
 def test_the_first_line_stands_alone(name):
     value = getattr(shallower, name)
-    if name == "__version__":
+    if isinstance(value, (str, dict)):  # the version, and the table of criteria
         return
     first = inspect.getdoc(value).splitlines()[0]
     assert first.endswith("."), first

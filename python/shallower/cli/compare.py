@@ -107,7 +107,7 @@ def compare_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> int:
-    """Compare criteria: what each removes, what that costs, and how sure that is.
+    """Compare criteria by what they remove and what that costs.
 
     Every figure is measured on --eval-texts, which no criterion sees. The exit status is 1 if one
     of several models could not be compared.

@@ -10,7 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CriterionError, LayersError, MissingExtraError, ModelError, ShallowerError, TextsError
+from ..errors import (
+    CriterionError,
+    LayersError,
+    MissingExtraError,
+    ModelError,
+    ShallowerError,
+    TextsError,
+)
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..storage import check_free, write_file

@@ -79,7 +79,7 @@ class Reachable(Criterion):
                 writer = find_writers(model, layer, batch=probe, states=beginning).feed_forward
                 parts: tuple[list[torch.Tensor], ...] = ([], [])
                 for index, batch in enumerate(tokens.batches):
-                    with _watched(writer and writer.module) as taken:
+                    with _watched(None if writer is None else writer.module) as taken:
                         states[index] = model.run(batch, states[index], some)
                     if writer is None:
                         continue
