@@ -91,14 +91,14 @@ class KeptTokens:
                 f"{texts[-1]} texts are too few to fit a map and to hold two out of "
                 f"{HELD_OUT_TEXTS}: give at least {FEWEST_TEXTS} of two tokens (--texts)"
             )
-        shaped = (
+        fitted, held_out = (
             [
                 part.reshape(mask.shape)
                 for part, mask in zip(np.split(kept, ends), masks, strict=True)
             ]
             for kept in parts
         )
-        return cls(some, *shaped, numbered)
+        return cls(some, fitted, held_out, numbered)
 
     @property
     def num_texts(self) -> int:
@@ -177,7 +177,8 @@ class KeptStates:
 
     def _by_text(self, values: torch.Tensor) -> NDArray[np.float64]:
         weights = values.cpu().numpy()
-        return np.bincount(self.tokens.texts, weights, minlength=self.spreads.shape[1])
+        sums = np.bincount(self.tokens.texts, weights, minlength=self.spreads.shape[1])
+        return sums.astype(np.float64, copy=False)
 
 
 def _predictor(inputs: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
