@@ -113,6 +113,10 @@ _TRANSFORMERS = (
         "overridden, so that training computes in bfloat16 with float32 adapters",
     ),
     PrivateName(
+        "transformers.configuration_utils", "PreTrainedConfig._attn_implementation",
+        "tells models apart whose attention is computed otherwise, for the cache",
+    ),
+    PrivateName(
         "transformers.configuration_utils", "PreTrainedConfig._experts_implementation",
         "experts are rehearsed without loops over data",
     ),
