@@ -15,6 +15,7 @@ from shallower.models.residual_writers import Writers
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import blocks_of
 from shallower.values.tokens import Tokens
+from tests.conftest import tiny_llama
 from tests.documents import TEXTS, assert_same, state_of
 from tests.examples import learned_llama, sentences
 from tests.families import random_model
@@ -23,9 +24,14 @@ SCATTERED = (2, 4, 5, 7)
 
 
 @pytest.fixture(scope="module")
-def learned(words):
-    """A tiny Llama that predicts such words better than chance. Tests copy it, or leave it."""
-    return learned_llama(words, num_layers=8, steps=150)
+def model():
+    """A random Llama of eight layers that write as much as they read. Tests leave it as it is."""
+    model = tiny_llama(8)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                writer.weight.mul_(20)
+    return model
 
 
 def batches_of(words, texts, batch_size=8):
@@ -110,36 +116,37 @@ def slow_twin(model, batches, dropped):
 
 
 @pytest.mark.parametrize("dropped", [(3, 4), SCATTERED, (1,)])
-def test_matrices_are_those_of_the_slow_twin(learned, words, dropped):
+def test_matrices_are_those_of_the_slow_twin(model, words, dropped):
     """Within 1e-3 of matrices of about 1; texts of 3 to 20 words, so that there is padding."""
     batches = batches_of(words, TEXTS + sentences(16))
-    expected, ridges = slow_twin(learned, batches, dropped)
-    quick = QuickPatch(Layerwise(learned), batches)
+    expected, ridges = slow_twin(model, batches, dropped)
+    quick = QuickPatch(Layerwise(model), batches)
     with quick.patched(plan_of(dropped)) as fits:
         assert fits.layers == tuple(expected)
         assert fits.ridges == ridges
         for layer, matrix in expected.items():
-            found = learned.model.layers[layer].mlp.down_proj.weight.detach().double().numpy()
+            found = model.model.layers[layer].mlp.down_proj.weight.detach().double().numpy()
             assert np.abs(found - matrix).max() < 1e-3
 
 
-def test_the_ridges_of_the_test_differ(learned, words):
+def test_the_ridges_of_the_test_differ(model, words):
     """So that a ridge that is not chosen would be noticed."""
     batches = batches_of(words, sentences(64, seed=3))
-    quick = QuickPatch(Layerwise(learned), batches)
+    quick = QuickPatch(Layerwise(model), batches)
     with quick.patched(plan_of((3, 4))) as many:
         assert many.ridges[0] < RIDGES[0]
 
 
-def test_a_quick_patch_lowers_the_loss_of_a_cut(learned, words):
+def test_a_quick_patch_lowers_the_loss_of_a_cut(words):
+    model = learned_llama(words, num_layers=8, steps=60)
     held_out = sentences(64, seed=2)
 
     def loss():
-        with sh.without_layers(learned, [range(3, 5)]):
-            return sh.evaluate_loss(learned, words, held_out).nats
+        with sh.without_layers(model, [range(3, 5)]):
+            return sh.evaluate_loss(model, words, held_out).nats
 
-    base, cut = sh.evaluate_loss(learned, words, held_out).nats, loss()
-    quick = QuickPatch(Layerwise(learned), batches_of(words, sentences(200, seed=1)))
+    base, cut = sh.evaluate_loss(model, words, held_out).nats, loss()
+    quick = QuickPatch(Layerwise(model), batches_of(words, sentences(200, seed=1)))
     with quick.patched(plan_of((3, 4))):
         assert loss() < cut - 0.1 * (cut - base)
     assert loss() == cut
@@ -148,8 +155,6 @@ def test_a_quick_patch_lowers_the_loss_of_a_cut(learned, words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropped", [(3, 4), SCATTERED])
 def test_the_model_is_as_before_whatever_happens(words, dtype, dropped):
-    from tests.conftest import tiny_llama
-
     model = tiny_llama(8).to(dtype)
     before = state_of(model)
     quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
@@ -163,56 +168,56 @@ def test_the_model_is_as_before_whatever_happens(words, dtype, dropped):
     assert_same(before, state_of(model))
 
 
-def test_the_same_plan_gives_the_same_patch_whatever_came_between(learned, words):
-    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+def test_the_same_plan_gives_the_same_patch_whatever_came_between(model, words):
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     with quick.patched(plan_of(SCATTERED)):
-        first = copy.deepcopy(learned.state_dict())
+        first = copy.deepcopy(model.state_dict())
     with quick.patched(plan_of((1, 2, 3, 6))):
         pass
     with quick.patched(plan_of(SCATTERED)):
-        assert all(torch.equal(v, first[k]) for k, v in learned.state_dict().items())
+        assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
 
 
-def test_a_second_block_that_cannot_be_patched_leaves_nothing(words, learned, monkeypatch):
-    before = state_of(learned)
+def test_a_second_block_that_cannot_be_patched_leaves_nothing(words, model, monkeypatch):
+    before = state_of(model)
     found = quick_patch.find_writers
 
     def find(model, layer, **more):
         return Writers(None, None) if layer == 3 else found(model, layer, **more)
 
     monkeypatch.setattr(quick_patch, "find_writers", find)
-    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     for _ in range(2):
         with (
             pytest.raises(sh.PatchError, match="layer 3, before the block, does not write"),
             quick.patched(plan_of(SCATTERED)),
         ):
             raise AssertionError
-        assert_same(before, state_of(learned))
+        assert_same(before, state_of(model))
 
 
-def test_states_in_a_file_are_the_same(learned, words, tmp_path, monkeypatch):
+def test_states_in_a_file_are_the_same(model, words, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     batches = batches_of(words, TEXTS)
     made = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *a, **k: made.append(a) or from_file(*a, **k))
-    kept = QuickPatch(Layerwise(learned), batches)
+    kept = QuickPatch(Layerwise(model), batches)
     with kept.patched(plan_of(SCATTERED)):
-        first = copy.deepcopy(learned.state_dict())
+        first = copy.deepcopy(model.state_dict())
     assert not made
-    with QuickPatch(Layerwise(learned), batches, room=0).patched(plan_of(SCATTERED)):
+    with QuickPatch(Layerwise(model), batches, room=0).patched(plan_of(SCATTERED)):
         assert len(made) == 2 * (9 + 1)
         assert not list(tmp_path.iterdir())
-        assert all(torch.equal(v, first[k]) for k, v in learned.state_dict().items())
+        assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
 
 
-def test_layers_that_run_are_counted(learned, words):
+def test_layers_that_run_are_counted(model, words):
     """The whole model once; a plan from its first block on, to the layer before its last."""
     ran = []
     batches = batches_of(words, TEXTS)
     quick = QuickPatch(
-        Layerwise(learned), batches, ran=lambda layers, texts: ran.append(layers * texts)
+        Layerwise(model), batches, ran=lambda layers, texts: ran.append(layers * texts)
     )
     assert not ran
     with quick.patched(plan_of((3, 4))):
@@ -225,10 +230,10 @@ def test_layers_that_run_are_counted(learned, words):
         assert sum(ran) == 5 * 24
 
 
-def test_settings_are_json_and_name_the_ridges(learned, words):
+def test_settings_are_json_and_name_the_ridges(model, words):
     import json
 
-    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     assert json.loads(json.dumps(quick.settings)) == quick.settings
     assert quick.settings["ridges"] == list(RIDGES)
 
@@ -243,18 +248,18 @@ def test_transposed_weights_too(words):
     assert torch.equal(model.transformer.h[2].mlp.c_proj.weight, before)
 
 
-def test_what_cannot_be_patched_is_refused(learned, words):
-    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+def test_what_cannot_be_patched_is_refused(model, words):
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     with pytest.raises(sh.PatchError, match=r"no layer before the block \[0, 2\)"):
         quick.patched(plan_of((0, 1, 5))).__enter__()
     with pytest.raises(sh.PlanError, match="for 9 layers, the model has 8"):
         quick.patched(plan_of((3,), 9)).__enter__()
     with pytest.raises(sh.TextsError, match="1 texts are too few"):
-        QuickPatch(Layerwise(learned), batches_of(words, TEXTS[:1]))
+        QuickPatch(Layerwise(model), batches_of(words, TEXTS[:1]))
 
 
-def test_states_that_are_not_finite_are_refused(learned, words):
-    model = copy.deepcopy(learned)
+def test_states_that_are_not_finite_are_refused(model, words):
+    model = copy.deepcopy(model)
     quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     with quick.patched(plan_of((3, 4))):
         pass  # the layer is known to write by a plain map
@@ -270,11 +275,11 @@ def test_states_that_are_not_finite_are_refused(learned, words):
     assert all(torch.equal(after[k].nan_to_num(), before[k].nan_to_num()) for k in before)
 
 
-def test_too_little_memory_is_named(learned, words, monkeypatch):
+def test_too_little_memory_is_named(model, words, monkeypatch):
     def fail(*_args, **_more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    quick = QuickPatch(Layerwise(learned), batches_of(words, TEXTS))
+    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     monkeypatch.setattr(quick_patch, "missing_equations", fail)
     with pytest.raises(sh.PatchError, match="lower batch_size"):
         quick.patched(plan_of((3, 4))).__enter__()
