@@ -112,6 +112,12 @@ def test_failures_come_last_and_whole(whole):
     )
 
 
+def test_criteria_that_could_not_choose_are_named_with_the_reason(whole):
+    text = printed(replace(whole, skipped={"taylor": "has no gradients"}), 100)
+    part = text.split("criteria that could not choose")[1].split("models that")[0]
+    assert re.search(r"taylor +has no gradients", part)
+
+
 def test_models_that_all_failed_are_a_table():
     tables = criteria_tables(CriteriaComparison((), (), failures=FAILURES))
     assert len(tables) == 1
@@ -211,7 +217,7 @@ def test_half_blocks_are_sorted_by_what_they_cost(whole):
         ["12", "attention", "0.0069", "+0.040", "±", "0.005", "885k", "768"],
         ["12", "feed-forward", "–", "+0.139", "tie", "2.65M", "0"],
     ]
-    assert "a model without them cannot be saved" in part
+    assert "a cut of them cannot be saved" in part
     can = tuple({**half, "cuttable": True} for half in HALF_BLOCKS)
     assert "cannot be saved" not in printed(replace(whole, half_blocks=can))
     two = [{**half, "model": name} for name in ("a/one", "b/two") for half in HALF_BLOCKS]

@@ -133,7 +133,7 @@ def compare_on(
         several = f" on {texts}" if len(terms.texts) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in contest.skipped.items()}
         if terms.halves and not halves:
-            halves += [half.to_json() for half in half_blocks(subject)]
+            halves += [{"model": name, **half.to_json()} for half in half_blocks(subject)]
     return Outcome(
         referee.compared(name), tuple(with_regret(rows, referee)), skipped, tuple(halves)
     )

@@ -48,7 +48,7 @@ def criteria_tables(comparison: CriteriaComparison) -> list[Table]:
     if comparison.half_blocks:
         tables.append(_half_blocks(comparison.half_blocks, comparison.unit))
     for title, reasons in (
-        ("criteria that could not choose", getattr(comparison, "skipped", {})),
+        ("criteria that could not choose", comparison.skipped),
         ("models that could not be compared", comparison.failures),
     ):
         if reasons:
@@ -103,7 +103,8 @@ def _table(title: str) -> Table:
     """A table with narrow gaps, so that all columns have room."""
     return Table(
         title=Text(f"\n{title}"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        show_edge=False, padding=0, caption_justify="left", collapse_padding=True,
+        show_edge=False, min_width=len(title), padding=0, caption_justify="left",
+        collapse_padding=True,
     )  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def _taus(rows: Sequence[Row]) -> Table | None:
 def _half_blocks(halves: Sequence[Mapping[str, Any]], unit: str) -> Table:
     """Single attentions and feed-forwards, by model, the least loss first."""
     table = _table("single attentions and feed-forwards")
-    several = any("model" in half for half in halves)
+    several = len({half.get("model") for half in halves}) > 1
     if several:
         table.add_column("model", overflow="fold")
     table.add_column("layer", justify="right")
@@ -229,7 +230,7 @@ def _half_blocks(halves: Sequence[Mapping[str, Any]], unit: str) -> Table:
             ]
             table.add_row(*([Text(str(half.get("model", "")))] if several else []), *cells)
     if not all(half["cuttable"] for half in halves):
-        table.caption = "a model without them cannot be saved: transformers builds layers whole"
+        table.caption = "a cut of them cannot be saved: transformers builds layers whole"
     return table
 
 
