@@ -182,6 +182,13 @@ def test_losses_above_a_guess_are_triangles_that_are_counted(figures):
     assert sum(np.isclose(line.get_ydata(), guess).sum() for line in at_the_edge) == 2
 
 
+def test_a_cut_that_is_better_than_the_whole_model_is_in_sight(figures):
+    rows = rows_of(compared(), criteria=("angular",))
+    rows[0] = replace(rows[0], loss=2.5)
+    axes = figures(CriteriaComparison((compared(),), tuple(rows)))[0].axes[0]
+    assert axes.get_ylim()[0] < 2.5
+
+
 def test_a_criterion_that_was_never_patched_has_no_line(figures):
     rows = tuple(
         replace(row, patched=None, patched_stderr=None) if row.criterion == "random" else row

@@ -81,11 +81,11 @@ def _line(rows: Sequence[Row], patched: bool) -> _Line:
 
 
 def _limits(model: ComparedModel, lines: Iterable[_Line]) -> tuple[float, float]:
-    """From the whole model's loss to the largest that is no worse than a guess."""
+    """From the least loss, the whole model's among them, to the largest up to that of a guess."""
     guess = math.log(model.whole.vocab_size)
-    most = max((float(line.y.max()) for line in lines if line.y.size), default=guess)
-    bottom = model.whole.nats
-    return bottom, max(min(most, guess), bottom + 0.1)
+    losses = np.concatenate([[model.whole.nats], *(line.y for line in lines)])
+    bottom = float(losses.min())
+    return bottom, max(min(float(losses.max()), guess), bottom + 0.1)
 
 
 def _draw(
