@@ -179,7 +179,7 @@ def test_where_nothing_can_be_kept_a_warning_says_so(tmp_path, place):
             pytest.skip("this user may write everywhere")
     cache = Cache(folder)
     assert cache.get("loss", INPUTS) is None
-    with pytest.warns(UserWarning, match="not kept in the cache"):
+    with pytest.warns(UserWarning, match="nothing is kept in the cache"):
         cache.put("loss", INPUTS, {"nats": 1.0})
     journal = cache.journal("trials", INPUTS)
     assert journal.read() == []

@@ -143,6 +143,9 @@ def test_a_model_that_is_made_of_more_than_its_folder_is_not_known(model, cache,
 def test_what_is_not_there_is_not_known(cache, tmp_path):
     assert model_inputs(ModelSource(tmp_path / "none"), cache) is None
     assert model_inputs(ModelSource("no-one/no-model"), cache) is None
+    for name in ("x" * 5000, "a\0b", "~nobody-of-this-name/model"):
+        assert model_inputs(ModelSource(name), cache) is None
+        assert file_inputs(name) is None
 
 
 def test_a_repository_is_known_by_its_commit(cache, tmp_path, monkeypatch):

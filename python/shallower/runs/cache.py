@@ -216,7 +216,9 @@ class Cache:
                 write_file(path.with_suffix("") / kept[name], content)
             write_file(path, json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         except OutputError as error:
-            warnings.warn(f"the result is not kept in the cache: {error}", stacklevel=2)
+            reason = getattr(error.__cause__, "strerror", None) or error
+            # From one line and in the same words, so that it is shown once.
+            warnings.warn(f"nothing is kept in the cache {self.folder}: {reason}", stacklevel=1)
 
     def journal(self, kind: str, inputs: Mapping[str, Any] | None) -> Journal | None:
         """Open the records of work that may be interrupted.

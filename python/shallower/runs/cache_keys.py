@@ -51,7 +51,10 @@ def model_inputs(source: ModelSource, cache: Cache, *, stat: bool = False) -> di
     """
     if cache.folder is None:
         return None
-    content = _local(source, cache, stat) or _on_the_hub(source)
+    try:
+        content = _local(source, cache, stat) or _on_the_hub(source)
+    except (OSError, ValueError, AttributeError, RuntimeError):
+        return None  # not there or damaged: whoever loads it says so
     if content is None:
         return None
     return {
@@ -157,7 +160,10 @@ def file_inputs(path: str | Path) -> list[Any] | None:
     Returns:
         Plain JSON values; None if it is not there, or changes right now.
     """
-    return _stamps([Path(path).expanduser()])
+    try:
+        return _stamps([Path(path).expanduser()])
+    except (ValueError, RuntimeError):  # no name of a file, or of no home
+        return None
 
 
 def hash_of_files(files: list[Path], cache: Cache) -> str:
@@ -245,26 +251,22 @@ def _local(source: ModelSource, cache: Cache, stat: bool) -> dict[str, Any] | No
     path = Path(source.path).expanduser()
     if source.gguf_file is not None and path.is_dir():
         path /= source.gguf_file
-    try:
-        if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
-        else:
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+    else:
+        return None
+    if _reaches_elsewhere(files):
+        return None
+    found: dict[str, Any] = {"names": [Path(source.path).name, path.resolve().name]}
+    weights = [file for file in files if stat and file.suffix in _WEIGHTS]
+    if weights:
+        found["stamps"] = _stamps(weights)
+        if found["stamps"] is None:
             return None
-        if _reaches_elsewhere(files):
-            return None
-        names = [Path(source.path).name, path.resolve().name]
-        if stat:
-            weights = [file for file in files if file.suffix in _WEIGHTS]
-            known = {"stamps": _stamps(weights)} if weights else {}
-            if None in known.values():
-                return None
-            files = [file for file in files if file not in weights]
-            return {"names": names, **known, "sha256": hash_of_files(files, cache)}
-        return {"names": names, "sha256": hash_of_files(files, cache)}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # damaged: whoever loads it says so
+    others = [file for file in files if file not in weights]
+    return {**found, "sha256": hash_of_files(others, cache)}
 
 
 def _reaches_elsewhere(files: list[Path]) -> bool:
@@ -294,10 +296,10 @@ def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
     wanted = source.gguf_file or "config.json"
     try:
         found = Path(hf_hub_download(name, wanted))
-        commit = found.parents[wanted.count("/")].name
-        if not _COMMIT.fullmatch(commit) or _reaches_elsewhere([found]):
-            return None
-    except (OSError, ValueError, AttributeError, RecursionError, HfHubHTTPError):
+    except HfHubHTTPError:
+        return None
+    commit = found.parents[wanted.count("/")].name
+    if not _COMMIT.fullmatch(commit) or _reaches_elsewhere([found]):
         return None
     return {"names": [name], "commit": commit, "gguf_file": source.gguf_file}
 
@@ -310,7 +312,8 @@ def _stamps(files: Iterable[Path]) -> list[Any] | None:
             status = file.stat()
         except OSError:
             return None
-        if time.time() - max(status.st_mtime, status.st_ctime) < RACY_SECONDS:
+        now = time.time()
+        if min(abs(now - status.st_mtime), abs(now - status.st_ctime)) < RACY_SECONDS:
             return None
         found.append(
             [
