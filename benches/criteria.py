@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import shallower as sh
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
@@ -48,7 +48,7 @@ def read_subject(file, count):
 def measure(subject, name):
     """What a criterion says, and its work."""
     with subject.meter.account() as work:
-        costs = CRITERIA[name].costs(subject)
+        costs = criteria[name].costs(subject)
     if costs.of_single_layers:
         found = {"order": np.argsort(np.diag(costs.blocks, 1), kind="stable")[: SIZES[-1]].tolist()}
     else:

@@ -3,7 +3,7 @@
 import pytest
 
 from shallower.errors import CriterionError
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS
 from tests.devices.stage import Stage
@@ -15,7 +15,7 @@ from tests.judgement.toy import make_subject
 def test_a_criterion(stage, name):
     with stage.open(_scale=A_PLAIN_SUM):
         subject = make_subject(stage.model(), word_tokenizer(), TEXTS)
-        costs = CRITERIA[name].costs(subject)
+        costs = criteria[name].costs(subject)
     assert (costs.num_layers, costs.metric) == (4, name)
 
 
@@ -24,4 +24,4 @@ def test_taylor_needs_weights_on_their_device():
     with stage.open():
         subject = make_subject(stage.model(), word_tokenizer(), TEXTS)
         with pytest.raises(CriterionError, match="weights of layer 2 have none"):
-            CRITERIA["taylor"].costs(subject)
+            criteria["taylor"].costs(subject)

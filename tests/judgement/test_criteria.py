@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shallower.errors import CriterionError, ModelError, RejectedSamplesWarning, StatesError
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from tests.conftest import tiny_llama
 from tests.documents import TEXTS, documents
 from tests.families import random_model
@@ -46,7 +46,7 @@ def states(subject):
     ("name", "tolerance"), [("angular", 1e-7), ("cosine", 1e-7), ("relative_l2", 1e-6)]
 )
 def test_the_ends_of_blocks(subject, states, name, tolerance):
-    costs = CRITERIA[name].costs(subject)
+    costs = criteria[name].costs(subject)
     expected = getattr(twins, name)(states)
     np.testing.assert_allclose(np.triu(costs.blocks, 1), expected, rtol=0, atol=tolerance)
     assert (costs.metric, costs.strategy, str(costs.positions)) == (name, "similarity", "last")
@@ -55,7 +55,7 @@ def test_the_ends_of_blocks(subject, states, name, tolerance):
 
 
 def test_cka(subject, states):
-    costs = CRITERIA["cka"].costs(subject)
+    costs = criteria["cka"].costs(subject)
     texts = [int(text) for batch in subject.batches for text in batch.samples]
     minibatch = np.array([states[text][:, -1] for text in texts])
     np.testing.assert_allclose(np.triu(costs.blocks, 1), twins.cka([minibatch]), atol=1e-9)
@@ -69,13 +69,13 @@ def test_cka_of_several_minibatches_that_are_of_one_size(words):
     texts = [int(text) for batch in subject.batches for text in batch.samples]
     last = np.array([states[text][:, -1] for text in texts])
     expected = twins.cka([last[:44], last[44:88], last[88:]])
-    costs = CRITERIA["cka"].costs(subject)
+    costs = criteria["cka"].costs(subject)
     np.testing.assert_allclose(np.triu(costs.blocks, 1), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["block_influence", "magnitude"])
 def test_single_layers_over_all_tokens(subject, states, name):
-    costs = CRITERIA[name].costs(subject)
+    costs = criteria[name].costs(subject)
     means, errors = getattr(twins, name)(states)
     np.testing.assert_allclose(np.diag(costs.blocks, 1), means, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(np.diag(costs.stderr, 1), errors, rtol=1e-5)
@@ -84,7 +84,7 @@ def test_single_layers_over_all_tokens(subject, states, name):
 
 
 def test_xmerge(subject, states):
-    costs = CRITERIA["xmerge"].costs(subject)
+    costs = criteria["xmerge"].costs(subject)
     np.testing.assert_allclose(np.diag(costs.blocks, 1), twins.xmerge(states), rtol=1e-5, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_taylor(subject):
     model = copy.deepcopy(subject.decoder.model).double()
     layers = subject.decoder.layers.path
     expected = twins.taylor(model, model.get_submodule(layers), few(subject.batches))
-    costs = np.diag(CRITERIA["taylor"].costs(subject).blocks, 1)
+    costs = np.diag(criteria["taylor"].costs(subject).blocks, 1)
     coarse = subject.decoder.model.dtype == torch.bfloat16
     np.testing.assert_allclose(costs, expected, rtol=0.02 if coarse else 1e-5)
 
@@ -110,7 +110,7 @@ def test_taylor_leaves_the_model_as_it_was(words):
     model.model.norm.weight.requires_grad_(False)
     model.train()
     before = [(p.requires_grad, p.grad, p.clone()) for p in model.parameters()]
-    CRITERIA["taylor"].costs(make_subject(model, words, TEXTS))
+    criteria["taylor"].costs(make_subject(model, words, TEXTS))
     assert all(module.training for module in model.modules())
     for parameter, (requires, gradient, value) in zip(model.parameters(), before, strict=True):
         assert parameter.requires_grad == requires
@@ -128,7 +128,7 @@ def test_weights(subject):
             for layer in subject.decoder.layers.modules
         ]
     )
-    costs = np.diag(CRITERIA["weights"].costs(subject).blocks, 1)
+    costs = np.diag(criteria["weights"].costs(subject).blocks, 1)
     np.testing.assert_allclose(costs, expected, rtol=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_a_pass_is_shared_and_each_is_charged_for_it(words):
     charged = {}
     for name in (*scans, *sums, "taylor", "weights"):
         with subject.meter.account() as work:
-            CRITERIA[name].plans(subject)
+            criteria[name].plans(subject)
         charged[name] = work.layer_forwards
     assert {charged[name] for name in scans} == {3 * 24}
     assert {charged[name] for name in sums} == {3 * 24 + 2 * 3}
@@ -150,8 +150,8 @@ def test_a_pass_is_shared_and_each_is_charged_for_it(words):
 def test_cka_of_three_texts_is_refused(words):
     subject = make_subject(tiny_llama(2), words, TEXTS[:3])
     with pytest.raises(CriterionError, match="3 texts are too few, give at least 4"):
-        CRITERIA["cka"].costs(subject)
-    assert CRITERIA["angular"].costs(subject).best_block(1)
+        criteria["cka"].costs(subject)
+    assert criteria["angular"].costs(subject).best_block(1)
 
 
 @pytest.mark.parametrize("name", ["block_influence", "magnitude", "xmerge"])
@@ -162,11 +162,11 @@ def test_a_text_with_a_state_of_zeros_is_left_out_and_named(words, name):
     texts = ["w1 w2 w3", "w4 w7 w5", "w6 w8"]
     subject = make_subject(model, words, texts)
     with pytest.warns(RejectedSamplesWarning, match="1 of 3 samples rejected: sample 1: a state"):
-        costs = CRITERIA[name].costs(subject)
-    expected = CRITERIA[name].costs(make_subject(model, words, [texts[0], texts[2]]))
+        costs = criteria[name].costs(subject)
+    expected = criteria[name].costs(make_subject(model, words, [texts[0], texts[2]]))
     np.testing.assert_allclose(costs.blocks, expected.blocks, atol=1e-12)
     with pytest.raises(StatesError, match="nothing to compare: 1 of 1"):
-        CRITERIA[name].costs(make_subject(model, words, texts[1:2]))
+        criteria[name].costs(make_subject(model, words, texts[1:2]))
 
 
 def test_weights_without_gradients_are_refused(words):
@@ -176,7 +176,7 @@ def test_weights_without_gradients_are_refused(words):
         torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
     )
     with pytest.raises(CriterionError, match="weights of layer 1 have none"):
-        CRITERIA["taylor"].costs(subject)
+        criteria["taylor"].costs(subject)
 
 
 def test_a_gradient_that_is_not_finite_is_refused(words):
@@ -185,7 +185,7 @@ def test_a_gradient_that_is_not_finite_is_refused(words):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ModelError, match="gradient of layer 0 is not finite"):
-        CRITERIA["taylor"].costs(subject)
+        criteria["taylor"].costs(subject)
 
 
 def test_layers_that_write_by_no_plain_map_are_refused(words):
@@ -193,7 +193,7 @@ def test_layers_that_write_by_no_plain_map_are_refused(words):
     for layer in subject.decoder.layers.modules:
         layer.mlp.register_forward_hook(lambda _module, _args, output: output.abs())
     with pytest.raises(CriterionError, match="this model has 0"):
-        CRITERIA["weights"].costs(subject)
+        criteria["weights"].costs(subject)
 
 
 ALL = ("angular", "cka", "block_influence", "magnitude", "xmerge", "taylor")
@@ -214,8 +214,8 @@ def test_families_that_say_less_than_others(words, family, refused, missing):
     for name in (*ALL, *MAPS):
         if name in refused:
             with pytest.raises((CriterionError, ModelError)):
-                CRITERIA[name].costs(subject)
+                criteria[name].costs(subject)
             continue
-        single = np.diag(CRITERIA[name].costs(subject).blocks, 1)
+        single = np.diag(criteria[name].costs(subject).blocks, 1)
         assert np.isfinite(single[1:]).all() == (name not in missing)
         assert np.isfinite(single).any()

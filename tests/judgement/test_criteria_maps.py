@@ -6,7 +6,7 @@ import torch
 
 from shallower.errors import CriterionError, ModelError
 from shallower.judgement import kept_states
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from tests.conftest import tiny_llama
 from tests.documents import documents
 from tests.judgement import twins
@@ -59,13 +59,13 @@ def assert_costs(costs, expected, errors):
 
 
 def test_linear_map(subject, states):
-    costs = CRITERIA["linear_map"].costs(subject)
+    costs = criteria["linear_map"].costs(subject)
     assert_costs(costs, *twins.linear_map(states, subject.batches))
     assert (costs.metric, costs.strategy, str(costs.positions)) == ("linear_map", "costs", "all")
 
 
 def test_reachable(subject, states):
-    costs = CRITERIA["reachable"].costs(subject)
+    costs = criteria["reachable"].costs(subject)
     assert_costs(costs, *twins.reachable(states, subject.batches, hooked_inputs(subject)))
     assert np.isnan(costs.blocks[0, 1:]).all()
     assert np.isfinite(costs.blocks[np.triu_indices(subject.num_layers + 1, 1)][6:]).any()
@@ -84,7 +84,7 @@ def test_tokens_beyond_the_bound_are_left_out_evenly(words, name, monkeypatch):
         expected = twins.linear_map(states, subject.batches)
     else:
         expected = twins.reachable(states, subject.batches, hooked_inputs(subject))
-    assert_costs(CRITERIA[name].costs(subject), *expected)
+    assert_costs(criteria[name].costs(subject), *expected)
     kept = kept_states.kept_states(subject)
     assert len(kept.fitted[0]) == 60
     assert len(kept.held_out[0]) == 20
@@ -114,7 +114,7 @@ def test_tokens_with_massive_activations_are_left_out(words, name):
         expected = twins.linear_map(states, subject.batches)
     else:
         expected = twins.reachable(states, subject.batches, hooked_inputs(subject))
-    assert_costs(CRITERIA[name].costs(subject), *expected)
+    assert_costs(criteria[name].costs(subject), *expected)
     tokens = kept_states.kept_states(subject).tokens
     ids = [
         batch.input_ids[mask]
@@ -174,7 +174,7 @@ def test_both_share_one_pass(words):
     charged = {}
     for name in ("linear_map", "reachable"):
         with subject.meter.account() as work:
-            CRITERIA[name].plans(subject)
+            criteria[name].plans(subject)
         charged[name] = work.layer_forwards
     assert charged["linear_map"] == 3 * (32 + 2)
     assert charged["reachable"] == 3 * (32 + 2) + 2 * (32 + 5)
@@ -183,7 +183,7 @@ def test_both_share_one_pass(words):
 @pytest.mark.parametrize("name", ["linear_map", "reachable"])
 def test_too_few_texts_are_refused(words, name):
     with pytest.raises(CriterionError, match="7 texts are too few to fit a map"):
-        CRITERIA[name].costs(make_subject(tiny_llama(2), words, FEW[:7]))
+        criteria[name].costs(make_subject(tiny_llama(2), words, FEW[:7]))
 
 
 @pytest.mark.parametrize("name", ["linear_map", "reachable"])
@@ -192,18 +192,18 @@ def test_a_state_that_is_not_finite_is_refused(words, name):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
     with pytest.raises(ModelError, match="state 2 is not finite"):
-        CRITERIA[name].costs(make_subject(model, words, FEW))
+        criteria[name].costs(make_subject(model, words, FEW))
 
 
 def test_layers_that_write_by_no_plain_map_are_not_measured(words):
     model = tiny_llama(3)
     subject = make_subject(model, words, FEW)
     handle = model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: output.abs())
-    costs = CRITERIA["reachable"].costs(subject)
+    costs = criteria["reachable"].costs(subject)
     handle.remove()
     assert np.isnan(costs.blocks[:2]).all()
     assert np.isfinite(costs.blocks[2, 3])
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda _m, _a, output: output.abs())
     with pytest.raises(CriterionError, match="feed-forward writes into the residual stream by a"):
-        CRITERIA["reachable"].costs(make_subject(model, words, FEW))
+        criteria["reachable"].costs(make_subject(model, words, FEW))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from tests.judgement.published import BLOCK_INFLUENCE, L_STAR
 from tests.judgement.toy import make_subject
 
@@ -49,7 +49,7 @@ def published_subject(name, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", L_STAR)
 def test_the_papers_blocks(name, data):
-    costs = CRITERIA["angular"].costs(published_subject(name, data))
+    costs = criteria["angular"].costs(published_subject(name, data))
     starts = L_STAR[name][1]
     found = [costs.best_block(n).start for n in range(1, len(starts) + 1)]
     assert np.median(np.abs(np.subtract(found, starts))) <= 1
@@ -58,6 +58,6 @@ def test_the_papers_blocks(name, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCK_INFLUENCE)
 def test_shortgpts_orders(name, data):
-    costs = CRITERIA["block_influence"].costs(published_subject(name, data))
+    costs = criteria["block_influence"].costs(published_subject(name, data))
     order = BLOCK_INFLUENCE[name][1]
     assert len(set(costs.cheapest(len(order)).dropped) & set(order)) >= len(order) - 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from shallower.runs import demo
 from tests.judgement import twins
 from tests.judgement.toy import make_subject
@@ -29,21 +29,21 @@ def states(subject):
     ("name", "tolerance"), [("angular", 1e-7), ("cosine", 1e-7), ("relative_l2", 4e-7)]
 )
 def test_the_ends_of_blocks(subject, states, name, tolerance):
-    costs = np.triu(CRITERIA[name].costs(subject).blocks, 1)
+    costs = np.triu(criteria[name].costs(subject).blocks, 1)
     expected = getattr(twins, name)(states)
     np.testing.assert_array_less(np.abs(costs - expected), tolerance * np.maximum(1, expected))
 
 
 @pytest.mark.parametrize("name", ["block_influence", "magnitude"])
 def test_single_layers_over_all_tokens(subject, states, name):
-    costs = CRITERIA[name].costs(subject)
+    costs = criteria[name].costs(subject)
     means, errors = getattr(twins, name)(states)
     np.testing.assert_allclose(np.diag(costs.blocks, 1), means, rtol=1e-6)
     np.testing.assert_allclose(np.diag(costs.stderr, 1), errors, rtol=1e-5)
 
 
 def test_linear_maps_of_the_last_layers(subject, states):
-    costs = CRITERIA["linear_map"].costs(subject)
+    costs = criteria["linear_map"].costs(subject)
     expected, errors = twins.linear_map(states, subject.batches, first=27)
     for start, stop in [(27, 28), (27, 29), (27, 30), (28, 29), (28, 30), (29, 30)]:
         assert costs.blocks[start, stop] == pytest.approx(expected[start, stop], rel=1e-4)
@@ -58,7 +58,7 @@ def test_blocks_of_eight_on_c4(data):
     model, tokenizer = sh.load_model(demo.model_path(), dtype="bfloat16")
     subject = make_subject(model, tokenizer, texts)
     starts = {
-        name: CRITERIA[name].costs(subject).best_block(8).start
+        name: criteria[name].costs(subject).best_block(8).start
         for name in ("angular", "cosine", "relative_l2", "linear_map", "reachable")
     }
     assert [starts[name] for name in ("angular", "cosine", "relative_l2")] == [11, 11, 11]

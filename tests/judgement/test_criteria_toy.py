@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from tests.judgement.toy import (
     GROWTH,
     IDENTITY,
@@ -39,7 +39,7 @@ BLIND_TO_SCALE = ["angular", "cosine", "cka", "block_influence"]
 
 
 def costs_of(subject, name):
-    return subject.meter.shared(("costs", name), lambda: CRITERIA[name].costs(subject))
+    return subject.meter.shared(("costs", name), lambda: criteria[name].costs(subject))
 
 
 def median(subject, name):
@@ -53,7 +53,7 @@ def test_the_identity_is_found(subject, name):
     assert single[IDENTITY] == np.nanmin(single)
     if name != "xmerge":  # a standard score
         assert abs(single[IDENTITY]) < 1e-9
-    assert CRITERIA[name].plans(subject)[1].dropped in ((IDENTITY,), (SCALES,))
+    assert criteria[name].plans(subject)[1].dropped in ((IDENTITY,), (SCALES,))
 
 
 @pytest.mark.parametrize("name", OF_BLOCKS)
@@ -67,8 +67,8 @@ def test_two_layers_that_cancel_are_found_as_a_block(subject, name):
 def test_two_layers_that_cancel_are_not_seen_by_what_looks_at_single_layers(subject, name):
     costs = costs_of(subject, name)
     assert costs.blocks[PAIR] > 0.1 + costs.blocks[IDENTITY, IDENTITY + 1] * 2
-    assert CRITERIA[name].plans(subject)[2].dropped == (IDENTITY, SCALES)
-    said = " ".join(type(CRITERIA[name]).__doc__.split())
+    assert criteria[name].plans(subject)[2].dropped == (IDENTITY, SCALES)
+    said = " ".join(type(criteria[name]).__doc__.split())
     assert "two cancel each other" in said or "two layers that cancel" in said or name == "xmerge"
 
 

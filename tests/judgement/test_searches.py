@@ -8,7 +8,7 @@ import pytest
 
 import shallower as sh
 from shallower import Block, LayersError
-from shallower.judgement.criteria import CRITERIA
+from shallower.judgement.criteria import criteria
 from shallower.judgement.criteria.evolution import mutations
 from shallower.judgement.criteria.mask_regression import DROPPED, draw_masks, ridge_regression
 from shallower.judgement.judges.kl import KLJudge
@@ -64,7 +64,7 @@ def plain_exhaustive(subject, n):
 def test_they_choose_what_plain_searches_choose(words, seed, name, plain):
     model = tiny_llama(NUM_LAYERS, seed=seed)
     subject = toy.make_subject(model, words, TEXTS, sizes=(1, 2, 3, 5), batch_size=5)
-    found = CRITERIA[name].plans(subject)
+    found = criteria[name].plans(subject)
     assert {n: plan.dropped for n, plan in found.items()} == {
         n: plain(subject, n) for n in (1, 2, 3, 5)
     }
@@ -72,7 +72,7 @@ def test_they_choose_what_plain_searches_choose(words, seed, name, plain):
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_plan_names_its_criterion_and_does_not_depend_on_other_sizes(subject, name):
-    plans = CRITERIA[name].plans(subject)
+    plans = criteria[name].plans(subject)
     assert sorted(plans) == [1, 2, 4]
     for n, plan in plans.items():
         assert len(plan.dropped) == n
@@ -80,12 +80,12 @@ def test_a_plan_names_its_criterion_and_does_not_depend_on_other_sizes(subject, 
         assert plan.model == subject.decoder.identity
         assert plan.strategy == {"deepest": "deepest", "random": "random"}.get(name, "search")
         fresh = toy.make_subject(subject.decoder.model, subject.tokenizer, TEXTS, batch_size=5)
-        assert CRITERIA[name].plans(of_sizes(fresh, n)) == {n: plan}
+        assert criteria[name].plans(of_sizes(fresh, n)) == {n: plan}
 
 
 @pytest.mark.parametrize("name", [*SEARCHES, "one_shot", "mask_regression"])
 def test_all_layers_but_one_can_go(subject, name):
-    (plan,) = CRITERIA[name].plans(of_sizes(subject, 5)).values()
+    (plan,) = criteria[name].plans(of_sizes(subject, 5)).values()
     assert len(plan.dropped) == 5
 
 
@@ -93,18 +93,18 @@ def test_all_layers_but_one_can_go(subject, name):
 @pytest.mark.parametrize("n", [0, 6, 7])
 def test_sizes_that_cannot_be_are_refused(subject, name, n):
     with pytest.raises(LayersError):
-        CRITERIA[name].plans(of_sizes(subject, n))
+        criteria[name].plans(of_sizes(subject, n))
 
 
 def test_greedy_is_nested(subject):
-    plans = CRITERIA["greedy"].plans(of_sizes(subject, 1, 2, 3, 4))
+    plans = criteria["greedy"].plans(of_sizes(subject, 1, 2, 3, 4))
     for n in (1, 2, 3):
         assert set(plans[n].dropped) < set(plans[n + 1].dropped)
 
 
 def test_a_block_that_was_found_has_its_score(subject):
     for name in ("exhaustive", "greedy"):
-        block = CRITERIA[name].plans(of_sizes(subject, 1))[1].blocks[0]
+        block = criteria[name].plans(of_sizes(subject, 1))[1].blocks[0]
         assert block.score == pytest.approx(plain_loss(subject, block.layers), rel=1e-6)
         assert block.stderr > 0
 
@@ -115,16 +115,16 @@ def test_what_a_search_costs_does_not_depend_on_what_was_made_before(subject):
         shared = toy.make_subject(subject.decoder.model, subject.tokenizer, TEXTS, batch_size=5)
         for name in order:
             with shared.meter.account() as work:
-                CRITERIA[name].plans(of_sizes(shared, 3))
+                criteria[name].plans(of_sizes(shared, 3))
             costs.setdefault(name, set()).add(work.layer_forwards)
     assert all(len(found) == 1 for found in costs.values())
     assert costs["deepest"] == costs["random"] == {0}
 
 
 def test_a_search_for_the_second_time_runs_no_layer(subject):
-    CRITERIA["greedy"].plans(of_sizes(subject, 4))
+    criteria["greedy"].plans(of_sizes(subject, 4))
     counted = Counted(subject.decoder.model)
-    CRITERIA["greedy"].plans(of_sizes(subject, 1, 2, 3))
+    criteria["greedy"].plans(of_sizes(subject, 1, 2, 3))
     assert counted.runs <= 3 * len(TEXTS) * NUM_LAYERS  # some looks that the race could spare
 
 
@@ -135,7 +135,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, nam
         trials = Trials(subject.layerwise, subject.trials.judge, meter=meter, journal=journal)
         again = replace(subject, trials=trials, meter=meter, sizes=(3,))
         with meter.account() as work:
-            plan = CRITERIA[name].plans(again)[3]
+            plan = criteria[name].plans(again)[3]
         return plan, work.layer_forwards
 
     whole = Memory()
@@ -148,7 +148,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, nam
 
 def test_evolution_depends_on_its_seed_alone(subject):
     fresh = toy.make_subject(subject.decoder.model, subject.tokenizer, TEXTS, batch_size=5)
-    first, second = (CRITERIA["evolution"].plans(of_sizes(s, 3))[3] for s in (subject, fresh))
+    first, second = (criteria["evolution"].plans(of_sizes(s, 3))[3] for s in (subject, fresh))
     assert first == second
 
 
@@ -168,17 +168,17 @@ def test_random_layers_are_those_of_the_seed(words):
     drawn = set()
     for seed in range(40):
         subject = toy.make_subject(tiny_llama(NUM_LAYERS), words, TEXTS, sizes=(2,), seed=seed)
-        drawn.add(CRITERIA["random"].plans(subject)[2].dropped)
+        drawn.add(criteria["random"].plans(subject)[2].dropped)
     assert 10 < len(drawn) <= 15
 
 
 def test_the_deepest_are_those_before_the_last(subject):
-    assert CRITERIA["deepest"].plans(subject)[2].blocks == (Block(3, 5),)
+    assert criteria["deepest"].plans(subject)[2].blocks == (Block(3, 5),)
 
 
 # Costs of single layers.
 def test_one_shot_is_the_loss_without_a_layer_less_that_of_all(subject):
-    costs = CRITERIA["one_shot"].costs(subject)
+    costs = criteria["one_shot"].costs(subject)
     whole = sh.evaluate_loss(subject.decoder.model, subject.tokenizer, TEXTS).nats
     for layer in range(NUM_LAYERS):
         expected = plain_loss(subject, [layer]) - whole
@@ -191,7 +191,7 @@ def test_one_shot_is_the_loss_without_a_layer_less_that_of_all(subject):
 
 def test_one_shot_costs_a_path_and_all_that_follows_each_layer(subject):
     with subject.meter.account() as work:
-        CRITERIA["one_shot"].costs(subject)
+        criteria["one_shot"].costs(subject)
     assert work.layer_forwards == len(TEXTS) * NUM_LAYERS * (NUM_LAYERS + 1) // 2
 
 
@@ -239,7 +239,7 @@ def test_masks_drop_and_keep_every_layer(num_layers):
 
 
 def test_mask_regression_is_a_regression_on_the_first_items(subject):
-    costs = CRITERIA["mask_regression"].costs(subject)
+    costs = criteria["mask_regression"].costs(subject)
     masks = draw_masks(NUM_LAYERS, 0)
     scores = [subject.trials.scores(np.flatnonzero(m).tolist(), looks=1).mean for m in masks]
     expected = ridge_regression(masks, np.array(scores))
@@ -255,18 +255,18 @@ def known(words):
 
 @pytest.mark.parametrize("name", ["one_shot", "greedy", "exhaustive", "evolution"])
 def test_a_layer_that_does_nothing_goes_first(known, name):
-    assert CRITERIA[name].plans(known)[1].dropped in [(toy.IDENTITY,), (toy.SCALES,)]
+    assert criteria[name].plans(known)[1].dropped in [(toy.IDENTITY,), (toy.SCALES,)]
 
 
 @pytest.mark.parametrize("name", ["one_shot", "greedy"])
 def test_two_that_do_nothing_go_together(known, name):
-    assert CRITERIA[name].plans(known)[2].dropped == (toy.IDENTITY, toy.SCALES)
+    assert criteria[name].plans(known)[2].dropped == (toy.IDENTITY, toy.SCALES)
 
 
 def test_a_regression_prefers_layers_that_do_nothing_to_all_that_do(known):
     # Beside other layers that are gone, each half of the pair costs little more than nothing: the
     # loss is that of a guess already. So the regression does not tell them from the two.
-    costs = np.diag(CRITERIA["mask_regression"].costs(known).blocks, 1)
+    costs = np.diag(criteria["mask_regression"].costs(known).blocks, 1)
     nothing = [toy.IDENTITY, toy.SCALES]
     others = [layer for layer, kind in enumerate(toy.KINDS) if kind == "plain"]
     assert np.abs(costs[nothing]).max() < 0.1
@@ -274,12 +274,12 @@ def test_a_regression_prefers_layers_that_do_nothing_to_all_that_do(known):
 
 
 def test_two_that_cancel_are_found_as_a_block(known):
-    assert CRITERIA["exhaustive"].plans(known)[2].blocks == (Block(*toy.PAIR),)
+    assert criteria["exhaustive"].plans(known)[2].blocks == (Block(*toy.PAIR),)
 
 
 def test_evolution_finds_layers_that_do_nothing_wherever_they_are(known):
     for n in (2, 3):
-        dropped = CRITERIA["evolution"].plans(known)[n].dropped
+        dropped = criteria["evolution"].plans(known)[n].dropped
         lost = known.trials.scores(dropped).minus(known.trials.scores(()))
         best = known.trials.scores((toy.IDENTITY, toy.SCALES)).minus(known.trials.scores(()))
         assert lost.mean <= best.mean + (n == 3) * 0.1
@@ -292,7 +292,7 @@ def test_what_changes_least_is_found_by_the_divergence_too(known, name):
     subject = replace(
         known, trials=Trials(known.trials.model, judge, meter=meter), meter=meter, sizes=(1, 2)
     )
-    plans = CRITERIA[name].plans(subject)
+    plans = criteria[name].plans(subject)
     assert plans[1].dropped in [(toy.IDENTITY,), (toy.SCALES,)]
     cancel, nothing = tuple(range(*toy.PAIR)), (toy.IDENTITY, toy.SCALES)
     either = {"exhaustive": [cancel], "evolution": [cancel, nothing]}
@@ -312,8 +312,8 @@ def test_a_real_model_loses_what_plain_searches_choose(smol, data):
 
     subject = toy.make_subject(model, tokenizer, texts, sizes=(8,), max_length=64, batch_size=2)
     blocks = [range(start, start + 8) for start in range(23)]
-    assert CRITERIA["exhaustive"].plans(subject)[8].dropped == tuple(min(blocks, key=loss))
+    assert criteria["exhaustive"].plans(subject)[8].dropped == tuple(min(blocks, key=loss))
     gone = ()
     for n in (1, 2):
         gone = min(((*gone, layer) for layer in range(30) if layer not in gone), key=loss)
-        assert CRITERIA["greedy"].plans(of_sizes(subject, n))[n].dropped == tuple(sorted(gone))
+        assert criteria["greedy"].plans(of_sizes(subject, n))[n].dropped == tuple(sorted(gone))

@@ -60,11 +60,22 @@ class InMemory:
         """Give the model, and its tokenizer."""
         return self.model, self.tokenizer
 
-    def inputs(self) -> dict[str, Any]:
-        """All that the model's results depend on, for the cache."""
+    def inputs(self, cache: Cache) -> dict[str, Any] | None:
+        """All that the model's results depend on, for the cache; None where it is off."""
+        if cache.folder is None:
+            return None
         from ..models.identity import weights_hash
 
-        return {"weights": weights_hash(self.model), "machine": machine(), "made_by": made_by()}
+        content = weights_hash(self.model)
+        if content is None:
+            return None
+        return {
+            "weights": content,
+            "tokenizer": _told(self.tokenizer),
+            "device": str(self.model.device),
+            "machine": machine(),
+            "made_by": made_by(),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +165,7 @@ class ComparisonJob:
     @cached_property
     def inputs(self) -> dict[str, Any] | None:
         """All that the comparison depends on, for the cache; None where that is not known."""
-        models = [self._model_inputs(model) for model in self.models]
+        models = [*self._of_models.values()]
         names = None if self.criteria is None else [*self.criteria]
         if None in models or not all(isinstance(name, str) for name in names or ()):
             return None
@@ -238,7 +249,7 @@ class ComparisonJob:
             judge=self.judge, choosing=self.items[0], reporting=self.items[1], tokens=self.tokens,
             seed=self.seed, halves=self.half_blocks, progress=self.progress,
         )  # fmt: skip
-        store = _Store(self.cache, self._model_inputs(model))
+        store = _Store(self.cache, self._of_models[str(model)])
         loaded, tokenizer = model.load()
         return compare_on(Decoder.of(loaded), tokenizer, terms, name=str(model), store=store)
 
@@ -293,10 +304,15 @@ class ComparisonJob:
         except (OSError, ValueError, RecursionError):
             return False
 
-    def _model_inputs(self, model: ModelSource | InMemory) -> dict[str, Any] | None:
-        if isinstance(model, ModelSource):
-            return model_inputs(model, self.cache)
-        return model.inputs() if self.cache.folder is not None else None
+    @cached_property
+    def _of_models(self) -> dict[str, dict[str, Any] | None]:
+        """All that the results of each model depend on, by its name; the hub is asked once."""
+        return {
+            str(model): model_inputs(model, self.cache)
+            if isinstance(model, ModelSource)
+            else model.inputs(self.cache)
+            for model in self.models
+        }
 
     def _identities(self) -> dict[str, str]:
         """What tells the texts from others, by the names of the calibration texts."""
@@ -332,6 +348,13 @@ def _first(texts: Iterable[str], most: int) -> list[str]:
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
     return list(islice(texts, most))
+
+
+def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Tell a tokenizer by all that it is made of."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return _digest(type(tokenizer).__name__, rules, repr(tokenizer.init_kwargs))
 
 
 def _digest(*values: Any) -> str:

@@ -20,7 +20,7 @@ from .taylor import Taylor
 from .weights import Weights
 from .xmerge import XMerge
 
-CRITERIA: dict[str, Criterion] = {
+criteria: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
         Angular(),
@@ -44,4 +44,3 @@ CRITERIA: dict[str, Criterion] = {
     )
 }
 """Every criterion by its name; one that is put in here takes part like any other."""
-criteria = CRITERIA
