@@ -155,6 +155,14 @@ def test_work_is_counted_for_each_criterion_by_itself(compared, model, words):
     assert {row.criterion for row in compared.rows if not row.layer_forwards} == free
 
 
+def test_states_in_files_give_the_same_choices(compared, model, words, tmp_path):
+    asked = {"n": [3], "criteria": ["greedy"], "cache": False}
+    done = sh.compare(model, words, TEXTS, HELD_OUT, **asked, spill=tmp_path)
+    (row,) = [row for row in compared.rows if (row.criterion, row.n) == ("greedy", 3)]
+    assert (done.rows[0].dropped, done.rows[0].loss) == (row.dropped, row.loss)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_calibration_texts_choose_each_for_itself(model, words):
     texts = {"one": TEXTS, "two": documents(24, seed=5)}
     done = sh.compare(model, words, texts, HELD_OUT, n=[2], criteria=["angular"], cache=False)

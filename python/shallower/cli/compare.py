@@ -83,6 +83,13 @@ def compare_command(
             "--half-blocks", help="Also judge each layer's attention and feed-forward alone."
         ),
     ] = False,
+    spill: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for the states that cuts share, where memory is short for them.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
@@ -129,7 +136,7 @@ def compare_command(
         ],
         texts=named, eval_texts=held_out, sizes=wanted, criteria=_names(criteria), judge=judge,
         options=options, tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts,
-        seed=seed, half_blocks=half_blocks, out=out, overwrite=overwrite,
+        seed=seed, half_blocks=half_blocks, spill=spill, out=out, overwrite=overwrite,
         cache=open_cache(no_cache),
     )  # fmt: skip
     if dry_run:

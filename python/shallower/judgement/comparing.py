@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ class Terms:
         reporting: those that report.
         tokens: length of texts, and how many make one forward.
         seed: of whatever is drawn.
+        spill: a folder for the states that trials share, which are in memory by default.
         halves: whether single attentions and feed-forwards are judged too.
         progress: bars with ETA on standard error; by default if that is a terminal.
     """
@@ -58,6 +60,7 @@ class Terms:
     reporting: Sequence[OptionItem] = ()
     tokens: Tokens = field(default_factory=Tokens)
     seed: int = 0
+    spill: Path | None = None
     halves: bool = False
     progress: bool | None = None
 
@@ -116,7 +119,7 @@ def compare_on(
         judge = _judge(terms.judge, tokenizer, report, items=terms.reporting, tokens=tokens)
     referee = Referee(
         model, losses, judge, store=store, texts=terms.identities[""],
-        num_rejected=len(report) - losses.num_items,
+        num_rejected=len(report) - losses.num_items, spill=terms.spill,
     )  # fmt: skip
     rows: list[Row] = []
     skipped: dict[str, str] = {}
@@ -154,7 +157,7 @@ def _subject(
     batches, meter = list(fitted), Meter()
     judge = _judge(terms.judge, tokenizer, splits.choose, items=terms.choosing, tokens=tokens)
     journal = store.journal("trials", {"judge": terms.judge, "items": terms.identities[texts]})
-    trials = Trials(model, judge, meter=meter, journal=journal)
+    trials = Trials(model, judge, meter=meter, journal=journal, spill=terms.spill)
     return Subject(
         model.head.decoder, tokenizer, batches, trials, terms.sizes, texts=(fitted.identity,),
         seed=terms.seed, meter=meter, progress=False,

@@ -1,6 +1,7 @@
 """Referee: cuts of one model on the texts that report, which no criterion has seen."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +45,7 @@ class Referee:
         store: results that were measured before.
         texts: identity of the texts that report, for the store.
         num_rejected: texts with fewer than two tokens.
+        spill: a folder for the states that trials share.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Referee:
         store: Store,
         texts: str,
         num_rejected: int = 0,
+        spill: Path | None = None,
     ) -> None:
         self.model, self.store, self.texts = model, store, texts
-        self._num_rejected = num_rejected
+        self._num_rejected, self._spill = num_rejected, spill
         self._single_layers: tuple[float, ...] | None = None
         self._patched: dict[tuple[str, tuple[int, ...]], Scores | str] = {}
         self.losses = self._trials(losses)
@@ -65,7 +68,7 @@ class Referee:
 
     def _trials(self, judge: Judge) -> Trials:
         journal = self.store.journal("trials", {"judge": judge.name, "items": self.texts})
-        return Trials(self.model, judge, meter=Meter(), journal=journal)
+        return Trials(self.model, judge, meter=Meter(), journal=journal, spill=self._spill)
 
     def compared(self, name: str) -> ComparedModel:
         """Measure the whole model.

@@ -33,6 +33,7 @@ def compare(
     max_eval_texts: int = MAX_EVAL_TEXTS,
     seed: int = 0,
     half_blocks: bool = False,
+    spill: str | Path | None = None,
     out: str | Path | None = None,
     cache: bool = True,
     overwrite: bool = False,
@@ -70,6 +71,8 @@ def compare(
         max_eval_texts: read the first so many held-out texts only.
         seed: of whatever is drawn.
         half_blocks: judge the attention and the feed-forward of every layer by themselves, too.
+        spill: a folder on a disk with room, for the states that cuts share; by default they lie
+            in memory, as many as a quarter of it takes.
         out: a folder for ``comparison.json``, ``comparison.csv`` and the figures.
         cache: keep what is measured, and use what was measured before.
         overwrite: replace what is in ``out``.
@@ -98,8 +101,8 @@ def compare(
         models=_contestants(model, tokenizer), texts=texts, eval_texts=eval_texts, sizes=n,
         criteria=criteria, judge=judge, options=options, tokens=Tokens(max_length, batch_size),
         max_texts=max_texts, max_eval_texts=max_eval_texts, seed=seed, half_blocks=half_blocks,
-        out=None if out is None else Path(out), overwrite=overwrite, cache=open_cache(not cache),
-        progress=progress,
+        spill=None if spill is None else Path(spill), out=None if out is None else Path(out),
+        overwrite=overwrite, cache=open_cache(not cache), progress=progress,
     )  # fmt: skip
     return job.run()
 

@@ -95,6 +95,7 @@ class ComparisonJob:
         max_eval_texts: held-out texts that are read.
         seed: of whatever is drawn.
         half_blocks: judge halves of layers, too.
+        spill: a folder for states that cuts share.
         out: the folder for the results.
         overwrite: replace what is there.
         cache: of what was measured before.
@@ -116,6 +117,7 @@ class ComparisonJob:
     max_eval_texts: int = MAX_EVAL_TEXTS
     seed: int = 0
     half_blocks: bool = False
+    spill: Path | None = None
     out: Path | None = None
     overwrite: bool = False
     cache: Cache = field(default_factory=lambda: Cache(None))
@@ -247,7 +249,8 @@ class ComparisonJob:
         terms = Terms(
             self.chosen, sorted(set(self.sizes)), self.splits, self._identities(),
             judge=self.judge, choosing=self.items[0], reporting=self.items[1], tokens=self.tokens,
-            seed=self.seed, halves=self.half_blocks, progress=self.progress,
+            seed=self.seed, halves=self.half_blocks, spill=self.spill,
+            progress=self.progress,
         )  # fmt: skip
         store = _Store(self.cache, self._of_models[str(model)])
         loaded, tokenizer = model.load()
