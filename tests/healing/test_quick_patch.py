@@ -77,10 +77,13 @@ def rows_of(whole, cut, batches, layer, target):
     return [x.double().numpy() for x in inputs], missing
 
 
-def ridge_map(inputs, missing, ridge):
+def mean_square(inputs):
+    """The mean over inputs of their squares' sums; first tokens are left out."""
+    return np.square(np.concatenate([x[1:] for x in inputs])).sum(axis=0).mean()
+
+
+def ridge_map(inputs, missing, penalty):
     """(D, F): the map by its definition; first tokens count FIRST_WEIGHT."""
-    rest = np.concatenate([x[1:] for x in inputs])
-    penalty = ridge * np.square(rest).sum(axis=0).mean()
     weights = np.concatenate([np.r_[FIRST_WEIGHT, np.ones(len(x) - 1)] for x in inputs])
     x, r = np.concatenate(inputs), np.concatenate(missing)
     gram = (weights[:, None] * x).T @ x + penalty * np.eye(x.shape[1])
@@ -99,7 +102,7 @@ def slow_twin(model, batches, dropped):
         )
         errors = {}
         for ridge in RIDGES:
-            solved = ridge_map(fit_x, fit_r, ridge)
+            solved = ridge_map(fit_x, fit_r, ridge * mean_square(fit_x))
             errors[ridge] = sum(
                 np.square(b[1:] - a[1:] @ solved.T).sum()
                 for a, b, out in zip(x, r, held, strict=True)
@@ -107,7 +110,7 @@ def slow_twin(model, batches, dropped):
             )
         ridges.append(min(errors, key=errors.get))
         weight = cut.model.layers[place].mlp.down_proj.weight
-        solved = weight.detach().double().numpy() + ridge_map(x, r, ridges[-1])
+        solved = weight.detach().double().numpy() + ridge_map(x, r, ridges[-1] * mean_square(fit_x))
         with torch.no_grad():
             weight.copy_(torch.from_numpy(solved))
         found[block.start - 1] = solved

@@ -32,7 +32,7 @@ from .least_squares import NormalEquations
 from .missing import missing_equations, no_writer
 from .patch_states import StateSet, Stored
 
-RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+RIDGES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
 """Penalties that are tried, as shares of the inputs' mean square, until one is worse."""
 
 FIRST_WEIGHT = 0.01
@@ -48,7 +48,8 @@ class QuickFits:
 
     Attributes:
         layers: the layers whose last matrix was solved anew, ascending.
-        ridges: the penalty that each was solved with, as a share of its inputs' mean square.
+        ridges: the penalty that each was solved with, as a share of its inputs' mean square on
+            the texts that it was chosen on.
     """
 
     layers: tuple[int, ...]
@@ -216,9 +217,9 @@ class QuickPatch:
                 missing_equations(self._model, layer, (writer,), states=part) for part in states
             )
             self._ran(1, sum(part.num_texts for part in self._parts))
-            ridge = _best_ridge(fitted, held)
-            fitted.join(held)
-            changes.add(writer, _solution(fitted, ridge).div_(writer.scale))
+            ridge, scale = _best_ridge(fitted, held), fitted.scale
+            fitted.join(held)  # more tokens outweigh the same penalty
+            changes.add(writer, _solution(fitted, ridge * scale).div_(writer.scale))
         return ridge
 
     def _writer(self, layer: int) -> Writer:
@@ -254,16 +255,15 @@ def _divide(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return parts
 
 
-def _solution(equations: NormalEquations, ridge: float) -> torch.Tensor:
-    penalty = equations.scale.expand(len(equations.gram))
-    return equations.solve(ridge, penalty, FIRST_WEIGHT)
+def _solution(equations: NormalEquations, penalty: torch.Tensor) -> torch.Tensor:
+    return equations.solve(1.0, penalty.expand(len(equations.gram)), FIRST_WEIGHT)
 
 
 def _best_ridge(fitted: NormalEquations, held: NormalEquations) -> float:
     """The ridge whose map leaves the least of what the texts that are held out miss."""
     best, least = math.nan, math.inf
     for ridge in RIDGES:
-        error = held.error_of(_solution(fitted, ridge))
+        error = held.error_of(_solution(fitted, ridge * fitted.scale))
         if not error < least:
             break
         best, least = ridge, error
