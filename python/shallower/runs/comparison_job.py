@@ -260,6 +260,8 @@ class ComparisonJob:
         self, outcomes: "Sequence[Outcome]", failures: Mapping[str, str]
     ) -> CriteriaComparison:
         """What is known so far."""
+        from ..judgement.judges import JUDGES
+
         several = len(self.models) > 1
         return CriteriaComparison(
             models=tuple(outcome.model for outcome in outcomes),
@@ -271,6 +273,7 @@ class ComparisonJob:
                 for name, why in outcome.skipped.items()
             },
             judge=self.judge,
+            unit=JUDGES[self.judge].unit,
             splits=self._sizes_of_sets(),
             half_blocks=tuple(half for outcome in outcomes for half in outcome.half_blocks),
         )
