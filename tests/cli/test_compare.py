@@ -46,6 +46,37 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
     assert "measured before" not in anew.err + anew.out
 
 
+def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
+    shallower, folder, asked, models, monkeypatch
+):
+    from shallower.runs.cache import Cache
+
+    command = [*asked, models / "deeper", "--out", "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "put", lambda *_arguments, **_options: None)
+        assert shallower(*command).status == 0
+    done = shallower(*command)
+    assert done.status == 0, done.err
+    part = shallower(*asked, "--out", "other")
+    assert "results of this comparison: measured before" in part.err
+    assert "exists already" in shallower(*asked, "--seed", "1", "--out", "out").error
+
+
+def test_compare_goes_on_with_a_model_that_is_not_there(shallower, folder, asked):
+    for _ in range(2):
+        assert shallower(*asked, folder / "gone", "--out", "out").status == 1
+
+
+def test_a_damaged_entry_ends_a_comparison_of_several_models(shallower, folder, asked, models):
+    from shallower.runs.cache import cache_folder
+
+    assert shallower(*asked).status == 0
+    for entry in cache_folder().glob("choice/*.json"):
+        entry.write_bytes(entry.read_bytes()[:-9])
+    assert "--no-cache" in shallower(*asked, models / "deeper", "--out", "out").error
+    assert tree(folder) == {}
+
+
 def test_compare_lists_the_criteria(shallower):
     shown = shallower("compare", "--list").out
     rows = shallower("compare", "--list", "--json").json
@@ -68,9 +99,9 @@ def test_compare_goes_on_where_one_model_fails(shallower, folder, asked, models)
 
 def test_compare_takes_calibration_texts_as_an_axis(shallower, asked, texts):
     done = shallower(*asked, "--texts", texts / "texts.txt", "--json")
-    assert {row["texts"] for row in done.json["rows"]} == {
-        "texts", str(texts / "texts.txt"),
-    }  # fmt: skip
+    sources = {str(texts / "texts.jsonl"), str(texts / "texts.txt")}
+    assert {row["texts"] for row in done.json["rows"]} == sources
+    assert "named twice" in shallower(*asked, "--texts", texts / "texts.jsonl").error
 
 
 def test_compare_judges_by_options(shallower, folder, asked):
@@ -102,6 +133,8 @@ def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked)
         (["--judge", "options"], "--options"),
         (["--n", "0"], "'0'"),
         (["--n", "6"], "6"),
+        (["--seed", "-1"], "--seed"),
+        (["--spill", "nowhere"], "--spill"),
         (["--max-texts", "11"], "too few texts to fit and to choose: 11"),
         (["--max-eval-texts", "1"], "too few texts to report"),
     ],

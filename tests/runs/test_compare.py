@@ -3,16 +3,13 @@
 import csv
 import json
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 
 import shallower as sh
 from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
 from shallower.judgement.splits import three_splits
-from shallower.judgement.trials import Trials
 from shallower.values.comparison import CriteriaComparison
 from tests.conftest import tiny_llama
 from tests.documents import assert_same, documents, state_of
@@ -47,20 +44,6 @@ def compared(model, words):
     )
     assert_same(before, state_of(model))
     return done
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """The cuts that are measured from now on, each as often as it is."""
-    cuts = []
-    measure = Trials._measure
-
-    def noted(self, *arguments):
-        cuts.append((self.judge.name, *arguments))
-        return measure(self, *arguments)
-
-    monkeypatch.setattr(Trials, "_measure", noted)
-    return cuts
 
 
 # What is reported.
@@ -212,67 +195,44 @@ def test_a_comparison_is_written_as_json_csv_and_figures(model, words, tmp_path)
         sh.compare(model, words, TEXTS, HELD_OUT, n=[1], criteria=FEW, out=out)
 
 
-# What is not done twice.
-def test_a_comparison_is_measured_once(model, words, tmp_path, measured):
-    asked = {"n": [1, 2], "criteria": FEW, "out": tmp_path / "out"}
-    first = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    assert measured
-    measured.clear()
-    again = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    assert again.to_json() == first.to_json()
-    assert measured == []
-    sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False, overwrite=True)
-    assert measured
+# Criteria that fail.
+class Raises(Odd):
+    name = "raises"
+
+    def costs(self, subject):
+        raise ValueError("no such thing")
 
 
-def test_more_criteria_measure_only_what_is_new(model, words, measured):
-    sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=["exhaustive"])
-    before = list(measured)
-    measured.clear()
-    sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=["exhaustive", "deepest"])
-    assert not set(map(str, before)) & set(map(str, measured))
+class TooMany(Odd):
+    name = "too_many"
+
+    def plans(self, subject):
+        return {n: sh.Plan.of(subject.num_layers, range(n + 1)) for n in subject.sizes}
 
 
-def test_other_weights_are_another_model(words, measured):
-    asked = {"n": [1], "criteria": ["deepest"]}
-    sh.compare(tiny_llama(), words, TEXTS, HELD_OUT, **asked)
-    measured.clear()
-    changed = tiny_llama()
-    with torch.no_grad():
-        changed.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
-    sh.compare(changed, words, TEXTS, HELD_OUT, **asked)
-    assert measured
+class OfAnother(Odd):
+    name = "of_another"
+
+    def costs(self, subject):
+        return sh.Costs.of_layers(range(9), metric=self.name)
 
 
-def test_a_comparison_goes_on_where_it_was_cut_short(model, words, measured, monkeypatch):
-    asked = {"n": [1, 2, 3], "criteria": ["greedy", "exhaustive", "evolution", "one_shot"]}
-    whole = sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False)
-    total = len(measured)
-    measure, left = Trials._measure, [0]
+class NoCosts(Odd):
+    name = "no_costs"
 
-    class Killed(BaseException):
-        pass
+    def costs(self, subject):
+        return [1.0] * subject.num_layers
 
-    def until_killed(self, *arguments):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return measure(self, *arguments)
 
-    monkeypatch.setattr(Trials, "_measure", until_killed)
-    measured.clear()
-    for trials in (3, total // 8, total // 4, total // 3):
-        left[0] = trials
-        with pytest.raises(Killed):
-            sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    left[0] = 10**6
-    done = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    assert len(measured) == total
-
-    def table(comparison):
-        return [asdict(row) | {"seconds": 0} for row in comparison.rows]
-
-    assert table(done) == table(whole)
+def test_a_criterion_that_fails_is_named_and_the_others_go_on(model, words):
+    broken = [Raises(), TooMany(), OfAnother(), NoCosts()]
+    done = sh.compare(model, words, TEXTS, HELD_OUT, n=[1], criteria=[*broken, Odd()], cache=False)
+    assert [row.criterion for row in done.rows] == ["odd"]
+    said = {name.split(",")[0]: why for name, why in done.skipped.items()}
+    assert said.keys() == {criterion.name for criterion in broken}
+    assert said["raises"] == "ValueError: no such thing"
+    assert "drops 2 layers: expected 1" in said["too_many"]
+    assert all("6 layers" in said[name] for name in ("of_another", "no_costs"))
 
 
 # Several models.
@@ -313,6 +273,12 @@ def test_a_size_that_the_model_cannot_lose_is_refused(model, words):
         ({"judge": "taste"}, CriterionError, "taste"),
         ({"judge": "options"}, CriterionError, "--options"),
         ({"options": "x.jsonl"}, CriterionError, "--judge options"),
+        ({"criteria": "angular"}, CriterionError, "sequence of names"),
+        ({"criteria": [Odd]}, CriterionError, "is no criterion"),
+        ({"criteria": [None]}, CriterionError, "is no criterion"),
+        ({"n": 2}, LayersError, "as 1,2,4"),
+        ({"seed": -1}, CriterionError, "seed"),
+        ({"max_eval_texts": 0}, TextsError, "at least 1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(model, words, asked, error, named):
@@ -327,6 +293,31 @@ def test_too_few_texts_for_three_sets_are_refused(model, words):
         sh.compare(model, words, TEXTS, HELD_OUT[:1])
     with pytest.raises(ModelError, match="tokenizer"):
         sh.compare(model, None, TEXTS, HELD_OUT)
+
+
+def test_texts_of_a_single_token_do_not_count(model, words):
+    with pytest.raises(TextsError, match=r"to fit: 7 of at least two tokens"):
+        sh.compare(model, words, [*TEXTS[:11], *[f"w{i}" for i in range(20)]], HELD_OUT, n=[1])
+    with pytest.raises(TextsError, match=r"to report: 1 of at least two tokens"):
+        sh.compare(model, words, TEXTS, [HELD_OUT[0], "w1", "w2"], n=[1])
+    done = sh.compare(model, words, TEXTS, HELD_OUT * 3, n=[1], criteria=["deepest"])
+    assert done.splits["report"] == len(HELD_OUT)
+
+
+@pytest.mark.parametrize("place", ["gone", ["gone"]])
+def test_a_place_is_a_model_that_is_loaded(place, words):
+    with pytest.raises(ModelError, match="gone"):
+        sh.compare(place, None, TEXTS, HELD_OUT)
+    with pytest.raises(ModelError, match="not in memory"):
+        sh.compare([tiny_llama()], words, TEXTS, HELD_OUT)
+    with pytest.raises(TextsError, match="by name"):
+        sh.compare(place, None, {"": TEXTS}, HELD_OUT)
+
+
+def test_numbers_of_numpy_are_sizes(model, words):
+    sizes = np.array([2, 1])
+    rows = sh.compare(model, words, TEXTS, HELD_OUT, n=sizes, criteria=["deepest"]).rows
+    assert [row.n for row in rows] == [1, 2]
 
 
 def test_texts_that_report_choose_nothing():

@@ -103,7 +103,7 @@ def compare_command(
     max_eval_texts: Annotated[
         int, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
     ] = 64,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
     no_cache: NoCache = False,
@@ -116,7 +116,7 @@ def compare_command(
 ) -> int:
     """Compare criteria by what they remove and what that costs.
 
-    Every figure is measured on --eval-texts, which no criterion sees. The exit status is 1 if one
+    Every loss is measured on --eval-texts, which no criterion sees. The exit status is 1 if one
     of several models could not be compared.
     """
     if list_criteria:
@@ -157,15 +157,20 @@ def _read(
     if not texts or eval_texts is None:
         missing = "--eval-texts" if texts else "--texts"
         raise TextsError(f"{missing} is missing: texts that choose, and others that report")
+    places = [Path(source).resolve() if Path(source).exists() else source for source in texts]
+    if len(set(places)) < len(places):
+        raise TextsError(f"calibration texts are named twice: {', '.join(texts)} (--texts)")
+    stems = [_shown(Path(source).stem) for source in texts]
     named = {}
-    for source in texts:
-        name = Path(source).stem if Path(source).suffix else source
-        if name in named or source in named:
-            name = source
-        if name in named:
-            raise TextsError(f"{source} is named twice (--texts)")
+    for source, stem in zip(texts, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else _shown(source)
         named[name] = read_texts(source, limits[0])
     return named, read_texts(eval_texts, limits[1])
+
+
+def _shown(name: str) -> str:
+    """A name that can be printed; file names can hold bytes of no encoding."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _names(criteria: str | None) -> list[str] | None:
@@ -188,6 +193,9 @@ def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) 
 
     if job.entry is not None:
         say_known(job.entry.made)
+    elif job.found:
+        what = f"{len(job.found)} results of this comparison: "
+        say_known(max(job.found), what=what)
     if as_json:
         print_json(comparison.to_json())
         return

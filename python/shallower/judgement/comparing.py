@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import CriterionError, TextsError
 from ..evaluation.loss import fitting_tokens
 from ..healing.quick_patch import QuickPatch
 from ..models.decoder import Decoder
@@ -24,8 +25,8 @@ from .judges.judge import Judge, judged_batches
 from .judges.kl import KLJudge
 from .judges.loss import LossJudge
 from .judges.options import OptionsJudge
-from .referee import Referee, Store
-from .splits import Splits
+from .referee import Referee, Store, told
+from .splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING, Splits
 from .subject import Subject
 from .trials import Trials
 from .work import Meter
@@ -39,8 +40,8 @@ class Terms:
         criteria: those that take part.
         sizes: how many layers go, ascending.
         texts: the three sets of texts by the name of the calibration texts; all report the same.
-        identities: by the same names what tells these texts from others, for the store; that of
-            the texts that report under an empty name.
+        identities: by the same names what tells these texts from others, for the store.
+        reported: the same of the texts that report.
         judge: name of the judge that chooses.
         choosing: items of a task that choose, of the judge ``options``.
         reporting: those that report.
@@ -55,6 +56,7 @@ class Terms:
     sizes: Sequence[int]
     texts: Mapping[str, Splits]
     identities: Mapping[str, str]
+    reported: str
     judge: str = "loss"
     choosing: Sequence[OptionItem] = ()
     reporting: Sequence[OptionItem] = ()
@@ -74,13 +76,17 @@ class Outcome:
         rows: every choice.
         skipped: by criterion, and calibration text where there are several, why it could not
             choose.
+        splits: how many texts fit, choose and report: those of two tokens at least.
         half_blocks: single attentions and feed-forwards, if asked for.
+        is_complete: whether nothing was skipped or left out, which may go well another time.
     """
 
     model: ComparedModel
     rows: tuple[Row, ...]
     skipped: Mapping[str, str]
+    splits: Mapping[str, int]
     half_blocks: tuple[Mapping[str, Any], ...]
+    is_complete: bool
 
 
 def compare_on(
@@ -118,28 +124,62 @@ def compare_on(
     if terms.judge != "loss":
         judge = _judge(terms.judge, tokenizer, report, items=terms.reporting, tokens=tokens)
     referee = Referee(
-        model, losses, judge, store=store, texts=terms.identities[""],
+        model, losses, judge, store=store, texts=terms.reported,
         num_rejected=len(report) - losses.num_items, spill=terms.spill,
     )  # fmt: skip
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     halves: list[Mapping[str, Any]] = []
+    counted: list[Mapping[str, int]] = []
     for texts in terms.texts:
         subject = _subject(model, tokenizer, terms, tokens=tokens, store=store, texts=texts)
+        _require_enough(subject, losses)
         contest = Contest(
             subject, terms.criteria, referee, QuickPatch(model, subject.batches), store,
             model_name=name, texts_name=texts, fitted=terms.identities[texts],
-            chosen_on={"judge": terms.judge, "seed": terms.seed},
+            chosen_on={"seed": terms.seed, **told(subject.trials.judge)},
         )  # fmt: skip
         with track(f"compare on {texts}", contest.steps, terms.progress) as advance:
             rows += contest.rows(contest.choices(advance), advance)
         several = f" on {texts}" if len(terms.texts) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in contest.skipped.items()}
-        if terms.halves and not halves:
-            halves += [{"model": name, **half.to_json()} for half in half_blocks(subject)]
+        if terms.halves and texts == next(iter(terms.texts)):
+            halves = _halves(contest, skipped)
+        counts = {"fit": subject.num_texts, "choose": subject.trials.judge.num_items}
+        counted.append({**counts, "report": losses.num_items})
     return Outcome(
-        referee.compared(name), tuple(with_regret(rows, referee)), skipped, tuple(halves)
+        referee.compared(name), tuple(with_regret(rows, referee)), skipped, counted[0],
+        tuple({"model": name, **half} for half in halves), referee.is_complete and not skipped,
+    )  # fmt: skip
+
+
+def _halves(contest: Contest, skipped: dict[str, str]) -> list[Mapping[str, Any]]:
+    """Single attentions and feed-forwards; why there are none is noted in ``skipped``."""
+    inputs = {"fitted": contest.fitted, **contest.chosen_on}
+    known = contest.store.get("half_blocks", inputs)
+    if known is None:
+        try:
+            known = {"halves": [half.to_json() for half in half_blocks(contest.subject)]}
+        except CriterionError as error:
+            skipped["half-blocks"] = str(error)
+            return []
+        contest.store.put("half_blocks", inputs, known)
+    return list(known["halves"])
+
+
+def _require_enough(subject: Subject, report: Judge) -> None:
+    """Refuse sets that are too small without their texts of a single token."""
+    sets = (
+        (subject.num_texts, FEWEST_FITTING, "to fit", "--texts, --max-texts"),
+        (subject.trials.judge.num_items, FEWEST_CHOOSING, "to choose", "--texts, --max-texts"),
+        (report.num_items, FEWEST_REPORTING, "to report", "--eval-texts, --max-eval-texts"),
     )
+    for number, fewest, purpose, options in sets:
+        if number < fewest:
+            raise TextsError(
+                f"too few texts {purpose}: {number} of at least two tokens, expected {fewest}; "
+                f"give more, or longer ones ({options}, --max-length)"
+            )
 
 
 def _subject(
@@ -156,7 +196,7 @@ def _subject(
     fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
     batches, meter = list(fitted), Meter()
     judge = _judge(terms.judge, tokenizer, splits.choose, items=terms.choosing, tokens=tokens)
-    journal = store.journal("trials", {"judge": terms.judge, "items": terms.identities[texts]})
+    journal = store.journal("trials", {"items": terms.identities[texts], **told(judge)})
     trials = Trials(model, judge, meter=meter, journal=journal, spill=terms.spill)
     return Subject(
         model.head.decoder, tokenizer, batches, trials, terms.sizes, texts=(fitted.identity,),

@@ -2,19 +2,22 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import CostsError, CriterionError, PatchError
+from ..errors import CacheError, CriterionError, OutputError, ShallowerError
 from ..healing.quick_patch import QuickPatch
 from ..progress import Advance
 from ..values.comparison import Row
-from ..values.plan import Plan
+from ..values.costs import Costs
+from ..values.plan import Plan, positions_of
 from ..values.scores import Scores
+from .criteria import is_built_in
 from .criterion import Criterion
 from .referee import Referee, Store
 from .subject import Subject
@@ -76,15 +79,25 @@ class Contest:
         """
         found = []
         for criterion in self.criteria:
-            try:
+            tau = None
+            with self._others_go_on(criterion.name):
                 tau = self._tau(criterion)
-                for n in self.subject.sizes:
-                    advance(1, f"{criterion.name} {n}")
-                    plan, work = self._choice(criterion, n)
-                    found.append(Choice(criterion, n, plan, work, tau))
-            except (CriterionError, CostsError, PatchError) as error:
-                self.skipped[criterion.name] = str(error)
+            for n in self.subject.sizes:
+                advance(1, f"{criterion.name} {n}")
+                if criterion.name not in self.skipped:
+                    with self._others_go_on(f"{criterion.name}, n = {n}"):
+                        found.append(Choice(criterion, n, *self._choice(criterion, n), tau))
         return found
+
+    @contextmanager
+    def _others_go_on(self, name: str) -> Iterator[None]:
+        """Note why a criterion, maybe one from outside, has failed; the others go on."""
+        try:
+            yield
+        except (CacheError, OutputError):
+            raise
+        except Exception as error:
+            self.skipped[name] = one_sentence(error)
 
     def rows(self, choices: Sequence[Choice], advance: Advance) -> Iterator[Row]:
         """Measure what was chosen, on the texts that report; regret is not known yet.
@@ -117,52 +130,105 @@ class Contest:
                 seconds=choice.work.seconds, layer_forwards=choice.work.layer_forwards,
                 score=scores.mean, score_stderr=scores.stderr,
                 accuracy=referee.scores.judge.accuracy(scores.sums),
+                unpatched=found if isinstance(found, str) else None,
             )  # fmt: skip
 
     def _choice(self, criterion: Criterion, n: int) -> tuple[Plan, Work]:
-        inputs = {"criterion": criterion.name, "n": n, "fitted": self.fitted, **self.chosen_on}
-        known = self.store.get("choice", inputs) if _is_own(criterion) else None
+        inputs = {"n": n, **self._inputs(criterion)}
+        known = self.store.get("choice", inputs) if is_built_in(criterion) else None
         if known is not None:
             return Plan.from_json(known["plan"]), Work(known["layer_forwards"], known["seconds"])
         with self.subject.meter.account() as work:
             plans = criterion.plans(replace(self.subject, sizes=(n,)))
-        if n not in plans:
-            raise CriterionError(f"the criterion {criterion.name} names no {n} layers")
-        if _is_own(criterion):
-            done = {"plan": plans[n].to_json(), "layer_forwards": work.layer_forwards}
+        plan = plans.get(n) if isinstance(plans, Mapping) else None
+        if not isinstance(plan, Plan) or plan.num_layers != self.subject.num_layers:
+            raise CriterionError(
+                f"the criterion {criterion.name} gives no plan of {n} layers: expected plans() to "
+                f"give a Plan of {self.subject.num_layers} layers for each of subject.sizes"
+            )
+        if len(plan.dropped) != n:
+            raise CriterionError(
+                f"the criterion {criterion.name} drops {len(plan.dropped)} layers: expected {n}"
+            )
+        if is_built_in(criterion):
+            done = {"plan": plan.to_json(), "layer_forwards": work.layer_forwards}
             self.store.put("choice", inputs, {**done, "seconds": work.seconds})
-        return plans[n], work
+        return plan, work
+
+    def _inputs(self, criterion: Criterion) -> dict[str, Any]:
+        return {"criterion": criterion.name, "fitted": self.fitted, **self.chosen_on}
 
     def _tau(self, criterion: Criterion) -> float | None:
         """Kendall's τ-b of the costs of single layers with the true losses without them."""
-        inputs = {"criterion": criterion.name, "fitted": self.fitted, **self.chosen_on}
-        known = self.store.get("single_layers", inputs) if _is_own(criterion) else None
-        if known is None:
-            known = {"costs": self._single_costs(criterion)}
-            if _is_own(criterion):
-                self.store.put("single_layers", inputs, known)
-        if known["costs"] is None:
+        costs = self._costs(criterion)
+        if costs is None:
             return None
-        costs = np.array([np.nan if c is None else c for c in known["costs"]], np.float64)
-        return kendall_tau(costs, np.array(self.referee.single_layers()))
+        return kendall_tau(costs.blocks.diagonal(1), np.array(self.referee.single_layers()))
 
-    def _single_costs(self, criterion: Criterion) -> list[float | None] | None:
-        subject = self.subject
+    def _costs(self, criterion: Criterion) -> Costs | None:
+        """The costs by a criterion, measured once; None of one that searches."""
         if type(criterion).costs is Criterion.costs:
             return None
-        try:
-            costs = subject.meter.shared(
-                ("costs", criterion.name), lambda: criterion.costs(subject)
+        subject, key = self.subject, ("costs", criterion.name)
+        known = None
+        if is_built_in(criterion):
+            known = self.store.get("costs", self._inputs(criterion))
+        if known is not None:
+            costs, work = _recalled(known, subject), Work(known["layer_forwards"], known["seconds"])
+            subject.meter.recall(key, costs, work)
+            return costs
+        with subject.meter.account() as work:
+            costs = subject.meter.shared(key, lambda: criterion.costs(subject))
+        size = subject.num_layers + 1
+        if not isinstance(costs, Costs) or costs.blocks.shape != (size, size):
+            raise CriterionError(
+                f"the criterion {criterion.name} gives no costs of {size - 1} layers: expected "
+                f"costs() to give Costs of as many"
             )
-        except CostsError:
-            return None
-        values = costs.blocks.diagonal(1)
-        return [float(value) if np.isfinite(value) else None for value in values]
+        if is_built_in(criterion):
+            done = {"layer_forwards": work.layer_forwards, "seconds": work.seconds}
+            self.store.put("costs", self._inputs(criterion), {**_recorded(costs), **done})
+        return costs
 
 
-def _is_own(criterion: Criterion) -> bool:
-    """Whether the criterion is one of this package, whose results its version tells."""
-    return type(criterion).__module__.startswith(f"{__package__}.")
+def _recorded(costs: Costs) -> dict[str, Any]:
+    """Costs as plain JSON values."""
+    return {
+        "metric": costs.metric,
+        "strategy": costs.strategy,
+        "of_single_layers": costs.of_single_layers,
+        "blocks": _plain(costs.blocks),
+        "stderr": None if costs.stderr is None else _plain(costs.stderr),
+        "positions": None if costs.positions is None else asdict(costs.positions),
+        "model": costs.model is not None,
+        "texts": bool(costs.texts),
+    }
+
+
+def _plain(values: NDArray[np.float64]) -> list[list[float | None]]:
+    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+
+
+def _recalled(known: Mapping[str, Any], subject: Subject) -> Costs:
+    """The costs that were recorded, of the same model and texts."""
+    blocks = np.array(known["blocks"], np.float64)
+    stderr = None if known["stderr"] is None else np.array(known["stderr"], np.float64)
+    options: dict[str, Any] = {
+        "metric": known["metric"], "strategy": known["strategy"],
+        "model": subject.decoder.identity if known["model"] else None,
+        "texts": subject.texts if known["texts"] else (),
+        "positions": positions_of(known["positions"]),
+    }  # fmt: skip
+    if not known["of_single_layers"]:
+        return Costs.of_blocks(blocks, stderr=stderr, **options)
+    errors = None if stderr is None else stderr.diagonal(1)
+    return Costs.of_layers(blocks.diagonal(1), stderr=errors, **options)
+
+
+def one_sentence(error: Exception) -> str:
+    """Say an error in one line, with its kind where it is not one of ours."""
+    kind = "" if isinstance(error, ShallowerError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
 
 
 def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from ..errors import PatchError
 from ..healing.quick_patch import QuickPatch
@@ -20,6 +21,18 @@ from .work import Meter
 
 TRUTH_ITEMS = 32
 """Texts on which the true losses without single layers are measured, at most."""
+
+
+def told(judge: Judge) -> dict[str, Any]:
+    """Tell what the records of a judge's trials depend on beside the model and the items.
+
+    Args:
+        judge: of items that are known by a name of their own.
+
+    Returns:
+        Plain JSON values: its name, and how the items are divided among looks.
+    """
+    return {"judge": judge.name, "looks": [len(items) for items in judge.items]}
 
 
 class Store(Protocol):
@@ -46,6 +59,9 @@ class Referee:
         texts: identity of the texts that report, for the store.
         num_rejected: texts with fewer than two tokens.
         spill: a folder for the states that trials share.
+
+    Attributes:
+        is_complete: whether nothing was left out for want of memory.
     """
 
     def __init__(
@@ -61,13 +77,14 @@ class Referee:
     ) -> None:
         self.model, self.store, self.texts = model, store, texts
         self._num_rejected, self._spill = num_rejected, spill
+        self.is_complete = True
         self._single_layers: tuple[float, ...] | None = None
         self._patched: dict[tuple[str, tuple[int, ...]], Scores | str] = {}
         self.losses = self._trials(losses)
         self.scores = self.losses if judge is losses else self._trials(judge)
 
     def _trials(self, judge: Judge) -> Trials:
-        journal = self.store.journal("trials", {"judge": judge.name, "items": self.texts})
+        journal = self.store.journal("trials", {"items": self.texts, **told(judge)})
         return Trials(self.model, judge, meter=Meter(), journal=journal, spill=self._spill)
 
     def compared(self, name: str) -> ComparedModel:
@@ -140,6 +157,9 @@ class Referee:
                 with patch.patched(plan):
                     found = {"sums": self._without_prefixes(plan.dropped)}
             except PatchError as error:
+                if isinstance(error.__cause__, torch.OutOfMemoryError):
+                    self.is_complete = False  # there may be more of it another time
+                    return str(error)
                 found = {"why": str(error)}
             self.store.put("patched", inputs, found)
         if "why" in found:

@@ -26,7 +26,7 @@ class Splits:
         fit: texts that similarity is measured on and maps are solved on.
         choose: texts that cuts are judged on while one is chosen, in a random order: the first
             few of them are a sample of all.
-        report: texts that the final figures are measured on, as they were given.
+        report: texts that the final figures are measured on, each once, as they were given.
         num_shared: calibration texts that report as well, and therefore do nothing else.
         num_repeated: calibration texts that were there before, and are left out.
     """
@@ -72,6 +72,7 @@ def three_splits(
     texts, report = _listed(texts), _listed(eval_texts)
     if num_choosing < FEWEST_CHOOSING:
         raise TextsError(f"at least {FEWEST_CHOOSING} texts must choose, got {num_choosing}")
+    report = list({text.strip(): text for text in reversed(report)}.values())[::-1]
     reporting = {text.strip() for text in report}
     if len(reporting) < FEWEST_REPORTING:
         raise TextsError(

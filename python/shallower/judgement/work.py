@@ -111,6 +111,16 @@ class Meter:
         value: Value = kept[key]
         return value
 
+    def recall(self, key: Hashable, value: object, work: Work) -> None:
+        """Take in what is shared and was made before, by another process even.
+
+        Args:
+            key: names it, as for :meth:`shared`.
+            value: what was made.
+            work: what it took.
+        """
+        self._made[key] = value, work
+
     def shared(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Give what is shared, and charge the open account for it.
 

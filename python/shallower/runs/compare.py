@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..models.source import ModelSource
 from ..values.comparison import CriteriaComparison
 from ..values.tokens import BatchSize, Tokens
 from .cache import open_cache
-from .comparison_job import MAX_EVAL_TEXTS, MAX_TEXTS, SIZES, ComparisonJob, InMemory
+from .comparison_job import MAX_EVAL_TEXTS, MAX_TEXTS, SIZES, ComparisonJob
+from .contestants import InMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    model: "PreTrainedModel | ModelSource | Sequence[ModelSource]",
+    model: "PreTrainedModel | ModelSource | str | Path | Sequence[ModelSource | str | Path]",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     texts: "Iterable[str] | Mapping[str, Iterable[str]]" = (),
     eval_texts: Iterable[str] = (),
@@ -42,7 +43,7 @@ def compare(
     """Compare criteria by what they remove and what that costs.
 
     The calibration texts are divided into those that fit and those that choose; the held-out
-    texts give every figure that is reported, and no criterion sees them. Every choice is
+    texts give every loss that is reported, and no criterion sees them. Every choice is
     measured before and after a quick patch (the last matrix of the feed-forward before each
     block, solved anew). Each criterion is charged what it costs by itself, although nothing is
     done twice.
@@ -51,9 +52,9 @@ def compare(
     measured again.
 
     Args:
-        model: a causal language model of transformers; or the source that it is loaded from; or
-            several sources, which are compared one after the other. The failure of one of several
-            is recorded, and the others go on.
+        model: a causal language model of transformers; or the source or the place that it is
+            loaded from; or several such, which are compared one after the other. The failure of
+            one of several is recorded, and the others go on.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts; or several such by name, each of which chooses for itself.
         eval_texts: held-out texts. Calibration texts that are among them are left out.
@@ -70,7 +71,8 @@ def compare(
         max_texts: read the first so many calibration texts only.
         max_eval_texts: read the first so many held-out texts only.
         seed: of whatever is drawn.
-        half_blocks: judge the attention and the feed-forward of every layer by themselves, too.
+        half_blocks: judge the attention and the feed-forward of every layer by themselves, too,
+            on the texts that choose, of the first calibration texts.
         spill: a folder on a disk with room, for the states that cuts share; by default they lie
             in memory, as many as a quarter of it takes.
         out: a folder for ``comparison.json``, ``comparison.csv`` and the figures.
@@ -108,13 +110,19 @@ def compare(
 
 
 def _contestants(
-    model: "PreTrainedModel | ModelSource | Sequence[ModelSource]",
-    tokenizer: "PreTrainedTokenizerBase | None",
-) -> "tuple[ModelSource | InMemory, ...]":
-    if isinstance(model, ModelSource):
-        return (model,)
-    if isinstance(model, Sequence):
-        return tuple(model)
+    model: Any, tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[ModelSource | InMemory, ...]:
+    """The models that are named, or the one that is given."""
+    several = isinstance(model, Sequence) and not isinstance(model, str)
+    places = [*model] if several else [model]
+    if all(isinstance(place, ModelSource | str | Path) for place in places):
+        return tuple(p if isinstance(p, ModelSource) else ModelSource(p) for p in places)
+    if several:
+        raise ModelError("several models are compared by their sources, not in memory")
+    if not hasattr(model, "config"):
+        raise ModelError(
+            f"{type(model).__name__} is no model of transformers, and no source of one"
+        )
     if tokenizer is None:
         raise ModelError("a model in memory needs its tokenizer: give both, or a ModelSource")
     return (InMemory(model, tokenizer),)

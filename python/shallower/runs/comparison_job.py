@@ -1,7 +1,7 @@
 """A comparison of criteria: checked before anything is loaded, resumed, known by the cache."""
 
-import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
+    CacheError,
     CriterionError,
     LayersError,
     MissingExtraError,
     ModelError,
-    ShallowerError,
+    OutputError,
     TextsError,
 )
 from ..models.source import ModelSource
@@ -27,12 +28,10 @@ from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.layers import layer_number
 from ..values.tokens import Tokens
 from .cache import Cache, Entry
-from .cache_keys import machine, made_by, model_inputs
-from .journal import Journal
+from .cache_keys import model_inputs
+from .contestants import InMemory, ModelStore, digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ..judgement.comparing import Outcome
     from ..judgement.criterion import Criterion
     from ..judgement.splits import Splits
@@ -45,37 +44,7 @@ MAX_EVAL_TEXTS = 64
 
 SIZES = (1, 2, 4, 8)
 
-
-@dataclass(frozen=True)
-class InMemory:
-    """A model in memory with its tokenizer."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-
-    def __str__(self) -> str:
-        return str(self.model.name_or_path) or type(self.model).__name__
-
-    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        """Give the model, and its tokenizer."""
-        return self.model, self.tokenizer
-
-    def inputs(self, cache: Cache) -> dict[str, Any] | None:
-        """All that the model's results depend on, for the cache; None where it is off."""
-        if cache.folder is None:
-            return None
-        from ..models.identity import weights_hash
-
-        content = weights_hash(self.model)
-        if content is None:
-            return None
-        return {
-            "weights": content,
-            "tokenizer": _told(self.tokenizer),
-            "device": str(self.model.device),
-            "machine": machine(),
-            "made_by": made_by(),
-        }
+_TABLE = "shallower.judgement.criteria"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +69,7 @@ class ComparisonJob:
         overwrite: replace what is there.
         cache: of what was measured before.
         progress: bars with ETA on standard error.
+        found: when each result was measured that the cache had; filled by :meth:`run`.
 
     Raises:
         CriterionError, LayersError, TextsError, OutputError, ProcessesError: as :func:`compare`.
@@ -122,26 +92,42 @@ class ComparisonJob:
     overwrite: bool = False
     cache: Cache = field(default_factory=lambda: Cache(None))
     progress: bool | None = None
+    found: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         refuse_several("comparisons are")
-        if not self.models:
-            raise ModelError("there is no model to compare criteria on: name one or several")
-        names = [str(model) for model in self.models]
-        if len(set(names)) < len(names):
-            raise ModelError(f"a model is named twice: {', '.join(names)}")
-        if not self.sizes or min(map(layer_number, self.sizes)) < 1:
+        self._check_models()
+        if isinstance(self.criteria, str):
+            raise CriterionError(f"criteria must be a sequence of names, got {self.criteria!r}")
+        if isinstance(self.sizes, int | str) or not list(self.sizes):
+            raise LayersError(f"expected sizes, as 1,2,4, got {self.sizes!r} (n, --n)")
+        object.__setattr__(self, "sizes", sorted({layer_number(size) for size in self.sizes}))
+        if self.sizes[0] < 1:
             raise LayersError("expected sizes of at least 1 layer (n, --n)")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise CriterionError(f"seed {self.seed!r}: expected an integer from 0 on (--seed)")
         if (self.options is not None) != (self.judge == "options"):
             raise CriterionError(
                 "the judge options needs a file of items, and no other judge takes one "
                 "(judge and options, --judge options and --options)"
             )
+        if self.spill is not None and not self.spill.is_dir():
+            raise OutputError(f"there is no folder {self.spill} for states (spill, --spill)")
         _ = self.splits, self.items
+        if self.criteria is not None:
+            _refuse_twice([str(getattr(one, "name", one)) for one in self.criteria])
         if self.known is None:
             _ = self.chosen
-        if self.out is not None and not self._is_there():
-            check_free(self.out / COMPARISON_FILE, self.overwrite)
+        if self.out is not None and not self._is_own(self.out / COMPARISON_FILE):
+            for name in (COMPARISON_FILE, COMPARISON_TABLE):
+                check_free(self.out / name, self.overwrite)
+
+    def _check_models(self) -> None:
+        if not self.models:
+            raise ModelError("there is no model to compare criteria on: name one or several")
+        names = [str(model) for model in self.models]
+        if len(set(names)) < len(names):
+            raise ModelError(f"a model is named twice: {', '.join(names)}")
 
     @cached_property
     def splits(self) -> "dict[str, Splits]":
@@ -150,6 +136,8 @@ class ComparisonJob:
 
         report = _first(self.eval_texts, self.max_eval_texts)
         named = self.texts if isinstance(self.texts, Mapping) else {"texts": self.texts}
+        if not named or not all(isinstance(name, str) and name for name in named):
+            raise TextsError(f"texts by name: expected names that are not empty, got {[*named]}")
         return {
             name: three_splits(_first(texts, self.max_texts), report, seed=self.seed)
             for name, texts in named.items()
@@ -167,14 +155,35 @@ class ComparisonJob:
     @cached_property
     def inputs(self) -> dict[str, Any] | None:
         """All that the comparison depends on, for the cache; None where that is not known."""
-        models = [*self._of_models.values()]
-        names = None if self.criteria is None else [*self.criteria]
-        if None in models or not all(isinstance(name, str) for name in names or ()):
+        return self._asked if self._asked and None not in self._asked["models"] else None
+
+    @cached_property
+    def _asked(self) -> dict[str, Any] | None:
+        """All that is asked; None where the cache is off, or a criterion is not of this package."""
+        if self.cache.folder is None or not self._is_stock():
             return None
         return {
-            "models": models, "texts": self._identities(), "criteria": names, "judge": self.judge,
-            "n": sorted(set(self.sizes)), "seed": self.seed, "half_blocks": self.half_blocks,
-        }  # fmt: skip
+            "models": [*self._of_models.values()],
+            "names": [str(model) for model in self.models],
+            "texts": [list(pair) for pair in self._identities().items()],
+            "reported": self._reported(),
+            "criteria": self.criteria and [str(getattr(c, "name", c)) for c in self.criteria],
+            "judge": self.judge,
+            "n": list(self.sizes),
+            "seed": self.seed,
+            "half_blocks": self.half_blocks,
+        }
+
+    def _is_stock(self) -> bool:
+        """Whether all criteria are those of this package; nobody has changed an unseen table."""
+        if _TABLE not in sys.modules and all(isinstance(c, str) for c in self.criteria or ()):
+            return True
+        from ..judgement.criteria import BUILT_IN, is_built_in
+        from ..judgement.criteria import criteria as table
+
+        names = [criterion.name for criterion in BUILT_IN]
+        whole = self.criteria is not None or [*table] == names
+        return whole and all(map(is_built_in, self.chosen))
 
     @cached_property
     def entry(self) -> Entry | None:
@@ -198,8 +207,6 @@ class ComparisonJob:
         comparison = self.known
         if comparison is None:
             comparison = self._measure()
-            if not comparison.failures:
-                self.cache.put("comparison", self.inputs, comparison.to_json())
         self._write(comparison)
         return comparison
 
@@ -207,6 +214,7 @@ class ComparisonJob:
     def chosen(self) -> "tuple[Criterion, ...]":
         """The criteria that take part."""
         from ..judgement.criteria import criteria as table
+        from ..judgement.criterion import Criterion
         from ..judgement.judges import JUDGES
 
         if self.judge not in JUDGES:
@@ -214,7 +222,7 @@ class ComparisonJob:
                 f"unknown judge {self.judge!r}: expected one of {', '.join(JUDGES)} "
                 f"(judge, --judge)"
             )
-        asked = [*table] if self.criteria is None else self.criteria
+        asked = [*table] if self.criteria is None else [*self.criteria]
         unknown = [name for name in asked if isinstance(name, str) and name not in table]
         if unknown or not asked:
             raise CriterionError(
@@ -222,37 +230,48 @@ class ComparisonJob:
                 f"{', '.join(table)} (criteria, --criteria)"
             )
         chosen = tuple(table[name] if isinstance(name, str) else name for name in asked)
-        names = [criterion.name for criterion in chosen]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise CriterionError(f"named twice: {', '.join(twice)} (criteria, --criteria)")
+        for criterion in chosen:
+            name = getattr(criterion, "name", None)
+            if not isinstance(criterion, Criterion) or not isinstance(name, str) or not name:
+                raise CriterionError(
+                    f"{criterion!r} is no criterion: expected an object of a class made from "
+                    f"shallower.Criterion, with a name"
+                )
+        _refuse_twice([criterion.name for criterion in chosen])
         return chosen
 
     def _measure(self) -> CriteriaComparison:
         outcomes: list[Outcome] = []
         failures: dict[str, str] = {}
+        from ..judgement.contest import one_sentence
+
         for model in self.models:
             try:
                 outcomes.append(self._measure_one(model))
+            except (CacheError, OutputError):
+                raise
             except Exception as error:
                 if len(self.models) == 1:
                     raise
-                kind = "" if isinstance(error, ShallowerError) else f"{type(error).__name__}: "
-                failures[str(model)] = kind + " ".join(str(error).split())
-            self._write(self._joined(outcomes, failures))
-        return self._joined(outcomes, failures)
+                failures[str(model)] = one_sentence(error)
+            if model is not self.models[-1]:
+                self._write(self._joined(outcomes, failures))
+        comparison = self._joined(outcomes, failures)
+        if not failures and all(outcome.is_complete for outcome in outcomes):
+            self.cache.put("comparison", self.inputs, comparison.to_json())
+        return comparison
 
     def _measure_one(self, model: ModelSource | InMemory) -> "Outcome":
         from ..judgement.comparing import Terms, compare_on
         from ..models.decoder import Decoder
 
         terms = Terms(
-            self.chosen, sorted(set(self.sizes)), self.splits, self._identities(),
+            self.chosen, self.sizes, self.splits, self._identities(), self._reported(),
             judge=self.judge, choosing=self.items[0], reporting=self.items[1], tokens=self.tokens,
             seed=self.seed, halves=self.half_blocks, spill=self.spill,
             progress=self.progress,
         )  # fmt: skip
-        store = _Store(self.cache, self._of_models[str(model)])
+        store = ModelStore(self.cache, self._of_models[str(model)], self.found)
         loaded, tokenizer = model.load()
         return compare_on(Decoder.of(loaded), tokenizer, terms, name=str(model), store=store)
 
@@ -274,17 +293,9 @@ class ComparisonJob:
             },
             judge=self.judge,
             unit=JUDGES[self.judge].unit,
-            splits=self._sizes_of_sets(),
+            splits=dict(outcomes[0].splits) if outcomes else {},
             half_blocks=tuple(half for outcome in outcomes for half in outcome.half_blocks),
         )
-
-    def _sizes_of_sets(self) -> dict[str, int]:
-        splits = next(iter(self.splits.values()))
-        return {
-            "fit": len(splits.fit),
-            "choose": len(self.items[0]) or len(splits.choose),
-            "report": len(splits.report),
-        }
 
     def _write(self, comparison: CriteriaComparison) -> None:
         if self.out is None:
@@ -292,7 +303,7 @@ class ComparisonJob:
         from ..reporting.comparison import write_csv
         from ..reporting.comparison_figures import draw_comparison
 
-        content = json.dumps(comparison.to_json(), indent=2) + "\n"
+        content = json.dumps({**comparison.to_json(), "job": self._job}, indent=2) + "\n"
         write_file(self.out / COMPARISON_FILE, content.encode())
         write_csv(comparison, self.out / COMPARISON_TABLE)
         try:
@@ -300,15 +311,19 @@ class ComparisonJob:
         except MissingExtraError as error:
             warnings.warn(str(error), stacklevel=2)
 
-    def _is_there(self) -> bool:
-        """Whether ``out`` holds this very comparison already."""
-        if self.out is None or self.known is None:
-            return False
+    @cached_property
+    def _job(self) -> str | None:
+        """A hash of all that the comparison depends on; None where that is not known."""
+        return None if self._asked is None else self.cache.key("comparison", self._asked)
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a file is of this very comparison, which may have been cut short."""
         try:
-            content = (self.out / COMPARISON_FILE).read_bytes()
-            return bool(json.loads(content) == self.known.to_json())
+            written = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):
             return False
+        found = written.get("job") if isinstance(written, dict) else None
+        return found is not None and found == self._job
 
     @cached_property
     def _of_models(self) -> dict[str, dict[str, Any] | None]:
@@ -322,46 +337,27 @@ class ComparisonJob:
 
     def _identities(self) -> dict[str, str]:
         """What tells the texts from others, by the names of the calibration texts."""
-        items = [options_fingerprint(part) for part in self.items]
-        report = next(iter(self.splits.values())).report
-        return {"": _digest(report, asdict(self.tokens), items[1])} | {
-            name: _digest(splits.fit, splits.choose, asdict(self.tokens), items[0])
+        items = options_fingerprint(self.items[0])
+        return {
+            name: digest(splits.fit, splits.choose, asdict(self.tokens), items)
             for name, splits in self.splits.items()
         }
 
+    def _reported(self) -> str:
+        """What tells the texts that report from others."""
+        report = next(iter(self.splits.values())).report
+        return digest(report, asdict(self.tokens), options_fingerprint(self.items[1]))
 
-@dataclass(frozen=True, slots=True)
-class _Store:
-    """The results of one model in the cache."""
 
-    cache: Cache
-    model: Mapping[str, Any] | None
-
-    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        return self.cache.get(kind, self._all(inputs))
-
-    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-        self.cache.put(kind, self._all(inputs), value)
-
-    def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
-        return self.cache.journal(kind, self._all(inputs))
-
-    def _all(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        return None if self.model is None else {**self.model, "of": dict(inputs)}
+def _refuse_twice(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise CriterionError(f"named twice: {', '.join(twice)} (criteria, --criteria)")
 
 
 def _first(texts: Iterable[str], most: int) -> list[str]:
+    if most < 1:
+        raise TextsError(f"the number of texts must be at least 1, got {most}")
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
     return list(islice(texts, most))
-
-
-def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Tell a tokenizer by all that it is made of."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return _digest(type(tokenizer).__name__, rules, repr(tokenizer.init_kwargs))
-
-
-def _digest(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

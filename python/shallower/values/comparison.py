@@ -42,6 +42,7 @@ class Row:
             ``loss``.
         score_stderr: its standard error.
         accuracy: share of right answers, of the judge ``options``.
+        unpatched: why there is no ``patched``.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Row:
     score: float
     score_stderr: float
     accuracy: float | None = None
+    unpatched: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give the row as plain JSON values; what is not finite is None."""

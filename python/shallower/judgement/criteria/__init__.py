@@ -44,3 +44,18 @@ criteria: dict[str, Criterion] = {
     )
 }
 """Every criterion by its name; one that is put in here takes part like any other."""
+
+BUILT_IN = tuple(criteria.values())
+"""Those of this package, whatever becomes of the table."""
+
+
+def is_built_in(criterion: Criterion) -> bool:
+    """Tell whether a criterion is one of this package as it comes, which its version tells.
+
+    Args:
+        criterion: any.
+
+    Returns:
+        False for one from outside, and for one of the table whose attributes were changed.
+    """
+    return any(criterion is one for one in BUILT_IN) and not vars(criterion)

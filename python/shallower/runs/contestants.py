@@ -1,0 +1,102 @@
+"""The models of a comparison: in memory, and what the cache keeps of each."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .cache import Cache
+from .cache_keys import machine, made_by
+from .journal import Journal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A model in memory with its tokenizer."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def __str__(self) -> str:
+        return str(self.model.name_or_path) or type(self.model).__name__
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Give the model, and its tokenizer."""
+        return self.model, self.tokenizer
+
+    def inputs(self, cache: Cache) -> dict[str, Any] | None:
+        """All that the model's results depend on, for the cache; None where it is off."""
+        if cache.folder is None:
+            return None
+        from ..models.identity import weights_hash
+
+        content = weights_hash(self.model)
+        if content is None:
+            return None
+        return {
+            "weights": content,
+            "tokenizer": _told(self.tokenizer),
+            "device": str(self.model.device),
+            "machine": machine(),
+            "made_by": made_by(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStore:
+    """The results of one model in the cache.
+
+    Attributes:
+        cache: where they lie.
+        model: all that they depend on of the model; None keeps nothing.
+        found: when each was measured that was found; filled by :meth:`get`.
+    """
+
+    cache: Cache
+    model: Mapping[str, Any] | None
+    found: list[str]
+
+    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Look a result up, as :meth:`Cache.get`, by what it depends on beside the model."""
+        entry = self.cache.find(kind, self._all(inputs))
+        if entry is None:
+            return None
+        self.found.append(entry.made)
+        return entry.value
+
+    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
+        """Keep a result, as :meth:`Cache.put`."""
+        self.cache.put(kind, self._all(inputs), value)
+
+    def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
+        """Open records of trials, as :meth:`Cache.journal`."""
+        return self.cache.journal(kind, self._all(inputs))
+
+    def _all(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        return None if self.model is None else {**self.model, "of": dict(inputs)}
+
+
+def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Tell a tokenizer by all that it is made of."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return digest(
+        type(tokenizer).__name__, rules, repr(tokenizer.init_kwargs),
+        repr(tokenizer.special_tokens_map), tokenizer.truncation_side,
+    )  # fmt: skip
+
+
+def digest(*values: Any) -> str:
+    """Hash plain JSON values.
+
+    Args:
+        values: in their order.
+
+    Returns:
+        The SHA-256 of their JSON, in hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
