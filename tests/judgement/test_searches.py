@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import pytest
 import shallower as sh
 from shallower import Block, LayersError
 from shallower.judgement.criteria import criteria
-from shallower.judgement.criteria.evolution import mutations
+from shallower.judgement.criteria.evolution import mutations, select
 from shallower.judgement.criteria.mask_regression import DROPPED, draw_masks, ridge_regression
+from shallower.judgement.judges.judge import looks
 from shallower.judgement.judges.kl import KLJudge
 from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
@@ -195,6 +197,21 @@ def test_one_shot_costs_a_path_and_all_that_follows_each_layer(subject):
     assert work.layer_forwards == len(TEXTS) * NUM_LAYERS * (NUM_LAYERS + 1) // 2
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_the_whole_model_for_kl_adds_little_to_what_is_run_anyway(subject, n):
+    subject.trials = Trials(
+        subject.layerwise, KLJudge(subject.trials.judge.batches), meter=subject.meter
+    )
+    left = NUM_LAYERS - n
+    with subject.meter.account() as alone:
+        criteria["one_shot"].costs(subject)
+    with subject.meter.account() as search:
+        for start in reversed(range(left + 1)):
+            subject.trials.scores(range(start, start + n))
+    assert alone.layer_forwards == len(TEXTS) * (NUM_LAYERS * (NUM_LAYERS + 1) // 2 + 1)
+    assert search.layer_forwards == len(TEXTS) * (left * (left + 3) // 2 + n)
+
+
 def plain_ridge(masks, scores, ridge):
     """Normal equations of a regression whose intercept is not shrunk."""
     design = np.column_stack([np.ones(len(masks)), masks.astype(float)])
@@ -317,3 +334,31 @@ def test_a_real_model_loses_what_plain_searches_choose(smol, data):
     for n in (1, 2):
         gone = min(((*gone, layer) for layer in range(30) if layer not in gone), key=loss)
         assert criteria["greedy"].plans(of_sizes(subject, n))[n].dropped == tuple(sorted(gone))
+
+
+class Looked:
+    """Trials of random scores, of which the items are counted that each cut is judged on."""
+
+    def __init__(self, num_items, at_once):
+        self.sizes = [look.stop - look.start for look in looks(num_items, at_once)]
+        self.num_looks, self.seen = len(self.sizes), {}
+        self.random = np.random.default_rng(0)
+
+    def path(self, cut):
+        return cut
+
+    def scores(self, cut, looks=None):
+        self.seen[cut] = max(self.seen.get(cut, 0), sum(self.sizes[:looks]))
+        return SimpleNamespace(mean=self.random.random())
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8, 32])
+@pytest.mark.parametrize("num_items", [4, 7, 16, 100])
+def test_a_selection_judges_no_more_than_is_said_of_it(num_items, at_once):
+    for num_cuts in range(1, 200):
+        trials = Looked(num_items, at_once)
+        select(trials, list(range(num_cuts)))
+        judged = sum(trials.seen.values())
+        assert judged <= 3 * num_cuts + num_items
+        if num_cuts == 16:
+            assert judged <= 2 * 16 + 2 * 4 + num_items - 4

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 import shallower as sh
 from shallower import CacheError, LayersError
 from shallower.judgement.judges.judge import Judge
+from shallower.judgement.judges.kl import KLJudge
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
+from shallower.models import prefixes
 from shallower.models.layerwise import Layerwise
 from shallower.texts.batches import Batch
 from tests.conftest import tiny_llama
@@ -105,14 +107,28 @@ def test_cuts_are_judged_as_models_that_are_cut(tried, memory):
 
 
 @given(st.lists(cuts, min_size=1, max_size=12), st.sampled_from(sorted(MEMORY)))
-def test_layers_are_counted_as_they_run(tried, memory):
-    model = tiny_llama(NUM_LAYERS)
-    trials, meter = make(model, memory=MEMORY[memory])
-    counted = Counted(model)
-    with meter.account() as work:
-        for dropped in tried:
-            trials.scores(dropped)
-    assert work.layer_forwards == counted.runs
+def test_layers_are_charged_as_they_run_with_memory_for_all_states(tried, memory):
+    charged, runs = [], []
+    for room in (None, MEMORY[memory]):
+        model = tiny_llama(NUM_LAYERS)
+        trials, meter = make(model, memory=room)
+        counted = Counted(model)
+        with meter.account() as work:
+            for dropped in tried:
+                trials.scores(dropped)
+        charged.append(work.layer_forwards)
+        runs.append(counted.runs)
+    assert charged == [runs[0]] * 2
+    assert runs[1] >= runs[0]  # what runs again for lack of memory
+
+
+@pytest.mark.parametrize("judge", [LossJudge, KLJudge])
+def test_charges_do_not_depend_on_memory(model, tmp_path, monkeypatch, judge):
+    stores = [{}, {"memory": 0}, {"memory": 6_000}, {"spill": tmp_path, "memory": 9_000}]
+    charged = [run_all(*make(model, judge=judge, **options))[1] for options in stores]
+    monkeypatch.setattr(prefixes, "free_bytes", lambda _device: 4_000)
+    charged.append(run_all(*make(model, judge=judge))[1])
+    assert charged == [charged[0]] * 5
 
 
 @given(st.lists(cuts, min_size=1, max_size=12))

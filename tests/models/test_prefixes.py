@@ -69,7 +69,17 @@ def test_every_second_state_is_kept_where_two_paths_do_not_fit():
     of_state = some.input_ids.size * 32 * 4
     for states, every in [(12, 1), (11, 2), (6, 2), (5, 3), (4, 3), (3, 6), (0, 6)]:
         store = Prefixes(layerwise, [some], memory=states * of_state)
-        assert store.known()._every == every, states
+        assert store._known._every == every, states
+
+
+@pytest.mark.parametrize("memory", [None, 0, 20_000])
+def test_an_account_of_states_has_no_bounds(memory):
+    store = Prefixes(Layerwise(tiny_llama(6)), [batch()], memory=memory)
+    known = store.known()
+    assert known.count(0, (0, 1, 2, 3, 4, 5)) == 6
+    assert known.count(0, (2, 3, 4, 5)) == 4
+    assert known.count(0, (0, 1, 2, 3, 5)) == 1
+    assert known.count(0, (2, 3, 5)) == 1
 
 
 @pytest.mark.parametrize("memory", [None, 0, 20_000])

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -289,4 +291,79 @@ def test_clearing_an_empty_cache_is_nothing(cache):
     assert cache.clear() == 0
     cache.put("loss", INPUTS, {})
     cache.clear()
+    assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize("gone", ["cache", "scan", "a folder of files", "a file"])
+@pytest.mark.parametrize("what", ["usage", "clear"])
+def test_what_another_process_removes_meanwhile_is_no_error(cache, monkeypatch, what, gone):
+    cache.put("scan", INPUTS, {}, files={"scan.safetensors": b"x" * 5000})
+    names = {"a folder of files": cache.key("scan", INPUTS), "a file": "scan"}
+    listed = Path.iterdir
+
+    def list_and_remove(folder):
+        found = list(listed(folder))
+        if folder.name == names.get(gone, gone):
+            for path in found if gone == "a file" else [folder]:
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", list_and_remove)
+    assert getattr(cache, what)() in ([], 0) or gone == "a folder of files"
+    monkeypatch.undo()
+    assert cache.clear() >= 0
+    assert not cache.folder.exists()
+
+
+def test_what_another_process_writes_meanwhile_stays(cache, monkeypatch):
+    cache.put("loss", INPUTS, {"nats": 1.0})
+    removed = Path.rmdir
+
+    def write_and_remove(folder):
+        cache.put("loss", INPUTS, {"nats": 2.0})
+        removed(folder)
+
+    monkeypatch.setattr(Path, "rmdir", write_and_remove)
+    assert cache.clear() > 0
+    assert cache.get("loss", INPUTS) == {"nats": 2.0}
+
+
+def test_usage_and_clearing_go_on_while_others_write(cache):
+    started = writers(cache, "one", "two")
+    ending = time.monotonic() + 1.5
+    freed = 0
+    while time.monotonic() < ending:
+        cache.usage()
+        freed += cache.clear()
+    for process in started:
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert freed > 0
+    cache.clear()
+    assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize("place", ["entry", "journal", "file of an entry"])
+def test_a_folder_in_the_place_of_a_file_is_removed_if_it_is_empty(cache, place):
+    cache.put("loss", {"n": 1}, {"nats": 1.0})
+    cache.put("scan", INPUTS, {}, files={"scan.safetensors": b"x"})
+    key = cache.key("scan", INPUTS)
+    names = {"entry": f"{key}.json", "journal": f"{key}.jsonl", "file of an entry": f"{key}/{key}"}
+    path = cache.folder / "scan" / names[place]
+    if place == "entry":
+        path.unlink()
+    path.mkdir()
+    (path / "notes.txt").write_text("dear to someone")
+    if place == "entry":
+        with pytest.raises(CacheError, match="is cut off or damaged"):
+            cache.get("scan", INPUTS)
+    assert [usage.kind for usage in cache.usage()][:1] == ["loss"]
+    with pytest.raises(CacheError) as raised:
+        cache.clear()
+    assert str(raised.value).endswith(f"; remove {path}")
+    assert [p for p in cache.folder.rglob("*") if p.is_file()] == [path / "notes.txt"]
+    (path / "notes.txt").unlink()
+    assert cache.clear() == 0
     assert not cache.folder.exists()

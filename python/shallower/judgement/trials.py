@@ -44,7 +44,9 @@ class Trials:
 
     A trial is a cut on one batch of items. It is judged once, from the states that it shares with
     the trials before it (:class:`Prefixes`). Whoever asks for it again is charged for it again: an
-    account is charged for the layers that it would have run by itself, with the same memory.
+    account is charged for the layers that it would have run by itself with memory for all states.
+    What runs again for lack of memory is charged to nobody, so that no charge depends on how much
+    is free.
 
     Args:
         model: the whole model.
@@ -154,7 +156,7 @@ class Trials:
         return _Judged(sums, ran + more, there - started, time.perf_counter() - there)
 
     def _cost(self, judged: _Judged, gone: frozenset[int], index: int) -> Work:
-        """The work of a trial for an account that made all others of its trials itself."""
+        """The work of a trial for an account that made and kept all others of its trials."""
         known = self.meter.own(("known", id(self)), self._prefixes.known)
         layers = 0
         if self._prepares and self.meter.owes(prepared := ("prepared", id(self), index)):

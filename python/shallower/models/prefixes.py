@@ -35,18 +35,18 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class Known:
-    """Which states are known, in bounded memory; the states themselves lie elsewhere.
+    """Which states are known within a bound; the states themselves lie elsewhere.
 
     Those that were longest not needed are forgotten first. Who needs some states needs those
     before them as well, to go on from if the cut differs earlier.
 
     Args:
-        capacity: bytes of all states at most.
+        capacity: bytes of all states at most; infinity for no bound.
         sizes: bytes of a state of each batch.
         every: states behind every so many layers are kept, and the embedding.
     """
 
-    def __init__(self, capacity: int, sizes: Sequence[int], every: int) -> None:
+    def __init__(self, capacity: float, sizes: Sequence[int], every: int) -> None:
         self._capacity, self._sizes, self._every = capacity, sizes, every
         self._used = 0
         self._places: OrderedDict[Place, None] = OrderedDict()
@@ -137,8 +137,11 @@ class Prefixes:
         self._states: dict[Place, torch.Tensor] = {}
 
     def known(self) -> Known:
-        """Make an account of states in which none is known yet, with the bounds of this store."""
-        return Known(self._capacity, self._sizes, self._every)
+        """Make an account of states in which none is known yet, and none is ever forgotten.
+
+        It has not the bounds of this store: they are of the memory that happens to be free.
+        """
+        return Known(math.inf, self._sizes, every=1)
 
     def run(self, index: int, path: tuple[int, ...]) -> tuple[torch.Tensor, int]:
         """Run the layers of a cut on a batch.
@@ -186,7 +189,7 @@ class Prefixes:
 
     @cached_property
     def _known(self) -> Known:
-        return self.known()
+        return Known(self._capacity, self._sizes, self._every)
 
     @cached_property
     def _sizes(self) -> list[int]:

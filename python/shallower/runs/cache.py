@@ -5,6 +5,7 @@ nothing ever has to be declared stale. Entries appear whole or not at all, so th
 nor a second process can damage one.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -242,37 +243,45 @@ class Cache:
         """
         found = []
         for kind in self._kinds():
-            own = {path: path.lstat() for path in _own_files(kind)}
-            entries = [status for path, status in own.items() if _ENTRY.fullmatch(path.name)]
-            times = [status.st_mtime for status in entries]
+            own = {path: _status(path) for path in _own(kind) if not _is_folder(path)}
+            there = {path: status for path, status in own.items() if status}
+            times = [s.st_mtime for path, s in there.items() if _ENTRY.fullmatch(path.name)]
             if times:
-                size = sum(status.st_size for status in own.values())
-                found.append(KindUsage(kind.name, len(entries), size, min(times), max(times)))
+                size = sum(status.st_size for status in there.values())
+                found.append(KindUsage(kind.name, len(times), size, min(times), max(times)))
         return found
 
     def clear(self) -> int:
         """Remove every file that a cache made, and the folders that are empty then.
 
-        What else lies there stays, and no link is followed.
+        What else lies there stays, and no link is followed. Other processes may read, write and
+        clear meanwhile: what they write after that may stay.
 
         Returns:
             The bytes that were freed.
 
         Raises:
-            CacheError: a file cannot be removed.
+            CacheError: a file cannot be removed, or a folder that is not empty has the name of
+                one; all others are removed.
         """
-        freed = 0
+        freed, foreign = 0, []
         for kind in self._kinds():
             try:
-                for path in _own_files(kind):
-                    freed += path.lstat().st_size
-                    path.unlink(missing_ok=True)
-                for folder in _folders(kind):
+                for path in _own(kind):
+                    if not _is_folder(path):
+                        freed += _remove(path)
+                    elif not _remove_if_empty(path):
+                        foreign.append(path)
+                for folder in (*_folders(kind), kind):
                     _remove_if_empty(folder)
-                _remove_if_empty(kind)
             except OSError as error:
                 raise CacheError(f"cannot clear the cache: {error}; remove {kind}") from error
-        if self.folder is not None and self.folder.is_dir():
+        if foreign:
+            raise CacheError(
+                f"cannot clear the cache: {foreign[0]} should be a file, and is a folder that no "
+                f"cache made and that is not empty; remove {foreign[0]}"
+            )
+        if self.folder is not None:
             _remove_if_empty(self.folder)
         return freed
 
@@ -284,7 +293,7 @@ class Cache:
         if self.folder is None or not self.folder.is_dir():
             return []
         try:
-            inside = sorted(self.folder.iterdir())
+            inside = _inside(self.folder)
         except OSError as error:
             raise CacheError(f"cannot read the cache {self.folder}: {error}") from error
         return [path for path in inside if _KIND.fullmatch(path.name) and _is_folder(path)]
@@ -319,18 +328,49 @@ def _is_folder(path: Path) -> bool:
 
 def _folders(kind: Path) -> list[Path]:
     """The folders of files that were kept with entries."""
-    return [path for path in kind.iterdir() if _HASH.fullmatch(path.name) and _is_folder(path)]
+    return [path for path in _inside(kind) if _HASH.fullmatch(path.name) and _is_folder(path)]
 
 
-def _own_files(kind: Path) -> Iterator[Path]:
-    """The files of a kind that a cache made, those of killed processes too."""
+def _own(kind: Path) -> Iterator[Path]:
+    """What has the name of a file of a kind that a cache made, or one that was killed at it."""
     for folder, names in ((kind, _ENTRY), *((folder, _HASH) for folder in _folders(kind))):
-        for path in sorted(folder.iterdir()):
-            own = names.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)
-            if own and not _is_folder(path):
+        for path in _inside(folder):
+            if names.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):
                 yield path
 
 
-def _remove_if_empty(folder: Path) -> None:
-    if not any(folder.iterdir()):
+# Another process may remove or write any of this at any time.
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing if it is gone."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """The size and times of a file; None if it is gone."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+def _remove(path: Path) -> int:
+    """Remove a file, and tell its bytes; 0 if it is gone."""
+    status = _status(path)
+    path.unlink(missing_ok=True)
+    return status.st_size if status else 0
+
+
+def _remove_if_empty(folder: Path) -> bool:
+    """Remove a folder unless something is in it; tell whether nothing is."""
+    if _inside(folder):
+        return False
+    try:
         folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
+        return error.errno == errno.ENOENT
+    return True
