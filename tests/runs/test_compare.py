@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,20 @@ def test_shares_are_of_layers_and_of_parameters(compared, model):
     for row in compared.rows:
         assert row.layers_share == row.n / 6
         assert row.parameters_share == pytest.approx(row.n * layer / total)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("/models/smol/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1.gguf"),
+        ("models/a/b/", "b"),
+        ("./smol", "smol"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("smol", "smol"),
+    ],
+)
+def test_a_place_is_shown_by_its_last_part(compared, name, title):
+    assert replace(compared.models[0], name=name).title == title
 
 
 def test_tau_compares_with_the_true_losses_of_single_layers(compared, model, words):

@@ -112,7 +112,7 @@ def _about(comparison: CriteriaComparison, model: ComparedModel) -> str:
     """The model, its loss, and on which texts all was measured, as lines above its tables."""
     whole = model.whole
     lines = [
-        f"{model.name}: {model.num_layers} layers, loss of the whole model {whole} nats a token",
+        f"{model.title}: {model.num_layers} layers, loss of the whole model {whole} nats a token",
         f"on {whole.num_tokens} tokens of {whole.num_texts} texts; V = {whole.vocab_size}",
     ]
     words = {"fit": "to fit", "choose": "to choose", "report": "to report"}

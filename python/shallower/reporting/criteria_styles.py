@@ -89,7 +89,7 @@ def groups_of(comparison: CriteriaComparison) -> list[Group]:
     for model in comparison.models:
         of_model = [row for row in comparison.rows if row.model == model.name]
         for texts in dict.fromkeys(row.texts for row in of_model):
-            title = f"{model.name}, chosen on {texts}" if several else model.name
+            title = f"{model.title}, chosen on {texts}" if several else model.title
             rows = [row for row in of_model if row.texts == texts]
             found.append(Group(model, title, rows))
     return found

@@ -116,6 +116,13 @@ class ComparedModel:
     chance: float | None = None
     accuracy: float | None = None
 
+    @property
+    def title(self) -> str:
+        """The name for tables and figures: of a place on this machine its last part."""
+        parts = [part for part in self.name.split("/") if part]
+        is_place = len(parts) > 2 or self.name[:1] in ("/", ".", "~")
+        return parts[-1] if parts and is_place else self.name
+
     def to_json(self) -> dict[str, Any]:
         """Give the model as plain JSON values."""
         return {
