@@ -10,8 +10,12 @@ import pytest
 
 import shallower as sh
 from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
+from shallower.healing.quick_patch import QuickPatch
 from shallower.judgement.splits import three_splits
+from shallower.models.layerwise import Layerwise
+from shallower.texts.batches import TokenBatches
 from shallower.values.comparison import CriteriaComparison
+from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama
 from tests.documents import assert_same, documents, state_of
 
@@ -138,11 +142,19 @@ def test_tau_compares_with_the_true_losses_of_single_layers(compared, model, wor
     assert {row.tau for row in compared.rows if row.criterion == "random"} == {None}
 
 
-def test_a_patched_loss_is_that_of_the_patched_model(compared):
+def test_a_patched_loss_is_that_of_the_patched_model(compared, model, words):
     patched = [row for row in compared.rows if 0 not in row.dropped]
-    assert all(row.patched is not None and row.patched_stderr > 0 for row in patched)
+    assert patched
+    fit = three_splits(TEXTS, HELD_OUT).fit
+    patch = QuickPatch(Layerwise(model), list(TokenBatches(words, fit, Tokens(256, 8))))
+    for row in {row.dropped: row for row in patched}.values():
+        with patch.patched(sh.Plan.of(6, row.dropped)), sh.without_layers(model, row.dropped):
+            loss = sh.evaluate_loss(model, words, HELD_OUT)
+        assert row.patched == pytest.approx(loss.nats, rel=1e-6)
+        assert row.patched_stderr == pytest.approx(loss.stderr, rel=1e-4)
+        assert row.unpatched is None
     without = [row for row in compared.rows if 0 in row.dropped]
-    assert all(row.patched is None for row in without)
+    assert all(row.patched is None and "no layer before" in row.unpatched for row in without)
 
 
 def test_work_is_counted_for_each_criterion_by_itself(compared, model, words):

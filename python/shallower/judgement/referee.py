@@ -154,8 +154,8 @@ class Referee:
         found = self.store.get("patched", inputs)
         if found is None:
             try:
-                with patch.patched(plan):
-                    found = {"sums": self._without_prefixes(plan.dropped)}
+                with patch.patched(plan) as fits:
+                    found = {"sums": self._judged(plan.survivors, unchanged=fits.layers[0])}
             except PatchError as error:
                 if isinstance(error.__cause__, torch.OutOfMemoryError):
                     self.is_complete = False  # there may be more of it another time
@@ -166,12 +166,12 @@ class Referee:
             return str(found["why"])
         return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
 
-    def _without_prefixes(self, dropped: Sequence[int]) -> list[float]:
-        """Judge a cut of a model whose weights are not those that the trials know."""
+    def _judged(self, survivors: Sequence[int], *, unchanged: int) -> list[float]:
+        """Judge a cut of a model whose first layers alone, so many, are those the trials know."""
         judge, sums = self.losses.judge, np.full(self.losses.judge.num_items, np.nan)
-        layers = [layer for layer in range(len(self.model)) if layer not in set(dropped)]
+        changed = [layer for layer in survivors if layer >= unchanged]
         for index, batch in enumerate(judge.batches):
-            states = self.model.run(batch, self.model.embed(batch), layers)
+            states = self.model.run(batch, self.losses.states(index, unchanged), changed)
             with self.model.starting_from(states, ()):
                 sums[judge.items[index]] = judge.measure(self.model.head, index)
         return [float(value) for value in sums]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..errors import CacheError, LayersError
@@ -115,6 +116,18 @@ class Trials:
         for index in range(self.num_looks if looks is None else min(looks, self.num_looks)):
             sums[self.judge.items[index]] = self._look(gone, index).sums
         return Scores(sums, self.judge.weights)
+
+    def states(self, index: int, depth: int) -> torch.Tensor:
+        """Run the first layers of the whole model on a batch, from the states that are known.
+
+        Args:
+            index: of the batch.
+            depth: how many layers.
+
+        Returns:
+            (B, T, D), x^(depth).
+        """
+        return self._prefixes.run(index, tuple(range(depth)))[0]
 
     def path(self, dropped: Iterable[int]) -> tuple[int, ...]:
         """Give the layers that a cut has left.
