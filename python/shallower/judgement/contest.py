@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from ..errors import CacheError, CriterionError, OutputError, ShallowerError
 from ..healing.quick_patch import QuickPatch
+from ..models.memory import num_parameters
 from ..progress import Advance
 from ..values.comparison import Row
 from ..values.costs import Costs
@@ -259,17 +259,8 @@ def parameter_shares(subject: Subject) -> NDArray[np.float64]:
     Returns:
         (L,) float64.
     """
-    total = _parameters(subject.decoder.model)
-    return np.array([_parameters(layer) / total for layer in subject.decoder.layers.modules])
-
-
-def _parameters(module: nn.Module) -> int:
-    """Values of a module's weights; those of 4 bits lie two in a byte."""
-    states = [getattr(weight, "quant_state", None) for weight in module.parameters()]
-    return sum(
-        math.prod(state.shape) if state is not None else weight.numel()
-        for state, weight in zip(states, module.parameters(), strict=True)
-    )
+    total = num_parameters(subject.decoder.model)
+    return np.array([num_parameters(layer) / total for layer in subject.decoder.layers.modules])
 
 
 def with_regret(rows: Sequence[Row], referee: Referee) -> list[Row]:

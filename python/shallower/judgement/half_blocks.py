@@ -20,6 +20,7 @@ from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.feed_forward import FEED_FORWARD_NAMES
 from ..models.layerwise import token_rows
+from ..models.memory import num_parameters
 from ..models.residual_writers import Writer, find_writers, silenced
 from ..progress import track
 from ..texts.batches import Batch
@@ -113,7 +114,7 @@ def _half_blocks(subject: Subject) -> list[HalfBlock]:
         )
     similarities = _similarities(subject, writers)
     whole, scores = _scores(subject, writers)
-    total = sum(weight.numel() for weight in decoder.model.parameters())
+    total = num_parameters(decoder.model)
     cache, cuttable = _cache_bytes(subject), skips_are_heeded()
     found = []
     for layer, part in writers:
@@ -210,8 +211,7 @@ def _parameters(layer: nn.Module, writers: dict[Half, Writer], half: Half) -> in
     if part == FEED_FORWARD:
         names |= {n for n, _ in layer.named_children() if FEED_FORWARD_NAMES.fullmatch(n)}
         names.discard(first[ATTENTION])
-    modules = [getattr(layer, name) for name in sorted(names)]
-    return sum(weight.numel() for module in modules for weight in module.parameters())
+    return sum(num_parameters(getattr(layer, name)) for name in names)
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The bytes of a model's weights by dtype, and the bytes that a device has free."""
 
 import gc
+import math
 from pathlib import Path
 
 import torch
@@ -39,6 +40,22 @@ def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
         for module in _quantised(model):
             total += _quantised_bytes(module, dtype) - _weight(module).numel() * size
     return total
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Count the values of a module's weights; those that it shares count once.
+
+    Args:
+        module: of a model in plain or quantised weights; bitsandbytes puts two of 4 bits in a byte.
+
+    Returns:
+        How many there are before they are quantised.
+    """
+    return sum(
+        weight.numel() if state is None else math.prod(state.shape)
+        for weight in module.parameters()
+        for state in (getattr(weight, "quant_state", None),)
+    )
 
 
 def dequantised_bytes(model: PreTrainedModel, dtype: str) -> int:
