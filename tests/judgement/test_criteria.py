@@ -35,13 +35,6 @@ def subject(request, words):
     return make_subject(MODELS[name]().to(dtype), words, TEXTS, batch_size=5)
 
 
-@pytest.fixture(scope="module")
-def states(subject):
-    return twins.hooked_states(
-        subject.decoder.model, subject.decoder.layers.modules, subject.batches
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("angular", 1e-7), ("cosine", 1e-7), ("relative_l2", 1e-6)]
 )

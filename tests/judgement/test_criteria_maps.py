@@ -23,13 +23,6 @@ def subject(request, words):
     return make_subject(MODELS[name]().to(dtype), words, FEW, batch_size=6)
 
 
-@pytest.fixture(scope="module")
-def states(subject):
-    return twins.hooked_states(
-        subject.decoder.model, subject.decoder.layers.modules, subject.batches
-    )
-
-
 def hooked_inputs(subject):
     """For every layer and text what the last matrix of the feed-forward is given, (T, F)."""
     taken, found = [], []

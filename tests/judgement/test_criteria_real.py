@@ -18,13 +18,6 @@ def subject(smol, passages):
     return make_subject(*smol, [*passages[0], *passages[1]][:8], max_length=24, batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def states(subject):
-    return twins.hooked_states(
-        subject.decoder.model, subject.decoder.layers.modules, subject.batches
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("angular", 1e-7), ("cosine", 1e-7), ("relative_l2", 4e-7)]
 )

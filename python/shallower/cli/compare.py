@@ -128,7 +128,7 @@ def compare_command(
 
     tokens = Tokens(max_length, parse_batch_size(batch_size))
     wanted = parse_sizes(sizes)
-    named, held_out = _read(texts, eval_texts, (max_texts, max_eval_texts))
+    named, held_out = _read(texts, eval_texts)
     job = ComparisonJob(
         models=[
             ModelSource(model, dtype, device_map, trust_remote_code=trust_remote_code)
@@ -148,9 +148,7 @@ def compare_command(
     return 1 if comparison.failures else 0
 
 
-def _read(
-    texts: list[str] | None, eval_texts: str | None, limits: tuple[int, int]
-) -> tuple[dict[str, Any], Any]:
+def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, Any], Any]:
     """Open all texts; those of calibration by the names of their files."""
     from ..errors import TextsError
 
@@ -164,8 +162,8 @@ def _read(
     named = {}
     for source, stem in zip(texts, stems, strict=True):
         name = stem if stems.count(stem) == 1 else _shown(source)
-        named[name] = read_texts(source, limits[0])
-    return named, read_texts(eval_texts, limits[1])
+        named[name] = read_texts(source)
+    return named, read_texts(eval_texts)
 
 
 def _shown(name: str) -> str:

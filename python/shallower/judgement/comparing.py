@@ -130,7 +130,7 @@ def compare_on(
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     halves: list[Mapping[str, Any]] = []
-    counted: list[Mapping[str, int]] = []
+    counts: dict[str, int] = {}
     for texts in terms.texts:
         subject = _subject(model, tokenizer, terms, tokens=tokens, store=store, texts=texts)
         _require_enough(subject, losses)
@@ -143,12 +143,12 @@ def compare_on(
             rows += contest.rows(contest.choices(advance), advance)
         several = f" on {texts}" if len(terms.texts) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in contest.skipped.items()}
-        if terms.halves and texts == next(iter(terms.texts)):
-            halves = _halves(contest, skipped)
-        counts = {"fit": subject.num_texts, "choose": subject.trials.judge.num_items}
-        counted.append({**counts, "report": losses.num_items})
+        if not counts:  # what is said once is said of the first texts
+            counts = {"fit": subject.num_texts, "choose": subject.trials.judge.num_items}
+            halves = _halves(contest, skipped) if terms.halves else []
     return Outcome(
-        referee.compared(name), tuple(with_regret(rows, referee)), skipped, counted[0],
+        referee.compared(name), tuple(with_regret(rows, referee)), skipped,
+        {**counts, "report": losses.num_items},
         tuple({"model": name, **half} for half in halves), referee.is_complete and not skipped,
     )  # fmt: skip
 

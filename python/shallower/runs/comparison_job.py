@@ -165,8 +165,8 @@ class ComparisonJob:
         return {
             "models": [*self._of_models.values()],
             "names": [str(model) for model in self.models],
-            "texts": [list(pair) for pair in self._identities().items()],
-            "reported": self._reported(),
+            "texts": [list(pair) for pair in self._identities.items()],
+            "reported": self._reported,
             "criteria": self.criteria and [str(getattr(c, "name", c)) for c in self.criteria],
             "judge": self.judge,
             "n": list(self.sizes),
@@ -241,10 +241,10 @@ class ComparisonJob:
         return chosen
 
     def _measure(self) -> CriteriaComparison:
-        outcomes: list[Outcome] = []
-        failures: dict[str, str] = {}
         from ..judgement.contest import one_sentence
 
+        outcomes: list[Outcome] = []
+        failures: dict[str, str] = {}
         for model in self.models:
             try:
                 outcomes.append(self._measure_one(model))
@@ -266,10 +266,9 @@ class ComparisonJob:
         from ..models.decoder import Decoder
 
         terms = Terms(
-            self.chosen, self.sizes, self.splits, self._identities(), self._reported(),
+            self.chosen, self.sizes, self.splits, self._identities, self._reported,
             judge=self.judge, choosing=self.items[0], reporting=self.items[1], tokens=self.tokens,
-            seed=self.seed, halves=self.half_blocks, spill=self.spill,
-            progress=self.progress,
+            seed=self.seed, halves=self.half_blocks, spill=self.spill, progress=self.progress,
         )  # fmt: skip
         store = ModelStore(self.cache, self._of_models[str(model)], self.found)
         loaded, tokenizer = model.load()
@@ -335,6 +334,7 @@ class ComparisonJob:
             for model in self.models
         }
 
+    @cached_property
     def _identities(self) -> dict[str, str]:
         """What tells the texts from others, by the names of the calibration texts."""
         items = options_fingerprint(self.items[0])
@@ -343,6 +343,7 @@ class ComparisonJob:
             for name, splits in self.splits.items()
         }
 
+    @cached_property
     def _reported(self) -> str:
         """What tells the texts that report from others."""
         report = next(iter(self.splits.values())).report

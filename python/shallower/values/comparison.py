@@ -176,7 +176,7 @@ class CriteriaComparison:
             raise ValueError("expected format shallower.comparison version 1")
         models = [
             ComparedModel(
-                **{**model, "whole": _loss(model["whole"])}
+                **{**model, "whole": Loss.from_json(model["whole"])}
                 | {"single_layers": tuple(model["single_layers"])}
             )
             for model in of_type(list, data["models"])
@@ -210,9 +210,3 @@ class CriteriaComparison:
             "splits": dict(self.splits),
             "half_blocks": [dict(half) for half in self.half_blocks],
         }
-
-
-def _loss(data: Any) -> Loss:
-    """A loss from its JSON values, of which ``normalized`` follows from the others."""
-    values = {one.name: of_type(dict, data)[one.name] for one in fields(Loss) if one.name in data}
-    return Loss(**{**values, "stderr": math.nan if values["stderr"] is None else values["stderr"]})
