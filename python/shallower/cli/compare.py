@@ -44,7 +44,7 @@ CalibrationTexts = Annotated[
 EvalTexts = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXTS", help="Held-out texts for every figure that is reported, as --texts."
+        metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
     ),
 ]
 Criteria = Annotated[
