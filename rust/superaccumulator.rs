@@ -121,7 +121,7 @@ impl Superaccumulator {
         let digits = words.map(u64::cast_signed);
         let (last, others) = digits.split_last()?;
         let are_digits = others.iter().all(|digit| (0..DIGIT).contains(digit));
-        (are_digits && last.abs() < DIGIT).then_some(Self { digits })
+        (are_digits && last.unsigned_abs() < DIGIT.cast_unsigned()).then_some(Self { digits })
     }
 
     pub(crate) fn carry(&mut self) {

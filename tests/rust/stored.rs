@@ -55,7 +55,9 @@ impl Damage {
         match self {
             Self::Word(place, to) => {
                 let (words, _) = bytes.as_chunks_mut();
-                words[place.index(words.len())] = to.to_le_bytes();
+                if !words.is_empty() {
+                    words[place.index(words.len())] = to.to_le_bytes();
+                }
             }
             Self::Bit(place, bit) => {
                 let place = place.index(bytes.len());
@@ -68,7 +70,13 @@ impl Damage {
 }
 
 fn damage() -> impl Strategy<Value = Damage> {
-    let any_word = prop_oneof![any::<u64>(), 0_u64..9, Just(u64::MAX), Just(1 << 31)];
+    let any_word = prop_oneof![
+        any::<u64>(),
+        0_u64..9,
+        Just(u64::MAX),
+        Just(1 << 31),
+        Just(1 << 63)
+    ];
     prop_oneof![
         (any::<prop::sample::Index>(), any_word).prop_map(|(place, to)| Damage::Word(place, to)),
         (any::<prop::sample::Index>(), 0_u8..8).prop_map(|(place, bit)| Damage::Bit(place, bit)),
@@ -176,6 +184,7 @@ fn what_is_wrong_is_said() {
     assert!(struck(7, u64::MAX).contains("unknown metric"));
     assert!(struck(8, 7).contains("unknown metric"));
     assert!(struck(10, 1).contains("norms"));
+    assert!(struck(10 + 67, 1 << 63).contains("norms"));
     let pairs = 10 + STATES * 68;
     assert!(struck(pairs, 1).contains("metric angular are damaged"));
     let of_cka = Cka::new(STATES, 8).unwrap().to_bytes();
