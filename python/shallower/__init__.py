@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from .values.plan import Rejection as Rejection
     from .values.positions import Positions as Positions
     from .values.recipe import Recipe as Recipe
+    from .values.verification import Verified as Verified
 
 _HOMES = {
     "Block": "values.layers",
@@ -116,6 +117,7 @@ _HOMES = {
     "TextsIdentity": "values.identity",
     "ThreadsError": "errors",
     "TierError": "errors",
+    "Verified": "values.verification",
     "__version__": "_core",
     "analyse_states": "scanning.analyse",
     "compare": "runs.compare",

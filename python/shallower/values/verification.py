@@ -1,0 +1,148 @@
+"""Verified: the plan that won a race of proposals, and what came in beside it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .plan import Plan
+from .schema import finite, of_type
+from .scores import Difference
+
+AFTER = ("none", "patch")
+"""When a proposal is judged: as it is cut, or after a quick patch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that was proposed, and how it fared.
+
+    Attributes:
+        plan: the layers that it drops.
+        proposed_by: the criteria and searches that named it.
+        score: the judge's mean over the items that it was judged on.
+        stderr: its standard error.
+        difference: paired difference to the winner, over the items that both were judged on; 0
+            for the winner itself.
+        lost_early: whether it was lost before all items were looked at.
+    """
+
+    plan: Plan
+    proposed_by: tuple[str, ...]
+    score: float
+    stderr: float
+    difference: Difference
+    lost_early: bool = False
+
+    @property
+    def tied(self) -> bool:
+        """Whether it cannot be told from the winner by their paired difference."""
+        return not self.lost_early and self.difference.tied
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the candidate as plain JSON values, ``dropped`` and ``tied`` beside its fields."""
+        return {
+            "dropped": list(self.plan.dropped),
+            "plan": self.plan.to_json(),
+            "proposed_by": list(self.proposed_by),
+            "score": finite(self.score),
+            "stderr": finite(self.stderr),
+            "difference": self.difference.to_json(),
+            "lost_early": self.lost_early,
+            "tied": self.tied,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Candidate":
+        """Read a candidate.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The candidate.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a candidate.
+            LayersError, PlanError: its plan cannot be.
+        """
+        names = tuple(of_type(str, name) for name in of_type(dict, data)["proposed_by"])
+        figures = (
+            math.nan if data[name] is None else of_type(float, data[name])
+            for name in ("score", "stderr")
+        )
+        difference = Difference.from_json(data["difference"])
+        lost = of_type(bool, data["lost_early"])
+        return cls(Plan.from_json(data["plan"]), names, *figures, difference, lost)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The verified plan of one size.
+
+    Attributes:
+        n: layers that go.
+        after: ``none``, judged as they are cut; ``patch``, after a quick patch.
+        judge: name of the judge.
+        unit: of its scores, as ``nats a token``.
+        candidates: all that were proposed, the winner first, then by their scores, those that
+            were lost early last.
+        num_items: items that choose.
+        layer_forwards: layers run, times texts, for proposals and race together.
+        seconds: wall time of both.
+        failed: the criteria that could not propose, and the proposals that could not be judged,
+            with the reason.
+    """
+
+    n: int
+    after: str
+    judge: str
+    unit: str
+    candidates: tuple[Candidate, ...]
+    num_items: int
+    layer_forwards: int
+    seconds: float
+    failed: Mapping[str, str]
+
+    @property
+    def plan(self) -> Plan:
+        """The winner."""
+        return self.candidates[0].plan
+
+    @property
+    def tied(self) -> tuple[Candidate, ...]:
+        """The others that cannot be told from the winner."""
+        return tuple(candidate for candidate in self.candidates[1:] if candidate.tied)
+
+    @property
+    def margin(self) -> Difference | None:
+        """What the best of the others loses more than the winner; None where it is alone."""
+        return self.candidates[1].difference if len(self.candidates) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the result as plain JSON values, the winner's ``dropped`` beside the fields."""
+        values = asdict(self)
+        candidates = [candidate.to_json() for candidate in self.candidates]
+        margin = None if self.margin is None else self.margin.to_json()
+        head = {"format": "shallower.verified", "version": 1, "dropped": list(self.plan.dropped)}
+        return {**head, **values, "candidates": candidates, "margin": margin}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Verified":
+        """Read a result.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The result.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a result.
+            LayersError, PlanError: a plan cannot be.
+        """
+        values = {name: of_type(dict, data)[name] for name in cls.__slots__}
+        candidates = tuple(map(Candidate.from_json, of_type(list, data["candidates"])))
+        if not candidates:
+            raise ValueError("no candidates")
+        return cls(**{**values, "candidates": candidates})
