@@ -40,7 +40,11 @@ class Candidate:
         return not self.lost_early and self.difference.tied
 
     def to_json(self) -> dict[str, Any]:
-        """Give the candidate as plain JSON values, ``dropped`` and ``tied`` beside its fields."""
+        """Give the candidate as plain JSON values.
+
+        Returns:
+            The fields, and ``dropped`` and ``tied`` beside them.
+        """
         return {
             "dropped": list(self.plan.dropped),
             "plan": self.plan.to_json(),
@@ -67,13 +71,13 @@ class Candidate:
             LayersError, PlanError: its plan cannot be.
         """
         names = tuple(of_type(str, name) for name in of_type(dict, data)["proposed_by"])
-        figures = (
+        score, stderr = (
             math.nan if data[name] is None else of_type(float, data[name])
             for name in ("score", "stderr")
         )
         difference = Difference.from_json(data["difference"])
         lost = of_type(bool, data["lost_early"])
-        return cls(Plan.from_json(data["plan"]), names, *figures, difference, lost)
+        return cls(Plan.from_json(data["plan"]), names, score, stderr, difference, lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,11 @@ class Verified:
         return self.candidates[1].difference if len(self.candidates) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the result as plain JSON values, the winner's ``dropped`` beside the fields."""
+        """Give the result as plain JSON values.
+
+        Returns:
+            The fields, and the winner's ``dropped`` and ``margin`` beside them.
+        """
         values = asdict(self)
         candidates = [candidate.to_json() for candidate in self.candidates]
         margin = None if self.margin is None else self.margin.to_json()
