@@ -132,6 +132,14 @@ class QuickPatch:
                 self._run_whole(part)
         return parts
 
+    def prepare(self) -> None:
+        """Run the whole model on the texts, unless that was done; :meth:`patched` does it else.
+
+        Raises:
+            ModelError: the layers cannot be run one by one.
+        """
+        _ = self._parts
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that a patch depends on beside the model and the texts, as plain JSON values."""

@@ -122,7 +122,7 @@ def compare_on(
     model.check(losses.batches[0])
     judge: Judge = losses
     if terms.judge != "loss":
-        judge = _judge(terms.judge, tokenizer, report, items=terms.reporting, tokens=tokens)
+        judge = judge_of(terms.judge, tokenizer, report, items=terms.reporting, tokens=tokens)
     referee = Referee(
         model, losses, judge, store=store, texts=terms.reported,
         num_rejected=len(report) - losses.num_items, spill=terms.spill,
@@ -195,7 +195,7 @@ def _subject(
     splits = terms.texts[texts]
     fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
     batches, meter = list(fitted), Meter()
-    judge = _judge(terms.judge, tokenizer, splits.choose, items=terms.choosing, tokens=tokens)
+    judge = judge_of(terms.judge, tokenizer, splits.choose, items=terms.choosing, tokens=tokens)
     journal = store.journal("trials", {"items": terms.identities[texts], **told(judge)})
     trials = Trials(model, judge, meter=meter, journal=journal, spill=terms.spill)
     return Subject(
@@ -204,14 +204,29 @@ def _subject(
     )  # fmt: skip
 
 
-def _judge(
+def judge_of(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    items: Sequence[OptionItem],
     tokens: Tokens,
+    items: Sequence[OptionItem] = (),
 ) -> Judge:
+    """Make a judge.
+
+    Args:
+        name: of the judge.
+        tokenizer: of the model.
+        texts: that it judges on, but for ``options``.
+        tokens: length of texts, and how many make one forward.
+        items: that the judge ``options`` judges on.
+
+    Returns:
+        The judge.
+
+    Raises:
+        TextsError: no text has two tokens.
+    """
     if name == "options":
         return OptionsJudge(items, tokenizer, tokens=tokens)
     batches = judged_batches(tokenizer, texts, tokens)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from ..models.memory import num_parameters
 from ..progress import Advance
 from ..values.comparison import Row
 from ..values.costs import Costs
-from ..values.plan import Plan, positions_of
+from ..values.plan import Plan
 from ..values.scores import Scores
 from .criteria import is_built_in
 from .criterion import Criterion
 from .referee import Referee, Store
+from .stored_costs import stored_costs
 from .subject import Subject
 from .work import Work
 
@@ -169,60 +170,8 @@ class Contest:
         """The costs by a criterion, measured once; None of one that searches."""
         if type(criterion).costs is Criterion.costs:
             return None
-        subject, key = self.subject, ("costs", criterion.name)
-        known = None
-        if is_built_in(criterion):
-            known = self.store.get("costs", self._inputs(criterion))
-        if known is not None:
-            costs, work = _recalled(known, subject), Work(known["layer_forwards"], known["seconds"])
-            subject.meter.recall(key, costs, work)
-            return costs
-        with subject.meter.account() as work:
-            costs = subject.meter.shared(key, lambda: criterion.costs(subject))
-        size = subject.num_layers + 1
-        if not isinstance(costs, Costs) or costs.blocks.shape != (size, size):
-            raise CriterionError(
-                f"the criterion {criterion.name} gives no costs of {size - 1} layers: expected "
-                f"costs() to give Costs of as many"
-            )
-        if is_built_in(criterion):
-            done = {"layer_forwards": work.layer_forwards, "seconds": work.seconds}
-            self.store.put("costs", self._inputs(criterion), {**_recorded(costs), **done})
-        return costs
-
-
-def _recorded(costs: Costs) -> dict[str, Any]:
-    """Costs as plain JSON values."""
-    return {
-        "metric": costs.metric,
-        "strategy": costs.strategy,
-        "of_single_layers": costs.of_single_layers,
-        "blocks": _plain(costs.blocks),
-        "stderr": None if costs.stderr is None else _plain(costs.stderr),
-        "positions": None if costs.positions is None else asdict(costs.positions),
-        "model": costs.model is not None,
-        "texts": bool(costs.texts),
-    }
-
-
-def _plain(values: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
-
-
-def _recalled(known: Mapping[str, Any], subject: Subject) -> Costs:
-    """The costs that were recorded, of the same model and texts."""
-    blocks = np.array(known["blocks"], np.float64)
-    stderr = None if known["stderr"] is None else np.array(known["stderr"], np.float64)
-    options: dict[str, Any] = {
-        "metric": known["metric"], "strategy": known["strategy"],
-        "model": subject.decoder.identity if known["model"] else None,
-        "texts": subject.texts if known["texts"] else (),
-        "positions": positions_of(known["positions"]),
-    }  # fmt: skip
-    if not known["of_single_layers"]:
-        return Costs.of_blocks(blocks, stderr=stderr, **options)
-    errors = None if stderr is None else stderr.diagonal(1)
-    return Costs.of_layers(blocks.diagonal(1), stderr=errors, **options)
+        inputs = self._inputs(criterion)
+        return stored_costs(criterion, self.subject, self.store, inputs=inputs)
 
 
 def one_sentence(error: Exception) -> str:

@@ -79,6 +79,44 @@ def three_splits(
             f"too few texts to report: {_count(len(reporting), 'different text')}, expected at "
             f"least {FEWEST_REPORTING}; name a file of more held-out texts (--eval-texts)"
         )
+    return _divided(texts, report, num_choosing=num_choosing, seed=seed)
+
+
+def fit_and_choose(
+    texts: Iterable[str], *, num_choosing: int = NUM_CHOOSING, seed: int = 0
+) -> Splits:
+    """Divide texts into those that fit and those that choose, where none reports.
+
+    They are divided as by :func:`three_splits`, but as many as a half may choose.
+
+    Args:
+        texts: calibration texts.
+        num_choosing: texts that choose at most.
+        seed: of the order of those that choose.
+
+    Returns:
+        The two sets; ``report`` is empty.
+
+    Raises:
+        TextsError: fewer than 8 texts to fit or 4 to choose.
+
+    Example:
+        >>> from shallower.judgement.splits import fit_and_choose
+        >>> splits = fit_and_choose([f"text {i}" for i in range(40)])
+        >>> len(splits.fit), len(splits.choose), splits.report
+        (24, 16, [])
+    """
+    texts = _listed(texts)
+    if num_choosing < FEWEST_CHOOSING:
+        raise TextsError(f"at least {FEWEST_CHOOSING} texts must choose, got {num_choosing}")
+    return _divided(texts, [], num_choosing=num_choosing, seed=seed, share=2)
+
+
+def _divided(
+    texts: list[str], report: list[str], *, num_choosing: int, seed: int, share: int = 3
+) -> Splits:
+    """Divide those texts that do not report, one of ``share`` at most to choose."""
+    reporting = {text.strip() for text in report}
     different = {text.strip(): text for text in reversed(texts)}
     own = [text for key, text in reversed(different.items()) if key not in reporting]
     num_shared = sum(text.strip() in reporting for text in texts)
@@ -91,7 +129,7 @@ def three_splits(
             f"least {FEWEST_FITTING} and {FEWEST_CHOOSING}; name more calibration texts, "
             f"other than those that report (--texts, --max-texts)"
         )
-    size = min(num_choosing, len(own) // 3)
+    size = min(num_choosing, len(own) // share, len(own) - FEWEST_FITTING)
     chosen = [len(own) * (2 * i + 1) // (2 * size) for i in range(size)]
     choosing = set(chosen)
     fit = [text for index, text in enumerate(own) if index not in choosing]

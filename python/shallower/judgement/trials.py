@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import CacheError, LayersError
 from ..models.layerwise import Layerwise
-from ..models.prefixes import Prefixes
+from ..models.prefixes import Known, Prefixes
 from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge
@@ -129,6 +129,33 @@ class Trials:
         """
         return self._prefixes.run(index, tuple(range(depth)))[0]
 
+    def charge_states(self, index: int, depth: int) -> None:
+        """Charge the open account for :meth:`states`, whether they are made or known.
+
+        Args:
+            index: of the batch.
+            depth: how many layers.
+        """
+        if self.meter.owes(name := ("states", id(self), index, depth)):
+            layers = self._known().count(index, tuple(range(depth)))
+            self.meter.charge(name, Work(layers * len(self.judge.batches[index])))
+
+    def prepare(self, index: int) -> int:
+        """Let the judge hear of the whole model on a batch, unless it has.
+
+        Args:
+            index: of the batch.
+
+        Returns:
+            The layers that ran.
+        """
+        if not self._prepares or index in self._prepared:
+            return 0
+        states, ran = self._prefixes.run(index, self.path(()))
+        self.judge.prepare(self.model, index, states)
+        self._prepared.add(index)
+        return ran
+
     def path(self, dropped: Iterable[int]) -> tuple[int, ...]:
         """Give the layers that a cut has left.
 
@@ -157,11 +184,7 @@ class Trials:
 
     def _measure(self, gone: frozenset[int], index: int) -> _Judged:
         started = time.perf_counter()
-        ran = 0
-        if self._prepares and index not in self._prepared:
-            states, ran = self._prefixes.run(index, self.path(()))
-            self.judge.prepare(self.model, index, states)
-            self._prepared.add(index)
+        ran = self.prepare(index)
         states, more = self._prefixes.run(index, self.path(gone))
         there = time.perf_counter()
         with self.model.starting_from(states, ()):
@@ -170,14 +193,17 @@ class Trials:
 
     def _cost(self, judged: _Judged, gone: frozenset[int], index: int) -> Work:
         """The work of a trial for an account that made and kept all others of its trials."""
-        known = self.meter.own(("known", id(self)), self._prefixes.known)
-        layers = 0
+        known, layers = self._known(), 0
         if self._prepares and self.meter.owes(prepared := ("prepared", id(self), index)):
             self.meter.charge(prepared, Work())
             layers = known.count(index, self.path(()))
         layers += known.count(index, self.path(gone))
         seconds = judged.judge_seconds + layers * self._seconds_of_layer(judged)
         return Work(layers * len(self.judge.batches[index]), seconds)
+
+    def _known(self) -> Known:
+        """The states that the open account has paid for."""
+        return self.meter.own(("known", id(self)), self._prefixes.known)
 
     def _seconds_of_layer(self, judged: _Judged) -> float:
         """What a layer took on the batch; if none ran there, what one took in all trials."""

@@ -89,9 +89,10 @@ class Verified:
         after: ``none``, judged as they are cut; ``patch``, after a quick patch.
         judge: name of the judge.
         unit: of its scores, as ``nats a token``.
-        candidates: all that were proposed, the winner first, then by their scores, those that
-            were lost early last.
+        candidates: those that came into the last race, the winner first, then by their scores,
+            those that were lost early last.
         num_items: items that choose.
+        num_proposals: cuts that were proposed, by criteria and by the search.
         layer_forwards: layers run, times texts, for proposals and race together.
         seconds: wall time of both.
         failed: the criteria that could not propose, and the proposals that could not be judged,
@@ -104,6 +105,7 @@ class Verified:
     unit: str
     candidates: tuple[Candidate, ...]
     num_items: int
+    num_proposals: int
     layer_forwards: int
     seconds: float
     failed: Mapping[str, str]
