@@ -2,11 +2,13 @@
 
 import pytest
 
+from shallower.errors import StatesError
 from shallower.judgement.half_blocks import half_blocks
 from shallower.judgement.judges.judge import judged_batches
 from shallower.judgement.judges.kl import KLJudge
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.judges.options import OptionsJudge
+from shallower.judgement.looking_again import costs_in_a_cut
 from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
@@ -44,3 +46,10 @@ def test_half_blocks(stage):
         found = half_blocks(Subject(decoder, WORDS, judge.batches[:1], trials, (1,)))
     assert len(found) == 2 * len(decoder)
     assert found[0].kv_bytes == 2 * 4096 * 2
+
+
+def test_a_cut_is_looked_at_again(stage):
+    batches = judged_batches(WORDS, TEXTS, Tokens())
+    # All states are zero here, which is told once they have been compared.
+    with stage.open(), pytest.raises(StatesError, match="state 0 is a zero vector"):
+        costs_in_a_cut(Layerwise(stage.model()), batches, [0, 1, 3])

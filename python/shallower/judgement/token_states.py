@@ -1,7 +1,7 @@
 """All tokens of the texts that fit, state by state: what every layer does to them, as sums."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,19 +61,23 @@ def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
     return found
 
 
-def states_of(model: Layerwise, batch: Batch) -> Iterator[torch.Tensor]:
+def states_of(
+    model: Layerwise, batch: Batch, layers: Sequence[int] | None = None
+) -> Iterator[torch.Tensor]:
     """Run a model on a batch, layer by layer.
 
     Args:
         model: whose layers can be run by themselves.
         batch: of token ids.
+        layers: those that a cut has left, ascending; all by default.
 
     Yields:
-        x^(0) .. x^(L), (B, T, D) each, on the device where it was made.
+        x^(0) and the states behind each of the layers, (B, T, D) each, on the device where it was
+        made.
     """
     states = model.embed(batch)
     yield states
-    for layer in range(len(model)):
+    for layer in range(len(model)) if layers is None else layers:
         states = model.run(batch, states, (layer,))
         yield states
 
@@ -122,23 +126,48 @@ def _layer_changes(subject: Subject) -> LayerChanges:
     sums: list[NDArray[np.float64]] = []
     with track("all tokens", subject.num_texts, subject.progress) as advance:
         for batch in subject.batches:
-            sums.append(_changes(model, batch))
+            sums.append(changes_in(batch, states_of(model, batch)))
             advance(len(batch))
     subject.meter.ran(subject.num_layers, subject.num_texts + 2)
+    return changes_of(subject.batches, sums)
+
+
+def changes_of(batches: Sequence[Batch], sums: Sequence[NDArray[np.float64]]) -> LayerChanges:
+    """Join the sums of batches.
+
+    Args:
+        batches: whose they are.
+        sums: of :func:`changes_in`.
+
+    Returns:
+        The sums over each text; one that has a state of NaN, infinity or only zeros is left out,
+        with a warning.
+
+    Raises:
+        StatesError: no text is left.
+    """
     cosines, magnitudes = np.concatenate(sums, axis=2)
-    tokens = np.concatenate([b.attention_mask.sum(axis=1) for b in subject.batches]) * 1.0
-    texts = np.concatenate([batch.samples for batch in subject.batches])
+    tokens = np.concatenate([b.attention_mask.sum(axis=1) for b in batches]) * 1.0
+    texts = np.concatenate([batch.samples for batch in batches])
     kept = np.isfinite(cosines + magnitudes).all(axis=0)
     _report(texts[~kept], len(texts))
     return LayerChanges(cosines[:, kept], magnitudes[:, kept], tokens[kept])
 
 
-def _changes(model: Layerwise, batch: Batch) -> NDArray[np.float64]:
-    """(2, L, B): the cosines and the magnitudes, summed over the tokens of every text."""
+def changes_in(batch: Batch, run: Iterable[torch.Tensor]) -> NDArray[np.float64]:
+    """Sum what every layer does to the tokens of a batch.
+
+    Args:
+        batch: of token ids.
+        run: the states before the first layer and behind each, (B, T, D) each.
+
+    Returns:
+        (2, L, B): the cosines and the magnitudes, summed over the tokens of every text.
+    """
     lengths = batch.attention_mask.sum(axis=1).tolist()
     before: torch.Tensor | None = None
     found = []
-    for states in states_of(model, batch):
+    for states in run:
         after = token_rows(batch, states).double()
         if before is not None:
             before = before.to(after.device)
