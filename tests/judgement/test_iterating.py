@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from shallower.judgement.verifying import verifier_of
 
 import shallower as sh
 from shallower.judgement.iterating import iterate
 from shallower.judgement.looking_again import costs_in_a_cut
 from shallower.judgement.splits import Splits
+from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.texts.batches import TokenBatches

@@ -142,7 +142,7 @@ class Verifier:
         return verified
 
     def _inputs(self, n: int, base: Cut, proposals: Proposals) -> dict[str, Any]:
-        more = [[sorted(cut), names] for cut, names in proposals.names.items()]
+        more = [[sorted(cut), list(names)] for cut, names in proposals.names.items()]
         return {
             "n": n, "base": sorted(base), "more": more, "top": self.top, "after": self.after,
             "max_blocks": self.max_blocks, "fitted": self.texts, "seed": self.subject.seed,
