@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.healing import patch_solver
+from shallower.healing import held_out, patch_solver
 from shallower.healing.patch import patch, with_patch
 from shallower.healing.saving import PATCH_FILE
 from tests.commands import in_this_process
@@ -118,7 +118,7 @@ def test_the_loss_falls_with_every_layer_that_is_solved(model, words):
 
 
 def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
-    monkeypatch.setattr(patch_solver, "RIDGES", (0.1,))
+    monkeypatch.setattr(held_out, "RIDGES", (0.1,))
     monkeypatch.setattr(patch_solver, "FIRST_WEIGHTS", (0.01,))
     model = copy.deepcopy(learned)
     fitted = [text for index, text in enumerate(TEXTS) if index % 8 != 7]
@@ -199,7 +199,7 @@ def test_transposed_weights_too(words):
 
 
 def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
-    monkeypatch.setattr(patch_solver, "RIDGES", (1e12,))
+    monkeypatch.setattr(held_out, "RIDGES", (1e12,))
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(sh.PatchError, match=r"does not help: the loss on \d+ held-out tokens"):
@@ -210,14 +210,14 @@ def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
 
 def test_a_patch_without_enough_memory_says_what_to_set(model, words, monkeypatch):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    missing = patch_solver.Patching._missing
+    sums = patch_solver.Patching._sums
 
-    def fail(work, layer):
+    def fail(work, layer, writers):
         if work.changes:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return missing(work, layer)
+        return sums(work, layer, writers)
 
-    monkeypatch.setattr(patch_solver.Patching, "_missing", fail)
+    monkeypatch.setattr(patch_solver.Patching, "_sums", fail)
     with pytest.raises(sh.PatchError, match=r"with 16 texts of at most 256 .* lower batch_size"):
         patch(model, words, [range(3, 5)], texts=TEXTS)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

@@ -58,10 +58,10 @@ def solve_alone(inputs, outputs, tokens, kept):
 
 def patch_wide(width, intermediate, length):
     """The patch of a model whose feed-forward is wide, beside one of a narrow model."""
-    from shallower.healing import patch_solver
+    from shallower.healing import held_out, patch_solver
     from tests.examples import sentences
 
-    patch_solver.FIRST_WEIGHTS, patch_solver.RIDGES, patch_solver.PATIENCE = (0.01,), (0.03,), 0
+    patch_solver.FIRST_WEIGHTS, held_out.RIDGES, patch_solver.PATIENCE = (0.01,), (0.03,), 0
     texts = sentences(64, length=length)
     patch_one(width, width, texts)()  # so that modules, threads and buffers are there
     return peak_of(patch_one(width, intermediate, texts))
@@ -122,8 +122,9 @@ def test_a_70b_is_patched_beside_half_of_a_card():
 def test_a_patch_stays_within_its_plan(width, intermediate):
     length, batch = 32, 16
     plan = solver_bytes(
-        width + intermediate, width, batch_tokens=batch * length, kept_tokens=56, value_bytes=4
-    )
+        width + intermediate, width, batch_tokens=batch * length, kept_tokens=56, value_bytes=4,
+        held_tokens=8 * length,
+    )  # fmt: skip
     # Beside the equations there are states of a layer: three of the width of its feed-forward.
     forward = 4 * batch * length * (4 * intermediate + 8 * width)
     found = measure("patch_wide", width, intermediate, length)

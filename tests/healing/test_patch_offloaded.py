@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.healing import patch_solver
+from shallower.healing import held_out, patch_solver
 from shallower.models.offload import stored_weight
 from tests.examples import learned_llama, sentences
 from tests.models.offloaded import offloaded
@@ -61,7 +61,7 @@ def test_it_is_saved_as_any(learned, words, tmp_path):
 
 
 def test_it_is_as_before_where_a_patch_does_not_help(learned, words, monkeypatch):
-    monkeypatch.setattr(patch_solver, "RIDGES", (1e12,))
+    monkeypatch.setattr(held_out, "RIDGES", (1e12,))
     model = offloaded(copy.deepcopy(learned))
     with pytest.raises(sh.PatchError, match="does not help"):
         sh.patch(model, words, [range(3, 5)], texts=TEXTS, method="map", progress=False)

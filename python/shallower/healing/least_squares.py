@@ -202,8 +202,8 @@ class SolverBytes(NamedTuple):
     """What normal equations take on their device.
 
     Attributes:
-        held: the sums and the kept tokens, from the first batch to the last solution, and the old
-            matrix beside the solutions that are tried.
+        held: the sums, the kept tokens and those held out, from the first batch to the last
+            solution, and the old matrix beside the solutions that are tried.
         adding: beside these while the tokens of a batch are added.
         solving: beside these while the equations are solved.
     """
@@ -219,7 +219,13 @@ class SolverBytes(NamedTuple):
 
 
 def solver_bytes(
-    inputs: int, outputs: int, *, batch_tokens: int, kept_tokens: int, value_bytes: int
+    inputs: int,
+    outputs: int,
+    *,
+    batch_tokens: int,
+    kept_tokens: int,
+    value_bytes: int,
+    held_tokens: int = 0,
 ) -> SolverBytes:
     """Count what normal equations take beside the model and its forward.
 
@@ -229,18 +235,20 @@ def solver_bytes(
         batch_tokens: tokens of a batch, padding included.
         kept_tokens: first tokens, one for each text that is fitted.
         value_bytes: bytes of a value of the model.
+        held_tokens: tokens by which solutions are chosen.
 
     Returns:
         The bytes, by what they are for.
     """
     sums = 8 * inputs * (inputs + outputs)
-    kept = kept_tokens * (inputs * value_bytes + outputs * 4)
+    row = inputs * value_bytes + outputs * 4
+    kept, held_out = kept_tokens * row, held_tokens * row
     rows, some = min(batch_tokens, ROWS), min(kept_tokens, KEPT_ROWS)
     # The inputs joined and without padding; what is missing, twice likewise; all in float32.
     batch = batch_tokens * (2 * inputs * value_bytes + 2 * outputs * 4)
     products = max(inputs * PANEL, min(inputs, CROSS_PANEL) * outputs)
     return SolverBytes(
-        held=sums + kept + inputs * outputs * value_bytes,
+        held=sums + kept + held_out + inputs * outputs * value_bytes,
         adding=batch + 4 * (rows * inputs + products),
         solving=sums + max(kept, 8 * some * (inputs + outputs)),
     )

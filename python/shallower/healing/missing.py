@@ -10,12 +10,19 @@ from torch import nn
 from ..errors import PatchError
 from ..models.layerwise import Layerwise
 from ..models.residual_writers import Writer
+from ..texts.batches import Batch
+from .held_out import HeldOut
 from .least_squares import NormalEquations
 from .patch_states import StateSet, first_rows, other_rows
 
 
 def missing_equations(
-    model: Layerwise, layer: int, writers: Sequence[Writer], *, states: StateSet
+    model: Layerwise,
+    layer: int,
+    writers: Sequence[Writer],
+    *,
+    states: StateSet,
+    ran: Callable[[int], None] = lambda _batches: None,
 ) -> NormalEquations:
     """Run a layer, and sum up what is missing behind it to the whole model's states.
 
@@ -25,24 +32,64 @@ def missing_equations(
         writers: of the layer; their inputs, joined, are those of the equations.
         states: batches, the cut model's states before the layer, and the whole model's states
             that are to be reached behind it.
+        ran: is told of every batch.
 
     Returns:
         The normal equations in F inputs and D outputs; the first tokens of the texts are kept
         apart, and padding is in neither.
     """
     equations: NormalEquations | None = None
-    for index, batch in enumerate(states.batches):
-        with _inputs([writer.module for writer in writers]) as taken:
-            output = model.run(batch, states.cut[index], (layer,))
-        inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
-        missing = states.whole[index].to(output.device).float() - output.float()
+    for batch, inputs, missing, _ in _rows(model, layer, writers, states):
         if equations is None:
             sizes = inputs.shape[-1], missing.shape[-1]
             equations = NormalEquations.empty(*sizes, inputs.device)
         equations.add(other_rows(batch, inputs), other_rows(batch, missing))
         equations.keep(first_rows(batch, inputs), first_rows(batch, missing))
+        ran(1)
     assert equations is not None
     return equations
+
+
+def missing_rows(
+    model: Layerwise,
+    layer: int,
+    writers: Sequence[Writer],
+    *,
+    states: StateSet,
+    ran: Callable[[int], None] = lambda _batches: None,
+) -> HeldOut:
+    """Run a layer on held-out texts, and keep what is missing behind it token by token.
+
+    Args:
+        model: whose layers can be run by themselves.
+        layer: its index.
+        writers: as for :func:`missing_equations`.
+        states: likewise, of held-out texts.
+        ran: is told of every batch.
+
+    Returns:
+        The inputs of the writers, joined, and what is missing, without padding.
+    """
+    held_out = HeldOut()
+    kinds = (held_out.others, other_rows), (held_out.firsts, first_rows)
+    for batch, inputs, missing, aim in _rows(model, layer, writers, states):
+        for rows, take in kinds:
+            rows.parts.append((take(batch, inputs), take(batch, missing)))
+            rows.reached += float(take(batch, aim).double().square().sum())
+        ran(1)
+    return held_out
+
+
+def _rows(
+    model: Layerwise, layer: int, writers: Sequence[Writer], states: StateSet
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run a layer batch by batch: (B, T, F) inputs, and what is missing to (B, T, D) states."""
+    for index, batch in enumerate(states.batches):
+        with _inputs([writer.module for writer in writers]) as taken:
+            output = model.run(batch, states.cut[index], (layer,))
+        inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
+        aim = states.whole[index].to(output.device).float()
+        yield batch, inputs, aim - output.float(), aim
 
 
 def no_writer(layer: int) -> PatchError:
@@ -58,6 +105,17 @@ def no_writer(layer: int) -> PatchError:
         f"layer {layer}, before the block, does not write into the residual stream by a plain "
         f"linear map (experts, a norm behind it, or quantised weights): load the model "
         f"unquantised, or drop another block"
+    )
+
+
+def not_finite() -> PatchError:
+    """Say that states are not numbers.
+
+    Returns:
+        The error.
+    """
+    return PatchError(
+        "the states before a block are not finite: load the model as bfloat16 or float32 (--dtype)"
     )
 
 

@@ -75,7 +75,7 @@ def plan_patch(
     size = step.model.dtype.itemsize
     solver = solver_bytes(
         inputs, width, batch_tokens=texts * length, kept_tokens=2 * num_tokens // length,
-        value_bytes=size,
+        value_bytes=size, held_tokens=min(MAX_HELD_OUT, num_tokens),
     )  # fmt: skip
     working = max(solver.adding + forward, solver.solving, losses) - forward
     parts = {

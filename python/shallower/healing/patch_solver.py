@@ -2,7 +2,9 @@
 
 import math
 import tempfile
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,15 @@ from ..evaluation.loss import summed_losses
 from ..models.layerwise import Layerwise
 from ..models.offload import resident, stored_weight
 from ..models.residual_writers import Writer, Writers, find_writers
-from ..progress import track
+from ..progress import Advance, track
 from ..texts.batches import Batch
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
+from .held_out import FIRST_RIDGE, Choice, HeldOut, choose
 from .least_squares import NormalEquations
-from .missing import missing_equations, no_writer
+from .missing import missing_equations, missing_rows, no_writer, not_finite
 from .patch_states import StateSet, Stored, other_rows
-
-RIDGES = (0.03, 0.3, 3.0)
-"""Penalties on the change of a matrix that are tried, as shares of its inputs' mean square."""
 
 FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 """Weights that are tried for the first token of a text, which carries massive activations."""
@@ -63,7 +63,8 @@ class Patching:
         self.model, self.plan, self.changes, self.progress = model, plan, changes, progress
         self._batches = fitted, held_out
         self.survivors = plan.survivors
-        self.first_weight = FIRST_WEIGHTS[0]
+        self.first_weight, self.ridge = FIRST_WEIGHTS[0], FIRST_RIDGE
+        self._ran: Advance = _unheard
 
     def __enter__(self) -> "Patching":
         self.model.check(self._batches[1][0])
@@ -100,15 +101,15 @@ class Patching:
         after = {block.start - 1: block.stop for block in self.plan.blocks}
         last = max(after)
         self._embed()
-        self._advance_whole(0, first)
-        for states in (self.fitted, self.held_out):
-            for index in range(len(states.batches)):
-                states.cut[index] = states.whole[index]
-        original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
-        nats, fits, failures = cut, [], 0
-        with track("patch", len(self.survivors) - first, self.progress) as advance:
+        fits, failures = [], 0
+        with track("patch", self._batch_layers(method), self.progress) as self._ran:
+            self._advance_whole(0, first)
+            self._copy_whole()
+            original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
+            nats = cut
             for layer in self.survivors[first:]:
                 target = after.get(layer, layer + 1)
+                self._ran(0, f"layer {layer}")
                 self._advance_whole(layer, target)
                 wanted = layer in after or (method == "refit" and failures < PATIENCE)
                 fit = self._fit(layer, target, method, layer in after) if wanted else None
@@ -123,7 +124,6 @@ class Patching:
                 if layer == last:
                     self.fitted.thin(LATER_SHARE)
                 self._advance_cut(layer)
-                advance(1)
         return self._done(method, original, cut, nats, fits=tuple(fits))
 
     def magnitude(self) -> Patch:
@@ -187,22 +187,46 @@ class Patching:
         )
         return Patch(self.plan, method, fitted, held_out, original, cut, patched, **more)
 
+    def _batch_layers(self, method: str) -> int:
+        """Batches times the layers that run on them, at most; a head counts as a layer."""
+        fitted, held_out = map(len, self._batches)
+        blocks, count = self.plan.blocks, len(self.model)
+        first, stop = blocks[0].start - 1, blocks[-1].stop
+        passes = 2 if method == "refit" else 1
+        before, later = bisect_left(self.survivors, first), bisect_left(self.survivors, stop)
+        jumping, after = later - before, len(self.survivors) - later
+        total = (stop + jumping + passes * len(blocks)) * (fitted + held_out)
+        losses = [count - first, len(self.survivors) - before]
+        losses += [bisect_left(self.survivors, block.start - 1) for block in blocks]
+        if method == "refit":
+            thinned = len(range(0, fitted, LATER_SHARE)) + held_out
+            total += (2 + passes) * after * thinned
+            losses += range(1, after + 1)
+        return total + held_out * (sum(losses) + len(losses))
+
     def _embed(self) -> None:
         for states in (self.fitted, self.held_out):
             for index, batch in enumerate(states.batches):
                 states.whole[index] = states.cut[index] = self.model.embed(batch)
 
+    def _copy_whole(self) -> None:
+        for states in (self.fitted, self.held_out):
+            for index in range(len(states.batches)):
+                states.cut[index] = states.whole[index]
+
     def _advance_whole(self, layer: int, target: int) -> None:
-        for layers in self.model.passes(range(layer, target)):
-            for states in (self.fitted, self.held_out):
-                for index, batch in enumerate(states.batches):
-                    states.whole[index] = self.model.run(batch, states.whole[index], layers)
+        for states in (self.fitted, self.held_out):
+            self._advance(states, states.whole, range(layer, target))
 
     def _advance_cut(self, layer: int) -> None:
-        for layers in self.model.passes((layer,)):
-            for states in (self.fitted, self.held_out):
-                for index, batch in enumerate(states.batches):
-                    states.cut[index] = self.model.run(batch, states.cut[index], layers)
+        for states in (self.fitted, self.held_out):
+            self._advance(states, states.cut, (layer,))
+
+    def _advance(self, states: StateSet, moved: Stored, layers: Sequence[int]) -> None:
+        for some in self.model.passes(layers):
+            for index, batch in enumerate(states.batches):
+                moved[index] = self.model.run(batch, moved[index], some)
+                self._ran(len(some))
 
     def _fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
@@ -218,62 +242,55 @@ class Patching:
             if not jump:
                 return None
             raise no_writer(layer)
-        before = self._missing(layer)
-        changed = [feed_forward.name]
+        changed, missing = [feed_forward.name], None
         if method == "refit" and writers.attention is not None:
-            self._give_attention_its_share(layer, writers.attention, feed_forward)
+            missing = self._give_attention_its_share(layer, writers.attention, feed_forward)
             changed.insert(0, writers.attention.name)
-        equations = self._equations(layer, (feed_forward,))
+        equations, held_out = self._sums(layer, (feed_forward,))
+        missing = missing or held_out.others.error()
         own = feed_forward.weight.to(equations.gram.device, copy=True)
         if method == "map":
-            equations = equations.mapped(own)
+            equations, held_out = equations.mapped(own), held_out.mapped(own)
         penalty = equations.scale.expand(len(equations.gram))
+        weights = FIRST_WEIGHTS if jump else (self.first_weight,)
+        chosen = self._choose(equations, held_out, penalty, weights)
+        explained = 1.0 - held_out.others.error(chosen.solution) / missing
+        delta = chosen.solution.div_(feed_forward.scale)
+        if method == "map":
+            delta = delta @ own.double()
+        self.changes.set(feed_forward, delta.add_(own))
+        self.first_weight, self.ridge = chosen.first_weight, chosen.ridge
+        names = tuple(f"{layer}.{name}" for name in changed)
+        nats = self._loss(layer)
+        return Fit(layer, names, target, chosen.ridge, chosen.first_weight, explained, nats)
 
-        def change(ridge: float, first_weight: float) -> None:
-            delta = equations.solve(ridge, penalty, first_weight).div_(feed_forward.scale)
-            if method == "map":
-                delta = delta @ own.double()
-            self.changes.set(feed_forward, delta.add_(own))
-
-        choices = [(RIDGES[0], self.first_weight)]
-        best, nats = choices[0], math.inf
-        trials = [(RIDGES[0], w) for w in FIRST_WEIGHTS] if jump else choices
-        for trial in trials:
-            change(*trial)
-            if (loss := self._loss(layer)) < nats:
-                best, nats = trial, loss
-        for ridge in RIDGES[1:]:
-            change(ridge, best[1])
-            if (loss := self._loss(layer)) >= nats:
-                break
-            best, nats = (ridge, best[1]), loss
-        change(*best)
-        self.first_weight = best[1]
-        explained = 1.0 - self._missing(layer) / before
-        prefix = f"{layer}."
-        return Fit(layer, tuple(prefix + name for name in changed), target, *best, explained, nats)
-
-    def _give_attention_its_share(self, layer: int, attention: Writer, other: Writer) -> None:
-        equations = self._equations(layer, (attention, other))
+    def _give_attention_its_share(self, layer: int, attention: Writer, other: Writer) -> float:
+        """Change the attention's matrix, and tell what is missing on held-out text before it."""
+        equations, held_out = self._sums(layer, (attention, other))
         inputs = attention.weight.shape[1]
         diagonal = equations.gram.diagonal()
         parts = diagonal[:inputs], diagonal[inputs:]
         penalty = torch.cat([part.mean().expand(len(part)) for part in parts])
-        joint = equations.solve(RIDGES[0], penalty, self.first_weight)
+        joint = self._choose(equations, held_out, penalty, (self.first_weight,)).solution
         self.changes.add(attention, ATTENTION_STEP * joint[:, :inputs] / attention.scale)
+        return held_out.others.error()
 
-    def _equations(self, layer: int, writers: tuple[Writer, ...]) -> NormalEquations:
-        return missing_equations(self.model, layer, writers, states=self.fitted)
+    def _sums(self, layer: int, writers: tuple[Writer, ...]) -> tuple[NormalEquations, HeldOut]:
+        of = partial(missing_equations, self.model, layer, writers, ran=self._ran)
+        kept = partial(missing_rows, self.model, layer, writers, ran=self._ran)
+        return of(states=self.fitted), kept(states=self.held_out)
 
-    def _missing(self, layer: int) -> float:
-        """The squared distance to the whole model's states on held-out text, first tokens apart."""
-        states = self.held_out
-        sums: dict[int, torch.Tensor] = {}
-        for index, batch in enumerate(states.batches):
-            output = self.model.run(batch, states.cut[index], (layer,))
-            missing = states.whole[index].to(output.device).float() - output.float()
-            _add_to(sums, layer, other_rows(batch, missing).double().square())
-        return float(sums[layer])
+    def _choose(
+        self,
+        equations: NormalEquations,
+        held_out: HeldOut,
+        penalty: torch.Tensor,
+        weights: Sequence[float],
+    ) -> Choice:
+        chosen = choose(equations, held_out, penalty, first_weights=weights, start=self.ridge)
+        if chosen is None:
+            raise not_finite()
+        return chosen
 
     def _loss(self, layer: int, layers: Sequence[int] | None = None) -> float:
         """The held-out loss, from the cut model's states before ``layer``."""
@@ -283,11 +300,17 @@ class Patching:
         states = [self.held_out.cut[index] for index in range(len(batches))]
         for some in self.model.passes(layers):
             states = [self.model.run(*pair, some) for pair in zip(batches, states, strict=True)]
+            self._ran(len(some) * len(batches))
         for batch, last in zip(batches, states, strict=True):
             with self.model.starting_from(last, ()):
                 total += sum(summed_losses(self.model.head, batch).tolist())
             count += int(batch.attention_mask.sum()) - len(batch)
+            self._ran(1)
         return total / count if math.isfinite(total) else math.inf
+
+
+def _unheard(_steps: int, _note: str = "", /) -> None:
+    """Advance no bar."""
 
 
 def _add_to(sums: dict[int, torch.Tensor], place: int, values: torch.Tensor) -> None:

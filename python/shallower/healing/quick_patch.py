@@ -29,7 +29,7 @@ from ..values.layers import blocks_of
 from ..values.plan import Plan
 from .changes import Changes
 from .least_squares import NormalEquations
-from .missing import missing_equations, no_writer
+from .missing import missing_equations, no_writer, not_finite
 from .patch_states import StateSet, Stored
 
 RIDGES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
@@ -276,8 +276,5 @@ def _best_ridge(fitted: NormalEquations, held: NormalEquations) -> float:
             break
         best, least = ridge, error
     if math.isinf(least):
-        raise PatchError(
-            "the states before a block are not finite: load the model as bfloat16 or float32 "
-            "(--dtype)"
-        )
+        raise not_finite()
     return best
