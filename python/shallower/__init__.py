@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .runs.compare import compare as compare
     from .runs.forecast import memory_forecast as memory_forecast
     from .runs.run import run as run
+    from .runs.verify import verify as verify
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
@@ -142,6 +143,7 @@ _HOMES = {
     "save_model": "cutting.saving",
     "save_patched": "healing.saving",
     "scan": "scanning.model",
+    "verify": "runs.verify",
     "verify_checkpoint": "cutting.saving",
     "without_layers": "cutting.memory",
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..values.layers import Block, ranges
 from ..values.loss import with_error
-from ..values.plan import STRATEGIES, Plan
+from ..values.plan import Plan
 from .card_file import CARD_FILE, FRONT_MATTER, front_matter
 from .exports import (
     MERGEKIT_FILE,
@@ -195,7 +195,7 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     plan = facts.plan
     kept = f"{ranges(plan.survivors)}, {len(plan.survivors)} of {plan.num_layers} layers"
     rows = [("removed", _scored(block, plan.metric)) for block in plan.blocks]
-    rows += [("kept", kept), ("why", f"{plan.strategy}: {STRATEGIES[plan.strategy]}")]
+    rows += [("kept", kept), ("why", plan.why)]
     rows += [
         ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")
         for texts in plan.texts

@@ -1,8 +1,8 @@
-"""Cuts judged after a quick patch, look by look, each solved once and given up early."""
+"""Cuts judged after a quick patch, look by look."""
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,15 +69,12 @@ class PatchedTrials:
                     f"(--no-cache)"
                 ) from error
 
-    def scores(
-        self, dropped: Collection[int], enough: Callable[[Scores], bool] = lambda _scores: False
-    ) -> Scores:
-        """Judge a cut after a quick patch.
+    def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
+        """Judge a cut after a quick patch, which is solved anew if looks are missing.
 
         Args:
             dropped: the layers that the model is without, one at least.
-            enough: is asked after each look, and ends the trial by true. It must judge no cut:
-                the model is patched while it is asked.
+            looks: judge the items of the first so many batches only.
 
         Returns:
             The scores by item, NaN for those that were not looked at.
@@ -87,33 +84,24 @@ class PatchedTrials:
             ModelError: a score is not finite.
         """
         trials, gone = self._trials, frozenset(dropped)
+        wanted = range(trials.num_looks if looks is None else min(looks, trials.num_looks))
+        looked = self._looked.get(gone)
+        if isinstance(looked, str):
+            raise PatchError(looked)
+        if looked is None or any(index not in looked.sums for index in wanted):
+            with self._meter.account(), ExitStack() as stack:  # charged below, not as it passes
+                looked = self._solve(gone, stack)
+                for index in wanted:
+                    if index not in looked.sums:
+                        self._measure(gone, looked, index)
         sums = np.full(trials.judge.num_items, np.nan)
-        with ExitStack() as stack:
-            looks = self._looks(gone, stack)
-            for index, found in enumerate(looks):
-                sums[trials.judge.items[index]] = found
-                if enough(Scores(sums.copy(), trials.judge.weights)):
-                    break
+        for index in wanted:
+            self._charge(gone, looked, index)
+            sums[trials.judge.items[index]] = looked.sums[index]
         return Scores(sums, trials.judge.weights)
 
-    def _looks(self, gone: frozenset[int], stack: ExitStack) -> Iterator[NDArray[np.float64]]:
-        """The scores look by look; the patch is made when the first is missing, and stays."""
-        trials, is_patched = self._trials, False
-        for index in range(trials.num_looks):
-            looked = self._looked.get(gone)
-            if isinstance(looked, str):
-                raise PatchError(looked)
-            if looked is None or index not in looked.sums:
-                with self._meter.account():  # charged below, and not as it passes
-                    if not is_patched:
-                        looked, is_patched = self._solve(gone, stack), True
-                    assert looked is not None
-                    self._measure(gone, looked, index)
-            self._charge(gone, looked, index)
-            yield looked.sums[index]
-
     def _solve(self, gone: frozenset[int], stack: ExitStack) -> _Looked:
-        """Patch the model until the stack is closed."""
+        """Patch the model until the stack is closed; what it takes is noted the first time."""
         trials = self._trials
         for index in range(trials.num_looks):
             trials.prepare(index)  # by the whole model, which there is none of from here on

@@ -30,7 +30,7 @@ PROPOSERS: tuple[Criterion, ...] = (
 )  # fmt: skip
 """Criteria that propose: by two passes over some texts, without a head."""
 
-PROPOSING_TEXTS = 16
+PROPOSING_TEXTS = 8
 """Texts that the criteria look at, evenly over those that fit."""
 
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import ModelError, PatchError
 from ..progress import Advance
 from ..values.layers import blocks_of, ranges
-from ..values.plan import Plan
+from ..values.plan import VERIFIED, Plan
 from ..values.scores import Difference, Scores
 from ..values.verification import Candidate, Verified
 from .neighbours import exchanges
@@ -24,7 +24,7 @@ from .work import Work
 FIRST_ITEMS = 4
 """Items on which the search for neighbours judges, at least."""
 
-SEARCHED = 1 / 10
+SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
 """Share of the layers of an exhaustive search, beyond which no step of the search begins."""
 
 MOST = 1 / 4
@@ -81,9 +81,10 @@ class Tournament:
             PatchError: none can be patched.
         """
         self._propose()
-        field = self._searched(self._screened())
-        scores = self._raced(field) if self.after == "none" else self._patched(field)
-        return self._result(scores)
+        field = self._screened()
+        if self.n - len(self.base) > 1:  # of single layers all are there
+            field = self._searched(field)
+        return self._result(self._raced(field))
 
     @property
     def exhaustive(self) -> int:
@@ -106,53 +107,56 @@ class Tournament:
         for cut in windows(self.subject.num_layers, n, base=self.base):
             self.proposals.add(cut, "contiguous")
 
-    def _score(self, cut: Cut, looks: int | None = None) -> Scores | None:
-        """Judge a cut as it is; None, and a note why, where it cannot be."""
+    def _score(self, cut: Cut, looks: int | None, by: Trials | PatchedTrials) -> Scores | None:
+        """Judge a cut; None, and a note why, where it cannot be."""
         if _name(cut) in self.proposals.failed:
             return None
         try:
-            found = self.trials.scores(cut, looks)
-        except ModelError as error:
+            found = by.scores(cut, looks)
+        except (ModelError, PatchError) as error:
             self.proposals.failed[_name(cut)] = str(error)
             return None
         self.advance(1)
         return found
 
-    def _mean(self, cut: Cut, looks: int) -> float:
-        scores = self._score(cut, looks)
+    def _mean(self, cut: Cut, looks: int | None) -> float:
+        scores = self._score(cut, looks, self.trials)
         return math.inf if scores is None else scores.mean
 
-    def _best(self, cuts: Iterable[Cut], looks: int) -> list[Cut]:
+    def _best(self, cuts: Iterable[Cut], looks: int, by: Trials | PatchedTrials) -> list[Cut]:
         """Sort cuts by the first looks, the best first; without those that cannot be judged."""
         ordered = sorted(cuts, key=self.trials.path)
-        means = {cut: self._mean(cut, looks) for cut in ordered}
-        return sorted((c for c in ordered if math.isfinite(means[c])), key=means.__getitem__)
+        found = {cut: self._score(cut, looks, by) for cut in ordered}
+        means = {cut: scores.mean for cut, scores in found.items() if scores is not None}
+        return sorted(means, key=means.__getitem__)
+
+    def _left(
+        self, field: Sequence[Cut], look: int, most: int, by: Trials | PatchedTrials
+    ) -> list[Cut]:
+        """Those of some cuts, the best first, that are not worse than another by more than chance
+        after a look, as many as ``most``.
+        """
+        if look == self.trials.num_looks or len(field) < 2:
+            return list(field[:most])
+        scores = [by.scores(cut, look) for cut in field]
+        share = ALPHA / ((self.trials.num_looks - 1) * (len(field) - 1))
+        worse = lost(np.array([one.sums for one in scores]), scores[0].weights, share)
+        return [cut for cut, gone in zip(field, worse, strict=True) if not gone][:most]
 
     def _screened(self) -> list[Cut]:
         """The best proposals by the first few looks."""
         field = list(self.proposals.names)
         for look in range(1, self._first_looks + 1):
-            field = self._left(self._best(field, look), look, 2 * self.top)
+            field = self._best(field, look, self.trials)
+            field = self._left(field, look, 2 * self.top, self.trials)
         if not field:
             why = "; ".join(self.proposals.failed.values())
             raise ModelError(f"no proposal of {self.n} layers can be judged: {why}")
         return field
 
-    def _left(self, field: Sequence[Cut], look: int, most: int) -> list[Cut]:
-        """Those of some cuts, the best first, that are not worse than another by more than chance
-        after a look, as many as ``most``.
-        """
-        trials = self.trials
-        if look == trials.num_looks or len(field) < 2:
-            return list(field[:most])
-        scores = [trials.scores(cut, look) for cut in field]
-        share = ALPHA / ((trials.num_looks - 1) * (len(field) - 1))
-        worse = lost(np.array([one.sums for one in scores]), scores[0].weights, share)
-        return [cut for cut, gone in zip(field, worse, strict=True) if not gone][:most]
-
     def _searched(self, field: Sequence[Cut]) -> list[Cut]:
         """The same and their neighbours, by the first few looks, the best first."""
-        looks, most = self._first_looks, SEARCHED * self.exhaustive
+        looks, most = self._first_looks, SEARCHED[self.after] * self.exhaustive
         seen = dict.fromkeys(field)
         for seed in field[:SEEDS]:
             for cut in exchanges(
@@ -162,49 +166,27 @@ class Tournament:
             ):  # fmt: skip
                 seen[cut] = None
                 self.proposals.add(cut, "exchange")
-        return self._best(seen, looks)
+        return self._best(seen, looks, self.trials)
 
     def _raced(self, field: Sequence[Cut]) -> dict[Cut, Scores]:
-        """Race the best as they are cut."""
-        trials, left = self.trials, list(field[: 2 * self.top])
-        scores = {cut: self._score(cut, self._first_looks) for cut in left}
-        for look in range(self._first_looks + 1, trials.num_looks + 1):
-            left = self._best(self._left(left, look - 1, self._affordable(look)), look)
-            scores |= {cut: self._score(cut, look) for cut in left}
-            if len(left) == 1:
-                scores[left[0]] = self._score(left[0])
-        return {cut: found for cut, found in scores.items() if found is not None}
+        """Race the best of those that were screened, as cuts or after a patch.
 
-    def _affordable(self, look: int) -> int:
-        """How many cuts can be judged from a look on within the bound of work, two at least."""
-        items = sum(map(len, self.trials.judge.items[look - 1 :]))
-        rest = MOST * self.exhaustive - self.work.layer_forwards
-        return max(2, int(rest // ((self.subject.num_layers - self.n) * items)))
-
-    def _patched(self, field: Sequence[Cut]) -> dict[Cut, Scores]:
-        """Judge after a quick patch the best as they are cut, and the best of every criterion."""
-        top = self.top
-        chosen = dict.fromkeys(field[: 2 * top])
-        chosen |= dict.fromkeys(self._firsts())
+        After a patch the best of every criterion comes in, too; and there are few stages, for
+        each solves those that are left anew.
+        """
+        looks: Sequence[int] = range(self._first_looks, self.trials.num_looks + 1)
+        by: Trials | PatchedTrials = self.trials
+        racing = list(field[: 2 * self.top])
+        if self.after == "patch":
+            by, racing = self.patched, list(dict.fromkeys([*racing, *self._firsts()]))
+            looks = sorted({looks[0], looks[min(1, len(looks) - 1)], looks[-1]})
         scores: dict[Cut, Scores] = {}
-        weights, looks = self.trials.judge.weights, self.trials.num_looks
-        share = ALPHA / (max(1, looks - 1) * max(1, len(chosen) - 1))
-
-        def enough(found: Scores) -> bool:
-            others = [one for one in scores.values() if len(one) >= len(found)]
-            if self._affordable(1) <= 2:  # what is left is for what is the best so far
-                return any(found.minus(other).mean > 0 for other in others)
-            sums = np.array([one.sums for one in (*others, found)])
-            return len(sums) > 1 and bool(lost(sums, weights, share)[-1])
-
-        for cut in chosen:
-            if len(scores) >= top and self._affordable(1) <= 2:
-                break
-            try:
-                scores[cut] = self.patched.scores(cut, enough)
-            except (ModelError, PatchError) as error:
-                self.proposals.failed[_name(cut)] = str(error)
-            self.advance(1)
+        for number, look in enumerate(looks):
+            if number:
+                last = looks[number - 1]
+                racing = self._left(racing, last, self._affordable(last), by)
+            racing = self._best(racing, look, by)
+            scores |= {cut: by.scores(cut, look) for cut in racing}
         if not scores:
             why = next(reversed(self.proposals.failed.values()))
             raise PatchError(
@@ -212,6 +194,12 @@ class Tournament:
                 f"as they are cut (after none, --after none)"
             )
         return scores
+
+    def _affordable(self, look: int) -> int:
+        """How many cuts can be judged behind a look within the bound of work, two at least."""
+        items = sum(map(len, self.trials.judge.items[look:]))
+        rest = MOST * self.exhaustive - self.work.layer_forwards
+        return max(2, int(rest // ((self.subject.num_layers - self.n) * max(1, items))))
 
     def _firsts(self) -> list[Cut]:
         """The first proposal of every criterion, and of whoever else named some."""
@@ -226,7 +214,7 @@ class Tournament:
         winner = min(complete, key=lambda cut: scores[cut].mean)
         if self.after == "patch":
             near = [cut for cut in complete if _is_near(scores[cut].minus(scores[winner]))]
-            winner = min(near, key=lambda cut: self._mean(cut, self.trials.num_looks))
+            winner = min(near, key=lambda cut: self._mean(cut, None))
         order = sorted(
             scores, key=lambda cut: (cut != winner, not scores[cut].complete, scores[cut].mean)
         )
@@ -240,11 +228,8 @@ class Tournament:
 
     def _candidate(self, cut: Cut, scores: dict[Cut, Scores], winner: Cut) -> Candidate:
         found = scores[cut]
-        blocks = blocks_of(sorted(cut))
-        if len(blocks) == 1:
-            blocks = (replace(blocks[0], score=found.mean, stderr=found.stderr),)
         plan = Plan(
-            self.subject.num_layers, blocks, "search", "verified",
+            self.subject.num_layers, blocks_of(sorted(cut)), "search", VERIFIED,
             model=self.subject.decoder.identity,
         )  # fmt: skip
         difference = found.minus(scores[winner])

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import CacheError, LayersError, PlanError
+from ..errors import CacheError, LayersError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
 from ..healing.quick_patch import QuickPatch
 from ..models.decoder import Decoder
@@ -23,14 +23,14 @@ from .comparing import judge_of
 from .patched_trials import PatchedTrials
 from .proposals import PROPOSERS, Cut, Proposals
 from .referee import Store, told
-from .splits import Splits
+from .splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits
 from .subject import Subject
 from .token_states import evenly
 from .tournament import Tournament
 from .trials import Trials
 from .work import Meter
 
-PATCH_TEXTS = 32
+PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over those that fit."""
 
 
@@ -215,7 +215,7 @@ def verifier_of(
         LayersError: ``max_blocks`` or ``top`` is less than 1.
         PlanError: ``after`` is unknown.
         ModelError: the layers of the model cannot be run one by one.
-        TextsError: no text has two tokens.
+        TextsError: fewer than 8 texts to fit, or 4 to choose, have two tokens.
     """
     for name, value in (("max_blocks", max_blocks), ("top", top)):
         if value is not None and value < 1:
@@ -226,6 +226,7 @@ def verifier_of(
     fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
     batches = list(fitted)
     judging = judge_of(judge, tokenizer, splits.choose, tokens=tokens)
+    _require_enough(sum(map(len, batches)), judging.num_items)
     items = {"items": texts, **told(judging)}
     trials = Trials(
         model, judging, meter=meter, journal=store.journal("trials", items), spill=spill
@@ -245,3 +246,13 @@ def verifier_of(
         subject, patch, patched, store, texts, top=top, after=after, max_blocks=max_blocks,
         progress=progress,
     )  # fmt: skip
+
+
+def _require_enough(num_fitting: int, num_choosing: int) -> None:
+    """Refuse sets that are too small without their texts of a single token."""
+    if num_fitting < FEWEST_FITTING or num_choosing < FEWEST_CHOOSING:
+        raise TextsError(
+            f"too few texts of at least two tokens: {num_fitting} to fit and {num_choosing} to "
+            f"choose, expected {FEWEST_FITTING} and {FEWEST_CHOOSING}; give more, or longer ones "
+            f"(--texts, --max-texts, --max-length)"
+        )

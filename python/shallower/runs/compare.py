@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import ModelError
 from ..models.source import ModelSource
 from ..values.comparison import CriteriaComparison
 from ..values.tokens import BatchSize, Tokens
 from .cache import open_cache
 from .comparison_job import MAX_EVAL_TEXTS, MAX_TEXTS, SIZES, ComparisonJob
-from .contestants import InMemory
+from .contestants import contestants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,29 +99,10 @@ def compare(
         [('angular', 2, 2), ('deepest', 2, 2)]
     """
     job = ComparisonJob(
-        models=_contestants(model, tokenizer), texts=texts, eval_texts=eval_texts, sizes=n,
+        models=contestants(model, tokenizer), texts=texts, eval_texts=eval_texts, sizes=n,
         criteria=criteria, judge=judge, options=options, tokens=Tokens(max_length, batch_size),
         max_texts=max_texts, max_eval_texts=max_eval_texts, seed=seed, half_blocks=half_blocks,
         spill=None if spill is None else Path(spill), out=None if out is None else Path(out),
         overwrite=overwrite, cache=open_cache(not cache), progress=progress,
     )  # fmt: skip
     return job.run()
-
-
-def _contestants(
-    model: Any, tokenizer: "PreTrainedTokenizerBase | None"
-) -> tuple[ModelSource | InMemory, ...]:
-    """The models that are named, or the one that is given."""
-    several = isinstance(model, Sequence) and not isinstance(model, str)
-    places = [*model] if several else [model]
-    if all(isinstance(place, ModelSource | str | Path) for place in places):
-        return tuple(p if isinstance(p, ModelSource) else ModelSource(p) for p in places)
-    if several:
-        raise ModelError("several models are compared by their sources, not in memory")
-    if not hasattr(model, "config"):
-        raise ModelError(
-            f"{type(model).__name__} is no model of transformers, and no source of one"
-        )
-    if tokenizer is None:
-        raise ModelError("a model in memory needs its tokenizer: give both, or a ModelSource")
-    return (InMemory(model, tokenizer),)

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ModelError
+from ..models.source import ModelSource
 from .cache import Cache
 from .cache_keys import machine, made_by
 from .journal import Journal
@@ -78,6 +81,36 @@ class ModelStore:
 
     def _all(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         return None if self.model is None else {**self.model, "of": dict(inputs)}
+
+
+def contestants(
+    model: Any, tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[ModelSource | InMemory, ...]:
+    """Name the models of a comparison.
+
+    Args:
+        model: a model in memory, or a source or place, or several of those.
+        tokenizer: of a model in memory.
+
+    Returns:
+        The models that are named, or the one that is given.
+
+    Raises:
+        ModelError: it is no model, or one in memory without its tokenizer, or one of several.
+    """
+    several = isinstance(model, Sequence) and not isinstance(model, str)
+    places = [*model] if several else [model]
+    if all(isinstance(place, ModelSource | str | Path) for place in places):
+        return tuple(p if isinstance(p, ModelSource) else ModelSource(p) for p in places)
+    if several:
+        raise ModelError("several models are compared by their sources, not in memory")
+    if not hasattr(model, "config"):
+        raise ModelError(
+            f"{type(model).__name__} is no model of transformers, and no source of one"
+        )
+    if tokenizer is None:
+        raise ModelError("a model in memory needs its tokenizer: give both, or a ModelSource")
+    return (InMemory(model, tokenizer),)
 
 
 def _told(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -60,6 +60,9 @@ STRATEGIES = {
 }
 """Every way to choose layers, and what a card says of it."""
 
+VERIFIED = "verified"
+"""The metric of a plan that won a race of proposals."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -143,6 +146,13 @@ class Plan:
         """The indices of the layers that stay."""
         gone = set(self.dropped)
         return tuple(layer for layer in range(self.num_layers) if layer not in gone)
+
+    @property
+    def why(self) -> str:
+        """How the layers were chosen, for a card."""
+        if (self.strategy, self.metric) == ("search", VERIFIED):
+            return "search: of many proposals that a judge has raced, it lost least"
+        return f"{self.strategy}: {STRATEGIES[self.strategy]}"
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as plain JSON values.

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .layers import ranges
+from .loss import with_error
 from .plan import Plan
 from .schema import finite, of_type
 from .scores import Difference
@@ -24,7 +26,8 @@ class Candidate:
         stderr: its standard error.
         difference: paired difference to the winner, over the items that both were judged on; 0
             for the winner itself.
-        lost_early: whether it was lost before all items were looked at.
+        lost_early: whether it was lost, or given up for want of work, before all items were
+            looked at.
     """
 
     plan: Plan
@@ -124,6 +127,27 @@ class Verified:
     def margin(self) -> Difference | None:
         """What the best of the others loses more than the winner; None where it is alone."""
         return self.candidates[1].difference if len(self.candidates) > 1 else None
+
+    def sentence(self) -> str:
+        """Say who won, by how much, and who cannot be told from it.
+
+        Returns:
+            The sentence, without a full stop.
+        """
+        best = self.candidates[0]
+        after = {"none": "as it is cut", "patch": "after a quick patch"}[self.after]
+        said = (
+            f"{ranges(best.plan.dropped)} of {self.num_proposals} proposals: "
+            f"{with_error(best.score, best.stderr, 2)} {self.unit} {after}"
+        )
+        if self.margin is not None:
+            amount = with_error(abs(self.margin.mean), self.margin.stderr, 3)
+            said += f", {amount} {'more' if self.margin.mean < 0 else 'less'} than the next"
+        if self.tied:
+            others = len(self.tied) - 1
+            more = f" and {others} {'other' if others == 1 else 'others'}" if others else ""
+            said += f"; {ranges(self.tied[0].plan.dropped)}{more} cannot be told from it"
+        return said
 
     def to_json(self) -> dict[str, Any]:
         """Give the result as plain JSON values.

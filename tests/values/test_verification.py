@@ -1,0 +1,64 @@
+"""What a race of proposals gives: its sentence, its ties, its JSON."""
+
+import json
+import math
+
+import pytest
+
+from shallower.values.plan import Plan
+from shallower.values.scores import Difference
+from shallower.values.verification import Candidate, Verified
+
+
+def candidate(layers, score, difference, **options):
+    return Candidate(
+        Plan.of(30, layers), ("angular",), score, 0.06, Difference(*difference), **options
+    )
+
+
+def verified(*candidates, after="patch"):
+    return Verified(
+        8, after, "loss", "nats a token", candidates, 48, num_proposals=9, layer_forwards=1200,
+        seconds=3.5, failed={"cka": "too few texts"},
+    )  # fmt: skip
+
+
+WINNER = candidate([range(12, 20)], 4.052, (0.0, 0.0, 48))
+TIE = candidate([5, range(12, 19)], 4.07, (0.018, 0.02, 48))
+LOSER = candidate([range(11, 19)], 4.2, (0.148, 0.02, 48))
+GIVEN_UP = candidate([range(1, 9)], 4.06, (0.008, 0.02, 8), lost_early=True)
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ((), ""),
+        ((LOSER,), ", 0.148 ± 0.020 less than the next"),
+        ((TIE, LOSER), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) cannot be told "
+         "from it"),
+        ((TIE, TIE, GIVEN_UP), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 1 other "
+         "cannot be told from it"),
+        ((TIE, TIE, TIE), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 2 others "
+         "cannot be told from it"),
+        ((candidate([range(1, 9)], 4.04, (-0.01, 0.02, 48)),), ", 0.010 ± 0.020 more than the "
+         "next; [1, 9) cannot be told from it"),
+    ],
+)  # fmt: skip
+def test_a_sentence_tells_the_margin_and_the_ties(others, said):
+    start = "[12, 20) of 9 proposals: 4.05 ± 0.06 nats a token "
+    assert verified(WINNER, *others).sentence() == f"{start}after a quick patch{said}"
+    assert verified(WINNER, *others, after="none").sentence() == f"{start}as it is cut{said}"
+
+
+def test_what_was_given_up_is_no_tie():
+    assert verified(WINNER, TIE, LOSER, GIVEN_UP).tied == (TIE,)
+
+
+def test_it_is_read_as_it_was_written():
+    found = verified(WINNER, TIE, candidate([3], math.nan, (0.1, math.nan, 1)))
+    again = Verified.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    assert again.candidates[:2] == found.candidates[:2]
+    assert math.isnan(again.candidates[2].score)
+    assert again.to_json() == found.to_json()
+    with pytest.raises(ValueError, match="no candidates"):
+        Verified.from_json(found.to_json() | {"candidates": []})
