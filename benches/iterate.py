@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from shallower.judgement.verifying import verifier_of
 
 import shallower as sh
 from patches import LENGTH, judged, read_texts
@@ -28,6 +27,7 @@ from shallower.judgement.iterating import iterate
 from shallower.judgement.judges.judge import judged_batches
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.splits import three_splits
+from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.runs import demo

@@ -235,7 +235,7 @@ def line(row):
     less = f"{100 * row['less']:+6.1f} ± {100 * row['less_stderr']:.1f}" if "less" in row else ""
     start, stop = row["cut"]
     return (
-        f"[{start}, {stop}) {row['texts']:<10} {row['method']:<22} {row['loss']:7.3f} "
+        f"[{start}, {stop}) {row['texts']:<14} {row['method']:<22} {row['loss']:7.3f} "
         f"± {row['stderr']:.3f} {back} {less:<14} {seconds} {row['added_parameters']:>8}"
     )
 

@@ -1,13 +1,22 @@
-"""The operators that `patches.py` compares, against their formulas, and a cut with one."""
+"""The operators that `patches.py` compares, against their formulas; both scripts in miniature."""
+
+import json
+import sys
 
 import numpy as np
+import pytest
 import torch
 
+import iterate
+import patches
+import shallower as sh
 from patches import judged, linear
 from peer_checks import START, STOP, check, tiny
 from peer_operators import collect
 from shallower.judgement.judges.loss import LossJudge
 from shallower.models.layerwise import Layerwise
+from tests.conftest import word_tokenizer, write_jsonl
+from tests.examples import learned_llama, sentences
 
 
 def test_operators():
@@ -36,3 +45,61 @@ def test_a_cut_with_an_operator():
     for hook in hooks:
         hook.remove()
     assert np.allclose(found.sums, expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model that has learned, its texts, and a patched cut of it."""
+    place, words = tmp_path_factory.mktemp("miniature"), word_tokenizer()
+    model = learned_llama(words, num_layers=8, steps=60)
+    model.save_pretrained(place / "model")
+    words.save_pretrained(place / "model")
+    write_jsonl(place / "fit.jsonl", sentences(400, seed=1))
+    write_jsonl(place / "report.jsonl", sentences(24, seed=2))
+    (place / "long.txt").write_text(" ".join(sentences(60, seed=3)))
+    done = sh.patch(model, words, [range(3, 5)], texts=sentences(400, seed=1), progress=False)
+    sh.save_patched(model, words, place / "patched", done=done)
+    return place
+
+
+def run(monkeypatch, script, place, *more):
+    """The rows that a script writes of the tiny model."""
+    arguments = [
+        "--model", place / "model", "--dtype", "float32", "--texts", place / "fit.jsonl",
+        "--eval-texts", place / "report.jsonl", "--json", place / "rows.json", *more,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+    script.main()
+    return json.loads((place / "rows.json").read_text())["rows"]
+
+
+def test_patches_in_miniature(monkeypatch, folder):
+    """Every method has its rows, and a patch that was saved has those of the one that was made."""
+    rows = run(
+        monkeypatch, patches, folder, "--tokens", 4000, "--cuts", "3:5", "--windows",
+        folder / "long.txt", "--folder", f"3:5={folder / 'patched'}",
+    )  # fmt: skip
+    assert {row["texts"] for row in rows} == {"report", "long"}
+    found = {row["method"]: row for row in rows if row["texts"] == "report"}
+    # Norms do not grow across these layers, so that ours is refused.
+    assert set(found) == {*patches.METHODS, "patched"} - {"magnitude"}
+    for row in found.values():
+        back = (row["cut_loss"] - row["loss"]) / (row["cut_loss"] - row["whole"])
+        assert abs(row["recovered"] - back) < 1e-9
+        assert row["stock"] == (row["added_parameters"] == 0)
+    assert found["refit"]["recovered"] > 0.3
+    assert abs(found["patched"]["recovered"] - found["refit"]["recovered"]) < 0.05
+    assert found["ghosted"]["added_parameters"] == 32 * 32
+
+
+def test_iterate_in_miniature(monkeypatch, folder):
+    rows = run(
+        monkeypatch, iterate, folder, "--sizes", "3", "--steps", "1", "--patch", "quick,full,kept",
+        "--fit", 40, "--choose", 8, "--top", 1, "--tokens", 2000,
+    )  # fmt: skip
+    names = [(row["name"], row["patch"]) for row in rows]
+    assert names == [
+        ("once", "quick"), ("once", "full"), ("by 1", "quick"), ("by 1", "full"), ("by 1", "kept"),
+    ]  # fmt: skip
+    assert all(len(row["dropped"]) == 3 for row in rows)
+    assert all(row["loss"] < row["cut"] for row in rows if row["patch"] != "quick")
