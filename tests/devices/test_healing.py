@@ -3,6 +3,7 @@
 import tempfile
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -10,12 +11,18 @@ from transformers import TrainingArguments
 from shallower.cutting.memory import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
-from shallower.healing.losses import Distillation, TrainingLoss, summed_loss
+from shallower.healing.distillation import Distillation, Teacher
+from shallower.healing.layer_fit import SequenceStates, batch_of, part_error
+from shallower.healing.losses import Lesson, TrainingLoss, summed_loss
 from shallower.healing.training import add_adapters, computing
 from shallower.models.decoder import Decoder
 from shallower.models.feed_forward import feed_forward_targets
+from shallower.models.layerwise import Layerwise
+from shallower.texts.sequences import Samples
+from shallower.values.identity import TextsIdentity
 from shallower.values.plan import Plan
-from shallower.values.recipe import ModelFacts, Recipe
+from shallower.values.presets import ModelFacts
+from shallower.values.recipe import Recipe
 from tests.devices.batches import inputs
 from tests.devices.conftest import STAGES
 from tests.devices.stage import Stage, devices_of
@@ -37,13 +44,13 @@ def adapted(stage):
     return cut, model.train()
 
 
-def loss_of(cut, model, given, *within):
+def loss_of(cut, model, given, *within, lesson=None):
     """The loss of a forward, as the Trainer gets it."""
     words = {name: value for name, value in given.items() if name != "labels"}
     divisor = torch.tensor(17, device=given["labels"].device)
     with computing(recipe(), Decoder.of(cut).device), ExitStack() as stack:
         loss = TrainingLoss(cut)
-        for context in (*within, loss.made_inside(given["labels"], divisor)):
+        for context in (*within, loss.made_inside(given["labels"], divisor, lesson)):
             stack.enter_context(context)
         outputs = model(**words, use_cache=False)
         assert set(outputs) == {"loss"}  # and no logits
@@ -97,6 +104,46 @@ def test_the_distillation(stage, teachers):
         with computing(recipe(), Decoder.of(cut).device):
             ours = distillation.summed(given["input_ids"], given["attention_mask"])
         assert (loss + 0.5 * ours).requires_grad
+
+
+@pytest.mark.parametrize("teachers", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
+    if refused(stage):
+        return
+    whole = teachers.llama(8)
+    with stage.open():
+        cut, model = adapted(stage)
+        teacher = Teacher(whole, 0.5)
+        if not by_rows:
+            teacher._head = teacher._head.whole()
+        given = inputs("cuda:0")
+        with computing(recipe(), Decoder.of(cut).device):
+            lesson = teacher.lesson(given["input_ids"], given["attention_mask"])
+        loss = loss_of(cut, model, given, lesson=lesson)
+        assert (loss.dtype, loss.requires_grad) == (torch.float32, True)
+        logits = torch.empty(3, 9, 100, device=stage.last, requires_grad=True)
+        elsewhere = Lesson(lambda _: torch.empty(27, 100, device="cuda:0"), 0.5)
+        assert summed_loss(logits, given["labels"], elsewhere).device == stage.last
+
+
+@pytest.mark.parametrize("layer", [0, 7])
+def test_the_error_of_a_layer_that_is_fitted(stage, layer, tmp_path):
+    if stage.offloading:
+        return  # a reconstruction has its models whole on one device
+    samples = Samples([np.arange(1, 8, dtype=np.uint32)] * 2, TextsIdentity(2, 7, "fingerprint"))
+    with stage.open():
+        model = Layerwise(stage.llama(8))
+        given, wanted = (
+            SequenceStates(tmp_path / name, samples, 4096, torch.bfloat16)
+            for name in ("given", "wanted")
+        )
+        some = batch_of(samples, [0, 1])
+        given.put(some, model.embed(some))
+        wanted.put(some, model.run(some, given.take(some), (layer,)))
+        error = part_error(model, layer, some, given=given, wanted=wanted)
+        assert error.dtype == torch.float32
+        assert error.requires_grad or stage.devices > 1
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import random
 
 import shallower as sh
-from shallower.values.recipe import ModelFacts, Recipe
+from shallower.values.presets import ModelFacts
+from shallower.values.recipe import Recipe
 from tests.conftest import WORDS
 
 BLOCK = sh.Block(2, 4)

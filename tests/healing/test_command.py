@@ -42,6 +42,9 @@ def test_the_command_heals_and_merges(shallower, cut, folder):
         (("--preset", "gpt-5"), "unknown preset 'gpt-5'"),
         (("--from-patch",), "a patch needs the uncut model"),
         (("--distill", 1), "distillation needs the uncut model"),
+        (("--objective", "kd"), "name it (original, --original)"),
+        (("--objective", "reconstruct", "--original", "x", "--rank", 4), "leave out rank"),
+        (("--objective", "mse"), "'mse' is not one of 'lm', 'kd', 'lm+kd', 'reconstruct'"),
         (("--texts", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
@@ -56,6 +59,22 @@ def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(
     )  # fmt: skip
     assert done.status == 2
     assert message in done.err
+
+
+def test_the_objective_is_told_and_kept(shallower, both, folder):
+    whole, cut = both
+    texts = write_jsonl(folder / "t.jsonl", TEXTS)
+    options = ("--texts", texts, "--original", whole, "--max-length", 16, "--dtype", "float32")
+    options = (*options, "--steps", 2)
+    for objective in ("lm+kd", "reconstruct"):
+        asked = (*options, "--objective", objective)
+        dry = shallower("heal", cut, *asked, "--out", objective, "--dry-run", "--json").json
+        assert dry["objective"] == objective
+        done = shallower("heal", cut, *asked, "--out", objective)
+        assert done.status == 0, done.err
+        assert f"objective {objective}" in done.out
+        record = shallower("heal", cut, *asked, "--out", objective, "--overwrite", "--json").json
+        assert record["recipe"]["objective"] == objective
 
 
 def test_of_several_processes_one_tells_the_dry_run(shallower, cut, folder, monkeypatch):

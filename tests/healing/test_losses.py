@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional
 
 import shallower as sh
-from shallower.healing.losses import Distillation, summed_loss
+from shallower.healing.distillation import Distillation
+from shallower.healing.losses import summed_loss
 from shallower.texts.sequences import collate
 from tests.conftest import tiny_llama
 

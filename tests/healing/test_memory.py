@@ -184,3 +184,28 @@ def test_a_teacher_takes_the_memory_of_the_uncut_model(step):
     plan = plan_healing(LLAMA, recipe, **options, uncut_layers=6)
     assert plan.parts["uncut model"] == 2 * plan.parts["weights"]
     assert "uncut model" not in plan_healing(LLAMA, step.recipe, **options).parts
+
+
+@pytest.mark.parametrize("objective", ["kd", "lm+kd"])
+def test_an_objective_with_a_teacher_has_it_beside_the_cut(objective):
+    recipe = resolved(LLAMA, 128, dtype="bfloat16")
+    options = {"device_bytes": 10**11, "card": True, "batch_size": 4, "recompute": False}
+    alone = plan_healing(LLAMA, recipe, **options).parts
+    parts = plan_healing(
+        LLAMA, replace(recipe, objective=objective), **options, uncut_layers=6
+    ).parts
+    assert parts["uncut model"] == 2 * parts["weights"] == 2 * alone["weights"]
+    states = 4 * recipe.max_length * LLAMA.hidden_size * 2
+    assert parts[memory.PARTS[-1]] - alone[memory.PARTS[-1]] >= states
+
+
+def test_a_reconstruction_holds_one_model_and_trains_a_layer():
+    recipe = resolved(LLAMA, 128, None, "bfloat16", objective="reconstruct")
+    options = {"device_bytes": 10**11, "card": True}
+    plan = plan_healing(LLAMA, recipe, **options, uncut_layers=6)
+    assert (plan.fits, plan.gradient_checkpointing) == (True, False)
+    model = build_empty(LLAMA, torch.bfloat16)
+    assert plan.parts["weights"] >= 2 * weight_bytes(model, "bfloat16")
+    one = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    assert plan.parts["layer and optimiser"] >= 16 * one
+    assert sum(plan.parts.values()) == plan.peak_bytes

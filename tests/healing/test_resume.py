@@ -25,7 +25,7 @@ import shallower.healing.heal, shallower.healing.callbacks as callbacks, peft, m
 import transformers.models.llama.modeling_llama
 torch.set_num_threads(1)
 callbacks.SECONDS_BETWEEN_CHECKPOINTS = 0.0
-cut, texts, held_out, out, recipe, kills, limits = json.load(sys.stdin)
+cut, texts, held_out, out, recipe, kills, limits, whole = json.load(sys.stdin)
 recipe = sh.Recipe(**recipe)
 
 def attempt(out, kill=None, limit=None):
@@ -36,7 +36,7 @@ def attempt(out, kill=None, limit=None):
         try:
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            sh.heal(cut, texts, out, recipe=recipe, eval_texts=held_out)
+            sh.heal(cut, texts, out, recipe=recipe, eval_texts=held_out, original=whole)
         except sh.OutputError as error:
             print(f"refused: {error}", flush=True)
             status = 2
@@ -74,10 +74,11 @@ print(json.dumps(ends), flush=True)
 """
 
 
-def run_harness(cut, out, recipe, kills=(), limits=()):
+def run_harness(cut, out, recipe, kills=(), limits=(), whole=None):
     given = [
         str(cut), TEXTS, HELD_OUT, str(out),
         {name: getattr(recipe, name) for name in Recipe.__slots__}, list(kills), list(limits),
+        whole and str(whole),
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HARNESS)],
@@ -113,6 +114,16 @@ def test_a_killed_healing_ends_with_the_same_bits(cut, tmp_path, kills):
     assert any(marks for _, marks in ends[:-1]), "no kill left a checkpoint to go on from"
     same_healing(tmp_path / "out", tmp_path / "out-whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-whole"]
+
+
+def test_a_killed_healing_with_a_teacher_ends_with_the_same_bits(both, tmp_path):
+    whole, cut = both
+    recipe = replace(QUICK, steps=6, eval_every=2, objective="lm+kd")
+    kills = [("checkpoint", 0.02)]
+    ends, said = run_harness(cut, tmp_path / "out", recipe, kills, whole=whole)
+    assert (said, ends[-1][0], ends[0][0]) == ([], 0, -signal.SIGKILL)
+    assert ends[0][1], "the kill left no checkpoint to go on from"
+    same_healing(tmp_path / "out", tmp_path / "out-whole")
 
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(cut, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file
 
 import shallower as sh
-from shallower.healing.losses import Distillation
+from shallower.healing.distillation import Distillation
 from shallower.texts.sequences import order
 from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
 

@@ -12,7 +12,8 @@ from shallower import ModelError
 from shallower.healing.training import add_adapters
 from shallower.models.architecture import find_layers
 from shallower.models.feed_forward import feed_forward_targets, is_linear
-from shallower.values.recipe import ModelFacts, Recipe
+from shallower.values.presets import ModelFacts
+from shallower.values.recipe import Recipe
 from tests.conftest import tiny_llama
 from tests.families import families, random_model, small_config
 

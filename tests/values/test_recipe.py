@@ -7,16 +7,15 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.values.recipe import (
+from shallower.values.presets import (
     GENERAL,
     PAPER_PRESETS,
     PRESETS,
     SMALL,
     ModelFacts,
-    Recipe,
-    Resolved,
     find_preset,
 )
+from shallower.values.recipe import Recipe, Resolved
 from tests.healing.cuts import FACTS
 
 
@@ -89,7 +88,7 @@ def test_the_papers_presets_truncate_and_ours_pack():
         assert not Recipe(name, packing=False).resolve(facts).packing
     assert Recipe(packing=True).resolve(facts).packing
     said = str(Recipe().resolve(facts))
-    assert said.endswith("16 sequences of 2048 tokens, truncated; weights in nf4")
+    assert said.endswith("16 sequences of 2048 tokens, truncated; objective lm, weights in nf4")
 
 
 def test_auto_is_a_dtype_of_the_machine():

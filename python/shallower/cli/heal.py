@@ -52,8 +52,13 @@ def heal_command(
         ),
     ] = "auto",
     steps: Annotated[
-        int, typer.Option(metavar="N", help="Steps of the optimiser, of 16 sequences each.")
-    ] = 5000,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps of the optimiser, of 16 sequences each; by default 5000, or 300 a block "
+            "to reconstruct.",
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -106,9 +111,17 @@ def heal_command(
     original: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The uncut model: measured, and the teacher of --distill."
+            metavar="MODEL", help="The uncut model: measured, and the teacher of kd and --distill."
         ),
     ] = None,
+    objective: Annotated[
+        Literal["lm", "kd", "lm+kd", "reconstruct"],
+        typer.Option(
+            help="What is minimised: the loss of the next token, the divergence from the uncut "
+            "model, or the mean of both; or the error of the states behind each block, by the "
+            "layer before it, all of whose weights are trained. All but lm need --original."
+        ),
+    ] = "lm",
     distill: Annotated[
         float,
         typer.Option(
@@ -166,8 +179,8 @@ def heal_command(
     recipe = Recipe(
         preset, steps=steps, rank=rank, learning_rate=learning_rate, max_length=max_length,
         warmup_steps=warmup_steps, dropout=dropout, batch_size=batch_size, dtype=dtype,
-        packing=packing, attention=attention, distill=distill, eval_every=eval_every, seed=seed,
-        recompute=gradient_checkpointing,
+        packing=packing, attention=attention, objective=objective, distill=distill,
+        eval_every=eval_every, seed=seed, recompute=gradient_checkpointing,
     )  # fmt: skip
     recipe.check(original=original is not None, from_patch=from_patch)
     output = _output(

@@ -11,6 +11,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError
 from ..models.architecture import find_layers
+from ..models.decoder import Decoder
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
 from ..models.loading import read_config
@@ -19,7 +20,8 @@ from ..processes import num_processes
 from ..texts.sequences import read_samples
 from ..values.files import PLAN_FILE
 from ..values.plan import Plan
-from ..values.recipe import GLOBAL_BATCH, ModelFacts, Recipe, Resolved
+from ..values.presets import ModelFacts
+from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from .memory import plainly_fits, plan_healing, require_room
 
 
@@ -159,6 +161,24 @@ def require_one_process() -> None:
         raise ProcessesError(
             "several processes cannot patch together: shallower patch the model first, and heal "
             "what it leaves"
+        )
+
+
+def require_plan_of(decoder: Decoder, plan: Plan, path: str) -> None:
+    """Refuse a plan that leaves another number of layers than its model has.
+
+    Args:
+        decoder: the cut.
+        plan: what lies beside it.
+        path: its place, for the error.
+
+    Raises:
+        PlanError: it is of another cut.
+    """
+    if len(plan.survivors) != len(decoder):
+        raise PlanError(
+            f"the plan beside {path} leaves {len(plan.survivors)} layers, and the model has "
+            f"{len(decoder)}: it is of another cut"
         )
 
 

@@ -15,6 +15,7 @@ from ..values.recipe import Recipe
 from .checks import read_plan, require_one_process, require_peft, resolve
 from .merging import stored_plainly
 from .patched import patched_cut
+from .reconstruct import Reconstruction, require_reconstructible
 from .uncut import Uncut
 from .work import Work
 
@@ -48,8 +49,9 @@ def heal(
             ours.
         eval_texts: held-out texts; the adapters of the least loss on them are kept.
         original: the uncut model: its held-out loss is measured, and it teaches if the recipe
-            distils.
-        merge: fold the adapters into the unquantised weights of the cut.
+            compares with it.
+        merge: fold the adapters into the unquantised weights of the cut. What is reconstructed
+            is whole in any case.
         from_patch: patch the cut in closed form first, by :func:`shallower.patch` of ``original``
             on ``texts``, and train on from there. Adapters that are not merged need the patched
             cut, which lies beside them. If no step of the training is better than the patch,
@@ -98,7 +100,11 @@ def heal(
     plan = read_plan(path)
     free_memory()  # so that what is planned with is what there is, after a run's scan too
     resolved = resolve(path, plan, recipe, trust_remote_code=trust_remote_code)
-    dtype = stored_plainly(path, trust_remote_code) if merge or from_patch else ""
+    local = not resolved.has_adapters
+    if local:
+        require_reconstructible(plan)
+    plain = merge or from_patch or local
+    dtype = stored_plainly(path, trust_remote_code) if plain else ""
     uncut = None
     if original is not None:
         uncut = Uncut(str(original), plan, trust_remote_code=trust_remote_code)
@@ -109,16 +115,22 @@ def heal(
             path, plan, uncut.name, texts=source, out=out, whole=lambda: uncut.load(dtype),
             max_length=resolved.max_length, progress=progress,
         )  # fmt: skip
-    done = Work(
-        path, plan, resolved, source.last_pass(), held_out, uncut, merge, losses, progress,
-        trust_remote_code, patched, _automatic(recipe),
-    ).to(out, overwrite)  # fmt: skip
+    if local and uncut is not None:
+        done = Reconstruction(
+            str(patched or path), plan, resolved, source.last_pass(), held_out, uncut, losses,
+            patched, progress, trust_remote_code,
+        ).to(out, dtype, overwrite=overwrite)  # fmt: skip
+    else:
+        done = Work(
+            path, plan, resolved, source.last_pass(), held_out, uncut, merge, losses, progress,
+            trust_remote_code, patched, _automatic(recipe),
+        ).to(out, overwrite)  # fmt: skip
     if patched is not None:
         shutil.rmtree(patched, ignore_errors=True)
         if done.best_step == 0:
             warnings.warn(
                 f"no step of the training was better than the patch: {out} is the patched cut, "
-                f"and holds no adapters. Lower the learning rate (learning_rate, "
+                f"and nothing was trained. Lower the learning rate (learning_rate, "
                 f"--learning-rate), or give more texts",
                 stacklevel=2,
             )

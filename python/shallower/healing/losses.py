@@ -1,18 +1,15 @@
-"""The losses that a healing minimises: of the next token, and of the distillation at the cut."""
+"""The losses that a healing minimises: of the next token, and the divergence from a teacher."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.architecture import find_layers
 from ..models.decoder import Decoder
 from ..models.head import FEWEST_ROWS, Head, part_sizes, replaced
-from ..values.layers import Block
-from ..values.plan import Plan
 
 _ROWS = 128
 """Rows of logits that are in float32 at a time, at most."""
@@ -21,10 +18,31 @@ _LOGITS = 1 << 23
 """Logits that are in float32 at a time, at most, if that leaves as many rows as keep the bits."""
 
 
-def _cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """The next-token distributions that a teacher has for the tokens of one forward.
+
+    Attributes:
+        logits: gives (R, V) logits of a range of the tokens, counted through all sequences.
+        share: of KL(p ‖ q) in the loss, p the teacher's distribution and q the student's; the
+            rest is the cross-entropy of the next token.
+    """
+
+    logits: Callable[[slice], torch.Tensor]
+    share: float
+
+
+def _row_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor | float,
+    wanted: torch.Tensor | None,
+    share: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take logsumexp z − z[target] of every row in float32, a few rows at a time.
+    """Take the loss of every row in float32, a few rows at a time.
+
+    It is logsumexp z − z[target], or a share of KL(p ‖ q) and the rest of that, where ``wanted``
+    are the logits of p.
 
     Returns:
         The losses, 0 where the target is negative, and the gradient of ``scale`` times their sum
@@ -39,49 +57,88 @@ def _cross_entropy(
         counts = targets[part, None] >= 0
         expected = targets[part, None].clamp(min=0)
         log_sum = rows.logsumexp(-1, keepdim=True)
-        losses[part] = ((log_sum - rows.gather(1, expected)) * counts).squeeze(1)
-        errors = rows.sub_(log_sum).exp_()
-        errors.scatter_add_(1, expected, torch.full_like(log_sum, -1))
+        of_rows = log_sum - rows.gather(1, expected)
+        rows.sub_(log_sum)
+        if wanted is None:
+            errors = rows.exp_()
+        else:
+            divergence, p, errors = _divergence(wanted[part], rows)
+            of_rows = share * divergence + (1 - share) * of_rows
+            errors.sub_(p.mul_(share))
+        errors.scatter_add_(1, expected, torch.full_like(log_sum, share - 1))
+        losses[part] = (of_rows * counts).squeeze(1)
         gradient[part] = errors.mul_(counts).mul_(scale)
     return losses, gradient
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+def _divergence(
+    wanted: torch.Tensor, log_q: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KL(p ‖ q) of rows, (R, 1), and p and q; ``log_q`` becomes q.
+
+    The sum is of p (log p − log q) + q − p, in which what the two normalisations err by cancels.
+    """
+    log_p = wanted.to(torch.float32, copy=True)
+    log_p.sub_(log_p.logsumexp(-1, keepdim=True))  # as q is made: equal logits give 0 exactly
+    p = log_p.exp()
+    terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)
+    q = log_q.exp_()
+    return terms.add_(q).sub_(p).sum(-1, keepdim=True), p, q
+
+
+class _SummedLoss(torch.autograd.Function):
     """The sum over rows of logits; the gradient to them is made at once, and kept."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        losses, gradient = _cross_entropy(logits, targets, 1.0)
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, lesson: Lesson | None
+    ) -> torch.Tensor:
+        wanted, share = None, 0.0
+        if lesson is not None:
+            wanted = lesson.logits(slice(0, len(logits))).to(logits.device)
+            share = lesson.share
+        losses, gradient = _row_losses(logits, targets, 1.0, wanted, share)
         ctx.save_for_backward(gradient)
         return losses.double().sum().float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None
+        return gradient * grads[0].to(gradient.dtype), None, None
 
 
-class _MeanCrossEntropy(torch.autograd.Function):
+class _MeanLoss(torch.autograd.Function):
     """The same from final states, whose logits exist a few rows at a time: the gradient to the
     states, (N, D), is all that is kept. The head gets none.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor, head: Head
+        ctx: Any,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        divisor: torch.Tensor,
+        head: Head,
+        lesson: Lesson | None,
     ) -> torch.Tensor:
         gradient = torch.empty_like(states)
         scale = 1 / divisor
         losses = []
-        sizes = part_sizes(len(states), 2 * head.vocab_size)  # their gradient is as large
+        copies = 2 if lesson is None else 3  # their gradient is as large, and the teacher's
+        sizes = part_sizes(len(states), copies * head.vocab_size)
+        start, share = 0, 0.0
         for rows, expected, found in zip(
             states.split(sizes), targets.split(sizes), gradient.split(sizes), strict=True
         ):
             with torch.enable_grad():
                 given = rows.detach().requires_grad_()
                 logits = head.logits(given)
-            of_rows, errors = _cross_entropy(
-                logits.detach(), expected.to(logits.device), scale.to(logits.device)
+            wanted = None
+            if lesson is not None:
+                here = slice(start, start := start + len(rows))
+                wanted, share = lesson.logits(here).to(logits.device), lesson.share
+            of_rows, errors = _row_losses(
+                logits.detach(), expected.to(logits.device), scale.to(logits.device), wanted, share
             )
             losses.append(of_rows.to(states.device))
             found.copy_(torch.autograd.grad(logits, given, errors)[0])
@@ -90,44 +147,53 @@ class _MeanCrossEntropy(torch.autograd.Function):
         return torch.cat(losses).double().sum().float() / divisor
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum the cross-entropy of the next tokens, without a float32 copy of the logits.
+def summed_loss(
+    logits: torch.Tensor, labels: torch.Tensor, lesson: Lesson | None = None
+) -> torch.Tensor:
+    """Sum the losses of the tokens that are predicted, without a float32 copy of the logits.
 
     Args:
         logits: (B, T, V), of any float dtype; the gradient has the same.
         labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
+        lesson: what a teacher says of the same tokens; without one the loss is the cross-entropy.
 
     Returns:
         A float32 scalar, in nats.
     """
-    loss: torch.Tensor = _SummedCrossEntropy.apply(
-        logits.flatten(0, 1), _expected(labels).to(logits.device)
+    loss: torch.Tensor = _SummedLoss.apply(
+        logits.flatten(0, 1), _expected(labels).to(logits.device), lesson
     )
     return loss
 
 
 def mean_loss(
-    head: Head, states: torch.Tensor, labels: torch.Tensor, *, divisor: torch.Tensor | int
+    head: Head,
+    states: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    divisor: torch.Tensor | int,
+    lesson: Lesson | None = None,
 ) -> torch.Tensor:
-    """Take the mean cross-entropy of the next tokens, without all logits.
+    """Take the mean loss of the tokens that are predicted, without all logits.
 
     Args:
         head: of the model; its weights get no gradient.
         states: (B, T, D) final states, as the head gets them.
         labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
         divisor: the tokens that are predicted, in all that belongs to one step.
+        lesson: what a teacher says of the same tokens; without one the loss is the cross-entropy.
 
     Returns:
         A float32 scalar, in nats.
     """
     count = torch.as_tensor(divisor, dtype=torch.float32, device=states.device)
-    loss: torch.Tensor = _MeanCrossEntropy.apply(
-        states.flatten(0, 1), _expected(labels), count, head
+    loss: torch.Tensor = _MeanLoss.apply(
+        states.flatten(0, 1), _expected(labels), count, head, lesson
     )
     return loss
 
@@ -156,22 +222,29 @@ class TrainingLoss:
         self._head = Head.of(decoder) if frozen else None
 
     @contextmanager
-    def made_inside(self, labels: torch.Tensor, divisor: torch.Tensor | int) -> Iterator[None]:
-        """Let the model's forward return the loss instead of logits, where it can.
+    def made_inside(
+        self, labels: torch.Tensor, divisor: torch.Tensor | int, lesson: Lesson | None = None
+    ) -> Iterator[None]:
+        """Let the model's forward return the loss instead of logits, where it can or must.
 
         Args:
             labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
             divisor: the tokens that are predicted, in all that belongs to one step.
+            lesson: what a teacher says of the same tokens, if there is one.
         """
         head, run = self._head, self._model.forward
-        if head is None or not head.by_rows:
+        by_rows = head is not None and head.by_rows
+        if not by_rows and lesson is None:
             yield
             return
 
         def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
             with replaced(self._model, run):
-                states = head.reached_by(run, *args, **kwargs)
-                loss = mean_loss(head, states, labels, divisor=divisor)
+                if head is not None and by_rows:
+                    states = head.reached_by(run, *args, **kwargs)
+                    loss = mean_loss(head, states, labels, divisor=divisor, lesson=lesson)
+                else:
+                    loss = summed_loss(run(*args, **kwargs).logits, labels, lesson) / divisor
                 return {"loss": loss.to(labels.device)}  # the states may be on the last of several
 
         with replaced(self._model, forward):
@@ -193,110 +266,3 @@ class TrainingLoss:
         """
         loss: torch.Tensor | None = outputs.get("loss")
         return summed_loss(outputs["logits"], labels) / num_items_in_batch if loss is None else loss
-
-
-class _EnoughError(Exception):
-    """Ends a forward whose later layers nobody needs."""
-
-
-class Distillation:
-    """The distillation at the cut, a footnote of the paper.
-
-    The student's state there is to match the state that the uncut model has behind the block that
-    went.
-
-    For a block [l, l+n) the loss is |x' - x|² / |x|² with x = x^(l+n) of the teacher and x' the
-    state where the student's layers were joined, under the same tokens; mean over the tokens but
-    the first of each sequence, which carries massive activations, and over the blocks.
-
-    Args:
-        student: the cut model.
-        teacher: the uncut model; frozen, and run through its first layers only.
-        plan: the plan of the cut.
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, plan: Plan) -> None:
-        self._teacher = teacher.eval().requires_grad_(False)
-        self._runner = find_layers(teacher).runner
-        self._of_student = _States(student, [_join(plan, block) for block in plan.blocks])
-        self._of_teacher = _States(teacher, [block.stop for block in plan.blocks])
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Keep the student's states of the forward in the body, for :meth:`summed`."""
-        with self._of_student.kept():
-            yield
-
-    def summed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Compute the loss of the forward just watched.
-
-        Args:
-            input_ids: (B, T) int64, those of that forward.
-            attention_mask: (B, T), 1 at tokens and 0 at padding.
-
-        Returns:
-            A float32 scalar: the sum over tokens of the mean over blocks.
-        """
-        with torch.no_grad(), self._of_teacher.kept(stop=True), suppress(_EnoughError):
-            self._runner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        counts = attention_mask.bool().clone()
-        counts[:, 0] = False
-        errors = []
-        for got, wanted in zip(self._of_student.take(), self._of_teacher.take(), strict=True):
-            here = counts.to(got.device)
-            expected = wanted.to(got.device).float()[here]
-            missed = got.float()[here] - expected
-            shares = missed.square().sum(-1) / expected.square().sum(-1)
-            errors.append(shares.sum().to(input_ids.device))
-        return torch.stack(errors).mean()
-
-
-def _join(plan: Plan, block: Block) -> int:
-    """The number of the cut model's state that is where a block was."""
-    return sum(index < block.start for index in plan.survivors)
-
-
-class _States:
-    """States x^(l) of a model, kept in a forward by hooks."""
-
-    def __init__(self, model: nn.Module, states: list[int]) -> None:
-        self._layers = find_layers(model).modules
-        self._states = states
-        self._found: dict[int, torch.Tensor] = {}
-
-    @contextmanager
-    def kept(self, stop: bool = False) -> Iterator[None]:
-        """Keep the states of the forward in the body; end it at the last one if ``stop``."""
-        self._found.clear()
-        last = max(self._states) if stop else -1
-        hooks = []
-        for state in set(self._states):
-            if state < len(self._layers):
-                hook = self._layers[state].register_forward_pre_hook(
-                    lambda _m, args, kwargs, state=state: self._keep(
-                        state, args[0] if args else kwargs["hidden_states"], state == last
-                    ),
-                    with_kwargs=True,
-                )
-            else:
-                hook = self._layers[-1].register_forward_hook(
-                    lambda _m, _args, output, state=state: self._keep(
-                        state, output[0] if isinstance(output, tuple) else output, state == last
-                    )
-                )
-            hooks.append(hook)
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _keep(self, state: int, value: torch.Tensor, enough: bool) -> None:
-        self._found[state] = value
-        if enough:
-            raise _EnoughError
-
-    def take(self) -> list[torch.Tensor]:
-        """The kept states, one for every state asked for; forgets them."""
-        found, self._found = self._found, {}
-        return [found[state] for state in self._states]

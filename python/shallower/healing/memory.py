@@ -13,7 +13,8 @@ from ..models.loading import layers_of
 from ..models.memory import dequantised_bytes, weight_bytes
 from ..models.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
-from ..values.recipe import GLOBAL_BATCH, Resolved
+from ..values.recipe import GLOBAL_BATCH, TEACHER_SHARES, Resolved
+from .distillation import Teacher
 from .losses import TrainingLoss
 from .training import add_adapters, computing
 
@@ -21,7 +22,7 @@ MOST_KEPT, MOST_RECOMPUTED = 4, 8
 """Texts in one forward at most, without recomputation and with it."""
 
 _ADAPTER_BYTES = 4 * 4
-"""A parameter of an adapter in float32, its gradient, and two moments of Adam."""
+"""A trained parameter in float32, its gradient, and two moments of Adam."""
 
 PARTS = ("weights", "adapters and optimiser", "activations and loss")
 
@@ -101,12 +102,13 @@ class HealingStep:
 
         def step() -> None:
             ids = torch.zeros((batch_size, self.recipe.max_length), dtype=torch.long)
+            mask, lesson = torch.ones_like(ids), None
             with computing(self.recipe, ids.device):
+                if share := TEACHER_SHARES.get(self.recipe.objective):
+                    lesson = Teacher(self._model, share).lesson(ids, mask)  # of its own kind
                 made = TrainingLoss(self._model)
-                with made.made_inside(ids, ids.numel()):
-                    outputs = self._adapted(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-                    )
+                with made.made_inside(ids, ids.numel(), lesson):
+                    outputs = self._adapted(input_ids=ids, attention_mask=mask, use_cache=False)
                 loss = made.of(outputs, ids, ids.numel())
             loss.backward()
             for parameter in self._adapted.parameters():
@@ -149,8 +151,11 @@ def plan_healing(
         return MemoryPlan(None, texts, recomputed, device_bytes)
 
     def plan(texts: int, recomputed: bool) -> MemoryPlan:
+        if not recipe.has_adapters:
+            parts = _local_parts(step, config, texts, uncut_layers or 0)
+            return MemoryPlan(sum(parts.values()), texts, False, device_bytes, parts)
         parts = step.parts(texts, recomputed)
-        if recipe.distill:
+        if recipe.has_teacher:
             layers = layers_of(config) or 1
             parts["uncut model"] = step.weights * max(layers, uncut_layers or 0) // layers
         return MemoryPlan(sum(parts.values()), texts, recomputed, device_bytes, parts)
@@ -167,6 +172,24 @@ def plan_healing(
         if plan(texts, recomputed).fits:
             return plan(texts, recomputed)
     return plan(*choices[-1])
+
+
+def _local_parts(
+    step: HealingStep, config: PretrainedConfig, texts: int, uncut_layers: int
+) -> dict[str, int]:
+    """The bytes of a reconstruction: one model at a time, and one layer that is trained.
+
+    Its activations are at most those of a step that keeps no other layer's.
+    """
+    layers = layers_of(config) or 1
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    size = 2 if step.recipe.dtype == "bfloat16" else 4
+    computed = size if stored == step.recipe.dtype else 4
+    weights = step.weights // size * computed
+    of_layer = step.weights // size // layers * _ADAPTER_BYTES
+    activations = step.parts(texts, True)[PARTS[-1]]
+    parts = weights * max(layers, uncut_layers) // layers, of_layer, activations
+    return dict(zip(("weights", "layer and optimiser", PARTS[-1]), parts, strict=True))
 
 
 _LAST: dict[tuple[str, Resolved], HealingStep | None] = {}

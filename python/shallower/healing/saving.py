@@ -88,6 +88,7 @@ def _patch_rows(done: Patch) -> list[tuple[str, str]]:
 
 
 _MERGED = "low-rank adapters were trained and merged into its weights."
+_RECONSTRUCTED = "the layer before each block was fitted to the states of its source."
 
 
 def _healing_rows(healing: Healing) -> list[tuple[str, str]]:
@@ -96,12 +97,19 @@ def _healing_rows(healing: Healing) -> list[tuple[str, str]]:
     kind = "packed" if recipe.packing else "truncated"
     rows = [
         ("trained", f"step {healing.best_step} of {recipe.steps}, {GLOBAL_BATCH} sequences each"),
+        ("objective", recipe.objective),
         ("texts", f"{healing.texts.num_texts}, {kind} to {recipe.max_length} tokens"),
         (
             "adapters",
             f"rank {recipe.rank} on {healing.adapted} linear maps of the feed-forward "
             f"{'and attention ' if recipe.attention else ''}parts, peak rate "
             f"{recipe.learning_rate:g}, base in {recipe.dtype}",
+        )
+        if recipe.has_adapters
+        else (
+            "trained weights",
+            f"{healing.adapted}, all of the layer before each block, peak rate "
+            f"{recipe.learning_rate:g}, products in {recipe.dtype}",
         ),
     ]
     if healing.before and healing.after:
@@ -211,14 +219,42 @@ def write_merged(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     healing = replace(healing, merge=merging.into(folder))
+    _finish(folder, base, _MERGED, healing)
+    return healing
+
+
+def write_reconstructed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    base: str,
+    healing: Healing,
+) -> None:
+    """Write a checkpoint whose layers were fitted locally, without the record of the healing.
+
+    Args:
+        model: the cut with its new weights.
+        tokenizer: the tokenizer of the cut.
+        folder: an empty folder, to fill.
+        base: the cut that was trained, a folder or hub id.
+        healing: the record.
+
+    Raises:
+        OutputError, OSError: a file cannot be written.
+    """
+    folder.rmdir()
+    save_model(model, tokenizer, folder)
+    _finish(folder, base, _RECONSTRUCTED, healing)
+
+
+def _finish(folder: Path, base: str, what: str, healing: Healing) -> None:
+    """Write what lies beside the weights of a healed cut."""
     _copy(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
     _carry(find_source(base).licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
-    write_file(
-        folder / CARD_FILE,
-        healed_card(Path(base).expanduser() / CARD_FILE, _MERGED, _healing_rows(healing)).encode(),
-    )
-    return healing
+    card = healed_card(Path(base).expanduser() / CARD_FILE, what, _healing_rows(healing))
+    write_file(folder / CARD_FILE, card.encode())
 
 
 def merge(
@@ -262,6 +298,8 @@ def merge(
     healing = Healing.load(adapters)
     if healing.merge is not None:
         raise ModelError(f"{adapters} is merged already: expected a folder of adapters")
+    if not healing.recipe.has_adapters:
+        raise ModelError(f"{adapters} is a whole checkpoint without adapters: nothing to merge")
     if healing.best_step == 0:
         raise ModelError(f"{adapters} is a patched cut without adapters: there is nothing to merge")
     base = str(model or _remembered_base(adapters))

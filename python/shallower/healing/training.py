@@ -37,7 +37,8 @@ from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
 from .callbacks import CheckpointCallback, StepsOnce, StopOnNonFinite, Throughput
 from .determinism import deterministic
-from .losses import Distillation, TrainingLoss
+from .distillation import Distillation, Teacher
+from .losses import TrainingLoss
 from .ranks import agree
 from .shrinking import Shrinking
 from .trainer_arguments import trainer_arguments
@@ -154,8 +155,9 @@ def train(
     *,
     folder: Path,
     held_out: Callable[[int], Loss] | None,
-    distillation: Distillation | None,
     advance: Advance,
+    distillation: Distillation | None = None,
+    teacher: Teacher | None = None,
     automatic: Collection[str] = (),
 ) -> Trained:
     """Train the adapters of a model, going on from what ``folder`` holds.
@@ -167,8 +169,9 @@ def train(
         folder: the folder of checkpoints; with several processes, one that all of them see.
         held_out: measures the held-out loss of the model as it is after so many steps; None to
             measure nothing.
-        distillation: added to the loss with the recipe's weight.
         advance: told of every step.
+        distillation: added to the loss with the recipe's weight.
+        teacher: the uncut model, if the objective compares with it.
         automatic: names of the settings that may be changed where memory is short, of
             ``batch_size`` and ``recompute``; one process does.
 
@@ -186,7 +189,7 @@ def train(
     def attempt(recipe: Resolved) -> Trained:
         return _train(
             model, samples, recipe, folder=folder, held_out=held_out, distillation=distillation,
-            report=report,
+            teacher=teacher, report=report,
         )  # fmt: skip
 
     with _quiet_trainer(), deterministic(next(model.parameters()).device):
@@ -201,6 +204,7 @@ def _train(
     folder: Path,
     held_out: Callable[[int], Loss] | None,
     distillation: Distillation | None,
+    teacher: Teacher | None,
     report: StepsOnce,
 ) -> Trained:
     """Train by these very settings."""
@@ -210,7 +214,7 @@ def _train(
     trainer = _Trainer(
         model, trainer_arguments(model, recipe, folder, measured=held_out is not None),
         OrderedDataset(samples, taken), recipe, held_out, distillation,
-        [throughput, StopOnNonFinite()],
+        [throughput, StopOnNonFinite()], teacher,
     )  # fmt: skip
     trainer.add_callback(CheckpointCallback(trainer))
     checkpoint = agree(lambda: _last_checkpoint(folder))
@@ -290,6 +294,7 @@ class _Trainer(Trainer):
         held_out: Callable[[int], Loss] | None,
         distillation: Distillation | None,
         callbacks: list[TrainerCallback],
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -302,6 +307,7 @@ class _Trainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._recipe, self._held_out, self._distillation = recipe, held_out, distillation
+        self._teacher = teacher
         with computing(recipe, arguments.device):
             self._loss = TrainingLoss(model.get_base_model())
 
@@ -315,11 +321,12 @@ class _Trainer(Trainer):
     ) -> Any:
         inputs = {**inputs, "use_cache": False}
         divisor = options["num_items_in_batch"]
-        made = self._loss.made_inside(inputs["labels"], divisor)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        lesson = None if self._teacher is None else self._teacher.lesson(ids, mask)
+        made = self._loss.made_inside(inputs["labels"], divisor, lesson)
         if self._distillation is None:
             with made:
                 return super().compute_loss(model, inputs, return_outputs, **options)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with made, self._distillation.watching():
             loss = super().compute_loss(model, inputs, False, **options)
         # As many tokens are matched as are predicted, so both have the same divisor.

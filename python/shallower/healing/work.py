@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ..cutting.memory import without_layers
-from ..errors import ModelError, OutputError, PlanError, TextsError
+from ..errors import ModelError, OutputError, TextsError
 from ..evaluation.loss import measure_loss, require_predictable
 from ..models.decoder import Decoder
 from ..models.feed_forward import feed_forward_targets
@@ -27,10 +27,11 @@ from ..values.healing import HEALING_FILE, Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.recipe import GLOBAL_BATCH, Resolved
+from ..values.recipe import GLOBAL_BATCH, TEACHER_SHARES, Resolved
 from ..values.tokens import Tokens
+from .checks import require_plan_of
+from .distillation import Distillation, Teacher
 from .job import describe_job, work_folder
-from .losses import Distillation
 from .measured import MeasuredLosses
 from .merging import trained_logits
 from .patched import PATCHED, copy_to, settle
@@ -140,7 +141,7 @@ class Work:
         """The record as far as it is known before any work, and the sequences to train on."""
         model, tokenizer = cut.load(self.recipe.dtype)
         decoder = Decoder.of(model)
-        self._require_plan_of(decoder)
+        require_plan_of(decoder, self.plan, self.path)
         if self.held_out is not None:
             require_predictable(tokenizer, self.held_out, self.recipe.max_length)
         samples = read_samples(
@@ -174,10 +175,13 @@ class Work:
         """The cut with its trained adapters, and how they were trained; no teacher stays."""
         model, tokenizer = cut.load(recipe.dtype)
         decoder = Decoder.of(model)
-        distillation = None
-        if self.uncut is not None and recipe.distill:
-            teacher, _ = self.uncut.load(recipe.dtype)
-            distillation = Distillation(model, teacher, self.plan)
+        distillation = teacher = None
+        if self.uncut is not None and recipe.has_teacher:
+            whole, _ = self.uncut.load(recipe.dtype)
+            if recipe.distill:
+                distillation = Distillation(model, whole, self.plan)
+            if share := TEACHER_SHARES.get(recipe.objective):
+                teacher = Teacher(whole, share)
         targets = feed_forward_targets(model, recipe.attention)
         adapted = add_adapters(model, targets, recipe, base=self._base(out))
 
@@ -191,20 +195,12 @@ class Work:
         with track("heal", recipe.steps, self._show_progress) as advance:
             trained = train(
                 adapted, samples, recipe, folder=folder / TRAINING,
-                held_out=loss if self.held_out else None, distillation=distillation,
-                advance=advance, automatic=self.automatic,
+                held_out=loss if self.held_out else None, advance=advance,
+                distillation=distillation, teacher=teacher, automatic=self.automatic,
             )  # fmt: skip
         if self.uncut is not None:
             self.uncut.release()
         return adapted, trained
-
-    def _require_plan_of(self, decoder: Decoder) -> None:
-        layers = len(decoder)
-        if len(self.plan.survivors) != layers:
-            raise PlanError(
-                f"the plan beside {self.path} leaves {len(self.plan.survivors)} layers, and the "
-                f"model has {layers}: it is of another cut"
-            )
 
     @property
     def _show_progress(self) -> bool | None:
@@ -240,7 +236,7 @@ class Work:
                 losses["cut"] = self._measure_unpatched()
             if self._original not in self._given():
                 losses[self._original] = self._measure_uncut()
-        if not self.recipe.distill:
+        if not self.recipe.has_teacher:
             self.uncut.release()
         return losses
 
@@ -260,7 +256,7 @@ class Work:
         if self.uncut is not None or self._original in given:
             uncut = partial(instead_of_cut, self._measure_uncut)
             healing = replace(healing, original=known.get(self._original, uncut))
-        if self.uncut is not None and not self.recipe.distill:
+        if self.uncut is not None and not self.recipe.has_teacher:
             self.uncut.release()
         return healing
 

@@ -158,6 +158,20 @@ class Layerwise:
                 f"the residual stream goes from one to the next"
             )
 
+    @torch.enable_grad()
+    def differentiable(self, batch: Batch, states: torch.Tensor, layer: int) -> torch.Tensor:
+        """Run a layer so that gradients reach its weights.
+
+        Args:
+            batch: of token ids, for positions and masks.
+            states: (B, T, D), before the layer.
+            layer: its index.
+
+        Returns:
+            (B, T, D), the states after the layer, with their graph.
+        """
+        return self._ended(batch, states, (layer,))
+
     @torch.inference_mode()
     def _reach(
         self,
@@ -166,6 +180,16 @@ class Layerwise:
         layers: Sequence[int],
         run_last: bool = True,
     ) -> torch.Tensor:
+        return self._ended(batch, states, layers, run_last)
+
+    def _ended(
+        self,
+        batch: Batch,
+        states: torch.Tensor | None,
+        layers: Sequence[int],
+        run_last: bool = True,
+    ) -> torch.Tensor:
+        """The states behind a forward that ends within its layers."""
         try:
             with self._only(layers if run_last else (), states, stop=True):
                 self._forward(self._runner, batch)

@@ -1,4 +1,4 @@
-"""The settings of a healing: the paper's table as data, and our defaults beside it."""
+"""The settings of a healing."""
 
 import math
 from collections.abc import Mapping
@@ -6,78 +6,24 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..errors import RecipeError
+from .presets import ModelFacts, find_preset, named_preset
 
 GLOBAL_BATCH = 16
 """Sequences in one step of the optimiser, over all devices."""
 
 HealingDtype = Literal["auto", "nf4", "int8", "bfloat16", "float32"]
 
+Objective = Literal["lm", "kd", "lm+kd", "reconstruct"]
 
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """A row of the paper's table, or one of ours.
+TEACHER_SHARES: Mapping[str, float] = {"kd": 1.0, "lm+kd": 0.5}
+"""The share of the divergence from the uncut model in an objective; the rest is the loss of the
+next token."""
 
-    Attributes:
-        name: the name that ``--preset`` takes.
-        max_length: tokens of a sequence at most.
-        learning_rate: peak learning rate.
-        rank: rank of the adapters.
-        model_type: the family by its config; None fits every family.
-        hidden_size: channels of the residual stream of the model that the paper healed.
-        num_layers: its decoder layers, before the cut.
-        vocab_size: its vocabulary: Llama-3-8B has the width and depth of Llama-2-7B.
-        packing: whether documents are joined into full sequences; the paper truncates each to
-            one sequence.
-    """
+STEPS, RECONSTRUCTION_STEPS = 5000, 300
+"""Those of the paper; and of XMerge (2609.02083)."""
 
-    name: str
-    max_length: int
-    learning_rate: float
-    rank: int
-    model_type: str | None = None
-    hidden_size: int | None = None
-    num_layers: int | None = None
-    vocab_size: int | None = None
-    packing: bool = False
-
-
-PAPER_PRESETS = (
-    Preset("llama-2-7b", 2048, 3e-4, 2, "llama", 4096, 32, 32_000),
-    Preset("llama-2-13b", 4096, 3e-4, 64, "llama", 5120, 40, 32_000),
-    Preset("llama-2-70b", 4096, 3e-5, 8, "llama", 8192, 80, 32_000),
-    Preset("qwen-7b", 2048, 3e-4, 64, "qwen", 4096, 32, 151_936),
-    Preset("qwen-14b", 4096, 3e-4, 64, "qwen", 5120, 40, 152_064),
-    Preset("mistral-7b", 2048, 3e-6, 4, "mistral", 4096, 32, 32_000),
-    Preset("phi-2", 2048, 2e-4, 64, "phi", 2560, 32, 51_200),
-)
-"""2403.17887, appendix A; layers are those of the uncut model."""
-
-SMALL = Preset("small", 256, 1e-3, 64, packing=True)
-GENERAL = Preset("general", 2048, 3e-4, 64, packing=True)
-"""Ours, for models that the paper did not heal: ``small`` below 2,048 channels."""
-
-SMALL_BELOW = 2048
-
-PRESETS = {preset.name: preset for preset in (*PAPER_PRESETS, SMALL, GENERAL)}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """The properties of a model that decide its preset.
-
-    Attributes:
-        model_type: the family, as the config names it.
-        hidden_size: channels of the residual stream.
-        num_layers: decoder layers before the cut.
-        positions: the longest sequence that the config admits, if it says so.
-        vocab_size: size of the vocabulary, if the config says so.
-    """
-
-    model_type: str
-    hidden_size: int
-    num_layers: int
-    positions: int | None
-    vocab_size: int | None = None
+RECONSTRUCTION_RATE = 3e-4
+"""Peak rate for all weights of a layer, ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +32,8 @@ class Recipe:
 
     Attributes:
         preset: ``auto``, which picks by family and size, or a name in ``PRESETS``.
-        steps: steps of the optimiser, of 16 sequences each; the paper takes 5,000.
+        steps: steps of the optimiser, of 16 sequences each; by default 5,000, as in the paper,
+            and 300 a block to reconstruct.
         rank: rank of the adapters; alpha is the same.
         learning_rate: peak learning rate.
         max_length: tokens of a sequence at most.
@@ -102,6 +49,11 @@ class Recipe:
             text to one sequence. By default the preset decides: the paper's truncate, as the
             paper does; ``small`` and ``general`` pack.
         attention: also train adapters on the attention layers.
+        objective: the loss that is minimised: ``lm`` of the next token, as in the paper; ``kd``
+            the divergence KL(p ‖ q) of the cut's next-token distribution q from the uncut
+            model's p, on the same texts; ``lm+kd`` the mean of both. ``reconstruct`` trains no
+            adapters: all weights of the layer before each block are fitted to the uncut model's
+            states behind it.
         distill: weight of the distillation at the cut; 0 is none.
         eval_every: steps between two measurements and checkpoints, by default an eighth of
             ``steps``.
@@ -113,7 +65,7 @@ class Recipe:
 
     preset: str = "auto"
     _: KW_ONLY
-    steps: int = 5000
+    steps: int | None = None
     rank: int | None = None
     learning_rate: float | None = None
     max_length: int | None = None
@@ -123,6 +75,7 @@ class Recipe:
     dtype: HealingDtype = "nf4"
     packing: bool | None = None
     attention: bool = False
+    objective: Objective = "lm"
     distill: float = 0.0
     eval_every: int | None = None
     seed: int = 0
@@ -158,26 +111,31 @@ class Recipe:
                     f"positions: choose a max_length (--max-length) of {facts.positions} at most"
                 )
             max_length = facts.positions
-        warmup = min(100, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
-        if warmup >= self.steps and warmup > 0:
+        local = self.objective == "reconstruct"
+        steps = self.steps or (RECONSTRUCTION_STEPS if local else STEPS)
+        warmup = min(100, steps // 10) if self.warmup_steps is None else self.warmup_steps
+        if warmup >= steps and warmup > 0:
             raise RecipeError(
-                f"a warm-up of {warmup} steps leaves nothing of {self.steps}: shorten it "
+                f"a warm-up of {warmup} steps leaves nothing of {steps}: shorten it "
                 "(warmup_steps, --warmup-steps)"
             )
+        rate = self.learning_rate or (RECONSTRUCTION_RATE if local else preset.learning_rate)
+        quantised = self.dtype in ("nf4", "int8")
         return Resolved(
             preset=preset.name,
-            steps=self.steps,
+            steps=steps,
             rank=self.rank or preset.rank,
-            learning_rate=float(self.learning_rate or preset.learning_rate),
+            learning_rate=float(rate),
             max_length=max_length,
             warmup_steps=warmup,
             dropout=float(self.dropout),
             batch_size=_batch_size(self.batch_size, processes),
-            dtype=auto if self.dtype == "auto" else self.dtype,
+            dtype=auto if self.dtype == "auto" or (local and quantised) else self.dtype,
             packing=preset.packing if self.packing is None else self.packing,
             attention=self.attention,
+            objective=self.objective,
             distill=float(self.distill),
-            eval_every=self.eval_every or max(1, self.steps // 8),
+            eval_every=self.eval_every or max(1, steps // 8),
             seed=self.seed,
             recompute=bool(self.recompute),
         )
@@ -194,9 +152,22 @@ class Recipe:
         """
         if self.distill and not original:
             raise RecipeError("distillation needs the uncut model: name it (original, --original)")
+        if self.objective not in get_args(Objective):
+            known = ", ".join(get_args(Objective))
+            raise RecipeError(f"unknown objective {self.objective!r}: expected one of {known}")
+        if self.objective != "lm" and not original:
+            raise RecipeError(
+                f"the objective {self.objective} compares with the uncut model: name it "
+                f"(original, --original)"
+            )
+        if self.objective == "reconstruct" and (self.distill or self.rank or self.attention):
+            raise RecipeError(
+                "the objective reconstruct trains all weights of a layer, and no adapters: leave "
+                "out rank, attention and distill (--rank, --attention, --distill)"
+            )
         if from_patch and not original:
             raise RecipeError("a patch needs the uncut model: name it (original, --original)")
-        _named_preset(self.preset)
+        named_preset(self.preset)
         for name in ("steps", "rank", "max_length", "batch_size", "eval_every"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -237,6 +208,7 @@ class Resolved:
     dtype: HealingDtype
     packing: bool
     attention: bool
+    objective: Objective
     distill: float
     eval_every: int
     seed: int
@@ -244,11 +216,22 @@ class Resolved:
 
     def __str__(self) -> str:
         kind = "packed" if self.packing else "truncated"
+        trained = f"rank {self.rank}" if self.has_adapters else "the layer before each block"
         return (
-            f"preset {self.preset}: rank {self.rank}, peak rate {self.learning_rate:g}, "
+            f"preset {self.preset}: {trained}, peak rate {self.learning_rate:g}, "
             f"{self.steps} steps of {GLOBAL_BATCH} sequences of {self.max_length} tokens, {kind}; "
-            f"weights in {self.dtype}"
+            f"objective {self.objective}, weights in {self.dtype}"
         )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the uncut model runs beside the cut in the training."""
+        return bool(self.distill or self.objective in TEACHER_SHARES)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether low-rank adapters are trained; else whole layers are."""
+        return self.objective != "reconstruct"
 
     def accumulation(self, processes: int = 1) -> int:
         """The number of forwards that are accumulated in one step of the optimiser.
@@ -282,65 +265,23 @@ class Resolved:
         Raises:
             TypeError: a value is of another type.
             KeyError: a value is missing.
+            ValueError: an objective is unknown.
         """
         kinds: dict[str, type[Any]] = {
             **dict.fromkeys(("learning_rate", "dropout", "distill"), float),
-            **dict.fromkeys(("preset", "dtype"), str),
+            **dict.fromkeys(("preset", "dtype", "objective"), str),
             **dict.fromkeys(("packing", "attention", "recompute"), bool),
         }
         values = {}
         for name in cls.__slots__:
             kind = kinds.get(name, int)
-            value = data[name]
+            value = data.get(name, "lm") if name == "objective" else data[name]  # older records
             if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
                 raise TypeError(f"expected {name} to be {kind.__name__}, got {value!r}")
             values[name] = value
+        if values["objective"] not in get_args(Objective):
+            raise ValueError(f"unknown objective {values['objective']!r}")
         return cls(**values)
-
-
-def find_preset(name: str, facts: ModelFacts) -> Preset:
-    """Find a preset by its name.
-
-    Args:
-        name: ``auto``, for the paper's row if the paper healed this very model, else ours by
-            its width; or a name in ``PRESETS``, in any case, with spaces, dashes or
-            underscores.
-        facts: the properties of the model.
-
-    Returns:
-        The preset.
-
-    Raises:
-        RecipeError: there is none of this name, or it is for another family.
-    """
-    preset = _named_preset(name)
-    if preset is None:
-        return _automatic(facts)
-    if preset.model_type not in (None, facts.model_type):
-        raise RecipeError(
-            f"the preset {preset.name} is for {preset.model_type}, and the model is of the family "
-            f"{facts.model_type}: choose auto, or {SMALL.name} or {GENERAL.name}"
-        )
-    return preset
-
-
-def _named_preset(name: str) -> Preset | None:
-    """The preset of a name; None for ``auto``."""
-    if name == "auto":
-        return None
-    preset = PRESETS.get("-".join(name.lower().replace("_", "-").split()))
-    if preset is None:
-        raise RecipeError(f"unknown preset {name!r}: expected auto, {', '.join(PRESETS)}")
-    return preset
-
-
-def _automatic(facts: ModelFacts) -> Preset:
-    model = facts.model_type, facts.hidden_size, facts.num_layers, facts.vocab_size
-    for preset in PAPER_PRESETS:
-        healed = preset.model_type, preset.hidden_size, preset.num_layers, preset.vocab_size
-        if healed == model:
-            return preset
-    return SMALL if facts.hidden_size < SMALL_BELOW else GENERAL
 
 
 def _batch_size(wanted: int | None, processes: int) -> int:

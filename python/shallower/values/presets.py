@@ -1,0 +1,127 @@
+"""The paper's table of healings as data, and our presets beside it."""
+
+from dataclasses import dataclass
+
+from ..errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A row of the paper's table, or one of ours.
+
+    Attributes:
+        name: the name that ``--preset`` takes.
+        max_length: tokens of a sequence at most.
+        learning_rate: peak learning rate.
+        rank: rank of the adapters.
+        model_type: the family by its config; None fits every family.
+        hidden_size: channels of the residual stream of the model that the paper healed.
+        num_layers: its decoder layers, before the cut.
+        vocab_size: its vocabulary: Llama-3-8B has the width and depth of Llama-2-7B.
+        packing: whether documents are joined into full sequences; the paper truncates each to
+            one sequence.
+    """
+
+    name: str
+    max_length: int
+    learning_rate: float
+    rank: int
+    model_type: str | None = None
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    vocab_size: int | None = None
+    packing: bool = False
+
+
+PAPER_PRESETS = (
+    Preset("llama-2-7b", 2048, 3e-4, 2, "llama", 4096, 32, 32_000),
+    Preset("llama-2-13b", 4096, 3e-4, 64, "llama", 5120, 40, 32_000),
+    Preset("llama-2-70b", 4096, 3e-5, 8, "llama", 8192, 80, 32_000),
+    Preset("qwen-7b", 2048, 3e-4, 64, "qwen", 4096, 32, 151_936),
+    Preset("qwen-14b", 4096, 3e-4, 64, "qwen", 5120, 40, 152_064),
+    Preset("mistral-7b", 2048, 3e-6, 4, "mistral", 4096, 32, 32_000),
+    Preset("phi-2", 2048, 2e-4, 64, "phi", 2560, 32, 51_200),
+)
+"""2403.17887, appendix A; layers are those of the uncut model."""
+
+SMALL = Preset("small", 256, 1e-3, 64, packing=True)
+GENERAL = Preset("general", 2048, 3e-4, 64, packing=True)
+"""Ours, for models that the paper did not heal: ``small`` below 2,048 channels."""
+
+SMALL_BELOW = 2048
+
+PRESETS = {preset.name: preset for preset in (*PAPER_PRESETS, SMALL, GENERAL)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The properties of a model that decide its preset.
+
+    Attributes:
+        model_type: the family, as the config names it.
+        hidden_size: channels of the residual stream.
+        num_layers: decoder layers before the cut.
+        positions: the longest sequence that the config admits, if it says so.
+        vocab_size: size of the vocabulary, if the config says so.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    positions: int | None
+    vocab_size: int | None = None
+
+
+def find_preset(name: str, facts: ModelFacts) -> Preset:
+    """Find a preset by its name.
+
+    Args:
+        name: ``auto``, for the paper's row if the paper healed this very model, else ours by
+            its width; or a name in ``PRESETS``, in any case, with spaces, dashes or
+            underscores.
+        facts: the properties of the model.
+
+    Returns:
+        The preset.
+
+    Raises:
+        RecipeError: there is none of this name, or it is for another family.
+    """
+    preset = named_preset(name)
+    if preset is None:
+        return _automatic(facts)
+    if preset.model_type not in (None, facts.model_type):
+        raise RecipeError(
+            f"the preset {preset.name} is for {preset.model_type}, and the model is of the family "
+            f"{facts.model_type}: choose auto, or {SMALL.name} or {GENERAL.name}"
+        )
+    return preset
+
+
+def named_preset(name: str) -> Preset | None:
+    """Find a preset by its name alone.
+
+    Args:
+        name: ``auto``, or a name in ``PRESETS``.
+
+    Returns:
+        The preset; None for ``auto``.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    if name == "auto":
+        return None
+    preset = PRESETS.get("-".join(name.lower().replace("_", "-").split()))
+    if preset is None:
+        raise RecipeError(f"unknown preset {name!r}: expected auto, {', '.join(PRESETS)}")
+    return preset
+
+
+def _automatic(facts: ModelFacts) -> Preset:
+    model = facts.model_type, facts.hidden_size, facts.num_layers, facts.vocab_size
+    for preset in PAPER_PRESETS:
+        healed = preset.model_type, preset.hidden_size, preset.num_layers, preset.vocab_size
+        if healed == model:
+            return preset
+    return SMALL if facts.hidden_size < SMALL_BELOW else GENERAL

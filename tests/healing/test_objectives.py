@@ -1,0 +1,203 @@
+"""The objectives that compare with the uncut model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import shallower as sh
+from shallower.healing.distillation import Teacher
+from shallower.healing.losses import Lesson, TrainingLoss, summed_loss
+from shallower.models.decoder import Decoder
+from shallower.models.head import Head
+from tests.conftest import tiny_llama
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS
+
+KD = replace(QUICK, objective="kd", dropout=0.0, steps=4)
+
+
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def expected_losses(student, teacher, labels, share):
+    """The summed loss and its gradient to the student's logits, in float64."""
+    log_q, log_p = (log_softmax(np.asarray(z.double())) for z in (student, teacher))
+    p, q = np.exp(log_p), np.exp(log_q)
+    total, gradient = 0.0, np.zeros_like(q)
+    for text, position in np.argwhere(labels[:, 1:] >= 0):
+        token = labels[text, position + 1]
+        here = text, position
+        divergence = (p[here] * (log_p[here] - log_q[here])).sum()
+        total += share * divergence - (1 - share) * log_q[here][token]
+        gradient[here] = q[here] - share * p[here]
+        gradient[here][token] -= 1 - share
+    return total, gradient
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_divergence_and_its_gradient_are_those_of_numpy(dtype, share):
+    generator = torch.Generator().manual_seed(0)
+    student = (4 * torch.randn(3, 70, 50, generator=generator)).to(dtype).requires_grad_()
+    teacher = (4 * torch.randn(3, 70, 50, generator=generator)).to(dtype)
+    labels = torch.randint(0, 50, (3, 70), generator=generator)
+    labels[1, 40:] = labels[:, 0] = -100
+    given = teacher.clone()
+    lesson = Lesson(lambda tokens: teacher.flatten(0, 1)[tokens], share)
+    loss = summed_loss(student, labels, lesson)
+    (0.25 * loss).backward()
+    total, gradient = expected_losses(student.detach(), teacher, labels.numpy(), share)
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    found = student.grad.double().numpy()
+    assert np.abs(found - 0.25 * gradient).max() <= tolerance * np.abs(gradient).max()
+    assert torch.equal(teacher, given)
+    assert not student.grad[1, 39:].any()
+
+
+def test_a_teacher_that_agrees_teaches_nothing():
+    logits = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    labels = torch.ones(2, 9, dtype=torch.long)
+    lesson = Lesson(lambda tokens: logits.detach().flatten(0, 1)[tokens], 1.0)
+    loss = summed_loss(logits, labels, lesson)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.abs().max() < 1e-7
+
+
+def test_what_a_teacher_excludes_is_no_divergence():
+    """A logit of -inf is a probability of 0, which adds nothing."""
+    student = torch.zeros(1, 2, 3, requires_grad=True)
+    teacher = torch.tensor([[0.0, 0.0, -torch.inf]])
+    lesson = Lesson(lambda _: teacher.expand(2, 3), 1.0)
+    loss = summed_loss(student, torch.tensor([[0, 1]]), lesson)
+    loss.backward()
+    assert loss.item() == pytest.approx(np.log(3 / 2), rel=1e-6)
+    assert student.grad[0, 0].tolist() == pytest.approx([-1 / 6, -1 / 6, 1 / 3], rel=1e-5)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("whole_teacher", [True, False])
+def test_the_loss_inside_the_forward_is_that_of_all_logits(by_rows, whole_teacher):
+    student, teacher = tiny_llama(3, seed=1), tiny_llama(5, seed=2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 90, (3, 21), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    labels = ids.where(mask.bool(), -100)
+    for name, weight in student.named_parameters():
+        weight.requires_grad_("layers" in name)
+    teaching = Teacher(teacher, 0.5)
+    if whole_teacher:
+        teaching._head = teaching._head.whole()
+    loss_of = TrainingLoss(student)
+    if not by_rows:
+        loss_of._head = Head.of(Decoder.of(student)).whole()
+    with loss_of.made_inside(labels, 50, teaching.lesson(ids, mask)):
+        outputs = student(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert set(outputs) == {"loss"}
+    TrainingLoss.of(outputs, labels, 50).backward()
+    weight = student.model.layers[0].mlp.down_proj.weight
+    found = weight.grad.clone()
+    weight.grad = None
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, attention_mask=mask).logits
+    logits = student(input_ids=ids, attention_mask=mask).logits
+    total, gradient = expected_losses(logits.detach(), wanted, labels.numpy(), 0.5)
+    assert outputs["loss"].item() == pytest.approx(total / 50, rel=1e-5)
+    logits.backward(torch.from_numpy(gradient / 50).float())
+    assert (found - weight.grad).abs().max() < 1e-5 * weight.grad.abs().max()
+
+
+def divergence(model, teacher, tokenizer):
+    ids = tokenizer(" ".join(HELD_OUT), return_tensors="pt")["input_ids"][:, :64]
+    with torch.inference_mode():
+        log_q, log_p = (torch.log_softmax(m(ids).logits.double(), -1) for m in (model, teacher))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("objective", ["kd", "lm+kd"])
+def test_the_cut_comes_closer_to_the_uncut_model(patchable, tmp_path, objective):
+    whole, cut = patchable
+    recipe = replace(KD, objective=objective, steps=8)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, original=whole, merge=True)
+    assert record.recipe.objective == objective
+    assert sh.Healing.load(tmp_path / "out") == record
+    assert f"| objective | {objective} |" in (tmp_path / "out" / "README.md").read_text()
+    teacher, tokenizer = sh.load_model(whole, dtype="float32")
+    before, after = (
+        divergence(sh.load_model(path, dtype="float32")[0], teacher, tokenizer)
+        for path in (cut, tmp_path / "out")
+    )
+    assert after < 0.95 * before
+
+
+def test_the_first_loss_is_the_divergence(both, tmp_path):
+    """At the start the student is the cut; both are measured by all of their logits."""
+    from shallower.texts.sequences import collate, order, read_samples
+
+    whole, cut = both
+    recipe = replace(KD, steps=1, warmup_steps=0, packing=True)
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, original=whole)
+    (teacher, tokenizer), (student, _) = (sh.load_model(p, dtype="float32") for p in (whole, cut))
+    samples = read_samples(tokenizer, TEXTS, max_length=16, packing=True, num_samples=16)
+    batch = dict(collate(samples.rows[index] for index in order(len(samples), 16, 0)))
+    ids = torch.from_numpy(batch["input_ids"])
+    with torch.inference_mode():
+        q, p = (model(input_ids=ids).logits for model in (student, teacher))
+    total, _ = expected_losses(q, p, batch["labels"], 1.0)
+    assert record.steps[0].loss == pytest.approx(total / (16 * 15), rel=1e-5)
+
+
+def test_the_forward_may_be_of_any_size(both, tmp_path):
+    whole, cut = both
+    results = []
+    for size in (1, 4, 16):
+        recipe, out = replace(KD, batch_size=size, packing=False), tmp_path / str(size)
+        record = sh.heal(cut, TEXTS, out, recipe=recipe, original=whole)
+        results.append((load_file(out / "adapter_model.safetensors"), record))
+    first, record = results[0]
+    for weights, other in results[1:]:
+        assert [s.loss for s in other.steps] == pytest.approx([s.loss for s in record.steps], 1e-4)
+        for name, value in weights.items():
+            assert np.abs(value - first[name]).max() < 2e-4 * max(1, np.abs(value).max())
+
+
+def test_the_objective_may_have_the_distillation_beside_it(both, tmp_path):
+    whole, cut = both
+    adapters = []
+    for weight in (0.0, 1.0):
+        out = tmp_path / str(weight)
+        recipe = replace(KD, steps=2, distill=weight)
+        record = sh.heal(cut, TEXTS, out, recipe=recipe, original=whole)
+        adapters.append((load_file(out / "adapter_model.safetensors"), record.steps[0].loss))
+    (alone, loss), (both_of_them, sum_of_both) = adapters
+    assert sum_of_both > loss
+    assert any((alone[name] != both_of_them[name]).any() for name in alone)
+
+
+@pytest.mark.parametrize("objective", ["kd", "lm+kd"])
+def test_without_the_uncut_model_it_is_refused(cut, tmp_path, objective):
+    with pytest.raises(sh.RecipeError, match=rf"{objective[:2]}.* uncut model.*--original"):
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(KD, objective=objective))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("objective", ["KD", "", None, 1, ["kd"]])
+def test_an_unknown_objective_is_refused(objective):
+    with pytest.raises(sh.RecipeError, match=r"unknown objective .*: expected one of lm, kd"):
+        replace(KD, objective=objective).check()
+
+
+def test_records_of_earlier_versions_are_of_the_next_token(healed):
+    _, record = healed
+    data = record.to_json()
+    assert data["recipe"].pop("objective") == "lm"
+    assert sh.Healing._from_json(data) == record
+    data["recipe"]["objective"] = "guess"
+    with pytest.raises(ValueError, match="objective"):
+        sh.Healing._from_json(data)
