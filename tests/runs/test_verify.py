@@ -60,7 +60,7 @@ def test_several_sizes_are_verified_as_each_by_itself(model, words, counted):
         assert one.layer_forwards > 0
 
 
-def test_half_of_the_texts_choose_of_those_that_are_read(model, words):
+def test_as_many_as_half_fit_of_the_texts_that_are_read(model, words):
     found = sh.verify(model, words, iter(TEXTS), n=1, after="none", max_texts=20)
     assert found[1].num_items == 10
 

@@ -48,7 +48,8 @@ VerifiedModel = Annotated[
 VerifyTexts = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXTS", help="Texts for --verify, as for scan: half of them fit, half choose."
+        metavar="TEXTS",
+        help="Texts for --verify, as for scan: up to 32 of them fit, the others choose.",
     ),
 ]
 After = Annotated[

@@ -1,7 +1,7 @@
 """Three sets of texts: those that fit, those that choose, and those that report."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -9,6 +9,9 @@ from ..errors import TextsError
 
 NUM_CHOOSING = 16
 """Texts that choose, by default."""
+
+NUM_FITTING = 32
+"""Texts that fit, by default, where the others do nothing but choose."""
 
 FEWEST_FITTING = 8
 FEWEST_CHOOSING = 4
@@ -79,19 +82,22 @@ def three_splits(
             f"too few texts to report: {_count(len(reporting), 'different text')}, expected at "
             f"least {FEWEST_REPORTING}; name a file of more held-out texts (--eval-texts)"
         )
-    return _divided(texts, report, num_choosing=num_choosing, seed=seed)
+    return _divided(
+        texts, report, num_choosing=lambda total: min(num_choosing, total // 3), seed=seed
+    )
 
 
 def fit_and_choose(
-    texts: Iterable[str], *, num_choosing: int = NUM_CHOOSING, seed: int = 0
+    texts: Iterable[str], *, num_fitting: int = NUM_FITTING, seed: int = 0
 ) -> Splits:
     """Divide texts into those that fit and those that choose, where none reports.
 
-    They are divided as by :func:`three_splits`, but as many as a half may choose.
+    All choose but a few, which fit and lie evenly among them: who only chooses needs more texts
+    to choose than to fit.
 
     Args:
         texts: calibration texts.
-        num_choosing: texts that choose at most.
+        num_fitting: texts that fit, if that is not more than half of them.
         seed: of the order of those that choose.
 
     Returns:
@@ -102,20 +108,23 @@ def fit_and_choose(
 
     Example:
         >>> from shallower.judgement.splits import fit_and_choose
-        >>> splits = fit_and_choose([f"text {i}" for i in range(40)])
+        >>> splits = fit_and_choose([f"text {i}" for i in range(100)])
         >>> len(splits.fit), len(splits.choose), splits.report
-        (24, 16, [])
+        (32, 68, [])
     """
-    texts = _listed(texts)
-    if num_choosing < FEWEST_CHOOSING:
-        raise TextsError(f"at least {FEWEST_CHOOSING} texts must choose, got {num_choosing}")
-    return _divided(texts, [], num_choosing=num_choosing, seed=seed, share=2)
+    if num_fitting < FEWEST_FITTING:
+        raise TextsError(f"at least {FEWEST_FITTING} texts must fit, got {num_fitting}")
+    return _divided(
+        _listed(texts), [],
+        num_choosing=lambda total: total - max(FEWEST_FITTING, min(num_fitting, -(-total // 2))),
+        seed=seed,
+    )  # fmt: skip
 
 
 def _divided(
-    texts: list[str], report: list[str], *, num_choosing: int, seed: int, share: int = 3
+    texts: list[str], report: list[str], *, num_choosing: Callable[[int], int], seed: int
 ) -> Splits:
-    """Divide those texts that do not report, one of ``share`` at most to choose."""
+    """Divide those texts that do not report; of so many different ones how many choose."""
     reporting = {text.strip() for text in report}
     different = {text.strip(): text for text in reversed(texts)}
     own = [text for key, text in reversed(different.items()) if key not in reporting]
@@ -129,7 +138,7 @@ def _divided(
             f"least {FEWEST_FITTING} and {FEWEST_CHOOSING}; name more calibration texts, "
             f"other than those that report (--texts, --max-texts)"
         )
-    size = min(num_choosing, len(own) // share, len(own) - FEWEST_FITTING)
+    size = num_choosing(len(own))
     chosen = [len(own) * (2 * i + 1) // (2 * size) for i in range(size)]
     choosing = set(chosen)
     fit = [text for index, text in enumerate(own) if index not in choosing]

@@ -24,6 +24,9 @@ from .work import Work
 FIRST_ITEMS = 4
 """Items on which the search for neighbours judges, at least."""
 
+STAGES = (FIRST_ITEMS, 16)
+"""Items after which a race of patched cuts is thinned out."""
+
 SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
 """Share of the layers of an exhaustive search, beyond which no step of the search begins."""
 
@@ -95,8 +98,12 @@ class Tournament:
     @property
     def _first_looks(self) -> int:
         """Looks of at least ``FIRST_ITEMS`` items."""
+        return self._looks_of(FIRST_ITEMS)
+
+    def _looks_of(self, num_items: int) -> int:
+        """The fewest looks that have so many items, or all looks."""
         ends = np.cumsum([len(items) for items in self.trials.judge.items])
-        return min(int(np.searchsorted(ends, FIRST_ITEMS)) + 1, len(ends))
+        return min(int(np.searchsorted(ends, num_items)) + 1, len(ends))
 
     def _propose(self) -> None:
         n = self.n
@@ -179,7 +186,7 @@ class Tournament:
         racing = list(field[: 2 * self.top])
         if self.after == "patch":
             by, racing = self.patched, list(dict.fromkeys([*racing, *self._firsts()]))
-            looks = sorted({looks[0], looks[min(1, len(looks) - 1)], looks[-1]})
+            looks = sorted({self._looks_of(items) for items in STAGES} | {looks[-1]})
         scores: dict[Cut, Scores] = {}
         for number, look in enumerate(looks):
             if number:

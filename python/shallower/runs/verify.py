@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from ..judgement.splits import Splits
 
-MAX_TEXTS = 96
-"""Calibration texts by default: half of them fit, half choose."""
+MAX_TEXTS = 128
+"""Calibration texts by default: 32 that fit, and 96 that choose."""
 
 JUDGES = ("loss", "kl")
 
@@ -102,7 +102,7 @@ class VerificationJob:
         if isinstance(self.texts, str | bytes) or not isinstance(self.texts, Iterable):
             raise TextsError("texts must be an iterable of strings")
         texts = islice(self.texts, self.max_texts)
-        return fit_and_choose(texts, num_choosing=self.max_texts, seed=self.seed)
+        return fit_and_choose(texts, seed=self.seed)
 
     def run(self) -> dict[int, Verified]:
         """Verify, or give what the cache has.
@@ -177,8 +177,8 @@ def verify(
         model: a causal language model of transformers; or the source or the place that it is
             loaded from.
         tokenizer: the tokenizer of a model in memory.
-        texts: calibration texts. Half of them fit patches, and criteria look at them; the other
-            half chooses.
+        texts: calibration texts. Up to 32 of them, and no more than half, fit patches, and
+            criteria look at them; the others choose.
         n: how many layers are to go; or several such numbers.
         top: the best so many blocks of each criterion are proposals.
         after: when the judge looks: ``none``, at proposals as they are cut; ``patch``, after a
