@@ -1,4 +1,4 @@
-"""The operators that `patches.py` compares, against their formulas; both scripts in miniature."""
+"""The operators that `patches.py` compares, against their formulas; scripts in miniature."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import iterate
+import objectives
 import patches
 import shallower as sh
 from patches import judged, linear
@@ -103,3 +104,20 @@ def test_iterate_in_miniature(monkeypatch, folder):
     ]  # fmt: skip
     assert all(len(row["dropped"]) == 3 for row in rows)
     assert all(row["loss"] < row["cut"] for row in rows if row["patch"] != "quick")
+
+
+def test_objectives_in_miniature(monkeypatch, folder):
+    names = ["lm", "lm+kd", "reconstruct", "reconstruct+lm"]
+    rows = run(
+        monkeypatch, objectives, folder, "--drop", "3:5", "--tokens", 4000, "--steps", 4,
+        "--local-steps", 4, "--max-length", 16, "--rank", 4, "--held-out", 24, "--recipes",
+        ",".join(names), "--work", folder / "objectives",
+    )  # fmt: skip
+    assert [row["recipe"] for row in rows] == names
+    assert [len(row["steps"]) for row in rows] == [1, 1, 1, 2]
+    assert (rows[0]["steps"], rows[2]["steps"]) == ([4], [4])
+    patched = json.loads((folder / "rows.json").read_text())["patched"]
+    for row in rows:
+        for kind in ("choose", "report"):
+            less = row[kind]["loss"] - patched[kind]["loss"]
+            assert abs(row[kind]["less"]["mean"] - less) < 1e-9

@@ -1,0 +1,194 @@
+"""Objectives and settings of a healing, from the patch of one cut, at equal wall time.
+
+    python benches/objectives.py [--drop 12:20] [--steps 60] [--recipes NAME,...] [--held-out 64]
+        [--texts c4.jsonl] [--eval-texts c4_eval.jsonl] [--work FOLDER] [--json FILE]
+
+On SmolLM2-135M in bfloat16. The patch is made once, and kept in `--work`. The first recipe trains
+for `--steps` steps of 16 sequences; every other for as many as its speed allows in the same time,
+told by two steps before; `reconstruct` for its own 300, and with `+lm` for what is left of the time
+by the next token. Losses are of the merged checkpoints, on two sets that no recipe was trained on:
+the last `--held-out` of the texts, to choose a recipe by, and `--eval-texts`, to report alone;
+differences to the patch are paired by text.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import shallower as sh
+from patches import judged, read_texts
+from shallower.judgement.judges.judge import judged_batches
+from shallower.judgement.judges.loss import LossJudge
+from shallower.models.decoder import Decoder
+from shallower.models.layerwise import Layerwise
+from shallower.runs import demo
+from shallower.values.recipe import GLOBAL_BATCH
+from shallower.values.tokens import Tokens
+
+RECIPES = {
+    "lm": {},
+    "kd": {"objective": "kd"},
+    "lm+kd": {"objective": "lm+kd"},
+    "reconstruct": {"objective": "reconstruct"},
+    "reconstruct+lm": {"objective": "reconstruct"},
+    "lm rate 2e-3": {"learning_rate": 2e-3},
+    "lm rate 4e-3": {"learning_rate": 4e-3},
+    "lm+kd rate 4e-3": {"objective": "lm+kd", "learning_rate": 4e-3},
+    "lm attention": {"attention": True},
+    "lm attention rate 2e-3": {"attention": True, "learning_rate": 2e-3},
+    "lm rank 128": {"rank": 128},
+    "lm no dropout": {"dropout": 0.0},
+}
+"""What differs from our recipe for small models."""
+
+
+@dataclass
+class Bench:
+    """A patched cut on disk, the texts that train, and the judges by what they are for."""
+
+    options: argparse.Namespace
+
+    def __post_init__(self):
+        options, self.work = self.options, self.options.work
+        texts = read_texts(options.texts)
+        self.texts, held_out = texts[: -options.held_out], texts[-options.held_out :]
+        self.recipe = sh.Recipe(
+            steps=options.steps, dtype=options.dtype, max_length=options.max_length,
+            learning_rate=options.learning_rate, rank=options.rank,
+        )  # fmt: skip
+        self.whole, self.patched = self.work / "whole", self.work / "patched"
+        tokenizer = self._patch()
+        reports = read_texts(options.eval_texts, options.items)
+        tokens = Tokens(options.max_length or 256, 8)
+        self.judges = {
+            name: LossJudge(judged_batches(tokenizer, some, tokens))
+            for name, some in (("choose", held_out), ("report", reports))
+        }
+        self.scores = self.judged(self.patched)
+
+    def _patch(self):
+        """Save the whole model and the patched cut, unless an earlier run did."""
+        options = self.options
+        place = options.model or demo.model_path()
+        model, tokenizer = sh.load_model(place, dtype=options.dtype)
+        if not self.patched.exists():
+            sh.save_model(model, tokenizer, self.whole, overwrite=True)
+            start, stop = map(int, options.drop.split(":"))
+            done = sh.patch(
+                model, tokenizer, [range(start, stop)], texts=self.texts, num_tokens=options.tokens
+            )
+            sh.save_patched(model, tokenizer, self.patched, done=done)
+        return tokenizer
+
+    def judged(self, place):
+        """The scores of a checkpoint, by what the texts are for."""
+        model, _ = sh.load_model(place, dtype=self.options.dtype)
+        layerwise = Layerwise(Decoder.of(model))
+        return {name: judged(layerwise, judge) for name, judge in self.judges.items()}
+
+    def heal(self, recipe, *, cut=None, name="healed"):
+        """The record of a healing, its seconds of training, and its place."""
+        out = self.work / name
+        for leftover in (out, self.work / f".{name}.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        recipe = replace(recipe, eval_every=max(1, recipe.steps or 1))
+        begun = time.perf_counter()
+        record = sh.heal(
+            cut or self.patched, self.texts, out, recipe=recipe, merge=True,
+            original=self.whole if recipe.objective != "lm" else None, progress=False,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begun
+        if record.tokens_per_second:
+            tokens = record.recipe.steps * GLOBAL_BATCH * record.recipe.max_length
+            seconds = tokens / record.tokens_per_second
+        return record, seconds, out
+
+    def row(self, name, seconds):
+        """What a recipe is worth in so many seconds; None for the first, which sets them."""
+        changes = RECIPES[name]
+        recipe = replace(self.recipe, **changes)
+        if recipe.objective == "reconstruct":
+            recipe = replace(recipe, steps=self.options.local_steps, learning_rate=None, rank=None)
+        elif seconds is not None:
+            recipe = replace(recipe, steps=self._steps_in(recipe, seconds))
+        record, took, out = self.heal(recipe)
+        steps = [len(record.steps)]
+        if name.endswith("+lm"):
+            rest = replace(self.recipe, steps=self._steps_in(self.recipe, seconds - took))
+            record, more, out = self.heal(rest, cut=out, name="healed again")
+            took, steps = took + more, [*steps, len(record.steps)]
+        row = {"recipe": name, "changes": changes, "steps": steps, "seconds": took}
+        for kind, scores in self.judged(out).items():
+            less = scores.minus(self.scores[kind])
+            row[kind] = {"loss": scores.mean, "stderr": scores.stderr, "less": less.to_json()}
+        return row
+
+    def _steps_in(self, recipe, seconds):
+        """The steps that take so many seconds."""
+        _, took, _ = self.heal(replace(recipe, steps=2), name="probe")
+        return max(2, round(2 * seconds / took))
+
+
+def line(row):
+    told = [
+        f"{kind} {row[kind]['loss']:.4f} ({row[kind]['less']['mean']:+.4f} ± "
+        f"{row[kind]['less']['stderr']:.4f})"
+        for kind in ("choose", "report")
+    ]
+    steps = " + ".join(map(str, row["steps"]))
+    return f"{row['recipe']:<24} {steps:>9} steps {row['seconds']:6.0f} s  {'  '.join(told)}"
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    data = Path(os.environ.get("SHALLOWER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    parser.add_argument("--model", help="another model than SmolLM2-135M")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--texts", type=Path, default=data / "text" / "c4.jsonl")
+    parser.add_argument("--eval-texts", type=Path, default=data / "text" / "c4_eval.jsonl")
+    parser.add_argument("--drop", default="12:20")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--local-steps", type=int, default=300)
+    parser.add_argument("--max-length", type=int)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--tokens", type=int, default=131_072, help="of the patch")
+    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--items", type=int, help="the first so many texts report; all by default")
+    parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
+    parser.add_argument("--work", type=Path, default=Path("target") / "objectives")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, as found")
+    options = parser.parse_args()
+    if unknown := set(options.recipes) - set(RECIPES):
+        sys.exit(f"--recipes: no {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    if options.recipes[0].startswith("reconstruct"):
+        sys.exit("--recipes: the first sets the time, and cannot be reconstruct")
+    return options
+
+
+def main():
+    options = parse()
+    options.work.mkdir(parents=True, exist_ok=True)
+    bench, rows, seconds = Bench(options), [], None
+    for name in options.recipes:
+        row = bench.row(name, seconds)
+        seconds = row["seconds"] if seconds is None else seconds
+        rows.append(row)
+        print(line(row), flush=True, file=sys.stderr)
+        if options.json:
+            command = " ".join(["python", "benches/objectives.py", *sys.argv[1:]])
+            patched = {
+                kind: {"loss": scores.mean, "stderr": scores.stderr}
+                for kind, scores in bench.scores.items()
+            }
+            record = {"command": command, "dtype": options.dtype, "patched": patched, "rows": rows}
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
