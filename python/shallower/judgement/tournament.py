@@ -191,7 +191,7 @@ class Tournament:
         for number, look in enumerate(looks):
             if number:
                 last = looks[number - 1]
-                racing = self._left(racing, last, self._affordable(last), by)
+                racing = self._left(racing, last, self._affordable(last, look), by)
             racing = self._best(racing, look, by)
             scores |= {cut: by.scores(cut, look) for cut in racing}
         if not scores:
@@ -202,11 +202,14 @@ class Tournament:
             )
         return scores
 
-    def _affordable(self, look: int) -> int:
-        """How many cuts can be judged behind a look within the bound of work, two at least."""
-        items = sum(map(len, self.trials.judge.items[look:]))
-        rest = MOST * self.exhaustive - self.work.layer_forwards
-        return max(2, int(rest // ((self.subject.num_layers - self.n) * max(1, items))))
+    def _affordable(self, last: int, look: int) -> int:
+        """How many cuts can be judged from one look to another within the bound of work, so that
+        two of them can go on to the end; two at least.
+        """
+        sizes = [len(items) for items in self.trials.judge.items]
+        layers = self.subject.num_layers - self.n
+        rest = MOST * self.exhaustive - self.work.layer_forwards - 2 * layers * sum(sizes[look:])
+        return max(2, int(rest // (layers * sum(sizes[last:look]))))
 
     def _firsts(self) -> list[Cut]:
         """The first proposal of every criterion, and of whoever else named some."""
