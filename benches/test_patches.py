@@ -106,3 +106,20 @@ def test_iterate_in_miniature(monkeypatch, folder):
     found = {row["name"]: row for row in rows if row["patch"] == "quick"}
     less = found["by 1"]["loss"] - found["once"]["loss"]
     assert abs(found["by 1"]["difference"]["mean"] - less) < 1e-9
+
+
+def test_objectives_in_miniature(monkeypatch, folder):
+    names = ["lm", "lm+kd", "reconstruct", "reconstruct+lm"]
+    rows = run(
+        monkeypatch, objectives, folder, "--drop", "3:5", "--tokens", 4000, "--steps", 4,
+        "--local-steps", 4, "--max-length", 16, "--rank", 4, "--held-out", 24, "--recipes",
+        ",".join(names), "--work", folder / "objectives",
+    )  # fmt: skip
+    assert [row["recipe"] for row in rows] == names
+    assert [len(row["steps"]) for row in rows] == [1, 1, 1, 2]
+    assert (rows[0]["steps"], rows[2]["steps"]) == ([4], [4])
+    patched = json.loads((folder / "rows.json").read_text())["patched"]
+    for row in rows:
+        for kind in ("choose", "report"):
+            less = row[kind]["loss"] - patched[kind]["loss"]
+            assert abs(row[kind]["less"]["mean"] - less) < 1e-9
