@@ -23,7 +23,7 @@ COMMANDS = {
     "scan samples": "scan {tiny} --texts {texts} --out {out} --keep-samples --positions last:2",
     "scan states": "scan {tiny} --texts {texts} --out {out} --keep-states {out}.safetensors",
     "analyse": "analyse {states} --out {out} --cka-batch 8",
-    "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 2,1 --out {out}",
+    "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 2 --top 2 --out {out}",
     "patch": "patch {tiny} --texts {many} --drop 2:4 --eval-texts {held_out} --out {out} "
     "--dtype float32 --method magnitude",
     "prune": "prune {tiny} --drop 2:4 --dtype bfloat16 --verify --out {out}",

@@ -60,7 +60,7 @@ EARLY = [
     (HEAL + "{texts} --eval-texts none.txt", "no text file none.txt"),
     (HEAL + "{texts} --dropout 2", "dropout"),
     ("merge taken --out healed", "healed exists already"),
-    ("demo --n 0", "cannot read '0'"),
+    ("demo --n 0", "n = 0: expected at least 1"),
     ("demo --texts none.txt", "no text file none.txt"),
     ("demo --out taken", "taken/results.json exists already"),
     ("plan none --n 2", "no scan file none"),

@@ -10,6 +10,7 @@ from shallower.cutting.cards import adapters_card, healed_card
 from shallower.cutting.source import Source, find_source
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, texts_of
+from tests.documents import documents
 
 DROPPED = [1, 3, 4]
 
@@ -144,13 +145,15 @@ def test_a_card_says_what_the_plan_knows(llama, words):
     assert "| why | deepest: " in texts_of(deepest)["README.md"]
 
 
+@pytest.mark.filterwarnings("default:the cut is not patched")
 def test_a_run_writes_the_losses_that_it_measured(source, words, tmp_path):
     model, tokenizer = sh.load_model(source, dtype="float32")
-    texts = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
-    done = sh.run(model, tokenizer, texts, eval_texts=texts, out=tmp_path / "out", sizes=[1, 2])
+    done = sh.run(
+        model, tokenizer, documents(24), eval_texts=documents(8, seed=1), out=tmp_path / "out", n=1,
+        top=2,
+    )  # fmt: skip
     card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
-    after = {cut.block: cut.loss for cut in done.comparison.cuts}[done.plan.blocks[0]]
-    assert f"| held-out loss | {done.comparison.base} → {after} nats a token" in card
+    assert f"| held-out loss | {done.whole} → {done.recommended.loss} nats a token" in card
 
 
 def test_a_card_says_which_transformers_and_which_tools_it_takes():

@@ -4,7 +4,7 @@ import numpy as np
 
 from shallower.evaluation.loss import evaluate_loss
 from shallower.judgement.compare import compare_cuts
-from shallower.runs.run import continue_text
+from shallower.runs.continuing import continue_text
 from shallower.scanning.analyse import analyse_states
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS

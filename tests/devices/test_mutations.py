@@ -48,7 +48,7 @@ HARMLESS = {
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
     "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
-    "runs/run.py: continue_text: "
+    "runs/continuing.py: continue_text: "
     "tokenizer(prompt, return_tensors='pt').to(Decoder.of(model).device)": "generate moves tokens",
     "scanning/transfers.py: HostCopies.send: tensor.to(device)": _HOST,
     "scanning/transfers.py: HostCopies.start: gathered[0].rows.cpu()": _HOST,

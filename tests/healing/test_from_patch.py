@@ -12,7 +12,6 @@ from shallower.healing.checks import read_plan
 from shallower.healing.patched import copy_to, patched_cut
 from shallower.healing.saving import write_adapters
 from shallower.values.healing import Healing
-from tests.conftest import write_jsonl
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, documents
 
 
@@ -50,55 +49,6 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
     ]  # fmt: skip
     with pytest.raises(sh.RecipeError, match="is patched already"):
         sh.heal(patched, texts, tmp_path / "again", recipe=QUICK, **options)
-
-
-@pytest.mark.parametrize("why_not", [None, "the patch does not help", "7 texts are too few"])
-@pytest.mark.filterwarnings("default:healed from the cut")
-def test_a_run_patches_and_heals(patchable, shallower, tmp_path, why_not, monkeypatch):
-    from shallower.healing import patched
-
-    def refuse(*_args, **_options):
-        raise sh.PatchError(why_not)
-
-    texts = documents(600, 5)
-    if why_not and why_not.startswith("7"):
-        texts = [" ".join(texts[start::7]) for start in range(7)]
-    elif why_not:
-        monkeypatch.setattr(patched, "with_patch", refuse)
-    for name, passages in (("texts", texts), ("held_out", HELD_OUT)):
-        write_jsonl(tmp_path / f"{name}.jsonl", passages)
-    done = shallower(
-        "run", patchable[0], "--texts", tmp_path / "texts.jsonl", "--eval-texts",
-        tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1,2", "--dtype", "float32",
-        "--heal", "--heal-steps", "6", "--json",
-    )  # fmt: skip
-    assert done.status == 0, done.err
-    helps = why_not is None
-    assert ("healed from the cut, without a patch" in done.err) is not helps
-    assert helps or f"without a patch: {why_not}" in done.err
-    report = done.json
-    healing = report["healing"]
-    assert (healing["cut"] is not None) is helps
-    assert healing["recipe"]["steps"] == 6
-    cut, before = report["cuts"][-2]["loss"]["nats"], healing["held_out"][0]["nats"]
-    assert before < cut - 0.02 if helps else before == pytest.approx(cut, abs=1e-4)
-    assert healing["held_out"][-1]["nats"] < before
-    assert healing["merge"]["difference"] < 1e-5
-    assert (tmp_path / "out" / "healed" / "shallower_patch.json").is_file() is helps
-    model, _ = sh.load_model(tmp_path / "out" / "healed", dtype="float32")
-    assert model.config.num_hidden_layers == 4
-
-
-def test_a_run_that_cannot_heal_does_nothing(patchable, shallower, tmp_path):
-    for name, texts in (("texts", documents(2, 5)), ("held_out", HELD_OUT)):
-        write_jsonl(tmp_path / f"{name}.jsonl", texts)
-    done = shallower(
-        "run", patchable[0], "--texts", tmp_path / "texts.jsonl", "--eval-texts",
-        tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1", "--heal",
-    )  # fmt: skip
-    assert "2 texts make 0 sequences" in done.error
-    assert "one step takes 16: give more texts" in done.error
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):

@@ -126,7 +126,11 @@ def test_functions_and_commands_have_the_same_defaults():
         (sh.scan, scan.scan_command, ("max_length", "batch_size")),
         (sh.evaluate_loss, evaluate.eval_command, ("max_length", "batch_size")),
         (sh.patch, patch.patch_command, ("max_length", "batch_size", "method", "num_tokens")),
-        (sh.run, run.run_command, ("max_length", "batch_size")),
+        (
+            sh.run,
+            run.run_command,
+            ("max_length", "batch_size", "max_texts", "max_eval_texts", "top", "n", "seed"),
+        ),
     )
     for function, command, names in pairs:
         for name in names:

@@ -124,14 +124,15 @@ def run_demo(monkeypatch, capfd, tmp_path):
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path):
-    status, described = run_demo("--dry-run", "--max-texts", "4", "--n", "2,1")
+    status, described = run_demo("--dry-run", "--max-texts", "16", "--n", "2")
     assert status == 0
     assert described == {
         "dry_run": True,
         "demo": demo.model_path().name,
-        "texts": 4,
+        "texts": 16,
         "eval_texts": 24,
-        "n": [1, 2],
+        "wish": "2 layers less",
+        "heal": False,
         "write": ["shallower-demo"],
     }
     assert list(tmp_path.iterdir()) == []
@@ -141,18 +142,18 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
 def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(run_demo, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    status, printed = run_demo("--max-texts", "4", "--n", "1")
+    status, printed = run_demo("--max-texts", "24", "--n", "1")
     assert status == 0
     out = tmp_path / "shallower-demo"
     results = json.loads((out / "results.json").read_text())
-    assert printed == {**results, "out": "shallower-demo"}
+    place = {"out": "shallower-demo", "checkpoint": "shallower-demo/checkpoint"}
+    assert printed == {**results, **place}
     assert results["num_layers"] == 30
-    assert results["num_samples"] == 4
+    assert results["num_samples"] == 16
     assert results["max_logits_difference"] <= 1e-5
-    base = results["base"]["nats"]
-    assert 2 < base < 4
-    assert [cut["strategy"] for cut in results["cuts"]] == ["similarity", "deepest"]
-    assert all(cut["loss"]["nats"] > base for cut in results["cuts"])
+    recommended = results["recommended"]
+    assert 2 < recommended["whole"] < recommended["patched"] < 4
+    assert recommended["patched"] < results["table"][0]["deepest"]
     plan = Plan.load(out / "shallower_plan.json")
     assert len(plan.dropped) == 1
     model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")

@@ -1,10 +1,10 @@
 """The stages joined."""
 
 import json
-import sys
+import pkgutil
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,104 +12,250 @@ from transformers import AutoModelForCausalLM
 import shallower as sh
 from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
-from shallower.runs.run import continue_text
-from shallower.values.files import PARTIAL_FILE
-from tests.documents import (
-    HELD_OUT,
-    TEXTS,
-    Unread,
-    assert_same,
-    broken_after,
-    documents,
-    once,
-    state_of,
-)
+from shallower.runs.continuing import continue_text
+from shallower.runs.results import Run
+from tests.conftest import tiny_llama
+from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
 from tests.healing.cuts import QUICK
 from tests.healing.cuts import documents as progressions
 
+FILES = {"scan.safetensors", "shallower_plan.json", "results.json", "checkpoint"}
+TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "prompts": ["w5 w7 w11"]}
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def done(trained, words, tmp_path_factory):
+    """A run of a model that was trained a little."""
+    model = tiny_llama(6)
+    model.load_state_dict(trained.state_dict())
+    out = tmp_path_factory.mktemp("run") / "out"
+    return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2, cache=False)
+
 
 # The whole way.
-def test_a_run_leaves_what_the_stages_give(llama, words, tmp_path):
-    before = state_of(llama)
-    done = sh.run(
-        llama, words, once(TEXTS), eval_texts=once(HELD_OUT), out=tmp_path / "out", sizes=[2, 1]
-    )
-    assert_same(before, state_of(llama))
-
-    scanned = sh.scan(llama, words, TEXTS)
-    assert (done.scan.mean() == scanned.mean()).all()
-    assert done.plan == scanned.plan(2)
-    assert done.comparison == sh.compare_cuts(llama, words, scanned, texts=HELD_OUT, sizes=[2, 1])
+def test_a_run_leaves_a_checkpoint_that_stock_transformers_loads(done, learned, words):
+    assert {path.name for path in done.out.iterdir()} == FILES
+    plan = done.recommended.plan
+    assert sh.Plan.load(done.out / "shallower_plan.json") == plan
+    assert sh.Plan.load(done.checkpoint / "shallower_plan.json").dropped == plan.dropped
+    assert len(plan.dropped) == 2
+    assert done.checkpoint == done.out / "checkpoint"
     assert done.difference <= 1e-5
-    assert done.out == tmp_path / "out"
-
-    assert {path.name for path in done.out.iterdir()} == {
-        "scan.safetensors",
-        "shallower_plan.json",
-        "results.json",
-        "checkpoint",
-    }
-    assert (Scan.load(done.out / "scan.safetensors").mean() == scanned.mean()).all()
-    assert sh.Plan.load(done.out / "shallower_plan.json") == done.plan
-    assert sh.Plan.load(done.out / "checkpoint" / "shallower_plan.json") == done.plan
-    results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
-    assert results == done.to_json()
-    assert results["num_samples"] == len(TEXTS)
-    assert len(results["cuts"]) == 4
-
-    reloaded = AutoModelForCausalLM.from_pretrained(done.out / "checkpoint", dtype=torch.float32)
+    reloaded = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
     assert len(reloaded.model.layers) == 4
-    kept = [llama.model.layers[index] for index in done.plan.survivors]
+    loss = sh.evaluate_loss(reloaded, words, REPORT, max_length=16)
+    assert loss.nats == pytest.approx(done.recommended.patched.nats, abs=1e-6)
+
+
+def test_the_losses_are_those_of_the_texts_that_report(done, learned, words):
+    options = {"max_length": 16}
+    recommended = done.recommended
+    whole = sh.evaluate_loss(learned, words, REPORT, **options)
+    with sh.without_layers(learned, recommended.plan.blocks):
+        cut = sh.evaluate_loss(learned, words, REPORT, **options)
+    for found, plain in ((recommended.whole, whole), (recommended.cut, cut)):
+        assert found.nats == pytest.approx(plain.nats, abs=1e-6)
+        assert found.stderr == pytest.approx(plain.stderr, abs=1e-6)
+        assert (found.num_texts, found.num_tokens) == (plain.num_texts, plain.num_tokens)
+    paired = recommended.patched.by_text.sums - recommended.whole.by_text.sums
+    weights = recommended.whole.by_text.weights
+    mean = paired.sum() / weights.sum()
+    deviations = paired - mean * weights
+    error = np.sqrt((deviations**2).sum() * 12 / 11) / weights.sum()
+    assert recommended.difference.mean == pytest.approx(mean, abs=1e-12)
+    assert recommended.difference.stderr == pytest.approx(error, abs=1e-12)
+
+
+def test_the_results_say_what_the_interface_promises(done):
+    results = read_results(done.out)
+    assert results == json.loads(json.dumps(done.to_json()))
+    recommended = results["recommended"]
+    assert {
+        "dropped", "whole", "cut", "patched", "healed", "stderr", "paired_stderr", "layer_forwards",
+    } <= recommended.keys()  # fmt: skip
+    assert recommended["whole"] < recommended["patched"] < recommended["cut"]
+    assert recommended["healed"] is None
+    assert results["checkpoint"] == "checkpoint"
+    assert [row["n"] for row in results["table"]] == [1, 2, 3]
+    (row,) = (row for row in results["table"] if row["n"] == 2)
+    assert (row["dropped"], row["cut"]) == (recommended["dropped"], recommended["cut"])
+    assert results["splits"] == {"fit": 87, "choose": 32, "report": 12}
+    assert replace(Run.load(done.out), scan=done.scan) == done
+
+
+def test_the_sentence_says_what_goes_and_what_it_costs(done):
+    recommended = done.recommended
+    said = recommended.sentence()
+    blocks = " ".join(map(str, recommended.plan.blocks))
+    assert said.startswith(f"Drop layers {blocks}: 33 % of layers, ")
+    lost = recommended.patched.nats - recommended.whole.nats
+    assert f"{lost:+.2f} ± {recommended.difference.stderr:.2f} nats a token" in said
+    assert f"({recommended.whole.nats:.2f} → {recommended.patched.nats:.2f}), patched; " in said
+    assert said.endswith((" cannot be told from it.", "; no other proposal is as good."))
+
+
+def test_a_run_continues_prompts_before_the_cut_after_it_and_after_the_patch(done, learned, words):
+    (told,) = done.continuations
+    assert told.whole == continue_text(learned, words, "w5 w7 w11")
+    with sh.without_layers(learned, done.recommended.plan.blocks):
+        assert told.cut == continue_text(learned, words, "w5 w7 w11")
+    patched = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
+    assert told.patched == continue_text(patched, words, "w5 w7 w11")
+    assert told.healed is None
+
+
+def test_a_run_leaves_the_model_as_it_was(learned, words, tmp_path):
+    before = state_of(learned)
+    done = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", fraction=0.1)
+    assert_same(before, state_of(learned))
+    assert len(done.recommended.plan.dropped) == 1
+    assert (Scan.load(tmp_path / "out" / "scan.safetensors").mean() == done.scan.mean()).all()
+
+
+def test_texts_that_report_are_held_out_where_none_are_given(learned, words, tmp_path):
+    taken = {**TAKEN, "eval_texts": None}
+    done = sh.run(learned, words, TEXTS, **taken, out=tmp_path / "out", n=1)
+    assert done.splits == {"fit": 60, "choose": 29, "report": 30}
+    held_out = sh.evaluate_loss(learned, words, TEXTS[3::4], max_length=16)
+    assert done.whole.nats == pytest.approx(held_out.nats, abs=1e-6)
+
+
+# What is wished for.
+def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
+    layer = sum(p.numel() for p in learned.model.layers[0].parameters())
+    whole = sum(p.numel() for p in learned.parameters())
+    wish = {"params": whole - 2 * layer}
+    small = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "small", **wish)
+    left = AutoModelForCausalLM.from_pretrained(small.checkpoint)
+    assert sum(p.numel() for p in left.parameters()) == whole - 2 * layer
+    assert small.recommended.plan.dropped == done.recommended.plan.dropped
+    assert small.recommended.patched.nats == done.recommended.patched.nats
+    wish = {"max_loss": 50.0}
+    most = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "most", **wish)
+    assert len(most.recommended.plan.dropped) == 5
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [({"max_loss": 1e-6}, "no cut loses at most 1e-06 nats"), ({"params": 10}, "no cut leaves 10")],
+)
+def test_a_wish_that_no_cut_fulfils_is_one_sentence(learned, words, tmp_path, wish, message):
+    with pytest.raises(sh.PlanError, match=message):
+        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", **wish)
+    results = read_results(tmp_path / "out")
+    assert (results["recommended"], results["checkpoint"]) == (None, None)
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
+    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
+    assert [row.n for row in done.table] == [1, 2, 3] or [row.n for row in done.table] == [1, 2]
+    assert done.recommended.reason.startswith(("the knee of the curve", "the least size"))
+
+
+def test_a_cut_that_cannot_be_patched_is_saved_bare(llama, words, tmp_path, monkeypatch):
+    from shallower.runs import recommending
+
+    def refuse(*_args, **_options):
+        raise sh.PatchError("there is no plain matrix")
+
+    monkeypatch.setattr(recommending, "with_patch", refuse)
+    with pytest.warns(UserWarning, match="the cut is not patched: there is no plain matrix"):
+        done = sh.run(llama, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+    assert done.recommended.patched is None
+    assert done.recommended.loss is done.recommended.cut
+    assert "the cut is not patched" in done.to_json()["recommended"]["warnings"][0]
+    assert "not patched" in done.recommended.sentence()
+    reloaded = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
+    kept = [llama.model.layers[index] for index in done.recommended.plan.survivors]
     for layer, original in zip(reloaded.model.layers, kept, strict=True):
         for name, weight in original.state_dict().items():
             assert torch.equal(layer.state_dict()[name], weight)
 
 
-def test_a_run_continues_the_prompt_with_and_without_the_layers(llama, words, tmp_path):
-    done = sh.run(
-        llama,
-        words,
-        TEXTS,
-        eval_texts=HELD_OUT,
-        out=tmp_path / "out",
-        sizes=[3],
-        prompt="w5 w7 w11",
-    )
-    assert done.before == continue_text(llama, words, "w5 w7 w11")
-    with sh.without_layers(llama, done.plan.blocks):
-        assert done.after == continue_text(llama, words, "w5 w7 w11")
-    assert done.before.startswith("w5 w7 w11 ")
+# Cut short, and gone on with.
+class Killed(BaseException):
+    """Ends a run as a kill would, where nothing catches it."""
 
 
-def test_an_interrupted_run_goes_on_where_its_scan_was(llama, words, tmp_path, monkeypatch):
-    texts = documents(200)
-    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
-    with pytest.raises(OSError, match="the disk went away"):
-        sh.run(
-            llama,
-            words,
-            broken_after(texts, 150),
-            eval_texts=HELD_OUT,
-            out=tmp_path / "out",
-            sizes=[1],
-        )
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {PARTIAL_FILE}
-
-    forwards = []
-    handle = llama.model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    sh.scan(llama, words, texts, checkpoint=tmp_path / "out" / PARTIAL_FILE)
-    handle.remove()
-    assert len(forwards) == (200 - 128) // 8
-
-    done = sh.run(llama, words, texts, eval_texts=HELD_OUT, out=tmp_path / "out", sizes=[1])
-    assert done.scan.num_samples == 200
-    assert not (tmp_path / "out" / PARTIAL_FILE).exists()
+def hashes(out):
+    """The saved weights, bit for bit."""
+    return {path.name: path.read_bytes() for path in (out / "checkpoint").glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("texts", [[], ["", ""]])
-def test_a_run_without_texts_leaves_nothing(llama, words, tmp_path, texts):
+@pytest.mark.parametrize(
+    ("place", "after"),
+    [
+        ("shallower.runs.cache.Cache.put", 5),
+        ("shallower.runs.cache.Cache.put", 7),
+        ("shallower.runs.journal.Journal.append", 20),
+        ("shallower.runs.journal.Journal.append", 60),
+        ("shallower.runs.recommending.save_patched", 0),
+        ("shallower.runs.recommending.verify_checkpoint", 0),
+        ("shallower.runs.results.Run.save", 2),
+        ("shallower.runs.results.Run.save", 4),
+    ],
+)
+def test_a_run_that_was_killed_goes_on_to_the_same_model(
+    done, learned, words, tmp_path, monkeypatch, place, after
+):
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise Killed
+        return original(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2)
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2)
+    assert hashes(again.out) == hashes(done.out)
+    assert again.recommended.plan.dropped == done.recommended.plan.dropped
+    assert again.recommended.patched == done.recommended.patched
+    assert [replace(row, seconds=0.0) for row in again.table] == [
+        replace(row, seconds=0.0) for row in done.table
+    ]
+
+
+def test_another_run_needs_overwrite_before_any_work(learned, words, tmp_path):
+    sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(sh.OutputError, match="exists already"):
+        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2, overwrite=True)
+    assert len(sh.Plan.load(done.checkpoint / "shallower_plan.json").dropped) == 2
+
+
+def test_the_results_are_there_when_the_checkpoint_is_another_model(
+    learned, words, tmp_path, monkeypatch
+):
+    def other_model(*_args, **_options):
+        raise sh.ModelError("the checkpoint is another model")
+
+    monkeypatch.setattr("shallower.runs.recommending.verify_checkpoint", other_model)
+    with pytest.raises(sh.ModelError, match=r"another model; all else is in .*results\.json"):
+        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+    results = read_results(tmp_path / "out")
+    assert results["recommended"]["patched"] is not None
+    assert results["max_logits_difference"] is None
+
+
+# Bad input.
+@pytest.mark.parametrize("texts", [[], ["", ""], TEXTS[:5]])
+def test_too_few_texts_leave_nothing(llama, words, tmp_path, texts):
     with pytest.raises((TextsError, sh.StatesError)):
-        sh.run(llama, words, texts, eval_texts=HELD_OUT, out=tmp_path / "out", sizes=[1])
+        sh.run(llama, words, texts, eval_texts=HELD_OUT, out=tmp_path / "out", n=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -118,67 +264,47 @@ def test_a_run_without_held_out_texts_is_refused_before_the_scan(
     llama, words, tmp_path, eval_texts
 ):
     with pytest.raises(TextsError):
-        sh.run(llama, words, Unread(), eval_texts=eval_texts, out=tmp_path / "out", sizes=[1])
+        sh.run(llama, words, TEXTS, eval_texts=eval_texts, out=tmp_path / "out", n=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_second_run_needs_overwrite_before_any_work(llama, words, tmp_path):
-    sh.run(llama, words, TEXTS, eval_texts=HELD_OUT, out=tmp_path / "out", sizes=[1])
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    with pytest.raises(sh.OutputError, match="exists already"):
-        sh.run(llama, words, Unread(), eval_texts=HELD_OUT, out=tmp_path / "out", sizes=[2])
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-    done = sh.run(
-        llama, words, TEXTS, eval_texts=HELD_OUT, out=tmp_path / "out", sizes=[2], overwrite=True
-    )
-    assert json.loads((done.out / "results.json").read_text()) == done.to_json()
-    assert len(sh.Plan.load(done.out / "checkpoint" / "shallower_plan.json").dropped) == 2
+@pytest.fixture
+def stored(learned, words, tmp_path):
+    """A folder of the model that was trained a little."""
+    sh.save_model(learned, words, tmp_path / "stored")
+    return tmp_path / "stored"
 
 
-def read_results(done_or_folder):
-    return json.loads((done_or_folder / "results.json").read_text(), parse_constant=pytest.fail)
-
-
-def test_the_results_are_written_before_the_cut_is_verified(llama, words, tmp_path, monkeypatch):
-    """A verification that fails, or is killed, costs no result."""
-    seen = []
-
-    def other_model(*_args, **_options):
-        seen.append(read_results(tmp_path / "out"))
-        raise sh.ModelError("the checkpoint is another model")
-
-    options = {"texts": TEXTS, "eval_texts": HELD_OUT, "sizes": [2]}
-    with monkeypatch.context() as patched:
-        patched.setattr("shallower.cutting.saving.verify_checkpoint", other_model)
-        with pytest.raises(sh.ModelError, match=r"another model; all else is in .*results\.json"):
-            sh.run(llama, words, out=tmp_path / "out", **options)
-    whole = sh.run(llama, words, out=tmp_path / "whole", **options)
-    (results,) = seen
-    assert read_results(tmp_path / "out") == results
-    assert results["max_logits_difference"] is None
-    assert {**results, "max_logits_difference": whole.difference} == read_results(whole.out)
-    assert whole.difference == whole.to_json()["max_logits_difference"] <= 1e-5
-    assert not (tmp_path / "out" / PARTIAL_FILE).exists()
-    assert (tmp_path / "out" / "checkpoint" / "config.json").is_file()
-
-
-def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
-    from shallower.runs.healing_stage import HealingStage
-
-    told = []
-
-    def killed(_stage):
-        assert [done.healing for done in told] == [None]
-        assert read_results(tmp_path / "out") == told[0].to_json()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(HealingStage, "heal", killed)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"heal_steps": 2}, sh.RecipeError, "heal_steps .*without heal"),
+        ({"heal_steps": 2, "heal": QUICK}, sh.RecipeError, "heal_steps"),
+        ({"heal": replace(QUICK, dropout=2.0)}, sh.RecipeError, "dropout"),
+        ({"n": 6}, sh.LayersError, "n = 6"),
+        ({"n": 2, "max_loss": 0.3}, sh.LayersError, "n and max_loss are given"),
+        ({"blocks": 0}, sh.LayersError, "blocks = 0.*--blocks"),
+        ({"iterate": 3, "n": 2}, sh.LayersError, "iterate = 3: expected at most the 2 layers"),
+        ({"top": 0}, sh.LayersError, "--top"),
+    ],
+)
+def test_a_run_is_refused_before_anything_is_loaded(
+    stored, tmp_path, monkeypatch, options, error, message
+):
+    loaded = []
+    monkeypatch.setattr(ModelSource, "load", lambda source: loaded.append(source))
+    with pytest.raises(error, match=message):
         sh.run(
-            learned, words, progressions(600, 5), eval_texts=progressions(12, 1),
-            out=tmp_path / "out", sizes=[2], max_length=16, heal=QUICK, report=told.append,
+            ModelSource(stored), texts=Unread(), eval_texts=Unread(), out=tmp_path / "out",
+            **options,
         )  # fmt: skip
-    assert told[0].difference <= 1e-5
+    assert loaded == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_memory_needs_its_tokenizer(learned, tmp_path):
+    with pytest.raises(sh.ModelError, match="needs its tokenizer"):
+        sh.run(learned, texts=TEXTS, out=tmp_path / "out")
 
 
 # Continuing a text.
@@ -196,156 +322,3 @@ def test_a_continuation_is_greedy_whatever_the_model_prefers(llama, words):
     expected = continue_text(llama, words, "w3 w1 w4")
     llama.generation_config.update(do_sample=True, temperature=5.0, top_k=3)
     assert {continue_text(llama, words, "w3 w1 w4") for _ in range(3)} == {expected}
-
-
-# A source, and a healing.
-class CountedTexts:
-    """Texts that count how often they are read."""
-
-    def __init__(self, texts):
-        self.texts, self.times = texts, 0
-
-    def __iter__(self):
-        self.times += 1
-        return iter(self.texts)
-
-
-@pytest.fixture
-def stored(learned, words, tmp_path):
-    """A folder of the model that was trained a little."""
-    sh.save_model(learned, words, tmp_path / "stored")
-    return tmp_path / "stored"
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """The names of what is loaded, and the layers of what is measured."""
-    from shallower.evaluation import loss
-
-    found = {"loaded": [], "measured": []}
-    load, measure = AutoModelForCausalLM.from_pretrained, loss.measure_loss
-
-    def counting_load(source, **options):
-        found["loaded"].append(Path(source).name)
-        return load(source, **options)
-
-    def counting_measure(decoder, *arguments, **options):
-        found["measured"].append((len(decoder), options.get("description")))
-        return measure(decoder, *arguments, **options)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting_load)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("shallower.") and getattr(module, "measure_loss", None) is measure:
-            monkeypatch.setattr(module, "measure_loss", counting_measure)
-    return found
-
-
-def test_a_run_of_a_source_is_that_of_its_model(learned, words, stored, tmp_path):
-    source = ModelSource(stored, dtype="float32")
-    options = {"texts": TEXTS, "eval_texts": HELD_OUT, "sizes": [2, 1]}
-    one = sh.run(source, out=tmp_path / "one", **options)
-    two = sh.run(learned, words, out=tmp_path / "two", **options)
-    assert one.comparison == two.comparison
-    assert one.plan.blocks == two.plan.blocks
-    assert one.plan.model.fingerprint == two.plan.model.fingerprint
-    with pytest.raises(sh.ModelError, match="needs its tokenizer"):
-        sh.run(learned, out=tmp_path / "three", **options)
-
-
-def test_a_run_reads_loads_and_measures_once(stored, tmp_path, counted):
-    texts, held_out = CountedTexts(progressions(600, 5)), CountedTexts(progressions(12, 1))
-    done = sh.run(
-        ModelSource(stored, dtype="float32"), texts=texts, eval_texts=held_out,
-        out=tmp_path / "out", sizes=[1, 2], max_length=16, heal=QUICK,
-    )  # fmt: skip
-    assert (texts.times, held_out.times) == (1, 1)
-    assert counted["loaded"].count("stored") == 1
-    assert counted["loaded"].count("checkpoint") == 1  # to verify it
-    whole = [description for layers, description in counted["measured"] if layers == 6]
-    assert whole == ["loss, all layers"]
-    assert (done.healing.original, done.healing.cut) == done.losses
-    assert (done.out / "healed" / "shallower_patch.json").is_file()
-
-
-def test_a_run_in_memory_heals_and_leaves_the_model_as_it_was(learned, words, tmp_path):
-    before = state_of(learned)
-    texts, held_out = progressions(600, 5), progressions(12, 1)
-    done = sh.run(
-        learned, words, once(texts), eval_texts=once(held_out), out=tmp_path / "out", sizes=[2],
-        heal=True, heal_steps=6,
-    )  # fmt: skip
-    assert_same(before, state_of(learned))
-    assert done.healing.cut is not None
-    assert done.healing.recipe.steps == 6
-    assert done.healing.recipe.dtype == "float32"
-    assert done.healing.original.num_tokens == done.comparison.base.num_tokens
-    results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
-    assert results == done.to_json()
-    assert results["healing"]["recipe"]["steps"] == 6
-    healed = AutoModelForCausalLM.from_pretrained(done.out / "healed", dtype=torch.float32)
-    assert len(healed.model.layers) == 4
-    assert sorted(path.name for path in done.out.iterdir()) == [
-        "checkpoint", "healed", "results.json", "scan.safetensors", "shallower_plan.json",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_texts_too_few_for_a_patch_are_healed_with_alone(learned, words, tmp_path, dtype):
-    """The loss that the training must lower is that of the weights that are trained."""
-    few, held_out = progressions(600, 5), progressions(12, 1)
-    few = [" ".join(few[start::7]) for start in range(7)]
-    recipe = replace(QUICK, dtype=dtype)
-    with pytest.warns(UserWarning, match="healed from the cut, without a patch: 7 texts"):
-        done = sh.run(
-            learned, words, few, eval_texts=held_out, out=tmp_path / "out", sizes=[1],
-            max_length=16, heal=recipe,
-        )  # fmt: skip
-    assert done.healing.cut is None
-    assert (done.healing.before == done.losses[1]) is (dtype == "float32")
-    cut = done.out / "checkpoint"
-    alone = sh.heal(cut, few, tmp_path / "alone", recipe=recipe, eval_texts=held_out)
-    assert done.healing.before.nats == pytest.approx(alone.before.nats, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"heal_steps": 2}, sh.RecipeError, "heal_steps .*without heal"),
-        ({"heal_steps": 2, "heal": QUICK}, sh.RecipeError, "heal_steps"),
-        ({"heal": replace(QUICK, dropout=2.0)}, sh.RecipeError, "dropout"),
-        ({"sizes": [6]}, sh.LayersError, "n = 6"),
-        ({"sizes": []}, sh.LayersError, "no block size"),
-    ],
-)
-def test_a_run_is_refused_before_anything_is_loaded(
-    stored, tmp_path, counted, options, error, message
-):
-    options = {"sizes": [1], **options}
-    with pytest.raises(error, match=message):
-        sh.run(
-            ModelSource(stored), texts=Unread(), eval_texts=Unread(), out=tmp_path / "out",
-            **options,
-        )  # fmt: skip
-    assert counted["loaded"] == []
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_path):
-    with pytest.raises(sh.RecipeError, match="distillation needs the uncut model"):
-        sh.run(
-            llama, words, Unread(), eval_texts=Unread(), out=tmp_path / "out", sizes=[1],
-            heal=replace(QUICK, distill=1.0),
-        )  # fmt: skip
-    for texts, message in ((TEXTS[:2], "2 texts make 0 sequences"), ([], "no texts")):
-        with pytest.raises(TextsError, match=message):
-            sh.run(
-                llama, words, texts, eval_texts=HELD_OUT, out=tmp_path / "out", sizes=[1],
-                heal=True,
-            )  # fmt: skip
-    (tmp_path / "out" / "healed").mkdir(parents=True)
-    (tmp_path / "out" / "healed" / "dear").write_text("to someone")
-    with pytest.raises(sh.OutputError, match="healed exists already"):
-        sh.run(
-            llama, words, Unread(), eval_texts=Unread(), out=tmp_path / "out", sizes=[1], heal=True
-        )
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["healed"]

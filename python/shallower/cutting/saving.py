@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -177,7 +178,11 @@ def _facts(
 
 
 def logits_difference(
-    model: PreTrainedModel, path: str | Path, layers: Plan | Layers, *, input_ids: torch.Tensor
+    model: PreTrainedModel,
+    path: str | Path,
+    layers: Plan | Layers | None,
+    *,
+    input_ids: torch.Tensor,
 ) -> float:
     """Measure how far a saved checkpoint is from the model with its layers skipped.
 
@@ -188,7 +193,7 @@ def logits_difference(
     Args:
         model: the uncut one; it is as before afterwards.
         path: the checkpoint, a folder or a GGUF file, which is loaded with stock transformers.
-        layers: that were dropped.
+        layers: that were dropped; None if the model is without them.
         input_ids: tokens (B, T), int64.
 
     Returns:
@@ -199,7 +204,8 @@ def logits_difference(
     """
     device = Decoder.of(model).device
     input_ids = input_ids.to(device)
-    with torch.inference_mode(), without_layers(model, layers):
+    skipped = nullcontext() if layers is None else without_layers(model, layers)
+    with torch.inference_mode(), skipped:
         expected = model(input_ids=input_ids, use_cache=False).logits
     reloaded: Any
     if Path(path).suffix == ".gguf":
@@ -245,7 +251,7 @@ def verify_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
     *,
-    layers: Plan | Layers,
+    layers: Plan | Layers | None,
     text: str = PROBE,
 ) -> float:
     """Check a saved cut against the model with its layers skipped, on one text.
@@ -254,7 +260,8 @@ def verify_checkpoint(
         model: the uncut model; it is as before afterwards.
         tokenizer: its tokenizer.
         path: the checkpoint, a folder or a GGUF file.
-        layers: that were dropped: a plan, or blocks, ranges or indices.
+        layers: that were dropped: a plan, or blocks, ranges or indices; None if the model is
+            without them already.
         text: of which the first 128 tokens are compared.
 
     Returns:

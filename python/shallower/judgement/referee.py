@@ -98,20 +98,20 @@ class Referee:
         """
         judge = self.scores.judge
         return ComparedModel(
-            name, len(self.model), self._whole(), self._single_layers or (),
+            name, len(self.model), self.loss(self.losses.scores(())), self._single_layers or (),
             chance=judge.chance, accuracy=judge.accuracy(self.scores.scores(()).sums),
         )  # fmt: skip
 
-    def _whole(self) -> Loss:
-        scores = self.losses.scores(())
-        return Loss(
-            scores.mean,
-            scores.stderr,
-            int(scores.weights.sum()),
-            len(scores),
-            self._num_rejected,
-            self.model.head.vocab_size,
-        )
+    def loss(self, scores: Scores) -> Loss:
+        """Give the scores of a model on the texts that report as a loss, known by text.
+
+        Args:
+            scores: of all these texts, by :class:`LossJudge`.
+
+        Returns:
+            The loss.
+        """
+        return _as_loss(scores, self.model, self._num_rejected)
 
     def single_layers(self) -> tuple[float, ...]:
         """Measure the true loss without each single layer, on some of the texts.
@@ -175,3 +175,26 @@ class Referee:
             with self.model.starting_from(states, ()):
                 sums[judge.items[index]] = judge.measure(self.model.head, index)
         return [float(value) for value in sums]
+
+
+def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:
+    """Measure the loss of a model with the layers that it has now, as a referee would.
+
+    Args:
+        model: cut, patched or healed maybe.
+        judge: of the texts that report.
+        num_rejected: texts with fewer than two tokens, beside them.
+
+    Returns:
+        The loss, known by text.
+
+    Raises:
+        ModelError: a loss is not finite.
+    """
+    return _as_loss(Trials(model, judge, meter=Meter()).scores(()), model, num_rejected)
+
+
+def _as_loss(scores: Scores, model: Layerwise, num_rejected: int) -> Loss:
+    weights = int(scores.weights.sum())
+    counts = weights, len(scores), num_rejected, model.head.vocab_size
+    return Loss(scores.mean, scores.stderr, *counts, by_text=scores)

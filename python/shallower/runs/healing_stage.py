@@ -1,26 +1,29 @@
-"""The healing of a run's cut, by what the run has read, loaded and measured already."""
+"""The healing of a run's checkpoint, and what it is worth on the texts that report."""
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cutting.memory import without_layers
-from ..errors import PatchError, TextsError
-from ..evaluation.loss import measure_loss
+from ..errors import ModelError
+from ..evaluation.loss import fitting_tokens
 from ..healing.checks import require_healable
 from ..healing.heal import heal
-from ..healing.patched import patched_cut
-from ..healing.training import computing
+from ..judgement.judges.judge import judged_batches
+from ..judgement.judges.loss import LossJudge
+from ..judgement.referee import loss_as_it_is
 from ..models.decoder import Decoder
 from ..models.identity import stored_dtype
+from ..models.layerwise import Layerwise
+from ..models.source import ModelSource
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from ..values.healing import Healing
 from ..values.loss import Loss
-from ..values.plan import Plan
-from ..values.recipe import Recipe, Resolved
+from ..values.recipe import Recipe
 from ..values.tokens import Tokens
+from .continuing import continue_text
+from .results import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,33 +46,34 @@ def choose_recipe(model: "PreTrainedModel", heal_steps: int | None) -> Recipe:
 
 @dataclass
 class HealingStage:
-    """The stage of a run that heals its cut.
+    """The stage of a run that trains adapters on its checkpoint, and merges them.
 
-    :meth:`check` comes before any long work, :meth:`patch` while the whole model is in memory,
-    and :meth:`heal` when it is not needed any more.
+    :meth:`check` comes before any long work, :meth:`heal` when the whole model is not needed in
+    memory any more.
 
     Attributes:
-        out: the folder of the run.
         recipe: the settings.
-        texts: calibration texts, an iterable that can be gone through again.
-        eval_texts: held-out texts.
-        original: the name of the whole model.
-        trust_remote_code: run code that comes with the model.
-        overwrite: replace what is healed there already.
-        progress: bars with ETA on standard error; by default if that is a terminal.
+        texts: texts to train on, which neither choose nor report.
+        choosing: texts that the best step is chosen by.
+        report: texts that the figure is measured on.
+        tokens: how the run measured its losses on them.
+        original: the name or place of the whole model.
+        trust_remote_code: run code that comes with it.
+        overwrite: replace an earlier healed model.
+        goes_on: whether an earlier healed model is of this very run.
+        progress: bars with ETA on standard error.
     """
 
-    out: Path
     recipe: Recipe
     texts: Iterable[str]
-    eval_texts: list[str]
+    choosing: list[str]
+    report: list[str]
+    tokens: Tokens
     original: str
     trust_remote_code: bool
     overwrite: bool
+    goes_on: bool
     progress: bool | None
-    _resolved: Resolved = field(init=False)
-    _losses: tuple[Loss, Loss | None] = field(init=False)
-    _patched: bool = field(init=False)
 
     def check(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Refuse what the healing would refuse after all the work of the run.
@@ -81,94 +85,60 @@ class HealingStage:
         Raises:
             RecipeError, TextsError, MissingExtraError: as :func:`require_healable`.
         """
-        self._resolved = require_healable(model, tokenizer, self.texts, recipe=self.recipe)
+        require_healable(model, tokenizer, self.texts, recipe=self.recipe)
 
-    def patch(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        plan: Plan,
-        *,
-        measured: tuple[Loss, Loss],
-        tokens: Tokens,
-    ) -> None:
-        """Do all that needs the whole model, which is as before afterwards.
+    def heal(self, results: Run) -> Run:
+        """Train on the checkpoint, and measure the healed model, reloaded.
 
-        Where no patch helps, or the texts are too few for one, a warning says so.
+        Where the training makes it no better, a warning says so, and the checkpoint stays what is
+        recommended.
 
         Args:
-            model: the whole model.
-            tokenizer: its tokenizer.
-            plan: the layers that the cut is without.
-            measured: the losses of the whole model and of the cut, as the run measured them.
-            tokens: how it did.
-
-        Raises:
-            ModelError: a loss is not finite.
-            OutputError: the patched cut cannot be written.
-        """
-        try:
-            patched_cut(
-                str(self.out / CHECKPOINT_FOLDER), plan, self.original, texts=self.texts,
-                out=self.out / HEALED_FOLDER, whole=lambda: (model, tokenizer),
-                max_length=self._resolved.max_length, progress=self.progress,
-            )  # fmt: skip
-            self._patched = True
-        except (PatchError, TextsError) as error:
-            self._patched = False
-            warnings.warn(f"healed from the cut, without a patch: {error}", stacklevel=3)
-        self._losses = self._measure(Decoder.of(model), tokenizer, plan, measured, tokens)
-
-    def _measure(
-        self,
-        decoder: Decoder,
-        tokenizer: "PreTrainedTokenizerBase",
-        plan: Plan,
-        measured: tuple[Loss, Loss],
-        tokens: Tokens,
-    ) -> tuple[Loss, Loss | None]:
-        """The losses of the whole model and of the cut as the healing measures them.
-
-        Those of the run, where it measured in the same way: at the same length, and for the cut
-        also with the same products, which are float32 in a recipe of float32 alone. Without a
-        patch the loss of the cut is the one that the training must lower, so that in weights of
-        another dtype it is left to the healing.
-        """
-        whole: Loss
-        cut: Loss | None
-        whole, cut = measured
-        resolved = self._resolved
-        own = Tokens(resolved.max_length, resolved.batch_size)
-        same = own.max_length == tokens.max_length
-
-        def measure(description: str) -> Loss:
-            return measure_loss(
-                decoder, tokenizer, self.eval_texts, tokens=own, progress=self.progress,
-                description=description,
-            )  # fmt: skip
-
-        if not same:
-            whole = measure("loss, uncut")
-        if not self._patched and stored_dtype(decoder.model) != resolved.dtype:
-            cut = None
-        elif not same or resolved.dtype != "float32":
-            with without_layers(decoder.model, plan.blocks), computing(resolved, decoder.device):
-                cut = measure("loss, unpatched")
-        return whole, cut
-
-    def heal(self) -> Healing:
-        """Train the adapters of the cut, patched if a patch helps, and merge them.
+            results: of the run, its checkpoint saved.
 
         Returns:
-            The record of the healing.
+            The results with the healed model, which are in ``results.json`` too.
 
         Raises:
-            ModelError: the training made it worse, without a patch.
             OutputError: the healed model cannot be written.
         """
+        assert results.recommended is not None
+        recommended, place = results.recommended, results.out / HEALED_FOLDER
+        try:
+            healing = self._trained(results.out / CHECKPOINT_FOLDER, place)
+        except ModelError as error:
+            why = f"the {recommended.state} model is not healed: {error}"
+            warnings.warn(why, stacklevel=3)
+            results = replace(results, recommended=replace(recommended, unhealed=why))
+            results.save()
+            return results
+        dtype: Any = results.scan.model.dtype if results.scan.model else "auto"
+        model, tokenizer = ModelSource(place, dtype).load()
+        healed = self._loss(model, tokenizer)
+        told = tuple(
+            replace(one, healed=continue_text(model, tokenizer, one.prompt))
+            for one in results.continuations
+        )
+        recommended = replace(recommended, healed=healed)
+        results = replace(results, recommended=recommended, continuations=told, healing=healing)
+        results.save()
+        return results
+
+    def _trained(self, checkpoint: Path, place: Path) -> Healing:
+        """Train, unless that was done before the run was cut short."""
+        if self.goes_on and place.exists():
+            return Healing.load(place)
+        original = self.original if self.recipe.distill else None  # nobody else needs it now
         return heal(
-            self.out / CHECKPOINT_FOLDER, self.texts, self.out / HEALED_FOLDER,
-            recipe=self.recipe, eval_texts=self.eval_texts, original=self.original, merge=True,
-            from_patch=self._patched, losses=self._losses, overwrite=self.overwrite,
-            progress=self.progress, trust_remote_code=self.trust_remote_code,
+            checkpoint, self.texts, place, recipe=self.recipe, eval_texts=self.choosing,
+            original=original, merge=True, overwrite=self.overwrite, progress=self.progress,
+            trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
+
+    def _loss(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Loss:
+        """The loss of the healed model, measured as those of the run."""
+        decoder = Decoder.of(model)
+        tokens = fitting_tokens(decoder, self.tokens)
+        judge = LossJudge(judged_batches(tokenizer, self.report, tokens))
+        rejected = len(self.report) - judge.num_items
+        return loss_as_it_is(Layerwise(decoder), judge, num_rejected=rejected)

@@ -1,0 +1,44 @@
+"""Asked: what a run is to do, with the texts that it does it on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..judgement.splits import Splits
+from ..values.tokens import Tokens
+from ..values.wish import Wish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a run is asked for.
+
+    Attributes:
+        wish: how shallow the model is to become.
+        splits: texts that fit, choose and report.
+        out: the folder of the run.
+        top: proposals of every criterion.
+        blocks: blocks at most; None for any number.
+        step: layers that go at a time; None for all at once.
+        tokens: length of texts, and how many make one forward.
+        threads: threads of the Rust core, all by default.
+        prompts: texts to continue.
+        seed: of whatever is drawn.
+        identities: what tells the texts that fit and choose, and those that report, from others.
+        job: what tells this run from others; None where that is not known.
+        progress: bars with ETA on standard error.
+    """
+
+    wish: Wish
+    splits: Splits
+    out: Path
+    top: int
+    blocks: int | None
+    step: int | None
+    tokens: Tokens
+    threads: int | None
+    prompts: Sequence[str]
+    seed: int
+    identities: tuple[str, str]
+    job: str | None
+    progress: bool | None

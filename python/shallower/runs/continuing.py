@@ -1,0 +1,41 @@
+"""A text continued by a model, as a sample of how it speaks."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS = (
+    "The most important thing about a good plan is",
+    "Once upon a time, in a village by the sea, there lived",
+)
+"""Texts that the models of a run continue."""
+
+
+def continue_text(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    *,
+    num_tokens: int = 32,
+) -> str:
+    """Continue a text greedily, whatever the model's own settings prefer.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: the text to continue.
+        num_tokens: tokens to add at most.
+
+    Returns:
+        The prompt and its continuation.
+    """
+    import torch
+
+    from ..models.decoder import Decoder
+
+    encoded = tokenizer(prompt, return_tensors="pt").to(Decoder.of(model).device)
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output = generate(**encoded, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

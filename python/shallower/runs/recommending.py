@@ -1,0 +1,272 @@
+"""Recommending: the stages of a run on one model that is loaded, from its scan to a checkpoint."""
+
+import warnings
+from dataclasses import replace
+from functools import cached_property
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cutting.memory import without_layers
+from ..cutting.saving import save_model, verify_checkpoint
+from ..errors import ModelError, PatchError, PlanError, TextsError
+from ..evaluation.loss import fitting_tokens
+from ..healing.patch import with_patch
+from ..healing.saving import save_patched
+from ..judgement.judges.judge import judged_batches
+from ..judgement.judges.loss import LossJudge
+from ..judgement.referee import Referee, Store, loss_as_it_is
+from ..judgement.sizes import SizeChoice, sizes_beside
+from ..models.decoder import Decoder
+from ..models.identity import stored_digest
+from ..models.layerwise import Layerwise
+from ..progress import track
+from ..scanning.model import scan
+from ..scanning.scan import Scan
+from ..values.files import CHECKPOINT_FOLDER, PARTIAL_FILE, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ..values.loss import Loss
+from ..values.patch import Patch
+from ..values.plan import Plan
+from ..values.recommendation import Recommended
+from .asked import Asked
+from .continuing import continue_text
+from .results import Continuations, Run
+from .sizes import Sizes
+
+
+class Recommending:
+    """A run on one model; results are written before each next step.
+
+    Args:
+        model: the whole model, which is as before afterwards.
+        tokenizer: its tokenizer.
+        asked: what is asked for.
+        store: what was measured before, and where results are kept as they are found.
+
+    Raises:
+        TextsError: no text that reports has two tokens.
+        ModelError: the layers of the model cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: Asked,
+        store: Store,
+    ) -> None:
+        self._model, self._tokenizer, self._asked, self._store = model, tokenizer, asked, store
+        self._decoder = Decoder.of(model)
+        self._tokens = fitting_tokens(self._decoder, asked.tokens)
+        report = asked.splits.report
+        self._judge = judge = LossJudge(judged_batches(tokenizer, report, self._tokens))
+        self._num_rejected = len(report) - judge.num_items
+        layerwise = Layerwise(self._decoder)
+        layerwise.check(judge.batches[0])
+        self._referee = Referee(
+            layerwise, judge, judge, store=store, texts=asked.identities[1],
+            num_rejected=self._num_rejected,
+        )  # fmt: skip
+
+    def run(self, earlier: Run | None = None) -> Run:
+        """Do all stages but a healing.
+
+        Args:
+            earlier: the results of the same job, as far as it came when it was cut short.
+
+        Returns:
+            The results; they are written into ``results.json`` before each next step.
+
+        Raises:
+            PlanError: no cut does what is asked for.
+            ModelError: the saved checkpoint is another model, or a loss is not finite.
+            StatesError, OutputError, CacheError, LayersError: as :func:`run`.
+        """
+        if earlier is not None:
+            self._scan = earlier.scan
+        results = self._begun()
+        if earlier is None:
+            results.save()
+        choice, sizes = self._sizes.choose(self._asked.wish)
+        if earlier is not None and self._is_intact(earlier):
+            results = earlier
+        else:
+            if self._asked.wish.max_loss is None:
+                found = self._recommended(results, choice)
+                assert found is not None
+            else:
+                found = self._within(results, choice)
+            results = found
+            results.save()
+        return self._with_table(results, sizes)
+
+    def _begun(self) -> Run:
+        """The results when nothing but the scan is known."""
+        splits, whole = self._asked.splits, self._referee.loss(self._referee.losses.scores(()))
+        texts = {"fit": len(splits.fit), "choose": len(splits.choose), "report": whole.num_texts}
+        marks = {"job": self._asked.job}
+        return Run(self._asked.out, self._asked.wish, self._scan, whole, texts, marks=marks)
+
+    def _is_intact(self, earlier: Run) -> bool:
+        """Whether the recommended cut of an earlier run of this job is where it was saved."""
+        mark, place = earlier.marks.get("checkpoint"), self._asked.out / CHECKPOINT_FOLDER
+        try:
+            return mark is not None and earlier.difference >= 0 and mark == stored_digest(place)
+        except (OSError, ValueError):
+            return False
+
+    @cached_property
+    def _scan(self) -> Scan:
+        """The comparison of all layers, as it lies in the folder."""
+        asked, out = self._asked, self._asked.out
+        partial = out / PARTIAL_FILE
+        scanned = scan(
+            self._model, self._tokenizer, asked.splits.fit, max_length=self._tokens.max_length,
+            batch_size=self._tokens.batch_size, threads=asked.threads, checkpoint=partial,
+            progress=asked.progress,
+        )  # fmt: skip
+        scanned.save(out / SCAN_FILE)
+        partial.unlink(missing_ok=True)
+        return scanned
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes(
+            self._decoder, self._tokenizer, self._asked, scanned=self._scan,
+            referee=self._referee, tokens=self._tokens, store=self._store,
+        )  # fmt: skip
+
+    def _within(self, results: Run, choice: SizeChoice) -> Run:
+        """The most layers whose patched cut loses no more than is asked for, saved.
+
+        A quick patch leaves more of the loss than the one that is saved: so a larger size is tried
+        if its loss, less by as much as that of ``choice`` was, fits.
+        """
+        found, n = None, choice.n
+        while found is None:
+            found = self._recommended(results, replace(choice, n=n))
+            if found is None and n == 1:
+                (self._asked.out / PLAN_FILE).unlink()
+                results.save()
+                raise PlanError(
+                    f"no cut loses at most {self._asked.wish.max_loss:g} nats a token: the best "
+                    f"of a single layer loses {self._kept} after the patch, on the texts that "
+                    f"choose; ask for more (max_loss, --max-loss)"
+                )
+            n -= found is None
+        larger = self._larger(n)
+        deeper = self._recommended(results, replace(choice, n=larger)) if larger > n else None
+        if deeper is None and larger > n:  # what was saved is still there
+            self._sizes.verify(n).plan.save(self._asked.out / PLAN_FILE)
+        return deeper or found
+
+    def _larger(self, n: int) -> int:
+        """The most layers that are expected to lose no more than is asked for, after a patch."""
+        most = self._asked.wish.max_loss
+        assert most is not None
+        quick = self._sizes.lost(n).mean
+        share = min(1.0, max(0.0, self._kept.mean / quick)) if quick > 0 else 1.0
+        while n + 1 < len(self._decoder) and share * self._sizes.lost(n + 1).mean <= most:
+            n += 1
+        return n
+
+    def _recommended(self, results: Run, choice: SizeChoice) -> Run | None:
+        """Patch the verified plan of a size and save it; None if it loses more than is asked."""
+        verified, losses = self._sizes.verify(choice.n), self._referee.losses
+        plan = verified.plan
+        plan.save(self._asked.out / PLAN_FILE)
+        cut = losses.scores(plan.dropped)
+        told = [self._continued(Continuations(text, ""), "whole") for text in self._asked.prompts]
+        with without_layers(self._model, plan.blocks):
+            told = [self._continued(one, "cut") for one in told]
+        block = self._scan.best_block(choice.n)
+        worse = None if set(block.layers) == set(plan.dropped) else losses.scores(block.layers)
+        recommended = Recommended(
+            verified, choice.reason, results.whole, self._referee.loss(cut), patched=None,
+            healed=None, by_distance=None if worse is None else worse.minus(cut),
+            layers_share=choice.n / len(self._decoder),
+            parameters_share=self._sizes.share(plan.dropped),
+        )  # fmt: skip
+        results = replace(results, recommended=recommended, continuations=tuple(told))
+        results.save()
+        try:
+            with with_patch(
+                self._model, self._tokenizer, plan, texts=self._asked.splits.fit,
+                max_length=self._tokens.max_length, progress=self._asked.progress,
+            ) as done:  # fmt: skip
+                return self._saved(results, plan, done)
+        except (PatchError, TextsError) as error:
+            why = f"the cut is not patched: {error}"
+            warnings.warn(why, stacklevel=2)
+        recommended = replace(recommended, unpatched=why)
+        with without_layers(self._model, plan.blocks):
+            return self._saved(replace(results, recommended=recommended), plan, None)
+
+    def _saved(self, results: Run, plan: Plan, done: Patch | None) -> Run | None:
+        """Save the model as it is now, and reload it by stock transformers."""
+        if not self._is_wanted():
+            return None
+        folder, recommended = self._asked.out / CHECKPOINT_FOLDER, results.recommended
+        assert recommended is not None
+        if done is None:
+            losses = results.whole, recommended.cut
+            save_model(
+                self._model, self._tokenizer, folder, plan=plan, overwrite=True, losses=losses
+            )
+        else:
+            losses = results.whole, self._loss_on(self._judge, self._num_rejected)
+            told = tuple(self._continued(one, "patched") for one in results.continuations)
+            save_patched(
+                self._model, self._tokenizer, folder, done=done, overwrite=True, losses=losses
+            )
+            recommended = replace(recommended, patched=losses[1])
+            results = replace(results, recommended=recommended, continuations=told)
+        results.save()
+        text = max(self._asked.splits.report, key=len)
+        try:
+            difference = verify_checkpoint(
+                self._model, self._tokenizer, folder, layers=None, text=text
+            )
+        except ModelError as error:
+            all_else = self._asked.out / RESULTS_FILE
+            raise ModelError(f"{error}; all else is in {all_else}") from error
+        marks = {**results.marks, "checkpoint": stored_digest(folder)}
+        return replace(results, difference=difference, marks=marks)
+
+    def _is_wanted(self) -> bool:
+        """Whether the model as it is now loses no more than is asked for, if that is asked for."""
+        most = self._asked.wish.max_loss
+        if most is None:
+            return True
+        verifier = self._sizes.verifier
+        judge = verifier.trials.judge
+        assert isinstance(judge, LossJudge)
+        now = self._loss_on(judge, 0).by_text
+        assert now is not None
+        self._kept = now.minus(verifier.scores((), after="none"))
+        return self._kept.mean <= most
+
+    def _loss_on(self, judge: LossJudge, num_rejected: int) -> Loss:
+        """The loss of the model as it is now."""
+        return loss_as_it_is(Layerwise(self._model), judge, num_rejected=num_rejected)
+
+    def _continued(self, told: Continuations, name: str) -> Continuations:
+        """Let the model as it is now continue a prompt."""
+        text = continue_text(self._model, self._tokenizer, told.prompt)
+        return replace(told, **{name: text})
+
+    def _with_table(self, results: Run, sizes: set[int]) -> Run:
+        """Measure every size of the table, that of the recommended cut first."""
+        assert results.recommended is not None
+        assert results.whole.by_text is not None
+        n = len(results.recommended.plan.dropped)
+        sizes = {n, *sizes, *sizes_beside(n, len(self._decoder))}
+        bar = track("what other sizes cost", len(sizes), self._asked.progress)
+        with bar as advance:
+            for size in sorted(sizes, key=lambda size: (size != n, size)):
+                row = self._sizes.row(size, results.whole.by_text)
+                others = (other for other in results.table if other.n != size)
+                table = sorted([*others, row], key=lambda one: one.n)
+                results = replace(results, table=tuple(table))
+                results.save()
+                advance(1)
+        return results

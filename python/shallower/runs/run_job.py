@@ -1,0 +1,258 @@
+"""A run: checked before anything is loaded, resumed, and known by its job."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import LayersError, OutputError, RecipeError, TextsError
+from ..models.source import ModelSource
+from ..storage import check_free
+from ..texts.sequences import ReadOnce
+from ..texts.sources import Texts
+from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PARTIAL_FILE, RESULTS_FILE
+from ..values.layers import check_size
+from ..values.recipe import Recipe
+from ..values.tokens import Tokens
+from ..values.wish import Wish
+from .cache import Cache
+from .cache_keys import model_inputs
+from .contestants import InMemory, ModelStore, digest
+from .continuing import PROMPTS
+from .results import Run, job_of
+
+if TYPE_CHECKING:
+    from ..judgement.splits import Splits
+    from .asked import Asked
+
+MAX_TEXTS = 1024
+"""Calibration texts by default."""
+
+MAX_EVAL_TEXTS = 256
+"""Texts that report, by default."""
+
+NUM_CHOOSING = 32
+"""Texts that choose, at most."""
+
+TOP = 4
+"""Proposals of every criterion, by default."""
+
+_HELD_OUT = 4
+"""Every so many texts one reports, where no held-out texts are given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunJob:
+    """A run, which is checked when it is made; :func:`run` says what it does.
+
+    Attributes:
+        model: the model, or its source.
+        texts: calibration texts, read once.
+        eval_texts: texts that report; None to take every fourth of ``texts``.
+        wish: how shallow the model is to become.
+        out: the folder to write to.
+        top: proposals of every criterion.
+        blocks: blocks at most; None for any number.
+        step: layers that go at a time; None for all at once.
+        tokens: length of texts, and how many make one forward.
+        max_texts: calibration texts that are read, but for a healing.
+        max_eval_texts: texts that report, at most.
+        threads: threads of the Rust core.
+        prompts: texts to continue.
+        heal: train on the patched cut: True, or the settings.
+        heal_steps: steps of the training.
+        seed: of whatever is drawn.
+        overwrite: replace what is in ``out``.
+        cache: of what was measured before.
+        progress: bars with ETA on standard error.
+
+    Raises:
+        LayersError, RecipeError, OutputError, TextsError, ModelError, MissingExtraError,
+            ProcessesError: as :func:`run`.
+    """
+
+    model: ModelSource | InMemory
+    texts: Iterable[str]
+    eval_texts: Iterable[str] | None
+    wish: Wish
+    out: Path
+    top: int = TOP
+    blocks: int | None = None
+    step: int | None = None
+    tokens: Tokens = field(default_factory=Tokens)
+    max_texts: int = MAX_TEXTS
+    max_eval_texts: int = MAX_EVAL_TEXTS
+    threads: int | None = None
+    prompts: Sequence[str] = PROMPTS
+    heal: bool | Recipe = False
+    heal_steps: int | None = None
+    seed: int = 0
+    overwrite: bool = False
+    cache: Cache = field(default_factory=lambda: Cache(None))
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        if self.heal_steps is not None and self.heal is not True:
+            raise RecipeError(
+                "heal_steps without heal=True (--heal-steps without --heal): healing is asked for "
+                "by heal, and settings of your own have their own steps"
+            )
+        if isinstance(self.heal, Recipe):
+            # A teacher is loaded by its name, which a model in memory need not have.
+            self.heal.check(original=isinstance(self.model, ModelSource))
+        if self.heal:
+            from ..healing.checks import require_peft
+
+            require_peft()
+        if not self._may_go_on:
+            for name in (RESULTS_FILE, CHECKPOINT_FOLDER, *([HEALED_FOLDER] if self.heal else [])):
+                check_free(self.out / name, self.overwrite)
+        num_layers = self._num_layers
+        n = self.wish.size(num_layers)
+        if n is not None:
+            check_size(num_layers, n)
+        if self.step is not None and n is not None and self.step > n:
+            raise LayersError(
+                f"iterate = {self.step}: expected at most the {n} layers that go (--iterate)"
+            )
+
+    def _check_numbers(self) -> None:
+        numbers = {"top": self.top, "blocks": self.blocks, "iterate": self.step}
+        numbers |= {"max_texts": self.max_texts, "max_eval_texts": self.max_eval_texts}
+        for name, value in numbers.items():
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                option = name.replace("_", "-")
+                raise LayersError(f"{name} = {value!r}: expected at least 1 (--{option})")
+        for source in (self.texts, self.eval_texts):
+            if isinstance(source, str | bytes) or not isinstance(source, Iterable | None):
+                kind = type(source).__name__
+                raise TextsError(f"texts must be an iterable of strings, got {kind}")
+            if isinstance(source, Texts):
+                source.check()
+
+    @property
+    def _num_layers(self) -> int:
+        if isinstance(self.model, ModelSource):
+            return self.model.count_layers()
+        from ..models.architecture import find_layers
+
+        return len(find_layers(self.model.model))
+
+    @cached_property
+    def _read(self) -> ReadOnce:
+        return ReadOnce(self.texts)
+
+    @cached_property
+    def splits(self) -> "Splits":
+        """Texts that fit, choose and report."""
+        from ..judgement.splits import three_splits
+
+        texts = list(islice(self._read, self.max_texts))
+        if self.eval_texts is None:
+            report = texts[_HELD_OUT - 1 :: _HELD_OUT]
+        else:
+            report = list(islice(self.eval_texts, self.max_eval_texts))
+        return three_splits(
+            texts, report[: self.max_eval_texts], num_choosing=NUM_CHOOSING, seed=self.seed
+        )
+
+    @cached_property
+    def _of_model(self) -> dict[str, object] | None:
+        """All that the results depend on of the model; None where that is not known."""
+        if isinstance(self.model, ModelSource):
+            return model_inputs(self.model, self.cache)
+        return self.model.inputs(self.cache)
+
+    @cached_property
+    def _identities(self) -> tuple[str, str]:
+        """What tells the texts that fit and choose, and those that report, from others."""
+        tokens = asdict(self.tokens)
+        splits = self.splits
+        return digest(splits.fit, splits.choose, tokens), digest(splits.report, tokens)
+
+    @cached_property
+    def job(self) -> str | None:
+        """A hash of all that the run depends on; None where that is not known."""
+        if self.cache.folder is None or self._of_model is None:
+            return None
+        heal = asdict(self.heal) if isinstance(self.heal, Recipe) else self.heal
+        asked = [self.wish.to_json(), self.top, self.blocks, self.step, [*self.prompts], self.seed]
+        return digest(self._of_model, self._identities, asked, heal, self.heal_steps)
+
+    @cached_property
+    def _may_go_on(self) -> bool:
+        """Whether what is in the folder is of this very run, which may have been cut short."""
+        found = None if self.overwrite else job_of(self.out)
+        return found is not None and found == self.job
+
+    @cached_property
+    def earlier(self) -> Run | None:
+        """The results of this very run as far as it came before; None if it did not."""
+        if not self._may_go_on:
+            return None
+        try:
+            return Run.load(self.out)
+        except OutputError:
+            return None
+
+    def run(self, report: Callable[[Run], None] | None = None) -> Run:
+        """Do what is asked for, or give what is there already.
+
+        Args:
+            report: hears the results before a healing starts.
+
+        Returns:
+            The results.
+        """
+        from .recommending import Recommending
+
+        if self.overwrite:
+            (self.out / PARTIAL_FILE).unlink(missing_ok=True)
+        splits = self.splits
+        loaded, tokenizer = self.model.load()
+        stage = None
+        if self.heal:
+            from .healing_stage import HealingStage, choose_recipe
+
+            own = self.heal if isinstance(self.heal, Recipe) else None
+            recipe = own or choose_recipe(loaded, self.heal_steps)
+            stage = HealingStage(
+                recipe, self._to_heal, splits.choose, splits.report, self.tokens,
+                *self._origin, self.overwrite, self._may_go_on, self.progress,
+            )  # fmt: skip
+            stage.check(loaded, tokenizer)
+        store = ModelStore(self.cache, self._of_model, [])
+        done = Recommending(loaded, tokenizer, self._asked, store).run(self.earlier)
+        if report is not None:
+            report(done)
+        if stage is None or done.healing is not None:
+            return done
+        del loaded  # nothing needs it any more, and the training needs its memory
+        return stage.heal(done)
+
+    @property
+    def _asked(self) -> "Asked":
+        from .asked import Asked
+
+        return Asked(
+            wish=self.wish, splits=self.splits, out=self.out, top=self.top, blocks=self.blocks,
+            step=self.step, tokens=self.tokens, threads=self.threads, prompts=self.prompts,
+            seed=self.seed, identities=self._identities, job=self.job, progress=self.progress,
+        )  # fmt: skip
+
+    @property
+    def _origin(self) -> tuple[str, bool]:
+        """The name of the model, and whether its own code may be run."""
+        trusted = isinstance(self.model, ModelSource) and self.model.trust_remote_code
+        return str(self.model), trusted
+
+    @property
+    def _to_heal(self) -> ReadOnce:
+        """All texts but those that choose or report, as many as the training takes."""
+        others = {text.strip() for text in (*self.splits.choose, *self.splits.report)}
+        return ReadOnce(text for text in self._read if text.strip() not in others)

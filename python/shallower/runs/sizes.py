@@ -1,0 +1,183 @@
+"""Sizes: the verified plan of every number of layers, and what it costs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import PatchError
+from ..judgement.iterating import iterate
+from ..judgement.referee import Referee, Store
+from ..judgement.sizes import SizeChoice, choose_size
+from ..judgement.verifying import Verifier, verifier_of
+from ..models.decoder import Decoder
+from ..models.memory import num_parameters
+from ..scanning.scan import Scan
+from ..values.layers import deepest_block
+from ..values.plan import Plan
+from ..values.recommendation import SizeRow
+from ..values.scores import Difference, Scores
+from ..values.tokens import Tokens
+from ..values.verification import Verified
+from ..values.wish import Wish
+from .asked import Asked
+
+VERIFYING_TEXTS = 64
+"""Texts that proposals are measured and quick patches are solved on, at most."""
+
+
+class Sizes:
+    """The verified plans of one model by the number of layers that go, each found when asked for.
+
+    Args:
+        decoder: the whole model, which is as before afterwards.
+        tokenizer: its tokenizer.
+        asked: what is asked for.
+        scanned: the scan of the model, whose best blocks are proposals.
+        referee: the model on the texts that report.
+        tokens: length of texts, and how many make one forward.
+        store: what was measured before, and where results are kept as they are found.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: Asked,
+        *,
+        scanned: Scan,
+        referee: Referee,
+        tokens: Tokens,
+        store: Store,
+    ) -> None:
+        self._decoder, self._asked, self._scan, self._referee = decoder, asked, scanned, referee
+        few = replace(asked.splits, fit=asked.splits.fit[:VERIFYING_TEXTS])
+        self.verifier: Verifier = verifier_of(
+            decoder, tokenizer, few, store=store, texts=asked.identities[0], tokens=tokens,
+            top=asked.top, after="patch", max_blocks=asked.blocks, seed=asked.seed,
+            progress=asked.progress,
+        )  # fmt: skip
+        self._verified: dict[int, Verified] = {}
+
+    def verify(self, n: int) -> Verified:
+        """Find the best plan of one size.
+
+        Args:
+            n: layers that go.
+
+        Returns:
+            The race of the proposals.
+        """
+        if n not in self._verified:
+            step = self._asked.step
+            if step is not None and step < n:
+                self._verified[n] = iterate(self.verifier, n, step=step)[-1]
+            else:
+                best = self._scan.best_blocks(n, self._asked.top)
+                more = [Plan.of(len(self._decoder), [block]) for block in best]
+                self._verified[n] = self.verifier.verify(n, more=more)
+        return self._verified[n]
+
+    def choose(self, wish: Wish) -> tuple[SizeChoice, set[int]]:
+        """Find how many layers are to go.
+
+        Args:
+            wish: what is asked for.
+
+        Returns:
+            The number, and the sizes that were looked at for it.
+
+        Raises:
+            LayersError, PlanError: as :func:`choose_size`.
+        """
+        found = choose_size(
+            wish, len(self._decoder), lost=self.lost, left=self._left,
+            left_at_least=self._left_at_least,
+        )  # fmt: skip
+        return found, {found.n, *self._verified}
+
+    def lost(self, n: int) -> Difference:
+        """Tell what ``n`` layers less cost after a quick patch, on the texts that choose.
+
+        Args:
+            n: layers that go.
+
+        Returns:
+            The paired difference to the whole model; of the bare cut where it cannot be patched.
+        """
+        verifier, dropped = self.verifier, self.verify(n).plan.dropped
+        try:
+            scores = verifier.scores(dropped, after="patch")
+        except PatchError:
+            scores = verifier.scores(dropped, after="none")
+        return scores.minus(verifier.scores((), after="none"))
+
+    def _left(self, n: int) -> int:
+        """The parameters that are left without ``n`` layers."""
+        return self._num_parameters - self._gone(self.verify(n).plan.dropped)
+
+    def _left_at_least(self, n: int) -> int:
+        """The parameters that are left without the ``n`` largest layers."""
+        largest = sorted(self._of_layers)[len(self._of_layers) - n :]
+        return self._num_parameters - sum(largest)
+
+    @cached_property
+    def _num_parameters(self) -> int:
+        return num_parameters(self._decoder.model)
+
+    @cached_property
+    def _of_layers(self) -> list[int]:
+        """The parameters of every layer."""
+        return [num_parameters(layer) for layer in self._decoder.layers.modules]
+
+    def _gone(self, dropped: Iterable[int]) -> int:
+        return sum(self._of_layers[layer] for layer in dropped)
+
+    def share(self, dropped: Sequence[int]) -> float:
+        """Tell which share of the parameters goes with some layers.
+
+        Args:
+            dropped: their indices.
+
+        Returns:
+            Their parameters as a share of all.
+        """
+        return self._gone(dropped) / self._num_parameters
+
+    def row(self, n: int, whole: Scores) -> SizeRow:
+        """Measure a size on the texts that report, and the deepest layers beside it.
+
+        Args:
+            n: layers that go.
+            whole: the scores of the whole model.
+
+        Returns:
+            A row of the table.
+        """
+        losses, verified = self._referee.losses, self.verify(n)
+        dropped = verified.plan.dropped
+        deepest = Plan(len(self._decoder), (deepest_block(len(self._decoder), n),), "deepest")
+        cut, bottom = (losses.scores(one) for one in (dropped, deepest.dropped))
+        patched, bottom_patched = (self._patched(one) for one in (verified.plan, deepest))
+        lost = cut.minus(whole)
+        kept = None if patched is None else patched.minus(whole)
+        return SizeRow(
+            n=n, dropped=dropped, cut=cut.mean, stderr=cut.stderr, lost=lost.mean,
+            lost_stderr=lost.stderr,
+            patched=None if patched is None else patched.mean,
+            patched_stderr=None if patched is None else patched.stderr,
+            patched_lost=None if kept is None else kept.mean,
+            patched_lost_stderr=None if kept is None else kept.stderr,
+            deepest=bottom.mean, deepest_stderr=bottom.stderr,
+            deepest_patched=None if bottom_patched is None else bottom_patched.mean,
+            layers_share=n / len(self._decoder), parameters_share=self.share(dropped),
+            num_tied=len(verified.tied),
+            layer_forwards=verified.layer_forwards, seconds=verified.seconds,
+        )  # fmt: skip
+
+    def _patched(self, plan: Plan) -> Scores | None:
+        """The scores after a quick patch; None for what cannot be patched."""
+        fitted = self._asked.identities[0]
+        found = self._referee.patched(self.verifier.patch, plan, fitted=fitted)
+        return found if isinstance(found, Scores) else None

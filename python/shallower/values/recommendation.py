@@ -1,0 +1,233 @@
+"""Recommended: the one cut that a run ends in, and the table of what others would cost."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .layers import ranges
+from .loss import Loss
+from .plan import Plan
+from .schema import finite, of_type
+from .scores import Difference
+from .verification import Verified
+
+COLLAPSE = 4.0
+"""Paired errors from which on the choice by distance is said to fail beside the verified one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRow:
+    """What the verified cut of one size costs, and the deepest one beside it.
+
+    All losses are in nats a token on the texts that report; patches are quick ones. None is what
+    could not be measured.
+
+    Attributes:
+        n: layers that go.
+        dropped: their indices.
+        cut: loss of the cut.
+        stderr: its standard error.
+        lost: ``cut`` less that of the whole model.
+        lost_stderr: its paired standard error.
+        patched: loss after a quick patch.
+        patched_stderr: its standard error.
+        patched_lost: ``patched`` less that of the whole model.
+        patched_lost_stderr: its paired standard error.
+        deepest: loss without the deepest layers but the last.
+        deepest_stderr: its standard error.
+        deepest_patched: the same after a quick patch.
+        layers_share: ``n`` as a share of all layers.
+        parameters_share: the parameters that go as a share of all.
+        num_tied: other proposals that cannot be told from this one.
+        layer_forwards: layers run, times texts, to choose it.
+        seconds: wall time of that.
+    """
+
+    n: int
+    dropped: tuple[int, ...]
+    cut: float
+    stderr: float
+    lost: float
+    lost_stderr: float
+    patched: float | None
+    patched_stderr: float | None
+    patched_lost: float | None
+    patched_lost_stderr: float | None
+    deepest: float
+    deepest_stderr: float
+    deepest_patched: float | None
+    layers_share: float
+    parameters_share: float
+    num_tied: int
+    layer_forwards: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the row as plain JSON values; what is not finite is None."""
+        return {
+            name: finite(value) if isinstance(value, float) else value
+            for name, value in {**asdict(self), "dropped": list(self.dropped)}.items()
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "SizeRow":
+        """Read a row.
+
+        Args:
+            data: what :meth:`to_json` gave; figures that are None there and cannot be are NaN.
+
+        Returns:
+            The row.
+
+        Raises:
+            KeyError, TypeError: the values are not those of a row.
+        """
+        values = {one.name: of_type(dict, data)[one.name] for one in fields(cls)}
+        for one in fields(cls):
+            if one.type is float and values[one.name] is None:
+                values[one.name] = math.nan
+        return cls(**{**values, "dropped": tuple(values["dropped"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Recommended:
+    """The cut that a run ends in.
+
+    Losses are on the texts that report, which nothing was chosen by.
+
+    Attributes:
+        verified: the race that its plan has won.
+        reason: why so many layers go, as half a sentence.
+        whole: loss of the whole model.
+        cut: loss of the bare cut.
+        patched: loss of the patched cut; None where there is no patch.
+        healed: loss of the healed model, if it was asked for.
+        by_distance: what the block of least angular distance loses more than this plan, both as
+            bare cuts; None where it is this plan.
+        layers_share: the share of the layers that go.
+        parameters_share: the share of the parameters that go.
+        unpatched: why there is no patch.
+        unhealed: why there is no healed model although it was asked for.
+    """
+
+    verified: Verified
+    reason: str
+    whole: Loss
+    cut: Loss
+    patched: Loss | None
+    healed: Loss | None
+    by_distance: Difference | None
+    layers_share: float
+    parameters_share: float
+    unpatched: str | None = None
+    unhealed: str | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The layers that go."""
+        return self.verified.plan
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the model that is recommended: healed, else patched, else cut."""
+        return self.healed or self.patched or self.cut
+
+    @property
+    def difference(self) -> Difference:
+        """What that model loses more than the whole one, paired by text."""
+        return self.loss.minus(self.whole)
+
+    @property
+    def state(self) -> str:
+        """How far the model is made good: ``healed``, ``patched`` or ``cut``."""
+        return "healed" if self.healed else "patched" if self.patched else "cut"
+
+    def sentence(self) -> str:
+        """Say in one sentence what goes, what that saves, and what it costs."""
+        lost = self.difference
+        error = f" ± {lost.stderr:.2f}" if math.isfinite(lost.stderr) else ""
+        tied = len(self.verified.tied)
+        if not tied:
+            told = "no other proposal is as good"
+        else:
+            others = f" and {tied - 1} more" if tied > 1 else ""
+            told = f"the next best{others} cannot be told from it"
+        state = "not patched" if self.state == "cut" else self.state
+        return (
+            f"Drop layers {ranges(self.plan.dropped)}: {100 * self.layers_share:.0f} % of layers, "
+            f"{100 * self.parameters_share:.0f} % of parameters, {lost.mean:+.2f}{error} nats a "
+            f"token ({self.whole.nats:.2f} → {self.loss.nats:.2f}), {state}; {told}."
+        )
+
+    def warnings(self) -> list[str]:
+        """Say what a user should know before trusting the result; nothing mostly."""
+        found = [why for why in (self.unpatched, self.unhealed) if why]
+        worse = self.by_distance
+        if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
+            found.append(
+                f"distance misleads here: its block of {len(self.plan.dropped)} layers loses "
+                f"{worse} nats a token more than the verified plan, before a patch"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the recommendation as plain JSON values.
+
+        Returns:
+            ``dropped``; ``whole``, ``cut``, ``patched`` and ``healed`` in nats a token; ``stderr``
+            of the last of them and ``paired_stderr`` of its difference to the whole;
+            ``layer_forwards``; all else beside them.
+        """
+        losses = {name: getattr(self, name) for name in _LOSSES}
+        nats = {name: loss and loss.nats for name, loss in losses.items()}
+        return {
+            "dropped": list(self.plan.dropped),
+            **nats,
+            "stderr": finite(self.loss.stderr),
+            "paired_stderr": finite(self.difference.stderr),
+            "lost": self.difference.mean,
+            "layer_forwards": self.verified.layer_forwards,
+            "sentence": self.sentence(),
+            "warnings": self.warnings(),
+            "reason": self.reason,
+            "layers_share": self.layers_share,
+            "parameters_share": self.parameters_share,
+            "unpatched": self.unpatched,
+            "unhealed": self.unhealed,
+            "by_distance": self.by_distance and self.by_distance.to_json(),
+            "verified": self.verified.to_json(),
+            "losses": {name: loss and loss.to_record() for name, loss in losses.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Recommended":
+        """Read a recommendation.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The recommendation.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of one.
+            LayersError, PlanError: a plan cannot be.
+        """
+        records: Mapping[str, Any] = of_type(dict, data)["losses"]
+        patched, healed = (
+            None if records[name] is None else Loss.from_json(records[name])
+            for name in ("patched", "healed")
+        )
+        worse = data["by_distance"]
+        return cls(
+            Verified.from_json(data["verified"]), of_type(str, data["reason"]),
+            Loss.from_json(records["whole"]), Loss.from_json(records["cut"]), patched=patched,
+            healed=healed, by_distance=None if worse is None else Difference.from_json(worse),
+            layers_share=of_type(float, data["layers_share"]),
+            parameters_share=of_type(float, data["parameters_share"]),
+            unpatched=data["unpatched"], unhealed=data["unhealed"],
+        )  # fmt: skip
+
+
+_LOSSES = ("whole", "cut", "patched", "healed")

@@ -1,0 +1,134 @@
+"""The healing of a run's checkpoint."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shallower as sh
+from shallower.runs.healing_stage import HealingStage
+from shallower.runs.results import Run
+from tests.conftest import write_jsonl
+from tests.documents import assert_same, once, state_of
+from tests.healing.cuts import QUICK, documents
+
+TEXTS, REPORT = documents(600, 5), documents(12, 1)
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ["w5 w7"]}
+
+
+def test_a_run_heals_what_it_patched(learned, words, tmp_path):
+    before = state_of(learned)
+    done = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert_same(before, state_of(learned))
+    recommended = done.recommended
+    assert recommended.state == "healed"
+    assert recommended.loss is recommended.healed
+    assert recommended.healed.nats < recommended.patched.nats < recommended.cut.nats
+    assert done.checkpoint == tmp_path / "out" / "healed"
+    healed = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
+    assert len(healed.model.layers) == 4
+    loss = sh.evaluate_loss(healed, words, REPORT, max_length=16)
+    assert loss.nats == pytest.approx(recommended.healed.nats, abs=1e-6)
+    assert done.continuations[0].healed.startswith("w5 w7")
+    assert (done.checkpoint / "shallower_patch.json").is_file()
+    results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["recommended"]["healed"] == recommended.healed.nats
+    assert results["checkpoint"] == "healed"
+    assert replace(Run.load(done.out), scan=done.scan) == done
+
+
+def test_texts_that_choose_or_report_are_not_trained_on(learned, words, tmp_path, monkeypatch):
+    seen = {}
+
+    def note(stage, results):
+        seen.update(texts=list(stage.texts), choosing=stage.choosing, report=stage.report)
+        return results
+
+    monkeypatch.setattr(HealingStage, "heal", note)
+    texts = [*TEXTS, *REPORT[:3]]
+    sh.run(
+        learned, words, texts, **TAKEN, out=tmp_path / "out", heal=QUICK, max_texts=80, cache=False
+    )  # fmt: skip
+    assert len(seen["choosing"]) == 26
+    others = {*seen["choosing"], *seen["report"]}
+    assert seen["texts"] == [text for text in texts if text not in others]
+
+
+def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
+    told = []
+
+    def killed(_stage, results):
+        assert json.loads((results.out / "results.json").read_text()) == json.loads(
+            json.dumps(results.to_json())
+        )
+        assert [done.recommended.healed for done in told] == [None]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HealingStage, "heal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sh.run(
+                learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK,
+                report=told.append,
+            )  # fmt: skip
+    whole = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "whole", heal=QUICK)
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert again.recommended.healed == whole.recommended.healed
+
+
+def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(HealingStage, "_loss", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    monkeypatch.setattr("shallower.runs.healing_stage.heal", lambda *_, **__: 1 / 0)
+    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert done.recommended.state == "healed"
+
+
+def test_a_training_that_makes_it_worse_leaves_the_patched_model(
+    learned, words, tmp_path, monkeypatch
+):
+    def worse(*_args, **_options):
+        raise sh.ModelError("the training made it worse")
+
+    monkeypatch.setattr("shallower.runs.healing_stage.heal", worse)
+    with pytest.warns(UserWarning, match="the patched model is not healed: the training made"):
+        done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert done.recommended.state == "patched"
+    assert done.checkpoint == tmp_path / "out" / "checkpoint"
+    assert "not healed" in done.recommended.warnings()[0]
+
+
+def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_path):
+    with pytest.raises(sh.RecipeError, match="distillation needs the uncut model"):
+        sh.run(
+            llama, words, TEXTS, **TAKEN, out=tmp_path / "out",
+            heal=replace(QUICK, distill=1.0),
+        )  # fmt: skip
+    with pytest.raises(sh.TextsError, match="texts make 1 sequences"):
+        sh.run(llama, words, TEXTS[:12], **TAKEN, out=tmp_path / "out", heal=True)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "healed").mkdir(parents=True)
+    (tmp_path / "out" / "healed" / "dear").write_text("to someone")
+    with pytest.raises(sh.OutputError, match="healed exists already"):
+        sh.run(llama, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["healed"]
+
+
+def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
+    sh.save_model(learned, words, tmp_path / "stored")
+    for name, passages in (("texts", TEXTS), ("held_out", REPORT)):
+        write_jsonl(tmp_path / f"{name}.jsonl", passages)
+    done = shallower(
+        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
+        tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1", "--top", "2", "--dtype",
+        "float32", "--heal", "--heal-steps", "6", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    recommended = done.json["recommended"]
+    assert recommended["healed"] < recommended["patched"] < recommended["cut"]
+    assert done.json["checkpoint"] == str(tmp_path / "out" / "healed")
+    assert done.json["healing"]["recipe"]["steps"] == 6

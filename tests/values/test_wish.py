@@ -1,0 +1,68 @@
+"""What is asked of a run."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import LayersError
+from shallower.values.wish import Wish, parse_count
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("100M", 10**8), ("6.7B", 6_700_000_000), (" 12 k", 12_000), ("5", 5), ("1.5t", 15 * 10**11)],
+)
+def test_numbers_of_parameters_are_read(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "0", "1e8", "100 MB", "1.2.3M", "0.2"])
+def test_what_is_no_number_of_parameters_is_refused(text):
+    with pytest.raises(LayersError, match="--params"):
+        parse_count(text)
+
+
+@given(fraction=st.floats(0.001, 0.999), num_layers=st.integers(2, 200))
+def test_a_fraction_is_the_least_number_of_layers_that_is_so_many(fraction, num_layers):
+    wish = Wish(fraction=fraction)
+    try:
+        n = wish.size(num_layers)
+    except LayersError:
+        assert fraction * num_layers > num_layers - 1
+        return
+    assert n / num_layers >= fraction - 1e-9
+    assert n == 1 or (n - 1) / num_layers < fraction
+
+
+def test_a_fraction_that_is_a_whole_number_of_layers_is_that_number():
+    assert [Wish(fraction=tenths / 10).size(30) for tenths in range(1, 10)] == [
+        3, 6, 9, 12, 15, 18, 21, 24, 27,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"n": 4, "fraction": 0.5}, "n and fraction are given: expected one of"),
+        ({"n": 0}, r"n = 0: expected at least 1 \(n, --n\)"),
+        ({"n": True}, "expected a whole number"),
+        ({"n": 2.0}, "expected a whole number"),
+        ({"fraction": 1.0}, r"fraction = 1.0: .*--fraction"),
+        ({"fraction": 0}, "above 0"),
+        ({"params": -3}, "--params"),
+        ({"max_loss": 0.0}, r"max_loss = 0.0: expected nats a token above 0 .*--max-loss"),
+        ({"max_loss": float("nan")}, "expected a number"),
+        ({"max_loss": "0.3"}, "expected a number"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_refused(wish, message):
+    with pytest.raises(LayersError, match=message):
+        Wish(**wish)
+
+
+def test_more_layers_than_there_are_cannot_be_wished_for():
+    with pytest.raises(LayersError, match=r"n = 6: expected 1 \.\. 5"):
+        Wish(n=6).size(6)
+    with pytest.raises(LayersError, match=r"fraction = 0.99 \(6\)"):
+        Wish(fraction=0.99).size(6)
+    assert Wish(params=5).size(6) is None
