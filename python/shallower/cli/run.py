@@ -238,11 +238,14 @@ def say_results(done: "Run", as_json: bool) -> None:
     """Print the results of a run but its end."""
     from ..reporting.recommendation import sizes_table
     from ..reporting.tables import rejected, scan_table
+    from ..reporting.verification import candidates_table, failed_proposals
 
     if as_json or done.recommended is None:
         return
     show(
         scan_table(done.scan),
+        candidates_table(done.recommended.verified),
+        *failed_proposals(done.recommended.verified),
         sizes_table(done.recommended, done.table),
         *rejected(done.scan),
     )

@@ -128,7 +128,8 @@ class HealingStage:
         """Train, unless that was done before the run was cut short."""
         if self.goes_on and place.exists():
             return Healing.load(place)
-        original = self.original if self.recipe.distill else None  # nobody else needs it now
+        compares = self.recipe.distill or self.recipe.objective != "lm"
+        original = self.original if compares else None  # nobody else needs it now
         return heal(
             checkpoint, self.texts, place, recipe=self.recipe, eval_texts=self.choosing,
             original=original, merge=True, overwrite=self.overwrite, progress=self.progress,
