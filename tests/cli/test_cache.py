@@ -87,6 +87,9 @@ def said_once(text):
     return line
 
 
+pytestmark = pytest.mark.filterwarnings("default:the cut is not patched")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place))

@@ -96,7 +96,7 @@ def errors(folder, places):
 
 
 SCAN = "scan {tiny} --out out --texts "
-RUN = "run {tiny} --texts {texts} --eval-texts {texts} --out "
+RUN = "run {tiny} --texts {texts} --out "
 PRUNE = "prune {tiny} --out out "
 ERRORS = [
     (SCAN + "none.jsonl", r"there is no text file none\.jsonl"),
@@ -176,10 +176,10 @@ ERRORS = [
     ("eval {tiny} --texts {texts} --drop 6", "no layer 6"),
     ("eval {tiny} --texts {texts} --drop 1 --plan {plan}", "either by --drop or by --plan"),
     ("eval {tiny} --texts {texts} --plan {bad}/plan.json", "is not a plan"),
-    (RUN + "out --n 0", "cannot read '0'"),
-    (RUN + "out --n -1", "cannot read '-1'"),
+    (RUN + "out --n 0", "n = 0: expected at least 1"),
+    (RUN + "out --n -1", "n = -1: expected at least 1"),
     (RUN + "out --n 99", "n = 99 .*1 <= n <= 5"),
-    (RUN + "out --n 1,junk", "cannot read '1,junk'"),
+    (RUN + "out --n 1,junk", "'--n': Input should be a valid integer"),
     (RUN + "{bad}/file --n 1", "bad/file is not a folder"),
     (RUN + "out --n 1 --texts {bad}/broken.jsonl", r"broken\.jsonl, line 2"),
     (RUN + "out --n 1 --texts {bad}/empty.txt", "no texts"),

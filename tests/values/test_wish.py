@@ -61,8 +61,8 @@ def test_a_wish_that_cannot_be_is_refused(wish, message):
 
 
 def test_more_layers_than_there_are_cannot_be_wished_for():
-    with pytest.raises(LayersError, match=r"n = 6: expected 1 \.\. 5"):
+    with pytest.raises(LayersError, match=r"n = 6 .*1 <= n <= 5"):
         Wish(n=6).size(6)
-    with pytest.raises(LayersError, match=r"fraction = 0.99 \(6\)"):
+    with pytest.raises(LayersError, match=r"fraction = 0\.99: these are all 6"):
         Wish(fraction=0.99).size(6)
     assert Wish(params=5).size(6) is None

@@ -198,7 +198,7 @@ def _usage_error() -> Any:
 SHARED = ("heal", "info")
 """The commands that several processes may be started for; no other shares its work."""
 
-SPREAD = ("scan", "eval", "compare", "patch", "run", "prune")
+SPREAD = ("scan", "eval", "compare", "patch", "run", "prune", "plan")
 """The commands of one process that have ``--device-map``."""
 
 PATIENCE = 3.0

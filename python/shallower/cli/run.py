@@ -194,6 +194,7 @@ def _carry_out(
     output = _output(job)
     if reuse(output, job.overwrite, lambda _: _say_again(job.out, as_json)):
         return
+    job.check()
     if dry_run:
         wish = {"wish": str(job.wish), "heal": bool(job.heal), "write": [str(job.out)]}
         say_dry_run({**described, **wish}, as_json)

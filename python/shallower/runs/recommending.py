@@ -17,7 +17,6 @@ from ..judgement.judges.loss import LossJudge
 from ..judgement.referee import Referee, Store, loss_as_it_is
 from ..judgement.sizes import SizeChoice, sizes_beside
 from ..models.decoder import Decoder
-from ..models.identity import stored_digest
 from ..models.layerwise import Layerwise
 from ..progress import track
 from ..scanning.model import scan
@@ -29,7 +28,7 @@ from ..values.plan import Plan
 from ..values.recommendation import Recommended
 from .asked import Asked
 from .continuing import continue_text
-from .results import Continuations, Run
+from .results import Continuations, Run, weights_mark
 from .sizes import Sizes
 
 
@@ -108,11 +107,8 @@ class Recommending:
 
     def _is_intact(self, earlier: Run) -> bool:
         """Whether the recommended cut of an earlier run of this job is where it was saved."""
-        mark, place = earlier.marks.get("checkpoint"), self._asked.out / CHECKPOINT_FOLDER
-        try:
-            return mark is not None and earlier.difference >= 0 and mark == stored_digest(place)
-        except (OSError, ValueError):
-            return False
+        mark = earlier.marks.get("checkpoint")
+        return mark is not None and mark == weights_mark(self._asked.out / CHECKPOINT_FOLDER)
 
     @cached_property
     def _scan(self) -> Scan:
@@ -229,7 +225,7 @@ class Recommending:
         except ModelError as error:
             all_else = self._asked.out / RESULTS_FILE
             raise ModelError(f"{error}; all else is in {all_else}") from error
-        marks = {**results.marks, "checkpoint": stored_digest(folder)}
+        marks = {**results.marks, "checkpoint": weights_mark(folder)}
         return replace(results, difference=difference, marks=marks)
 
     def _is_wanted(self) -> bool:

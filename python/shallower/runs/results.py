@@ -1,5 +1,6 @@
 """Results of a run, as they are written into its folder before each next step."""
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -55,7 +56,8 @@ class Run:
             reloaded by stock transformers, and those of the model in memory. NaN until it is
             known, which is null in JSON.
         healing: the record of the healing, if the cut was healed.
-        marks: what tells this run, and what it has written, from others; for going on.
+        marks: what tells this run, and the weights that it has written, from others; and
+            whether it has ended. So a run can go on.
     """
 
     out: Path
@@ -149,19 +151,37 @@ class Run:
         write_file(self.out / RESULTS_FILE, content.encode())
 
 
-def job_of(out: Path) -> str | None:
-    """Tell which job the results in a folder are of.
+def marks_in(out: Path) -> dict[str, Any]:
+    """Read the marks of the results in a folder.
 
     Args:
         out: the folder of a run.
 
     Returns:
-        Its mark; None where there are no results, or none that can be told.
+        The marks; none where there are no results, or none that can be told.
     """
     try:
         values = json.loads((out / RESULTS_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None
+        return {}
     marks = values.get("marks") if isinstance(values, dict) else None
-    job = marks.get("job") if isinstance(marks, dict) else None
-    return job if isinstance(job, str) else None
+    return marks if isinstance(marks, dict) else {}
+
+
+def weights_mark(folder: Path) -> str:
+    """Hash the weights of a checkpoint, all bytes of them.
+
+    Args:
+        folder: with safetensors.
+
+    Returns:
+        A SHA-256 in hexadecimal digits; of a folder that is not there, that of nothing.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """A run: checked before anything is loaded, resumed, and known by its job."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,6 @@ from ..storage import check_free
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PARTIAL_FILE, RESULTS_FILE
-from ..values.layers import check_size
 from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 from ..values.wish import Wish
@@ -21,7 +20,7 @@ from .cache import Cache
 from .cache_keys import model_inputs
 from .contestants import InMemory, ModelStore, digest
 from .continuing import PROMPTS
-from .results import Run, job_of
+from .results import Run, marks_in, weights_mark
 
 if TYPE_CHECKING:
     from ..judgement.splits import Splits
@@ -45,7 +44,7 @@ _HELD_OUT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RunJob:
-    """A run, which is checked when it is made; :func:`run` says what it does.
+    """A run, whose settings are checked when it is made; :func:`run` says what it does.
 
     Attributes:
         model: the model, or its source.
@@ -69,8 +68,7 @@ class RunJob:
         progress: bars with ETA on standard error.
 
     Raises:
-        LayersError, RecipeError, OutputError, TextsError, ModelError, MissingExtraError,
-            ProcessesError: as :func:`run`.
+        LayersError, RecipeError, TextsError: as :func:`run`.
     """
 
     model: ModelSource | InMemory
@@ -100,6 +98,16 @@ class RunJob:
                 "heal_steps without heal=True (--heal-steps without --heal): healing is asked for "
                 "by heal, and settings of your own have their own steps"
             )
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is loaded; of a source the config is read.
+
+        Raises:
+            OutputError, RecipeError, LayersError, ModelError, MissingExtraError: as :func:`run`.
+        """
+        if not self._may_go_on:
+            for name in (RESULTS_FILE, CHECKPOINT_FOLDER, *([HEALED_FOLDER] if self.heal else [])):
+                check_free(self.out / name, self.overwrite)
         if isinstance(self.heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.
             self.heal.check(original=isinstance(self.model, ModelSource))
@@ -107,13 +115,7 @@ class RunJob:
             from ..healing.checks import require_peft
 
             require_peft()
-        if not self._may_go_on:
-            for name in (RESULTS_FILE, CHECKPOINT_FOLDER, *([HEALED_FOLDER] if self.heal else [])):
-                check_free(self.out / name, self.overwrite)
-        num_layers = self._num_layers
-        n = self.wish.size(num_layers)
-        if n is not None:
-            check_size(num_layers, n)
+        n = self.wish.size(self._num_layers)
         if self.step is not None and n is not None and self.step > n:
             raise LayersError(
                 f"iterate = {self.step}: expected at most the {n} layers that go (--iterate)"
@@ -187,8 +189,11 @@ class RunJob:
     @cached_property
     def _may_go_on(self) -> bool:
         """Whether what is in the folder is of this very run, which may have been cut short."""
-        found = None if self.overwrite else job_of(self.out)
-        return found is not None and found == self.job
+        marks = {} if self.overwrite else marks_in(self.out)
+        if marks.get("job") is None or marks["job"] != self.job:
+            return False
+        folder = self.out / CHECKPOINT_FOLDER  # an ended run may have been changed by somebody
+        return not marks.get("ended") or marks.get("checkpoint") == weights_mark(folder)
 
     @cached_property
     def earlier(self) -> Run | None:
@@ -209,6 +214,7 @@ class RunJob:
         Returns:
             The results.
         """
+        self.check()
         from .recommending import Recommending
 
         if self.overwrite:
@@ -230,10 +236,12 @@ class RunJob:
         done = Recommending(loaded, tokenizer, self._asked, store).run(self.earlier)
         if report is not None:
             report(done)
-        if stage is None or done.healing is not None:
-            return done
-        del loaded  # nothing needs it any more, and the training needs its memory
-        return stage.heal(done)
+        if stage is not None and done.healing is None:
+            del loaded  # nothing needs it any more, and the training needs its memory
+            done = stage.heal(done)
+        done = replace(done, marks={**done.marks, "ended": "yes"})
+        done.save()
+        return done
 
     @property
     def _asked(self) -> "Asked":

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import LayersError
+from .layers import check_size
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -88,14 +89,16 @@ class Wish:
         Raises:
             LayersError: the model cannot lose so many.
         """
-        n = self.n
-        if self.fraction is not None:
-            n = max(1, math.ceil(self.fraction * num_layers - 1e-9))
-        if n is not None and n >= num_layers:
-            asked = f"n = {n}" if self.fraction is None else f"fraction = {self.fraction} ({n})"
+        if self.n is not None:
+            check_size(num_layers, self.n)
+            return self.n
+        if self.fraction is None:
+            return None
+        n = max(1, math.ceil(self.fraction * num_layers - 1e-9))
+        if n == num_layers:
             raise LayersError(
-                f"{asked}: expected 1 .. {num_layers - 1}, as the model has {num_layers} layers "
-                f"(--n, --fraction)"
+                f"fraction = {self.fraction}: these are all {num_layers} layers, and one must "
+                f"stay (fraction, --fraction)"
             )
         return n
 
