@@ -44,9 +44,9 @@ class Rows:
         for inputs, targets in self.parts:
             left = targets.float()
             if solution is not None:
-                turned = solution.to(left).T
+                turned = solution.float().T
                 pieces = zip(inputs.split(ROWS), left.split(ROWS), strict=True)
-                left = torch.cat([r - x.to(left) @ turned for x, r in pieces])
+                left = torch.cat([r - x.float() @ turned for x, r in pieces])
             total += float(left.double().square().sum())
         return total
 
@@ -89,7 +89,7 @@ class HeldOut:
             The same tokens with G inputs.
         """
         others, firsts = (
-            Rows([(x.float() @ matrix.to(x).float().T, r) for x, r in rows.parts], rows.reached)
+            Rows([(x.float() @ matrix.float().T, r) for x, r in rows.parts], rows.reached)
             for rows in (self.others, self.firsts)
         )
         return HeldOut(others, firsts)
