@@ -170,10 +170,11 @@ def _grad(plain):
     def grad(output, given, errors, **options):
         if output.device.type == "cpu":
             return plain(output, given, errors, **options)
+        wanted = [given] if isinstance(given, torch.Tensor) else given
         assert output.requires_grad
-        assert given.requires_grad
+        assert all(one.requires_grad for one in wanted)
         torch.empty_like(output) + errors
-        return (torch.empty_like(given),)
+        return tuple(torch.empty_like(one) for one in wanted)
 
     return grad
 

@@ -105,16 +105,32 @@ def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
     done = patch(model, words, [range(3, 5)], texts=TEXTS)
     held_out = [text for index, text in enumerate(TEXTS) if index % 8 == 7]
     assert done.patched == pytest.approx(sh.evaluate_loss(model, words, held_out).nats, abs=1e-5)
-    assert done.patched == done.fits[-1].nats
+    assert done.patched == [*(fit.nats for fit in done.fits), *done.descent][-1]
     assert done.num_held_out == 24 * len(held_out)
     assert done.num_tokens == 24 * (len(TEXTS) - len(held_out))
 
 
-def test_the_loss_falls_with_every_layer_that_is_solved(model, words):
+def test_the_loss_falls_with_every_layer_and_every_step(model, words):
     done = patch(model, words, [range(3, 5)], texts=TEXTS)
-    losses = [fit.nats for fit in done.fits]
+    losses = [*(fit.nats for fit in done.fits), *done.descent]
     assert losses == sorted(losses, reverse=True)
     assert all(0 < fit.explained < 1 for fit in done.fits)
+
+
+def test_all_matrices_behind_the_cut_go_on_down(model, words, monkeypatch):
+    monkeypatch.setattr(patch_solver, "PATIENCE", 0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    done = patch(model, words, [range(2, 6)], texts=TEXTS)
+    assert done.original < done.patched == done.descent[-1] < done.fits[-1].nats
+    changed = {
+        name for name, weight in model.state_dict().items()
+        if "layers" in name and not torch.equal(
+            weight, before[name.replace(".2.", ".6.").replace(".3.", ".7.")]
+        )
+    }  # fmt: skip
+    writers = ("self_attn.o_proj", "mlp.down_proj")
+    assert changed == {f"model.layers.{k}.{w}.weight" for k in (1, 2, 3) for w in writers}
+    assert sh.Patch.from_json(json.loads(json.dumps(done.to_json()))) == done
 
 
 def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):

@@ -50,6 +50,15 @@ def test_it_gets_the_same_weights(learned, words, monkeypatch, method, layers):
     assert not equal(weights(plain), weights(cut))
 
 
+def test_it_goes_down_the_same_way(learned, words, monkeypatch):
+    monkeypatch.setattr(patch_solver, "PATIENCE", 0)
+    plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), [1, 2, 6])
+    done = [sh.patch(one, words, [range(2, 6)], texts=TEXTS) for one in (plain, model)]
+    assert done[0] == done[1]
+    assert done[0].descent
+    assert equal(weights(plain), weights(model))
+
+
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_it_is_saved_as_any(learned, words, tmp_path):
     model = offloaded(copy.deepcopy(learned))

@@ -5,9 +5,10 @@ again by least squares, so that the stream jumps to where the dropped layers wou
 x^(stop) of the whole model. No parameter is added, and the checkpoint stays standard.
 
 Three methods: ``refit`` solves the matrix itself, from its own inputs, and the matrices after
-the cut as well, as long as the loss on held-out text falls; ``map`` puts a D×D map behind it
-(ReplaceMe, 2505.02819); ``magnitude`` only closes the gap between the norms (Prune&Comp,
-2507.18212).
+the cut as well, as long as the loss on held-out text falls; then all of them take two steps
+towards the whole model's next words, each found by the same equations. ``map`` puts a D×D map
+behind it (ReplaceMe, 2505.02819); ``magnitude`` only closes the gap between the norms
+(Prune&Comp, 2507.18212).
 """
 
 from collections.abc import Iterable, Iterator

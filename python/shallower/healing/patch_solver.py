@@ -20,6 +20,7 @@ from ..texts.batches import Batch
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
+from .descent import REACH, ROUNDS, TRIES, Descent, rounds, walk
 from .held_out import FIRST_RIDGE, Choice, HeldOut, choose
 from .least_squares import NormalEquations
 from .missing import missing_equations, missing_rows, no_writer, not_finite
@@ -69,14 +70,14 @@ class Patching:
     def __enter__(self) -> "Patching":
         self.model.check(self._batches[1][0])
         self._folder = tempfile.TemporaryDirectory(prefix="shallower-")
-        folder = Path(self._folder.name)
+        self._path = Path(self._folder.name)
         sample = self.model.embed(self._batches[0][0])
-        width, dtype = sample.shape[-1], sample.dtype
+        self._kind = sample.shape[-1], sample.dtype
         self.fitted, self.held_out = (
             StateSet(
                 batches,
-                Stored(folder / f"{name}.whole", batches, width, dtype),
-                Stored(folder / f"{name}.cut", batches, width, dtype),
+                Stored(self._path / f"{name}.whole", batches, *self._kind),
+                Stored(self._path / f"{name}.cut", batches, *self._kind),
             )
             for name, batches in zip(("fitted", "held_out"), self._batches, strict=True)
         )
@@ -86,7 +87,7 @@ class Patching:
         self._folder.cleanup()
 
     def solve(self, method: str) -> Patch:
-        """Solve the layers before the blocks and, for ``refit``, those after them.
+        """Solve the layers before the blocks; for ``refit``, those after them, and all go on down.
 
         Args:
             method: ``refit`` or ``map``.
@@ -105,6 +106,8 @@ class Patching:
         with track("patch", self._batch_layers(method), self.progress) as self._ran:
             self._advance_whole(0, first)
             self._copy_whole()
+            if method == "refit":
+                self._keep_start(first)
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
             nats = cut
             for layer in self.survivors[first:]:
@@ -124,7 +127,9 @@ class Patching:
                 if layer == last:
                     self.fitted.thin(LATER_SHARE)
                 self._advance_cut(layer)
-        return self._done(method, original, cut, nats, fits=tuple(fits))
+            descent = self._descend(first, nats, original) if method == "refit" else ()
+        nats = min((nats, *descent))
+        return self._done(method, original, cut, nats, fits=tuple(fits), descent=descent)
 
     def magnitude(self) -> Patch:
         """Divide everything that is written after a block by the growth of the norms across it.
@@ -202,6 +207,9 @@ class Patching:
             thinned = len(range(0, fitted, LATER_SHARE)) + held_out
             total += (2 + passes) * after * thinned
             losses += range(1, after + 1)
+            down = sum(map(len, rounds(self.fitted.batches)))
+            total += down * (count - first + 2 * (len(self.survivors) - before) + 1)
+            losses += [len(self.survivors) - before] * ROUNDS * TRIES
         return total + held_out * (sum(losses) + len(losses))
 
     def _embed(self) -> None:
@@ -227,6 +235,50 @@ class Patching:
             for index, batch in enumerate(states.batches):
                 moved[index] = self.model.run(batch, moved[index], some)
                 self._ran(len(some))
+
+    def _keep_start(self, first: int) -> None:
+        """Keep the states before the first layer that changes, of the texts to go down on and of
+        those held out; and the whole model's last ones, before a weight of it changes.
+        """
+        self._starts = []
+        parts = [(self.fitted, indices) for indices in rounds(self.fitted.batches)]
+        parts.append((self.held_out, list(range(len(self.held_out.batches)))))
+        for number, (states, indices) in enumerate(parts):
+            batches = [states.batches[index] for index in indices]
+            start, last = (
+                Stored(self._path / f"{name}.{number}", batches, *self._kind)
+                for name in ("start", "last")
+            )
+            for place, index in enumerate(indices):
+                start[place] = last[place] = states.whole[index]
+            kept = StateSet(batches, last, start)
+            if states is self.fitted:
+                self._advance(kept, last, range(first, len(self.model)))
+            self._starts.append(kept)
+
+    def _descend(self, first: int, nats: float, original: float) -> tuple[float, ...]:
+        """Go down the slopes of the loss, round by round, as long as the held-out loss falls."""
+        *parts, held_out = self._starts
+        head = self.model.head
+        layers = [layer for layer in self.survivors if layer >= first]
+        found: list[float] = []
+        for number, states in enumerate(parts if head.by_rows else ()):
+            folder = self._path / f"round.{number}"
+            folder.mkdir()
+            self._ran(0, f"step {number + 1} of {len(parts)}")
+            ways, fall = Descent(
+                self.model, layers, states=states, folder=folder, ran=self._ran
+            ).find()
+            step = REACH * (nats - original) / fall if fall > 0 else math.inf
+            reached = walk(
+                ways, step, changes=self.changes, nats=nats,
+                loss=lambda: self._loss(first, states=held_out.cut),
+            )  # fmt: skip
+            if not reached < nats:
+                break
+            found.append(reached)
+            nats = reached
+        return tuple(found)
 
     def _fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
@@ -292,16 +344,19 @@ class Patching:
             raise not_finite()
         return chosen
 
-    def _loss(self, layer: int, layers: Sequence[int] | None = None) -> float:
+    def _loss(
+        self, layer: int, layers: Sequence[int] | None = None, states: Stored | None = None
+    ) -> float:
         """The held-out loss, from the cut model's states before ``layer``."""
         if layers is None:
             layers = [index for index in self.survivors if index >= layer]
         batches, total, count = self.held_out.batches, 0.0, 0
-        states = [self.held_out.cut[index] for index in range(len(batches))]
+        given = states or self.held_out.cut
+        moved = [given[index] for index in range(len(batches))]
         for some in self.model.passes(layers):
-            states = [self.model.run(*pair, some) for pair in zip(batches, states, strict=True)]
+            moved = [self.model.run(*pair, some) for pair in zip(batches, moved, strict=True)]
             self._ran(len(some) * len(batches))
-        for batch, last in zip(batches, states, strict=True):
+        for batch, last in zip(batches, moved, strict=True):
             with self.model.starting_from(last, ()):
                 total += sum(summed_losses(self.model.head, batch).tolist())
             count += int(batch.attention_mask.sum()) - len(batch)

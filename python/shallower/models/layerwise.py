@@ -104,6 +104,43 @@ class Layerwise:
         each(states)  # the forward ends within the last layer, before a hook would hear of it
         return states
 
+    def slopes(
+        self,
+        batch: Batch,
+        states: torch.Tensor,
+        layer: int,
+        *,
+        behind: torch.Tensor,
+        modules: Sequence[nn.Module],
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Run a layer, and the slopes of something behind it back through the layer.
+
+        Args:
+            batch: of token ids, for positions and masks.
+            states: (B, T, D), before the layer.
+            layer: its index.
+            behind: (B, T, D), the slopes in the states behind the layer.
+            modules: linear maps in the layer.
+
+        Returns:
+            (B, T, D), the slopes in the states before the layer; and of each module the inputs
+            and the slopes in its outputs.
+        """
+        taken: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            taken[module] = args[0].detach(), output
+
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(module.register_forward_hook(keep))
+            given = states.clone().requires_grad_()
+            output = self.differentiable(batch, given, layer)
+        wanted = [given, *(taken[module][1] for module in modules)]
+        before, *found = torch.autograd.grad(output, wanted, behind.to(output, copy=True))
+        inputs = (taken[module][0] for module in modules)
+        return before, list(zip(inputs, found, strict=True))
+
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Divide layers into passes over all batches.
 

@@ -48,6 +48,7 @@ class Patch:
         patched: loss of the patched cut, in nats a token.
         fits: the layers that were solved anew.
         scales: for ``magnitude``, the growth of the norms across each block.
+        descent: for ``refit``, the loss after each step that all matrices took together.
     """
 
     plan: Plan
@@ -59,6 +60,7 @@ class Patch:
     patched: float
     fits: tuple[Fit, ...] = ()
     scales: tuple[float, ...] = ()
+    descent: tuple[float, ...] = ()
 
     @property
     def recovered(self) -> float:
@@ -91,5 +93,5 @@ class Patch:
         """
         values = {name: data[name] for name in cls.__slots__}
         fits = (Fit(**{**fit, "matrices": tuple(fit["matrices"])}) for fit in data["fits"])
-        more = {"fits": tuple(fits), "scales": tuple(data["scales"])}
-        return cls(**{**values, **more, "plan": Plan.from_json(data["plan"])})
+        lists = {name: tuple(data[name]) for name in ("scales", "descent")}
+        return cls(**{**values, **lists, "fits": tuple(fits), "plan": Plan.from_json(data["plan"])})
