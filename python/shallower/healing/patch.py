@@ -57,7 +57,7 @@ def patch(
         method: ``refit``, ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most; layers after the cut take half of them. Their
+        num_tokens: tokens to fit, at most; layers after the cut take a quarter of them. Their
             states lie in a temporary file: twice ``num_tokens`` times D values. Memory grows
             with the widths alone.
         progress: whether to show a bar on standard error; by default if that is a terminal.

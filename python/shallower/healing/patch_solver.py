@@ -33,8 +33,8 @@ ATTENTION_STEP = 0.5
 """The part of its share of a jump that the attention is given; the feed-forward, whose inputs
 change with it, is then solved for all that is left."""
 
-LATER_SHARE = 2
-"""Layers after the cut, which have little to make up, are solved on every second batch."""
+LATER_SHARE = 4
+"""Layers after the cut, which have little to make up, are solved on every fourth batch."""
 
 PATIENCE = 2
 """Consecutive layers after the cut that may fail to lower the loss before the solver stops."""
