@@ -100,7 +100,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
         (["--params", "many"], "'many' is no number of parameters"),
         (["--fraction", "2"], "expected a share above 0 and below 1"),
         (["--max-loss", "0"], "expected nats a token above 0"),
-        (["--n", "9"], "n = 9: expected 1 .. 5"),
+        (["--n", "9"], "n = 9 of 6 layers: expected 1 <= n <= 5"),
         (["--n", "2", "--iterate", "3"], "expected at most the 2 layers"),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import shallower as sh
 from shallower import Scan, TextsError
@@ -138,6 +138,18 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     wish = {"max_loss": 50.0}
     most = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "most", **wish)
     assert len(most.recommended.plan.dropped) == 5
+    assert most.recommended.warnings() == []
+    lost = most.recommended.difference.mean
+    (warned,) = replace(most.recommended, max_loss=lost - 1e-9).warnings()
+    assert warned.startswith(f"the patched model loses {lost:+.3f} ± ")
+    assert "on the texts that report, more than the" in warned
+
+
+def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
+    options = {**TAKEN, "cache": False, "progress": False}
+    steps = sh.run(learned, words, TEXTS, **options, out=tmp_path / "out", n=3, iterate=1)
+    first = next(row for row in steps.table if row.n == 1)
+    assert steps.recommended.verified.layer_forwards > 2 * first.layer_forwards
 
 
 @pytest.mark.parametrize(
@@ -178,6 +190,20 @@ def test_a_cut_that_cannot_be_patched_is_saved_bare(llama, words, tmp_path, monk
             assert torch.equal(layer.state_dict()[name], weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*samples rejected")
+def test_a_family_that_no_patch_fits_is_cut(words, tmp_path):
+    config = Gemma2Config(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    with pytest.warns(UserWarning, match="the cut is not patched"):
+        done = sh.run(model, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+    assert done.recommended.state == "cut"
+    assert done.recommended.verified.after == "none"
+    assert [row.patched for row in done.table] == [None, None]
+
+
 # Cut short, and gone on with.
 class Killed(BaseException):
     """Ends a run as a kill would, where nothing catches it."""
@@ -197,6 +223,7 @@ def hashes(out):
         ("shallower.runs.journal.Journal.append", 60),
         ("shallower.runs.recommending.save_patched", 0),
         ("shallower.runs.recommending.verify_checkpoint", 0),
+        ("shallower.runs.results.Run.save", 0),
         ("shallower.runs.results.Run.save", 2),
         ("shallower.runs.results.Run.save", 4),
     ],
@@ -235,6 +262,14 @@ def test_another_run_needs_overwrite_before_any_work(learned, words, tmp_path):
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2, overwrite=True)
     assert len(sh.Plan.load(done.checkpoint / "shallower_plan.json").dropped) == 2
+
+
+@pytest.mark.parametrize("name", ["scan.safetensors", "shallower_plan.json", "heat_map.png"])
+def test_files_of_somebody_else_stay(learned, words, tmp_path, name):
+    (tmp_path / name).write_text("dear to someone")
+    with pytest.raises(sh.OutputError, match=f"{name} exists already"):
+        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path, n=1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["dear to someone"]
 
 
 def test_the_results_are_there_when_the_checkpoint_is_another_model(

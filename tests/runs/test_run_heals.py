@@ -37,6 +37,9 @@ def test_a_run_heals_what_it_patched(learned, words, tmp_path):
     assert results["recommended"]["healed"] == recommended.healed.nats
     assert results["checkpoint"] == "healed"
     assert replace(Run.load(done.out), scan=done.scan) == done
+    saved = done.checkpoint.rename(tmp_path / "moved") / "model.safetensors"
+    again = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert (again.checkpoint / saved.name).read_bytes() == saved.read_bytes()
 
 
 def test_texts_that_choose_or_report_are_not_trained_on(learned, words, tmp_path, monkeypatch):

@@ -10,7 +10,14 @@ from shallower.values.wish import Wish, parse_count
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("100M", 10**8), ("6.7B", 6_700_000_000), (" 12 k", 12_000), ("5", 5), ("1.5t", 15 * 10**11)],
+    [
+        ("100M", 10**8),
+        ("6.7B", 6_700_000_000),
+        (" 12 k", 12_000),
+        ("5", 5),
+        ("1.5t", 15 * 10**11),
+        ("1" + 400 * "0", 10**400),
+    ],
 )
 def test_numbers_of_parameters_are_read(text, count):
     assert parse_count(text) == count
@@ -53,6 +60,8 @@ def test_a_fraction_that_is_a_whole_number_of_layers_is_that_number():
         ({"max_loss": 0.0}, r"max_loss = 0.0: expected nats a token above 0 .*--max-loss"),
         ({"max_loss": float("nan")}, "expected a number"),
         ({"max_loss": "0.3"}, "expected a number"),
+        ({"n": -(10**400)}, "expected at least 1"),
+        ({"fraction": 10**400}, "above 0"),
     ],
 )
 def test_a_wish_that_cannot_be_is_refused(wish, message):
@@ -65,4 +74,6 @@ def test_more_layers_than_there_are_cannot_be_wished_for():
         Wish(n=6).size(6)
     with pytest.raises(LayersError, match=r"fraction = 0\.99: these are all 6"):
         Wish(fraction=0.99).size(6)
+    with pytest.raises(LayersError, match="n = 10000"):
+        Wish(n=10**400).size(6)
     assert Wish(params=5).size(6) is None

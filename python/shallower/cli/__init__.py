@@ -78,7 +78,7 @@ COMMANDS = {
     "run": Command(
         "run",
         "Scan, measure every block size, save the largest cut.",
-        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4,8 "
+        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 8 "
         "--out runs/smol",
     ),
     "demo": Command(

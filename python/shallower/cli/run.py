@@ -209,12 +209,12 @@ def _output(job: "RunJob") -> "Output":
     """The output of a run, as the cache remembers it."""
     from ..runs.outputs import Output
     from ..runs.run import RUN_FILES
-    from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, RESULTS_FILE
+    from ..values.files import HEALED_FOLDER
 
     healed = (HEALED_FOLDER,) if job.heal else ()
     return Output(
         job.cache, "run", job.out, lambda: None if job.job is None else {"job": job.job},
-        names=(*healed, *RUN_FILES), claimed=(*healed, CHECKPOINT_FOLDER, RESULTS_FILE),
+        names=(*healed, *RUN_FILES),
     )  # fmt: skip
 
 

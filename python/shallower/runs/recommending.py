@@ -85,6 +85,7 @@ class Recommending:
         results = self._begun()
         if earlier is None:
             results.save()
+        (self._asked.out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
         choice, sizes = self._sizes.choose(self._asked.wish)
         if earlier is not None and self._is_intact(earlier):
             results = earlier
@@ -121,7 +122,6 @@ class Recommending:
             progress=asked.progress,
         )  # fmt: skip
         scanned.save(out / SCAN_FILE)
-        partial.unlink(missing_ok=True)
         return scanned
 
     @cached_property
@@ -181,6 +181,7 @@ class Recommending:
             healed=None, by_distance=None if worse is None else worse.minus(cut),
             layers_share=choice.n / len(self._decoder),
             parameters_share=self._sizes.share(plan.dropped),
+            max_loss=self._asked.wish.max_loss,
         )  # fmt: skip
         results = replace(results, recommended=recommended, continuations=tuple(told))
         results.save()

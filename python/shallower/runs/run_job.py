@@ -7,12 +7,20 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LayersError, OutputError, RecipeError, TextsError
+from ..errors import LayersError, ModelError, OutputError, RecipeError, TextsError
 from ..models.source import ModelSource
+from ..reporting.figures import HEAT_MAP_FILE
 from ..storage import check_free
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
-from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PARTIAL_FILE, RESULTS_FILE
+from ..values.files import (
+    CHECKPOINT_FOLDER,
+    HEALED_FOLDER,
+    PARTIAL_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
+)
 from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 from ..values.wish import Wish
@@ -106,7 +114,7 @@ class RunJob:
             OutputError, RecipeError, LayersError, ModelError, MissingExtraError: as :func:`run`.
         """
         if not self._may_go_on:
-            for name in (RESULTS_FILE, CHECKPOINT_FOLDER, *([HEALED_FOLDER] if self.heal else [])):
+            for name in self._to_write:
                 check_free(self.out / name, self.overwrite)
         if isinstance(self.heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.
@@ -120,6 +128,13 @@ class RunJob:
             raise LayersError(
                 f"iterate = {self.step}: expected at most the {n} layers that go (--iterate)"
             )
+
+    @property
+    def _to_write(self) -> list[str]:
+        """What must not be there yet; a scan may be, beside the work of the scan that made it."""
+        names = [RESULTS_FILE, CHECKPOINT_FOLDER, *([HEALED_FOLDER] if self.heal else [])]
+        names += [PLAN_FILE, HEAT_MAP_FILE]
+        return names if (self.out / PARTIAL_FILE).exists() else [*names, SCAN_FILE]
 
     def _check_numbers(self) -> None:
         numbers = {"top": self.top, "blocks": self.blocks, "iterate": self.step}
@@ -202,7 +217,7 @@ class RunJob:
             return None
         try:
             return Run.load(self.out)
-        except OutputError:
+        except (OutputError, ModelError):  # ModelError: the healed model has been taken away
             return None
 
     def run(self, report: Callable[[Run], None] | None = None) -> Run:

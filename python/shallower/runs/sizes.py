@@ -67,17 +67,26 @@ class Sizes:
             n: layers that go.
 
         Returns:
-            The race of the proposals.
+            The race of the proposals, as they are cut where none can be patched.
         """
         if n not in self._verified:
-            step = self._asked.step
-            if step is not None and step < n:
-                self._verified[n] = iterate(self.verifier, n, step=step)[-1]
-            else:
-                best = self._scan.best_blocks(n, self._asked.top)
-                more = [Plan.of(len(self._decoder), [block]) for block in best]
-                self._verified[n] = self.verifier.verify(n, more=more)
+            try:
+                self._verified[n] = self._raced(self.verifier, n)
+            except PatchError:  # there may be no way to patch models of this family
+                self._verified[n] = self._raced(replace(self.verifier, after="none"), n)
         return self._verified[n]
+
+    def _raced(self, verifier: Verifier, n: int) -> Verified:
+        """Race the proposals of one size; with steps all of them together are its work."""
+        step = self._asked.step
+        if step is not None and step < n:
+            steps = iterate(verifier, n, step=step)
+            return replace(
+                steps[-1], layer_forwards=sum(one.layer_forwards for one in steps),
+                seconds=sum(one.seconds for one in steps),
+            )  # fmt: skip
+        best = self._scan.best_blocks(n, self._asked.top)
+        return verifier.verify(n, more=[Plan.of(len(self._decoder), [block]) for block in best])
 
     def choose(self, wish: Wish) -> tuple[SizeChoice, set[int]]:
         """Find how many layers are to go.

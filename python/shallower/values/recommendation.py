@@ -109,6 +109,7 @@ class Recommended:
         parameters_share: the share of the parameters that go.
         unpatched: why there is no patch.
         unhealed: why there is no healed model although it was asked for.
+        max_loss: nats a token above the whole that were allowed, if that was asked for.
     """
 
     verified: Verified
@@ -122,6 +123,7 @@ class Recommended:
     parameters_share: float
     unpatched: str | None = None
     unhealed: str | None = None
+    max_loss: float | None = None
 
     @property
     def plan(self) -> Plan:
@@ -163,7 +165,12 @@ class Recommended:
     def warnings(self) -> list[str]:
         """Say what a user should know before trusting the result; nothing mostly."""
         found = [why for why in (self.unpatched, self.unhealed) if why]
-        worse = self.by_distance
+        most, lost, worse = self.max_loss, self.difference, self.by_distance
+        if most is not None and lost.mean > most:
+            found.append(
+                f"the {self.state} model loses {lost} nats a token on the texts that report, more "
+                f"than the {most:g} that it was chosen for on others (max_loss, --max-loss)"
+            )
         if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
             found.append(
                 f"distance misleads here: its block of {len(self.plan.dropped)} layers loses "
@@ -195,6 +202,7 @@ class Recommended:
             "parameters_share": self.parameters_share,
             "unpatched": self.unpatched,
             "unhealed": self.unhealed,
+            "max_loss": self.max_loss,
             "by_distance": self.by_distance and self.by_distance.to_json(),
             "verified": self.verified.to_json(),
             "losses": {name: loss and loss.to_record() for name, loss in losses.items()},
@@ -227,6 +235,7 @@ class Recommended:
             layers_share=of_type(float, data["layers_share"]),
             parameters_share=of_type(float, data["parameters_share"]),
             unpatched=data["unpatched"], unhealed=data["unhealed"],
+            max_loss=data["max_loss"],
         )  # fmt: skip
 
 

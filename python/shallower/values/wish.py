@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
 from ..errors import LayersError
@@ -25,7 +26,7 @@ def parse_count(text: str) -> int:
         LayersError: it is none.
     """
     found = _COUNT.fullmatch(text.strip())
-    count = round(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    count = round(Decimal(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if count < 1:
         raise LayersError(
             f"{text!r} is no number of parameters: expected one as 100M or 6.7B (params, --params)"
@@ -67,7 +68,11 @@ class Wish:
         whole = name in ("n", "params")
         number = isinstance(value, int) or (isinstance(value, float) and not whole)
         option = f"({name}, --{name.replace('_', '-')})"
-        if isinstance(value, bool) or not number or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not number
+            or (isinstance(value, float) and not math.isfinite(value))
+        ):
             kind = "a whole number" if whole else "a number"
             raise LayersError(f"{name} = {value!r}: expected {kind} {option}")
         if name == "fraction" and not 0 < value < 1:
