@@ -321,6 +321,9 @@ def stored(learned, words, tmp_path):
         ({"blocks": 0}, sh.LayersError, "blocks = 0.*--blocks"),
         ({"iterate": 3, "n": 2}, sh.LayersError, "iterate = 3: expected at most the 2 layers"),
         ({"top": 0}, sh.LayersError, "--top"),
+        ({"prompts": "w1 w2"}, sh.TextsError, "prompts must be a sequence of strings"),
+        ({"prompts": ["w1", " "]}, sh.TextsError, "prompts must be a sequence of strings"),
+        ({"prompts": [3]}, sh.TextsError, "prompts must be a sequence of strings"),
     ],
 )
 def test_a_run_is_refused_before_anything_is_loaded(

@@ -59,6 +59,13 @@ def test_texts_that_choose_or_report_are_not_trained_on(learned, words, tmp_path
     assert seen["texts"] == [text for text in texts if text not in others]
 
 
+def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
+    options = {**TAKEN, "out": tmp_path / "out", "heal": QUICK, "max_texts": 80}
+    sh.run(learned, words, TEXTS, **options)
+    with pytest.raises(sh.OutputError, match="exists already"):
+        sh.run(learned, words, TEXTS[:300], **options)
+
+
 def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
     told = []
 

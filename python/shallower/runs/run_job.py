@@ -1,6 +1,6 @@
 """A run: checked before anything is loaded, resumed, and known by its job."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -25,7 +25,7 @@ from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 from ..values.wish import Wish
 from .cache import Cache
-from .cache_keys import model_inputs
+from .cache_keys import model_inputs, texts_inputs
 from .contestants import InMemory, ModelStore, digest
 from .continuing import PROMPTS
 from .results import Run, marks_in, weights_mark
@@ -145,6 +145,10 @@ class RunJob:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 option = name.replace("_", "-")
                 raise LayersError(f"{name} = {value!r}: expected at least 1 (--{option})")
+        if isinstance(self.prompts, str) or not all(
+            isinstance(prompt, str) and prompt.strip() for prompt in self.prompts
+        ):
+            raise TextsError("prompts must be a sequence of strings that are not empty (prompts)")
         for source in (self.texts, self.eval_texts):
             if isinstance(source, str | bytes) or not isinstance(source, Iterable | None):
                 kind = type(source).__name__
@@ -197,9 +201,16 @@ class RunJob:
         """A hash of all that the run depends on; None where that is not known."""
         if self.cache.folder is None or self._of_model is None:
             return None
-        heal = asdict(self.heal) if isinstance(self.heal, Recipe) else self.heal
+        heal = [asdict(self.heal) if isinstance(self.heal, Recipe) else self.heal, self._trained_on]
         asked = [self.wish.to_json(), self.top, self.blocks, self.step, [*self.prompts], self.seed]
         return digest(self._of_model, self._identities, asked, heal, self.heal_steps)
+
+    @property
+    def _trained_on(self) -> object:
+        """What tells the texts of a healing from others, as far as that is known."""
+        if not self.heal or not isinstance(self.texts, Texts | Sized):
+            return None  # an iterator can be read once, and need not end
+        return texts_inputs(self.texts, self.cache) or str(getattr(self.texts, "source", None))
 
     @cached_property
     def _may_go_on(self) -> bool:
