@@ -14,6 +14,7 @@ from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
 from shallower.runs.continuing import continue_text
 from shallower.runs.results import Run
+from shallower.values.scores import Difference
 from tests.conftest import tiny_llama
 from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
 from tests.healing.cuts import QUICK
@@ -97,6 +98,22 @@ def test_the_sentence_says_what_goes_and_what_it_costs(done):
     assert f"{lost:+.2f} ± {recommended.difference.stderr:.2f} nats a token" in said
     assert f"({recommended.whole.nats:.2f} → {recommended.patched.nats:.2f}), patched; " in said
     assert said.endswith((" cannot be told from it.", "; no other proposal is as good."))
+
+
+def test_the_next_best_is_no_tie_where_one_behind_it_is(done):
+    verified = done.recommended.verified
+    next_best, tie = (
+        replace(verified.candidates[0], lost_early=False, difference=Difference(mean, stderr, 32))
+        for mean, stderr in ((0.01, 0.001), (0.02, 0.02))
+    )
+    for others, end in (
+        ((next_best, tie), "; 1 other proposal cannot be told from it."),
+        ((next_best, tie, tie), "; 2 other proposals cannot be told from it."),
+        ((tie, tie, next_best), "; the next best and 1 more cannot be told from it."),
+        ((next_best,), "; no other proposal is as good."),
+    ):
+        raced = replace(verified, candidates=(verified.candidates[0], *others))
+        assert replace(done.recommended, verified=raced).sentence().endswith(end)
 
 
 def test_a_run_continues_prompts_before_the_cut_after_it_and_after_the_patch(done, learned, words):

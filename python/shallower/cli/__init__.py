@@ -77,7 +77,7 @@ COMMANDS = {
     ),
     "run": Command(
         "run",
-        "Scan, measure every block size, save the largest cut.",
+        "Recommend one shallower model, and make it.",
         "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 8 "
         "--out runs/smol",
     ),

@@ -152,9 +152,11 @@ class Recommended:
         tied = len(self.verified.tied)
         if not tied:
             told = "no other proposal is as good"
-        else:
+        elif self.verified.candidates[1].tied:
             others = f" and {tied - 1} more" if tied > 1 else ""
             told = f"the next best{others} cannot be told from it"
+        else:  # what is better than them can be told from it by a smaller error
+            told = f"{tied} other proposal{'s' if tied > 1 else ''} cannot be told from it"
         state = "not patched" if self.state == "cut" else self.state
         return (
             f"Drop layers {ranges(self.plan.dropped)}: {100 * self.layers_share:.0f} % of layers, "
