@@ -165,7 +165,7 @@ def demo_command(
     _carry_out(
         source, described, no_cache or dry_run, dry_run=dry_run, as_json=as_json, texts=read,
         eval_texts=held_out, wish=_wish(n, fraction, params, max_loss), out=out, top=demo.TOP,
-        overwrite=overwrite,
+        num_choosing=demo.NUM_CHOOSING, overwrite=overwrite,
     )  # fmt: skip
 
 

