@@ -130,7 +130,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
         "dry_run": True,
         "demo": demo.model_path().name,
         "texts": 16,
-        "eval_texts": 24,
+        "eval_texts": 16,
         "wish": "2 layers less",
         "heal": False,
         "write": ["shallower-demo"],

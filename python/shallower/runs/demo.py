@@ -10,14 +10,20 @@ from ..texts.sources import Texts
 PASSAGE = 900
 """Characters of a passage at least; around 200 tokens of English."""
 
-NUM_HELD_OUT = 24
+NUM_HELD_OUT = 16
 """Held-out passages of the demo at most."""
 
 TOP = 2
 """Proposals of every criterion in the demo."""
 
-NUM_CHOOSING = 16
+NUM_CHOOSING = 8
 """Passages that choose in the demo."""
+
+MAX_LENGTH = 128
+"""Tokens of a passage in the demo, at most."""
+
+NUM_LAYERS = 4
+"""Layers that the demo drops where nothing else is asked for."""
 
 
 def model_path() -> Path:
