@@ -184,3 +184,27 @@ def test_batches_are_shared_out_to_rounds(words, count, tokens):
     assert len(found) == min(count, descent.ROUNDS)
     assert all(len(part) * tokens <= descent.ROUND_TOKENS for part in found)
     assert max(flat) >= count - 2 * count // len(flat) - descent.ROUNDS
+
+
+def test_a_feed_forward_that_runs_on_all_tokens_as_rows_goes_down_as_well(words, tmp_path):
+    """That of OPT, which flattens texts and tokens."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "vocab_size": 100}
+    config = OPTConfig(
+        **sizes, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64
+    )
+    layerwise = Layerwise(OPTForCausalLM(config).eval())
+    batches = batches_of(words, TEXTS[:8])
+    states = [Stored(None, batches, 32, torch.float32) for _ in range(2)]
+    for index, batch in enumerate(batches):
+        states[1][index] = layerwise.embed(batch)
+        states[0][index] = layerwise.run(batch, states[1][index], range(4))
+    with torch.no_grad():
+        ways, fall = Descent(
+            layerwise, (0, 2, 3), states=StateSet(batches, *states), folder=tmp_path,
+            ran=lambda _: None,
+        ).find()  # fmt: skip
+    assert {way.layer for way in ways} == {0, 2, 3}
+    assert fall > 0

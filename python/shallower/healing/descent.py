@@ -171,8 +171,9 @@ class Descent:
                 sums = [NormalEquations.empty(x.shape[-1], g.shape[-1], x.device)
                         for x, g in taken]  # fmt: skip
             for equations, (x, g) in zip(sums, taken, strict=True):
-                wide = x.view(*g.shape[:-1], -1)
-                equations.add(other_rows(batch, wide), -other_rows(batch, g).float())
+                # Some families run a feed-forward on (B·T, D).
+                wide, slopes = (v.view(*batch.input_ids.shape, -1) for v in (x, g))
+                equations.add(other_rows(batch, wide), -other_rows(batch, slopes).float())
             self._ran(1)
         ways, fall = [], 0.0
         for writer, equations in zip(writers, sums, strict=True):

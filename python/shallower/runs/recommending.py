@@ -1,5 +1,6 @@
 """Recommending: the stages of a run on one model that is loaded, from its scan to a checkpoint."""
 
+import math
 import warnings
 from dataclasses import replace
 from functools import cached_property
@@ -240,7 +241,8 @@ class Recommending:
         now = self._loss_on(judge, 0).by_text
         assert now is not None
         self._kept = now.minus(verifier.scores((), after="none"))
-        return self._kept.mean <= most
+        error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
+        return self._kept.mean + error <= most
 
     def _loss_on(self, judge: LossJudge, num_rejected: int) -> Loss:
         """The loss of the model as it is now."""
