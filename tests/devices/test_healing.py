@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from shallower.errors import ModelError
 from shallower.healing import training
 from shallower.healing.distillation import Distillation, Teacher
 from shallower.healing.layer_fit import SequenceStates, batch_of, part_error
-from shallower.healing.losses import Lesson, TrainingLoss, summed_loss
+from shallower.healing.losses import Lesson, TrainingLoss, mean_loss, summed_loss
 from shallower.healing.training import add_adapters, computing
 from shallower.models.decoder import Decoder
 from shallower.models.feed_forward import feed_forward_targets
+from shallower.models.head import Head
 from shallower.models.layerwise import Layerwise
 from shallower.texts.sequences import Samples
 from shallower.values.identity import TextsIdentity
@@ -122,20 +124,28 @@ def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
             lesson = teacher.lesson(given["input_ids"], given["attention_mask"])
         loss = loss_of(cut, model, given, lesson=lesson)
         assert (loss.dtype, loss.requires_grad) == (torch.float32, True)
-        logits = torch.empty(3, 9, 100, device=stage.last, requires_grad=True)
-        elsewhere = Lesson(lambda _: torch.empty(27, 100, device="cuda:0"), 0.5)
-        assert summed_loss(logits, given["labels"], elsewhere).device == stage.last
+        size = cut.config.vocab_size
+        logits = torch.empty(3, 9, size, device=stage.last, requires_grad=True)
+        head = Head.of(Decoder.of(cut))
+        states = torch.empty(3, 9, cut.config.hidden_size, device=stage.last, dtype=cut.dtype)
+        for place in {torch.device("cuda:0"), stage.last}:
+            elsewhere = Lesson(
+                lambda rows, place=place: torch.empty(len(range(27)[rows]), size, device=place), 0.5
+            )
+            assert summed_loss(logits, given["labels"], elsewhere).device == stage.last
+            loss = mean_loss(head, states, given["labels"], divisor=9, lesson=elsewhere)
+            assert loss.device == stage.last
 
 
 @pytest.mark.parametrize("layer", [0, 7])
-def test_the_error_of_a_layer_that_is_fitted(stage, layer, tmp_path):
+def test_the_error_of_a_layer_that_is_fitted(stage, layer):
     if stage.offloading:
         return  # a reconstruction has its models whole on one device
     samples = Samples([np.arange(1, 8, dtype=np.uint32)] * 2, TextsIdentity(2, 7, "fingerprint"))
-    with stage.open():
+    with stage.open(), tempfile.TemporaryDirectory() as folder:
         model = Layerwise(stage.llama(8))
         given, wanted = (
-            SequenceStates(tmp_path / name, samples, 4096, torch.bfloat16)
+            SequenceStates(Path(folder) / name, samples, 4096, torch.bfloat16)
             for name in ("given", "wanted")
         )
         some = batch_of(samples, [0, 1])

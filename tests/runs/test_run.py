@@ -85,7 +85,7 @@ def test_the_results_say_what_the_interface_promises(done):
     assert [row["n"] for row in results["table"]] == [1, 2, 3]
     (row,) = (row for row in results["table"] if row["n"] == 2)
     assert (row["dropped"], row["cut"]) == (recommended["dropped"], recommended["cut"])
-    assert results["splits"] == {"fit": 87, "choose": 32, "report": 12}
+    assert results["splits"] == {"fit": 80, "choose": 39, "report": 12}
     assert replace(Run.load(done.out), scan=done.scan) == done
 
 
