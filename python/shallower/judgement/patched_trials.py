@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CacheError, PatchError
+from ..errors import PatchError
 from ..healing.quick_patch import QuickPatch
 from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores
-from .trials import Journal, Trials
+from .trials import Journal, Trials, recall
 from .work import Meter, Work
 
 
@@ -59,15 +59,7 @@ class PatchedTrials:
         self._whole = len(trials.model) * num_texts
         self._journal = journal
         self._looked: dict[frozenset[int], _Looked | str] = {}
-        for number, record in enumerate(() if journal is None else journal.read()):
-            try:
-                self._recall(record)
-            except (KeyError, TypeError, ValueError) as error:
-                raise CacheError(
-                    f"record {number} of the patched trials that were made before is damaged "
-                    f"({error}): remove them (shallower cache --clear), or make them anew "
-                    f"(--no-cache)"
-                ) from error
+        recall(journal, self._recall, "patched trials")
 
     def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
         """Judge a cut after a quick patch, which is solved anew if looks are missing.
@@ -123,12 +115,8 @@ class PatchedTrials:
         return looked
 
     def _measure(self, gone: frozenset[int], looked: _Looked, index: int) -> None:
-        trials, started = self._trials, time.perf_counter()
-        judge, batch = trials.judge, trials.judge.batches[index]
-        changed = [layer for layer in trials.path(gone) if layer >= looked.unchanged]
-        before = trials.states(index, looked.unchanged)
-        with trials.model.starting_from(trials.model.run(batch, before, changed), ()):
-            sums = judge.measure(trials.model.head, index)
+        started = time.perf_counter()
+        sums = self._trials.judge_changed(gone, index, unchanged=looked.unchanged)
         looked.sums[index], looked.times[index] = sums, time.perf_counter() - started
         self._note(gone, {
             "look": index, "sums": sums.tolist(), "seconds": looked.times[index],

@@ -155,7 +155,7 @@ class Referee:
         if found is None:
             try:
                 with patch.patched(plan) as fits:
-                    found = {"sums": self._judged(plan.survivors, unchanged=fits.layers[0])}
+                    found = {"sums": self._judged(plan.dropped, unchanged=fits.layers[0])}
             except PatchError as error:
                 if isinstance(error.__cause__, torch.OutOfMemoryError):
                     self.is_complete = False  # there may be more of it another time
@@ -166,14 +166,11 @@ class Referee:
             return str(found["why"])
         return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
 
-    def _judged(self, survivors: Sequence[int], *, unchanged: int) -> list[float]:
+    def _judged(self, dropped: Sequence[int], *, unchanged: int) -> list[float]:
         """Judge a cut of a model whose first layers alone, so many, are those the trials know."""
         judge, sums = self.losses.judge, np.full(self.losses.judge.num_items, np.nan)
-        changed = [layer for layer in survivors if layer >= unchanged]
-        for index, batch in enumerate(judge.batches):
-            states = self.model.run(batch, self.losses.states(index, unchanged), changed)
-            with self.model.starting_from(states, ()):
-                sums[judge.items[index]] = judge.measure(self.model.head, index)
+        for index, items in enumerate(judge.items):
+            sums[items] = self.losses.judge_changed(dropped, index, unchanged=unchanged)
         return [float(value) for value in sums]
 
 

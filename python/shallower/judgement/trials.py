@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,14 +78,7 @@ class Trials:
         self._prepared: set[int] = set()
         self._journal = journal
         self._judged: dict[tuple[frozenset[int], int], _Judged] = {}
-        for number, record in enumerate(() if journal is None else journal.read()):
-            try:
-                self._recall(record)
-            except (KeyError, TypeError, ValueError) as error:
-                raise CacheError(
-                    f"record {number} of the trials that were made before is damaged ({error}): "
-                    f"remove them (shallower cache --clear), or make them anew (--no-cache)"
-                ) from error
+        recall(journal, self._recall, "trials")
 
     @property
     def num_looks(self) -> int:
@@ -128,6 +121,29 @@ class Trials:
             (B, T, D), x^(depth).
         """
         return self._prefixes.run(index, tuple(range(depth)))[0]
+
+    def judge_changed(
+        self, dropped: Iterable[int], index: int, *, unchanged: int
+    ) -> NDArray[np.float64]:
+        """Judge a cut on a batch while weights of the model are changed, by a patch maybe.
+
+        Nothing of it is kept or charged.
+
+        Args:
+            dropped: the layers that the model is without.
+            index: of the batch.
+            unchanged: the first so many layers are as the trials know them.
+
+        Returns:
+            (items of the batch,) float64, the sum over each item.
+
+        Raises:
+            ModelError: a score is not finite.
+        """
+        changed = [layer for layer in self.path(dropped) if layer >= unchanged]
+        states = self.model.run(self.judge.batches[index], self.states(index, unchanged), changed)
+        with self.model.starting_from(states, ()):
+            return self.judge.measure(self.model.head, index)
 
     def charge_states(self, index: int, depth: int) -> None:
         """Charge the open account for :meth:`states`, whether they are made or known.
@@ -227,6 +243,27 @@ class Trials:
         if not all(map(math.isfinite, [*sums, *times])) or min(layers, *times) < 0:
             raise ValueError("a number is not finite, or negative")
         self._judged[frozenset(gone), index] = _Judged(np.array(sums), layers, *times)
+
+
+def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
+    """Read the records of a journal.
+
+    Args:
+        journal: of trials that were made before; None where nothing is kept.
+        take: takes a record, and raises KeyError, TypeError or ValueError for one that is damaged.
+        what: they are of, for the error.
+
+    Raises:
+        CacheError: a record is damaged.
+    """
+    for number, record in enumerate(() if journal is None else journal.read()):
+        try:
+            take(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(
+                f"record {number} of the {what} that were made before is damaged ({error}): "
+                f"remove them (shallower cache --clear), or make them anew (--no-cache)"
+            ) from error
 
 
 def _record(gone: frozenset[int], index: int, judged: _Judged) -> dict[str, Any]:

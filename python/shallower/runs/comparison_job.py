@@ -28,8 +28,7 @@ from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.layers import layer_number
 from ..values.tokens import Tokens
 from .cache import Cache, Entry
-from .cache_keys import model_inputs
-from .contestants import InMemory, ModelStore, digest
+from .contestants import InMemory, ModelStore, digest, inputs_of_one
 
 if TYPE_CHECKING:
     from ..judgement.comparing import Outcome
@@ -327,12 +326,7 @@ class ComparisonJob:
     @cached_property
     def _of_models(self) -> dict[str, dict[str, Any] | None]:
         """All that the results of each model depend on, by its name; the hub is asked once."""
-        return {
-            str(model): model_inputs(model, self.cache)
-            if isinstance(model, ModelSource)
-            else model.inputs(self.cache)
-            for model in self.models
-        }
+        return {str(model): inputs_of_one(model, self.cache) for model in self.models}
 
     @cached_property
     def _identities(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from ..models.source import ModelSource
 from .cache import Cache
-from .cache_keys import machine, made_by
+from .cache_keys import machine, made_by, model_inputs
 from .journal import Journal
 
 if TYPE_CHECKING:
@@ -113,6 +113,27 @@ def contestants(
     return (InMemory(model, tokenizer),)
 
 
+def one_contestant(
+    model: Any, tokenizer: "PreTrainedTokenizerBase | None"
+) -> ModelSource | InMemory:
+    """Find the one model that is given or named.
+
+    Args:
+        model: a model in memory, or its source or place.
+        tokenizer: of a model in memory.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: as :func:`contestants`; or there are several models, or none.
+    """
+    found = contestants(model, tokenizer)
+    if len(found) != 1:
+        raise ModelError(f"this is done on one model, and {len(found)} are given: name one (model)")
+    return found[0]
+
+
 def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Tell a tokenizer by all that it is made of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -121,6 +142,19 @@ def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
         type(tokenizer).__name__, rules, repr(tokenizer.init_kwargs),
         repr(tokenizer.special_tokens_map), tokenizer.truncation_side,
     )  # fmt: skip
+
+
+def inputs_of_one(model: ModelSource | InMemory, cache: Cache) -> dict[str, Any] | None:
+    """Tell all that the results of a model depend on, for the cache.
+
+    Args:
+        model: in memory, or its source.
+        cache: where hashes of files are kept.
+
+    Returns:
+        Plain JSON values; None where it cannot be told, or the cache is off.
+    """
+    return model_inputs(model, cache) if isinstance(model, ModelSource) else model.inputs(cache)
 
 
 def digest(*values: Any) -> str:

@@ -138,10 +138,9 @@ class Recommending:
         A quick patch leaves more of the loss than the one that is saved: so a larger size is tried
         if its loss, less by as much as that of ``choice`` was, fits.
         """
-        found, n = None, choice.n
-        while found is None:
-            found = self._recommended(results, replace(choice, n=n))
-            if found is None and n == 1:
+        n = choice.n
+        while (found := self._recommended(results, replace(choice, n=n))) is None:
+            if n == 1:
                 (self._asked.out / PLAN_FILE).unlink()
                 results.save()
                 raise PlanError(
@@ -149,7 +148,7 @@ class Recommending:
                     f"of a single layer loses {self._kept} after the patch, on the texts that "
                     f"choose; ask for more (max_loss, --max-loss)"
                 )
-            n -= found is None
+            n -= 1
         larger = self._larger(n)
         deeper = self._recommended(results, replace(choice, n=larger)) if larger > n else None
         if deeper is None and larger > n:  # what was saved is still there

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..reporting.figures import HEAT_MAP_FILE
@@ -13,7 +12,7 @@ from ..values.recipe import Recipe
 from ..values.tokens import BatchSize, Tokens
 from ..values.wish import Wish
 from .cache import open_cache
-from .contestants import InMemory
+from .contestants import one_contestant
 from .continuing import PROMPTS
 from .results import Run
 from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, TOP, RunJob
@@ -124,7 +123,7 @@ def run(
     """
     refuse_several("runs are")
     job = RunJob(
-        model=_subject(model, tokenizer), texts=texts, eval_texts=eval_texts,
+        model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
         wish=Wish(n, fraction, params, max_loss), out=Path(out), top=top, blocks=blocks,
         step=iterate, tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, prompts=prompts, heal=heal,
@@ -132,17 +131,3 @@ def run(
         progress=progress,
     )  # fmt: skip
     return job.run(report)
-
-
-def _subject(
-    model: "PreTrainedModel | ModelSource | str | Path",
-    tokenizer: "PreTrainedTokenizerBase | None",
-) -> ModelSource | InMemory:
-    """The model, in memory or by its source."""
-    if isinstance(model, ModelSource):
-        return model
-    if isinstance(model, str | Path):
-        return ModelSource(model)
-    if tokenizer is None:
-        raise ModelError("a model in memory needs its tokenizer: give both, or a ModelSource")
-    return InMemory(model, tokenizer)

@@ -25,8 +25,8 @@ from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 from ..values.wish import Wish
 from .cache import Cache
-from .cache_keys import model_inputs, texts_inputs
-from .contestants import InMemory, ModelStore, digest
+from .cache_keys import texts_inputs
+from .contestants import InMemory, ModelStore, digest, inputs_of_one
 from .continuing import PROMPTS
 from .results import Run, marks_in, weights_mark
 
@@ -187,9 +187,7 @@ class RunJob:
     @cached_property
     def _of_model(self) -> dict[str, object] | None:
         """All that the results depend on of the model; None where that is not known."""
-        if isinstance(self.model, ModelSource):
-            return model_inputs(self.model, self.cache)
-        return self.model.inputs(self.cache)
+        return inputs_of_one(self.model, self.cache)
 
     @cached_property
     def _identities(self) -> tuple[str, str]:

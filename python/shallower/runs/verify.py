@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CriterionError, LayersError, ModelError, OutputError, PlanError, TextsError
+from ..errors import CriterionError, LayersError, OutputError, PlanError, TextsError
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..texts.options import options_fingerprint
@@ -16,8 +16,7 @@ from ..values.plan import Plan
 from ..values.tokens import BatchSize, Tokens
 from ..values.verification import AFTER, Verified
 from .cache import Cache, open_cache
-from .cache_keys import model_inputs
-from .contestants import InMemory, ModelStore, contestants, digest
+from .contestants import InMemory, ModelStore, digest, inputs_of_one, one_contestant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,12 +115,7 @@ class VerificationJob:
         from ..judgement.verifying import verifier_of
         from ..models.decoder import Decoder
 
-        inputs = (
-            model_inputs(self.model, self.cache)
-            if isinstance(self.model, ModelSource)
-            else self.model.inputs(self.cache)
-        )
-        store = ModelStore(self.cache, inputs, [])
+        store = ModelStore(self.cache, inputs_of_one(self.model, self.cache), [])
         loaded, tokenizer = self.model.load()
         decoder = Decoder.of(loaded)
         check_sizes(self.sizes, len(decoder))
@@ -215,12 +209,10 @@ def verify(
         >>> len(found[2].plan.dropped), found[2].num_items
         (2, 12)
     """
-    found = contestants(model, tokenizer)
-    if len(found) != 1:
-        raise ModelError("plans are verified on one model: name one")
     job = VerificationJob(
-        model=found[0], texts=texts, sizes=[n] if isinstance(n, int) else n, top=top,
-        after=after, max_blocks=max_blocks, judge=judge, tokens=Tokens(max_length, batch_size),
+        model=one_contestant(model, tokenizer), texts=texts,
+        sizes=[n] if isinstance(n, int) else n, top=top, after=after, max_blocks=max_blocks,
+        judge=judge, tokens=Tokens(max_length, batch_size),
         max_texts=max_texts, seed=seed, spill=None if spill is None else Path(spill),
         cache=open_cache(not cache), progress=progress,
     )  # fmt: skip

@@ -1,12 +1,11 @@
 """CriteriaComparison: what each criterion removes, and what that costs, row by row."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from .loss import Loss
-from .schema import finite, of_type
+from .schema import of_type, row_from_json, row_to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +70,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Give the row as plain JSON values; what is not finite is None."""
-        return {
-            name: finite(value) if isinstance(value, float) else value
-            for name, value in {**asdict(self), "dropped": list(self.dropped)}.items()
-        }
+        return row_to_json(self)
 
     @classmethod
     def from_json(cls, data: Any) -> "Row":
@@ -89,11 +85,7 @@ class Row:
         Raises:
             KeyError, TypeError: the values are not those of a row.
         """
-        values = {one.name: of_type(dict, data)[one.name] for one in fields(cls)}
-        for one in fields(cls):
-            if one.type is float and values[one.name] is None:
-                values[one.name] = math.nan
-        return cls(**{**values, "dropped": tuple(values["dropped"])})
+        return row_from_json(cls, data)
 
 
 @dataclass(frozen=True, slots=True)

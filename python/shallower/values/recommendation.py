@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from .layers import ranges
 from .loss import Loss
 from .plan import Plan
-from .schema import finite, of_type
+from .schema import finite, of_type, row_from_json, row_to_json
 from .scores import Difference
 from .verification import Verified
 
@@ -65,10 +65,7 @@ class SizeRow:
 
     def to_json(self) -> dict[str, Any]:
         """Give the row as plain JSON values; what is not finite is None."""
-        return {
-            name: finite(value) if isinstance(value, float) else value
-            for name, value in {**asdict(self), "dropped": list(self.dropped)}.items()
-        }
+        return row_to_json(self)
 
     @classmethod
     def from_json(cls, data: Any) -> "SizeRow":
@@ -83,11 +80,7 @@ class SizeRow:
         Raises:
             KeyError, TypeError: the values are not those of a row.
         """
-        values = {one.name: of_type(dict, data)[one.name] for one in fields(cls)}
-        for one in fields(cls):
-            if one.type is float and values[one.name] is None:
-                values[one.name] = math.nan
-        return cls(**{**values, "dropped": tuple(values["dropped"])})
+        return row_from_json(cls, data)
 
 
 @dataclass(frozen=True, slots=True)
