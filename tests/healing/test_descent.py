@@ -1,6 +1,7 @@
-"""The way down from a cut, against slopes of the whole forward by autograd."""
+"""The way down from a cut, against steps of a slow twin in float64."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -8,10 +9,9 @@ import torch
 
 from shallower.healing import descent
 from shallower.healing.changes import Changes
-from shallower.healing.descent import RIDGE, Descent, Way, divergence_slopes, rounds, walk
+from shallower.healing.descent import Descent, Moving, divergence_slopes, drawn, least, matrices
 from shallower.healing.patch_states import StateSet, Stored
 from shallower.models.layerwise import Layerwise
-from shallower.models.residual_writers import Writer
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 from tests.documents import TEXTS
@@ -31,19 +31,36 @@ def batches_of(words, texts, batch_size=4):
     return list(TokenBatches(words, texts, Tokens(32, batch_size), min_tokens=2))
 
 
-def find(model, batches, folder):
-    layerwise = Layerwise(model)
+def states_of(layerwise, batches, first=LAYERS[0]):
+    """The states before a layer, and the whole model's last ones."""
     sample = layerwise.embed(batches[0])
     last, start = (Stored(None, batches, sample.shape[-1], sample.dtype) for _ in range(2))
     for index, batch in enumerate(batches):
-        start[index] = layerwise.run(batch, layerwise.embed(batch), (0,))
-        last[index] = layerwise.run(batch, start[index], range(1, 6))
-    ran = []
+        start[index] = layerwise.run(batch, layerwise.embed(batch), range(first))
+        last[index] = layerwise.run(batch, start[index], range(first, len(layerwise)))
+    return StateSet(batches, last, start)
+
+
+def gone(model, batches, layers=LAYERS):
+    """A descent of a model, after all of its steps."""
+    layerwise, ran = Layerwise(model), []
     with torch.no_grad():
-        ways, fall = Descent(
-            layerwise, LAYERS, states=StateSet(batches, last, start), folder=folder, ran=ran.append
-        ).find()
-    return ways, fall, sum(ran)
+        down = Descent(
+            layerwise, layers, states=states_of(layerwise, batches, layers[0]), changes=Changes(),
+            ran=ran.append,
+        )  # fmt: skip
+        down.go()
+    return down, sum(ran)
+
+
+def cut_of(model):
+    cut = copy.deepcopy(model)
+    for index in reversed(range(2, 4)):
+        del cut.model.layers[index]
+    for index, layer in enumerate(cut.model.layers):
+        layer.self_attn.layer_idx = index
+    cut.config.num_hidden_layers = 4
+    return cut
 
 
 def divergence(whole, cut, ids):
@@ -54,82 +71,132 @@ def divergence(whole, cut, ids):
     return (wanted.exp() * (wanted - found)).sum()
 
 
-def slow_twin(model, batches):
-    """Inputs and slopes of every writer of the layers that are left, text by text, in float64."""
-    whole, cut = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    for index in reversed(range(2, 4)):
-        del cut.model.layers[index]
-    for index, layer in enumerate(cut.model.layers):
-        layer.self_attn.layer_idx = index
-    cut.config.num_hidden_layers = 4
-    sums = {}
-    for batch in batches:
-        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-            taken = {}
-            hooks = []
-            for layer, module in zip(LAYERS, cut.model.layers[1:], strict=True):
-                for name in ("self_attn.o_proj", "mlp.down_proj"):
-
-                    def keep(_module, args, output, key=(layer, name), taken=taken):
-                        output.retain_grad()
-                        taken[key] = args[0], output
-
-                    hooks.append(module.get_submodule(name).register_forward_hook(keep))
-            divergence(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None]).backward()
-            for key, (inputs, output) in taken.items():
-                a, g = (v[0, 1:].numpy() for v in (inputs.detach(), output.grad))
-                sums.setdefault(key, []).append((a, g))
-            for hook in hooks:
-                hook.remove()
-    return {key: [np.concatenate(v) for v in zip(*rows, strict=True)] for key, rows in sums.items()}
+def total_divergence(whole, cut, batches):
+    return sum(
+        float(divergence(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None]).detach())
+        for batch in batches
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    )
 
 
-def test_the_ways_are_those_of_the_slow_twin(model, words, tmp_path):
-    batches = batches_of(words, TEXTS + sentences(8))
-    ways, fall, ran = find(copy.deepcopy(model), batches, tmp_path)
-    twin = slow_twin(model, batches)
-    assert {(way.layer, way.writer.name) for way in ways} == set(twin)
-    falls, size = 0.0, None
-    for way in ways:
-        a, g = twin[way.layer, way.writer.name]
-        gram, cross = a.T @ a, -a.T @ g
-        ridge = RIDGE * np.diag(gram).mean()
-        step = np.linalg.solve(gram + ridge * np.eye(len(gram)), cross).T
-        falls += (step * cross.T).sum()
-        size = size or float(np.abs(way.step.numpy()).max() / np.abs(step).max())
-        np.testing.assert_allclose(
-            way.step.numpy() / size, step, rtol=1e-2, atol=2e-3 * np.abs(step).max()
+def slow_twin(model, batches, steps):
+    """The weights of the cut after some steps, text by text and entry by entry, in float64."""
+    whole = copy.deepcopy(model).double()
+    cut = cut_of(whole)
+    weights = {
+        f"{layer}.{name}": weight
+        for layer, module in zip(LAYERS, cut.model.layers[1:], strict=True)
+        for name, weight in module.named_parameters() if weight.ndim > 1
+    }  # fmt: skip
+    sizes = {k: float(w.detach().square().mean().sqrt()) for k, w in weights.items()}
+    momentum, rows, columns = (dict.fromkeys(weights, 0.0) for _ in range(3))
+    for number, chosen in enumerate(steps, 1):
+        total = sum(
+            divergence(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None])
+            for batch in (batches[index] for index in chosen)
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         )
-    tokens = sum(batch.attention_mask.sum() for batch in batches)
-    assert fall / size == pytest.approx(falls / tokens, rel=1e-2)
-    assert ran == len(batches) * (3 + 1 + 3)  # up, the head, and down
+        slopes = torch.autograd.grad(total, list(weights.values()))
+        rate = descent.RATE * min(
+            number / descent.WARM_UP, (len(steps) - number + 1) / (descent.DECAY * len(steps)), 1
+        )
+        for (key, weight), slope in zip(weights.items(), slopes, strict=True):
+            g = slope.numpy()
+            momentum[key] = 0.9 * momentum[key] + 0.1 * g
+            rows[key] = 0.99 * rows[key] + 0.01 * (g**2).mean(1)
+            columns[key] = 0.99 * columns[key] + 0.01 * (g**2).mean(0)
+            square = np.outer(rows[key], columns[key]) / rows[key].mean() / (1 - 0.99**number)
+            turn = momentum[key] / (1 - 0.9**number) / np.sqrt(square)
+            step = rate * sizes[key] * np.clip(turn, -descent.MOST, descent.MOST)
+            weight.data -= torch.from_numpy(step)
+    return {key: weight.detach().numpy() for key, weight in weights.items()}
 
 
-def test_a_small_step_falls_as_is_said(model, words, tmp_path):
-    """By a hundredth of the divergence; first tokens, which no step was fitted on, fall with it."""
-    model = copy.deepcopy(model)
-    batches = batches_of(words, sentences(32, seed=7))
-    ways, fall, _ = find(model, batches, tmp_path)
-    layerwise = Layerwise(model)
-    ids = torch.from_numpy(np.concatenate([batch.input_ids for batch in batches]))
-    whole = copy.deepcopy(model)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen):
+    monkeypatch.setattr(descent, "STEP_TOKENS", 200)
+    monkeypatch.setattr(descent, "STEPS", 5)
+    batches = batches_of(words, TEXTS + sentences(8))
+    once = drawn(batches)
+    assert any(len(chosen) > 1 for chosen in once)
+    twin = slow_twin(model, batches, (2 * once)[:5])
+    moved = copy.deepcopy(model).requires_grad_(not frozen)
+    _, ran = gone(moved, batches)
+    assert ran == sum(map(len, (2 * once)[:5])) * (3 + 1 + 3)  # up, the head, and down
+    for key, expected in twin.items():
+        layer, _, name = key.partition(".")
+        before = model.model.layers[int(layer)].get_parameter(name).detach().numpy()
+        after = moved.model.layers[int(layer)].get_parameter(name)
+        assert after.requires_grad is not frozen
+        way = np.abs(expected - before).max()
+        np.testing.assert_allclose(after.detach().numpy(), expected, rtol=0, atol=2e-2 * way)
+        assert np.abs(after.detach().numpy() - expected).mean() < 1e-3 * way
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2 or ".2." in name or ".3." in name or "layers" not in name:
+            assert torch.equal(weight, moved.get_parameter(name))
 
-    def mean():
-        found = 0.0
-        for batch in batches:
-            states = layerwise.run(batch, layerwise.embed(batch), (0, *LAYERS))
-            with layerwise.starting_from(states, ()), torch.no_grad():
-                logits = model(input_ids=torch.from_numpy(batch.input_ids)).logits.double()
-                wanted = whole(input_ids=torch.from_numpy(batch.input_ids)).logits.double()
-            kl = wanted.softmax(-1) * (wanted.log_softmax(-1) - logits.log_softmax(-1))
-            found += float(kl.sum())
-        return found / ids.numel()
 
-    before, step = mean(), 1e-5 / fall
+def test_the_divergence_falls(model, words, monkeypatch):
+    monkeypatch.setattr(descent, "STEP_TOKENS", 100)
+    batches = batches_of(words, sentences(64, seed=7))
+    before = total_divergence(model, cut_of(model), batches)
+    moved = copy.deepcopy(model)
+    gone(moved, batches)
+    assert total_divergence(model, cut_of(moved), batches) < 0.9 * before
+
+
+def test_a_way_is_gone_in_part(model, words):
+    batches = batches_of(words, TEXTS)
+    moved = copy.deepcopy(model)
+    down, _ = gone(moved, batches)
+    far = [p.detach().clone() for p in moved.parameters()]
     with torch.no_grad():
-        for way in ways:
-            way.writer.module.weight += step * way.step
-    assert before - mean() == pytest.approx(1e-5, rel=0.2)
+        down.put(0.5)
+        half = [p.detach().clone() for p in moved.parameters()]
+        down.put(0.0)
+    for start, middle, end, back in zip(
+        model.parameters(), half, far, moved.parameters(), strict=True
+    ):
+        assert torch.equal(start, back)
+        torch.testing.assert_close(middle, (start + end).detach() / 2)
+    assert any(not torch.equal(start, end) for start, end in zip(half, far, strict=True))
+
+
+def test_steps_below_the_grain_of_a_dtype_add_up():
+    layer = torch.nn.Linear(8, 8).bfloat16()
+    start = layer.weight.detach().float().clone()
+    moving, changes = Moving(layer, "weight"), Changes()
+    with torch.no_grad():
+        for _ in range(20):
+            moving.step(torch.ones(8, 8), 0.0005, changes)
+    way = (layer.weight.detach().float() - start).mean() / start.square().mean().sqrt()
+    assert float(way) == pytest.approx(-0.01, rel=0.1)
+
+
+def test_experts_without_tokens_stay():
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.Parameter(torch.randn(3, 4, 5))
+    (found,) = matrices(layer)
+    start, slopes = layer.experts.detach().clone(), torch.randn(3, 4, 5)
+    slopes[1] = 0
+    moving, changes = Moving(*found), Changes()
+    with torch.no_grad():
+        for _ in range(3):
+            moving.step(slopes, 0.01, changes)
+    assert torch.equal(layer.experts[1], start[1])
+    assert bool((layer.experts[0] != start[0]).all())
+    assert len(changes) == 1
+
+
+def test_slopes_that_almost_vanish_do_not_run_away():
+    layer = torch.nn.Linear(4, 4)
+    start, slopes = layer.weight.detach().clone(), torch.ones(4, 4)
+    slopes[0] = 1e-25  # whose squares are none
+    with torch.no_grad():
+        Moving(layer, "weight").step(slopes, 0.01, Changes())
+    size = float(start.square().mean().sqrt())
+    assert float((layer.weight - start).detach().abs().max()) <= 1.01 * 0.01 * descent.MOST * size
 
 
 def test_slopes_of_the_divergence_are_those_of_autograd(model, words, monkeypatch):
@@ -144,49 +211,46 @@ def test_slopes_of_the_divergence_are_those_of_autograd(model, words, monkeypatc
     torch.testing.assert_close(divergence_slopes(head, cut, whole), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("least", [0.0, 0.03, 0.2, 0.45, 1.0, 3.7, 1e9])
-def test_a_walk_ends_at_the_least_loss_that_was_found(least):
-    module = torch.nn.Linear(3, 2)
-    weight = module.weight.detach().clone()
-    way = Way(0, Writer("down", module, 1.0), torch.ones(2, 3))
-    tried = []
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({1.0: 1.0, 0.5: 1.5}, (1.0, 1.0)), ({1.0: 1.5, 0.5: 1.2}, (1.2, 0.5)),
+        ({1.0: 3.0, 0.5: 2.5}, (2.0, 0.0)), ({1.0: math.inf, 0.5: math.nan}, (2.0, 0.0)),
+    ],
+)  # fmt: skip
+def test_a_way_ends_at_the_least_loss(losses, expected):
+    class Way:
+        def put(self, share):
+            self.share = share
 
-    def loss():
-        step = float((module.weight.detach() - weight).mean())
-        tried.append((abs(step - least), step))
-        return abs(step - least)
-
-    with torch.no_grad():
-        found = walk([way], 0.4, changes=Changes(), loss=loss, nats=least)
-    best = min([*tried, (least, 0.0)])
-    assert found == pytest.approx(best[0])
-    assert float((module.weight - weight).detach().mean()) == pytest.approx(best[1], abs=1e-6)
-    assert len(tried) <= descent.TRIES + 1
-    if 0.1 < least < 2:
-        assert found < 0.5 * least
+    way = Way()
+    assert least(way, lambda: losses[way.share], 2.0) == expected[0]
+    assert way.share == expected[1]
 
 
-@pytest.mark.parametrize("first", [0.0, -1.0, np.inf, np.nan])
-def test_there_is_no_walk_without_a_way_down(first):
-    with torch.no_grad():
-        assert walk([], first, changes=Changes(), loss=lambda: 0.0, nats=2.0) == 2.0
-
-
-@pytest.mark.parametrize(("count", "tokens"), [(1, 9), (2, 9), (7, 4000), (40, 4000)])
-def test_batches_are_shared_out_to_rounds(words, count, tokens):
+@pytest.mark.parametrize(("count", "tokens"), [(1, 9), (2, 9), (7, 4000), (40, 4000), (90, 5000)])
+def test_batches_are_drawn_for_steps(count, tokens):
     class Whole:
         attention_mask = np.ones((1, tokens))
 
-    found = rounds([Whole()] * count)
-    flat = [index for part in found for index in part]
+    found = drawn([Whole()] * count)
+    flat = [index for chosen in found for index in chosen]
     assert len(set(flat)) == len(flat)
-    assert all(part for part in found)
-    assert len(found) == min(count, descent.ROUNDS)
-    assert all(len(part) * tokens <= descent.ROUND_TOKENS for part in found)
-    assert max(flat) >= count - 2 * count // len(flat) - descent.ROUNDS
+    assert set(flat) <= set(range(count))
+    assert len(found) == min(descent.STEPS, -(-count // max(1, -(-descent.STEP_TOKENS // tokens))))
+    assert found == drawn([Whole()] * count)
+    assert count < 40 or flat != sorted(flat)
 
 
-def test_a_feed_forward_that_runs_on_all_tokens_as_rows_goes_down_as_well(words, tmp_path):
+def test_the_rate_grows_and_falls():
+    rates = [descent.rate_at(step, 24) / descent.RATE for step in range(24)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[9] == 1.0
+    assert rates[-1] == pytest.approx(1 / 14.4)
+    assert descent.rate_at(0, 1) > 0
+
+
+def test_a_feed_forward_that_runs_on_all_tokens_as_rows_goes_down_as_well(words):
     """That of OPT, which flattens texts and tokens."""
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -195,16 +259,19 @@ def test_a_feed_forward_that_runs_on_all_tokens_as_rows_goes_down_as_well(words,
     config = OPTConfig(
         **sizes, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64
     )
-    layerwise = Layerwise(OPTForCausalLM(config).eval())
-    batches = batches_of(words, TEXTS[:8])
-    states = [Stored(None, batches, 32, torch.float32) for _ in range(2)]
-    for index, batch in enumerate(batches):
-        states[1][index] = layerwise.embed(batch)
-        states[0][index] = layerwise.run(batch, states[1][index], range(4))
-    with torch.no_grad():
-        ways, fall = Descent(
-            layerwise, (0, 2, 3), states=StateSet(batches, *states), folder=tmp_path,
-            ran=lambda _: None,
-        ).find()  # fmt: skip
-    assert {way.layer for way in ways} == {0, 2, 3}
-    assert fall > 0
+    model = OPTForCausalLM(config).eval()
+    moved = copy.deepcopy(model)
+    gone(moved, batches_of(words, TEXTS[:8]), layers=(0, 2, 3))
+    changed = {
+        name.removeprefix("model.decoder.layers.")
+        for name, weight in moved.named_parameters()
+        if not torch.equal(weight, model.get_parameter(name))
+    }
+    assert changed == {
+        f"{layer}.{name}.weight"
+        for layer in (0, 2, 3)
+        for name in (
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+            "fc1", "fc2",
+        )
+    }  # fmt: skip

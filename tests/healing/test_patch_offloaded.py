@@ -36,7 +36,7 @@ def equal(one, other):
 @pytest.mark.parametrize("layers", [None, [2, 4, 6]], ids=["whole", "some layers"])
 @pytest.mark.parametrize("method", ["refit", "map", "magnitude"])
 def test_it_gets_the_same_weights(learned, words, monkeypatch, method, layers):
-    if method == "magnitude":  # as if it helped
+    if method != "refit":  # as if it helped
         losses = cycle([2.0, 3.0, 2.5])
         monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
     plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), layers)

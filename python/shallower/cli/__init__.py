@@ -62,7 +62,7 @@ COMMANDS = {
     ),
     "patch": Command(
         "patch",
-        "Drop layers and heal the cut without training.",
+        "Drop layers and heal the cut in minutes, with no parameter added.",
         "HuggingFaceTB/SmolLM2-135M --drop 12:20 --texts c4.jsonl --out patched",
     ),
     "heal": Command(

@@ -2,86 +2,171 @@
 
 What falls is the divergence of the cut model's next-token distributions from those of the whole
 model. Its slopes are taken backwards through the cut, layer after layer, each run anew from the
-states before it, so that the weights and the equations of one layer are needed at a time. A
-matrix with inputs a and slopes g behind it moves along −(Σ g aᵀ)(Σ a aᵀ + λ)⁻¹, the least-squares
-map onto the slopes by the equations of a jump; how far, a few losses tell.
+states before it, so that the graph and the slopes of one layer are there at a time. Every matrix
+takes steps of Adam (1412.6980) with second moments of rows and columns alone (Adafactor,
+1804.04235), each a share of the root mean square of its own entries: one rate does for matrices of
+any width. Moves are kept beside the old values, so that steps below a dtype's grain add up.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import random
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import nn
 
 from ..models.head import Head, part_sizes
 from ..models.layerwise import Layerwise, token_rows
-from ..models.offload import resident
-from ..models.residual_writers import Writer, find_writers
+from ..models.offload import resident, stored_weight
 from ..texts.batches import Batch
 from .changes import Changes
-from .least_squares import NormalEquations
-from .patch_states import StateSet, Stored, other_rows
+from .patch_states import StateSet
 
-RIDGE = 3.0
-"""The penalty on a step, as a share of the inputs' mean square."""
+STEPS = 24
+"""Steps, at most."""
 
-REACH = 0.5
-"""The first step that is tried would take this share of the lost nats back, were the slope to stay
-what it is."""
+STEP_TOKENS = 4096
+"""Tokens of a step, of whole batches: at least so many, where there are."""
 
-TRIES = 6
-"""Steps that are tried, at most."""
+PASSES = 2
+"""Times that the same texts are gone through, at most."""
 
-ROUNDS = 2
-"""Times that ways down are found, each on texts of its own."""
+RATE = 0.002
+"""The size of a step, as a share of the root mean square of a matrix's entries."""
 
-ROUND_TOKENS = 16_384
-"""Tokens of such texts, at most."""
+WARM_UP, DECAY = 4, 0.6
+"""Steps in which the rate grows, and the share of all steps in which it falls to nothing."""
+
+MOMENTUM, SQUARES = 0.9, 0.99
+"""What of the mean slope, and of the mean square, is kept from step to step."""
+
+MOST = 10.0
+"""The largest step of one entry, in those of the rate: an outer product misjudges some."""
 
 COPIES = 4
 """Copies of the logits in float32 that are made beside them."""
 
 
-def rounds(batches: Sequence[Batch]) -> list[list[int]]:
-    """Share batches out to rounds, those of all lengths to each.
+def drawn(batches: Sequence[Batch], seed: int = 0) -> list[list[int]]:
+    """Draw the batches of every step.
 
     Args:
         batches: to fit, by length.
+        seed: of the order.
 
     Returns:
-        The indices of each round's batches; no round is empty.
+        The indices of each step's batches, those of all lengths in any order. No batch comes
+        again before its turn in the next pass.
     """
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    count = max(1, ROUND_TOKENS * len(batches) // max(1, tokens))
-    shares = (range(start, len(batches), ROUNDS) for start in range(ROUNDS))
-    return [list(share[:: -(-len(share) // count)]) for share in shares if share]
+    order = list(range(len(batches)))
+    random.Random(seed).shuffle(order)
+    steps: list[list[int]] = []
+    tokens = STEP_TOKENS
+    for index in order:
+        if tokens >= STEP_TOKENS:
+            steps.append([])
+            tokens = 0
+        steps[-1].append(index)
+        tokens += int(batches[index].attention_mask.sum())
+    return steps[:STEPS]
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A direction in which one matrix moves.
+def rate_at(step: int, steps: int) -> float:
+    """Give the rate of a step: it grows from step to step, stays, and falls in a line.
 
-    Attributes:
-        layer: index of its layer.
-        writer: the matrix.
-        step: (D, inputs), on the CPU.
+    Args:
+        step: counted from 0.
+        steps: all of them.
+
+    Returns:
+        The rate.
+    """
+    return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
+
+
+class Moving:
+    """One matrix on its way, or several of a kind in one tensor, in the memory of the CPU.
+
+    Args:
+        module: the module that has it.
+        name: its name there.
     """
 
-    layer: int
-    writer: Writer
-    step: torch.Tensor
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self._base = stored_weight(module, name).detach().to("cpu", copy=True)
+        self._size = float(self._base.float().square().mean().sqrt())
+        self._move = torch.zeros_like(self._base)
+        self._momentum = torch.zeros_like(self._base)
+        self._rows = torch.zeros(self._base.shape[:-1])
+        self._columns = torch.zeros(*self._base.shape[:-2], self._base.shape[-1])
+        self._steps = 0
+
+    def step(self, slopes: torch.Tensor, rate: float, changes: Changes) -> None:
+        """Take a step.
+
+        Args:
+            slopes: of the matrix's shape, in float32, on the device of the step's work.
+            rate: the size of the step, as a share of the entries' root mean square.
+            changes: what is told of changes.
+        """
+        self._steps += 1
+        device, squares = slopes.device, slopes.square()
+        rows, columns = self._rows.to(device), self._columns.to(device)
+        rows.lerp_(squares.mean(-1), 1 - SQUARES)
+        columns.lerp_(squares.mean(-2), 1 - SQUARES)
+        momentum = self._momentum.to(device).float().lerp_(slopes, 1 - MOMENTUM)
+        mean = rows.mean(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        scale = (rows / mean).unsqueeze(-1) * columns.unsqueeze(-2)
+        scale = scale.div_(1 - SQUARES**self._steps).sqrt_()
+        turn = momentum / (1 - MOMENTUM**self._steps)
+        turn = turn.div_(scale.clamp_min_(torch.finfo(scale.dtype).tiny)).clamp_(-MOST, MOST)
+        move = self._move.to(device).float().sub_(turn, alpha=rate * self._size)
+        for kept, new in (
+            (self._rows, rows), (self._columns, columns),
+            (self._momentum, momentum), (self._move, move),
+        ):  # fmt: skip
+            kept.copy_(new)
+        changes.change(self.module, self.name, self._base.to(device).float() + move)
+
+    def put(self, share: float, changes: Changes) -> None:
+        """Put the matrix somewhere on its way.
+
+        Args:
+            share: of the way; nothing is the old value, bit for bit.
+            changes: what is told of changes.
+        """
+        value = self._base if share == 0 else self._base.float().add(self._move, alpha=share)
+        changes.change(self.module, self.name, value)
+
+
+def matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Find the matrices of a layer.
+
+    Args:
+        layer: of a decoder.
+
+    Yields:
+        The module that has one, and its name there; each once.
+    """
+    seen: set[int] = set()
+    for module in layer.modules():
+        for name, _ in module.named_parameters(recurse=False):
+            stored = stored_weight(module, name)
+            if stored.ndim > 1 and stored.is_floating_point() and id(stored) not in seen:
+                seen.add(id(stored))
+                yield module, name
 
 
 class Descent:
-    """The ways down from a cut model, found on a few batches.
+    """The way down of a cut model.
 
     Args:
         model: with the matrices of the patched cut.
         layers: those that are left from the first whose matrices move on, ascending.
         states: texts, with the cut's states before the first of the layers, and the whole model's
             behind all of its own.
-        folder: where files of states are made.
+        changes: what is told of changes.
         ran: is told of batches that ran through a layer.
     """
 
@@ -91,60 +176,80 @@ class Descent:
         layers: Sequence[int],
         *,
         states: StateSet,
-        folder: Path,
+        changes: Changes,
         ran: Callable[[int], None],
     ) -> None:
-        self._model, self._layers, self._ran = model, layers, ran
-        self._batches, self._whole = states.batches, states.whole
-        start = states.cut[0]
+        self._model, self._states, self._changes, self._ran = model, states, changes, ran
+        self._moving = {
+            layer: [Moving(*found) for found in matrices(model.modules[layer])] for layer in layers
+        }
+        self._scale = 0.0
 
-        def stored(name: str) -> Stored:
-            return Stored(folder / name, states.batches, start.shape[-1], start.dtype)
+    def go(self) -> None:
+        """Take all steps."""
+        drawn_steps = drawn(self._states.batches)
+        steps = min(STEPS, PASSES * len(drawn_steps))
+        for number in range(steps):
+            chosen = drawn_steps[number % len(drawn_steps)]
+            self._step(chosen, rate_at(number, steps))
 
-        self._states = [states.cut, *(stored(f"before.{layer}") for layer in layers[1:])]
-        self._slopes = stored("slopes")
+    def put(self, share: float) -> None:
+        """Put all matrices somewhere on their way.
 
-    def find(self) -> tuple[list[Way], float]:
-        """Find the ways down.
-
-        Returns:
-            The ways, and by how much the divergence of a token falls for a step of one, if it
-            kept its slope.
+        Args:
+            share: of the way; nothing is where it began, bit for bit.
         """
-        self._advance()
-        scale = self._final_slopes()
-        ways: list[Way] = []
-        fall = 0.0
-        for layer, states in zip(self._layers[::-1], self._states[::-1], strict=True):
+        for moving in self._moving.values():
+            for one in moving:
+                one.put(share, self._changes)
+
+    def _step(self, chosen: Sequence[int], rate: float) -> None:
+        """Take one step on some batches."""
+        batches = [self._states.batches[index] for index in chosen]
+        before = [[self._states.cut[index] for index in chosen]]
+        for layer in self._moving:
             with resident(self._model.modules[layer]):
-                found, falls = self._of_layer(layer, states)
-            ways += found
-            fall += falls
-        tokens = sum(int(batch.attention_mask.sum()) for batch in self._batches)
-        return ways, fall / (scale * tokens)
+                pairs = zip(batches, before[-1], strict=True)
+                before.append([self._model.run(*pair, (layer,)).cpu() for pair in pairs])
+            self._ran(len(batches))
+        slopes = [
+            self._behind_last(batch, last, self._states.whole[index])
+            for batch, last, index in zip(batches, before.pop(), chosen, strict=True)
+        ]
+        self._ran(len(batches))
+        for layer, given in zip(reversed(self._moving), reversed(before), strict=True):
+            self._step_layer(layer, batches, given, slopes, rate)
 
-    def _advance(self) -> None:
-        """Run the layers; the states behind the last take the room of the slopes."""
-        after = [*self._states[1:], self._slopes]
-        for layer, states, target in zip(self._layers, self._states, after, strict=True):
-            for some in self._model.passes((layer,)):
-                for index, batch in enumerate(self._batches):
-                    target[index] = self._model.run(batch, states[index], some)
-                    self._ran(1)
-
-    def _final_slopes(self) -> float:
-        """Turn the final states into slopes, times the number that is returned."""
-        scale = 0.0
-        for index, batch in enumerate(self._batches):
-            slopes = self._behind_last(batch, self._slopes[index], self._whole[index]).float()
-            # Halves are coarse near zero: slopes are made as large as one.
-            scale = scale or 1 / max(float(slopes.square().mean().sqrt()), 1e-30)
-            self._slopes[index] = slopes * scale
-            self._ran(1)
-        return scale
+    def _step_layer(
+        self,
+        layer: int,
+        batches: Sequence[Batch],
+        given: Sequence[torch.Tensor],
+        slopes: list[torch.Tensor],
+        rate: float,
+    ) -> None:
+        """Move the matrices of a layer; the slopes go back to the states before it."""
+        moving = self._moving[layer]
+        sums: list[torch.Tensor | None] = [None] * len(moving)
+        with resident(self._model.modules[layer]):
+            for index, batch in enumerate(batches):
+                weights = [getattr(one.module, one.name) for one in moving]
+                slopes[index], found = self._model.slopes(
+                    batch, given[index], layer, behind=slopes[index], weights=weights
+                )
+                for place, part in enumerate(found):
+                    total = sums[place]
+                    if part is not None:
+                        sums[place] = part.float() if total is None else total.add_(part)
+                self._ran(1)
+            for one, total in zip(moving, sums, strict=True):
+                if total is not None:  # experts that no token was sent to have none
+                    one.step(total, rate, self._changes)
 
     def _behind_last(self, batch: Batch, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """(B, T, D): the slopes in the states before the final norm."""
+        """(B, T, D): the slopes in the states before the final norm, times the same number for
+        all steps.
+        """
         head = self._model.head
         inputs = batch.input_ids, batch.attention_mask
         ids, mask = (torch.from_numpy(values).to(head.decoder.device) for values in inputs)
@@ -155,32 +260,10 @@ class Descent:
             reached = token_rows(batch, head.states(ids, mask))
         slopes = divergence_slopes(head, reached.detach(), aim)
         (found,) = torch.autograd.grad(reached, given, slopes)
-        return found
-
-    def _of_layer(self, layer: int, states: Stored) -> tuple[list[Way], float]:
-        """The ways of a layer's matrices; the slopes go back to the states before it."""
-        found = find_writers(self._model, layer, batch=self._batches[0], states=states[0])
-        writers = [w for w in (found.attention, found.feed_forward) if w is not None]
-        sums: list[NormalEquations] = []
-        for index, batch in enumerate(self._batches):
-            self._slopes[index], taken = self._model.slopes(
-                batch, states[index], layer,
-                behind=self._slopes[index], modules=[w.module for w in writers],
-            )  # fmt: skip
-            if not sums:
-                sums = [NormalEquations.empty(x.shape[-1], g.shape[-1], x.device)
-                        for x, g in taken]  # fmt: skip
-            for equations, (x, g) in zip(sums, taken, strict=True):
-                # Some families run a feed-forward on (B·T, D).
-                wide, slopes = (v.view(*batch.input_ids.shape, -1) for v in (x, g))
-                equations.add(other_rows(batch, wide), -other_rows(batch, slopes).float())
-            self._ran(1)
-        ways, fall = [], 0.0
-        for writer, equations in zip(writers, sums, strict=True):
-            step = equations.solve(RIDGE, equations.scale.expand(len(equations.gram)))
-            fall += float((step * equations.cross.mT).sum())
-            ways.append(Way(layer, writer, step.to("cpu", writer.weight.dtype)))
-        return ways, fall
+        # Halves are coarse near zero: slopes are made as large as one.
+        found = found.float()
+        self._scale = self._scale or 1 / max(float(found.square().mean().sqrt()), 1e-30)
+        return found.mul_(self._scale).to(cut.dtype)
 
 
 def divergence_slopes(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
@@ -192,54 +275,37 @@ def divergence_slopes(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> tor
         whole: (R, D), those of the whole model.
 
     Returns:
-        (R, D), the slopes of Σ KL(whole ‖ cut) in the cut's states.
+        (R, D), the slopes of Σ KL(whole ‖ cut) in the cut's states; the distributions are in the
+        dtype of the logits.
     """
     slopes = torch.empty_like(cut)
     sizes = part_sizes(len(cut), COPIES * head.vocab_size)
     for rows, aim, found in zip(*(x.split(sizes) for x in (cut, whole, slopes)), strict=True):
         with torch.no_grad():
-            wanted = head.logits(aim).float().softmax(-1)
+            wanted = head.logits(aim).softmax(-1)
         with torch.enable_grad():
             given = rows.clone().requires_grad_()
             logits = head.logits(given)
-        errors = logits.detach().float().softmax(-1).sub_(wanted)
-        found.copy_(torch.autograd.grad(logits, given, errors.to(logits.dtype))[0])
+        errors = logits.detach().softmax(-1).sub_(wanted)
+        found.copy_(torch.autograd.grad(logits, given, errors)[0])
     return slopes
 
 
-def walk(
-    ways: Sequence[Way], first: float, *, changes: Changes, loss: Callable[[], float], nats: float
-) -> float:
-    """Go down the ways as far as a loss falls: by a first step, its halves or its doubles.
+def least(descent: Descent, loss: Callable[[], float], nats: float) -> float:
+    """Go down as far as a loss falls: the whole way, half of it, or not at all.
 
     Args:
-        ways: the matrices and their directions.
-        first: the step that is tried first.
-        changes: what is told of changes.
+        descent: that was gone.
         loss: measures the model.
-        nats: the loss before any step.
+        nats: the loss before.
 
     Returns:
         The least loss, with which the model is left.
     """
-    if not (math.isfinite(first) and first > 0):
-        return nats
-    before = [way.writer.weight.to("cpu", copy=True) for way in ways]
-    losses = {0.0: nats}
-
-    def go(step: float) -> None:
-        for way, weight in zip(ways, before, strict=True):
-            changes.set(way.writer, torch.add(weight, way.step, alpha=step))
-
-    def tried(step: float) -> float:
-        if step not in losses:
-            go(step)
-            losses[step] = loss()
-        return losses[step]
-
-    factor, step = (2.0, first) if tried(first) < tried(first / 2) else (0.5, first / 2)
-    while len(losses) <= TRIES and tried(step * factor) < tried(step):
-        step *= factor
-    best = min(losses, key=lambda step: losses[step])
-    go(best)
-    return losses[best]
+    found = {0.0: nats}
+    for share in (1.0, 0.5):
+        descent.put(share)
+        found[share] = loss()
+    best = min(found, key=lambda share: found[share] if math.isfinite(found[share]) else math.inf)
+    descent.put(best)
+    return found[best]

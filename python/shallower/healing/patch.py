@@ -1,12 +1,12 @@
-"""Healing without training: the layer before a cut is solved anew, in closed form.
+"""Healing in minutes: the layer before a cut is solved anew, in closed form, and moves on.
 
 The last matrix of that layer's feed-forward writes into the residual stream. It is found
 again by least squares, so that the stream jumps to where the dropped layers would have taken it,
 x^(stop) of the whole model. No parameter is added, and the checkpoint stays standard.
 
 Three methods: ``refit`` solves the matrix itself, from its own inputs, and the matrices after
-the cut as well, as long as the loss on held-out text falls; then all of them take two steps
-towards the whole model's next words, each found by the same equations. ``map`` puts a D×D map
+the cut as well, as long as the loss on held-out text falls; then all matrices from there on take
+a few steps towards the whole model's next words. ``map`` puts a D×D map
 behind it (ReplaceMe, 2505.02819); ``magnitude`` only closes the gap between the norms
 (Prune&Comp, 2507.18212).
 """
@@ -45,7 +45,7 @@ def patch(
     num_tokens: int = 131_072,
     progress: bool | None = None,
 ) -> Patch:
-    """Drop layers and heal the cut in closed form, in place.
+    """Drop layers and heal the cut in minutes, in place.
 
     Args:
         model: the whole model, in float32, bfloat16 or float16.
@@ -58,8 +58,8 @@ def patch(
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
         num_tokens: tokens to fit, at most; layers after the cut take a quarter of them. Their
-            states lie in a temporary file: twice ``num_tokens`` times D values. Memory grows
-            with the widths alone.
+            states lie in temporary files: at most four times ``num_tokens`` times D values. For
+            ``refit`` the matrices that move are held four times in the memory of the CPU.
         progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:

@@ -18,6 +18,7 @@ from ..models.rehearsal import build_empty, first_that_runs
 from ..texts.batches import Batch
 from ..values.memory import MemoryPlan, usable
 from ..values.tokens import Tokens
+from .descent import matrices
 from .least_squares import solver_bytes
 from .patch_states import MAX_HELD_OUT
 
@@ -78,13 +79,16 @@ def plan_patch(
         value_bytes=size, held_tokens=min(MAX_HELD_OUT, num_tokens),
     )  # fmt: skip
     working = max(solver.adding + forward, solver.solving, losses) - forward
+    moving, descending = descent_bytes(step.model, batch_tokens=texts * length)
     parts = {
         WEIGHTS: step.weights,
         OFFLOADED: 0,
         "activations": forward,
         "held-out states": 2 * min(MAX_HELD_OUT, num_tokens) * width * size,
-        "solver": solver.held + working,
+        "solver": max(solver.held + working, descending),
     }
+    if not card:  # beside one they are in the memory of the CPU
+        parts["moves of the matrices"] = moving
     rest = sum(parts.values()) - step.weights
     if card and step.weights + rest > usable(device_bytes):
         kept = _resident_bytes(config, dtype, usable(device_bytes) - rest)
@@ -128,6 +132,29 @@ def _resident_bytes(config: PretrainedConfig, dtype: str, budget: int) -> int:
     except ModelError:
         return least
     return budget
+
+
+def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
+    """Count what the way down of a patched cut takes beside the model.
+
+    Args:
+        model: a causal language model, without weights.
+        batch_tokens: tokens of a batch, padding included.
+
+    Returns:
+        The bytes in the memory of the CPU, if all layers move: their old values, twice, moves and
+        momenta. And those on the device of the widest layer: the graph of its forward, by the
+        inputs and outputs of its linear maps, its slopes, and the step of its largest matrix.
+    """
+    size = getattr(model, "dtype", torch.float32).itemsize
+    moving = most = 0
+    for layer in find_layers(model).modules:
+        weights = [getattr(module, name).numel() for module, name in matrices(layer)]
+        maps = (m.weight for m in layer.modules() if isinstance(m, nn.Linear | Conv1D))
+        graph = 2 * size * batch_tokens * sum(sum(weight.shape) for weight in maps)
+        moving += 4 * size * sum(weights)
+        most = max(most, graph + (size + 4) * sum(weights) + 20 * max(weights, default=0))
+    return moving, most
 
 
 def writer_widths(model: nn.Module) -> tuple[int, int]:

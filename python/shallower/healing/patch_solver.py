@@ -20,7 +20,7 @@ from ..texts.batches import Batch
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
-from .descent import REACH, ROUNDS, TRIES, Descent, rounds, walk
+from .descent import PASSES, STEPS, Descent, drawn, least
 from .held_out import FIRST_RIDGE, Choice, HeldOut, choose
 from .least_squares import NormalEquations
 from .missing import missing_equations, missing_rows, no_writer, not_finite
@@ -127,7 +127,7 @@ class Patching:
                 if layer == last:
                     self.fitted.thin(LATER_SHARE)
                 self._advance_cut(layer)
-            descent = self._descend(first, nats, original) if method == "refit" else ()
+            descent = self._descend(first, nats) if method == "refit" else ()
         nats = min((nats, *descent))
         return self._done(method, original, cut, nats, fits=tuple(fits), descent=descent)
 
@@ -207,9 +207,12 @@ class Patching:
             thinned = len(range(0, fitted, LATER_SHARE)) + held_out
             total += (2 + passes) * after * thinned
             losses += range(1, after + 1)
-            down = sum(map(len, rounds(self.fitted.batches)))
-            total += down * (count - first + 2 * (len(self.survivors) - before) + 1)
-            losses += [len(self.survivors) - before] * ROUNDS * TRIES
+            steps = drawn(self.fitted.batches)
+            down = sum(map(len, steps))
+            total += down * (count - first)
+            passes_down = min(STEPS, PASSES * len(steps)) / len(steps)
+            total += int(down * passes_down * (2 * (len(self.survivors) - before) + 1))
+            losses += [len(self.survivors) - before] * 2
         return total + held_out * (sum(losses) + len(losses))
 
     def _embed(self) -> None:
@@ -241,8 +244,8 @@ class Patching:
         those held out; and the whole model's last ones, before a weight of it changes.
         """
         self._starts = []
-        parts = [(self.fitted, indices) for indices in rounds(self.fitted.batches)]
-        parts.append((self.held_out, list(range(len(self.held_out.batches)))))
+        down = sorted({index for step in drawn(self.fitted.batches) for index in step})
+        parts = (self.fitted, down), (self.held_out, range(len(self.held_out.batches)))
         for number, (states, indices) in enumerate(parts):
             batches = [states.batches[index] for index in indices]
             start, last = (
@@ -256,29 +259,17 @@ class Patching:
                 self._advance(kept, last, range(first, len(self.model)))
             self._starts.append(kept)
 
-    def _descend(self, first: int, nats: float, original: float) -> tuple[float, ...]:
-        """Go down the slopes of the loss, round by round, as long as the held-out loss falls."""
-        *parts, held_out = self._starts
-        head = self.model.head
+    def _descend(self, first: int, nats: float) -> tuple[float, ...]:
+        """Go down the slopes of the divergence, as far as the held-out loss falls."""
+        if not self.model.head.by_rows:
+            return ()
+        down, held_out = self._starts
         layers = [layer for layer in self.survivors if layer >= first]
-        found: list[float] = []
-        for number, states in enumerate(parts if head.by_rows else ()):
-            folder = self._path / f"round.{number}"
-            folder.mkdir()
-            self._ran(0, f"step {number + 1} of {len(parts)}")
-            ways, fall = Descent(
-                self.model, layers, states=states, folder=folder, ran=self._ran
-            ).find()
-            step = REACH * (nats - original) / fall if fall > 0 else math.inf
-            reached = walk(
-                ways, step, changes=self.changes, nats=nats,
-                loss=lambda: self._loss(first, states=held_out.cut),
-            )  # fmt: skip
-            if not reached < nats:
-                break
-            found.append(reached)
-            nats = reached
-        return tuple(found)
+        self._ran(0, "all layers")
+        descent = Descent(self.model, layers, states=down, changes=self.changes, ran=self._ran)
+        descent.go()
+        reached = least(descent, lambda: self._loss(first, states=held_out.cut), nats)
+        return (reached,) if reached < nats else ()
 
     def _fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""

@@ -69,7 +69,8 @@ def save_patched(
 
 
 _PATCHED = {
-    "refit": "matrices beside it were solved anew by least squares; nothing was trained.",
+    "refit": "matrices beside it were solved anew by least squares, and all behind them took a few "
+    "steps towards the next words of its source.",
     "map": "a linear map was fused into the matrix before it; nothing was trained.",
     "magnitude": "the matrices behind it were scaled; nothing was trained.",
 }
@@ -84,7 +85,12 @@ def _patch_rows(done: Patch) -> list[tuple[str, str]]:
         ("lost nats recovered", f"{100 * done.recovered:.0f} %"),
     ]  # fmt: skip
     changed = ", ".join(name for fit in done.fits for name in fit.matrices)
-    return [*rows, ("matrices solved anew, by source layer", changed)] if changed else rows
+    if changed:
+        rows.append(("matrices solved anew, by source layer", changed))
+    if done.descent:
+        behind = f"all matrices of the source layers from {done.fits[0].layer} on that are left"
+        rows.append(("took steps down the divergence from the source", behind))
+    return rows
 
 
 _MERGED = "low-rank adapters were trained and merged into its weights."

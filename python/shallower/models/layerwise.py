@@ -111,8 +111,8 @@ class Layerwise:
         layer: int,
         *,
         behind: torch.Tensor,
-        modules: Sequence[nn.Module],
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        weights: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Run a layer, and the slopes of something behind it back through the layer.
 
         Args:
@@ -120,26 +120,25 @@ class Layerwise:
             states: (B, T, D), before the layer.
             layer: its index.
             behind: (B, T, D), the slopes in the states behind the layer.
-            modules: linear maps in the layer.
+            weights: parameters of the layer, whether they are frozen or not.
 
         Returns:
-            (B, T, D), the slopes in the states before the layer; and of each module the inputs
-            and the slopes in its outputs.
+            (B, T, D), the slopes in the states before the layer; and those in the weights, None
+            for one that has no part in the states.
         """
-        taken: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def keep(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            taken[module] = args[0].detach(), output
-
-        with ExitStack() as stack:
-            for module in modules:
-                stack.enter_context(module.register_forward_hook(keep))
+        frozen = [weight for weight in weights if not weight.requires_grad]
+        try:
+            for weight in frozen:
+                weight.requires_grad_(True)
             given = states.clone().requires_grad_()
             output = self.differentiable(batch, given, layer)
-        wanted = [given, *(taken[module][1] for module in modules)]
-        before, *found = torch.autograd.grad(output, wanted, behind.to(output, copy=True))
-        inputs = (taken[module][0] for module in modules)
-        return before, list(zip(inputs, found, strict=True))
+            before, *found = torch.autograd.grad(
+                output, [given, *weights], behind.to(output, copy=True), allow_unused=True
+            )
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
+        return before, list(found)
 
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Divide layers into passes over all batches.

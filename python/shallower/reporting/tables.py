@@ -197,8 +197,8 @@ def patch_table(patch: Patch) -> Table:
     for fit in patch.fits:
         cells = (f"x^({fit.target})", f"{fit.explained:.3f}", f"{fit.nats:.4f}")
         table.add_row(", ".join(fit.matrices), *cells)
-    for number, nats in enumerate(patch.descent, 1):
-        table.add_row(f"all of these and later ones, step {number}", "", "", f"{nats:.4f}")
+    for nats in patch.descent:
+        table.add_row("all matrices from there on, by steps", "", "", f"{nats:.4f}")
     if not patch.fits:
         table.add_row("all layers behind the cut, scaled", "", "", f"{patch.patched:.4f}")
     return table

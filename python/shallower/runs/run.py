@@ -55,7 +55,7 @@ def run(
     """Recommend one shallower model, and make it.
 
     The layers are compared by a scan; proposals of several criteria are raced by their loss
-    after a quick patch; the winner is patched in closed form, saved, reloaded by stock
+    after a quick patch; the winner is patched, saved, reloaded by stock
     transformers and, with ``heal``, trained. Some of the texts fit, some choose, and others
     report: no figure in the result is of a text that anything was chosen by.
 

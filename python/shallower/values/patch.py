@@ -48,7 +48,8 @@ class Patch:
         patched: loss of the patched cut, in nats a token.
         fits: the layers that were solved anew.
         scales: for ``magnitude``, the growth of the norms across each block.
-        descent: for ``refit``, the loss after each step that all matrices took together.
+        descent: for ``refit``, the loss after the steps that all matrices from the first of these
+            layers on took together; empty where they did not help.
     """
 
     plan: Plan
