@@ -60,6 +60,10 @@ def test_the_most_layers_within_a_loss(steps, most):
 @given(parameters=st.lists(st.integers(1, 9), min_size=2, max_size=20), most=st.integers(1, 100))
 def test_the_fewest_layers_that_leave_so_few_parameters(parameters, most):
     model = Model([0.0] * len(parameters), parameters)
+    if sum(parameters) <= most:
+        with pytest.raises(PlanError, match=f"{sum(parameters)} parameters, which is no more than"):
+            model.choose(params=most)
+        return
     fitting = [n for n in range(1, len(parameters)) if sum(parameters[n:]) <= most]
     if not fitting:
         with pytest.raises(PlanError, match="no cut leaves"):

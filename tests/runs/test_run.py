@@ -171,14 +171,32 @@ def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
 
 @pytest.mark.parametrize(
     ("wish", "message"),
-    [({"max_loss": 1e-6}, "no cut loses at most 1e-06 nats"), ({"params": 10}, "no cut leaves 10")],
+    [
+        ({"max_loss": 1e-6}, "no cut loses at most 1e-06 nats"),
+        ({"params": 10}, "no cut leaves 10"),
+        ({"params": 10**9}, "no more than 1,000,000,000 already: nothing has to go"),
+    ],
 )
 def test_a_wish_that_no_cut_fulfils_is_one_sentence(learned, words, tmp_path, wish, message):
     with pytest.raises(sh.PlanError, match=message):
         sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", **wish)
-    results = read_results(tmp_path / "out")
-    assert (results["recommended"], results["checkpoint"]) == (None, None)
-    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+    assert done.recommended.plan.dropped
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": "x"}, sh.LayersError, "seed = 'x': expected a whole number from 0 on"),
+        ({"seed": -1}, sh.LayersError, "seed = -1: expected"),
+        ({"heal": "yes"}, sh.RecipeError, "heal = 'yes': expected True, False or a Recipe"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(learned, words, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):

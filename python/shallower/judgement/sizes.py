@@ -67,7 +67,7 @@ def choose_size(
 
     Raises:
         LayersError: the model cannot lose so many.
-        PlanError: no cut leaves so few parameters.
+        PlanError: no cut leaves so few parameters, or the whole model has no more.
     """
     n = wish.size(num_layers)
     if n is not None:
@@ -83,6 +83,11 @@ def _few_parameters(
     params: int, num_layers: int, left: Callable[[int], int], left_at_least: Callable[[int], int]
 ) -> SizeChoice:
     """The fewest layers whose absence leaves so few parameters."""
+    if left_at_least(0) <= params:
+        raise PlanError(
+            f"the model has {left_at_least(0):,} parameters, which is no more than {params:,} "
+            f"already: nothing has to go; ask for fewer (params, --params)"
+        )
     reason = f"the fewest layers whose absence leaves at most {params:,} parameters"
     for n in range(1, num_layers):
         if left_at_least(n) <= params and left(n) <= params:

@@ -87,7 +87,11 @@ class Recommending:
         if earlier is None:
             results.save()
         (self._asked.out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
-        choice, sizes = self._sizes.choose(self._asked.wish)
+        try:
+            choice, sizes = self._sizes.choose(self._asked.wish)
+        except PlanError:
+            self._withdraw()
+            raise
         if earlier is not None and self._is_intact(earlier):
             results = earlier
         else:
@@ -99,6 +103,11 @@ class Recommending:
             results = found
             results.save()
         return self._with_table(results, sizes)
+
+    def _withdraw(self) -> None:
+        """Take back what was written: no cut does what is asked for, another wish may follow."""
+        for name in (PLAN_FILE, RESULTS_FILE, SCAN_FILE):
+            (self._asked.out / name).unlink(missing_ok=True)
 
     def _begun(self) -> Run:
         """The results when nothing but the scan is known."""
@@ -141,8 +150,7 @@ class Recommending:
         n = choice.n
         while (found := self._recommended(results, replace(choice, n=n))) is None:
             if n == 1:
-                (self._asked.out / PLAN_FILE).unlink()
-                results.save()
+                self._withdraw()
                 raise PlanError(
                     f"no cut loses at most {self._asked.wish.max_loss:g} nats a token: the best "
                     f"of a single layer loses {self._kept} after the patch, on the texts that "

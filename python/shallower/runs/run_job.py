@@ -103,6 +103,10 @@ class RunJob:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise LayersError(f"seed = {self.seed!r}: expected a whole number from 0 on (--seed)")
+        if not isinstance(self.heal, bool | Recipe):
+            raise RecipeError(f"heal = {self.heal!r}: expected True, False or a Recipe (--heal)")
         if self.heal_steps is not None and self.heal is not True:
             raise RecipeError(
                 "heal_steps without heal=True (--heal-steps without --heal): healing is asked for "
