@@ -39,6 +39,7 @@ HARMLESS = {
     "cutting/saving.py: lend_layers: layer.to('cpu')": _ROOM,
     "cutting/saving.py: logits_difference: expected.to(device)": "accelerate brings logits back",
     "healing/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
+    "healing/descent.py: Descent._step: self._model.run(*pair, (layer,)).cpu()": _ROOM,
     "healing/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
     "healing/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
     "healing/least_squares.py: NormalEquations.mapped: matrix.to(self.gram)": _LAYER,
