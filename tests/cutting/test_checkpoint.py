@@ -129,8 +129,11 @@ def test_fp8_of_transformers_stays_bit_by_bit(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:  # it asks for a GPU, and needs none to quantise
         patched.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
         whole = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantised)
-        # What it leaves of the head is whatever lay in memory.
+        # What it leaves of the head and of scales is whatever lay in memory.
         torch.nn.init.normal_(whole.lm_head.weight, generator=torch.Generator().manual_seed(0))
+        for name, scale in whole.named_parameters():
+            if name.endswith("weight_scale_inv"):
+                torch.nn.init.constant_(scale, 0.01)
         whole.save_pretrained(tmp_path / "source")
     sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "disk")
     assert {tensor.dtype for tensor in stored(tmp_path / "disk").values()} >= {"F8_E4M3", "F32"}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,14 +224,18 @@ def loss_of_all_logits(model, tokenizer, texts, tokens):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_bits_are_those_of_all_logits_at_once(monkeypatch, smol, passages, batch_size):
+def test_the_loss_is_that_of_all_logits_at_once(monkeypatch, smol, passages, batch_size):
     model, tokenizer = smol
     texts = [text[: 150 + 40 * i] for i, text in enumerate(passages[1][:6])]
     texts += ["One.", "Two of them.", "And a third"]
     tokens = Tokens(64, batch_size)
     monkeypatch.setattr("shallower.models.head.LOGITS_AT_ONCE", 30 * 49152)
     found = sh.evaluate_loss(model, tokenizer, texts, max_length=64, batch_size=batch_size)
-    assert found == loss_of_all_logits(model, tokenizer, texts, tokens)
+    expected = loss_of_all_logits(model, tokenizer, texts, tokens)
+    # A product of fewer rows may be summed in another order, by the processor.
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert found.stderr == pytest.approx(expected.stderr, rel=1e-5)
+    assert replace(found, nats=expected.nats, stderr=expected.stderr) == expected
 
 
 @pytest.mark.parametrize("in_parts", [False, True])

@@ -80,13 +80,14 @@ def test_a_step_has_the_bits_of_all_logits(few, tied, checkpointing):
     assert_same(trained(model, recipe, by_rows=True), trained(model, recipe, by_rows=False))
 
 
-def test_a_step_of_a_real_model_has_the_bits_of_all_logits(monkeypatch):
+def test_a_step_of_a_real_model_is_that_of_all_logits(monkeypatch):
+    """But for rounding: a product of fewer rows may be summed in another order."""
     model, _ = sh.load_model(demo.model_path(), dtype="float32")
     sh.drop_layers(model, [range(4, 29)])
     model, recipe = adapted(model)
     monkeypatch.setattr("shallower.models.head.LOGITS_AT_ONCE", 2 * 20 * 49152)
     expected = trained(model, recipe, by_rows=False, vocabulary=49000)
-    assert_same(trained(model, recipe, by_rows=True, vocabulary=49000), expected)
+    assert_same(trained(model, recipe, by_rows=True, vocabulary=49000), expected, 1e-5)
 
 
 FAMILIES = ["gemma2, two kinds", "gpt2", "granite", "mixtral", "opt, projected", "phi", "cohere"]

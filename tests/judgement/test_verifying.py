@@ -91,7 +91,8 @@ def test_a_toy_loses_what_it_can_do_without(words):
     model = toy.toy_model()
     drawn = toy.toy_texts(model, count=48)
     verifier = make(model, words, splits=Splits(drawn[:24], drawn[24:], [], 0), after="none")
-    assert verifier.verify(1).plan.dropped == (toy.IDENTITY,)
+    # One layer only scales the stream before a norm: it costs nothing but rounding.
+    assert verifier.verify(1).plan.dropped in {(toy.IDENTITY,), (toy.SCALES,)}
     assert verifier.verify(2).plan.dropped in {tuple(range(*toy.PAIR)), (toy.IDENTITY, toy.SCALES)}
 
 
