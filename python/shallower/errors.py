@@ -70,7 +70,7 @@ class ProcessesError(ShallowerError):
 
 
 class PatchError(ShallowerError):
-    """A cut that cannot be healed in closed form, or would not be the better for it."""
+    """A cut that cannot be patched, or would not be the better for it."""
 
 
 class OutputError(ShallowerError):

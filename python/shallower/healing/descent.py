@@ -44,22 +44,21 @@ MOST = 10.0
 """The largest step of one entry, in those of the rate: an outer product misjudges some."""
 
 COPIES = 4
-"""Copies of the logits in float32 that are made beside them."""
+"""Copies of the logits that are made beside them."""
 
 
-def drawn(batches: Sequence[Batch], seed: int = 0) -> list[list[int]]:
+def drawn(batches: Sequence[Batch]) -> list[list[int]]:
     """Draw the batches of every step.
 
     Args:
         batches: to fit, by length.
-        seed: of the order.
 
     Returns:
         The indices of each step's batches, those of all lengths in any order. No batch comes
         again before its turn in the next pass.
     """
     order = list(range(len(batches)))
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)
     steps: list[list[int]] = []
     tokens = STEP_TOKENS
     for index in order:

@@ -69,8 +69,7 @@ def save_patched(
 
 
 _PATCHED = {
-    "refit": "matrices beside it were solved anew by least squares, and all behind them took a few "
-    "steps towards the next words of its source.",
+    "refit": "matrices beside it were solved anew by least squares.",
     "map": "a linear map was fused into the matrix before it; nothing was trained.",
     "magnitude": "the matrices behind it were scaled; nothing was trained.",
 }
