@@ -1,0 +1,175 @@
+"""Curve: what a model loses as more and more of its layers go, by strategy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from .loss import Loss
+from .schema import of_type
+from .scores import Difference
+from .task_scores import TaskScores
+
+State = Literal["cut", "patched", "healed"]
+"""How far a cut is made good."""
+
+STATES: tuple[State, ...] = get_args(State)
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A model without some of its layers.
+
+    Attributes:
+        n: layers that are gone; 0 for the whole model.
+        strategy: that chose them; ``whole`` where none is gone.
+        state: ``cut``, ``patched`` or ``healed``.
+        dropped: the layers that are gone.
+        layers_share: ``n`` as a share of all layers.
+        parameters_share: the parameters that are gone as a share of all.
+        loss: on the texts that report; None where it could not be measured.
+        tasks: scores by task, the main measure of each.
+        seconds: wall time of the patch or the healing, and of the measurements.
+        failed: why there is no loss.
+    """
+
+    n: int
+    strategy: str
+    state: State
+    dropped: tuple[int, ...]
+    layers_share: float
+    parameters_share: float
+    loss: Loss | None
+    tasks: tuple[TaskScores, ...] = ()
+    seconds: float = 0.0
+    failed: str | None = None
+
+    def task(self, name: str) -> TaskScores | None:
+        """Find the scores of a task; None where it was not done."""
+        return next((one for one in self.tasks if one.task == name), None)
+
+    def to_record(self) -> dict[str, Any]:
+        """Give the point as plain JSON values from which it can be read again."""
+        return {
+            "n": self.n,
+            "strategy": self.strategy,
+            "state": self.state,
+            "dropped": list(self.dropped),
+            "layers_share": self.layers_share,
+            "parameters_share": self.parameters_share,
+            "loss": self.loss and self.loss.to_record(),
+            "tasks": [one.to_record() for one in self.tasks],
+            "seconds": self.seconds,
+            "failed": self.failed,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CurvePoint":
+        """Read a point.
+
+        Args:
+            data: what :meth:`to_record` gave.
+
+        Returns:
+            The point.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a point.
+        """
+        state, loss, failed = of_type(dict, data)["state"], data["loss"], data["failed"]
+        if state not in STATES:
+            raise ValueError(f"state {state!r}: expected one of {', '.join(STATES)}")
+        return cls(
+            of_type(int, data["n"]), of_type(str, data["strategy"]), state,
+            tuple(of_type(int, one) for one in of_type(list, data["dropped"])),
+            float(data["layers_share"]), float(data["parameters_share"]),
+            None if loss is None else Loss.from_json(loss),
+            tuple(map(TaskScores.from_json, of_type(list, data["tasks"]))),
+            float(data["seconds"]), None if failed is None else of_type(str, failed),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What one model loses over the number of layers that go.
+
+    Attributes:
+        model: its name, as a title.
+        num_layers: L.
+        points: the whole model first, then every cut, by size, strategy and state.
+        splits: how many texts fit, choose and report.
+        dtype: of the weights.
+        max_length: tokens of a text, at most.
+        versions: of the packages that made the figures.
+    """
+
+    model: str
+    num_layers: int
+    points: tuple[CurvePoint, ...]
+    splits: Mapping[str, int] = field(default_factory=dict)
+    dtype: str = ""
+    max_length: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> CurvePoint:
+        """The whole model."""
+        return self.points[0]
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """The strategies, in the order of the points."""
+        return tuple(dict.fromkeys(one.strategy for one in self.points if one.n))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that the whole model has done."""
+        return tuple(one.task for one in self.whole.tasks)
+
+    def line(self, strategy: str, state: State) -> tuple[CurvePoint, ...]:
+        """Give the points of one strategy in one state by size, the whole model first."""
+        found = [one for one in self.points if (one.strategy, one.state) == (strategy, state)]
+        return (self.whole, *sorted(found, key=lambda one: one.n))
+
+    def lost(self, point: CurvePoint) -> Difference | None:
+        """Compare a point with the whole model, paired by text; None where there is no loss."""
+        if point.loss is None or self.whole.loss is None:
+            return None
+        return point.loss.minus(self.whole.loss)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the curve as plain JSON values, all of it: what is in ``curve.json``."""
+        return {
+            "format": "shallower.curve",
+            "version": 1,
+            "model": self.model,
+            "num_layers": self.num_layers,
+            "points": [one.to_record() for one in self.points],
+            "splits": dict(self.splits),
+            "dtype": self.dtype,
+            "max_length": self.max_length,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Curve":
+        """Read a curve.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The curve.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a curve.
+        """
+        if of_type(dict, data).get("format") != "shallower.curve" or data["version"] != 1:
+            raise ValueError("expected a curve of version 1")
+        points = tuple(map(CurvePoint.from_json, of_type(list, data["points"])))
+        if not points or points[0].n:
+            raise ValueError("expected the whole model as the first point")
+        return cls(
+            of_type(str, data["model"]), of_type(int, data["num_layers"]), points,
+            dict(of_type(dict, data["splits"])), of_type(str, data["dtype"]),
+            of_type(int, data["max_length"]), dict(of_type(dict, data["versions"])),
+        )  # fmt: skip
