@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .models.source import ModelSource as ModelSource
     from .reporting.figures import save_heat_map as save_heat_map
     from .runs.compare import compare as compare
+    from .runs.curve import curve as curve
     from .runs.forecast import memory_forecast as memory_forecast
     from .runs.run import run as run
     from .runs.verify import verify as verify
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .values.bootstrap import BootstrappedStart as BootstrappedStart
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
+    from .values.curve import Curve as Curve
     from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
     from .values.identity import TextsIdentity as TextsIdentity
@@ -87,6 +89,7 @@ _HOMES = {
     "CriteriaComparison": "values.comparison",
     "Criterion": "judgement.criterion",
     "CriterionError": "errors",
+    "Curve": "values.curve",
     "Cut": "values.loss",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",
@@ -125,6 +128,7 @@ _HOMES = {
     "compare_cuts": "judgement.compare",
     "count_gguf_layers": "cutting.gguf",
     "criteria": "judgement.criteria",
+    "curve": "runs.curve",
     "deepest_block": "values.layers",
     "drop_layers": "cutting.memory",
     "evaluate_loss": "evaluation.loss",

@@ -30,7 +30,16 @@ def curve():
         2, "deepest", "cut", (1, 2), 0.5, 0.3, loss([4, 9, 3]), (scores([1, 0, 0, 1]),), 1.5
     )
     failed = CurvePoint(2, "deepest", "patched", (1, 2), 0.5, 0.3, None, failed="no residual")
-    return Curve("tiny", 4, (whole, cut, failed), {"report": 3}, "float32", 256, {"torch": "2"})
+    return Curve(
+        "tiny",
+        4,
+        (whole, cut, failed),
+        {"report": 3},
+        "float32",
+        256,
+        {"torch": "2"},
+        {"patch": "full"},
+    )
 
 
 def test_errors_are_those_of_the_sample():

@@ -50,6 +50,12 @@ COMMANDS = {
         "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4 "
         "--criteria angular,block_influence,greedy --out comparisons/smol",
     ),
+    "curve": Command(
+        "curve",
+        "Measure what a model loses as more and more of its layers go.",
+        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 0,1,2,4,8 "
+        "--strategies similarity,deepest --out curves/smol",
+    ),
     "prune": Command(
         "prune",
         "Drop layers, and save a standard checkpoint.",
@@ -198,7 +204,7 @@ def _usage_error() -> Any:
 SHARED = ("heal", "info")
 """The commands that several processes may be started for; no other shares its work."""
 
-SPREAD = ("scan", "eval", "compare", "patch", "run", "prune", "plan")
+SPREAD = ("scan", "eval", "compare", "curve", "patch", "run", "prune", "plan")
 """The commands of one process that have ``--device-map``."""
 
 PATIENCE = 3.0

@@ -98,6 +98,7 @@ def with_patch(
     *,
     texts: Iterable[str],
     max_length: int = 256,
+    num_tokens: int = 131_072,
     progress: bool | None = None,
 ) -> Iterator[Patch]:
     """Patch a model by ``refit`` for as long as the body runs; it is as before afterwards.
@@ -108,6 +109,7 @@ def with_patch(
         layers: as for :func:`patch`.
         texts: as for :func:`patch`.
         max_length: tokens of a text at most.
+        num_tokens: as for :func:`patch`.
         progress: whether to show a bar on standard error.
 
     Yields:
@@ -116,7 +118,7 @@ def with_patch(
     Raises:
         PatchError, TextsError, PlanError, LayersError, ModelError: as :func:`patch`.
     """
-    options = "refit", max_length, 16, 131_072, progress
+    options = "refit", max_length, 16, num_tokens, progress
     with (
         _solved(model, tokenizer, layers, texts, *options) as (done, _),
         without_layers(model, done.plan.blocks),

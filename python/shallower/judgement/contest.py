@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CacheError, CriterionError, OutputError, ShallowerError
+from ..errors import CacheError, OutputError, ShallowerError
 from ..healing.quick_patch import QuickPatch
+from ..models.decoder import Decoder
 from ..models.memory import num_parameters
 from ..progress import Advance
 from ..values.comparison import Row
 from ..values.costs import Costs
 from ..values.plan import Plan
 from ..values.scores import Scores
-from .criteria import is_built_in
 from .criterion import Criterion
 from .referee import Referee, Store
-from .stored_costs import stored_costs
+from .stored_costs import stored_choice, stored_costs
 from .subject import Subject
 from .work import Work
 
@@ -111,7 +111,7 @@ class Contest:
             A row for each.
         """
         referee, whole = self.referee, self.referee.losses.scores(())
-        shares = parameter_shares(self.subject)
+        shares = parameter_shares(self.subject.decoder)
         for choice in choices:
             dropped = choice.plan.dropped
             advance(1, f"loss of {choice.criterion.name} {choice.n}")
@@ -135,26 +135,8 @@ class Contest:
             )  # fmt: skip
 
     def _choice(self, criterion: Criterion, n: int) -> tuple[Plan, Work]:
-        inputs = {"n": n, **self._inputs(criterion)}
-        known = self.store.get("choice", inputs) if is_built_in(criterion) else None
-        if known is not None:
-            return Plan.from_json(known["plan"]), Work(known["layer_forwards"], known["seconds"])
-        with self.subject.meter.account() as work:
-            plans = criterion.plans(replace(self.subject, sizes=(n,)))
-        plan = plans.get(n) if isinstance(plans, Mapping) else None
-        if not isinstance(plan, Plan) or plan.num_layers != self.subject.num_layers:
-            raise CriterionError(
-                f"the criterion {criterion.name} gives no plan of {n} layers: expected plans() to "
-                f"give a Plan of {self.subject.num_layers} layers for each of subject.sizes"
-            )
-        if len(plan.dropped) != n:
-            raise CriterionError(
-                f"the criterion {criterion.name} drops {len(plan.dropped)} layers: expected {n}"
-            )
-        if is_built_in(criterion):
-            done = {"plan": plan.to_json(), "layer_forwards": work.layer_forwards}
-            self.store.put("choice", inputs, {**done, "seconds": work.seconds})
-        return plan, work
+        inputs = self._inputs(criterion)
+        return stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
 
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, "fitted": self.fitted, **self.chosen_on}
@@ -199,17 +181,17 @@ def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float
     return tau if math.isfinite(tau) else None
 
 
-def parameter_shares(subject: Subject) -> NDArray[np.float64]:
+def parameter_shares(decoder: Decoder) -> NDArray[np.float64]:
     """Find the parameters of every layer as a share of all of the model.
 
     Args:
-        subject: the model.
+        decoder: the model.
 
     Returns:
         (L,) float64.
     """
-    total = num_parameters(subject.decoder.model)
-    return np.array([num_parameters(layer) / total for layer in subject.decoder.layers.modules])
+    total = num_parameters(decoder.model)
+    return np.array([num_parameters(layer) / total for layer in decoder.layers.modules])
 
 
 def with_regret(rows: Sequence[Row], referee: Referee) -> list[Row]:

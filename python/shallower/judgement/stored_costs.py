@@ -1,7 +1,7 @@
-"""Costs by a criterion, measured once and kept in the store of results."""
+"""Costs and choices by a criterion, found once and kept in the store of results."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..errors import CriterionError
 from ..values.costs import Costs
-from ..values.plan import positions_of
+from ..values.plan import Plan, positions_of
 from .criteria import is_built_in
 from .criterion import Criterion
 from .referee import Store
@@ -55,6 +55,46 @@ def stored_costs(
         done = {"layer_forwards": work.layer_forwards, "seconds": work.seconds}
         store.put("costs", inputs, {**recorded_costs(costs), **done})
     return costs
+
+
+def stored_choice(
+    criterion: Criterion, subject: Subject, n: int, *, store: Store, inputs: Mapping[str, Any]
+) -> tuple[Plan, Work]:
+    """Let a criterion choose, or give what it chose before.
+
+    Args:
+        criterion: that chooses; of those of others than this package nothing is kept.
+        subject: the model and its texts.
+        n: layers that go.
+        store: results that were found before.
+        inputs: all that the choice depends on beside the model and ``n``.
+
+    Returns:
+        The layers to drop, and the work of finding them.
+
+    Raises:
+        CriterionError: the criterion gives something else.
+    """
+    inputs, kept = {"n": n, **inputs}, is_built_in(criterion)
+    known = store.get("choice", inputs) if kept else None
+    if known is not None:
+        return Plan.from_json(known["plan"]), Work(known["layer_forwards"], known["seconds"])
+    with subject.meter.account() as work:
+        plans = criterion.plans(replace(subject, sizes=(n,)))
+    plan = plans.get(n) if isinstance(plans, Mapping) else None
+    if not isinstance(plan, Plan) or plan.num_layers != subject.num_layers:
+        raise CriterionError(
+            f"the criterion {criterion.name} gives no plan of {n} layers: expected plans() to "
+            f"give a Plan of {subject.num_layers} layers for each of subject.sizes"
+        )
+    if len(plan.dropped) != n:
+        raise CriterionError(
+            f"the criterion {criterion.name} drops {len(plan.dropped)} layers: expected {n}"
+        )
+    if kept:
+        done = {"plan": plan.to_json(), "layer_forwards": work.layer_forwards}
+        store.put("choice", inputs, {**done, "seconds": work.seconds})
+    return plan, work
 
 
 def recorded_costs(costs: Costs) -> dict[str, Any]:

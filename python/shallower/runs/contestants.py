@@ -31,6 +31,12 @@ class InMemory:
         """Give the model, and its tokenizer."""
         return self.model, self.tokenizer
 
+    def count_layers(self) -> int:
+        """Count the decoder layers."""
+        from ..models.architecture import find_layers
+
+        return len(find_layers(self.model))
+
     def inputs(self, cache: Cache) -> dict[str, Any] | None:
         """All that the model's results depend on, for the cache; None where it is off."""
         if cache.folder is None:

@@ -137,7 +137,7 @@ class Recommending:
     @cached_property
     def _sizes(self) -> Sizes:
         return Sizes(
-            self._decoder, self._tokenizer, self._asked, scanned=self._scan,
+            self._decoder, self._tokenizer, self._asked, scanned=lambda: self._scan,
             referee=self._referee, tokens=self._tokens, store=self._store,
         )  # fmt: skip
 

@@ -129,7 +129,7 @@ class RunJob:
             from ..healing.checks import require_peft
 
             require_peft()
-        n = self.wish.size(self._num_layers)
+        n = self.wish.size(self.model.count_layers())
         if self.step is not None and n is not None and self.step > n:
             raise LayersError(
                 f"iterate = {self.step}: expected at most the {n} layers that go (--iterate)"
@@ -161,14 +161,6 @@ class RunJob:
                 raise TextsError(f"texts must be an iterable of strings, got {kind}")
             if isinstance(source, Texts):
                 source.check()
-
-    @property
-    def _num_layers(self) -> int:
-        if isinstance(self.model, ModelSource):
-            return self.model.count_layers()
-        from ..models.architecture import find_layers
-
-        return len(find_layers(self.model.model))
 
     @cached_property
     def _read(self) -> ReadOnce:

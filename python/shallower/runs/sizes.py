@@ -1,6 +1,6 @@
 """Sizes: the verified plan of every number of layers, and what it costs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -34,7 +34,7 @@ class Sizes:
         decoder: the whole model, which is as before afterwards.
         tokenizer: its tokenizer.
         asked: what is asked for.
-        scanned: the scan of the model, whose best blocks are proposals.
+        scanned: gives the scan of the model, whose best blocks are proposals.
         referee: the model on the texts that report.
         tokens: length of texts, and how many make one forward.
         store: what was measured before, and where results are kept as they are found.
@@ -46,12 +46,12 @@ class Sizes:
         tokenizer: PreTrainedTokenizerBase,
         asked: Asked,
         *,
-        scanned: Scan,
+        scanned: Callable[[], Scan],
         referee: Referee,
         tokens: Tokens,
         store: Store,
     ) -> None:
-        self._decoder, self._asked, self._scan, self._referee = decoder, asked, scanned, referee
+        self._decoder, self._asked, self._scanned, self._referee = decoder, asked, scanned, referee
         few = replace(asked.splits, fit=asked.splits.fit[:VERIFYING_TEXTS])
         self.verifier: Verifier = verifier_of(
             decoder, tokenizer, few, store=store, texts=asked.identities[0], tokens=tokens,
@@ -85,7 +85,7 @@ class Sizes:
                 steps[-1], layer_forwards=sum(one.layer_forwards for one in steps),
                 seconds=sum(one.seconds for one in steps),
             )  # fmt: skip
-        best = self._scan.best_blocks(n, self._asked.top)
+        best = self._scanned().best_blocks(n, self._asked.top)
         return verifier.verify(n, more=[Plan.of(len(self._decoder), [block]) for block in best])
 
     def choose(self, wish: Wish) -> tuple[SizeChoice, set[int]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .identity import title_of
 from .loss import Loss
 from .schema import of_type, row_from_json, row_to_json
 
@@ -111,9 +112,7 @@ class ComparedModel:
     @property
     def title(self) -> str:
         """The name for tables and figures: of a place on this machine its last part."""
-        parts = [part for part in self.name.split("/") if part]
-        is_place = len(parts) > 2 or self.name[:1] in ("/", ".", "~")
-        return parts[-1] if parts and is_place else self.name
+        return title_of(self.name)
 
     def to_json(self) -> dict[str, Any]:
         """Give the model as plain JSON values."""

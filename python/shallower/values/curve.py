@@ -1,5 +1,6 @@
 """Curve: what a model loses as more and more of its layers go, by strategy."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -13,6 +14,10 @@ State = Literal["cut", "patched", "healed"]
 """How far a cut is made good."""
 
 STATES: tuple[State, ...] = get_args(State)
+
+OWN_STRATEGIES = ("recommended", "similarity", "best_plan", "deepest")
+"""The strategies beside the criteria, which are strategies by their names: the verified plan, the
+most similar block, the most similar blocks together, the deepest layers but the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,8 @@ class Curve:
         dtype: of the weights.
         max_length: tokens of a text, at most.
         versions: of the packages that made the figures.
+        settings: what else was asked for, as ``patch`` (``full`` or ``quick``) and
+            ``patch_tokens``, the tokens that a full patch was fitted on.
     """
 
     model: str
@@ -109,6 +116,7 @@ class Curve:
     dtype: str = ""
     max_length: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def whole(self) -> CurvePoint:
@@ -136,18 +144,48 @@ class Curve:
             return None
         return point.loss.minus(self.whole.loss)
 
+    def best(self, n: int, state: State) -> CurvePoint | None:
+        """Find the point of least loss of one size and state; None where nothing was measured."""
+        found = [one for one in self.points if (one.n, one.state) == (n, state) and one.loss]
+        return min(found, key=lambda one: one.loss.nats if one.loss else math.inf, default=None)
+
+    def behind(self, point: CurvePoint) -> Difference | None:
+        """Compare a point with the best of its size and state, paired by text.
+
+        Args:
+            point: one of the curve.
+
+        Returns:
+            The difference, which is a tie where the two cannot be told apart; None for a point
+            without a loss.
+        """
+        best = self.best(point.n, point.state)
+        if point.loss is None or best is None or best.loss is None:
+            return None
+        return point.loss.minus(best.loss)
+
     def to_json(self) -> dict[str, Any]:
-        """Give the curve as plain JSON values, all of it: what is in ``curve.json``."""
+        """Give the curve as plain JSON values, all of it: what is in ``curve.json``.
+
+        Returns:
+            The fields; of every point also ``lost``, its paired difference to the whole model.
+        """
+        lost = (self.lost(one) for one in self.points)
+        points = [
+            {**one.to_record(), "lost": more and more.to_json()}
+            for one, more in zip(self.points, lost, strict=True)
+        ]
         return {
             "format": "shallower.curve",
             "version": 1,
             "model": self.model,
             "num_layers": self.num_layers,
-            "points": [one.to_record() for one in self.points],
+            "points": points,
             "splits": dict(self.splits),
             "dtype": self.dtype,
             "max_length": self.max_length,
             "versions": dict(self.versions),
+            "settings": dict(self.settings),
         }
 
     @classmethod
@@ -172,4 +210,5 @@ class Curve:
             of_type(str, data["model"]), of_type(int, data["num_layers"]), points,
             dict(of_type(dict, data["splits"])), of_type(str, data["dtype"]),
             of_type(int, data["max_length"]), dict(of_type(dict, data["versions"])),
+            dict(of_type(dict, data.get("settings", {}))),
         )  # fmt: skip

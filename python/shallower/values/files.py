@@ -11,6 +11,10 @@ CHECKPOINT_FOLDER = "checkpoint"
 HEALED_FOLDER = "healed"
 """The healed model below the folder of a run."""
 
+CURVE_RECORD = "curve.json"
+CURVE_TABLE = "curve.csv"
+"""A curve over the layers that go, and its table."""
+
 COMPARISON_FILE = "comparison.json"
 COMPARISON_TABLE = "comparison.csv"
 """A comparison of criteria and its table; beside them lie its figures."""

@@ -30,6 +30,20 @@ class ModelIdentity:
         return f"{self.name} ({self.num_layers} layers, {self.dtype}, {self.fingerprint[:12]})"
 
 
+def title_of(name: str) -> str:
+    """Shorten the name of a model for tables and figures.
+
+    Args:
+        name: a hub id, or a place on this machine.
+
+    Returns:
+        The hub id; of a place its last part.
+    """
+    parts = [part for part in name.split("/") if part]
+    is_place = len(parts) > 2 or name[:1] in ("/", ".", "~")
+    return parts[-1] if parts and is_place else name
+
+
 def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
     """Hash what tells one model from another, for :class:`ModelIdentity`.
 

@@ -220,15 +220,17 @@ def parse_layers(text: str) -> list[Block]:
     return blocks
 
 
-def parse_sizes(text: str) -> list[int]:
+def parse_sizes(text: str, *, least: int = 1) -> list[int]:
     """Read ``"1,2,4,8"``: block sizes.
 
     Raises:
-        LayersError: a part is not a positive number.
+        LayersError: a part is not a number, or is less than ``least``.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", part) for part in parts):
-        raise LayersError(f"cannot read {text!r}: expected block sizes such as 1,2,4,8")
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", part) and int(part) >= least for part in parts):
+        raise LayersError(
+            f"cannot read {text!r}: expected block sizes from {least} on, such as 1,2,4,8 (--n)"
+        )
     return sorted({int(part) for part in parts})
 
 

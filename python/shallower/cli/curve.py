@@ -1,0 +1,159 @@
+"""``shallower curve``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..models.source import ModelSource
+from .options import (
+    BatchSize,
+    DeviceMap,
+    DryRun,
+    Dtype,
+    GgufFile,
+    Json,
+    MaxLength,
+    Model,
+    NoCache,
+    Out,
+    Overwrite,
+    TextsSource,
+    Threads,
+    TrustRemoteCode,
+    quiet,
+    read_texts,
+)
+from .output import print_json, say_dry_run, say_known, show
+
+if TYPE_CHECKING:
+    from ..runs.curve_job import CurveJob
+    from ..values.curve import Curve
+
+
+def curve_command(
+    model: Model,
+    *,
+    texts: TextsSource,
+    eval_texts: Annotated[
+        str, typer.Option(metavar="TEXTS", help="Held-out texts that report, as --texts.")
+    ],
+    out: Out,
+    n: Annotated[
+        str,
+        typer.Option(
+            "--n", metavar="SIZES", help="Layers that go; 0, the whole model, is always measured."
+        ),
+    ] = "0,1,2,4,8",
+    strategies: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Of recommended, similarity, best_plan, deepest, and all criteria (shallower "
+            "compare --list), comma-separated.",
+        ),
+    ] = "recommended,similarity,deepest",
+    states: Annotated[
+        str, typer.Option(metavar="NAMES", help="Of cut, patched and healed, comma-separated.")
+    ] = "cut,patched",
+    quick_patch: Annotated[
+        bool,
+        typer.Option("--quick-patch", help="Patch by one matrix a block, in seconds."),
+    ] = False,
+    patch_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that a full patch is fitted on.", min=1)
+    ] = 16_384,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Tasks beside the loss, comma-separated.")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Further definitions of tasks.")
+    ] = None,
+    max_items: Annotated[
+        int | None, typer.Option(metavar="N", help="Items of a task at most.", min=1)
+    ] = None,
+    num_shots: Annotated[
+        int | None, typer.Option(metavar="N", help="Solved examples before each item.", min=0)
+    ] = None,
+    heal_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Steps of each healing, 16 sequences each; 5,000 by default.", min=1
+        ),
+    ] = None,
+    top: Annotated[
+        int,
+        typer.Option(metavar="K", help="Proposals of every criterion, for recommended.", min=1),
+    ] = 4,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = 256,
+    batch_size: BatchSize = "auto",
+    max_texts: Annotated[
+        int, typer.Option(metavar="N", help="Read the first N calibration texts only.", min=1)
+    ] = 1024,
+    max_eval_texts: Annotated[
+        int, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
+    ] = 256,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
+    device_map: DeviceMap = None,
+    gguf_file: GgufFile = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    no_cache: NoCache = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what a model loses as more and more of its layers go.
+
+    The model is loaded once, and cut, patched and healed for each size and strategy. OUT holds
+    curve.json, written before each next step, and curve.csv. A curve that was cut short goes on
+    where it was.
+    """
+    from ..runs.cache import open_cache
+    from ..runs.curve_job import CurveJob
+    from ..values.layers import parse_sizes
+    from ..values.tokens import Tokens, parse_batch_size
+
+    job = CurveJob(
+        model=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
+        texts=read_texts(texts), eval_texts=read_texts(eval_texts), out=out,
+        sizes=parse_sizes(n, least=0), strategies=_names(strategies), states=_names(states),
+        quick_patch=quick_patch, patch_tokens=patch_tokens, tasks=_names(tasks),
+        tasks_dir=tasks_dir, max_items=max_items, num_shots=num_shots, heal_steps=heal_steps,
+        top=top, tokens=Tokens(max_length, parse_batch_size(batch_size)), max_texts=max_texts,
+        max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
+        cache=open_cache(no_cache or dry_run),
+    )  # fmt: skip
+    if dry_run:
+        job.check()
+        say_dry_run(_described(job), as_json)
+        return
+    quiet()
+    _say(job.run(), job, as_json)
+
+
+def _names(listed: str | None) -> Any:
+    """Names, comma-separated; the job checks them."""
+    return () if listed is None else tuple(name.strip() for name in listed.split(","))
+
+
+def _described(job: "CurveJob") -> dict[str, Any]:
+    named = {"strategies": job.strategies, "states": job.states, "tasks": job.tasks}
+    return {
+        "curve": str(job.model),
+        "n": [0, *job.sizes],
+        **{name: ", ".join(names) for name, names in named.items() if names},
+        "write": [str(job.out)],
+    }
+
+
+def _say(curve: "Curve", job: "CurveJob", as_json: bool) -> None:
+    from ..reporting.curve import curve_tables
+
+    if job.entry is not None:
+        say_known(job.entry.made)
+    if as_json:
+        print_json({**curve.to_json(), "out": str(job.out)})
+        return
+    show(*curve_tables(curve), f"wrote {job.out}")

@@ -1,0 +1,101 @@
+"""CurveTerms: what a curve is asked for, with the texts that it is measured on."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..judgement.splits import Splits
+from ..texts.sequences import ReadOnce
+from ..values.curve import State
+from ..values.recipe import Recipe
+from ..values.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TaskTerms:
+    """The tasks that a curve is measured on.
+
+    Attributes:
+        names: of the tasks.
+        tasks_dir: a folder of further definitions.
+        data: a folder of their items.
+        max_items: items of a task at most.
+        num_shots: solved examples before each item; as the task says by default.
+    """
+
+    names: tuple[str, ...] = ()
+    tasks_dir: Path | None = None
+    data: Path | None = None
+    max_items: int | None = None
+    num_shots: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give all but the places as plain JSON values."""
+        names = {"names": list(self.names)}
+        return {**names, "max_items": self.max_items, "num_shots": self.num_shots}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveTerms:
+    """What a curve is asked for.
+
+    Attributes:
+        sizes: layers that go, ascending, without 0.
+        strategies: that choose them.
+        states: how far each cut is made good.
+        splits: texts that fit, choose and report.
+        out: the folder of the curve.
+        quick_patch: whether the patch is one matrix a block, and not the full one.
+        patch_tokens: tokens that a full patch is fitted on, at most.
+        tasks: that are done beside the loss.
+        tasks_known: what tells the items of the tasks from others; None where that is not known.
+        heal: settings of the training, once they are chosen.
+        to_heal: texts to train on, which neither choose nor report.
+        origin: the name of the model, and whether code that comes with it may run.
+        top: proposals of every criterion, of the strategy ``recommended``.
+        tokens: length of texts, and how many make one forward.
+        threads: threads of the Rust core, all by default.
+        seed: of whatever is drawn.
+        identities: what tells the texts that fit and choose, and those that report, from others.
+        job: what tells this curve from others; None where that is not known.
+        progress: bars with ETA on standard error.
+    """
+
+    sizes: Sequence[int]
+    strategies: Sequence[str]
+    states: Sequence[State]
+    splits: Splits
+    out: Path
+    quick_patch: bool
+    patch_tokens: int
+    tasks: TaskTerms
+    tasks_known: Any
+    heal: Recipe | None
+    to_heal: ReadOnce
+    origin: tuple[str, bool]
+    top: int
+    tokens: Tokens
+    threads: int | None
+    seed: int
+    identities: tuple[str, str]
+    job: str | None
+    progress: bool | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as it is told beside the figures."""
+        patch = None
+        if set(self.states) != {"cut"}:
+            patch = "quick" if self.quick_patch else "full"
+        return {
+            "n": list(self.sizes),
+            "strategies": list(self.strategies),
+            "states": list(self.states),
+            "patch": patch,
+            "patch_tokens": self.patch_tokens if patch == "full" else None,
+            "heal": self.heal and asdict(self.heal),
+            "tasks": self.tasks.to_json(),
+            "top": self.top,
+            "seed": self.seed,
+        }
