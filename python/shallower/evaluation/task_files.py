@@ -1,0 +1,275 @@
+"""Tasks found by name: in a folder of the user's, among ours, and in lm-eval."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtraError, TextsError
+from ..texts.sources import numbered_records
+
+OURS = Path(__file__).with_name("task_data")
+"""The folder of our task files."""
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """What a name stands for: one task, or several that are scored together.
+
+    Attributes:
+        name: as it was asked for.
+        tasks: lm-eval's, by name.
+        together: whether they are the parts of one.
+    """
+
+    name: str
+    tasks: Mapping[str, Any]
+    together: bool
+
+
+def data_folder(data: str | Path | None) -> Path | None:
+    """Decide where task files find their data.
+
+    Args:
+        data: a folder; by default that of the variable ``SHALLOWER_DATA``.
+
+    Returns:
+        The folder; None where none is named.
+
+    Raises:
+        TextsError: it is no folder.
+    """
+    named = data if data is not None else os.environ.get("SHALLOWER_DATA")
+    return None if not named else _folder(named, "data of tasks (data, --data, SHALLOWER_DATA)")
+
+
+def find_tasks(
+    names: Sequence[str],
+    *,
+    tasks_dir: str | Path | None = None,
+    data: str | Path | None = None,
+) -> list[TaskGroup]:
+    """Load tasks by their names.
+
+    A name is looked up in ``tasks_dir``, then, where there is a folder of data, among our own
+    task files, then in lm-eval's. Relative ``data_files`` of a task file of JSON lines lie in the
+    folder of data, or beside the task file.
+
+    Args:
+        names: of tasks, groups or tags.
+        tasks_dir: a folder of task files of lm-eval, YAML.
+        data: the folder of data.
+
+    Returns:
+        The tasks in the order of the names.
+
+    Raises:
+        TextsError: there is no such task, a task file is damaged, or its data is missing.
+        MissingExtraError: lm-eval is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtraError("lm-eval", "tasks", "evaluating tasks") from error
+    if not names or any(not name.strip() for name in names):
+        raise TextsError("name at least one task, as boolq (tasks, --tasks)")
+    if len(set(names)) < len(names):
+        raise TextsError(f"a task is named twice: {', '.join(names)}")
+    there = data_folder(data)
+    folders = [OURS] if there is not None else []
+    if tasks_dir is not None:
+        folders.append(_folder(tasks_dir, "task files (tasks_dir, --tasks-dir)"))
+        _require_yaml(folders[-1])
+    manager: Any = TaskManager(include_path=list(folders), include_defaults=False)
+    local = _Local(manager.task_index, there)
+    if any(not local.knows(name) for name in names):
+        manager = TaskManager(include_path=list(folders), include_defaults=True)
+        local = _Local(manager.task_index, there)
+    for name in names:
+        if not local.knows(name):
+            raise _unknown(name, folders, there)
+    return [local.load(name, manager) for name in names]
+
+
+class _Local:
+    """An index of task files, some of whose data lies in files here.
+
+    Args:
+        index: lm-eval's entries by name; changed where a task is split.
+        data: the folder of data.
+    """
+
+    def __init__(self, index: dict[str, Any], data: Path | None) -> None:
+        self._index, self._data = index, data
+        self._read: dict[Path, Rows] = {}
+        self._parts: dict[str, list[str]] = {}
+        self._part_of: dict[str, tuple[str, str]] = {}
+
+    def knows(self, name: str) -> bool:
+        """Whether there is such a task; where it is a part of another, that one is split."""
+        for whole in [one for one in self._index if f"{name}_".startswith(f"{one}_")]:
+            if whole not in self._parts:
+                self._split(whole)
+        return name in self._index
+
+    def _split(self, name: str) -> None:
+        """Make a task for each value of the field that a task file wants to be split by."""
+        entry = self._index[name]
+        field = _of(_of(entry.cfg, "metadata"), "split_by")
+        if not isinstance(field, str):
+            return
+        files = self._files(entry)
+        split = entry.cfg.get("test_split") or entry.cfg.get("validation_split")
+        values = dict.fromkeys(str(row.get(field)) for row in self._rows(files[split]))
+        self._parts[name] = [f"{name}_{value}" for value in values]
+        for part, value in zip(self._parts[name], values, strict=True):
+            self._index[part] = replace(entry, name=part)
+            self._part_of[part] = (field, value)
+
+    def load(self, name: str, manager: Any) -> TaskGroup:
+        """Build the tasks that a name stands for."""
+        leaves = list(self._leaves(name))
+        try:
+            loaded = manager.load([{"group": name, "task": leaves}])
+        except (TextsError, MissingExtraError):
+            raise
+        except Exception as error:  # whatever a task file, its functions or a hub raise
+            reason = next(iter(str(error).splitlines()), "")
+            raise TextsError(
+                f"task {name} cannot be loaded: {type(error).__name__}: {reason[:300]}"
+            ) from error
+        together = name in self._parts or self._index[name].kind.name == "GROUP"
+        return TaskGroup(name, loaded["tasks"], together)
+
+    def _leaves(self, name: str, overrides: Mapping[str, Any] | None = None) -> Iterator[Any]:
+        """The tasks behind a name, as lm-eval takes them in a group."""
+        entry = self._index.get(name)
+        if name in self._parts:
+            for part in self._parts[name]:
+                yield self._leaf(part, overrides or {})
+        elif entry is None or entry.kind.name in ("TASK", "PY_TASK"):
+            yield self._leaf(name, overrides or {})
+        elif entry.kind.name == "TAG":
+            for one in sorted(entry.tags):
+                yield from self._leaves(one, overrides)
+        else:
+            for child in entry.cfg.get("task") or []:
+                item = {"task": child} if isinstance(child, str) else dict(child)
+                called = item.pop("task", None) or item.pop("group", None)
+                yield from self._leaves(str(called), {**(overrides or {}), **item})
+
+    def _leaf(self, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        leaf = {**overrides, "task": name}
+        entry = self._index.get(name)
+        cfg = {**(entry.cfg or {} if entry else {}), **overrides}
+        if cfg.get("dataset_path") != "json" or "data_files" not in (
+            cfg.get("dataset_kwargs") or {}
+        ):
+            return leaf
+        files = self._files(entry, cfg)
+        return {**leaf, "dataset_kwargs": None, "custom_dataset": self._reader(name, files)}
+
+    def _reader(self, name: str, files: Mapping[str, list[Path]]) -> Callable[..., Any]:
+        def read(**_: Any) -> dict[str, Any]:
+            from datasets import Dataset
+
+            found = {}
+            for split, paths in files.items():
+                rows = self._rows(paths)
+                if name in self._part_of:
+                    field, value = self._part_of[name]
+                    rows = [row for row in rows if str(row.get(field)) == value]
+                found[split] = Dataset.from_list(rows)
+            return found
+
+        return read
+
+    def _files(self, entry: Any, cfg: Mapping[str, Any] | None = None) -> dict[str, list[Path]]:
+        """The files of every split."""
+        named = (cfg or entry.cfg)["dataset_kwargs"]["data_files"]
+        if not isinstance(named, dict):
+            named = {"train": named}
+        beside = entry.yaml_path.parent if entry and entry.yaml_path else Path()
+        places = [self._data] if beside == OURS else [self._data, beside]
+        return {
+            split: [
+                _find(str(one), [place for place in places if place], entry.name)
+                for one in (paths if isinstance(paths, list) else [paths])
+            ]
+            for split, paths in named.items()
+        }
+
+    def _rows(self, paths: Sequence[Path]) -> Rows:
+        rows: Rows = []
+        for path in paths:
+            if path not in self._read:
+                self._read[path] = list(_records(path))
+            rows += self._read[path]
+        return rows
+
+
+def _of(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _folder(named: str | Path, what: str) -> Path:
+    try:
+        folder = Path(named).expanduser()
+        if folder.is_dir():
+            return folder.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TextsError(f"cannot read the {what} in {named}: {error}") from error
+    raise TextsError(f"there is no folder {named} with the {what}")
+
+
+def _find(name: str, places: Sequence[Path], task: str) -> Path:
+    """A file of data by its name, in the first of the places that has it."""
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    looked = " or ".join(map(str, places)) or "any folder"
+    raise TextsError(
+        f"the data of task {task} is not there: no {name} in {looked}; name the folder that has it "
+        f"(data, --data, or the variable SHALLOWER_DATA)"
+    )
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for number, record in numbered_records(path, str(path)):
+        if not isinstance(record, dict):
+            raise TextsError(f"{path}, line {number}: expected a JSON object")
+        yield record
+
+
+def _require_yaml(folder: Path) -> None:
+    """Refuse task files that lm-eval would pass over without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML whose tags, as lm-eval's ``!function``, are not looked into."""
+
+    Loader.add_multi_constructor("!", lambda *_: None)  # type: ignore[no-untyped-call]
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            content = yaml.load(path.read_bytes(), Loader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise TextsError(
+                f"the task file {path} is no YAML: {' '.join(str(error).split())[:200]}"
+            ) from error
+        if not isinstance(content, dict):
+            raise TextsError(
+                f"the task file {path} is no task: expected a mapping with the key task or group"
+            )
+
+
+def _unknown(name: str, folders: Sequence[Path], data: Path | None) -> TextsError:
+    looked = [str(one) for one in folders if one != OURS]
+    ours = sorted(path.stem for path in OURS.glob("*.yaml"))
+    way_out = "" if data else f"; {', '.join(ours)} are here, once --data names their data"
+    return TextsError(
+        f"there is no task {name}{' in ' + looked[0] if looked else ''}, among ours "
+        f"({', '.join(ours)}) or in lm-eval{way_out} (tasks, --tasks; tasks_dir, --tasks-dir)"
+    )

@@ -1,0 +1,277 @@
+"""A model in memory as lm-eval asks it: log-likelihoods of continuations, and generated text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ModelError, TextsError
+from ..models.architecture import evaluating
+from ..models.decoder import Decoder
+from ..models.halving import Halving
+from ..models.head import Head
+from ..progress import track
+from ..texts.batches import Batch
+from ..values.tokens import BatchSize, Tokens
+from .loss import LOGITS_PER_CHUNK, fitting_tokens, logits_at
+
+MAX_NEW_TOKENS = 256
+"""Tokens that are generated where a task does not say how many, as lm-eval has it."""
+
+Request = tuple[Any, list[int], list[int]]
+"""What lm-eval asks about, the tokens of the context, and those of the continuation."""
+
+
+@dataclass
+class _Asked:
+    """A sequence that runs once, and the continuations that end in it or in one more token.
+
+    Attributes:
+        ids: all tokens but the last of each continuation.
+        continuations: tokens by the place of their request.
+    """
+
+    ids: list[int]
+    continuations: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def given(self) -> int:
+        """Tokens before the first one that is predicted."""
+        return len(self.ids) + 1 - max(map(len, self.continuations.values()))
+
+
+class TaskModel(TemplateLM):
+    """A causal language model, answering lm-eval.
+
+    Unlike lm-eval's own adapter of a model of transformers it never holds all logits of a batch,
+    takes as many texts in one forward as the device has room for, and changes neither the model
+    nor its tokenizer. The answers are the same.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer.
+        batch_size: texts in one forward.
+        sampling: settings of generation that go before those of a task; None for none.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        description: the name of the bar.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: BatchSize = "auto",
+        sampling: dict[str, Any] | None = None,
+        progress: bool | None = None,
+        description: str = "tasks",
+    ) -> None:
+        super().__init__()
+        self.tokenizer: Any = tokenizer
+        self._decoder, self._head = decoder, Head.of(decoder)
+        self._batch_size, self._sampling = batch_size, sampling or {}
+        self._progress, self._description = progress, description
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text may have."""
+        positions = self._decoder.positions
+        known = getattr(self._decoder.config, "max_position_embeddings", None)
+        return int(positions or known or 2048)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a continuation that has no context."""
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else int(start)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Tokenise a text; None for what the tokenizer adds by default, but never twice."""
+        if add_special_tokens is None:
+            start = self.tokenizer.bos_token
+            add_special_tokens = not (start and string.startswith(start))
+        encoded: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return encoded
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Give the log-likelihood of every continuation, and whether it is the greedy one."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], **_: Any
+    ) -> list[tuple[float, bool]]:
+        asked = self._distinct(requests)
+        tokens = Tokens(max(2, len(asked[0].ids)), self._batch_size)
+        texts = int(fitting_tokens(self._decoder, tokens).batch_size)
+        found: dict[int, tuple[float, bool]] = {}
+        halving = Halving()
+        model = self._decoder.model
+        with track(self._description, len(requests), self._progress) as advance, evaluating(model):
+            for start in range(0, len(asked), texts):
+                batch = _batch(asked, range(start, min(start + texts, len(asked))))
+                for part, answers in halving.run(batch, lambda one: self._score(one, asked)):
+                    found |= answers
+                    advance(sum(len(asked[i].continuations) for i in part.samples))
+        return [found[place] for place in range(len(requests))]
+
+    def _distinct(self, requests: Sequence[Request]) -> list[_Asked]:
+        """The sequences to run, the longest first, each once."""
+        sequences: dict[tuple[int, ...], _Asked] = {}
+        for place, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise TextsError(
+                    f"an answer of a task has {len(continuation)} tokens: expected 1 to "
+                    f"{self.max_length}, the positions that the model has"
+                )
+            ids = (context + continuation)[-(self.max_length + 1) : -1]
+            one = sequences.setdefault(tuple(ids), _Asked(ids))
+            one.continuations[place] = continuation
+        return sorted(sequences.values(), key=lambda one: (-len(one.ids), one.ids))
+
+    @torch.inference_mode()
+    def _score(self, batch: Batch, asked: Sequence[_Asked]) -> dict[int, tuple[float, bool]]:
+        """Answer what is asked of a batch, by the places of the requests."""
+        predicting = np.zeros(batch.input_ids.shape, bool)
+        rows, tokens, places = [], [], []
+        seen = 0
+        for number, index in enumerate(batch.samples):
+            one = asked[index]
+            first = one.given - 1
+            predicting[number, first : len(one.ids)] = True
+            seen += len(one.ids) - first  # rows up to the last one of this sequence
+            for place, continuation in one.continuations.items():
+                rows += range(seen - len(continuation), seen)
+                tokens += continuation
+                places += [place] * len(continuation)
+        logs, hits = self._predicted(batch, predicting, np.array(rows), np.array(tokens))
+        return {
+            place: (float(logs[mine].sum()), bool(hits[mine].all()))
+            for place in dict.fromkeys(places)
+            for mine in [np.array(places) == place]
+        }
+
+    def _predicted(
+        self, batch: Batch, predicting: NDArray[np.bool_], rows: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:  # fmt: skip
+        """The log-probability of each token at its row, and whether no other is likelier."""
+        logs, hits = np.zeros(len(rows)), np.zeros(len(rows), bool)
+        start = 0
+        for logits in logits_at(self._head, batch, predicting):
+            here = np.flatnonzero((rows >= start) & (rows < start + len(logits)))
+            row = torch.from_numpy(rows[here] - start).to(logits.device)
+            token = torch.from_numpy(tokens[here]).to(logits.device)
+            chunks = logits.split(max(1, LOGITS_PER_CHUNK // logits.shape[1]))
+            total = torch.cat([some.float().logsumexp(-1) for some in chunks])
+            best = torch.cat([some.argmax(-1) for some in chunks])
+            logs[here] = (logits[row, token].float() - total[row]).double().cpu().numpy()
+            hits[here] = (best[row] == token).cpu().numpy()
+            start += len(logits)
+            del logits, chunks  # before the next are made
+        if not np.isfinite(logs).all():
+            raise ModelError(
+                f"the log-likelihood of an answer is not finite: the model's logits overflow or "
+                f"are NaN in {self._head.dtype}; load it as bfloat16 or float32"
+            )
+        return logs, hits
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
+        """Refuse: no task whose scores can be paired by item asks for this."""
+        raise TextsError("a task of perplexity is measured by --perplexity (evaluate_perplexity)")
+
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
+        """Continue every text until one of its stop sequences, its end, or the last token allowed.
+
+        Raises:
+            ModelError: the model cannot generate, or has no room for what a task wants.
+        """
+        if not self._decoder.model.can_generate():
+            raise ModelError(
+                f"{type(self._decoder.model).__name__} cannot generate text, which a task asks of "
+                f"it: leave out tasks that are answered in text (tasks, --tasks)"
+            )
+        settings = [normalize_gen_kwargs(dict(one.args[1]), MAX_NEW_TOKENS) for one in requests]
+        alike: dict[str, list[int]] = {}
+        for place, one in enumerate(settings):
+            alike.setdefault(repr(sorted(one.items())), []).append(place)
+        found: dict[int, str] = {}
+        with (
+            track(self._description, len(requests), self._progress) as advance,
+            evaluating(self._decoder.model),
+        ):
+            for places in alike.values():
+                encoded = {place: self.tok_encode(requests[place].args[0]) for place in places}
+                places.sort(key=lambda place: (-len(encoded[place]), place))
+                step = 8 if self._batch_size == "auto" else self._batch_size
+                for start in range(0, len(places), step):
+                    some = places[start : start + step]
+                    texts = self._continue([encoded[place] for place in some], settings[some[0]])
+                    found.update(zip(some, texts, strict=True))
+                    advance(len(some))
+        return [found[place] for place in range(len(requests))]
+
+    @torch.inference_mode()
+    def _continue(self, contexts: list[list[int]], settings: Any) -> list[str]:
+        """Generate behind contexts, which are padded on the left."""
+        settings = {**settings, **self._sampling}
+        new = settings.pop("max_gen_toks")
+        end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        until = handle_stop_sequences(settings.pop("until", None), eos=end)
+        room = self.max_length - new
+        if room < 1:
+            raise ModelError(
+                f"a task wants {new} new tokens of a model that has {self.max_length} positions"
+            )
+        if not settings["do_sample"]:
+            settings.pop("temperature", None)
+        contexts = [ids[-room:] for ids in contexts]
+        width = max(map(len, contexts))
+        padded = np.zeros((len(contexts), width), np.int64)
+        mask = np.zeros_like(padded)
+        for row, ids in enumerate(contexts):
+            padded[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, 1
+        device = self._decoder.device
+        generate: Any = self._decoder.model.generate
+        output = generate(
+            input_ids=torch.from_numpy(padded).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            max_new_tokens=new,
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, width, len(contexts)),
+            pad_token_id=0,
+            **settings,
+        )
+        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return [postprocess_generated_text(text, until, None) for text in texts]
+
+
+def _batch(asked: Sequence[_Asked], places: range) -> Batch:
+    """Some sequences, padded on the right."""
+    width = max(len(asked[place].ids) for place in places)
+    ids = np.zeros((len(places), width), np.int64)
+    mask = np.zeros_like(ids)
+    for row, place in enumerate(places):
+        length = len(asked[place].ids)
+        ids[row, :length], mask[row, :length] = asked[place].ids, 1
+    return Batch(ids, mask, np.array(places))

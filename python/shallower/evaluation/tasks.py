@@ -1,0 +1,344 @@
+"""What a model scores on tasks of lm-eval, item by item."""
+
+import logging
+import math
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partialmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ShallowerError, TextsError
+from ..models.decoder import Decoder
+from ..values.scores import Scores
+from ..values.task_scores import TaskScores
+from ..values.tokens import BatchSize
+from .task_files import TaskGroup, find_tasks
+
+if TYPE_CHECKING:
+    from .task_model import TaskModel
+
+SAMPLING: Mapping[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+"""How answers are sampled for pass@k, as Chen et al. (2021, arXiv 2107.03374) do."""
+
+
+def evaluate_tasks(
+    model: PreTrainedModel | Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    tasks_dir: str | Path | None = None,
+    data: str | Path | None = None,
+    max_items: int | None = None,
+    num_shots: int | None = None,
+    pass_at: int | None = None,
+    batch_size: BatchSize = "auto",
+    seed: int = 0,
+    progress: bool | None = None,
+    description: str = "tasks",
+) -> tuple[TaskScores, ...]:
+    """Measure what a model scores on tasks of lm-eval.
+
+    Args:
+        model: a causal language model of transformers, quantised or not, on any device, with all
+            of its layers or without some.
+        tokenizer: its tokenizer.
+        tasks: names of tasks, groups or tags: ours (boolq, gsm8k, hellaswag, lambada, mmlu) where
+            there is a folder of data, those in ``tasks_dir``, and lm-eval's own.
+        tasks_dir: a folder of lm-eval's task files; its tasks go before others of their name.
+        data: the folder in which task files find their data; by default that of the variable
+            ``SHALLOWER_DATA``.
+        max_items: items of a task at most, drawn by ``seed``; of a group evenly from its tasks.
+            Fewer items are among more.
+        num_shots: solved examples before each item; by default what the task file says. A task
+            whose file says 0 keeps 0.
+        pass_at: for tasks that are answered in text also sample so many answers to each item,
+            and give ``pass@1`` and ``pass@K`` of them.
+        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
+            CPU 8 at most.
+        seed: of the items, the examples and the sampled answers.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        description: the name of the bar.
+
+    Returns:
+        The scores by task and measure, task by task in the order that they were asked for; the
+        first of each task is its main measure: ``acc_norm`` where it has one, else the first that
+        its file names. A group whose tasks have the same measures is one task.
+
+    Raises:
+        TextsError: there is no such task, a task file is damaged, its data is missing, or it has
+            no measure that is a mean over items.
+        ModelError: the model cannot generate and a task asks for text, or its logits are not
+            finite.
+        MissingExtraError: lm-eval is not installed.
+    """
+    chosen = ChosenTasks.of(
+        tasks, tasks_dir=tasks_dir, data=data, max_items=max_items, num_shots=num_shots,
+        pass_at=pass_at, seed=seed,
+    )  # fmt: skip
+    return chosen.evaluate(
+        model, tokenizer, batch_size=batch_size, progress=progress, description=description
+    )
+
+
+@dataclass(frozen=True)
+class ChosenTasks:
+    """Tasks that are loaded, with the items that were drawn.
+
+    Attributes:
+        groups: the tasks.
+        items: by task the items that are asked for, ascending; all where a task is not named.
+        pass_at: answers to sample.
+        seed: of the examples and the sampled answers.
+    """
+
+    groups: tuple[TaskGroup, ...]
+    items: Mapping[str, list[int]]
+    pass_at: int | None
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        tasks: Sequence[str],
+        *,
+        tasks_dir: str | Path | None = None,
+        data: str | Path | None = None,
+        max_items: int | None = None,
+        num_shots: int | None = None,
+        pass_at: int | None = None,
+        seed: int = 0,
+    ) -> "ChosenTasks":
+        """Load tasks and draw their items; see :func:`evaluate_tasks`."""
+        for name, least, value in (
+            ("items", 1, max_items), ("examples", 0, num_shots), ("answers", 1, pass_at),
+            ("seed", 0, seed),
+        ):  # fmt: skip
+            if value is not None and value < least:
+                raise TextsError(f"the number of {name} must be at least {least}, got {value}")
+        with silence():
+            groups = find_tasks(tasks, tasks_dir=tasks_dir, data=data)
+            items: dict[str, list[int]] = {}
+            for group in groups:
+                for name, task in group.tasks.items():
+                    _set_shots(task, num_shots)
+                    if name in items:
+                        raise TextsError(
+                            f"task {name} is asked for twice, by itself and in a group"
+                        )
+                    items[name] = list(range(len(task.eval_docs)))
+                if max_items is not None:
+                    items |= draw_items(
+                        {name: len(items[name]) for name in group.tasks}, max_items, seed
+                    )
+        return cls(tuple(groups), items, pass_at, seed)
+
+    def evaluate(
+        self,
+        model: PreTrainedModel | Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: BatchSize = "auto",
+        progress: bool | None = None,
+        description: str = "tasks",
+    ) -> tuple[TaskScores, ...]:
+        """Ask a model; see :func:`evaluate_tasks`."""
+        from .task_model import TaskModel
+
+        def adapted(sampling: Mapping[str, Any] | None, word: str) -> "TaskModel":
+            return TaskModel(
+                Decoder.of(model), tokenizer, batch_size=batch_size, sampling=sampling,
+                progress=progress, description=f"{description}{word}",
+            )  # fmt: skip
+
+        with silence():
+            tasks = {name: task for group in self.groups for name, task in group.tasks.items()}
+            answered = self._ask(adapted(None, ""), tasks)
+            generative = {
+                name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"
+            }
+            sampled = []
+            for number in range(self.pass_at or 0 if generative else 0):
+                with torch.random.fork_rng():
+                    torch.manual_seed(self.seed + number)
+                    word = f", answer {number + 1} of {self.pass_at}"
+                    sampled.append(self._ask(adapted(SAMPLING, word), generative))
+        return tuple(
+            scores for group in self.groups for scores in _scores_of(group, answered, sampled)
+        )
+
+    def _ask(self, model: "TaskModel", tasks: Mapping[str, Any]) -> dict[str, "_Answers"]:
+        """Run tasks through lm-eval."""
+        from lm_eval.evaluator import evaluate
+
+        for task in tasks.values():
+            task.set_fewshot_seed(self.seed)
+        try:
+            result: Any = evaluate(
+                lm=model, task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
+                samples={name: self.items[name] for name in tasks}, bootstrap_iters=0,
+                log_samples=True,
+            )  # fmt: skip
+        except (ShallowerError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, TypeError, KeyError, AssertionError, AttributeError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise TextsError(
+                f"lm-eval cannot run {', '.join(tasks)}: {type(error).__name__}: {reason[:300]}"
+            ) from error
+        return {name: _Answers(task, result["samples"][name]) for name, task in tasks.items()}
+
+
+class _Answers:
+    """The scores of a task's items by its measures.
+
+    Args:
+        task: of lm-eval.
+        samples: what lm-eval says of every item and filter.
+
+    Attributes:
+        by_metric: the scores by measure and item, the main measure first.
+        chance: the mean of a guess.
+        num_shots: examples before each item.
+    """
+
+    def __init__(self, task: Any, samples: Sequence[Mapping[str, Any]]) -> None:
+        from lm_eval.api.metrics import mean
+
+        aggregation, better = task.aggregation(), task.higher_is_better()
+        found: dict[str, dict[int, float]] = {}
+        for one in samples:
+            for metric in one["metrics"]:
+                value = one[metric]
+                if not isinstance(value, int | float | np.number | np.bool_):
+                    continue
+                if aggregation.get(metric, mean) is mean and better.get(metric, True):
+                    way = one["filter"]
+                    name = metric if way == "none" else f"{metric},{way}"
+                    found.setdefault(name, {})[one["doc_id"]] = float(value)
+        main = next((name for name in found if name.split(",")[0] == "acc_norm"), None)
+        self.by_metric = {name: found[name] for name in sorted(found, key=lambda one: one != main)}
+        options = [len(one["arguments"]) for one in samples]
+        several = getattr(task, "multiple_target", 0) or "acc_mutual_info" in aggregation
+        self.chance = None
+        if task.OUTPUT_TYPE == "multiple_choice" and not several:
+            self.chance = math.fsum(1 / n for n in options) / len(options)
+        self.num_shots = int(task.get_config("num_fewshot") or 0)
+
+
+def _scores_of(
+    group: TaskGroup, answered: Mapping[str, _Answers], sampled: Sequence[Mapping[str, _Answers]]
+) -> Iterator[TaskScores]:
+    """The scores of a group as one task, where its tasks have the same measures."""
+    kinds = {(tuple(answered[name].by_metric), answered[name].num_shots) for name in group.tasks}
+    if group.together and len(kinds) == 1:
+        yield from _one(group.name, list(group.tasks), answered, sampled)
+        return
+    for name in group.tasks:
+        yield from _one(name, [name], answered, sampled)
+
+
+def _one(
+    title: str, names: Sequence[str], answered: Mapping[str, _Answers],
+    sampled: Sequence[Mapping[str, _Answers]],
+) -> Iterator[TaskScores]:  # fmt: skip
+    mine = [answered[name] for name in names]
+    metrics = list(mine[0].by_metric)
+    if not metrics:
+        raise TextsError(
+            f"task {title} has no measure that is a mean over items, higher being better, so cuts "
+            f"cannot be compared by it"
+        )
+
+    def joined(metric: str, values: Sequence[Mapping[int, float]], guess: bool) -> TaskScores:
+        pairs = [
+            (str(item) if len(names) == 1 else f"{name}/{item}", values[place][item])
+            for place, name in enumerate(names)
+            for item in sorted(values[place])
+        ]
+        by_item = np.array([value for _, value in pairs], np.float64)
+        chance = None
+        if guess and all(one.chance is not None for one in mine):
+            sizes = [len(one) for one in values]
+            chances = [one.chance or 0.0 for one in mine]
+            chance = math.fsum(np.multiply(sizes, chances)) / sum(sizes)
+        items = tuple(item for item, _ in pairs)
+        scores = Scores(by_item, np.ones(len(by_item)))
+        return TaskScores(title, metric, items, scores, mine[0].num_shots, chance)
+
+    for metric in metrics:
+        guess = metric.split(",")[0] in ("acc", "acc_norm", "acc_bytes")
+        yield joined(metric, [one.by_metric[metric] for one in mine], guess)
+    if not sampled or names[0] not in sampled[0]:
+        return
+    every = [[one[name].by_metric[metrics[0]] for one in sampled] for name in names]
+    means = [{i: math.fsum(one[i] for one in of) / len(of) for i in of[0]} for of in every]
+    yield joined("pass@1", means, False)
+    if len(sampled) > 1:
+        best = [{i: max(one[i] for one in of) for i in of[0]} for of in every]
+        yield joined(f"pass@{len(sampled)}", best, False)
+
+
+def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list[int]]:
+    """Draw items of a group of tasks, as evenly as their sizes allow.
+
+    Args:
+        sizes: items that each task has, by name.
+        most: items in all, at most; but one of each task at least.
+        seed: of the draw; the items of a task depend on nothing but its name, its size and the
+            seed, and fewer of them are among more.
+
+    Returns:
+        The items by task, ascending.
+    """
+    shares = dict.fromkeys(sizes, 0)
+    order = [name for name in sizes if sizes[name]]
+    np.random.default_rng(seed).shuffle(order)
+    left = max(most, len(order))
+    while left and (open_tasks := [name for name in order if shares[name] < sizes[name]]):
+        for name in open_tasks[:left]:
+            shares[name] += 1
+        left -= len(open_tasks[:left])
+    return {
+        name: sorted(
+            np.random.default_rng([seed, zlib.crc32(name.encode())])
+            .permutation(sizes[name])[:share]
+            .tolist()
+        )
+        for name, share in shares.items()
+    }
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep what lm-eval, datasets and tqdm say off the terminal, while the body runs."""
+    from tqdm import tqdm
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "lm-eval")]
+    levels = [one.level for one in loggers]
+    started = tqdm.__init__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
+        for one in loggers:
+            one.setLevel(logging.CRITICAL)
+        tqdm.__init__ = partialmethod(started, disable=True)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            tqdm.__init__ = started  # type: ignore[method-assign]
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)
+
+
+def _set_shots(task: Any, num_shots: int | None) -> None:
+    """The examples before each item: a task whose file says none keeps none, as in lm-eval."""
+    written = task.get_config("num_fewshot")
+    if written is None or (num_shots is not None and written != 0):
+        task.set_config(key="num_fewshot", value=num_shots or 0)
