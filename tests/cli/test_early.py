@@ -23,6 +23,7 @@ for command in commands:
 
 SCAN = "scan {tiny} --out out --texts "
 RUN = "run {tiny} --out out --texts {texts} --eval-texts "
+CURVE = "curve {tiny} --out out --texts {texts} --eval-texts "
 EVAL = "eval {tiny} --texts "
 HEAL = "heal {tiny} --out out --texts "
 PATCH = "patch {tiny} --drop 1 --out out --texts "
@@ -52,6 +53,11 @@ EARLY = [
     (RUN + "{texts} --heal-steps 2", "--heal-steps without --heal"),
     (RUN + "{texts} --out taken", "taken/results.json exists already"),
     (RUN + "{texts} --out healed --heal", "healed/healed exists already"),
+    (CURVE + "field.jsonl", "no field `text`"),
+    ("curve {tiny} --out out --texts {texts}", "Missing option '--eval-texts'"),
+    (CURVE + "{texts} --n=-1", "cannot read '-1'"),
+    (CURVE + "{texts} --states mended", "unknown state 'mended'"),
+    (CURVE + "{texts} --heal-steps 2", "--heal-steps without --states healed"),
     (PATCH + "field.jsonl", "no field `text`"),
     (PATCH + "{texts} --out taken", "taken exists already"),
     (PATCH + "{texts} --drop junk", "cannot read 'junk'"),

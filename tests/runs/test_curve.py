@@ -320,7 +320,9 @@ def test_a_process_that_was_killed_leaves_a_curve_to_go_on_with(learned, words, 
     options |= {"strategies": ["similarity", "deepest"], "out": tmp_path / "out"}
     whole = sh.curve(source, None, TEXTS, **{**options, "out": tmp_path / "whole"}, cache=False)
     command = [sys.executable, "-c", KILLED, tmp_path / "model", tmp_path / "out", 4]
-    killed = in_a_process(*command, cwd=ROOT, env={"SHALLOWER_CACHE": os.environ["SHALLOWER_CACHE"]})
+    killed = in_a_process(
+        *command, cwd=ROOT, env={"SHALLOWER_CACHE": os.environ["SHALLOWER_CACHE"]}
+    )
     assert killed.status == -signal.SIGKILL, killed.err
     left = Curve.from_json(json.loads((tmp_path / "out" / "curve.json").read_text()))
     assert [point.state for point in left.points] == ["cut"] * 4

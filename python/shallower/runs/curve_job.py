@@ -26,6 +26,7 @@ from ..values.tokens import Tokens
 from .cache import Cache, Entry
 from .cache_keys import texts_inputs
 from .contestants import InMemory, ModelStore, digest, inputs_of_one
+from .curve_tasks import CurveTasks
 from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, NUM_CHOOSING, TOP
 
 if TYPE_CHECKING:
@@ -213,14 +214,12 @@ class CurveJob:
         """All that the curve depends on, for the cache; None where that is not known."""
         if self.cache.folder is None or self._of_model is None or not self._is_stock():
             return None
-        if self.tasks and self._tasks_known is None:
-            return None
         heal = [self.heal and asdict(self.heal), self.heal_steps, self._trained_on]
         return {
             "model": self._of_model, "name": str(self.model), "texts": list(self._identities),
             "n": list(self.sizes), "strategies": list(self.strategies),
             "states": list(self.states), "quick": self.quick_patch, "tokens": self.patch_tokens,
-            "tasks": [list(self.tasks), self.max_items, self.num_shots, self._tasks_known],
+            "tasks": [self._tasks.to_json(), self._tasks.identity],
             "heal": heal, "top": self.top, "seed": self.seed,
         }  # fmt: skip
 
@@ -234,9 +233,11 @@ class CurveJob:
         return all(is_built_in(criteria[name]) for name in named)
 
     @cached_property
-    def _tasks_known(self) -> Any:
-        """What tells the definitions and items of the tasks from others."""
-        return None
+    def _tasks(self) -> CurveTasks:
+        return CurveTasks(
+            names=tuple(self.tasks), tasks_dir=self.tasks_dir, max_items=self.max_items,
+            num_shots=self.num_shots, seed=self.seed,
+        )  # fmt: skip
 
     @property
     def _trained_on(self) -> Any:
@@ -285,7 +286,7 @@ class CurveJob:
         if self._written is None:
             for name in (SCAN_FILE, PARTIAL_FILE):
                 (self.out / name).unlink(missing_ok=True)
-        _ = self.splits  # too few texts are told before the model is loaded
+        _ = self.splits, self._tasks.identity  # what is wrong there is told before the loading
         loaded, tokenizer = self.model.load()
         terms = self._terms(self._recipe(loaded, tokenizer))
         points = CurvePoints(
@@ -348,16 +349,13 @@ class CurveJob:
         return ReadOnce(text for text in self._read if text.strip() not in others)
 
     def _terms(self, recipe: Recipe | None) -> "CurveTerms":
-        from .curve_terms import CurveTerms, TaskTerms
+        from .curve_terms import CurveTerms
 
         trusted = isinstance(self.model, ModelSource) and self.model.trust_remote_code
-        tasks = TaskTerms(
-            tuple(self.tasks), self.tasks_dir, max_items=self.max_items, num_shots=self.num_shots
-        )
         return CurveTerms(
             sizes=self.sizes, strategies=self.strategies, states=self.states, splits=self.splits,
             out=self.out, quick_patch=self.quick_patch, patch_tokens=self.patch_tokens,
-            tasks=tasks, tasks_known=self._tasks_known, heal=recipe, to_heal=self._to_heal,
+            tasks=self._tasks, heal=recipe, to_heal=self._to_heal,
             origin=(str(self.model), trusted), top=self.top, tokens=self.tokens,
             threads=self.threads, seed=self.seed, identities=self._identities, job=self.job,
             progress=self.progress,

@@ -178,12 +178,12 @@ class CurvePoints:
     def _inputs(self, dropped: tuple[int, ...], state: State) -> dict[str, Any] | None:
         """All that a point depends on beside the model; None where that is not known."""
         terms, settings = self._terms, self._terms.settings
-        if state == "healed" or (terms.tasks.names and terms.tasks_known is None):
+        if state == "healed":
             return None  # what is trained on is known by the curve alone
         made = {} if state == "cut" else {key: settings[key] for key in ("patch", "patch_tokens")}
         return {
             "dropped": list(dropped), "state": state, **made, "fitted": terms.identities[0],
-            "items": terms.identities[1], "tasks": [settings["tasks"], terms.tasks_known],
+            "items": terms.identities[1], "tasks": terms.tasks.identity,
             "seed": terms.seed,
         }  # fmt: skip
 
@@ -191,20 +191,20 @@ class CurvePoints:
         self, dropped: tuple[int, ...], state: State
     ) -> tuple[Loss, tuple[TaskScores, ...]]:
         """The loss and the tasks of a cut in one of its states."""
-        plan = self._plan_of(dropped) if dropped else None
+        tasks, plan = self._terms.tasks, self._plan_of(dropped) if dropped else None
         if state == "healed":
             assert plan is not None
             with self._healed(plan) as (model, tokenizer):
-                return self._loss(model), self._tasks(model, tokenizer)
+                return self._loss(model), tasks.scores(model, tokenizer)
         if state == "patched":
             assert plan is not None
             with self._patched(plan):
-                return self._loss(self._model), self._tasks(self._model, self._tokenizer)
+                return self._loss(self._model), tasks.scores(self._model, self._tokenizer)
         loss = self._referee.loss(self._referee.losses.scores(dropped))
-        if plan is None or not self._terms.tasks.names:
-            return loss, self._tasks(self._model, self._tokenizer)
+        if plan is None or not tasks.names:
+            return loss, tasks.scores(self._model, self._tokenizer)
         with without_layers(self._model, dropped):
-            return loss, self._tasks(self._model, self._tokenizer)
+            return loss, tasks.scores(self._model, self._tokenizer)
 
     def _plan_of(self, dropped: tuple[int, ...]) -> Plan:
         return replace(Plan.of(len(self._decoder), dropped), model=self._decoder.identity)
@@ -212,25 +212,6 @@ class CurvePoints:
     def _loss(self, model: PreTrainedModel) -> Loss:
         """The loss of a model as it is now."""
         return loss_as_it_is(Layerwise(model), self._judge, num_rejected=self._rejected)
-
-    def _tasks(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[TaskScores, ...]:
-        """The main measure of every task, by a model as it is now."""
-        tasks = self._terms.tasks
-        if not tasks.names:
-            return ()
-        from ..evaluation.tasks import evaluate_tasks
-
-        found = evaluate_tasks(
-            model, tokenizer, tasks.names, tasks_dir=tasks.tasks_dir, data=tasks.data,
-            max_items=tasks.max_items, num_shots=tasks.num_shots, seed=self._terms.seed,
-            progress=False,
-        )  # fmt: skip
-        main: dict[str, TaskScores] = {}
-        for one in found:
-            main.setdefault(one.task, one)
-        return tuple(main.values())
 
     @contextmanager
     def _patched(self, plan: Plan) -> Iterator[None]:

@@ -10,30 +10,7 @@ from ..texts.sequences import ReadOnce
 from ..values.curve import State
 from ..values.recipe import Recipe
 from ..values.tokens import Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TaskTerms:
-    """The tasks that a curve is measured on.
-
-    Attributes:
-        names: of the tasks.
-        tasks_dir: a folder of further definitions.
-        data: a folder of their items.
-        max_items: items of a task at most.
-        num_shots: solved examples before each item; as the task says by default.
-    """
-
-    names: tuple[str, ...] = ()
-    tasks_dir: Path | None = None
-    data: Path | None = None
-    max_items: int | None = None
-    num_shots: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Give all but the places as plain JSON values."""
-        names = {"names": list(self.names)}
-        return {**names, "max_items": self.max_items, "num_shots": self.num_shots}
+from .curve_tasks import CurveTasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +26,6 @@ class CurveTerms:
         quick_patch: whether the patch is one matrix a block, and not the full one.
         patch_tokens: tokens that a full patch is fitted on, at most.
         tasks: that are done beside the loss.
-        tasks_known: what tells the items of the tasks from others; None where that is not known.
         heal: settings of the training, once they are chosen.
         to_heal: texts to train on, which neither choose nor report.
         origin: the name of the model, and whether code that comes with it may run.
@@ -69,8 +45,7 @@ class CurveTerms:
     out: Path
     quick_patch: bool
     patch_tokens: int
-    tasks: TaskTerms
-    tasks_known: Any
+    tasks: CurveTasks
     heal: Recipe | None
     to_heal: ReadOnce
     origin: tuple[str, bool]

@@ -1,0 +1,148 @@
+"""The tables and the CSV of a curve."""
+
+import csv
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from shallower import OutputError
+from shallower.reporting.curve import curve_tables, write_csv
+from shallower.values.curve import Curve, CurvePoint
+from shallower.values.loss import Loss
+from shallower.values.scores import Scores
+from shallower.values.task_scores import TaskScores
+
+COUNTS = np.array([40.0, 30, 50, 20])
+NOISE = np.array([0.3, -0.2, 0.1, 0.4])
+
+
+def loss(nats, wobble=0.0):
+    by_text = Scores(COUNTS * (nats + NOISE + wobble * NOISE[::-1]), COUNTS)
+    return Loss(by_text.mean, by_text.stderr, 140, 4, 0, 50_000, by_text)
+
+
+def scores(right, chance=0.5):
+    values = np.arange(40) < right
+    items = tuple(map(str, range(40)))
+    return TaskScores("boolq", "acc", items, Scores(values * 1.0, np.ones(40)), 2, chance)
+
+
+def point(n, strategy, dropped, state, found, right=0):
+    tasks = (scores(right),) if right else ()
+    why = None if found else "there is no layer before the block"
+    return CurvePoint(n, strategy, state, dropped, n / 30, n / 40, found, tasks, 1.0, why)
+
+
+@pytest.fixture(scope="module")
+def curve():
+    whole = point(0, "whole", (), "cut", loss(3), 36)
+    alone = tuple(range(0, 30, 4))
+    splits, patch = {"fit": 80, "choose": 16, "report": 4}, {"patch_tokens": 16_384}
+    return Curve("a/model", 30, (
+        whole,
+        point(1, "recommended", (9,), "cut", loss(3.0, 0.1), 35),
+        point(1, "block_influence", (9,), "cut", loss(3.0, 0.1), 35),
+        point(1, "deepest", (28,), "cut", loss(3.1), 30),
+        point(8, "recommended", alone, "cut", loss(3.5), 24),
+        point(8, "recommended", alone, "patched", loss(3.3), 30),
+        point(8, "block_influence", (1, *range(9, 16)), "cut", loss(3.51, 0.2), 24),
+        point(8, "deepest", tuple(range(21, 29)), "cut", loss(21.4, 2), 20),
+        point(8, "deepest", tuple(range(21, 29)), "patched", None),
+    ), splits, "float32", 256, {}, patch)  # fmt: skip
+
+
+def printed(curve, width=80):
+    console = Console(width=width, file=io.StringIO())
+    for table in curve_tables(curve):
+        console.print(table)
+    return console.file.getvalue()
+
+
+def rows(text, title):
+    """The cells of the table below a title, by size and strategy."""
+    found = {}
+    for line in text.split(title)[1].splitlines():
+        if line.startswith(("more:", "40 items")):
+            break
+        cells = re.split(r" {2,}", line.strip())
+        if cells[0].isdigit():
+            found[int(cells[0]), cells[1]] = cells[2:]
+    return found
+
+
+def test_everything_fits_80_columns(curve):
+    text = printed(curve)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for part in ("a/model: 30 layers, float32", "of 4 texts; V = 50000", "16,384 tokens at most"):
+        assert part in text
+
+
+def test_losses_are_told_with_errors_and_paired_differences(curve):
+    found = rows(printed(curve, 120), "layers less, as they are cut")
+    assert len(found) == 6
+    for one in curve.points[1:]:
+        if one.state == "cut":
+            digits = 3 if one.loss.nats < 10 else 2
+            drop, told, share, more, *_ = found[one.n, one.strategy]
+            assert told == f"{one.loss.nats:.{digits}f} ± {one.loss.stderr:.{digits}f}"
+            assert share == f"{one.loss.nats / math.log(50_000):.2f}"
+            lost = one.loss.by_text.sums - curve.whole.loss.by_text.sums
+            mean = lost.sum() / COUNTS.sum()
+            error = math.sqrt(((lost - mean * COUNTS) ** 2).sum() * 4 / 3) / COUNTS.sum()
+            sign = "+" if mean > 0 else ""
+            assert more == f"{sign}{mean:.{digits}f} ± {error:.{digits}f}"
+            assert drop.startswith("[")
+
+
+def test_ties_are_named(curve):
+    text = printed(curve, 120)
+    found = rows(text, "layers less, as they are cut")
+    assert {key: cells[4:] for key, cells in found.items()} == {
+        (1, "recommended"): ["best"],
+        (1, "block_influence"): ["best"],  # the same layers
+        (1, "deepest"): [],
+        (8, "recommended"): ["best"],
+        (8, "block_influence"): ["tie"],
+        (8, "deepest"): [],
+    }
+    assert "ties with the whole model: recommended 1, block_influence 1\n" in text.replace("  ", "")
+
+
+def test_tasks_are_told_beside_chance_and_the_whole(curve):
+    text = printed(curve, 120)
+    assert "boolq, as they are cut: acc in %, whole model 90.0 ± 4.8" in text
+    assert "40 items with 2 solved examples; chance 50.0" in text
+    found = rows(text, "boolq, as they are cut")
+    assert found[1, "recommended"][1:] == ["87.5 ± 5.3", "-2.5 ± 2.5", "tie with the whole"]
+    assert found[8, "recommended"][1:] == ["60.0 ± 7.8", "-30.0 ± 7.3", "at chance"]
+    assert found[1, "deepest"][1:] == ["75.0 ± 6.9", "-15.0 ± 5.7"]
+
+
+def test_what_failed_is_told(curve):
+    *_, last = printed(curve).split("what could not be measured")
+    assert " ".join(last.split()).endswith("8 deepest patched there is no layer before the block")
+
+
+def test_the_csv_has_a_line_for_every_point(curve, tmp_path):
+    write_csv(curve, tmp_path / "curve.csv")
+    found = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
+    assert len(found) == len(curve.points)
+    for row, one in zip(found, curve.points, strict=True):
+        assert (int(row["n"]), row["strategy"], row["state"]) == (one.n, one.strategy, one.state)
+        assert row["loss"] == (repr(one.loss.nats) if one.loss else "")
+        assert row["boolq"] == (repr(one.tasks[0].mean) if one.tasks else "")
+        assert row["failed"] == (one.failed or "")
+        assert row["dropped"].split() == [str(layer) for layer in one.dropped]
+    assert float(found[1]["lost_stderr"]) == curve.lost(curve.points[1]).stderr
+    assert float(found[4]["boolq_difference"]) == pytest.approx(-0.3)
+
+
+def test_a_csv_that_cannot_be_written_is_refused(curve, tmp_path):
+    (tmp_path / "file").write_text("dear")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_csv(curve, tmp_path / "file" / "curve.csv")
