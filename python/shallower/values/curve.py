@@ -95,7 +95,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What one model loses over the number of layers that go.
+    """Losses and scores of one model over the number of layers that go.
 
     Attributes:
         model: its name, as a title.
@@ -134,18 +134,41 @@ class Curve:
         return tuple(one.task for one in self.whole.tasks)
 
     def line(self, strategy: str, state: State) -> tuple[CurvePoint, ...]:
-        """Give the points of one strategy in one state by size, the whole model first."""
+        """Give the points of one strategy in one state.
+
+        Args:
+            strategy: its name.
+            state: how far the cuts are made good.
+
+        Returns:
+            The whole model, and the points by size.
+        """
         found = [one for one in self.points if (one.strategy, one.state) == (strategy, state)]
         return (self.whole, *sorted(found, key=lambda one: one.n))
 
     def lost(self, point: CurvePoint) -> Difference | None:
-        """Compare a point with the whole model, paired by text; None where there is no loss."""
+        """Compare a point with the whole model.
+
+        Args:
+            point: one of the curve.
+
+        Returns:
+            The paired difference of the losses; None where there is no loss.
+        """
         if point.loss is None or self.whole.loss is None:
             return None
         return point.loss.minus(self.whole.loss)
 
     def best(self, n: int, state: State) -> CurvePoint | None:
-        """Find the point of least loss of one size and state; None where nothing was measured."""
+        """Find the point of least loss.
+
+        Args:
+            n: layers that are gone.
+            state: how far the cuts are made good.
+
+        Returns:
+            The best of all strategies; None where nothing was measured.
+        """
         found = [one for one in self.points if (one.n, one.state) == (n, state) and one.loss]
         return min(found, key=lambda one: one.loss.nats if one.loss else math.inf, default=None)
 
