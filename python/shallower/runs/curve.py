@@ -117,8 +117,8 @@ def curve(
         ... )
         >>> [(point.n, point.strategy, point.state) for point in curve.points[:3]]
         [(0, 'whole', 'cut'), (1, 'similarity', 'cut'), (1, 'similarity', 'patched')]
-        >>> curve.lost(curve.points[1]).mean > 0
-        True
+        >>> curve.line("deepest", "cut")[1].dropped
+        (28,)
     """
     job = CurveJob(
         model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
