@@ -1,0 +1,428 @@
+"""The story of a run: which layers go, what that costs, how sure it is, and where it is from."""
+
+import math
+from pathlib import Path
+
+from ..errors import MetricError, ScanError
+from ..reporting.charts import Axis, Line, Point, dot_chart, line_chart
+from ..reporting.drawing import Drawing
+from ..reporting.figures import smoothed
+from ..reporting.heat_maps import heat_maps
+from ..reporting.page.story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from ..values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ..values.layers import ranges
+from ..values.recommendation import Recommended
+from ..values.scores import Difference
+from .results import Run
+from .story_parts import (
+    Gain,
+    differs,
+    few_texts,
+    gain_table,
+    loss_fact,
+    made_by,
+    perplexity_words,
+    small_model,
+    splits_words,
+)
+from .weights import Weights, count_weights
+
+NUM_RESAMPLES = 1000
+MOST_CANDIDATES = 20
+UNLIKE = 3.0
+"""Standard errors from which on texts that chose and those that report are called unlike."""
+
+_STATES = ("whole", "cut", "patched", "healed")
+
+
+def run_story(run: Run, *, gain: Gain = (), drawn: bool = True) -> Story:
+    """Tell a run.
+
+    Args:
+        run: with its recommendation.
+        gain: what the cut gains; rows of ``name``, ``before`` and ``after``.
+        drawn: draw figures; False where there is no matplotlib.
+
+    Returns:
+        The story.
+    """
+    recommended = run.recommended
+    assert recommended is not None
+    return _Telling(run, recommended, gain, drawn).story()
+
+
+class _Telling:
+    """A run that is told, and what is worked out once for several parts."""
+
+    def __init__(self, run: Run, recommended: Recommended, gain: Gain, drawn: bool) -> None:
+        self._run, self._best, self._gain, self._drawn = run, recommended, gain, drawn
+        self._name = run.scan.model.name if run.scan.model else "model"
+        self._weights = None if run.checkpoint is None else count_weights(run.checkpoint)
+        self._shares: dict[int, float] | None = None
+        if run.scan.keeps_samples and run.scan.num_sequences > 1:
+            try:
+                found = run.scan.bootstrap(NUM_RESAMPLES, metric="angular")
+                self._shares = {n: one.probability for n, one in found.items()}
+            except (MetricError, ScanError):
+                pass
+
+    def story(self) -> Story:
+        run, best = self._run, self._best
+        n, total = len(best.plan.dropped), run.scan.num_layers
+        return Story(
+            "run", f"{self._name} without {n} of its {total} layers", best.sentence(),
+            strips=(Strip("layers that go", total, best.plan.dropped, ranges(best.plan.dropped)),),
+            steps=self._steps(), cost=perplexity_words(best.whole, best.loss, best.difference),
+            savings=self._savings(), warnings=tuple(self._warnings()),
+            sections=tuple(self._sections()), data=run.to_json(),
+        )  # fmt: skip
+
+    def _steps(self) -> tuple[Step, ...]:
+        best = self._best
+        losses = [(name, loss) for name in _STATES if (loss := getattr(best, name)) is not None]
+        most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
+        steps = []
+        for name, loss in losses:
+            more = "" if name == "whole" else _signed(loss.minus(best.whole))
+            share = max(0.0, (loss.nats - best.whole.nats) / most)
+            number = Number.of(loss.nats, loss.stderr)
+            steps.append(Step(name, number, more, share, name == best.state))
+        return tuple(steps)
+
+    def _savings(self) -> tuple[Fact, ...]:
+        best, place = self._best, f"{RESULTS_FILE}: recommended"
+        total, n = self._run.scan.num_layers, len(best.plan.dropped)
+        rows = [
+            Fact("layers", f"{n} of {total} ({100 * best.layers_share:.0f} %)", f"{place}.dropped"),
+            Fact("parameters", Number.share(best.parameters_share), f"{place}.parameters_share"),
+        ]
+        if (weights := self._weights) is not None:
+            before = _before(weights, best)
+            source = f"headers of the safetensors in {self._run.checkpoint.name}"  # type: ignore[union-attr]
+            if weights.parameters is not None:
+                gone = Number.count(_before_parameters(weights, best) - weights.parameters)
+                share = Number.share(best.parameters_share).text
+                rows[-1] = Fact("parameters", Number(f"{gone.text} ({share})", gone.value), source)
+            size = Number(f"{(before - weights.num_bytes) / 1e6:,.0f} MB of {before / 1e6:,.0f} MB")
+            rows.append(Fact("weights on disk", size, source))
+        return tuple(rows)
+
+    def _warnings(self) -> list[str]:
+        best, run = self._best, self._run
+        known = self._weights and self._weights.parameters
+        whole = None if not known else _before_parameters(self._weights, best)
+        found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
+        n = len(best.plan.dropped)
+        share = None if self._shares is None else self._shares.get(n)
+        if share is not None and share < 0.5:
+            found.append(
+                f"the block of least distance is unstable: of {NUM_RESAMPLES:,} resamples of the "
+                f"texts {100 * share:.0f} % find the same l*({n})"
+            )
+        chosen, row = best.verified.candidates[0], self._row
+        judged = best.verified.judge == "loss" and not chosen.lost_early
+        if row is not None and judged:
+            patched = best.verified.after == "patch"
+            loss, stderr = (row.patched, row.patched_stderr) if patched else (row.cut, row.stderr)
+            if loss is not None and _apart(chosen.score, chosen.stderr, loss, stderr or 0.0):
+                found.append(
+                    f"calibration unlike evaluation: the same cut loses {chosen.score:.2f} nats a "
+                    f"token on the texts that chose it, {loss:.2f} on those that report; choose on "
+                    f"texts as you will use the model for"
+                )
+        if run.scan.num_rejected:
+            found.append(f"{run.scan.num_rejected} samples were left out of the scan")
+        return found
+
+    @property
+    def _row(self):  # type: ignore[no-untyped-def]
+        dropped = self._best.plan.dropped
+        return next((row for row in self._run.table if row.dropped == dropped), None)
+
+    def _sections(self) -> list[Section]:
+        told = [self._asked(), self._sure(), self._costs()]
+        if self._run.continuations:
+            told.append(Section("How it speaks", (
+                "Each model goes on by its likeliest token, 32 tokens at most. A sample shows what "
+                "a loss cannot; it proves nothing.",
+            ), samples=tuple(map(_sample, self._run.continuations))))  # fmt: skip
+        return [*told, self._numbers(), self._again(), self._differs()]
+
+    def _asked(self) -> Section:
+        run, scan = self._run, self._run.scan
+        texts = scan.texts[0] if scan.texts else None
+        facts = [
+            Fact("model", self._name, f"{SCAN_FILE}: model"),
+            Fact("dtype", scan.model.dtype if scan.model else "not known", f"{SCAN_FILE}: model"),
+            Fact("wish", str(run.wish), f"{RESULTS_FILE}: wish"),
+            Fact("texts", splits_words(run.splits), f"{RESULTS_FILE}: splits"),
+        ]
+        if texts is not None:
+            facts.append(
+                Fact("tokens of a text", f"at most {texts.max_length:,}", f"{SCAN_FILE}: texts")
+            )
+        if scan.positions is not None:
+            facts.append(Fact("compared tokens", str(scan.positions), f"{SCAN_FILE}: positions"))
+        lines = (
+            f"{_capital(self._best.reason)}.",
+            "Texts that fit, texts that choose and texts that report are three sets: no loss here "
+            "is of a text that anything was chosen by.",
+        )
+        return Section("What was asked", lines, tuple(facts))
+
+    def _sure(self) -> Section:
+        best, verified = self._best, self._best.verified
+        lines = [f"{_capital(verified.sentence())}."]
+        if best.by_distance is not None:
+            lines.append(
+                f"The block of least angular distance loses {best.by_distance} nats a token more "
+                f"than this plan, both as bare cuts."
+            )
+        rows = tuple(
+            (
+                ranges(one.plan.dropped), ", ".join(one.proposed_by),
+                Number.of(one.score, one.stderr),
+                Number.of(one.difference.mean, one.difference.stderr, sign=True),
+                "the winner" if one is verified.candidates[0] else "lost early"
+                if one.lost_early else "a tie" if one.tied else "worse",
+            )
+            for one in verified.candidates[:MOST_CANDIDATES]
+        )  # fmt: skip
+        table = Table(
+            "Proposals that came into the last race",
+            ("drop", "proposed by", f"score, {verified.unit}", "more than the winner", ""), rows,
+            f"{verified.num_proposals} proposals were judged on {verified.num_items} texts that "
+            f"choose; a tie is within two standard errors of the paired difference.", 0,
+        )  # fmt: skip
+        drawings = [*self._race(), *self._scan_drawings()] if self._drawn else []
+        return Section(
+            "What was cut, and how sure that is", tuple(lines), tables=(table,),
+            drawings=tuple(drawings),
+        )  # fmt: skip
+
+    def _race(self) -> list[Drawing]:
+        verified = self._best.verified
+        ended = [one for one in verified.candidates[:14] if math.isfinite(one.score)]
+        if len(ended) < 2:
+            return []
+        labels = [_shortened(ranges(one.plan.dropped)) for one in ended]
+        points = tuple(
+            Point(place, one.difference.mean, one.difference.stderr,
+                  f"without {ranges(one.plan.dropped)}")
+            for place, one in enumerate(ended)
+        )  # fmt: skip
+        return [
+            dot_chart(
+                "proposals", labels, [Line("difference", points, "blue", marker="o")],
+                title="What other proposals lose more than the winner",
+                text="Each row is a set of layers that could have gone, with the paired difference "
+                "of its score to the winner's and one standard error. What reaches the dotted "
+                "line within two errors cannot be told from the winner.",
+                x=Axis(f"more than the winner, {verified.unit}"), reference=(0.0, "the winner"),
+            )
+        ]  # fmt: skip
+
+    def _scan_drawings(self) -> list[Drawing]:
+        scan = self._run.scan
+        if "angular" not in scan.metrics or scan.num_layers < 2:
+            return []
+        blocks = [scan.best_block(n, "angular") for n in range(1, scan.num_layers)]
+        points = tuple(
+            Point(len(block), block.score or 0.0,
+                  math.nan if block.stderr is None else block.stderr, f"n = {len(block)}, {block}")
+            for block in blocks
+        )  # fmt: skip
+        least = line_chart(
+            "least_distance", [Line("block of least distance", points, "blue", marker="o")],
+            title="The least distance of a block, over its size",
+            text="Angular distance between the ends of the most alike block of n layers, with its "
+            "standard error; where it climbs steeply, layers begin to do different things.",
+            x=Axis("layers dropped n", digits=0), y=Axis("least angular distance", digits=4),
+        )  # fmt: skip
+        return [*heat_maps(scan, self._shares), least]
+
+    def _costs(self) -> Section:
+        rows = tuple(
+            (
+                Number.count(row.n), ranges(row.dropped), Number.share(row.parameters_share),
+                Number.of(row.cut, row.stderr), Number.of(row.patched, row.patched_stderr),
+                Number.of(row.patched_lost, row.patched_lost_stderr, sign=True),
+                Number.of(row.deepest_patched), Number.count(row.num_tied),
+            )
+            for row in self._run.table
+        )  # fmt: skip
+        chosen = [i for i, row in enumerate(self._run.table) if row is self._row]
+        head = (
+            "n", "drop", "parameters", "cut", "patched", "more than whole", "deepest, patched",
+            "ties",
+        )  # fmt: skip
+        note = (
+            f"Nats a token on the texts that report; whole model {self._best.whole}. Patches here "
+            f"are quick ones, one matrix a block. Errors of 'more' are paired."
+        )
+        tables = [Table("What other sizes would cost", head, rows, note, *chosen)] if rows else []
+        drawings = [*self._sizes(), *self._healing()] if self._drawn else []
+        return Section(
+            "What it costs and gains", tables=(*gain_table(self._gain), *tables),
+            drawings=tuple(drawings),
+        )  # fmt: skip
+
+    def _sizes(self) -> list[Drawing]:
+        table, whole = self._run.table, self._best.whole
+        if not table:
+            return []
+        start = Point(0.0, whole.nats, whole.stderr, "whole model")
+
+        def line(name: str, colour: str, values: str, error: str | None, size: str) -> Line:
+            points = [
+                Point(getattr(row, size), value, (getattr(row, error) if error else None)
+                      or math.nan, f"without {ranges(row.dropped)}")
+                for row in table if (value := getattr(row, values)) is not None
+            ]  # fmt: skip
+            return Line(name, (start, *points), colour, "solid" if values == "patched" else "dashed")
+
+        fields = (
+            ("patched quickly", "blue", "patched", "patched_stderr"),
+            ("cut", "orange", "cut", "stderr"),
+            ("deepest, patched quickly", "violet", "deepest_patched", None),
+        )
+        y, most = Axis("loss, nats a token"), math.log(whole.vocab_size)
+        text = (
+            "Loss of the verified cut of each size on the texts that report, with bands of one "
+            "standard error; the deepest layers but the last for comparison."
+        )
+        over_layers = line_chart(
+            "loss_over_layers", [line(*one, "layers_share") for one in fields],
+            title="Loss over the share of layers that go", text=text,
+            x=Axis("layers dropped", is_share=True), y=y, most=most,
+            references=[(whole.nats, "whole model")],
+        )  # fmt: skip
+        over_size = line_chart(
+            "loss_over_size", [line(*one, "parameters_share") for one in fields[:2]],
+            title="Loss over the share of parameters that go", text=text,
+            x=Axis("parameters dropped", is_share=True), y=y, most=most,
+            references=[(whole.nats, "whole model")],
+        )  # fmt: skip
+        return [over_layers, over_size]
+
+    def _healing(self) -> list[Drawing]:
+        healing = self._run.healing
+        if healing is None or not healing.steps:
+            return []
+        import numpy as np
+
+        losses = smoothed(np.array([step.loss for step in healing.steps]), 0.9)
+        every = max(1, len(losses) // 200)
+        training = tuple(
+            Point(step.step, float(loss), math.nan, f"step {step.step}")
+            for step, loss in list(zip(healing.steps, losses, strict=True))[::every]
+        )
+        held_out = tuple(
+            Point(one.step, one.loss.nats, one.loss.stderr, f"step {one.step}")
+            for one in healing.held_out
+        )
+        lines = [Line("training, smoothed", training, "orange", "dotted", ",")]
+        lines += [Line("held out", held_out, "blue", marker="o")] if held_out else []
+        original = healing.original
+        return [
+            line_chart(
+                "healing", lines, title="The healing, step by step",
+                text="Training loss, smoothed, and held-out loss with one standard error.",
+                x=Axis("steps", digits=0), y=Axis("loss, nats a token"),
+                references=[] if original is None else [(original.nats, "whole model")],
+            )
+        ]  # fmt: skip
+
+    def _numbers(self) -> Section:
+        best, run, scan = self._best, self._run, self._run.scan
+        facts = [
+            loss_fact(name, loss, f"{RESULTS_FILE}: recommended.losses.{name}")
+            for name in _STATES
+            if (loss := getattr(best, name)) is not None
+        ]
+        paired = Number.of(best.difference.mean, best.difference.stderr, 4, sign=True)
+        facts += [
+            Fact("lost, nats a token", paired, f"{RESULTS_FILE}: recommended.lost, paired by text"),
+            Fact("logits after a reload differ by", f"{run.difference:.2g}",
+                 f"{RESULTS_FILE}: max_logits_difference; stock transformers"),
+            Fact("layers run to choose", Number.count(best.verified.layer_forwards),
+                 f"{RESULTS_FILE}: recommended.layer_forwards; layers times texts"),
+            Fact("samples of the scan", Number.count(scan.num_samples), SCAN_FILE),
+        ]  # fmt: skip
+        if scan.model is not None:
+            facts.append(Fact("model", scan.model.fingerprint[:12], "hash of its norms and shape"))
+        facts += [
+            Fact("texts of the scan", f"{texts.num_texts:,}, {texts.fingerprint[:12]}", SCAN_FILE)
+            for texts in scan.texts
+        ]
+        facts += made_by(best.plan.versions, PLAN_FILE)
+        line = f"Losses are of {best.whole.num_texts} texts; ± is one standard error, over texts."
+        return Section("Every number, and where it is from", (line,), tuple(facts))
+
+    def _again(self) -> Section:
+        run = self._run
+        texts = run.scan.texts[0] if run.scan.texts else None
+        command = run.command or " ".join((
+            "shallower run MODEL --texts TEXTS --eval-texts TEXTS",
+            f"--n {len(self._best.plan.dropped)}",
+            *([f"--max-length {texts.max_length}"] if texts else []), "--out RUN",
+        ))  # fmt: skip
+        drop = ",".join(
+            str(block.start) if len(block) == 1 else f"{block.start}:{block.stop}"
+            for block in self._best.plan.blocks
+        )
+        commands = (
+            command,
+            f"shallower prune MODEL --drop {drop} --out CUT",
+            f"shallower eval {Path(CHECKPOINT_FOLDER).name} --texts EVAL_TEXTS",
+            "shallower report RUN",
+        )
+        line = (
+            "The run; the bare cut alone; the loss of what was made; this page. Words in capitals "
+            "are places on your machine."
+        )
+        return Section("Make it again", (line,), commands=commands)
+
+    def _differs(self) -> Section:
+        scan = self._run.scan
+        texts = scan.texts[0] if scan.texts else None
+        return differs(
+            texts and texts.max_length, scan.model and scan.model.dtype, self._best.plan.versions
+        )
+
+
+def _sample(told) -> Sample:  # type: ignore[no-untyped-def]
+    names = [name for name in _STATES if getattr(told, name) is not None]
+    return Sample(told.prompt, {name: _behind(told.prompt, getattr(told, name)) for name in names})
+
+
+def _behind(prompt: str, text: str) -> str:
+    return text[len(prompt) :].strip() if text.startswith(prompt) else text
+
+
+def _signed(difference: Difference) -> str:
+    return Number.of(difference.mean, difference.stderr, sign=True).text
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 22 else f"{text[:21]}…"
+
+
+def _apart(one: float, its_error: float, other: float, other_error: float) -> bool:
+    """Whether two unpaired values differ by more than their errors allow."""
+    error = math.hypot(its_error, other_error)
+    return math.isfinite(error) and abs(one - other) > UNLIKE * error
+
+
+def _before_parameters(weights: Weights | None, best: Recommended) -> int:
+    assert weights is not None
+    assert weights.parameters is not None
+    return round(weights.parameters / (1 - best.parameters_share))
+
+
+def _before(weights: Weights, best: Recommended) -> float:
+    return weights.num_bytes / (1 - best.parameters_share)
