@@ -122,13 +122,15 @@ def line_chart(
         _set_axes(axes, x, y)
         for place, line in enumerate(lines):
             _draw_line(axes, line, line.marker or _MARKERS[place % len(_MARKERS)], most)
-        _draw_references(axes, references)
+        _draw_references(axes, references, min(p.y for line in lines for p in line.points))
         _limit(axes, [*(p.y for line in lines for p in line.points), *(v for v, _ in references)],
                most)  # fmt: skip
         if len(lines) > 1:
             figure.legend(loc="outside lower center", ncols=2, handlelength=2.6, columnspacing=1.4)
         figure.draw_without_rendering()
-        marks = marks_at(axes, [(p.x, p.y, _said(line, p, y)) for line in lines for p in line.points])
+        marks = marks_at(
+            axes, [(p.x, p.y, _said(line, p, y)) for line in lines for p in line.points]
+        )
     numbers = tuple(
         (line.name, p.name, x.show(p.x), y.show_with_error(p.y, p.stderr))
         for line in lines
@@ -207,7 +209,7 @@ def _said(line: Line, point: Point, y: Axis) -> str:
 
 
 def _tick(value: float, axis: Axis) -> str:
-    return f"{100 * value:.0f} %" if axis.is_share else f"{value:g}"
+    return f"{round(100 * value, 1):g} %" if axis.is_share else f"{value:g}"
 
 
 def _set_axes(axes: "Axes", x: Axis, y: Axis) -> None:
@@ -215,7 +217,7 @@ def _set_axes(axes: "Axes", x: Axis, y: Axis) -> None:
     axes.set_ylabel(y.label)
     for axis, what in ((axes.xaxis, x), (axes.yaxis, y)):
         if what.is_share:
-            axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+            axis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g} %")
 
 
 def _draw_line(axes: "Axes", line: Line, marker: str, most: float) -> None:
@@ -233,12 +235,15 @@ def _draw_line(axes: "Axes", line: Line, marker: str, most: float) -> None:
     axes.plot(x[above], np.full(int(above.sum()), most), "^", color=colour, fillstyle="none")
 
 
-def _draw_references(axes: "Axes", references: Sequence[Reference]) -> None:
+def _draw_references(axes: "Axes", references: Sequence[Reference], least: float) -> None:
+    """Level lines, named above them, or below where nothing else is there."""
     for value, name in references:
+        below = value <= least
         axes.axhline(value, color=COLOURS["muted"], linestyle=":", linewidth=1.2, zorder=1)
         axes.annotate(
-            name, (0.995, value), xycoords=("axes fraction", "data"), xytext=(0, 2),
-            textcoords="offset points", ha="right", va="bottom", fontsize=8.5,
+            name, (0.995, value), xycoords=("axes fraction", "data"),
+            xytext=(0, -3 if below else 2), textcoords="offset points", ha="right",
+            va="top" if below else "bottom", fontsize=8.5,
             color=COLOURS["muted"],
         )  # fmt: skip
 
@@ -248,7 +253,7 @@ def _limit(axes: "Axes", values: Sequence[float], most: float) -> None:
     seen = [min(value, most) for value in values if math.isfinite(value)]
     low, high = min(seen, default=0.0), max(seen, default=1.0)
     margin = max(0.07 * (high - low), 0.01 * abs(high), 1e-6)
-    axes.set_ylim(low - margin, high + 1.6 * margin)
+    axes.set_ylim(low - 1.5 * margin, high + 1.6 * margin)
 
 
 def series_colour(place: int) -> str:

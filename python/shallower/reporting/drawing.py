@@ -1,4 +1,4 @@
-"""What the figures of a page share: colours, sizes, and how one becomes SVG, PNG or a part of HTML."""
+"""What the figures of a page share: colours and sizes, and how one becomes SVG, PNG or HTML."""
 
 import io
 import re

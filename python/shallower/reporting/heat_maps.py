@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..scanning.scan import Scan
-from .drawing import COLOURS, SETTINGS, WIDTH, Cells, Drawing, marks_at, new_figure
+from .drawing import SETTINGS, WIDTH, Cells, Drawing, marks_at, new_figure
 from .figures import block_distances, require_matplotlib, rescale_rows
 
 if TYPE_CHECKING:
@@ -74,16 +74,16 @@ def _heat_map(
             interpolation="none",
         )  # fmt: skip
         axes.grid(visible=False)
-        ring = max(2.0, min(26.0, 1800.0 / len(rows) ** 1.5))
-        area = [ring * (1 if shares is None else max(0.12, shares.get(int(n), 0))) for n in sizes]
-        for colour, width in (("white", 2.4), ("#d6002f", 1.2)):
+        ring = max(8.0, (0.8 * 72 * 0.78 * WIDTH / rows.shape[1]) ** 2)  # 0.8 of a cell
+        area = [ring * (1 if shares is None else max(0.12, shares[int(n)])) for n in sizes]
+        for colour, width in (("white", 2.0), ("#e0003c", 1.0)):
             axes.scatter(starts, sizes, s=area, facecolors="none", edgecolors=colour, lw=width)
         axes.set_xlabel("first dropped layer l, from 0")
         axes.set_ylabel("layers dropped n, block [l, l+n)")
         _whole_ticks(axes)
         bar = figure.colorbar(image, ax=axes, location="top", aspect=34, pad=0.02)
         bar.set_label(label)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         figure.draw_without_rendering()
         cells = _cells(axes, rows)
     head = ("n", "l*", "angular distance", *(() if shares is None else ("share of resamples",)))
@@ -104,9 +104,7 @@ def _whole_ticks(axes: "Axes") -> None:
 
 def _cells(axes: "Axes", rows: NDArray[np.float64]) -> Cells:
     """Where the cells lie, and the distance of each."""
-    first, last = marks_at(
-        axes, [(-0.5, 0.5, ""), (rows.shape[1] - 0.5, rows.shape[0] + 0.5, "")]
-    )
+    first, last = marks_at(axes, [(-0.5, 0.5, ""), (rows.shape[1] - 0.5, rows.shape[0] + 0.5, "")])
     values = tuple(
         tuple(round(float(value), 4) for value in row if np.isfinite(value)) for row in rows
     )

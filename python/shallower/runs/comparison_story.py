@@ -11,7 +11,15 @@ from ..reporting.page.story import Fact, Number, Section, Step, Story, Strip, Ta
 from ..values.comparison import ComparedModel, CriteriaComparison, Row
 from ..values.files import COMPARISON_FILE
 from ..values.layers import ranges
-from .story_parts import differs, few_texts, loss_fact, splits_words
+from .story_parts import (
+    again,
+    differs,
+    few_texts,
+    layer_words,
+    loss_fact,
+    range_cell,
+    splits_words,
+)
 
 MOST_LINES = 6
 """Criteria that a chart of lines holds: those of least mean regret."""
@@ -39,7 +47,7 @@ def comparison_story(
         sections=(
             _asked(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
-            *_failed(comparison), _numbers(comparison), _again(command),
+            *_halves(comparison), _numbers(comparison), _again(command),
             differs(None, None, {}, (
                 "Patches are quick ones, one matrix a block; a full patch or a healing brings "
                 "back more.",
@@ -65,9 +73,7 @@ def _best(group: Group) -> list[Row]:
     """The best choice of each size."""
     found: dict[int, Row] = {}
     for row in group.rows:
-        if math.isfinite(row.regret) and (
-            row.n not in found or row.regret < found[row.n].regret
-        ):
+        if math.isfinite(row.regret) and (row.n not in found or row.regret < found[row.n].regret):
             found[row.n] = row
     return [found[n] for n in sorted(found)]
 
@@ -83,7 +89,7 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     text = (
         f"With {best.n} of {total} layers gone, {_listed([best.criterion, *same])} "
         f"{'lose' if same else 'loses'} least: without layers {ranges(best.dropped)} the model "
-        f"loses {Number.of(best.difference, best.difference_stderr, 2, sign=True).text} nats a "
+        f"loses {Number.of(best.difference, best.difference_stderr, 2).text} nats a "
         f"token before a patch"
     )
     if others:
@@ -102,11 +108,11 @@ def _listed(names: Sequence[str]) -> str:
 def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
     return tuple(
         Strip(
-            f"{group.title}, n = {row.n}: {row.criterion}", group.model.num_layers, row.dropped,
-            ranges(row.dropped),
+            f"{group.title} without {row.n} layers, by {row.criterion}", group.model.num_layers,
+            row.dropped, layer_words(row.dropped),
         )
-        for group in groups[:2]
-        for row in _best(group)
+        for group in groups[:3]
+        for row in _best(group)[-1:]
     )  # fmt: skip
 
 
@@ -118,7 +124,7 @@ def _steps(group: Group) -> tuple[Step, ...]:
         more = Number.of(row.difference, row.difference_stderr, sign=True).text
         share = min(1.0, max(0.0, row.difference / most))
         loss = Number.of(row.loss, row.stderr)
-        steps.append(Step(f"best of n = {row.n}", loss, more, share, row is rows[-1]))
+        steps.append(Step(f"n = {row.n}", loss, more, share, row is rows[-1]))
     return tuple(steps)
 
 
@@ -173,7 +179,8 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
     )
     cells = tuple(
         (
-            row.criterion, Number.count(row.n), ranges(row.dropped), Number.of(row.loss, row.stderr),
+            row.criterion, Number.count(row.n), range_cell(row.dropped),
+            Number.of(row.loss, row.stderr),
             Number.of(row.patched, row.patched_stderr), Number.of(row.regret, row.regret_stderr),
             "tie" if row.tied and row.regret else "best" if row.regret == 0 else "",
             Number.of(row.tau, digits=2, sign=True), Number.count(row.layer_forwards),
@@ -216,32 +223,31 @@ def _drawings(group: Group, order: Mapping[str, float], place: int) -> list[Draw
     )  # fmt: skip
     if len(sizes) < 2:
         return [dots]
-    whole = group.model.whole
-    lines = [_line(group, name, number, whole.nats, whole.stderr)
-             for number, name in enumerate(names[:MOST_LINES])]  # fmt: skip
+    lines = [_line(group, name, number) for number, name in enumerate(names[:MOST_LINES])]
     return [
         dots,
         line_chart(
             f"criteria_patched{suffix}", lines,
             title=f"Loss after a quick patch, over the share of layers: {group.title}",
-            text=f"The {len(lines)} criteria of least mean regret; bands of one standard error.",
-            x=Axis("layers dropped", is_share=True), y=Axis("loss, nats a token"),
-            references=[(whole.nats, "whole model")], most=math.log(whole.vocab_size),
+            text=f"The {len(lines)} criteria of least mean regret, above the whole model. Errors "
+            f"of a loss are in the table; those of these differences are smaller, not known.",
+            x=Axis("layers dropped", is_share=True), y=Axis("more than the whole model, nats"),
         ),
     ]  # fmt: skip
 
 
-def _line(group: Group, name: str, number: int, nats: float, stderr: float) -> Line:
+def _line(group: Group, name: str, number: int) -> Line:
+    whole = group.model.whole.nats
     points = [
-        Point(row.layers_share, row.patched, row.patched_stderr or math.nan, ranges(row.dropped))
+        Point(row.layers_share, row.patched - whole, math.nan, f"without {ranges(row.dropped)}")
         for row in group.of(name)
         if row.patched is not None
     ]
-    start = Point(0.0, nats, stderr, "whole model")
+    start = Point(0.0, 0.0, math.nan, "whole model")
     return Line(name, (start, *points), series_colour(number))
 
 
-def _failed(comparison: CriteriaComparison) -> list[Section]:
+def _halves(comparison: CriteriaComparison) -> list[Section]:
     halves = comparison.half_blocks
     if not halves:
         return []
@@ -283,5 +289,4 @@ def _again(command: str) -> Section:
     known = command or (
         "shallower compare MODEL --texts TEXTS --eval-texts TEXTS --n SIZES --out COMPARISON"
     )
-    return Section("Make it again", ("The comparison, and this page. Words in capitals are places "
-                   "on your machine.",), commands=(known, "shallower report COMPARISON"))  # fmt: skip
+    return again("The comparison, and this page.", known, "shallower report COMPARISON")

@@ -1,32 +1,33 @@
-"""The story of a curve: where it holds, where it falls, and what a patch or a healing brings back."""
+"""The story of a curve: where it holds, where it falls, what a patch or a healing brings back."""
 
 import math
 from collections.abc import Sequence
 
 from ..reporting.charts import Axis, Line, Point, line_chart, series_colour
 from ..reporting.drawing import Drawing
-from ..reporting.page.story import Fact, Number, Section, Step, Story, Strip, Table
+from ..reporting.page.story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..values.curve import STATES, Curve, CurvePoint, State
 from ..values.files import CURVE_FILE
 from ..values.layers import ranges
 from ..values.scores import Difference
 from .story_parts import (
     Gain,
+    again,
     differs,
     few_texts,
     gain_table,
+    layer_words,
     loss_fact,
     made_by,
     perplexity_words,
+    range_cell,
     splits_words,
 )
 
 _STYLE = {"cut": "dashed", "patched": "solid", "healed": "dotted"}
 
 
-def curve_story(
-    curve: Curve, *, command: str = "", gain: Gain = (), drawn: bool = True
-) -> Story:
+def curve_story(curve: Curve, *, command: str = "", gain: Gain = (), drawn: bool = True) -> Story:
     """Tell a curve.
 
     Args:
@@ -78,7 +79,7 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
         parts.append(
             f"Without layers {ranges(shown.dropped)}, {100 * shown.layers_share:.0f} % of layers, "
             f"chosen by {shown.strategy} and {shown.state}, the model loses "
-            f"{Number.of(lost.mean, lost.stderr, 2, sign=True).text} nats a token "
+            f"{Number.of(lost.mean, lost.stderr).text} nats a token "
             f"({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
         )
     for task in curve.tasks:
@@ -91,7 +92,7 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
 
 
 def _holds(curve: Curve, shown: CurvePoint, task: str) -> CurvePoint | None:
-    """The last point of a line up to which no score is worse than the whole model's by its error."""
+    """The last point of a line before a score is worse than the whole model's, errors allowed."""
     whole, last = curve.whole.task(task), None
     for point in curve.line(shown.strategy, shown.state)[1:]:
         scores = point.task(task)
@@ -107,11 +108,8 @@ def _holds(curve: Curve, shown: CurvePoint, task: str) -> CurvePoint | None:
 def _strips(curve: Curve, shown: CurvePoint | None) -> tuple[Strip, ...]:
     if shown is None:
         return ()
-    points = [one for one in curve.line(shown.strategy, shown.state) if one.n]
-    return tuple(
-        Strip(f"n = {one.n}, {one.strategy}", curve.num_layers, one.dropped, ranges(one.dropped))
-        for one in points[:8]
-    )
+    name = f"without {shown.n} layers, by {shown.strategy}"
+    return (Strip(name, curve.num_layers, shown.dropped, layer_words(shown.dropped)),)
 
 
 def _steps(curve: Curve, shown: CurvePoint | None) -> tuple[Step, ...]:
@@ -170,7 +168,7 @@ def _asked(curve: Curve) -> Section:
     return Section("What was asked", facts=facts)
 
 
-def _lines(curve: Curve) -> list[tuple[str, State, Sequence[CurvePoint]]]:
+def _lines(curve: Curve) -> list[tuple[str, State, tuple[CurvePoint, ...]]]:
     """Every line that has a cut, by strategy and state."""
     found = []
     for strategy in curve.strategies:
@@ -182,18 +180,18 @@ def _lines(curve: Curve) -> list[tuple[str, State, Sequence[CurvePoint]]]:
 
 
 def _curves(curve: Curve, drawn: bool) -> Section:
-    rows = tuple(
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
-            one.strategy, one.state, Number.count(one.n), ranges(one.dropped) if one.n else "none",
-            Number.of(one.loss and one.loss.nats, one.loss and one.loss.stderr),
+            one.strategy, one.state, Number.count(one.n),
+            range_cell(one.dropped) if one.n else "none",
+            *_losses(one),
             _signed(curve.lost(one)) if one.n else Number(""),
-            Number.of(one.loss and one.loss.normalized, one.loss and one.loss.normalized_stderr, 4),
-            *(_score(one, task) for task in curve.tasks),
+            *[_score(one, task) for task in curve.tasks],
             Number.of(one.seconds, digits=0),
         )
         for one in curve.points
     )  # fmt: skip
-    head = ("strategy", "state", "n", "drop", "loss", "more than whole", "loss / ln V",
+    head = ("strategy", "state", "n", "drop", "loss", "loss / ln V", "more than whole",
             *curve.tasks, "s")  # fmt: skip
     note = (
         "Loss in nats a token on the texts that report; loss / ln V is 1 for a uniform guess. "
@@ -203,6 +201,16 @@ def _curves(curve: Curve, drawn: bool) -> Section:
         "What the model loses, layer by layer", tables=(Table("Every point", head, rows, note),),
         drawings=tuple(_drawings(curve)) if drawn else (),
     )  # fmt: skip
+
+
+def _losses(point: CurvePoint) -> tuple[Number, Number]:
+    loss = point.loss
+    if loss is None:
+        return Number("–"), Number("–")
+    return (
+        Number.of(loss.nats, loss.stderr),
+        Number.of(loss.normalized, loss.normalized_stderr, 4),
+    )
 
 
 def _score(point: CurvePoint, task: str) -> Number:
@@ -303,5 +311,4 @@ def _numbers(curve: Curve) -> Section:
 
 def _again(command: str) -> Section:
     known = command or "shallower curve MODEL --texts TEXTS --eval-texts TEXTS --out CURVE"
-    return Section("Make it again", ("The curve, and this page. Words in capitals are places on "
-                   "your machine.",), commands=(known, "shallower report CURVE"))  # fmt: skip
+    return again("The curve, and this page.", known, "shallower report CURVE")

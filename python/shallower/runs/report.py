@@ -17,7 +17,7 @@ from .results import Run
 from .story_parts import Gain
 
 GAIN_FILE = "gain.json"
-"""What a cut gains, if it is there: ``rows``, each of the strings ``name``, ``before``, ``after``."""
+"""What a cut gains, if it is there: ``rows`` of the strings ``name``, ``before`` and ``after``."""
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:

@@ -4,24 +4,28 @@ import math
 from pathlib import Path
 
 from ..errors import MetricError, ScanError
-from ..reporting.charts import Axis, Line, Point, dot_chart, line_chart
-from ..reporting.drawing import Drawing
-from ..reporting.figures import smoothed
-from ..reporting.heat_maps import heat_maps
 from ..reporting.page.story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from ..reporting.run_figures import (
+    healing_drawings,
+    race_drawings,
+    scan_drawings,
+    size_drawings,
+)
 from ..values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
-from ..values.layers import ranges
-from ..values.recommendation import Recommended
+from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Difference
-from .results import Run
+from .results import Continuations, Run
 from .story_parts import (
     Gain,
+    again,
     differs,
     few_texts,
     gain_table,
+    layer_words,
     loss_fact,
     made_by,
     perplexity_words,
+    range_cell,
     small_model,
     splits_words,
 )
@@ -68,10 +72,10 @@ class _Telling:
 
     def story(self) -> Story:
         run, best = self._run, self._best
-        n, total = len(best.plan.dropped), run.scan.num_layers
+        dropped, total = best.plan.dropped, run.scan.num_layers
         return Story(
-            "run", f"{self._name} without {n} of its {total} layers", best.sentence(),
-            strips=(Strip("layers that go", total, best.plan.dropped, ranges(best.plan.dropped)),),
+            "run", f"{self._name} without {len(dropped)} of its {total} layers", best.sentence(),
+            strips=(Strip("layers that go", total, dropped, layer_words(dropped)),),
             steps=self._steps(), cost=perplexity_words(best.whole, best.loss, best.difference),
             savings=self._savings(), warnings=tuple(self._warnings()),
             sections=tuple(self._sections()), data=run.to_json(),
@@ -100,9 +104,11 @@ class _Telling:
             before = _before(weights, best)
             source = f"headers of the safetensors in {self._run.checkpoint.name}"  # type: ignore[union-attr]
             if weights.parameters is not None:
-                gone = Number.count(_before_parameters(weights, best) - weights.parameters)
+                whole = _before_parameters(weights, best)
+                gone = whole - weights.parameters
                 share = Number.share(best.parameters_share).text
-                rows[-1] = Fact("parameters", Number(f"{gone.text} ({share})", gone.value), source)
+                text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
+                rows[-1] = Fact("parameters", Number(text, gone), source)
             size = Number(f"{(before - weights.num_bytes) / 1e6:,.0f} MB of {before / 1e6:,.0f} MB")
             rows.append(Fact("weights on disk", size, source))
         return tuple(rows)
@@ -135,7 +141,8 @@ class _Telling:
         return found
 
     @property
-    def _row(self):  # type: ignore[no-untyped-def]
+    def _row(self) -> SizeRow | None:
+        """What the table says of the size that is recommended."""
         dropped = self._best.plan.dropped
         return next((row for row in self._run.table if row.dropped == dropped), None)
 
@@ -180,7 +187,7 @@ class _Telling:
             )
         rows = tuple(
             (
-                ranges(one.plan.dropped), ", ".join(one.proposed_by),
+                range_cell(one.plan.dropped), ", ".join(one.proposed_by),
                 Number.of(one.score, one.stderr),
                 Number.of(one.difference.mean, one.difference.stderr, sign=True),
                 "the winner" if one is verified.candidates[0] else "lost early"
@@ -194,57 +201,18 @@ class _Telling:
             f"{verified.num_proposals} proposals were judged on {verified.num_items} texts that "
             f"choose; a tie is within two standard errors of the paired difference.", 0,
         )  # fmt: skip
-        drawings = [*self._race(), *self._scan_drawings()] if self._drawn else []
+        drawings = []
+        if self._drawn:
+            drawings += [*race_drawings(verified), *scan_drawings(self._run.scan, self._shares)]
         return Section(
             "What was cut, and how sure that is", tuple(lines), tables=(table,),
             drawings=tuple(drawings),
         )  # fmt: skip
 
-    def _race(self) -> list[Drawing]:
-        verified = self._best.verified
-        ended = [one for one in verified.candidates[:14] if math.isfinite(one.score)]
-        if len(ended) < 2:
-            return []
-        labels = [_shortened(ranges(one.plan.dropped)) for one in ended]
-        points = tuple(
-            Point(place, one.difference.mean, one.difference.stderr,
-                  f"without {ranges(one.plan.dropped)}")
-            for place, one in enumerate(ended)
-        )  # fmt: skip
-        return [
-            dot_chart(
-                "proposals", labels, [Line("difference", points, "blue", marker="o")],
-                title="What other proposals lose more than the winner",
-                text="Each row is a set of layers that could have gone, with the paired difference "
-                "of its score to the winner's and one standard error. What reaches the dotted "
-                "line within two errors cannot be told from the winner.",
-                x=Axis(f"more than the winner, {verified.unit}"), reference=(0.0, "the winner"),
-            )
-        ]  # fmt: skip
-
-    def _scan_drawings(self) -> list[Drawing]:
-        scan = self._run.scan
-        if "angular" not in scan.metrics or scan.num_layers < 2:
-            return []
-        blocks = [scan.best_block(n, "angular") for n in range(1, scan.num_layers)]
-        points = tuple(
-            Point(len(block), block.score or 0.0,
-                  math.nan if block.stderr is None else block.stderr, f"n = {len(block)}, {block}")
-            for block in blocks
-        )  # fmt: skip
-        least = line_chart(
-            "least_distance", [Line("block of least distance", points, "blue", marker="o")],
-            title="The least distance of a block, over its size",
-            text="Angular distance between the ends of the most alike block of n layers, with its "
-            "standard error; where it climbs steeply, layers begin to do different things.",
-            x=Axis("layers dropped n", digits=0), y=Axis("least angular distance", digits=4),
-        )  # fmt: skip
-        return [*heat_maps(scan, self._shares), least]
-
     def _costs(self) -> Section:
         rows = tuple(
             (
-                Number.count(row.n), ranges(row.dropped), Number.share(row.parameters_share),
+                Number.count(row.n), range_cell(row.dropped), Number.share(row.parameters_share),
                 Number.of(row.cut, row.stderr), Number.of(row.patched, row.patched_stderr),
                 Number.of(row.patched_lost, row.patched_lost_stderr, sign=True),
                 Number.of(row.deepest_patched), Number.count(row.num_tied),
@@ -261,77 +229,14 @@ class _Telling:
             f"are quick ones, one matrix a block. Errors of 'more' are paired."
         )
         tables = [Table("What other sizes would cost", head, rows, note, *chosen)] if rows else []
-        drawings = [*self._sizes(), *self._healing()] if self._drawn else []
+        drawings = []
+        if self._drawn:
+            drawings += size_drawings(self._run.table, self._best.whole)
+            drawings += healing_drawings(self._run.healing)
         return Section(
             "What it costs and gains", tables=(*gain_table(self._gain), *tables),
             drawings=tuple(drawings),
         )  # fmt: skip
-
-    def _sizes(self) -> list[Drawing]:
-        table, whole = self._run.table, self._best.whole
-        if not table:
-            return []
-        start = Point(0.0, whole.nats, whole.stderr, "whole model")
-
-        def line(name: str, colour: str, values: str, error: str | None, size: str) -> Line:
-            points = [
-                Point(getattr(row, size), value, (getattr(row, error) if error else None)
-                      or math.nan, f"without {ranges(row.dropped)}")
-                for row in table if (value := getattr(row, values)) is not None
-            ]  # fmt: skip
-            return Line(name, (start, *points), colour, "solid" if values == "patched" else "dashed")
-
-        fields = (
-            ("patched quickly", "blue", "patched", "patched_stderr"),
-            ("cut", "orange", "cut", "stderr"),
-            ("deepest, patched quickly", "violet", "deepest_patched", None),
-        )
-        y, most = Axis("loss, nats a token"), math.log(whole.vocab_size)
-        text = (
-            "Loss of the verified cut of each size on the texts that report, with bands of one "
-            "standard error; the deepest layers but the last for comparison."
-        )
-        over_layers = line_chart(
-            "loss_over_layers", [line(*one, "layers_share") for one in fields],
-            title="Loss over the share of layers that go", text=text,
-            x=Axis("layers dropped", is_share=True), y=y, most=most,
-            references=[(whole.nats, "whole model")],
-        )  # fmt: skip
-        over_size = line_chart(
-            "loss_over_size", [line(*one, "parameters_share") for one in fields[:2]],
-            title="Loss over the share of parameters that go", text=text,
-            x=Axis("parameters dropped", is_share=True), y=y, most=most,
-            references=[(whole.nats, "whole model")],
-        )  # fmt: skip
-        return [over_layers, over_size]
-
-    def _healing(self) -> list[Drawing]:
-        healing = self._run.healing
-        if healing is None or not healing.steps:
-            return []
-        import numpy as np
-
-        losses = smoothed(np.array([step.loss for step in healing.steps]), 0.9)
-        every = max(1, len(losses) // 200)
-        training = tuple(
-            Point(step.step, float(loss), math.nan, f"step {step.step}")
-            for step, loss in list(zip(healing.steps, losses, strict=True))[::every]
-        )
-        held_out = tuple(
-            Point(one.step, one.loss.nats, one.loss.stderr, f"step {one.step}")
-            for one in healing.held_out
-        )
-        lines = [Line("training, smoothed", training, "orange", "dotted", ",")]
-        lines += [Line("held out", held_out, "blue", marker="o")] if held_out else []
-        original = healing.original
-        return [
-            line_chart(
-                "healing", lines, title="The healing, step by step",
-                text="Training loss, smoothed, and held-out loss with one standard error.",
-                x=Axis("steps", digits=0), y=Axis("loss, nats a token"),
-                references=[] if original is None else [(original.nats, "whole model")],
-            )
-        ]  # fmt: skip
 
     def _numbers(self) -> Section:
         best, run, scan = self._best, self._run, self._run.scan
@@ -343,14 +248,20 @@ class _Telling:
         paired = Number.of(best.difference.mean, best.difference.stderr, 4, sign=True)
         facts += [
             Fact("lost, nats a token", paired, f"{RESULTS_FILE}: recommended.lost, paired by text"),
-            Fact("logits after a reload differ by", f"{run.difference:.2g}",
+            Fact("logits after a reload differ by", f"{run.difference:.2g} at most",
                  f"{RESULTS_FILE}: max_logits_difference; stock transformers"),
             Fact("layers run to choose", Number.count(best.verified.layer_forwards),
                  f"{RESULTS_FILE}: recommended.layer_forwards; layers times texts"),
             Fact("samples of the scan", Number.count(scan.num_samples), SCAN_FILE),
         ]  # fmt: skip
         if scan.model is not None:
-            facts.append(Fact("model", scan.model.fingerprint[:12], "hash of its norms and shape"))
+            facts.append(
+                Fact(
+                    "fingerprint of the model",
+                    scan.model.fingerprint[:12],
+                    f"{SCAN_FILE}; a hash of its norms and shape",
+                )
+            )
         facts += [
             Fact("texts of the scan", f"{texts.num_texts:,}, {texts.fingerprint[:12]}", SCAN_FILE)
             for texts in scan.texts
@@ -377,21 +288,17 @@ class _Telling:
             f"shallower eval {Path(CHECKPOINT_FOLDER).name} --texts EVAL_TEXTS",
             "shallower report RUN",
         )
-        line = (
-            "The run; the bare cut alone; the loss of what was made; this page. Words in capitals "
-            "are places on your machine."
-        )
-        return Section("Make it again", (line,), commands=commands)
+        what = "The run; the bare cut alone; the loss of what was made; this page."
+        return again(what, *commands)
 
     def _differs(self) -> Section:
         scan = self._run.scan
-        texts = scan.texts[0] if scan.texts else None
-        return differs(
-            texts and texts.max_length, scan.model and scan.model.dtype, self._best.plan.versions
-        )
+        length = scan.texts[0].max_length if scan.texts else None
+        dtype = scan.model.dtype if scan.model else None
+        return differs(length, dtype, self._best.plan.versions)
 
 
-def _sample(told) -> Sample:  # type: ignore[no-untyped-def]
+def _sample(told: Continuations) -> Sample:
     names = [name for name in _STATES if getattr(told, name) is not None]
     return Sample(told.prompt, {name: _behind(told.prompt, getattr(told, name)) for name in names})
 
@@ -406,10 +313,6 @@ def _signed(difference: Difference) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 22 else f"{text[:21]}…"
 
 
 def _apart(one: float, its_error: float, other: float, other_error: float) -> bool:

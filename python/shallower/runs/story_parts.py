@@ -1,9 +1,10 @@
-"""Parts that the pages of runs, comparisons and curves share: words of losses, texts and versions."""
+"""Parts that the pages of runs, comparisons and curves share: words of losses and of texts."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..reporting.page.story import Fact, Number, Section, Table
+from ..values.layers import blocks_of, ranges
 from ..values.loss import Loss
 from ..values.scores import Difference
 
@@ -67,6 +68,45 @@ def splits_words(splits: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in splits.items()) or "not known"
 
 
+def range_cell(layers: Sequence[int]) -> str:
+    """Write layers for a narrow column, where a range is not broken."""
+    return ranges(layers).replace(", ", ",\xa0")
+
+
+def layer_words(layers: Sequence[int]) -> str:
+    """Say layers for people who have never seen a half-open range.
+
+    Args:
+        layers: indices, ascending.
+
+    Returns:
+        As ``3, 12 to 19``.
+    """
+    blocks = blocks_of(layers)
+    return ", ".join(
+        str(block.start) if len(block) == 1 else f"{block.start} to {block.stop - 1}"
+        for block in blocks
+    )
+
+
+def again(what: str, *commands: str) -> Section:
+    """Tell the commands that make all of it again.
+
+    Args:
+        what: they do, in a sentence.
+        commands: lines for a shell; long ones are broken before their options.
+
+    Returns:
+        A section.
+    """
+    line = f"{what} Words in capitals are places on your machine."
+    broken = (
+        command if len(command) <= 64 else command.replace(" --", " \\\n    --")
+        for command in commands
+    )
+    return Section("Make it again", (line,), commands=tuple(broken))
+
+
 def gain_table(gain: Gain) -> tuple[Table, ...]:
     """Tabulate what a cut gains.
 
@@ -114,7 +154,9 @@ def differs(
     Returns:
         A section.
     """
-    length = f"at most {max_length:,} tokens" if max_length else "at most some number of tokens"
+    length = (
+        f"at most {max_length:,} tokens" if max_length else "as many tokens as --max-length says"
+    )
     harness = versions.get("lm_eval") or versions.get("lm-eval")
     lines = (
         f"Context: each text is read by itself, {length} of it; a longer context lowers a loss.",
@@ -123,7 +165,7 @@ def differs(
         "BOS: a text begins as its tokenizer begins it. With another first token the first "
         "predictions differ, of short texts much.",
         "Mean: over tokens, not over texts, words or bytes; its error is that of texts.",
-        f"Weights: {dtype or 'a dtype that is not known'}. In another dtype, or quantised, "
+        f"Weights: {dtype or 'the dtype that --dtype says'}. In another dtype, or quantised, "
         f"losses differ in the third digit or before.",
         *own,
         f"lm-eval: {f'version {harness}' if harness else 'no task was measured by it here'}; "

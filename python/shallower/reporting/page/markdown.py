@@ -41,7 +41,8 @@ def _section(section: Section) -> list[str]:
         parts += [f"**{_plain(table.title)}**", _table(table), _plain(table.note)]
     parts += [_sample(sample) for sample in section.samples]
     if section.commands:
-        parts.append("\n".join(f"    {command}" for command in section.commands))
+        lines = "\n".join(section.commands).splitlines()
+        parts.append("\n".join(f"    {line}" for line in lines))
     return parts
 
 
