@@ -113,6 +113,7 @@ class Drawing:
     cells: Cells | None = None
     head: tuple[str, ...] = ()
     numbers: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    _files: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def save(self, folder: Path) -> list[Path]:
         """Write the figure as SVG and as PNG; the same figure gives the same bytes.
@@ -129,7 +130,7 @@ class Drawing:
         written = []
         for kind in ("svg", "png"):
             path = folder / f"{self.name}.{kind}"
-            write_file(path, self._rendered(kind, COLOURS["paper"]))
+            write_file(path, self._rendered(kind))
             written.append(path)
         return written
 
@@ -139,7 +140,7 @@ class Drawing:
         Returns:
             An ``svg`` element, whose identifiers begin with the figure's name.
         """
-        svg = self._rendered("svg", "none").decode()
+        svg = self._rendered("svg").decode()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r"<title>.*?</title>", "", svg, count=1, flags=re.DOTALL)
@@ -157,15 +158,19 @@ class Drawing:
         start = re.sub(r'\b(width|height)="[^"]*"', "", start)
         return f"{head}{' '.join(start.split())}>{words}{rest.strip()}"
 
-    def _rendered(self, kind: str, paper: str) -> bytes:
+    def _rendered(self, kind: str) -> bytes:
+        if kind in self._files:
+            return self._files[kind]
         import matplotlib
 
         buffer = io.BytesIO()
         metadata: dict[str, Any] = {"Title": self.title}
         metadata |= {"Date": None} if kind == "svg" else {"Software": None}
         with matplotlib.rc_context(SETTINGS):
-            self.figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, facecolor=paper)
-        return buffer.getvalue()
+            self.figure.savefig(
+                buffer, format=kind, dpi=DPI, metadata=metadata, facecolor=COLOURS["paper"]
+            )
+        return self._files.setdefault(kind, buffer.getvalue())
 
 
 def new_figure(height: float) -> tuple["Figure", "Axes"]:

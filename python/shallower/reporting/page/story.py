@@ -232,6 +232,8 @@ BY_ITEM = ("by_text", "by_item", "items", "marks", "job")
 def without_items(value: Any) -> Any:
     """Leave out what is as long as the texts, and what is not finite, which JSON has not.
 
+    A page is shown to others, so of places on this machine the last part is left.
+
     Args:
         value: plain values, nested.
 
@@ -239,7 +241,14 @@ def without_items(value: Any) -> Any:
         The same without them.
     """
     if isinstance(value, Mapping):
-        return {key: without_items(one) for key, one in value.items() if key not in BY_ITEM}
+        return {
+            without_items(key): without_items(one)
+            for key, one in value.items()
+            if key not in BY_ITEM
+        }
     if isinstance(value, list | tuple):
         return [without_items(one) for one in value]
+    if isinstance(value, str):
+        is_place = value[:1] in ("/", "~") and not value.startswith("//") and " " not in value
+        return value.rstrip("/").rsplit("/", 1)[-1] if is_place else value
     return finite(value) if isinstance(value, float) else value
