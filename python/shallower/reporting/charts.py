@@ -213,8 +213,11 @@ def _tick(value: float, axis: Axis) -> str:
 
 
 def _set_axes(axes: "Axes", x: Axis, y: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel(x.label)
     axes.set_ylabel(y.label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=not x.is_share and x.digits == 0))
     for axis, what in ((axes.xaxis, x), (axes.yaxis, y)):
         if what.is_share:
             axis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g} %")

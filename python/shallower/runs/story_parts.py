@@ -30,12 +30,13 @@ def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
         A sentence.
     """
     ratio = math.exp(lost.mean)
-    span = ""
+    span, digits = "", 2
     if math.isfinite(lost.stderr):
         low, high = (math.exp(lost.mean + side * 2 * lost.stderr) for side in (-1, 1))
-        span = f" ({low:.2f} to {high:.2f} within two standard errors)"
+        digits = 2 if high - low > 0.02 else 3
+        span = f" ({low:.{digits}f} to {high:.{digits}f} within two standard errors)"
     return (
-        f"Its perplexity is {ratio:.2f} times that of the whole model{span}: at each token it is "
+        f"Its perplexity is {ratio:.{digits}f} times that of the whole model{span}: at each token it is "
         f"as unsure as among {math.exp(loss.nats):.1f} equally likely ones, the whole model as "
         f"among {math.exp(whole.nats):.1f}."
     )
