@@ -25,7 +25,7 @@ _BASE = TOKENS * (3.2 + 0.5 * np.random.default_rng(8).standard_normal(40))
 
 def loss(more=0.0, vocab_size=49152):
     """A loss that is so many nats more than that of the whole model, with noise by text."""
-    noise = np.random.default_rng(round(1000 * more)).standard_normal(40)
+    noise = np.random.default_rng(round(1000 * abs(more))).standard_normal(40)
     scores = Scores(_BASE + TOKENS * more * (1 + 0.2 * noise), TOKENS)
     return Loss(scores.mean, scores.stderr, int(TOKENS.sum()), 40, 0, vocab_size, scores)
 

@@ -48,7 +48,7 @@ def comparison_story(
             _asked(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
             *_halves(comparison), _numbers(comparison), _again(command),
-            differs(None, None, {}, (
+            differs(None, None, {}, own=(
                 "Patches are quick ones, one matrix a block; a full patch or a healing brings "
                 "back more.",
             )),

@@ -36,9 +36,9 @@ def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
         digits = 2 if high - low > 0.02 else 3
         span = f" ({low:.{digits}f} to {high:.{digits}f} within two standard errors)"
     return (
-        f"Its perplexity is {ratio:.{digits}f} times that of the whole model{span}: at each token it is "
-        f"as unsure as among {math.exp(loss.nats):.1f} equally likely ones, the whole model as "
-        f"among {math.exp(whole.nats):.1f}."
+        f"Its perplexity is {ratio:.{digits}f} times that of the whole model{span}: at each token "
+        f"it is as unsure as among {math.exp(loss.nats):.1f} equally likely ones, the whole model "
+        f"as among {math.exp(whole.nats):.1f}."
     )
 
 
@@ -142,7 +142,11 @@ def small_model(parameters: int | None) -> list[str]:
 
 
 def differs(
-    max_length: int | None, dtype: str | None, versions: Mapping[str, str], own: Iterable[str] = ()
+    max_length: int | None,
+    dtype: str | None,
+    versions: Mapping[str, str],
+    *,
+    own: Iterable[str] = (),
 ) -> Section:
     """Say why the same model measured elsewhere may have other numbers.
 

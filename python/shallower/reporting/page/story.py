@@ -23,7 +23,12 @@ class Number:
 
     @classmethod
     def of(
-        cls, value: float | None, stderr: float | None = None, digits: int = 3, sign: bool = False
+        cls,
+        value: float | None,
+        stderr: float | None = None,
+        digits: int = 3,
+        *,
+        sign: bool = False,
     ) -> "Number":
         """Write a value with its standard error, if it has one.
 
