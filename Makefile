@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= true
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev check install ci test test-rust test-python test-slow lint lint-rust lint-python format demo families \
+.PHONY: help dev check install browser ci test test-rust test-python test-slow lint lint-rust lint-python format demo families \
 	bench bench-check gpu-check fuzz sanitize wheel clean
 
 help:  ## This list
@@ -38,6 +38,11 @@ check: $(CORE)  ## Build what changed in the core, and run the tests T= of the w
 
 install: $(WHEEL)/.installed  ## An environment in target/wheel: the wheel, with the packages of .venv
 
+browser:  ## Chromium for the tests of the page, where apt-get can install it
+	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
+		|| echo "no chromium: the tests of the page in a browser are skipped, and fail where CI=true"
+
 ci: test lint bench-check wheel  ## All that must pass before anything lands
 	@echo "tests, lint, benchmarks' assertions and wheel have passed"
 
@@ -46,10 +51,10 @@ test: test-rust test-python  ## All tests but the slow ones, Python's against th
 test-rust:  ## The core's tests
 	cargo test --locked --quiet
 
-test-python: install  ## The package's tests, against the installed wheel
+test-python: install browser  ## The package's tests, against the installed wheel
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-slow: install  ## The minutes-long tests too, with more examples
+test-slow: install browser  ## The minutes-long tests too, with more examples
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 3600
 

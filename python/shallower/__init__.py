@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .runs.compare import compare as compare
     from .runs.curve import curve as curve
     from .runs.forecast import memory_forecast as memory_forecast
+    from .runs.report import report as report
     from .runs.run import run as run
     from .runs.verify import verify as verify
     from .scanning.analyse import analyse_states as analyse_states
@@ -142,6 +143,7 @@ _HOMES = {
     "prune": "cutting.prune",
     "prune_checkpoint": "cutting.checkpoint",
     "prune_gguf": "cutting.gguf",
+    "report": "runs.report",
     "run": "runs.run",
     "save_heat_map": "reporting.figures",
     "save_model": "cutting.saving",

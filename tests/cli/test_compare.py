@@ -41,6 +41,14 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
     assert "measured before" in again.err + again.out
     assert "angular" in first.out
     assert "tie" in first.out
+    for said in (first, again):
+        assert said.out.endswith("wrote out\npage: out/report.html\n")
+    for name in ("report.html", "report.json"):
+        assert str(folder) not in (folder / "out" / name).read_text()
+    assert (
+        "shallower compare tiny \\\n    --texts texts.jsonl"
+        in (folder / "out" / "report.html").read_text()
+    )
     anew = shallower(*asked, "--no-cache", "--out", "other")
     assert anew.status == 0
     assert "measured before" not in anew.err + anew.out

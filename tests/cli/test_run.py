@@ -61,6 +61,10 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
         "shallower_plan.json",
         "results.json",
         "checkpoint",
+        "report.html",
+        "report.md",
+        "report.json",
+        "figures",
     }
     plan = Plan.load(folder / "out" / "shallower_plan.json")
     blocks = " ".join(map(str, plan.blocks))
@@ -73,6 +77,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
         "stock reload: logits differ by at most",
         f"Drop layers {blocks}: 33 % of layers",
         "wrote out/checkpoint",
+        "page: out/report.html",
     ):
         assert part in done.out
     results = json.loads((folder / "out" / "results.json").read_text(), parse_constant=pytest.fail)
@@ -89,7 +94,17 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
     again = shallower(*command[:-1], "3", "--overwrite", "--json")
     assert again.status == 0
     results = json.loads((folder / "out" / "results.json").read_text())
-    assert again.json == {**results, "out": "out", "checkpoint": "out/checkpoint"}
+    places = {"out": "out", "checkpoint": "out/checkpoint", "page": "out/report.html"}
+    assert again.json == {**results, **places}
+    assert results["command"] == "shallower run tiny --texts texts.jsonl " + " ".join(
+        ["--eval-texts held_out.jsonl --out out --top 2 --n 3 --overwrite --json"]
+    )
+    for path in ("report.html", "report.md", "report.json", "results.json"):
+        assert str(tiny.parent) not in (folder / "out" / path).read_text()
+    (folder / "out" / "report.html").unlink()
+    told = shallower("report", "out")
+    assert told.out == "page: out/report.html\n"
+    assert shallower("report", "out", "--out", "b.html", "--json").json == {"page": "b.html"}
     assert len(Plan.load(folder / "out" / "shallower_plan.json").dropped) == 3
 
 

@@ -92,6 +92,11 @@ COMMANDS = {
         "Run the whole way on a small model, without a download.",
         "--out shallower-demo",
     ),
+    "report": Command(
+        "report",
+        "Write the page of a run, a comparison or a curve.",
+        "runs/smol",
+    ),
     "cache": Command(
         "cache",
         "Show what was measured before, or remove it.",
@@ -176,10 +181,11 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 
     from ..errors import ShallowerError
     from ..processes import is_main_process
-    from .output import quiet_bars, warn
+    from .output import quiet_bars, remember_call, warn
 
     _refuse_several(name)
     quiet_bars()
+    remember_call(name, arguments)
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
     if not is_main_process():
         warnings.simplefilter("ignore")

@@ -20,7 +20,7 @@ from .options import (
     quiet,
     read_texts,
 )
-from .output import print_json, say_dry_run, say_known, show
+from .output import called, print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
     from ..runs.comparison_job import ComparisonJob
@@ -137,7 +137,7 @@ def compare_command(
         texts=named, eval_texts=held_out, sizes=wanted, criteria=_names(criteria), judge=judge,
         options=options, tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts,
         seed=seed, half_blocks=half_blocks, spill=spill, out=out, overwrite=overwrite,
-        cache=open_cache(no_cache),
+        cache=open_cache(no_cache), command=called(),
     )  # fmt: skip
     if dry_run:
         say_dry_run(_described(job, criteria), as_json)
@@ -188,7 +188,9 @@ def _described(job: "ComparisonJob", criteria: str | None) -> dict[str, Any]:
 
 def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) -> None:
     from ..reporting.comparison import criteria_tables
+    from ..runs.report import report
 
+    page = None if job.out is None else report(job.out)
     if job.entry is not None:
         say_known(job.entry.made)
     elif job.found:
@@ -198,8 +200,8 @@ def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) 
         print_json(comparison.to_json())
         return
     show(*criteria_tables(comparison))
-    if job.out is not None:
-        show(f"wrote {job.out}")
+    if page is not None:
+        show(f"wrote {job.out}", f"page: {page}")
 
 
 def _list(as_json: bool) -> int:

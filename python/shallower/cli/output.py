@@ -7,10 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ..runs.outputs import Output
     from ..scanning.scan import Scan
+
+
+_called: list[str] = []
+
+
+def remember_call(name: str, arguments: "Sequence[str]") -> None:
+    """Keep the words of this call, for whatever tells how a result was made."""
+    _called[:] = ["shallower", name, *arguments]
+
+
+def called() -> str:
+    """Give the words of this call, for a shell; of places on this machine their last part."""
+    import shlex
+
+    def shown(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_place = "/" in value and (value[:1] in "/.~" or Path(value).exists())
+        return f"{option}{equals}{Path(value).name if is_place else value}"
+
+    return shlex.join(map(shown, _called))
 
 
 def show(*parts: Any) -> None:

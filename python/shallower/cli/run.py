@@ -26,7 +26,7 @@ from .options import (
     quiet,
     read_texts,
 )
-from .output import print_json, reuse, say_dry_run, show
+from .output import called, print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
     from ..runs.outputs import Output
@@ -193,9 +193,10 @@ def _carry_out(
 ) -> None:
     """Make a run, or say it again, or say what it would do; ``demo`` is one like any other."""
     from ..runs.cache import open_cache
+    from ..runs.report import report
     from ..runs.run_job import RunJob
 
-    job = RunJob(model=source, cache=open_cache(no_cache), **asked)
+    job = RunJob(model=source, cache=open_cache(no_cache), command=called(), **asked)
     output = _output(job)
     if reuse(output, job.overwrite, lambda _: _say_again(job.out, as_json)):
         return
@@ -207,7 +208,7 @@ def _carry_out(
     quiet()
     done = job.run(lambda so_far: _report(so_far, as_json))
     output.keep({})
-    _say_end(done, as_json)
+    _say_end(done, report(job.out), as_json)
 
 
 def _output(job: "RunJob") -> "Output":
@@ -224,12 +225,15 @@ def _output(job: "RunJob") -> "Output":
 
 
 def _say_again(out: Path, as_json: bool) -> None:
-    """Print a run from its folder."""
+    """Print a run from its folder; its page is made where it is missing."""
+    from ..runs.report import report
     from ..runs.results import Run
+    from ..values.files import REPORT_FILE
 
     done = Run.load(out)
     say_results(done, as_json)
-    _say_end(done, as_json)
+    page = out / REPORT_FILE
+    _say_end(done, page if page.is_file() else report(out), as_json)
 
 
 def _report(done: "Run", as_json: bool) -> None:
@@ -258,13 +262,14 @@ def say_results(done: "Run", as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _say_end(done: "Run", as_json: bool) -> None:
+def _say_end(done: "Run", page: Path, as_json: bool) -> None:
     """Print the end of a run: how the models speak, and the recommendation in a sentence."""
     from ..reporting.recommendation import losses_line
     from ..values.files import HEALED_FOLDER
 
     if as_json:
-        print_json({**done.to_json(), "checkpoint": str(done.checkpoint), "out": str(done.out)})
+        places = {"checkpoint": done.checkpoint, "out": done.out, "page": page}
+        print_json({**done.to_json(), **{name: str(place) for name, place in places.items()}})
         return
     if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)
@@ -281,4 +286,5 @@ def _say_end(done: "Run", as_json: bool) -> None:
         *(f"warning: {warning}" for warning in recommended.warnings()),
         recommended.sentence(),
         f"wrote {done.checkpoint}",
+        f"page: {page}",
     )

@@ -26,6 +26,7 @@ class Asked:
         seed: of whatever is drawn.
         identities: what tells the texts that fit and choose, and those that report, from others.
         job: what tells this run from others; None where that is not known.
+        command: the words on the command line that asked, without places; empty if none did.
         progress: bars with ETA on standard error.
     """
 
@@ -41,4 +42,5 @@ class Asked:
     seed: int
     identities: tuple[str, str]
     job: str | None
+    command: str
     progress: bool | None

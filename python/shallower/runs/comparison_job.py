@@ -67,6 +67,7 @@ class ComparisonJob:
         out: the folder for the results.
         overwrite: replace what is there.
         cache: of what was measured before.
+        command: the words on the command line that asked, without places; empty if none did.
         progress: bars with ETA on standard error.
         found: when each result was measured that the cache had; filled by :meth:`run`.
 
@@ -90,6 +91,7 @@ class ComparisonJob:
     out: Path | None = None
     overwrite: bool = False
     cache: Cache = field(default_factory=lambda: Cache(None))
+    command: str = ""
     progress: bool | None = None
     found: list[str] = field(default_factory=list, init=False)
 
@@ -301,7 +303,8 @@ class ComparisonJob:
         from ..reporting.comparison import write_csv
         from ..reporting.comparison_figures import draw_comparison
 
-        content = json.dumps({**comparison.to_json(), "job": self._job}, indent=2) + "\n"
+        beside = {"job": self._job, "command": self.command}
+        content = json.dumps({**comparison.to_json(), **beside}, indent=2) + "\n"
         write_file(self.out / COMPARISON_FILE, content.encode())
         write_csv(comparison, self.out / COMPARISON_TABLE)
         try:

@@ -111,10 +111,13 @@ class Recommending:
 
     def _begun(self) -> Run:
         """The results when nothing but the scan is known."""
-        splits, whole = self._asked.splits, self._referee.loss(self._referee.losses.scores(()))
+        asked = self._asked
+        splits, whole = asked.splits, self._referee.loss(self._referee.losses.scores(()))
         texts = {"fit": len(splits.fit), "choose": len(splits.choose), "report": whole.num_texts}
-        marks = {"job": self._asked.job}
-        return Run(self._asked.out, self._asked.wish, self._scan, whole, texts, marks=marks)
+        marks = {"job": asked.job}
+        return Run(
+            asked.out, asked.wish, self._scan, whole, texts, command=asked.command, marks=marks
+        )
 
     def _is_intact(self, earlier: Run) -> bool:
         """Whether the recommended cut of an earlier run of this job is where it was saved."""
@@ -129,7 +132,7 @@ class Recommending:
         scanned = scan(
             self._model, self._tokenizer, asked.splits.fit, max_length=self._tokens.max_length,
             batch_size=self._tokens.batch_size, threads=asked.threads, checkpoint=partial,
-            progress=asked.progress,
+            keep_samples=True, progress=asked.progress,
         )  # fmt: skip
         scanned.save(out / SCAN_FILE)
         return scanned

@@ -56,6 +56,7 @@ class Run:
             reloaded by stock transformers, and those of the model in memory. NaN until it is
             known, which is null in JSON.
         healing: the record of the healing, if the cut was healed.
+        command: the words on the command line that asked, without places; empty if none did.
         marks: what tells this run, and the weights that it has written, from others; and
             whether it has ended. So a run can go on.
     """
@@ -70,6 +71,7 @@ class Run:
     continuations: tuple[Continuations, ...] = ()
     difference: float = math.nan
     healing: Healing | None = None
+    command: str = ""
     marks: dict[str, str | None] = field(default_factory=dict)
 
     @property
@@ -103,6 +105,7 @@ class Run:
             "continuations": [asdict(one) for one in self.continuations],
             "max_logits_difference": None if math.isnan(self.difference) else self.difference,
             "healing": self.healing and self.healing.to_json(),
+            "command": self.command,
             "marks": self.marks,
         }
 
@@ -133,7 +136,7 @@ class Run:
                 tuple(map(SizeRow.from_json, values["table"])),
                 tuple(Continuations(**one) for one in values["continuations"]),
                 math.nan if difference is None else of_type(float, difference),
-                marks=dict(values["marks"]),
+                command=of_type(str, values.get("command", "")), marks=dict(values["marks"]),
             )  # fmt: skip
             healed = values["healing"] is not None
         except (OSError, ValueError, KeyError, TypeError, RecursionError, ShallowerError) as error:

@@ -74,6 +74,7 @@ class RunJob:
         seed: of whatever is drawn.
         overwrite: replace what is in ``out``.
         cache: of what was measured before.
+        command: the words on the command line that asked, without places; empty if none did.
         progress: bars with ETA on standard error.
 
     Raises:
@@ -99,6 +100,7 @@ class RunJob:
     seed: int = 0
     overwrite: bool = False
     cache: Cache = field(default_factory=lambda: Cache(None))
+    command: str = ""
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -272,7 +274,8 @@ class RunJob:
         return Asked(
             wish=self.wish, splits=self.splits, out=self.out, top=self.top, blocks=self.blocks,
             step=self.step, tokens=self.tokens, threads=self.threads, prompts=self.prompts,
-            seed=self.seed, identities=self._identities, job=self.job, progress=self.progress,
+            seed=self.seed, identities=self._identities, job=self.job, command=self.command,
+            progress=self.progress,
         )  # fmt: skip
 
     @property

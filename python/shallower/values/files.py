@@ -18,3 +18,9 @@ CURVE_TABLE = "curve.csv"
 COMPARISON_FILE = "comparison.json"
 COMPARISON_TABLE = "comparison.csv"
 """A comparison of criteria and its table; beside them lie its figures."""
+
+CURVE_FILE = "curve.json"
+"""A curve over the layers dropped; beside it lie its figures."""
+
+REPORT_FILE = "report.html"
+"""The page of a run, a comparison or a curve; beside it lie ``report.md`` and ``report.json``."""

@@ -1,0 +1,214 @@
+"""What the figures of a page share: colours and sizes, and how one becomes SVG, PNG or HTML."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..storage import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.6
+"""Inches of a figure's width: one column of a paper, and readable on a phone."""
+
+DPI = 220
+
+COLOURS = {
+    "ink": "#1b1f24", "muted": "#57606b", "rule": "#dfe3e8", "paper": "#fefefe",
+    "blue": "#0b66b3", "orange": "#b8500f", "green": "#0d7a57", "violet": "#7d4fa6",
+    "pink": "#b0377a", "olive": "#736a12",
+}  # fmt: skip
+"""The colours of figures by the name that they have in the page's style sheet, which has a
+lighter one of each on dark paper."""
+
+SERIES = ("blue", "orange", "green", "violet", "pink", "olive")
+"""Colours of lines, in their order."""
+
+SETTINGS: Any = {
+    "svg.hashsalt": "shallower",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": COLOURS["ink"],
+    "text.parse_math": False,  # names are no formulas
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "grid.color": COLOURS["rule"],
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 5,
+}
+"""Of matplotlib, while a figure is made and written."""
+
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in a figure that has something to say.
+
+    Attributes:
+        x: points from the left edge.
+        y: points from the upper edge.
+        text: what is said there.
+    """
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """The cells of a heat map, as a grid of values.
+
+    Attributes:
+        left: points from the left edge to the first cell.
+        bottom: points from the upper edge to the lower side of the first row.
+        width: points of a cell.
+        height: points of a cell.
+        rows: by row its values from the first cell on; a row can be shorter than the one before.
+    """
+
+    left: float
+    bottom: float
+    width: float
+    height: float
+    rows: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure of matplotlib, and its words.
+
+    Attributes:
+        name: of its files, and in the page.
+        title: a headline.
+        text: what is to be seen, for people who do not see it.
+        figure: as it is drawn.
+        marks: what its points say.
+        cells: what its cells say, of a heat map.
+        head: names of the columns of ``numbers``.
+        numbers: what was drawn, a row each.
+    """
+
+    name: str
+    title: str
+    text: str
+    figure: "Figure"
+    marks: tuple[Mark, ...] = ()
+    cells: Cells | None = None
+    head: tuple[str, ...] = ()
+    numbers: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    _files: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the figure as SVG and as PNG; the same figure gives the same bytes.
+
+        Args:
+            folder: where to.
+
+        Returns:
+            The two files.
+
+        Raises:
+            OutputError: the place cannot be written to.
+        """
+        written = []
+        for kind in ("svg", "png"):
+            path = folder / f"{self.name}.{kind}"
+            write_file(path, self._rendered(kind))
+            written.append(path)
+        return written
+
+    def inline(self) -> str:
+        """Give the figure as a part of an HTML page, in the colours and fonts of its style sheet.
+
+        Returns:
+            An ``svg`` element, whose identifiers begin with the figure's name.
+        """
+        svg = self._rendered("svg").decode()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r"<title>.*?</title>", "", svg, count=1, flags=re.DOTALL)
+        svg = re.sub(r'\bid="', f'id="{self.name}-', svg)
+        svg = svg.replace("url(#", f"url(#{self.name}-").replace('href="#', f'href="#{self.name}-')
+        for name, colour in COLOURS.items():
+            svg = svg.replace(colour, f"var(--{name})")
+        svg = re.sub(r"'DejaVu Sans'[^;\"]*", _FONTS.replace('"', "'"), svg)
+        head = f'<svg role="img" aria-labelledby="{self.name}-t {self.name}-d" '
+        words = (
+            f'<title id="{self.name}-t">{_escaped(self.title)}</title>'
+            f'<desc id="{self.name}-d">{_escaped(self.text)}</desc>'
+        )
+        start, rest = svg[4:].split(">", 1)
+        start = re.sub(r'\b(width|height)="[^"]*"', "", start)
+        return f"{head}{' '.join(start.split())}>{words}{rest.strip()}"
+
+    def _rendered(self, kind: str) -> bytes:
+        if kind in self._files:
+            return self._files[kind]
+        import matplotlib
+
+        buffer = io.BytesIO()
+        metadata: dict[str, Any] = {"Title": self.title}
+        metadata |= {"Date": None} if kind == "svg" else {"Software": None}
+        with matplotlib.rc_context(SETTINGS):
+            self.figure.savefig(
+                buffer, format=kind, dpi=DPI, metadata=metadata, facecolor=COLOURS["paper"]
+            )
+        return self._files.setdefault(kind, buffer.getvalue())
+
+
+def new_figure(height: float) -> tuple["Figure", "Axes"]:
+    """Make a figure of one panel, a column wide.
+
+    Args:
+        height: inches.
+
+    Returns:
+        The figure and its panel.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), dpi=72, layout="constrained")
+    return figure, figure.subplots()
+
+
+def marks_at(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> tuple[Mark, ...]:
+    """Find where points lie in a figure once it is laid out.
+
+    Args:
+        axes: with all that it holds.
+        points: of each its place in the units of the axes, and what it says.
+
+    Returns:
+        A mark for every point, of those that are in sight.
+    """
+    figure = axes.figure
+    height = figure.get_figheight() * 72  # type: ignore[union-attr]
+    low, high = sorted(axes.get_ylim())
+    found = []
+    for x, y, text in points:
+        right, up = axes.transData.transform((x, min(max(y, low), high)))
+        found.append(Mark(round(float(right), 1), round(height - float(up), 1), text))
+    return tuple(found)
+
+
+def _escaped(text: str) -> str:
+    from html import escape
+
+    return escape(text, quote=True)

@@ -1,0 +1,259 @@
+"""Story: what a page tells, as plain values; knows no model, no figure library and no HTML."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...values.schema import finite
+from ..drawing import Drawing
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number in a table, by which its column is sorted.
+
+    Attributes:
+        text: as it is shown.
+        value: as it is; NaN where it is not known.
+    """
+
+    text: str
+    value: float = math.nan
+
+    @classmethod
+    def of(
+        cls,
+        value: float | None,
+        stderr: float | None = None,
+        digits: int = 3,
+        *,
+        sign: bool = False,
+    ) -> "Number":
+        """Write a value with its standard error, if it has one.
+
+        Args:
+            value: None or NaN where it is not known.
+            stderr: its standard error.
+            digits: behind the point.
+            sign: write the sign of a positive value too.
+
+        Returns:
+            The number; a dash where there is none.
+        """
+        if value is None or not math.isfinite(value):
+            return cls("–")
+        text = f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+        error = f" ± {stderr:.{digits}f}" if stderr is not None and math.isfinite(stderr) else ""
+        return cls(text + error, value)
+
+    @classmethod
+    def share(cls, value: float | None, digits: int = 0) -> "Number":
+        """Write a share as per cent."""
+        if value is None or not math.isfinite(value):
+            return cls("–")
+        return cls(f"{100 * value:.{digits}f} %", value)
+
+    @classmethod
+    def count(cls, value: int | None) -> "Number":
+        """Write a whole number, in groups of three digits."""
+        return cls("–") if value is None else cls(f"{value:,}", float(value))
+
+
+Cell = str | Number
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table, sorted by a click.
+
+    Attributes:
+        title: a headline.
+        head: names of the columns.
+        rows: of cells, as many as there are names.
+        note: what must be known to read it.
+        marked: the row that is recommended, if one is.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    marked: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """All layers of a model in a row, those that go among them.
+
+    Attributes:
+        name: what the cut is.
+        num_layers: L.
+        dropped: indices of the layers that go.
+        told: the layers that go, in words.
+    """
+
+    name: str
+    num_layers: int
+    dropped: tuple[int, ...]
+    told: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A state of the model, on the way from the whole one to the one that is recommended.
+
+    Attributes:
+        name: ``whole``, ``cut``, ``patched`` or ``healed``.
+        loss: nats a token with the standard error.
+        more: what that is more than the whole model, paired; empty of the whole one.
+        share: of the greatest loss above the whole model, 0 to 1, drawn as a bar.
+        chosen: whether it is the state that is recommended.
+    """
+
+    name: str
+    loss: Number
+    more: str = ""
+    share: float = 0.0
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A number or a word, with where it is from.
+
+    Attributes:
+        name: what it is.
+        value: the number, or the word.
+        source: the file and the place in it; what it was measured on.
+    """
+
+    name: str
+    value: Cell
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt, and how the models go on.
+
+    Attributes:
+        prompt: the text that is continued.
+        continued: by the name of the model, what comes behind the prompt.
+    """
+
+    prompt: str
+    continued: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: its headline.
+        lines: sentences, a paragraph each.
+        facts: numbers and words by name.
+        tables: tables.
+        drawings: figures.
+        samples: of generation.
+        commands: lines for a shell.
+    """
+
+    title: str
+    lines: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
+    tables: tuple[Table, ...] = ()
+    drawings: tuple[Drawing, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What a page tells; the first screen comes first.
+
+    Attributes:
+        kind: ``run``, ``comparison`` or ``curve``.
+        title: the model.
+        sentence: all in one sentence.
+        strips: which layers go.
+        steps: what that costs, state by state.
+        cost: the cost in words.
+        savings: what that saves.
+        warnings: what should be known before it is trusted.
+        sections: all else.
+        data: the numbers behind it, as plain JSON values.
+    """
+
+    kind: str
+    title: str
+    sentence: str
+    strips: tuple[Strip, ...] = ()
+    steps: tuple[Step, ...] = ()
+    cost: str = ""
+    savings: tuple[Fact, ...] = ()
+    warnings: tuple[str, ...] = ()
+    sections: tuple[Section, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def drawings(self) -> tuple[Drawing, ...]:
+        """All figures, in the order of the page."""
+        return tuple(one for section in self.sections for one in section.drawings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the story as plain JSON values: the words, the facts with their sources, the data.
+
+        Returns:
+            What is in ``report.json``.
+        """
+        facts = [*self.savings, *(fact for section in self.sections for fact in section.facts)]
+        return {
+            "format": "shallower.report",
+            "version": 1,
+            "kind": self.kind,
+            "title": self.title,
+            "sentence": self.sentence,
+            "cost": self.cost,
+            "warnings": list(self.warnings),
+            "dropped": {strip.name: list(strip.dropped) for strip in self.strips},
+            "facts": [_fact(fact) for fact in facts],
+            "figures": [drawing.name for drawing in self.drawings],
+            "data": without_items(dict(self.data)),
+        }
+
+
+def _fact(fact: Fact) -> dict[str, Any]:
+    shown = fact.value if isinstance(fact.value, str) else fact.value.text
+    known = {} if isinstance(fact.value, str) else {"value": finite(fact.value.value)}
+    return {"name": fact.name, "shown": shown, **known, "source": fact.source}
+
+
+BY_ITEM = ("by_text", "by_item", "items", "marks", "job")
+"""Values that are as many as texts, or that tell one machine's work from another's."""
+
+
+def without_items(value: Any) -> Any:
+    """Leave out what is as long as the texts, and what is not finite, which JSON has not.
+
+    A page is shown to others, so of places on this machine the last part is left.
+
+    Args:
+        value: plain values, nested.
+
+    Returns:
+        The same without them.
+    """
+    if isinstance(value, Mapping):
+        return {
+            without_items(key): without_items(one)
+            for key, one in value.items()
+            if key not in BY_ITEM
+        }
+    if isinstance(value, list | tuple):
+        return [without_items(one) for one in value]
+    if isinstance(value, str):
+        is_place = value[:1] in ("/", "~") and not value.startswith("//") and " " not in value
+        return value.rstrip("/").rsplit("/", 1)[-1] if is_place else value
+    return finite(value) if isinstance(value, float) else value

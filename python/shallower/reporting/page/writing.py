@@ -1,0 +1,88 @@
+"""A story written: one HTML page that needs no network, Markdown, and JSON."""
+
+import base64
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ...storage import write_file
+from .markdown import to_markdown
+from .story import Story
+
+_TEMPLATES = files(__package__) / "templates"
+
+
+def to_html(story: Story) -> str:
+    """Write a story as one page: style, script, figures and numbers in it.
+
+    All words are escaped, and the page's own policy lets no browser load anything or run
+    another script than ours.
+
+    Args:
+        story: what is told.
+
+    Returns:
+        HTML.
+    """
+    from jinja2 import DictLoader, Environment, StrictUndefined
+    from markupsafe import Markup
+
+    names = ("report.html.j2", "parts.html.j2")
+    texts = {name: _TEMPLATES.joinpath(name).read_text("utf-8") for name in names}
+    environment = Environment(
+        loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    style, script = (_TEMPLATES.joinpath(name).read_text("utf-8") for name in _INLINED)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(names[0]).render(
+        story=story, style=Markup(style), script=Markup(script), script_hash=digest,
+        figures={one.name: Markup(one.inline()) for one in story.drawings},
+        numbers=Markup(_in_script(story.to_json())),
+        hover=Markup(_in_script({one.name: _hover(one) for one in story.drawings})),
+    )  # fmt: skip
+
+
+_INLINED = ("report.css", "report.js")
+
+
+def save_story(story: Story, page: Path) -> list[Path]:
+    """Write the page, Markdown and JSON beside it, and the figures into ``figures``.
+
+    Args:
+        story: what is told.
+        page: the place of the HTML page.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        OutputError: the place cannot be written to.
+    """
+    content = json.dumps(story.to_json(), indent=2, ensure_ascii=False) + "\n"
+    written = [page, page.with_suffix(".md"), page.with_suffix(".json")]
+    for path, text in zip(written, (to_html(story), to_markdown(story), content), strict=True):
+        write_file(path, text.encode())
+    for drawing in story.drawings:
+        written += drawing.save(page.parent / "figures")
+    return written
+
+
+def _hover(drawing: Any) -> dict[str, Any]:
+    """What a figure says at its places, short."""
+    marks = [[mark.x, mark.y, mark.text] for mark in drawing.marks]
+    cells = drawing.cells
+    if cells is None:
+        return {"marks": marks}
+    grid = [round(one, 2) for one in (cells.left, cells.bottom, cells.width, cells.height)]
+    return {"marks": marks, "grid": grid, "rows": cells.rows}
+
+
+def _in_script(value: Any) -> str:
+    """JSON that can stand in a script element: it holds no sign that HTML knows."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text

@@ -1,0 +1,123 @@
+"""Reports: the page of whatever a folder holds, a run, a comparison or a curve."""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError, ShallowerError
+from ..reporting.page.story import Story
+from ..reporting.page.writing import save_story
+from ..values.comparison import CriteriaComparison
+from ..values.curve import Curve
+from ..values.files import COMPARISON_FILE, CURVE_FILE, REPORT_FILE, RESULTS_FILE
+from ..values.schema import of_type
+from .results import Run
+from .story_parts import Gain
+
+GAIN_FILE = "gain.json"
+"""What a cut gains, if it is there: ``rows`` of the strings ``name``, ``before`` and ``after``."""
+
+
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, of a comparison or of a curve.
+
+    The page is one HTML file that needs no network: what was asked and cut, how sure that is, what
+    it costs and gains, figures, every number with where it is from, and the commands to make it
+    again. Markdown and JSON are written beside it, and the figures into ``figures/`` as SVG and
+    PNG, where matplotlib is installed; without it the page has none. What is there is replaced.
+
+    Args:
+        folder: what :func:`run`, :func:`compare` or ``shallower curve`` has written.
+        out: the place of the page; ``report.html`` in the folder by default.
+
+    Returns:
+        The place of the page.
+
+    Raises:
+        OutputError: the folder holds no results, or they are damaged or not complete; the place
+            cannot be written to.
+        ScanError, ModelError: the scan of a run, or the record of its healing, is damaged.
+
+    Example:
+        >>> done = sh.run(model, tokenizer, texts, eval_texts=held_out, out="runs/told", n=2)
+        >>> sh.report("runs/told").name
+        'report.html'
+    """
+    folder = Path(folder)
+    page = folder / REPORT_FILE if out is None else Path(out)
+    if page.is_dir() or page.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{page}: expected the place of a page, as page.html (out, --out)")
+    save_story(read_story(folder), page)
+    return page
+
+
+def read_story(folder: Path) -> Story:
+    """Read what a folder holds as the story of a page.
+
+    Args:
+        folder: of a run, a comparison or a curve.
+
+    Returns:
+        The story.
+
+    Raises:
+        OutputError, ScanError, ModelError: as :func:`report`.
+    """
+    drawn = find_spec("matplotlib") is not None
+    if (folder / RESULTS_FILE).is_file():
+        from .run_story import run_story
+
+        done = Run.load(folder)
+        if done.recommended is None:
+            raise OutputError(
+                f"{folder} holds a run that has not ended: call shallower run again, and it goes "
+                f"on where it was"
+            )
+        return run_story(done, gain=_gain(folder), drawn=drawn)
+    if (folder / CURVE_FILE).is_file():
+        from .curve_story import curve_story
+
+        data = _read(folder / CURVE_FILE)
+        curve = _parsed(Curve, data, folder / CURVE_FILE)
+        command = str(data.get("command", ""))
+        return curve_story(curve, command=command, gain=_gain(folder), drawn=drawn)
+    if (folder / COMPARISON_FILE).is_file():
+        from .comparison_story import comparison_story
+
+        data = _read(folder / COMPARISON_FILE)
+        comparison = _parsed(CriteriaComparison, data, folder / COMPARISON_FILE)
+        return comparison_story(comparison, command=str(data.get("command", "")), drawn=drawn)
+    raise OutputError(
+        f"{folder} holds no results: expected the folder of a run ({RESULTS_FILE}), of a curve "
+        f"({CURVE_FILE}) or of a comparison ({COMPARISON_FILE})"
+    )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        return of_type(dict, json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise OutputError(f"{path} cannot be read, or is damaged: {error}") from error
+
+
+def _parsed(kind: Any, data: Mapping[str, Any], path: Path) -> Any:
+    try:
+        return kind.from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError, ShallowerError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise OutputError(f"{path} is damaged: {what}") from error
+
+
+def _gain(folder: Path) -> Gain:
+    """The rows of what a cut gains, where somebody has measured it."""
+    path = folder / GAIN_FILE
+    if not path.is_file():
+        return ()
+    try:
+        rows = of_type(list, _read(path)["rows"])
+        names = ("name", "before", "after")
+        return [{name: of_type(str, of_type(dict, row)[name]) for name in names} for row in rows]
+    except (KeyError, TypeError) as error:
+        raise OutputError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,47 @@
+"""Parameters and bytes of a checkpoint, by the headers of its files alone."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+_PLAIN = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a value of each dtype whose values are parameters as they stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The size of a checkpoint.
+
+    Attributes:
+        parameters: values of all tensors; None where they are packed.
+        num_bytes: of the files.
+    """
+
+    parameters: int | None
+    num_bytes: int
+
+
+def count_weights(folder: Path) -> Weights | None:
+    """Count the weights of a checkpoint.
+
+    Args:
+        folder: with safetensors.
+
+    Returns:
+        Their size; None where there are none that can be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    paths = sorted(folder.glob("*.safetensors"))
+    parameters, packed = 0, False
+    try:
+        for path in paths:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                    tensor = file.get_slice(name)
+                    packed |= tensor.get_dtype() not in _PLAIN
+                    parameters += math.prod(tensor.get_shape())
+        num_bytes = sum(path.stat().st_size for path in paths)
+    except (OSError, SafetensorError):
+        return None
+    return Weights(None if packed else parameters, num_bytes) if paths else None

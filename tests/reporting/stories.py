@@ -1,0 +1,129 @@
+"""Runs and curves as they might be found, some of their words hostile; nothing is real."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from shallower import Block, Loss, ModelIdentity, Plan, Scan, analyse_states
+from shallower.runs.results import Continuations, Run
+from shallower.values.curve import Curve, CurvePoint
+from shallower.values.identity import TextsIdentity
+from shallower.values.recommendation import Recommended, SizeRow
+from shallower.values.scores import Scores
+from shallower.values.task_scores import TaskScores
+from shallower.values.verification import Candidate, Verified
+from shallower.values.wish import Wish
+
+HOSTILE = '<script>window.struck = true</script>"\'&<img src=x onerror="window.struck=1">'
+"""What nobody should call a model."""
+
+VERSIONS = {"shallower": "0.1.0", "torch": "2.15.0", "lm_eval": "0.4.9"}
+TOKENS = np.random.default_rng(7).integers(60, 127, 40).astype(float)
+_BASE = TOKENS * (3.2 + 0.5 * np.random.default_rng(8).standard_normal(40))
+
+
+def loss(more=0.0, vocab_size=49152):
+    """A loss that is so many nats more than that of the whole model, with noise by text."""
+    noise = np.random.default_rng(round(1000 * abs(more))).standard_normal(40)
+    scores = Scores(_BASE + TOKENS * more * (1 + 0.2 * noise), TOKENS)
+    return Loss(scores.mean, scores.stderr, int(TOKENS.sum()), 40, 0, vocab_size, scores)
+
+
+def scan(num_layers=30, name="SmolLM2-135M"):
+    """A scan of random states that keeps its samples."""
+    states = np.random.default_rng(0).standard_normal((24, num_layers + 1, 16)).cumsum(axis=1)
+    found = analyse_states(states, keep_samples=True)
+    model = ModelIdentity(name, "llama", num_layers, "float32", "0" * 64)
+    return Scan(replace(found.contents, model=model, texts=(TextsIdentity(24, 128, "1" * 64),)))
+
+
+def plan(num_layers, *blocks):
+    return Plan(num_layers, tuple(Block(*block) for block in blocks), versions=VERSIONS)
+
+
+def verified(num_layers):
+    plans = [
+        plan(num_layers, (12, 16)),
+        plan(num_layers, (13, 17)),
+        plan(num_layers, (4, 6), (9, 11)),
+    ]
+    others = [(0.0, 0.0), (0.013, 0.02), (0.4, 0.03)]
+    candidates = tuple(
+        Candidate(one, ("angular", HOSTILE), 3.4 + more, 0.03,
+                  loss(0.2 + more).minus(loss(0.2)), error == 0.03)
+        for one, (more, error) in zip(plans, others, strict=True)
+    )  # fmt: skip
+    return Verified(4, "patch", "loss", "nats a token", candidates, 16, 29, 2880, 12.5, {})
+
+
+def row(n, num_layers):
+    start = (num_layers - n) // 2 - 1
+    dropped = (12, 13, 14, 15) if n == 4 else tuple(range(start, start + n))
+    lost = 0.1 * n**1.2
+    return SizeRow(
+        n, dropped, 3.2 + lost, 0.05, lost, 0.02 * lost, 3.2 + lost / 2, 0.05, lost / 2,
+        0.02 * lost, 3.4 + 2 * lost, 0.05, 3.3 + lost, n / num_layers, 0.8 * n / num_layers, 1,
+        2880, 9.0,
+    )  # fmt: skip
+
+
+def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", patched=0.2):
+    """A run that has ended, in a folder."""
+    best = Recommended(
+        verified(num_layers), "4 layers less, as asked for", loss(), loss(0.5),
+        loss(patched), None, loss(0.7).minus(loss(0.5)), 4 / num_layers, 3.2 / num_layers,
+    )  # fmt: skip
+    told = Continuations(
+        prompt, f"{prompt} good.\n\nAnd more.", f"{prompt} a a a", f"{prompt} fine"
+    )
+    scanned = scan(num_layers, name)
+    table = tuple(row(n, num_layers) for n in (2, 4, 6, 8))
+    splits = {"fit": 24, "choose": 16, "report": 40}
+    done = Run(
+        folder, Wish(n=4), scanned, loss(), splits, best, table, (told,), 0.0,
+        command="shallower run SmolLM2-135M --texts c4.jsonl --n 4 --out runs/smol",
+    )  # fmt: skip
+    scanned.save(folder / "scan.safetensors")
+    done.save()
+    return done
+
+
+def scores(task, chance, mean):
+    values = (np.random.default_rng(3).random(200) < mean).astype(float)
+    items = tuple(map(str, range(200)))
+    return TaskScores(task, "acc", items, Scores(values, np.ones(200)), 5, chance)
+
+
+def point(n, strategy, state, num_layers=32):
+    share = {"cut": 1.0, "patched": 0.45, "healed": 0.2}[state]
+    more = share * (0.02 * n + max(0, n - 9) * (0.9 if state == "cut" else 0.3))
+    last = num_layers - (1 if strategy == "deepest" else 4)
+    tasks = (
+        scores("mmlu", 0.25, 0.62 if n < 11 else 0.25 + 0.02 * len(state)),
+        scores("boolq", 0.5, 0.5),
+    )
+    return CurvePoint(
+        n, strategy if n else "whole", state, tuple(range(last - n, last)), n / num_layers,
+        0.9 * n / num_layers, loss(more * (1.5 if strategy == "deepest" else 1), 128_256), tasks,
+        3.0 * n,
+    )  # fmt: skip
+
+
+def curve(model="Llama-3-8B"):
+    """Two strategies by three states and four sizes, two tasks, and a point that failed."""
+    points = [point(0, "whole", "cut")]
+    for strategy in ("similarity", "deepest"):
+        for state in ("cut", "patched", "healed"):
+            points += [point(n, strategy, state) for n in (4, 8, 12, 16)]
+    points.append(CurvePoint(20, "deepest", "patched", tuple(range(11, 31)), 0.6, 0.5, None,
+                             failed=f"no layer could be fitted {HOSTILE}"))  # fmt: skip
+    splits = {"fit": 64, "choose": 16, "report": 40}
+    return Curve(model, 32, tuple(points), splits, "bfloat16", 128, VERSIONS)
+
+
+def write(folder, name, value, **more):
+    """A value as its JSON file in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps({**value.to_json(), **more}, allow_nan=False))
+    return folder

@@ -1,0 +1,121 @@
+"""Charts and heat maps of a page: marks lie on what they tell, files are the same each time."""
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from shallower import MissingExtraError
+from shallower.reporting.charts import Axis, Line, Point, dot_chart, line_chart
+from shallower.reporting.heat_maps import heat_maps
+from tests.reporting.stories import scan
+
+WORDS = {"title": "title", "text": "text", "x": Axis("x"), "y": Axis("y", is_share=True)}
+
+
+def line(values, stderr=0.02, name="one"):
+    points = tuple(Point(i, y, stderr, f"at {i}") for i, y in enumerate(values))
+    return Line(name, points, "blue")
+
+
+def painted(drawing, folder):
+    drawing.save(folder)
+    return imread(folder / f"{drawing.name}.png")
+
+
+def at(pixels, mark, height):
+    """The colour of a picture where a mark lies."""
+    scale = len(pixels) / height
+    return pixels[round(mark.y * scale), round(mark.x * scale)]
+
+
+def test_marks_lie_on_their_points(tmp_path):
+    drawing = line_chart("marks", [line([0.2, 0.5, 0.4])], **WORDS)
+    pixels = painted(drawing, tmp_path)
+    height = drawing.figure.get_figheight() * 72
+    assert [mark.text for mark in drawing.marks] == [
+        "one, at 0: 20.0 ± 2.0 %", "one, at 1: 50.0 ± 2.0 %", "one, at 2: 40.0 ± 2.0 %",
+    ]  # fmt: skip
+    for mark in drawing.marks:
+        red, _, blue, _ = at(pixels, mark, height)
+        assert red < 0.2 < 0.6 < blue
+    assert drawing.numbers[1] == ("one", "at 1", "1.000", "50.0 ± 2.0 %")
+
+
+def test_values_above_the_axis_stand_at_its_edge(tmp_path):
+    drawing = line_chart("above", [line([0.2, 9.0, math.nan])], **WORDS, most=1.0)
+    painted(drawing, tmp_path)
+    _, high = drawing.figure.axes[0].get_ylim()
+    assert high < 1.2
+    assert drawing.marks[1].y < drawing.marks[0].y
+    assert "900.0 ± 2.0 %" in drawing.marks[1].text
+
+
+def test_rows_of_points_are_where_their_marks_are(tmp_path):
+    points = tuple(Point(i, 0.1 * i, math.nan, f"row {i}") for i in range(3))
+    drawing = dot_chart(
+        "rows", ["a", "b", "c"], [Line("only", points, "blue", marker="o")], title="t", text="t",
+        x=Axis("x"), reference=(0.0, "none"),
+    )  # fmt: skip
+    pixels = painted(drawing, tmp_path)
+    ys = [mark.y for mark in drawing.marks]
+    assert ys == sorted(ys)
+    for mark in drawing.marks:
+        red, _, blue, _ = at(pixels, mark, drawing.figure.get_figheight() * 72)
+        assert red < 0.2 < 0.6 < blue
+    assert drawing.numbers[2] == ("c", "only", "0.200")
+
+
+def test_cells_of_a_heat_map_hold_the_distances_of_their_blocks(tmp_path):
+    scanned = scan(8)
+    shares = {n: found.probability for n, found in scanned.bootstrap(50).items()}
+    rescaled, raw = heat_maps(scanned, shares)
+    mean = scanned.mean("angular")
+    for n in range(1, 8):
+        row = raw.cells.rows[n - 1]
+        assert row == tuple(round(float(mean[s, s + n]), 4) for s in range(8 - n + 1))
+    assert rescaled.cells.rows == raw.cells.rows
+    assert raw.head[-1] == "share of resamples"
+    assert raw.numbers[2] == (
+        "3", str(scanned.best_block(3).start), f"{scanned.best_block(3).score:.4f}",
+        f"{100 * shares[3]:.0f} %",
+    )  # fmt: skip
+    pixels = painted(raw, tmp_path)
+    cells, scale = raw.cells, len(pixels) / (raw.figure.get_figheight() * 72)
+    colours = {}
+    for n, row in enumerate(cells.rows, 1):
+        for start, value in enumerate(row):
+            # A quarter of a cell from its corner: the ring is in the middle.
+            x = (cells.left + (start + 0.12) * cells.width) * scale
+            y = (cells.bottom - (n - 0.88) * cells.height) * scale
+            colours[value] = pixels[round(y), round(x), :3]
+    values = sorted(colours)
+    greens = [colours[value][1] for value in values]
+    assert np.corrcoef(values, greens)[0, 1] > 0.95  # viridis grows in green
+    outside = pixels[round((cells.bottom - 6.5 * cells.height) * scale),
+                     round((cells.left + 7.5 * cells.width) * scale), :3]  # fmt: skip
+    assert (outside > 0.98).all()
+
+
+def test_files_are_the_same_each_time(tmp_path):
+    for folder in ("one", "two"):
+        for drawing in (*heat_maps(scan(6)), line_chart("line", [line([0.1, 0.3])], **WORDS)):
+            drawing.save(tmp_path / folder)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == [f"{name}.{kind}" for name in ("heat_map_raw", "heat_map_rescaled", "line")
+                     for kind in ("png", "svg")]  # fmt: skip
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_model_of_one_layer_has_no_heat_map():
+    assert heat_maps(scan(1)) == []
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("shallower.reporting.figures.find_spec", lambda _: None)
+    with pytest.raises(
+        MissingExtraError, match=r"figures of a report needs .* 'shallower\[figures\]'"
+    ):
+        line_chart("line", [line([0.1])], **WORDS)

@@ -1,0 +1,255 @@
+"""Reports of folders: recognised by their files, their numbers those of the files."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import shallower as sh
+from shallower import OutputError
+from shallower.runs import report as reports
+from shallower.runs.comparison_story import comparison_story
+from shallower.runs.curve_story import curve_story
+from shallower.runs.report import read_story, report
+from shallower.runs.results import Run
+from shallower.runs.run_story import run_story
+from shallower.runs.story_parts import layer_words
+from shallower.runs.weights import count_weights
+from shallower.values.scores import Difference
+from tests.reporting.comparisons import comparison
+from tests.reporting.stories import curve, loss, made_run, row, write
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run in its folder, and its page."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    done = made_run(folder)
+    return done, report(folder)
+
+
+def told(done, **options):
+    return run_story(done, drawn=False, **options)
+
+
+# What is written.
+def test_a_run_gets_a_page_markdown_json_and_figures(made):
+    done, page = made
+    assert page == done.out / "report.html"
+    written = {path.name for path in done.out.iterdir()}
+    assert written == {
+        "results.json", "scan.safetensors", "report.html", "report.md", "report.json", "figures",
+    }  # fmt: skip
+    names = {
+        "proposals", "least_distance", "heat_map_rescaled", "heat_map_raw", "loss_over_layers",
+        "loss_over_size",
+    }  # fmt: skip
+    figures = {path.name for path in (done.out / "figures").iterdir()}
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    text = (done.out / "report.md").read_text()
+    assert set(re.findall(r"figures/(\w+)\.png", text)) == names
+
+
+def test_the_numbers_are_those_of_the_run(made):
+    done, page = made
+    best = done.recommended
+    told = json.loads((done.out / "report.json").read_text(), parse_constant=pytest.fail)
+    assert told["sentence"] == best.sentence()
+    assert told["dropped"] == {"layers that go": list(best.plan.dropped)}
+    facts = {fact["name"]: fact for fact in told["facts"]}
+    for name in ("whole", "cut", "patched"):
+        fact = facts[f"{name}, nats a token"]
+        assert fact["value"] == getattr(best, name).nats
+        assert fact["source"].startswith(f"results.json: recommended.losses.{name}; ")
+    assert facts["lost, nats a token"]["value"] == best.difference.mean
+    assert all(fact["source"] for fact in told["facts"])
+    assert told["data"]["recommended"]["dropped"] == list(best.plan.dropped)
+    assert "by_text" not in page.read_text()
+    ratio = np.exp(best.difference.mean)
+    assert re.search(rf"is {ratio:.2f}\d? times that of the whole model", told["cost"])
+    assert done.command.replace(" --", " \\\n    --") in page.read_text()
+
+
+def test_the_page_is_the_same_each_time_and_can_lie_elsewhere(made, tmp_path):
+    done, page = made
+    there = sh.report(done.out, tmp_path / "told" / "page.html")
+    assert there == tmp_path / "told" / "page.html"
+    assert there.read_bytes() == page.read_bytes()
+    assert (tmp_path / "told" / "page.md").is_file()
+    assert (tmp_path / "told" / "figures" / "proposals.svg").is_file()
+
+
+def test_without_matplotlib_there_is_a_page_without_figures(made, tmp_path, monkeypatch):
+    done, _ = made
+    monkeypatch.setattr(reports, "find_spec", lambda _: None)
+    page = report(done.out, tmp_path / "page.html").read_text()
+    assert "<svg" not in page
+    assert "Proposals that came into the last race" in page
+    assert not (tmp_path / "figures").exists()
+
+
+# Curves and comparisons.
+def test_a_curve_is_told_where_it_holds(tmp_path):
+    write(tmp_path, "curve.json", curve(), command="shallower curve X")
+    story = read_story(tmp_path)
+    assert story.kind == "curve"
+    assert story.sentence.startswith("Without layers [20, 28), 25 % of layers, chosen by sim")
+    assert "mmlu holds up to 25 % of layers" in story.sentence
+    assert "boolq holds up to 50 % of layers" in story.sentence
+    assert any("boolq is at chance already" in warning for warning in story.warnings)
+    assert any(warning.startswith("n = 20, deepest, patched: ") for warning in story.warnings)
+    names = [drawing.name for drawing in story.drawings]
+    assert names == ["loss_over_layers", "loss_over_size", "task_2", "task_3"]
+    (again,) = (section for section in story.sections if section.title == "Make it again")
+    assert again.commands[0] == "shallower curve X"
+    shown = curve().line("similarity", "healed")[2]
+    assert story.steps[-1].loss.value == shown.loss.nats
+
+
+def test_a_curve_of_nothing_but_the_whole_model_is_told():
+    one = curve()
+    story = curve_story(replace(one, points=one.points[:1]))
+    assert story.sentence == "No cut of this model could be measured."
+    assert story.drawings == ()
+
+
+def test_a_comparison_is_told_by_its_best_and_its_ties(tmp_path):
+    compared = comparison(failures={"lost": "no such model"})
+    write(tmp_path, "comparison.json", compared)
+    story = read_story(tmp_path)
+    assert story.kind == "comparison"
+    model = compared.models[0]
+    rows = [row for row in compared.rows if (row.model, row.n) == (model.name, 12)]
+    best = min(rows, key=lambda row: row.regret)
+    worst = max(rows, key=lambda row: row.regret)
+    assert story.sentence.startswith(f"With 12 of 30 layers gone, {best.criterion} ")
+    assert f"{worst.criterion} comes last" in story.sentence
+    assert story.warnings[0] == "lost could not be compared: no such model"
+    assert len(story.strips) == 2
+    assert story.strips[0].dropped == best.dropped
+
+
+def test_a_comparison_of_nothing_is_told():
+    story = comparison_story(comparison(models=(), failures={"lost": "no such model"}))
+    assert story.sentence == "No criterion could be compared."
+
+
+# Warnings.
+def test_a_quiet_run_has_no_warning(made):
+    assert not any("unlike" in warning for warning in told(made[0]).warnings)
+
+
+@pytest.mark.parametrize(("shift", "warned"), [(0.1, False), (0.5, True)])
+def test_texts_that_chose_and_texts_that_report_are_compared(made, shift, warned):
+    done, _ = made
+    table = tuple(
+        replace(one, patched=3.4 + shift, patched_stderr=0.04) if one.n == 4 else one
+        for one in done.table
+    )
+    found = [one for one in told(replace(done, table=table)).warnings if "unlike" in one]
+    assert bool(found) == warned
+
+
+def test_an_unstable_choice_by_distance_is_warned_of(made):
+    done, _ = made
+    share = done.scan.bootstrap(1000, metric="angular")[4].probability
+    found = [one for one in told(done).warnings if "l*(4)" in one]
+    assert bool(found) == (share < 0.5)
+    if found:
+        assert f"{100 * share:.0f} % find the same" in found[0]
+
+
+def test_few_texts_and_small_models_are_warned_of(made, tmp_path):
+    done = replace(made[0], out=tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    weights = {"a": np.zeros((20, 5), np.float32), "b": np.zeros(7, np.float16)}
+    save_file(weights, tmp_path / "checkpoint" / "model.safetensors")
+    few = replace(loss(), num_texts=12)
+    best = replace(done.recommended, whole=few)
+    warnings = told(replace(done, recommended=best)).warnings
+    assert any(one.startswith("the model is small") for one in warnings)
+    assert any(one.startswith("the losses are of 12 texts") for one in warnings)
+
+
+# What a cut saves and gains.
+def test_weights_are_counted_by_their_headers(tmp_path):
+    assert count_weights(tmp_path) is None
+    save_file({"a": np.zeros((20, 5), np.float32)}, tmp_path / "model-1.safetensors")
+    save_file({"b": np.zeros(7, np.float16)}, tmp_path / "model-2.safetensors")
+    found = count_weights(tmp_path)
+    assert found.parameters == 107
+    assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    save_file({"packed": np.zeros(7, np.uint8)}, tmp_path / "model-3.safetensors")
+    assert count_weights(tmp_path).parameters is None
+    (tmp_path / "model-4.safetensors").write_bytes(b"\xff" * 40)
+    assert count_weights(tmp_path) is None
+
+
+def test_gains_that_lie_beside_are_told(made, tmp_path):
+    made_run(tmp_path)
+    rows = [{"name": "weights", "before": "16 GB", "after": "13 GB"}]
+    (tmp_path / "gain.json").write_text(json.dumps({"rows": rows}))
+    titles = [table for part in read_story(tmp_path).sections for table in part.tables]
+    (gain,) = (table for table in titles if table.title == "What it gains")
+    assert gain.rows == (("weights", "16 GB", "13 GB"),)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [((3,), "3"), ((3, 12, 13, 14), "3, 12 to 14"), ((0, 1), "0 to 1")]
+)
+def test_layers_are_said_without_ranges(layers, words):
+    assert layer_words(layers) == words
+
+
+def test_a_loss_that_fell_is_told(made):
+    best = replace(made[0].recommended, patched=loss(-0.05))
+    story = told(replace(made[0], recommended=best))
+    assert re.search(r"is 0\.95\d? times that of the whole model", story.cost)
+    assert story.steps[2].share == 0
+
+
+def test_a_run_without_a_table_and_with_one_proposal_is_told(made):
+    done, _ = made
+    alone = replace(done.recommended.verified, candidates=done.recommended.verified.candidates[:1])
+    best = replace(done.recommended, verified=alone, patched=None, by_distance=None)
+    story = run_story(replace(done, recommended=best, table=(), continuations=()))
+    assert [step.name for step in story.steps] == ["whole", "cut"]
+    assert "proposals" not in [drawing.name for drawing in story.drawings]
+    assert row(4, 30).dropped == done.recommended.plan.dropped
+    assert isinstance(done.recommended.by_distance, Difference)
+
+
+# Folders that hold nothing, or what is damaged.
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(OutputError, match=r"holds no results: expected the folder of a run \(res"):
+        report(tmp_path)
+    with pytest.raises(OutputError, match="holds no results"):
+        report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["results.json", "comparison.json", "curve.json", "gain.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"format": 1}', b"\xff\xfe", b"[" * 9000])
+def test_what_is_damaged_is_named_in_one_sentence(tmp_path, name, content):
+    if name == "gain.json":
+        made_run(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OutputError, match=re.escape(name)) as raised:
+        report(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path):
+    replace(made_run(tmp_path), recommended=None, table=(), continuations=()).save()
+    assert Run.load(tmp_path).recommended is None
+    with pytest.raises(OutputError, match="a run that has not ended: call shallower run again"):
+        report(tmp_path)
+
+
+def test_a_place_that_is_no_page_is_refused(made, tmp_path):
+    for place in (tmp_path, tmp_path / "page.md"):
+        with pytest.raises(OutputError, match=r"expected the place of a page, as page\.html"):
+            report(made[0].out, place)
