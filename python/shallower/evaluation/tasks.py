@@ -159,7 +159,12 @@ class ChosenTasks:
             )  # fmt: skip
 
         with silence():
-            tasks = {name: task for group in self.groups for name, task in group.tasks.items()}
+            tasks = {
+                name: task
+                for group in self.groups
+                for name, task in group.tasks.items()
+                if self.items[name]
+            }
             answered = self._ask(adapted(None, ""), tasks)
             generative = {
                 name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"
@@ -237,11 +242,12 @@ def _scores_of(
     group: TaskGroup, answered: Mapping[str, _Answers], sampled: Sequence[Mapping[str, _Answers]]
 ) -> Iterator[TaskScores]:
     """The scores of a group as one task, where its tasks have the same measures."""
-    kinds = {(tuple(answered[name].by_metric), answered[name].num_shots) for name in group.tasks}
+    names = [name for name in group.tasks if name in answered]
+    kinds = {(tuple(answered[name].by_metric), answered[name].num_shots) for name in names}
     if group.together and len(kinds) == 1:
-        yield from _one(group.name, list(group.tasks), answered, sampled)
+        yield from _one(group.name, names, answered, sampled)
         return
-    for name in group.tasks:
+    for name in names:
         yield from _one(name, [name], answered, sampled)
 
 
@@ -291,7 +297,7 @@ def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list
 
     Args:
         sizes: items that each task has, by name.
-        most: items in all, at most; but one of each task at least.
+        most: items in all, at most.
         seed: of the draw; the items of a task depend on nothing but its name, its size and the
             seed, and fewer of them are among more.
 
@@ -301,7 +307,7 @@ def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list
     shares = dict.fromkeys(sizes, 0)
     order = [name for name in sizes if sizes[name]]
     np.random.default_rng(seed).shuffle(order)
-    left = max(most, len(order))
+    left = most
     while left and (open_tasks := [name for name in order if shares[name] < sizes[name]]):
         for name in open_tasks[:left]:
             shares[name] += 1

@@ -52,7 +52,7 @@ class Loss:
     @property
     def bits_per_byte(self) -> float | None:
         """Bits that the model needs for a byte of text; None where bytes are not known."""
-        return self.by_byte and self.by_byte.mean
+        return None if self.by_byte is None else self.by_byte.mean
 
     @property
     def normalized(self) -> float:
