@@ -146,8 +146,16 @@ def _measures(
         path, context, bos = perplexity
         found.append(PerplexityOfText(read_whole(path), context, bos, tokens.batch_size))
     if tasks is not None:
-        names = [name.strip() for name in tasks[0].split(",")]
-        found.append(ScoresOnTasks(names, *tasks[1:], settings, tokens.batch_size))
+        names, tasks_dir, data = tasks
+        found.append(
+            ScoresOnTasks(
+                [name.strip() for name in names.split(",")],
+                tasks_dir,
+                data,
+                settings,
+                tokens.batch_size,
+            )
+        )
     if not found:
         raise TextsError("name what to measure: --texts, --perplexity or --tasks")
     return found

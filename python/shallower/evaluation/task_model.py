@@ -1,6 +1,6 @@
 """A model in memory as lm-eval asks it: log-likelihoods of continuations, and generated text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ class _Asked:
         return len(self.ids) + 1 - max(map(len, self.continuations.values()))
 
 
-class TaskModel(TemplateLM):
+class TaskModel(TemplateLM):  # type: ignore[misc]
     """A causal language model, answering lm-eval.
 
     Unlike lm-eval's own adapter of a model of transformers it never holds all logits of a batch,
@@ -74,7 +74,7 @@ class TaskModel(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: BatchSize = "auto",
-        sampling: dict[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
         progress: bool | None = None,
         description: str = "tasks",
     ) -> None:
@@ -154,7 +154,9 @@ class TaskModel(TemplateLM):
     def _score(self, batch: Batch, asked: Sequence[_Asked]) -> dict[int, tuple[float, bool]]:
         """Answer what is asked of a batch, by the places of the requests."""
         predicting = np.zeros(batch.input_ids.shape, bool)
-        rows, tokens, places = [], [], []
+        rows: list[int] = []
+        tokens: list[int] = []
+        places: list[int] = []
         seen = 0
         for number, index in enumerate(batch.samples):
             one = asked[index]

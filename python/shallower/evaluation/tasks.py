@@ -334,11 +334,11 @@ def silence() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
         for one in loggers:
             one.setLevel(logging.CRITICAL)
-        tqdm.__init__ = partialmethod(started, disable=True)  # type: ignore[method-assign]
+        tqdm.__init__ = partialmethod(started, disable=True)
         try:
             yield
         finally:
-            tqdm.__init__ = started  # type: ignore[method-assign]
+            tqdm.__init__ = started
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
 

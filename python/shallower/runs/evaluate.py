@@ -111,13 +111,12 @@ class EvalJob:
     @cached_property
     def results(self) -> dict[str, ResultCache]:
         """The results that are known, by the kind of their measure."""
+        own = inputs_of(self.cache, {"model": self.source}, {}, device_memory=self.device_memory)
         found = {}
         for measure in self.measures:
-            settings = measure.inputs(self.cache) if self.cache.folder else None
-            inputs = settings and inputs_of(
-                self.cache, {"model": self.source}, {}, **settings, device_memory=self.device_memory
-            )
-            found[measure.kind] = ResultCache(self.cache, measure, inputs or None)
+            settings = None if own is None else measure.inputs(self.cache)
+            known = None if settings is None else {**(own or {}), **settings}
+            found[measure.kind] = ResultCache(self.cache, measure, known)
         return found
 
     @cached_property
