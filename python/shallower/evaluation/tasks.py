@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from ..values.scores import Scores
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize
 from .task_files import TaskGroup, find_tasks
-
-if TYPE_CHECKING:
-    from .task_model import TaskModel
+from .task_model import TaskModel
 
 SAMPLING: Mapping[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 """How answers are sampled for pass@k, as Chen et al. (2021, arXiv 2107.03374) do."""
@@ -150,9 +148,8 @@ class ChosenTasks:
         description: str = "tasks",
     ) -> tuple[TaskScores, ...]:
         """Ask a model; see :func:`evaluate_tasks`."""
-        from .task_model import TaskModel
 
-        def adapted(sampling: Mapping[str, Any] | None, word: str) -> "TaskModel":
+        def adapted(sampling: Mapping[str, Any] | None, word: str) -> TaskModel:
             return TaskModel(
                 Decoder.of(model), tokenizer, batch_size=batch_size, sampling=sampling,
                 progress=progress, description=f"{description}{word}",
@@ -179,7 +176,7 @@ class ChosenTasks:
             scores for group in self.groups for scores in _scores_of(group, answered, sampled)
         )
 
-    def _ask(self, model: "TaskModel", tasks: Mapping[str, Any]) -> dict[str, "_Answers"]:
+    def _ask(self, model: TaskModel, tasks: Mapping[str, Any]) -> dict[str, "_Answers"]:
         """Run tasks through lm-eval."""
         from lm_eval.evaluator import evaluate
 
@@ -187,7 +184,7 @@ class ChosenTasks:
             task.set_fewshot_seed(self.seed)
         try:
             result: Any = evaluate(
-                lm=model, task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
+                lm=model.as_lm(), task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
                 samples={name: self.items[name] for name in tasks}, bootstrap_iters=0,
                 log_samples=True,
             )  # fmt: skip
