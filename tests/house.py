@@ -7,6 +7,7 @@ from functools import cache
 
 HEAVY = {
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "matplotlib", "gguf", "accelerate",
+    "lm_eval",
 }  # fmt: skip
 
 

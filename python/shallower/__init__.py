@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from .errors import ThreadsError as ThreadsError
     from .errors import TierError as TierError
     from .evaluation.loss import evaluate_loss as evaluate_loss
+    from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+    from .evaluation.tasks import evaluate_tasks as evaluate_tasks
     from .healing.heal import heal as heal
     from .healing.patch import patch as patch
     from .healing.saving import merge as merge
@@ -74,10 +76,12 @@ if TYPE_CHECKING:
     from .values.loss import Loss as Loss
     from .values.memory import MemoryPlan as MemoryPlan
     from .values.patch import Patch as Patch
+    from .values.perplexity import Perplexity as Perplexity
     from .values.plan import Plan as Plan
     from .values.plan import Rejection as Rejection
     from .values.positions import Positions as Positions
     from .values.recipe import Recipe as Recipe
+    from .values.task_scores import TaskScores as TaskScores
     from .values.verification import Verified as Verified
 
 _HOMES = {
@@ -105,6 +109,7 @@ _HOMES = {
     "OutputError": "errors",
     "Patch": "values.patch",
     "PatchError": "errors",
+    "Perplexity": "values.perplexity",
     "Plan": "values.plan",
     "PlanError": "errors",
     "Positions": "values.positions",
@@ -118,6 +123,7 @@ _HOMES = {
     "ScanError": "errors",
     "ShallowerError": "errors",
     "StatesError": "errors",
+    "TaskScores": "values.task_scores",
     "TextsError": "errors",
     "TextsIdentity": "values.identity",
     "ThreadsError": "errors",
@@ -133,6 +139,8 @@ _HOMES = {
     "deepest_block": "values.layers",
     "drop_layers": "cutting.memory",
     "evaluate_loss": "evaluation.loss",
+    "evaluate_perplexity": "evaluation.perplexity",
+    "evaluate_tasks": "evaluation.tasks",
     "heal": "healing.heal",
     "load_model": "models.loading",
     "memory_forecast": "runs.forecast",

@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "evaluate",
-        "Measure the next-token loss, before and after a cut.",
+        "Measure loss, perplexity and tasks, before and after a cut.",
         "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
     ),
     "patch": Command(

@@ -1,6 +1,9 @@
 """``shallower eval``."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..models.source import ModelSource
 from .options import (
@@ -17,7 +20,6 @@ from .options import (
     Model,
     NoCache,
     PlanPath,
-    TextsSource,
     TrustRemoteCode,
     load,
     named_layers,
@@ -26,18 +28,65 @@ from .options import (
 from .output import print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
-    from ..runs.evaluate import MeasuredLoss
-    from ..values.loss import Loss
-    from ..values.memory import MemoryPlan
+    from ..runs.evaluate import EvalJob, Results
+    from ..runs.measures import Measure
     from ..values.plan import Plan
 
 
 def eval_command(
     model: Model,
     *,
-    texts: TextsSource,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS",
+            help="Held-out texts for the loss: a .jsonl, .txt or .parquet file, or a hub dataset.",
+        ),
+    ] = None,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A text file for the perplexity in windows."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks of lm-eval, comma-separated: boolq, gsm8k, hellaswag, lambada, mmlu, any "
+            "other.",
+        ),
+    ] = None,
     drop: Drop = None,
     plan: PlanPath = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a window of --perplexity.", min=2)
+    ] = 2048,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Begin each window with the beginning-of-text token.")
+    ] = False,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of task files of lm-eval.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Data of task files; $SHALLOWER_DATA by default."),
+    ] = None,
+    max_items: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Items of a task at most, drawn by --seed.", min=1),
+    ] = None,
+    num_shots: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Solved examples before each item.", min=0),
+    ] = None,
+    pass_at: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Also sample K answers where text is asked for: pass@K.", min=1
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="S", help="Seed of items, examples and samples.", min=0)
+    ] = 0,
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = "auto",
@@ -50,72 +99,99 @@ def eval_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the next-token loss, before and after a cut."""
+    """Measure loss, perplexity and tasks, before and after a cut."""
     from ..runs.cache import open_cache
     from ..runs.evaluate import EvalJob
     from ..values.tokens import Tokens, parse_batch_size
 
-    tokens = Tokens(max_length, parse_batch_size(batch_size))
-    held_out = list(read_texts(texts, max_texts))
-    named = None if drop is None and plan is None else named_layers(drop, plan)
     job = EvalJob(
         source=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
-        texts=held_out,
-        layers=named,
-        tokens=tokens,
+        measures=_measures(
+            Tokens(max_length, parse_batch_size(batch_size)),
+            texts=None if texts is None else (texts, max_texts),
+            perplexity=None if perplexity is None else (perplexity, context, bos),
+            tasks=None if tasks is None else (tasks, tasks_dir, data),
+            max_items=max_items, num_shots=num_shots, pass_at=pass_at, seed=seed,
+        ),
+        layers=None if drop is None and plan is None else named_layers(drop, plan),
         device_memory=device_memory,
         cache=open_cache(no_cache or dry_run),
-    )
+    )  # fmt: skip
     wanted = job.plan
     if dry_run:
-        say_dry_run(_described(job.source, texts, wanted, job.memory(job.source)), as_json)
+        job.prepare()
+        asked = {"texts": texts, "perplexity": perplexity, "tasks": tasks}
+        say_dry_run(_described(job, wanted, asked), as_json)
         return
-    measured = job.known() or job.measure(*load(job.source))
-    losses = {name: one.loss for name, one in measured.items()}
-    _say(losses, wanted, measured["base"].model.dtype, as_json=as_json)
-    say_known_losses(measured)
+    results = job.known()
+    if results is None:
+        job.prepare()
+        results = job.measure(*load(job.source))
+    _say(results, wanted, as_json=as_json)
+    _say_known(results)
 
 
-def say_known_losses(measured: "dict[str, MeasuredLoss]") -> None:
-    """Say on standard error which losses were measured before."""
-    made = [one.made for one in measured.values() if one.made]
+def _measures(
+    tokens: Any, *, texts: Any, perplexity: Any, tasks: Any, **settings: int | None
+) -> "list[Measure[Any]]":
+    """What is measured, in the order in which it is told."""
+    from ..errors import TextsError
+    from ..runs.measures import LossOfTexts, PerplexityOfText, ScoresOnTasks
+    from ..texts.sources import read_whole
+
+    found: list[Measure[Any]] = []
+    if texts is not None:
+        found.append(LossOfTexts(list(read_texts(*texts)), tokens))
+    if perplexity is not None:
+        path, context, bos = perplexity
+        found.append(PerplexityOfText(read_whole(path), context, bos, tokens.batch_size))
+    if tasks is not None:
+        names, tasks_dir, data = tasks
+        found.append(
+            ScoresOnTasks(
+                [name.strip() for name in names.split(",")],
+                tasks_dir,
+                data,
+                settings,
+                tokens.batch_size,
+            )
+        )
+    if not found:
+        raise TextsError("name what to measure: --texts, --perplexity or --tasks")
+    return found
+
+
+def _say_known(results: "Results") -> None:
+    """Say on standard error which results were measured before."""
+    every = [(kind, one) for kind, sides in results.items() for one in sides.values()]
+    made = [one.made for _, one in every if one.made]
     if made:
-        what = "" if len(made) == len(measured) else "one of the losses was "
-        say_known(min(made), what=what)
+        losses = all(kind == "loss" for kind, _ in every)
+        what = "one of the losses was " if losses else f"{len(made)} of {len(every)} results were "
+        say_known(min(made), what="" if len(made) == len(every) else what)
 
 
 def _described(
-    source: ModelSource, texts: str, wanted: "Plan | None", memory: "MemoryPlan"
+    job: "EvalJob", wanted: "Plan | None", asked: dict[str, str | None]
 ) -> dict[str, Any]:
     from ..values.layers import ranges
 
-    described: dict[str, Any] = {"eval": str(source)}
+    described: dict[str, Any] = {"eval": str(job.source)}
     if wanted:
         described["drop"] = ranges(wanted.dropped)
-    return {**described, "texts": texts, "memory": memory}
+    described |= {name: value for name, value in asked.items() if value is not None}
+    return {**described, "memory": job.memory(job.source)}
 
 
-def _say(losses: "dict[str, Loss]", wanted: "Plan | None", dtype: str, *, as_json: bool) -> None:
-    from ..values.layers import ranges
+def _say(results: "Results", wanted: "Plan | None", *, as_json: bool) -> None:
+    from ..reporting.evaluation import plain_results, told_results
 
-    lost = losses["cut"].minus(losses["base"]) if "cut" in losses else None
+    values = {
+        kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()
+    }
+    dtype = next(one.model.dtype for sides in results.values() for one in sides.values())
     if as_json:
-        described: dict[str, Any] = {name: loss.to_json() for name, loss in losses.items()}
-        if lost:
-            described["difference"] = lost.to_json()
-        described["dtype"] = dtype
-        if wanted:
-            described["drop"] = [block.to_json() for block in wanted.blocks]
-        print_json(described)
-        return
-    for name, loss in losses.items():
-        layers = f"without {ranges(wanted.dropped)}" if wanted and name == "cut" else "all layers"
-        show(
-            f"{layers}: {loss} nats a token ({loss.normalized:.4f} of ln vocabulary), "
-            f"{loss.num_tokens} tokens of {loss.num_texts} texts"
-            + (f", {loss.num_rejected} texts rejected" if loss.num_rejected else "")
-        )
-    if lost:
-        tie = "; a tie, within two standard errors" if lost.tied else ""
-        show(f"difference: {lost} nats a token, paired by text{tie}")
-    show(f"weights: {dtype}")
+        drop = {"drop": [block.to_json() for block in wanted.blocks]} if wanted else {}
+        print_json({**plain_results(values), "dtype": dtype, **drop})
+    else:
+        show(*told_results(values, wanted.dropped if wanted else ()), f"weights: {dtype}")

@@ -114,7 +114,7 @@ def measure_loss(
         TextsError, ModelError: as :func:`evaluate_loss`, in all processes.
     """
     tokens = fitting_tokens(decoder, tokens)
-    batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2)
+    batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2, count_bytes=True)
     total = length_hint(texts) or None
     rank, size = rank_and_size(shared)
 
@@ -126,10 +126,7 @@ def measure_loss(
                 check_length(batch.input_ids.shape[1], decoder.positions)
                 mine = _parts(batch, head) if index % size == rank else []
                 for part in mine:
-                    for piece, sums in halving.run(part, lambda p: summed_losses(head, p).tolist()):
-                        _require_finite(sums, piece, head)
-                        counts = (piece.attention_mask.sum(axis=1) - 1).tolist()
-                        found += zip(piece.samples.tolist(), sums, counts, strict=True)
+                    found += text_losses(head, part, halving)
                 advance(len(batch))
         return found, head.vocab_size
 
@@ -137,12 +134,34 @@ def measure_loss(
     by_sample = sorted(one for found, _ in by_rank for one in found)
     if not by_sample:
         raise _nothing_to_predict(batches)
-    _, losses, counts = (np.array(column, np.float64) for column in zip(*by_sample, strict=True))
-    by_text = Scores(losses, counts)
+    samples, losses, counts = zip(*by_sample, strict=True)
+    by_text = Scores(np.array(losses, np.float64), np.array(counts, np.float64))
+    sizes = batches.predicted_bytes
+    by_byte = np.array([sizes[one] for one in samples], np.float64) if sizes else None
     return Loss(
-        by_text.mean, by_text.stderr, int(counts.sum()), len(losses), batches.num_rejected,
-        by_rank[0][1], by_text,
+        by_text.mean, by_text.stderr, sum(counts), len(losses), batches.num_rejected,
+        by_rank[0][1], by_text, by_byte,
     )  # fmt: skip
+
+
+def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[tuple[int, float, int]]:
+    """Sum the cross-entropy of texts, a few logits at a time.
+
+    Args:
+        head: of the model, which is in evaluation mode.
+        batch: the texts, padded on the right.
+        halving: runs it in parts where memory is short.
+
+    Yields:
+        By text its index, its nats over all tokens but the first, and their number.
+
+    Raises:
+        ModelError: a loss is not finite, or there is no memory for a single text.
+    """
+    for piece, sums in halving.run(batch, lambda some: summed_losses(head, some).tolist()):
+        _require_finite(sums, piece, head)
+        counts = (piece.attention_mask.sum(axis=1) - 1).tolist()
+        yield from zip(piece.samples.tolist(), sums, counts, strict=True)
 
 
 def fitting_tokens(decoder: Decoder, tokens: Tokens) -> Tokens:

@@ -94,6 +94,59 @@ def find_tasks(
     return [local.load(name, manager) for name in names]
 
 
+def files_of(
+    names: Sequence[str],
+    *,
+    tasks_dir: str | Path | None = None,
+    data: str | Path | None = None,
+) -> list[Path] | None:
+    """Find the files that the scores on tasks depend on; loads no lm-eval.
+
+    Args:
+        names: as for :func:`find_tasks`, as are the others.
+        tasks_dir: a folder of task files.
+        data: the folder of data.
+
+    Returns:
+        Task files, the code beside them, and the data of all of them; None where a task is not
+        from here, or has more than rows of JSON lines.
+
+    Raises:
+        TextsError: one of the folders is not there.
+    """
+    there = data_folder(data)
+    folders = [OURS] if there is not None else []
+    if tasks_dir is not None:
+        folders.append(_folder(tasks_dir, "task files (tasks_dir, --tasks-dir)"))
+    found: dict[Path, None] = {}
+    known: set[str] = set()
+    wanted = set(names)
+    for folder in folders:
+        for path in sorted(path for path in folder.glob("**/*") if path.is_file()):
+            if "__pycache__" in path.parts:
+                continue
+            found[path] = None
+            content = None if path.suffix not in ("", ".yaml") else _content(path)
+            if not isinstance(content, dict):
+                continue
+            if content.get("dataset_path", "json") != "json" or {"class", "custom_dataset"} & {
+                *content
+            }:
+                return None
+            children = content.get("task")
+            known |= {str(content.get("group")), str(children), *_listed(content.get("tag"))}
+            if isinstance(children, list):
+                wanted |= {str(_of(one, "task") or _of(one, "group") or one) for one in children}
+            named = _of(content.get("dataset_kwargs"), "data_files")
+            for one in _listed(list(named.values()) if isinstance(named, dict) else named):
+                for place in _places(path, there):
+                    if (place / str(one)).is_file():
+                        found[place / str(one)] = None
+                        break
+    local = all(any(f"{name}_".startswith(f"{one}_") for one in known) for name in wanted)
+    return list(found) if local else None
+
+
 class _Local:
     """An index of task files, some of whose data lies in files here.
 
@@ -192,13 +245,9 @@ class _Local:
         named = (cfg or entry.cfg)["dataset_kwargs"]["data_files"]
         if not isinstance(named, dict):
             named = {"train": named}
-        beside = entry.yaml_path.parent if entry and entry.yaml_path else Path()
-        places = [self._data] if beside == OURS else [self._data, beside]
+        places = _places(entry.yaml_path, self._data)
         return {
-            split: [
-                _find(str(one), [place for place in places if place], entry.name)
-                for one in (paths if isinstance(paths, list) else [paths])
-            ]
+            split: [_find(str(one), places, entry.name) for one in _listed(paths)]
             for split, paths in named.items()
         }
 
@@ -213,6 +262,19 @@ class _Local:
 
 def _of(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list with its lists opened; of a single value, that one."""
+    if not isinstance(value, list):
+        return [] if value is None else [value]
+    return [one for item in value for one in _listed(item)]
+
+
+def _places(task_file: Path, data: Path | None) -> list[Path]:
+    """Where the data of a task file may lie: ours have none beside them."""
+    beside = [] if task_file.parent == OURS else [task_file.parent]
+    return [*([] if data is None else [data]), *beside]
 
 
 def _folder(named: str | Path, what: str) -> Path:
@@ -244,22 +306,33 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _require_yaml(folder: Path) -> None:
-    """Refuse task files that lm-eval would pass over without a word."""
+def _content(path: Path) -> Any:
+    """What is in a task file; None where it is no YAML."""
+    try:
+        return _read_yaml(path)
+    except TextsError:
+        return None
+
+
+def _read_yaml(path: Path) -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """YAML whose tags, as lm-eval's ``!function``, are not looked into."""
 
-    Loader.add_multi_constructor("!", lambda *_: None)  # type: ignore[no-untyped-call]
+    Loader.add_multi_constructor("!", lambda *_: None)
+    try:
+        return yaml.load(path.read_bytes(), Loader)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise TextsError(
+            f"the task file {path} is no YAML: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _require_yaml(folder: Path) -> None:
+    """Refuse task files that lm-eval would pass over without a word."""
     for path in sorted(folder.glob("**/*.yaml")):
-        try:
-            content = yaml.load(path.read_bytes(), Loader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise TextsError(
-                f"the task file {path} is no YAML: {' '.join(str(error).split())[:200]}"
-            ) from error
-        if not isinstance(content, dict):
+        if not isinstance(_read_yaml(path), dict):
             raise TextsError(
                 f"the task file {path} is no task: expected a mapping with the key task or group"
             )

@@ -1,19 +1,11 @@
 """A model in memory as lm-eval asks it: log-likelihoods of continuations, and generated text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
-from lm_eval.models.utils_hf import stop_sequences_criteria
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -30,8 +22,8 @@ from .loss import LOGITS_PER_CHUNK, fitting_tokens, logits_at
 MAX_NEW_TOKENS = 256
 """Tokens that are generated where a task does not say how many, as lm-eval has it."""
 
-Request = tuple[Any, list[int], list[int]]
-"""What lm-eval asks about, the tokens of the context, and those of the continuation."""
+Instances = Sequence[Any]
+"""What lm-eval asks: its ``Instance``, of which ``args`` is looked at."""
 
 
 @dataclass
@@ -52,8 +44,8 @@ class _Asked:
         return len(self.ids) + 1 - max(map(len, self.continuations.values()))
 
 
-class TaskModel(TemplateLM):
-    """A causal language model, answering lm-eval.
+class TaskModel:
+    """A causal language model that answers lm-eval; :meth:`as_lm` is what lm-eval takes.
 
     Unlike lm-eval's own adapter of a model of transformers it never holds all logits of a batch,
     takes as many texts in one forward as the device has room for, and changes neither the model
@@ -74,11 +66,10 @@ class TaskModel(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: BatchSize = "auto",
-        sampling: dict[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
         progress: bool | None = None,
         description: str = "tasks",
     ) -> None:
-        super().__init__()
         self.tokenizer: Any = tokenizer
         self._decoder, self._head = decoder, Head.of(decoder)
         self._batch_size, self._sampling = batch_size, sampling or {}
@@ -91,38 +82,38 @@ class TaskModel(TemplateLM):
         known = getattr(self._decoder.config, "max_position_embeddings", None)
         return int(positions or known or 2048)
 
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return int(self.tokenizer.eos_token_id)
+    def as_lm(self) -> Any:
+        """Give the model as lm-eval's ``LM``."""
+        from lm_eval.api.model import LM
 
-    @property
-    def prefix_token_id(self) -> int:
-        """The token before a continuation that has no context."""
-        start = self.tokenizer.bos_token_id
-        return self.eot_token_id if start is None else int(start)
+        model = self
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
-    ) -> list[int]:
-        """Tokenise a text; None for what the tokenizer adds by default, but never twice."""
-        if add_special_tokens is None:
-            start = self.tokenizer.bos_token
-            add_special_tokens = not (start and string.startswith(start))
-        encoded: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return encoded
+        class TaskLM(LM):  # type: ignore[misc]
+            def loglikelihood(self, requests: Instances) -> list[tuple[float, bool]]:
+                return model.loglikelihood(requests)
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """Give the log-likelihood of every continuation, and whether it is the greedy one."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
+            def loglikelihood_rolling(self, requests: Instances) -> list[float]:
+                return model.loglikelihood_rolling(requests)
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Request], **_: Any
-    ) -> list[tuple[float, bool]]:
-        asked = self._distinct(requests)
+            def generate_until(self, requests: Instances) -> list[str]:
+                return model.generate_until(requests)
+
+        return TaskLM()
+
+    def loglikelihood(self, requests: Instances) -> list[tuple[float, bool]]:
+        """Find how likely continuations are.
+
+        Args:
+            requests: pairs of a context and what it goes on with.
+
+        Returns:
+            The log-likelihood of every continuation in nats, and whether it is the greedy one.
+
+        Raises:
+            TextsError: a continuation has no token of its own, or more than the model takes.
+            ModelError: a log-likelihood is not finite.
+        """
+        asked = self._distinct([self._encode(*one.args) for one in requests])
         tokens = Tokens(max(2, len(asked[0].ids)), self._batch_size)
         texts = int(fitting_tokens(self._decoder, tokens).batch_size)
         found: dict[int, tuple[float, bool]] = {}
@@ -136,10 +127,29 @@ class TaskModel(TemplateLM):
                     advance(sum(len(asked[i].continuations) for i in part.samples))
         return [found[place] for place in range(len(requests))]
 
-    def _distinct(self, requests: Sequence[Request]) -> list[_Asked]:
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of both, divided as lm-eval does: spaces between belong to the second."""
+        if not context:
+            ids = self._tokens(continuation, special=False)
+            first = self.tokenizer.bos_token_id
+            start = int(self.tokenizer.eos_token_id if first is None else first)
+            return ([start], ids) if ids[:1] != [start] else (ids[:1], ids[1:])
+        alone = context.rstrip()
+        whole = self._tokens(context + continuation)
+        given = self._tokens(alone)
+        return given, whole[len(given) :]
+
+    def _tokens(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with what the tokenizer adds by default, but that never twice."""
+        start = self.tokenizer.bos_token
+        special = special and not (start and text.startswith(start))
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        return ids
+
+    def _distinct(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[_Asked]:
         """The sequences to run, the longest first, each once."""
         sequences: dict[tuple[int, ...], _Asked] = {}
-        for place, (_, context, continuation) in enumerate(requests):
+        for place, (context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise TextsError(
                     f"an answer of a task has {len(continuation)} tokens: expected 1 to "
@@ -154,7 +164,9 @@ class TaskModel(TemplateLM):
     def _score(self, batch: Batch, asked: Sequence[_Asked]) -> dict[int, tuple[float, bool]]:
         """Answer what is asked of a batch, by the places of the requests."""
         predicting = np.zeros(batch.input_ids.shape, bool)
-        rows, tokens, places = [], [], []
+        rows: list[int] = []
+        tokens: list[int] = []
+        places: list[int] = []
         seen = 0
         for number, index in enumerate(batch.samples):
             one = asked[index]
@@ -197,16 +209,28 @@ class TaskModel(TemplateLM):
             )
         return logs, hits
 
-    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
-        """Refuse: no task whose scores can be paired by item asks for this."""
+    def loglikelihood_rolling(self, requests: Instances) -> list[float]:
+        """Refuse: no task whose scores can be paired by item asks for this.
+
+        Raises:
+            TextsError: always.
+        """
         raise TextsError("a task of perplexity is measured by --perplexity (evaluate_perplexity)")
 
-    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
-        """Continue every text until one of its stop sequences, its end, or the last token allowed.
+    def generate_until(self, requests: Instances) -> list[str]:
+        """Continue texts, each until one of its stop sequences, its end, or the last token allowed.
+
+        Args:
+            requests: pairs of a text and the settings of its generation.
+
+        Returns:
+            What is generated, without the texts and the stop sequences.
 
         Raises:
             ModelError: the model cannot generate, or has no room for what a task wants.
         """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         if not self._decoder.model.can_generate():
             raise ModelError(
                 f"{type(self._decoder.model).__name__} cannot generate text, which a task asks of "
@@ -222,7 +246,7 @@ class TaskModel(TemplateLM):
             evaluating(self._decoder.model),
         ):
             for places in alike.values():
-                encoded = {place: self.tok_encode(requests[place].args[0]) for place in places}
+                encoded = {place: self._tokens(requests[place].args[0]) for place in places}
                 places.sort(key=lambda place: (-len(encoded[place]), place))
                 step = 8 if self._batch_size == "auto" else self._batch_size
                 for start in range(0, len(places), step):
@@ -235,9 +259,12 @@ class TaskModel(TemplateLM):
     @torch.inference_mode()
     def _continue(self, contexts: list[list[int]], settings: Any) -> list[str]:
         """Generate behind contexts, which are padded on the left."""
+        from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+
         settings = {**settings, **self._sampling}
         new = settings.pop("max_gen_toks")
-        end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        end = self.tokenizer.decode([self.tokenizer.eos_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(settings.pop("until", None), eos=end)
         room = self.max_length - new
         if room < 1:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from ..values.scores import Scores
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize
 from .task_files import TaskGroup, find_tasks
-
-if TYPE_CHECKING:
-    from .task_model import TaskModel
+from .task_model import TaskModel
 
 SAMPLING: Mapping[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 """How answers are sampled for pass@k, as Chen et al. (2021, arXiv 2107.03374) do."""
@@ -150,16 +148,20 @@ class ChosenTasks:
         description: str = "tasks",
     ) -> tuple[TaskScores, ...]:
         """Ask a model; see :func:`evaluate_tasks`."""
-        from .task_model import TaskModel
 
-        def adapted(sampling: Mapping[str, Any] | None, word: str) -> "TaskModel":
+        def adapted(sampling: Mapping[str, Any] | None, word: str) -> TaskModel:
             return TaskModel(
                 Decoder.of(model), tokenizer, batch_size=batch_size, sampling=sampling,
                 progress=progress, description=f"{description}{word}",
             )  # fmt: skip
 
         with silence():
-            tasks = {name: task for group in self.groups for name, task in group.tasks.items()}
+            tasks = {
+                name: task
+                for group in self.groups
+                for name, task in group.tasks.items()
+                if self.items[name]
+            }
             answered = self._ask(adapted(None, ""), tasks)
             generative = {
                 name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"
@@ -174,7 +176,7 @@ class ChosenTasks:
             scores for group in self.groups for scores in _scores_of(group, answered, sampled)
         )
 
-    def _ask(self, model: "TaskModel", tasks: Mapping[str, Any]) -> dict[str, "_Answers"]:
+    def _ask(self, model: TaskModel, tasks: Mapping[str, Any]) -> dict[str, "_Answers"]:
         """Run tasks through lm-eval."""
         from lm_eval.evaluator import evaluate
 
@@ -182,7 +184,7 @@ class ChosenTasks:
             task.set_fewshot_seed(self.seed)
         try:
             result: Any = evaluate(
-                lm=model, task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
+                lm=model.as_lm(), task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
                 samples={name: self.items[name] for name in tasks}, bootstrap_iters=0,
                 log_samples=True,
             )  # fmt: skip
@@ -237,11 +239,12 @@ def _scores_of(
     group: TaskGroup, answered: Mapping[str, _Answers], sampled: Sequence[Mapping[str, _Answers]]
 ) -> Iterator[TaskScores]:
     """The scores of a group as one task, where its tasks have the same measures."""
-    kinds = {(tuple(answered[name].by_metric), answered[name].num_shots) for name in group.tasks}
+    names = [name for name in group.tasks if name in answered]
+    kinds = {(tuple(answered[name].by_metric), answered[name].num_shots) for name in names}
     if group.together and len(kinds) == 1:
-        yield from _one(group.name, list(group.tasks), answered, sampled)
+        yield from _one(group.name, names, answered, sampled)
         return
-    for name in group.tasks:
+    for name in names:
         yield from _one(name, [name], answered, sampled)
 
 
@@ -291,7 +294,7 @@ def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list
 
     Args:
         sizes: items that each task has, by name.
-        most: items in all, at most; but one of each task at least.
+        most: items in all, at most.
         seed: of the draw; the items of a task depend on nothing but its name, its size and the
             seed, and fewer of them are among more.
 
@@ -301,7 +304,7 @@ def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list
     shares = dict.fromkeys(sizes, 0)
     order = [name for name in sizes if sizes[name]]
     np.random.default_rng(seed).shuffle(order)
-    left = max(most, len(order))
+    left = most
     while left and (open_tasks := [name for name in order if shares[name] < sizes[name]]):
         for name in open_tasks[:left]:
             shares[name] += 1
@@ -328,11 +331,11 @@ def silence() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
         for one in loggers:
             one.setLevel(logging.CRITICAL)
-        tqdm.__init__ = partialmethod(started, disable=True)  # type: ignore[method-assign]
+        tqdm.__init__ = partialmethod(started, disable=True)
         try:
             yield
         finally:
-            tqdm.__init__ = started  # type: ignore[method-assign]
+            tqdm.__init__ = started
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
 

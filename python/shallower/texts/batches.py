@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +75,13 @@ class TokenBatches:
         texts: any iterable of strings.
         tokens: how many tokens a text has at most, and how many texts make a batch.
         min_tokens: texts of fewer tokens are rejected.
+        count_bytes: count the bytes of every text behind its first token.
 
     Attributes:
         num_texts: texts read so far.
+        predicted_bytes: by the index of a text its bytes in UTF-8 behind its first token, up to
+            the last one that is kept; none where they are not counted, or the tokenizer is a slow
+            one, which does not tell where tokens lie.
         num_rejected: texts with too few tokens, so far.
         rejections: the first of those, by name.
 
@@ -94,6 +98,7 @@ class TokenBatches:
         tokens: Tokens,
         *,
         min_tokens: int = 1,
+        count_bytes: bool = False,
     ) -> None:
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
@@ -109,6 +114,8 @@ class TokenBatches:
                 f"special tokens that the tokenizer adds to every text"
             )
         self._hash = hashlib.sha256(f"max_length={self._max_length}".encode()).digest()
+        self._count_bytes = count_bytes and bool(getattr(tokenizer, "is_fast", False))
+        self.predicted_bytes: dict[int, int] = {}
         self.num_texts = 0
         self.num_rejected = 0
         self._taken = 0
@@ -162,16 +169,21 @@ class TokenBatches:
         accepted = []
         for offset in range(0, len(texts), self._batch_size):
             part = texts[offset : offset + self._batch_size]
-            for text, ids in zip(part, self._token_ids(part), strict=True):
+            for text, ids, places in zip(part, *self._token_ids(part), strict=True):
                 self._hash = hashlib.sha256(self._hash + ids.tobytes()).digest()
                 if not text or len(ids) < self._min_tokens or len(ids) <= self._num_special:
                     self._reject(f"{len(ids)} tokens" if text else "empty text")
                 else:
                     accepted.append((self.num_texts, ids))
+                    if self._count_bytes:
+                        whole = len(ids) < self._max_length
+                        count = _bytes_behind_first(text, places, whole=whole)
+                        self.predicted_bytes[self.num_texts] = count
                 self.num_texts += 1
         return accepted
 
-    def _token_ids(self, texts: list[str]) -> list[NDArray[np.int64]]:
+    def _token_ids(self, texts: list[str]) -> tuple[list[NDArray[np.int64]], list[Any]]:
+        """The token ids of texts, and where their tokens lie in them, if bytes are counted."""
         for offset, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TextsError(
@@ -184,13 +196,15 @@ class TokenBatches:
                     truncation=True,
                     max_length=self._max_length,
                     return_attention_mask=False,
+                    return_offsets_mapping=self._count_bytes,
                 )
         except Exception as error:  # tokenizers raises bare ones
             last = self.num_texts + len(texts) - 1
             raise TextsError(
                 f"cannot tokenise a text among {self.num_texts} .. {last}: {error}"
             ) from error
-        return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+        ids = [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+        return ids, encoded["offset_mapping"] if self._count_bytes else [None] * len(ids)
 
     def _reject(self, reason: str) -> None:
         self.num_rejected += 1
@@ -211,6 +225,12 @@ class TokenBatches:
         accepted.sort(key=lambda item: (-len(item[1]), item[0]))
         starts = range(0, len(accepted), self._batch_size)
         return [padded(accepted[start : start + self._batch_size]) for start in starts]
+
+
+def _bytes_behind_first(text: str, places: Sequence[tuple[int, int]], *, whole: bool) -> int:
+    """Bytes of a text from the end of its first token on, which is no text if it is special."""
+    end = len(text) if whole else max(stop for _, stop in places)
+    return len(text[places[0][1] : end].encode())
 
 
 def padded(texts: Sequence[tuple[int, NDArray[np.int64]]]) -> Batch:

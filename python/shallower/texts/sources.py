@@ -165,6 +165,26 @@ class Texts:
         return text
 
 
+def read_whole(path: str | Path) -> str:
+    """Read a file of text as one text, with all its white space.
+
+    Args:
+        path: of the file, in UTF-8.
+
+    Returns:
+        The text.
+
+    Raises:
+        TextsError: there is no such file, or it is no text.
+    """
+    try:
+        return Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextsError(f"{path} is no text in UTF-8: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TextsError(f"cannot read a text from {path}: {error}") from error
+
+
 def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
     """Read the lines of a file of text, and skip blank ones.
 

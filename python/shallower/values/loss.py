@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import TextsError
 from .layers import Block
@@ -28,6 +29,8 @@ class Loss:
         vocab_size: size of the vocabulary that the model predicts over.
         by_text: the nats and the predicted tokens of every text, in the order of the texts; None
             where they are not known, as of a loss from the record of a healing.
+        bytes_by_text: (S,) float64, the bytes in UTF-8 of what is predicted of every text; None
+            where they were not counted.
     """
 
     nats: float
@@ -37,6 +40,19 @@ class Loss:
     num_rejected: int
     vocab_size: int
     by_text: Scores | None = field(default=None, compare=False, repr=False)
+    bytes_by_text: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def by_byte(self) -> Scores | None:
+        """The bits and the bytes of every text, a measure that compares across vocabularies."""
+        if self.by_text is None or self.bytes_by_text is None:
+            return None
+        return Scores(self.by_text.sums / math.log(2), self.bytes_by_text)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that the model needs for a byte of text; None where bytes are not known."""
+        return None if self.by_byte is None else self.by_byte.mean
 
     @property
     def normalized(self) -> float:
@@ -52,10 +68,16 @@ class Loss:
         """Give the loss as plain JSON values.
 
         Returns:
-            The fields but ``by_text``, and ``normalized``; an error that is not finite is None.
+            The fields but those by text, and ``normalized``; an error that is not finite is None.
+            Where bytes are known also ``bits_per_byte``, ``bits_per_byte_stderr``, ``num_bytes``.
         """
         figures = {name: getattr(self, name) for name in FIGURES}
-        return {**figures, "stderr": finite(self.stderr), "normalized": self.normalized}
+        plain = {**figures, "stderr": finite(self.stderr), "normalized": self.normalized}
+        if self.by_byte is not None:
+            plain["bits_per_byte"] = finite(self.by_byte.mean)
+            plain["bits_per_byte_stderr"] = finite(self.by_byte.stderr)
+            plain["num_bytes"] = int(self.by_byte.weights.sum())
+        return plain
 
     def to_record(self) -> dict[str, Any]:
         """Give the loss as plain JSON values from which all of it can be read again.
@@ -65,6 +87,8 @@ class Loss:
         """
         scores = self.by_text
         by_text = scores and {"sums": scores.sums.tolist(), "weights": scores.weights.tolist()}
+        if by_text and self.bytes_by_text is not None:
+            by_text["bytes"] = self.bytes_by_text.tolist()
         return {**self.to_json(), "by_text": by_text}
 
     @classmethod
@@ -84,17 +108,19 @@ class Loss:
         """
         values = {name: of_type(dict, data)[name] for name in FIGURES}
         values["stderr"] = math.nan if values["stderr"] is None else values["stderr"]
-        for name, kind in get_type_hints(cls).items():
-            of_type(kind, values.get(name))
+        kinds = get_type_hints(cls)
+        for name, value in values.items():
+            of_type(kinds[name], value)
         scores = data.get("by_text")
         if scores is None:
             return cls(**values)
-        names = ("sums", "weights")
+        names = ("sums", "weights", "bytes") if "bytes" in scores else ("sums", "weights")
         lists = [[of_type(float, v) for v in of_type(list, scores[name])] for name in names]
-        sums, weights = map(np.array, lists)
-        if sums.shape != weights.shape:
-            raise ValueError(f"{len(sums)} sums of {len(weights)} texts")
-        return cls(**values, by_text=Scores(sums, weights))
+        sums, weights, *rest = map(np.array, lists)
+        for other in (weights, *rest):
+            if sums.shape != other.shape:
+                raise ValueError(f"{len(sums)} sums of {len(other)} texts")
+        return cls(**values, by_text=Scores(sums, weights), bytes_by_text=rest[0] if rest else None)
 
     def minus(self, other: "Loss") -> Difference:
         """Compare with the loss of another model, or of a cut, on the same texts.
@@ -128,7 +154,7 @@ class Loss:
 
 
 FIGURES = tuple(one.name for one in fields(Loss) if one.compare)
-"""Names of the figures of a loss, all that it has beside ``by_text``."""
+"""Names of the figures of a loss, all that it has beside what is known by text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,138 @@
+"""Perplexity: that of one long text in windows, as published for WikiText."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import TextsError
+from .schema import finite, of_type
+from .scores import Difference, Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """The loss of a model on one text, tokenised as a whole and cut into windows.
+
+    Attributes:
+        context: tokens of a window, which stand side by side: the stride is that of the text in a
+            window, ``context`` less 1 where there is a beginning-of-text token.
+        bos: whether every window begins with the beginning-of-text token.
+        num_rest: tokens at the end of the text that fill no window, and do not count.
+        by_window: the nats and the predicted tokens of every window.
+    """
+
+    context: int
+    bos: bool
+    num_rest: int
+    by_window: Scores = field(compare=False, repr=False)
+
+    @property
+    def stride(self) -> int:
+        """Tokens of the text from the start of one window to that of the next."""
+        return self.context - self.bos
+
+    @property
+    def nats(self) -> float:
+        """The mean loss over predicted tokens."""
+        return self.by_window.mean
+
+    @property
+    def value(self) -> float:
+        """The perplexity, exp(nats); infinite where that is no float64."""
+        return math.exp(self.nats) if self.nats < 709 else math.inf
+
+    @property
+    def stderr(self) -> float:
+        """The standard error of the perplexity, over windows, to first order."""
+        return self.value * self.by_window.stderr
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are predicted."""
+        return int(self.by_window.weights.sum())
+
+    def minus(self, other: "Perplexity") -> Difference:
+        """Compare with that of another model on the same text.
+
+        Args:
+            other: measured with the same tokenizer, context and token at the beginning.
+
+        Returns:
+            The difference in nats a token, paired by window; exp of it is the ratio of the two
+            perplexities.
+
+        Raises:
+            TextsError: the windows are others.
+        """
+        mine, theirs = self.by_window.weights, other.by_window.weights
+        if (self.context, self.bos) != (other.context, other.bos) or not np.array_equal(
+            mine, theirs
+        ):
+            raise TextsError(
+                f"perplexities cannot be paired: {len(mine)} windows of {self.context} tokens, and "
+                f"{len(theirs)} of {other.context}; measure both on the same text (context, "
+                f"--context; bos, --bos)"
+            )
+        return self.by_window.minus(other.by_window)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the perplexity as plain JSON values.
+
+        Returns:
+            ``perplexity`` with its ``stderr``, ``nats``, ``context``, ``stride``, ``bos``,
+            ``num_windows``, ``num_tokens`` and ``num_rest``; what is not finite is None.
+        """
+        return {
+            "perplexity": finite(self.value),
+            "stderr": finite(self.stderr),
+            "nats": self.nats,
+            "context": self.context,
+            "stride": self.stride,
+            "bos": self.bos,
+            "num_windows": len(self.by_window),
+            "num_tokens": self.num_tokens,
+            "num_rest": self.num_rest,
+        }
+
+    def to_record(self) -> dict[str, Any]:
+        """Give the perplexity as plain JSON values from which all of it can be read again.
+
+        Returns:
+            As :meth:`to_json`, with ``by_window``.
+        """
+        scores = self.by_window
+        by_window = {"sums": scores.sums.tolist(), "weights": scores.weights.tolist()}
+        return {**self.to_json(), "by_window": by_window}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Perplexity":
+        """Read a perplexity.
+
+        Args:
+            data: what :meth:`to_record` gave.
+
+        Returns:
+            The perplexity.
+
+        Raises:
+            KeyError, TypeError: the values are not those of a perplexity.
+            ValueError: there is not a number of tokens for every window.
+        """
+        by_window = of_type(dict, of_type(dict, data)["by_window"])
+        sums, weights = (
+            np.array([float(one) for one in of_type(list, by_window[name])], np.float64)
+            for name in ("sums", "weights")
+        )
+        if sums.shape != weights.shape:
+            raise ValueError(f"{len(sums)} sums of {len(weights)} windows")
+        return cls(
+            of_type(int, data["context"]), of_type(bool, data["bos"]),
+            of_type(int, data["num_rest"]), Scores(sums, weights),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
+        return f"{self.value:.3f}{error}"
