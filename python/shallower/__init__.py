@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .reporting.figures import save_heat_map as save_heat_map
     from .runs.compare import compare as compare
     from .runs.forecast import memory_forecast as memory_forecast
+    from .runs.gain import gain as gain
     from .runs.run import run as run
     from .runs.verify import verify as verify
     from .scanning.analyse import analyse_states as analyse_states
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .values.bootstrap import BootstrappedStart as BootstrappedStart
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
+    from .values.gain import Gain as Gain
     from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
     from .values.identity import TextsIdentity as TextsIdentity
@@ -88,6 +90,7 @@ _HOMES = {
     "Criterion": "judgement.criterion",
     "CriterionError": "errors",
     "Cut": "values.loss",
+    "Gain": "values.gain",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",
     "LayersError": "errors",
@@ -128,6 +131,7 @@ _HOMES = {
     "deepest_block": "values.layers",
     "drop_layers": "cutting.memory",
     "evaluate_loss": "evaluation.loss",
+    "gain": "runs.gain",
     "heal": "healing.heal",
     "load_model": "models.loading",
     "memory_forecast": "runs.forecast",
