@@ -50,9 +50,7 @@ class Account:
     layer_caches: tuple[int, ...]
 
 
-def count(
-    config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: int = 1
-) -> Account:
+def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: int = 1) -> Account:
     """Count what a model holds and does, without its weights.
 
     Args:

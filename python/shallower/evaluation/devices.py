@@ -105,3 +105,27 @@ def find_device(name: str) -> Device:
             f"machine (device, --device)"
         )
     return found
+
+
+_DRIVER_NAMES = {
+    "a100-40": {"A100", "SXM4", "40GB"},
+    "a100-80": {"A100", "SXM4", "80GB"},
+    "h100": {"H100", "80GB", "HBM3"},
+    "h200": {"H200"},
+    "l40s": {"L40S"},
+    "rtx-4090": {"GEFORCE", "RTX", "4090"},
+}
+"""Words of the names that drivers give to the GPUs of the table."""
+
+
+def known_as(title: str) -> Device | None:
+    """Find a GPU by the name that its driver gives it.
+
+    Args:
+        title: such as ``NVIDIA A100-SXM4-80GB``.
+
+    Returns:
+        The GPU of the table; None for others, slower forms of the same chip among them.
+    """
+    words = set(title.upper().replace("-", " ").split()) - {"NVIDIA"}
+    return next((DEVICES[name] for name, own in _DRIVER_NAMES.items() if own == words), None)

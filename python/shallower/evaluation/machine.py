@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..models.memory import device_memory, main_device
-from .devices import HERE, Device
+from .devices import DEVICES, HERE, Device, known_as
 
 _WIDTH = 2048
 """Rows and columns of the matrices that are multiplied."""
@@ -68,6 +68,17 @@ def this_machine(dtype: str) -> Device:
         HERE, title_of(device), {name: 8 * _ROWS * _WIDTH**2 / multiplying}, count * size / streaming,
         device_memory(device), "measured here", launching / _FewOperations.COUNT,
     )  # fmt: skip
+
+
+def own_device() -> Device:
+    """Find the GPU of this machine in the table of devices.
+
+    Returns:
+        Its entry; that of an A100 of 80 GB where there is no GPU, or one that is not in the table.
+    """
+    device = main_device()
+    found = known_as(title_of(device)) if device.type == "cuda" else None
+    return found or DEVICES["a100-80"]
 
 
 class _FewOperations(nn.Module):

@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .account import cache_of
 from .machine import settle
 
 STEPS = 16
-"""Tokens that are decoded after each prefill; their mean is one measurement."""
+"""Tokens that are decoded after each prefill; the median of their times is one measurement."""
 
 REPEATS = 5
 """Measurements of each model, in turns; before them both run once, untimed."""
@@ -31,22 +32,20 @@ def time_forwards(
         steps: tokens that are decoded one after the other, each the likeliest.
 
     Returns:
-        Seconds of the prefill, and of a decoded token: the mean of ``steps`` forwards with a cache
-        of transformers.
+        Seconds of the prefill, and of a decoded token: the median of ``steps`` forwards with a
+        cache of transformers.
     """
     device = model.device
     with torch.inference_mode(), evaluating(model):
         ids = _ids(model, context, batch)
-        settle(device)
-        started = time.perf_counter()
-        chosen, cache = _forward(model, ids, {})
-        settle(device)
-        prefilled = time.perf_counter()
-        for _ in range(steps):
-            chosen, cache = _forward(model, chosen, cache)
-        settle(device)
-        ended = time.perf_counter()
-    return prefilled - started, (ended - prefilled) / steps
+        times, cache = [], dict[str, Any]()
+        for _ in range(1 + steps):
+            settle(device)
+            started = time.perf_counter()
+            ids, cache = _forward(model, ids, cache)
+            settle(device)
+            times.append(time.perf_counter() - started)
+    return times[0], median(times[1:])
 
 
 def peak_bytes(model: PreTrainedModel, *, context: int, batch: int = 1) -> int:

@@ -119,7 +119,9 @@ class _Subject:
             options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
             model = ModelSource(model, **options)
         if isinstance(model, ModelSource):
-            return cls(str(model), model.read_config(), model, None)
+            here = Path(model.path).expanduser().exists()
+            name = model.gguf_file or (Path(model.path).name if here else str(model.path))
+            return cls(name, model.read_config(), model, None)
         from transformers import PretrainedConfig, PreTrainedModel
 
         if isinstance(model, PretrainedConfig):
@@ -205,7 +207,7 @@ def _on(
 
 
 def _measured(subject: _Subject, found: Gain) -> Measured:
-    """Time the model with and without the layers, in turns, each turn the other way round."""
+    """Time the model with and without the layers in turns, every second turn the other way round."""
     from ..cutting.memory import without_layers
     from ..evaluation.machine import title_of
     from ..evaluation.speed import REPEATS, peak_bytes, time_forwards
