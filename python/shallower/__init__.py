@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .runs.compare import compare as compare
     from .runs.curve import curve as curve
     from .runs.forecast import memory_forecast as memory_forecast
+    from .runs.gain import gain as gain
     from .runs.report import report as report
     from .runs.run import run as run
     from .runs.verify import verify as verify
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
     from .values.curve import Curve as Curve
+    from .values.gain import Gain as Gain
     from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
     from .values.identity import TextsIdentity as TextsIdentity
@@ -96,6 +98,7 @@ _HOMES = {
     "CriterionError": "errors",
     "Curve": "values.curve",
     "Cut": "values.loss",
+    "Gain": "values.gain",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",
     "LayersError": "errors",
@@ -141,6 +144,7 @@ _HOMES = {
     "evaluate_loss": "evaluation.loss",
     "evaluate_perplexity": "evaluation.perplexity",
     "evaluate_tasks": "evaluation.tasks",
+    "gain": "runs.gain",
     "heal": "healing.heal",
     "load_model": "models.loading",
     "memory_forecast": "runs.forecast",

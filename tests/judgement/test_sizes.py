@@ -75,6 +75,40 @@ def test_the_fewest_layers_that_leave_so_few_parameters(parameters, most):
         assert len(model.asked) == 1
 
 
+@given(times=st.lists(st.integers(1, 9), min_size=2, max_size=20), percent=st.integers(1, 99))
+def test_the_fewest_layers_that_leave_so_little_of_the_time(times, percent):
+    """A tenth of the time lies outside the layers."""
+    shares = [0.9 * time / sum(times) for time in times]
+
+    class Timed(Model):
+        def left(self, n):
+            return 0.1 + super().left(n)
+
+        def left_at_least(self, n):
+            return 0.1 + super().left_at_least(n)
+
+    model, most = Timed([0.0] * len(times), shares), percent / 100
+    fitting = [n for n in range(1, len(times)) if 0.1 + sum(shares[n:]) <= most]
+    if not fitting:
+        with pytest.raises(PlanError, match=f"no cut leaves at most {most:g} of the time .*still"):
+            model.choose(latency=most)
+        return
+    found = model.choose(latency=most)
+    assert found.n == min(fitting)
+    assert found.reason == (
+        f"the fewest layers whose absence leaves at most {most:g} of the time of a token"
+    )
+
+
+def test_a_memory_that_the_model_has_already_or_that_no_cut_has():
+    model = Model([0.0] * 4, [10**9] * 4)
+    assert model.choose(memory=2 * 10**9).n == 2
+    with pytest.raises(PlanError, match=r"the model takes 4\.0 GB of weights and cache, at 2,048"):
+        model.choose(memory=4 * 10**9)
+    with pytest.raises(PlanError, match=r"no cut leaves at most 0\.5 GB .* takes 1\.0 GB"):
+        model.choose(memory=5 * 10**8)
+
+
 def test_the_knee_is_where_the_curve_bends():
     losses = [0.02 * n if n <= 4 else 0.08 + 0.3 * (n - 4) for n in range(30)]
     found = Model(losses).choose()

@@ -162,6 +162,30 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     assert "on the texts that report, more than the" in warned
 
 
+def test_a_latency_and_a_memory_are_met(done, learned, words, tmp_path):
+    """All layers are alike, so that two are the fewest for what is left without two of them."""
+    found = sh.gain(learned, done.recommended.plan, device="h100", context=16)
+    assert len(found.dropped) == 2
+    share = found.on("h100").decode_ratio
+    options = {**TAKEN, "device": "h100", "context": 16}
+    wish = {"target_latency": share + 1e-6}
+    fast = sh.run(learned, words, TEXTS, **options, out=tmp_path / "fast", **wish)
+    assert fast.recommended.plan.dropped == done.recommended.plan.dropped
+    assert "of the time of a token" in fast.recommended.reason
+    options = {**TAKEN, "context": 16}
+    wish = {"target_memory": found.after.memory}
+    small = sh.run(learned, words, TEXTS, **options, out=tmp_path / "small", **wish)
+    assert len(small.recommended.plan.dropped) == 2
+
+
+def test_a_device_that_is_not_known_is_one_sentence(learned, words, tmp_path):
+    with pytest.raises(sh.ModelError, match="unknown device 'v100': expected one of a100-40"):
+        sh.run(
+            learned, words, TEXTS, **TAKEN, out=tmp_path / "out", target_latency=0.8, device="v100"
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
     options = {**TAKEN, "cache": False, "progress": False}
     steps = sh.run(learned, words, TEXTS, **options, out=tmp_path / "out", n=3, iterate=1)
@@ -173,7 +197,10 @@ def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
     ("wish", "message"),
     [
         ({"max_loss": 1e-6}, "no cut loses at most 1e-06 nats"),
-        ({"params": 10}, "no cut leaves 10"),
+        ({"params": 10}, "no cut leaves at most 10 parameters"),
+        ({"target_latency": 0.01, "context": 8}, "no cut leaves at most 0.01 of the time"),
+        ({"target_memory": "1kB", "context": 8}, "no cut leaves at most 0.0 MB of weights"),
+        ({"target_memory": "1TB"}, "which is no more than 1000.0 GB .* already"),
         ({"params": 10**9}, "no more than 1,000,000,000 already: nothing has to go"),
     ],
 )

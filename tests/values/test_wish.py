@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import LayersError
-from shallower.values.wish import Wish, parse_count
+from shallower.values.wish import Wish, parse_count, parse_share
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,24 @@ def test_numbers_of_parameters_are_read(text, count):
 def test_what_is_no_number_of_parameters_is_refused(text):
     with pytest.raises(LayersError, match="--params"):
         parse_count(text)
+
+
+def test_shares_are_read():
+    assert [parse_share(text) for text in ("0.8x", "0.8", " 0.25 X")] == [0.8, 0.8, 0.25]
+    for text in ("", "x", "80%", "-0.5", "1/2"):
+        with pytest.raises(LayersError, match="--target-latency"):
+            parse_share(text)
+
+
+def test_a_wish_is_told_and_stored():
+    wish = Wish(latency=0.8, device="h100", context=512)
+    assert str(wish) == "a token in at most 0.8 of the time"
+    assert str(Wish(memory=12 * 10**9)) == ("at most 12.0 GB of weights and cache, at 2,048 tokens")
+    assert Wish(**wish.to_json()) == wish
+    assert Wish(n=2, context=7).size(6) == 2
+    assert Wish(context=7).is_none
+    assert not wish.is_none
+    assert wish.size(6) is None
 
 
 @given(fraction=st.floats(0.001, 0.999), num_layers=st.integers(2, 200))
@@ -62,6 +80,13 @@ def test_a_fraction_that_is_a_whole_number_of_layers_is_that_number():
         ({"max_loss": "0.3"}, "expected a number"),
         ({"n": -(10**400)}, "expected at least 1"),
         ({"fraction": 10**400}, "above 0"),
+        ({"latency": 1.0}, r"latency = 1.0: expected a share .*--target-latency"),
+        ({"latency": True}, "expected a number"),
+        ({"memory": 0}, r"memory = 0: expected at least 1 .*--target-memory"),
+        ({"memory": 1.5}, "expected a whole number"),
+        ({"memory": 10, "latency": 0.5}, "latency and memory are given: expected one of n"),
+        ({"memory": 10, "context": 0}, r"context = 0: expected at least 1 .*--context"),
+        ({"memory": 10, "device": "h100"}, "device = 'h100' without a latency"),
     ],
 )
 def test_a_wish_that_cannot_be_is_refused(wish, message):

@@ -66,6 +66,11 @@ COMMANDS = {
         "Measure loss, perplexity and tasks, before and after a cut.",
         "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
     ),
+    "gain": Command(
+        "gain",
+        "Tell what a cut saves, by the config alone.",
+        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --device a100-80",
+    ),
     "patch": Command(
         "patch",
         "Drop layers and heal the cut in minutes, with no parameter added.",

@@ -50,7 +50,23 @@ MaxLoss = Annotated[
     typer.Option(
         metavar="X",
         help="Nats a token that may be lost, after the patch. Without any of these "
-        "four: the knee of the curve of losses.",
+        "and of the targets: the knee of the curve of losses.",
+    ),
+]
+TargetLatency = Annotated[
+    str | None,
+    typer.Option(
+        metavar="S",
+        help="Share of the time of a token that is to be left, at most, as 0.8x: by the "
+        "forecast for --device.",
+    ),
+]
+TargetMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes of weights and of the cache of --context tokens that are to be left, at "
+        "most, as 12GB.",
     ),
 ]
 Blocks = Annotated[
@@ -75,6 +91,19 @@ def run_command(
     fraction: Fraction = None,
     params: Params = None,
     max_loss: MaxLoss = None,
+    target_latency: TargetLatency = None,
+    target_memory: TargetMemory = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Device of that forecast, as gain has them; this machine's GPU if it is one of "
+            "them, else a100-80.",
+        ),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a text, of both targets.", min=1)
+    ] = 2048,
     blocks: Blocks = None,
     iterate: Annotated[
         int | None,
@@ -123,11 +152,15 @@ def run_command(
 
     source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     tokens = Tokens(max_length, parse_batch_size(batch_size))
+    wish = _wish(
+        n, fraction, params, max_loss, target_latency=target_latency,
+        target_memory=target_memory, device=device, context=context,
+    )  # fmt: skip
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
         source, {"run": model, "texts": texts, "eval_texts": eval_texts}, no_cache or dry_run,
         dry_run=dry_run, as_json=as_json, texts=read_texts(texts), eval_texts=held_out,
-        wish=_wish(n, fraction, params, max_loss), out=out, top=top, blocks=blocks, step=iterate,
+        wish=wish, out=out, top=top, blocks=blocks, step=iterate,
         tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts, threads=threads,
         heal=heal, heal_steps=heal_steps, seed=seed, overwrite=overwrite,
     )  # fmt: skip
@@ -165,7 +198,7 @@ def demo_command(
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
     described = {"demo": Path(source.path).name, "texts": len(read), "eval_texts": len(held_out)}
     wish = _wish(n, fraction, params, max_loss)
-    if not any(wish.to_json().values()):
+    if wish.is_none:
         wish = _wish(demo.NUM_LAYERS, None, None, None)
     _carry_out(
         source, described, no_cache or dry_run, dry_run=dry_run, as_json=as_json, texts=read,
@@ -175,11 +208,23 @@ def demo_command(
 
 
 def _wish(
-    n: int | None, fraction: float | None, params: str | None, max_loss: float | None
+    n: int | None,
+    fraction: float | None,
+    params: str | None,
+    max_loss: float | None,
+    *,
+    target_latency: str | None = None,
+    target_memory: str | None = None,
+    **how: Any,
 ) -> "Wish":
-    from ..values.wish import Wish, parse_count
+    from ..values.memory import parse_size
+    from ..values.wish import Wish, parse_count, parse_share
 
-    return Wish(n, fraction, None if params is None else parse_count(params), max_loss)
+    return Wish(
+        n, fraction, None if params is None else parse_count(params), max_loss,
+        latency=None if target_latency is None else parse_share(target_latency),
+        memory=None if target_memory is None else parse_size(target_memory), **how,
+    )  # fmt: skip
 
 
 def _carry_out(

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import PlanError
+from ..values.memory import format_size
 from ..values.scores import Difference
 from ..values.wish import Wish
 
@@ -49,8 +51,8 @@ def choose_size(
     num_layers: int,
     *,
     lost: Callable[[int], Difference],
-    left: Callable[[int], int],
-    left_at_least: Callable[[int], int],
+    left: Callable[[int], float],
+    left_at_least: Callable[[int], float],
 ) -> SizeChoice:
     """Find how many layers are to go.
 
@@ -59,43 +61,86 @@ def choose_size(
         num_layers: layers of the model, L.
         lost: what the model loses without so many layers, after a quick patch, on texts that
             choose; asked for no more sizes than it takes, and taken to grow with them.
-        left: parameters that the best cut of so many layers leaves.
-        left_at_least: parameters that any cut of so many layers leaves, at least.
+        left: what the best cut of so many layers leaves, in the unit of the wish: parameters, the
+            share of the time of a token, or bytes.
+        left_at_least: what any cut of so many layers leaves, at least.
 
     Returns:
         The number, and why.
 
     Raises:
         LayersError: the model cannot lose so many.
-        PlanError: no cut leaves so few parameters, or the whole model has no more.
+        PlanError: no cut leaves so little, or the whole model has no more.
     """
     n = wish.size(num_layers)
     if n is not None:
         return SizeChoice(n, f"{wish}, as asked for")
-    if wish.params is not None:
-        return _few_parameters(wish.params, num_layers, left, left_at_least)
+    target = _target(wish)
+    if target is not None:
+        return _least(target, num_layers, left, left_at_least)
     if wish.max_loss is not None:
         return _within(wish.max_loss, num_layers, lost)
     return knee({n: lost(n) for n in curve_sizes(num_layers)})
 
 
-def _few_parameters(
-    params: int, num_layers: int, left: Callable[[int], int], left_at_least: Callable[[int], int]
-) -> SizeChoice:
-    """The fewest layers whose absence leaves so few parameters."""
-    if left_at_least(0) <= params:
+class _Target(NamedTuple):
+    """A measure that is to be at most so much.
+
+    Attributes:
+        most: the limit.
+        leaves: what a cut does that keeps to it.
+        told: a value of it, in words.
+        has: what a model does that has so much, a value to follow.
+        option: where it was asked for.
+    """
+
+    most: float
+    leaves: str
+    told: Callable[[float], str]
+    has: str
+    option: str
+
+
+def _target(wish: Wish) -> _Target | None:
+    if wish.params is not None:
+        return _Target(
+            wish.params, f"leaves at most {wish.params:,} parameters",
+            lambda value: f"{value:,} parameters", "has", "params, --params",
+        )  # fmt: skip
+    if wish.latency is not None:
+        return _Target(
+            wish.latency, f"leaves at most {wish.latency:g} of the time of a token",
+            lambda value: f"{value:.3g} of the time of a token", "takes",
+            "latency, --target-latency",
+        )  # fmt: skip
+    if wish.memory is not None:
+        beside = f" of weights and cache, at {wish.context:,} tokens"
+        return _Target(
+            wish.memory, f"leaves at most {format_size(wish.memory)}{beside}",
+            lambda value: f"{format_size(round(value))}{beside}", "takes",
+            "memory, --target-memory",
+        )  # fmt: skip
+    return None
+
+
+def _least(
+    target: _Target, num_layers: int, left: Callable[[int], float],
+    left_at_least: Callable[[int], float],
+) -> SizeChoice:  # fmt: skip
+    """The fewest layers whose absence leaves so little."""
+    most, told = target.most, target.told
+    if left_at_least(0) <= most:
         raise PlanError(
-            f"the model has {left_at_least(0):,} parameters, which is no more than {params:,} "
-            f"already: nothing has to go; ask for fewer (params, --params)"
+            f"the model {target.has} {told(left_at_least(0))}, which is no more than {told(most)} "
+            f"already: nothing has to go; ask for less ({target.option})"
         )
-    reason = f"the fewest layers whose absence leaves at most {params:,} parameters"
     for n in range(1, num_layers):
-        if left_at_least(n) <= params and left(n) <= params:
-            return SizeChoice(n, reason)
+        if left_at_least(n) <= most and left(n) <= most:
+            return SizeChoice(n, f"the fewest layers whose absence {target.leaves}")
     raise PlanError(
-        f"no cut leaves {params:,} parameters or fewer: with one layer of {num_layers} there are "
-        f"{left_at_least(num_layers - 1):,} still, those outside the layers among them; ask for "
-        f"more (params, --params)"
+        f"no cut {target.leaves}: with one layer of {num_layers} it {target.has} "
+        f"{told(left_at_least(num_layers - 1))} still, those outside the layers among them; ask "
+        f"for more ({target.option})"
     )
 
 

@@ -33,13 +33,26 @@ def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
     Returns:
         The bytes.
     """
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    return sum(stored_bytes(model, dtype).values()) + buffers
+
+
+def stored_bytes(model: PreTrainedModel, dtype: str) -> dict[nn.Parameter, int]:
+    """Count the bytes of each of a model's weights as it is loaded.
+
+    Args:
+        model: as for :func:`weight_bytes`.
+        dtype: dtype of the weights.
+
+    Returns:
+        The bytes by weight.
+    """
     size = 4 if dtype == "float32" else 2
-    total = sum(p.numel() * size for p in model.parameters())
-    total += sum(b.numel() * b.element_size() for b in model.buffers())
+    found = {weight: weight.numel() * size for weight in model.parameters()}
     if dtype in ("nf4", "int8"):
         for module in _quantised(model):
-            total += _quantised_bytes(module, dtype) - _weight(module).numel() * size
-    return total
+            found[_weight(module)] = _quantised_bytes(module, dtype)
+    return found
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -85,9 +98,9 @@ def _quantised(model: PreTrainedModel) -> list[nn.Module]:
     return found
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
+def _weight(module: nn.Module) -> nn.Parameter:
     weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    assert isinstance(weight, nn.Parameter)
     return weight
 
 
@@ -148,6 +161,22 @@ def main_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def device_memory(device: torch.device) -> int:
+    """Count all bytes of a device, whether they are free or not.
+
+    Args:
+        device: a GPU, or the CPU.
+
+    Returns:
+        The memory of the GPU, or of the machine.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def device_room(given: str | int | None = None, processes: int = 1) -> tuple[int, bool]:

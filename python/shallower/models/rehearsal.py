@@ -80,25 +80,24 @@ def first_that_runs(make: Callable[[str | None], Step]) -> Step | None:
     return None
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that are made in its body, until they go.
+
+    Args:
+        known: numbers of storages that do not count, as weights.
 
     Attributes:
         peak: the bytes that were held at the peak.
     """
 
-    def __init__(self, known: set[int], padded: bool) -> None:
+    def __init__(self, known: set[int]) -> None:
         super().__init__()
         self.peak = self._now = 0
-        self._known, self._padded = known, padded
+        self._known = known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return self._read(args[0])
-        if func in _COMPARISONS:
-            return True
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func.namespace == "aten":
             with self:  # there, what is made of other operations arrives as a whole
@@ -109,12 +108,6 @@ class _LiveBytes(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self._count(value)
         return output
-
-    def _read(self, value: torch.Tensor) -> Any:
-        """The value of a tensor that has none: masks have padding if the texts have."""
-        if value.dtype == torch.bool:
-            return not self._padded
-        return 1.0 if value.is_floating_point() else 1
 
     def _count(self, value: torch.Tensor) -> None:
         storage = value.untyped_storage()
@@ -130,6 +123,29 @@ class _LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+class _Rehearsed(LiveBytes):
+    """The same where tensors have no values, and whoever asks for one is given what is likely."""
+
+    def __init__(self, known: set[int], padded: bool) -> None:
+        super().__init__(known)
+        self._padded = padded
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._read(args[0])
+        if func in _COMPARISONS:
+            return True
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _read(self, value: torch.Tensor) -> Any:
+        """The value of a tensor that has none: masks have padding if the texts have."""
+        if value.dtype == torch.bool:
+            return not self._padded
+        return 1.0 if value.is_floating_point() else 1
 
 
 class Rehearsal:
@@ -186,6 +202,6 @@ class Rehearsal:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(self._mode)
-            live = stack.enter_context(_LiveBytes(set(self._weights), padded))
+            live = stack.enter_context(_Rehearsed(set(self._weights), padded))
             step()
         return live.peak

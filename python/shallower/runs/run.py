@@ -8,6 +8,7 @@ from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..reporting.figures import HEAT_MAP_FILE
 from ..values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ..values.memory import parse_size
 from ..values.recipe import Recipe
 from ..values.tokens import BatchSize, Tokens
 from ..values.wish import Wish
@@ -35,6 +36,10 @@ def run(
     fraction: float | None = None,
     params: int | None = None,
     max_loss: float | None = None,
+    target_latency: float | None = None,
+    target_memory: int | str | None = None,
+    device: str | None = None,
+    context: int = 2048,
     blocks: int | None = None,
     iterate: int | None = None,
     top: int = TOP,
@@ -59,8 +64,8 @@ def run(
     transformers and, with ``heal``, trained. Some of the texts fit, some choose, and others
     report: no figure in the result is of a text that anything was chosen by.
 
-    What is wanted is told by ``n``, ``fraction``, ``params`` or ``max_loss``; by none of them it
-    is the knee of the curve of losses. Leaves in ``out`` the scan, the plan, ``results.json``,
+    What is wanted is told by ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` or
+    ``target_memory``; by none of them it is the knee of the curve of losses. Leaves in ``out`` the scan, the plan, ``results.json``,
     which is written before each next step, and ``checkpoint/``; with ``heal`` also ``healed/``. A
     run that was cut short goes on when it is called again with the same arguments. The model is
     as before afterwards.
@@ -78,6 +83,13 @@ def run(
         fraction: the share of the layers that is to go, at least.
         params: parameters that are to be left, at most.
         max_loss: nats a token above the whole model that are allowed, after the patch.
+        target_latency: the share of the time of a token that is to be left, at most, by the
+            forecast of :func:`gain`.
+        target_memory: bytes of the weights and of the cache of one text that are to be left, at
+            most, as a number or as ``12GB``.
+        device: the device of that forecast, as for :func:`gain`; by default the GPU of this machine
+            if it is in the table, else ``a100-80``.
+        context: tokens of a text before it is continued, of both targets.
         blocks: blocks at most; any number by default.
         iterate: choose so many layers at a time, each time looking at the patched cut again.
         top: proposals of every criterion.
@@ -108,7 +120,8 @@ def run(
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
         TextsError: no texts, or too few for three sets.
         StatesError: no text could be compared.
-        ModelError: the model cannot be loaded or run, or the saved checkpoint is another model;
+        ModelError: the model cannot be loaded, run or (for a target) counted, there is no such
+            ``device``, or the saved checkpoint is another model;
             then ``results.json`` holds all that is known.
         CacheError: what the cache holds is damaged.
         MissingExtraError: ``heal`` without peft.
@@ -122,9 +135,14 @@ def run(
         True
     """
     refuse_several("runs are")
+    memory = parse_size(target_memory) if isinstance(target_memory, str) else target_memory
+    wish = Wish(
+        n, fraction, params, max_loss, latency=target_latency, memory=memory, device=device,
+        context=context,
+    )  # fmt: skip
     job = RunJob(
         model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
-        wish=Wish(n, fraction, params, max_loss), out=Path(out), top=top, blocks=blocks,
+        wish=wish, out=Path(out), top=top, blocks=blocks,
         step=iterate, tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, prompts=prompts, heal=heal,
         heal_steps=heal_steps, seed=seed, overwrite=overwrite, cache=open_cache(not cache),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LayersError, ModelError, OutputError, RecipeError, TextsError
+from ..evaluation.devices import HERE, find_device
 from ..models.source import ModelSource
 from ..reporting.figures import HEAT_MAP_FILE
 from ..storage import check_free
@@ -131,6 +132,8 @@ class RunJob:
             from ..healing.checks import require_peft
 
             require_peft()
+        if self.wish.device not in (None, HERE):
+            find_device(str(self.wish.device))
         n = self.wish.size(self.model.count_layers())
         if self.step is not None and n is not None and self.step > n:
             raise LayersError(

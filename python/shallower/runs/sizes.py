@@ -22,6 +22,7 @@ from ..values.tokens import Tokens
 from ..values.verification import Verified
 from ..values.wish import Wish
 from .asked import Asked
+from .footprint import footprint
 
 VERIFYING_TEXTS = 64
 """Texts that proposals are measured and quick patches are solved on, at most."""
@@ -100,9 +101,16 @@ class Sizes:
         Raises:
             LayersError, PlanError: as :func:`choose_size`.
         """
+        whole, of_layers = self._footprint(wish)
+
+        def left(n: int) -> float:
+            return whole - sum(of_layers[layer] for layer in self.verify(n).plan.dropped)
+
+        def left_at_least(n: int) -> float:
+            return whole - sum(sorted(of_layers)[len(of_layers) - n :])
+
         found = choose_size(
-            wish, len(self._decoder), lost=self.lost, left=self._left,
-            left_at_least=self._left_at_least,
+            wish, len(self._decoder), lost=self.lost, left=left, left_at_least=left_at_least
         )  # fmt: skip
         return found, {found.n, *self._verified}
 
@@ -122,14 +130,11 @@ class Sizes:
             scores = verifier.scores(dropped, after="none")
         return scores.minus(verifier.scores((), after="none"))
 
-    def _left(self, n: int) -> int:
-        """The parameters that are left without ``n`` layers."""
-        return self._num_parameters - self._gone(self.verify(n).plan.dropped)
-
-    def _left_at_least(self, n: int) -> int:
-        """The parameters that are left without the ``n`` largest layers."""
-        largest = sorted(self._of_layers)[len(self._of_layers) - n :]
-        return self._num_parameters - sum(largest)
+    def _footprint(self, wish: Wish) -> tuple[float, Sequence[float]]:
+        """What the whole model takes, and each layer of it, in the unit of a wish."""
+        if wish.latency is not None or wish.memory is not None:
+            return footprint(self._decoder, wish)
+        return self._num_parameters, self._of_layers
 
     @cached_property
     def _num_parameters(self) -> int:

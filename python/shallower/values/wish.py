@@ -8,8 +8,16 @@ from typing import Any
 
 from ..errors import LayersError
 from .layers import check_size
+from .memory import format_size
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", re.IGNORECASE)
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*x?", re.IGNORECASE)
+_OPTIONS = {
+    "n": "n", "fraction": "fraction", "params": "params", "max_loss": "max-loss",
+    "latency": "target-latency", "memory": "target-memory",
+}  # fmt: skip
+"""The measures, with the options of the command line."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -34,9 +42,29 @@ def parse_count(text: str) -> int:
     return count
 
 
+def parse_share(text: str) -> float:
+    """Read a share, as ``0.8x`` or ``0.8``.
+
+    Args:
+        text: a number, with an x behind it or without.
+
+    Returns:
+        The number.
+
+    Raises:
+        LayersError: it is none.
+    """
+    found = _SHARE.fullmatch(text.strip())
+    if found is None:
+        raise LayersError(
+            f"{text!r} is no share: expected one as 0.8x (target_latency, --target-latency)"
+        )
+    return float(found[1])
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """How many layers are to go: by one of four measures; by none, as many as cost little.
+    """How many layers are to go: by one of six measures; by none, as many as cost little.
 
     Attributes:
         n: so many layers.
@@ -44,6 +72,13 @@ class Wish:
         params: as many as it takes to leave at most so many parameters.
         max_loss: as many as can go for at most so many nats a token above the whole model, after
             the patch.
+        latency: as many as it takes for a token to need at most this share of the whole model's
+            time, above 0 and below 1, by the forecast for ``device``.
+        memory: as many as it takes to need at most so many bytes for the weights and the cache of
+            ``context`` tokens of one text.
+        device: the device of the forecast; None for the GPU of this machine if it is in the table,
+            else an A100 of 80 GB.
+        context: tokens of a text before it is continued, of ``latency`` and ``memory``.
 
     Raises:
         LayersError: more than one is given, or one that cannot be.
@@ -53,21 +88,32 @@ class Wish:
     fraction: float | None = None
     params: int | None = None
     max_loss: float | None = None
+    latency: float | None = None
+    memory: int | None = None
+    device: str | None = None
+    context: int = 2048
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in asdict(self).items() if value is not None}
+        measures = {name: getattr(self, name) for name in _OPTIONS}
+        given = {name: value for name, value in measures.items() if value is not None}
         if len(given) > 1:
             raise LayersError(
-                f"{' and '.join(given)} are given: expected one of n, fraction, params and "
-                f"max_loss, or none (--n, --fraction, --params, --max-loss)"
+                f"{' and '.join(given)} are given: expected one of {', '.join(_OPTIONS)}, or none "
+                f"({', '.join(f'--{option}' for option in _OPTIONS.values())})"
             )
         for name, value in given.items():
             self._check(name, value)
+        self._check("context", self.context)
+        if self.device is not None and self.latency is None:
+            raise LayersError(
+                f"device = {self.device!r} without a latency: it is what a latency is forecast for "
+                f"(latency, --target-latency)"
+            )
 
     def _check(self, name: str, value: Any) -> None:
-        whole = name in ("n", "params")
+        whole = name in ("n", "params", "memory", "context")
         number = isinstance(value, int) or (isinstance(value, float) and not whole)
-        option = f"({name}, --{name.replace('_', '-')})"
+        option = f"({name}, --{_OPTIONS.get(name, name)})"
         if (
             isinstance(value, bool)
             or not number
@@ -75,8 +121,8 @@ class Wish:
         ):
             kind = "a whole number" if whole else "a number"
             raise LayersError(f"{name} = {value!r}: expected {kind} {option}")
-        if name == "fraction" and not 0 < value < 1:
-            raise LayersError(f"fraction = {value}: expected a share above 0 and below 1 {option}")
+        if name in ("fraction", "latency") and not 0 < value < 1:
+            raise LayersError(f"{name} = {value}: expected a share above 0 and below 1 {option}")
         if whole and value < 1:
             raise LayersError(f"{name} = {value}: expected at least 1 {option}")
         if name == "max_loss" and value <= 0:
@@ -111,6 +157,11 @@ class Wish:
         """Give the wish as plain JSON values: its fields, None for those that are not given."""
         return asdict(self)
 
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is asked for."""
+        return all(getattr(self, name) is None for name in _OPTIONS)
+
     def __str__(self) -> str:
         if self.n is not None:
             return f"{self.n} layers less"
@@ -120,4 +171,9 @@ class Wish:
             return f"at most {self.params:,} parameters"
         if self.max_loss is not None:
             return f"at most {self.max_loss:g} nats a token more"
+        if self.latency is not None:
+            return f"a token in at most {self.latency:g} of the time"
+        if self.memory is not None:
+            told = format_size(self.memory)
+            return f"at most {told} of weights and cache, at {self.context:,} tokens"
         return "as many layers less as cost little each"

@@ -1,0 +1,68 @@
+"""``shallower gain``: what a cut saves, forecast and measured."""
+
+from typing import Annotated
+
+import typer
+
+from ..evaluation.devices import DEVICES, HERE
+from .options import (
+    Drop,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    PlanPath,
+    TrustRemoteCode,
+    named_layers,
+    quiet,
+)
+from .output import print_json, show
+
+
+def gain_command(
+    model: Model,
+    *,
+    drop: Drop = None,
+    plan: PlanPath = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Device of the forecast: {', '.join(DEVICES)}, or {HERE} for this machine; "
+            "all of them by default.",
+        ),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a text before it is continued.", min=1)
+    ] = 2048,
+    batch: Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)] = 1,
+    dtype: Dtype = "auto",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Load the model, and time it here with and without them."),
+    ] = False,
+    gguf_file: GgufFile = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a cut saves, by the config alone.
+
+    Parameters, bytes of weights and of keys and values, operations, and the time of a
+    prefill and of a token by the roofline of a device; no weight is read without
+    --measure. --dtype auto is bfloat16, with --measure or --device here that in which
+    the model would be loaded here.
+    """
+    from ..runs.gain import gain
+
+    layers = named_layers(drop, plan)
+    quiet()
+    found = gain(
+        model, layers, device=device, context=context, batch=batch, dtype=dtype, measure=measure,
+        gguf_file=gguf_file, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if as_json:
+        print_json(found.to_json())
+        return
+    from ..reporting.gain import gain_table
+
+    show(gain_table(found))

@@ -1,0 +1,131 @@
+"""GPUs by their datasheets: what the forecasts of the roofline are made for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ..errors import ModelError
+
+HERE = "here"
+"""The name of the machine at hand, which has no datasheet and is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A machine as the roofline sees it.
+
+    Attributes:
+        name: as ``--device`` takes it.
+        title: as people call it.
+        flops: operations a second at most by dtype of the weights, dense.
+        bandwidth: bytes a second between memory and processor.
+        memory: bytes of memory.
+        source: where the figures are from.
+        launch: seconds that an operation of torch takes beside its arithmetic; unknown, and left
+            out, of a machine that is not here.
+    """
+
+    name: str
+    title: str
+    flops: Mapping[str, float]
+    bandwidth: float
+    memory: int
+    source: str
+    launch: float = 0.0
+
+    def peak(self, dtype: str) -> float:
+        """Give the operations a second at most.
+
+        Args:
+            dtype: of the weights. Those in 4 or 8 bits are multiplied in bfloat16.
+
+        Returns:
+            Their number, of dense matrices.
+        """
+        return self.flops["bfloat16" if dtype in ("nf4", "int8") else dtype]
+
+
+def _gpu(
+    name: str, title: str, peaks: tuple[float, float], bandwidth: float, memory: int, *, source: str
+) -> Device:
+    """A GPU: TFLOPS of tensor cores in bfloat16 and of all others in float32, GB/s, GB."""
+    half, full = (1e12 * peak for peak in peaks)
+    flops = MappingProxyType({"bfloat16": half, "float16": half, "float32": full})
+    return Device(name, title, flops, 1e9 * bandwidth, memory * 10**9, source)
+
+
+DEVICES: Mapping[str, Device] = MappingProxyType({
+    device.name: device
+    for device in (
+        _gpu(
+            "a100-40", "A100 SXM 40GB", (312.0, 19.5), 1555, 40,
+            source="NVIDIA A100 Tensor Core GPU, datasheet of 2021",
+        ),
+        _gpu(
+            "a100-80", "A100 SXM 80GB", (312.0, 19.5), 2039, 80,
+            source="NVIDIA A100 Tensor Core GPU, datasheet of 2021",
+        ),
+        _gpu(
+            "h100", "H100 SXM 80GB", (989.4, 66.9), 3350, 80,
+            source="NVIDIA H100 Tensor Core GPU, architecture whitepaper and datasheet of 2023",
+        ),
+        _gpu(
+            "h200", "H200 SXM 141GB", (989.4, 66.9), 4800, 141,
+            source="NVIDIA H200 Tensor Core GPU, datasheet of 2024; half of what it says of sparse",
+        ),
+        _gpu(
+            "l40s", "L40S 48GB", (362.05, 91.6), 864, 48,
+            source="NVIDIA L40S, datasheet of 2023",
+        ),
+        _gpu(
+            "rtx-4090", "RTX 4090 24GB", (165.2, 82.6), 1008, 24,
+            source="NVIDIA Ada GPU architecture, whitepaper of 2022; sums in float32",
+        ),
+    )
+})  # fmt: skip
+"""Peaks of dense matrices, as datasheets have them; they often print twice that, of sparse ones."""
+
+
+def find_device(name: str) -> Device:
+    """Find a GPU by its name.
+
+    Args:
+        name: such as ``a100-80``; letters may be large.
+
+    Returns:
+        The GPU.
+
+    Raises:
+        ModelError: there is none of this name in the table.
+    """
+    found = DEVICES.get(name.lower())
+    if found is None:
+        raise ModelError(
+            f"unknown device {name!r}: expected one of {', '.join(DEVICES)}, or {HERE} for this "
+            f"machine (device, --device)"
+        )
+    return found
+
+
+_DRIVER_NAMES = {
+    "a100-40": {"A100", "SXM4", "40GB"},
+    "a100-80": {"A100", "SXM4", "80GB"},
+    "h100": {"H100", "80GB", "HBM3"},
+    "h200": {"H200"},
+    "l40s": {"L40S"},
+    "rtx-4090": {"GEFORCE", "RTX", "4090"},
+}
+"""Words of the names that drivers give to the GPUs of the table."""
+
+
+def known_as(title: str) -> Device | None:
+    """Find a GPU by the name that its driver gives it.
+
+    Args:
+        title: such as ``NVIDIA A100-SXM4-80GB``.
+
+    Returns:
+        The GPU of the table; None for others, slower forms of the same chip among them.
+    """
+    words = set(title.upper().replace("-", " ").split()) - {"NVIDIA"}
+    return next((DEVICES[name] for name, own in _DRIVER_NAMES.items() if own == words), None)

@@ -1,0 +1,305 @@
+"""The operations of a forward: what each computes, reads and writes.
+
+Products (of matrices, convolutions, fused attention) are counted one by one. Whatever lies between
+two of them is counted as one fused kernel, which reads what comes into the stretch and writes what
+is read behind it: norms, activations, rotations and residual sums.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_aten = torch.ops.aten
+
+_SUMMED: dict[str, Callable[[Sequence[torch.Tensor]], int]] = {
+    "aten::mm": lambda given: given[0].shape[-1],
+    "aten::bmm": lambda given: given[0].shape[-1],
+    "aten::addmm": lambda given: given[1].shape[-1],
+    "aten::baddbmm": lambda given: given[1].shape[-1],
+    "aten::convolution": lambda given: prod(given[1].shape[1:]),
+    "aten::_grouped_mm": lambda given: given[0].shape[-1],
+    "transformers::grouped_mm_fallback": lambda given: given[0].shape[-1],
+}
+"""Products by their names, each with how many numbers a value of its output is summed of."""
+
+_BY_EXPERT = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+"""Products of every row with the matrix of its expert."""
+
+_PICKING = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
+"""Operations that read no more of their first input than they give back."""
+
+_COPYING = ("aten::clone", "aten::_to_copy")
+"""Operations whose output repeats what their input repeats."""
+
+_VIEWS = ("aten::_unsafe_view", "aten::detach", "aten::alias", "aten::lift_fresh")
+"""Operations that move nothing although torch does not call them views."""
+
+
+@dataclass(slots=True)
+class Operation:
+    """A product, or the stretch between two products.
+
+    Attributes:
+        flops: 2 for each multiplication and addition of a product; 0 for a stretch.
+        read: bytes read from memory, weights included.
+        written: bytes written to memory.
+        launches: operations of torch that it is made of.
+        layer: the index of the decoder layer that it is in; None outside of them.
+    """
+
+    flops: int = 0
+    read: int = 0
+    written: int = 0
+    launches: int = 0
+    layer: int | None = None
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A storage, and what is known of it.
+
+    Attributes:
+        storage: kept, so that no other gets its key.
+        origin: what wrote it and has not been charged for that; None for weights and inputs.
+        distinct: bytes of it that are no copies of others.
+        scale: bytes in memory for a byte of the tensor: less than 1 for quantised weights.
+    """
+
+    storage: torch.UntypedStorage
+    origin: Operation | None
+    distinct: int
+    scale: float = 1.0
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """An open stretch between two products."""
+
+    operation: Operation
+    made: set[int] = field(default_factory=set)
+    seen: dict[int, int] = field(default_factory=dict)
+    parts: set[tuple[Any, ...]] = field(default_factory=set)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations that run in its body.
+
+    Args:
+        model: whose forward will run; its weights may be fake.
+        scales: of weights that take other bytes than their dtype, by storage: the ratio.
+        cached: the storages of a cache. What is put behind them is taken to be written in place.
+
+    Attributes:
+        operations: in the order in which they began.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scales: Mapping[int, float] | None = None,
+        cached: Sequence[torch.Tensor] = (),
+    ) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self._stored: dict[int, _Stored] = {}
+        self._stretch: _Stretch | None = None
+        self._layer: int | None = None
+        self._weights = {storage_key(weight) for weight in model.parameters()}
+        self._cached = {storage_key(value) for value in cached}
+        self._scales = scales or {}
+
+    @contextmanager
+    def inside(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Record the body, in which operations know the layer that they are in.
+
+        Args:
+            layers: the decoder layers of the model.
+        """
+
+        def enter(place: int | None) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self._layer, self._stretch = place, None
+
+            return hook
+
+        with ExitStack() as stack:
+            for place, layer in enumerate(layers):
+                stack.callback(layer.register_forward_pre_hook(enter(place)).remove)
+                stack.callback(layer.register_forward_hook(enter(None)).remove)
+            stack.enter_context(self)
+            stack.enter_context(_FusedAttention(self))
+            yield
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = [one for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)]
+        made = [one for one in tree_iter(output) if isinstance(one, torch.Tensor)]
+        name = func._schema.name
+        if name in _SUMMED:
+            flops = 2 * sum(one.numel() for one in made) * _SUMMED[name](given)
+            self.product(flops, given, made, by_expert=name in _BY_EXPERT)
+        elif made and not (func.is_view or name in _VIEWS):
+            self._between(name, given, made)
+        return output
+
+    def product(
+        self,
+        flops: int,
+        given: Sequence[torch.Tensor],
+        made: Sequence[torch.Tensor],
+        *,
+        by_expert: bool = False,
+    ) -> None:
+        """Record a product.
+
+        Args:
+            flops: its multiplications and additions.
+            given: its inputs.
+            made: its outputs.
+            by_expert: the second input holds a matrix for every expert, of which no more are read
+                than there are rows.
+        """
+        self._stretch = None
+        operation = Operation(flops, launches=1, layer=self._layer)
+        self.operations.append(operation)
+        for place, value in enumerate(given):
+            size = self._read(value)
+            if by_expert and place == 1:
+                size = size * min(len(value), len(given[0])) // len(value)
+            operation.read += size
+        for value in made:
+            self._keep(value, operation)
+
+    def _between(
+        self, name: str, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]
+    ) -> None:
+        """Record an operation that is no product, as part of the stretch that it is in."""
+        keys = [storage_key(value) for value in given]
+        if given and name in _PICKING and keys[0] in self._weights:
+            self._pick(given[0], made[0])
+            return
+        if name == "aten::cat" and keys[0] in self._cached:
+            self._append(given, made[0])
+            return
+        if self._stretch is None:
+            self._stretch = _Stretch(Operation(layer=self._layer))
+            self.operations.append(self._stretch.operation)
+        stretch = self._stretch
+        stretch.operation.launches += 1
+        for place, value in enumerate(given):
+            limit = _nbytes(made[0]) if name in _PICKING and place == 0 else None
+            self._enter(stretch, value, limit)
+        for value in made:
+            key = storage_key(value)
+            if key not in keys:
+                stretch.made.add(key)
+                distinct = self._distinct(given[0]) if name in _COPYING and given else None
+                self._keep(value, stretch.operation, distinct)
+            elif key not in stretch.made:  # in place
+                stretch.operation.written += _nbytes(value)
+
+    def _enter(self, stretch: _Stretch, value: torch.Tensor, limit: int | None) -> None:
+        """Charge a stretch for an input that was not made in it, each part of it once."""
+        key = storage_key(value)
+        part = (key, value.storage_offset(), tuple(value.shape), tuple(value.stride()))
+        if key in stretch.made or part in stretch.parts:
+            return
+        stretch.parts.add(part)
+        size = self._read(value)
+        if limit is not None:
+            size = min(size, limit)
+        left = value.untyped_storage().nbytes() - stretch.seen.get(key, 0)
+        size = max(0, min(size, left))
+        stretch.seen[key] = stretch.seen.get(key, 0) + size
+        stretch.operation.read += size
+
+    def _read(self, value: torch.Tensor) -> int:
+        """The bytes of a tensor in memory; whatever made it is charged for writing it, once."""
+        stored = self._stored.get(storage_key(value))
+        if stored is None:
+            stored = self._keep(value, None)
+        if stored.origin is not None:
+            stored.origin.written += stored.distinct
+            stored.origin = None
+        return round(self._distinct(value) * stored.scale)
+
+    def _distinct(self, value: torch.Tensor) -> int:
+        """The bytes of a tensor that are no copies of others of its bytes."""
+        stored = self._stored.get(storage_key(value))
+        size = value.element_size() * prod(
+            length for length, stride in zip(value.shape, value.stride(), strict=True) if stride
+        )
+        return size if stored is None else min(size, stored.distinct)
+
+    def _keep(
+        self, value: torch.Tensor, origin: Operation | None, distinct: int | None = None
+    ) -> _Stored:
+        storage, key = value.untyped_storage(), storage_key(value)
+        whole = storage.nbytes() if origin is None else _nbytes(value)
+        size = whole if distinct is None else min(whole, distinct)
+        stored = _Stored(storage, origin, size, self._scales.get(key, 1.0))
+        self._stored[key] = stored
+        return stored
+
+    def _pick(self, weight: torch.Tensor, picked: torch.Tensor) -> None:
+        """Rows of a weight are read where they are used: an embedding, the matrices of experts."""
+        stored = self._keep(picked, None)
+        stored.distinct = min(_nbytes(picked), _nbytes(weight))
+
+    def _append(self, given: Sequence[torch.Tensor], longer: torch.Tensor) -> None:
+        """New keys or values are written behind those of a cache."""
+        operation = Operation(launches=1, layer=self._layer)
+        self.operations.append(operation)
+        operation.read = sum(self._read(value) for value in given[1:])
+        operation.written = sum(_nbytes(value) for value in given[1:])
+        self._keep(longer, None)
+        self._stretch = None
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Counts scaled dot-product attention as one product, which reads each key once.
+
+    Heads that share keys read them together, and scores never reach memory; a mask is read, and
+    what it hides is computed, as by torch's own counter.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask")
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        query, key, value = (named[name] for name in names[:3])
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        mask = named.get("attn_mask")
+        given = [query, key, value, *([] if mask is None else [mask])]
+        rows = prod(query.shape[:-1])
+        flops = 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        self._recorder.product(flops, given, [output])
+        return output
+
+
+def storage_key(value: torch.Tensor) -> int:
+    """A number that tells the storage of a tensor from others that are alive."""
+    return int(value.untyped_storage()._cdata)
+
+
+def _nbytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()

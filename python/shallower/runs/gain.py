@@ -1,0 +1,244 @@
+"""What a cut saves: counted by its config alone, forecast for devices, measured here if asked."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from ..evaluation.devices import DEVICES, HERE, Device, find_device
+from ..models.dtypes import Dtype, check_dtype, choose_device_map, choose_dtype
+from ..models.source import ModelSource
+from ..values.gain import Forecast, Gain, Measured, Sizes
+from ..values.layers import Layers
+from ..values.plan import Plan
+from ..values.provenance import versions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from ..evaluation.account import Account
+
+
+def gain(
+    model: "PreTrainedModel | PretrainedConfig | ModelSource | str | Path",
+    drop: Plan | Layers,
+    *,
+    device: str | None = None,
+    context: int = 2048,
+    batch: int = 1,
+    dtype: Dtype = "auto",
+    measure: bool = False,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> Gain:
+    """Tell what a cut saves: parameters, bytes, operations and time.
+
+    Both models are built from their configs without weights, and their own forwards are counted
+    operation by operation. A device takes for each as long as its arithmetic or its bytes take,
+    whichever is longer (the roofline of LLM-Viewer, 2402.16363): a bound that kernels come near
+    to, and better for ratios than for milliseconds.
+
+    Args:
+        model: the folder, the hub id or the ``.gguf`` file of the uncut model; or its config, or
+            the model in memory.
+        drop: the layers that go: a plan, or blocks, ranges or indices, 0-based.
+        device: one GPU of the table, such as ``a100-80``, or ``here`` for this machine, which is
+            measured in a few seconds; by default all of them.
+        context: tokens that a text has before it is continued.
+        batch: texts in a forward.
+        dtype: of the weights. ``auto`` is that of a model in memory; else the one that the model
+            would be loaded in here, if this machine is asked for or measured, or bfloat16.
+        measure: load the model, and time it here with and without the layers, in turns.
+        gguf_file: a GGUF file in the folder or hub repository.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        Sizes before and after, forecasts, and measurements.
+
+    Raises:
+        ModelError: the model or its config cannot be read, its config cannot describe the cut, or
+            there is no such device, dtype, context or batch.
+        LayersError, PlanError: the layers are not those of the model, or all of them.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> llama = LlamaConfig(num_hidden_layers=8)  # the widths of Llama-2-7B
+        >>> found = sh.gain(llama, [range(4, 6)], device="a100-80")
+        >>> found.after.parameters / found.before.parameters
+        0.78...
+        >>> round(1e3 * found.on("a100-80").decode_before, 1)  # ms a token
+        1.8
+    """
+    check_dtype(dtype)
+    for name, value in (("context", context), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"{name} = {value!r}: expected at least 1 ({name}, --{name})")
+    devices = _named(device)
+    subject = _Subject.of(model, gguf_file, trust_remote_code)
+    if measure and subject.source is None and subject.loaded is None:
+        raise ModelError(
+            "a config has no weights that could be timed: measure a model (measure, --measure)"
+        )
+    chosen = subject.dtype(dtype, here=measure or device == HERE)
+    plan, after = subject.cut(drop)
+    found = _forecast(subject, plan, after, asked=_Asked(chosen, context, batch), on=devices)
+    return replace(found, measured=_measured(subject, found)) if measure else found
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What both models are counted for."""
+
+    dtype: str
+    context: int
+    batch: int
+
+
+def _named(device: str | None) -> list[Device | None]:
+    """The devices that are asked for; None is this machine, which is measured later."""
+    if device is None:
+        return [*DEVICES.values(), None]
+    return [None if device == HERE else find_device(device)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The model in question: its config, and the way to its weights if there is one."""
+
+    name: str
+    config: "PretrainedConfig"
+    source: ModelSource | None
+    loaded: "PreTrainedModel | None"
+
+    @classmethod
+    def of(cls, model: Any, gguf_file: str | None, trust_remote_code: bool) -> "_Subject":
+        if isinstance(model, str | Path):
+            options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+            model = ModelSource(model, **options)
+        if isinstance(model, ModelSource):
+            here = Path(model.path).expanduser().exists()
+            name = model.gguf_file or (Path(model.path).name if here else str(model.path))
+            return cls(name, model.read_config(), model, None)
+        from transformers import PretrainedConfig, PreTrainedModel
+
+        if isinstance(model, PretrainedConfig):
+            return cls(model.model_type, model, None, None)
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(
+                f"a {type(model).__name__} is no model: expected a place, a config or a model of "
+                f"transformers"
+            )
+        from ..models.identity import model_name
+
+        return cls(model_name(model), model.config, None, model)
+
+    def dtype(self, asked: Dtype, *, here: bool) -> str:
+        if self.loaded is not None:
+            from ..models.identity import stored_dtype
+
+            return stored_dtype(self.loaded) if asked == "auto" else asked
+        if asked != "auto":
+            return asked
+        return choose_dtype(choose_device_map(None))[0] if here else "bfloat16"
+
+    def cut(self, drop: Plan | Layers) -> "tuple[Plan, PretrainedConfig]":
+        """The plan that is carried out, and the config of what it leaves."""
+        import torch
+
+        from ..cutting.plans import agreed_plan
+        from ..cutting.twin import shortened_config
+        from ..models.architecture import find_layers
+        from ..models.rehearsal import build_empty
+
+        built = build_empty(self.config, torch.bfloat16)
+        plan = agreed_plan(self.name, len(find_layers(built)), drop)
+        return plan, shortened_config(built, plan.survivors)
+
+    def load(self, dtype: Any) -> "PreTrainedModel":
+        if self.loaded is not None:
+            return self.loaded
+        assert self.source is not None
+        return replace(self.source, dtype=dtype).load()[0]
+
+
+def _forecast(
+    subject: _Subject,
+    plan: Plan,
+    after: "PretrainedConfig",
+    *,
+    asked: _Asked,
+    on: list[Device | None],
+) -> Gain:
+    """Count both models, and forecast their times."""
+    from ..evaluation.account import count
+    from ..evaluation.machine import this_machine
+
+    accounts = [
+        count(config, asked.dtype, context=asked.context, batch=asked.batch)
+        for config in (subject.config, after)
+    ]
+    counts = plan.num_layers, len(plan.survivors)
+    before, cut = (_sizes(*pair) for pair in zip(accounts, counts, strict=True))
+    devices = [one or this_machine(asked.dtype) for one in on]
+    return Gain(
+        subject.name, plan.num_layers, plan.dropped, asked.dtype, asked.context, asked.batch,
+        before, cut, tuple(_on(one, accounts, (before, cut), asked.dtype) for one in devices),
+        versions=versions(),
+    )  # fmt: skip
+
+
+def _on(
+    device: Device, accounts: "Sequence[Account]", sizes: Sequence[Sizes], dtype: str
+) -> Forecast:
+    from ..evaluation.roofline import seconds
+
+    prefills, decodes = (
+        [seconds(getattr(account, phase), device, dtype) for account in accounts]
+        for phase in ("prefill", "decode")
+    )
+    return Forecast(
+        device.name, device.title, device.source, device.peak(dtype), device.bandwidth,
+        device.memory, device.launch, *prefills, *decodes,
+        *(size.memory <= device.memory for size in sizes),
+    )  # fmt: skip
+
+
+def _measured(subject: _Subject, found: Gain) -> Measured:
+    """Time the model with and without the layers in turns, every second turn the other way round."""
+    from ..cutting.memory import without_layers
+    from ..evaluation.machine import title_of
+    from ..evaluation.speed import REPEATS, peak_bytes, time_forwards
+
+    model, layers = subject.load(found.dtype), list(found.dropped)
+    sizes = {"context": found.context, "batch": found.batch}
+    whole, cut = nullcontext, partial(without_layers, model, layers)
+    peaks: dict[Any, int] = {}
+    times: dict[Any, list[tuple[float, float]]] = {whole: [], cut: []}
+    for one in (whole, cut):
+        with one():
+            peaks[one] = peak_bytes(model, **sizes)
+    for repeat in range(REPEATS):
+        for one in (whole, cut)[:: -1 if repeat % 2 else 1]:
+            with one():
+                times[one].append(time_forwards(model, **sizes))
+    return Measured(
+        title_of(model.device),
+        *(tuple(time[phase] for time in times[one]) for phase in (0, 1) for one in (whole, cut)),
+        *(peaks[one] for one in (whole, cut)),
+    )  # fmt: skip
+
+
+def _sizes(account: "Account", num_layers: int) -> Sizes:
+    def moved(operations: Any) -> int:
+        return sum(one.read + one.written for one in operations)
+
+    return Sizes(
+        num_layers=num_layers, parameters=account.parameters,
+        weight_bytes=account.weight_bytes, kv_bytes_per_token=account.cache_growth,
+        kv_bytes=account.cache_bytes, prefill_flops=sum(one.flops for one in account.prefill),
+        prefill_bytes=moved(account.prefill),
+        decode_flops=sum(one.flops for one in account.decode), decode_bytes=moved(account.decode),
+    )  # fmt: skip

@@ -1,0 +1,257 @@
+"""Gain: what a cut saves of parameters, bytes, operations and time, as forecast and as measured."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from .schema import from_fields, of_type
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a model holds, and what a forward of it takes.
+
+    Attributes:
+        num_layers: decoder layers.
+        parameters: values of its weights; those that it shares count once.
+        weight_bytes: bytes of its weights and buffers.
+        kv_bytes_per_token: bytes that one more token of one text adds to the cache of keys and
+            values at this context; layers that only see a window may add none.
+        kv_bytes: bytes of the cache of all texts at this context.
+        prefill_flops: operations of the forward of the context, 2 for each multiplication and
+            addition of a product.
+        prefill_bytes: bytes that it reads and writes.
+        decode_flops: operations of the forward of one more token of every text.
+        decode_bytes: bytes that it reads and writes.
+    """
+
+    num_layers: int
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes: int
+    prefill_flops: int
+    prefill_bytes: int
+    decode_flops: int
+    decode_bytes: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the weights and of the cache at this context."""
+        return self.weight_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The time of a forward on one device by its roofline, before and after a cut.
+
+    Attributes:
+        device: its name.
+        title: its name for people.
+        source: where its figures are from.
+        flops: its operations a second at most, in the dtype of the weights.
+        bandwidth: its bytes a second.
+        memory: its bytes.
+        launch: seconds that every operation takes beside that; 0 where it is not known.
+        prefill_before: seconds of the forward of the context, all layers.
+        prefill_after: the same after the cut.
+        decode_before: seconds of one more token of every text, all layers.
+        decode_after: the same after the cut.
+        fits_before: whether its memory holds the weights and the cache, all layers.
+        fits_after: the same after the cut.
+    """
+
+    device: str
+    title: str
+    source: str
+    flops: float
+    bandwidth: float
+    memory: int
+    launch: float
+    prefill_before: float
+    prefill_after: float
+    decode_before: float
+    decode_after: float
+    fits_before: bool
+    fits_after: bool
+
+    @property
+    def prefill_ratio(self) -> float:
+        """The time of a prefill after the cut, as a share of that before."""
+        return self.prefill_after / self.prefill_before
+
+    @property
+    def decode_ratio(self) -> float:
+        """The time of a token after the cut, as a share of that before."""
+        return self.decode_after / self.decode_before
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured on this machine, with and without the layers in turns.
+
+    Attributes:
+        title: the processor or GPU.
+        prefill_before: seconds of the forward of the context in every repeat, all layers.
+        prefill_after: the same after the cut.
+        decode_before: seconds of one more token of every text in every repeat, all layers.
+        decode_after: the same after the cut.
+        peak_before: bytes of tensors that are held at most, weights included, all layers.
+        peak_after: the same after the cut.
+    """
+
+    title: str
+    prefill_before: tuple[float, ...]
+    prefill_after: tuple[float, ...]
+    decode_before: tuple[float, ...]
+    decode_after: tuple[float, ...]
+    peak_before: int
+    peak_after: int
+
+    @property
+    def prefill_ratio(self) -> tuple[float, float, float]:
+        """The paired ratios of the prefill, after over before: median, least and greatest."""
+        return _spread(self.prefill_before, self.prefill_after)
+
+    @property
+    def decode_ratio(self) -> tuple[float, float, float]:
+        """The paired ratios of a token, after over before: median, least and greatest."""
+        return _spread(self.decode_before, self.decode_after)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what was measured as plain JSON values, with medians and ratios beside it."""
+        times = {name: list(getattr(self, name)) for name in _TIMES}
+        return {
+            **asdict(self),
+            **times,
+            "medians": {name: median(values) for name, values in times.items()},
+            "prefill_ratio": list(self.prefill_ratio),
+            "decode_ratio": list(self.decode_ratio),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Measured":
+        """Read what was measured.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The same.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a measurement.
+        """
+        times = [tuple(map(float, of_type(list, of_type(dict, data)[name]))) for name in _TIMES]
+        if not times[0] or len({len(values) for values in times}) > 1:
+            raise ValueError("expected as many times of each kind, one at least")
+        peaks = (of_type(int, data[name]) for name in ("peak_before", "peak_after"))
+        return cls(of_type(str, data["title"]), *times, *peaks)
+
+
+_TIMES = ("prefill_before", "prefill_after", "decode_before", "decode_after")
+
+
+def _spread(before: tuple[float, ...], after: tuple[float, ...]) -> tuple[float, float, float]:
+    ratios = [late / early for early, late in zip(before, after, strict=True)]
+    return median(ratios), min(ratios), max(ratios)
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What a cut saves.
+
+    Attributes:
+        model: the name of the model.
+        num_layers: its decoder layers, L.
+        dropped: the layers that go.
+        dtype: of the weights.
+        context: tokens of a text before it is continued.
+        batch: texts in a forward.
+        before: the whole model.
+        after: the cut.
+        forecasts: for one device or several.
+        measured: on this machine, if that was asked for.
+        versions: of the packages that made the figures.
+    """
+
+    model: str
+    num_layers: int
+    dropped: tuple[int, ...]
+    dtype: str
+    context: int
+    batch: int
+    before: Sizes
+    after: Sizes
+    forecasts: tuple[Forecast, ...]
+    measured: Measured | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def on(self, device: str) -> Forecast:
+        """Find the forecast for a device.
+
+        Args:
+            device: its name, as ``a100-80``.
+
+        Returns:
+            The forecast.
+
+        Raises:
+            KeyError: there is none for it.
+        """
+        for one in self.forecasts:
+            if one.device == device:
+                return one
+        raise KeyError(device)
+
+    def ratios(self) -> dict[str, float]:
+        """Give every size after the cut as a share of that before, by name."""
+        before, after = asdict(self.before), asdict(self.after)
+        return {name: after[name] / value for name, value in before.items() if value}
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the gain as plain JSON values, all of it, with the ratios beside it."""
+        return {
+            "format": "shallower.gain",
+            "version": 1,
+            "model": self.model,
+            "num_layers": self.num_layers,
+            "dropped": list(self.dropped),
+            "dtype": self.dtype,
+            "context": self.context,
+            "batch": self.batch,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "ratios": self.ratios(),
+            "forecasts": [asdict(one) for one in self.forecasts],
+            "measured": self.measured and self.measured.to_json(),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Gain":
+        """Read a gain.
+
+        Args:
+            data: what :meth:`to_json` gave.
+
+        Returns:
+            The gain.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a gain.
+        """
+        if of_type(dict, data).get("format") != "shallower.gain" or data["version"] != 1:
+            raise ValueError("expected a gain of version 1")
+        measured = data["measured"]
+        return cls(
+            of_type(str, data["model"]), of_type(int, data["num_layers"]),
+            tuple(of_type(int, one) for one in of_type(list, data["dropped"])),
+            of_type(str, data["dtype"]), of_type(int, data["context"]),
+            of_type(int, data["batch"]), from_fields(Sizes, data["before"]),
+            from_fields(Sizes, data["after"]),
+            tuple(from_fields(Forecast, one) for one in of_type(list, data["forecasts"])),
+            None if measured is None else Measured.from_json(measured),
+            dict(of_type(dict, data["versions"])),
+        )  # fmt: skip
