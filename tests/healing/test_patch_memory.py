@@ -61,7 +61,7 @@ def patch_wide(width, intermediate, length):
     from shallower.healing import held_out, patch_solver
     from tests.examples import sentences
 
-    patch_solver.FIRST_WEIGHTS, held_out.RIDGES, patch_solver.PATIENCE = (0.01,), (0.03,), 0
+    patch_solver.FIRST_WEIGHTS, held_out.RIDGES = (0.01,), (0.03,)
     texts = sentences(64, length=length)
     patch_one(width, width, texts)()  # so that modules, threads and buffers are there
     return peak_of(patch_one(width, intermediate, texts))

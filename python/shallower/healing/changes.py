@@ -49,13 +49,9 @@ class Changes:
         write_weight(module, name, value)
 
     @torch.no_grad()
-    def take_back(self, kept: int = 0) -> None:
-        """Put weights back that are not resident any more, the last first.
-
-        Args:
-            kept: how many of the first changes stay.
-        """
-        while len(self._undo) > kept:
+    def take_back(self) -> None:
+        """Put all weights back, the last first; none is resident any more."""
+        while self._undo:
             stored, before = self._undo.pop()
             stored.copy_(before)
 

@@ -4,9 +4,8 @@ The last matrix of that layer's feed-forward writes into the residual stream. It
 again by least squares, so that the stream jumps to where the dropped layers would have taken it,
 x^(stop) of the whole model. No parameter is added, and the checkpoint stays standard.
 
-Three methods: ``refit`` solves the matrix itself, from its own inputs, and the matrices after
-the cut as well, as long as the loss on held-out text falls; then all matrices from there on take
-a few steps towards the whole model's next words. ``map`` puts a D×D map
+Three methods: ``refit`` solves the matrix itself, from its own inputs; then all matrices from there
+on take a few steps towards the whole model's next words. ``map`` puts a D×D map
 behind it (ReplaceMe, 2505.02819); ``magnitude`` only closes the gap between the norms
 (Prune&Comp, 2507.18212).
 """
@@ -57,9 +56,9 @@ def patch(
         method: ``refit``, ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most; layers after the cut take a quarter of them. Their
-            states lie in temporary files: at most four times ``num_tokens`` times D values. For
-            ``refit`` the matrices that move are held four times in the memory of the CPU.
+        num_tokens: tokens to fit, at most. Their states lie in temporary files: at most four times
+            ``num_tokens`` times D values. For ``refit`` the matrices that move are held four times
+            in the memory of the CPU.
         progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:

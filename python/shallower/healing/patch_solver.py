@@ -33,12 +33,6 @@ ATTENTION_STEP = 0.5
 """The part of its share of a jump that the attention is given; the feed-forward, whose inputs
 change with it, is then solved for all that is left."""
 
-LATER_SHARE = 4
-"""Layers after the cut, which have little to make up, are solved on every fourth batch."""
-
-PATIENCE = 2
-"""Consecutive layers after the cut that may fail to lower the loss before the solver stops."""
-
 
 class Patching:
     """The work on one model: both models' states advance layer by layer, side by side.
@@ -87,7 +81,7 @@ class Patching:
         self._folder.cleanup()
 
     def solve(self, method: str) -> Patch:
-        """Solve the layers before the blocks; for ``refit``, those after them, and all go on down.
+        """Solve the layers before the blocks; for ``refit``, all go on down from there.
 
         Args:
             method: ``refit`` or ``map``.
@@ -102,31 +96,23 @@ class Patching:
         after = {block.start - 1: block.stop for block in self.plan.blocks}
         last = max(after)
         self._embed()
-        fits, failures = [], 0
+        fits = []
         with track("patch", self._batch_layers(method), self.progress) as self._ran:
             self._advance_whole(0, first)
             self._copy_whole()
             if method == "refit":
                 self._keep_start(first)
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
-            nats = cut
             for layer in self.survivors[first:]:
                 target = after.get(layer, layer + 1)
                 self._ran(0, f"layer {layer}")
                 self._advance_whole(layer, target)
-                wanted = layer in after or (method == "refit" and failures < PATIENCE)
-                fit = self._fit(layer, target, method, layer in after) if wanted else None
-                if fit and (layer in after or fit.nats < nats):
-                    fits.append(fit)
-                    nats, failures = fit.nats, 0
-                elif wanted:
-                    self.changes.take_back(self._mark)
-                    failures += 1
-                if layer >= last and (method == "map" or failures >= PATIENCE):
-                    break
+                if layer in after:
+                    fits.append(self._fit(layer, target, method))
                 if layer == last:
-                    self.fitted.thin(LATER_SHARE)
+                    break
                 self._advance_cut(layer)
+            nats = fits[-1].nats
             descent = self._descend(first, nats) if method == "refit" else ()
         nats = min((nats, *descent))
         return self._done(method, original, cut, nats, fits=tuple(fits), descent=descent)
@@ -199,14 +185,11 @@ class Patching:
         first, stop = blocks[0].start - 1, blocks[-1].stop
         passes = 2 if method == "refit" else 1
         before, later = bisect_left(self.survivors, first), bisect_left(self.survivors, stop)
-        jumping, after = later - before, len(self.survivors) - later
-        total = (stop + jumping + passes * len(blocks)) * (fitted + held_out)
+        total = (stop + later - before - 1 + passes * len(blocks)) * (fitted + held_out)
         losses = [count - first, len(self.survivors) - before]
-        losses += [bisect_left(self.survivors, block.start - 1) for block in blocks]
+        at = (bisect_left(self.survivors, block.start - 1) for block in blocks)
+        losses += [len(self.survivors) - index for index in at]
         if method == "refit":
-            thinned = len(range(0, fitted, LATER_SHARE)) + held_out
-            total += (2 + passes) * after * thinned
-            losses += range(1, after + 1)
             steps = drawn(self.fitted.batches)
             down = sum(map(len, steps))
             total += down * (count - first)
@@ -271,19 +254,16 @@ class Patching:
         reached = least(descent, lambda: self._loss(first, states=held_out.cut), nats)
         return (reached,) if reached < nats else ()
 
-    def _fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
+    def _fit(self, layer: int, target: int, method: str) -> Fit:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
-        self._mark = len(self.changes)
         with resident(self.model.modules[layer]):
-            return self._best_fit(layer, target, method, jump)
+            return self._best_fit(layer, target, method)
 
-    def _best_fit(self, layer: int, target: int, method: str, jump: bool) -> Fit | None:
+    def _best_fit(self, layer: int, target: int, method: str) -> Fit:
         batch = self.held_out.batches[0]
         writers = find_writers(self.model, layer, batch=batch, states=self.held_out.cut[0])
         feed_forward = writers.feed_forward
         if feed_forward is None:
-            if not jump:
-                return None
             raise no_writer(layer)
         changed, missing = [feed_forward.name], None
         if method == "refit" and writers.attention is not None:
@@ -295,8 +275,7 @@ class Patching:
         if method == "map":
             equations, held_out = equations.mapped(own), held_out.mapped(own)
         penalty = equations.scale.expand(len(equations.gram))
-        weights = FIRST_WEIGHTS if jump else (self.first_weight,)
-        chosen = self._choose(equations, held_out, penalty, weights)
+        chosen = self._choose(equations, held_out, penalty, FIRST_WEIGHTS)
         explained = 1.0 - held_out.others.error(chosen.solution) / missing
         delta = chosen.solution.div_(feed_forward.scale)
         if method == "map":

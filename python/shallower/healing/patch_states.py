@@ -95,10 +95,6 @@ class Stored:
             for part, batch in zip(whole.split(sizes), batches, strict=True)
         ]
 
-    def thin(self, step: int) -> None:
-        """Forget all but the first of every ``step`` batches."""
-        self._parts = self._parts[::step]
-
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._parts[index]
 
@@ -119,12 +115,6 @@ class StateSet:
     batches: Sequence[Batch]
     whole: Stored
     cut: Stored
-
-    def thin(self, step: int) -> None:
-        """Go on with the first of every ``step`` batches."""
-        self.batches = self.batches[::step]
-        self.whole.thin(step)
-        self.cut.thin(step)
 
 
 def first_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
