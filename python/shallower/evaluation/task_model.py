@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -289,8 +290,15 @@ class TaskModel:
             pad_token_id=0,
             **settings,
         )
-        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        answers = [self._up_to_end(ids) for ids in output[:, width:].tolist()]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [postprocess_generated_text(text, until, None) for text in texts]
+
+    def _up_to_end(self, ids: list[int]) -> list[int]:
+        """The tokens before the first that ends a text; behind it a batch may have anything."""
+        own = getattr(self._decoder.model.generation_config, "eos_token_id", None)
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return list(takewhile(lambda one: one not in ends, ids))
 
 
 def _batch(asked: Sequence[_Asked], places: range) -> Batch:
