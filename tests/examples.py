@@ -1,5 +1,6 @@
 """The folder and the names in which the examples of README, docs and docstrings are run."""
 
+import json
 import re
 import shlex
 import shutil
@@ -52,6 +53,11 @@ def make_folder(folder, tokenizer):
     write_jsonl(folder / "c4.jsonl", sentences(400, seed=1))
     write_jsonl(folder / "c4_eval.jsonl", sentences(64, seed=2))
     write(folder / "model.gguf", num_layers=30)
+    (folder / "wikitext2.txt").write_text("\n".join(sentences(20, seed=3)))
+    rows = [{"passage": one, "question": "w1 w2", "answer": one < "w2"} for one in sentences(12)]
+    (folder / "benchmarks" / "boolq").mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "benchmarks" / "boolq" / "val.jsonl").write_text(lines)
 
 
 FENCED = r"^( *)```+ *(\w*)[^\n]*\n(.*?)^\1```+\n"

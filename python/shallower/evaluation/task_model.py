@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import ModelError, TextsError
 from ..models.architecture import evaluating
@@ -229,50 +230,41 @@ class TaskModel:
         Raises:
             ModelError: the model cannot generate, or has no room for what a task wants.
         """
-        from lm_eval.models.utils import normalize_gen_kwargs
-
         if not self._decoder.model.can_generate():
             raise ModelError(
                 f"{type(self._decoder.model).__name__} cannot generate text, which a task asks of "
                 f"it: leave out tasks that are answered in text (tasks, --tasks)"
             )
-        settings = [normalize_gen_kwargs(dict(one.args[1]), MAX_NEW_TOKENS) for one in requests]
+        settings = [_Generation.of({**one.args[1], **self._sampling}) for one in requests]
         alike: dict[str, list[int]] = {}
         for place, one in enumerate(settings):
-            alike.setdefault(repr(sorted(one.items())), []).append(place)
+            alike.setdefault(repr(one), []).append(place)
         found: dict[int, str] = {}
         with (
             track(self._description, len(requests), self._progress) as advance,
             evaluating(self._decoder.model),
         ):
             for places in alike.values():
+                way = settings[places[0]]
                 encoded = {place: self._tokens(requests[place].args[0]) for place in places}
                 places.sort(key=lambda place: (-len(encoded[place]), place))
                 step = 8 if self._batch_size == "auto" else self._batch_size
                 for start in range(0, len(places), step):
                     some = places[start : start + step]
-                    texts = self._continue([encoded[place] for place in some], settings[some[0]])
+                    texts = self._continue([encoded[place] for place in some], way)
                     found.update(zip(some, texts, strict=True))
                     advance(len(some))
         return [found[place] for place in range(len(requests))]
 
     @torch.inference_mode()
-    def _continue(self, contexts: list[list[int]], settings: Any) -> list[str]:
+    def _continue(self, contexts: list[list[int]], way: "_Generation") -> list[str]:
         """Generate behind contexts, which are padded on the left."""
-        from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-        from lm_eval.models.utils_hf import stop_sequences_criteria
-
-        settings = {**settings, **self._sampling}
-        new = settings.pop("max_gen_toks")
-        end = self.tokenizer.decode([self.tokenizer.eos_token_id], skip_special_tokens=False)
-        until = handle_stop_sequences(settings.pop("until", None), eos=end)
-        room = self.max_length - new
+        room = self.max_length - way.num_tokens
         if room < 1:
             raise ModelError(
-                f"a task wants {new} new tokens of a model that has {self.max_length} positions"
+                f"a task wants {way.num_tokens} new tokens of a model that has {self.max_length} "
+                f"positions: leave it out (tasks, --tasks)"
             )
-        if not settings["do_sample"]:
-            settings.pop("temperature", None)
         contexts = [ids[-room:] for ids in contexts]
         width = max(map(len, contexts))
         padded = np.zeros((len(contexts), width), np.int64)
@@ -284,13 +276,75 @@ class TaskModel:
         output = generate(
             input_ids=torch.from_numpy(padded).to(device),
             attention_mask=torch.from_numpy(mask).to(device),
-            max_new_tokens=new,
-            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, width, len(contexts)),
+            max_new_tokens=way.num_tokens,
+            stopping_criteria=StoppingCriteriaList([_Stop(self.tokenizer, way.until, width)]),
             pad_token_id=0,
-            **settings,
+            **dict(way.settings),
         )
-        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        return [postprocess_generated_text(text, until, None) for text in texts]
+        answers = [self._up_to_end(ids) for ids in output[:, width:].tolist()]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [_before(way.until, text) for text in texts]
+
+    def _up_to_end(self, ids: list[int]) -> list[int]:
+        """The tokens before the first that ends a text; behind it a batch may have anything."""
+        own = getattr(self._decoder.model.generation_config, "eos_token_id", None)
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return list(takewhile(lambda one: one not in ends, ids))
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """How a task wants text generated.
+
+    Attributes:
+        num_tokens: new tokens at most.
+        until: what ends an answer.
+        settings: of transformers' ``generate``, by name.
+    """
+
+    num_tokens: int
+    until: tuple[str, ...]
+    settings: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "_Generation":
+        """Read settings by the names that lm-eval has for them."""
+        settings = dict(given)
+        until = settings.pop("until", None) or ()
+        counts = [settings.pop(name, None) for name in _COUNTS]
+        if not settings.setdefault("do_sample", False):
+            settings = {name: one for name, one in settings.items() if name not in _SAMPLERS}
+        return cls(
+            next((int(one) for one in counts if one is not None), MAX_NEW_TOKENS),
+            (until,) if isinstance(until, str) else tuple(until),
+            tuple(sorted(settings.items())),
+        )
+
+
+_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLERS = ("temperature", "top_p", "top_k", "min_p")
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row whose last tokens hold what ends an answer, however that is tokenised."""
+
+    def __init__(self, tokenizer: Any, until: tuple[str, ...], given: int) -> None:
+        lengths = [len(tokenizer.encode(one, add_special_tokens=False)) for one in until]
+        self._tokenizer, self._until, self._given = tokenizer, until, given
+        self._last = max(lengths, default=0) + 2
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        new = input_ids[:, self._given :][:, -self._last :].tolist()
+        texts = self._tokenizer.batch_decode(new)
+        ended = [any(one in text for one in self._until) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _before(until: Sequence[str], text: str) -> str:
+    """A text up to what ends it."""
+    for one in until:
+        text = text.split(one)[0] if one else text
+    return text
 
 
 def _batch(asked: Sequence[_Asked], places: range) -> Batch:

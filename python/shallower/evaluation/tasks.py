@@ -319,12 +319,15 @@ def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list
     }
 
 
+_TALKING = ("lm_eval", "datasets", "transformers.generation")
+
+
 @contextmanager
 def silence() -> Iterator[None]:
     """Keep what lm-eval, datasets and tqdm say off the terminal, while the body runs."""
     from tqdm import tqdm
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "lm-eval")]
+    loggers = [logging.getLogger(name) for name in _TALKING]
     levels = [one.level for one in loggers]
     started = tqdm.__init__
     with warnings.catch_warnings():

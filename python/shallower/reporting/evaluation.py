@@ -113,25 +113,26 @@ def tasks_table(
         A table with a row for every task and measure, the main measure of a task first. A score
         that is no more than two standard errors above that of a guess is in brackets.
     """
-    table = Table(title="tasks, in per cent; in brackets what a guess may have")
-    for name in ("task", "measure", "shots", "items", "guess", "all layers"):
+    tied = "" if cut is None else "; = a tie"
+    table = Table(title=f"tasks, in per cent; in brackets no better than a guess{tied}")
+    for name in ("task", "measure", "items", "all layers"):
         table.add_column(name, justify="left" if name in ("task", "measure") else "right")
     if cut is not None:
         table.add_column(f"without {ranges(dropped)}", justify="right")
-        table.add_column("difference, paired", justify="right")
+        table.add_column("difference", justify="right")
     seen = ""
     for sides in _by_measure({"base": base} if cut is None else {"base": base, "cut": cut}):
         one: TaskScores = sides["base"]
+        shots = f" {one.num_shots}-shot" if one.num_shots else ""
         row = [
-            one.task if one.task != seen else "", one.metric, str(one.num_shots),
-            str(len(one.items)), "" if one.chance is None else f"{100 * one.chance:.1f}",
+            one.task if one.task != seen else "", f"{one.metric}{shots}", str(len(one.items)),
             *map(_marked, sides.values()),
         ]  # fmt: skip
         seen = one.task
         if cut is not None:
             lost = sides["cut"].minus(one)
             error = f" ± {100 * lost.stderr:.1f}" if math.isfinite(lost.stderr) else ""
-            row.append(f"{100 * lost.mean:+.1f}{error}{', a tie' if lost.tied else ''}")
+            row.append(f"{'= ' if lost.tied else ''}{100 * lost.mean:+.1f}{error}")
         table.add_row(*row)
     return table
 

@@ -1,0 +1,123 @@
+"""A real model on real tasks, against prompts written by hand and plain float64 arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import shallower as sh
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("lm_eval")
+
+ITEMS = 24
+CLOSE = 1e-3
+"""Nats within which two options count as a tie, of which either may be chosen."""
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def logs_of(model, ids):
+    """(T, V) log-probabilities in float64 of the token behind each."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double().numpy()
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def likelihood(smol, prompt, answer):
+    """The log-likelihood of an answer behind a prompt, and whether it is the greedy one."""
+    model, tokenizer = smol
+    given, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
+    assert ids[: len(given)] == given
+    logs = logs_of(model, ids[:-1])[len(given) - 1 :]
+    expected = ids[len(given) :]
+    found = logs[range(len(expected)), expected].sum()
+    return found, bool((logs.argmax(axis=1) == expected).all())
+
+
+def compare(scores, right):
+    """Item by item the same, but for ties, which ``right`` gives as None; and the means."""
+    assert len(scores.items) == len(right) == ITEMS
+    for item, score, expected in zip(scores.items, scores.by_item.sums, right, strict=True):
+        assert expected is None or score == expected, item
+    assert sum(one is None for one in right) <= 1
+    mean = np.mean([0.5 if one is None else one for one in right])
+    assert abs(scores.mean - mean) <= scores.stderr
+
+
+def chosen(values, answer):
+    """Whether the right option is the likeliest; None where two are too close to tell."""
+    best, second = np.argsort(values)[::-1][:2]
+    return None if values[best] - values[second] < CLOSE else float(best == answer)
+
+
+def scored(smol, data, name, seed=7):
+    return sh.evaluate_tasks(*smol, [name], data=data, max_items=ITEMS, seed=seed)
+
+
+def test_boolq(smol, data):
+    (acc,) = scored(smol, data, "boolq")
+    rows = rows_of(data / "boolq" / "val.jsonl")
+    right = []
+    for item in acc.items:
+        row = rows[int(item)]
+        prompt = row["passage"] + "\nQuestion: " + row["question"] + "?\nAnswer:"
+        values = np.array([likelihood(smol, prompt, answer)[0] for answer in (" no", " yes")])
+        right.append(chosen(values, int(row["answer"])))
+    compare(acc, right)
+
+
+def test_hellaswag(smol, data):
+    norm, acc = scored(smol, data, "hellaswag")
+    rows = rows_of(data / "hellaswag" / "val_1000.jsonl")
+    right, right_by_length = [], []
+    for item in acc.items:
+        row = rows[int(item)]
+        values = [likelihood(smol, row["query"], " " + ending)[0] for ending in row["choices"]]
+        lengths = [len(ending) for ending in row["choices"]]
+        right.append(chosen(np.array(values), row["answer"]))
+        right_by_length.append(chosen(np.array(values) / lengths, row["answer"]))
+    compare(acc, right)
+    assert [norm.metric, acc.metric] == ["acc_norm", "acc"]
+    same = [e in (None, s) for s, e in zip(norm.by_item.sums, right_by_length, strict=True)]
+    assert all(same)
+
+
+def test_lambada(smol, data):
+    (acc,) = scored(smol, data, "lambada")
+    rows = rows_of(data / "lambada" / "test.jsonl")
+    words = [(rows[int(i)]["context"], " " + rows[int(i)]["continuation"]) for i in acc.items]
+    compare(acc, [float(likelihood(smol, *pair)[1]) for pair in words])
+    assert acc.mean > 0.1
+
+
+def asked(row):
+    lines = [row["question"].strip()]
+    lines += [f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)]
+    return "\n".join([*lines, "Answer:"])
+
+
+def test_mmlu(smol, data):
+    (acc,) = scored(smol, data, "mmlu")
+    assert (acc.task, acc.num_shots, acc.chance) == ("mmlu", 5, 0.25)
+    test, dev = (rows_of(data / "mmlu" / f"{split}.jsonl") for split in ("test", "dev"))
+    right = []
+    for item in acc.items:
+        subject, index = item.removeprefix("mmlu_").split("/")
+        row = [one for one in test if one["subject"] == subject][int(index)]
+        shots = [one for one in dev if one["subject"] == subject]
+        assert len(shots) == 5
+        about = f"about {subject.replace('_', ' ')}.\n\n"
+        prompt = "The following are multiple choice questions (with answers) " + about
+        prompt += "".join(f"{asked(one)} {'ABCD'[one['answer']]}\n\n" for one in shots)
+        given = smol[1](prompt + asked(row))["input_ids"]
+        logs = logs_of(smol[0], given)[-1]
+        letters = [smol[1](" " + letter)["input_ids"] for letter in "ABCD"]
+        assert all(len(one) == 1 for one in letters)
+        right.append(chosen(np.array([logs[one[0]] for one in letters]), row["answer"]))
+    compare(acc, right)
+    assert len({item.split("/")[0] for item in acc.items}) == ITEMS

@@ -1,0 +1,65 @@
+"""What an evaluation found, told."""
+
+from io import StringIO
+
+import numpy as np
+from rich.console import Console
+
+from shallower.reporting.evaluation import plain_results, tasks_table, told_results
+from shallower.values.perplexity import Perplexity
+from shallower.values.scores import Scores
+from shallower.values.task_scores import TaskScores
+
+
+def scores(task, metric, values, chance=None):
+    values = np.array(values, np.float64)
+    items = tuple(map(str, range(len(values))))
+    return TaskScores(task, metric, items, Scores(values, np.ones(len(values))), 5, chance)
+
+
+BASE = (
+    scores("mmlu", "acc", [1] * 9 + [0], 0.25),
+    scores("pick", "acc_norm", [1, 0, 1, 0], 0.5),
+    scores("pick", "acc", [1, 1, 1, 1], 0.5),
+)
+CUT = (
+    scores("mmlu", "acc", [0] * 9 + [1], 0.25),
+    scores("pick", "acc_norm", [1, 0, 1, 0], 0.5),
+    scores("pick", "acc", [1, 1, 1, 0], 0.5),
+)
+
+
+def test_a_row_for_every_measure_in_80_columns():
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(tasks_table(BASE, CUT, (3, 4, 5)))
+    lines = console.export_text().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    shown = " ".join(" ".join(lines).split())
+    for part in (
+        "90.0 ± 10.0",
+        "(10.0 ± 10.0)",
+        "(50.0 ± 28.9)",
+        "= +0.0 ± 0.0",
+        "│ -80.0 ± 20.0",
+        "5-shot",
+    ):
+        assert part in shown, part
+
+
+def test_json_pairs_each_measure():
+    window = Perplexity(4, False, 1, Scores(np.array([3.0, 6.0]), np.array([3.0, 3.0])))
+    values = {
+        "perplexity": {"base": window, "cut": window},
+        "tasks": {"base": BASE, "cut": CUT},
+    }
+    plain = plain_results(values)
+    assert plain["perplexity"]["difference"]["mean"] == 0
+    assert [one["metric"] for one in plain["tasks"]] == ["acc", "acc_norm", "acc"]
+    assert plain["tasks"][0]["difference"]["mean"] == -0.8
+    line, _, lost, table = told_results(values, (1,))
+    assert line == (
+        "all layers: perplexity 4.482 ± 2.241, 2 windows of 4 tokens, stride 4, without a "
+        "beginning-of-text token; 6 tokens predicted, 1 left over"
+    )
+    assert "paired by window; a tie" in lost
+    assert table.row_count == 3
