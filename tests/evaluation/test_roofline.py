@@ -32,7 +32,7 @@ def test_an_operation_takes_the_longer_of_its_arithmetic_and_its_bytes(operation
 
 
 def test_datasheets():
-    """Peaks are of dense matrices: the sheets of Hopper and Ada print twice that, of sparse ones."""
+    """Peaks are of dense matrices: many a sheet prints twice that, of sparse ones."""
     peaks = {name: device.peak("bfloat16") / 1e12 for name, device in DEVICES.items()}
     assert peaks == {
         "a100-40": 312, "a100-80": 312, "h100": 989.4, "h200": 989.4, "l40s": 362.05,

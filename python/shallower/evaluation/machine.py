@@ -64,9 +64,10 @@ def this_machine(dtype: str) -> Device:
         streaming = _seconds(stream, device)
         multiplying = _seconds(multiply, device)
         launching = _seconds(lambda: few(one), device)
+    peaks = {name: 8 * _ROWS * _WIDTH**2 / multiplying}
     return Device(
-        HERE, title_of(device), {name: 8 * _ROWS * _WIDTH**2 / multiplying}, count * size / streaming,
-        device_memory(device), "measured here", launching / _FewOperations.COUNT,
+        HERE, title_of(device), peaks, count * size / streaming, device_memory(device),
+        "measured here", launching / _FewOperations.COUNT,
     )  # fmt: skip
 
 

@@ -68,7 +68,8 @@ class _Stored:
 
     Attributes:
         storage: kept, so that no other gets its key.
-        origin: what wrote it and has not been charged for that; None for weights and inputs.
+        origin: the stretch that made it and has not been charged for writing it, as nothing behind
+            it has read it; None for all else.
         distinct: bytes of it that are no copies of others.
         scale: bytes in memory for a byte of the tensor: less than 1 for quantised weights.
     """
@@ -179,7 +180,8 @@ class Recorder(TorchDispatchMode):
                 size = size * min(len(value), len(given[0])) // len(value)
             operation.read += size
         for value in made:
-            self._keep(value, operation)
+            operation.written += _nbytes(value)
+            self._keep(value, None)
 
     def _between(
         self, name: str, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]
@@ -208,6 +210,7 @@ class Recorder(TorchDispatchMode):
                 self._keep(value, stretch.operation, distinct)
             elif key not in stretch.made:  # in place
                 stretch.operation.written += _nbytes(value)
+                stretch.made.add(key)
 
     def _enter(self, stretch: _Stretch, value: torch.Tensor, limit: int | None) -> None:
         """Charge a stretch for an input that was not made in it, each part of it once."""

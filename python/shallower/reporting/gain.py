@@ -26,7 +26,6 @@ def gain_table(gain: Gain) -> Table:
     )
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
-    before, after, ratios = gain.before, gain.after, gain.ratios()
 
     for label, name, write in (
         ("layers", "num_layers", str), ("parameters", "parameters", _count),

@@ -207,7 +207,7 @@ def _on(
 
 
 def _measured(subject: _Subject, found: Gain) -> Measured:
-    """Time the model with and without the layers in turns, every second turn the other way round."""
+    """Time the model with and without the layers in turns, the order reversed each time."""
     from ..cutting.memory import without_layers
     from ..evaluation.machine import title_of
     from ..evaluation.speed import REPEATS, peak_bytes, time_forwards

@@ -65,10 +65,10 @@ def run(
     report: no figure in the result is of a text that anything was chosen by.
 
     What is wanted is told by ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` or
-    ``target_memory``; by none of them it is the knee of the curve of losses. Leaves in ``out`` the scan, the plan, ``results.json``,
-    which is written before each next step, and ``checkpoint/``; with ``heal`` also ``healed/``. A
-    run that was cut short goes on when it is called again with the same arguments. The model is
-    as before afterwards.
+    ``target_memory``; by none of them it is the knee of the curve of losses. Leaves in ``out`` the
+    scan, the plan, ``results.json``, which is written before each next step, and ``checkpoint/``;
+    with ``heal`` also ``healed/``. A run that was cut short goes on when it is called again with
+    the same arguments. The model is as before afterwards.
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is

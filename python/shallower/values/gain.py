@@ -1,5 +1,6 @@
 """Gain: what a cut saves of parameters, bytes, operations and time, as forecast and as measured."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -146,6 +147,8 @@ class Measured:
         times = [tuple(map(float, of_type(list, of_type(dict, data)[name]))) for name in _TIMES]
         if not times[0] or len({len(values) for values in times}) > 1:
             raise ValueError("expected as many times of each kind, one at least")
+        if not all(0 < one < math.inf for values in times for one in values):
+            raise ValueError("expected times above 0")
         peaks = (of_type(int, data[name]) for name in ("peak_before", "peak_after"))
         return cls(of_type(str, data["title"]), *times, *peaks)
 
