@@ -39,7 +39,10 @@ _PICKING = ("aten::embedding", "aten::index", "aten::index_select", "aten::gathe
 _COPYING = ("aten::clone", "aten::_to_copy")
 """Operations whose output repeats what their input repeats."""
 
-_VIEWS = ("aten::_unsafe_view", "aten::detach", "aten::alias", "aten::lift_fresh")
+_FREE = (
+    "aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty", "aten::new_empty",
+    "aten::empty_like", "aten::empty_strided",
+)  # fmt: skip
 """Operations that move nothing although torch does not call them views."""
 
 
@@ -146,11 +149,11 @@ class Recorder(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         given = [one for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)]
         made = [one for one in tree_iter(output) if isinstance(one, torch.Tensor)]
-        name = func._schema.name
+        name = func.name().partition(".")[0]
         if name in _SUMMED:
             flops = 2 * sum(one.numel() for one in made) * _SUMMED[name](given)
             self.product(flops, given, made, by_expert=name in _BY_EXPERT)
-        elif made and not (func.is_view or name in _VIEWS):
+        elif made and not (func.is_view or name in _FREE):
             self._between(name, given, made)
         return output
 

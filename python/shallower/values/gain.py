@@ -149,8 +149,10 @@ class Measured:
             raise ValueError("expected as many times of each kind, one at least")
         if not all(0 < one < math.inf for values in times for one in values):
             raise ValueError("expected times above 0")
-        peaks = (of_type(int, data[name]) for name in ("peak_before", "peak_after"))
-        return cls(of_type(str, data["title"]), *times, *peaks)
+        return cls(
+            of_type(str, data["title"]), *times, peak_before=of_type(int, data["peak_before"]),
+            peak_after=of_type(int, data["peak_after"]),
+        )  # fmt: skip
 
 
 _TIMES = ("prefill_before", "prefill_after", "decode_before", "decode_after")
@@ -163,7 +165,7 @@ def _spread(before: tuple[float, ...], after: tuple[float, ...]) -> tuple[float,
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What a cut saves.
+    """The gain of a cut: sizes before and after, forecasts and measurements.
 
     Attributes:
         model: the name of the model.
@@ -209,12 +211,20 @@ class Gain:
         raise KeyError(device)
 
     def ratios(self) -> dict[str, float]:
-        """Give every size after the cut as a share of that before, by name."""
+        """Give every size after the cut as a share of that before.
+
+        Returns:
+            The ratios by the names of :class:`Sizes`; without those that were 0.
+        """
         before, after = asdict(self.before), asdict(self.after)
         return {name: after[name] / value for name, value in before.items() if value}
 
     def to_json(self) -> dict[str, Any]:
-        """Give the gain as plain JSON values, all of it, with the ratios beside it."""
+        """Give the gain as plain JSON values.
+
+        Returns:
+            All of it, with the ratios beside it.
+        """
         return {
             "format": "shallower.gain",
             "version": 1,
