@@ -81,7 +81,7 @@ class CurveStrategies:
         asked = Asked(
             wish=Wish(), splits=terms.splits, out=terms.out, top=terms.top, blocks=None,
             step=None, tokens=terms.tokens, threads=terms.threads, prompts=(), seed=terms.seed,
-            identities=terms.identities, job=terms.job, progress=False,
+            identities=terms.identities, job=terms.job, command="", progress=False,
         )  # fmt: skip
         return Sizes(
             self._decoder, self._tokenizer, asked, scanned=lambda: self._scan,
