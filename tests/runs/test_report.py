@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from transformers import LlamaConfig
 
 import shallower as sh
 from shallower import OutputError
@@ -190,11 +191,12 @@ def test_weights_are_counted_by_their_headers(tmp_path):
 
 def test_gains_that_lie_beside_are_told(made, tmp_path):
     made_run(tmp_path)
-    rows = [{"name": "weights", "before": "16 GB", "after": "13 GB"}]
-    (tmp_path / "gain.json").write_text(json.dumps({"rows": rows}))
+    found = sh.gain(LlamaConfig(num_hidden_layers=8), [range(4, 6)], device="a100-80")
+    (tmp_path / "gain.json").write_text(json.dumps(found.to_json()))
     titles = [table for part in read_story(tmp_path).sections for table in part.tables]
-    (gain,) = (table for table in titles if table.title == "What it gains")
-    assert gain.rows == (("weights", "16 GB", "13 GB"),)
+    (gain,) = (table for table in titles if table.title.startswith("What it gains"))
+    assert gain.rows[0] == ("layers", "8", "6", "0.750")
+    assert gain.rows[-1][0] == "A100 SXM 80GB, token"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from .options import (
     quiet,
     read_texts,
 )
-from .output import print_json, say_dry_run, say_known, show
+from .output import called, print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
     from ..runs.curve_job import CurveJob
@@ -123,7 +123,7 @@ def curve_command(
         tasks_dir=tasks_dir, max_items=max_items, num_shots=num_shots, heal_steps=heal_steps,
         top=top, tokens=Tokens(max_length, parse_batch_size(batch_size)), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
-        cache=open_cache(no_cache or dry_run),
+        cache=open_cache(no_cache or dry_run), command=called(),
     )  # fmt: skip
     if dry_run:
         job.check()
@@ -150,10 +150,12 @@ def _described(job: "CurveJob") -> dict[str, Any]:
 
 def _say(curve: "Curve", job: "CurveJob", as_json: bool) -> None:
     from ..reporting.curve import curve_tables
+    from ..runs.report import report
 
+    page = report(job.out)
     if job.entry is not None:
         say_known(job.entry.made)
     if as_json:
-        print_json({**curve.to_json(), "out": str(job.out)})
+        print_json({**curve.to_json(), "out": str(job.out), "page": str(page)})
         return
-    show(*curve_tables(curve), f"wrote {job.out}")
+    show(*curve_tables(curve), f"wrote {job.out}", f"page: {page}")

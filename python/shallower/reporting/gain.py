@@ -1,10 +1,11 @@
 """The table of what a cut saves: before, after, and their ratio."""
 
+from collections.abc import Iterator
 from statistics import median
 
 from rich.table import Table
 
-from ..values.gain import Gain, Measured
+from ..values.gain import Forecast, Gain, Measured
 from ..values.layers import ranges
 
 
@@ -27,28 +28,48 @@ def gain_table(gain: Gain) -> Table:
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
 
+    for label, *told in _sizes(gain):
+        table.add_row(label, *told)
+    for one in gain.forecasts:
+        table.add_section()
+        for label, *told in _times(one):
+            table.add_row(label, *told)
+    if gain.measured is not None:
+        _add_measured(table, gain.measured)
+    return table
+
+
+def gain_rows(gain: Gain) -> list[tuple[str, str, str, str]]:
+    """Give the sizes and forecasts of a gain as text.
+
+    Args:
+        gain: sizes and forecasts.
+
+    Returns:
+        A name, before, after, and their ratio, row by row.
+    """
+    return [*_sizes(gain), *(row for one in gain.forecasts for row in _times(one))]
+
+
+def _sizes(gain: Gain) -> Iterator[tuple[str, str, str, str]]:
     for label, name, write in (
         ("layers", "num_layers", str), ("parameters", "parameters", _count),
         ("weights", "weight_bytes", _bytes), ("KV cache a token", "kv_bytes_per_token", _bytes),
         ("KV cache", "kv_bytes", _bytes), ("FLOPs, prefill", "prefill_flops", _count),
         ("FLOPs, token", "decode_flops", _count),
     ):  # fmt: skip
-        told = (write(getattr(size, name)) for size in (gain.before, gain.after))
+        before, after = (write(getattr(size, name)) for size in (gain.before, gain.after))
         ratio = gain.ratios().get(name)
-        table.add_row(label, *told, "-" if ratio is None else f"{ratio:.3f}")
-    for one in gain.forecasts:
-        table.add_section()
-        for phase, early, late in (
-            ("prefill", one.prefill_before, one.prefill_after),
-            ("token", one.decode_before, one.decode_after),
-        ):
-            table.add_row(
-                f"{one.title}, {phase}", _time(early, one.fits_before),
-                _time(late, one.fits_after), f"{late / early:.3f}",
-            )  # fmt: skip
-    if gain.measured is not None:
-        _add_measured(table, gain.measured)
-    return table
+        yield label, before, after, "-" if ratio is None else f"{ratio:.3f}"
+
+
+def _times(one: Forecast) -> Iterator[tuple[str, str, str, str]]:
+    for phase, early, late in (
+        ("prefill", one.prefill_before, one.prefill_after),
+        ("token", one.decode_before, one.decode_after),
+    ):
+        before, after = _time(early, one.fits_before), _time(late, one.fits_after)
+        yield f"{one.title}, {phase}", before, after, f"{late / early:.3f}"
 
 
 def _add_measured(table: Table, found: Measured) -> None:

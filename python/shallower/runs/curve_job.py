@@ -17,7 +17,7 @@ from ..storage import check_free, write_file
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
 from ..values.curve import OWN_STRATEGIES, STATES, Curve, CurvePoint, State
-from ..values.files import CURVE_RECORD, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
+from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
 from ..values.identity import title_of
 from ..values.layers import check_sizes, layer_number
 from ..values.provenance import versions
@@ -72,6 +72,7 @@ class CurveJob:
         num_choosing: texts that choose, at most.
         threads: threads of the Rust core.
         seed: of whatever is drawn.
+        command: the words on the command line that asked, without places; empty if none did.
         overwrite: replace what is in ``out``.
         cache: of what was measured before.
         progress: bars with ETA on standard error.
@@ -103,6 +104,7 @@ class CurveJob:
     num_choosing: int = NUM_CHOOSING
     threads: int | None = None
     seed: int = 0
+    command: str = ""
     overwrite: bool = False
     cache: Cache = field(default_factory=lambda: Cache(None))
     progress: bool | None = None
@@ -172,7 +174,7 @@ class CurveJob:
             OutputError, RecipeError, LayersError, ModelError, MissingExtraError: as :func:`curve`.
         """
         if self._written is None:
-            for name in (CURVE_RECORD, CURVE_TABLE, SCAN_FILE, PARTIAL_FILE):
+            for name in (CURVE_FILE, CURVE_TABLE, SCAN_FILE, PARTIAL_FILE):
                 check_free(self.out / name, self.overwrite)
         if "healed" in self.states:
             from ..healing.checks import require_peft
@@ -260,7 +262,7 @@ class CurveJob:
     def _written(self) -> Curve | None:
         """The curve in the folder as far as it came, if it is this very one."""
         try:
-            values = json.loads((self.out / CURVE_RECORD).read_bytes())
+            values = json.loads((self.out / CURVE_FILE).read_bytes())
             if self.overwrite or self.job is None or values["job"] != self.job:
                 return None
             return Curve.from_json(values)
@@ -327,8 +329,9 @@ class CurveJob:
         )  # fmt: skip
 
     def _write(self, curve: Curve) -> None:
-        content = json.dumps({**curve.to_json(), "job": self.job}, indent=1) + "\n"
-        write_file(self.out / CURVE_RECORD, content.encode())
+        beside = {"job": self.job, "command": self.command}
+        content = json.dumps({**curve.to_json(), **beside}, indent=1) + "\n"
+        write_file(self.out / CURVE_FILE, content.encode())
         write_csv(curve, self.out / CURVE_TABLE)
 
     def _recipe(self, model: Any, tokenizer: Any) -> Recipe | None:

@@ -11,11 +11,9 @@ from ..values.files import CURVE_FILE
 from ..values.layers import ranges
 from ..values.scores import Difference
 from .story_parts import (
-    Gain,
     again,
     differs,
     few_texts,
-    gain_table,
     layer_words,
     loss_fact,
     made_by,
@@ -27,13 +25,12 @@ from .story_parts import (
 _STYLE = {"cut": "dashed", "patched": "solid", "healed": "dotted"}
 
 
-def curve_story(curve: Curve, *, command: str = "", gain: Gain = (), drawn: bool = True) -> Story:
+def curve_story(curve: Curve, *, command: str = "", drawn: bool = True) -> Story:
     """Tell a curve.
 
     Args:
         curve: of one model.
         command: the words on the command line that asked for it.
-        gain: what a cut gains; rows of ``name``, ``before`` and ``after``.
         drawn: draw figures; False where there is no matplotlib.
 
     Returns:
@@ -41,7 +38,6 @@ def curve_story(curve: Curve, *, command: str = "", gain: Gain = (), drawn: bool
     """
     shown = _shown(curve)
     sections = [_asked(curve), _curves(curve, drawn)]
-    sections += [Section("What it gains", tables=gain_table(gain))] if gain else []
     sections += [
         _numbers(curve), _again(command),
         differs(curve.max_length, curve.dtype, curve.versions),

@@ -1,5 +1,6 @@
 """Recommending: the stages of a run on one model that is loaded, from its scan to a checkpoint."""
 
+import json
 import math
 import warnings
 from dataclasses import replace
@@ -22,15 +23,27 @@ from ..models.layerwise import Layerwise
 from ..progress import track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
-from ..values.files import CHECKPOINT_FOLDER, PARTIAL_FILE, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ..storage import write_file
+from ..values.files import (
+    CHECKPOINT_FOLDER,
+    GAIN_FILE,
+    PARTIAL_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
+)
 from ..values.loss import Loss
 from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended
 from .asked import Asked
 from .continuing import continue_text
+from .gain import gain
 from .results import Continuations, Run, weights_mark
 from .sizes import Sizes
+
+GAIN_DEVICE = "a100-80"
+"""The GPU that the page forecasts the time of a token for."""
 
 
 class Recommending:
@@ -106,7 +119,7 @@ class Recommending:
 
     def _withdraw(self) -> None:
         """Take back what was written: no cut does what is asked for, another wish may follow."""
-        for name in (PLAN_FILE, RESULTS_FILE, SCAN_FILE):
+        for name in (PLAN_FILE, GAIN_FILE, RESULTS_FILE, SCAN_FILE):
             (self._asked.out / name).unlink(missing_ok=True)
 
     def _begun(self) -> Run:
@@ -181,6 +194,7 @@ class Recommending:
         verified, losses = self._sizes.verify(choice.n), self._referee.losses
         plan = verified.plan
         plan.save(self._asked.out / PLAN_FILE)
+        self._save_gain(plan)
         cut = losses.scores(plan.dropped)
         told = [self._continued(Continuations(text, ""), "whole") for text in self._asked.prompts]
         with without_layers(self._model, plan.blocks):
@@ -208,6 +222,16 @@ class Recommending:
         recommended = replace(recommended, unpatched=why)
         with without_layers(self._model, plan.blocks):
             return self._saved(replace(results, recommended=recommended), plan, None)
+
+    def _save_gain(self, plan: Plan) -> None:
+        """Write what the cut saves, for the page; nothing where a config cannot tell it."""
+        place = self._asked.out / GAIN_FILE
+        try:
+            found = gain(self._model, plan, device=GAIN_DEVICE)
+        except ModelError:
+            place.unlink(missing_ok=True)
+            return
+        write_file(place, (json.dumps(found.to_json(), indent=1) + "\n").encode())
 
     def _saved(self, results: Run, plan: Plan, done: Patch | None) -> Run | None:
         """Save the model as it is now, and reload it by stock transformers."""

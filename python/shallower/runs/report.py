@@ -11,13 +11,10 @@ from ..reporting.page.story import Story
 from ..reporting.page.writing import save_story
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
-from ..values.files import COMPARISON_FILE, CURVE_FILE, REPORT_FILE, RESULTS_FILE
+from ..values.files import COMPARISON_FILE, CURVE_FILE, GAIN_FILE, REPORT_FILE, RESULTS_FILE
+from ..values.gain import Gain
 from ..values.schema import of_type
 from .results import Run
-from .story_parts import Gain
-
-GAIN_FILE = "gain.json"
-"""What a cut gains, if it is there: ``rows`` of the strings ``name``, ``before`` and ``after``."""
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -82,7 +79,7 @@ def read_story(folder: Path) -> Story:
         data = _read(folder / CURVE_FILE)
         curve = _parsed(Curve, data, folder / CURVE_FILE)
         command = str(data.get("command", ""))
-        return curve_story(curve, command=command, gain=_gain(folder), drawn=drawn)
+        return curve_story(curve, command=command, drawn=drawn)
     if (folder / COMPARISON_FILE).is_file():
         from .comparison_story import comparison_story
 
@@ -110,14 +107,7 @@ def _parsed(kind: Any, data: Mapping[str, Any], path: Path) -> Any:
         raise OutputError(f"{path} is damaged: {what}") from error
 
 
-def _gain(folder: Path) -> Gain:
-    """The rows of what a cut gains, where somebody has measured it."""
+def _gain(folder: Path) -> Gain | None:
+    """What a cut gains, where that is known."""
     path = folder / GAIN_FILE
-    if not path.is_file():
-        return ()
-    try:
-        rows = of_type(list, _read(path)["rows"])
-        names = ("name", "before", "after")
-        return [{name: of_type(str, of_type(dict, row)[name]) for name in names} for row in rows]
-    except (KeyError, TypeError) as error:
-        raise OutputError(f"{path} is damaged: {error}") from error
+    return _parsed(Gain, _read(path), path) if path.is_file() else None

@@ -12,11 +12,11 @@ from ..reporting.run_figures import (
     size_drawings,
 )
 from ..values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ..values.gain import Gain
 from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Difference
 from .results import Continuations, Run
 from .story_parts import (
-    Gain,
     again,
     differs,
     few_texts,
@@ -39,12 +39,12 @@ UNLIKE = 3.0
 _STATES = ("whole", "cut", "patched", "healed")
 
 
-def run_story(run: Run, *, gain: Gain = (), drawn: bool = True) -> Story:
+def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
     """Tell a run.
 
     Args:
         run: with its recommendation.
-        gain: what the cut gains; rows of ``name``, ``before`` and ``after``.
+        gain: what the cut gains, if that is known.
         drawn: draw figures; False where there is no matplotlib.
 
     Returns:
@@ -58,7 +58,7 @@ def run_story(run: Run, *, gain: Gain = (), drawn: bool = True) -> Story:
 class _Telling:
     """A run that is told, and what is worked out once for several parts."""
 
-    def __init__(self, run: Run, recommended: Recommended, gain: Gain, drawn: bool) -> None:
+    def __init__(self, run: Run, recommended: Recommended, gain: Gain | None, drawn: bool) -> None:
         self._run, self._best, self._gain, self._drawn = run, recommended, gain, drawn
         self._name = run.scan.model.name if run.scan.model else "model"
         self._weights = None if run.checkpoint is None else count_weights(run.checkpoint)

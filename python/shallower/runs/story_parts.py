@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..reporting.gain import gain_rows
 from ..reporting.page.story import Fact, Number, Section, Table
+from ..values.gain import Gain
 from ..values.layers import blocks_of, ranges
 from ..values.loss import Loss
 from ..values.scores import Difference
@@ -13,9 +15,6 @@ SMALL = 1_000_000_000
 
 FEW_TEXTS = 30
 """Texts below which errors are themselves uncertain."""
-
-Gain = Sequence[Mapping[str, str]]
-"""What a cut gains: rows of ``name``, ``before`` and ``after``, as they are shown."""
 
 
 def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
@@ -108,17 +107,20 @@ def again(what: str, *commands: str) -> Section:
     return Section("Make it again", (line,), commands=tuple(broken))
 
 
-def gain_table(gain: Gain) -> tuple[Table, ...]:
+def gain_table(gain: Gain | None) -> tuple[Table, ...]:
     """Tabulate what a cut gains.
 
     Args:
-        gain: rows of ``name``, ``before`` and ``after``.
+        gain: its sizes and forecasts; None where they are not known.
 
     Returns:
-        A table; none without rows.
+        A table; none where nothing is known.
     """
-    rows = tuple((row["name"], row["before"], row["after"]) for row in gain)
-    return (Table("What it gains", ("", "whole model", "after the cut"), rows),) if rows else ()
+    if gain is None:
+        return ()
+    texts = "one text" if gain.batch == 1 else f"{gain.batch} texts"
+    title = f"What it gains: {texts} of {gain.context:,} tokens in {gain.dtype}, by the roofline"
+    return (Table(title, ("", "whole model", "after the cut", "ratio"), tuple(gain_rows(gain))),)
 
 
 def few_texts(num_texts: int) -> list[str]:

@@ -8,19 +8,19 @@ PARTIAL_FILE = "scan.partial.safetensors"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoint"
 
+GAIN_FILE = "gain.json"
+"""What the recommended cut saves, as counted and as forecast for one GPU."""
+
 HEALED_FOLDER = "healed"
 """The healed model below the folder of a run."""
 
-CURVE_RECORD = "curve.json"
+CURVE_FILE = "curve.json"
 CURVE_TABLE = "curve.csv"
 """A curve over the layers that go, and its table."""
 
 COMPARISON_FILE = "comparison.json"
 COMPARISON_TABLE = "comparison.csv"
 """A comparison of criteria and its table; beside them lie its figures."""
-
-CURVE_FILE = "curve.json"
-"""A curve over the layers dropped; beside it lie its figures."""
 
 REPORT_FILE = "report.html"
 """The page of a run, a comparison or a curve; beside it lie ``report.md`` and ``report.json``."""
