@@ -164,7 +164,7 @@ class _Local:
     def knows(self, name: str) -> bool:
         """Whether there is such a task; where it is a part of another, that one is split."""
         for whole in [one for one in self._index if f"{name}_".startswith(f"{one}_")]:
-            if whole not in self._parts:
+            if whole not in self._parts and whole not in self._part_of:
                 self._split(whole)
         return name in self._index
 
