@@ -21,9 +21,12 @@ def asked(tiny, texts):
 def test_curve_leaves_a_curve_and_says_it(shallower, folder, asked, monkeypatch):
     done = shallower(*asked, "--json")
     assert done.status == 0, done.err
-    assert set(tree(folder)) == {"out", "out/curve.csv", "out/curve.json", "out/scan.safetensors"}
+    written = {"curve.csv", "curve.json", "scan.safetensors", "report.html", "report.md"}
+    assert {f"out/{name}" for name in written} < set(tree(folder))
     stored = json.loads((folder / "out" / "curve.json").read_text(), parse_constant=pytest.fail)
-    assert {**done.json, "job": stored["job"]} == {**stored, "out": "out"}
+    beside = {name: stored.pop(name) for name in ("job", "command")}
+    assert done.json == {**stored, "out": "out", "page": "out/report.html"}
+    assert beside["command"].startswith("shallower curve ")
     curve = Curve.from_json(stored)
     assert [point.n for point in curve.points] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
     assert curve.line("deepest", "cut")[1].dropped == (4,)

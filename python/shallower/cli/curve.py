@@ -49,8 +49,8 @@ def curve_command(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Of recommended, similarity, best_plan, deepest, and all criteria (shallower "
-            "compare --list), comma-separated.",
+            help="Strategies, comma-separated: recommended, similarity, best_plan, deepest, or any "
+            "criterion (shallower compare --list).",
         ),
     ] = "recommended,similarity,deepest",
     states: Annotated[
