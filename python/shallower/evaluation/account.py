@@ -140,7 +140,7 @@ class _Counting:
         self, ids: torch.Tensor, cached: Sequence[torch.Tensor], options: dict[str, Any]
     ) -> tuple[tuple[Operation, ...], Any]:
         recorder = Recorder(self._model, scales=self._scales, cached=cached)
-        with recorder.inside(find_layers(self._model).modules):
+        with recorder.inside(list(find_layers(self._model).modules)):
             output = self._model(input_ids=ids, use_cache=True, **options)
         return tuple(recorder.operations), output
 

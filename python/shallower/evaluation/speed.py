@@ -94,8 +94,8 @@ def _decode(model: PreTrainedModel, context: int, batch: int) -> None:
 
 
 def _ids(model: PreTrainedModel, context: int, batch: int) -> torch.Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    assert isinstance(vocabulary, int)
+    table: Any = model.get_input_embeddings()
+    vocabulary = len(table.weight)
     drawn = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (batch, context), generator=drawn).to(model.device)
 

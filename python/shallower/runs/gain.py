@@ -116,8 +116,7 @@ class _Subject:
     @classmethod
     def of(cls, model: Any, gguf_file: str | None, trust_remote_code: bool) -> "_Subject":
         if isinstance(model, str | Path):
-            options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
-            model = ModelSource(model, **options)
+            model = ModelSource(model, "auto", None, gguf_file, trust_remote_code)
         if isinstance(model, ModelSource):
             here = Path(model.path).expanduser().exists()
             name = model.gguf_file or (Path(model.path).name if here else str(model.path))
@@ -195,14 +194,15 @@ def _on(
 ) -> Forecast:
     from ..evaluation.roofline import seconds
 
-    prefills, decodes = (
+    (prefill_before, prefill_after), (decode_before, decode_after) = (
         [seconds(getattr(account, phase), device, dtype) for account in accounts]
         for phase in ("prefill", "decode")
     )
+    fits_before, fits_after = (size.memory <= device.memory for size in sizes)
     return Forecast(
         device.name, device.title, device.source, device.peak(dtype), device.bandwidth,
-        device.memory, device.launch, *prefills, *decodes,
-        *(size.memory <= device.memory for size in sizes),
+        device.memory, device.launch, prefill_before, prefill_after, decode_before, decode_after,
+        fits_before, fits_after,
     )  # fmt: skip
 
 
@@ -213,21 +213,23 @@ def _measured(subject: _Subject, found: Gain) -> Measured:
     from ..evaluation.speed import REPEATS, peak_bytes, time_forwards
 
     model, layers = subject.load(found.dtype), list(found.dropped)
-    sizes = {"context": found.context, "batch": found.batch}
+    context, batch = found.context, found.batch
     whole, cut = nullcontext, partial(without_layers, model, layers)
     peaks: dict[Any, int] = {}
     times: dict[Any, list[tuple[float, float]]] = {whole: [], cut: []}
     for one in (whole, cut):
         with one():
-            peaks[one] = peak_bytes(model, **sizes)
+            peaks[one] = peak_bytes(model, context=context, batch=batch)
     for repeat in range(REPEATS):
         for one in (whole, cut)[:: -1 if repeat % 2 else 1]:
             with one():
-                times[one].append(time_forwards(model, **sizes))
+                times[one].append(time_forwards(model, context=context, batch=batch))
+    prefill_before, prefill_after, decode_before, decode_after = (
+        tuple(time[phase] for time in times[one]) for phase in (0, 1) for one in (whole, cut)
+    )
     return Measured(
-        title_of(model.device),
-        *(tuple(time[phase] for time in times[one]) for phase in (0, 1) for one in (whole, cut)),
-        *(peaks[one] for one in (whole, cut)),
+        title_of(model.device), prefill_before, prefill_after, decode_before, decode_after,
+        peaks[whole], peaks[cut],
     )  # fmt: skip
 
 

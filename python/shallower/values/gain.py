@@ -149,9 +149,10 @@ class Measured:
             raise ValueError("expected as many times of each kind, one at least")
         if not all(0 < one < math.inf for values in times for one in values):
             raise ValueError("expected times above 0")
+        prefill_before, prefill_after, decode_before, decode_after = times
         return cls(
-            of_type(str, data["title"]), *times, peak_before=of_type(int, data["peak_before"]),
-            peak_after=of_type(int, data["peak_after"]),
+            of_type(str, data["title"]), prefill_before, prefill_after, decode_before,
+            decode_after, of_type(int, data["peak_before"]), of_type(int, data["peak_after"]),
         )  # fmt: skip
 
 
