@@ -201,7 +201,7 @@ def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
         ({"target_latency": 0.01, "context": 8}, "no cut leaves at most 0.01 of the time"),
         ({"target_memory": "1kB", "context": 8}, "no cut leaves at most 0.0 MB of weights"),
         ({"target_memory": "1TB"}, "which is no more than 1000.0 GB .* already"),
-        ({"params": 10**9}, "no more than 1,000,000,000 already: nothing has to go"),
+        ({"params": 10**9}, "no more than 1,000,000,000 parameters already: nothing"),
     ],
 )
 def test_a_wish_that_no_cut_fulfils_is_one_sentence(learned, words, tmp_path, wish, message):
