@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from shallower.errors import ModelError
 from shallower.models.architecture import evaluating
-from shallower.models.rehearsal import LiveBytes, Rehearsal, build_empty, first_that_runs
+from shallower.models.rehearsal import Rehearsal, _Rehearsed, build_empty, first_that_runs
 from tests.conftest import tiny_llama
 from tests.families import small_config
 
@@ -18,7 +18,7 @@ FAMILIES = (
 def held_by(model, step):
     """The bytes at the peak of a real step."""
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    with LiveBytes(known) as live:
+    with _Rehearsed(known, padded=True) as live:
         step(model)
     return live.peak
 
