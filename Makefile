@@ -19,6 +19,8 @@ WORKERS ?= 2
 LINTED := python tests benches
 ARM := aarch64-unknown-linux-gnu
 
+# maturin installs into the environment that is active; this is always ours.
+export VIRTUAL_ENV := $(abspath $(VENV))
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
