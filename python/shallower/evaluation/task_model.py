@@ -333,7 +333,7 @@ class _Stop(StoppingCriteria):
         self._tokenizer, self._until, self._given = tokenizer, until, given
         self._last = max(lengths, default=0) + 2
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         new = input_ids[:, self._given :][:, -self._last :].tolist()
         texts = self._tokenizer.batch_decode(new)
         ended = [any(one in text for one in self._until) for text in texts]
