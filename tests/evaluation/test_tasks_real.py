@@ -17,7 +17,8 @@ CLOSE = 1e-3
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8", newline="\n") as file:  # lines hold separators of other kinds
+        return [json.loads(line) for line in file]
 
 
 def logs_of(model, ids):
