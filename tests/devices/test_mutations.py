@@ -21,6 +21,7 @@ from tests.devices import (
     test_models,
     test_patching,
     test_scanning,
+    test_tasks,
 )
 from tests.devices.conftest import STAGES
 from tests.devices.mutations import moves, noting, without
@@ -28,16 +29,20 @@ from tests.devices.stage import is_about_devices
 
 ROOMS = (
     test_scanning, test_models, test_cutting, test_evaluation, test_patching, test_healing,
-    test_judging, test_merging, test_criteria,
+    test_judging, test_merging, test_criteria, test_tasks,
 )  # fmt: skip
 
 _ROOM = "it only takes room on the device"
 _LAYER = "both are of one layer, and so on one device"
 _INDEX = "an index may lie on the CPU"
 _HOST = "no CUDA device gets here"
+_MOVED = "generate moves tokens"
 HARMLESS = {
     "cutting/saving.py: lend_layers: layer.to('cpu')": _ROOM,
     "cutting/saving.py: logits_difference: expected.to(device)": "accelerate brings logits back",
+    "evaluation/task_model.py: TaskModel._continue: torch.from_numpy(padded).to(device)": _MOVED,
+    "evaluation/task_model.py: TaskModel._predicted: "
+    "torch.from_numpy(rows[here] - start).to(logits.device)": _INDEX,
     "healing/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
     "healing/descent.py: Descent._step: self._model.run(*pair, (layer,)).cpu()": _ROOM,
     "healing/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
@@ -50,14 +55,14 @@ HARMLESS = {
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
     "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
     "runs/continuing.py: continue_text: "
-    "tokenizer(prompt, return_tensors='pt').to(Decoder.of(model).device)": "generate moves tokens",
+    "tokenizer(prompt, return_tensors='pt').to(Decoder.of(model).device)": _MOVED,
     "scanning/transfers.py: HostCopies.send: tensor.to(device)": _HOST,
     "scanning/transfers.py: HostCopies.start: gathered[0].rows.cpu()": _HOST,
 }
 """Moves that no rehearsal misses, and why."""
 
-ASKING = {"_products_are_deterministic"}
-"""Functions that ask CUDA itself, and need a card."""
+ASKING = {"_products_are_deterministic", "this_machine"}
+"""Functions that ask CUDA itself, or time it, and need a card."""
 
 MOVES = [move for move in moves() if move.function not in ASKING]
 
