@@ -262,8 +262,6 @@ def refused(sharp, words, names, **options):
 
 
 def test_a_task_that_is_not_there(sharp, words, pick, monkeypatch):
-    import shallower.evaluation.task_files as task_files
-
     folder, _ = pick
     monkeypatch.delenv("SHALLOWER_DATA", raising=False)
     said = refused(sharp, words, ["pick", "no_such_task"], tasks_dir=folder)
@@ -273,7 +271,9 @@ def test_a_task_that_is_not_there(sharp, words, pick, monkeypatch):
     assert "at least one" in refused(sharp, words, [" "], tasks_dir=folder)
     assert "no folder" in refused(sharp, words, ["pick"], tasks_dir=folder / "nowhere")
     assert "at least 1" in refused(sharp, words, ["pick"], tasks_dir=folder, max_items=0)
-    assert task_files.OURS.is_dir()
+    hub = refused(sharp, words, ["boolq"])  # lm-eval's own, whose data is on a hub out of reach
+    assert "task boolq cannot be loaded" in hub
+    assert "--data" in hub
 
 
 def test_a_task_file_that_is_no_yaml(sharp, words, pick):

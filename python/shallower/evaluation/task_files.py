@@ -191,8 +191,9 @@ class _Local:
             raise
         except Exception as error:  # whatever a task file, its functions or a hub raise
             reason = next(iter(str(error).splitlines()), "")
+            hint = "" if self._data else "; --data (data, SHALLOWER_DATA) names a folder of data"
             raise TextsError(
-                f"task {name} cannot be loaded: {type(error).__name__}: {reason[:300]}"
+                f"task {name} cannot be loaded: {type(error).__name__}: {reason[:300]}{hint}"
             ) from error
         together = name in self._parts or self._index[name].kind.name == "GROUP"
         return TaskGroup(name, loaded["tasks"], together)
