@@ -9,6 +9,9 @@ import shallower as sh
 from tests import examples
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.timeout(1200)
+"""A document is one test: the guide alone takes four minutes of one core."""
+
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = {
     str(file.relative_to(ROOT)): examples.code_blocks(file.read_text(encoding="utf-8"))
