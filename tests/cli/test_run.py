@@ -62,6 +62,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
         "results.json",
         "checkpoint",
         "report.html",
+        "gain.json",
         "report.md",
         "report.json",
         "figures",
