@@ -106,7 +106,7 @@ def point(n, strategy, state, num_layers=32):
     return CurvePoint(
         n, strategy if n else "whole", state, tuple(range(last - n, last)), n / num_layers,
         0.9 * n / num_layers, loss(more * (1.5 if strategy == "deepest" else 1), 128_256), tasks,
-        3.0 * n,
+        3.0 * n, time_share=0.85 * n / num_layers,
     )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_a_curve_is_told_where_it_holds(tmp_path):
     assert any("boolq is at chance already" in warning for warning in story.warnings)
     assert any(warning.startswith("n = 20, deepest, patched: ") for warning in story.warnings)
     names = [drawing.name for drawing in story.drawings]
-    assert names == ["loss_over_layers", "loss_over_size", "task_2", "task_3"]
+    assert names == ["loss_over_layers", "loss_over_size", "loss_over_time", "task_0", "task_1"]
     (again,) = (section for section in story.sections if section.title == "Make it again")
     assert again.commands[0] == "shallower curve X"
     shown = curve().line("similarity", "healed")[2]

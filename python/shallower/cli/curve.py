@@ -69,6 +69,10 @@ def curve_command(
     tasks_dir: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Further definitions of tasks.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Data of task files; $SHALLOWER_DATA by default."),
+    ] = None,
     max_items: Annotated[
         int | None, typer.Option(metavar="N", help="Items of a task at most.", min=1)
     ] = None,
@@ -120,10 +124,10 @@ def curve_command(
         texts=read_texts(texts), eval_texts=read_texts(eval_texts), out=out,
         sizes=parse_sizes(n, least=0), strategies=_names(strategies), states=_names(states),
         quick_patch=quick_patch, patch_tokens=patch_tokens, tasks=_names(tasks),
-        tasks_dir=tasks_dir, max_items=max_items, num_shots=num_shots, heal_steps=heal_steps,
-        top=top, tokens=Tokens(max_length, parse_batch_size(batch_size)), max_texts=max_texts,
-        max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
-        cache=open_cache(no_cache or dry_run), command=called(),
+        tasks_dir=tasks_dir, data=data, max_items=max_items, num_shots=num_shots,
+        heal_steps=heal_steps, top=top, tokens=Tokens(max_length, parse_batch_size(batch_size)),
+        max_texts=max_texts, max_eval_texts=max_eval_texts, threads=threads, seed=seed,
+        overwrite=overwrite, cache=open_cache(no_cache or dry_run), command=called(),
     )  # fmt: skip
     if dry_run:
         job.check()

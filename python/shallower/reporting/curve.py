@@ -68,7 +68,7 @@ def _row(curve: Curve, point: CurvePoint) -> dict[str, Any]:
         "n": point.n, "strategy": point.strategy, "state": point.state,
         "dropped": " ".join(map(str, point.dropped)), "layers_share": point.layers_share,
         "parameters_share": point.parameters_share if point.dropped or not point.n else None,
-        "loss": loss and loss.nats, "stderr": loss and loss.stderr,
+        "time_share": point.time_share, "loss": loss and loss.nats, "stderr": loss and loss.stderr,
         "of_ln_vocabulary": loss and loss.normalized,
         "lost": lost and lost.mean, "lost_stderr": lost and lost.stderr,
         "seconds": point.seconds, "failed": point.failed,

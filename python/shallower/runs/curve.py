@@ -31,6 +31,7 @@ def curve(
     patch_tokens: int = PATCH_TOKENS,
     tasks: Sequence[str] = (),
     tasks_dir: str | Path | None = None,
+    data: str | Path | None = None,
     max_items: int | None = None,
     num_shots: int | None = None,
     heal: Recipe | None = None,
@@ -78,6 +79,8 @@ def curve(
         patch_tokens: tokens that a full patch is fitted on, at most.
         tasks: names of tasks to do beside the loss; the main measure of each is kept.
         tasks_dir: a folder of further definitions of tasks.
+        data: the folder in which task files find their data; by default that of the variable
+            ``SHALLOWER_DATA``.
         max_items: items of a task at most; all by default.
         num_shots: solved examples before each item; as the task says by default.
         heal: settings of the healing of each cut; by default ours in the dtype of the model.
@@ -124,7 +127,8 @@ def curve(
         model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
         out=Path(out), sizes=n, strategies=strategies, states=states, quick_patch=quick_patch,
         patch_tokens=patch_tokens, tasks=tasks,
-        tasks_dir=None if tasks_dir is None else Path(tasks_dir), max_items=max_items,
+        tasks_dir=None if tasks_dir is None else Path(tasks_dir),
+        data=None if data is None else Path(data), max_items=max_items,
         num_shots=num_shots, heal=heal, heal_steps=heal_steps, top=top,
         tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,

@@ -61,6 +61,7 @@ class CurveJob:
         patch_tokens: tokens that a full patch is fitted on, at most.
         tasks: names of tasks to do beside the loss.
         tasks_dir: a folder of further definitions of tasks.
+        data: the folder of their data.
         max_items: items of a task at most.
         num_shots: solved examples before each item.
         heal: settings of a healing.
@@ -93,6 +94,7 @@ class CurveJob:
     patch_tokens: int = PATCH_TOKENS
     tasks: Sequence[str] = ()
     tasks_dir: Path | None = None
+    data: Path | None = None
     max_items: int | None = None
     num_shots: int | None = None
     heal: Recipe | None = None
@@ -237,8 +239,8 @@ class CurveJob:
     @cached_property
     def _tasks(self) -> CurveTasks:
         return CurveTasks(
-            names=tuple(self.tasks), tasks_dir=self.tasks_dir, max_items=self.max_items,
-            num_shots=self.num_shots, seed=self.seed,
+            names=tuple(self.tasks), tasks_dir=self.tasks_dir, data=self.data,
+            max_items=self.max_items, num_shots=self.num_shots, seed=self.seed,
         )  # fmt: skip
 
     @property

@@ -13,7 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.memory import without_layers
 from ..cutting.saving import save_model
-from ..errors import CacheError, LayersError, OutputError, PatchError, PlanError, ShallowerError
+from ..errors import (
+    CacheError,
+    LayersError,
+    ModelError,
+    OutputError,
+    PatchError,
+    PlanError,
+    ShallowerError,
+)
 from ..evaluation.loss import fitting_tokens
 from ..healing.heal import heal
 from ..healing.patch import with_patch
@@ -31,6 +39,7 @@ from ..values.task_scores import TaskScores
 from .contestants import digest
 from .curve_strategies import CurveStrategies
 from .curve_terms import CurveTerms
+from .gain import GAIN_DEVICE, gain
 
 HEALING_FOLDER = ".healing"
 """What is being healed below the folder of a curve; it is gone when it is measured."""
@@ -87,6 +96,7 @@ class CurvePoints:
             for one in known
             if one.n
         }
+        self._time_shares: dict[tuple[int, ...], float | None] = {}
         self.is_complete = True
         self._strategies = CurveStrategies(
             self._decoder, tokenizer, terms, referee=self._referee, tokens=self.tokens,
@@ -155,6 +165,18 @@ class CurvePoints:
     def _share(self, dropped: tuple[int, ...]) -> float:
         return float(parameter_shares(self._decoder)[list(dropped)].sum())
 
+    def _time_share(self, dropped: tuple[int, ...]) -> float | None:
+        """The share of a token's time that is saved; None where no config can tell it."""
+        if not dropped:
+            return 0.0
+        if dropped not in self._time_shares:
+            try:
+                found = gain(self._model, dropped, device=GAIN_DEVICE).on(GAIN_DEVICE)
+                self._time_shares[dropped] = 1 - found.decode_ratio
+            except ModelError:
+                self._time_shares[dropped] = None
+        return self._time_shares[dropped]
+
     def _point(self, dropped: tuple[int, ...], strategy: str, state: State) -> CurvePoint:
         """The point of a cut, whoever has chosen it; cuts that are alike are measured once."""
         key = dropped, state
@@ -169,6 +191,7 @@ class CurvePoints:
                 done = CurvePoint(
                     len(dropped), strategy, state, dropped, share, self._share(dropped),
                     *self._measure(dropped, state), time.perf_counter() - started,
+                    time_share=self._time_share(dropped),
                 )  # fmt: skip
                 self._measured[key] = done
                 if inputs:

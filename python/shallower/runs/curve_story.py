@@ -22,6 +22,13 @@ from .story_parts import (
     splits_words,
 )
 
+_SIZES = (
+    ("loss_over_layers", "layers", "dropped", "layers_share"),
+    ("loss_over_size", "parameters", "dropped", "parameters_share"),
+    ("loss_over_time", "a token's time", "saved, as forecast for an A100", "time_share"),
+)
+"""Figures of the loss by what goes: their names, what it is and how, and where it is known."""
+
 _STYLE = {"cut": "dashed", "patched": "solid", "healed": "dotted"}
 
 
@@ -225,25 +232,23 @@ def _drawings(curve: Curve) -> list[Drawing]:
         drawings += [
             line_chart(
                 name, [_loss_line(curve, *line, size) for line in lines],
-                title=f"Normalised loss over the share of {what} that go",
+                title=f"Normalised loss over the share of {what} {verb}",
                 text="Loss divided by ln V, so that 1 is a uniform guess, with bands of one "
                 "standard error. A line is a strategy; dashed as it is cut, solid after a patch, "
                 "dotted after a healing.",
-                x=Axis(f"{what} dropped", is_share=True), y=Axis("loss / ln V"), most=1.0,
+                x=Axis(f"{what} {verb}", is_share=True), y=Axis("loss / ln V"), most=1.0,
                 references=[(whole.normalized, "whole model")],
             )
-            for name, what, size in (
-                ("loss_over_layers", "layers", "layers_share"),
-                ("loss_over_size", "parameters", "parameters_share"),
-            )
+            for name, what, verb, size in _SIZES
+            if all(getattr(one, size) is not None for one in curve.points if one.loss)
         ]  # fmt: skip
-    for task in curve.whole.tasks:
+    for place, task in enumerate(curve.whole.tasks):
         references = [(task.mean, "whole model")]
         references += [] if task.chance is None else [(task.chance, "chance")]
         scored = [_task_line(curve, *line, task.task) for line in lines]
         drawings.append(
             line_chart(
-                f"task_{len(drawings)}", [line for line in scored if len(line.points) > 1],
+                f"task_{place}", [line for line in scored if len(line.points) > 1],
                 title=f"{task.task}, {task.metric}, over the share of layers that go",
                 text="Mean over items with bands of one standard error; dotted lines are the whole "
                 "model and chance.",

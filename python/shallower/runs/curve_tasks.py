@@ -22,6 +22,7 @@ class CurveTasks:
     Attributes:
         names: of the tasks.
         tasks_dir: a folder of further definitions.
+        data: the folder in which task files find their data.
         max_items: items of a task at most.
         num_shots: solved examples before each item; as the task says by default.
         seed: of the items and the examples.
@@ -29,6 +30,7 @@ class CurveTasks:
 
     names: tuple[str, ...]
     tasks_dir: Path | None = None
+    data: Path | None = None
     max_items: int | None = None
     num_shots: int | None = None
     seed: int = 0
@@ -44,7 +46,7 @@ class CurveTasks:
         from ..evaluation.tasks import ChosenTasks
 
         return ChosenTasks.of(
-            self.names, tasks_dir=self.tasks_dir, max_items=self.max_items,
+            self.names, tasks_dir=self.tasks_dir, data=self.data, max_items=self.max_items,
             num_shots=self.num_shots, seed=self.seed,
         )  # fmt: skip
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from ..evaluation.account import Account
 
+GAIN_DEVICE = "a100-80"
+"""The GPU that pages forecast the time of a token for."""
+
 
 def gain(
     model: "PreTrainedModel | PretrainedConfig | ModelSource | str | Path",

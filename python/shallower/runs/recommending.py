@@ -38,12 +38,9 @@ from ..values.plan import Plan
 from ..values.recommendation import Recommended
 from .asked import Asked
 from .continuing import continue_text
-from .gain import gain
+from .gain import GAIN_DEVICE, gain
 from .results import Continuations, Run, weights_mark
 from .sizes import Sizes
-
-GAIN_DEVICE = "a100-80"
-"""The GPU that the page forecasts the time of a token for."""
 
 
 class Recommending:

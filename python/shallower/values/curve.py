@@ -35,6 +35,8 @@ class CurvePoint:
         tasks: scores by task, the main measure of each.
         seconds: wall time of the patch or the healing, and of the measurements.
         failed: why there is no loss.
+        time_share: the time of a token that is saved as a share of the whole model's, as it is
+            forecast for an A100; None where the config of the model cannot tell it.
     """
 
     n: int
@@ -47,6 +49,7 @@ class CurvePoint:
     tasks: tuple[TaskScores, ...] = ()
     seconds: float = 0.0
     failed: str | None = None
+    time_share: float | None = None
 
     def task(self, name: str) -> TaskScores | None:
         """Find the scores of a task; None where it was not done."""
@@ -65,6 +68,7 @@ class CurvePoint:
             "tasks": [one.to_record() for one in self.tasks],
             "seconds": self.seconds,
             "failed": self.failed,
+            "time_share": self.time_share,
         }
 
     @classmethod
@@ -81,6 +85,7 @@ class CurvePoint:
             KeyError, TypeError, ValueError: the values are not those of a point.
         """
         state, loss, failed = of_type(dict, data)["state"], data["loss"], data["failed"]
+        time_share = data["time_share"]
         if state not in STATES:
             raise ValueError(f"state {state!r}: expected one of {', '.join(STATES)}")
         return cls(
@@ -90,6 +95,7 @@ class CurvePoint:
             None if loss is None else Loss.from_json(loss),
             tuple(map(TaskScores.from_json, of_type(list, data["tasks"]))),
             float(data["seconds"]), None if failed is None else of_type(str, failed),
+            None if time_share is None else float(time_share),
         )  # fmt: skip
 
 
