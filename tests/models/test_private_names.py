@@ -96,5 +96,12 @@ def test_every_private_name_in_use_is_listed():
     assert unlisted == set()
 
 
-SUFFIXES = {"_adapter_list", "_token_id", "_token_ids", "_command"}
+SUFFIXES = {
+    "_adapter_list",
+    "_token_id",
+    "_token_ids",
+    "_command",
+    "_stderr",
+    "_difference_stderr",
+}
 """Strings that names end in."""

@@ -20,7 +20,7 @@ from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
 from tests.healing.cuts import QUICK
 from tests.healing.cuts import documents as progressions
 
-FILES = {"scan.safetensors", "shallower_plan.json", "results.json", "checkpoint"}
+FILES = {"scan.safetensors", "shallower_plan.json", "gain.json", "results.json", "checkpoint"}
 TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "prompts": ["w5 w7 w11"]}
 

@@ -54,7 +54,11 @@ def curve_command(
         ),
     ] = "recommended,similarity,deepest",
     states: Annotated[
-        str, typer.Option(metavar="NAMES", help="Of cut, patched and healed, comma-separated.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Mend cuts so far: cut, patched, healed; comma-separated.",
+        ),
     ] = "cut,patched",
     quick_patch: Annotated[
         bool,

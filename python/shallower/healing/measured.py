@@ -65,5 +65,5 @@ class MeasuredLosses:
         return found
 
     def _keep(self, name: str, loss: Loss) -> Loss:
-        write_file(self._file, json.dumps({**self._known(), name: loss.to_record()}).encode())
+        write_file(self._file, json.dumps({**self._known(), name: loss.to_json()}).encode())
         return loss

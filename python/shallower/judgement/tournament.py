@@ -178,20 +178,19 @@ class Tournament:
     def _raced(self, field: Sequence[Cut]) -> dict[Cut, Scores]:
         """Race the best of those that were screened, as cuts or after a patch.
 
-        After a patch the best of every criterion comes in, too; and there are few stages, for
-        each solves those that are left anew.
+        After a patch there are few stages, for each solves those that are left anew.
         """
         looks: Sequence[int] = range(self._first_looks, self.trials.num_looks + 1)
         by: Trials | PatchedTrials = self.trials
         racing = list(field[: 2 * self.top])
         if self.after == "patch":
-            by, racing = self.patched, list(dict.fromkeys([*racing, *self._firsts()]))
+            by, racing = self.patched, self._entering(field)
             looks = sorted({self._looks_of(items) for items in STAGES} | {looks[-1]})
         scores: dict[Cut, Scores] = {}
         for number, look in enumerate(looks):
             if number:
                 last = looks[number - 1]
-                racing = self._left(racing, last, self._affordable(last, look), by)
+                racing = self._left(racing, last, self._affordable(racing, last, look), by)
             racing = self._best(racing, look, by)
             scores |= {cut: by.scores(cut, look) for cut in racing}
         if not scores:
@@ -202,29 +201,40 @@ class Tournament:
             )
         return scores
 
-    def _affordable(self, last: int, look: int) -> int:
-        """How many cuts can be judged from one look to another within the bound of work, so that
-        two of them can go on to the end; two at least.
+    def _affordable(self, racing: Sequence[Cut], last: int, look: int) -> int:
+        """How many of some cuts can be judged from one look to another within the bound of work,
+        so that two of them can go on to the end; two at least.
         """
         sizes = [len(items) for items in self.trials.judge.items]
-        layers = self.subject.num_layers - self.n
-        rest = MOST * self.exhaustive - self.work.layer_forwards - 2 * layers * sum(sizes[look:])
-        return max(2, int(rest // (layers * sum(sizes[last:look]))))
+        layers = [self._changed(cut) for cut in racing]
+        rest = MOST * self.exhaustive - self.work.layer_forwards
+        rest -= sum(sorted(layers)[-2:]) * sum(sizes[look:])
+        return max(2, sum(np.cumsum(layers) * sum(sizes[last:look]) <= rest))
 
-    def _firsts(self) -> list[Cut]:
-        """The first proposal of every criterion, and of whoever else named some."""
+    def _changed(self, cut: Cut) -> int:
+        """How many layers run anew where a cut is judged after a patch."""
+        return sum(layer >= min(cut) - 1 for layer in self.trials.path(cut))
+
+    def _entering(self, field: Sequence[Cut]) -> list[Cut]:
+        """The cuts that are patched: the best of the field and of the criteria's first proposals,
+        then more of the field.
+        """
         firsts: dict[str, Cut] = {}
         for cut in self.named:
             for name in self.proposals.names[cut]:
                 firsts.setdefault(name, cut)
-        return [cut for cut in firsts.values() if _name(cut) not in self.proposals.failed]
+        best = self._best(dict.fromkeys(firsts.values()), 1, self.trials)
+        return list(dict.fromkeys([*field[: self.top], *best, *field]))[: 2 * self.top]
 
     def _result(self, scores: dict[Cut, Scores]) -> Verified:
+        """The winner and the others; of cuts that a quick patch cannot tell apart, the one of the
+        fewest blocks wins, for every block has a matrix that is solved on few tokens.
+        """
         complete = [cut for cut, found in scores.items() if found.complete]
         winner = min(complete, key=lambda cut: scores[cut].mean)
         if self.after == "patch":
             near = [cut for cut in complete if _is_near(scores[cut].minus(scores[winner]))]
-            winner = min(near, key=lambda cut: self._mean(cut, None))
+            winner = min(near, key=lambda cut: (len(blocks_of(sorted(cut))), scores[cut].mean))
         order = sorted(
             scores, key=lambda cut: (cut != winner, not scores[cut].complete, scores[cut].mean)
         )

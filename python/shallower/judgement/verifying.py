@@ -106,8 +106,7 @@ class Verifier:
 
         Returns:
             The winner, and the others that came into the race. Where proposals are judged after a
-            patch, of those within one paired standard error of the best the one that loses least
-            as it is cut: so the plan is good both ways.
+            patch, of those within one paired standard error of the best one of the fewest blocks.
 
         Raises:
             LayersError: a size that the model cannot lose, or a proposal of another size.

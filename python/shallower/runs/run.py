@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..reporting.figures import HEAT_MAP_FILE
-from ..values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ..values.files import CHECKPOINT_FOLDER, GAIN_FILE, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ..values.memory import parse_size
 from ..values.recipe import Recipe
 from ..values.tokens import BatchSize, Tokens
@@ -21,7 +21,7 @@ from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, TOP, RunJob
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, HEAT_MAP_FILE, RESULTS_FILE)
+RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, GAIN_FILE, HEAT_MAP_FILE, RESULTS_FILE)
 """What a run leaves, but for the healed model."""
 
 

@@ -163,7 +163,7 @@ def verify(
     candidates are judged on all texts in any case.
 
     Of the candidates whose loss after a patch is within one paired standard error of the least,
-    the one wins that loses least as it is cut: so the plan is good both ways.
+    one of the fewest blocks wins.
 
     What was measured is kept in the cache, also of a verification that was cut short.
 

@@ -40,7 +40,7 @@ class Measured:
         Returns:
             ``step`` and the fields of the loss.
         """
-        return {"step": self.step, **self.loss.to_json()}
+        return {"step": self.step, **self.loss.to_figures()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Merge:
         Returns:
             The fields; ``loss`` is None where it was not measured.
         """
-        return {**asdict(self), "loss": self.loss.to_json() if self.loss else None}
+        return {**asdict(self), "loss": self.loss.to_figures() if self.loss else None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +152,8 @@ class Healing:
             "texts": asdict(self.texts),
             "best_step": self.best_step,
             "recovered": self.recovered,
-            "original": self.original.to_json() if self.original else None,
-            "cut": self.cut.to_json() if self.cut else None,
+            "original": self.original.to_figures() if self.original else None,
+            "cut": self.cut.to_figures() if self.cut else None,
             "held_out": [measured.to_json() for measured in self.held_out],
             "steps": [asdict(step) for step in self.steps],
             "tokens_per_second": self.tokens_per_second,
@@ -231,7 +231,7 @@ def read_loss(data: Any) -> Any:
     """Read a loss from the values of a file.
 
     Args:
-        data: what :meth:`Loss.to_json` gave, or None.
+        data: what :meth:`Loss.to_figures` gave, or None.
 
     Returns:
         The loss, or None.

@@ -64,15 +64,23 @@ class Loss:
         """The standard error divided by ln(vocabulary)."""
         return self.stderr / math.log(self.vocab_size)
 
+    def to_figures(self) -> dict[str, Any]:
+        """Give what is known of every loss, wherever it is from, as plain JSON values.
+
+        Returns:
+            The fields but those by text, and ``normalized``; an error that is not finite is None.
+        """
+        figures = {name: getattr(self, name) for name in FIGURES}
+        return {**figures, "stderr": finite(self.stderr), "normalized": self.normalized}
+
     def to_json(self) -> dict[str, Any]:
         """Give the loss as plain JSON values.
 
         Returns:
-            The fields but those by text, and ``normalized``; an error that is not finite is None.
-            Where bytes are known also ``bits_per_byte``, ``bits_per_byte_stderr``, ``num_bytes``.
+            As :meth:`to_figures`; where bytes are known also ``bits_per_byte``,
+            ``bits_per_byte_stderr``, ``num_bytes``.
         """
-        figures = {name: getattr(self, name) for name in FIGURES}
-        plain = {**figures, "stderr": finite(self.stderr), "normalized": self.normalized}
+        plain = self.to_figures()
         if self.by_byte is not None:
             plain["bits_per_byte"] = finite(self.by_byte.mean)
             plain["bits_per_byte_stderr"] = finite(self.by_byte.stderr)
