@@ -27,6 +27,8 @@ from tests.devices.conftest import STAGES
 from tests.devices.mutations import moves, noting, without
 from tests.devices.stage import is_about_devices
 
+pytestmark = pytest.mark.slow
+
 ROOMS = (
     test_scanning, test_models, test_cutting, test_evaluation, test_patching, test_healing,
     test_judging, test_merging, test_criteria, test_tasks,

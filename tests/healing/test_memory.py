@@ -134,8 +134,10 @@ def test_what_is_asked_for_is_taken(step):
 # The targets
 @pytest.mark.parametrize(
     ("name", "length", "rank", "card"),
-    [("llama-2-7b", 2048, 2, 16 * 10**9), ("llama-2-70b", 4096, 8, 80 * 10**9)],
-    ids=["7b", "70b"],
+    [
+        pytest.param("llama-2-7b", 2048, 2, 16 * 10**9, id="7b"),
+        pytest.param("llama-2-70b", 4096, 8, 80 * 10**9, id="70b", marks=pytest.mark.slow),
+    ],
 )
 def test_the_recipes_of_the_paper_fit_one_card(name, length, rank, card):
     config, _ = shape(name)

@@ -279,15 +279,15 @@ def hashes(out):
 @pytest.mark.parametrize(
     ("place", "after"),
     [
-        ("shallower.runs.cache.Cache.put", 5),
+        pytest.param("shallower.runs.cache.Cache.put", 5, marks=pytest.mark.slow),
         ("shallower.runs.cache.Cache.put", 7),
-        ("shallower.runs.journal.Journal.append", 20),
+        pytest.param("shallower.runs.journal.Journal.append", 20, marks=pytest.mark.slow),
         ("shallower.runs.journal.Journal.append", 60),
         ("shallower.runs.recommending.save_patched", 0),
-        ("shallower.runs.recommending.verify_checkpoint", 0),
-        ("shallower.runs.results.Run.save", 0),
+        pytest.param("shallower.runs.recommending.verify_checkpoint", 0, marks=pytest.mark.slow),
+        pytest.param("shallower.runs.results.Run.save", 0, marks=pytest.mark.slow),
         ("shallower.runs.results.Run.save", 2),
-        ("shallower.runs.results.Run.save", 4),
+        pytest.param("shallower.runs.results.Run.save", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_model(

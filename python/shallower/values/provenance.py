@@ -1,5 +1,6 @@
 """Versions of the packages that make a result."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("shallower", "torch", "transformers", "peft", "bitsandbytes", "numpy")
@@ -7,10 +8,14 @@ PACKAGES = ("shallower", "torch", "transformers", "peft", "bitsandbytes", "numpy
 
 def versions() -> dict[str, str]:
     """The installed versions of the packages that decide a result."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in PACKAGES}
+    return {package: one for package, one in found.items() if one is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """The version of a package, read from its files once; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
