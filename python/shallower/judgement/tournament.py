@@ -227,14 +227,15 @@ class Tournament:
         return list(dict.fromkeys([*field[: self.top], *best, *field]))[: 2 * self.top]
 
     def _result(self, scores: dict[Cut, Scores]) -> Verified:
-        """The winner and the others; of cuts that a quick patch cannot tell apart, the one of the
-        fewest blocks wins, for every block has a matrix that is solved on few tokens.
+        """The winner and the others; of cuts that a quick patch cannot tell apart, the one wins
+        that loses least as it is cut, on the first of the items.
         """
         complete = [cut for cut, found in scores.items() if found.complete]
         winner = min(complete, key=lambda cut: scores[cut].mean)
         if self.after == "patch":
             near = [cut for cut in complete if _is_near(scores[cut].minus(scores[winner]))]
-            winner = min(near, key=lambda cut: (len(blocks_of(sorted(cut))), scores[cut].mean))
+            looks = self._looks_of(STAGES[-1])
+            winner = min(near, key=lambda cut: self._mean(cut, looks))
         order = sorted(
             scores, key=lambda cut: (cut != winner, not scores[cut].complete, scores[cut].mean)
         )

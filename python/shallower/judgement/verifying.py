@@ -106,7 +106,8 @@ class Verifier:
 
         Returns:
             The winner, and the others that came into the race. Where proposals are judged after a
-            patch, of those within one paired standard error of the best one of the fewest blocks.
+            patch, of those within one paired standard error of the best the one that loses least
+            as it is cut, on the first of the texts: so the plan is good both ways.
 
         Raises:
             LayersError: a size that the model cannot lose, or a proposal of another size.

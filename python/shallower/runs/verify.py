@@ -163,7 +163,8 @@ def verify(
     candidates are judged on all texts in any case.
 
     Of the candidates whose loss after a patch is within one paired standard error of the least,
-    one of the fewest blocks wins.
+    the one wins that loses least as it is cut, on the first of the texts that choose: so the plan
+    is good both ways.
 
     What was measured is kept in the cache, also of a verification that was cut short.
 
