@@ -262,3 +262,11 @@ def test_weights_are_as_before(llama, words):
     before = {name: weight.clone() for name, weight in llama.state_dict().items()}
     make(llama, words, after="patch").verify(2)
     assert all(np.array_equal(before[name], weight) for name, weight in llama.state_dict().items())
+
+
+def test_chance_among_four_items_ends_no_race_of_patched_cuts(words):
+    splits = Splits(TEXTS[:8], documents(60, seed=8), [], 0)
+    verifier = make(tiny_llama(16, seed=1), words, splits=splits, after="patch")
+    candidates = verifier.verify(1).candidates
+    assert len(candidates) > 3
+    assert all(one.difference.num_items >= 16 for one in candidates)

@@ -206,10 +206,13 @@ class Tournament:
         so that two of them can go on to the end; two at least.
         """
         sizes = [len(items) for items in self.trials.judge.items]
-        layers = [self._changed(cut) for cut in racing]
+        layers = np.array([self._changed(cut) for cut in racing], int)
+        as_cut = (self.subject.num_layers - self.n) * sum(sizes[: self._looks_of(STAGES[-1])])
         rest = MOST * self.exhaustive - self.work.layer_forwards
-        rest -= sum(sorted(layers)[-2:]) * sum(sizes[look:])
-        return max(2, sum(np.cumsum(layers) * sum(sizes[last:look]) <= rest))
+        if look == len(sizes):  # those that cannot be told apart are judged as cuts, too
+            return max(2, int(sum(np.cumsum(layers * sum(sizes[last:]) + as_cut) <= rest)))
+        rest -= 2 * (sum(layers) / max(1, len(layers)) * sum(sizes[look:]) + as_cut)
+        return max(2, int(sum(np.cumsum(layers) * sum(sizes[last:look]) <= rest)))
 
     def _changed(self, cut: Cut) -> int:
         """How many layers run anew where a cut is judged after a patch."""
