@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..values.layers import Block
     from ..values.plan import Plan
 
+# Advice to get a kernel from a hub, told where bitsandbytes is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a .gguf file.")
 ]
@@ -171,12 +174,9 @@ def load(source: ModelSource) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def quiet() -> None:
-    """Turn off transformers' bars where nobody looks, or another process shows the same ones, and
-    what bitsandbytes says of its kernels.
-    """
+    """Turn off transformers' bars where nobody looks, or another process shows the same ones."""
     from ..processes import is_main_process
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty() or not is_main_process():
         from transformers.utils.logging import disable_progress_bar
 

@@ -245,12 +245,12 @@ def _carry_out(
     output = _output(job)
     if reuse(output, job.overwrite, lambda _: _say_again(job.out, as_json)):
         return
-    quiet()
     job.check()
     if dry_run:
         wish = {"wish": str(job.wish), "heal": bool(job.heal), "write": [str(job.out)]}
         say_dry_run({**described, **wish}, as_json)
         return
+    quiet()
     done = job.run(lambda so_far: _report(so_far, as_json))
     output.keep({})
     _say_end(done, report(job.out), as_json)
