@@ -55,10 +55,7 @@ def curve_command(
     ] = "recommended,similarity,deepest",
     states: Annotated[
         str,
-        typer.Option(
-            metavar="NAMES",
-            help="Mend cuts so far: cut, patched, healed; comma-separated.",
-        ),
+        typer.Option(metavar="NAMES", help="States: cut, patched, healed; comma-separated."),
     ] = "cut,patched",
     quick_patch: Annotated[
         bool,
