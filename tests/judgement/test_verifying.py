@@ -270,3 +270,12 @@ def test_chance_among_four_items_ends_no_race_of_patched_cuts(words):
     candidates = verifier.verify(1).candidates
     assert len(candidates) > 3
     assert all(one.difference.num_items >= 16 for one in candidates)
+
+
+def test_cuts_that_cannot_be_patched_take_no_place_in_the_race(words):
+    model = toy.toy_model(("identity",) + ("plain",) * 7)
+    drawn = toy.toy_texts(model, count=48)
+    splits = Splits(drawn[:24], drawn[24:], [], 0)
+    found = make(model, words, splits=splits, after="patch", top=1).verify(2)
+    assert 0 not in found.plan.dropped
+    assert any("[0, 1)" in cut for cut in found.failed)

@@ -220,14 +220,16 @@ class Tournament:
 
     def _entering(self, field: Sequence[Cut]) -> list[Cut]:
         """The cuts that are patched: the best of the field and of the criteria's first proposals,
-        then more of the field.
+        then more of the field. Those that drop layer 0, which has none before it, take no place.
         """
         firsts: dict[str, Cut] = {}
         for cut in self.named:
             for name in self.proposals.names[cut]:
                 firsts.setdefault(name, cut)
         best = self._best(dict.fromkeys(firsts.values()), 1, self.trials)
-        return list(dict.fromkeys([*field[: self.top], *best, *field]))[: 2 * self.top]
+        order = list(dict.fromkeys([*field[: self.top], *best, *field]))
+        places = np.cumsum([0 not in cut for cut in order])
+        return order[: int(np.searchsorted(places, 2 * self.top)) + 1]
 
     def _result(self, scores: dict[Cut, Scores]) -> Verified:
         """The winner and the others; of cuts that a quick patch cannot tell apart, the one wins
