@@ -70,8 +70,8 @@ def names(folder):
         "torch": torch,
         "model": model,
         "tokenizer": tokenizer,
-        "texts": examples.sentences(400, seed=1),
-        "held_out": examples.sentences(64, seed=2),
+        "texts": examples.sentences(examples.NUM_TEXTS, seed=1),
+        "held_out": examples.sentences(examples.NUM_HELD_OUT, seed=2),
         "states": np.random.default_rng(0).standard_normal((64, 31, 32)).astype(np.float32),
     }
 
