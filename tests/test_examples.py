@@ -52,6 +52,12 @@ def more(made, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_cache(made, cache_folder, monkeypatch):
+    """What one example has measured, the same example elsewhere finds."""
+    monkeypatch.setenv("SHALLOWER_CACHE", str(made.with_name("cache-of-examples")))
+
+
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch):
     monkeypatch.chdir(examples.copy_folder(made, tmp_path))
