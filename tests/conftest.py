@@ -3,6 +3,8 @@
 Heavy packages are imported where they are used: a room without models is tested in seconds.
 """
 
+import atexit
+import gc
 import json
 import os
 import secrets
@@ -55,6 +57,16 @@ def tiny_llama(num_layers=6, seed=0, **options):
         **options,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_there_to_stay():
+    """Packages that are imported are not gone through again whenever garbage is collected."""
+    gc.collect()
+    gc.freeze()
+
+
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import numpy as np
 from tests.conftest import WORDS, tiny_llama, write_jsonl
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
+NUM_TEXTS, NUM_HELD_OUT = 120, 32
 CUT = "smol-22-layers"
 # What would take minutes.
 QUICKER = {"--steps 200": "--steps 2", "steps=200": "steps=2"}
@@ -50,8 +51,8 @@ def make_folder(folder, tokenizer):
 
     learned_llama(tokenizer, 30, 40).save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)
-    write_jsonl(folder / "c4.jsonl", sentences(400, seed=1))
-    write_jsonl(folder / "c4_eval.jsonl", sentences(64, seed=2))
+    write_jsonl(folder / "c4.jsonl", sentences(NUM_TEXTS, seed=1))
+    write_jsonl(folder / "c4_eval.jsonl", sentences(NUM_HELD_OUT, seed=2))
     write(folder / "model.gguf", num_layers=30)
     (folder / "wikitext2.txt").write_text("\n".join(sentences(20, seed=3)))
     rows = [{"passage": one, "question": "w1 w2", "answer": one < "w2"} for one in sentences(12)]

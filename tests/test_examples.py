@@ -52,6 +52,12 @@ def more(made, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_cache(made, cache_folder, monkeypatch):
+    """What one example has measured, the same example elsewhere finds."""
+    monkeypatch.setenv("SHALLOWER_CACHE", str(made.with_name("cache-of-examples")))
+
+
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch):
     monkeypatch.chdir(examples.copy_folder(made, tmp_path))
@@ -70,8 +76,8 @@ def names(folder):
         "torch": torch,
         "model": model,
         "tokenizer": tokenizer,
-        "texts": examples.sentences(400, seed=1),
-        "held_out": examples.sentences(64, seed=2),
+        "texts": examples.sentences(examples.NUM_TEXTS, seed=1),
+        "held_out": examples.sentences(examples.NUM_HELD_OUT, seed=2),
         "states": np.random.default_rng(0).standard_normal((64, 31, 32)).astype(np.float32),
     }
 

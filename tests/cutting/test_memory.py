@@ -309,3 +309,10 @@ def test_a_model_loaded_onto_one_device_can_be_cut(tmp_path):
     expected = skipping(model, [2, 3])
     sh.drop_layers(model, [2, 3])
     assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_all_modules_of_a_cut_have_the_mode_of_the_model(llama, training):
+    cut = sh.drop_layers(llama.train(training), [range(2, 4)])
+    assert cut.num_layers == 6
+    assert {module.training for module in llama.modules()} == {training}

@@ -175,3 +175,15 @@ def test_positions_that_were_not_learned_are_refused():
 def test_a_config_of_something_else_is_refused():
     with pytest.raises(ModelError, match="cannot build a model from the config"):
         count(T5Config(), "float32")
+
+
+def test_what_was_counted_is_known_again():
+    """By all that decides it: the words of the config, the way of its attention, the forward."""
+    found = count(WIDE, "bfloat16", context=CONTEXT)
+    assert count(copy.deepcopy(WIDE), "bfloat16", context=CONTEXT) is found
+    eager, wider = copy.deepcopy(WIDE), copy.deepcopy(WIDE)
+    eager._attn_implementation = "eager"
+    wider.intermediate_size *= 2
+    for config, context in ((eager, CONTEXT), (wider, CONTEXT), (WIDE, CONTEXT + 1)):
+        assert count(config, "bfloat16", context=context) != found
+    assert count(WIDE, "float32", context=CONTEXT) != found

@@ -25,6 +25,8 @@ def documents(count, seed):
 
 
 TEXTS, HELD_OUT = documents(120, 0), documents(12, 1)
+MANY = 240
+"""Documents that a patch and a quick healing find enough in."""
 
 
 def save_cut(path, model, tokenizer, layers=(BLOCK,)):

@@ -12,13 +12,13 @@ from shallower.healing.checks import read_plan
 from shallower.healing.patched import copy_to, patched_cut
 from shallower.healing.saving import write_adapters
 from shallower.values.healing import Healing
-from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, documents
+from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
 
 # From a patch
 def test_healing_starts_from_the_patch(patchable, tmp_path):
     whole, cut = patchable
-    texts = documents(600, 5)
+    texts = documents(MANY, 5)
     plain = sh.heal(cut, texts, tmp_path / "plain", recipe=QUICK, eval_texts=HELD_OUT)
     options = {"original": whole, "from_patch": True}
     record = sh.heal(
@@ -55,7 +55,7 @@ def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
     from shallower.healing import patched, work
 
     whole, cut = patchable
-    texts = documents(600, 5)
+    texts = documents(MANY, 5)
     options = {"original": whole, "from_patch": True}
     monkeypatch.setattr(work, "train", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -77,7 +77,7 @@ def test_a_patch_needs_the_uncut_model(cut, tmp_path):
 def test_texts_are_read_once_by_patch_and_training(patchable, tmp_path, recwarn):
     """An iterator, which cannot be read again, gives what a list gives."""
     whole, cut = patchable
-    texts = documents(600, 5)
+    texts = documents(MANY, 5)
     options = {"recipe": QUICK, "original": whole, "from_patch": True}
     for name, given in (("list", texts), ("iterator", iter(texts))):
         sh.heal(cut, given, tmp_path / name, **options)
@@ -112,7 +112,7 @@ def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, cou
     from shallower.healing import work
 
     whole, cut = patchable
-    job = cut, documents(600, 5), tmp_path / "out"
+    job = cut, documents(MANY, 5), tmp_path / "out"
     options = {"recipe": QUICK, "eval_texts": HELD_OUT, "original": whole, "from_patch": True}
     monkeypatch.setattr(work, "write_adapters", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -132,7 +132,7 @@ def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, cou
 
 def test_losses_that_are_given_are_not_measured(patchable, tmp_path, counted):
     whole, cut = patchable
-    texts = documents(600, 5)
+    texts = documents(MANY, 5)
     options = {"recipe": QUICK, "eval_texts": HELD_OUT, "original": whole}
     first = sh.heal(cut, texts, tmp_path / "first", from_patch=True, **options)
     counted.clear()
@@ -173,7 +173,7 @@ def test_the_patch_is_kept_where_training_makes_it_worse(patchable, tmp_path, me
     recipe = replace(QUICK, learning_rate=10.0, warmup_steps=0, steps=2)
     with pytest.warns(UserWarning, match=r"no step .* was better than the patch: .* patched cut"):
         record = sh.heal(
-            cut, documents(600, 5), tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT,
+            cut, documents(MANY, 5), tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT,
             original=whole, from_patch=True, merge=merge,
         )  # fmt: skip
     assert (record.best_step, record.merge) == (0, None)
@@ -206,7 +206,7 @@ def test_a_patched_cut_is_copied_with_its_folders_and_without_its_job(tmp_path):
 def test_a_patch_can_be_made_of_a_model_in_memory(patchable, tmp_path, counted):
     """As a run does, which holds the model: heal finds the patch, and the model is as before."""
     whole, cut = patchable
-    texts = documents(600, 5)
+    texts = documents(MANY, 5)
     model, tokenizer = sh.load_model(whole, dtype="float32")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     plan = read_plan(str(cut))
@@ -232,7 +232,7 @@ def test_the_unpatched_cut_is_measured_as_if_it_were_loaded(patchable, tmp_path,
     model, _ = sh.load_model(whole, dtype="bfloat16")
     sh.save_model(model, words, tmp_path / "whole")
     sh.save_model(model, words, tmp_path / "cut", plan=sh.drop_layers(model, [range(2, 4)]))
-    texts = documents(600, 5)
+    texts = documents(MANY, 5)
     recipe = replace(QUICK, dtype=dtype, steps=1)
     options = {"recipe": recipe, "eval_texts": HELD_OUT}
     plain = sh.heal(tmp_path / "cut", texts, tmp_path / "plain", **options)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import shallower as sh
 from shallower.healing import uncut, work
-from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, documents
+from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_uncut_model_is_measured_in_the_place_of_the_cut(both, tmp_path, ali
 def test_a_patched_cut_takes_the_place_of_the_uncut_model(patchable, tmp_path, alive, merge):
     whole, cut = patchable
     sh.heal(
-        cut, documents(600, 5), tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT,
+        cut, documents(MANY, 5), tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT,
         original=whole, from_patch=True, merge=merge,
     )  # fmt: skip
     assert alive[:3] == [("load whole", 0), ("load patched", 0), ("write", 0)]

@@ -25,7 +25,7 @@ from shallower.values.tokens import Tokens
 from tests.commands import in_a_process
 from tests.conftest import ROOT, tiny_llama
 from tests.documents import Unread, assert_same, state_of
-from tests.healing.cuts import QUICK
+from tests.healing.cuts import MANY, QUICK
 from tests.healing.cuts import documents as progressions
 
 TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
@@ -329,7 +329,7 @@ def test_a_process_that_was_killed_leaves_a_curve_to_go_on_with(learned, words, 
 
 # Healed.
 def test_a_cut_is_healed_from_its_patch_and_nothing_is_left(learned, words, tmp_path):
-    texts = progressions(600, 5)
+    texts = progressions(MANY, 5)
     options = {**TAKEN, "n": [2], "strategies": ["similarity"], "heal": QUICK}
     options |= {"states": ["healed", "cut", "patched"], "out": tmp_path / "out"}
     before = state_of(learned)
@@ -354,7 +354,7 @@ def test_a_cut_is_healed_from_its_patch_and_nothing_is_left(learned, words, tmp_
 
 
 def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, monkeypatch):
-    texts = progressions(600, 5)
+    texts = progressions(MANY, 5)
     options = {**TAKEN, "n": [2], "strategies": ["deepest"], "heal": QUICK, "states": ["healed"]}
     with monkeypatch.context() as patched:
         patched.setattr("shallower.runs.curve_points.loss_as_it_is", _killed)

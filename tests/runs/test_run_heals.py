@@ -12,9 +12,9 @@ from shallower.runs.healing_stage import HealingStage
 from shallower.runs.results import Run
 from tests.conftest import write_jsonl
 from tests.documents import assert_same, once, state_of
-from tests.healing.cuts import QUICK, documents
+from tests.healing.cuts import MANY, QUICK, documents
 
-TEXTS, REPORT = documents(600, 5), documents(12, 1)
+TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ["w5 w7"]}
 
 
@@ -63,7 +63,7 @@ def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
     options = {**TAKEN, "out": tmp_path / "out", "heal": QUICK, "max_texts": 80}
     sh.run(learned, words, TEXTS, **options)
     with pytest.raises(sh.OutputError, match="exists already"):
-        sh.run(learned, words, TEXTS[:300], **options)
+        sh.run(learned, words, TEXTS[:200], **options)
 
 
 def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):

@@ -124,7 +124,9 @@ def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...
     for path, built in twin.named_modules():
         if path in modules:
             modules[path].__dict__.update(_ties(built))
-    setattr(found.owner, found.name, nn.ModuleList(kept))
+    survived = nn.ModuleList(kept)
+    survived.training = found.modules.training
+    setattr(found.owner, found.name, survived)
     _renumber_device_map(model, found.path, survivors)
 
 

@@ -7,7 +7,8 @@ tied embeddings, experts, shared keys and layers of several kinds count as what 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -66,13 +67,33 @@ def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: i
         ModelError: no causal language model can be built from the config, its forward needs
             weights, or it has learned fewer positions than are asked for.
     """
+    ways = str(config._attn_implementation), str(config._experts_implementation)
+    words = config.to_json_string(use_diff=False)
+    return _count(_Asked((type(config), words, *ways), dtype, context, batch, config))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is counted: the words of the config, and the config that they are of."""
+
+    words: tuple[type, str, str, str]
+    dtype: str
+    context: int
+    batch: int
+    config: PretrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _count(asked: _Asked) -> Account:
+    """Count once: a run asks for the whole model again beside each of its cuts."""
+    config, dtype, context = asked.config, asked.dtype, asked.context
     plain = torch.bfloat16 if dtype in ("nf4", "int8") else getattr(torch, dtype)
     model = build_empty(config, plain)
     _check_positions(model, context)
 
     def counted(experts: str | None) -> Account:
         built = build_empty(config, plain, experts=experts)
-        return _Counting(built, dtype).count(context, batch)
+        return _Counting(built, dtype).count(context, asked.batch)
 
     found = first_that_runs(counted)
     if found is None:

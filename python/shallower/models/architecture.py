@@ -290,7 +290,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model: any module; the modes of all its modules are put back afterwards.
     """
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:  # to switch hundreds of modules takes as long as a small layer does
+        model.eval()
     try:
         yield
     finally:
