@@ -88,14 +88,15 @@ def test_of_several_processes_one_tells_the_dry_run(shallower, cut, folder, monk
     assert (done.status, done.out, done.err) == (0, "", "")
 
 
-@pytest.mark.parametrize("packing", [None, True, False])
-def test_the_preset_decides_on_packing_unless_it_is_asked_for(shallower, cut, folder, packing):
+@pytest.mark.parametrize("setting", ["packing", "attention"])
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_the_preset_decides_unless_it_is_told(shallower, cut, folder, setting, wanted):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
-    asked = {None: (), True: ("--packing",), False: ("--no-packing",)}[packing]
+    asked = {None: (), True: (f"--{setting}",), False: (f"--no-{setting}",)}[wanted]
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json", *asked)
-    for preset, packs in (("llama-2-7b", False), ("small", True)):
+    for preset, does in (("llama-2-7b", ()), ("small", ("attention",)), ("general", ("packing",))):
         dry = shallower("heal", cut, *options, "--preset", preset).json
-        assert dry["packing"] is (packs if packing is None else packing)
+        assert dry[setting] is (setting in does if wanted is None else wanted)
 
 
 @pytest.mark.parametrize(("features", "dtype"), [({"amx_bf16"}, "bfloat16"), (set(), "float32")])

@@ -77,6 +77,12 @@ def test_too_few_texts_are_refused(source, report, message):
         three_splits(source, report)
 
 
+def test_a_healing_trains_on_texts_that_nothing_was_fitted_on_first():
+    splits = three_splits(texts(13), [*REPORT, "text 40"])
+    beyond = ["text 20", splits.choose[0] + " ", "text 40", "text 21"]
+    assert [*splits.training(iter(beyond))] == ["text 20", "text 21", *splits.fit[::-1]]
+
+
 def test_a_number_that_cannot_choose_is_refused():
     with pytest.raises(TextsError, match="at least 4 texts must choose, got 3"):
         three_splits(texts(20), REPORT, num_choosing=3)

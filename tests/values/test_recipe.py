@@ -78,15 +78,21 @@ def test_the_papers_rows_are_for_the_models_that_it_healed(name):
     assert find_preset("auto", facts).name == preset
 
 
-def test_the_papers_presets_truncate_and_ours_pack():
-    """The paper truncates every text to one sequence; the option overrides the preset."""
+def test_the_presets_decide_on_packing_and_attention():
+    """The paper truncates, and adapts the feed-forward alone; the options override a preset."""
     facts = ModelFacts("llama", 4096, 32, 4096, 32_000)
     assert not Recipe().resolve(facts).packing
     assert not Recipe("phi-2").resolve(replace(facts, model_type="phi")).packing
-    for name in ("small", "general"):
-        assert Recipe(name).resolve(facts).packing
-        assert not Recipe(name, packing=False).resolve(facts).packing
+    assert Recipe("general").resolve(facts).packing
+    assert not Recipe("small").resolve(facts).packing
+    assert not Recipe("general", packing=False).resolve(facts).packing
     assert Recipe(packing=True).resolve(facts).packing
+    assert not Recipe().resolve(facts).attention
+    assert not Recipe("general").resolve(facts).attention
+    assert Recipe("small").resolve(facts).attention
+    assert not Recipe("small", attention=False).resolve(facts).attention
+    assert Recipe(attention=True).resolve(facts).attention
+    assert not Recipe("small", objective="reconstruct").resolve(facts).attention
     said = str(Recipe().resolve(facts))
     assert said.endswith("16 sequences of 2048 tokens, truncated; objective lm, weights in nf4")
 

@@ -102,12 +102,16 @@ def heal_command(
         bool | None,
         typer.Option(
             help="Join documents into full sequences, or truncate each to one. By default the "
-            "paper's presets truncate, as the paper does; small and general pack.",
+            "paper's presets truncate, as the paper does, and small does; general packs.",
         ),
     ] = None,
     attention: Annotated[
-        bool, typer.Option("--attention", help="Also train adapters on the attention layers.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Also train adapters on the attention layers. By default small does, general and "
+            "the paper's presets do not."
+        ),
+    ] = None,
     original: Annotated[
         str | None,
         typer.Option(

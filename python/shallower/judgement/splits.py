@@ -1,7 +1,7 @@
 """Three sets of texts: those that fit, those that choose, and those that report."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +39,20 @@ class Splits:
     report: list[str]
     num_shared: int
     num_repeated: int = 0
+
+    def training(self, unread: Iterable[str]) -> Iterator[str]:
+        """Give the texts that a healing may train on, those first that no patch is fitted on.
+
+        Args:
+            unread: texts behind those that were divided.
+
+        Yields:
+            They, without those that choose or report; then those that fit, the last first, for
+            patches take as many as they need from the first on.
+        """
+        others = {text.strip() for text in (*self.choose, *self.report)}
+        yield from (text for text in unread if text.strip() not in others)
+        yield from reversed(self.fit)
 
 
 def three_splits(

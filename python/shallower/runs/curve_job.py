@@ -350,8 +350,7 @@ class CurveJob:
     @property
     def _to_heal(self) -> ReadOnce:
         """All texts but those that choose or report, as many as the training takes."""
-        others = {text.strip() for text in (*self.splits.choose, *self.splits.report)}
-        return ReadOnce(text for text in self._read if text.strip() not in others)
+        return ReadOnce(self.splits.training(islice(self._read, self.max_texts, None)))
 
     def _terms(self, recipe: Recipe | None) -> "CurveTerms":
         from .curve_terms import CurveTerms

@@ -20,6 +20,7 @@ class Preset:
         vocab_size: its vocabulary: Llama-3-8B has the width and depth of Llama-2-7B.
         packing: whether documents are joined into full sequences; the paper truncates each to
             one sequence.
+        attention: whether the attention is adapted, too; the paper adapts the feed-forward alone.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Preset:
     num_layers: int | None = None
     vocab_size: int | None = None
     packing: bool = False
+    attention: bool = False
 
 
 PAPER_PRESETS = (
@@ -44,7 +46,7 @@ PAPER_PRESETS = (
 )
 """2403.17887, appendix A; layers are those of the uncut model."""
 
-SMALL = Preset("small", 256, 1e-3, 64, packing=True)
+SMALL = Preset("small", 256, 1e-3, 64, attention=True)
 GENERAL = Preset("general", 2048, 3e-4, 64, packing=True)
 """Ours, for models that the paper did not heal: ``small`` below 2,048 channels."""
 

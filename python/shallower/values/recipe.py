@@ -47,8 +47,9 @@ class Recipe:
             this is float32.
         packing: join documents and cut them into sequences of ``max_length``, or truncate every
             text to one sequence. By default the preset decides: the paper's truncate, as the
-            paper does; ``small`` and ``general`` pack.
-        attention: also train adapters on the attention layers.
+            paper does, and ``small`` does; ``general`` packs.
+        attention: also train adapters on the attention layers. By default the preset decides:
+            ``small`` does; the paper's do not, nor does ``general``.
         objective: the loss that is minimised: ``lm`` of the next token, as in the paper; ``kd``
             the divergence KL(p ‖ q) of the cut's next-token distribution q from the uncut
             model's p, on the same texts; ``lm+kd`` the mean of both. ``reconstruct`` trains no
@@ -74,7 +75,7 @@ class Recipe:
     batch_size: int | None = None
     dtype: HealingDtype = "nf4"
     packing: bool | None = None
-    attention: bool = False
+    attention: bool | None = None
     objective: Objective = "lm"
     distill: float = 0.0
     eval_every: int | None = None
@@ -121,6 +122,7 @@ class Recipe:
             )
         rate = self.learning_rate or (RECONSTRUCTION_RATE if local else preset.learning_rate)
         quantised = self.dtype in ("nf4", "int8")
+        attention = preset.attention if self.attention is None else self.attention
         return Resolved(
             preset=preset.name,
             steps=steps,
@@ -132,7 +134,7 @@ class Recipe:
             batch_size=_batch_size(self.batch_size, processes),
             dtype=auto if self.dtype == "auto" or (local and quantised) else self.dtype,
             packing=preset.packing if self.packing is None else self.packing,
-            attention=self.attention,
+            attention=not local and attention,
             objective=self.objective,
             distill=float(self.distill),
             eval_every=self.eval_every or max(1, steps // 8),
