@@ -108,6 +108,8 @@ def test_a_curve_is_told_where_it_holds(tmp_path):
     assert again.commands[0] == "shallower curve X"
     shown = curve().line("similarity", "healed")[2]
     assert story.steps[-1].loss.value == shown.loss.nats
+    saved = {fact.name: fact.value.value for fact in story.savings}
+    assert saved["a token's time, as forecast for an A100"] == shown.time_share
 
 
 def test_a_curve_of_nothing_but_the_whole_model_is_told():

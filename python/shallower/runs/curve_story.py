@@ -136,9 +136,11 @@ def _steps(curve: Curve, shown: CurvePoint | None) -> tuple[Step, ...]:
 def _savings(shown: CurvePoint | None) -> tuple[Fact, ...]:
     if shown is None:
         return ()
-    return (
-        Fact("layers", Number.share(shown.layers_share), f"{CURVE_FILE}: points"),
-        Fact("parameters", Number.share(shown.parameters_share), f"{CURVE_FILE}: points"),
+    shares = {"layers": shown.layers_share, "parameters": shown.parameters_share}
+    if shown.time_share is not None:
+        shares["a token's time, as forecast for an A100"] = shown.time_share
+    return tuple(
+        Fact(name, Number.share(share), f"{CURVE_FILE}: points") for name, share in shares.items()
     )
 
 
