@@ -28,7 +28,8 @@ def step_of(name, layers=None, *, length=2048, rank=2, dtype="bfloat16"):
 
 
 def resolved(config, length, rank=2, dtype="nf4", **options):
-    recipe = Recipe(rank=rank, max_length=length, dtype=dtype, packing=True, **options)
+    options = {"packing": True, "attention": False, **options}
+    recipe = Recipe(rank=rank, max_length=length, dtype=dtype, **options)
     return recipe.resolve(facts(config, layers_of(config)))
 
 

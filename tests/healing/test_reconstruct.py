@@ -17,8 +17,9 @@ from tests.conftest import tiny_llama
 from tests.healing.cuts import FACTS, HELD_OUT, TEXTS, documents, save_cut
 
 LOCAL = sh.Recipe(
-    objective="reconstruct", steps=12, learning_rate=3e-3, max_length=16, dtype="float32"
-)
+    objective="reconstruct", steps=12, learning_rate=3e-3, max_length=16, dtype="float32",
+    packing=True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from tests.healing.cuts import MANY, QUICK
 from tests.healing.cuts import documents as progressions
 
 TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
+TOO_LONG = replace(QUICK, max_length=128)
 FIT = three_splits(TEXTS, REPORT, num_choosing=NUM_CHOOSING).fit
 TAKEN = {
     "eval_texts": REPORT, "max_length": 16, "top": 2, "n": [2, 5, 0], "patch_tokens": 512,
@@ -388,7 +389,7 @@ def _killed(*_args, **_options):
         ({"heal": QUICK}, sh.RecipeError, "without the state healed"),
         ({"eval_texts": []}, sh.TextsError, "too few texts to report"),
         ({"eval_texts": "w1 w2"}, sh.TextsError, "texts must be an iterable of strings"),
-        ({"states": ["healed"], "heal_steps": 9}, sh.TextsError, "texts make"),
+        ({"states": ["healed"], "heal": TOO_LONG}, sh.TextsError, "texts make"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(llama, words, tmp_path, options, error, message):

@@ -122,7 +122,7 @@ def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_p
             llama, words, TEXTS, **TAKEN, out=tmp_path / "out",
             heal=replace(QUICK, distill=1.0),
         )  # fmt: skip
-    with pytest.raises(sh.TextsError, match="texts make 1 sequences"):
+    with pytest.raises(sh.TextsError, match="texts make 8 texts of"):
         sh.run(llama, words, TEXTS[:12], **TAKEN, out=tmp_path / "out", heal=True)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out" / "healed").mkdir(parents=True)
