@@ -94,7 +94,10 @@ def test_the_preset_decides_unless_it_is_told(shallower, cut, folder, setting, w
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     asked = {None: (), True: (f"--{setting}",), False: (f"--no-{setting}",)}[wanted]
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json", *asked)
-    for preset, does in (("llama-2-7b", ()), ("small", ("attention",)), ("general", ("packing",))):
+    presets = {
+        "llama-2-7b": (), "small": ("packing", "attention"), "general": ("packing",),
+    }  # fmt: skip
+    for preset, does in presets.items():
         dry = shallower("heal", cut, *options, "--preset", preset).json
         assert dry[setting] is (setting in does if wanted is None else wanted)
 

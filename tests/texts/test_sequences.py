@@ -11,13 +11,48 @@ from tests.healing.cuts import TEXTS
 
 
 # Sequences
-def test_packed_sequences_are_the_stream_of_documents(words):
+def documents(words, texts):
+    """The token ids of texts, each with the end-of-text token behind it."""
+    return [[*words(text)["input_ids"], words.eos_token_id] for text in texts]
+
+
+def packed_slowly(documents, max_length):
+    """Sequences that begin with a document, token by token; and what did not fit of the last."""
+    rows, row, rests = [], [], []
+    for document in documents:
+        for token in document:
+            (row if len(row) < max_length else rests).append(token)
+        if len(row) == max_length:
+            rows.append(row)
+            row = []
+    return rows, row + rests
+
+
+def test_packed_sequences_begin_with_a_document(words):
     samples = read_samples(words, iter(TEXTS), max_length=16, packing=True, num_samples=10**6)
-    stream = [i for text in TEXTS for i in (*words(text)["input_ids"], words.eos_token_id)]
-    whole = len(stream) // 16
-    assert np.array_equal(np.stack(samples.rows), np.reshape(stream[: 16 * whole], (whole, 16)))
+    rows, rest = packed_slowly(documents(words, TEXTS), 16)
+    assert len(rows) > 16
+    assert len(rest) > 16
+    rows += [rest[i : i + 16] for i in range(0, len(rest) - 15, 16)]
+    assert [row.tolist() for row in samples.rows] == rows
     assert samples.identity.num_texts == len(TEXTS)
     assert samples.identity.max_length == 16
+
+
+def test_rests_are_taken_where_texts_are_too_few(words):
+    rows, rest = packed_slowly(documents(words, TEXTS), 16)
+    for wanted in (len(rows) - 1, len(rows), len(rows) + 1):
+        samples = read_samples(words, TEXTS, max_length=16, packing=True, num_samples=wanted)
+        assert [row.tolist() for row in samples.rows] == [*rows, rest[:16]][:wanted]
+
+
+def test_a_long_document_makes_many_sequences(words):
+    text = " ".join(f"w{number % 50}" for number in range(1000))
+    (document,) = documents(words, [text])
+    for wanted in (20, 10**6):
+        samples = read_samples(words, [text], max_length=16, packing=True, num_samples=wanted)
+        assert len(samples) == min(wanted, 1001 // 16)
+        assert np.concatenate(samples.rows).tolist() == document[: 16 * len(samples)]
 
 
 def test_no_more_texts_are_read_than_are_needed(words):

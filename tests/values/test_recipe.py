@@ -84,7 +84,7 @@ def test_the_presets_decide_on_packing_and_attention():
     assert not Recipe().resolve(facts).packing
     assert not Recipe("phi-2").resolve(replace(facts, model_type="phi")).packing
     assert Recipe("general").resolve(facts).packing
-    assert not Recipe("small").resolve(facts).packing
+    assert Recipe("small").resolve(facts).packing
     assert not Recipe("general", packing=False).resolve(facts).packing
     assert Recipe(packing=True).resolve(facts).packing
     assert not Recipe().resolve(facts).attention

@@ -101,8 +101,8 @@ def heal_command(
     packing: Annotated[
         bool | None,
         typer.Option(
-            help="Join documents into full sequences, or truncate each to one. By default the "
-            "paper's presets truncate, as the paper does, and small does; general packs.",
+            help="Fill every sequence up with documents, or truncate each to one. By default the "
+            "paper's presets truncate, as the paper does; ours pack.",
         ),
     ] = None,
     attention: Annotated[

@@ -77,7 +77,7 @@ def patch_command(
 
     The layer before the cut is solved anew by least squares to make what the dropped layers
     made; then those behind it, as long as the loss on held-out text falls; then all of them take
-    at most 40 steps towards the whole model's next words. A patch that does not help is not
+    at most 48 steps towards the whole model's next words. A patch that does not help is not
     saved. Patch, then heal, is the recommended way.
     """
     from ..cutting.plans import agreed_plan

@@ -22,7 +22,7 @@ from ..texts.batches import Batch
 from .changes import Changes
 from .patch_states import StateSet
 
-STEPS = 40
+STEPS = 48
 """Steps, at most."""
 
 STEP_TOKENS = 4096

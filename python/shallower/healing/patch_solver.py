@@ -3,8 +3,8 @@
 import math
 import tempfile
 from bisect import bisect_left
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Patching:
             self._advance_whole(0, first)
             self._copy_whole()
             if method == "refit":
-                self._keep_start(first)
+                self._keep_start()
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
             for layer in self.survivors[first:]:
                 target = after.get(layer, layer + 1)
@@ -113,7 +113,7 @@ class Patching:
                     break
                 self._advance_cut(layer)
             nats = fits[-1].nats
-            descent = self._descend(first, nats) if method == "refit" else ()
+            descent = self._descend(first, after[last], nats) if method == "refit" else ()
         nats = min((nats, *descent))
         return self._done(method, original, cut, nats, fits=tuple(fits), descent=descent)
 
@@ -192,7 +192,7 @@ class Patching:
         if method == "refit":
             steps = drawn(self.fitted.batches)
             down = sum(map(len, steps))
-            total += down * (count - first)
+            total += down * (count - stop)
             passes_down = min(STEPS, PASSES * len(steps)) / len(steps)
             total += int(down * passes_down * (2 * (len(self.survivors) - before) + 1))
             losses += [len(self.survivors) - before] * 2
@@ -216,43 +216,55 @@ class Patching:
         for states in (self.fitted, self.held_out):
             self._advance(states, states.cut, (layer,))
 
-    def _advance(self, states: StateSet, moved: Stored, layers: Sequence[int]) -> None:
+    def _advance(
+        self,
+        states: StateSet,
+        moved: Stored,
+        layers: Sequence[int],
+        indices: Iterable[int] | None = None,
+    ) -> None:
+        indices = range(len(states.batches)) if indices is None else list(indices)
         for some in self.model.passes(layers):
-            for index, batch in enumerate(states.batches):
-                moved[index] = self.model.run(batch, moved[index], some)
+            for index in indices:
+                moved[index] = self.model.run(states.batches[index], moved[index], some)
                 self._ran(len(some))
 
-    def _keep_start(self, first: int) -> None:
+    def _keep_start(self) -> None:
         """Keep the states before the first layer that changes, of the texts to go down on and of
-        those held out; and the whole model's last ones, before a weight of it changes.
+        those held out.
         """
         self._starts = []
-        down = sorted({index for step in drawn(self.fitted.batches) for index in step})
-        parts = (self.fitted, down), (self.held_out, range(len(self.held_out.batches)))
-        for number, (states, indices) in enumerate(parts):
-            batches = [states.batches[index] for index in indices]
-            start, last = (
-                Stored(self._path / f"{name}.{number}", batches, *self._kind)
-                for name in ("start", "last")
-            )
-            for place, index in enumerate(indices):
-                start[place] = last[place] = states.whole[index]
-            kept = StateSet(batches, last, start)
-            if states is self.fitted:
-                self._advance(kept, last, range(first, len(self.model)))
-            self._starts.append(kept)
+        for name, states, indices in (
+            ("fitted", self.fitted, self._down),
+            ("held_out", self.held_out, range(len(self.held_out.batches))),
+        ):
+            start = Stored(self._path / f"{name}.start", states.batches, *self._kind)
+            for index in indices:
+                start[index] = states.whole[index]
+            self._starts.append(start)
 
-    def _descend(self, first: int, nats: float) -> tuple[float, ...]:
-        """Go down the slopes of the divergence, as far as the held-out loss falls."""
+    def _descend(self, first: int, stop: int, nats: float) -> tuple[float, ...]:
+        """Go down the slopes of the divergence, as far as the held-out loss falls.
+
+        The states of the whole model are before the layer ``stop``; no layer from there on has
+        changed.
+        """
         if not self.model.head.by_rows:
             return ()
-        down, held_out = self._starts
+        self._advance(self.fitted, self.fitted.whole, range(stop, len(self.model)), self._down)
+        fitted, held_out = self._starts
+        states = StateSet(self.fitted.batches, self.fitted.whole, fitted)
         layers = [layer for layer in self.survivors if layer >= first]
         self._ran(0, "all layers")
-        descent = Descent(self.model, layers, states=down, changes=self.changes, ran=self._ran)
+        descent = Descent(self.model, layers, states=states, changes=self.changes, ran=self._ran)
         descent.go()
-        reached = least(descent, lambda: self._loss(first, states=held_out.cut), nats)
+        reached = least(descent, lambda: self._loss(first, states=held_out), nats)
         return (reached,) if reached < nats else ()
+
+    @cached_property
+    def _down(self) -> list[int]:
+        """The batches to go down on."""
+        return sorted({index for step in drawn(self.fitted.batches) for index in step})
 
     def _fit(self, layer: int, target: int, method: str) -> Fit:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""

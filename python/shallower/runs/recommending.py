@@ -42,6 +42,9 @@ from .gain import GAIN_DEVICE, gain
 from .results import Continuations, Run, weights_mark
 from .sizes import Sizes
 
+PATCH_TOKENS = 196_608
+"""Tokens that the patch that is saved fits, at most: as many as its steps take."""
+
 
 class Recommending:
     """A run on one model; results are written before each next step.
@@ -210,7 +213,8 @@ class Recommending:
         try:
             with with_patch(
                 self._model, self._tokenizer, plan, texts=self._asked.splits.fit,
-                max_length=self._tokens.max_length, progress=self._asked.progress,
+                max_length=self._tokens.max_length, num_tokens=PATCH_TOKENS,
+                progress=self._asked.progress,
             ) as done:  # fmt: skip
                 return self._saved(results, plan, done)
         except (PatchError, TextsError) as error:

@@ -86,9 +86,11 @@ def read_samples(
 ) -> Samples:
     """Read texts until they make ``num_samples`` sequences, or end.
 
-    Packed: all documents, each with the end-of-text token behind it, are one stream, cut into
-    sequences of ``max_length``; a rest is left out. Else every text of at least two tokens is
-    one sequence, truncated.
+    Packed: every sequence begins where a document does, and is filled up to ``max_length`` with
+    the next ones, each with the end-of-text token behind it. What does not fit of the last is set
+    aside; where the texts end too early, the rests are one stream, cut into the sequences that are
+    missing, and what is left of it is left out. Else every text of at least two tokens is one
+    sequence, truncated.
 
     Args:
         tokenizer: the tokenizer of the model.
@@ -124,15 +126,26 @@ def read_samples(
 def _packed(
     batches: TokenBatches, end: int, max_length: int, num_samples: int
 ) -> list[NDArray[np.uint32]]:
-    wanted, parts, size = num_samples * max_length, [], 0
+    rows: list[NDArray[np.uint32]] = []
+    parts: list[NDArray[np.uint32]] = []
+    rests: list[NDArray[np.uint32]] = []
+    room, spare = max_length, num_samples * max_length
     for ids in batches.token_ids():
-        parts.append(np.append(ids, end).astype(np.uint32))
-        size += len(parts[-1])
-        if size >= wanted:
-            break
-    stream = np.concatenate(parts)[:wanted] if parts else np.empty(0, np.uint32)
-    whole = len(stream) // max_length
-    return list(stream[: whole * max_length].reshape(whole, max_length))
+        document = np.append(ids, end).astype(np.uint32)
+        parts.append(document[:room])
+        rest = document[room : room + spare]
+        room -= len(parts[-1])
+        if len(rest):
+            rests.append(rest)
+            spare -= len(rest)
+        if not room:
+            rows.append(np.concatenate(parts))
+            parts, room = [], max_length
+        if len(rows) == num_samples:
+            return rows
+    stream = np.concatenate([*parts, *rests]) if parts or rests else np.empty(0, np.uint32)
+    whole = min(len(stream) // max_length, num_samples - len(rows))
+    return [*rows, *stream[: whole * max_length].reshape(whole, max_length)]
 
 
 def _truncated(batches: TokenBatches, num_samples: int) -> list[NDArray[np.uint32]]:

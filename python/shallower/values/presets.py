@@ -46,7 +46,7 @@ PAPER_PRESETS = (
 )
 """2403.17887, appendix A; layers are those of the uncut model."""
 
-SMALL = Preset("small", 256, 1e-3, 64, attention=True)
+SMALL = Preset("small", 256, 1e-3, 64, packing=True, attention=True)
 GENERAL = Preset("general", 2048, 3e-4, 64, packing=True)
 """Ours, for models that the paper did not heal: ``small`` below 2,048 channels."""
 

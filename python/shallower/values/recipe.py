@@ -45,9 +45,9 @@ class Recipe:
         dtype: dtype of the frozen weights; ``auto`` is bfloat16 on CUDA and on CPUs that
             multiply it, and float32 elsewhere. Adapters are float32; products are bfloat16 unless
             this is float32.
-        packing: join documents and cut them into sequences of ``max_length``, or truncate every
-            text to one sequence. By default the preset decides: the paper's truncate, as the
-            paper does, and ``small`` does; ``general`` packs.
+        packing: begin every sequence with a document and fill it up to ``max_length`` with the
+            next ones, or truncate every text to one sequence. By default the preset decides: the
+            paper's truncate, as the paper does; ours pack.
         attention: also train adapters on the attention layers. By default the preset decides:
             ``small`` does; the paper's do not, nor does ``general``.
         objective: the loss that is minimised: ``lm`` of the next token, as in the paper; ``kd``
