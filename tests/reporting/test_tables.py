@@ -10,21 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from shallower import Block, Comparison, Cut, Loss, Plan, RejectedSamplesWarning, analyse_states
-from shallower.reporting.tables import comparison_table, plan_table, scan_table
+from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
+from shallower.reporting.tables import plan_table, scan_table
 from shallower.values.layers import ranges
 from shallower.values.loss import with_error
-from shallower.values.scores import Scores
-
-BASE = Loss(2.3456, 0.0123, 4242, 17, 0, 49152)
-COMPARISON = Comparison(
-    BASE,
-    (
-        Cut("similarity", Block(20, 28, 0.1234, 0.0056), Loss(3.4567, 0.0234, 4242, 17, 0, 49152)),
-        Cut("deepest", Block(21, 29, 0.2345, math.nan), Loss(4.5678, math.nan, 4242, 1, 0, 49152)),
-        Cut("deepest", Block(3, 4), Loss(12.3456, 0.0342, 4242, 17, 0, 49152)),
-    ),
-)
 
 
 def printed(table, width=200):
@@ -122,47 +111,3 @@ def test_a_plan_table_says_what_goes_and_what_stays():
 def test_a_plan_by_hand_has_no_score():
     text = printed(plan_table(Plan(4, (Block(0, 1),))))
     assert row_of(text, "drop").replace("│", "").split() == ["drop", "[0,", "1)"]
-
-
-@pytest.mark.parametrize("width", [80, 200])
-def test_a_comparison_shows_every_cut_whole(width):
-    text = printed(comparison_table(COMPARISON), width)
-    for word in ("2.346 ± 0.012", "4242 tokens", "17 texts", "49152", "0.217 of ln V"):
-        assert word in " ".join(text.split())
-    row = row_of(text, "│ 8 ", "similarity")
-    for word in ("[20, 28)", "0.1234 ± 0.0056", "3.457", "+1.111"):
-        assert word in row
-    row = row_of(text, "│ 8 ", "deepest")
-    for word in ("[21, 29)", "0.2345", "4.568", "+2.222"):
-        assert word in row
-    assert "±" not in row
-    assert "–" in row_of(text, "│ 1 ", "12.346", "+10.000")
-    assert "…" not in text
-    assert "ties" not in text
-    assert max(map(len, text.splitlines())) <= width
-
-
-def by_text(*sums):
-    scores = Scores(np.array(sums, float), np.full(len(sums), 10.0))
-    return Loss(scores.mean, scores.stderr, 10 * len(sums), len(sums), 0, 49152, scores)
-
-
-@pytest.mark.parametrize("width", [80, 200])
-def test_a_comparison_shows_paired_differences_and_names_ties(width):
-    cuts = (
-        Cut("similarity", Block(120, 128, 0.1234, 0.0056), by_text(130, 240, 351)),
-        Cut("deepest", Block(121, 129, 0.2345, 0.0123), by_text(131, 239, 350)),
-        Cut("similarity", Block(103, 104), by_text(21, 119, 229)),
-        Cut("deepest", Block(128, 129), by_text(40, 140, 251)),
-    )
-    text = printed(comparison_table(Comparison.of(by_text(20, 120, 230), cuts)), width)
-    assert "+11.700 ± 0.351" in row_of(text, "│ 8 ", "similarity")
-    assert "+2.033 ± 0.033" in row_of(text, "│ 1 ", "deepest")
-    assert "n = 8: the two strategies; [103, 104) and the whole model" in " ".join(text.split())
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= width
-
-
-def test_a_comparison_begins_with_the_whole_model():
-    row = row_of(printed(comparison_table(COMPARISON)), "│ 0 ")
-    assert "2.346" in row

@@ -8,7 +8,7 @@ from ..scanning.scan import Scan
 from ..values.bootstrap import BootstrappedStart
 from ..values.healing import Healing
 from ..values.layers import Block, ranges
-from ..values.loss import Comparison, with_error
+from ..values.loss import with_error
 from ..values.patch import Patch
 from ..values.plan import Plan
 
@@ -128,53 +128,6 @@ def healing_table(healing: Healing) -> Table:
     if healing.original:
         table.add_row("uncut", str(healing.original), "")
     return table
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """Tabulate distance and held-out loss of the best block and of the deepest one, by n.
-
-    Args:
-        comparison: of :func:`shallower.compare_cuts`.
-
-    Returns:
-        A table with a row for the whole model, and one for every cut with the nats that it
-        loses, paired by text; the caption names ties.
-    """
-    base = comparison.base
-    table = Table(
-        title=f"held-out loss, nats a token; with all layers {base}\n"
-        f"{base.num_tokens} tokens of {base.num_texts} texts; {base.normalized:.3f} of ln V, "
-        f"V = {base.vocab_size}",
-        caption=_ties(comparison),
-    )
-    table.add_column("n", justify="right")
-    table.add_column("strategy", no_wrap=True)
-    table.add_column("drop", no_wrap=True)
-    table.add_column("distance ± error", no_wrap=True)
-    table.add_column("loss", no_wrap=True, justify="right")
-    table.add_column("lost ± error", no_wrap=True, justify="right")
-    table.add_row("0", "", "", "", f"{base.nats:.3f}")
-    for cut in comparison.cuts:
-        table.add_row(
-            str(len(cut.block)),
-            cut.strategy,
-            str(cut.block),
-            with_error(cut.block.score, cut.block.stderr),
-            f"{cut.loss.nats:.3f}",
-            str(cut.difference or f"{cut.loss.nats - base.nats:+.3f}"),
-        )
-    return table
-
-
-def _ties(comparison: Comparison) -> str | None:
-    """The cuts that cannot be told apart, in words."""
-    sizes = ", ".join(map(str, comparison.ties))
-    found = [f"n = {sizes}: the two strategies"] if sizes else []
-    for cut in comparison.cuts:
-        same = f"{cut.block} and the whole model"
-        if cut.difference and cut.difference.tied and same not in found:
-            found.append(same)
-    return f"ties, within two standard errors: {'; '.join(found)}" if found else None
 
 
 def patch_table(patch: Patch) -> Table:
