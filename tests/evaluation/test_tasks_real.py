@@ -1,6 +1,10 @@
-"""A real model on real tasks, against prompts written by hand and plain float64 arithmetic."""
+"""A real model on real tasks, against prompts written by hand and plain float64 arithmetic.
+
+``SHALLOWER_TASK_ITEMS`` asks for another number of items of each task; ``-s`` shows the means.
+"""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import shallower as sh
 pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval")
 
-ITEMS = 24
+ITEMS = int(os.environ.get("SHALLOWER_TASK_ITEMS", "24"))
 CLOSE = 1e-3
 """Nats within which two options count as a tie, of which either may be chosen."""
 
@@ -42,11 +46,13 @@ def likelihood(smol, prompt, answer):
 
 def compare(scores, right):
     """Item by item the same, but for ties, which ``right`` gives as None; and the means."""
-    assert len(scores.items) == len(right) == ITEMS
+    count, ties = len(scores.items), sum(one is None for one in right)
+    assert len(right) == count <= ITEMS
     for item, score, expected in zip(scores.items, scores.by_item.sums, right, strict=True):
         assert expected is None or score == expected, item
-    assert sum(one is None for one in right) <= 1
+    assert ties <= max(1, count // 50)
     mean = np.mean([0.5 if one is None else one for one in right])
+    print(f"{scores}: by hand {mean:.4f}, {count} items, {ties} ties")
     assert abs(scores.mean - mean) <= scores.stderr
 
 
@@ -121,4 +127,4 @@ def test_mmlu(smol, data):
         assert all(len(one) == 1 for one in letters)
         right.append(chosen(np.array([logs[one[0]] for one in letters]), row["answer"]))
     compare(acc, right)
-    assert len({item.split("/")[0] for item in acc.items}) == ITEMS
+    assert len({item.split("/")[0] for item in acc.items}) == min(ITEMS, 57)
