@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import shallower as sh
 from shallower.healing import descent, held_out, patch_solver
+from shallower.healing import patch as patching
 from shallower.healing.patch import patch, with_patch
 from shallower.healing.saving import PATCH_FILE
 from tests.commands import in_this_process
@@ -108,6 +110,31 @@ def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
     assert done.patched == [*(fit.nats for fit in done.fits), *done.descent][-1]
     assert done.num_held_out == 24 * len(held_out)
     assert done.num_tokens == 24 * (len(TEXTS) - len(held_out))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "device", "expected"),
+    [
+        (134_515_008, "cpu", 131_072), (494_032_768, "cpu", 40_483), (8_030_261_248, "cpu", 32_768),
+        (8_030_261_248, "cuda", 131_072),
+    ],
+)  # fmt: skip
+def test_a_large_model_is_fitted_on_fewer_tokens_on_a_cpu(
+    monkeypatch, parameters, device, expected
+):
+    decoder = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(patching.Decoder, "of", lambda _: decoder)
+    model = SimpleNamespace(num_parameters=lambda: parameters)
+    assert patching.tokens_to_fit(model) == expected
+    assert patching.tokens_to_fit(model, 2 * patching.NUM_TOKENS) // 2 == expected
+
+
+def test_by_default_as_many_tokens_are_fitted_as_are_affordable(model, words, monkeypatch):
+    monkeypatch.setattr(patching, "tokens_to_fit", lambda _: 2400)
+    for num_tokens, expected in ((None, 2400), (480, 480)):
+        copied = copy.deepcopy(model)
+        done = patch(copied, words, [range(3, 5)], texts=TEXTS, num_tokens=num_tokens)
+        assert done.num_tokens == expected
 
 
 def test_the_loss_falls_with_the_steps(model, words):

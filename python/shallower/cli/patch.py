@@ -59,8 +59,14 @@ def patch_command(
         ),
     ] = "auto",
     num_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens to fit at most.", min=1)
-    ] = 131_072,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens to fit at most. By default 131,072; on a CPU fewer for models of more "
+            "than 150 million parameters, down to 32,768.",
+        ),
+    ] = None,
     max_length: MaxLength = 256,
     batch_size: PatchBatchSize = 16,
     max_texts: MaxTexts = None,
@@ -76,9 +82,9 @@ def patch_command(
     """Drop layers and heal the cut in minutes, with no parameter added.
 
     The layer before the cut is solved anew by least squares to make what the dropped layers
-    made; then those behind it, as long as the loss on held-out text falls; then all of them take
-    at most 48 steps towards the whole model's next words. A patch that does not help is not
-    saved. Patch, then heal, is the recommended way.
+    made; then all matrices from there on take at most 48 steps towards the whole model's next
+    words, as far as the loss on held-out text falls. A patch that does not help is not saved.
+    Patch, then heal, is the recommended way.
     """
     from ..cutting.plans import agreed_plan
     from ..runs.cache import open_cache

@@ -31,6 +31,12 @@ from .patch_states import divide
 
 METHODS = ("refit", "map", "magnitude")
 
+NUM_TOKENS = 131_072
+"""Tokens to fit, at most."""
+
+CPU_WORK = 2e13
+"""Tokens times parameters for which a CPU needs minutes."""
+
 
 def patch(
     model: PreTrainedModel,
@@ -41,7 +47,7 @@ def patch(
     method: str = "refit",
     max_length: int = 256,
     batch_size: int = 16,
-    num_tokens: int = 131_072,
+    num_tokens: int | None = None,
     progress: bool | None = None,
 ) -> Patch:
     """Drop layers and heal the cut in minutes, in place.
@@ -56,9 +62,10 @@ def patch(
         method: ``refit``, ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most. Their states lie in temporary files: at most four times
-            ``num_tokens`` times D values. For ``refit`` the matrices that move are held four times
-            in the memory of the CPU.
+        num_tokens: tokens to fit, at most; by default 131,072, and on a CPU fewer for a model of
+            more than 150 million parameters. Their states lie in temporary files: at most four
+            times ``num_tokens`` times D values. For ``refit`` the matrices that move are held four
+            times in the memory of the CPU.
         progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:
@@ -89,6 +96,23 @@ def patch(
     return done
 
 
+def tokens_to_fit(model: PreTrainedModel, most: int = NUM_TOKENS) -> int:
+    """Say how many tokens a patch fits where no number is asked for.
+
+    Args:
+        model: the whole model.
+        most: tokens to fit on a GPU, and for small models.
+
+    Returns:
+        ``most``; on a CPU fewer for a model of more than some 150 million parameters, as many
+        fewer as it is larger, so that a patch stays a matter of minutes; a quarter at least.
+    """
+    if Decoder.of(model).device.type != "cpu":
+        return most
+    affordable = int(most / NUM_TOKENS * CPU_WORK / model.num_parameters())
+    return min(most, max(most // 4, affordable))
+
+
 @contextmanager
 def with_patch(
     model: PreTrainedModel,
@@ -97,7 +121,7 @@ def with_patch(
     *,
     texts: Iterable[str],
     max_length: int = 256,
-    num_tokens: int = 131_072,
+    num_tokens: int | None = None,
     progress: bool | None = None,
 ) -> Iterator[Patch]:
     """Patch a model by ``refit`` for as long as the body runs; it is as before afterwards.
@@ -134,7 +158,7 @@ def _solved(
     method: str,
     max_length: int,
     batch_size: int,
-    num_tokens: int,
+    num_tokens: int | None,
     progress: bool | None,
 ) -> Iterator[tuple[Patch, Changes]]:
     """Solve the matrices of a model that still has all of its layers.
@@ -143,7 +167,7 @@ def _solved(
     """
     if method not in METHODS:
         raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    if num_tokens < 1:
+    if num_tokens is not None and num_tokens < 1:
         raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
     require_no_disk(model)
     decoder = Decoder.of(model)
@@ -156,8 +180,9 @@ def _solved(
             f"drop later layers, or use the method magnitude"
         )
     fitted, held_out = divide(
-        tokenizer, texts, max_length=max_length, batch_size=batch_size, num_tokens=num_tokens
-    )
+        tokenizer, texts, max_length=max_length, batch_size=batch_size,
+        num_tokens=num_tokens or tokens_to_fit(model),
+    )  # fmt: skip
     changes = Changes()
     try:
         try:

@@ -28,7 +28,7 @@ def patch_to_folder(
     method: str = "refit",
     max_length: int = 256,
     batch_size: int = 16,
-    num_tokens: int = 131_072,
+    num_tokens: int | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> tuple[Patch, dict[str, Loss]]:
@@ -44,7 +44,7 @@ def patch_to_folder(
         method: ``refit``, ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most.
+        num_tokens: tokens to fit, at most, as for :func:`shallower.patch`.
         overwrite: replace what is at ``out``, once the new checkpoint is complete.
         progress: whether to show bars on standard error; by default if that is a terminal.
 

@@ -199,7 +199,7 @@ def forecast_source(
     *,
     device_memory: str | int | None = None,
     positions: Positions | None = None,
-    num_tokens: int = 131_072,
+    num_tokens: int | None = None,
 ) -> MemoryPlan:
     """Plan the memory of a stage for a model by its place.
 
@@ -210,7 +210,7 @@ def forecast_source(
         tokens: the length of texts, and their number or ``auto``.
         device_memory: as for :func:`memory_forecast`.
         positions: the tokens of every text that a scan compares.
-        num_tokens: tokens that a patch fits, at most.
+        num_tokens: tokens that a patch fits, at most; by default as many as it ever does.
 
     Returns:
         The plan.
@@ -224,5 +224,5 @@ def forecast_source(
     return memory_forecast(
         source.read_config(), what, dtype=dtype, max_length=tokens.max_length,
         batch_size=tokens.batch_size, positions=positions or "last", device_memory=device_memory,
-        num_tokens=num_tokens,
+        num_tokens=num_tokens or 131_072,
     )  # fmt: skip

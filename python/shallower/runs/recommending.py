@@ -12,7 +12,7 @@ from ..cutting.memory import without_layers
 from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
-from ..healing.patch import with_patch
+from ..healing.patch import tokens_to_fit, with_patch
 from ..healing.saving import save_patched
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
@@ -43,7 +43,8 @@ from .results import Continuations, Run, weights_mark
 from .sizes import Sizes
 
 PATCH_TOKENS = 196_608
-"""Tokens that the patch that is saved fits, at most: as many as its steps take."""
+"""Tokens that the patch that is saved fits, at most: as many as its steps take. On a CPU fewer
+for larger models."""
 
 
 class Recommending:
@@ -213,8 +214,8 @@ class Recommending:
         try:
             with with_patch(
                 self._model, self._tokenizer, plan, texts=self._asked.splits.fit,
-                max_length=self._tokens.max_length, num_tokens=PATCH_TOKENS,
-                progress=self._asked.progress,
+                max_length=self._tokens.max_length, progress=self._asked.progress,
+                num_tokens=tokens_to_fit(self._model, PATCH_TOKENS),
             ) as done:  # fmt: skip
                 return self._saved(results, plan, done)
         except (PatchError, TextsError) as error:
