@@ -62,6 +62,12 @@ SHAPES = {
 }  # fmt: skip
 """Configs by name, with the names of the linear maps that are adapted."""
 
+ATTENTION = {
+    "llama-2-7b": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gpt2-xl": ["attn.c_attn", "attn.c_proj"],
+}
+"""Names of the linear maps of an attention."""
+
 
 def shape(name, layers=None):
     """A shape with fewer layers, and what is adapted."""
@@ -110,9 +116,10 @@ def _loss(model, states):
 
 
 @functools.cache
-def tracked_healing(name, layers, batch, length, rank, recompute):
+def tracked_healing(name, layers, batch, length, rank, recompute, *, attention=False):
     """The peak of a step in bytes: weights in bfloat16, adapters, and Adam's two moments."""
     config, names = shape(name, layers)
+    names = names + ATTENTION[name] if attention else names
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         adapted = get_peft_model(

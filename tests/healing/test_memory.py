@@ -22,9 +22,9 @@ NAMED = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "qwen2.5-7b", "phi-2")
 OTHERS = ("mistral-7b", "gemma-2-2b", "gpt2-xl", "falcon-7b")
 
 
-def step_of(name, layers=None, *, length=2048, rank=2, dtype="bfloat16"):
+def step_of(name, layers=None, *, length=2048, rank=2, dtype="bfloat16", **options):
     config, _ = shape(name, layers)
-    return HealingStep(config, resolved(config, length, rank, dtype))
+    return HealingStep(config, resolved(config, length, rank, dtype, **options))
 
 
 def resolved(config, length, rank=2, dtype="nf4", **options):
@@ -33,9 +33,12 @@ def resolved(config, length, rank=2, dtype="nf4", **options):
     return recipe.resolve(facts(config, layers_of(config)))
 
 
-def assert_near_the_tracker(name, layers, batch, length=2048, recompute=False, rank=2):
-    parts = step_of(name, layers, length=length, rank=rank).parts(batch, recompute)
-    found = tracked_healing(name, layers, batch, length, rank, recompute)
+def assert_near_the_tracker(
+    name, layers, batch, length=2048, recompute=False, rank=2, attention=False
+):
+    step = step_of(name, layers, length=length, rank=rank, attention=attention)
+    parts = step.parts(batch, recompute)
+    found = tracked_healing(name, layers, batch, length, rank, recompute, attention=attention)
     assert sum(parts.values()) == pytest.approx(found, rel=0.15)
 
 
@@ -49,6 +52,12 @@ def test_a_few_layers_are_within_15_percent_of_the_tracker(name, recompute):
 def test_families_that_nobody_tuned_for_are_too(name):
     length = 1024 if name == "gpt2-xl" else 2048
     assert_near_the_tracker(name, 2, 2, length)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["llama-2-7b", "gpt2-xl"])
+def test_a_healing_of_the_attention_is_too(name, recompute):
+    assert_near_the_tracker(name, 2, 4, 1024, recompute=recompute, rank=64, attention=True)
 
 
 @pytest.mark.slow
