@@ -87,6 +87,16 @@ def test_a_choice_is_that_of_plain_float64_logits(sharp, words, pick, batch_size
     assert 0 < acc.mean < 1
 
 
+@pytest.mark.parametrize(("right", "chance"), [(54, 0.5), (75, 0.75)], ids=["luck", "bias"])
+def test_chance_is_that_of_the_same_answer_to_all(sharp, words, tmp_path, right, chance):
+    """As yes to BoolQ, where that is right more often than by luck; also of items not drawn."""
+    folder = write_tasks(tmp_path / "tasks", CHOICE)
+    rows = [{**row, "answer": int(i < right)} for i, row in enumerate(choices(100, options=2))]
+    write_rows(folder / "pick.jsonl", rows)
+    found = evaluate_tasks(sharp, words, ["pick"], tasks_dir=folder, max_items=8)
+    assert [one.chance for one in found] == [chance, chance]
+
+
 def test_scores_are_those_of_lm_evals_own_adapter(sharp, words, pick, capfd):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -284,6 +294,16 @@ def test_a_task_file_that_is_no_yaml(sharp, words, pick):
     )
     (folder / "bad.yaml").write_text("just words\n")
     assert "is no task" in refused(sharp, words, ["pick"], tasks_dir=folder)
+
+
+def test_a_task_file_whose_function_fails(sharp, words, pick):
+    folder, _ = pick
+    (folder / "own.py").write_text("def question(row):\n    return row['choices'][9]\n")
+    task = {**CHOICE, "doc_to_text": "QUESTION"}
+    file = write_tasks(folder, task) / "pick.yaml"
+    file.write_text(file.read_text().replace("QUESTION", "!function own.question"))
+    with pytest.raises(TextsError, match="lm-eval cannot run pick: IndexError: list index out of"):
+        evaluate_tasks(sharp, words, ["pick"], tasks_dir=folder)
 
 
 def test_data_that_is_missing_or_broken(sharp, words, pick, tmp_path):

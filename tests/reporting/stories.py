@@ -83,6 +83,7 @@ def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", 
     done = Run(
         folder, Wish(n=4), scanned, loss(), splits, best, table, (told,), 0.0,
         command="shallower run SmolLM2-135M --texts c4.jsonl --n 4 --out runs/smol",
+        marks={"job": None, "ended": "yes"},
     )  # fmt: skip
     scanned.save(folder / "scan.safetensors")
     done.save()
@@ -119,7 +120,9 @@ def curve(model="Llama-3-8B"):
     points.append(CurvePoint(20, "deepest", "patched", tuple(range(11, 31)), 0.6, 0.5, None,
                              failed=f"no layer could be fitted {HOSTILE}"))  # fmt: skip
     splits = {"fit": 64, "choose": 16, "report": 40}
-    return Curve(model, 32, tuple(points), splits, "bfloat16", 128, VERSIONS)
+    asked = {"n": [4, 8, 12, 16], "strategies": ["similarity", "deepest"],
+             "states": ["cut", "patched", "healed"], "parameters": 8_030_261_248}  # fmt: skip
+    return Curve(model, 32, tuple(points), splits, "bfloat16", 128, VERSIONS, asked)
 
 
 def write(folder, name, value, **more):

@@ -16,7 +16,7 @@ from shallower.runs.comparison_story import comparison_story
 from shallower.runs.curve_story import curve_story
 from shallower.runs.report import read_story, report
 from shallower.runs.results import Run
-from shallower.runs.run_story import run_story
+from shallower.runs.run_story import UNFINISHED, run_story
 from shallower.runs.story_parts import layer_words
 from shallower.runs.weights import count_weights
 from shallower.values.scores import Difference
@@ -117,6 +117,35 @@ def test_a_curve_of_nothing_but_the_whole_model_is_told():
     story = curve_story(replace(one, points=one.points[:1]))
     assert story.sentence == "No cut of this model could be measured."
     assert story.drawings == ()
+
+
+def test_what_has_not_ended_says_so_first(made):
+    done, _ = made
+    assert UNFINISHED not in told(done).warnings
+    assert told(replace(done, marks={})).warnings[0] == UNFINISHED
+    one = curve()
+    assert not any("not ended" in warning for warning in curve_story(one).warnings)
+    part = curve_story(replace(one, points=one.points[:7]))
+    assert part.warnings[0].startswith("the curve has not ended: 6 of 24 points are known")
+
+
+def test_a_curve_of_cuts_that_could_not_be_made_is_told():
+    one = curve()
+    failed = [replace(point, loss=None, tasks=(), failed="no") for point in one.points[1:]]
+    story = curve_story(replace(one, points=(one.whole, *failed)))
+    assert not any(drawing.name.startswith("task") for drawing in story.drawings)
+
+
+def test_a_small_model_is_named_on_every_page():
+    small, one, two = {"parameters": 134_515_008}, curve(), comparison()
+    models = tuple(replace(model, **small, dtype="bfloat16") for model in two.models)
+    two = replace(two, models=models, max_length=256, versions={"torch": "2.15.0"})
+    for story in (curve_story(replace(one, settings=small)), comparison_story(two, drawn=False)):
+        assert any("the model is small, 135 million" in warning for warning in story.warnings)
+    assert not any("is small" in warning for warning in curve_story(one).warnings)
+    facts = [fact.value for section in story.sections for fact in section.facts]
+    assert {"bfloat16", "2.15.0"} <= {fact for fact in facts if isinstance(fact, str)}
+    assert any("at most 256 tokens" in line for line in story.sections[-1].lines)
 
 
 def test_a_comparison_is_told_by_its_best_and_its_ties(tmp_path):
@@ -232,6 +261,18 @@ def test_a_folder_without_results_is_refused(tmp_path):
         report(tmp_path)
     with pytest.raises(OutputError, match="holds no results"):
         report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["curve.json", "README.md"])
+def test_results_and_words_of_others_are_not_replaced(tmp_path, name):
+    write(tmp_path, "curve.json", curve())
+    (tmp_path / "README.md").write_text("A card.")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(OutputError, match=rf"{name} is there already, and no page has written it"):
+        report(tmp_path, (tmp_path / name).with_suffix(".html"))
+    assert (tmp_path / name).read_bytes() == before
+    assert not (tmp_path / name).with_suffix(".html").exists()
+    assert report(tmp_path) == report(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["results.json", "comparison.json", "curve.json", "gain.json"])

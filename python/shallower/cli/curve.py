@@ -80,6 +80,12 @@ def curve_command(
     num_shots: Annotated[
         int | None, typer.Option(metavar="N", help="Solved examples before each item.", min=0)
     ] = None,
+    pass_at: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Also sample K answers where text is asked for: pass@K.", min=1
+        ),
+    ] = None,
     heal_steps: Annotated[
         int | None,
         typer.Option(
@@ -126,9 +132,10 @@ def curve_command(
         sizes=parse_sizes(n, least=0), strategies=_names(strategies), states=_names(states),
         quick_patch=quick_patch, patch_tokens=patch_tokens, tasks=_names(tasks),
         tasks_dir=tasks_dir, data=data, max_items=max_items, num_shots=num_shots,
-        heal_steps=heal_steps, top=top, tokens=Tokens(max_length, parse_batch_size(batch_size)),
-        max_texts=max_texts, max_eval_texts=max_eval_texts, threads=threads, seed=seed,
-        overwrite=overwrite, cache=open_cache(no_cache or dry_run), command=called(),
+        pass_at=pass_at, heal_steps=heal_steps, top=top,
+        tokens=Tokens(max_length, parse_batch_size(batch_size)), max_texts=max_texts,
+        max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
+        cache=open_cache(no_cache or dry_run), command=called(),
     )  # fmt: skip
     if dry_run:
         job.check()

@@ -4,10 +4,11 @@ import logging
 import math
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import lru_cache, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ from ..values.tokens import BatchSize
 from .task_files import TaskGroup, find_tasks
 from .task_model import TaskModel
 
-SAMPLING: Mapping[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+LUCK = 4.0
+"""Standard errors by which an answer that is always the same does better than guessing."""
+
+SAMPLING: Mapping[str, Any] = {
+    "do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0,
+}  # fmt: skip
 """How answers are sampled for pass@k, as Chen et al. (2021, arXiv 2107.03374) do."""
 
 
@@ -190,7 +196,7 @@ class ChosenTasks:
             )  # fmt: skip
         except (ShallowerError, torch.OutOfMemoryError):
             raise
-        except (ValueError, TypeError, KeyError, AssertionError, AttributeError) as error:
+        except Exception as error:  # whatever the functions of a task file raise
             reason = next(iter(str(error).splitlines()), "")
             raise TextsError(
                 f"lm-eval cannot run {', '.join(tasks)}: {type(error).__name__}: {reason[:300]}"
@@ -207,7 +213,7 @@ class _Answers:
 
     Attributes:
         by_metric: the scores by measure and item, the main measure first.
-        chance: the mean of a guess.
+        chance: the mean of a guess, or of the answer that is right most often.
         num_shots: examples before each item.
     """
 
@@ -231,8 +237,24 @@ class _Answers:
         several = getattr(task, "multiple_target", 0) or "acc_mutual_info" in aggregation
         self.chance = None
         if task.OUTPUT_TYPE == "multiple_choice" and not several:
-            self.chance = math.fsum(1 / n for n in options) / len(options)
+            guess = math.fsum(1 / n for n in options) / len(options)
+            self.chance = max(guess, _share_of_one_answer(task, guess))
         self.num_shots = int(task.get_config("num_fewshot") or 0)
+
+
+@lru_cache(maxsize=128)
+def _share_of_one_answer(task: Any, guess: float) -> float:
+    """The share of items that are right by always giving the same answer, as yes; 0 where that
+    is no more than a guess gets by luck.
+    """
+    try:
+        right = Counter(str(task.doc_to_target(row)) for row in task.eval_docs)
+    except Exception:  # rows that nobody asks for may be of any kind
+        return 0.0
+    ((_, most),) = right.most_common(1)
+    luck = math.sqrt(guess * (1 - guess) / right.total())
+    share = most / right.total()
+    return share if share > guess + LUCK * luck else 0.0
 
 
 def _scores_of(

@@ -96,10 +96,11 @@ class Referee:
         Returns:
             Its loss, and its accuracy beside that of a guess where the judge knows right answers.
         """
-        judge = self.scores.judge
+        judge, decoder = self.scores.judge, self.model.head.decoder
         return ComparedModel(
             name, len(self.model), self.loss(self.losses.scores(())), self._single_layers or (),
             chance=judge.chance, accuracy=judge.accuracy(self.scores.scores(()).sums),
+            dtype=decoder.identity.dtype, parameters=decoder.model.num_parameters(),
         )  # fmt: skip
 
     def loss(self, scores: Scores) -> Loss:

@@ -26,6 +26,7 @@ from ..texts.options import OptionItem, options_fingerprint, read_options
 from ..values.comparison import CriteriaComparison
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.layers import layer_number
+from ..values.provenance import versions
 from ..values.tokens import Tokens
 from .cache import Cache, Entry
 from .contestants import InMemory, ModelStore, digest, inputs_of_one
@@ -295,6 +296,8 @@ class ComparisonJob:
             unit=JUDGES[self.judge].unit,
             splits=dict(outcomes[0].splits) if outcomes else {},
             half_blocks=tuple(half for outcome in outcomes for half in outcome.half_blocks),
+            max_length=self.tokens.max_length,
+            versions=versions(),
         )
 
     def _write(self, comparison: CriteriaComparison) -> None:

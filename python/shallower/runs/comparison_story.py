@@ -17,7 +17,9 @@ from .story_parts import (
     few_texts,
     layer_words,
     loss_fact,
+    made_by,
     range_cell,
+    small_model,
     splits_words,
 )
 
@@ -48,13 +50,17 @@ def comparison_story(
             _asked(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
             *_halves(comparison), _numbers(comparison), _again(command),
-            differs(None, None, {}, own=(
+            differs(comparison.max_length, _dtypes(comparison), comparison.versions, own=(
                 "Patches are quick ones, one matrix a block; a full patch or a healing brings "
                 "back more.",
             )),
         ),
         data=comparison.to_json(),
     )  # fmt: skip
+
+
+def _dtypes(comparison: CriteriaComparison) -> str | None:
+    return ", ".join(dict.fromkeys(one.dtype for one in comparison.models if one.dtype)) or None
 
 
 def _title(comparison: CriteriaComparison) -> str:
@@ -147,6 +153,8 @@ def _cost(group: Group) -> str:
 def _warnings(comparison: CriteriaComparison) -> list[str]:
     found = [f"{name} could not be compared: {why}" for name, why in comparison.failures.items()]
     found += [f"{name} could not choose: {why}" for name, why in comparison.skipped.items()]
+    for model in comparison.models:
+        found += small_model(model.parameters)
     found += few_texts(min([model.whole.num_texts for model in comparison.models] or [0]))
     for model in comparison.models:
         if model.accuracy is not None and model.chance is not None and (
@@ -163,6 +171,7 @@ def _asked(comparison: CriteriaComparison) -> Section:
     place = COMPARISON_FILE
     facts = (
         Fact("models", ", ".join(model.title for model in comparison.models), f"{place}: models"),
+        Fact("dtype", _dtypes(comparison) or "not known", f"{place}: models"),
         Fact("judge", f"{comparison.judge}, {comparison.unit}", f"{place}: judge"),
         Fact("texts", splits_words(comparison.splits), f"{place}: splits"),
         Fact("sizes", ", ".join(str(n) for n in sorted({row.n for row in comparison.rows})),
@@ -281,8 +290,9 @@ def _numbers(comparison: CriteriaComparison) -> Section:
         f"All rows above are {COMPARISON_FILE}: rows, with all their digits, and comparison.csv; "
         f"± is one standard error, over texts."
     )
-    return Section("Every number, and where it is from", (line,),
-                   tuple(fact for model in comparison.models for fact in facts(model)))  # fmt: skip
+    found = [fact for model in comparison.models for fact in facts(model)]
+    found += made_by(comparison.versions, f"{COMPARISON_FILE}: versions")
+    return Section("Every number, and where it is from", (line,), tuple(found))
 
 
 def _again(command: str) -> Section:

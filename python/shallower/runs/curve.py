@@ -34,6 +34,7 @@ def curve(
     data: str | Path | None = None,
     max_items: int | None = None,
     num_shots: int | None = None,
+    pass_at: int | None = None,
     heal: Recipe | None = None,
     heal_steps: int | None = None,
     top: int = TOP,
@@ -83,6 +84,8 @@ def curve(
             ``SHALLOWER_DATA``.
         max_items: items of a task at most; all by default.
         num_shots: solved examples before each item; as the task says by default.
+        pass_at: for tasks that are answered in text also sample so many answers to each item, and
+            keep ``pass@K`` of them as a task of its own, ``TASK sampled``.
         heal: settings of the healing of each cut; by default ours in the dtype of the model.
         heal_steps: steps of the healing, of 16 sequences each; 5,000 by default.
         top: proposals of every criterion, of the strategy ``recommended``.
@@ -129,7 +132,7 @@ def curve(
         patch_tokens=patch_tokens, tasks=tasks,
         tasks_dir=None if tasks_dir is None else Path(tasks_dir),
         data=None if data is None else Path(data), max_items=max_items,
-        num_shots=num_shots, heal=heal, heal_steps=heal_steps, top=top,
+        num_shots=num_shots, pass_at=pass_at, heal=heal, heal_steps=heal_steps, top=top,
         tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
         cache=open_cache(not cache), progress=progress,

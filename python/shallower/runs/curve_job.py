@@ -20,7 +20,6 @@ from ..values.curve import OWN_STRATEGIES, STATES, Curve, CurvePoint, State
 from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
 from ..values.identity import title_of
 from ..values.layers import check_sizes, layer_number
-from ..values.provenance import versions
 from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 from .cache import Cache, Entry
@@ -64,6 +63,7 @@ class CurveJob:
         data: the folder of their data.
         max_items: items of a task at most.
         num_shots: solved examples before each item.
+        pass_at: answers to sample to each item of a task that is answered in text.
         heal: settings of a healing.
         heal_steps: steps of a healing.
         top: proposals of every criterion, of the strategy ``recommended``.
@@ -97,6 +97,7 @@ class CurveJob:
     data: Path | None = None
     max_items: int | None = None
     num_shots: int | None = None
+    pass_at: int | None = None
     heal: Recipe | None = None
     heal_steps: int | None = None
     top: int = TOP
@@ -240,7 +241,8 @@ class CurveJob:
     def _tasks(self) -> CurveTasks:
         return CurveTasks(
             names=tuple(self.tasks), tasks_dir=self.tasks_dir, data=self.data,
-            max_items=self.max_items, num_shots=self.num_shots, seed=self.seed,
+            max_items=self.max_items, num_shots=self.num_shots, pass_at=self.pass_at,
+            batch_size=self.tokens.batch_size, seed=self.seed,
         )  # fmt: skip
 
     @property
@@ -327,7 +329,7 @@ class CurveJob:
         return Curve(
             title_of(str(self.model)), points.num_layers, (whole, *cuts),
             {**counts, "report": points.num_texts}, points.dtype, points.tokens.max_length,
-            versions(), terms.settings,
+            self._tasks.versions, {**terms.settings, "parameters": points.parameters},
         )  # fmt: skip
 
     def _write(self, curve: Curve) -> None:

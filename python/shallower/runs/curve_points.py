@@ -60,6 +60,7 @@ class CurvePoints:
         num_texts: texts that report and have two tokens.
         num_layers: L.
         dtype: of the weights.
+        parameters: their number.
         is_complete: whether nothing failed that may go well another time, as for want of memory.
 
     Raises:
@@ -79,6 +80,7 @@ class CurvePoints:
         self._model, self._tokenizer, self._terms, self._store = model, tokenizer, terms, store
         self._decoder = Decoder.of(model)
         self.num_layers, self.dtype = len(self._decoder), self._decoder.identity.dtype
+        self.parameters = model.num_parameters()
         self.tokens = fitting_tokens(self._decoder, terms.tokens)
         report = terms.splits.report
         self._judge = judge = LossJudge(judged_batches(tokenizer, report, self.tokens))

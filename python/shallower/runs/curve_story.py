@@ -19,6 +19,7 @@ from .story_parts import (
     made_by,
     perplexity_words,
     range_cell,
+    small_model,
     splits_words,
 )
 
@@ -145,7 +146,8 @@ def _savings(shown: CurvePoint | None) -> tuple[Fact, ...]:
 
 
 def _warnings(curve: Curve) -> list[str]:
-    found = [
+    found = _unfinished(curve)
+    found += [
         f"n = {one.n}, {one.strategy}, {one.state}: {one.failed}"
         for one in curve.points
         if one.failed
@@ -155,9 +157,23 @@ def _warnings(curve: Curve) -> list[str]:
         for one in curve.whole.tasks
         if one.at_chance
     ]
+    found += small_model(curve.settings.get("parameters"))
     if curve.whole.loss is not None:
         found += few_texts(curve.whole.loss.num_texts)
     return found
+
+
+def _unfinished(curve: Curve) -> list[str]:
+    """Say it where points are missing that were asked for."""
+    asked = [len(curve.settings.get(name, ())) for name in ("n", "strategies", "states")]
+    wanted = asked[0] * asked[1] * asked[2]
+    there = len(curve.points) - 1
+    if there >= wanted:
+        return []
+    return [
+        f"the curve has not ended: {there} of {wanted} points are known; call shallower curve "
+        f"again, and it goes on where it was"
+    ]
 
 
 def _asked(curve: Curve) -> Section:
@@ -248,9 +264,12 @@ def _drawings(curve: Curve) -> list[Drawing]:
         references = [(task.mean, "whole model")]
         references += [] if task.chance is None else [(task.chance, "chance")]
         scored = [_task_line(curve, *line, task.task) for line in lines]
+        scored = [line for line in scored if len(line.points) > 1]
+        if not scored:  # no cut could be made or scored
+            continue
         drawings.append(
             line_chart(
-                f"task_{place}", [line for line in scored if len(line.points) > 1],
+                f"task_{place}", scored,
                 title=f"{task.task}, {task.metric}, over the share of layers that go",
                 text="Mean over items with bands of one standard error; dotted lines are the whole "
                 "model and chance.",

@@ -33,8 +33,8 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         The place of the page.
 
     Raises:
-        OutputError: the folder holds no results, or they are damaged or not complete; the place
-            cannot be written to.
+        OutputError: the folder holds no results, they are damaged, or nothing is recommended yet;
+            the place cannot be written to, or files beside it belong to no page.
         ScanError, ModelError: the scan of a run, or the record of its healing, is damaged.
 
     Example:

@@ -36,6 +36,12 @@ MOST_CANDIDATES = 20
 UNLIKE = 3.0
 """Standard errors from which on texts that chose and those that report are called unlike."""
 
+UNFINISHED = (
+    "the run has not ended: what is told here is as far as it came; call shallower run again, and "
+    "it goes on where it was"
+)
+"""What is said of a run that was cut short, or goes on."""
+
 _STATES = ("whole", "cut", "patched", "healed")
 
 
@@ -118,6 +124,8 @@ class _Telling:
         known = self._weights and self._weights.parameters
         whole = None if not known else _before_parameters(self._weights, best)
         found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
+        if "ended" not in run.marks:
+            found.insert(0, UNFINISHED)
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
         if share is not None and share < 0.5:

@@ -100,6 +100,8 @@ class ComparedModel:
         single_layers: the true losses without each single layer, (L,), nats a token.
         chance: accuracy of a guess, of the judge ``options``.
         accuracy: that of the whole model.
+        dtype: of its weights; empty where it is not known.
+        parameters: their number; None where it is not known.
     """
 
     name: str
@@ -108,6 +110,8 @@ class ComparedModel:
     single_layers: tuple[float, ...] = ()
     chance: float | None = None
     accuracy: float | None = None
+    dtype: str = ""
+    parameters: int | None = None
 
     @property
     def title(self) -> str:
@@ -123,6 +127,8 @@ class ComparedModel:
             "single_layers": list(self.single_layers),
             "chance": self.chance,
             "accuracy": self.accuracy,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
         }
 
 
@@ -139,6 +145,8 @@ class CriteriaComparison:
         unit: of a score of that judge.
         splits: how many texts fit, choose and report.
         half_blocks: what single attentions and feed-forwards are worth, if asked for; a dict each.
+        max_length: tokens of a text, at most; 0 where that is not known.
+        versions: of the packages that made the figures.
     """
 
     models: tuple[ComparedModel, ...]
@@ -149,6 +157,8 @@ class CriteriaComparison:
     unit: str = "nats a token"
     splits: Mapping[str, int] = field(default_factory=dict)
     half_blocks: tuple[Mapping[str, Any], ...] = ()
+    max_length: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: Any) -> "CriteriaComparison":
@@ -178,6 +188,8 @@ class CriteriaComparison:
             tuple(Row.from_json(row) for row in of_type(list, data["rows"])),
             **{name: data[name] for name in names},
             half_blocks=tuple(data["half_blocks"]),
+            max_length=of_type(int, data.get("max_length", 0)),
+            versions=dict(of_type(dict, data.get("versions", {}))),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -200,4 +212,6 @@ class CriteriaComparison:
             "unit": self.unit,
             "splits": dict(self.splits),
             "half_blocks": [dict(half) for half in self.half_blocks],
+            "max_length": self.max_length,
+            "versions": dict(self.versions),
         }

@@ -32,7 +32,8 @@ class CurvePoint:
         layers_share: ``n`` as a share of all layers.
         parameters_share: the parameters that are gone as a share of all.
         loss: on the texts that report; None where it could not be measured.
-        tasks: scores by task, the main measure of each.
+        tasks: scores by task, the main measure of each; those of sampled answers are a task of
+            their own, as ``gsm8k sampled``.
         seconds: wall time of the patch or the healing, and of the measurements.
         failed: why there is no loss.
         time_share: the time of a token that is saved as a share of the whole model's, as it is
@@ -112,7 +113,8 @@ class Curve:
         max_length: tokens of a text, at most.
         versions: of the packages that made the figures.
         settings: what else was asked for, as ``patch`` (``full`` or ``quick``) and
-            ``patch_tokens``, the tokens that a full patch was fitted on.
+            ``patch_tokens``, the tokens that a full patch was fitted on; and ``parameters``, the
+            number of those of the whole model.
     """
 
     model: str

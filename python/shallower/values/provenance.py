@@ -6,9 +6,20 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("shallower", "torch", "transformers", "peft", "bitsandbytes", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """The installed versions of the packages that decide a result."""
-    found = {package: _version(package) for package in PACKAGES}
+LM_EVAL = "lm_eval"
+"""The package that decides what a task asks, and how its answers are scored."""
+
+
+def versions(*more: str) -> dict[str, str]:
+    """The installed versions of the packages that decide a result.
+
+    Args:
+        more: names of further packages that decide this one.
+
+    Returns:
+        Versions by name, of those that are installed.
+    """
+    found = {package: _version(package) for package in (*PACKAGES, *more)}
     return {package: one for package, one in found.items() if one is not None}
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from ...values.schema import finite
 from ..drawing import Drawing
 
+STORY_FORMAT = "shallower.report"
+"""The format of the JSON beside a page."""
+
 
 @dataclass(frozen=True, slots=True)
 class Number:
@@ -210,7 +213,7 @@ class Story:
         """
         facts = [*self.savings, *(fact for section in self.sections for fact in section.facts)]
         return {
-            "format": "shallower.report",
+            "format": STORY_FORMAT,
             "version": 1,
             "kind": self.kind,
             "title": self.title,

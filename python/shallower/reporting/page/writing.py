@@ -7,9 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ...errors import OutputError
 from ...storage import write_file
 from .markdown import to_markdown
-from .story import Story
+from .story import STORY_FORMAT, Story
 
 _TEMPLATES = files(__package__) / "templates"
 
@@ -59,15 +60,34 @@ def save_story(story: Story, page: Path) -> list[Path]:
         The files, the page first.
 
     Raises:
-        OutputError: the place cannot be written to.
+        OutputError: the place cannot be written to, or what no page has written lies beside it.
     """
-    content = json.dumps(story.to_json(), indent=2, ensure_ascii=False) + "\n"
     written = [page, page.with_suffix(".md"), page.with_suffix(".json")]
-    for path, text in zip(written, (to_html(story), to_markdown(story), content), strict=True):
+    _require_own(*written[1:])
+    content = json.dumps(story.to_json(), indent=2, ensure_ascii=False) + "\n"
+    texts = to_html(story), to_markdown(story), content
+    # JSON first: by it the rest is known as ours, even if this is cut short.
+    for path, text in reversed(list(zip(written, texts, strict=True))):
         write_file(path, text.encode())
     for drawing in story.drawings:
         written += drawing.save(page.parent / "figures")
     return written
+
+
+def _require_own(words: Path, numbers: Path) -> None:
+    """Refuse to replace Markdown and JSON that belong to no page, such as the results told."""
+    found = numbers if numbers.exists() else words
+    if not found.exists():
+        return
+    try:
+        data = json.loads(numbers.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or data.get("format") != STORY_FORMAT:
+        raise OutputError(
+            f"{found} is there already, and no page has written it: give the page another name "
+            f"(out, --out)"
+        )
 
 
 def _hover(drawing: Any) -> dict[str, Any]:
