@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 import shallower as sh
 from shallower.values.gain import Gain
@@ -68,6 +68,15 @@ def test_a_model_that_does_not_fit_is_told():
     one = found.on("rtx-4090")
     assert found.before.memory > 24e9 > found.after.memory
     assert (one.fits_before, one.fits_after) == (False, True)
+
+
+def test_the_context_is_within_the_positions_that_are_learned():
+    gpt2 = GPT2Config(n_layer=4, n_embd=16, n_head=2, n_positions=48, vocab_size=64)
+    assert sh.gain(gpt2, [1], device="h100").context == 47
+    with pytest.raises(sh.ModelError, match="context = 48: the model has learned 48 positions"):
+        sh.gain(gpt2, [1], device="h100", context=48)
+    small = LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": 4})
+    assert sh.gain(small, [1], device="h100").context == 2048
 
 
 def test_what_is_measured_is_measured_on_both():

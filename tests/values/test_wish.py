@@ -38,7 +38,7 @@ def test_shares_are_read():
 
 def test_a_wish_is_told_and_stored():
     wish = Wish(latency=0.8, device="h100", context=512)
-    assert str(wish) == "a token in at most 0.8 of the time"
+    assert str(wish) == "a token in at most 0.8 of the time, as forecast on h100 at 512 tokens"
     assert str(Wish(memory=12 * 10**9)) == ("at most 12.0 GB of weights and cache, at 2,048 tokens")
     assert Wish(**wish.to_json()) == wish
     assert Wish(n=2, context=7).size(6) == 2

@@ -33,8 +33,14 @@ def gain_command(
         ),
     ] = None,
     context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a text before it is continued.", min=1)
-    ] = 2048,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of a text before it is continued; by default 2,048, or as many as the "
+            "model has learned positions for.",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)] = 1,
     dtype: Dtype = "auto",
     measure: Annotated[

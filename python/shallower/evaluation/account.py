@@ -5,6 +5,7 @@ tied embeddings, experts, shared keys and layers of several kinds count as what 
 """
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -104,11 +105,25 @@ def _count(asked: _Asked) -> Account:
     return found
 
 
-def _check_positions(model: PreTrainedModel, context: int) -> None:
+def longest_context(model: PreTrainedModel) -> int:
+    """Tell how many tokens a text may have before it is continued.
+
+    Args:
+        model: of any device, also the meta device.
+
+    Returns:
+        One less than the positions that the model has learned; of one that computes them, as by
+        RoPE, the largest of all numbers here.
+    """
     positions = learned_positions(find_layers(model).runner, text_config(model))
-    if positions is not None and context >= positions:
+    return sys.maxsize if positions is None else positions - 1
+
+
+def _check_positions(model: PreTrainedModel, context: int) -> None:
+    longest = longest_context(model)
+    if context > longest:
         raise ModelError(
-            f"context = {context}: the model has learned {positions} positions, and one is for "
+            f"context = {context}: the model has learned {longest + 1} positions, and one is for "
             f"the next token; ask for fewer (context, --context)"
         )
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from ..evaluation.account import Account
 
+CONTEXT = 2048
+"""Tokens that a text has before it is continued, at most."""
+
 GAIN_DEVICE = "a100-80"
 """The GPU that pages forecast the time of a token for."""
 
@@ -30,7 +33,7 @@ def gain(
     drop: Plan | Layers,
     *,
     device: str | None = None,
-    context: int = 2048,
+    context: int | None = None,
     batch: int = 1,
     dtype: Dtype = "auto",
     measure: bool = False,
@@ -50,7 +53,8 @@ def gain(
         drop: the layers that go: a plan, or blocks, ranges or indices, 0-based.
         device: one GPU of the table, such as ``a100-80``, or ``here`` for this machine, which is
             measured in a few seconds; by default all of them.
-        context: tokens that a text has before it is continued.
+        context: tokens that a text has before it is continued; by default 2,048, or as many as the
+            model has learned positions for.
         batch: texts in a forward.
         dtype: of the weights. ``auto`` is that of a model in memory; else the one that the model
             would be loaded in here, if this machine is asked for or measured, or bfloat16.
@@ -76,7 +80,7 @@ def gain(
         1.85
     """
     check_dtype(dtype)
-    for name, value in (("context", context), ("batch", batch)):
+    for name, value in (("context", 1 if context is None else context), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelError(f"{name} = {value!r}: expected at least 1 ({name}, --{name})")
     devices = _named(device)
@@ -86,8 +90,9 @@ def gain(
             "a config has no weights that could be timed: measure a model (measure, --measure)"
         )
     chosen = subject.dtype(dtype, here=measure or device == HERE)
-    plan, after = subject.cut(drop)
-    found = _forecast(subject, plan, after, asked=_Asked(chosen, context, batch), on=devices)
+    plan, after, room = subject.cut(drop)
+    asked = _Asked(chosen, min(CONTEXT, room) if context is None else context, batch)
+    found = _forecast(subject, plan, after, asked=asked, on=devices)
     return replace(found, measured=_measured(subject, found)) if measure else found
 
 
@@ -146,18 +151,19 @@ class _Subject:
             return asked
         return choose_dtype(choose_device_map(None))[0] if here else "bfloat16"
 
-    def cut(self, drop: Plan | Layers) -> "tuple[Plan, PretrainedConfig]":
-        """The plan that is carried out, and the config of what it leaves."""
+    def cut(self, drop: Plan | Layers) -> "tuple[Plan, PretrainedConfig, int]":
+        """The plan that is carried out, the config of what it leaves, and the longest context."""
         import torch
 
         from ..cutting.plans import agreed_plan
         from ..cutting.twin import shortened_config
+        from ..evaluation.account import longest_context
         from ..models.architecture import find_layers
         from ..models.rehearsal import build_empty
 
         built = build_empty(self.config, torch.bfloat16)
         plan = agreed_plan(self.name, len(find_layers(built)), drop)
-        return plan, shortened_config(built, plan.survivors)
+        return plan, shortened_config(built, plan.survivors), longest_context(built)
 
     def load(self, dtype: Any) -> "PreTrainedModel":
         if self.loaded is not None:

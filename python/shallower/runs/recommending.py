@@ -12,6 +12,7 @@ from ..cutting.memory import without_layers
 from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
+from ..evaluation.machine import own_device
 from ..healing.patch import tokens_to_fit, with_patch
 from ..healing.saving import save_patched
 from ..judgement.judges.judge import judged_batches
@@ -227,9 +228,11 @@ class Recommending:
 
     def _save_gain(self, plan: Plan) -> None:
         """Write what the cut saves, for the page; nothing where a config cannot tell it."""
-        place = self._asked.out / GAIN_FILE
+        place, wish = self._asked.out / GAIN_FILE, self._asked.wish
+        device = GAIN_DEVICE if wish.latency is None else wish.device or own_device().name
+        told = wish.latency is not None or wish.memory is not None
         try:
-            found = gain(self._model, plan, device=GAIN_DEVICE)
+            found = gain(self._model, plan, device=device, context=wish.context if told else None)
         except ModelError:
             place.unlink(missing_ok=True)
             return

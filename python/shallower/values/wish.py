@@ -172,7 +172,9 @@ class Wish:
         if self.max_loss is not None:
             return f"at most {self.max_loss:g} nats a token more"
         if self.latency is not None:
-            return f"a token in at most {self.latency:g} of the time"
+            where = f" on {self.device}" if self.device else ""
+            told = f"a token in at most {self.latency:g} of the time"
+            return f"{told}, as forecast{where} at {self.context:,} tokens"
         if self.memory is not None:
             told = format_size(self.memory)
             return f"at most {told} of weights and cache, at {self.context:,} tokens"
