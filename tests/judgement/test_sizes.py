@@ -100,6 +100,14 @@ def test_the_fewest_layers_that_leave_so_little_of_the_time(times, percent):
     )
 
 
+@given(st.integers(2, 40), st.floats(0.01, 9))
+def test_the_knee_is_before_the_end(count, scale):
+    """Also of a curve nowhere below the line, whose end is above itself by rounding."""
+    lost = {n: Difference(scale * n**0.5, 0.0, 8) for n in range(1, count)}
+    assert knee(lost).n == 1
+    assert "no knee" in knee(lost).reason
+
+
 def test_a_memory_that_the_model_has_already_or_that_no_cut_has():
     model = Model([0.0] * 4, [10**9] * 4)
     assert model.choose(memory=2 * 10**9).n == 2

@@ -114,6 +114,26 @@ def test_a_training_that_makes_it_worse_leaves_the_patched_model(
     assert done.recommended.state == "patched"
     assert done.checkpoint == tmp_path / "out" / "checkpoint"
     assert "not healed" in done.recommended.warnings()[0]
+    monkeypatch.setattr("shallower.runs.healing_stage.heal", lambda *_, **__: 1 / 0)
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert again.recommended.unhealed == done.recommended.unhealed
+
+
+def test_the_healed_model_of_a_run_that_was_replaced_is_not_this_ones(
+    learned, words, tmp_path, monkeypatch
+):
+    """It is killed before its own healing, and goes on without being told to replace."""
+    wanted = {**TAKEN, "out": tmp_path / "out", "heal": QUICK}
+    earlier = sh.run(learned, words, TEXTS, **wanted)
+    other = {**wanted, "n": len(earlier.recommended.plan.dropped) - 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(HealingStage, "heal", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sh.run(learned, words, TEXTS, **other, overwrite=True)
+    done = sh.run(learned, words, TEXTS, **other)
+    whole = sh.run(learned, words, TEXTS, **{**other, "out": tmp_path / "whole"})
+    assert done.recommended.healed == whole.recommended.healed
+    assert done.recommended.plan.dropped != earlier.recommended.plan.dropped
 
 
 def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_path):
@@ -122,7 +142,7 @@ def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_p
             llama, words, TEXTS, **TAKEN, out=tmp_path / "out",
             heal=replace(QUICK, distill=1.0),
         )  # fmt: skip
-    with pytest.raises(sh.TextsError, match="texts make 8 texts of"):
+    with pytest.raises(sh.TextsError, match="8 texts make 1 sequences of 128"):
         sh.run(llama, words, TEXTS[:12], **TAKEN, out=tmp_path / "out", heal=True)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out" / "healed").mkdir(parents=True)

@@ -162,19 +162,23 @@ def _facts(
         )
     dtype = stored_dtype(model)
     quantised = getattr(model.config, "quantization_config", None) is not None
-    own_code = type(model).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
     asked = dtype if dtype in ("nf4", "int8") or not quantised else None
     return CutFacts(
         plan,
         source,
         options={
             "dtype": asked if asked in _DTYPES else None,
-            "trust_remote_code": own_code,
+            "trust_remote_code": _has_own_code(model),
         },
         dtype=dtype,
         losses=losses,
         needs_5=True,
     )
+
+
+def _has_own_code(model: PreTrainedModel) -> bool:
+    """Whether a model is run by code that came with it, which somebody has allowed then."""
+    return type(model).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
 def logits_difference(
@@ -212,7 +216,10 @@ def logits_difference(
         dtype: Any = stored_dtype(model)
         reloaded, _ = load_model(path, dtype, "cpu")
     else:
-        reloaded = load_weights(str(path), model.dtype, None if device.type == "cpu" else "cpu")
+        reloaded = load_weights(
+            str(path), model.dtype, None if device.type == "cpu" else "cpu",
+            options={"trust_remote_code": True} if _has_own_code(model) else None,
+        )  # fmt: skip
     lend_layers(reloaded, device)
     with torch.no_grad():  # weights cannot move in inference mode
         got = reloaded(input_ids=input_ids, use_cache=False).logits

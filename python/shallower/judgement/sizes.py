@@ -72,15 +72,54 @@ def choose_size(
         LayersError: the model cannot lose so many.
         PlanError: no cut leaves so little, or the whole model has no more.
     """
+    require_possible(wish, num_layers, left_at_least)
     n = wish.size(num_layers)
     if n is not None:
         return SizeChoice(n, f"{wish}, as asked for")
     target = _target(wish)
     if target is not None:
-        return _least(target, num_layers, left, left_at_least)
+        found = (n for n in range(1, num_layers) if left_at_least(n) <= target.most)
+        n = next((n for n in found if left(n) <= target.most), None)
+        if n is None:
+            raise _never(target, num_layers, left(num_layers - 1))
+        return SizeChoice(n, f"the fewest layers whose absence {target.leaves}")
     if wish.max_loss is not None:
         return _within(wish.max_loss, num_layers, lost)
     return knee({n: lost(n) for n in curve_sizes(num_layers)})
+
+
+def require_possible(wish: Wish, num_layers: int, left_at_least: Callable[[int], float]) -> None:
+    """Refuse a wish that no cut can do, as far as that is known before any is tried.
+
+    Args:
+        wish: what is asked for.
+        num_layers: layers of the model, L.
+        left_at_least: what any cut of so many layers leaves, at least, in the unit of the wish.
+
+    Raises:
+        LayersError: the model cannot lose so many.
+        PlanError: no cut leaves so little, or the whole model has no more.
+    """
+    wish.size(num_layers)
+    target = _target(wish)
+    if target is None:
+        return
+    most, told = target.most, target.told
+    if left_at_least(0) <= most:
+        raise PlanError(
+            f"the model {target.has} {told(left_at_least(0))}, which is no more than {told(most)} "
+            f"already: nothing has to go; ask for less ({target.option})"
+        )
+    if left_at_least(num_layers - 1) > most:
+        raise _never(target, num_layers, left_at_least(num_layers - 1))
+
+
+def _never(target: "_Target", num_layers: int, least: float) -> PlanError:
+    return PlanError(
+        f"no cut {target.leaves}: with one layer of {num_layers} it {target.has} "
+        f"{target.told(least)} still, those outside the layers among them; ask for more "
+        f"({target.option})"
+    )
 
 
 class _Target(NamedTuple):
@@ -123,27 +162,6 @@ def _target(wish: Wish) -> _Target | None:
     return None
 
 
-def _least(
-    target: _Target, num_layers: int, left: Callable[[int], float],
-    left_at_least: Callable[[int], float],
-) -> SizeChoice:  # fmt: skip
-    """The fewest layers whose absence leaves so little."""
-    most, told = target.most, target.told
-    if left_at_least(0) <= most:
-        raise PlanError(
-            f"the model {target.has} {told(left_at_least(0))}, which is no more than {told(most)} "
-            f"already: nothing has to go; ask for less ({target.option})"
-        )
-    for n in range(1, num_layers):
-        if left_at_least(n) <= most and left(n) <= most:
-            return SizeChoice(n, f"the fewest layers whose absence {target.leaves}")
-    raise PlanError(
-        f"no cut {target.leaves}: with one layer of {num_layers} it {target.has} "
-        f"{told(left_at_least(num_layers - 1))} still, those outside the layers among them; ask "
-        f"for more ({target.option})"
-    )
-
-
 def _within(most: float, num_layers: int, lost: Callable[[int], Difference]) -> SizeChoice:
     """The most layers that can go for so many nats; one, if none can."""
 
@@ -180,7 +198,7 @@ def knee(lost: Mapping[int, Difference]) -> SizeChoice:
     sizes = sorted(lost)
     end = sizes[-1]
     slope = lost[end].mean / end
-    below = {n: slope * n - lost[n].mean for n in sizes}
+    below = {n: slope * n - lost[n].mean for n in sizes} | {end: 0.0}
     n = max(sizes, key=lambda size: (below[size], -size))
     if not below[n] > 0:
         return SizeChoice(sizes[0], "the least size, as the curve of losses has no knee")

@@ -345,7 +345,7 @@ class CurveJob:
         from ..healing.checks import require_healable
         from .healing_stage import choose_recipe
 
-        recipe = self.heal or choose_recipe(model, self.heal_steps)
+        recipe = self.heal or choose_recipe(model, self.heal_steps, self.seed)
         require_healable(model, tokenizer, self._to_heal, recipe=recipe)
         return recipe
 

@@ -14,7 +14,7 @@ from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
 from ..judgement.referee import loss_as_it_is
 from ..models.decoder import Decoder
-from ..models.identity import stored_dtype
+from ..models.identity import stored_digest, stored_dtype
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
@@ -29,18 +29,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def choose_recipe(model: "PreTrainedModel", heal_steps: int | None) -> Recipe:
+def choose_recipe(model: "PreTrainedModel", heal_steps: int | None, seed: int) -> Recipe:
     """Choose the settings of a healing for which none are given.
 
     Args:
         model: the whole model, in the dtype that the cut is saved in.
         heal_steps: steps of the optimiser; the recipe's by default.
+        seed: of the order of sequences, the adapters and dropout.
 
     Returns:
         The default recipe in the dtype of the model, float16 as bfloat16.
     """
     dtype: Any = stored_dtype(model)
-    recipe = Recipe(dtype="bfloat16" if dtype == "float16" else dtype)
+    recipe = Recipe(dtype="bfloat16" if dtype == "float16" else dtype, seed=seed)
     return recipe if heal_steps is None else replace(recipe, steps=heal_steps)
 
 
@@ -113,7 +114,8 @@ class HealingStage:
             results.save()
             return results
         dtype: Any = results.scan.model.dtype if results.scan.model else "auto"
-        model, tokenizer = ModelSource(place, dtype).load()
+        source = ModelSource(place, dtype, trust_remote_code=self.trust_remote_code)
+        model, tokenizer = source.load()
         healed = self._loss(model, tokenizer)
         told = tuple(
             replace(one, healed=continue_text(model, tokenizer, one.prompt))
@@ -126,13 +128,17 @@ class HealingStage:
 
     def _trained(self, checkpoint: Path, place: Path) -> Healing:
         """Train, unless that was done before the run was cut short."""
-        if self.goes_on and place.exists():
-            return Healing.load(place)
+        goes_on = self.goes_on and place.exists()
+        if goes_on:
+            known = Healing.load(place)
+            if known.weights == stored_digest(checkpoint):
+                return known  # else it is of a run that this one has replaced
         compares = self.recipe.distill or self.recipe.objective != "lm"
         original = self.original if compares else None  # nobody else needs it now
         return heal(
             checkpoint, self.texts, place, recipe=self.recipe, eval_texts=self.choosing,
-            original=original, merge=True, overwrite=self.overwrite, progress=self.progress,
+            original=original, merge=True, overwrite=self.overwrite or goes_on,
+            progress=self.progress,
             trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 

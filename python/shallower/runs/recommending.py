@@ -96,6 +96,7 @@ class Recommending:
             ModelError: the saved checkpoint is another model, or a loss is not finite.
             StatesError, OutputError, CacheError, LayersError: as :func:`run`.
         """
+        self._sizes.require_possible()
         if earlier is not None:
             self._scan = earlier.scan
         results = self._begun()
@@ -103,7 +104,7 @@ class Recommending:
             results.save()
         (self._asked.out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
         try:
-            choice, sizes = self._sizes.choose(self._asked.wish)
+            choice, sizes = self._sizes.choose()
         except PlanError:
             self._withdraw()
             raise
@@ -162,8 +163,8 @@ class Recommending:
     def _within(self, results: Run, choice: SizeChoice) -> Run:
         """The most layers whose patched cut loses no more than is asked for, saved.
 
-        A quick patch leaves more of the loss than the one that is saved: so a larger size is tried
-        if its loss, less by as much as that of ``choice`` was, fits.
+        A quick patch leaves more of the loss than the one that is saved: so larger sizes are tried
+        if their losses, less by as much as that of ``choice`` was, fit.
         """
         n = choice.n
         while (found := self._recommended(results, replace(choice, n=n))) is None:
@@ -176,10 +177,13 @@ class Recommending:
                 )
             n -= 1
         larger = self._larger(n)
-        deeper = self._recommended(results, replace(choice, n=larger)) if larger > n else None
-        if deeper is None and larger > n:  # what was saved is still there
-            self._sizes.verify(n).plan.save(self._asked.out / PLAN_FILE)
-        return deeper or found
+        for size in range(larger, n, -1):
+            deeper = self._recommended(results, replace(choice, n=size))
+            if deeper is not None:
+                return deeper
+        if larger > n:  # what was saved is still there
+            self._tell_of(self._sizes.verify(n).plan)
+        return found
 
     def _larger(self, n: int) -> int:
         """The most layers that are expected to lose no more than is asked for, after a patch."""
@@ -195,8 +199,7 @@ class Recommending:
         """Patch the verified plan of a size and save it; None if it loses more than is asked."""
         verified, losses = self._sizes.verify(choice.n), self._referee.losses
         plan = verified.plan
-        plan.save(self._asked.out / PLAN_FILE)
-        self._save_gain(plan)
+        self._tell_of(plan)
         cut = losses.scores(plan.dropped)
         told = [self._continued(Continuations(text, ""), "whole") for text in self._asked.prompts]
         with without_layers(self._model, plan.blocks):
@@ -226,8 +229,9 @@ class Recommending:
         with without_layers(self._model, plan.blocks):
             return self._saved(replace(results, recommended=recommended), plan, None)
 
-    def _save_gain(self, plan: Plan) -> None:
-        """Write what the cut saves, for the page; nothing where a config cannot tell it."""
+    def _tell_of(self, plan: Plan) -> None:
+        """Write the plan, and what its cut saves, for the page; not what no config can tell."""
+        plan.save(self._asked.out / PLAN_FILE)
         place, wish = self._asked.out / GAIN_FILE, self._asked.wish
         device = GAIN_DEVICE if wish.latency is None else wish.device or own_device().name
         told = wish.latency is not None or wish.memory is not None

@@ -253,7 +253,7 @@ class RunJob:
             from .healing_stage import HealingStage, choose_recipe
 
             own = self.heal if isinstance(self.heal, Recipe) else None
-            recipe = own or choose_recipe(loaded, self.heal_steps)
+            recipe = own or choose_recipe(loaded, self.heal_steps, self.seed)
             stage = HealingStage(
                 recipe, self._to_heal, splits.choose, splits.report, self.tokens,
                 *self._origin, self.overwrite, self._may_go_on, self.progress,
@@ -263,12 +263,18 @@ class RunJob:
         done = Recommending(loaded, tokenizer, self._asked, store).run(self.earlier)
         if report is not None:
             report(done)
-        if stage is not None and done.healing is None:
+        if stage is not None and done.healing is None and not self._is_unhealed(done):
             del loaded  # nothing needs it any more, and the training needs its memory
             done = stage.heal(done)
         done = replace(done, marks={**done.marks, "ended": "yes"})
         done.save()
         return done
+
+    @staticmethod
+    def _is_unhealed(done: Run) -> bool:
+        """Whether the training was tried before, to its end, and made the model no better."""
+        best = done.recommended
+        return "ended" in done.marks and best is not None and best.unhealed is not None
 
     @property
     def _asked(self) -> "Asked":

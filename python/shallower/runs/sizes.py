@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import PatchError
 from ..judgement.iterating import iterate
 from ..judgement.referee import Referee, Store
-from ..judgement.sizes import SizeChoice, choose_size
+from ..judgement.sizes import SizeChoice, choose_size, require_possible
 from ..judgement.verifying import Verifier, verifier_of
 from ..models.decoder import Decoder
 from ..models.memory import num_parameters
@@ -20,7 +20,6 @@ from ..values.recommendation import SizeRow
 from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
 from ..values.verification import Verified
-from ..values.wish import Wish
 from .asked import Asked
 from .footprint import footprint
 
@@ -89,11 +88,21 @@ class Sizes:
         best = self._scanned().best_blocks(n, self._asked.top)
         return verifier.verify(n, more=[Plan.of(len(self._decoder), [block]) for block in best])
 
-    def choose(self, wish: Wish) -> tuple[SizeChoice, set[int]]:
-        """Find how many layers are to go.
+    def require_possible(self) -> None:
+        """Refuse a wish that no cut can do, as far as sizes alone tell it.
 
-        Args:
-            wish: what is asked for.
+        Raises:
+            LayersError, PlanError, ModelError: as :func:`require_possible`; the model cannot be
+                counted, or has learned fewer positions than the context of the wish.
+        """
+        require_possible(self._asked.wish, len(self._decoder), self._left_at_least)
+
+    def _left_at_least(self, n: int) -> float:
+        whole, of_layers = self._footprint
+        return whole - sum(sorted(of_layers)[len(of_layers) - n :])
+
+    def choose(self) -> tuple[SizeChoice, set[int]]:
+        """Find how many layers are to go.
 
         Returns:
             The number, and the sizes that were looked at for it.
@@ -101,16 +110,14 @@ class Sizes:
         Raises:
             LayersError, PlanError: as :func:`choose_size`.
         """
-        whole, of_layers = self._footprint(wish)
+        whole, of_layers = self._footprint
 
         def left(n: int) -> float:
             return whole - sum(of_layers[layer] for layer in self.verify(n).plan.dropped)
 
-        def left_at_least(n: int) -> float:
-            return whole - sum(sorted(of_layers)[len(of_layers) - n :])
-
         found = choose_size(
-            wish, len(self._decoder), lost=self.lost, left=left, left_at_least=left_at_least
+            self._asked.wish, len(self._decoder), lost=self.lost, left=left,
+            left_at_least=self._left_at_least,
         )  # fmt: skip
         return found, {found.n, *self._verified}
 
@@ -130,8 +137,10 @@ class Sizes:
             scores = verifier.scores(dropped, after="none")
         return scores.minus(verifier.scores((), after="none"))
 
-    def _footprint(self, wish: Wish) -> tuple[float, Sequence[float]]:
-        """What the whole model takes, and each layer of it, in the unit of a wish."""
+    @cached_property
+    def _footprint(self) -> tuple[float, Sequence[float]]:
+        """What the whole model takes, and each layer of it, in the unit of the wish."""
+        wish = self._asked.wish
         if wish.latency is not None or wish.memory is not None:
             return footprint(self._decoder, wish)
         return self._num_parameters, self._of_layers
