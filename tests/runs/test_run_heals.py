@@ -166,3 +166,25 @@ def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     assert recommended["healed"] < recommended["patched"] < recommended["cut"]
     assert done.json["checkpoint"] == str(tmp_path / "out" / "healed")
     assert done.json["healing"]["recipe"]["steps"] == 6
+
+
+def test_a_known_run_whose_copy_was_cut_short_is_copied_again(
+    learned, words, shallower, tmp_path, monkeypatch
+):
+    sh.save_model(learned, words, tmp_path / "stored")
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS[:80])
+    asked = (
+        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--n", "1", "--top", "2",
+        "--dtype", "float32", "--json", "--out",
+    )  # fmt: skip
+    first = shallower(*asked, tmp_path / "first")
+    assert first.status == 0, first.err
+    with monkeypatch.context() as patched:
+        patched.setattr("shallower.runs.outputs.new_folder", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shallower(*asked, tmp_path / "second")
+    assert not (tmp_path / "second" / "checkpoint").exists()
+    second = shallower(*asked, tmp_path / "second")
+    assert second.status == 0, second.err
+    weights = [tmp_path / name / "checkpoint/model.safetensors" for name in ("first", "second")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

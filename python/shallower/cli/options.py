@@ -92,6 +92,12 @@ Threads = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is at --out, once the new is complete.")
 ]
+OverwriteParts = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace what is in --out, part by part as the new ones are complete."
+    ),
+]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(

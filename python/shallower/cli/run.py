@@ -19,7 +19,7 @@ from .options import (
     Model,
     NoCache,
     Out,
-    Overwrite,
+    OverwriteParts,
     TextsSource,
     Threads,
     TrustRemoteCode,
@@ -137,7 +137,7 @@ def run_command(
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteParts = False,
     no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -146,7 +146,8 @@ def run_command(
 
     Proposals of several criteria are raced by their loss after a quick patch; the winner is
     patched, saved in OUT/checkpoint and reloaded by stock transformers; with --heal adapters are
-    trained on it, merged into OUT/healed. A run that was cut short goes on where it was.
+    trained on it, merged into OUT/healed. A run that was cut short goes on where it was, unless
+    the cache is off.
     """
     from ..values.tokens import Tokens, parse_batch_size
 
@@ -181,7 +182,7 @@ def demo_command(
     max_texts: Annotated[
         int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
     ] = 40,
-    overwrite: Overwrite = False,
+    overwrite: OverwriteParts = False,
     no_cache: NoCache = False,
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -20,6 +20,7 @@ from ..errors import OutputError
 from ..models.source import ModelSource
 from ..storage import check_free, new_file, new_folder, raise_output_error, write_file
 from ..texts.sources import Texts
+from ..values.files import RESULTS_FILE
 from .cache import Cache, Entry
 from .cache_keys import inputs_of
 
@@ -272,7 +273,8 @@ def _copy(place: dict[str, Any], out: Path, names: tuple[str, ...] | None) -> No
             with new_file(out, overwrite=True) as partial:
                 _copy_file(source, partial)
             return
-        for top in (None,) if names is None else names:
+        # Results first: by them the place is known as this run's, should this be cut short.
+        for top in (None,) if names is None else sorted(names, key=RESULTS_FILE.__ne__):
             inside = [name for name in files if top is None or name.parts[0] == top]
             target = out if top is None else out / top
             if inside == [PurePosixPath(str(top))]:

@@ -68,7 +68,7 @@ def run(
     ``target_memory``; by none of them it is the knee of the curve of losses. Leaves in ``out`` the
     scan, the plan, ``results.json``, which is written before each next step, and ``checkpoint/``;
     with ``heal`` also ``healed/``. A run that was cut short goes on when it is called again with
-    the same arguments. The model is as before afterwards.
+    the same arguments, unless the cache is off. The model is as before afterwards.
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
@@ -105,7 +105,7 @@ def run(
         heal_steps: steps of the training, of 16 sequences each; 5,000 by default.
         seed: of whatever is drawn.
         cache: keep what is measured, and use what was measured before.
-        overwrite: replace what is in ``out``, once the new is complete.
+        overwrite: replace what is in ``out``, part by part as the new ones are complete.
         progress: bars with ETA on standard error; by default if that is a terminal.
         report: hears the results before a healing starts, which may take days.
 

@@ -1,5 +1,6 @@
 """A run: checked before anything is loaded, resumed, and known by its job."""
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -220,7 +221,9 @@ class RunJob:
         if marks.get("job") is None or marks["job"] != self.job:
             return False
         folder = self.out / CHECKPOINT_FOLDER  # an ended run may have been changed by somebody
-        return not marks.get("ended") or marks.get("checkpoint") == weights_mark(folder)
+        if not marks.get("ended") or not folder.exists():
+            return True
+        return marks.get("checkpoint") == weights_mark(folder)
 
     @cached_property
     def earlier(self) -> Run | None:
@@ -246,6 +249,9 @@ class RunJob:
 
         if self.overwrite:
             (self.out / PARTIAL_FILE).unlink(missing_ok=True)
+        if self._may_go_on:  # what was being saved when it was killed
+            for left in self.out.glob(f".{CHECKPOINT_FOLDER}.*"):
+                shutil.rmtree(left, ignore_errors=True)
         splits = self.splits
         loaded, tokenizer = self.model.load()
         stage = None
