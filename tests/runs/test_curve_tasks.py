@@ -1,12 +1,15 @@
 """Tasks on the points of a curve."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 
 import shallower as sh
 from shallower.reporting.curve import curve_tables
 from shallower.runs.curve_points import CurvePoints
+from shallower.runs.curve_story import curve_story
+from shallower.values import provenance
 from tests.healing.cuts import documents as progressions
 
 pytest.importorskip("lm_eval")
@@ -33,6 +36,27 @@ metric_list:
     aggregation: mean
     higher_is_better: true
   - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+SAID = """\
+task: said
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: said.jsonl
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+generation_kwargs:
+  until: ["w3"]
+  max_gen_toks: 1
+  do_sample: false
+metric_list:
+  - metric: exact_match
     aggregation: mean
     higher_is_better: true
 """
@@ -84,6 +108,39 @@ def test_other_items_are_another_curve(learned, words, tmp_path, folder, monkeyp
     (folder / "next.jsonl").write_text("\n".join(items[1:]) + "\n")
     with pytest.raises(sh.OutputError, match=r"curve\.json exists already"):
         sh.curve(learned, words, TEXTS, **options)
+
+
+def test_another_lm_eval_is_another_curve_and_is_told(
+    learned, words, tmp_path, folder, monkeypatch
+):
+    options = {**TAKEN, "states": ["cut"], "tasks_dir": folder, "out": tmp_path / "out"}
+    curve = sh.curve(learned, words, TEXTS, **options)
+    assert curve.versions["lm_eval"] == version("lm_eval")
+    page = curve_story(curve, drawn=False)
+    assert any(f"lm-eval: version {version('lm_eval')}" in x for x in page.sections[-1].lines)
+    known = provenance._version
+    monkeypatch.setattr(
+        provenance, "_version", lambda name: "9" if name == "lm_eval" else known(name)
+    )
+    with pytest.raises(sh.OutputError, match=r"curve\.json exists already"):
+        sh.curve(learned, words, TEXTS, **options)
+
+
+def test_sampled_answers_are_a_task_of_their_own(learned, words, tmp_path, folder):
+    (folder / "said.yaml").write_text(SAID)
+    texts = [text.split() for text in progressions(40, 9)]
+    items = [{"text": " ".join(one[:4]), "answer": one[4]} for one in texts if len(one) > 4]
+    (folder / "said.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    options = {**TAKEN, "states": ["cut"], "tasks_dir": folder, "tasks": ["said", "next"]}
+    curve = sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out", pass_at=3)
+    assert curve.tasks == ("said", "said sampled", "next")
+    for point in curve.points:
+        assert point.task("said sampled").metric == "pass@3"
+    expected = evaluate_tasks(learned, words, ["said"], tasks_dir=folder, pass_at=3)
+    assert curve.whole.task("said sampled").mean == expected[-1].mean
+    assert len({round(one.mean, 3) for one in expected}) > 1
+    with pytest.raises(sh.OutputError, match=r"curve\.json exists already"):
+        sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out", pass_at=2)
 
 
 def test_a_task_that_is_not_there_is_refused_before_the_model_is_loaded(words, tmp_path, folder):
