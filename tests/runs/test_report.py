@@ -162,6 +162,8 @@ def test_a_comparison_is_told_by_its_best_and_its_ties(tmp_path):
     assert story.warnings[0] == "lost could not be compared: no such model"
     assert len(story.strips) == 2
     assert story.strips[0].dropped == best.dropped
+    saved = {fact.name: fact.value.value for fact in story.savings}
+    assert saved == {"layers": best.layers_share, "parameters": best.parameters_share}
 
 
 def test_a_comparison_of_nothing_is_told():

@@ -45,7 +45,8 @@ def comparison_story(
     return Story(
         "comparison", _title(comparison), _sentence(comparison, first),
         strips=_strips(groups), steps=() if first is None else _steps(first),
-        cost="" if first is None else _cost(first), warnings=tuple(_warnings(comparison)),
+        cost="" if first is None else _cost(first),
+        savings=() if first is None else _savings(first), warnings=tuple(_warnings(comparison)),
         sections=(
             _asked(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
@@ -147,6 +148,14 @@ def _cost(group: Group) -> str:
         f"The best cut of {row.n} layers has {ratio:.2f} times the perplexity of the whole model, "
         f"{100 * row.layers_share:.0f} % of its layers and {100 * row.parameters_share:.0f} % of "
         f"its parameters gone.{patched}"
+    )
+
+
+def _savings(group: Group) -> tuple[Fact, ...]:
+    return tuple(
+        Fact(name, Number.share(share), f"{COMPARISON_FILE}: rows, {row.criterion}, n = {row.n}")
+        for row in _best(group)[-1:]
+        for name, share in (("layers", row.layers_share), ("parameters", row.parameters_share))
     )
 
 
