@@ -7,7 +7,17 @@ from html.parser import HTMLParser
 import pytest
 
 from shallower.reporting.page.markdown import to_markdown
-from shallower.reporting.page.story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from shallower.reporting.page.story import (
+    Fact,
+    Number,
+    Sample,
+    Section,
+    Step,
+    Story,
+    Strip,
+    Table,
+    without_items,
+)
 from shallower.reporting.page.writing import to_html
 from shallower.runs.curve_story import curve_story
 from tests.reporting.stories import HOSTILE, curve
@@ -125,6 +135,8 @@ def test_figures_have_the_colours_and_fonts_of_the_page(told):
 def test_what_json_has_not_is_null_and_what_is_long_is_left_out():
     data = story().to_json()["data"]
     assert data == {"words": "plain", "x": None}
+    healing = {"recipe": {"steps": 60}, "steps": [{"step": 0, "loss": 4.0}] * 60}
+    assert without_items(healing) == {"recipe": {"steps": 60}}
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,8 @@ BY_ITEM = ("by_text", "by_item", "items", "marks", "job")
 
 
 def without_items(value: Any) -> Any:
-    """Leave out what is as long as the texts, and what is not finite, which JSON has not.
+    """Leave out what is as long as the texts, the single steps of a training, which its figure
+    shows, and what is not finite, which JSON has not.
 
     A page is shown to others, so of places on this machine the last part is left.
 
@@ -252,7 +253,7 @@ def without_items(value: Any) -> Any:
         return {
             without_items(key): without_items(one)
             for key, one in value.items()
-            if key not in BY_ITEM
+            if key not in BY_ITEM and not (key == "steps" and isinstance(one, list))
         }
     if isinstance(value, list | tuple):
         return [without_items(one) for one in value]
