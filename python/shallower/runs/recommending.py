@@ -43,6 +43,11 @@ from .gain import GAIN_DEVICE, gain
 from .results import Continuations, Run, weights_mark
 from .sizes import Sizes
 
+SCAN_TEXTS = 256
+"""Texts by which layers are compared, at most: errors of distances are small long before those
+of losses.
+"""
+
 PATCH_TOKENS = 196_608
 """Tokens that the patch that is saved fits, at most: as many as its steps take. On a CPU fewer
 for larger models."""
@@ -146,7 +151,8 @@ class Recommending:
         asked, out = self._asked, self._asked.out
         partial = out / PARTIAL_FILE
         scanned = scan(
-            self._model, self._tokenizer, asked.splits.fit, max_length=self._tokens.max_length,
+            self._model, self._tokenizer, asked.splits.fit[:SCAN_TEXTS],
+            max_length=self._tokens.max_length,
             batch_size=self._tokens.batch_size, threads=asked.threads, checkpoint=partial,
             keep_samples=True, progress=asked.progress,
         )  # fmt: skip

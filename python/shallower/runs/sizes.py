@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +25,10 @@ from .footprint import footprint
 
 VERIFYING_TEXTS = 64
 """Texts that proposals are measured and quick patches are solved on, at most."""
+
+
+TABLE_TEXTS = 32
+"""Texts that choose the cuts of the table that are told beside the recommended one."""
 
 
 class Sizes:
@@ -52,12 +56,21 @@ class Sizes:
         store: Store,
     ) -> None:
         self._decoder, self._asked, self._scanned, self._referee = decoder, asked, scanned, referee
-        few = replace(asked.splits, fit=asked.splits.fit[:VERIFYING_TEXTS])
-        self.verifier: Verifier = verifier_of(
-            decoder, tokenizer, few, store=store, texts=asked.identities[0], tokens=tokens,
-            top=asked.top, after="patch", max_blocks=asked.blocks, seed=asked.seed,
+        self._verifier_of = partial(
+            verifier_of,
+            decoder,
+            tokenizer,
+            store=store,
+            texts=asked.identities[0],
+            tokens=tokens,
+            top=asked.top,
+            after="patch",
+            max_blocks=asked.blocks,
+            seed=asked.seed,
             progress=asked.progress,
-        )  # fmt: skip
+        )
+        self._splits = replace(asked.splits, fit=asked.splits.fit[:VERIFYING_TEXTS])
+        self.verifier: Verifier = self._verifier_of(self._splits)
         self._verified: dict[int, Verified] = {}
 
     def verify(self, n: int) -> Verified:
@@ -70,11 +83,20 @@ class Sizes:
             The race of the proposals, as they are cut where none can be patched.
         """
         if n not in self._verified:
-            try:
-                self._verified[n] = self._raced(self.verifier, n)
-            except PatchError:  # there may be no way to patch models of this family
-                self._verified[n] = self._raced(replace(self.verifier, after="none"), n)
+            self._verified[n] = self._best(self.verifier, n)
         return self._verified[n]
+
+    @cached_property
+    def _in_passing(self) -> Verifier:
+        """One that judges on fewer texts, for what is told beside the recommended cut."""
+        few = replace(self._splits, choose=self._splits.choose[:TABLE_TEXTS])
+        return self._verifier_of(few)
+
+    def _best(self, verifier: Verifier, n: int) -> Verified:
+        try:
+            return self._raced(verifier, n)
+        except PatchError:  # there may be no way to patch models of this family
+            return self._raced(replace(verifier, after="none"), n)
 
     def _raced(self, verifier: Verifier, n: int) -> Verified:
         """Race the proposals of one size; with steps all of them together are its work."""
@@ -171,6 +193,8 @@ class Sizes:
     def row(self, n: int, whole: Scores) -> SizeRow:
         """Measure a size on the texts that report, and the deepest layers beside it.
 
+        Of a size that was not verified yet proposals are raced on fewer texts.
+
         Args:
             n: layers that go.
             whole: the scores of the whole model.
@@ -178,7 +202,8 @@ class Sizes:
         Returns:
             A row of the table.
         """
-        losses, verified = self._referee.losses, self.verify(n)
+        losses = self._referee.losses
+        verified = self._verified.get(n) or self._best(self._in_passing, n)
         dropped = verified.plan.dropped
         deepest = Plan(len(self._decoder), (deepest_block(len(self._decoder), n),), "deepest")
         cut, bottom = (losses.scores(one) for one in (dropped, deepest.dropped))
