@@ -294,11 +294,16 @@ def test_a_task_file_that_is_no_yaml(sharp, words, pick):
     )
     (folder / "bad.yaml").write_text("just words\n")
     assert "is no task" in refused(sharp, words, ["pick"], tasks_dir=folder)
+    (folder / "bad.yaml").write_text("include: gone.yaml\ntask: more\n")
+    assert "bad.yaml includes gone.yaml, which is not there" in refused(
+        sharp, words, ["more"], tasks_dir=folder
+    )
 
 
 def test_a_task_file_whose_function_fails(sharp, words, pick):
     folder, _ = pick
-    (folder / "own.py").write_text("def question(row):\n    return row['choices'][9]\n")
+    of_one = "return row['choices'][9 if row['choices'][0] == 'w1' else 0]"
+    (folder / "own.py").write_text(f"def question(row):\n    {of_one}\n")
     task = {**CHOICE, "doc_to_text": "QUESTION"}
     file = write_tasks(folder, task) / "pick.yaml"
     file.write_text(file.read_text().replace("QUESTION", "!function own.question"))

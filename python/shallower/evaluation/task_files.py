@@ -333,10 +333,14 @@ def _read_yaml(path: Path) -> Any:
 def _require_yaml(folder: Path) -> None:
     """Refuse task files that lm-eval would pass over without a word."""
     for path in sorted(folder.glob("**/*.yaml")):
-        if not isinstance(_read_yaml(path), dict):
+        content = _read_yaml(path)
+        if not isinstance(content, dict):
             raise TextsError(
                 f"the task file {path} is no task: expected a mapping with the key task or group"
             )
+        for name in _listed(content.get("include")):
+            if not (path.parent / str(name)).is_file():
+                raise TextsError(f"the task file {path} includes {name}, which is not there")
 
 
 def _unknown(name: str, folders: Sequence[Path], data: Path | None) -> TextsError:
