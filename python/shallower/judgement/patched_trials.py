@@ -42,6 +42,9 @@ class PatchedTrials:
             once, and for each cut as if it had been made there.
         journal: records of looks that were made before; new ones are appended.
 
+    Attributes:
+        num_texts: texts that each patch is fitted on.
+
     Raises:
         CacheError: a record of the journal is none of such a look.
     """
@@ -56,7 +59,7 @@ class PatchedTrials:
         journal: Journal | None = None,
     ) -> None:
         self._trials, self._patch, self._meter = trials, patch, meter
-        self._whole = len(trials.model) * num_texts
+        self.num_texts, self._whole = num_texts, len(trials.model) * num_texts
         self._journal = journal
         self._looked: dict[frozenset[int], _Looked | str] = {}
         recall(journal, self._recall, "patched trials")

@@ -230,7 +230,25 @@ class Tournament:
         best = self._best(dict.fromkeys(firsts.values()), 1, self.trials)
         order = list(dict.fromkeys([*field[: self.top], *best, *field]))
         places = np.cumsum([0 not in cut for cut in order])
-        return order[: int(np.searchsorted(places, 2 * self.top)) + 1]
+        least, most = (int(np.searchsorted(places, top)) + 1 for top in (self.top, 2 * self.top))
+        return order[: max(least, self._patchable(order[:most]))]
+
+    def _patchable(self, order: Sequence[Cut]) -> int:
+        """How many of some cuts can be patched and judged for the first time within the bound of
+        work, so that two of them can go on to the end.
+        """
+        sizes = [len(items) for items in self.trials.judge.items]
+        first, texts = self._looks_of(STAGES[0]), self.patched.num_texts
+        layers = np.array([self._changed(cut) for cut in order])
+        inside = np.array(
+            [sum(min(cut) <= one + 1 <= max(cut) for one in self.trials.path(cut)) for cut in order]
+        )
+        as_cut = (self.subject.num_layers - self.n) * sum(sizes[: self._looks_of(STAGES[-1])])
+        rest = MOST * self.exhaustive - self.work.layer_forwards - self.subject.num_layers * texts
+        rest -= 2 * (layers.mean() * sum(sizes[first:]) + as_cut)
+        patched = np.array([0 not in cut for cut in order])
+        each = patched * (inside * texts + layers * sum(sizes[:first]))
+        return int(sum(np.cumsum(each) <= rest))
 
     def _result(self, scores: dict[Cut, Scores]) -> Verified:
         """The winner and the others; of cuts that a quick patch cannot tell apart, the one wins
