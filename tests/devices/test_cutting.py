@@ -64,6 +64,6 @@ def test_a_weight_that_holds_a_part_for_every_layer_is_cut(stage):
 def test_a_saved_cut_is_compared_with_its_model(stage):
     saved = Stage(0).llama(2)
     with stage.open(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "load_weights", lambda *_: saved)
+        patch.setattr(saving, "load_weights", lambda *_, **__: saved)
         ids = inputs("cpu")["input_ids"]
         assert saving.logits_difference(stage.model(), "cut", [1, 2], input_ids=ids) > 0

@@ -122,9 +122,9 @@ def test_what_peft_would_not_adapt_is_refused(words, tmp_path):
 
 
 def test_a_healing_that_makes_it_worse_is_not_saved(healed, tmp_path):
-    """Merged, the healed model is where more of the same at a hundred times the rate ruins it."""
+    """Merged, the healed model is where more of the same at a thousand times the rate ruins it."""
     sh.merge(healed[0], tmp_path / "merged")
-    recipe = replace(QUICK, learning_rate=1.0, warmup_steps=0, steps=2)
+    recipe = replace(QUICK, learning_rate=10.0, warmup_steps=0, steps=2)
     with pytest.raises(
         sh.ModelError, match=r"made it worse: .* step 2; .* Lower the learning rate"
     ):

@@ -307,11 +307,13 @@ class Recommending:
         assert results.recommended is not None
         assert results.whole.by_text is not None
         n = len(results.recommended.plan.dropped)
-        sizes = {n, *sizes, *sizes_beside(n, len(self._decoder))}
+        decided = {n, *sizes}
+        sizes = decided | set(sizes_beside(n, len(self._decoder)))
         bar = track("what other sizes cost", len(sizes), self._asked.progress)
         with bar as advance:
             for size in sorted(sizes, key=lambda size: (size != n, size)):
-                row = self._sizes.row(size, results.whole.by_text)
+                passing = size not in decided
+                row = self._sizes.row(size, results.whole.by_text, in_passing=passing)
                 others = (other for other in results.table if other.n != size)
                 table = sorted([*others, row], key=lambda one: one.n)
                 results = replace(results, table=tuple(table))

@@ -89,6 +89,8 @@ class Sizes:
     @cached_property
     def _in_passing(self) -> Verifier:
         """One that judges on fewer texts, for what is told beside the recommended cut."""
+        if len(self._splits.choose) <= TABLE_TEXTS:
+            return self.verifier
         few = replace(self._splits, choose=self._splits.choose[:TABLE_TEXTS])
         return self._verifier_of(few)
 
@@ -190,20 +192,19 @@ class Sizes:
         """
         return self._gone(dropped) / self._num_parameters
 
-    def row(self, n: int, whole: Scores) -> SizeRow:
+    def row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
         """Measure a size on the texts that report, and the deepest layers beside it.
-
-        Of a size that was not verified yet proposals are raced on fewer texts.
 
         Args:
             n: layers that go.
             whole: the scores of the whole model.
+            in_passing: race the proposals on fewer texts, as nothing is decided by this size.
 
         Returns:
             A row of the table.
         """
         losses = self._referee.losses
-        verified = self._verified.get(n) or self._best(self._in_passing, n)
+        verified = self._best(self._in_passing, n) if in_passing else self.verify(n)
         dropped = verified.plan.dropped
         deepest = Plan(len(self._decoder), (deepest_block(len(self._decoder), n),), "deepest")
         cut, bottom = (losses.scores(one) for one in (dropped, deepest.dropped))
