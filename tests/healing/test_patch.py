@@ -124,9 +124,9 @@ def test_a_large_model_is_fitted_on_fewer_tokens_on_a_cpu(
 ):
     decoder = SimpleNamespace(device=torch.device(device))
     monkeypatch.setattr(patching.Decoder, "of", lambda _: decoder)
-    model = SimpleNamespace(num_parameters=lambda: parameters)
-    assert patching.tokens_to_fit(model) == expected
-    assert patching.tokens_to_fit(model, 2 * patching.NUM_TOKENS) // 2 == expected
+    monkeypatch.setattr(patching, "num_parameters", lambda _: parameters)
+    assert patching.tokens_to_fit(None) == expected
+    assert patching.tokens_to_fit(None, 2 * patching.NUM_TOKENS) // 2 == expected
 
 
 def test_by_default_as_many_tokens_are_fitted_as_are_affordable(model, words, monkeypatch):

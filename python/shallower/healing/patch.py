@@ -21,6 +21,7 @@ from ..cutting.memory import drop_layers, without_layers
 from ..errors import PatchError
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..models.memory import num_parameters
 from ..models.offload import require_no_disk
 from ..values.layers import Layers
 from ..values.patch import Patch
@@ -63,7 +64,7 @@ def patch(
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
         num_tokens: tokens to fit, at most; by default 131,072, and on a CPU fewer for a model of
-            more than 150 million parameters. Their states lie in temporary files: at most four
+            more than 150 million parameters. Their states lie in temporary files: at most three
             times ``num_tokens`` times D values. For ``refit`` the matrices that move are held four
             times in the memory of the CPU.
         progress: whether to show a bar on standard error; by default if that is a terminal.
@@ -109,7 +110,7 @@ def tokens_to_fit(model: PreTrainedModel, most: int = NUM_TOKENS) -> int:
     """
     if Decoder.of(model).device.type != "cpu":
         return most
-    affordable = int(most / NUM_TOKENS * CPU_WORK / model.num_parameters())
+    affordable = int(most / NUM_TOKENS * CPU_WORK / num_parameters(model))
     return min(most, max(most // 4, affordable))
 
 

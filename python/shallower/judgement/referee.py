@@ -10,6 +10,7 @@ import torch
 from ..errors import PatchError
 from ..healing.quick_patch import QuickPatch
 from ..models.layerwise import Layerwise
+from ..models.memory import num_parameters
 from ..values.comparison import ComparedModel
 from ..values.loss import Loss
 from ..values.plan import Plan
@@ -100,7 +101,7 @@ class Referee:
         return ComparedModel(
             name, len(self.model), self.loss(self.losses.scores(())), self._single_layers or (),
             chance=judge.chance, accuracy=judge.accuracy(self.scores.scores(()).sums),
-            dtype=decoder.identity.dtype, parameters=decoder.model.num_parameters(),
+            dtype=decoder.identity.dtype, parameters=num_parameters(decoder.model),
         )  # fmt: skip
 
     def loss(self, scores: Scores) -> Loss:

@@ -101,9 +101,20 @@ class Tournament:
         """Looks of at least ``FIRST_ITEMS`` items."""
         return self._looks_of(FIRST_ITEMS)
 
+    @property
+    def _look_sizes(self) -> list[int]:
+        """The items of every look."""
+        return [len(items) for items in self.trials.judge.items]
+
+    @property
+    def _as_cut(self) -> int:
+        """The layers that a cut takes which is judged as it is, once the race is over."""
+        items = sum(self._look_sizes[: self._looks_of(STAGES[-1])])
+        return (self.subject.num_layers - self.n) * items
+
     def _looks_of(self, num_items: int) -> int:
         """The fewest looks that have so many items, or all looks."""
-        ends = np.cumsum([len(items) for items in self.trials.judge.items])
+        ends = np.cumsum(self._look_sizes)
         return min(int(np.searchsorted(ends, num_items)) + 1, len(ends))
 
     def _propose(self) -> None:
@@ -206,9 +217,8 @@ class Tournament:
         """How many of some cuts can be judged from one look to another within the bound of work,
         so that two of them can go on to the end; two at least.
         """
-        sizes = [len(items) for items in self.trials.judge.items]
+        sizes, as_cut = self._look_sizes, self._as_cut
         layers = np.array([self._changed(cut) for cut in racing], int)
-        as_cut = (self.subject.num_layers - self.n) * sum(sizes[: self._looks_of(STAGES[-1])])
         rest = MOST * self.exhaustive - self.work.layer_forwards
         if look == len(sizes):  # those that cannot be told apart are judged as cuts, too
             return max(2, int(sum(np.cumsum(layers * sum(sizes[last:]) + as_cut) <= rest)))
@@ -237,15 +247,14 @@ class Tournament:
         """How many of some cuts can be patched and judged for the first time within the bound of
         work, so that two of them can go on to the end.
         """
-        sizes = [len(items) for items in self.trials.judge.items]
-        first, texts = self._looks_of(STAGES[0]), self.patched.num_texts
+        sizes, texts = self._look_sizes, self.patched.num_texts
+        first = self._looks_of(STAGES[0])
         layers = np.array([self._changed(cut) for cut in order])
         inside = np.array(
             [sum(min(cut) <= one + 1 <= max(cut) for one in self.trials.path(cut)) for cut in order]
         )
-        as_cut = (self.subject.num_layers - self.n) * sum(sizes[: self._looks_of(STAGES[-1])])
         rest = MOST * self.exhaustive - self.work.layer_forwards - self.subject.num_layers * texts
-        rest -= 2 * (layers.mean() * sum(sizes[first:]) + as_cut)
+        rest -= 2 * (layers.mean() * sum(sizes[first:]) + self._as_cut)
         patched = np.array([0 not in cut for cut in order])
         each = patched * (inside * texts + layers * sum(sizes[:first]))
         return int(sum(np.cumsum(each) <= rest))

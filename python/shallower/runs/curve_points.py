@@ -31,6 +31,7 @@ from ..judgement.judges.loss import LossJudge
 from ..judgement.referee import Referee, Store, loss_as_it_is
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..models.memory import num_parameters
 from ..models.source import ModelSource
 from ..values.curve import CurvePoint, State
 from ..values.loss import Loss
@@ -80,7 +81,7 @@ class CurvePoints:
         self._model, self._tokenizer, self._terms, self._store = model, tokenizer, terms, store
         self._decoder = Decoder.of(model)
         self.num_layers, self.dtype = len(self._decoder), self._decoder.identity.dtype
-        self.parameters = model.num_parameters()
+        self.parameters = num_parameters(model)
         self.tokens = fitting_tokens(self._decoder, terms.tokens)
         report = terms.splits.report
         self._judge = judge = LossJudge(judged_batches(tokenizer, report, self.tokens))
