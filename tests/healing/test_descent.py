@@ -145,6 +145,28 @@ def test_the_divergence_falls(model, words, monkeypatch):
     assert total_divergence(model, cut_of(moved), batches) < 0.9 * before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_has_no_say_in_where_a_way_ends(model, words, monkeypatch, dtype):
+    monkeypatch.setattr(descent, "STEP_TOKENS", 1)
+    batches, run, ran = batches_of(words, TEXTS), Layerwise.run, []
+    monkeypatch.setattr(Layerwise, "run", lambda *args: ran.append(args) or run(*args))
+    layer = descent.graph_bytes(
+        model.model.layers[0], max(batch.input_ids.size for batch in batches)
+    ) * dtype.itemsize // 4  # fmt: skip
+    ways, runs = [], []
+    for free in (0, 4 * layer, 4 * len(LAYERS) * layer):
+        monkeypatch.setattr(descent, "free_bytes", lambda _, free=free: free)
+        moved = copy.deepcopy(model).to(dtype)
+        ran.clear()
+        gone(moved, batches)
+        ways.append(moved.state_dict())
+        runs.append(len(ran))
+    assert runs[0] > runs[1] > runs[2]
+    for key, value in ways[0].items():
+        assert torch.equal(value, ways[1][key])
+        assert torch.equal(value, ways[2][key])
+
+
 def test_a_way_is_gone_in_part(model, words):
     batches = batches_of(words, TEXTS)
     moved = copy.deepcopy(model)

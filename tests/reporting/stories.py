@@ -62,7 +62,7 @@ def row(n, num_layers):
     dropped = (12, 13, 14, 15) if n == 4 else tuple(range(start, start + n))
     lost = 0.1 * n**1.2
     return SizeRow(
-        n, dropped, 3.2 + lost, 0.05, lost, 0.02 * lost, 3.2 + lost / 2, 0.05, lost / 2,
+        n, dropped, 3.2 + lost, 0.05, lost, 0.02 * lost, 40, 3.2 + lost / 2, 0.05, lost / 2,
         0.02 * lost, 3.4 + 2 * lost, 0.05, 3.3 + lost, n / num_layers, 0.8 * n / num_layers, 1,
         2880, 9.0,
     )  # fmt: skip

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 import shallower as sh
 from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
+from shallower.reporting.recommendation import sizes_table
+from shallower.runs import sizes
 from shallower.runs.continuing import continue_text
 from shallower.runs.results import Run
 from shallower.values.scores import Difference
@@ -235,6 +237,27 @@ def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
     assert [row.n for row in done.table] == [1, 2, 3] or [row.n for row in done.table] == [1, 2]
     assert done.recommended.reason.startswith(("the knee of the curve", "the least size"))
+
+
+def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "TABLE_REPORTS", 3)
+    report = [*REPORT, *progressions(12, 2)]
+    options = {**TAKEN, "eval_texts": report, "cache": False, "progress": False}
+    again = sh.run(learned, words, TEXTS, **options, out=tmp_path / "out", n=2)
+    whole = again.recommended.whole
+    for row in again.table:
+        assert row.cut == pytest.approx(whole.nats + row.lost, abs=1e-12)
+        assert row.patched == pytest.approx(whole.nats + row.patched_lost, abs=1e-12)
+        assert (row.num_texts == whole.num_texts) == (row.n == 2)
+        with sh.without_layers(learned, row.dropped):
+            loss = sh.evaluate_loss(learned, words, report, max_length=16)
+        assert row.cut == pytest.approx(loss.nats, abs=1e-6 if row.n == 2 else 5 * row.stderr)
+    few = again.table[0].num_texts
+    assert 3 <= few < whole.num_texts
+    said = f"Of n = 1, 3: estimated by {few} of the {whole.num_texts} texts."
+    assert said in " ".join(str(sizes_table(again.recommended, again.table).caption).split())
+    sh.report(again.out)
+    assert said in (again.out / "report.html").read_text()
 
 
 def test_a_cut_that_cannot_be_patched_is_saved_bare(llama, words, tmp_path, monkeypatch):

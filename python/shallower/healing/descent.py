@@ -1,8 +1,9 @@
 """The way down from a patched cut: its matrices move to where the whole model's words are.
 
 What falls is the divergence of the cut model's next-token distributions from those of the whole
-model. Its slopes are taken backwards through the cut, layer after layer, each run anew from the
-states before it, so that the graph and the slopes of one layer are there at a time. Every matrix
+model. Its slopes are taken backwards through the cut, layer after layer, so that the slopes of one
+layer's matrices are there at a time. So is its graph: the layer runs anew from the states before
+it, but on a CPU whose memory has room for the graphs of more. Every matrix
 takes steps of Adam (1412.6980) with second moments of rows and columns alone (Adafactor,
 1804.04235), each a share of the root mean square of its own entries: one rate does for matrices of
 any width. Moves are kept beside the old values, so that steps below a dtype's grain add up.
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..models.head import Head, part_sizes
-from ..models.layerwise import Layerwise, token_rows
-from ..models.offload import resident, stored_weight
+from ..models.layerwise import Layerwise, Trace, token_rows
+from ..models.memory import free_bytes
+from ..models.offload import is_offloaded, resident, stored_weight
 from ..texts.batches import Batch
 from .changes import Changes
 from .patch_states import StateSet
@@ -25,7 +28,7 @@ from .patch_states import StateSet
 STEPS = 48
 """Steps, at most."""
 
-STEP_TOKENS = 4096
+STEP_TOKENS = 2048
 """Tokens of a step, of whole batches: at least so many, where there are."""
 
 PASSES = 2
@@ -157,6 +160,21 @@ def matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield module, name
 
 
+def graph_bytes(layer: nn.Module, tokens: int) -> int:
+    """Count what the graph of a layer's forward takes, about.
+
+    Args:
+        layer: of a decoder.
+        tokens: of its inputs, padding included.
+
+    Returns:
+        Twice the inputs and outputs of its linear maps, in bytes.
+    """
+    maps = [m.weight for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
+    size = max((weight.itemsize for weight in maps if weight.is_floating_point()), default=2)
+    return 2 * size * tokens * sum(sum(weight.shape) for weight in maps)
+
+
 class Descent:
     """The way down of a cut model.
 
@@ -183,6 +201,9 @@ class Descent:
             layer: [Moving(*found) for found in matrices(model.modules[layer])] for layer in layers
         }
         self._scale = 0.0
+        device = model.head.decoder.device
+        # A card runs a layer again in less time than its memory is worth.
+        self._room = free_bytes(device) // 4 if device.type == "cpu" else 0
 
     def go(self) -> None:
         """Take all steps."""
@@ -205,25 +226,57 @@ class Descent:
     def _step(self, chosen: Sequence[int], rate: float) -> None:
         """Take one step on some batches."""
         batches = [self._states.batches[index] for index in chosen]
-        before = [[self._states.cut[index] for index in chosen]]
-        for layer in self._moving:
+        states = [self._states.cut[index] for index in chosen]
+        kept, passed = self._kept(batches), []
+        for layer, moving in self._moving.items():
             with resident(self._model.modules[layer]):
-                pairs = zip(batches, before[-1], strict=True)
-                before.append([self._model.run(*pair, (layer,)).cpu() for pair in pairs])
+                entered = [
+                    self._entered(*pair, layer, moving if layer in kept else None)
+                    for pair in zip(batches, states, strict=True)
+                ]
+            passed.append([run for run, _ in entered])
+            states = [reached for _, reached in entered]
             self._ran(len(batches))
         slopes = [
             self._behind_last(batch, last, self._states.whole[index])
-            for batch, last, index in zip(batches, before.pop(), chosen, strict=True)
+            for batch, last, index in zip(batches, states, chosen, strict=True)
         ]
         self._ran(len(batches))
-        for layer, given in zip(reversed(self._moving), reversed(before), strict=True):
-            self._step_layer(layer, batches, given, slopes, rate)
+        for layer in reversed(self._moving):
+            self._step_layer(layer, batches, passed.pop(), slopes, rate)
+
+    def _kept(self, batches: Sequence[Batch]) -> set[int]:
+        """The layers whose graphs there is room for; the others run twice."""
+        kept, room = set(), self._room
+        tokens = sum(batch.input_ids.size for batch in batches)
+        for layer in reversed(self._moving):
+            module = self._model.modules[layer]
+            room -= graph_bytes(module, tokens)
+            if room < 0 or is_offloaded(module):
+                break
+            kept.add(layer)
+        return kept
+
+    def _entered(
+        self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[Moving] | None
+    ) -> tuple[Trace | torch.Tensor, torch.Tensor]:
+        """A layer's run, or the states before it where its graph is not kept; and those behind."""
+        if moving is None:
+            return states, self._model.run(batch, states, (layer,)).cpu()
+        trace = self._traced(batch, states, layer, moving)
+        return trace, trace.output.detach()
+
+    def _traced(
+        self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[Moving]
+    ) -> Trace:
+        weights = [getattr(one.module, one.name) for one in moving]
+        return self._model.trace(batch, states, layer, weights=weights)
 
     def _step_layer(
         self,
         layer: int,
         batches: Sequence[Batch],
-        given: Sequence[torch.Tensor],
+        passed: list[Trace | torch.Tensor],
         slopes: list[torch.Tensor],
         rate: float,
     ) -> None:
@@ -232,10 +285,10 @@ class Descent:
         sums: list[torch.Tensor | None] = [None] * len(moving)
         with resident(self._model.modules[layer]):
             for index, batch in enumerate(batches):
-                weights = [getattr(one.module, one.name) for one in moving]
-                slopes[index], found = self._model.slopes(
-                    batch, given[index], layer, behind=slopes[index], weights=weights
-                )
+                run = passed.pop(0)
+                if isinstance(run, torch.Tensor):
+                    run = self._traced(batch, run, layer, moving)
+                slopes[index], found = run.slopes(slopes[index])
                 for place, part in enumerate(found):
                     total = sums[place]
                     if part is not None:

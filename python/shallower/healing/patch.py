@@ -66,7 +66,8 @@ def patch(
         num_tokens: tokens to fit, at most; by default 131,072, and on a CPU fewer for a model of
             more than 150 million parameters. Their states lie in temporary files: at most three
             times ``num_tokens`` times D values. For ``refit`` the matrices that move are held four
-            times in the memory of the CPU.
+            times in the memory of the CPU, and a model on the CPU takes up to a quarter of what is
+            free for the graphs of its layers.
         progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:

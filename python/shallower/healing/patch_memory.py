@@ -18,7 +18,7 @@ from ..models.rehearsal import build_empty, first_that_runs
 from ..texts.batches import Batch
 from ..values.memory import MemoryPlan, usable
 from ..values.tokens import Tokens
-from .descent import matrices
+from .descent import graph_bytes, matrices
 from .least_squares import solver_bytes
 from .patch_states import MAX_HELD_OUT
 
@@ -150,10 +150,9 @@ def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
     moving = most = 0
     for layer in find_layers(model).modules:
         weights = [getattr(module, name).numel() for module, name in matrices(layer)]
-        maps = (m.weight for m in layer.modules() if isinstance(m, nn.Linear | Conv1D))
-        graph = 2 * size * batch_tokens * sum(sum(weight.shape) for weight in maps)
         moving += 4 * size * sum(weights)
-        most = max(most, graph + (size + 4) * sum(weights) + 20 * max(weights, default=0))
+        working = (size + 4) * sum(weights) + 20 * max(weights, default=0)
+        most = max(most, graph_bytes(layer, batch_tokens) + working)
     return moving, most
 
 

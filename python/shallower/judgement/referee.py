@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..errors import PatchError
 from ..healing.quick_patch import QuickPatch
@@ -14,6 +15,7 @@ from ..models.memory import num_parameters
 from ..values.comparison import ComparedModel
 from ..values.loss import Loss
 from ..values.plan import Plan
+from ..values.schema import finite
 from ..values.scores import Scores
 from .judges.judge import Judge
 from .judges.loss import LossJudge
@@ -80,7 +82,7 @@ class Referee:
         self._num_rejected, self._spill = num_rejected, spill
         self.is_complete = True
         self._single_layers: tuple[float, ...] | None = None
-        self._patched: dict[tuple[str, tuple[int, ...]], Scores | str] = {}
+        self._patched: dict[tuple[str, tuple[int, ...], int], Scores | str] = {}
         self.losses = self._trials(losses)
         self.scores = self.losses if judge is losses else self._trials(judge)
 
@@ -132,32 +134,42 @@ class Referee:
         self._single_layers = tuple(means)
         return self._single_layers
 
-    def patched(self, patch: QuickPatch, plan: Plan, *, fitted: str) -> Scores | str:
+    def patched(
+        self, patch: QuickPatch, plan: Plan, *, fitted: str, looks: int | None = None
+    ) -> Scores | str:
         """Measure the loss of a cut after a quick patch.
 
         Args:
             patch: of the model, on texts that fit.
             plan: the cut.
             fitted: identity of those texts, for the store.
+            looks: measure on the texts of the first so many batches only.
 
         Returns:
-            The scores by text; a sentence that says why where the cut cannot be patched.
+            The scores by text, NaN for those that were not looked at; a sentence that says why
+            where the cut cannot be patched.
 
         Raises:
             ModelError: a score is not finite.
         """
-        if (fitted, plan.dropped) not in self._patched:
-            self._patched[fitted, plan.dropped] = self._measure_patched(patch, plan, fitted)
-        return self._patched[fitted, plan.dropped]
+        looks = self.losses.num_looks if looks is None else min(looks, self.losses.num_looks)
+        key = fitted, plan.dropped, looks
+        if key not in self._patched:
+            self._patched[key] = self._measure_patched(patch, plan, fitted, looks)
+        return self._patched[key]
 
-    def _measure_patched(self, patch: QuickPatch, plan: Plan, fitted: str) -> Scores | str:
-        texts = {"fitted": fitted, "items": self.texts}
+    def _measure_patched(
+        self, patch: QuickPatch, plan: Plan, fitted: str, looks: int
+    ) -> Scores | str:
+        texts = {"fitted": fitted, "items": self.texts, "looks": looks}
         inputs = {"dropped": list(plan.dropped), **texts, **patch.settings}
         found = self.store.get("patched", inputs)
         if found is None:
             try:
                 with patch.patched(plan) as fits:
-                    found = {"sums": self._judged(plan.dropped, unchanged=fits.layers[0])}
+                    unchanged = fits.layers[0]
+                    sums = self._judged(plan.dropped, looks, unchanged=unchanged)
+                found = {"sums": [finite(float(value)) for value in sums]}
             except PatchError as error:
                 if isinstance(error.__cause__, torch.OutOfMemoryError):
                     self.is_complete = False  # there may be more of it another time
@@ -168,12 +180,12 @@ class Referee:
             return str(found["why"])
         return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
 
-    def _judged(self, dropped: Sequence[int], *, unchanged: int) -> list[float]:
+    def _judged(self, dropped: Sequence[int], looks: int, *, unchanged: int) -> NDArray[np.float64]:
         """Judge a cut of a model whose first layers alone, so many, are those the trials know."""
         judge, sums = self.losses.judge, np.full(self.losses.judge.num_items, np.nan)
-        for index, items in enumerate(judge.items):
+        for index, items in enumerate(judge.items[:looks]):
             sums[items] = self.losses.judge_changed(dropped, index, unchanged=unchanged)
-        return [float(value) for value in sums]
+        return sums
 
 
 def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:

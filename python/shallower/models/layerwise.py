@@ -8,6 +8,7 @@ are joined by the residual stream alone.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,50 @@ class _Reached(Exception):  # noqa: N818 - no error
 
     def __init__(self, states: torch.Tensor) -> None:
         self.states = states
+
+
+@contextmanager
+def _requiring_grad(weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A run of one layer, with its graph.
+
+    Attributes:
+        given: (B, T, D), the states before the layer.
+        output: (B, T, D), those behind it.
+        weights: parameters of the layer.
+    """
+
+    given: torch.Tensor
+    output: torch.Tensor
+    weights: Sequence[torch.Tensor]
+
+    def slopes(self, behind: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Take the slopes of something behind the layer back through it; once, for its graph ends.
+
+        Args:
+            behind: (B, T, D), the slopes in the states behind the layer.
+
+        Returns:
+            (B, T, D), the slopes in the states before the layer; and those in the weights, None
+            for one that has no part in the states.
+        """
+        with _requiring_grad(self.weights):
+            before, *found = torch.autograd.grad(
+                self.output, [self.given, *self.weights],
+                behind.to(self.output, copy=True), allow_unused=True,
+            )  # fmt: skip
+        return before, list(found)
 
 
 class Layerwise:
@@ -104,41 +149,23 @@ class Layerwise:
         each(states)  # the forward ends within the last layer, before a hook would hear of it
         return states
 
-    def slopes(
-        self,
-        batch: Batch,
-        states: torch.Tensor,
-        layer: int,
-        *,
-        behind: torch.Tensor,
-        weights: Sequence[torch.Tensor],
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Run a layer, and the slopes of something behind it back through the layer.
+    def trace(
+        self, batch: Batch, states: torch.Tensor, layer: int, *, weights: Sequence[torch.Tensor]
+    ) -> "Trace":
+        """Run a layer, with the graph through which slopes go back.
 
         Args:
             batch: of token ids, for positions and masks.
             states: (B, T, D), before the layer.
             layer: its index.
-            behind: (B, T, D), the slopes in the states behind the layer.
             weights: parameters of the layer, whether they are frozen or not.
 
         Returns:
-            (B, T, D), the slopes in the states before the layer; and those in the weights, None
-            for one that has no part in the states.
+            The run; its graph lives as long as it does.
         """
-        frozen = [weight for weight in weights if not weight.requires_grad]
-        try:
-            for weight in frozen:
-                weight.requires_grad_(True)
-            given = states.clone().requires_grad_()
-            output = self.differentiable(batch, given, layer)
-            before, *found = torch.autograd.grad(
-                output, [given, *weights], behind.to(output, copy=True), allow_unused=True
-            )
-        finally:
-            for weight in frozen:
-                weight.requires_grad_(False)
-        return before, list(found)
+        given = states.clone().requires_grad_()
+        with _requiring_grad(weights):
+            return Trace(given, self.differentiable(batch, given, layer), weights)
 
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Divide layers into passes over all batches.

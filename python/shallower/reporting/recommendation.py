@@ -24,7 +24,7 @@ def sizes_table(recommended: Recommended, rows: Sequence[SizeRow]) -> Table:
         title=f"held-out loss, nats a token; with all layers {whole}\n"
         f"{whole.num_tokens} tokens of {whole.num_texts} texts that nothing was chosen by",
         caption="patched: quickly, one matrix a block. deepest: without the deepest n layers but "
-        "the last, cut / patched",
+        f"the last, cut / patched.{estimated(rows, whole.num_texts)}",
     )
     for name in ("n", "drop", "weights", "cut", "patched", "more ± error", "deepest"):
         is_number = name not in ("drop", "more ± error")
@@ -38,6 +38,24 @@ def sizes_table(recommended: Recommended, rows: Sequence[SizeRow]) -> Table:
             f"{row.deepest:.2f} / {_nats(row.deepest_patched, 2)}",
         )  # fmt: skip
     return table
+
+
+def estimated(rows: Sequence[SizeRow], num_texts: int) -> str:
+    """Say which losses of a table are estimated.
+
+    Args:
+        rows: of every size.
+        num_texts: that report.
+
+    Returns:
+        A sentence with a space before it, as `` Of n = 4, 12: estimated by 64 of the 165 texts.``;
+        nothing where all texts were looked at.
+    """
+    few = [row for row in rows if row.num_texts < num_texts]
+    if not few:
+        return ""
+    sizes = ", ".join(str(row.n) for row in few)
+    return f" Of n = {sizes}: estimated by {few[0].num_texts} of the {num_texts} texts."
 
 
 def _nats(value: float | None, digits: int = 3) -> str:

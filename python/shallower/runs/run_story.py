@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import MetricError, ScanError
 from ..reporting.page.story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from ..reporting.recommendation import estimated
 from ..reporting.run_figures import (
     healing_drawings,
     race_drawings,
@@ -235,6 +236,7 @@ class _Telling:
         note = (
             f"Nats a token on the texts that report; whole model {self._best.whole}. Patches here "
             f"are quick ones, one matrix a block. Errors of 'more' are paired."
+            f"{estimated(self._run.table, self._best.whole.num_texts)}"
         )
         tables = [Table("What other sizes would cost", head, rows, note, *chosen)] if rows else []
         drawings = []

@@ -1,8 +1,10 @@
 """Sizes: the verified plan of every number of layers, and what it costs."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,11 @@ VERIFYING_TEXTS = 64
 
 TABLE_TEXTS = 32
 """Texts that choose the cuts of the table that are told beside the recommended one."""
+
+TABLE_REPORTS = 64
+"""Texts of those that report on which these cuts are measured, at least; their losses on all are
+estimated by what the whole model loses on the others.
+"""
 
 
 class Sizes:
@@ -198,7 +205,8 @@ class Sizes:
         Args:
             n: layers that go.
             whole: the scores of the whole model.
-            in_passing: race the proposals on fewer texts, as nothing is decided by this size.
+            in_passing: race the proposals and measure the cuts on fewer texts, as nothing is
+                decided by this size.
 
         Returns:
             A row of the table.
@@ -207,26 +215,38 @@ class Sizes:
         verified = self._best(self._in_passing, n) if in_passing else self.verify(n)
         dropped = verified.plan.dropped
         deepest = Plan(len(self._decoder), (deepest_block(len(self._decoder), n),), "deepest")
-        cut, bottom = (losses.scores(one) for one in (dropped, deepest.dropped))
-        patched, bottom_patched = (self._patched(one) for one in (verified.plan, deepest))
-        lost = cut.minus(whole)
+        looks = self._few_looks if in_passing else None
+        cut, bottom = (losses.scores(one, looks) for one in (dropped, deepest.dropped))
+        patched, bottom_patched = (self._patched(one, looks) for one in (verified.plan, deepest))
+        (cut_loss, cut_error), lost = cut.estimated_by(whole), cut.minus(whole)
+        deepest_loss, deepest_error = bottom.estimated_by(whole)
+        patched_loss, patched_error = _estimated(patched, whole)
         kept = None if patched is None else patched.minus(whole)
         return SizeRow(
-            n=n, dropped=dropped, cut=cut.mean, stderr=cut.stderr, lost=lost.mean,
-            lost_stderr=lost.stderr,
-            patched=None if patched is None else patched.mean,
-            patched_stderr=None if patched is None else patched.stderr,
+            n=n, dropped=dropped, cut=cut_loss, stderr=cut_error, lost=lost.mean,
+            lost_stderr=lost.stderr, num_texts=len(cut),
+            patched=patched_loss, patched_stderr=patched_error,
             patched_lost=None if kept is None else kept.mean,
             patched_lost_stderr=None if kept is None else kept.stderr,
-            deepest=bottom.mean, deepest_stderr=bottom.stderr,
-            deepest_patched=None if bottom_patched is None else bottom_patched.mean,
+            deepest=deepest_loss, deepest_stderr=deepest_error,
+            deepest_patched=_estimated(bottom_patched, whole)[0],
             layers_share=n / len(self._decoder), parameters_share=self.share(dropped),
             num_tied=len(verified.tied),
             layer_forwards=verified.layer_forwards, seconds=verified.seconds,
         )  # fmt: skip
 
-    def _patched(self, plan: Plan) -> Scores | None:
+    @cached_property
+    def _few_looks(self) -> int:
+        """Batches of texts that report which hold as many texts as the table needs."""
+        sizes = [len(items) for items in self._referee.losses.judge.items]
+        return 1 + bisect_left(list(accumulate(sizes)), TABLE_REPORTS)
+
+    def _patched(self, plan: Plan, looks: int | None) -> Scores | None:
         """The scores after a quick patch; None for what cannot be patched."""
         fitted = self._asked.identities[0]
-        found = self._referee.patched(self.verifier.patch, plan, fitted=fitted)
+        found = self._referee.patched(self.verifier.patch, plan, fitted=fitted, looks=looks)
         return found if isinstance(found, Scores) else None
+
+
+def _estimated(scores: Scores | None, whole: Scores) -> tuple[float | None, float | None]:
+    return (None, None) if scores is None else scores.estimated_by(whole)

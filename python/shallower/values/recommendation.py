@@ -20,8 +20,9 @@ COLLAPSE = 4.0
 class SizeRow:
     """What the verified cut of one size costs, and the deepest one beside it.
 
-    All losses are in nats a token on the texts that report; patches are quick ones. None is what
-    could not be measured.
+    All losses are in nats a token on the texts that report; patches are quick ones. Of a size that
+    is told only beside the recommended one they are estimated: measured on some of these texts, and
+    what the whole model loses on all of them is known. None is what could not be measured.
 
     Attributes:
         n: layers that go.
@@ -30,6 +31,7 @@ class SizeRow:
         stderr: its standard error.
         lost: ``cut`` less that of the whole model.
         lost_stderr: its paired standard error.
+        num_texts: texts on which the losses were measured.
         patched: loss after a quick patch.
         patched_stderr: its standard error.
         patched_lost: ``patched`` less that of the whole model.
@@ -50,6 +52,7 @@ class SizeRow:
     stderr: float
     lost: float
     lost_stderr: float
+    num_texts: int
     patched: float | None
     patched_stderr: float | None
     patched_lost: float | None

@@ -111,6 +111,29 @@ class Scores:
         mean, stderr = _ratio(difference, self.weights)
         return Difference(mean, stderr, int(np.isfinite(difference).sum()))
 
+    def estimated_by(self, whole: "Scores") -> tuple[float, float]:
+        """Estimate the mean over all items from some, by the scores of all by something else.
+
+        How hard those are that were not looked at is known from the other scores: the difference
+        estimator (Cochran, Sampling Techniques, 1977, section 7.2).
+
+        Args:
+            whole: scores of all items, of the same weights.
+
+        Returns:
+            The mean of ``whole`` and the paired difference to it together; where all items were
+            looked at that is the mean. And the standard error of it.
+        """
+        if self.complete:
+            return self.mean, self.stderr
+        less = self.minus(whole)
+        there = np.isfinite(self.sums)
+        parts = (whole.sums - whole.mean * self.weights) / math.fsum(self.weights)
+        apart = self.sums[there] - whole.sums[there] - less.mean * self.weights[there]
+        parts[there] += apart / math.fsum(self.weights[there])
+        size = len(parts)
+        return whole.mean + less.mean, math.sqrt(math.fsum(parts**2) * size / (size - 1))
+
 
 def _ratio(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
     """The ratio of two sums over the items that are there, and its standard error."""
