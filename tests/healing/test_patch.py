@@ -2,7 +2,6 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,25 +111,9 @@ def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
     assert done.num_tokens == 24 * (len(TEXTS) - len(held_out))
 
 
-@pytest.mark.parametrize(
-    ("parameters", "device", "expected"),
-    [
-        (134_515_008, "cpu", 131_072), (494_032_768, "cpu", 40_483), (8_030_261_248, "cpu", 32_768),
-        (8_030_261_248, "cuda", 131_072),
-    ],
-)  # fmt: skip
-def test_a_large_model_is_fitted_on_fewer_tokens_on_a_cpu(
-    monkeypatch, parameters, device, expected
-):
-    decoder = SimpleNamespace(device=torch.device(device))
-    monkeypatch.setattr(patching.Decoder, "of", lambda _: decoder)
-    monkeypatch.setattr(patching, "num_parameters", lambda _: parameters)
-    assert patching.tokens_to_fit(None) == expected
-    assert patching.tokens_to_fit(None, 2 * patching.NUM_TOKENS) // 2 == expected
-
-
-def test_by_default_as_many_tokens_are_fitted_as_are_affordable(model, words, monkeypatch):
-    monkeypatch.setattr(patching, "tokens_to_fit", lambda _: 2400)
+def test_a_cpu_fits_fewer_tokens_unless_they_are_asked_for(model, words, monkeypatch):
+    assert patching.CPU_TOKENS < patching.NUM_TOKENS
+    monkeypatch.setattr(patching, "CPU_TOKENS", 2400)
     for num_tokens, expected in ((None, 2400), (480, 480)):
         copied = copy.deepcopy(model)
         done = patch(copied, words, [range(3, 5)], texts=TEXTS, num_tokens=num_tokens)

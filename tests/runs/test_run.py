@@ -3,6 +3,7 @@
 import json
 import pkgutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import shallower as sh
 from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
 from shallower.reporting.recommendation import sizes_table
-from shallower.runs import sizes
+from shallower.runs import recommending, sizes
 from shallower.runs.continuing import continue_text
 from shallower.runs.results import Run
 from shallower.values.scores import Difference
@@ -237,6 +238,21 @@ def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
     assert [row.n for row in done.table] == [1, 2, 3] or [row.n for row in done.table] == [1, 2]
     assert done.recommended.reason.startswith(("the knee of the curve", "the least size"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "device", "expected"),
+    [
+        (134_515_008, "cpu", 196_608), (494_032_768, "cpu", 60_724), (8_030_261_248, "cpu", 32_768),
+        (8_030_261_248, "cuda", 196_608),
+    ],
+)  # fmt: skip
+def test_a_large_model_is_patched_by_fewer_tokens_on_a_cpu(
+    monkeypatch, parameters, device, expected
+):
+    monkeypatch.setattr(recommending, "num_parameters", lambda _: parameters)
+    decoder = SimpleNamespace(device=torch.device(device), model=None)
+    assert recommending.patch_tokens(decoder) == expected
 
 
 def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path, monkeypatch):

@@ -63,8 +63,7 @@ def patch_command(
         typer.Option(
             metavar="N",
             min=1,
-            help="Tokens to fit at most. By default 131,072; on a CPU fewer for models of more "
-            "than 150 million parameters, down to 32,768.",
+            help="Tokens to fit at most. By default 131,072; on a CPU 32,768.",
         ),
     ] = None,
     max_length: MaxLength = 256,

@@ -104,6 +104,11 @@ class Moving:
         self._columns = torch.zeros(*self._base.shape[:-2], self._base.shape[-1])
         self._steps = 0
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is several matrices in one tensor."""
+        return self._base.ndim > 2
+
     def step(self, slopes: torch.Tensor, rate: float, changes: Changes) -> None:
         """Take a step.
 
@@ -252,7 +257,9 @@ class Descent:
         for layer in reversed(self._moving):
             module = self._model.modules[layer]
             room -= graph_bytes(module, tokens)
-            if room < 0 or is_offloaded(module):
+            # What experts in one tensor keep depends on how many of them a token is sent to.
+            stacked = any(one.is_stacked for one in self._moving[layer])
+            if room < 0 or stacked or is_offloaded(module):
                 break
             kept.add(layer)
         return kept

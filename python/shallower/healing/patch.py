@@ -21,7 +21,6 @@ from ..cutting.memory import drop_layers, without_layers
 from ..errors import PatchError
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
-from ..models.memory import num_parameters
 from ..models.offload import require_no_disk
 from ..values.layers import Layers
 from ..values.patch import Patch
@@ -32,11 +31,8 @@ from .patch_states import divide
 
 METHODS = ("refit", "map", "magnitude")
 
-NUM_TOKENS = 131_072
-"""Tokens to fit, at most."""
-
-CPU_WORK = 2e13
-"""Tokens times parameters for which a CPU needs minutes."""
+NUM_TOKENS, CPU_TOKENS = 131_072, 32_768
+"""Tokens to fit by default, at most, on a GPU and on a CPU."""
 
 
 def patch(
@@ -63,11 +59,10 @@ def patch(
         method: ``refit``, ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most; by default 131,072, and on a CPU fewer for a model of
-            more than 150 million parameters. Their states lie in temporary files: at most three
-            times ``num_tokens`` times D values. For ``refit`` the matrices that move are held four
-            times in the memory of the CPU, and a model on the CPU takes up to a quarter of what is
-            free for the graphs of its layers.
+        num_tokens: tokens to fit, at most; by default 131,072, on a CPU 32,768. Their states lie
+            in temporary files: at most three times ``num_tokens`` times D values. For ``refit`` the
+            matrices that move are held four times in the memory of the CPU, and a model on the CPU
+            takes up to a quarter of what is free for the graphs of its layers.
         progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:
@@ -96,23 +91,6 @@ def patch(
         drop_layers(model, done.plan.dropped)
         changes.settle()
     return done
-
-
-def tokens_to_fit(model: PreTrainedModel, most: int = NUM_TOKENS) -> int:
-    """Say how many tokens a patch fits where no number is asked for.
-
-    Args:
-        model: the whole model.
-        most: tokens to fit on a GPU, and for small models.
-
-    Returns:
-        ``most``; on a CPU fewer for a model of more than some 150 million parameters, as many
-        fewer as it is larger, so that a patch stays a matter of minutes; a quarter at least.
-    """
-    if Decoder.of(model).device.type != "cpu":
-        return most
-    affordable = int(most / NUM_TOKENS * CPU_WORK / num_parameters(model))
-    return min(most, max(most // 4, affordable))
 
 
 @contextmanager
@@ -183,7 +161,7 @@ def _solved(
         )
     fitted, held_out = divide(
         tokenizer, texts, max_length=max_length, batch_size=batch_size,
-        num_tokens=num_tokens or tokens_to_fit(model),
+        num_tokens=num_tokens or (CPU_TOKENS if decoder.device.type == "cpu" else NUM_TOKENS),
     )  # fmt: skip
     changes = Changes()
     try:

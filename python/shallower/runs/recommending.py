@@ -13,7 +13,7 @@ from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
 from ..evaluation.machine import own_device
-from ..healing.patch import tokens_to_fit, with_patch
+from ..healing.patch import CPU_TOKENS, with_patch
 from ..healing.saving import save_patched
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
@@ -21,6 +21,7 @@ from ..judgement.referee import Referee, Store, loss_as_it_is
 from ..judgement.sizes import SizeChoice, sizes_beside
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..models.memory import num_parameters
 from ..progress import track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
@@ -49,8 +50,10 @@ of losses.
 """
 
 PATCH_TOKENS = 196_608
-"""Tokens that the patch that is saved fits, at most: as many as its steps take. On a CPU fewer
-for larger models."""
+"""Tokens that the patch that is saved fits, at most: as many as its steps take."""
+
+CPU_WORK = 3e13
+"""Tokens times parameters that a CPU patches in some ten minutes."""
 
 
 class Recommending:
@@ -225,7 +228,7 @@ class Recommending:
             with with_patch(
                 self._model, self._tokenizer, plan, texts=self._asked.splits.fit,
                 max_length=self._tokens.max_length, progress=self._asked.progress,
-                num_tokens=tokens_to_fit(self._model, PATCH_TOKENS),
+                num_tokens=patch_tokens(self._decoder),
             ) as done:  # fmt: skip
                 return self._saved(results, plan, done)
         except (PatchError, TextsError) as error:
@@ -320,3 +323,19 @@ class Recommending:
                 results.save()
                 advance(1)
         return results
+
+
+def patch_tokens(decoder: Decoder) -> int:
+    """Say how many tokens the patch of a run fits.
+
+    Args:
+        decoder: the whole model.
+
+    Returns:
+        ``PATCH_TOKENS``; on a CPU fewer for a model of more than some 150 million parameters, as
+        many fewer as it is larger, but at least a sixth: as many as ``patch`` by default.
+    """
+    if decoder.device.type != "cpu":
+        return PATCH_TOKENS
+    affordable = int(CPU_WORK / num_parameters(decoder.model))
+    return min(PATCH_TOKENS, max(CPU_TOKENS, affordable))
