@@ -277,8 +277,6 @@ def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path
 
 
 def test_a_cut_that_cannot_be_patched_is_saved_bare(llama, words, tmp_path, monkeypatch):
-    from shallower.runs import recommending
-
     def refuse(*_args, **_options):
         raise sh.PatchError("there is no plain matrix")
 

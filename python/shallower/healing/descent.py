@@ -3,10 +3,10 @@
 What falls is the divergence of the cut model's next-token distributions from those of the whole
 model. Its slopes are taken backwards through the cut, layer after layer, so that the slopes of one
 layer's matrices are there at a time. So is its graph: the layer runs anew from the states before
-it, but on a CPU whose memory has room for the graphs of more. Every matrix
-takes steps of Adam (1412.6980) with second moments of rows and columns alone (Adafactor,
-1804.04235), each a share of the root mean square of its own entries: one rate does for matrices of
-any width. Moves are kept beside the old values, so that steps below a dtype's grain add up.
+it, but on a CPU whose memory has room for the graphs of more. Every matrix takes steps of Adam
+(1412.6980) with second moments of rows and columns alone (Adafactor, 1804.04235), each a share of
+the root mean square of its own entries: one rate does for matrices of any width. Moves are kept
+beside the old values, so that steps below a dtype's grain add up.
 """
 
 import math

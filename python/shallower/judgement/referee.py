@@ -125,10 +125,7 @@ class Referee:
         """
         if self._single_layers is not None:
             return self._single_layers
-        looks, seen = 0, 0
-        while looks < self.losses.num_looks and seen < TRUTH_ITEMS:
-            seen += len(self.losses.judge.items[looks])
-            looks += 1
+        looks = self.losses.looks_at(TRUTH_ITEMS)
         layers = range(len(self.model))
         means = (self.losses.scores((layer,), looks).mean for layer in layers)
         self._single_layers = tuple(means)

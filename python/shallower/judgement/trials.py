@@ -2,8 +2,10 @@
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +111,18 @@ class Trials:
         for index in range(self.num_looks if looks is None else min(looks, self.num_looks)):
             sums[self.judge.items[index]] = self._look(gone, index).sums
         return Scores(sums, self.judge.weights)
+
+    def looks_at(self, num_items: int) -> int:
+        """Count the first batches that hold so many items.
+
+        Args:
+            num_items: at least so many.
+
+        Returns:
+            Batches; all of them where there are fewer items.
+        """
+        seen = list(accumulate(len(items) for items in self.judge.items))
+        return min(1 + bisect_left(seen, num_items), self.num_looks)
 
     def states(self, index: int, depth: int) -> torch.Tensor:
         """Run the first layers of the whole model on a batch, from the states that are known.

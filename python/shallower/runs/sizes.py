@@ -1,10 +1,8 @@
 """Sizes: the verified plan of every number of layers, and what it costs."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
@@ -215,7 +213,7 @@ class Sizes:
         verified = self._best(self._in_passing, n) if in_passing else self.verify(n)
         dropped = verified.plan.dropped
         deepest = Plan(len(self._decoder), (deepest_block(len(self._decoder), n),), "deepest")
-        looks = self._few_looks if in_passing else None
+        looks = losses.looks_at(TABLE_REPORTS) if in_passing else None
         cut, bottom = (losses.scores(one, looks) for one in (dropped, deepest.dropped))
         patched, bottom_patched = (self._patched(one, looks) for one in (verified.plan, deepest))
         (cut_loss, cut_error), lost = cut.estimated_by(whole), cut.minus(whole)
@@ -234,12 +232,6 @@ class Sizes:
             num_tied=len(verified.tied),
             layer_forwards=verified.layer_forwards, seconds=verified.seconds,
         )  # fmt: skip
-
-    @cached_property
-    def _few_looks(self) -> int:
-        """Batches of texts that report which hold as many texts as the table needs."""
-        sizes = [len(items) for items in self._referee.losses.judge.items]
-        return 1 + bisect_left(list(accumulate(sizes)), TABLE_REPORTS)
 
     def _patched(self, plan: Plan, looks: int | None) -> Scores | None:
         """The scores after a quick patch; None for what cannot be patched."""
