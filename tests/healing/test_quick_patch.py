@@ -10,7 +10,7 @@ import torch
 
 import shallower as sh
 from shallower.healing import quick_patch
-from shallower.healing.quick_patch import FIRST_WEIGHT, HELD, RIDGES, QuickPatch
+from shallower.healing.quick_patch import HELD, RIDGES, QuickPatch
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import Writers
 from shallower.texts.batches import TokenBatches
@@ -63,18 +63,26 @@ def states_behind(model, layer, ids):
 
 
 def rows_of(whole, cut, batches, layer, target):
-    """Inputs of a down-projection of a cut model, and what is missing behind the layer.
+    """Inputs of a down-projection of a cut model, what is missing behind the layer, and the aims.
 
-    By text: two lists of (T, F) and (T, D), float64.
+    By text: three lists of (T, F), (T, D) and (T, D), float64.
     """
-    inputs, missing = [], []
+    inputs, missing, aims = [], [], []
     down = cut.model.layers[layer].mlp.down_proj
     hook = down.register_forward_hook(lambda _, args, out: inputs.append(args[0][0]))
     for ids in texts_in_order(batches):
         aim, found = states_behind(whole, target - 1, ids), states_behind(cut, layer, ids)
         missing.append((aim - found).double().numpy())
+        aims.append(aim.double().numpy())
     hook.remove()
-    return [x.double().numpy() for x in inputs], missing
+    return [x.double().numpy() for x in inputs], missing, aims
+
+
+def no_farther(missing, aims):
+    """What is missing, at first tokens at most FARTHEST times as long as the others' mean aim."""
+    mean = np.mean([np.linalg.norm(row) for aim in aims for row in aim[1:]])
+    shares = [min(1.0, quick_patch.FARTHEST * mean / np.linalg.norm(r[0])) for r in missing]
+    return [np.vstack([s * r[:1], r[1:]]) for s, r in zip(shares, missing, strict=True)]
 
 
 def mean_square(inputs):
@@ -83,11 +91,9 @@ def mean_square(inputs):
 
 
 def ridge_map(inputs, missing, penalty):
-    """(D, F): the map by its definition; first tokens count FIRST_WEIGHT."""
-    weights = np.concatenate([np.r_[FIRST_WEIGHT, np.ones(len(x) - 1)] for x in inputs])
+    """(D, F): the map by its definition."""
     x, r = np.concatenate(inputs), np.concatenate(missing)
-    gram = (weights[:, None] * x).T @ x + penalty * np.eye(x.shape[1])
-    return np.linalg.solve(gram, (weights[:, None] * x).T @ r).T
+    return np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ r).T
 
 
 def slow_twin(model, batches, dropped):
@@ -95,22 +101,23 @@ def slow_twin(model, batches, dropped):
     cut, gone, found, ridges = copy.deepcopy(model), [], {}, []
     for block in blocks_of(dropped):
         place = block.start - 1 - len(gone)  # of the layer in the cut so far
-        x, r = rows_of(model, cut, batches, place, block.stop)
-        held = [index % HELD == 1 for index in range(len(x))]
-        fit_x, fit_r = (
-            [v for v, out in zip(part, held, strict=True) if not out] for part in (x, r)
+        rows = rows_of(model, cut, batches, place, block.stop)
+        (fit_x, *fit_r), (held_x, *held_r) = (
+            [[v for i, v in enumerate(part) if (i % HELD == 1) == held] for part in rows]
+            for held in (False, True)
         )
+        fit_r, held_r = no_farther(*fit_r), no_farther(*held_r)
         errors = {}
         for ridge in RIDGES:
             solved = ridge_map(fit_x, fit_r, ridge * mean_square(fit_x))
             errors[ridge] = sum(
                 np.square(b[1:] - a[1:] @ solved.T).sum()
-                for a, b, out in zip(x, r, held, strict=True)
-                if out
+                for a, b in zip(held_x, held_r, strict=True)
             )
         ridges.append(min(errors, key=errors.get))
         weight = cut.model.layers[place].mlp.down_proj.weight
-        solved = weight.detach().double().numpy() + ridge_map(x, r, ridges[-1] * mean_square(fit_x))
+        change = ridge_map(fit_x + held_x, fit_r + held_r, ridges[-1] * mean_square(fit_x))
+        solved = weight.detach().double().numpy() + change
         with torch.no_grad():
             weight.copy_(torch.from_numpy(solved))
         found[block.start - 1] = solved
@@ -119,9 +126,11 @@ def slow_twin(model, batches, dropped):
     return found, tuple(ridges)
 
 
+@pytest.mark.parametrize("farthest", [quick_patch.FARTHEST, 0.5])
 @pytest.mark.parametrize("dropped", [(3, 4), SCATTERED, (1,)])
-def test_matrices_are_those_of_the_slow_twin(model, words, dropped):
+def test_matrices_are_those_of_the_slow_twin(model, words, dropped, farthest, monkeypatch):
     """Within 1e-3 of matrices of about 1; texts of 3 to 20 words, so that there is padding."""
+    monkeypatch.setattr(quick_patch, "FARTHEST", farthest)
     batches = batches_of(words, TEXTS + sentences(16))
     expected, ridges = slow_twin(model, batches, dropped)
     quick = QuickPatch(Layerwise(model), batches)
@@ -131,6 +140,29 @@ def test_matrices_are_those_of_the_slow_twin(model, words, dropped):
         for layer, matrix in expected.items():
             found = model.model.layers[layer].mlp.down_proj.weight.detach().double().numpy()
             assert np.abs(found - matrix).max() < 1e-3
+
+
+def test_a_first_token_that_is_out_of_reach_costs_the_others_little(words):
+    """The dropped layer makes the first token's massive activation; the others' error is kept."""
+    model = learned_llama(words, num_layers=6, steps=60)
+    massive = torch.zeros(32, model.config.hidden_size)
+    massive[0, 0] = 2000.0
+    model.model.layers[3].mlp.register_forward_hook(
+        lambda _module, _args, out: out + massive[: out.shape[1]]
+    )
+    batches = batches_of(words, sentences(64, seed=5))
+    held_out = sentences(64, seed=6)
+
+    def loss(farthest):
+        with pytest.MonkeyPatch.context() as patching:
+            patching.setattr(quick_patch, "FARTHEST", farthest)
+            with (
+                QuickPatch(Layerwise(model), batches).patched(plan_of((3,), 6)),
+                sh.without_layers(model, [3]),
+            ):
+                return sh.evaluate_loss(model, words, held_out).nats
+
+    assert loss(quick_patch.FARTHEST) < loss(float("inf"))
 
 
 def test_the_ridges_of_the_test_differ(model, words):

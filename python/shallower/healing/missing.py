@@ -1,5 +1,6 @@
 """What a layer misses of the whole model's states, as equations in its writers' inputs."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ def missing_equations(
     writers: Sequence[Writer],
     *,
     states: StateSet,
+    farthest: float = math.inf,
     ran: Callable[[int], None] = lambda _batches: None,
 ) -> NormalEquations:
     """Run a layer, and sum up what is missing behind it to the whole model's states.
@@ -32,6 +34,8 @@ def missing_equations(
         writers: of the layer; their inputs, joined, are those of the equations.
         states: batches, the cut model's states before the layer, and the whole model's states
             that are to be reached behind it.
+        farthest: where more is missing at a first token, in norms of what is to be reached at the
+            others, their mean, it is scaled down to this.
         ran: is told of every batch.
 
     Returns:
@@ -39,14 +43,20 @@ def missing_equations(
         apart, and padding is in neither.
     """
     equations: NormalEquations | None = None
-    for batch, inputs, missing, _ in _rows(model, layer, writers, states):
+    norms = 0.0
+    for batch, inputs, missing, aim in _rows(model, layer, writers, states):
         if equations is None:
             sizes = inputs.shape[-1], missing.shape[-1]
             equations = NormalEquations.empty(*sizes, inputs.device)
         equations.add(other_rows(batch, inputs), other_rows(batch, missing))
         equations.keep(first_rows(batch, inputs), first_rows(batch, missing))
+        if math.isfinite(farthest):
+            norms += float(other_rows(batch, aim).norm(dim=-1).sum())
         ran(1)
     assert equations is not None
+    if math.isfinite(farthest):
+        most = farthest * norms / equations.count
+        equations.kept = [(x, _no_longer_than(most, rows)) for x, rows in equations.kept]
     return equations
 
 
@@ -90,6 +100,10 @@ def _rows(
         inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
         aim = states.whole[index].to(output.device).float()
         yield batch, inputs, aim - output.float(), aim
+
+
+def _no_longer_than(most: float, rows: torch.Tensor) -> torch.Tensor:
+    return rows * (most / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0)
 
 
 def no_writer(layer: int) -> PatchError:

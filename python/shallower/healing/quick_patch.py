@@ -35,8 +35,13 @@ from .patch_states import StateSet, Stored
 RIDGES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
 """Penalties that are tried, as shares of the inputs' mean square, until one is worse."""
 
-FIRST_WEIGHT = 0.01
-"""What the first token of a text counts, which carries massive activations."""
+FARTHEST = 12.0
+"""How far the first token of a text is moved at most, in mean norms of the other tokens' states.
+
+It carries massive activations (Sun et al., 2402.17762), some hundred times as long, that one layer
+makes. Where that layer is dropped, all of them are out of reach of one matrix, and what comes near
+costs the other tokens; norms stand before all that reads the stream, so that a part does as well.
+"""
 
 HELD = 4
 """Every so many texts one is held out while the ridge is chosen; then all are fitted."""
@@ -144,7 +149,7 @@ class QuickPatch:
     def settings(self) -> dict[str, Any]:
         """All that a patch depends on beside the model and the texts, as plain JSON values."""
         return {
-            "patch": "quick", "ridges": list(RIDGES), "first_weight": FIRST_WEIGHT, "held": HELD,
+            "patch": "quick", "ridges": list(RIDGES), "farthest": FARTHEST, "held": HELD,
         }  # fmt: skip
 
     @contextmanager
@@ -222,7 +227,8 @@ class QuickPatch:
         with resident(self._model.modules[layer]):
             writer = self._writer(layer)
             fitted, held = (
-                missing_equations(self._model, layer, (writer,), states=part) for part in states
+                missing_equations(self._model, layer, (writer,), states=part, farthest=FARTHEST)
+                for part in states
             )
             self._ran(1, sum(part.num_texts for part in self._parts))
             ridge, scale = _best_ridge(fitted, held), fitted.scale
@@ -264,7 +270,7 @@ def _divide(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _solution(equations: NormalEquations, penalty: torch.Tensor) -> torch.Tensor:
-    return equations.solve(1.0, penalty.expand(len(equations.gram)), FIRST_WEIGHT)
+    return equations.solve(1.0, penalty.expand(len(equations.gram)), kept_weight=1.0)
 
 
 def _best_ridge(fitted: NormalEquations, held: NormalEquations) -> float:
