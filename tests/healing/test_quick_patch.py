@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.healing import quick_patch
+from shallower.healing import missing, quick_patch
 from shallower.healing.quick_patch import HELD, RIDGES, QuickPatch
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import Writers
@@ -67,22 +67,24 @@ def rows_of(whole, cut, batches, layer, target):
 
     By text: three lists of (T, F), (T, D) and (T, D), float64.
     """
-    inputs, missing, aims = [], [], []
+    inputs, left, aims = [], [], []
     down = cut.model.layers[layer].mlp.down_proj
     hook = down.register_forward_hook(lambda _, args, out: inputs.append(args[0][0]))
     for ids in texts_in_order(batches):
         aim, found = states_behind(whole, target - 1, ids), states_behind(cut, layer, ids)
-        missing.append((aim - found).double().numpy())
+        left.append((aim - found).double().numpy())
         aims.append(aim.double().numpy())
     hook.remove()
-    return [x.double().numpy() for x in inputs], missing, aims
+    return [x.double().numpy() for x in inputs], left, aims
 
 
-def no_farther(missing, aims):
+def no_farther(rows, aims):
     """What is missing, at first tokens at most FARTHEST times as long as the others' mean aim."""
-    mean = np.mean([np.linalg.norm(row) for aim in aims for row in aim[1:]])
-    shares = [min(1.0, quick_patch.FARTHEST * mean / np.linalg.norm(r[0])) for r in missing]
-    return [np.vstack([s * r[:1], r[1:]]) for s, r in zip(shares, missing, strict=True)]
+    shares = [
+        min(1.0, missing.FARTHEST * norms[1:].mean() / np.linalg.norm(r[0]))
+        for r, norms in zip(rows, (np.linalg.norm(a, axis=1) for a in aims), strict=True)
+    ]
+    return [np.vstack([s * r[:1], r[1:]]) for s, r in zip(shares, rows, strict=True)]
 
 
 def mean_square(inputs):
@@ -90,9 +92,9 @@ def mean_square(inputs):
     return np.square(np.concatenate([x[1:] for x in inputs])).sum(axis=0).mean()
 
 
-def ridge_map(inputs, missing, penalty):
+def ridge_map(inputs, targets, penalty):
     """(D, F): the map by its definition."""
-    x, r = np.concatenate(inputs), np.concatenate(missing)
+    x, r = np.concatenate(inputs), np.concatenate(targets)
     return np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ r).T
 
 
@@ -102,11 +104,11 @@ def slow_twin(model, batches, dropped):
     for block in blocks_of(dropped):
         place = block.start - 1 - len(gone)  # of the layer in the cut so far
         rows = rows_of(model, cut, batches, place, block.stop)
-        (fit_x, *fit_r), (held_x, *held_r) = (
+        (fit_x, fit_r, fit_aims), (held_x, held_r, held_aims) = (
             [[v for i, v in enumerate(part) if (i % HELD == 1) == held] for part in rows]
             for held in (False, True)
         )
-        fit_r, held_r = no_farther(*fit_r), no_farther(*held_r)
+        fit_r, held_r = no_farther(fit_r, fit_aims), no_farther(held_r, held_aims)
         errors = {}
         for ridge in RIDGES:
             solved = ridge_map(fit_x, fit_r, ridge * mean_square(fit_x))
@@ -126,11 +128,11 @@ def slow_twin(model, batches, dropped):
     return found, tuple(ridges)
 
 
-@pytest.mark.parametrize("farthest", [quick_patch.FARTHEST, 0.5])
+@pytest.mark.parametrize("farthest", [missing.FARTHEST, 0.5])
 @pytest.mark.parametrize("dropped", [(3, 4), SCATTERED, (1,)])
 def test_matrices_are_those_of_the_slow_twin(model, words, dropped, farthest, monkeypatch):
     """Within 1e-3 of matrices of about 1; texts of 3 to 20 words, so that there is padding."""
-    monkeypatch.setattr(quick_patch, "FARTHEST", farthest)
+    monkeypatch.setattr(missing, "FARTHEST", farthest)
     batches = batches_of(words, TEXTS + sentences(16))
     expected, ridges = slow_twin(model, batches, dropped)
     quick = QuickPatch(Layerwise(model), batches)
@@ -155,14 +157,14 @@ def test_a_first_token_that_is_out_of_reach_costs_the_others_little(words):
 
     def loss(farthest):
         with pytest.MonkeyPatch.context() as patching:
-            patching.setattr(quick_patch, "FARTHEST", farthest)
+            patching.setattr(missing, "FARTHEST", farthest)
             with (
                 QuickPatch(Layerwise(model), batches).patched(plan_of((3,), 6)),
                 sh.without_layers(model, [3]),
             ):
                 return sh.evaluate_loss(model, words, held_out).nats
 
-    assert loss(quick_patch.FARTHEST) < loss(float("inf"))
+    assert loss(missing.FARTHEST) < loss(float("inf"))
 
 
 def test_the_ridges_of_the_test_differ(model, words):

@@ -1,6 +1,5 @@
 """What a layer misses of the whole model's states, as equations in its writers' inputs."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,16 @@ from .held_out import HeldOut
 from .least_squares import NormalEquations
 from .patch_states import StateSet, first_rows, other_rows
 
+FARTHEST = 12.0
+"""How far a text's first token is moved at most, in mean norms of the other tokens' states.
+
+It carries massive activations (Sun et al., 2402.17762), some hundred times as long, that one layer
+makes. Where that layer is dropped, all of them are out of reach of one matrix, and what comes near
+costs the other tokens; norms stand before all that reads the stream, so that a part does as well.
+"""
+
+TINY = torch.finfo(torch.float32).tiny
+
 
 def missing_equations(
     model: Layerwise,
@@ -23,7 +32,6 @@ def missing_equations(
     writers: Sequence[Writer],
     *,
     states: StateSet,
-    farthest: float = math.inf,
     ran: Callable[[int], None] = lambda _batches: None,
 ) -> NormalEquations:
     """Run a layer, and sum up what is missing behind it to the whole model's states.
@@ -33,9 +41,8 @@ def missing_equations(
         layer: its index.
         writers: of the layer; their inputs, joined, are those of the equations.
         states: batches, the cut model's states before the layer, and the whole model's states
-            that are to be reached behind it.
-        farthest: where more is missing at a first token, in norms of what is to be reached at the
-            others, their mean, it is scaled down to this.
+            that are to be reached behind it; first tokens come as near as :data:`FARTHEST` lets
+            them.
         ran: is told of every batch.
 
     Returns:
@@ -43,20 +50,14 @@ def missing_equations(
         apart, and padding is in neither.
     """
     equations: NormalEquations | None = None
-    norms = 0.0
-    for batch, inputs, missing, aim in _rows(model, layer, writers, states):
+    for batch, inputs, missing, _ in _rows(model, layer, writers, states):
         if equations is None:
             sizes = inputs.shape[-1], missing.shape[-1]
             equations = NormalEquations.empty(*sizes, inputs.device)
         equations.add(other_rows(batch, inputs), other_rows(batch, missing))
         equations.keep(first_rows(batch, inputs), first_rows(batch, missing))
-        if math.isfinite(farthest):
-            norms += float(other_rows(batch, aim).norm(dim=-1).sum())
         ran(1)
     assert equations is not None
-    if math.isfinite(farthest):
-        most = farthest * norms / equations.count
-        equations.kept = [(x, _no_longer_than(most, rows)) for x, rows in equations.kept]
     return equations
 
 
@@ -93,17 +94,26 @@ def missing_rows(
 def _rows(
     model: Layerwise, layer: int, writers: Sequence[Writer], states: StateSet
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Run a layer batch by batch: (B, T, F) inputs, and what is missing to (B, T, D) states."""
+    """Run a layer batch by batch: (B, T, F) inputs, and what is missing to (B, T, D) states.
+
+    Then the (B, T, D) states that are aimed at: with first tokens no farther than ``FARTHEST``.
+    """
     for index, batch in enumerate(states.batches):
         with _inputs([writer.module for writer in writers]) as taken:
             output = model.run(batch, states.cut[index], (layer,))
         inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
-        aim = states.whole[index].to(output.device).float()
-        yield batch, inputs, aim - output.float(), aim
+        aim = states.whole[index].to(output.device, torch.float32, copy=True)
+        missing = aim - output.float()
+        missing[:, 0] *= _share_within_reach(batch, aim, missing[:, 0])
+        aim[:, 0] = output[:, 0].float() + missing[:, 0]
+        yield batch, inputs, missing, aim
 
 
-def _no_longer_than(most: float, rows: torch.Tensor) -> torch.Tensor:
-    return rows * (most / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+def _share_within_reach(batch: Batch, aim: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """(B, 1): how much of what is missing at the first tokens, (B, D), is aimed at."""
+    others = torch.from_numpy(batch.attention_mask[:, 1:]).to(aim)
+    mean = (aim[:, 1:].norm(dim=-1) * others).sum(-1) / others.sum(-1).clamp(min=1.0)
+    return (FARTHEST * mean / first.norm(dim=-1).clamp(min=TINY)).clamp(max=1.0)[:, None]
 
 
 def no_writer(layer: int) -> PatchError:

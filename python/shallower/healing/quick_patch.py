@@ -29,19 +29,11 @@ from ..values.layers import blocks_of
 from ..values.plan import Plan
 from .changes import Changes
 from .least_squares import NormalEquations
-from .missing import missing_equations, no_writer, not_finite
+from .missing import FARTHEST, missing_equations, no_writer, not_finite
 from .patch_states import StateSet, Stored
 
 RIDGES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
 """Penalties that are tried, as shares of the inputs' mean square, until one is worse."""
-
-FARTHEST = 12.0
-"""How far the first token of a text is moved at most, in mean norms of the other tokens' states.
-
-It carries massive activations (Sun et al., 2402.17762), some hundred times as long, that one layer
-makes. Where that layer is dropped, all of them are out of reach of one matrix, and what comes near
-costs the other tokens; norms stand before all that reads the stream, so that a part does as well.
-"""
 
 HELD = 4
 """Every so many texts one is held out while the ridge is chosen; then all are fitted."""
@@ -227,8 +219,7 @@ class QuickPatch:
         with resident(self._model.modules[layer]):
             writer = self._writer(layer)
             fitted, held = (
-                missing_equations(self._model, layer, (writer,), states=part, farthest=FARTHEST)
-                for part in states
+                missing_equations(self._model, layer, (writer,), states=part) for part in states
             )
             self._ran(1, sum(part.num_texts for part in self._parts))
             ridge, scale = _best_ridge(fitted, held), fitted.scale
