@@ -39,8 +39,7 @@ RECIPES = {
     "lm rate 2e-3": {"learning_rate": 2e-3},
     "lm rate 4e-3": {"learning_rate": 4e-3},
     "lm+kd rate 4e-3": {"objective": "lm+kd", "learning_rate": 4e-3},
-    "lm attention": {"attention": True},
-    "lm attention rate 2e-3": {"attention": True, "learning_rate": 2e-3},
+    "lm no attention": {"attention": False},
     "lm rank 128": {"rank": 128},
     "lm no dropout": {"dropout": 0.0},
 }
