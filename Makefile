@@ -54,7 +54,7 @@ test-rust:  ## The core's tests
 	cargo test --locked --quiet
 
 test-python: install browser  ## The package's tests, against the installed wheel
-	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: install browser  ## The minutes-long tests too, with more examples
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
