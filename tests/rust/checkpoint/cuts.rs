@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use shallower_core::checkpoint::{Cut, Error, INDEX_FILE, Job, SINGLE_FILE};
 use tempfile::{TempDir, tempdir};
 
-use crate::files::{
+use super::files::{
     expected, job, open, read_checkpoint, survivors, tensors, write, write_checkpoint,
 };
 

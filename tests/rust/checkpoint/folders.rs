@@ -9,7 +9,7 @@ use serde_json::json;
 use shallower_core::checkpoint::{Checkpoint, Error, INDEX_FILE, Index, SINGLE_FILE};
 use tempfile::{TempDir, tempdir};
 
-use crate::files::{file_bytes, open};
+use super::files::{file_bytes, open};
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use shallower_core::checkpoint::{Header, MAX_HEADER_BYTES};
 
-use crate::files::{DTYPES, file_bytes, framed, parse, tensors};
+use super::files::{DTYPES, file_bytes, framed, parse, tensors};
 
 /// JSON near to a header, with everything that could be wrong about it.
 fn header_like() -> impl Strategy<Value = String> {

@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use shallower_core::gguf::{Gguf, GgufError};
 
-use crate::model::{Model, V, becomes, bools, cut, edits, read, refused, u32s};
+use super::model::{Model, V, becomes, bools, cut, edits, read, refused, u32s};
 
 #[test]
 fn a_cut_is_the_model_built_anew() {

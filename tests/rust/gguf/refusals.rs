@@ -2,7 +2,7 @@
 
 use shallower_core::gguf::GgufError;
 
-use crate::model::{Model, T, V, cut, hostile, read, text, u32s};
+use super::model::{Model, T, V, cut, hostile, read, text, u32s};
 
 #[test]
 fn files_that_are_no_whole_model_are_refused() {

@@ -5,7 +5,7 @@ use std::io::Cursor;
 use proptest::prelude::*;
 use shallower_core::gguf::Gguf;
 
-use crate::model::{Model, V, cut, hostile, read, u32s};
+use super::model::{Model, V, cut, hostile, read, u32s};
 
 fn models() -> impl Strategy<Value = Model> {
     let sizes = (1_u64..40, 1_u64..4, any::<u8>());

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use shallower_core::{Metric, Order, Tier};
 
-use crate::twin::{accumulate, accumulate_on, equals_the_slow_twin, residual_stream};
+use super::twin::{accumulate, accumulate_on, equals_the_slow_twin, residual_stream};
 
 /// Two rows at an angular distance, of norms 1 and 3, and massive in two channels or not.
 fn rows_at(distance: f64, width: usize, massive: bool) -> Vec<f64> {

@@ -2,7 +2,7 @@
 
 use shallower_core::{Accumulator, Error, Gram, Metric, Order, Reason, States, Sums, Tier};
 
-use crate::twin::{METRICS, accumulate};
+use super::twin::{METRICS, accumulate};
 
 #[test]
 fn tiers_that_this_machine_lacks_are_refused() {

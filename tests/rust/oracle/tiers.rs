@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use shallower_core::{Metric, Order, Sums, Tier};
 
-use crate::twin::{
+use super::twin::{
     METRICS, TOLERANCE, accumulate, accumulate_on, batches, close, deep_batches,
     equals_the_slow_twin, no_zero_row,
 };

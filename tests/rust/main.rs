@@ -1,0 +1,11 @@
+//! The core against slow twins and reference implementations, and against itself in other orders.
+//!
+//! One program, so that what is generic is built once.
+
+mod checkpoint;
+mod cka;
+mod gguf;
+mod oracle;
+mod search;
+mod sequences;
+mod stored;
