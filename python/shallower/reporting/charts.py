@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .drawing import COLOURS, SERIES, SETTINGS, Drawing, marks_at, new_figure
+from .drawing import COLOURS, SERIES, SETTINGS, Drawing, lay_out, marks_at, new_figure
 from .figures import require_matplotlib
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def line_chart(
                most)  # fmt: skip
         if len(lines) > 1:
             figure.legend(loc="outside lower center", ncols=2, handlelength=2.6, columnspacing=1.4)
-        figure.draw_without_rendering()
+        lay_out(figure)
         marks = marks_at(
             axes, [(p.x, p.y, _said(line, p, y)) for line in lines for p in line.points]
         )
@@ -194,7 +194,7 @@ def dot_chart(
                        for p in line.points]  # fmt: skip
         if len(series) > 1:
             figure.legend(loc="outside lower center", ncols=min(4, len(series)), handlelength=1)
-        figure.draw_without_rendering()
+        lay_out(figure)
         marks = marks_at(axes, placed)
     numbers = tuple(
         (labels[int(p.x)], line.name, x.show_with_error(p.y, p.stderr))

@@ -188,6 +188,18 @@ def new_figure(height: float) -> tuple["Figure", "Axes"]:
     return figure, figure.subplots()
 
 
+def lay_out(figure: "Figure") -> None:
+    """Lay out a figure that holds all that it will; no later drawing lays it out again.
+
+    Args:
+        figure: of constrained layout.
+    """
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
 def marks_at(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> tuple[Mark, ...]:
     """Find where points lie in a figure once it is laid out.
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..scanning.scan import Scan
-from .drawing import SETTINGS, WIDTH, Cells, Drawing, marks_at, new_figure
+from .drawing import SETTINGS, WIDTH, Cells, Drawing, lay_out, marks_at, new_figure
 from .figures import block_distances, require_matplotlib, rescale_rows
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _heat_map(
         bar = figure.colorbar(image, ax=axes, location="top", aspect=34, pad=0.02)
         bar.set_label(label)
         bar.outline.set_visible(False)
-        figure.draw_without_rendering()
+        lay_out(figure)
         cells = _cells(axes, rows)
     head = ("n", "l*", "angular distance", *(() if shares is None else ("share of resamples",)))
     numbers = tuple(
