@@ -91,7 +91,7 @@ bench: install  ## Measure; asserts the answers first
 	$(INSTALLED)/python -m pytest benches --benchmark-only
 
 bench-check: install  ## The benchmarks' assertions alone
-	cargo bench --locked -- --test
+	cargo bench --locked --profile dev-release -- --test
 	$(INSTALLED)/python -m pytest benches --benchmark-disable
 
 gpu-check: install  ## Measure this machine's GPU in 25 minutes, into benches/record/; GPU_CHECK="--only a,c" picks steps
