@@ -23,6 +23,8 @@ ARM := aarch64-unknown-linux-gnu
 export VIRTUAL_ENV := $(abspath $(VENV))
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
+# Most modules of the packages are never imported; the others are compiled when they are.
+export PIP_COMPILE ?= 0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
