@@ -59,6 +59,11 @@ def tiny_llama(num_layers=6, seed=0, **options):
     return LlamaForCausalLM(config).eval()
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first: no process waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_examples.py")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def what_is_there_to_stay():
     """Packages that are imported are not gone through again whenever garbage is collected."""
