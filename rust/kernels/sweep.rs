@@ -6,7 +6,8 @@ use super::prefetch::Prefetch;
 use crate::states::Element;
 
 /// Something to do with a tier's instructions. `run` must be `#[inline(always)]`, and so
-/// must what it calls in its loops, to be compiled for the tier.
+/// must what it calls in its loops, to be compiled for the tier. A closure cannot be so: none may
+/// do what takes time.
 pub(crate) trait Work {
     type Output;
 
@@ -82,11 +83,13 @@ pub(crate) trait Sweep {
         state: usize,
         row: &[T],
     ) -> (f32, f64) {
-        let packed = T::bf16_bits(row).and_then(|row| Self::pack_bf16(row, chunk.row_mut(state)));
-        packed.unwrap_or_else(|| {
-            let magnitude = chunk.pack(state, row);
-            (magnitude, Self::square(chunk.row(state)))
-        })
+        if let Some(bits) = T::bf16_bits(row)
+            && let Some(packed) = Self::pack_bf16(bits, chunk.row_mut(state))
+        {
+            return packed;
+        }
+        let magnitude = chunk.pack(state, row);
+        (magnitude, Self::square(chunk.row(state)))
     }
 
     /// `|x + f·y|²` of rows of bfloat16, every element rounded once; `None` if there is no way

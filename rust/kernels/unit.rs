@@ -60,8 +60,12 @@ pub(crate) trait Unit: Sized {
     /// The same of eight times `LANES` numbers, to the bit.
     #[inline(always)]
     unsafe fn total_eight(from: *const f64) -> [f64; 8] {
-        // SAFETY: the caller's.
-        std::array::from_fn(|i| unsafe { Self::total(from.add(i * Self::LANES)) })
+        let mut totals = [0.0; 8];
+        for (i, total) in totals.iter_mut().enumerate() {
+            // SAFETY: the caller's.
+            *total = unsafe { Self::total(from.add(i * Self::LANES)) };
+        }
+        totals
     }
 
     /// Copies a row of bfloat16, padded with zeros to a multiple of 32; its greatest magnitude
