@@ -27,8 +27,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export PIP_COMPILE ?= 0
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
-.PHONY: help dev check install browser ci test test-rust test-python test-slow lint lint-rust lint-python format demo families \
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python format demo families \
 	bench bench-check gpu-check fuzz sanitize wheel clean
 
 help:  ## This list
@@ -47,13 +46,19 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
 		|| echo "no chromium: the tests of the page in a browser are skipped, and fail where CI=true"
 
-ci: test lint bench-check wheel  ## All that must pass before anything lands
+# What builds and lints has one thread most of its time: two at once. Tests have both cores.
+ci:  ## All that must pass before anything lands
+	$(MAKE) --jobs 2 --output-sync=target build-rust-tests install lint dist/.audited
+	$(MAKE) test bench-check wheel
 	@echo "tests, lint, benchmarks' assertions and wheel have passed"
 
 test: test-rust test-python  ## All tests but the slow ones, Python's against the installed wheel
 
 test-rust:  ## The core's tests
 	cargo test --locked --quiet
+
+build-rust-tests:
+	cargo test --locked --quiet --no-run
 
 test-python: install browser  ## The package's tests, against the installed wheel
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
@@ -88,13 +93,13 @@ demo: install  ## Scan, cut and measure a real model; results in shallower-demo/
 families: $(CORE)  ## Write docs/families.md anew
 	$(BIN)/python tests/families.py
 
-bench: install  ## Measure; asserts the answers first
+bench: wheel  ## Measure the wheel that is given away; asserts the answers first
 	cargo bench --locked
-	$(INSTALLED)/python -m pytest benches --benchmark-only
+	$(BARE)/bin/python -m pytest benches --benchmark-only
 
 bench-check: install  ## The benchmarks' assertions alone
 	cargo bench --locked --profile dev-release -- --test
-	$(INSTALLED)/python -m pytest benches --benchmark-disable
+	OMP_NUM_THREADS=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile benches --benchmark-disable
 
 gpu-check: install  ## Measure this machine's GPU in 25 minutes, into benches/record/; GPU_CHECK="--only a,c" picks steps
 	$(INSTALLED)/python benches/gpu_check.py $(GPU_CHECK)
@@ -114,7 +119,7 @@ wheel: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested w
 	$(ALONE) -m pip install --quiet --only-binary :all: --force-reinstall --no-deps dist/*.whl
 	$(ALONE) -m pip install --quiet --only-binary :all: --group test dist/*.whl
 	$(ALONE) tests/wheel.py alone
-	$(ALONE) -m pytest -m "not slow" $(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py
+	$(ALONE) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py
 
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist
@@ -139,11 +144,12 @@ $(CORE): $(RUST) $(VENV)/.dev
 	$(BIN)/maturin develop --quiet --profile dev-release --skip-install
 	touch $@
 
-# pip builds the wheel of this folder.
-$(WHEEL)/.installed: $(SOURCES) $(VENV)/.dev
+# The core is the one that .venv has; `make wheel` tests the one that is given away.
+$(WHEEL)/.installed: $(SOURCES) $(CORE)
 	$(BIN)/python -m venv --without-pip --clear $(WHEEL)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(WHEEL)/lib/python3*/site-packages)/lent.pth"
-	$(INSTALLED)/python -m pip install --quiet --force-reinstall --no-deps .
+	$(BIN)/maturin build --quiet --profile dev-release --out $(WHEEL)/built
+	$(INSTALLED)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/built/*.whl
 	touch $@
 
 $(TOOLS)/.installed: pyproject.toml
