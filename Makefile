@@ -25,6 +25,8 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 # Most modules of the packages are never imported; the others are compiled when they are.
 export PIP_COMPILE ?= 0
+# Cargo would look for the jobs of a make that is not told to lend them.
+unexport MAKEFLAGS
 
 .DEFAULT_GOAL := help
 .PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python format demo families \
@@ -48,8 +50,8 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 
 # What builds and lints has one thread most of its time: two at once. Tests have both cores.
 ci:  ## All that must pass before anything lands
-	$(MAKE) --jobs 2 --output-sync=target build-rust-tests install lint dist/.audited
-	$(MAKE) test bench-check wheel
+	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install lint dist/.audited
+	$(MAKE) $(MAKEOVERRIDES) test bench-check wheel
 	@echo "tests, lint, benchmarks' assertions and wheel have passed"
 
 test: test-rust test-python  ## All tests but the slow ones, Python's against the installed wheel

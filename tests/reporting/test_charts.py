@@ -52,6 +52,13 @@ def test_values_above_the_axis_stand_at_its_edge(tmp_path):
     assert "900.0 ± 2.0 %" in drawing.marks[1].text
 
 
+def test_levels_are_named_where_fewer_points_are():
+    levels = ((0.4, "whole model"), (0.25, "chance"))
+    drawing = line_chart("levels", [line([0.4, 0.3, 0.24])], **WORDS, references=levels)
+    sides = {text.get_text(): text.get_ha() for text in drawing.figure.axes[0].texts}
+    assert sides == {"whole model": "right", "chance": "left"}
+
+
 def test_rows_of_points_are_where_their_marks_are(tmp_path):
     points = tuple(Point(i, 0.1 * i, math.nan, f"row {i}") for i in range(3))
     drawing = dot_chart(

@@ -122,7 +122,7 @@ def line_chart(
         _set_axes(axes, x, y)
         for place, line in enumerate(lines):
             _draw_line(axes, line, line.marker or _MARKERS[place % len(_MARKERS)], most)
-        _draw_references(axes, references, min(p.y for line in lines for p in line.points))
+        _draw_references(axes, references, [p for line in lines for p in line.points])
         _limit(axes, [*(p.y for line in lines for p in line.points), *(v for v, _ in references)],
                most)  # fmt: skip
         if len(lines) > 1:
@@ -238,14 +238,23 @@ def _draw_line(axes: "Axes", line: Line, marker: str, most: float) -> None:
     axes.plot(x[above], np.full(int(above.sum()), most), "^", color=colour, fillstyle="none")
 
 
-def _draw_references(axes: "Axes", references: Sequence[Reference], least: float) -> None:
-    """Level lines, named above them, or below where nothing else is there."""
+def _draw_references(
+    axes: "Axes", references: Sequence[Reference], points: Sequence[Point]
+) -> None:
+    """Level lines, named at the end that is farther from all points, above them, or below where
+    nothing else is there.
+    """
+    first, last = min(p.x for p in points), max(p.x for p in points)
     for value, name in references:
-        below = value <= least
+        below = value <= min(p.y for p in points)
+        of_first, of_last = (
+            min(abs(p.y - value) for p in points if p.x == end) for end in (first, last)
+        )
+        place, align = (0.005, "left") if of_first > of_last else (0.995, "right")
         axes.axhline(value, color=COLOURS["muted"], linestyle=":", linewidth=1.2, zorder=1)
         axes.annotate(
-            name, (0.995, value), xycoords=("axes fraction", "data"),
-            xytext=(0, -3 if below else 2), textcoords="offset points", ha="right",
+            name, (place, value), xycoords=("axes fraction", "data"),
+            xytext=(0, -3 if below else 2), textcoords="offset points", ha=align,
             va="top" if below else "bottom", fontsize=8.5,
             color=COLOURS["muted"],
         )  # fmt: skip
