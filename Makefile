@@ -30,7 +30,7 @@ unexport MAKEFLAGS
 
 .DEFAULT_GOAL := help
 .PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python format demo families \
-	bench bench-check gpu-check fuzz sanitize wheel clean
+	bench build-benches bench-check gpu-check fuzz sanitize wheel clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,7 +50,7 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 
 # What builds and lints has one thread most of its time: two at once. Tests have both cores.
 ci:  ## All that must pass before anything lands
-	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install lint dist/.audited
+	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install lint dist/.audited build-benches
 	$(MAKE) $(MAKEOVERRIDES) test bench-check wheel
 	@echo "tests, lint, benchmarks' assertions and wheel have passed"
 
@@ -98,6 +98,9 @@ families: $(CORE)  ## Write docs/families.md anew
 bench: wheel  ## Measure the wheel that is given away; asserts the answers first
 	cargo bench --locked
 	$(BARE)/bin/python -m pytest benches --benchmark-only
+
+build-benches:
+	cargo bench --locked --quiet --profile dev-release --no-run
 
 bench-check: install  ## The benchmarks' assertions alone
 	cargo bench --locked --profile dev-release -- --test
