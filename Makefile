@@ -33,7 +33,7 @@ unexport MAKEFLAGS
 	bench build-benches bench-check gpu-check fuzz sanitize wheel clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 dev: $(CORE)  ## An environment in .venv: a changed line of Python counts at once
 	@echo "ready: 'make check T=tests/scanning/test_scan.py' builds what changed in the core and runs these tests"
@@ -59,7 +59,7 @@ test: test-rust test-python  ## All tests but the slow ones, Python's against th
 test-rust:  ## The core's tests
 	cargo test --locked --quiet
 
-build-rust-tests:
+build-rust-tests:  ## The core's tests, built alone
 	cargo test --locked --quiet --no-run
 
 test-python: install browser  ## The package's tests, against the installed wheel
@@ -99,7 +99,7 @@ bench: wheel  ## Measure the wheel that is given away; asserts the answers first
 	cargo bench --locked
 	$(BARE)/bin/python -m pytest benches --benchmark-only
 
-build-benches:
+build-benches:  ## The core's benchmarks, built alone
 	cargo bench --locked --quiet --profile dev-release --no-run
 
 bench-check: install  ## The benchmarks' assertions alone

@@ -138,8 +138,8 @@ import signal, subprocess, sys
 worker = subprocess.Popen(
     [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
 )
-print(worker.pid, flush=True)
 signal.signal(signal.SIGTERM, lambda *_: (worker.kill(), worker.wait(), sys.exit(1)))
+print(worker.pid, flush=True)
 signal.pause()
 """
 

@@ -30,8 +30,9 @@ def test_make_alone_prints_the_targets():
 
 def test_ci_calls_make():
     assert called((ROOT / ".ci" / "run").read_text()) == ["ci"]
-    needed = re.search(r"^ci: (.*?) *##", MAKEFILE, re.MULTILINE)[1]
-    assert needed.split() == ["test", "lint", "bench-check", "wheel"]
+    recipe = re.search(r"^ci:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+    made = " ".join(re.findall(r"^\t\$\(MAKE\) (.*)", recipe, re.MULTILINE))
+    assert {"test", "lint", "bench-check", "wheel"} <= set(made.split())
 
 
 def test_pre_commit_calls_make():
