@@ -1,5 +1,5 @@
-"""Stored states at the border, bfloat16, one thread: each tier of the core against torch and
-numkong, answers asserted first.
+"""Stored states at the border, one thread: each tier of the core against torch and numkong,
+answers asserted first. States are bfloat16, and once float32.
 
 numkong computes the Gram matrices alone. torch depends on its batch: the best is taken.
 """
@@ -15,6 +15,7 @@ import shallower as sh
 from shallower import _core, _reference
 
 SHAPES = {"31x576": (512, 31, 576), "33x4096": (48, 33, 4096), "81x8192": (8, 81, 8192)}
+FLOAT32 = "31x576 float32"
 
 
 def torch_obvious(states):
@@ -26,7 +27,7 @@ def torch_obvious(states):
 
 def torch_tuned(states):
     """The same with nothing allocated twice."""
-    units = states.float()
+    units = states.to(torch.float32, copy=True)
     units /= torch.linalg.vector_norm(units, dim=-1, keepdim=True)
     return torch.bmm(units, units.transpose(1, 2)).clamp_(-1, 1).arccos_().div_(torch.pi)
 
@@ -63,20 +64,22 @@ def numkong_gram(states):
     return [numkong.dots_symmetric(sample, dtype="bfloat16") for sample in states]
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=[*SHAPES, FLOAT32])
 def states(request):
-    """Residual streams: a shared direction, growing steps, two massive channels; bfloat16."""
+    """Residual streams: a shared direction, growing steps, two massive channels."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    samples, num_states, width = SHAPES[request.param]
+    shape, _, dtype = request.param.partition(" ")
+    samples, num_states, width = SHAPES[shape]
     steps = torch.randn(samples, num_states, width, generator=generator)
     states = steps.cumsum(dim=1) + 3 * torch.randn(samples, 1, width, generator=generator)
     states[..., :2] *= 300
-    return states.to(torch.bfloat16)
+    return states if dtype else states.to(torch.bfloat16)
 
 
 def group_of(states):
-    return f"{states.shape[1]}x{states.shape[2]} bfloat16, {len(states)} samples, one thread"
+    dtype = str(states.dtype).removeprefix("torch.")
+    return f"{states.shape[1]}x{states.shape[2]} {dtype}, {len(states)} samples, one thread"
 
 
 def reference(states):
@@ -106,6 +109,7 @@ def test_torch(benchmark, states, engine):
     benchmark(mean_angles, engine, states, size)
 
 
+@pytest.mark.parametrize("states", SHAPES, indirect=True)
 def test_numkong(benchmark, states):
     samples = list(states.view(torch.uint16).numpy())
     gram = np.triu(np.asarray(numkong_gram(samples[:1])[0]))
