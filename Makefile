@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM ?= true
 # Most modules of the packages are never imported; the others are compiled when they are.
 export PIP_COMPILE ?= 0
 # Cargo would look for the jobs of a make that is not told to lend them.
-unexport MAKEFLAGS
+unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
 .PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python format demo families \
