@@ -245,8 +245,9 @@ def _draw_references(
     nothing else is there.
     """
     first, last = min(p.x for p in points), max(p.x for p in points)
+    least = min(p.y for p in points)
     for value, name in references:
-        below = value <= min(p.y for p in points)
+        below = value <= least
         of_first, of_last = (
             min(abs(p.y - value) for p in points if p.x == end) for end in (first, last)
         )
