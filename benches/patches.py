@@ -29,14 +29,14 @@ import torch
 import shallower as sh
 from peer_checks import check
 from peer_operators import collect
-from shallower.healing.changes import Changes
-from shallower.healing.patch_states import divide
-from shallower.healing.quick_patch import QuickPatch
 from shallower.judgement.judges.judge import judged_batches, looks
 from shallower.judgement.judges.loss import LossJudge
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
+from shallower.patching.changes import Changes
+from shallower.patching.patch_states import divide
+from shallower.patching.quick_patch import QuickPatch
 from shallower.runs import demo
 from shallower.texts.batches import Batch
 from shallower.values.scores import Scores

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import shallower as sh
-from shallower.healing.quick_patch import QuickPatch
 from shallower.models.layerwise import Layerwise
+from shallower.patching.quick_patch import QuickPatch
 from shallower.runs import demo
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import ranges

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import shallower as sh
 from shallower.evaluation.loss import fitting_tokens
-from shallower.healing.quick_patch import QuickPatch
 from shallower.judgement.judges.judge import judged_batches
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.patched_trials import PatchedTrials
@@ -28,6 +27,7 @@ from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
+from shallower.patching.quick_patch import QuickPatch
 from shallower.runs import demo
 from shallower.runs.comparison_job import MAX_TEXTS as COMPARED
 from shallower.runs.verify import MAX_TEXTS as VERIFIED

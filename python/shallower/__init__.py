@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .cutting.gguf import count_gguf_layers as count_gguf_layers
     from .cutting.gguf import plan_gguf as plan_gguf
     from .cutting.gguf import prune_gguf as prune_gguf
-    from .cutting.memory import drop_layers as drop_layers
-    from .cutting.memory import without_layers as without_layers
+    from .cutting.in_model import drop_layers as drop_layers
+    from .cutting.in_model import without_layers as without_layers
     from .cutting.prune import plan_prune as plan_prune
     from .cutting.prune import prune as prune
     from .cutting.saving import save_model as save_model
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
     from .evaluation.tasks import evaluate_tasks as evaluate_tasks
     from .healing.heal import heal as heal
-    from .healing.patch import patch as patch
     from .healing.saving import merge as merge
     from .healing.saving import save_patched as save_patched
     from .judgement.compare import compare_cuts as compare_cuts
     from .judgement.criterion import Criterion as Criterion
     from .models.loading import load_model as load_model
     from .models.source import ModelSource as ModelSource
+    from .patching.patch import patch as patch
     from .reporting.figures import save_heat_map as save_heat_map
     from .runs.compare import compare as compare
     from .runs.curve import curve as curve
@@ -140,7 +140,7 @@ _HOMES = {
     "criteria": "judgement.criteria",
     "curve": "runs.curve",
     "deepest_block": "values.layers",
-    "drop_layers": "cutting.memory",
+    "drop_layers": "cutting.in_model",
     "evaluate_loss": "evaluation.loss",
     "evaluate_perplexity": "evaluation.perplexity",
     "evaluate_tasks": "evaluation.tasks",
@@ -149,7 +149,7 @@ _HOMES = {
     "load_model": "models.loading",
     "memory_forecast": "runs.forecast",
     "merge": "healing.saving",
-    "patch": "healing.patch",
+    "patch": "patching.patch",
     "plan_gguf": "cutting.gguf",
     "plan_prune": "cutting.prune",
     "prune": "cutting.prune",
@@ -163,7 +163,7 @@ _HOMES = {
     "scan": "scanning.model",
     "verify": "runs.verify",
     "verify_checkpoint": "cutting.saving",
-    "without_layers": "cutting.memory",
+    "without_layers": "cutting.in_model",
 }
 """The public names, each with the module that it is imported from; types are told above."""
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from shallower.cutting import saving
-from shallower.cutting.memory import drop_layers, without_layers
+from shallower.cutting.in_model import drop_layers, without_layers
 from shallower.models.architecture import PackedTable
 from tests.devices.batches import inputs
 from tests.devices.stage import Stage

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from shallower.cutting.memory import drop_layers
+from shallower.cutting.in_model import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
 from shallower.healing.distillation import Distillation, Teacher

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from shallower.healing import merging
-from shallower.healing.low_rank import Deviations, LowRank
+from shallower.merging import merging
+from shallower.merging.low_rank import Deviations, LowRank
 from tests.conftest import word_tokenizer
 from tests.devices.test_healing import adapted, recipe, refused
 

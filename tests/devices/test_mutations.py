@@ -45,13 +45,13 @@ HARMLESS = {
     "evaluation/task_model.py: TaskModel._continue: torch.from_numpy(padded).to(device)": _MOVED,
     "evaluation/task_model.py: TaskModel._predicted: "
     "torch.from_numpy(rows[here] - start).to(logits.device)": _INDEX,
-    "healing/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
-    "healing/descent.py: Descent._step: self._model.run(*pair, (layer,)).cpu()": _ROOM,
-    "healing/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
-    "healing/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
-    "healing/least_squares.py: NormalEquations.mapped: matrix.to(self.gram)": _LAYER,
-    "healing/least_squares.py: NormalEquations.mapped: x.to(matrix)": _LAYER,
-    "healing/patch_solver.py: Patching._best_fit: "
+    "patching/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
+    "patching/descent.py: Descent._step: self._model.run(*pair, (layer,)).cpu()": _ROOM,
+    "patching/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
+    "patching/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
+    "patching/least_squares.py: NormalEquations.mapped: matrix.to(self.gram)": _LAYER,
+    "patching/least_squares.py: NormalEquations.mapped: x.to(matrix)": _LAYER,
+    "patching/patch_solver.py: Patching._best_fit: "
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,

@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
-from shallower.evaluation import speed
 from shallower.evaluation.task_model import TaskModel
 from shallower.models.decoder import Decoder
+from shallower.savings import speed
 from tests.conftest import word_tokenizer
 
 WORDS = word_tokenizer()

@@ -89,7 +89,8 @@ def test_texts_are_read_once_by_patch_and_training(patchable, tmp_path, recwarn)
 @pytest.fixture
 def counted(monkeypatch):
     """What heal loads and measures, in order."""
-    from shallower.healing import uncut, work
+    from shallower.healing import loaded_models as uncut
+    from shallower.healing import work
 
     done = []
     load, evaluate = uncut.ModelSource.load, work.measure_loss

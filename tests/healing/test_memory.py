@@ -10,9 +10,9 @@ from shallower.errors import ModelError, RecipeError
 from shallower.healing import memory
 from shallower.healing.checks import facts
 from shallower.healing.memory import HealingStep, plainly_fits, plan_healing, require_room
+from shallower.memory.rehearsal import build_empty
+from shallower.memory.sizes import weight_bytes
 from shallower.models.loading import layers_of
-from shallower.models.memory import weight_bytes
-from shallower.models.rehearsal import build_empty
 from shallower.values.memory import needed_device, usable
 from shallower.values.recipe import Recipe
 from tests.families import small_config

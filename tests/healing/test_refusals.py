@@ -36,7 +36,7 @@ def test_bad_input_leaves_nothing(cut, tmp_path, change, error, message):
 
 @pytest.mark.parametrize("name", ["texts", "eval_texts"])
 def test_texts_are_looked_at_before_a_model_is_loaded(cut, tmp_path, name, monkeypatch):
-    from shallower.healing import uncut
+    from shallower.healing import loaded_models as uncut
 
     monkeypatch.setattr(uncut, "load_placed", lambda *_args, **_options: pytest.fail("too early"))
     (tmp_path / "texts.jsonl").write_text('{"body": "w1 w2"}\n')

@@ -7,7 +7,8 @@ import pytest
 from transformers import PreTrainedModel
 
 import shallower as sh
-from shallower.healing import uncut, work
+from shallower.healing import loaded_models as uncut
+from shallower.healing import work
 from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shallower import PlanError
 from shallower.judgement.sizes import choose_size, curve_sizes, knee, sizes_beside
 from shallower.values.scores import Difference
-from shallower.values.wish import Wish
+from shallower.values.target import Wish
 
 
 class Model:

@@ -17,7 +17,7 @@ from shallower.judgement.judges.kl import KLJudge
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
-from shallower.models import prefixes
+from shallower.memory import prefix_cache as prefixes
 from shallower.models.layerwise import Layerwise
 from shallower.texts.batches import Batch
 from tests.conftest import tiny_llama

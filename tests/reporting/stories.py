@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 
 from shallower import Block, Loss, ModelIdentity, Plan, Scan, analyse_states
-from shallower.runs.results import Continuations, Run
+from shallower.reporting.results import Continuations, Run
 from shallower.values.curve import Curve, CurvePoint
 from shallower.values.identity import TextsIdentity
 from shallower.values.recommendation import Recommended, SizeRow
 from shallower.values.scores import Scores
+from shallower.values.target import Wish
 from shallower.values.task_scores import TaskScores
 from shallower.values.verification import Candidate, Verified
-from shallower.values.wish import Wish
 
 HOSTILE = '<script>window.struck = true</script>"\'&<img src=x onerror="window.struck=1">'
 """What nobody should call a model."""

@@ -19,7 +19,7 @@ from shallower.reporting.page.story import (
     without_items,
 )
 from shallower.reporting.page.writing import to_html
-from shallower.runs.curve_story import curve_story
+from shallower.reporting.stories.curve import curve_story
 from tests.reporting.stories import HOSTILE, curve
 
 

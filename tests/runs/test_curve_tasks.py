@@ -7,8 +7,8 @@ import pytest
 
 import shallower as sh
 from shallower.reporting.curve import curve_tables
+from shallower.reporting.stories.curve import curve_story
 from shallower.runs.curve_points import CurvePoints
-from shallower.runs.curve_story import curve_story
 from shallower.values import provenance
 from tests.healing.cuts import documents as progressions
 

@@ -11,14 +11,14 @@ from transformers import LlamaConfig
 
 import shallower as sh
 from shallower import OutputError
+from shallower.reporting.results import Run
+from shallower.reporting.stories.comparison import comparison_story
+from shallower.reporting.stories.curve import curve_story
+from shallower.reporting.stories.parts import layer_words
+from shallower.reporting.stories.run import UNFINISHED, run_story
 from shallower.runs import report as reports
-from shallower.runs.comparison_story import comparison_story
-from shallower.runs.curve_story import curve_story
 from shallower.runs.report import read_story, report
-from shallower.runs.results import Run
-from shallower.runs.run_story import UNFINISHED, run_story
-from shallower.runs.story_parts import layer_words
-from shallower.runs.weights import count_weights
+from shallower.savings.weights import count_weights
 from shallower.values.scores import Difference
 from tests.reporting.comparisons import comparison
 from tests.reporting.stories import curve, loss, made_run, row, write

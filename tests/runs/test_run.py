@@ -14,9 +14,9 @@ import shallower as sh
 from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
 from shallower.reporting.recommendation import sizes_table
+from shallower.reporting.results import Run
 from shallower.runs import recommending, sizes
 from shallower.runs.continuing import continue_text
-from shallower.runs.results import Run
 from shallower.values.scores import Difference
 from tests.conftest import tiny_llama
 from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
@@ -327,9 +327,9 @@ def hashes(out):
         ("shallower.runs.journal.Journal.append", 60),
         ("shallower.runs.recommending.save_patched", 0),
         pytest.param("shallower.runs.recommending.verify_checkpoint", 0, marks=pytest.mark.slow),
-        pytest.param("shallower.runs.results.Run.save", 0, marks=pytest.mark.slow),
-        ("shallower.runs.results.Run.save", 2),
-        pytest.param("shallower.runs.results.Run.save", 4, marks=pytest.mark.slow),
+        pytest.param("shallower.reporting.results.Run.save", 0, marks=pytest.mark.slow),
+        ("shallower.reporting.results.Run.save", 2),
+        pytest.param("shallower.reporting.results.Run.save", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_model(

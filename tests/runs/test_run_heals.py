@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
+from shallower.reporting.results import Run
 from shallower.runs.healing_stage import HealingStage
-from shallower.runs.results import Run
 from tests.conftest import write_jsonl
 from tests.documents import assert_same, once, state_of
 from tests.healing.cuts import MANY, QUICK, documents

@@ -11,8 +11,8 @@ from shallower.errors import (
     PlanError,
     TextsError,
 )
-from shallower.healing.quick_patch import QuickPatch
 from shallower.judgement.trials import Trials
+from shallower.patching.quick_patch import QuickPatch
 from shallower.runs.cache import Cache
 from tests.conftest import tiny_llama
 from tests.documents import documents

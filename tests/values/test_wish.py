@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import LayersError
-from shallower.values.wish import Wish, parse_count, parse_share
+from shallower.values.target import Wish, parse_count, parse_share
 
 
 @pytest.mark.parametrize(

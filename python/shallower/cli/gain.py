@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..evaluation.devices import DEVICES, HERE
+from ..savings.devices import DEVICES, HERE
 from .options import (
     Drop,
     Dtype,

@@ -29,10 +29,10 @@ from .options import (
 from .output import called, print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from ..reporting.results import Run
     from ..runs.outputs import Output
-    from ..runs.results import Run
     from ..runs.run_job import RunJob
-    from ..values.wish import Wish
+    from ..values.target import Wish
 
 Layers = Annotated[
     int | None, typer.Option("--n", metavar="N", help="Layers that are to go.", show_default=False)
@@ -219,7 +219,7 @@ def _wish(
     **how: Any,
 ) -> "Wish":
     from ..values.memory import parse_size
-    from ..values.wish import Wish, parse_count, parse_share
+    from ..values.target import Wish, parse_count, parse_share
 
     return Wish(
         n, fraction, None if params is None else parse_count(params), max_loss,
@@ -272,8 +272,8 @@ def _output(job: "RunJob") -> "Output":
 
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a run from its folder; its page is made where it is missing."""
+    from ..reporting.results import Run
     from ..runs.report import report
-    from ..runs.results import Run
     from ..values.files import REPORT_FILE
 
     done = Run.load(out)

@@ -106,7 +106,7 @@ class Request:
             The plan, with the identity of the model.
         """
         from ..models.identity import identify
-        from .memory import without_layers
+        from .in_model import without_layers
         from .saving import save_cut
 
         plan = made_for(plan, identify(model))

@@ -27,7 +27,7 @@ from ..values.plan import Plan
 from .cards import exports
 from .exports import CutFacts
 from .gguf import read_metadata
-from .memory import without_layers
+from .in_model import without_layers
 from .source import Source, find_source
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again."

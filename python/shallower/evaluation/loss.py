@@ -11,12 +11,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TextsError
+from ..memory.batching import Forward, fitting
+from ..memory.halving import Halving
 from ..models.architecture import evaluating
-from ..models.batching import Forward, fitting
 from ..models.decoder import Decoder
-from ..models.halving import Halving
 from ..models.head import LOGITS_AT_ONCE, Head
-from ..models.positions import check_length
+from ..models.learned_positions import check_length
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss

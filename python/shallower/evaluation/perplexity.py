@@ -5,9 +5,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import TextsError
+from ..memory.halving import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..models.halving import Halving
 from ..models.head import Head
 from ..progress import track
 from ..texts.batches import padded, untouched

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import ModelError, TextsError
+from ..memory.halving import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..models.halving import Halving
 from ..models.head import Head
 from ..progress import track
 from ..texts.batches import Batch

@@ -10,12 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError
+from ..memory.sizes import device_room
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
 from ..models.loading import read_config
-from ..models.memory import device_room
 from ..processes import num_processes
 from ..texts.sequences import read_samples
 from ..values.files import PLAN_FILE

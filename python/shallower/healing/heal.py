@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RecipeError, TextsError
-from ..models.memory import free_memory
+from ..memory.sizes import free_memory
+from ..merging.merging import stored_plainly
 from ..storage import check_free
 from ..texts.sequences import ReadOnce
 from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
 from .checks import read_plan, require_one_process, require_peft, resolve
-from .merging import stored_plainly
+from .loaded_models import Uncut
 from .patched import patched_cut
 from .reconstruct import Reconstruction, require_reconstructible
-from .uncut import Uncut
 from .work import Work
 
 

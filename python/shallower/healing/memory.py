@@ -7,11 +7,11 @@ import torch
 from transformers import PretrainedConfig
 
 from ..errors import ModelError, RecipeError
+from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
+from ..memory.sizes import dequantised_bytes, weight_bytes
 from ..models.feed_forward import feed_forward_targets
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
-from ..models.memory import dequantised_bytes, weight_bytes
-from ..models.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
 from ..values.recipe import GLOBAL_BATCH, TEACHER_SHARES, Resolved
 from .distillation import Teacher

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.memory import without_layers
+from ..cutting.in_model import without_layers
 from ..errors import ModelError, OutputError, ProcessesError, RecipeError
 from ..evaluation.loss import measure_loss, require_predictable
 from ..models.decoder import Decoder
@@ -36,10 +36,10 @@ from .checks import require_plan_of
 from .determinism import deterministic
 from .distillation import join_of
 from .layer_fit import SequenceStates, batch_of, fit_layer
+from .loaded_models import LoadedOnce, Uncut
 from .patched import copy_to
 from .saving import PATCH_FILE, write_reconstructed
 from .training import computing
-from .uncut import LoadedOnce, Uncut
 
 NUM_TOKENS = 131_072
 """Tokens whose states are kept, at most, and gone through again: as many as a patch fits."""

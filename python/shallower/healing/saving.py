@@ -16,6 +16,8 @@ from ..cutting.exports import EXPORT_FILES
 from ..cutting.saving import save_model
 from ..cutting.source import find_source
 from ..errors import MissingExtraError, ModelError, OutputError
+from ..merging.merging import Merging
+from ..merging.stored_adapters import read_adapter_config
 from ..reporting.figures import healing_curve
 from ..storage import check_free, new_folder, write_file
 from ..values.files import PLAN_FILE
@@ -24,8 +26,6 @@ from ..values.loss import Loss
 from ..values.patch import Patch
 from ..values.recipe import GLOBAL_BATCH
 from .checks import require_peft
-from .merging import Merging
-from .stored_adapters import read_adapter_config
 
 PATCH_FILE = "shallower_patch.json"
 

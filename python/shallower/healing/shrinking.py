@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import RecipeError
-from ..models.memory import free_memory
+from ..memory.sizes import free_memory
 from ..values.recipe import Resolved
 
 Result = TypeVar("Result")

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from ..cutting.memory import without_layers
+from ..cutting.in_model import without_layers
 from ..errors import ModelError, OutputError, TextsError
 from ..evaluation.loss import measure_loss, require_predictable
+from ..merging.merging import trained_logits
 from ..models.decoder import Decoder
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
@@ -32,13 +33,12 @@ from ..values.tokens import Tokens
 from .checks import require_plan_of
 from .distillation import Distillation, Teacher
 from .job import describe_job, work_folder
+from .loaded_models import LoadedOnce, Uncut
 from .measured import MeasuredLosses
-from .merging import trained_logits
 from .patched import PATCHED, copy_to, settle
 from .ranks import agree, together
 from .saving import PATCH_FILE, draw, write_adapters, write_merged
 from .training import Trained, add_adapters, computing, train
-from .uncut import LoadedOnce, Uncut
 
 TRAINING = "training"
 _LOSSES = "losses.json"

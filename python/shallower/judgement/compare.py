@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.memory import without_layers
+from ..cutting.in_model import without_layers
 from ..errors import LayersError
 from ..evaluation.loss import fitting_tokens, measure_loss
 from ..models.decoder import Decoder

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CriterionError, TextsError
 from ..evaluation.loss import fitting_tokens
-from ..healing.quick_patch import QuickPatch
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..patching.quick_patch import QuickPatch
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..texts.options import OptionItem
@@ -21,11 +21,11 @@ from ..values.tokens import Tokens
 from .contest import Contest, with_regret
 from .criterion import Criterion
 from .half_blocks import half_blocks
+from .held_out_cuts import Referee, Store, told
 from .judges.judge import Judge, judged_batches
 from .judges.kl import KLJudge
 from .judges.loss import LossJudge
 from .judges.options import OptionsJudge
-from .referee import Referee, Store, told
 from .splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING, Splits
 from .subject import Subject
 from .trials import Trials

@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CacheError, OutputError, ShallowerError
-from ..healing.quick_patch import QuickPatch
+from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
-from ..models.memory import num_parameters
+from ..patching.quick_patch import QuickPatch
 from ..progress import Advance
 from ..values.comparison import Row
 from ..values.costs import Costs
 from ..values.plan import Plan
 from ..values.scores import Scores
 from .criterion import Criterion
-from .referee import Referee, Store
+from .held_out_cuts import Referee, Store
 from .stored_costs import stored_choice, stored_costs
 from .subject import Subject
 from .work import Work

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..errors import CriterionError
+from ..memory.sizes import num_parameters
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.feed_forward import FEED_FORWARD_NAMES
 from ..models.layerwise import token_rows
-from ..models.memory import num_parameters
 from ..models.residual_writers import Writer, find_writers, silenced
 from ..progress import track
 from ..texts.batches import Batch

@@ -13,9 +13,9 @@ from ..values.layers import check_size, layer_number
 from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.verification import Verified
+from .held_out_cuts import told
 from .looking_again import costs_in_a_cut
 from .proposals import PROPOSING_TEXTS, Proposals, propose
-from .referee import told
 from .token_states import evenly
 from .verifying import PATCH_TEXTS, Verifier
 from .work import Work

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import CriterionError, ModelError
-from ..healing.least_squares import NormalEquations
 from ..models.layerwise import rows
+from ..patching.least_squares import NormalEquations
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.scores import Scores

@@ -17,7 +17,7 @@ from .criteria.magnitude import Magnitude
 from .criteria.relative_l2 import RelativeL2
 from .criteria.xmerge import XMerge
 from .criterion import Criterion
-from .referee import Store
+from .held_out_cuts import Store
 from .stored_costs import recalled_costs, recorded_costs
 from .subject import Subject
 from .token_states import evenly

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..errors import PlanError
 from ..values.memory import format_size
 from ..values.scores import Difference
-from ..values.wish import Wish
+from ..values.target import Wish
 
 STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Sizes of which a curve is made, up to half of the layers."""

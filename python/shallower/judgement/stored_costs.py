@@ -12,7 +12,7 @@ from ..values.costs import Costs
 from ..values.plan import Plan, positions_of
 from .criteria import is_built_in
 from .criterion import Criterion
-from .referee import Store
+from .held_out_cuts import Store
 from .subject import Subject
 from .work import Work
 

@@ -12,11 +12,11 @@ from ..values.layers import blocks_of, ranges
 from ..values.plan import VERIFIED, Plan
 from ..values.scores import Difference, Scores
 from ..values.verification import Candidate, Verified
+from .held_out_cuts import Store
 from .neighbours import exchanges
 from .patched_trials import PatchedTrials
 from .proposals import Cut, Proposals, all_costs, propose, windows
 from .racing import ALPHA, lost
-from .referee import Store
 from .subject import Subject
 from .trials import Trials
 from .work import Work

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import CacheError, LayersError
+from ..memory.prefix_cache import Known, Prefixes
 from ..models.layerwise import Layerwise
-from ..models.prefixes import Known, Prefixes
 from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge

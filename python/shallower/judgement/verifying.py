@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CacheError, LayersError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
-from ..healing.quick_patch import QuickPatch
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..patching.quick_patch import QuickPatch
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..values.layers import check_size, ranges
@@ -20,9 +20,9 @@ from ..values.scores import Scores
 from ..values.tokens import Tokens
 from ..values.verification import AFTER, Verified
 from .comparing import judge_of
+from .held_out_cuts import Store, told
 from .patched_trials import PatchedTrials
 from .proposals import PROPOSERS, Cut, Proposals
-from .referee import Store, told
 from .splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits
 from .subject import Subject
 from .token_states import evenly

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..values.identity import ModelIdentity
 from .architecture import DecoderLayers, find_layers, input_device, text_config
 from .identity import identify
-from .positions import learned_positions
+from .learned_positions import learned_positions
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from ..texts.batches import Batch
 from .architecture import evaluating
 from .decoder import Decoder
 from .head import Head, replaced
+from .learned_positions import check_length
 from .offload import is_offloaded, resident
-from .positions import check_length
 
 
 class _Reached(Exception):  # noqa: N818 - no error

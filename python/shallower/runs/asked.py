@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..judgement.splits import Splits
+from ..values.target import Wish
 from ..values.tokens import Tokens
-from ..values.wish import Wish
 
 
 @dataclass(frozen=True, kw_only=True)

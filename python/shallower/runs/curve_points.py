@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.memory import without_layers
+from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import (
     CacheError,
@@ -24,15 +24,15 @@ from ..errors import (
 )
 from ..evaluation.loss import fitting_tokens
 from ..healing.heal import heal
-from ..healing.patch import with_patch
 from ..judgement.contest import one_sentence, parameter_shares
+from ..judgement.held_out_cuts import Referee, Store, loss_as_it_is
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
-from ..judgement.referee import Referee, Store, loss_as_it_is
+from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
-from ..models.memory import num_parameters
 from ..models.source import ModelSource
+from ..patching.patch import with_patch
 from ..values.curve import CurvePoint, State
 from ..values.loss import Loss
 from ..values.plan import Plan

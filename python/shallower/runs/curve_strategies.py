@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
-from ..judgement.referee import Referee, Store, told
+from ..judgement.held_out_cuts import Referee, Store, told
 from ..judgement.stored_costs import stored_choice, stored_costs
 from ..models.decoder import Decoder
 from ..scanning.model import scan
@@ -14,8 +14,8 @@ from ..scanning.scan import Scan
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.layers import deepest_block
 from ..values.plan import Plan
+from ..values.target import Wish
 from ..values.tokens import Tokens
-from ..values.wish import Wish
 from .asked import Asked
 from .curve_terms import CurveTerms
 from .sizes import Sizes

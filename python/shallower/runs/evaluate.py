@@ -204,7 +204,7 @@ class EvalJob:
         Raises:
             ShallowerError: as the measures say, or a plan for another model.
         """
-        from ..cutting.memory import without_layers
+        from ..cutting.in_model import without_layers
         from ..models.decoder import Decoder
 
         decoder, plan = Decoder.of(model), self.plan

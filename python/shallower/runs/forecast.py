@@ -79,8 +79,8 @@ def memory_forecast(
     """
     if what not in get_args(Stage):
         raise ModelError(f"unknown stage {what!r}: expected one of {', '.join(get_args(Stage))}")
+    from ..memory.sizes import device_room
     from ..models.loading import layers_of, read_config
-    from ..models.memory import device_room
 
     total = None
     if isinstance(config, str | Path):
@@ -165,7 +165,7 @@ def _healing(
 def _patch(
     config: "PretrainedConfig", dtype: str, tokens: Tokens, num_tokens: int, room: tuple[int, bool]
 ) -> MemoryPlan:
-    from ..healing.patch_memory import plan_patch
+    from ..patching.patch_memory import plan_patch
 
     size, card = room
     return plan_patch(
@@ -182,7 +182,7 @@ def _forward(
     room: tuple[int, bool],
 ) -> MemoryPlan:
     from ..evaluation.loss import FORWARD
-    from ..models.batching import plan_forward
+    from ..memory.batching import plan_forward
     from ..scanning.hidden_states import forward
 
     if isinstance(positions, str):

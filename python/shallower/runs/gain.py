@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..evaluation.devices import DEVICES, HERE, Device, find_device
 from ..models.dtypes import Dtype, check_dtype, choose_device_map, choose_dtype
 from ..models.source import ModelSource
+from ..savings.devices import DEVICES, HERE, Device, find_device
 from ..values.gain import Forecast, Gain, Measured, Sizes
 from ..values.layers import Layers
 from ..values.plan import Plan
@@ -19,7 +19,7 @@ from ..values.provenance import versions
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from ..evaluation.account import Account
+    from ..savings.account import Account
 
 CONTEXT = 2048
 """Tokens that a text has before it is continued, at most."""
@@ -157,9 +157,9 @@ class _Subject:
 
         from ..cutting.plans import agreed_plan
         from ..cutting.twin import shortened_config
-        from ..evaluation.account import longest_context
+        from ..memory.rehearsal import build_empty
         from ..models.architecture import find_layers
-        from ..models.rehearsal import build_empty
+        from ..savings.account import longest_context
 
         built = build_empty(self.config, torch.bfloat16)
         plan = agreed_plan(self.name, len(find_layers(built)), drop)
@@ -181,8 +181,8 @@ def _forecast(
     on: list[Device | None],
 ) -> Gain:
     """Count both models, and forecast their times."""
-    from ..evaluation.account import count
-    from ..evaluation.machine import this_machine
+    from ..savings.account import count
+    from ..savings.machine import this_machine
 
     accounts = [
         count(config, asked.dtype, context=asked.context, batch=asked.batch)
@@ -201,7 +201,7 @@ def _forecast(
 def _on(
     device: Device, accounts: "Sequence[Account]", sizes: Sequence[Sizes], dtype: str
 ) -> Forecast:
-    from ..evaluation.roofline import seconds
+    from ..savings.roofline import seconds
 
     (prefill_before, prefill_after), (decode_before, decode_after) = (
         [seconds(getattr(account, phase), device, dtype) for account in accounts]
@@ -217,9 +217,9 @@ def _on(
 
 def _measured(subject: _Subject, found: Gain) -> Measured:
     """Time the model with and without the layers in turns, the order reversed each time."""
-    from ..cutting.memory import without_layers
-    from ..evaluation.machine import title_of
-    from ..evaluation.speed import REPEATS, peak_bytes, time_forwards
+    from ..cutting.in_model import without_layers
+    from ..savings.machine import title_of
+    from ..savings.speed import REPEATS, peak_bytes, time_forwards
 
     model, layers = subject.load(found.dtype), list(found.dropped)
     context, batch = found.context, found.batch

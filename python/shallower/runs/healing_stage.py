@@ -10,20 +10,20 @@ from ..errors import ModelError
 from ..evaluation.loss import fitting_tokens
 from ..healing.checks import require_healable
 from ..healing.heal import heal
+from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
-from ..judgement.referee import loss_as_it_is
 from ..models.decoder import Decoder
 from ..models.identity import stored_digest, stored_dtype
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
+from ..reporting.results import Run
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 from .continuing import continue_text
-from .results import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,21 +8,22 @@ from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.memory import without_layers
+from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
-from ..evaluation.machine import own_device
-from ..healing.patch import CPU_TOKENS, with_patch
 from ..healing.saving import save_patched
+from ..judgement.held_out_cuts import Referee, Store, loss_as_it_is
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
-from ..judgement.referee import Referee, Store, loss_as_it_is
 from ..judgement.sizes import SizeChoice, sizes_beside
+from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
-from ..models.memory import num_parameters
+from ..patching.patch import CPU_TOKENS, with_patch
 from ..progress import track
+from ..reporting.results import Continuations, Run, weights_mark
+from ..savings.machine import own_device
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
@@ -41,7 +42,6 @@ from ..values.recommendation import Recommended
 from .asked import Asked
 from .continuing import continue_text
 from .gain import GAIN_DEVICE, gain
-from .results import Continuations, Run, weights_mark
 from .sizes import Sizes
 
 SCAN_TEXTS = 256

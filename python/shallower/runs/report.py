@@ -9,12 +9,12 @@ from typing import Any
 from ..errors import OutputError, ShallowerError
 from ..reporting.page.story import Story
 from ..reporting.page.writing import save_story
+from ..reporting.results import Run
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
 from ..values.files import COMPARISON_FILE, CURVE_FILE, GAIN_FILE, REPORT_FILE, RESULTS_FILE
 from ..values.gain import Gain
 from ..values.schema import of_type
-from .results import Run
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -64,7 +64,7 @@ def read_story(folder: Path) -> Story:
     """
     drawn = find_spec("matplotlib") is not None
     if (folder / RESULTS_FILE).is_file():
-        from .run_story import run_story
+        from ..reporting.stories.run import run_story
 
         done = Run.load(folder)
         if done.recommended is None:
@@ -74,14 +74,14 @@ def read_story(folder: Path) -> Story:
             )
         return run_story(done, gain=_gain(folder), drawn=drawn)
     if (folder / CURVE_FILE).is_file():
-        from .curve_story import curve_story
+        from ..reporting.stories.curve import curve_story
 
         data = _read(folder / CURVE_FILE)
         curve = _parsed(Curve, data, folder / CURVE_FILE)
         command = str(data.get("command", ""))
         return curve_story(curve, command=command, drawn=drawn)
     if (folder / COMPARISON_FILE).is_file():
-        from .comparison_story import comparison_story
+        from ..reporting.stories.comparison import comparison_story
 
         data = _read(folder / COMPARISON_FILE)
         comparison = _parsed(CriteriaComparison, data, folder / COMPARISON_FILE)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..reporting.figures import HEAT_MAP_FILE
+from ..reporting.results import Run
 from ..values.files import CHECKPOINT_FOLDER, GAIN_FILE, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ..values.memory import parse_size
 from ..values.recipe import Recipe
+from ..values.target import Wish
 from ..values.tokens import BatchSize, Tokens
-from ..values.wish import Wish
 from .cache import open_cache
 from .contestants import one_contestant
 from .continuing import PROMPTS
-from .results import Run
 from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, TOP, RunJob
 
 if TYPE_CHECKING:

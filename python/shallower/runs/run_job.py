@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LayersError, ModelError, OutputError, RecipeError, TextsError
-from ..evaluation.devices import HERE, find_device
 from ..models.source import ModelSource
 from ..reporting.figures import HEAT_MAP_FILE
+from ..reporting.results import Run, marks_in, weights_mark
+from ..savings.devices import HERE, find_device
 from ..storage import check_free
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
@@ -24,13 +25,12 @@ from ..values.files import (
     SCAN_FILE,
 )
 from ..values.recipe import Recipe
+from ..values.target import Wish
 from ..values.tokens import Tokens
-from ..values.wish import Wish
 from .cache import Cache
 from .cache_keys import texts_inputs
 from .contestants import InMemory, ModelStore, digest, inputs_of_one
 from .continuing import PROMPTS
-from .results import Run, marks_in, weights_mark
 
 if TYPE_CHECKING:
     from ..judgement.splits import Splits

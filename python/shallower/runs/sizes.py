@@ -7,12 +7,12 @@ from functools import cached_property, partial
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
+from ..judgement.held_out_cuts import Referee, Store
 from ..judgement.iterating import iterate
-from ..judgement.referee import Referee, Store
 from ..judgement.sizes import SizeChoice, choose_size, require_possible
 from ..judgement.verifying import Verifier, verifier_of
+from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
-from ..models.memory import num_parameters
 from ..scanning.scan import Scan
 from ..values.layers import deepest_block
 from ..values.plan import Plan
@@ -21,7 +21,7 @@ from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
 from ..values.verification import Verified
 from .asked import Asked
-from .footprint import footprint
+from .cost_by_layer import footprint
 
 VERIFYING_TEXTS = 64
 """Texts that proposals are measured and quick patches are solved on, at most."""

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ModelError
+from ..memory.batching import Forward
+from ..memory.halving import Halving
 from ..models.architecture import DecoderLayers, evaluating
-from ..models.batching import Forward
 from ..models.decoder import Decoder
-from ..models.halving import Halving
-from ..models.positions import check_length
+from ..models.learned_positions import check_length
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .parts import Part

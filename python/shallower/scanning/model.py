@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ScanError, TextsError
-from ..models.batching import fitting
+from ..memory.batching import fitting
+from ..memory.halving import Halving
 from ..models.decoder import Decoder
-from ..models.halving import Halving
 from ..processes import refuse_several
 from ..progress import track
 from ..texts.batches import TokenBatches

@@ -1,0 +1,101 @@
+"""The models that a healing loads: the cut that it trains, and the uncut one that it came from."""
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..memory.sizes import free_memory
+from ..models.identity import identify
+from ..models.quantised import keep_unpacked
+from ..models.source import ModelSource
+from ..values.plan import Plan
+from .ranks import own_device_map
+
+
+def load_placed(
+    path: str, dtype: Any, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model on the device of this process, ready for training.
+
+    Args:
+        path: a folder or hub id.
+        dtype: dtype of the weights.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ModelError, MissingExtraError: as :func:`shallower.load_model`.
+        ProcessesError: there are more processes than GPUs.
+    """
+    device_map: Any = own_device_map()
+    source = ModelSource(path, dtype, device_map, trust_remote_code=trust_remote_code)
+    model, tokenizer = source.load()
+    keep_unpacked(model)
+    return model, tokenizer
+
+
+class LoadedOnce:
+    """A model that is loaded when it is first asked for, and again once it was released.
+
+    Args:
+        name: a folder, hub id or GGUF file.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(self, name: str, *, trust_remote_code: bool) -> None:
+        self.name = name
+        self._trust_remote_code = trust_remote_code
+        self._dtype: str | None = None
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the model, unless it is in memory in this dtype.
+
+        Args:
+            dtype: dtype of the weights.
+
+        Returns:
+            The model and its tokenizer.
+
+        Raises:
+            ModelError, MissingExtraError: as :func:`shallower.load_model`.
+            PlanError: it is not the model that the plan was made for.
+        """
+        if self._loaded is None or not self.is_loaded(dtype):
+            self.release()
+            loaded = load_placed(self.name, dtype, trust_remote_code=self._trust_remote_code)
+            self._check(loaded[0])
+            self._loaded, self._dtype = loaded, dtype
+        return self._loaded
+
+    def is_loaded(self, dtype: str) -> bool:
+        """Say whether the model is in memory in this dtype."""
+        return self._loaded is not None and self._dtype == dtype
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Refuse a model that is not the one meant."""
+
+    def release(self) -> None:
+        """Let go of the model, and of its memory once nobody else holds it."""
+        if self._loaded is not None:
+            self._loaded = self._dtype = None
+            free_memory()
+
+
+class Uncut(LoadedOnce):
+    """The uncut model of a healing.
+
+    Args:
+        name: a folder, hub id or GGUF file.
+        plan: the plan of the cut, which must be of this model.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(self, name: str, plan: Plan, *, trust_remote_code: bool) -> None:
+        super().__init__(name, trust_remote_code=trust_remote_code)
+        self._plan = plan
+
+    def _check(self, model: PreTrainedModel) -> None:
+        self._plan.check_model(identify(model))

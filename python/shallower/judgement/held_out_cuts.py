@@ -1,0 +1,208 @@
+"""Referee: cuts of one model on the texts that report, which no criterion has seen."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import PatchError
+from ..memory.sizes import num_parameters
+from ..models.layerwise import Layerwise
+from ..patching.quick_patch import QuickPatch
+from ..values.comparison import ComparedModel
+from ..values.loss import Loss
+from ..values.plan import Plan
+from ..values.schema import finite
+from ..values.scores import Scores
+from .judges.judge import Judge
+from .judges.loss import LossJudge
+from .trials import Journal, Trials
+from .work import Meter
+
+TRUTH_ITEMS = 32
+"""Texts on which the true losses without single layers are measured, at most."""
+
+
+def told(judge: Judge) -> dict[str, Any]:
+    """Tell what the records of a judge's trials depend on beside the model and the items.
+
+    Args:
+        judge: of items that are known by a name of their own.
+
+    Returns:
+        Plain JSON values: its name, and how the items are divided among looks.
+    """
+    return {"judge": judge.name, "looks": [len(items) for items in judge.items]}
+
+
+class Store(Protocol):
+    """Results of one model that outlive the process."""
+
+    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Give what was put under the same kind and inputs; None if there is nothing."""
+
+    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
+        """Keep a result, whole or not at all."""
+
+    def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
+        """Open a journal; None if nothing is kept."""
+
+
+class Referee:
+    """The losses and scores of cuts on the texts that report.
+
+    Args:
+        model: the whole model.
+        losses: the next-token loss of the texts that report.
+        judge: on items that report; the same as ``losses`` if the loss judges.
+        store: results that were measured before.
+        texts: identity of the texts that report, for the store.
+        num_rejected: texts with fewer than two tokens.
+        spill: a folder for the states that trials share.
+
+    Attributes:
+        is_complete: whether nothing was left out for want of memory.
+    """
+
+    def __init__(
+        self,
+        model: Layerwise,
+        losses: LossJudge,
+        judge: Judge,
+        *,
+        store: Store,
+        texts: str,
+        num_rejected: int = 0,
+        spill: Path | None = None,
+    ) -> None:
+        self.model, self.store, self.texts = model, store, texts
+        self._num_rejected, self._spill = num_rejected, spill
+        self.is_complete = True
+        self._single_layers: tuple[float, ...] | None = None
+        self._patched: dict[tuple[str, tuple[int, ...], int], Scores | str] = {}
+        self.losses = self._trials(losses)
+        self.scores = self.losses if judge is losses else self._trials(judge)
+
+    def _trials(self, judge: Judge) -> Trials:
+        journal = self.store.journal("trials", {"items": self.texts, **told(judge)})
+        return Trials(self.model, judge, meter=Meter(), journal=journal, spill=self._spill)
+
+    def compared(self, name: str) -> ComparedModel:
+        """Measure the whole model.
+
+        Args:
+            name: of the model.
+
+        Returns:
+            Its loss, and its accuracy beside that of a guess where the judge knows right answers.
+        """
+        judge, decoder = self.scores.judge, self.model.head.decoder
+        return ComparedModel(
+            name, len(self.model), self.loss(self.losses.scores(())), self._single_layers or (),
+            chance=judge.chance, accuracy=judge.accuracy(self.scores.scores(()).sums),
+            dtype=decoder.identity.dtype, parameters=num_parameters(decoder.model),
+        )  # fmt: skip
+
+    def loss(self, scores: Scores) -> Loss:
+        """Give the scores of a model on the texts that report as a loss, known by text.
+
+        Args:
+            scores: of all these texts, by :class:`LossJudge`.
+
+        Returns:
+            The loss.
+        """
+        return _as_loss(scores, self.model, self._num_rejected)
+
+    def single_layers(self) -> tuple[float, ...]:
+        """Measure the true loss without each single layer, on some of the texts.
+
+        Returns:
+            (L,) nats a token, on the first batches of at least ``TRUTH_ITEMS`` texts.
+        """
+        if self._single_layers is not None:
+            return self._single_layers
+        looks = self.losses.looks_at(TRUTH_ITEMS)
+        layers = range(len(self.model))
+        means = (self.losses.scores((layer,), looks).mean for layer in layers)
+        self._single_layers = tuple(means)
+        return self._single_layers
+
+    def patched(
+        self, patch: QuickPatch, plan: Plan, *, fitted: str, looks: int | None = None
+    ) -> Scores | str:
+        """Measure the loss of a cut after a quick patch.
+
+        Args:
+            patch: of the model, on texts that fit.
+            plan: the cut.
+            fitted: identity of those texts, for the store.
+            looks: measure on the texts of the first so many batches only.
+
+        Returns:
+            The scores by text, NaN for those that were not looked at; a sentence that says why
+            where the cut cannot be patched.
+
+        Raises:
+            ModelError: a score is not finite.
+        """
+        looks = self.losses.num_looks if looks is None else min(looks, self.losses.num_looks)
+        key = fitted, plan.dropped, looks
+        if key not in self._patched:
+            self._patched[key] = self._measure_patched(patch, plan, fitted, looks)
+        return self._patched[key]
+
+    def _measure_patched(
+        self, patch: QuickPatch, plan: Plan, fitted: str, looks: int
+    ) -> Scores | str:
+        texts = {"fitted": fitted, "items": self.texts, "looks": looks}
+        inputs = {"dropped": list(plan.dropped), **texts, **patch.settings}
+        found = self.store.get("patched", inputs)
+        if found is None:
+            try:
+                with patch.patched(plan) as fits:
+                    unchanged = fits.layers[0]
+                    sums = self._judged(plan.dropped, looks, unchanged=unchanged)
+                found = {"sums": [finite(float(value)) for value in sums]}
+            except PatchError as error:
+                if isinstance(error.__cause__, torch.OutOfMemoryError):
+                    self.is_complete = False  # there may be more of it another time
+                    return str(error)
+                found = {"why": str(error)}
+            self.store.put("patched", inputs, found)
+        if "why" in found:
+            return str(found["why"])
+        return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
+
+    def _judged(self, dropped: Sequence[int], looks: int, *, unchanged: int) -> NDArray[np.float64]:
+        """Judge a cut of a model whose first layers alone, so many, are those the trials know."""
+        judge, sums = self.losses.judge, np.full(self.losses.judge.num_items, np.nan)
+        for index, items in enumerate(judge.items[:looks]):
+            sums[items] = self.losses.judge_changed(dropped, index, unchanged=unchanged)
+        return sums
+
+
+def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:
+    """Measure the loss of a model with the layers that it has now, as a referee would.
+
+    Args:
+        model: cut, patched or healed maybe.
+        judge: of the texts that report.
+        num_rejected: texts with fewer than two tokens, beside them.
+
+    Returns:
+        The loss, known by text.
+
+    Raises:
+        ModelError: a loss is not finite.
+    """
+    return _as_loss(Trials(model, judge, meter=Meter()).scores(()), model, num_rejected)
+
+
+def _as_loss(scores: Scores, model: Layerwise, num_rejected: int) -> Loss:
+    weights = int(scores.weights.sum())
+    counts = weights, len(scores), num_rejected, model.head.vocab_size
+    return Loss(scores.mean, scores.stderr, *counts, by_text=scores)

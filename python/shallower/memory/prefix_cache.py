@@ -1,0 +1,216 @@
+"""States behind the first layers that cuts have in common, kept so that no layer runs twice.
+
+A cut is run layer by layer, and what it runs is a path: the indices of its layers. Two cuts whose
+paths begin alike have the same states that far, so those behind a path's first layers are kept,
+and a cut starts from the longest beginning that is known. All paths together are a tree.
+"""
+
+import math
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from .. import storage
+from ..models.layerwise import Layerwise
+from ..texts.batches import Batch
+from .sizes import free_bytes
+
+FREE_SHARE = 0.25
+"""Share of the free memory, or of the free disk space, that the states take at most."""
+
+MOST_FILES = 1 << 14
+"""States in files at most: a process has 65,530 mappings."""
+
+KEPT_PATHS = 2
+"""Paths over all batches that are kept in any case, thinned to every k-th state if need be: that
+of the whole model, and that of the cut whose neighbours are tried."""
+
+Place = tuple[int, tuple[int, ...]]
+"""A batch, and the layers that have run on it."""
+
+
+class Known:
+    """Which states are known within a bound; the states themselves lie elsewhere.
+
+    Those that were longest not needed are forgotten first. Who needs some states needs those
+    before them as well, to go on from if the cut differs earlier.
+
+    Args:
+        capacity: bytes of all states at most; infinity for no bound.
+        sizes: bytes of a state of each batch.
+        every: states behind every so many layers are kept, and the embedding.
+    """
+
+    def __init__(self, capacity: float, sizes: Sequence[int], every: int) -> None:
+        self._capacity, self._sizes, self._every = capacity, sizes, every
+        self._used = 0
+        self._places: OrderedDict[Place, None] = OrderedDict()
+
+    def __contains__(self, place: Place) -> bool:
+        return place in self._places
+
+    def start(self, index: int, path: tuple[int, ...]) -> int | None:
+        """Find how far a path has been run.
+
+        Args:
+            index: of the batch.
+            path: layers, ascending.
+
+        Returns:
+            The layers of the path that need not run again; None where not even the embedding is
+            known.
+        """
+        depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._places]
+        for depth in depths:
+            self._places.move_to_end((index, path[:depth]))
+        return depths[0] if depths else None
+
+    def keep(self, index: int, path: tuple[int, ...]) -> list[Place]:
+        """Take states in, if they are of those that are kept.
+
+        Args:
+            index: of the batch.
+            path: the layers that have run.
+
+        Returns:
+            What was forgotten for them.
+        """
+        size, forgotten = self._sizes[index], []
+        if len(path) % self._every or (index, path) in self._places or size > self._capacity:
+            return []
+        while self._used + size > self._capacity:
+            place, _ = self._places.popitem(last=False)
+            self._used -= self._sizes[place[0]]
+            forgotten.append(place)
+        self._places[index, path] = None
+        self._used += size
+        return forgotten
+
+    def count(self, index: int, path: tuple[int, ...]) -> int:
+        """Run a path in mind: what is known is then as if it had been run.
+
+        Args:
+            index: of the batch.
+            path: layers, ascending.
+
+        Returns:
+            The layers that had to run.
+        """
+        known = self.start(index, path)
+        if known is None:
+            self.keep(index, ())
+        start = known or 0
+        for depth in range(start + 1, len(path)):
+            self.keep(index, path[:depth])
+        return len(path) - start
+
+
+class Prefixes:
+    """Cuts run on batches, each from the states that it shares with those before it.
+
+    States are kept in the model's dtype, in the CPU's memory or in a temporary file, which has no
+    name and is gone with the process, however that ends.
+
+    Args:
+        model: the whole model.
+        batches: of token ids.
+        memory: bytes for states at most; by default a quarter of what is free.
+        spill: a folder on a disk with room: the states lie there in files, which the system
+            keeps in memory as far as there is any, and ``memory`` is of the disk.
+    """
+
+    def __init__(
+        self,
+        model: Layerwise,
+        batches: Sequence[Batch],
+        *,
+        memory: int | None = None,
+        spill: Path | None = None,
+    ) -> None:
+        self.model, self.batches = model, batches
+        self._memory, self._spill = memory, spill
+        self._states: dict[Place, torch.Tensor] = {}
+
+    def known(self) -> Known:
+        """Make an account of states in which none is known yet, and none is ever forgotten.
+
+        It has not the bounds of this store: they are of the memory that happens to be free.
+        """
+        return Known(math.inf, self._sizes, every=1)
+
+    def run(self, index: int, path: tuple[int, ...]) -> tuple[torch.Tensor, int]:
+        """Run the layers of a cut on a batch.
+
+        Args:
+            index: of the batch.
+            path: the layers that the cut has left, ascending.
+
+        Returns:
+            (B, T, D), the states behind the last of them, and how many layers had to run.
+        """
+        batch, known = self.batches[index], self._known.start(index, path)
+        if known is None:
+            states = self.model.embed(batch)
+            self._keep(index, (), states)
+        else:
+            states = self._states[index, path[:known]]
+        start = depth = known or 0
+
+        def keep(found: torch.Tensor) -> None:
+            nonlocal depth
+            depth += 1
+            if depth < len(path):
+                self._keep(index, path[:depth], found)
+
+        return self.model.run(batch, states, path[start:], each=keep), len(path) - start
+
+    def _keep(self, index: int, path: tuple[int, ...], states: torch.Tensor) -> None:
+        for place in self._known.keep(index, path):
+            del self._states[place]
+        if (index, path) in self._known and (index, path) not in self._states:
+            self._states[index, path] = self._room(states).copy_(states)
+
+    def _room(self, states: torch.Tensor) -> torch.Tensor:
+        if self._spill is None:
+            return torch.empty(states.shape, dtype=states.dtype)
+        size = states.numel() * states.element_size()
+        with (
+            storage.raise_output_error(self._spill),
+            tempfile.NamedTemporaryFile(dir=self._spill) as file,
+        ):
+            os.posix_fallocate(file.fileno(), 0, size)  # a mapping beyond a full disk is a SIGBUS
+            room = torch.from_file(file.name, shared=True, size=states.numel(), dtype=states.dtype)
+        return room.view(states.shape)
+
+    @cached_property
+    def _known(self) -> Known:
+        return Known(self._capacity, self._sizes, self._every)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Bytes of a state of each batch."""
+        first = self.batches[0].split(1)[0]
+        states = self.model.embed(first)
+        of_token = states.numel() * states.element_size() // first.input_ids.size
+        return [batch.input_ids.size * of_token for batch in self.batches]
+
+    @cached_property
+    def _capacity(self) -> int:
+        if self._spill is None:
+            free = free_bytes(torch.device("cpu")) if self._memory is None else 0
+        else:
+            free = storage.free_bytes(self._spill)
+        capacity = int(FREE_SHARE * free) if self._memory is None else self._memory
+        return capacity if self._spill is None else min(capacity, MOST_FILES * min(self._sizes))
+
+    @cached_property
+    def _every(self) -> int:
+        """The least k for which every k-th state of :data:`KEPT_PATHS` over all batches fits."""
+        layers, whole = len(self.model), KEPT_PATHS * sum(self._sizes)
+        fitting = [k for k in range(1, layers) if math.ceil(layers / k) * whole <= self._capacity]
+        return fitting[0] if fitting else layers

@@ -1,0 +1,1 @@
+"""Adapters folded into weights, and checked."""

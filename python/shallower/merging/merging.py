@@ -1,0 +1,277 @@
+"""Adapters folded into the plain weights of their model, and the check of the result.
+
+Weight by weight from file to file, in the memory of the adapters and of a few rows: a model of
+70 billion parameters is merged in 2 GB, and so on any machine that has the disk for it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from ..cutting.card_file import CARD_FILE
+from ..cutting.checkpoint_files import is_checkpoint
+from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
+from ..errors import ModelError
+from ..evaluation.loss import evaluate_loss
+from ..healing.training import computing
+from ..models.architecture import find_layers, input_device
+from ..models.decoder import Decoder
+from ..models.identity import stored_digest
+from ..models.loading import read_config
+from ..models.source import ModelSource
+from ..progress import track
+from ..values.files import PLAN_FILE
+from ..values.healing import CURVE_FILE, HEALING_FILE, Healing, Merge
+from ..values.recipe import Resolved
+from .low_rank import Deviations, LowRank
+from .memory_merge import merge_in_memory
+from .merged_check import TOLERANCE, adapted_logits, another_model, place_for, probe_logits
+from .stored_adapters import low_rank_changes
+
+_NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, CURVE_FILE, "job"})
+"""Files beside the weights of a cut that are not those of the merged model."""
+
+
+def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
+    """Read the dtype of a model's weights, which must not be quantised.
+
+    Args:
+        path: a folder or hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        A name in ``TOLERANCE``.
+
+    Raises:
+        ModelError: the weights are quantised, or of a dtype that adapters are not merged into;
+            or the config cannot be read.
+    """
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"the weights of {path} are quantised, and adapters are merged into plain ones only: "
+            f"keep the adapters, or cut the unquantised model"
+        )
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    if dtype not in TOLERANCE:
+        raise ModelError(f"cannot merge into weights of {dtype}: expected {', '.join(TOLERANCE)}")
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """Adapters to fold into a cut.
+
+    Attributes:
+        base: the cut, a folder or hub id.
+        adapters: the folder of the adapters.
+        healing: their record.
+        held_out: texts to measure the merged model on.
+        trained: the logits on ``PROBE`` of the adapters on the model as it was trained,
+            (1, T, V) float32.
+        progress: whether to show a bar on standard error; by default if that is a terminal.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    base: str
+    adapters: Path
+    healing: Healing
+    held_out: list[str] | None = None
+    trained: torch.Tensor | None = None
+    progress: bool | None = None
+    trust_remote_code: bool = False
+
+    def into(self, folder: Path) -> Merge:
+        """Fill a folder with the merged checkpoint, and check it.
+
+        It is loaded by stock transformers, and its logits are compared with those of the adapters
+        on their model, both in float32, where that fits into what is free; else every weight is
+        read back and compared with its sum in float64.
+
+        Args:
+            folder: an empty folder.
+
+        Returns:
+            The differences, and the held-out loss.
+
+        Raises:
+            ModelError: the adapters are another model's, or the result differs.
+            OutputError, OSError: a file cannot be written.
+        """
+        dtype = stored_plainly(self.base, self.trust_remote_code)
+        place = fetched(self.base, self.trust_remote_code)
+        stored = StoredCheckpoint.open(place) if is_checkpoint(place) else None
+        if stored_digest(place) != self.healing.weights:
+            raise another_model(self.base, self.adapters, self.healing)
+        changes = None
+        if stored is not None:
+            changes = low_rank_changes(
+                stored, self.adapters, trust_remote_code=self.trust_remote_code
+            )
+        if stored is None or changes is None:
+            source = self._source(self.base, dtype, "cpu")
+            expected = merge_in_memory(folder, source, self.adapters, healing=self.healing)
+            return self._by_logits(folder, dtype, "cpu", expected)
+        device_map = place_for(4 * stored.num_values)
+        if device_map is None:
+            return self._by_tensors(folder, dtype, stored, changes)
+        source = self._source(self.base, "float32", device_map)
+        expected = adapted_logits(source, self.adapters, healing=self.healing)
+        with self._bar(stored.num_bytes) as report:
+            rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
+        return self._by_logits(folder, dtype, place_for(4 * stored.num_values) or "cpu", expected)
+
+    def _source(self, path: str | Path, dtype: Any, device_map: Any) -> ModelSource:
+        return ModelSource(path, dtype, device_map, trust_remote_code=self.trust_remote_code)
+
+    @contextmanager
+    def _bar(self, total: int) -> Iterator[Callable[[int], None]]:
+        done = 0
+        with track("merge, MiB", total >> 20, self.progress) as advance:
+
+            def report(count: int) -> None:
+                nonlocal done
+                before, done = done, done + count
+                advance((done >> 20) - (before >> 20))
+
+            yield report
+
+    def _by_logits(self, folder: Path, dtype: str, device_map: Any, expected: Any) -> Merge:
+        """The check of a model that fits into memory."""
+        model, tokenizer = self._source(folder, "float32", device_map).load()
+        got = probe_logits(model, tokenizer, input_device(find_layers(model)))
+        scale = float(expected.norm())
+        difference = float((got - expected).norm()) / scale
+        if not difference <= TOLERANCE[dtype]:
+            raise ModelError(
+                f"the merged model is not the one with its adapters: its logits are off by "
+                f"{difference:.2g} of their norm, more than {TOLERANCE[dtype]:.0e}"
+            )
+        merge = Merge(
+            dtype=dtype,
+            difference=difference,
+            tolerance=TOLERANCE[dtype],
+            max_difference=float((got - expected).abs().max()),
+            trained_difference=(
+                None if self.trained is None else float((got - self.trained).norm()) / scale
+            ),
+        )
+        return self._with_loss(merge, Decoder.of(model), tokenizer)
+
+    def _by_tensors(
+        self, folder: Path, dtype: str, stored: StoredCheckpoint, changes: Mapping[str, LowRank]
+    ) -> Merge:
+        """The merge and the check of a model that does not."""
+        deviations = Deviations()
+        with self._bar(2 * stored.num_bytes) as report:
+            rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
+            checks = {
+                name: partial(deviations.check, change, device=_device())
+                for name, change in changes.items()
+            }
+            compare(stored, folder, checks, report=report)
+        merge = Merge(
+            dtype=dtype,
+            difference=deviations.relative,
+            tolerance=max(torch.finfo(change.dtype).eps for change in changes.values()),
+            max_difference=deviations.largest,
+            check="tensors",
+        )
+        if not self.held_out:
+            return merge
+        device_map = place_for(stored.num_bytes)
+        if device_map is None:
+            warnings.warn(
+                f"the held-out loss of the merged model is not measured: its {stored.num_bytes:,} "
+                f"bytes do not fit into memory. Measure it where they do: shallower eval",
+                stacklevel=2,
+            )
+            return merge
+        model, tokenizer = self._source(folder, dtype, device_map).load()
+        return self._with_loss(merge, Decoder.of(model), tokenizer)
+
+    def _with_loss(
+        self, merge: Merge, decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+    ) -> Merge:
+        """With the held-out loss, in the arithmetic of the other losses of the healing."""
+        if not self.held_out:
+            return merge
+        recipe = self.healing.recipe
+        with computing(recipe, decoder.device):
+            loss = evaluate_loss(
+                decoder, tokenizer, self.held_out, max_length=recipe.max_length,
+                batch_size=recipe.batch_size, progress=self.progress,
+                description="loss, merged",
+            )  # fmt: skip
+        return replace(merge, loss=loss)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _changing(changes: Mapping[str, LowRank]) -> dict[str, Any]:
+    return {name: partial(change.changed, device=_device()) for name, change in changes.items()}
+
+
+def fetched(base: str, trust_remote_code: bool = False) -> Path:
+    """Find the folder of a model, which is fetched from the hub if it is not there.
+
+    Args:
+        base: a folder or hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The folder; of a hub id the one in the hub's cache.
+
+    Raises:
+        ModelError: it is not there, or cannot be fetched.
+    """
+    if (folder := Path(base).expanduser()).is_dir():
+        return folder
+
+    def fetch(name: str) -> str | None:
+        found = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else str(found)
+
+    try:
+        config = fetch("config.json")
+        if fetch("model.safetensors") is None and (index := fetch(INDEX_FILE)):
+            get_checkpoint_shard_files(base, index)
+        for name in ("generation_config.json", PLAN_FILE):
+            fetch(name)
+        AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {base}: {error}") from error
+    if config is None:
+        raise ModelError(f"{base} holds no config.json: expected a checkpoint of transformers")
+    return Path(config).parent
+
+
+def trained_logits(
+    adapted: Any, tokenizer: PreTrainedTokenizerBase, recipe: Resolved, *, checkpoint: Path
+) -> torch.Tensor:
+    """Compute the logits on ``PROBE`` of kept adapters on the model as it was trained.
+
+    Args:
+        adapted: peft's model.
+        tokenizer: the tokenizer of the model.
+        recipe: the settings of the training.
+        checkpoint: the folder of the adapters.
+
+    Returns:
+        (1, T, V) float32.
+    """
+    adapted.load_adapter(str(checkpoint), "default")
+    adapted.eval()
+    device = input_device(find_layers(adapted.get_base_model()))
+    with computing(recipe, device):
+        return probe_logits(adapted, tokenizer, device)

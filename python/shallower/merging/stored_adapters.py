@@ -1,0 +1,252 @@
+"""Adapters of peft by the weights that they change, as those are stored in a checkpoint.
+
+Weights may be stored under other names than the model's, and stacks of experts apart.
+transformers' own conversion is run backwards on stand-ins that hold no values, and remember
+which rows and columns of a weight became which of a stored one.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+
+from ..cutting.rewriting import StoredCheckpoint
+from ..errors import ModelError
+from ..models.loading import empty_model
+from .low_rank import DTYPES, LowRank
+from .shape_only import StandIn
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_NEVER_MADE = {
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "init_lora_weights": True,
+}
+"""Settings of peft that change more than a weight's low-rank part, and their plain values."""
+
+
+def read_adapter_config(adapters: Path) -> dict[str, Any]:
+    """Read the settings of adapters, and refuse those that are more than low-rank sums.
+
+    Args:
+        adapters: their folder.
+
+    Returns:
+        The settings of peft.
+
+    Raises:
+        ModelError: there are none, or they are of another kind.
+    """
+    try:
+        config = json.loads((adapters / CONFIG_FILE).read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{adapters} holds no adapters of peft: {error}") from error
+    if kind != "LORA":
+        raise ModelError(f"the adapters in {adapters} are {kind}: expected LORA, as heal makes")
+    for name, plain in _NEVER_MADE.items():
+        if config.get(name) not in (plain, None, [], {}):
+            raise ModelError(
+                f"the adapters in {adapters} were made with {name}={config[name]!r}, which "
+                f"shallower heal never does, and cannot be merged: use peft's merge_and_unload"
+            )
+    return dict(config)
+
+
+def low_rank_changes(
+    stored: StoredCheckpoint, adapters: Path, *, trust_remote_code: bool = False
+) -> Mapping[str, LowRank] | None:
+    """Find what adapters add to every stored weight of a checkpoint.
+
+    Args:
+        stored: the checkpoint.
+        adapters: the folder of the adapters.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The changes by the names of the stored weights; None if one of the weights is not stored
+        under a name and in a shape that is known here.
+
+    Raises:
+        ModelError: the adapters do not fit the model, or hold NaN or infinity.
+    """
+    read_adapter_config(adapters)
+    layout = _Layout(stored, empty_model(stored.folder, trust_remote_code))
+    model = empty_model(stored.folder, trust_remote_code).float()
+    changes: dict[str, LowRank] = {}
+    with _adapted(model, adapters) as (factors, peft_model):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for prefix, layer in _layers(peft_model):
+            pair = _factors(prefix, layer, factors)
+            parameter = _parameter(layer)
+            pieces = layout.pieces(names[id(parameter)].replace(".base_layer", ""), parameter.shape)
+            if pieces is None:
+                return None
+            if both := set(pieces) & set(changes):
+                raise ModelError(f"two adapters in {adapters} change {min(both)}")
+            for name, piece in pieces.items():
+                dtype = DTYPES[stored.tensors[name].dtype]
+                changes[name] = LowRank(
+                    name, *piece.of_product(pair.left, pair.right), pair.scaling, dtype
+                )
+        if rest := factors.names - factors.taken:
+            raise ModelError(f"the adapters in {adapters} hold {min(rest)}, of no weight of theirs")
+    return changes
+
+
+@dataclass
+class _Factors:
+    """The small matrices of the adapters, read when they are asked for."""
+
+    path: Path
+    opened: Any
+    names: set[str]
+    taken: set[str]
+
+    def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        if name not in self.names:
+            raise ModelError(f"{self.path} lacks {name}")
+        self.taken.add(name)
+        tensor: torch.Tensor = self.opened.get_tensor(name)
+        if tensor.shape != torch.Size(shape):
+            raise ModelError(
+                f"{name} in {self.path} is of shape {tuple(tensor.shape)}: expected "
+                f"{tuple(shape)}, by the rank in {CONFIG_FILE} and the model"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name} in {self.path} holds NaN or infinity: train it again")
+        return tensor.float()
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, adapters: Path) -> Iterator[tuple[_Factors, Any]]:
+    """The adapters' file, and peft's model without values, of which the structure counts."""
+    from peft import PeftModel
+
+    path = adapters / WEIGHTS_FILE
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
+            built = PeftModel.from_pretrained(
+                model, str(adapters), low_cpu_mem_usage=True, torch_device="cpu"
+            )
+        opened = safe_open(path, framework="pt")
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise ModelError(f"cannot load the adapters in {adapters}: {error}") from error
+    with opened as file:
+        yield _Factors(path, file, set(file.keys()), set()), built
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """The adapted modules of peft's model, and the names that their adapters are saved by."""
+    from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if not isinstance(module, Linear | ParamWrapper) or module.lora_variant:
+            raise ModelError(f"cannot merge adapters on {name}: expected plain ones on linear maps")
+        yield name, module
+
+
+def _parameter(layer: Any) -> Any:
+    name = getattr(layer, "parameter_name", None)
+    return layer.get_param() if name else layer.get_base_layer().weight
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """(E, M, rank) and (E, rank, N) whose scaled product is added to a weight."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+
+
+def _factors(prefix: str, layer: Any, factors: _Factors) -> _Pair:
+    """The factors of one adapted weight, in the order of its axes."""
+    a, b = (
+        factors.get(f"{prefix}.{name}.weight", getattr(layer, name)["default"].weight.shape)
+        for name in ("lora_A", "lora_B")
+    )
+    scaling = float(layer.scaling["default"])
+    if _parameter(layer).ndim == 3:
+        layer.lora_A["default"].weight = torch.nn.Parameter(a, requires_grad=False)
+        layer.lora_B["default"].weight = torch.nn.Parameter(b, requires_grad=False)
+        left, right, scaling = layer.get_delta_factors("default")
+        return _Pair(left.detach(), right.detach(), float(scaling))
+    if getattr(layer, "fan_in_fan_out", False):  # GPT-2 keeps its matrices as (in, out)
+        return _Pair(a.T[None], b.T[None], scaling)
+    return _Pair(b[None], a[None], scaling)
+
+
+class _Layout:
+    """The way in which a model's weights are stored in a checkpoint.
+
+    Args:
+        stored: the checkpoint.
+        model: the model, without values.
+    """
+
+    def __init__(self, stored: StoredCheckpoint, model: PreTrainedModel) -> None:
+        self._stored, self._model = stored, model
+        self._prefix = f"{model.base_model_prefix}."
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        plain = [one for one in every if not isinstance(one, PrefixChange)]
+        self._ways = [plain] if len(plain) == len(every) else [plain, every]
+
+    def pieces(self, name: str, shape: Sequence[int]) -> dict[str, "StandIn"] | None:
+        """Find the stored tensors that make up a weight.
+
+        Args:
+            name: of the weight in the model.
+            shape: of the weight.
+
+        Returns:
+            By stored name, the part of the weight that it is; None if it is not found.
+        """
+        for pieces in self._candidates(name, StandIn.of(shape)):
+            for named in self._renamed(pieces):
+                if all(self._fits(key, piece) for key, piece in named.items()):
+                    return named
+        return None
+
+    def _candidates(self, name: str, whole: "StandIn") -> Iterator[dict[str, "StandIn"]]:
+        for way in self._ways:
+            model: Any = self._model
+            model._weight_conversions = way
+            try:
+                yield revert_weight_conversion(model, {name: cast("torch.Tensor", whole)})
+            except (AttributeError, TypeError, ValueError, NotImplementedError):
+                continue  # an operation that a stand-in does not know
+        yield {name: whole}
+
+    def _renamed(self, pieces: dict[str, "StandIn"]) -> Iterator[dict[str, "StandIn"]]:
+        """Names as they are, and with or without the prefix of the model below its head."""
+        yield pieces
+        yield {key.removeprefix(self._prefix): piece for key, piece in pieces.items()}
+        yield {self._prefix + key: piece for key, piece in pieces.items()}
+
+    def _fits(self, name: str, piece: "StandIn") -> bool:
+        tensor = self._stored.tensors.get(name)
+        return (
+            tensor is not None
+            and tensor.dtype in DTYPES
+            and tensor.shape == tuple(piece.shape)
+            and piece.is_matrix
+        )

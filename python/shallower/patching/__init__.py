@@ -1,0 +1,1 @@
+"""Healing in closed form, and by a few steps."""

@@ -1,0 +1,277 @@
+"""A patch quick enough to be made for every cut that is compared: one matrix a block.
+
+The last matrix of the feed-forward before each block is solved anew, as by :func:`shallower.patch`,
+so that the stream jumps to x^(stop) of the whole model. What is left out is what takes time there:
+no loss is measured to choose by, nothing behind the cut is solved, and the whole model runs once
+for all cuts.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import PatchError, TextsError
+from ..memory.sizes import free_bytes
+from ..models.layerwise import Layerwise
+from ..models.offload import resident
+from ..models.residual_writers import Writer, find_writers
+from ..texts.batches import Batch
+from ..values.layers import blocks_of
+from ..values.plan import Plan
+from .changes import Changes
+from .least_squares import NormalEquations
+from .missing import FARTHEST, missing_equations, no_writer, not_finite
+from .patch_states import StateSet, Stored
+
+RIDGES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
+"""Penalties that are tried, as shares of the inputs' mean square, until one is worse."""
+
+HELD = 4
+"""Every so many texts one is held out while the ridge is chosen; then all are fitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuickFits:
+    """What a quick patch has changed.
+
+    Attributes:
+        layers: the layers whose last matrix was solved anew, ascending.
+        ridges: the penalty that each was solved with, as a share of its inputs' mean square on
+            the texts that it was chosen on.
+    """
+
+    layers: tuple[int, ...]
+    ridges: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class _Part:
+    """Batches, the whole model's states on them, one more than it has layers, and a cut's."""
+
+    batches: Sequence[Batch]
+    whole: list[Stored]
+    cut: Stored
+
+    @property
+    def num_texts(self) -> int:
+        return sum(map(len, self.batches))
+
+
+class QuickPatch:
+    """Quick patches of cuts of one model, on the same texts.
+
+    The whole model runs on them once, when the first cut is patched.
+
+    Args:
+        model: the whole model, in float32, bfloat16 or float16.
+        batches: texts to fit, padded on the right: a few thousand tokens.
+        room: bytes of the CPU's memory that the whole model's states may take,
+            ``(L+1)·tokens·D`` values of the model's dtype; more lie in a temporary file. By default
+            a quarter of what is free.
+        ran: is told of layers that ran, and on how many texts each. That a layer's writers are
+            looked for, on one text and once, is not counted.
+
+    Raises:
+        TextsError: there are fewer than two texts.
+    """
+
+    def __init__(
+        self,
+        model: Layerwise,
+        batches: Sequence[Batch],
+        *,
+        room: int | None = None,
+        ran: Callable[[int, int], None] = lambda _layers, _texts: None,
+    ) -> None:
+        self._model, self._room, self._ran = model, room, ran
+        self._divided = _divide(batches)
+        self._probe = self._divided[0][0].split(1)[0]
+        self._writers: dict[int, Writer | None] = {}
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        """The whole model's states on the texts to fit and on those held out, made once."""
+        model = self._model
+        model.check(self._probe)
+        sample = model.embed(self._probe)
+        width, dtype = sample.shape[-1], sample.dtype
+        tokens = sum(batch.input_ids.size for part in self._divided for batch in part)
+        taken = (len(model) + 1) * tokens * width * dtype.itemsize
+        room = free_bytes(torch.device("cpu")) // 4 if self._room is None else self._room
+        with ExitStack() as stack:
+            folder = None
+            if taken > room:
+                # Files without a name live as long as their mappings.
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-")))
+
+            def stored(name: str, part: Sequence[Batch]) -> Stored:
+                return Stored(folder and folder / name, part, width, dtype)
+
+            parts = [
+                _Part(
+                    part,
+                    [stored(f"{name}.{layer}", part) for layer in range(len(model) + 1)],
+                    stored(f"{name}.cut", part),
+                )
+                for name, part in zip(("fitted", "held"), self._divided, strict=True)
+            ]
+        with torch.no_grad():
+            for part in parts:
+                self._run_whole(part)
+        return parts
+
+    def prepare(self) -> None:
+        """Run the whole model on the texts, unless that was done; :meth:`patched` does it else.
+
+        Raises:
+            ModelError: the layers cannot be run one by one.
+        """
+        _ = self._parts
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a patch depends on beside the model and the texts, as plain JSON values."""
+        return {
+            "patch": "quick", "ridges": list(RIDGES), "farthest": FARTHEST, "held": HELD,
+        }  # fmt: skip
+
+    @contextmanager
+    def patched(self, plan: Plan) -> Iterator[QuickFits]:
+        """Patch the model for as long as the body runs; it keeps all of its layers.
+
+        The body leaves out the layers that the plan drops. Afterwards every weight is what it
+        was, bit for bit.
+
+        Args:
+            plan: the layers that are left out.
+
+        Yields:
+            What has changed.
+
+        Raises:
+            PatchError: there is no layer before a block; the one that is there does not write by
+                a plain linear map; states are not finite; or there is not enough memory.
+            PlanError: the plan is for another number of layers.
+            ModelError: the layers cannot be run one by one.
+        """
+        changes = Changes()
+        try:
+            try:
+                with torch.no_grad():
+                    fits = self._solve(Plan.of(len(self._model), plan), changes)
+            except torch.OutOfMemoryError as error:
+                raise PatchError(
+                    "there is not enough memory to patch with so many texts in one forward: lower "
+                    "batch_size (--batch-size)"
+                ) from error
+            yield fits
+        finally:
+            changes.take_back()
+
+    def _run_whole(self, part: _Part) -> None:
+        for index, batch in enumerate(part.batches):
+            part.whole[0][index] = self._model.embed(batch)
+        for layer in range(len(self._model)):
+            before, after = part.whole[layer], part.whole[layer + 1]
+            self._advance(part, before, after, layers=(layer,))
+
+    def _advance(
+        self, part: _Part, before: Stored, after: Stored, *, layers: Sequence[int]
+    ) -> None:
+        for some in self._model.passes(layers):
+            for index, batch in enumerate(part.batches):
+                after[index] = self._model.run(batch, before[index], some)
+            before = after
+        self._ran(len(layers), part.num_texts)
+
+    def _solve(self, plan: Plan, changes: Changes) -> QuickFits:
+        blocks = blocks_of(plan.dropped)
+        layers = tuple(block.start - 1 for block in blocks)
+        if layers[0] < 0:
+            raise PatchError(
+                f"there is no layer before the block {blocks[0]} that could be solved anew: drop "
+                f"later layers"
+            )
+        states = [
+            StateSet(part.batches, part.whole[blocks[0].stop], part.whole[layers[0]])
+            for part in self._parts
+        ]
+        ridges = [self._fit(layers[0], states, changes)]
+        for block, following in pairwise(blocks):
+            between = (block.start - 1, *range(block.stop, following.start - 1))
+            for place, part in enumerate(self._parts):
+                self._advance(part, states[place].cut, part.cut, layers=between)
+                states[place] = StateSet(part.batches, part.whole[following.stop], part.cut)
+            ridges.append(self._fit(following.start - 1, states, changes))
+        return QuickFits(layers, tuple(ridges))
+
+    def _fit(self, layer: int, states: Sequence[StateSet], changes: Changes) -> float:
+        """Solve the last matrix of a layer, and give the ridge that was chosen."""
+        with resident(self._model.modules[layer]):
+            writer = self._writer(layer)
+            fitted, held = (
+                missing_equations(self._model, layer, (writer,), states=part) for part in states
+            )
+            self._ran(1, sum(part.num_texts for part in self._parts))
+            ridge, scale = _best_ridge(fitted, held), fitted.scale
+            fitted.join(held)  # more tokens outweigh the same penalty
+            changes.add(writer, _solution(fitted, ridge * scale).div_(writer.scale))
+        return ridge
+
+    def _writer(self, layer: int) -> Writer:
+        if layer not in self._writers:
+            states = self._parts[0].whole[layer][0][:1, : self._probe.input_ids.shape[1]]
+            found = find_writers(self._model, layer, batch=self._probe, states=states)
+            self._writers[layer] = found.feed_forward
+        writer = self._writers[layer]
+        if writer is None:
+            raise no_writer(layer)
+        return writer
+
+
+def _divide(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Texts to fit, and those that are held out while the ridge is chosen."""
+    numbers = count()
+    parts: tuple[list[Batch], list[Batch]] = [], []
+    for batch in batches:
+        held = np.array([next(numbers) % HELD == 1 for _ in range(len(batch))], dtype=bool)
+        for part, texts in zip(parts, (~held, held), strict=True):
+            if texts.any():
+                chosen = replace(
+                    batch,
+                    input_ids=batch.input_ids[texts],
+                    attention_mask=batch.attention_mask[texts],
+                    samples=batch.samples[texts],
+                )
+                part.append(chosen)
+    if not parts[1]:
+        raise TextsError(
+            f"{next(numbers)} texts are too few to patch with: give at least 2, better 16 or more"
+        )
+    return parts
+
+
+def _solution(equations: NormalEquations, penalty: torch.Tensor) -> torch.Tensor:
+    return equations.solve(1.0, penalty.expand(len(equations.gram)), kept_weight=1.0)
+
+
+def _best_ridge(fitted: NormalEquations, held: NormalEquations) -> float:
+    """The ridge whose map leaves the least of what the texts that are held out miss."""
+    best, least = math.nan, math.inf
+    for ridge in RIDGES:
+        error = held.error_of(_solution(fitted, ridge * fitted.scale))
+        if not error < least:
+            break
+        best, least = ridge, error
+    if math.isinf(least):
+        raise not_finite()
+    return best

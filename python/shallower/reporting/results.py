@@ -1,0 +1,190 @@
+"""Results of a run, as they are written into its folder before each next step."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError, ShallowerError
+from ..storage import write_file
+from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, RESULTS_FILE, SCAN_FILE
+from ..values.healing import Healing
+from ..values.loss import Loss
+from ..values.recommendation import Recommended, SizeRow
+from ..values.schema import of_type
+from ..values.target import Wish
+
+if TYPE_CHECKING:
+    from ..scanning.scan import Scan
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """One prompt continued greedily by the models of a run; None by those that are not there.
+
+    Attributes:
+        prompt: the text that is continued.
+        whole: with its continuation, by the whole model.
+        cut: by the bare cut.
+        patched: by the patched cut.
+        healed: by the healed model.
+    """
+
+    prompt: str
+    whole: str
+    cut: str | None = None
+    patched: str | None = None
+    healed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The results of a run, and where they are.
+
+    Attributes:
+        out: the folder of the run.
+        wish: what was asked for.
+        scan: the comparison of all layers.
+        whole: the loss of the whole model on the texts that report.
+        splits: how many texts fit, choose and report.
+        recommended: the cut that the run ends in; None until it is known.
+        table: what other sizes cost, by the number of layers, as far as it is known.
+        continuations: prompts continued before the cut, after it and after the patch.
+        difference: the greatest absolute difference between the logits of the saved checkpoint,
+            reloaded by stock transformers, and those of the model in memory. NaN until it is
+            known, which is null in JSON.
+        healing: the record of the healing, if the cut was healed.
+        command: the words on the command line that asked, without places; empty if none did.
+        marks: what tells this run, and the weights that it has written, from others; and
+            whether it has ended. So a run can go on.
+    """
+
+    out: Path
+    wish: Wish
+    scan: "Scan"
+    whole: Loss
+    splits: dict[str, int]
+    recommended: Recommended | None = None
+    table: tuple[SizeRow, ...] = ()
+    continuations: tuple[Continuations, ...] = ()
+    difference: float = math.nan
+    healing: Healing | None = None
+    command: str = ""
+    marks: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the model that is recommended, once it is there."""
+        if self.recommended is None:
+            return None
+        return self.out / (HEALED_FOLDER if self.recommended.healed else CHECKPOINT_FOLDER)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the results as plain JSON values.
+
+        Returns:
+            ``recommended``, ``table`` and ``checkpoint``, a path below the folder of the run; all
+            else beside them. It is what is in ``results.json``.
+        """
+        place = self.checkpoint
+        return {
+            "format": "shallower.run",
+            "version": 2,
+            "recommended": self.recommended and self.recommended.to_json(),
+            "table": [row.to_json() for row in self.table],
+            "checkpoint": place and place.name,
+            "wish": self.wish.to_json(),
+            "whole": self.whole.to_record(),
+            "splits": self.splits,
+            "num_layers": self.scan.num_layers,
+            "num_samples": self.scan.num_samples,
+            "num_rejected": self.scan.num_rejected,
+            "dtype": self.scan.model and self.scan.model.dtype,
+            "continuations": [asdict(one) for one in self.continuations],
+            "max_logits_difference": None if math.isnan(self.difference) else self.difference,
+            "healing": self.healing and self.healing.to_json(),
+            "command": self.command,
+            "marks": self.marks,
+        }
+
+    @classmethod
+    def load(cls, out: str | Path) -> "Run":
+        """Read a run from its folder.
+
+        Args:
+            out: the folder.
+
+        Returns:
+            The run, as far as it has come.
+
+        Raises:
+            OutputError: ``results.json`` is not there, or is damaged.
+            ScanError, ModelError: the scan or the record of the healing is.
+        """
+        from ..scanning.scan import Scan
+
+        out = Path(out)
+        try:
+            values = of_type(dict, json.loads((out / RESULTS_FILE).read_bytes()))
+            done, difference = values["recommended"], values["max_logits_difference"]
+            results = cls(
+                out, Wish(**values["wish"]), Scan.load(out / SCAN_FILE),
+                Loss.from_json(values["whole"]), dict(values["splits"]),
+                None if done is None else Recommended.from_json(done),
+                tuple(map(SizeRow.from_json, values["table"])),
+                tuple(Continuations(**one) for one in values["continuations"]),
+                math.nan if difference is None else of_type(float, difference),
+                command=of_type(str, values.get("command", "")), marks=dict(values["marks"]),
+            )  # fmt: skip
+            healed = values["healing"] is not None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ShallowerError) as error:
+            message = f"{out / RESULTS_FILE} is not of a run, or is damaged: {error}"
+            raise OutputError(message) from error
+        return replace(results, healing=Healing.load(out / HEALED_FOLDER)) if healed else results
+
+    def save(self) -> None:
+        """Write ``results.json`` into the folder of the run.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        content = json.dumps(self.to_json(), indent=2) + "\n"
+        write_file(self.out / RESULTS_FILE, content.encode())
+
+
+def marks_in(out: Path) -> dict[str, Any]:
+    """Read the marks of the results in a folder.
+
+    Args:
+        out: the folder of a run.
+
+    Returns:
+        The marks; none where there are no results, or none that can be told.
+    """
+    try:
+        values = json.loads((out / RESULTS_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    marks = values.get("marks") if isinstance(values, dict) else None
+    return marks if isinstance(marks, dict) else {}
+
+
+def weights_mark(folder: Path) -> str:
+    """Hash the weights of a checkpoint, all bytes of them.
+
+    Args:
+        folder: with safetensors.
+
+    Returns:
+        A SHA-256 in hexadecimal digits; of a folder that is not there, that of nothing.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

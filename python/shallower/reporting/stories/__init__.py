@@ -1,0 +1,1 @@
+"""What each result tells, as plain values."""

@@ -1,0 +1,186 @@
+"""Parts that the pages of runs, comparisons and curves share: words of losses and of texts."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...values.gain import Gain
+from ...values.layers import blocks_of, ranges
+from ...values.loss import Loss
+from ...values.scores import Difference
+from ..gain import gain_rows
+from ..page.story import Fact, Number, Section, Table
+
+SMALL = 1_000_000_000
+"""Parameters below which a model is called small."""
+
+FEW_TEXTS = 30
+"""Texts below which errors are themselves uncertain."""
+
+
+def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
+    """Say a loss in words of perplexity.
+
+    Args:
+        whole: of the whole model.
+        loss: of the other model.
+        lost: what it loses more, paired.
+
+    Returns:
+        A sentence.
+    """
+    ratio = math.exp(lost.mean)
+    span, digits = "", 2
+    if math.isfinite(lost.stderr):
+        low, high = (math.exp(lost.mean + side * 2 * lost.stderr) for side in (-1, 1))
+        digits = 2 if high - low > 0.02 else 3
+        span = f" ({low:.{digits}f} to {high:.{digits}f} within two standard errors)"
+    return (
+        f"Its perplexity is {ratio:.{digits}f} times that of the whole model{span}: at each token "
+        f"it is as unsure as among {math.exp(loss.nats):.1f} equally likely ones, the whole model "
+        f"as among {math.exp(whole.nats):.1f}."
+    )
+
+
+def loss_fact(name: str, loss: Loss, place: str) -> Fact:
+    """Give a loss with its error, and what it was measured on.
+
+    Args:
+        name: of the model.
+        loss: of it.
+        place: file and key that it is from.
+
+    Returns:
+        A fact.
+    """
+    source = f"{place}; {loss.num_tokens:,} tokens of {loss.num_texts:,} texts"
+    return Fact(f"{name}, nats a token", Number.of(loss.nats, loss.stderr, 4), source)
+
+
+def splits_words(splits: Mapping[str, int]) -> str:
+    """Say how many texts fit, choose and report.
+
+    Args:
+        splits: numbers by those words.
+
+    Returns:
+        As ``64 fit, 16 choose, 64 report``.
+    """
+    return ", ".join(f"{number:,} {name}" for name, number in splits.items()) or "not known"
+
+
+def range_cell(layers: Sequence[int]) -> str:
+    """Write layers for a narrow column, where a range is not broken."""
+    return ranges(layers).replace(", ", ",\xa0")
+
+
+def layer_words(layers: Sequence[int]) -> str:
+    """Say layers for people who have never seen a half-open range.
+
+    Args:
+        layers: indices, ascending.
+
+    Returns:
+        As ``3, 12 to 19``.
+    """
+    blocks = blocks_of(layers)
+    return ", ".join(
+        str(block.start) if len(block) == 1 else f"{block.start} to {block.stop - 1}"
+        for block in blocks
+    )
+
+
+def again(what: str, *commands: str) -> Section:
+    """Tell the commands that make all of it again.
+
+    Args:
+        what: they do, in a sentence.
+        commands: lines for a shell; long ones are broken before their options.
+
+    Returns:
+        A section.
+    """
+    line = f"{what} Words in capitals are places on your machine."
+    broken = (
+        command if len(command) <= 64 else command.replace(" --", " \\\n    --")
+        for command in commands
+    )
+    return Section("Make it again", (line,), commands=tuple(broken))
+
+
+def gain_table(gain: Gain | None) -> tuple[Table, ...]:
+    """Tabulate what a cut gains.
+
+    Args:
+        gain: its sizes and forecasts; None where they are not known.
+
+    Returns:
+        A table; none where nothing is known.
+    """
+    if gain is None:
+        return ()
+    texts = "one text" if gain.batch == 1 else f"{gain.batch} texts"
+    title = f"What it gains: {texts} of {gain.context:,} tokens in {gain.dtype}, by the roofline"
+    return (Table(title, ("", "whole model", "after the cut", "ratio"), tuple(gain_rows(gain))),)
+
+
+def few_texts(num_texts: int) -> list[str]:
+    """Warn of losses that are of few texts; nothing where they are of enough."""
+    if num_texts >= FEW_TEXTS:
+        return []
+    return [
+        f"the losses are of {num_texts} texts: their errors are uncertain themselves, and other "
+        f"texts may tell another story"
+    ]
+
+
+def small_model(parameters: int | None) -> list[str]:
+    """Warn of a small model; nothing where it is large, or its size is not known."""
+    if parameters is None or parameters >= SMALL:
+        return []
+    return [
+        f"the model is small, {parameters / 1e6:,.0f} million parameters: small models lose more "
+        f"by a cut than large ones, so this says little of larger models"
+    ]
+
+
+def differs(
+    max_length: int | None,
+    dtype: str | None,
+    versions: Mapping[str, str],
+    *,
+    own: Iterable[str] = (),
+) -> Section:
+    """Say why the same model measured elsewhere may have other numbers.
+
+    Args:
+        max_length: tokens of a text at most, if that is known.
+        dtype: of the weights, if that is known.
+        versions: of the packages.
+        own: further reasons.
+
+    Returns:
+        A section.
+    """
+    length = (
+        f"at most {max_length:,} tokens" if max_length else "as many tokens as --max-length says"
+    )
+    harness = versions.get("lm_eval") or versions.get("lm-eval")
+    lines = (
+        f"Context: each text is read by itself, {length} of it; a longer context lowers a loss.",
+        "Stride: texts are not joined and windows do not overlap. Each token but the first of a "
+        "text is predicted once; perplexities of a sliding window are lower.",
+        "BOS: a text begins as its tokenizer begins it. With another first token the first "
+        "predictions differ, of short texts much.",
+        "Mean: over tokens, not over texts, words or bytes; its error is that of texts.",
+        f"Weights: {dtype or 'the dtype that --dtype says'}. In another dtype, or quantised, "
+        f"losses differ in the third digit or before.",
+        *own,
+        f"lm-eval: {f'version {harness}' if harness else 'no task was measured by it here'}; "
+        f"prompts and normalisation of its tasks change between versions.",
+    )
+    return Section("Why your number may differ", lines=lines)
+
+
+def made_by(versions: Mapping[str, str], source: str) -> tuple[Fact, ...]:
+    """Give the packages that made the numbers."""
+    return tuple(Fact(name, version, source) for name, version in versions.items())

@@ -1,0 +1,336 @@
+"""The story of a run: which layers go, what that costs, how sure it is, and where it is from."""
+
+import math
+from pathlib import Path
+
+from ...errors import MetricError, ScanError
+from ...savings.weights import Weights, count_weights
+from ...values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ...values.gain import Gain
+from ...values.recommendation import Recommended, SizeRow
+from ...values.scores import Difference
+from ..page.story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from ..recommendation import estimated
+from ..results import Continuations, Run
+from ..run_figures import healing_drawings, race_drawings, scan_drawings, size_drawings
+from .parts import (
+    again,
+    differs,
+    few_texts,
+    gain_table,
+    layer_words,
+    loss_fact,
+    made_by,
+    perplexity_words,
+    range_cell,
+    small_model,
+    splits_words,
+)
+
+NUM_RESAMPLES = 1000
+MOST_CANDIDATES = 20
+UNLIKE = 3.0
+"""Standard errors from which on texts that chose and those that report are called unlike."""
+
+UNFINISHED = (
+    "the run has not ended: what is told here is as far as it came; call shallower run again, and "
+    "it goes on where it was"
+)
+"""What is said of a run that was cut short, or goes on."""
+
+_STATES = ("whole", "cut", "patched", "healed")
+
+
+def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
+    """Tell a run.
+
+    Args:
+        run: with its recommendation.
+        gain: what the cut gains, if that is known.
+        drawn: draw figures; False where there is no matplotlib.
+
+    Returns:
+        The story.
+    """
+    recommended = run.recommended
+    assert recommended is not None
+    return _Telling(run, recommended, gain, drawn).story()
+
+
+class _Telling:
+    """A run that is told, and what is worked out once for several parts."""
+
+    def __init__(self, run: Run, recommended: Recommended, gain: Gain | None, drawn: bool) -> None:
+        self._run, self._best, self._gain, self._drawn = run, recommended, gain, drawn
+        self._name = run.scan.model.name if run.scan.model else "model"
+        self._weights = None if run.checkpoint is None else count_weights(run.checkpoint)
+        self._shares: dict[int, float] | None = None
+        if run.scan.keeps_samples and run.scan.num_sequences > 1:
+            try:
+                found = run.scan.bootstrap(NUM_RESAMPLES, metric="angular")
+                self._shares = {n: one.probability for n, one in found.items()}
+            except (MetricError, ScanError):
+                pass
+
+    def story(self) -> Story:
+        run, best = self._run, self._best
+        dropped, total = best.plan.dropped, run.scan.num_layers
+        return Story(
+            "run", f"{self._name} without {len(dropped)} of its {total} layers", best.sentence(),
+            strips=(Strip("layers that go", total, dropped, layer_words(dropped)),),
+            steps=self._steps(), cost=perplexity_words(best.whole, best.loss, best.difference),
+            savings=self._savings(), warnings=tuple(self._warnings()),
+            sections=tuple(self._sections()), data=run.to_json(),
+        )  # fmt: skip
+
+    def _steps(self) -> tuple[Step, ...]:
+        best = self._best
+        losses = [(name, loss) for name in _STATES if (loss := getattr(best, name)) is not None]
+        most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
+        steps = []
+        for name, loss in losses:
+            more = "" if name == "whole" else _signed(loss.minus(best.whole))
+            share = max(0.0, (loss.nats - best.whole.nats) / most)
+            number = Number.of(loss.nats, loss.stderr)
+            steps.append(Step(name, number, more, share, name == best.state))
+        return tuple(steps)
+
+    def _savings(self) -> tuple[Fact, ...]:
+        best, place = self._best, f"{RESULTS_FILE}: recommended"
+        total, n = self._run.scan.num_layers, len(best.plan.dropped)
+        rows = [
+            Fact("layers", f"{n} of {total} ({100 * best.layers_share:.0f} %)", f"{place}.dropped"),
+            Fact("parameters", Number.share(best.parameters_share), f"{place}.parameters_share"),
+        ]
+        if (weights := self._weights) is not None:
+            before = _before(weights, best)
+            source = f"headers of the safetensors in {self._run.checkpoint.name}"  # type: ignore[union-attr]
+            if weights.parameters is not None:
+                whole = _before_parameters(weights, best)
+                gone = whole - weights.parameters
+                share = Number.share(best.parameters_share).text
+                text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
+                rows[-1] = Fact("parameters", Number(text, gone), source)
+            size = Number(f"{(before - weights.num_bytes) / 1e6:,.0f} MB of {before / 1e6:,.0f} MB")
+            rows.append(Fact("weights on disk", size, source))
+        return tuple(rows)
+
+    def _warnings(self) -> list[str]:
+        best, run = self._best, self._run
+        known = self._weights and self._weights.parameters
+        whole = None if not known else _before_parameters(self._weights, best)
+        found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
+        if "ended" not in run.marks:
+            found.insert(0, UNFINISHED)
+        n = len(best.plan.dropped)
+        share = None if self._shares is None else self._shares.get(n)
+        if share is not None and share < 0.5:
+            found.append(
+                f"the block of least distance is unstable: of {NUM_RESAMPLES:,} resamples of the "
+                f"texts {100 * share:.0f} % find the same l*({n})"
+            )
+        chosen, row = best.verified.candidates[0], self._row
+        judged = best.verified.judge == "loss" and not chosen.lost_early
+        if row is not None and judged:
+            patched = best.verified.after == "patch"
+            loss, stderr = (row.patched, row.patched_stderr) if patched else (row.cut, row.stderr)
+            if loss is not None and _apart(chosen.score, chosen.stderr, loss, stderr or 0.0):
+                found.append(
+                    f"calibration unlike evaluation: the same cut loses {chosen.score:.2f} nats a "
+                    f"token on the texts that chose it, {loss:.2f} on those that report; choose on "
+                    f"texts as you will use the model for"
+                )
+        if run.scan.num_rejected:
+            found.append(f"{run.scan.num_rejected} samples were left out of the scan")
+        return found
+
+    @property
+    def _row(self) -> SizeRow | None:
+        """What the table says of the size that is recommended."""
+        dropped = self._best.plan.dropped
+        return next((row for row in self._run.table if row.dropped == dropped), None)
+
+    def _sections(self) -> list[Section]:
+        told = [self._asked(), self._sure(), self._costs()]
+        if self._run.continuations:
+            told.append(Section("How it speaks", (
+                "Each model goes on by its likeliest token, 32 tokens at most. A sample shows what "
+                "a loss cannot; it proves nothing.",
+            ), samples=tuple(map(_sample, self._run.continuations))))  # fmt: skip
+        return [*told, self._numbers(), self._again(), self._differs()]
+
+    def _asked(self) -> Section:
+        run, scan = self._run, self._run.scan
+        texts = scan.texts[0] if scan.texts else None
+        facts = [
+            Fact("model", self._name, f"{SCAN_FILE}: model"),
+            Fact("dtype", scan.model.dtype if scan.model else "not known", f"{SCAN_FILE}: model"),
+            Fact("wish", str(run.wish), f"{RESULTS_FILE}: wish"),
+            Fact("texts", splits_words(run.splits), f"{RESULTS_FILE}: splits"),
+        ]
+        if texts is not None:
+            facts.append(
+                Fact("tokens of a text", f"at most {texts.max_length:,}", f"{SCAN_FILE}: texts")
+            )
+        if scan.positions is not None:
+            facts.append(Fact("compared tokens", str(scan.positions), f"{SCAN_FILE}: positions"))
+        lines = (
+            f"{_capital(self._best.reason)}.",
+            "Texts that fit, texts that choose and texts that report are three sets: no loss here "
+            "is of a text that anything was chosen by.",
+        )
+        return Section("What was asked", lines, tuple(facts))
+
+    def _sure(self) -> Section:
+        best, verified = self._best, self._best.verified
+        lines = [f"{_capital(verified.sentence())}."]
+        if best.by_distance is not None:
+            lines.append(
+                f"The block of least angular distance loses {best.by_distance} nats a token more "
+                f"than this plan, both as bare cuts."
+            )
+        rows = tuple(
+            (
+                range_cell(one.plan.dropped), ", ".join(one.proposed_by),
+                Number.of(one.score, one.stderr),
+                Number.of(one.difference.mean, one.difference.stderr, sign=True),
+                "the winner" if one is verified.candidates[0] else "lost early"
+                if one.lost_early else "a tie" if one.tied else "worse",
+            )
+            for one in verified.candidates[:MOST_CANDIDATES]
+        )  # fmt: skip
+        table = Table(
+            "Proposals that came into the last race",
+            ("drop", "proposed by", f"score, {verified.unit}", "more than the winner", ""), rows,
+            f"{verified.num_proposals} proposals were judged on {verified.num_items} texts that "
+            f"choose; a tie is within two standard errors of the paired difference.", 0,
+        )  # fmt: skip
+        drawings = []
+        if self._drawn:
+            drawings += [*race_drawings(verified), *scan_drawings(self._run.scan, self._shares)]
+        return Section(
+            "What was cut, and how sure that is", tuple(lines), tables=(table,),
+            drawings=tuple(drawings),
+        )  # fmt: skip
+
+    def _costs(self) -> Section:
+        rows = tuple(
+            (
+                Number.count(row.n), range_cell(row.dropped), Number.share(row.parameters_share),
+                Number.of(row.cut, row.stderr), Number.of(row.patched, row.patched_stderr),
+                Number.of(row.patched_lost, row.patched_lost_stderr, sign=True),
+                Number.of(row.deepest_patched), Number.count(row.num_tied),
+            )
+            for row in self._run.table
+        )  # fmt: skip
+        chosen = [i for i, row in enumerate(self._run.table) if row is self._row]
+        head = (
+            "n", "drop", "parameters", "cut", "patched", "more than whole", "deepest, patched",
+            "ties",
+        )  # fmt: skip
+        note = (
+            f"Nats a token on the texts that report; whole model {self._best.whole}. Patches here "
+            f"are quick ones, one matrix a block. Errors of 'more' are paired."
+            f"{estimated(self._run.table, self._best.whole.num_texts)}"
+        )
+        tables = [Table("What other sizes would cost", head, rows, note, *chosen)] if rows else []
+        drawings = []
+        if self._drawn:
+            drawings += size_drawings(self._run.table, self._best.whole)
+            drawings += healing_drawings(self._run.healing)
+        return Section(
+            "What it costs and gains", tables=(*gain_table(self._gain), *tables),
+            drawings=tuple(drawings),
+        )  # fmt: skip
+
+    def _numbers(self) -> Section:
+        best, run, scan = self._best, self._run, self._run.scan
+        facts = [
+            loss_fact(name, loss, f"{RESULTS_FILE}: recommended.losses.{name}")
+            for name in _STATES
+            if (loss := getattr(best, name)) is not None
+        ]
+        paired = Number.of(best.difference.mean, best.difference.stderr, 4, sign=True)
+        facts += [
+            Fact("lost, nats a token", paired, f"{RESULTS_FILE}: recommended.lost, paired by text"),
+            Fact("logits after a reload differ by", f"{run.difference:.2g} at most",
+                 f"{RESULTS_FILE}: max_logits_difference; stock transformers"),
+            Fact("layers run to choose", Number.count(best.verified.layer_forwards),
+                 f"{RESULTS_FILE}: recommended.layer_forwards; layers times texts"),
+            Fact("samples of the scan", Number.count(scan.num_samples), SCAN_FILE),
+        ]  # fmt: skip
+        if scan.model is not None:
+            facts.append(
+                Fact(
+                    "fingerprint of the model",
+                    scan.model.fingerprint[:12],
+                    f"{SCAN_FILE}; a hash of its norms and shape",
+                )
+            )
+        facts += [
+            Fact("texts of the scan", f"{texts.num_texts:,}, {texts.fingerprint[:12]}", SCAN_FILE)
+            for texts in scan.texts
+        ]
+        facts += made_by(best.plan.versions, PLAN_FILE)
+        line = f"Losses are of {best.whole.num_texts} texts; ± is one standard error, over texts."
+        return Section("Every number, and where it is from", (line,), tuple(facts))
+
+    def _again(self) -> Section:
+        run = self._run
+        texts = run.scan.texts[0] if run.scan.texts else None
+        command = run.command or " ".join((
+            "shallower run MODEL --texts TEXTS --eval-texts TEXTS",
+            f"--n {len(self._best.plan.dropped)}",
+            *([f"--max-length {texts.max_length}"] if texts else []), "--out RUN",
+        ))  # fmt: skip
+        drop = ",".join(
+            str(block.start) if len(block) == 1 else f"{block.start}:{block.stop}"
+            for block in self._best.plan.blocks
+        )
+        commands = (
+            command,
+            f"shallower prune MODEL --drop {drop} --out CUT",
+            f"shallower eval {Path(CHECKPOINT_FOLDER).name} --texts EVAL_TEXTS",
+            "shallower report RUN",
+        )
+        what = "The run; the bare cut alone; the loss of what was made; this page."
+        return again(what, *commands)
+
+    def _differs(self) -> Section:
+        scan = self._run.scan
+        length = scan.texts[0].max_length if scan.texts else None
+        dtype = scan.model.dtype if scan.model else None
+        return differs(length, dtype, self._best.plan.versions)
+
+
+def _sample(told: Continuations) -> Sample:
+    names = [name for name in _STATES if getattr(told, name) is not None]
+    return Sample(told.prompt, {name: _behind(told.prompt, getattr(told, name)) for name in names})
+
+
+def _behind(prompt: str, text: str) -> str:
+    return text[len(prompt) :].strip() if text.startswith(prompt) else text
+
+
+def _signed(difference: Difference) -> str:
+    return Number.of(difference.mean, difference.stderr, sign=True).text
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _apart(one: float, its_error: float, other: float, other_error: float) -> bool:
+    """Whether two unpaired values differ by more than their errors allow."""
+    error = math.hypot(its_error, other_error)
+    return math.isfinite(error) and abs(one - other) > UNLIKE * error
+
+
+def _before_parameters(weights: Weights | None, best: Recommended) -> int:
+    assert weights is not None
+    assert weights.parameters is not None
+    return round(weights.parameters / (1 - best.parameters_share))
+
+
+def _before(weights: Weights, best: Recommended) -> float:
+    return weights.num_bytes / (1 - best.parameters_share)

@@ -1,0 +1,1 @@
+"""What a cut saves: counted, forecast, timed."""

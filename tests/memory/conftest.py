@@ -1,0 +1,3 @@
+"""Checkpoints to load."""
+
+from tests.models.conftest import *  # noqa: F403

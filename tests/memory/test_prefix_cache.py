@@ -1,0 +1,139 @@
+"""States that cuts share: what is kept, and that it is what would be run."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import OutputError
+from shallower.memory import prefix_cache as prefixes
+from shallower.memory.prefix_cache import Known, Prefixes
+from shallower.models.layerwise import Layerwise
+from tests.conftest import tiny_llama
+from tests.models.batches import batch
+
+paths = st.sets(st.integers(0, 5)).map(lambda layers: tuple(sorted(layers)))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), paths), min_size=1, max_size=20),
+    st.integers(0, 12),
+    st.integers(1, 4),
+)
+def test_no_more_is_known_than_fits(asked, room, every):
+    sizes = [10, 25]
+    known = Known(room * 10, sizes, every)
+    kept = {}
+    for index, path in asked:
+        for depth in range(len(path)):
+            for place in known.keep(index, path[:depth]):
+                del kept[place]
+            if (index, path[:depth]) in known:
+                kept[index, path[:depth]] = sizes[index]
+        assert sum(kept.values()) <= room * 10
+        assert all(place in known for place in kept)
+        assert all(len(layers) % every == 0 for _, layers in kept)
+
+
+def test_the_longest_beginning_is_found():
+    known = Known(1000, [1], 1)
+    assert known.start(0, (0, 1, 2)) is None
+    assert known.count(0, (0, 1, 2, 4)) == 4
+    assert known.start(0, (0, 1, 2)) == 3
+    assert known.start(0, (0, 1, 3)) == 2
+    assert known.start(0, (1,)) == 0
+    assert known.count(0, (0, 1, 3, 5)) == 2
+    assert known.start(0, (0, 1, 3)) == 3
+
+
+def test_what_was_longest_not_needed_goes_first():
+    known = Known(3, [1], 1)
+    for path in ((), (0,), (1,)):
+        known.keep(0, path)
+    known.start(0, (0, 2))  # needs the embedding and what is behind layer 0
+    assert known.keep(0, (2,)) == [(0, (1,))]
+    assert known.keep(0, (3,)) == [(0, (0,))]
+
+
+def test_a_state_that_fits_nowhere_drives_nobody_out():
+    known = Known(10, [1, 50], 1)
+    known.keep(0, ())
+    assert known.keep(1, ()) == []
+    assert (0, ()) in known
+    assert (1, ()) not in known
+
+
+def test_every_second_state_is_kept_where_two_paths_do_not_fit():
+    layerwise, some = Layerwise(tiny_llama(6)), batch()
+    of_state = some.input_ids.size * 32 * 4
+    for states, every in [(12, 1), (11, 2), (6, 2), (5, 3), (4, 3), (3, 6), (0, 6)]:
+        store = Prefixes(layerwise, [some], memory=states * of_state)
+        assert store._known._every == every, states
+
+
+@pytest.mark.parametrize("memory", [None, 0, 20_000])
+def test_an_account_of_states_has_no_bounds(memory):
+    store = Prefixes(Layerwise(tiny_llama(6)), [batch()], memory=memory)
+    known = store.known()
+    assert known.count(0, (0, 1, 2, 3, 4, 5)) == 6
+    assert known.count(0, (2, 3, 4, 5)) == 4
+    assert known.count(0, (0, 1, 2, 3, 5)) == 1
+    assert known.count(0, (2, 3, 5)) == 1
+
+
+@pytest.mark.parametrize("memory", [None, 0, 20_000])
+def test_a_path_is_what_its_layers_make(memory):
+    layerwise, some = Layerwise(tiny_llama(6)), batch()
+    store = Prefixes(layerwise, [some], memory=memory)
+    for path in [(0, 1, 2, 3, 4, 5), (0, 1, 3, 4, 5), (0, 1, 3, 5), (), (5,), (0, 1, 2)]:
+        states, ran = store.run(0, path)
+        expected = layerwise.run(some, layerwise.embed(some), path)
+        assert torch.equal(states, expected)
+        assert ran <= len(path)
+
+
+def test_states_are_not_changed_by_who_gets_them():
+    layerwise, some = Layerwise(tiny_llama(6)), batch()
+    store = Prefixes(layerwise, [some])
+    store.run(0, (0, 1, 2, 3))
+    first, _ = store.run(0, (0, 1, 2))
+    again, ran = store.run(0, (0, 1, 2))
+    assert ran == 0
+    assert torch.equal(first, again)
+
+
+def test_the_states_after_each_layer_are_heard():
+    layerwise, some = Layerwise(tiny_llama(6)), batch()
+    heard = []
+    start = layerwise.embed(some)
+    end = layerwise.run(some, start, (0, 2, 5), each=heard.append)
+    assert len(heard) == 3
+    assert heard[-1] is end
+    states = start
+    for layer, found in zip((0, 2, 5), heard, strict=True):
+        states = layerwise.run(some, states, (layer,))
+        assert torch.equal(found, states)
+    assert layerwise.run(some, start, (), each=heard.append) is start
+    assert len(heard) == 3
+    assert all(not module._forward_hooks for module in layerwise.modules)
+    assert np.isfinite(end.numpy()).all()
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefixes.os, "posix_fallocate", full)
+    some = batch()
+    with pytest.raises(OutputError, match=f"{tmp_path}.*No space left"):
+        Prefixes(Layerwise(tiny_llama(2)), [some], spill=tmp_path).run(0, (0, 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_not_more_than_a_process_can_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefixes, "MOST_FILES", 3)
+    store = Prefixes(Layerwise(tiny_llama(6)), [batch()], spill=tmp_path)
+    for path in [(0, 1, 2, 3, 4, 5), (0, 2, 4), (1, 3, 5)]:
+        store.run(0, path)
+        assert len(store._states) <= 3

@@ -1,0 +1,108 @@
+"""Steps on weights without memory hold what they hold on real ones."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shallower.errors import ModelError
+from shallower.memory.rehearsal import Rehearsal, _Rehearsed, build_empty, first_that_runs
+from shallower.models.architecture import evaluating
+from tests.conftest import tiny_llama
+from tests.families import small_config
+
+FAMILIES = (
+    "llama", "gemma2", "gpt2", "mixtral", "deepseek_v3", "qwen3_next", "mamba2", "gpt_oss", "bloom",
+)  # fmt: skip
+
+
+def held_by(model, step):
+    """The bytes at the peak of a real step."""
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    with _Rehearsed(known, padded=True) as live:
+        step(model)
+    return live.peak
+
+
+def forward(model):
+    ids = torch.zeros(3, 40, dtype=torch.long)
+    with torch.inference_mode(), evaluating(model):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+def backward(model):
+    ids = torch.zeros(3, 40, dtype=torch.long)
+    model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_forward_holds_what_it_holds_with_weights(name):
+    config = small_config(name)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    rehearsal = Rehearsal(build_empty(config, torch.float32))
+    found = rehearsal.run(lambda: forward(rehearsal.model))
+    assert found == pytest.approx(held_by(model, forward), rel=0.05)
+
+
+def test_a_backward_holds_what_it_holds_with_weights():
+    model = tiny_llama()
+    rehearsal = Rehearsal(build_empty(model.config, torch.float32))
+    found = rehearsal.run(lambda: backward(rehearsal.model))
+    assert found == pytest.approx(held_by(model, backward), rel=0.02)
+
+
+def test_random_numbers_go_on_as_if_nothing_was_rehearsed():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    rehearsal = Rehearsal(build_empty(tiny_llama_config(), torch.float32))
+    rehearsal.run(lambda: torch.rand(9))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def tiny_llama_config():
+    state = torch.get_rng_state()
+    config = tiny_llama().config
+    torch.set_rng_state(state)
+    return config
+
+
+def test_a_config_stays_as_it_is():
+    config = tiny_llama_config()
+    config.quantization_config = {"quant_method": "bitsandbytes"}
+    before = config.to_dict()
+    build_empty(config, torch.float32)
+    assert config.to_dict() == before
+
+
+def test_experts_that_loop_over_data_are_rehearsed_in_another_way():
+    config = small_config("mixtral")
+    config._experts_implementation = "eager"
+
+    def make(experts):
+        rehearsal = Rehearsal(build_empty(config, torch.float32, experts=experts))
+        return experts, rehearsal.run(lambda: forward(rehearsal.model))
+
+    assert first_that_runs(make)[0] == "grouped_mm"
+    assert config._experts_implementation == "eager"
+
+
+def test_what_no_model_is_built_of_is_told():
+    from transformers import CLIPConfig
+
+    with pytest.raises(ModelError, match="cannot build a model from the config"):
+        build_empty(CLIPConfig(), torch.float32)
+
+
+def test_other_ways_to_run_experts_are_tried():
+    tried = []
+
+    def make(experts):
+        tried.append(experts)
+        if experts != "batched_mm":
+            raise RuntimeError("its shapes depend on values")
+        return "done"
+
+    assert first_that_runs(make) == "done"
+    assert tried == [None, "grouped_mm", "batched_mm"]
+    assert first_that_runs(lambda _experts: 1 / 0) is None

@@ -1,0 +1,182 @@
+"""The check of a merged checkpoint, and merges that are refused or interrupted."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import shallower as sh
+from shallower.cutting.rewriting import StoredCheckpoint
+from shallower.merging import merged_check, merging
+from shallower.merging.low_rank import LowRank
+from shallower.merging.merged_check import place_for
+from shallower.models.identity import stored_digest
+from shallower.values.healing import Healing
+from tests.cutting.card_tools import hub
+from tests.healing.cuts import HELD_OUT
+from tests.merging.merges import merged_by_peft, steps_apart, tensors
+
+__all__ = ["hub"]
+
+
+@pytest.fixture
+def too_large(monkeypatch):
+    """Every model is too large for the memory that is free."""
+    monkeypatch.setattr(merging, "place_for", lambda _num_bytes: None)
+
+
+def test_a_model_that_fits_nowhere_is_compared_by_its_tensors(
+    healed, cut, tmp_path, too_large, monkeypatch, shallower
+):
+    monkeypatch.setattr(merging.ModelSource, "load", lambda _source: pytest.fail("loaded"))
+    done = shallower("merge", healed[0], "--out", tmp_path / "merged", "--json")
+    assert done.status == 0, done.err
+    merge = done.json["merge"]
+    assert (merge["check"], merge["loss"]) == ("tensors", None)
+    assert 0 < merge["difference"] < merge["tolerance"] == torch.finfo(torch.float32).eps
+    assert Healing.load(tmp_path / "merged").merge.to_json() == merge
+    told = shallower("merge", healed[0], "--out", tmp_path / "again")
+    assert "merged into float32: weights differ from the exact sums by" in told.out
+    expected = merged_by_peft(cut, healed[0], tmp_path / "peft", "float32")
+    got = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(int(steps_apart(got[name], value).max()) <= 2 for name, value in expected.items())
+    names = {file.name for file in cut.iterdir()} | {"healing.json", "healing.png"}
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == names
+
+
+@pytest.mark.parametrize("check", ["tensors", "logits"])
+def test_a_merge_without_its_adapters_is_found(healed, tmp_path, check, monkeypatch):
+    if check == "tensors":
+        monkeypatch.setattr(merging, "place_for", lambda _num_bytes: None)
+
+    def unchanged(change, read, device):
+        for left, right in change.panels(device):
+            yield read(4 * left.shape[0] * right.shape[1])
+
+    monkeypatch.setattr(LowRank, "changed", unchanged)
+    message = "was not merged as it should" if check == "tensors" else "its logits are off by"
+    with pytest.raises(sh.ModelError, match=message):
+        sh.merge(healed[0], tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loss_is_left_out_where_the_model_does_not_fit(healed, cut, tmp_path, too_large):
+    (tmp_path / "merged").mkdir()
+    job = merging.Merging(str(cut), healed[0], healed[1], HELD_OUT, progress=False)
+    with pytest.warns(UserWarning, match=r"loss of the merged model is not measured: .* fit"):
+        merge = job.into(tmp_path / "merged")
+    assert merge.loss is None
+
+
+def test_the_loss_is_measured_where_the_stored_weights_fit(healed, cut, tmp_path, monkeypatch):
+    places = iter([None, "cpu"])
+    monkeypatch.setattr(merging, "place_for", lambda _num_bytes: next(places))
+    (tmp_path / "merged").mkdir()
+    job = merging.Merging(str(cut), healed[0], healed[1], HELD_OUT, progress=False)
+    merge = job.into(tmp_path / "merged")
+    assert merge.check == "tensors"
+    assert merge.loss.nats == pytest.approx(healed[1].after.nats, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cards", "size", "place"),
+    [(2, 60, "auto"), (2, 20, "auto"), (2, 80, None), (0, 20, "cpu"), (0, 30, None)],
+)
+def test_a_place_is_found_where_there_is_room(monkeypatch, cards, size, place):
+    free = {"cuda": 40 << 30, "cpu": 30 << 30}
+    monkeypatch.setattr(merged_check, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert place_for(size << 30) == place
+
+
+def test_weights_that_are_not_safetensors_are_merged_in_memory(healed, cut, tmp_path):
+    """With the check by logits, and the same values as from file to file."""
+    sh.merge(healed[0], tmp_path / "streamed")
+    shutil.copytree(cut, tmp_path / "cut")
+    torch.save(load_file(cut / "model.safetensors"), tmp_path / "cut" / "pytorch_model.bin")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    record = replace(healed[1], weights=stored_digest(tmp_path / "cut"))
+    shutil.copytree(healed[0], tmp_path / "adapters")
+    (tmp_path / "adapters" / "healing.json").write_bytes(record.to_bytes())
+    merge = sh.merge(tmp_path / "adapters", tmp_path / "merged", tmp_path / "cut").merge
+    assert merge.check == "logits"
+    one, other = tensors(tmp_path / "streamed"), tensors(tmp_path / "merged")
+    assert one.keys() == other.keys()
+    assert all(int(steps_apart(one[name], other[name]).max()) <= 2 for name in one)
+    assert not hasattr(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config, "quantization_config"
+    )
+
+
+def test_a_cut_of_the_hub_is_read_through_its_links(healed, cut, tmp_path, hub, too_large):
+    snapshot = hub(cut, "models/cut")
+    before = {file.name: file.read_bytes() for file in snapshot.iterdir()}
+    sh.merge(healed[0], tmp_path / "merged", "models/cut")
+    assert {file.name: file.read_bytes() for file in snapshot.iterdir()} == before
+    assert not any(file.is_symlink() for file in (tmp_path / "merged").iterdir())
+    sh.merge(healed[0], tmp_path / "local", cut)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("merged", "local"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_config_and_the_tokenizer_are_the_cuts(healed, cut, tmp_path, too_large):
+    record = tmp_path / "cut"
+    shutil.copytree(cut, record)
+    (record / "healing.json").write_text("of an earlier healing")
+    (record / "job").write_text("of a patch")
+    sh.merge(healed[0], tmp_path / "merged", record)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
+        assert (tmp_path / "merged" / name).read_bytes() == (cut / name).read_bytes()
+    assert Healing.load(tmp_path / "merged").merge.check == "tensors"
+    assert not (tmp_path / "merged" / "job").exists()
+
+
+def test_a_cut_that_is_damaged_is_refused(healed, cut, tmp_path):
+    shutil.copytree(cut, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(sh.ModelError):
+        sh.merge(healed[0], tmp_path / "merged", tmp_path / "cut")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(sh.OutputError, match="cannot write"):
+        sh.merge(healed[0], "/proc/merged")
+
+
+KILLED = """
+import os, signal, sys
+from shallower.cutting import rewriting
+import shallower as sh
+create = rewriting._Target.write
+def die(*args):
+    create(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+rewriting._Target.write = die
+sh.merge(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_merge_that_is_killed_leaves_nothing_half_written(healed, tmp_path):
+    out = tmp_path / "merged"
+    done = subprocess.run([sys.executable, "-c", KILLED, healed[0], out], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    sh.merge(healed[0], out)
+    assert StoredCheckpoint.open(out).tensors
+    assert json.loads((out / "healing.json").read_text())["merge"]["check"] == "logits"
+
+
+def test_a_cut_in_the_home_folder_is_found(healed, cut, tmp_path, too_large, monkeypatch):
+    monkeypatch.setenv("HOME", str(cut.parent))
+    sh.merge(healed[0], tmp_path / "merged", f"~/{cut.name}")
+    sh.merge(healed[0], tmp_path / "again", cut)
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("merged", "again")]
+    assert cards[0] == cards[1]

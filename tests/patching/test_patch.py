@@ -1,0 +1,342 @@
+"""Healing in closed form, on a small model that has learned something."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import shallower as sh
+from shallower.healing.saving import PATCH_FILE
+from shallower.patching import descent, held_out, patch_solver
+from shallower.patching import patch as patching
+from shallower.patching.patch import patch, with_patch
+from tests.commands import in_this_process
+from tests.conftest import tiny_llama, write_jsonl
+from tests.examples import learned_llama, sentences
+from tests.families import random_model
+
+
+@pytest.fixture(scope="module")
+def learned(words):
+    """A tiny Llama that predicts such words better than chance. Tests copy it."""
+    return learned_llama(words, num_layers=8, steps=150)
+
+
+@pytest.fixture
+def model(learned):
+    return copy.deepcopy(learned)
+
+
+TEXTS = sentences(400, seed=1)
+HELD_OUT = sentences(64, seed=2)
+
+
+def loss(model, words):
+    return sh.evaluate_loss(model, words, HELD_OUT).nats
+
+
+@pytest.mark.parametrize("method", ["refit", "map"])
+@pytest.mark.parametrize("blocks", [[range(3, 5)], [range(2, 3), range(5, 6)]])
+def test_a_patch_lowers_the_loss_of_a_cut(model, words, method, blocks):
+    base = loss(model, words)
+    with sh.without_layers(model, blocks):
+        cut = loss(model, words)
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    done = patch(model, words, blocks, texts=TEXTS, method=method)
+    patched = loss(model, words)
+    assert base < cut
+    assert patched < cut - 0.1 * (cut - base)
+    assert {name: weight.shape for name, weight in model.state_dict().items()} == shapes
+    assert done.patched < done.cut
+    assert done.original < done.cut
+    assert done.recovered == pytest.approx((done.cut - done.patched) / (done.cut - done.original))
+    assert [fit.layer for fit in done.fits] == [block.start - 1 for block in blocks]
+
+
+def test_a_patch_keeps_what_its_plan_knows(model, words, tmp_path):
+    """Score, metric, texts and strategy come to the saved plan and its card."""
+    plan = sh.scan(model, words, TEXTS[:40]).plan(2)
+    assert plan.strategy == "similarity"
+    done = patch(model, words, plan, texts=TEXTS)
+    assert done.plan == plan
+    assert done.plan.blocks[0].score == plan.blocks[0].score is not None
+    sh.save_patched(model, words, tmp_path / "patched", done=done)
+    saved = sh.Plan.load(tmp_path / "patched" / "shallower_plan.json")
+    assert (saved.strategy, saved.metric, saved.texts) == ("similarity", "angular", plan.texts)
+    assert saved.blocks[0].score == plan.blocks[0].score
+    card = (tmp_path / "patched" / "README.md").read_text()
+    assert "angular distance" in card
+    assert "similarity: of all blocks of its size" in card
+    assert f"{plan.texts[0].num_texts} texts" in card
+
+
+def test_a_plan_of_another_model_is_refused(model, words):
+    plan = sh.scan(model, words, TEXTS[:8]).plan(2)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    with pytest.raises(sh.PlanError, match="is another model"):
+        patch(model, words, plan, texts=TEXTS)
+    with pytest.raises(sh.PlanError, match="for 9 layers, the model has 8"):
+        patch(model, words, sh.Plan(9, (sh.Block(3, 5),)), texts=TEXTS)
+
+
+def test_a_model_can_be_patched_for_a_while(model, words):
+    """The body sees what patch leaves; afterwards every weight and layer is back."""
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with with_patch(model, words, [range(3, 5)], texts=TEXTS, progress=False) as done:
+        inside = loss(model, words)
+        assert len(model.model.layers) == 6
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.config.num_hidden_layers == 8
+    assert patch(model, words, [range(3, 5)], texts=TEXTS) == done
+    assert loss(model, words) == inside
+
+
+def test_the_tokenizer_is_left_as_it_was(model, words):
+    assert words.backend_tokenizer.truncation is None
+    patch(model, words, [range(3, 5)], texts=TEXTS)
+    assert words.backend_tokenizer.truncation is None
+
+
+def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
+    done = patch(model, words, [range(3, 5)], texts=TEXTS)
+    held_out = [text for index, text in enumerate(TEXTS) if index % 8 == 7]
+    assert done.patched == pytest.approx(sh.evaluate_loss(model, words, held_out).nats, abs=1e-5)
+    assert done.patched == [*(fit.nats for fit in done.fits), *done.descent][-1]
+    assert done.num_held_out == 24 * len(held_out)
+    assert done.num_tokens == 24 * (len(TEXTS) - len(held_out))
+
+
+def test_a_cpu_fits_fewer_tokens_unless_they_are_asked_for(model, words, monkeypatch):
+    assert patching.CPU_TOKENS < patching.NUM_TOKENS
+    monkeypatch.setattr(patching, "CPU_TOKENS", 2400)
+    for num_tokens, expected in ((None, 2400), (480, 480)):
+        copied = copy.deepcopy(model)
+        done = patch(copied, words, [range(3, 5)], texts=TEXTS, num_tokens=num_tokens)
+        assert done.num_tokens == expected
+
+
+def test_the_loss_falls_with_the_steps(model, words):
+    done = patch(model, words, [range(3, 5)], texts=TEXTS)
+    losses = [*(fit.nats for fit in done.fits), *done.descent]
+    assert losses == sorted(losses, reverse=True)
+    assert all(0 < fit.explained < 1 for fit in done.fits)
+
+
+def test_all_matrices_behind_the_cut_go_on_down(model, words):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    done = patch(model, words, [range(2, 6)], texts=TEXTS)
+    assert done.original < done.patched == done.descent[-1] < done.fits[-1].nats
+    for name, weight in model.state_dict().items():
+        layer = name.split(".")[2] if "layers" in name else "none"
+        old = before[name.replace(".2.", ".6.").replace(".3.", ".7.")]
+        assert torch.equal(weight, old) is not (layer in {"1", "2", "3"} and weight.ndim > 1)
+    assert sh.Patch.from_json(json.loads(json.dumps(done.to_json()))) == done
+
+
+def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
+    monkeypatch.setattr(held_out, "RIDGES", (0.1,))
+    monkeypatch.setattr(patch_solver, "FIRST_WEIGHTS", (0.01,))
+    model = copy.deepcopy(learned)
+    fitted = [text for index, text in enumerate(TEXTS) if index % 8 != 7]
+    ids = torch.tensor(words(fitted)["input_ids"])
+    taken = {}
+    down = learned.model.layers[2].mlp.down_proj
+    hook = down.register_forward_hook(lambda _, args, out: taken.update(x=args[0], y=out))
+    with torch.inference_mode():
+        states = learned(input_ids=ids, output_hidden_states=True).hidden_states
+    hook.remove()
+    weight = np.where(np.arange(24) == 0, 0.1, 1.0)[None, :, None]
+    y, missing = taken["y"].double().numpy(), (states[5] - states[3]).double().numpy()
+    rest = y[:, 1:].reshape(-1, 32)
+    y, missing = ((weight * v).reshape(-1, 32) for v in (y, missing))
+    ridge = 0.1 * np.square(rest).sum(0).mean()
+    solved = np.linalg.solve(y.T @ y + ridge * np.eye(32), y.T @ missing).T
+    expected = (np.eye(32) + solved) @ down.weight.detach().double().numpy()
+    patch(model, words, [range(3, 5)], texts=TEXTS, method="map")
+    found = model.model.layers[2].mlp.down_proj.weight.detach().double().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
+    losses = iter([2.0, 3.0, 2.5])  # as if it helped
+    monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
+    model = model.double()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in [*twin.model.layers[:3], *twin.model.layers[5:]]:
+            layer.mlp.down_proj.weight.mul_(1.3)
+    model = copy.deepcopy(twin)
+    scale = patch(model, words, [range(3, 5)], texts=TEXTS, method="magnitude").scales[0]
+    assert scale > 1.01
+    sh.drop_layers(twin, [range(3, 5)])
+    twin.model.layers[3].register_forward_pre_hook(lambda _, args: (scale * args[0], *args[1:]))
+    ids = torch.tensor(words(HELD_OUT)["input_ids"])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_magnitude_changes_biases_and_cuts_what_the_scan_chose(words, monkeypatch):
+    """The biases count in the identity of the model, which is another one before it is cut."""
+    losses = iter([2.0, 3.0, 2.5])  # as if it helped
+    monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
+    model = tiny_llama(6, attention_bias=True, mlp_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.down_proj.bias)
+    blocks = sh.scan(model, words, TEXTS[:20]).best_blocks(2, 5)
+    best = next(block for block in blocks if block.stop < 6)
+    done = patch(model, words, [best], texts=TEXTS[:40], method="magnitude")
+    assert (done.plan.blocks, done.plan.strategy) == ((best,), "similarity")
+    assert len(model.model.layers) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, words, dtype):
+    done = patch(model.to(dtype), words, [range(3, 5)], texts=TEXTS)
+    assert done.recovered > 0.1
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+def test_a_patched_model_is_saved_and_loaded_as_any(model, words, tmp_path):
+    done = patch(model, words, [range(3, 5)], texts=TEXTS)
+    sh.save_model(model, words, tmp_path / "cut", plan=done.plan)
+    again, _ = sh.load_model(tmp_path / "cut", dtype="float32")
+    ids = torch.tensor(words(HELD_OUT)["input_ids"])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_transposed_weights_too(words):
+    model = random_model("gpt2")
+    shape = model.transformer.h[2].mlp.c_proj.weight.shape
+    done = patch(model, words, [range(3, 5)], texts=sentences(100))
+    assert done.fits[0].matrices == ("2.attn.c_proj", "2.mlp.c_proj")
+    assert done.fits[0].explained > 0.3
+    assert model.transformer.h[2].mlp.c_proj.weight.shape == shape == (48, 32)
+
+
+def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
+    monkeypatch.setattr(held_out, "RIDGES", (1e12,))
+    monkeypatch.setattr(descent, "RATE", 0.0)
+    model = tiny_llama()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(sh.PatchError, match=r"does not help: the loss on \d+ held-out tokens"):
+        patch(model, words, [range(2, 4)], texts=sentences(40))
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert model.config.num_hidden_layers == 6
+
+
+def test_a_patch_without_enough_memory_says_what_to_set(model, words, monkeypatch):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    sums = patch_solver.Patching._sums
+
+    def fail(work, layer, writers):
+        if work.changes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sums(work, layer, writers)
+
+    monkeypatch.setattr(patch_solver.Patching, "_sums", fail)
+    with pytest.raises(sh.PatchError, match=r"with 16 texts of at most 256 .* lower batch_size"):
+        patch(model, words, [range(3, 5)], texts=TEXTS)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("gemma2", "plain linear map"), ("mixtral", "plain linear map"), ("dory", "one by one")],
+)
+def test_families_without_such_a_matrix_are_refused(words, name, reason):
+    model = random_model(name)
+    with pytest.raises(sh.ShallowerError, match=reason):
+        patch(model, words, [range(3, 5)], texts=sentences(40))
+    assert model.config.get_text_config().num_hidden_layers == 8
+
+
+@pytest.mark.parametrize(
+    ("layers", "texts", "options", "reason"),
+    [
+        ([range(2)], TEXTS, {}, r"no layer before the block \[0, 2\)"),
+        ([range(3, 5)], TEXTS, {"method": "magic"}, "expected one of refit, map, magnitude"),
+        ([range(3, 5)], TEXTS[:7], {}, "7 texts are too few"),
+        ([range(3, 5)], [], {}, "0 texts are too few"),
+        ([range(3, 5)], ["w1"] * 16, {}, "too few"),
+        ([range(3, 5)], TEXTS, {"num_tokens": 0}, "num_tokens"),
+        ([range(3, 9)], TEXTS, {}, "layer 8"),
+    ],
+)
+def test_bad_input(model, words, layers, texts, options, reason):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(sh.ShallowerError, match=reason):
+        patch(model, words, layers, texts=texts, **options)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def folder(learned, words, tmp_path_factory):
+    """The model in a folder, with texts beside it."""
+    folder = tmp_path_factory.mktemp("patch")
+    sh.save_model(copy.deepcopy(learned), words, folder / "model")
+    for name, texts in (("texts", TEXTS), ("held_out", HELD_OUT)):
+        write_jsonl(folder / f"{name}.jsonl", texts)
+    return folder
+
+
+def run(folder, *more):
+    command = ["patch", "model", "--texts", "texts.jsonl", "--dtype", "float32", *more]
+    named = [str(folder / name) if (folder / name).exists() else name for name in command]
+    return in_this_process(*named)
+
+
+def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
+    out = folder / "patched"
+    options = ("--drop", "3:5", "--out", str(out), "--eval-texts", str(folder / "held_out.jsonl"))
+    done = run(folder, *options)
+    assert done.status == 0, done.err
+    assert "of the lost nats recovered" in done.out
+    report = json.loads((out / PATCH_FILE).read_text())
+    assert report["plan"]["drop"][0]["start"] == 3
+    assert report["plan"]["model"]["num_layers"] == 8
+    assert report["patched"] < report["cut"]
+    card = (out / "README.md").read_text()
+    assert "is not healed" not in card
+    assert "solved anew by least squares" in card
+    model, _ = sh.load_model(out, dtype="float32")
+    found = sh.evaluate_loss(model, words, HELD_OUT).nats
+    assert f"patched: {found:.4f}" in done.out
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_the_command_carries_out_a_plan_and_prints_json(folder):
+    sh.Plan(8, (sh.Block(2, 3), sh.Block(5, 6))).save(folder / "plan.json")
+    out = str(folder / "by_plan")
+    done = run(folder, "--plan", "plan.json", "--out", out, "--json", "--method", "map")
+    assert done.status == 0, done.err
+    values = json.loads(done.out)
+    assert values["written"] == out
+    assert [fit["layer"] for fit in values["fits"]] == [1, 4]
+
+
+def test_a_dry_run_writes_nothing(folder):
+    done = run(folder, "--drop", "3:5", "--out", str(folder / "dry"), "--dry-run")
+    assert done.status == 0
+    assert not (folder / "dry").exists()
+    assert "[3, 5)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--drop", "0:2"), "no layer before the block"),
+        (("--drop", "3:5", "--texts", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--drop", "3:99"), "no layer 98"),
+        ((), "--drop or by --plan"),
+    ],
+)
+def test_the_command_refuses_bad_input_and_writes_nothing(folder, options, said):
+    done = run(folder, *options, "--out", str(folder / "refused"))
+    assert said in done.error
+    assert not (folder / "refused").exists()

@@ -1,0 +1,83 @@
+"""A model whose weights are offloaded is patched as one in memory, bit for bit."""
+
+import copy
+from itertools import cycle
+
+import pytest
+import torch
+
+import shallower as sh
+from shallower.models.offload import stored_weight
+from shallower.patching import held_out, patch_solver
+from tests.examples import learned_llama, sentences
+from tests.models.offloaded import offloaded
+
+TEXTS = sentences(120, seed=1)
+
+
+@pytest.fixture(scope="module")
+def learned(words):
+    """A tiny Llama that predicts such words better than chance. Tests copy it."""
+    return learned_llama(words, num_layers=8, steps=80)
+
+
+def weights(model):
+    return {
+        f"{path}.{name}": stored_weight(module, name).detach().clone()
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("layers", [None, [2, 4, 6]], ids=["whole", "some layers"])
+@pytest.mark.parametrize("method", ["refit", "map", "magnitude"])
+def test_it_gets_the_same_weights(learned, words, monkeypatch, method, layers):
+    if method != "refit":  # as if it helped
+        losses = cycle([2.0, 3.0, 2.5])
+        monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
+    plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), layers)
+    done = [
+        sh.patch(one, words, [range(2, 6)], texts=TEXTS, method=method, progress=False)
+        for one in (plain, model)
+    ]
+    assert done[0] == done[1]
+    assert equal(weights(plain), weights(model))
+    sh.drop_layers(cut := copy.deepcopy(learned), [range(2, 6)])
+    assert not equal(weights(plain), weights(cut))
+
+
+def test_it_goes_down_the_same_way(learned, words):
+    plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), [1, 2, 6])
+    done = [sh.patch(one, words, [range(2, 6)], texts=TEXTS) for one in (plain, model)]
+    assert done[0] == done[1]
+    assert done[0].descent
+    assert equal(weights(plain), weights(model))
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+def test_it_is_saved_as_any(learned, words, tmp_path):
+    model = offloaded(copy.deepcopy(learned))
+    done = sh.patch(model, words, [range(2, 6)], texts=TEXTS, progress=False)
+    sh.save_patched(model, words, tmp_path / "patched", done=done)
+    again, _ = sh.load_model(tmp_path / "patched", dtype="float32", device_map="cpu")
+    assert equal(weights(again), weights(model))
+    assert sh.evaluate_loss(again, words, TEXTS[:8]) == sh.evaluate_loss(model, words, TEXTS[:8])
+
+
+def test_it_is_as_before_where_a_patch_does_not_help(learned, words, monkeypatch):
+    monkeypatch.setattr(held_out, "RIDGES", (1e12,))
+    model = offloaded(copy.deepcopy(learned))
+    with pytest.raises(sh.PatchError, match="does not help"):
+        sh.patch(model, words, [range(2, 6)], texts=TEXTS, method="map", progress=False)
+    assert equal(weights(model), weights(learned))
+
+
+def test_weights_on_disk_are_refused(learned, words):
+    model = copy.deepcopy(learned)
+    model.hf_device_map = {"model.layers.1": "disk"}
+    with pytest.raises(sh.ModelError, match="a device map of GPUs and cpu alone"):
+        sh.patch(model, words, [range(2, 6)], texts=TEXTS)
