@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shallower import PlanError
 from shallower.judgement.sizes import choose_size, curve_sizes, knee, sizes_beside
 from shallower.values.scores import Difference
-from shallower.values.target import Wish
+from shallower.values.target import Target
 
 
 class Model:
@@ -30,9 +30,9 @@ class Model:
     def left_at_least(self, n):
         return sum(sorted(self.parameters)[: len(self.parameters) - n])
 
-    def choose(self, **wish):
+    def choose(self, **target):
         return choose_size(
-            Wish(**wish), len(self.losses), lost=self.lost, left=self.left,
+            Target(**target), len(self.losses), lost=self.lost, left=self.left,
             left_at_least=self.left_at_least,
         )  # fmt: skip
 

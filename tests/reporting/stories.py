@@ -11,7 +11,7 @@ from shallower.values.curve import Curve, CurvePoint
 from shallower.values.identity import TextsIdentity
 from shallower.values.recommendation import Recommended, SizeRow
 from shallower.values.scores import Scores
-from shallower.values.target import Wish
+from shallower.values.target import Target
 from shallower.values.task_scores import TaskScores
 from shallower.values.verification import Candidate, Verified
 
@@ -81,7 +81,7 @@ def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", 
     table = tuple(row(n, num_layers) for n in (2, 4, 6, 8))
     splits = {"fit": 24, "choose": 16, "report": 40}
     done = Run(
-        folder, Wish(n=4), scanned, loss(), splits, best, table, (told,), 0.0,
+        folder, Target(n=4), scanned, loss(), splits, best, table, (told,), 0.0,
         command="shallower run SmolLM2-135M --texts c4.jsonl --n 4 --out runs/smol",
         marks={"job": None, "ended": "yes"},
     )  # fmt: skip

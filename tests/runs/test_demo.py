@@ -131,7 +131,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
         "demo": demo.model_path().name,
         "texts": 16,
         "eval_texts": 16,
-        "wish": "2 layers less",
+        "target": "2 layers less",
         "heal": False,
         "write": ["shallower-demo"],
     }

@@ -149,14 +149,14 @@ def test_texts_that_report_are_held_out_where_none_are_given(learned, words, tmp
 def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     layer = sum(p.numel() for p in learned.model.layers[0].parameters())
     whole = sum(p.numel() for p in learned.parameters())
-    wish = {"params": whole - 2 * layer}
-    small = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "small", **wish)
+    target = {"params": whole - 2 * layer}
+    small = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "small", **target)
     left = AutoModelForCausalLM.from_pretrained(small.checkpoint)
     assert sum(p.numel() for p in left.parameters()) == whole - 2 * layer
     assert small.recommended.plan.dropped == done.recommended.plan.dropped
     assert small.recommended.patched.nats == done.recommended.patched.nats
-    wish = {"max_loss": 50.0}
-    most = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "most", **wish)
+    target = {"max_loss": 50.0}
+    most = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "most", **target)
     assert len(most.recommended.plan.dropped) == 5
     assert most.recommended.warnings() == []
     lost = most.recommended.difference.mean
@@ -171,13 +171,13 @@ def test_a_latency_and_a_memory_are_met(done, learned, words, tmp_path):
     assert len(found.dropped) == 2
     share = found.on("h100").decode_ratio
     options = {**TAKEN, "device": "h100", "context": 16}
-    wish = {"target_latency": share + 1e-6}
-    fast = sh.run(learned, words, TEXTS, **options, out=tmp_path / "fast", **wish)
+    target = {"target_latency": share + 1e-6}
+    fast = sh.run(learned, words, TEXTS, **options, out=tmp_path / "fast", **target)
     assert fast.recommended.plan.dropped == done.recommended.plan.dropped
     assert "of the time of a token" in fast.recommended.reason
     options = {**TAKEN, "context": 16}
-    wish = {"target_memory": found.after.memory}
-    small = sh.run(learned, words, TEXTS, **options, out=tmp_path / "small", **wish)
+    target = {"target_memory": found.after.memory}
+    small = sh.run(learned, words, TEXTS, **options, out=tmp_path / "small", **target)
     assert len(small.recommended.plan.dropped) == 2
 
 
@@ -197,7 +197,7 @@ def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("target", "message"),
     [
         ({"max_loss": 1e-6}, "no cut loses at most 1e-06 nats"),
         ({"params": 10}, "no cut leaves at most 10 parameters"),
@@ -207,16 +207,16 @@ def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
         ({"params": 10**9}, "no more than 1,000,000,000 parameters already: nothing has to go"),
     ],
 )
-def test_a_wish_that_no_cut_fulfils_is_one_sentence(learned, words, tmp_path, wish, message):
+def test_a_wish_that_no_cut_fulfils_is_one_sentence(learned, words, tmp_path, target, message):
     with pytest.raises(sh.PlanError, match=message):
-        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", **wish)
+        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", **target)
     assert not list((tmp_path / "out").glob("*"))
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
     assert done.recommended.plan.dropped
-    if "max_loss" not in wish:  # nothing is replaced by what can be known to be impossible
+    if "max_loss" not in target:  # nothing is replaced by what can be known to be impossible
         before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
         with pytest.raises(sh.PlanError, match=message):
-            sh.run(learned, words, TEXTS, **TAKEN, out=done.out, overwrite=True, **wish)
+            sh.run(learned, words, TEXTS, **TAKEN, out=done.out, overwrite=True, **target)
         assert before == {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
 
 

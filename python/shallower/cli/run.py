@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..reporting.results import Run
     from ..runs.outputs import Output
     from ..runs.run_job import RunJob
-    from ..values.target import Wish
+    from ..values.target import Target
 
 Layers = Annotated[
     int | None, typer.Option("--n", metavar="N", help="Layers that are to go.", show_default=False)
@@ -153,7 +153,7 @@ def run_command(
 
     source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     tokens = Tokens(max_length, parse_batch_size(batch_size))
-    wish = _wish(
+    target = _target(
         n, fraction, params, max_loss, target_latency=target_latency,
         target_memory=target_memory, device=device, context=context,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def run_command(
     _carry_out(
         source, {"run": model, "texts": texts, "eval_texts": eval_texts}, no_cache or dry_run,
         dry_run=dry_run, as_json=as_json, texts=read_texts(texts), eval_texts=held_out,
-        wish=wish, out=out, top=top, blocks=blocks, step=iterate,
+        target=target, out=out, top=top, blocks=blocks, step=iterate,
         tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts, threads=threads,
         heal=heal, heal_steps=heal_steps, seed=seed, overwrite=overwrite,
     )  # fmt: skip
@@ -198,17 +198,17 @@ def demo_command(
     source = ModelSource(demo.model_path(), dtype)
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
     described = {"demo": Path(source.path).name, "texts": len(read), "eval_texts": len(held_out)}
-    wish = _wish(n, fraction, params, max_loss)
-    if wish.is_none:
-        wish = _wish(demo.NUM_LAYERS, None, None, None)
+    target = _target(n, fraction, params, max_loss)
+    if target.is_none:
+        target = _target(demo.NUM_LAYERS, None, None, None)
     _carry_out(
         source, described, no_cache or dry_run, dry_run=dry_run, as_json=as_json, texts=read,
-        eval_texts=held_out, wish=wish, out=out, top=demo.TOP, num_choosing=demo.NUM_CHOOSING,
+        eval_texts=held_out, target=target, out=out, top=demo.TOP, num_choosing=demo.NUM_CHOOSING,
         tokens=Tokens(demo.MAX_LENGTH), overwrite=overwrite,
     )  # fmt: skip
 
 
-def _wish(
+def _target(
     n: int | None,
     fraction: float | None,
     params: str | None,
@@ -217,11 +217,11 @@ def _wish(
     target_latency: str | None = None,
     target_memory: str | None = None,
     **how: Any,
-) -> "Wish":
+) -> "Target":
     from ..values.memory import parse_size
-    from ..values.target import Wish, parse_count, parse_share
+    from ..values.target import Target, parse_count, parse_share
 
-    return Wish(
+    return Target(
         n, fraction, None if params is None else parse_count(params), max_loss,
         latency=None if target_latency is None else parse_share(target_latency),
         memory=None if target_memory is None else parse_size(target_memory), **how,
@@ -248,8 +248,8 @@ def _carry_out(
         return
     job.check()
     if dry_run:
-        wish = {"wish": str(job.wish), "heal": bool(job.heal), "write": [str(job.out)]}
-        say_dry_run({**described, **wish}, as_json)
+        described |= {"target": str(job.target), "heal": bool(job.heal), "write": [str(job.out)]}
+        say_dry_run(described, as_json)
         return
     quiet()
     done = job.run(lambda so_far: _report(so_far, as_json))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..errors import PlanError
 from ..values.memory import format_size
 from ..values.scores import Difference
-from ..values.target import Wish
+from ..values.target import Target
 
 STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Sizes of which a curve is made, up to half of the layers."""
@@ -47,7 +47,7 @@ def sizes_beside(n: int, num_layers: int) -> list[int]:
 
 
 def choose_size(
-    wish: Wish,
+    target: Target,
     num_layers: int,
     *,
     lost: Callable[[int], Difference],
@@ -57,11 +57,11 @@ def choose_size(
     """Find how many layers are to go.
 
     Args:
-        wish: what is asked for.
+        target: what is asked for.
         num_layers: layers of the model, L.
         lost: what the model loses without so many layers, after a quick patch, on texts that
             choose; asked for no more sizes than it takes, and taken to grow with them.
-        left: what the best cut of so many layers leaves, in the unit of the wish: parameters, the
+        left: what the best cut of so many layers leaves, in the unit of the target: parameters, the
             share of the time of a token, or bytes.
         left_at_least: what any cut of so many layers leaves, at least.
 
@@ -72,90 +72,92 @@ def choose_size(
         LayersError: the model cannot lose so many.
         PlanError: no cut leaves so little, or the whole model has no more.
     """
-    require_possible(wish, num_layers, left_at_least)
-    n = wish.size(num_layers)
+    require_possible(target, num_layers, left_at_least)
+    n = target.size(num_layers)
     if n is not None:
-        return SizeChoice(n, f"{wish}, as asked for")
-    target = _target(wish)
-    if target is not None:
-        found = (n for n in range(1, num_layers) if left_at_least(n) <= target.most)
-        n = next((n for n in found if left(n) <= target.most), None)
+        return SizeChoice(n, f"{target}, as asked for")
+    limit = _limit_of(target)
+    if limit is not None:
+        found = (n for n in range(1, num_layers) if left_at_least(n) <= limit.most)
+        n = next((n for n in found if left(n) <= limit.most), None)
         if n is None:
-            raise _never(target, num_layers, left(num_layers - 1))
-        return SizeChoice(n, f"the fewest layers whose absence {target.leaves}")
-    if wish.max_loss is not None:
-        return _within(wish.max_loss, num_layers, lost)
+            raise _never(limit, num_layers, left(num_layers - 1))
+        return SizeChoice(n, f"the fewest layers whose absence {limit.leaves}")
+    if target.max_loss is not None:
+        return _within(target.max_loss, num_layers, lost)
     return knee({n: lost(n) for n in curve_sizes(num_layers)})
 
 
-def require_possible(wish: Wish, num_layers: int, left_at_least: Callable[[int], float]) -> None:
-    """Refuse a wish that no cut can do, as far as that is known before any is tried.
+def require_possible(
+    target: Target, num_layers: int, left_at_least: Callable[[int], float]
+) -> None:
+    """Refuse a target that no cut can do, as far as that is known before any is tried.
 
     Args:
-        wish: what is asked for.
+        target: what is asked for.
         num_layers: layers of the model, L.
-        left_at_least: what any cut of so many layers leaves, at least, in the unit of the wish.
+        left_at_least: what any cut of so many layers leaves, at least, in the unit of the target.
 
     Raises:
         LayersError: the model cannot lose so many.
         PlanError: no cut leaves so little, or the whole model has no more.
     """
-    wish.size(num_layers)
-    target = _target(wish)
-    if target is None:
+    target.size(num_layers)
+    limit = _limit_of(target)
+    if limit is None:
         return
-    most, told = target.most, target.told
+    most, in_words = limit.most, limit.in_words
     if left_at_least(0) <= most:
         raise PlanError(
-            f"the model {target.has} {told(left_at_least(0))}, which is no more than {told(most)} "
-            f"already: nothing has to go; ask for less ({target.option})"
+            f"the model {limit.has} {in_words(left_at_least(0))}, which is no more than "
+            f"{in_words(most)} already: nothing has to go; ask for less ({limit.option})"
         )
     if left_at_least(num_layers - 1) > most:
-        raise _never(target, num_layers, left_at_least(num_layers - 1))
+        raise _never(limit, num_layers, left_at_least(num_layers - 1))
 
 
-def _never(target: "_Target", num_layers: int, least: float) -> PlanError:
+def _never(limit: "_Limit", num_layers: int, least: float) -> PlanError:
     return PlanError(
-        f"no cut {target.leaves}: with one layer of {num_layers} it {target.has} "
-        f"{target.told(least)} still, those outside the layers among them; ask for more "
-        f"({target.option})"
+        f"no cut {limit.leaves}: with one layer of {num_layers} it {limit.has} "
+        f"{limit.in_words(least)} still, those outside the layers among them; ask for more "
+        f"({limit.option})"
     )
 
 
-class _Target(NamedTuple):
+class _Limit(NamedTuple):
     """A measure that is to be at most so much.
 
     Attributes:
         most: the limit.
         leaves: what a cut does that keeps to it.
-        told: a value of it, in words.
+        in_words: a value of it, in words.
         has: what a model does that has so much, a value to follow.
         option: where it was asked for.
     """
 
     most: float
     leaves: str
-    told: Callable[[float], str]
+    in_words: Callable[[float], str]
     has: str
     option: str
 
 
-def _target(wish: Wish) -> _Target | None:
-    if wish.params is not None:
-        return _Target(
-            wish.params, f"leaves at most {wish.params:,} parameters",
+def _limit_of(target: Target) -> _Limit | None:
+    if target.params is not None:
+        return _Limit(
+            target.params, f"leaves at most {target.params:,} parameters",
             lambda value: f"{value:,} parameters", "has", "params, --params",
         )  # fmt: skip
-    if wish.latency is not None:
-        return _Target(
-            wish.latency, f"leaves at most {wish.latency:g} of the time of a token",
+    if target.latency is not None:
+        return _Limit(
+            target.latency, f"leaves at most {target.latency:g} of the time of a token",
             lambda value: f"{value:.3g} of the time of a token", "takes",
             "latency, --target-latency",
         )  # fmt: skip
-    if wish.memory is not None:
-        beside = f" of weights and cache, at {wish.context:,} tokens"
-        return _Target(
-            wish.memory, f"leaves at most {format_size(wish.memory)}{beside}",
+    if target.memory is not None:
+        beside = f" of weights and cache, at {target.context:,} tokens"
+        return _Limit(
+            target.memory, f"leaves at most {format_size(target.memory)}{beside}",
             lambda value: f"{format_size(round(value))}{beside}", "takes",
             "memory, --target-memory",
         )  # fmt: skip

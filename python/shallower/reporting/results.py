@@ -14,7 +14,7 @@ from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recommendation import Recommended, SizeRow
 from ..values.schema import of_type
-from ..values.target import Wish
+from ..values.target import Target
 
 if TYPE_CHECKING:
     from ..scanning.scan import Scan
@@ -62,7 +62,7 @@ class Run:
     """
 
     out: Path
-    wish: Wish
+    target: Target
     scan: "Scan"
     whole: Loss
     splits: dict[str, int]
@@ -95,7 +95,7 @@ class Run:
             "recommended": self.recommended and self.recommended.to_json(),
             "table": [row.to_json() for row in self.table],
             "checkpoint": place and place.name,
-            "wish": self.wish.to_json(),
+            "wish": self.target.to_json(),
             "whole": self.whole.to_record(),
             "splits": self.splits,
             "num_layers": self.scan.num_layers,
@@ -130,7 +130,7 @@ class Run:
             values = of_type(dict, json.loads((out / RESULTS_FILE).read_bytes()))
             done, difference = values["recommended"], values["max_logits_difference"]
             results = cls(
-                out, Wish(**values["wish"]), Scan.load(out / SCAN_FILE),
+                out, Target(**values["wish"]), Scan.load(out / SCAN_FILE),
                 Loss.from_json(values["whole"]), dict(values["splits"]),
                 None if done is None else Recommended.from_json(done),
                 tuple(map(SizeRow.from_json, values["table"])),

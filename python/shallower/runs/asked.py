@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..judgement.splits import Splits
-from ..values.target import Wish
+from ..values.target import Target
 from ..values.tokens import Tokens
 
 
@@ -14,7 +14,7 @@ class Asked:
     """What a run is asked for.
 
     Attributes:
-        wish: how shallow the model is to become.
+        target: how shallow the model is to become.
         splits: texts that fit, choose and report.
         out: the folder of the run.
         top: proposals of every criterion.
@@ -30,7 +30,7 @@ class Asked:
         progress: bars with ETA on standard error.
     """
 
-    wish: Wish
+    target: Target
     splits: Splits
     out: Path
     top: int

@@ -8,15 +8,15 @@ from ..savings.account import count
 from ..savings.devices import HERE, Device, find_device
 from ..savings.machine import own_device, this_machine
 from ..savings.roofline import by_layer, seconds
-from ..values.target import Wish
+from ..values.target import Target
 
 
-def footprint(decoder: Decoder, wish: Wish) -> tuple[float, list[float]]:
+def footprint(decoder: Decoder, target: Target) -> tuple[float, list[float]]:
     """Find what the whole model takes, and each of its layers.
 
     Args:
         decoder: the model.
-        wish: for a latency or a memory.
+        target: for a latency or a memory.
 
     Returns:
         Of a latency 1, and the share of a token's time that every layer takes on the device; of a
@@ -27,11 +27,11 @@ def footprint(decoder: Decoder, wish: Wish) -> tuple[float, list[float]]:
     """
     config: Any = decoder.model.config
     dtype = stored_dtype(decoder.model)
-    account = count(config, dtype, context=wish.context)
-    if wish.latency is None:
+    account = count(config, dtype, context=target.context)
+    if target.latency is None:
         pairs = zip(account.layer_weights, account.layer_caches, strict=True)
         return account.weight_bytes + account.cache_bytes, [sum(pair) for pair in pairs]
-    device = _device(wish.device, dtype)
+    device = _device(target.device, dtype)
     whole = seconds(account.decode, device, dtype)
     times = by_layer(account.decode, device, dtype, num_layers=len(decoder))
     return 1.0, [time / whole for time in times]

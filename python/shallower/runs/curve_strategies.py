@@ -14,7 +14,7 @@ from ..scanning.scan import Scan
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.layers import deepest_block
 from ..values.plan import Plan
-from ..values.target import Wish
+from ..values.target import Target
 from ..values.tokens import Tokens
 from .asked import Asked
 from .curve_terms import CurveTerms
@@ -79,7 +79,7 @@ class CurveStrategies:
         """The verified plan of every size, and the quick patch that they are raced after."""
         terms = self._terms
         asked = Asked(
-            wish=Wish(), splits=terms.splits, out=terms.out, top=terms.top, blocks=None,
+            target=Target(), splits=terms.splits, out=terms.out, top=terms.top, blocks=None,
             step=None, tokens=terms.tokens, threads=terms.threads, prompts=(), seed=terms.seed,
             identities=terms.identities, job=terms.job, command="", progress=False,
         )  # fmt: skip

@@ -119,7 +119,7 @@ class Recommending:
         if earlier is not None and self._is_intact(earlier):
             results = earlier
         else:
-            if self._asked.wish.max_loss is None:
+            if self._asked.target.max_loss is None:
                 found = self._recommended(results, choice)
                 assert found is not None
             else:
@@ -129,7 +129,7 @@ class Recommending:
         return self._with_table(results, sizes)
 
     def _withdraw(self) -> None:
-        """Take back what was written: no cut does what is asked for, another wish may follow."""
+        """Take back what was written: no cut does what is asked for, another target may follow."""
         for name in (PLAN_FILE, GAIN_FILE, RESULTS_FILE, SCAN_FILE):
             (self._asked.out / name).unlink(missing_ok=True)
 
@@ -140,7 +140,7 @@ class Recommending:
         texts = {"fit": len(splits.fit), "choose": len(splits.choose), "report": whole.num_texts}
         marks = {"job": asked.job}
         return Run(
-            asked.out, asked.wish, self._scan, whole, texts, command=asked.command, marks=marks
+            asked.out, asked.target, self._scan, whole, texts, command=asked.command, marks=marks
         )
 
     def _is_intact(self, earlier: Run) -> bool:
@@ -180,7 +180,7 @@ class Recommending:
             if n == 1:
                 self._withdraw()
                 raise PlanError(
-                    f"no cut loses at most {self._asked.wish.max_loss:g} nats a token: the best "
+                    f"no cut loses at most {self._asked.target.max_loss:g} nats a token: the best "
                     f"of a single layer loses {self._kept} after the patch, on the texts that "
                     f"choose; ask for more (max_loss, --max-loss)"
                 )
@@ -196,7 +196,7 @@ class Recommending:
 
     def _larger(self, n: int) -> int:
         """The most layers that are expected to lose no more than is asked for, after a patch."""
-        most = self._asked.wish.max_loss
+        most = self._asked.target.max_loss
         assert most is not None
         quick = self._sizes.lost(n).mean
         share = min(1.0, max(0.0, self._kept.mean / quick)) if quick > 0 else 1.0
@@ -220,7 +220,7 @@ class Recommending:
             healed=None, by_distance=None if worse is None else worse.minus(cut),
             layers_share=choice.n / len(self._decoder),
             parameters_share=self._sizes.share(plan.dropped),
-            max_loss=self._asked.wish.max_loss,
+            max_loss=self._asked.target.max_loss,
         )  # fmt: skip
         results = replace(results, recommended=recommended, continuations=tuple(told))
         results.save()
@@ -241,11 +241,11 @@ class Recommending:
     def _tell_of(self, plan: Plan) -> None:
         """Write the plan, and what its cut saves, for the page; not what no config can tell."""
         plan.save(self._asked.out / PLAN_FILE)
-        place, wish = self._asked.out / GAIN_FILE, self._asked.wish
-        device = GAIN_DEVICE if wish.latency is None else wish.device or own_device().name
-        told = wish.latency is not None or wish.memory is not None
+        place, target = self._asked.out / GAIN_FILE, self._asked.target
+        device = GAIN_DEVICE if target.latency is None else target.device or own_device().name
+        told = target.latency is not None or target.memory is not None
         try:
-            found = gain(self._model, plan, device=device, context=wish.context if told else None)
+            found = gain(self._model, plan, device=device, context=target.context if told else None)
         except ModelError:
             place.unlink(missing_ok=True)
             return
@@ -284,7 +284,7 @@ class Recommending:
 
     def _is_wanted(self) -> bool:
         """Whether the model as it is now loses no more than is asked for, if that is asked for."""
-        most = self._asked.wish.max_loss
+        most = self._asked.target.max_loss
         if most is None:
             return True
         verifier = self._sizes.verifier

@@ -11,7 +11,7 @@ from ..reporting.results import Run
 from ..values.files import CHECKPOINT_FOLDER, GAIN_FILE, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ..values.memory import parse_size
 from ..values.recipe import Recipe
-from ..values.target import Wish
+from ..values.target import Target
 from ..values.tokens import BatchSize, Tokens
 from .cache import open_cache
 from .contestants import one_contestant
@@ -116,7 +116,7 @@ def run(
     Raises:
         PlanError: no cut does what is asked for.
         OutputError: ``out`` holds another run, or cannot be written to.
-        LayersError: a size that the model cannot lose, or more than one wish.
+        LayersError: a size that the model cannot lose, or more than one target.
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
         TextsError: no texts, or too few for three sets.
         StatesError: no text could be compared.
@@ -136,13 +136,13 @@ def run(
     """
     refuse_several("runs are")
     memory = parse_size(target_memory) if isinstance(target_memory, str) else target_memory
-    wish = Wish(
+    target = Target(
         n, fraction, params, max_loss, latency=target_latency, memory=memory, device=device,
         context=context,
     )  # fmt: skip
     job = RunJob(
         model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
-        wish=wish, out=Path(out), top=top, blocks=blocks,
+        target=target, out=Path(out), top=top, blocks=blocks,
         step=iterate, tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, prompts=prompts, heal=heal,
         heal_steps=heal_steps, seed=seed, overwrite=overwrite, cache=open_cache(not cache),

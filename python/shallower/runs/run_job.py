@@ -25,7 +25,7 @@ from ..values.files import (
     SCAN_FILE,
 )
 from ..values.recipe import Recipe
-from ..values.target import Wish
+from ..values.target import Target
 from ..values.tokens import Tokens
 from .cache import Cache
 from .cache_keys import texts_inputs
@@ -60,7 +60,7 @@ class RunJob:
         model: the model, or its source.
         texts: calibration texts, read once.
         eval_texts: texts that report; None to take every fourth of ``texts``.
-        wish: how shallow the model is to become.
+        target: how shallow the model is to become.
         out: the folder to write to.
         top: proposals of every criterion.
         blocks: blocks at most; None for any number.
@@ -86,7 +86,7 @@ class RunJob:
     model: ModelSource | InMemory
     texts: Iterable[str]
     eval_texts: Iterable[str] | None
-    wish: Wish
+    target: Target
     out: Path
     top: int = TOP
     blocks: int | None = None
@@ -133,9 +133,9 @@ class RunJob:
             from ..healing.checks import require_peft
 
             require_peft()
-        if self.wish.device not in (None, HERE):
-            find_device(str(self.wish.device))
-        n = self.wish.size(self.model.count_layers())
+        if self.target.device not in (None, HERE):
+            find_device(str(self.target.device))
+        n = self.target.size(self.model.count_layers())
         if self.step is not None and n is not None and self.step > n:
             raise LayersError(
                 f"iterate = {self.step}: expected at most the {n} layers that go (--iterate)"
@@ -204,7 +204,14 @@ class RunJob:
         if self.cache.folder is None or self._of_model is None:
             return None
         heal = [asdict(self.heal) if isinstance(self.heal, Recipe) else self.heal, self._trained_on]
-        asked = [self.wish.to_json(), self.top, self.blocks, self.step, [*self.prompts], self.seed]
+        asked = [
+            self.target.to_json(),
+            self.top,
+            self.blocks,
+            self.step,
+            [*self.prompts],
+            self.seed,
+        ]
         return digest(self._of_model, self._identities, asked, heal, self.heal_steps)
 
     @property
@@ -287,7 +294,7 @@ class RunJob:
         from .asked import Asked
 
         return Asked(
-            wish=self.wish, splits=self.splits, out=self.out, top=self.top, blocks=self.blocks,
+            target=self.target, splits=self.splits, out=self.out, top=self.top, blocks=self.blocks,
             step=self.step, tokens=self.tokens, threads=self.threads, prompts=self.prompts,
             seed=self.seed, identities=self._identities, job=self.job, command=self.command,
             progress=self.progress,

@@ -118,13 +118,13 @@ class Sizes:
         return verifier.verify(n, more=[Plan.of(len(self._decoder), [block]) for block in best])
 
     def require_possible(self) -> None:
-        """Refuse a wish that no cut can do, as far as sizes alone tell it.
+        """Refuse a target that no cut can do, as far as sizes alone tell it.
 
         Raises:
             LayersError, PlanError, ModelError: as :func:`require_possible`; the model cannot be
-                counted, or has learned fewer positions than the context of the wish.
+                counted, or has learned fewer positions than the context of the target.
         """
-        require_possible(self._asked.wish, len(self._decoder), self._left_at_least)
+        require_possible(self._asked.target, len(self._decoder), self._left_at_least)
 
     def _left_at_least(self, n: int) -> float:
         whole, of_layers = self._footprint
@@ -145,7 +145,7 @@ class Sizes:
             return whole - sum(of_layers[layer] for layer in self.verify(n).plan.dropped)
 
         found = choose_size(
-            self._asked.wish, len(self._decoder), lost=self.lost, left=left,
+            self._asked.target, len(self._decoder), lost=self.lost, left=left,
             left_at_least=self._left_at_least,
         )  # fmt: skip
         return found, {found.n, *self._verified}
@@ -168,10 +168,10 @@ class Sizes:
 
     @cached_property
     def _footprint(self) -> tuple[float, Sequence[float]]:
-        """What the whole model takes, and each layer of it, in the unit of the wish."""
-        wish = self._asked.wish
-        if wish.latency is not None or wish.memory is not None:
-            return footprint(self._decoder, wish)
+        """What the whole model takes, and each layer of it, in the unit of the target."""
+        target = self._asked.target
+        if target.latency is not None or target.memory is not None:
+            return footprint(self._decoder, target)
         return self._num_parameters, self._of_layers
 
     @cached_property

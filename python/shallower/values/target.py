@@ -1,4 +1,4 @@
-"""Wish: how shallow a model is to become, in the words of whoever asks."""
+"""Target: how shallow a model is to become."""
 
 import math
 import re
@@ -63,8 +63,8 @@ def parse_share(text: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """How many layers are to go: by one of six measures; by none, as many as cost little.
+class Target:
+    """How many layers are to go: by one of six measures; by none, the knee of the curve of losses.
 
     Attributes:
         n: so many layers.
@@ -154,12 +154,12 @@ class Wish:
         return n
 
     def to_json(self) -> dict[str, Any]:
-        """Give the wish as plain JSON values: its fields, None for those that are not given."""
+        """Give the fields as plain JSON values, None for those that are not given."""
         return asdict(self)
 
     @property
     def is_none(self) -> bool:
-        """Whether nothing is asked for."""
+        """Whether no measure is given."""
         return all(getattr(self, name) is None for name in _OPTIONS)
 
     def __str__(self) -> str:
@@ -173,9 +173,9 @@ class Wish:
             return f"at most {self.max_loss:g} nats a token more"
         if self.latency is not None:
             where = f" on {self.device}" if self.device else ""
-            told = f"a token in at most {self.latency:g} of the time"
-            return f"{told}, as forecast{where} at {self.context:,} tokens"
+            left = f"a token in at most {self.latency:g} of the time"
+            return f"{left}, as forecast{where} at {self.context:,} tokens"
         if self.memory is not None:
-            told = format_size(self.memory)
-            return f"at most {told} of weights and cache, at {self.context:,} tokens"
-        return "as many layers less as cost little each"
+            size = format_size(self.memory)
+            return f"at most {size} of weights and cache, at {self.context:,} tokens"
+        return "the knee of the curve of losses"

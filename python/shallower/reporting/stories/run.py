@@ -165,7 +165,7 @@ class _Telling:
         facts = [
             Fact("model", self._name, f"{SCAN_FILE}: model"),
             Fact("dtype", scan.model.dtype if scan.model else "not known", f"{SCAN_FILE}: model"),
-            Fact("wish", str(run.wish), f"{RESULTS_FILE}: wish"),
+            Fact("wish", str(run.target), f"{RESULTS_FILE}: wish"),
             Fact("texts", splits_words(run.splits), f"{RESULTS_FILE}: splits"),
         ]
         if texts is not None:

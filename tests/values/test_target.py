@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import LayersError
-from shallower.values.target import Wish, parse_count, parse_share
+from shallower.values.target import Target, parse_count, parse_share
 
 
 @pytest.mark.parametrize(
@@ -37,21 +37,23 @@ def test_shares_are_read():
 
 
 def test_a_wish_is_told_and_stored():
-    wish = Wish(latency=0.8, device="h100", context=512)
-    assert str(wish) == "a token in at most 0.8 of the time, as forecast on h100 at 512 tokens"
-    assert str(Wish(memory=12 * 10**9)) == ("at most 12.0 GB of weights and cache, at 2,048 tokens")
-    assert Wish(**wish.to_json()) == wish
-    assert Wish(n=2, context=7).size(6) == 2
-    assert Wish(context=7).is_none
-    assert not wish.is_none
-    assert wish.size(6) is None
+    target = Target(latency=0.8, device="h100", context=512)
+    assert str(target) == "a token in at most 0.8 of the time, as forecast on h100 at 512 tokens"
+    assert str(Target(memory=12 * 10**9)) == (
+        "at most 12.0 GB of weights and cache, at 2,048 tokens"
+    )
+    assert Target(**target.to_json()) == target
+    assert Target(n=2, context=7).size(6) == 2
+    assert Target(context=7).is_none
+    assert not target.is_none
+    assert target.size(6) is None
 
 
 @given(fraction=st.floats(0.001, 0.999), num_layers=st.integers(2, 200))
 def test_a_fraction_is_the_least_number_of_layers_that_is_so_many(fraction, num_layers):
-    wish = Wish(fraction=fraction)
+    target = Target(fraction=fraction)
     try:
-        n = wish.size(num_layers)
+        n = target.size(num_layers)
     except LayersError:
         assert fraction * num_layers > num_layers - 1
         return
@@ -60,13 +62,13 @@ def test_a_fraction_is_the_least_number_of_layers_that_is_so_many(fraction, num_
 
 
 def test_a_fraction_that_is_a_whole_number_of_layers_is_that_number():
-    assert [Wish(fraction=tenths / 10).size(30) for tenths in range(1, 10)] == [
+    assert [Target(fraction=tenths / 10).size(30) for tenths in range(1, 10)] == [
         3, 6, 9, 12, 15, 18, 21, 24, 27,
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("target", "message"),
     [
         ({"n": 4, "fraction": 0.5}, "n and fraction are given: expected one of"),
         ({"n": 0}, r"n = 0: expected at least 1 \(n, --n\)"),
@@ -89,16 +91,16 @@ def test_a_fraction_that_is_a_whole_number_of_layers_is_that_number():
         ({"memory": 10, "device": "h100"}, "device = 'h100' without a latency"),
     ],
 )
-def test_a_wish_that_cannot_be_is_refused(wish, message):
+def test_a_wish_that_cannot_be_is_refused(target, message):
     with pytest.raises(LayersError, match=message):
-        Wish(**wish)
+        Target(**target)
 
 
 def test_more_layers_than_there_are_cannot_be_wished_for():
     with pytest.raises(LayersError, match=r"n = 6 .*1 <= n <= 5"):
-        Wish(n=6).size(6)
+        Target(n=6).size(6)
     with pytest.raises(LayersError, match=r"fraction = 0\.99: these are all 6"):
-        Wish(fraction=0.99).size(6)
+        Target(fraction=0.99).size(6)
     with pytest.raises(LayersError, match="n = 10000"):
-        Wish(n=10**400).size(6)
-    assert Wish(params=5).size(6) is None
+        Target(n=10**400).size(6)
+    assert Target(params=5).size(6) is None
