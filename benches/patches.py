@@ -35,8 +35,8 @@ from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
 from shallower.patching.changes import Changes
-from shallower.patching.patch_states import divide
-from shallower.patching.quick_patch import QuickPatch
+from shallower.patching.quick import QuickPatch
+from shallower.patching.states import divide
 from shallower.runs import demo
 from shallower.texts.batches import Batch
 from shallower.values.scores import Scores

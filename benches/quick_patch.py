@@ -19,7 +19,7 @@ import numpy as np
 
 import shallower as sh
 from shallower.models.layerwise import Layerwise
-from shallower.patching.quick_patch import QuickPatch
+from shallower.patching.quick import QuickPatch
 from shallower.runs import demo
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import ranges

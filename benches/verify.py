@@ -27,7 +27,7 @@ from shallower.judgement.trials import Trials
 from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
-from shallower.patching.quick_patch import QuickPatch
+from shallower.patching.quick import QuickPatch
 from shallower.runs import demo
 from shallower.runs.comparison_job import MAX_TEXTS as COMPARED
 from shallower.runs.verify import MAX_TEXTS as VERIFIED

@@ -51,7 +51,7 @@ HARMLESS = {
     "patching/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
     "patching/least_squares.py: NormalEquations.mapped: matrix.to(self.gram)": _LAYER,
     "patching/least_squares.py: NormalEquations.mapped: x.to(matrix)": _LAYER,
-    "patching/patch_solver.py: Patching._best_fit: "
+    "patching/solver.py: Patching._best_fit: "
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,

@@ -4,7 +4,7 @@ import pytest
 
 from shallower.models.layerwise import Layerwise
 from shallower.patching.patch import patch
-from shallower.patching.quick_patch import QuickPatch
+from shallower.patching.quick import QuickPatch
 from shallower.values.plan import Plan
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS, batch

@@ -11,7 +11,7 @@ from shallower.judgement import proposals
 from shallower.judgement.splits import Splits
 from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
-from shallower.patching.quick_patch import QuickPatch
+from shallower.patching.quick import QuickPatch
 from shallower.values.layers import blocks_of
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens

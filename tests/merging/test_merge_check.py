@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower.cutting.rewriting import StoredCheckpoint
-from shallower.merging import merged_check, merging
+from shallower.merging import in_memory, merging
+from shallower.merging.in_memory import place_for
 from shallower.merging.low_rank import LowRank
-from shallower.merging.merged_check import place_for
 from shallower.models.identity import stored_digest
 from shallower.values.healing import Healing
 from tests.cutting.card_tools import hub
@@ -91,7 +91,7 @@ def test_the_loss_is_measured_where_the_stored_weights_fit(healed, cut, tmp_path
 )
 def test_a_place_is_found_where_there_is_room(monkeypatch, cards, size, place):
     free = {"cuda": 40 << 30, "cpu": 30 << 30}
-    monkeypatch.setattr(merged_check, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(in_memory, "free_bytes", lambda device: free[device.type])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     assert place_for(size << 30) == place
 

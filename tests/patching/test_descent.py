@@ -11,7 +11,7 @@ from shallower.models.layerwise import Layerwise
 from shallower.patching import descent
 from shallower.patching.changes import Changes
 from shallower.patching.descent import Descent, Moving, divergence_slopes, drawn, least, matrices
-from shallower.patching.patch_states import StateSet, Stored
+from shallower.patching.states import StateSet, Stored
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 from tests.documents import TEXTS

@@ -9,7 +9,7 @@ import torch
 
 import shallower as sh
 from shallower.healing.saving import PATCH_FILE
-from shallower.patching import descent, held_out, patch_solver
+from shallower.patching import descent, held_out, solver
 from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
 from tests.commands import in_this_process
@@ -140,7 +140,7 @@ def test_all_matrices_behind_the_cut_go_on_down(model, words):
 
 def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
     monkeypatch.setattr(held_out, "RIDGES", (0.1,))
-    monkeypatch.setattr(patch_solver, "FIRST_WEIGHTS", (0.01,))
+    monkeypatch.setattr(solver, "FIRST_WEIGHTS", (0.01,))
     model = copy.deepcopy(learned)
     fitted = [text for index, text in enumerate(TEXTS) if index % 8 != 7]
     ids = torch.tensor(words(fitted)["input_ids"])
@@ -164,7 +164,7 @@ def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypa
 
 def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
     losses = iter([2.0, 3.0, 2.5])  # as if it helped
-    monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
+    monkeypatch.setattr(solver.Patching, "_loss", lambda *_: next(losses))
     model = model.double()
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
 def test_magnitude_changes_biases_and_cuts_what_the_scan_chose(words, monkeypatch):
     """The biases count in the identity of the model, which is another one before it is cut."""
     losses = iter([2.0, 3.0, 2.5])  # as if it helped
-    monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
+    monkeypatch.setattr(solver.Patching, "_loss", lambda *_: next(losses))
     model = tiny_llama(6, attention_bias=True, mlp_bias=True)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.mlp.down_proj.bias)
@@ -232,14 +232,14 @@ def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
 
 def test_a_patch_without_enough_memory_says_what_to_set(model, words, monkeypatch):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    sums = patch_solver.Patching._sums
+    sums = solver.Patching._sums
 
     def fail(work, layer, writers):
         if work.changes:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sums(work, layer, writers)
 
-    monkeypatch.setattr(patch_solver.Patching, "_sums", fail)
+    monkeypatch.setattr(solver.Patching, "_sums", fail)
     with pytest.raises(sh.PatchError, match=r"with 16 texts of at most 256 .* lower batch_size"):
         patch(model, words, [range(3, 5)], texts=TEXTS)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

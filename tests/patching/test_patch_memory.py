@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from tests.healing import test_patch_memory as here
+from tests.patching import test_patch_memory as here
 
 torch.set_num_threads(1)
 print(getattr(here, sys.argv[1])(*map(int, sys.argv[2:])))
@@ -58,11 +58,11 @@ def solve_alone(inputs, outputs, tokens, kept):
 
 def patch_wide(width, intermediate, length):
     """The patch of a model whose feed-forward is wide, beside one of a narrow model."""
-    from shallower.patching import descent, held_out, patch_solver
+    from shallower.patching import descent, held_out, solver
     from tests.examples import sentences
 
     descent.free_bytes = lambda _: 0  # no graph is kept only because there is room
-    patch_solver.FIRST_WEIGHTS, held_out.RIDGES = (0.01,), (0.03,)
+    solver.FIRST_WEIGHTS, held_out.RIDGES = (0.01,), (0.03,)
     texts = sentences(64, length=length)
     patch_one(width, width, texts)()  # so that modules, threads and buffers are there
     return peak_of(patch_one(width, intermediate, texts))

@@ -8,7 +8,7 @@ import torch
 
 import shallower as sh
 from shallower.models.offload import stored_weight
-from shallower.patching import held_out, patch_solver
+from shallower.patching import held_out, solver
 from tests.examples import learned_llama, sentences
 from tests.models.offloaded import offloaded
 
@@ -38,7 +38,7 @@ def equal(one, other):
 def test_it_gets_the_same_weights(learned, words, monkeypatch, method, layers):
     if method != "refit":  # as if it helped
         losses = cycle([2.0, 3.0, 2.5])
-        monkeypatch.setattr(patch_solver.Patching, "_loss", lambda *_: next(losses))
+        monkeypatch.setattr(solver.Patching, "_loss", lambda *_: next(losses))
     plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), layers)
     done = [
         sh.patch(one, words, [range(2, 6)], texts=TEXTS, method=method, progress=False)

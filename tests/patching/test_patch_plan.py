@@ -8,7 +8,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import shallower as sh
 from shallower.memory.rehearsal import build_empty
 from shallower.patching.least_squares import NormalEquations, solver_bytes
-from shallower.patching.patch_memory import OFFLOADED, WEIGHTS, place_weights, writer_widths
+from shallower.patching.memory import OFFLOADED, WEIGHTS, place_weights, writer_widths
 from shallower.values.memory import usable
 from tests.conftest import write_jsonl
 from tests.healing.cuts import TEXTS

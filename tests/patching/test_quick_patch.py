@@ -11,8 +11,8 @@ import torch
 import shallower as sh
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import Writers
-from shallower.patching import missing, quick_patch
-from shallower.patching.quick_patch import HELD, RIDGES, QuickPatch
+from shallower.patching import missing
+from shallower.patching.quick import HELD, RIDGES, QuickPatch, find_writers
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import blocks_of
 from shallower.values.tokens import Tokens
@@ -218,12 +218,11 @@ def test_the_same_plan_gives_the_same_patch_whatever_came_between(model, words):
 
 def test_a_second_block_that_cannot_be_patched_leaves_nothing(words, model, monkeypatch):
     before = state_of(model)
-    found = quick_patch.find_writers
 
     def find(model, layer, **more):
-        return Writers(None, None) if layer == 3 else found(model, layer, **more)
+        return Writers(None, None) if layer == 3 else find_writers(model, layer, **more)
 
-    monkeypatch.setattr(quick_patch, "find_writers", find)
+    monkeypatch.setattr("shallower.patching.quick.find_writers", find)
     quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     for _ in range(2):
         with (
@@ -317,7 +316,7 @@ def test_too_little_memory_is_named(model, words, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
-    monkeypatch.setattr(quick_patch, "missing_equations", fail)
+    monkeypatch.setattr("shallower.patching.quick.missing_equations", fail)
     with pytest.raises(sh.PatchError, match="lower batch_size"):
         quick.patched(plan_of((3, 4))).__enter__()
 

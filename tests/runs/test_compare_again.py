@@ -158,7 +158,7 @@ def test_another_size_of_forward_is_no_damage(model, words, monkeypatch):
 
 
 def test_a_patch_without_memory_is_tried_again(model, words, monkeypatch):
-    from shallower.patching.quick_patch import QuickPatch
+    from shallower.patching.quick import QuickPatch
 
     asked = {"n": [1], "criteria": ["deepest"]}
     with monkeypatch.context() as patched:

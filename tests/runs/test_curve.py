@@ -15,7 +15,7 @@ from shallower.judgement.splits import three_splits
 from shallower.judgement.token_states import evenly
 from shallower.judgement.verifying import PATCH_TEXTS
 from shallower.models.layerwise import Layerwise
-from shallower.patching.quick_patch import QuickPatch
+from shallower.patching.quick import QuickPatch
 from shallower.runs.curve_points import CurvePoints
 from shallower.runs.run_job import NUM_CHOOSING
 from shallower.runs.sizes import VERIFYING_TEXTS

@@ -12,7 +12,7 @@ from shallower.errors import (
     TextsError,
 )
 from shallower.judgement.trials import Trials
-from shallower.patching.quick_patch import QuickPatch
+from shallower.patching.quick import QuickPatch
 from shallower.runs.cache import Cache
 from tests.conftest import tiny_llama
 from tests.documents import documents

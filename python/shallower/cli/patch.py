@@ -115,7 +115,7 @@ def patch_command(
         say_dry_run({**asked, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
-    from ..patching.patch_folder import patch_to_folder
+    from ..patching.folder import patch_to_folder
 
     loaded, tokenizer = load(place)
     done, losses = patch_to_folder(
@@ -152,7 +152,7 @@ def _placed(
 
     if place.device_map is not None or torch.cuda.device_count() != 1:
         return place
-    from ..patching.patch_memory import place_weights
+    from ..patching.memory import place_weights
 
     dtype = place.resolved().dtype
     places = place_weights(place.read_config(), dtype, plan_memory(), spare=dropped)

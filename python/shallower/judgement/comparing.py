@@ -11,7 +11,7 @@ from ..errors import CriterionError, TextsError
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
-from ..patching.quick_patch import QuickPatch
+from ..patching.quick import QuickPatch
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..texts.options import OptionItem

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import CacheError, OutputError, ShallowerError
 from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
-from ..patching.quick_patch import QuickPatch
+from ..patching.quick import QuickPatch
 from ..progress import Advance
 from ..values.comparison import Row
 from ..values.costs import Costs

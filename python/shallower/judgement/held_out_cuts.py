@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import PatchError
 from ..memory.sizes import num_parameters
 from ..models.layerwise import Layerwise
-from ..patching.quick_patch import QuickPatch
+from ..patching.quick import QuickPatch
 from ..values.comparison import ComparedModel
 from ..values.loss import Loss
 from ..values.plan import Plan

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import PatchError
-from ..patching.quick_patch import QuickPatch
+from ..patching.quick import QuickPatch
 from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores

@@ -11,7 +11,7 @@ from ..errors import CacheError, LayersError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
-from ..patching.quick_patch import QuickPatch
+from ..patching.quick import QuickPatch
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..values.layers import check_size, ranges

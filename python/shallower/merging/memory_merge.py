@@ -13,8 +13,8 @@ from ..errors import ModelError
 from ..models.architecture import find_layers, input_device
 from ..models.source import ModelSource
 from ..values.healing import Healing
+from .in_memory import probe_logits, require_same_model, with_adapters
 from .low_rank import exact_products
-from .merged_check import probe_logits, require_same_model, with_adapters
 
 
 def merge_in_memory(

@@ -31,9 +31,9 @@ from ..progress import track
 from ..values.files import PLAN_FILE
 from ..values.healing import CURVE_FILE, HEALING_FILE, Healing, Merge
 from ..values.recipe import Resolved
+from .in_memory import TOLERANCE, adapted_logits, another_model, place_for, probe_logits
 from .low_rank import Deviations, LowRank
 from .memory_merge import merge_in_memory
-from .merged_check import TOLERANCE, adapted_logits, another_model, place_for, probe_logits
 from .stored_adapters import low_rank_changes
 
 _NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, CURVE_FILE, "job"})

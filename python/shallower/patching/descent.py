@@ -23,7 +23,7 @@ from ..models.layerwise import Layerwise, Trace, token_rows
 from ..models.offload import is_offloaded, resident, stored_weight
 from ..texts.batches import Batch
 from .changes import Changes
-from .patch_states import StateSet
+from .states import StateSet
 
 STEPS = 48
 """Steps, at most."""

@@ -13,7 +13,7 @@ from ..models.residual_writers import Writer
 from ..texts.batches import Batch
 from .held_out import HeldOut
 from .least_squares import NormalEquations
-from .patch_states import StateSet, first_rows, other_rows
+from .states import StateSet, first_rows, other_rows
 
 FARTHEST = 12.0
 """How far a text's first token is moved at most, in mean norms of the other tokens' states.

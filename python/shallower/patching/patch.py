@@ -26,8 +26,8 @@ from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
 from .changes import Changes
-from .patch_solver import Patching
-from .patch_states import divide
+from .solver import Patching
+from .states import divide
 
 METHODS = ("refit", "map", "magnitude")
 

@@ -165,7 +165,7 @@ def _healing(
 def _patch(
     config: "PretrainedConfig", dtype: str, tokens: Tokens, num_tokens: int, room: tuple[int, bool]
 ) -> MemoryPlan:
-    from ..patching.patch_memory import plan_patch
+    from ..patching.memory import plan_patch
 
     size, card = room
     return plan_patch(

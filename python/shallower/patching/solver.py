@@ -24,7 +24,7 @@ from .descent import PASSES, STEPS, Descent, drawn, least
 from .held_out import FIRST_RIDGE, Choice, HeldOut, choose
 from .least_squares import NormalEquations
 from .missing import missing_equations, missing_rows, no_writer, not_finite
-from .patch_states import StateSet, Stored, other_rows
+from .states import StateSet, Stored, other_rows
 
 FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 """Weights that are tried for the first token of a text, which carries massive activations."""

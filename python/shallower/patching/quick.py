@@ -30,7 +30,7 @@ from ..values.plan import Plan
 from .changes import Changes
 from .least_squares import NormalEquations
 from .missing import FARTHEST, missing_equations, no_writer, not_finite
-from .patch_states import StateSet, Stored
+from .states import StateSet, Stored
 
 RIDGES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
 """Penalties that are tried, as shares of the inputs' mean square, until one is worse."""

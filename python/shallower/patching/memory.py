@@ -20,7 +20,7 @@ from ..values.memory import MemoryPlan, usable
 from ..values.tokens import Tokens
 from .descent import graph_bytes, matrices
 from .least_squares import solver_bytes
-from .patch_states import MAX_HELD_OUT
+from .states import MAX_HELD_OUT
 
 DEFAULT_PATCH_BATCH = 16
 """Texts in one forward of a patch."""
