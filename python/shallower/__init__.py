@@ -10,10 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__ as __version__
-    from .cutting.checkpoint import prune_checkpoint as prune_checkpoint
-    from .cutting.gguf import count_gguf_layers as count_gguf_layers
-    from .cutting.gguf import plan_gguf as plan_gguf
-    from .cutting.gguf import prune_gguf as prune_gguf
     from .cutting.in_model import drop_layers as drop_layers
     from .cutting.in_model import without_layers as without_layers
     from .cutting.prune import plan_prune as plan_prune
@@ -136,7 +132,6 @@ _HOMES = {
     "analyse_states": "scanning.analyse",
     "compare": "runs.compare",
     "compare_cuts": "judgement.compare",
-    "count_gguf_layers": "cutting.gguf",
     "criteria": "judgement.criteria",
     "curve": "runs.curve",
     "deepest_block": "values.layers",
@@ -150,11 +145,8 @@ _HOMES = {
     "memory_forecast": "runs.forecast",
     "merge": "healing.saving",
     "patch": "patching.patch",
-    "plan_gguf": "cutting.gguf",
     "plan_prune": "cutting.prune",
     "prune": "cutting.prune",
-    "prune_checkpoint": "cutting.checkpoint",
-    "prune_gguf": "cutting.gguf",
     "report": "runs.report",
     "run": "runs.run",
     "save_heat_map": "reporting.figures",

@@ -34,5 +34,5 @@ def real():
 def cut(real, tmp_path_factory):
     """The real model without layers 12 .. 19."""
     out = tmp_path_factory.mktemp("gguf") / "cut.gguf"
-    sh.prune_gguf(real, CUT, out)
+    sh.prune(real, CUT, out)
     return out

@@ -41,7 +41,7 @@ def in_four_bits(source, out):
 
 
 def on_disk(source, out):
-    sh.prune_checkpoint(source, DROPPED, out)
+    sh.prune(source, DROPPED, out)
 
 
 def by_the_door(source, out):

@@ -33,7 +33,7 @@ def in_memory(source, out):
 
 
 def on_disk(source, out):
-    sh.prune_checkpoint(source, DROPPED, out)
+    sh.prune(source, DROPPED, out)
 
 
 @pytest.mark.parametrize("cut", [in_memory, on_disk])
@@ -62,8 +62,8 @@ def test_the_license_and_the_text_of_the_source_are_carried_over(source, tmp_pat
 
 
 def test_a_cut_of_a_cut_keeps_both_cards(source, tmp_path):
-    sh.prune_checkpoint(source, [1], tmp_path / "once")
-    sh.prune_checkpoint(tmp_path / "once", [2], tmp_path / "twice")
+    sh.prune(source, [1], tmp_path / "once")
+    sh.prune(tmp_path / "once", [2], tmp_path / "twice")
     card = (tmp_path / "twice" / "README.md").read_text()
     titles = re.findall(r"^# .*$", card, re.MULTILINE)
     titles = [title for title in titles if title not in ("# Tiny", "# SOURCE")]

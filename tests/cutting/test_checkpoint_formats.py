@@ -61,7 +61,7 @@ def make_quantised(folder, method, config, plain_layers=()):
 @pytest.mark.parametrize("method", FORMATS)
 def test_other_quantised_formats_are_renamed_and_copied(method, tmp_path):
     before = stored(make_quantised(tmp_path / "source", method, {"bits": 4}))
-    sh.prune_checkpoint(tmp_path / "source", DROPPED, tmp_path / "cut", max_shard_size=3000)
+    sh.prune(tmp_path / "source", DROPPED, tmp_path / "cut", max_shard_size=3000)
     expected = {}
     for name, tensor in before.items():
         if name.startswith("model.layers."):
@@ -97,7 +97,7 @@ def test_modules_that_a_quantisation_config_names_are_renumbered(tmp_path):
     }
     source = make_quantised(tmp_path / "source", "gptq", quantisation, plain_layers="02")
     (source / "quantize_config.json").write_text(json.dumps({"modules_to_not_convert": listed}))
-    sh.prune_checkpoint(source, DROPPED, tmp_path / "cut")
+    sh.prune(source, DROPPED, tmp_path / "cut")
     edited = read_json(tmp_path / "cut" / "config.json")["quantization_config"]
     assert edited == {
         "quant_method": "gptq",
@@ -124,7 +124,7 @@ def test_modules_that_a_quantisation_config_names_are_renumbered(tmp_path):
 def test_regexes_that_tell_layers_apart_are_refused(tmp_path, config):
     source = make_quantised(tmp_path / "source", "gptq", config)
     assert_refused(ModelError, "tells layers apart by number", source, tmp_path / "cut")
-    sh.prune_checkpoint(source, [5], tmp_path / "cut")
+    sh.prune(source, [5], tmp_path / "cut")
 
 
 def test_layers_for_multi_token_prediction_stay_behind_the_others(tmp_path):
@@ -140,7 +140,7 @@ def test_layers_for_multi_token_prediction_stay_behind_the_others(tmp_path):
     with pytest.raises(ModelError, match=r"also has model\.layers\.8"):
         checkpoint.prepare(whole, [2, 3])
     _rewrite_config(whole, num_nextn_predict_layers=1)
-    sh.prune_checkpoint(whole, [2, 3], out)
+    sh.prune(whole, [2, 3], out)
     cut = load_file(out / "model.safetensors")
     for name, value in extra.items():
         assert torch.equal(cut[name.replace(".8.", ".6.", 1)], value)

@@ -31,7 +31,7 @@ def test_the_config_is_edited_and_not_rewritten(copied, tmp_path):
         copied / "config.json", custom={"of": ["mine", 1]}, per_layer=[0, 1, 2, 3, 4, 5], é="ü"
     )
     before = read_json(copied / "config.json")
-    sh.prune_checkpoint(copied, DROPPED, tmp_path / "cut")
+    sh.prune(copied, DROPPED, tmp_path / "cut")
     after = read_json(tmp_path / "cut" / "config.json")
     assert list(after) == list(before)
     assert after == {**before, "num_hidden_layers": 3, "per_layer": [0, 2, 5]}

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import shallower as sh
 from shallower import ModelError, OutputError
 from shallower.cutting import checkpoint_files
+from shallower.cutting.checkpoint import prepare
 from shallower.storage import partial_folder
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
 from tests.folders import full_disk, tree
@@ -122,14 +123,16 @@ def test_a_place_that_is_taken_is_refused(source, tmp_path):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "mine").write_text("mine")
     assert_refused(OutputError, "exists already", source, tmp_path / "cut")
-    sh.prune_checkpoint(source, DROPPED, tmp_path / "cut", overwrite=True)
+    sh.prune(source, DROPPED, tmp_path / "cut", overwrite=True)
     assert not (tmp_path / "cut" / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
-def test_a_checkpoint_can_replace_itself(copied, source, tmp_path):
-    sh.prune_checkpoint(copied, DROPPED, copied, overwrite=True)
-    sh.prune_checkpoint(source, DROPPED, tmp_path / "cut")
+def test_a_checkpoint_could_replace_itself(copied, source, tmp_path):
+    with pytest.raises(OutputError, match="is the model itself"):
+        sh.prune(copied, DROPPED, copied, overwrite=True)
+    prepare(copied, DROPPED).write(copied, overwrite=True)
+    sh.prune(source, DROPPED, tmp_path / "cut")
     assert stored(copied) == stored(tmp_path / "cut")
 
 
@@ -148,11 +151,11 @@ def test_sizes_are_read():
 def test_a_full_disk_is_told_and_the_work_goes_on(source, tmp_path):
     out = tmp_path / "cut"
     with full_disk(12_000), pytest.raises(OutputError, match="do the same again to go on"):
-        sh.prune_checkpoint(source, DROPPED, out, max_shard_size=10_000)
+        sh.prune(source, DROPPED, out, max_shard_size=10_000)
     assert not out.exists()
     assert partial_folder(out).is_dir()
-    sh.prune_checkpoint(source, DROPPED, out, max_shard_size=10_000)
-    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", max_shard_size=10_000)
+    sh.prune(source, DROPPED, out, max_shard_size=10_000)
+    sh.prune(source, DROPPED, tmp_path / "whole", max_shard_size=10_000)
     assert tree(out) == tree(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
 
@@ -165,4 +168,4 @@ def test_too_little_room_is_told_before_anything_is_copied(source, tmp_path, mon
 
 def test_a_place_that_cannot_be_written_to_is_told(source):
     with pytest.raises(OutputError, match="/proc/cut"):
-        sh.prune_checkpoint(source, DROPPED, "/proc/cut")
+        sh.prune(source, DROPPED, "/proc/cut")

@@ -30,14 +30,12 @@ def test_progress_is_told_and_can_stop_the_copy(source, tmp_path):
 
     out = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        sh.prune_checkpoint(source, DROPPED, out, max_shard_size=10_000, progress=stop)
+        sh.prune(source, DROPPED, out, max_shard_size=10_000, progress=stop)
     assert not out.exists()
     shards = (partial_folder(out) / "folder").glob("model-*.safetensors")
     kept = {path.name: path.stat().st_ino for path in shards}
     heard.clear()
-    sh.prune_checkpoint(
-        source, DROPPED, out, max_shard_size=10_000, progress=lambda *args: heard.append(args)
-    )
+    sh.prune(source, DROPPED, out, max_shard_size=10_000, progress=lambda *args: heard.append(args))
     assert kept
     assert all((out / name).stat().st_ino == inode for name, inode in kept.items())
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
@@ -70,15 +68,15 @@ def test_work_of_another_job_is_discarded(source, tmp_path):
             raise InterruptedError
 
     with pytest.raises(OutputError):
-        sh.prune_checkpoint(source, [0], out, max_shard_size=10_000, progress=stop)
-    sh.prune_checkpoint(source, DROPPED, out, max_shard_size=9_000)
-    sh.prune_checkpoint(source, DROPPED, tmp_path / "whole", max_shard_size=9_000)
+        sh.prune(source, [0], out, max_shard_size=10_000, progress=stop)
+    sh.prune(source, DROPPED, out, max_shard_size=9_000)
+    sh.prune(source, DROPPED, tmp_path / "whole", max_shard_size=9_000)
     assert tree(out) == tree(tmp_path / "whole")
 
 
 SERVER = """
     import os, sys, time
-    from shallower.cutting.checkpoint import prune_checkpoint
+    import shallower as sh
     source, out = sys.argv[1:]
     def tell(done, total):
         os.write(1, b"copied\\n")
@@ -87,7 +85,7 @@ SERVER = """
         child = os.fork()
         if not child:
             os.write(1, b"%d\\n" % os.getpid())
-            prune_checkpoint(source, [1, 3, 4], out, max_shard_size=4000, progress=tell)
+            sh.prune(source, [1, 3, 4], out, max_shard_size=4000, progress=tell)
             os._exit(0)
         os.waitpid(child, 0)
         os.write(1, b"ended\\n")
@@ -98,7 +96,7 @@ SERVER = """
 def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(source, tmp_path, seed):
     chance = random.Random(seed)
     out, whole = tmp_path / "cut", tmp_path / "whole"
-    sh.prune_checkpoint(source, DROPPED, whole, max_shard_size=4000)
+    sh.prune(source, DROPPED, whole, max_shard_size=4000)
     command = [sys.executable, "-c", textwrap.dedent(SERVER), source, out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kills = 0
@@ -129,6 +127,6 @@ def test_one_process_at_a_time(source, tmp_path):
 
     def nested(done, total):
         with pytest.raises(OutputError, match="another process is writing it"):
-            sh.prune_checkpoint(source, DROPPED, out)
+            sh.prune(source, DROPPED, out)
 
-    sh.prune_checkpoint(source, DROPPED, out, progress=nested)
+    sh.prune(source, DROPPED, out, progress=nested)

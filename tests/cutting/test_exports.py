@@ -64,7 +64,7 @@ def test_mergekit_makes_the_same_cut(tmp_path, words):
     pytest.importorskip("mergekit.scripts.run_yaml")
     tiny_llama(initializer_range=0.2).save_pretrained(tmp_path / "tiny")
     words.save_pretrained(tmp_path / "tiny")
-    sh.prune_checkpoint(tmp_path / "tiny", DROPPED, tmp_path / "cut")
+    sh.prune(tmp_path / "tiny", DROPPED, tmp_path / "cut")
     place = stand_for(tmp_path / "place", tmp_path / "tiny")
     code = "from mergekit.scripts.run_yaml import main; main()"
     # Its card asks the hub whether SOURCE is a repository.
@@ -79,7 +79,7 @@ def test_what_is_quantised_has_no_dtype_in_mergekit(tmp_path):
     assert config["dtype"] == "float32"
     assert "dtype" not in yaml.safe_load(texts_of(plan, dtype="nf4")["mergekit.yaml"])
     tiny_llama().save_pretrained(tmp_path / "tiny")
-    sh.prune_checkpoint(tmp_path / "tiny", DROPPED, tmp_path / "plain")
+    sh.prune(tmp_path / "tiny", DROPPED, tmp_path / "plain")
     assert yaml.safe_load((tmp_path / "plain" / "mergekit.yaml").read_text())["dtype"] == "float32"
 
 

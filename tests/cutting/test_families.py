@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import shallower as sh
+from shallower.cutting.checkpoint import prepare
 from shallower.models.architecture import find_layers, text_config
 from tests.commands import in_this_process
 from tests.families import (
@@ -153,7 +154,7 @@ def test_tables_beside_the_layers_are_cut_in_memory(tmp_path, words):
     model = random_model("gemma3n_text")
     sh.save_model(model, words, tmp_path / "whole")
     with pytest.raises(sh.InMemoryOnlyError, match="embed_tokens_per_layer"):
-        sh.prune_checkpoint(tmp_path / "whole", [0, 1], tmp_path / "cut")
+        prepare(tmp_path / "whole", [0, 1])
     assert not (tmp_path / "cut").exists()
     arguments = ["prune", str(tmp_path / "whole"), "--drop", "0:2", "--out", str(tmp_path / "cut")]
     done = in_this_process(*arguments, "--verify")

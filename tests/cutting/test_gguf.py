@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
 import shallower as sh
+from shallower._core import Gguf
 from tests.conftest import ROOT
 from tests.cutting.gguf_files import CUT, files_of_cut, write
 
@@ -134,12 +135,12 @@ def test_the_real_model_is_cut(real, cut):
     }
     check_cut(real, cut, survivors, changed)
     assert len(GGUFReader(cut).tensors) == 272 - 8 * 9
-    assert sh.count_gguf_layers(cut) == 22
+    assert Gguf(cut).num_layers == 22
 
 
 def test_the_plan_lies_beside(real, cut):
     plan = sh.Plan.load(cut.with_name("cut.shallower_plan.json"))
-    assert plan == sh.plan_gguf(real, CUT)
+    assert plan == sh.plan_prune(real, CUT, "cut.gguf").plan
     assert plan.num_layers == 30
     assert plan.dropped == tuple(CUT)
     assert set(cut.parent.iterdir()) == set(files_of_cut(cut))
@@ -159,15 +160,15 @@ def test_the_file_gives_the_logits_of_the_model_cut_in_memory(smol, cut):
 
 
 def test_cutting_twice_is_cutting_once(cut, real, tmp_path):
-    sh.prune_gguf(cut, [0, 21], tmp_path / "twice.gguf")
-    sh.prune_gguf(real, [0, CUT, 29], tmp_path / "once.gguf")
+    sh.prune(cut, [0, 21], tmp_path / "twice.gguf")
+    sh.prune(real, [0, CUT, 29], tmp_path / "once.gguf")
     assert (tmp_path / "twice.gguf").read_bytes() == (tmp_path / "once.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("alignment", [None, 8, 16, 64, 4096])
 def test_alignments(tmp_path, alignment):
     source = write(tmp_path / "a.gguf", alignment=alignment)
-    sh.prune_gguf(source, [0, 3], tmp_path / "b.gguf")
+    sh.prune(source, [0, 3], tmp_path / "b.gguf")
     check_cut(source, tmp_path / "b.gguf", [1, 2, 4, 5], {"llama.block_count": 4})
 
 
@@ -175,7 +176,7 @@ def test_every_type_that_gguf_knows_keeps_its_bytes(tmp_path):
     plain = {"F32", "F16", "F64", "I8", "I16", "I32", "I64"}
     types = [kind for kind in GGMLQuantizationType if kind.name not in plain]
     source = write(tmp_path / "a.gguf", 3, types=types)
-    sh.prune_gguf(source, [1], tmp_path / "b.gguf")
+    sh.prune(source, [1], tmp_path / "b.gguf")
     check_cut(source, tmp_path / "b.gguf", [0, 2], {"llama.block_count": 2})
     for kind in (np.float64, np.int8, np.int16, np.int32, np.int64):
         writer = GGUFWriter(tmp_path / "c.gguf", "llama")
@@ -186,7 +187,7 @@ def test_every_type_that_gguf_knows_keeps_its_bytes(tmp_path):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        sh.prune_gguf(tmp_path / "c.gguf", [0], tmp_path / "d.gguf", overwrite=True)
+        sh.prune(tmp_path / "c.gguf", [0], tmp_path / "d.gguf", overwrite=True)
         assert GGUFReader(tmp_path / "d.gguf").tensors[0].data.tolist() == list(range(1, 13))
 
 
@@ -216,7 +217,7 @@ def test_metadata_follows_the_survivors(tmp_path):
             scalar("general.name", "a name", kind.STRING),
         ],
     )
-    sh.prune_gguf(source, [0, range(3, 5)], tmp_path / "b.gguf")
+    sh.prune(source, [0, range(3, 5)], tmp_path / "b.gguf")
     changed = {
         "llama.block_count": 3,
         "llama.attention.head_count": [2, 3, 6],
@@ -261,10 +262,10 @@ def test_what_the_metadata_cannot_describe_is_refused(tmp_path, case):
     arch, extra, words = REFUSALS[case]
     source = write(tmp_path / "a.gguf", arch=arch, extra=[extra])
     with pytest.raises(sh.ModelError, match=words) as caught:
-        sh.prune_gguf(source, [1], tmp_path / "b.gguf")
+        sh.prune(source, [1], tmp_path / "b.gguf")
     assert str(source) in str(caught.value)
     with pytest.raises(sh.ModelError, match=words):
-        sh.plan_gguf(source, [1])
+        sh.plan_prune(source, [1], tmp_path / "b.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
 
 

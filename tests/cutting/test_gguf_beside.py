@@ -21,7 +21,7 @@ def test_a_cut_gguf_has_its_files_beside_it(tmp_path, shallower):
     there = shallower("prune", *words, "--dry-run", "--json").json["write"]
     assert there == [str(path) for path in files_of_cut(out)]
     assert not out.parent.exists()
-    sh.prune_gguf(source, DROPPED, out)
+    sh.prune(source, DROPPED, out)
     assert set(out.parent.iterdir()) == set(files_of_cut(out))
     card = export_path(out, "README.md").read_text()
     assert front(card) == {
@@ -34,7 +34,7 @@ def test_a_cut_gguf_has_its_files_beside_it(tmp_path, shallower):
 
     for name, text in (("README.md", LICENSED), ("tiny.README.md", "---\nlicense: mit\n---\n")):
         (tmp_path / name).write_text(text)
-        sh.prune_gguf(source, DROPPED, out, overwrite=True)
+        sh.prune(source, DROPPED, out, overwrite=True)
         expected = "mit" if name.startswith("tiny") else "other"
         assert front(export_path(out, "README.md").read_text())["license"] == expected
 
@@ -46,17 +46,17 @@ def test_a_file_beside_a_gguf_is_not_replaced_unasked(tmp_path, shallower, index
     taken.write_text("mine")
     before = tree(tmp_path)
     with pytest.raises(sh.OutputError, match=f"{taken.name} exists already"):
-        sh.prune_gguf(source, DROPPED, out)
+        sh.prune(source, DROPPED, out)
     refused = shallower("prune", source, "--drop", "1", "--out", out, "--dry-run")
     assert f"{taken.name} exists already" in refused.error
     assert tree(tmp_path) == before
-    sh.prune_gguf(source, DROPPED, out, overwrite=True)
+    sh.prune(source, DROPPED, out, overwrite=True)
     assert taken.read_bytes() != b"mine"
     taken.unlink()
     taken.mkdir()
     before = tree(tmp_path)
     with pytest.raises(sh.OutputError, match="is a folder"):
-        sh.prune_gguf(source, DROPPED, out, overwrite=True)
+        sh.prune(source, DROPPED, out, overwrite=True)
     assert tree(tmp_path) == before
 
 
@@ -64,18 +64,18 @@ def test_a_file_beside_a_gguf_is_not_replaced_unasked(tmp_path, shallower, index
 def test_a_gguf_that_fails_midway_leaves_all_as_it_was(tmp_path, overwrite):
     source, out = write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
     if overwrite:
-        sh.prune_gguf(source, [0], out)
+        sh.prune(source, [0], out)
     before = tree(tmp_path)
 
     def stop(done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sh.prune_gguf(source, DROPPED, out, overwrite=overwrite, progress=stop)
+        sh.prune(source, DROPPED, out, overwrite=overwrite, progress=stop)
     assert tree(tmp_path) == before
     broken = sh.Plan(6, (sh.Block(1, 2),), versions={"made by": object()})
     with pytest.raises(TypeError):
-        sh.prune_gguf(source, [1], out, overwrite=overwrite, plan=broken)
+        sh.prune(source, broken, out, overwrite=overwrite)
     assert tree(tmp_path) == before
 
 
@@ -93,7 +93,7 @@ def test_a_cut_gguf_is_verified(tmp_path, shallower):
 def test_a_gguf_of_other_layers_is_told_from_the_cut(tmp_path):
     source, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
     model, tokenizer = sh.load_model(source, "float32")
-    sh.prune_gguf(source, [1], out)
+    sh.prune(source, [1], out)
     assert (
         sh.verify_checkpoint(model, tokenizer, out, layers=[sh.Block(1, 2)], text="the fox") <= 1e-5
     )
@@ -120,7 +120,7 @@ def test_a_folder_for_the_hub_holds_the_file_and_its_card(tmp_path, shallower):
     assert not out.exists()
     assert shallower(*words, "--json").json["written"] == str(out)
     assert sorted(tree(out)) == FILES
-    sh.prune_gguf(source, DROPPED, tmp_path / "beside.gguf")
+    sh.prune(source, DROPPED, tmp_path / "beside.gguf")
     assert (out / "small.gguf").read_bytes() == (tmp_path / "beside.gguf").read_bytes()
     assert sh.Plan.load(out / "shallower_plan.json").dropped == tuple(DROPPED)
     card = (out / "README.md").read_text()
@@ -168,7 +168,7 @@ def test_the_size_and_the_name_are_of_what_is_left(tmp_path):
     out = tmp_path / "b.gguf"
     for survivors in ([0], [1, 2, 5], [0, 1, 2, 3, 4]):
         dropped = [layer for layer in range(6) if layer not in survivors]
-        sh.prune_gguf(source, dropped, out, overwrite=True)
+        sh.prune(source, dropped, out, overwrite=True)
         reader = GGUFReader(out)
         sizes = sum(int(tensor.n_elements) for tensor in reader.tensors)
         assert reader.fields["general.size_label"].contents() == size_label(sizes, sizes, 0, 0)
@@ -199,6 +199,6 @@ def test_experts_count_as_in_gguf(tmp_path):
     build(tmp_path / "a.gguf", [4, 8, 3, 16])
     for dropped, left in (([0], [8, 3, 16]), ([1, 3], [4, 3]), ([0, 1, 2], [16])):
         label = build(tmp_path / "expected.gguf", left)
-        sh.prune_gguf(tmp_path / "a.gguf", dropped, tmp_path / "b.gguf", overwrite=True)
+        sh.prune(tmp_path / "a.gguf", dropped, tmp_path / "b.gguf", overwrite=True)
         fields = GGUFReader(tmp_path / "b.gguf").fields
         assert fields["general.size_label"].contents() == label

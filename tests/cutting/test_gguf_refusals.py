@@ -11,14 +11,15 @@ import time
 import pytest
 
 import shallower as sh
-from shallower.cutting.gguf import plan_path
+from shallower._core import Gguf
+from shallower.cutting.gguf import plan_path, prepare_gguf
 from tests.cutting.gguf_files import CUT, files_of_cut, write
 
 
 def test_split_files_are_refused(tmp_path):
     source = write(tmp_path / "a-00001-of-00003.gguf", split=3)
     with pytest.raises(sh.ModelError, match=r"one of 3 files.*llama-gguf-split --merge"):
-        sh.prune_gguf(source, [1], tmp_path / "b.gguf")
+        sh.prune(source, [1], tmp_path / "b.gguf")
 
 
 def test_layers_and_plans_are_checked(tmp_path):
@@ -31,15 +32,13 @@ def test_layers_and_plans_are_checked(tmp_path):
         ("12", "does not name layers"),
     ]:
         with pytest.raises(sh.LayersError, match=words):
-            sh.prune_gguf(source, layers, out)
+            prepare_gguf(source, layers, out)
     block = sh.Block(1, 3)
     with pytest.raises(sh.PlanError, match=r"for 8 layers, .*a\.gguf has 6"):
-        sh.prune_gguf(source, block, out, plan=sh.Plan(8, (block,)))
-    with pytest.raises(sh.PlanError, match=r"drops the layers \[1, 2\]"):
-        sh.prune_gguf(source, [1], out, plan=sh.Plan(6, (block,)))
+        sh.prune(source, sh.Plan(8, (block,)), out)
     assert not out.exists()
     plan = sh.Plan(6, (block,), "deepest")
-    assert sh.prune_gguf(source, block, out, plan=plan) is plan
+    assert sh.prune(source, plan, out) is plan
     assert sh.Plan.load(plan_path(out)).strategy == "deepest"
 
 
@@ -47,26 +46,24 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     source, out = write(tmp_path / "a.gguf"), tmp_path / "b.gguf"
     out.write_text("mine")
     with pytest.raises(sh.OutputError, match="exists already"):
-        sh.prune_gguf(source, [1], out)
+        sh.prune(source, [1], out)
     out.unlink()
     plan_path(out).write_text("mine")
     with pytest.raises(sh.OutputError, match="exists already"):
-        sh.prune_gguf(source, [1], out)
+        sh.prune(source, [1], out)
     assert not out.exists()
-    sh.prune_gguf(source, [1], out, overwrite=True)
-    assert sh.count_gguf_layers(out) == 5
+    sh.prune(source, [1], out, overwrite=True)
+    assert Gguf(out).num_layers == 5
     with pytest.raises(sh.OutputError, match="exists already"):
-        sh.prune_gguf(source, [1], source)
-    sh.prune_gguf(source, [1], source, overwrite=True)
+        sh.prune(source, [1], source)
+    sh.prune(source, [1], source, overwrite=True)
     assert source.read_bytes() == out.read_bytes()
-    with pytest.raises(sh.OutputError, match=r"name ends in \.gguf"):
-        sh.prune_gguf(source, [1], tmp_path / "c")
     (tmp_path / "d.gguf").mkdir()
     with pytest.raises(sh.OutputError, match="is a folder"):
-        sh.prune_gguf(source, [1], tmp_path / "d.gguf", overwrite=True)
+        sh.prune(source, [1], tmp_path / "d.gguf", overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(sh.OutputError, match="not a folder"):
-        sh.prune_gguf(source, [1], tmp_path / "file" / "e.gguf")
+        sh.prune(source, [1], tmp_path / "file" / "e.gguf")
 
 
 def test_an_interrupted_cut_leaves_nothing(real, tmp_path):
@@ -78,7 +75,7 @@ def test_an_interrupted_cut_leaves_nothing(real, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sh.prune_gguf(real, CUT, tmp_path / "b.gguf", progress=stop)
+        sh.prune(real, CUT, tmp_path / "b.gguf", progress=stop)
     assert len(seen) == 3
     assert seen[0][0] < seen[2][0] < seen[2][1]
     assert list(tmp_path.iterdir()) == []
@@ -87,7 +84,7 @@ def test_an_interrupted_cut_leaves_nothing(real, tmp_path):
 def test_progress_reaches_the_whole(real, tmp_path):
     seen = []
     out = tmp_path / "b.gguf"
-    sh.prune_gguf(real, CUT, out, progress=lambda *step: seen.append(step))
+    sh.prune(real, CUT, out, progress=lambda *step: seen.append(step))
     assert seen == sorted(seen)
     assert seen[-1] == (out.stat().st_size, out.stat().st_size)
 
@@ -97,7 +94,7 @@ def test_a_full_disk_leaves_nothing(real, tmp_path):
         "import resource, signal, sys, shallower as sh\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 24, 1 << 24))\n"
-        "try: sh.prune_gguf(sys.argv[1], range(12, 20), sys.argv[2])\n"
+        "try: sh.prune(sys.argv[1], range(12, 20), sys.argv[2])\n"
         "except sh.OutputError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(real), str(tmp_path / "b.gguf")]
@@ -117,7 +114,7 @@ def test_the_gil_is_free(real, tmp_path):
     thread = threading.Thread(target=tick)
     thread.start()
     start = time.perf_counter()
-    sh.prune_gguf(real, CUT, tmp_path / "b.gguf")
+    sh.prune(real, CUT, tmp_path / "b.gguf")
     end = time.perf_counter()
     stop.set()
     thread.join()
@@ -129,7 +126,7 @@ def test_memory_is_constant(real, tmp_path):
         "import resource, sys, shallower as sh\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
-        "sh.prune_gguf(sys.argv[1], range(12, 20), sys.argv[2])\n"
+        "sh.prune(sys.argv[1], range(12, 20), sys.argv[2])\n"
         "print(peak() - before, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(real), str(tmp_path / "b.gguf")]
@@ -164,15 +161,15 @@ def test_hostile_files(tmp_path):
         path = tmp_path / "bad.gguf"
         path.write_bytes(data)
         with pytest.raises(sh.ModelError, match=words) as caught:
-            sh.prune_gguf(path, [1], tmp_path / "out.gguf")
+            sh.prune(path, [1], tmp_path / "out.gguf")
         assert "bad.gguf" in str(caught.value), name
     with pytest.raises(sh.ModelError, match="No such file"):
-        sh.count_gguf_layers(tmp_path / "none.gguf")
+        Gguf(tmp_path / "none.gguf")
     with pytest.raises(sh.ModelError, match="not a regular file"):
-        sh.count_gguf_layers(tmp_path)
+        Gguf(tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(sh.ModelError, match="not a regular file"):
-        sh.count_gguf_layers(tmp_path / "pipe.gguf")
+        Gguf(tmp_path / "pipe.gguf")
     assert {file.name for file in tmp_path.iterdir()} == {"good.gguf", "bad.gguf", "pipe.gguf"}
 
 
@@ -184,7 +181,7 @@ def test_a_sparse_giant_is_refused_at_once(tmp_path):
         file.truncate(2**40)
     start = time.perf_counter()
     with pytest.raises(sh.ModelError, match="elements are counted, and there is room for"):
-        sh.count_gguf_layers(path)
+        Gguf(path)
     assert time.perf_counter() - start < 1
 
 

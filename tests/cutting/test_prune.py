@@ -82,7 +82,7 @@ def test_a_plan_of_a_scan_is_told_of_a_gguf_file(place, plans, tmp_path):
     assert_told(plans[1], tmp_path, "cut.README.md", "cut.shallower_plan.json")
     sh.prune(source, plans[1], tmp_path / "folder", as_gguf=True)
     assert_told(plans[1], tmp_path / "folder")
-    assert sh.plan_gguf(source, plans[1]) is plans[1]
+    assert sh.plan_prune(source, plans[1], "a.gguf").plan is plans[1]
 
 
 def test_a_block_keeps_its_score_in_memory(place, plans):

@@ -103,7 +103,7 @@ def test_a_gguf_file_tells_its_license_languages_and_quantisation(tmp_path):
             ("general.file_type", 15, GGUFValueType.UINT32, None),
         ],
     )
-    sh.prune_gguf(source, [1], tmp_path / "cut.gguf")
+    sh.prune(source, [1], tmp_path / "cut.gguf")
     card = (tmp_path / "cut.README.md").read_text()
     assert front(card) == {
         "base_model": "its/base",
@@ -118,7 +118,7 @@ def test_a_gguf_file_tells_its_license_languages_and_quantisation(tmp_path):
     }
     assert "cut out of `tiny.gguf` (Q4_K_M)." in card
     (tmp_path / "tiny.README.md").write_text("---\nlicense: mit\n---\n")
-    sh.prune_gguf(source, [1], tmp_path / "cut.gguf", overwrite=True)
+    sh.prune(source, [1], tmp_path / "cut.gguf", overwrite=True)
     assert front((tmp_path / "cut.README.md").read_text())["license"] == "mit"
 
 
@@ -136,7 +136,7 @@ def test_a_gguf_file_tells_its_license_languages_and_quantisation(tmp_path):
 )
 def test_what_a_gguf_file_tells_amiss_is_left_out(tmp_path, key, value, kind, sub):
     source = write(tmp_path / "tiny.gguf", extra=[(key, value, kind, sub)])
-    sh.prune_gguf(source, [1], tmp_path / "cut.gguf")
+    sh.prune(source, [1], tmp_path / "cut.gguf")
     card = (tmp_path / "cut.README.md").read_text()
     assert "cut out of `tiny.gguf`." in card
     assert set(front(card)) == {"library_name", "pipeline_tag", "tags"}

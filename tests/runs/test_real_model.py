@@ -117,9 +117,7 @@ def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
     whole, tokenizer = sh.load_model(demo.model_path(), dtype="nf4")
     sh.save_model(whole, tokenizer, tmp_path / "source")
     layers = [0, BLOCK, 22, 27]
-    on_disk = sh.prune_checkpoint(
-        tmp_path / "source", layers, tmp_path / "disk", max_shard_size="20MB"
-    )
+    on_disk = sh.prune(tmp_path / "source", layers, tmp_path / "disk", max_shard_size="20MB")
     model, _ = sh.load_model(tmp_path / "source", dtype="nf4")
     assert sh.drop_layers(model, layers) == on_disk
     sh.save_model(model, tokenizer, tmp_path / "memory", plan=on_disk)
@@ -146,7 +144,7 @@ def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
 def test_a_cut_gguf_file_loads_through_transformers(smol, held_out, tmp_path):
     model, tokenizer = smol
     layers = [0, BLOCK, 22, 27]
-    sh.prune_gguf(demo.model_path(), layers, tmp_path / "cut.gguf")
+    sh.prune(demo.model_path(), layers, tmp_path / "cut.gguf")
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="cut.gguf", dtype=torch.float32, output_loading_info=True
     )

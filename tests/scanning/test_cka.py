@@ -133,7 +133,7 @@ def test_rejected_samples_are_in_no_minibatch():
 @pytest.mark.parametrize(("samples", "left_out"), [(16, 0), (17, 1), (19, 3), (20, 0), (23, 0)])
 def test_a_last_minibatch_of_fewer_than_four_is_left_out(samples, left_out):
     scan = analyse_states(walk(samples), cka_batch=8)
-    assert scan.cka_left_out == left_out
+    assert scan.num_samples - scan.contents.cka.samples == left_out
     used = walk(samples)[: samples - left_out]
     assert scan.cka.tobytes() == cka(used).tobytes()
 
@@ -141,7 +141,7 @@ def test_a_last_minibatch_of_fewer_than_four_is_left_out(samples, left_out):
 @pytest.mark.parametrize("samples", [1, 3])
 def test_too_few_samples_have_no_cka(samples):
     scan = analyse_states(walk(samples), cka_batch=8)
-    assert scan.cka_left_out == samples
+    assert scan.contents.cka.samples == 0
     with pytest.raises(StatesError, match="at least 4 samples"):
         _ = scan.cka
 
@@ -162,7 +162,7 @@ def test_a_scan_comes_back_with_its_cka(tmp_path):
     scan.save(tmp_path / "scan")
     back = Scan.load(tmp_path / "scan")
     assert back.cka.tobytes() == scan.cka.tobytes()
-    assert back.cka_left_out == scan.cka_left_out
+    assert back.contents.cka.samples == scan.contents.cka.samples
     back.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "scan").read_bytes()
 
@@ -172,8 +172,6 @@ def test_scans_without_cka_say_how_to_get_it():
     for one in (scan, Scan.merge([scan, with_cka])):
         with pytest.raises(ScanError, match="cka_batch=64"):
             _ = one.cka
-        with pytest.raises(ScanError, match="cka_batch"):
-            _ = one.cka_left_out
     with pytest.raises(ScanError, match="minibatches"):
         Scan.merge([with_cka, analyse_states(walk(30), cka_batch=9)])
 
@@ -232,7 +230,7 @@ def test_a_scan_of_a_model_has_cka(llama, words, tmp_path):
     texts = [f"w{i} w{3 * i + 1} w{2 * i}" for i in range(20)]
     scan = sh.scan(llama, words, texts, cka_batch=8, batch_size=3)
     assert scan.cka.shape == (7, 7)
-    assert scan.cka_left_out == 0
+    assert scan.contents.cka.samples == scan.num_samples
     assert scan.cka[0, 6] < scan.cka[5, 6] < 1
     with pytest.raises(ScanError, match="leave out one"):
         sh.scan(llama, words, texts, cka_batch=8, checkpoint=tmp_path / "part")

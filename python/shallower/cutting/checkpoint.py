@@ -19,7 +19,7 @@ import numpy as np
 
 from .._core import Checkpoint, Job
 from ..errors import OutputError
-from ..storage import check_free, partial_folder, resumable_folder
+from ..storage import partial_folder, resumable_folder
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity, fingerprint
 from ..values.layers import MAX_LAYERS, Layers
@@ -51,57 +51,6 @@ from .tensor_names import (
 
 SHARD_SIZE = "5GB"
 """Bytes in a file of weights at most, where nothing else is asked for."""
-
-
-def prune_checkpoint(
-    source: str | Path,
-    layers: Plan | Layers,
-    out: str | Path,
-    *,
-    max_shard_size: int | str = SHARD_SIZE,
-    overwrite: bool = False,
-    plan: Plan | None = None,
-    progress: Progress | bool | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Drop layers from a checkpoint of safetensors, without loading it, whole or not at all.
-
-    Dtypes and quantised weights stay as they are stored. An interrupted copy stays in the
-    hidden sibling ``.NAME.partial`` of ``out``, and goes on when the same call is made again.
-
-    Args:
-        source: a local folder with ``config.json`` and safetensors.
-        layers: a plan, or blocks, ranges or indices, 0-based.
-        out: a folder that does not exist yet, or is empty.
-        max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``.
-        overwrite: replace what is at ``out``, once the new checkpoint is complete.
-        plan: the plan behind ``layers``, if they are not a plan themselves. A plan is checked
-            against the checkpoint, and saved with it.
-        progress: a function of the bytes copied and the bytes in all, or whether to show a
-            bar; by default if standard error is a terminal.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The plan that was carried out, as it is saved in ``shallower_plan.json``.
-
-    Raises:
-        LayersError: a layer that is not there, is named twice, or is the last one left.
-        PlanError: ``plan`` is of other layers, or of another model.
-        ModelError: no such checkpoint, one that is damaged or incomplete, or a cut that its
-            config cannot describe.
-        OutputError: ``out`` holds something already or cannot be written to, or
-            ``max_shard_size`` is not a size.
-    """
-    check_free(Path(out), overwrite)
-    cut = prepare(
-        source,
-        layers,
-        max_shard_size=max_shard_size,
-        plan=plan,
-        trust_remote_code=trust_remote_code,
-    )
-    cut.write(out, overwrite=overwrite, progress=progress)
-    return cut.plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +93,10 @@ class PreparedCut:
         Args:
             out: a folder that does not exist yet, or is empty.
             overwrite: replace what is at ``out``, once the new checkpoint is complete.
-            progress: as for :func:`prune_checkpoint`.
+            progress: as for :func:`.prune.prune`.
 
         Raises:
-            OutputError, ModelError: as :func:`prune_checkpoint`.
+            OutputError, ModelError: as :func:`.prune.prune`.
         """
         out = Path(out)
         with resumable_folder(out, self.job.journal, overwrite) as folder:
@@ -189,8 +138,8 @@ def prepare(
     source: str | Path,
     layers: Plan | Layers,
     *,
-    max_shard_size: int | str = SHARD_SIZE,
-    plan: Plan | None = None,
+    label: str = "",
+    max_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreparedCut:
     """Check a cut of a checkpoint and lay it out; nothing is written.
@@ -198,23 +147,23 @@ def prepare(
     Args:
         source: a local folder with ``config.json`` and safetensors.
         layers: a plan, or blocks, ranges or indices, 0-based.
+        label: the source in the caller's words, for errors.
         max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``.
-        plan: the plan behind ``layers``, if they are not a plan themselves.
         trust_remote_code: run code that comes with the model.
 
     Returns:
         The cut, ready to be written.
 
     Raises:
-        LayersError, PlanError, ModelError, OutputError: as :func:`prune_checkpoint`.
+        LayersError, PlanError, ModelError, OutputError: as :func:`.prune.prune`.
     """
-    size = parse_size(max_shard_size)
+    size = parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size)
     folder = Path(source).expanduser().resolve()
     stored = Checkpoint(folder)
     raw = read_config(stored.resolve(CONFIG_FILE))
     model = _describe(folder, raw, trust_remote_code)
     total = model.shape[1]
-    wanted = agreed_plan(str(source), total, layers, plan=plan)
+    wanted = agreed_plan(label or str(source), total, layers)
     survivors = wanted.survivors
     weights = {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
     more = _num_more(raw)
@@ -260,25 +209,6 @@ def _num_more(raw: Mapping[str, Any]) -> int:
             if type(count := config.get(name)) is int and 0 < count <= MAX_LAYERS:
                 return count
     return 0
-
-
-def count_stored_layers(source: str | Path, trust_remote_code: bool = False) -> int:
-    """Count the decoder layers of a checkpoint by its config alone.
-
-    Args:
-        source: a local folder with ``config.json``.
-        trust_remote_code: run code that comes with the model.
-
-    Raises:
-        ModelError: as :func:`prune_checkpoint`.
-    """
-    folder = Path(source).expanduser().resolve()
-    plain = plain_model(folder, read_config(folder / CONFIG_FILE))
-    if plain is not None:
-        return plain.shape[1]
-    from ..models.loading import count_layers
-
-    return count_layers(folder, trust_remote_code=trust_remote_code)
 
 
 def _describe(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> Description:

@@ -25,43 +25,6 @@ from .plans import agreed_plan
 from .source import GGUF_KEYS, find_source
 
 
-def prune_gguf(
-    source: str | Path,
-    layers: Plan | Layers,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    plan: Plan | None = None,
-    progress: Progress | bool | None = None,
-) -> Plan:
-    """Write a GGUF file without some layers, whole or not at all, and what tells of it beside it.
-
-    Args:
-        source: a GGUF file of version 2 or 3, one file a model.
-        layers: a plan, or blocks, ranges or indices, 0-based.
-        out: the new file, ending in ``.gguf``. Beside it lie the plan, a model card and what
-            mergekit and llama.cpp need for the same cut (:attr:`PreparedGguf.files`).
-        overwrite: replace what is there, ``source`` too, once the new files are complete.
-        plan: the plan behind ``layers``, if they are not a plan themselves; it is saved. A GGUF
-            file does not tell its fingerprint, which is not compared with the plan's.
-        progress: a function of the bytes written and the bytes in all, or whether to show a
-            bar; by default if standard error is a terminal. What it raises stops the cut.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        LayersError: a layer that is not there, is named twice, or is the last one left.
-        PlanError: a plan for another number of layers, or for other layers.
-        ModelError: a file that is not there, damaged, split, or of an architecture or with
-            metadata that cannot describe the survivors.
-        OutputError: something is at ``out`` already, or it cannot be written to.
-    """
-    cut = prepare_gguf(source, layers, out, plan=plan)
-    cut.write(overwrite=overwrite, progress=progress)
-    return cut.plan
-
-
 @dataclass(frozen=True, slots=True)
 class PreparedGguf:
     """A cut of a GGUF file, checked and not yet made.
@@ -111,7 +74,7 @@ class PreparedGguf:
 
         Args:
             overwrite: replace what is there, once the new files are complete.
-            progress: as for :func:`prune_gguf`.
+            progress: as for :func:`.prune.prune`.
 
         Raises:
             OutputError: something is there, or the place cannot be written to.
@@ -137,34 +100,28 @@ def prepare_gguf(
     source: str | Path,
     layers: Plan | Layers,
     out: str | Path,
-    *,
-    plan: Plan | None = None,
-    as_gguf: bool = False,
 ) -> PreparedGguf:
     """Check a cut of a GGUF file; nothing is written.
 
     Args:
         source: a GGUF file.
         layers: a plan, or blocks, ranges or indices, 0-based.
-        out: the new file, ending in ``.gguf``; or a folder.
-        plan: the plan behind ``layers``, if they are not a plan themselves.
-        as_gguf: ``out`` is a folder, which gets ``NAME.gguf`` and ``README.md``.
+        out: the new file, ending in ``.gguf``; or a folder, which gets ``NAME.gguf`` and
+            ``README.md``.
 
     Returns:
         The cut, ready to be written.
 
     Raises:
-        LayersError, PlanError, ModelError: as :func:`prune_gguf`.
-        OutputError: ``out`` does not end in ``.gguf``, or is the folder of the source.
+        LayersError, PlanError, ModelError: as :func:`.prune.prune`.
+        OutputError: ``out`` is the folder of the source.
     """
     at, out = Path(source).expanduser(), Path(out)
     beside = out.suffix == ".gguf"
-    if not beside and not as_gguf:
-        raise OutputError(f"{out}: a GGUF file is cut into a file whose name ends in .gguf")
     if not beside and out.exists() and out.resolve() == at.parent.resolve():
         raise OutputError(f"{out} is the folder of the model itself: name another one")
     file = Gguf(at)
-    wanted = agreed_plan(str(source), file.num_layers, layers, plan=plan)
+    wanted = agreed_plan(str(source), file.num_layers, layers)
     num_bytes = file.cut_size(list(wanted.survivors))
     gguf = out if beside else out / f"{out.absolute().name}.gguf"
     known = find_source(at, metadata=file.metadata(list(GGUF_KEYS)))
@@ -179,38 +136,6 @@ def prepare_gguf(
         {export_path(gguf, name) if beside else out / name: text for name, text in texts.items()},
         {} if beside else {out / name: path for name, path in known.licenses.items()},
     )
-
-
-def plan_gguf(source: str | Path, layers: Plan | Layers, plan: Plan | None = None) -> Plan:
-    """Check a cut of a GGUF file as :func:`prune_gguf` does, and write nothing.
-
-    Args:
-        source: a GGUF file.
-        layers: a plan, or blocks, ranges or indices, 0-based.
-        plan: the plan behind ``layers``, if they are not a plan themselves.
-
-    Returns:
-        The plan that would be carried out.
-
-    Raises:
-        LayersError, PlanError, ModelError: as :func:`prune_gguf`.
-    """
-    return prepare_gguf(source, layers, "cut.gguf", plan=plan).plan
-
-
-def count_gguf_layers(source: str | Path) -> int:
-    """Count the decoder layers in a GGUF file, by its header alone.
-
-    Args:
-        source: a GGUF file.
-
-    Returns:
-        The layers; blocks that predict further tokens are not among them.
-
-    Raises:
-        ModelError: as :func:`prune_gguf`.
-    """
-    return Gguf(Path(source).expanduser()).num_layers
 
 
 def read_metadata(source: Path) -> dict[str, Any]:

@@ -23,37 +23,19 @@ def load_plan(path: str | Path) -> Plan:
     return Plan.load(path / PLAN_FILE if path.is_dir() else path)
 
 
-def agreed_plan(
-    named: str, num_layers: int, layers: Plan | Layers, *, plan: Plan | None = None
-) -> Plan:
-    """Find the plan that names these layers of a model.
-
-    Args:
-        named: the model, for errors.
-        num_layers: that it has.
-        layers: a plan, blocks, ranges or indices.
-        plan: the plan behind ``layers``, if they are not a plan themselves.
-
-    Returns:
-        The plan; a new one with the strategy ``manual`` where only layers are named.
+def agreed_plan(named: str, num_layers: int, layers: Plan | Layers) -> Plan:
+    """Find the plan that names these layers of a model; where only layers are named, a new one.
 
     Raises:
         LayersError: a layer that is not there, is named twice, or is the last one left.
-        PlanError: a plan for another number of layers, or for other layers than are named.
+        PlanError: a plan for another number of layers.
     """
-    for given in (plan, layers):
-        if isinstance(given, Plan) and given.num_layers != num_layers:
-            raise PlanError(
-                f"the plan is for {given.num_layers} layers, {named} has {num_layers}: plan "
-                f"again, or name the layers yourself"
-            )
-    wanted = Plan.of(num_layers, layers)
-    if plan is not None and plan.dropped != wanted.dropped:
+    if isinstance(layers, Plan) and layers.num_layers != num_layers:
         raise PlanError(
-            f"the plan drops the layers {list(plan.dropped)}, asked for are "
-            f"{list(wanted.dropped)}: name the plan's layers, or give no plan"
+            f"the plan is for {layers.num_layers} layers, {named} has {num_layers}: plan "
+            f"again, or name the layers yourself"
         )
-    return plan or wanted
+    return Plan.of(num_layers, layers)
 
 
 def made_for(plan: Plan, identity: ModelIdentity | None) -> Plan:

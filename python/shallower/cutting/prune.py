@@ -16,7 +16,7 @@ from ..storage import check_free
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
-from .checkpoint import SHARD_SIZE, PreparedCut, prepare
+from .checkpoint import PreparedCut, prepare
 from .copying import Progress
 from .exports import EXPORT_FILES
 from .gguf import prepare_gguf
@@ -267,41 +267,41 @@ def _plan_gguf(request: Request, layers: Plan | Layers) -> PlannedPrune:
                 f"{name}={value!r} or {option} does not go with a GGUF file as out (--out), which "
                 f"is cut without being loaded: leave it out, or name a folder as out"
             )
-    cut = prepare_gguf(path, layers, request.out, as_gguf=request.as_gguf)
+    cut = prepare_gguf(path, layers, request.out)
     cut.check_free(request.overwrite)
     return PlannedPrune("gguf", cut.plan, tuple(cut.files), cut.num_bytes, request, cut.write)
 
 
 def _plan_folder(request: Request, layers: Plan | Layers) -> PlannedPrune:
     """Into a folder of safetensors: on disk where that can be, else in memory."""
-    out, on_disk = request.out, request.on_disk
-    wanted = agreed_plan(request.named, request.count_layers(), layers)
+    out = request.out
     check_free(out, request.overwrite)
     local = Path(request.source).expanduser()
     if out.exists() and local.exists() and out.samefile(local):
         raise OutputError(f"{out} is the model itself: name another folder for the cut")
-    cut = _prepared(request, wanted) if on_disk else None
+    cut = _prepared(request, layers) if request.on_disk else None
     if cut is not None:
         files = tuple(out / name for name in cut.files)
         write = partial(cut.write, out)
         return PlannedPrune("disk", cut.plan, files, cut.num_bytes, request, write)
+    plan = agreed_plan(request.named, request.count_layers(), layers)
     if request.max_shard_size is not None:
         raise OutputError(
             "max_shard_size or --max-shard-size goes with a folder of safetensors that is cut as "
             "it is stored: leave it out, or leave out dtype (--dtype)"
         )
     files = tuple(out / name for name in (*_SAVED, PLAN_FILE, *EXPORT_FILES))
-    return PlannedPrune("memory", wanted, files, None, request)
+    return PlannedPrune("memory", plan, files, None, request)
 
 
-def _prepared(request: Request, plan: Plan) -> PreparedCut | None:
+def _prepared(request: Request, layers: Plan | Layers) -> PreparedCut | None:
     """The cut on disk; None if this model must be cut in memory."""
-    size = SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
     try:
         return prepare(
             request.source,
-            plan,
-            max_shard_size=size,
+            layers,
+            label=request.named,
+            max_shard_size=request.max_shard_size,
             trust_remote_code=request.trust_remote_code,
         )
     except InMemoryOnlyError:

@@ -8,7 +8,6 @@ from ..errors import ModelError
 from ..models.dtypes import DeviceMap, Dtype
 from ..models.source import ModelSource
 from ..values.plan import Plan
-from .checkpoint import count_stored_layers
 from .checkpoint_files import is_checkpoint, stored_dtype
 from .gguf import read_metadata
 from .plans import made_for
@@ -78,8 +77,6 @@ class Request:
 
     def count_layers(self) -> int:
         """Count the decoder layers, by the config alone."""
-        if self.on_disk:
-            return count_stored_layers(self.source, self.trust_remote_code)
         return self._loaded_from(as_stored=True).count_layers()
 
     def load(self, *, as_stored: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

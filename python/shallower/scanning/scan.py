@@ -186,11 +186,6 @@ class Scan:
         return self._cka_sums.values()
 
     @property
-    def cka_left_out(self) -> int:
-        """Samples that no minibatch of :attr:`cka` holds: a last one of fewer than 4."""
-        return self.num_samples - self._cka_sums.samples
-
-    @property
     def _cka_sums(self) -> Cka:
         if self.contents.cka is None:
             raise ScanError(

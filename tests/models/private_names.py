@@ -1,7 +1,7 @@
 """The names of other packages that nobody promises to keep, and what each is used for.
 
 Some fail silently when they move: an attribute that nobody reads any more is set without a word.
-``tests/models/test_private_names.py`` looks every one up in the installed packages, and finds
+``test_private_names.py`` looks every one up in the installed packages, and finds
 uses that are not listed.
 """
 
