@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: a temporary sibling, then a rename."""
 
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -55,6 +56,12 @@ def free_bytes(path: Path) -> int:
     with raise_output_error(path):
         there = next(parent for parent in path.absolute().parents if parent.exists())
         return shutil.disk_usage(there).free
+
+
+def sha256_of(path: Path) -> str:
+    """Hash the content of a file, in hexadecimal digits; OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, ShallowerError
-from ..storage import write_file
+from ..storage import sha256_of, write_file
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, RESULTS_FILE, SCAN_FILE
 from ..values.healing import Healing
 from ..values.loss import Loss
@@ -185,6 +185,5 @@ def weights_mark(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()

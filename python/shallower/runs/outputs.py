@@ -5,7 +5,6 @@ the size and time of change of a large one. An output that somebody has changed 
 that is known.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 
 from ..errors import OutputError
 from ..models.source import ModelSource
-from ..storage import check_free, new_file, new_folder, raise_output_error, write_file
+from ..storage import check_free, new_file, new_folder, raise_output_error, sha256_of, write_file
 from ..texts.sources import Texts
 from ..values.files import RESULTS_FILE
 from .cache import Cache, Entry
@@ -241,7 +240,7 @@ def _marked(out: Path, names: tuple[str, ...] | None) -> dict[str, Any]:
 def _mark(path: Path) -> list[Any]:
     status = path.lstat()
     if status.st_size <= SMALL_BYTES:
-        return [status.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        return [status.st_size, sha256_of(path)]
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
