@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import iterate
 import objectives
 import patches
 import shallower as sh
@@ -91,21 +90,6 @@ def test_patches_in_miniature(monkeypatch, folder):
     assert found["refit"]["recovered"] > 0.3
     assert abs(found["patched"]["recovered"] - found["refit"]["recovered"]) < 0.05
     assert found["ghosted"]["added_parameters"] == 32 * 32
-
-
-def test_iterate_in_miniature(monkeypatch, folder):
-    rows = run(
-        monkeypatch, iterate, folder, "--sizes", "3", "--steps", "1", "--patch", "quick,full,kept",
-        "--fit", 40, "--choose", 8, "--top", 1, "--tokens", 2000,
-    )  # fmt: skip
-    # A full patch of so good a cut may be refused.
-    names = {(row["name"], row["patch"]) for row in rows}
-    assert {("once", "quick"), ("by 1", "quick")} <= names
-    assert ("once", "kept") not in names
-    assert all(len(row["dropped"]) == 3 for row in rows)
-    found = {row["name"]: row for row in rows if row["patch"] == "quick"}
-    less = found["by 1"]["loss"] - found["once"]["loss"]
-    assert abs(found["by 1"]["difference"]["mean"] - less) < 1e-9
 
 
 def test_objectives_in_miniature(monkeypatch, folder):

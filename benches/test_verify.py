@@ -28,7 +28,7 @@ def test_in_miniature(monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         verify.main()
     done = json.loads((tmp_path / "rows.json").read_text())
-    assert done["limits"] == dict.fromkeys(("none", "patch"), 5 * 4 * 20 / 4)
+    assert done["limits"] == dict.fromkeys(("none", "patch"), 5 * 4 * 13 / 4)
     assert [row["after"] for row in done["rows"]] == ["none", "patch"]
     for row in done["rows"]:
         for dropped, loss in (("dropped", "loss"), ("of_rival", "loss_of_rival")):

@@ -3,12 +3,12 @@
     python benches/verify.py [--texts c4.jsonl] [--eval-texts c4_eval.jsonl] [--n 1,2,4,8,12]
                              [--model MODEL] [--dtype DTYPE] [--count 165] [--out FILE]
 
-The rivals are the rows of `sh.compare`, all criteria; the verified plans are those of `sh.verify`,
+The rivals are the rows of `sh.compare`, all criteria; the verified plans are those of `Verifier`,
 judged as they are cut and after a quick patch. For every size and both ways the verified plan is
 compared with the best rival text by text, on the texts that report; after a quick patch on the
 texts that fit of the comparison. It is asserted that it loses no more within one paired standard
 error, and that all verifications of one kind take at most a quarter of the layer-forwards of plain
-exhaustive searches on as many texts. What was measured before is known by the cache.
+exhaustive searches on as many texts.
 """
 
 import argparse
@@ -24,16 +24,19 @@ from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.patched_trials import PatchedTrials
 from shallower.judgement.splits import three_splits
 from shallower.judgement.trials import Trials
+from shallower.judgement.verifying import verifier_of
 from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.runs import demo
 from shallower.runs.comparison_job import MAX_TEXTS as COMPARED
-from shallower.runs.verify import MAX_TEXTS as VERIFIED
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import ranges
 from shallower.values.tokens import Tokens
+
+VERIFIED = 128
+"""Calibration texts of a verification: up to 96 of them choose."""
 
 DATA = Path(os.environ.get("SHALLOWER_DATA", "shared/data")) / "text"
 
@@ -42,6 +45,19 @@ def read(file, count):
     """The first texts of a file."""
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line)["text"] for _, line in zip(range(count), lines, strict=False)]
+
+
+class NoStore:
+    """A store that keeps nothing."""
+
+    def get(self, kind, inputs):
+        """Nothing was measured before."""
+
+    def put(self, kind, inputs, value):
+        """Forget it."""
+
+    def journal(self, kind, inputs):
+        """There is none."""
 
 
 def reports(model, tokenizer, splits):
@@ -118,10 +134,16 @@ def main():
     compared = sh.compare(source, texts=texts, eval_texts=held_out, n=sizes,
                           max_eval_texts=options.count)  # fmt: skip
     rows, limits = [], {}
-    report = reports(*source.load(), three_splits(texts[:COMPARED], held_out))
+    model, tokenizer = source.load()
+    report = reports(model, tokenizer, three_splits(texts[:COMPARED], held_out))
+    splits = three_splits(texts[: options.max_texts], held_out, num_choosing=96)
     num_layers = len(report["none"].model)
     for after in options.after.split(","):
-        found = sh.verify(source, texts=texts, n=sizes, after=after, max_texts=options.max_texts)
+        verifier = verifier_of(
+            Decoder.of(model), tokenizer, splits, store=NoStore(), texts="",
+            tokens=Tokens(256, "auto"), after=after,
+        )  # fmt: skip
+        found = {n: verifier.verify(n) for n in sizes}
         limits[after] = sum(plain_work(num_layers, one) for one in found.values()) / 4
         for n, one in found.items():
             rows.append(duel(report, one, [row for row in compared.rows if row.n == n]))

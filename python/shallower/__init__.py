@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from .healing.heal import heal as heal
     from .healing.saving import merge as merge
     from .healing.saving import save_patched as save_patched
-    from .judgement.compare import compare_cuts as compare_cuts
     from .judgement.criterion import Criterion as Criterion
     from .models.loading import load_model as load_model
     from .models.source import ModelSource as ModelSource
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
     from .runs.gain import gain as gain
     from .runs.report import report as report
     from .runs.run import run as run
-    from .runs.verify import verify as verify
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
@@ -69,8 +67,6 @@ if TYPE_CHECKING:
     from .values.identity import TextsIdentity as TextsIdentity
     from .values.layers import Block as Block
     from .values.layers import deepest_block as deepest_block
-    from .values.loss import Comparison as Comparison
-    from .values.loss import Cut as Cut
     from .values.loss import Loss as Loss
     from .values.memory import MemoryPlan as MemoryPlan
     from .values.patch import Patch as Patch
@@ -86,14 +82,12 @@ _HOMES = {
     "Block": "values.layers",
     "BootstrappedStart": "values.bootstrap",
     "CacheError": "errors",
-    "Comparison": "values.loss",
     "Costs": "values.costs",
     "CostsError": "errors",
     "CriteriaComparison": "values.comparison",
     "Criterion": "judgement.criterion",
     "CriterionError": "errors",
     "Curve": "values.curve",
-    "Cut": "values.loss",
     "Gain": "values.gain",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",
@@ -131,7 +125,6 @@ _HOMES = {
     "__version__": "_core",
     "analyse_states": "scanning.analyse",
     "compare": "runs.compare",
-    "compare_cuts": "judgement.compare",
     "criteria": "judgement.criteria",
     "curve": "runs.curve",
     "deepest_block": "values.layers",
@@ -153,7 +146,6 @@ _HOMES = {
     "save_model": "cutting.saving",
     "save_patched": "healing.saving",
     "scan": "scanning.model",
-    "verify": "runs.verify",
     "verify_checkpoint": "cutting.saving",
     "without_layers": "cutting.in_model",
 }

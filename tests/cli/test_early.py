@@ -27,7 +27,6 @@ CURVE = "curve {tiny} --out out --texts {texts} --eval-texts "
 EVAL = "eval {tiny} --texts "
 HEAL = "heal {tiny} --out out --texts "
 PATCH = "patch {tiny} --drop 1 --out out --texts "
-VERIFY = "plan {scan} --n 2 --verify 3 --model {tiny} --texts {texts} "
 EARLY = [
     (SCAN + "none.jsonl", "no text file none.jsonl"),
     (SCAN + "field.jsonl", "field.jsonl, line 1: no field `text`"),
@@ -73,20 +72,6 @@ EARLY = [
     ("demo --out taken", "taken/results.json exists already"),
     ("plan none --n 2", "no scan file none"),
     ("plan {scan} --n 2 --out taken", "taken/shallower_plan.json exists already"),
-    ("plan {scan} --n 2 --model {tiny}", "--model: only --verify looks at a model and texts"),
-    ("plan {scan} --n 2 --after none --max-texts 9", "give it or leave these out"),
-    ("plan {scan} --n 2 --verify 3", "--model and --texts missing"),
-    ("plan {scan} --n 2 --verify 3 --model {tiny}", "--texts missing"),
-    (
-        "plan {scan} --n 2 --verify 0 --model {tiny} --texts {texts}",
-        "'--verify': Input should be greater",
-    ),
-    ("plan {scan} --n 2 --verify 3 --model {tiny} --texts none.txt", "no text file none.txt"),
-    (VERIFY + "--max-texts 9", "too few texts to fit and to choose: 9"),
-    (VERIFY + "--strategy deepest", "--strategy: the judge of --verify has the last word"),
-    (VERIFY + "--top 2", "--top: the judge of --verify has the last word"),
-    (VERIFY + "--protect-first 2", "--protect-first: the judge of --verify"),
-    (VERIFY + "--batch-size none", "batch_size"),
     ("report none", "none holds no results: expected the folder of a run"),
     ("report taken", "taken/results.json is not of a run, or is damaged"),
     ("report taken --out there", "there: expected the place of a page, as page.html (out, --out)"),

@@ -122,7 +122,6 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
         (["--target-latency", "0.8x", "--device", "tpu"], "unknown device 'tpu'"),
         (["--target-memory", "1GB", "--device", "h100"], "device = 'h100' without a latency"),
         (["--n", "9"], "n = 9 of 6 layers: expected 1 <= n <= 5"),
-        (["--n", "2", "--iterate", "3"], "expected at most the 2 layers"),
     ],
 )
 def test_a_wish_that_cannot_be_is_one_sentence(shallower, folder, tiny, texts, options, message):

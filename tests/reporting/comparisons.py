@@ -1,7 +1,5 @@
 """Comparisons as they might be found: many criteria and sizes, some models; nothing is real."""
 
-import math
-
 import numpy as np
 
 from shallower.values.comparison import ComparedModel, CriteriaComparison, Row
@@ -92,22 +90,3 @@ def comparison(models=None, **more):
     rows = tuple(row for model in models for row in rows_of(model))
     splits = {"fit": 40, "choose": 24, "report": 64}
     return CriteriaComparison(tuple(models), rows, **{"splits": splits, **more})
-
-
-HALF_BLOCKS = (
-    {
-        "layer": 12, "part": "feed_forward", "similarity": math.nan, "score": 3.7312,
-        "difference": 0.1393, "difference_stderr": math.nan, "parameters": 2_654_208,
-        "parameters_share": 0.02, "kv_bytes": 0, "cuttable": False, "tied": True,
-    },
-    {
-        "layer": 12, "part": "attention", "similarity": 0.0069, "score": 3.6321,
-        "difference": 0.0402, "difference_stderr": 0.0051, "parameters": 884_736,
-        "parameters_share": 0.007, "kv_bytes": 768, "cuttable": False, "tied": False,
-    },
-    {
-        "layer": 3, "part": "attention", "similarity": 0.0011, "score": 3.5921,
-        "difference": -0.0012, "difference_stderr": 0.0021, "parameters": 884_736,
-        "parameters_share": 0.007, "kv_bytes": None, "cuttable": False, "tied": True,
-    },
-)  # fmt: skip

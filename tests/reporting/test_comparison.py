@@ -12,7 +12,7 @@ from rich.console import Console
 from shallower import OutputError
 from shallower.reporting.comparison import criteria_tables, table_of_criteria, write_csv
 from shallower.values.comparison import CriteriaComparison, Row
-from tests.reporting.comparisons import COSTS, HALF_BLOCKS, SIZES, compared, comparison, rows_of
+from tests.reporting.comparisons import COSTS, SIZES, compared, comparison, rows_of
 
 
 def printed(found, width=80):
@@ -40,7 +40,7 @@ FAILURES = {"no/such-model": "cannot load no/such-model: [Errno 2] it is [not] t
 
 @pytest.fixture(scope="module")
 def whole():
-    return comparison(failures=FAILURES, half_blocks=HALF_BLOCKS)
+    return comparison(failures=FAILURES)
 
 
 def test_everything_fits_80_columns(whole):
@@ -206,31 +206,6 @@ def test_costs_are_read_by_people(forwards, seconds, expected):
     row = replace(rows_of(compared())[0], layer_forwards=forwards, seconds=seconds)
     text = printed(CriteriaComparison((compared(),), (row,)))
     assert re.sub(r" +", " ", text).count(f" {expected}") == 1
-
-
-def test_half_blocks_are_sorted_by_what_they_cost(whole):
-    text = printed(whole)
-    part = text.split("single attentions and feed-forwards")[1].split("models that")[0]
-    lines = [line.split() for line in part.splitlines() if re.match(r" *\d+ [af]", line)]
-    assert lines == [
-        ["3", "attention", "0.0011", "-0.001", "±", "0.002", "tie", "885k", "–"],
-        ["12", "attention", "0.0069", "+0.040", "±", "0.005", "885k", "768"],
-        ["12", "feed-forward", "–", "+0.139", "tie", "2.65M", "0"],
-    ]
-    assert "a cut of them cannot be saved" in part
-    can = tuple({**half, "cuttable": True} for half in HALF_BLOCKS)
-    assert "cannot be saved" not in printed(replace(whole, half_blocks=can))
-    two = [{**half, "model": name} for name in ("a/one", "b/two") for half in HALF_BLOCKS]
-    text = printed(replace(whole, half_blocks=tuple(two)))
-    assert len(re.findall(r"a/one +\d+", text)) == 3
-    assert text.index("a/one") < text.index("b/two")
-
-
-def test_half_blocks_of_the_judges_are_tabulated(whole):
-    from shallower.judgement.half_blocks import HalfBlock
-
-    half = HalfBlock(3, "attention", 0.1, 4.0, 0.5, 0.1, 2000, 0.01, None, cuttable=False)
-    assert "+0.500 ± 0.100" in printed(replace(whole, half_blocks=(half.to_json(),)))
 
 
 def test_the_table_of_criteria_has_their_words():

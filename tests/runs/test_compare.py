@@ -196,14 +196,6 @@ def test_other_judges_choose_and_report(model, words, tmp_path):
     assert 0 <= done.rows[0].accuracy <= 1
 
 
-def test_halves_of_layers_are_judged_if_asked_for(model, words):
-    asked = {"n": [1], "criteria": ["deepest"], "cache": False}
-    done = sh.compare(model, words, TEXTS, HELD_OUT, **asked, half_blocks=True)
-    assert len(done.half_blocks) == 12
-    assert {half["model"] for half in done.half_blocks} == {"LlamaForCausalLM"}
-    assert CriteriaComparison.from_json(done.to_json()) == done
-
-
 # What is written.
 def test_a_comparison_is_written_as_json_csv_and_figures(model, words, tmp_path):
     out = tmp_path / "out"

@@ -189,13 +189,6 @@ def test_a_device_that_is_not_known_is_one_sentence(learned, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_work_of_all_steps_is_told(done, learned, words, tmp_path):
-    options = {**TAKEN, "cache": False, "progress": False}
-    steps = sh.run(learned, words, TEXTS, **options, out=tmp_path / "out", n=3, iterate=1)
-    first = next(row for row in steps.table if row.n == 1)
-    assert steps.recommended.verified.layer_forwards > 2 * first.layer_forwards
-
-
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -423,7 +416,6 @@ def stored(learned, words, tmp_path):
         ({"n": 6}, sh.LayersError, "n = 6"),
         ({"n": 2, "max_loss": 0.3}, sh.LayersError, "n and max_loss are given"),
         ({"blocks": 0}, sh.LayersError, "blocks = 0.*--blocks"),
-        ({"iterate": 3, "n": 2}, sh.LayersError, "iterate = 3: expected at most the 2 layers"),
         ({"top": 0}, sh.LayersError, "--top"),
         ({"prompts": "w1 w2"}, sh.TextsError, "prompts must be a sequence of strings"),
         ({"prompts": ["w1", " "]}, sh.TextsError, "prompts must be a sequence of strings"),

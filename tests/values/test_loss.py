@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from shallower import Block, Comparison, Cut, Loss, TextsError
+from shallower import Loss, TextsError
 from shallower.values.loss import FIGURES
 from shallower.values.scores import Scores
 
@@ -20,20 +20,6 @@ def test_a_loss_is_normalized_by_the_logarithm_of_the_vocabulary():
 def test_a_loss_is_printed_with_its_error_where_there_is_one():
     assert str(Loss(2.34567, 0.01234, 1000, 10, 0, 100)) == "2.346 ± 0.012"
     assert str(Loss(2.34567, math.nan, 1000, 1, 0, 100)) == "2.346"
-
-
-def test_a_comparison_is_strict_json():
-    base = Loss(2.5, math.nan, 100, 1, 0, 1000)
-    cut = Cut("similarity", Block(2, 4, 0.25, math.nan), Loss(2.75, 0.125, 100, 2, 1, 1000))
-    data = json.loads(json.dumps(Comparison(base, (cut,)).to_json(), allow_nan=False))
-    assert data["base"]["nats"] == 2.5
-    assert data["base"]["stderr"] is None
-    assert data["base"]["normalized"] == pytest.approx(2.5 / math.log(1000))
-    assert data["cuts"][0]["strategy"] == "similarity"
-    assert data["cuts"][0]["drop"] == {"start": 2, "stop": 4, "score": 0.25, "stderr": None}
-    assert data["cuts"][0]["loss"]["stderr"] == 0.125
-    assert data["cuts"][0]["difference"] is None
-    assert data["ties"] == []
 
 
 def by_text(*sums, tokens=10.0):
@@ -99,33 +85,3 @@ def test_a_record_that_is_damaged_is_refused(change):
         Loss.from_json(record)
     with pytest.raises((TypeError, KeyError)):
         Loss.from_json({name: value for name, value in record.items() if name != "num_tokens"})
-
-
-def test_blocks_of_one_size_that_cannot_be_told_apart_are_ties():
-    cuts = [
-        Cut("similarity", Block(2, 4), by_text(31, 130, 241)),
-        Cut("deepest", Block(3, 5), by_text(30, 131, 240)),
-        Cut("similarity", Block(2, 3), by_text(21, 121, 231)),
-        Cut("deepest", Block(4, 5), by_text(30, 130, 240)),
-        Cut("similarity", Block(0, 4), by_text(50, 150, 260)),
-        Cut("deepest", Block(0, 4), by_text(50, 150, 260)),
-    ]
-    comparison = Comparison.of(by_text(20, 120, 230), cuts)
-    assert comparison.ties == (2,)
-    assert [cut.difference.tied for cut in comparison.cuts] == [False] * 6
-    data = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
-    assert data["ties"] == [2]
-    assert data["cuts"][4]["difference"] == {"mean": 3, "stderr": 0, "num_items": 3, "tied": False}
-    assert Comparison.from_json(data) == comparison
-    for change in ({"ties": [2.5]}, {"cuts": [{**data["cuts"][0], "difference": {"mean": 1}}]}):
-        with pytest.raises((KeyError, TypeError)):
-            Comparison.from_json({**data, **change})
-
-
-def test_a_single_text_has_no_error_and_so_a_tie():
-    comparison = Comparison.of(by_text(20), [Cut("deepest", Block(1, 2), by_text(40))])
-    (cut,) = comparison.cuts
-    assert (cut.difference.mean, cut.difference.tied) == (2, True)
-    data = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
-    assert data["cuts"][0]["difference"]["stderr"] is None
-    assert Comparison.from_json(data).to_json() == data

@@ -77,12 +77,6 @@ def compare_command(
     criteria: Criteria = None,
     judge: Judge = "loss",
     options: Options = None,
-    half_blocks: Annotated[
-        bool,
-        typer.Option(
-            "--half-blocks", help="Also judge each layer's attention and feed-forward alone."
-        ),
-    ] = False,
     spill: Annotated[
         Path | None,
         typer.Option(
@@ -136,7 +130,7 @@ def compare_command(
         ],
         texts=named, eval_texts=held_out, sizes=wanted, criteria=_names(criteria), judge=judge,
         options=options, tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts,
-        seed=seed, half_blocks=half_blocks, spill=spill, out=out, overwrite=overwrite,
+        seed=seed, spill=spill, out=out, overwrite=overwrite,
         cache=open_cache(no_cache), command=called(),
     )  # fmt: skip
     if dry_run:

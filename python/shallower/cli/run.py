@@ -105,14 +105,6 @@ def run_command(
         int, typer.Option(metavar="N", help="Tokens of a text, of both targets.", min=1)
     ] = 2048,
     blocks: Blocks = None,
-    iterate: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEP",
-            help="Choose STEP layers at a time, and look at the patched cut anew each time.",
-            min=1,
-        ),
-    ] = None,
     top: Annotated[int, typer.Option(metavar="K", help="Proposals of every criterion.", min=1)] = 4,
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
@@ -161,7 +153,7 @@ def run_command(
     _carry_out(
         source, {"run": model, "texts": texts, "eval_texts": eval_texts}, no_cache or dry_run,
         dry_run=dry_run, as_json=as_json, texts=read_texts(texts), eval_texts=held_out,
-        target=target, out=out, top=top, blocks=blocks, step=iterate,
+        target=target, out=out, top=top, blocks=blocks,
         tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts, threads=threads,
         heal=heal, heal_steps=heal_steps, seed=seed, overwrite=overwrite,
     )  # fmt: skip

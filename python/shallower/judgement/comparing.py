@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import CriterionError, TextsError
+from ..errors import TextsError
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -20,7 +19,6 @@ from ..values.layers import check_sizes
 from ..values.tokens import Tokens
 from .contest import Contest, with_regret
 from .criterion import Criterion
-from .half_blocks import half_blocks
 from .held_out_cuts import Referee, Store, told
 from .judges.judge import Judge, judged_batches
 from .judges.kl import KLJudge
@@ -48,7 +46,6 @@ class Terms:
         tokens: length of texts, and how many make one forward.
         seed: of whatever is drawn.
         spill: a folder for the states that trials share, which are in memory by default.
-        halves: whether single attentions and feed-forwards are judged too.
         progress: bars with ETA on standard error; by default if that is a terminal.
     """
 
@@ -63,7 +60,6 @@ class Terms:
     tokens: Tokens = field(default_factory=Tokens)
     seed: int = 0
     spill: Path | None = None
-    halves: bool = False
     progress: bool | None = None
 
 
@@ -77,7 +73,6 @@ class Outcome:
         skipped: by criterion, and calibration text where there are several, why it could not
             choose.
         splits: how many texts fit, choose and report: those of two tokens at least.
-        half_blocks: single attentions and feed-forwards, if asked for.
         is_complete: whether nothing was skipped or left out, which may go well another time.
     """
 
@@ -85,7 +80,6 @@ class Outcome:
     rows: tuple[Row, ...]
     skipped: Mapping[str, str]
     splits: Mapping[str, int]
-    half_blocks: tuple[Mapping[str, Any], ...]
     is_complete: bool
 
 
@@ -129,7 +123,6 @@ def compare_on(
     )  # fmt: skip
     rows: list[Row] = []
     skipped: dict[str, str] = {}
-    halves: list[Mapping[str, Any]] = []
     counts: dict[str, int] = {}
     for texts in terms.texts:
         subject = _subject(model, tokenizer, terms, tokens=tokens, store=store, texts=texts)
@@ -145,26 +138,11 @@ def compare_on(
         skipped |= {f"{key}{several}": why for key, why in contest.skipped.items()}
         if not counts:  # what is said once is said of the first texts
             counts = {"fit": subject.num_texts, "choose": subject.trials.judge.num_items}
-            halves = _halves(contest, skipped) if terms.halves else []
     return Outcome(
         referee.compared(name), tuple(with_regret(rows, referee)), skipped,
         {**counts, "report": losses.num_items},
-        tuple({"model": name, **half} for half in halves), referee.is_complete and not skipped,
+        referee.is_complete and not skipped,
     )  # fmt: skip
-
-
-def _halves(contest: Contest, skipped: dict[str, str]) -> list[Mapping[str, Any]]:
-    """Single attentions and feed-forwards; why there are none is noted in ``skipped``."""
-    inputs = {"fitted": contest.fitted, **contest.chosen_on}
-    known = contest.store.get("half_blocks", inputs)
-    if known is None:
-        try:
-            known = {"halves": [half.to_json() for half in half_blocks(contest.subject)]}
-        except CriterionError as error:
-            skipped["half-blocks"] = str(error)
-            return []
-        contest.store.put("half_blocks", inputs, known)
-    return list(known["halves"])
 
 
 def _require_enough(subject: Subject, report: Judge) -> None:

@@ -5,9 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -30,8 +28,7 @@ def criteria_tables(comparison: CriteriaComparison) -> list[Table]:
 
     Returns:
         For every model a table for each number of layers, its rows by regret, and one of
-        Kendall's τ; then single attentions and feed-forwards, if they were judged; at the end the
-        criteria and models that failed, and why.
+        Kendall's τ; at the end the criteria and models that failed, and why.
     """
     tables: list[Table] = []
     for model in comparison.models:
@@ -45,8 +42,6 @@ def criteria_tables(comparison: CriteriaComparison) -> list[Table]:
         if of_model:
             of_model[0].title = Text(f"\n{_about(comparison, model)}\n{of_model[0].title}")
         tables += of_model
-    if comparison.half_blocks:
-        tables.append(_half_blocks(comparison.half_blocks, comparison.unit))
     for title, reasons in (
         ("criteria that could not choose", comparison.skipped),
         ("models that could not be compared", comparison.failures),
@@ -200,37 +195,6 @@ def _taus(rows: Sequence[Row]) -> Table | None:
     for criterion, taus in sorted(found.items(), key=lambda item: -max(item[1].values())):
         cells = [f"{taus[name]:+.2f}" if name in taus else "–" for name in texts]
         table.add_row(Text(criterion), *cells)
-    return table
-
-
-def _half_blocks(halves: Sequence[Mapping[str, Any]], unit: str) -> Table:
-    """Single attentions and feed-forwards, by model, the least loss first."""
-    table = _table("single attentions and feed-forwards")
-    several = len({half.get("model") for half in halves}) > 1
-    if several:
-        table.add_column("model", overflow="fold")
-    table.add_column("layer", justify="right")
-    table.add_column("part", no_wrap=True)
-    table.add_column("1 -\ncosine", no_wrap=True)
-    table.add_column(f"to the whole model,\n{unit}")
-    table.add_column("", no_wrap=True, min_width=3)
-    table.add_column("para-\nmeters", no_wrap=True, justify="right")
-    table.add_column("KV bytes\na token", no_wrap=True, justify="right")
-    for _, of_model in groupby(halves, lambda half: half.get("model")):
-        for half in sorted(of_model, key=lambda half: _last(half["difference"])):
-            difference = _known(half["difference"])
-            cells = [
-                str(half["layer"]),
-                str(half["part"]).replace("_", "-"),
-                with_error(_known(half["similarity"]), None),
-                "–" if difference is None else _signed(difference, half["difference_stderr"]),
-                "tie" if half["tied"] else "",
-                _count(half["parameters"]),
-                "–" if half["kv_bytes"] is None else _count(half["kv_bytes"]),
-            ]
-            table.add_row(*([Text(str(half.get("model", "")))] if several else []), *cells)
-    if not all(half["cuttable"] for half in halves):
-        table.caption = "a cut of them cannot be saved: transformers builds layers whole"
     return table
 
 

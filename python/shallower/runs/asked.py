@@ -19,7 +19,6 @@ class Asked:
         out: the folder of the run.
         top: proposals of every criterion.
         blocks: blocks at most; None for any number.
-        step: layers that go at a time; None for all at once.
         tokens: length of texts, and how many make one forward.
         threads: threads of the Rust core, all by default.
         prompts: texts to continue.
@@ -35,7 +34,6 @@ class Asked:
     out: Path
     top: int
     blocks: int | None
-    step: int | None
     tokens: Tokens
     threads: int | None
     prompts: Sequence[str]

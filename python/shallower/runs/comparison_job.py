@@ -63,7 +63,6 @@ class ComparisonJob:
         max_texts: calibration texts that are read.
         max_eval_texts: held-out texts that are read.
         seed: of whatever is drawn.
-        half_blocks: judge halves of layers, too.
         spill: a folder for states that cuts share.
         out: the folder for the results.
         overwrite: replace what is there.
@@ -87,7 +86,6 @@ class ComparisonJob:
     max_texts: int = MAX_TEXTS
     max_eval_texts: int = MAX_EVAL_TEXTS
     seed: int = 0
-    half_blocks: bool = False
     spill: Path | None = None
     out: Path | None = None
     overwrite: bool = False
@@ -173,7 +171,6 @@ class ComparisonJob:
             "judge": self.judge,
             "n": list(self.sizes),
             "seed": self.seed,
-            "half_blocks": self.half_blocks,
         }
 
     def _is_stock(self) -> bool:
@@ -270,7 +267,7 @@ class ComparisonJob:
         terms = Terms(
             self.chosen, self.sizes, self.splits, self._identities, self._reported,
             judge=self.judge, choosing=self.items[0], reporting=self.items[1], tokens=self.tokens,
-            seed=self.seed, halves=self.half_blocks, spill=self.spill, progress=self.progress,
+            seed=self.seed, spill=self.spill, progress=self.progress,
         )  # fmt: skip
         store = ModelStore(self.cache, self._of_models[str(model)], self.found)
         loaded, tokenizer = model.load()
@@ -295,7 +292,6 @@ class ComparisonJob:
             judge=self.judge,
             unit=JUDGES[self.judge].unit,
             splits=dict(outcomes[0].splits) if outcomes else {},
-            half_blocks=tuple(half for outcome in outcomes for half in outcome.half_blocks),
             max_length=self.tokens.max_length,
             versions=versions(),
         )

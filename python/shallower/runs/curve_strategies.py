@@ -80,7 +80,7 @@ class CurveStrategies:
         terms = self._terms
         asked = Asked(
             target=Target(), splits=terms.splits, out=terms.out, top=terms.top, blocks=None,
-            step=None, tokens=terms.tokens, threads=terms.threads, prompts=(), seed=terms.seed,
+            tokens=terms.tokens, threads=terms.threads, prompts=(), seed=terms.seed,
             identities=terms.identities, job=terms.job, command="", progress=False,
         )  # fmt: skip
         return Sizes(

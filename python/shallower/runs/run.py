@@ -41,7 +41,6 @@ def run(
     device: str | None = None,
     context: int = 2048,
     blocks: int | None = None,
-    iterate: int | None = None,
     top: int = TOP,
     max_length: int = 256,
     batch_size: BatchSize = "auto",
@@ -91,7 +90,6 @@ def run(
             if it is in the table, else ``a100-80``.
         context: tokens of a text before it is continued, of both targets.
         blocks: blocks at most; any number by default.
-        iterate: choose so many layers at a time, each time looking at the patched cut again.
         top: proposals of every criterion.
         max_length: tokens of a text at most; a healing has its own, by its recipe.
         batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
@@ -143,7 +141,7 @@ def run(
     job = RunJob(
         model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
         target=target, out=Path(out), top=top, blocks=blocks,
-        step=iterate, tokens=Tokens(max_length, batch_size), max_texts=max_texts,
+        tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, prompts=prompts, heal=heal,
         heal_steps=heal_steps, seed=seed, overwrite=overwrite, cache=open_cache(not cache),
         progress=progress,

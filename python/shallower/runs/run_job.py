@@ -90,7 +90,6 @@ class RunJob:
     out: Path
     top: int = TOP
     blocks: int | None = None
-    step: int | None = None
     tokens: Tokens = field(default_factory=Tokens)
     max_texts: int = MAX_TEXTS
     max_eval_texts: int = MAX_EVAL_TEXTS
@@ -135,11 +134,7 @@ class RunJob:
             require_peft()
         if self.target.device not in (None, HERE):
             find_device(str(self.target.device))
-        n = self.target.size(self.model.count_layers())
-        if self.step is not None and n is not None and self.step > n:
-            raise LayersError(
-                f"iterate = {self.step}: expected at most the {n} layers that go (--iterate)"
-            )
+        self.target.size(self.model.count_layers())
 
     @property
     def _to_write(self) -> list[str]:
@@ -149,7 +144,7 @@ class RunJob:
         return names if (self.out / PARTIAL_FILE).exists() else [*names, SCAN_FILE]
 
     def _check_numbers(self) -> None:
-        numbers = {"top": self.top, "blocks": self.blocks, "iterate": self.step}
+        numbers = {"top": self.top, "blocks": self.blocks}
         numbers |= {"max_texts": self.max_texts, "max_eval_texts": self.max_eval_texts}
         for name, value in numbers.items():
             if value is None:
@@ -208,7 +203,6 @@ class RunJob:
             self.target.to_json(),
             self.top,
             self.blocks,
-            self.step,
             [*self.prompts],
             self.seed,
         ]
@@ -295,7 +289,7 @@ class RunJob:
 
         return Asked(
             target=self.target, splits=self.splits, out=self.out, top=self.top, blocks=self.blocks,
-            step=self.step, tokens=self.tokens, threads=self.threads, prompts=self.prompts,
+            tokens=self.tokens, threads=self.threads, prompts=self.prompts,
             seed=self.seed, identities=self._identities, job=self.job, command=self.command,
             progress=self.progress,
         )  # fmt: skip

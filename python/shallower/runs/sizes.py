@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
 from ..judgement.held_out_cuts import Referee, Store
-from ..judgement.iterating import iterate
 from ..judgement.sizes import SizeChoice, choose_size, require_possible
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.sizes import num_parameters
@@ -106,14 +105,6 @@ class Sizes:
             return self._raced(replace(verifier, after="none"), n)
 
     def _raced(self, verifier: Verifier, n: int) -> Verified:
-        """Race the proposals of one size; with steps all of them together are its work."""
-        step = self._asked.step
-        if step is not None and step < n:
-            steps = iterate(verifier, n, step=step)
-            return replace(
-                steps[-1], layer_forwards=sum(one.layer_forwards for one in steps),
-                seconds=sum(one.seconds for one in steps),
-            )  # fmt: skip
         best = self._scanned().best_blocks(n, self._asked.top)
         return verifier.verify(n, more=[Plan.of(len(self._decoder), [block]) for block in best])
 

@@ -144,7 +144,6 @@ class CriteriaComparison:
         judge: name of the judge that chose.
         unit: of a score of that judge.
         splits: how many texts fit, choose and report.
-        half_blocks: what single attentions and feed-forwards are worth, if asked for; a dict each.
         max_length: tokens of a text, at most; 0 where that is not known.
         versions: of the packages that made the figures.
     """
@@ -156,7 +155,6 @@ class CriteriaComparison:
     judge: str = "loss"
     unit: str = "nats a token"
     splits: Mapping[str, int] = field(default_factory=dict)
-    half_blocks: tuple[Mapping[str, Any], ...] = ()
     max_length: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -187,7 +185,6 @@ class CriteriaComparison:
             tuple(models),
             tuple(Row.from_json(row) for row in of_type(list, data["rows"])),
             **{name: data[name] for name in names},
-            half_blocks=tuple(data["half_blocks"]),
             max_length=of_type(int, data.get("max_length", 0)),
             versions=dict(of_type(dict, data.get("versions", {}))),
         )
@@ -211,7 +208,6 @@ class CriteriaComparison:
             "judge": self.judge,
             "unit": self.unit,
             "splits": dict(self.splits),
-            "half_blocks": [dict(half) for half in self.half_blocks],
             "max_length": self.max_length,
             "versions": dict(self.versions),
         }

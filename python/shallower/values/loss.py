@@ -1,16 +1,14 @@
 """The held-out loss of a model, and of the cuts that were tried."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from itertools import combinations
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
-from .layers import Block
 from .schema import finite, of_type
 from .scores import Difference, Scores
 
@@ -163,110 +161,6 @@ class Loss:
 
 FIGURES = tuple(one.name for one in fields(Loss) if one.compare)
 """Names of the figures of a loss, all that it has beside what is known by text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A block and the held-out loss of the model without it.
-
-    Attributes:
-        strategy: that chose the block.
-        block: the layers that are gone.
-        loss: without them.
-        difference: ``loss`` less that of the whole model, paired by text; None where losses are
-            not known by text.
-    """
-
-    strategy: str
-    block: Block
-    loss: Loss
-    difference: Difference | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the cut as plain JSON values.
-
-        Returns:
-            ``strategy``, ``drop`` (a block), ``loss`` and ``difference``.
-        """
-        return {
-            "strategy": self.strategy,
-            "drop": self.block.to_json(),
-            "loss": self.loss.to_json(),
-            "difference": self.difference and self.difference.to_json(),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """The held-out loss of the whole model and of every cut that was tried.
-
-    Attributes:
-        base: the loss of the whole model.
-        cuts: what was tried.
-        ties: sizes whose two blocks cannot be told from one another by their losses.
-    """
-
-    base: Loss
-    cuts: tuple[Cut, ...]
-    ties: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, base: Loss, cuts: Iterable[Cut]) -> "Comparison":
-        """Pair losses that were measured on the same texts.
-
-        Args:
-            base: of the whole model, known by text.
-            cuts: with losses that are known by text.
-
-        Returns:
-            The comparison, with every difference to the whole model, and the ties.
-
-        Raises:
-            TextsError: losses cannot be paired.
-        """
-        paired = tuple(replace(cut, difference=cut.loss.minus(base)) for cut in cuts)
-        ties = []
-        for n in dict.fromkeys(len(cut.block) for cut in paired):
-            different = {cut.block: cut.loss for cut in paired if len(cut.block) == n}
-            pairs = combinations(different.values(), 2)
-            ties += [n] if any(one.minus(other).tied for one, other in pairs) else []
-        return cls(base, paired, tuple(ties))
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the comparison as plain JSON values.
-
-        Returns:
-            ``base`` (a loss), ``cuts`` and ``ties``.
-        """
-        cuts = [cut.to_json() for cut in self.cuts]
-        return {"base": self.base.to_json(), "cuts": cuts, "ties": list(self.ties)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Comparison":
-        """Read a comparison from plain JSON values.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The comparison; its blocks do not know the scan that chose them, and its losses are not
-            known by text.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a comparison.
-            LayersError: a block cannot be.
-        """
-        cuts = (
-            Cut(
-                of_type(str, cut["strategy"]),
-                Block(**of_type(dict, cut["drop"])),
-                Loss.from_json(cut["loss"]),
-                cut["difference"] and Difference.from_json(cut["difference"]),
-            )
-            for cut in of_type(list, data["cuts"])
-        )
-        ties = tuple(of_type(int, n) for n in of_type(list, data["ties"]))
-        return cls(Loss.from_json(data["base"]), tuple(cuts), ties)
 
 
 def with_error(value: float | None, stderr: float | None, digits: int = 4) -> str:

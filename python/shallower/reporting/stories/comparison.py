@@ -50,7 +50,7 @@ def comparison_story(
         sections=(
             _asked(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
-            *_halves(comparison), _numbers(comparison), _again(command),
+            _numbers(comparison), _again(command),
             differs(comparison.max_length, _dtypes(comparison), comparison.versions, own=(
                 "Patches are quick ones, one matrix a block; a full patch or a healing brings "
                 "back more.",
@@ -263,24 +263,6 @@ def _line(group: Group, name: str, number: int) -> Line:
     ]
     start = Point(0.0, 0.0, math.nan, "whole model")
     return Line(name, (start, *points), series_colour(number))
-
-
-def _halves(comparison: CriteriaComparison) -> list[Section]:
-    halves = comparison.half_blocks
-    if not halves:
-        return []
-    rows = tuple(
-        (
-            Number.count(half["layer"]), str(half["part"]).replace("_", "-"),
-            Number.of(_known(half["difference"]), _known(half["difference_stderr"]), sign=True),
-            "tie" if half["tied"] else "", Number.count(half["parameters"]),
-        )
-        for half in halves
-    )  # fmt: skip
-    head = ("layer", "part", f"to the whole model, {comparison.unit}", "", "parameters")
-    return [Section("Single attentions and feed-forwards", tables=(
-        Table("Each by itself", head, rows),
-    ))]  # fmt: skip
 
 
 def _known(value: Any) -> float | None:
