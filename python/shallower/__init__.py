@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
     from .evaluation.tasks import evaluate_tasks as evaluate_tasks
     from .healing.heal import heal as heal
-    from .healing.saving import merge as merge
-    from .healing.saving import save_patched as save_patched
     from .judgement.criterion import Criterion as Criterion
+    from .merging.merge import merge as merge
     from .models.loading import load_model as load_model
     from .models.source import ModelSource as ModelSource
     from .patching.patch import patch as patch
+    from .patching.saving import save_patched as save_patched
     from .reporting.figures import save_heat_map as save_heat_map
     from .runs.compare import compare as compare
     from .runs.curve import curve as curve
@@ -136,7 +136,7 @@ _HOMES = {
     "heal": "healing.heal",
     "load_model": "models.loading",
     "memory_forecast": "runs.forecast",
-    "merge": "healing.saving",
+    "merge": "merging.merge",
     "patch": "patching.patch",
     "plan_prune": "cutting.prune",
     "prune": "cutting.prune",
@@ -144,7 +144,7 @@ _HOMES = {
     "run": "runs.run",
     "save_heat_map": "reporting.figures",
     "save_model": "cutting.saving",
-    "save_patched": "healing.saving",
+    "save_patched": "patching.saving",
     "scan": "scanning.model",
     "verify_checkpoint": "cutting.saving",
     "without_layers": "cutting.in_model",

@@ -69,7 +69,7 @@ def no_model(monkeypatch):
 
         monkeypatch.setattr(loading, "load_model", refused)
         monkeypatch.setattr(loading, "read_config", refused)
-        for module in ("shallower.scanning.analyse", "shallower.healing.saving"):
+        for module in ("shallower.scanning.analyse", "shallower.merging.merge"):
             if module in sys.modules:
                 for name in ("analyse_states", "merge"):
                     monkeypatch.setattr(f"{module}.{name}", refused, raising=False)

@@ -15,8 +15,9 @@ from shallower.healing import training
 from shallower.healing.distillation import Distillation, Teacher
 from shallower.healing.layer_fit import SequenceStates, batch_of, part_error
 from shallower.healing.losses import Lesson, TrainingLoss, mean_loss, summed_loss
-from shallower.healing.training import add_adapters, computing
+from shallower.healing.training import add_adapters
 from shallower.models.decoder import Decoder
+from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
 from shallower.models.layerwise import Layerwise

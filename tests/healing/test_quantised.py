@@ -7,7 +7,8 @@ import torch
 
 import shallower as sh
 from shallower.healing.losses import summed_loss
-from shallower.healing.training import add_adapters, computing
+from shallower.healing.training import add_adapters
+from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.quantised import keep_unpacked
 from shallower.values.recipe import Recipe

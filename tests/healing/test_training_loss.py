@@ -9,8 +9,9 @@ from transformers import LlamaForCausalLM
 
 import shallower as sh
 from shallower.healing.losses import TrainingLoss, mean_loss, summed_loss
-from shallower.healing.training import add_adapters, computing
+from shallower.healing.training import add_adapters
 from shallower.models.decoder import Decoder
+from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
 from shallower.runs import demo

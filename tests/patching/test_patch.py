@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.healing.saving import PATCH_FILE
 from shallower.patching import descent, held_out, solver
 from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
+from shallower.patching.saving import PATCH_FILE
 from tests.commands import in_this_process
 from tests.conftest import tiny_llama, write_jsonl
 from tests.examples import learned_llama, sentences

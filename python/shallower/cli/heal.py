@@ -335,7 +335,7 @@ def merge_command(
         say_dry_run(described, as_json)
         return
     quiet()
-    from ..healing.saving import merge
+    from ..merging.merge import merge
 
     done = merge(adapters, out, model, overwrite=overwrite, trust_remote_code=trust_remote_code)
     output.keep({})

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ModelError
+from ..models.dtypes import computing
 from ..models.layerwise import Layerwise
 from ..texts.batches import Batch
 from ..texts.sequences import Samples, collate, order
 from ..values.healing import Step
 from ..values.recipe import GLOBAL_BATCH, Resolved
-from .training import computing
 
 
 def batch_of(samples: Samples, indices: Sequence[int] | NDArray[np.int64]) -> Batch:

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from ..errors import ModelError, RecipeError
 from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..memory.sizes import dequantised_bytes, weight_bytes
+from ..models.dtypes import computing
 from ..models.feed_forward import feed_forward_targets
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
@@ -16,7 +17,7 @@ from ..values.memory import MemoryPlan, format_size, needed_device, usable
 from ..values.recipe import GLOBAL_BATCH, TEACHER_SHARES, Resolved
 from .distillation import Teacher
 from .losses import TrainingLoss
-from .training import add_adapters, computing
+from .training import add_adapters
 
 MOST_KEPT, MOST_RECOMPUTED = 4, 8
 """Texts in one forward at most, without recomputation and with it."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError, OutputError, RecipeError, TextsError
 from ..models.identity import stored_digest
 from ..patching.patch import with_patch
+from ..patching.saving import PATCH_FILE, save_patched
 from ..storage import partial_folder
 from ..values.plan import Plan
-from .saving import PATCH_FILE, save_patched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

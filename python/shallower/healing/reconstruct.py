@@ -19,8 +19,10 @@ from ..cutting.in_model import without_layers
 from ..errors import ModelError, OutputError, ProcessesError, RecipeError
 from ..evaluation.loss import measure_loss, require_predictable
 from ..models.decoder import Decoder
+from ..models.dtypes import computing
 from ..models.identity import stored_digest
 from ..models.layerwise import Layerwise
+from ..patching.saving import PATCH_FILE
 from ..processes import num_processes
 from ..progress import Advance, track
 from ..storage import new_folder, write_file
@@ -38,8 +40,7 @@ from .distillation import join_of
 from .layer_fit import SequenceStates, batch_of, fit_layer
 from .loaded_models import LoadedOnce, Uncut
 from .patched import copy_to
-from .saving import PATCH_FILE, write_reconstructed
-from .training import computing
+from .saving import write_reconstructed
 
 NUM_TOKENS = 131_072
 """Tokens whose states are kept, at most, and gone through again: as many as a patch fits."""

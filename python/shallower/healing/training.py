@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..errors import ModelError, OutputError
+from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
@@ -133,19 +134,6 @@ def _named(model: PreTrainedModel, targets: Targets) -> tuple[list[str], list[st
 
 def _is_plain(weight: Any) -> bool:
     return isinstance(weight, torch.Tensor) and weight.is_floating_point()
-
-
-def computing(recipe: Resolved, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute products in bfloat16 with adapters in float32, unless the recipe is float32.
-
-    Args:
-        recipe: the settings.
-        device: the device that the model is given its inputs on.
-
-    Returns:
-        The context of every forward, in training and measuring alike.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype != "float32")
 
 
 def train(

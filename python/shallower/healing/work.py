@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from ..cutting.in_model import without_layers
 from ..errors import ModelError, OutputError, TextsError
 from ..evaluation.loss import measure_loss, require_predictable
+from ..merging.merge import write_curve, write_merged
 from ..merging.merging import trained_logits
 from ..models.decoder import Decoder
+from ..models.dtypes import computing
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
+from ..patching.saving import PATCH_FILE
 from ..processes import is_main_process
 from ..progress import track
 from ..storage import write_file
@@ -37,8 +40,8 @@ from .loaded_models import LoadedOnce, Uncut
 from .measured import MeasuredLosses
 from .patched import PATCHED, copy_to, settle
 from .ranks import agree, together
-from .saving import PATCH_FILE, draw, write_adapters, write_merged
-from .training import Trained, add_adapters, computing, train
+from .saving import write_adapters
+from .training import Trained, add_adapters, train
 
 TRAINING = "training"
 _LOSSES = "losses.json"
@@ -337,7 +340,7 @@ class Work:
                 write_adapters(
                     folder, base, trained.checkpoint, healing=healing, tokenizer=tokenizer
                 )
-            draw(folder, healing)
+            write_curve(folder, healing)
             (folder / _LOSSES).unlink(missing_ok=True)
             write_file(folder / HEALING_FILE, healing.to_bytes())
             shutil.rmtree(folder.parent / "done", ignore_errors=True)

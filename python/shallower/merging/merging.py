@@ -21,9 +21,9 @@ from ..cutting.checkpoint_files import is_checkpoint
 from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
 from ..errors import ModelError
 from ..evaluation.loss import evaluate_loss
-from ..healing.training import computing
 from ..models.architecture import find_layers, input_device
 from ..models.decoder import Decoder
+from ..models.dtypes import computing
 from ..models.identity import stored_digest
 from ..models.loading import read_config
 from ..models.source import ModelSource

@@ -4,10 +4,15 @@ Loads torch when it is asked to choose.
 """
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
+from ..values.recipe import Resolved
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
@@ -110,3 +115,13 @@ def cpu_features() -> frozenset[str]:
         if key.strip() in ("flags", "Features")
         for feature in value.split()
     )
+
+
+def computing(recipe: Resolved, device: "torch.device") -> AbstractContextManager[Any]:
+    """Compute products in bfloat16 with adapters in float32, unless the recipe is float32.
+
+    The context of every forward of a healing, in training and measuring alike.
+    """
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype != "float32")

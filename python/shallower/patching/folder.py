@@ -7,7 +7,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
 from ..evaluation.loss import evaluate_loss, require_predictable
-from ..healing.saving import save_patched
 from ..models.decoder import Decoder
 from ..storage import check_free
 from ..values.layers import Layers
@@ -15,6 +14,7 @@ from ..values.loss import Loss
 from ..values.patch import Patch
 from ..values.plan import Plan
 from .patch import patch
+from .saving import save_patched
 
 
 def patch_to_folder(

@@ -12,7 +12,6 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
-from ..healing.saving import save_patched
 from ..judgement.held_out_cuts import Referee, Store, loss_as_it_is
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
@@ -21,6 +20,7 @@ from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.patch import CPU_TOKENS, with_patch
+from ..patching.saving import save_patched
 from ..progress import track
 from ..reporting.results import Continuations, Run, weights_mark
 from ..savings.machine import own_device

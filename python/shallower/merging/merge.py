@@ -1,0 +1,201 @@
+"""The folder that a merge leaves: checkpoint, plan, card, curve and record."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from ..cutting.card_file import CARD_FILE
+from ..cutting.cards import healed_card
+from ..cutting.exports import EXPORT_FILES
+from ..cutting.source import find_source
+from ..errors import MissingExtraError, ModelError, OutputError
+from ..patching.saving import PATCH_FILE
+from ..reporting.figures import healing_curve
+from ..storage import check_free, new_folder, write_file
+from ..values.files import PLAN_FILE
+from ..values.healing import CURVE_FILE, HEALING_FILE, Healing
+from ..values.recipe import GLOBAL_BATCH
+from .merging import Merging
+from .stored_adapters import read_adapter_config
+
+_MERGED = "low-rank adapters were trained and merged into its weights."
+
+
+def merge(
+    adapters: str | Path,
+    out: str | Path,
+    model: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Healing:
+    """Fold the adapters of :func:`shallower.heal` into the unquantised weights of the cut.
+
+    The sum of a weight and its adapter is made in float32, and rounded once to the dtype that
+    the model is stored in, weight by weight from file to file: a model of any size is merged in
+    the memory of a few of its rows and of the adapters. Then the new checkpoint is loaded by
+    stock transformers, and its logits are compared with those of the adapters on the model. That
+    takes four bytes and a half a parameter; where they are not free, every weight is read back
+    instead, and compared with its sum in float64.
+
+    Args:
+        adapters: the folder that :func:`shallower.heal` left.
+        out: a folder that does not exist yet, or is empty.
+        model: the cut; by default where it was when it was healed.
+        overwrite: replace what is at ``out``, once the new folder is complete.
+        progress: whether to show a bar on standard error; by default if that is a terminal.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The record of the healing, with the comparison of the merged model.
+
+    Raises:
+        ModelError: no adapters of shallower, adapters of another model, quantised weights,
+            adapters that are not finite, or a result that differs.
+        OutputError: ``out`` holds something already, or cannot be written to.
+        MissingExtraError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise MissingExtraError("peft", "heal", "merging adapters")
+    adapters, out = Path(adapters), Path(out)
+    check_free(out, overwrite)
+    healing = Healing.load(adapters)
+    if healing.merge is not None:
+        raise ModelError(f"{adapters} is merged already: expected a folder of adapters")
+    if not healing.recipe.has_adapters:
+        raise ModelError(f"{adapters} is a whole checkpoint without adapters: nothing to merge")
+    if healing.best_step == 0:
+        raise ModelError(f"{adapters} is a patched cut without adapters: there is nothing to merge")
+    base = str(model or _remembered_base(adapters))
+    with new_folder(out, overwrite) as folder:
+        try:
+            healing = write_merged(
+                folder, base, adapters, healing=healing, progress=progress,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {out}: {error}") from error
+        write_curve(folder, healing)
+        write_file(folder / HEALING_FILE, healing.to_bytes())
+    return healing
+
+
+def _remembered_base(adapters: Path) -> str:
+    base = read_adapter_config(adapters).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ModelError(f"the adapters in {adapters} name no model: name the cut (model, --model)")
+    return base
+
+
+def write_merged(
+    folder: Path,
+    base: str,
+    adapters: Path,
+    *,
+    healing: Healing,
+    held_out: list[str] | None = None,
+    trained: torch.Tensor | None = None,
+    progress: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Healing:
+    """Write a merged checkpoint, without the record of the healing.
+
+    Args:
+        folder: the folder to fill.
+        base: the cut that was trained, a folder or hub id.
+        adapters: the folder of the adapters.
+        healing: the record.
+        held_out: texts to measure the merged model on.
+        trained: the logits of the adapters on the model as it was trained.
+        progress: whether to show bars on standard error; by default if that is a terminal.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The record with the comparison of the merged model.
+
+    Raises:
+        ModelError: the adapters are another model's, or the result differs.
+        OutputError, OSError: a file cannot be written.
+    """
+    merging = Merging(
+        base, adapters, healing, held_out=held_out, trained=trained, progress=progress,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    healing = replace(healing, merge=merging.into(folder))
+    write_beside(folder, base, _MERGED, healing)
+    return healing
+
+
+def write_beside(folder: Path, base: str, what: str, healing: Healing) -> None:
+    """Write what lies beside the weights of a healed cut."""
+    copy_beside(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
+    copy_files(find_source(base).licenses, folder)
+    healing.plan.save(folder / PLAN_FILE)
+    card = healed_card(Path(base).expanduser() / CARD_FILE, what, healing_rows(healing))
+    write_file(folder / CARD_FILE, card.encode())
+
+
+def healing_rows(healing: Healing) -> list[tuple[str, str]]:
+    """The rows of a model card that tell of a healing."""
+    recipe = healing.recipe
+    kind = "packed" if recipe.packing else "truncated"
+    rows = [
+        ("trained", f"step {healing.best_step} of {recipe.steps}, {GLOBAL_BATCH} sequences each"),
+        ("objective", recipe.objective),
+        ("texts", f"{healing.texts.num_texts}, {kind} to {recipe.max_length} tokens"),
+        (
+            "adapters",
+            f"rank {recipe.rank} on {healing.adapted} linear maps of the feed-forward "
+            f"{'and attention ' if recipe.attention else ''}parts, peak rate "
+            f"{recipe.learning_rate:g}, base in {recipe.dtype}",
+        )
+        if recipe.has_adapters
+        else (
+            "trained weights",
+            f"{healing.adapted}, all of the layer before each block, peak rate "
+            f"{recipe.learning_rate:g}, products in {recipe.dtype}",
+        ),
+    ]
+    if healing.before and healing.after:
+        rows.append(("held-out loss", f"{healing.before} → {healing.after} nats a token"))
+    if healing.cut:
+        rows.append(("held-out loss, unpatched", f"{healing.cut} nats a token"))
+    if healing.original:
+        rows.append(("held-out loss, uncut", f"{healing.original} nats a token"))
+    if healing.merge and healing.merge.loss:
+        rows.append(("held-out loss, merged", f"{healing.merge.loss} nats a token"))
+    return rows
+
+
+def write_curve(folder: Path, healing: Healing) -> None:
+    """Write the curve of a healing, if it can be drawn.
+
+    Args:
+        folder: the folder of the healing.
+        healing: its record.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        write_file(folder / CURVE_FILE, healing_curve(healing))
+    except MissingExtraError as error:
+        warnings.warn(f"{error}; the curve is left out", stacklevel=2)
+
+
+def copy_beside(source: str, folder: Path, names: Iterable[str]) -> None:
+    """Copy files from beside a local model, where there are any."""
+    copy_files({name: Path(source).expanduser() / name for name in names}, folder)
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files, where they are there, under the names that they are given."""
+    for name, file in files.items():
+        if file.is_file():
+            write_file(folder / name, file.read_bytes())
