@@ -22,7 +22,6 @@ from shallower.evaluation.loss import fitting_tokens
 from shallower.judgement.judges.judge import judged_batches
 from shallower.judgement.judges.loss import LossJudge
 from shallower.judgement.patched_trials import PatchedTrials
-from shallower.judgement.splits import three_splits
 from shallower.judgement.trials import Trials
 from shallower.judgement.verifying import verifier_of
 from shallower.judgement.work import Meter
@@ -32,6 +31,7 @@ from shallower.patching.quick import QuickPatch
 from shallower.runs import demo
 from shallower.runs.comparison_job import MAX_TEXTS as COMPARED
 from shallower.texts.batches import TokenBatches
+from shallower.texts.splits import three_splits
 from shallower.values.layers import ranges
 from shallower.values.tokens import Tokens
 

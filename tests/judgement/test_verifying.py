@@ -8,10 +8,10 @@ import pytest
 import shallower as sh
 from shallower.errors import LayersError, PatchError, PlanError
 from shallower.judgement import proposals
-from shallower.judgement.splits import Splits
 from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.patching.quick import QuickPatch
+from shallower.texts.splits import Splits
 from shallower.values.layers import blocks_of
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens

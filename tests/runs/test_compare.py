@@ -10,10 +10,10 @@ import pytest
 
 import shallower as sh
 from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
-from shallower.judgement.splits import three_splits
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.texts.batches import TokenBatches
+from shallower.texts.splits import three_splits
 from shallower.values.comparison import CriteriaComparison
 from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.judgement.splits import three_splits
 from shallower.judgement.token_states import evenly
 from shallower.judgement.verifying import PATCH_TEXTS
 from shallower.models.layerwise import Layerwise
@@ -20,6 +19,7 @@ from shallower.runs.curve_points import CurvePoints
 from shallower.runs.run_job import NUM_CHOOSING
 from shallower.runs.sizes import VERIFYING_TEXTS
 from shallower.texts.batches import TokenBatches
+from shallower.texts.splits import three_splits
 from shallower.values.curve import Curve
 from shallower.values.tokens import Tokens
 from tests.commands import in_a_process

@@ -9,7 +9,7 @@ from .options import DryRun, Json, Overwrite
 from .output import print_json, show
 
 if TYPE_CHECKING:
-    from ..judgement.choice import Choice
+    from ..scanning.choice import ScanChoice
 
 Scans = Annotated[
     list[Path],
@@ -76,7 +76,7 @@ def plan_command(
 
     Writes shallower_plan.json for prune, eval and patch; without --out the plan is shown only.
     """
-    from ..judgement.choice import choose, load_scans
+    from ..scanning.choice import choose, load_scans
     from ..storage import check_free
     from ..values.files import PLAN_FILE
 
@@ -98,7 +98,7 @@ def plan_command(
     show(*parts)
 
 
-def _choice(chosen: "Choice") -> list[Any]:
+def _choice(chosen: "ScanChoice") -> list[Any]:
     from ..reporting.tables import plan_table, starts_table
 
     parts: list[Any] = [plan_table(chosen.plan)]

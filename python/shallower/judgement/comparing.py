@@ -14,17 +14,17 @@ from ..patching.quick import QuickPatch
 from ..progress import track
 from ..texts.batches import TokenBatches
 from ..texts.options import OptionItem
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING, Splits
 from ..values.comparison import ComparedModel, Row
 from ..values.layers import check_sizes
 from ..values.tokens import Tokens
 from .contest import Contest, with_regret
 from .criterion import Criterion
-from .held_out_cuts import Referee, Store, told
+from .held_out_cuts import HeldOutCuts, Store, judge_inputs
 from .judges.judge import Judge, judged_batches
 from .judges.kl import KLJudge
 from .judges.loss import LossJudge
 from .judges.options import OptionsJudge
-from .splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING, Splits
 from .subject import Subject
 from .trials import Trials
 from .work import Meter
@@ -117,7 +117,7 @@ def compare_on(
     judge: Judge = losses
     if terms.judge != "loss":
         judge = judge_of(terms.judge, tokenizer, report, items=terms.reporting, tokens=tokens)
-    referee = Referee(
+    held_out = HeldOutCuts(
         model, losses, judge, store=store, texts=terms.reported,
         num_rejected=len(report) - losses.num_items, spill=terms.spill,
     )  # fmt: skip
@@ -128,9 +128,9 @@ def compare_on(
         subject = _subject(model, tokenizer, terms, tokens=tokens, store=store, texts=texts)
         _require_enough(subject, losses)
         contest = Contest(
-            subject, terms.criteria, referee, QuickPatch(model, subject.batches), store,
+            subject, terms.criteria, held_out, QuickPatch(model, subject.batches), store,
             model_name=name, texts_name=texts, fitted=terms.identities[texts],
-            chosen_on={"seed": terms.seed, **told(subject.trials.judge)},
+            chosen_on={"seed": terms.seed, **judge_inputs(subject.trials.judge)},
         )  # fmt: skip
         with track(f"compare on {texts}", contest.steps, terms.progress) as advance:
             rows += contest.rows(contest.choices(advance), advance)
@@ -139,9 +139,9 @@ def compare_on(
         if not counts:  # what is said once is said of the first texts
             counts = {"fit": subject.num_texts, "choose": subject.trials.judge.num_items}
     return Outcome(
-        referee.compared(name), tuple(with_regret(rows, referee)), skipped,
+        held_out.compared(name), tuple(with_regret(rows, held_out)), skipped,
         {**counts, "report": losses.num_items},
-        referee.is_complete and not skipped,
+        held_out.is_complete and not skipped,
     )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def _subject(
     fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
     batches, meter = list(fitted), Meter()
     judge = judge_of(terms.judge, tokenizer, splits.choose, items=terms.choosing, tokens=tokens)
-    journal = store.journal("trials", {"items": terms.identities[texts], **told(judge)})
+    journal = store.journal("trials", {"items": terms.identities[texts], **judge_inputs(judge)})
     trials = Trials(model, judge, meter=meter, journal=journal, spill=terms.spill)
     return Subject(
         model.head.decoder, tokenizer, batches, trials, terms.sizes, texts=(fitted.identity,),

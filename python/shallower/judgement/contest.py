@@ -19,7 +19,7 @@ from ..values.costs import Costs
 from ..values.plan import Plan
 from ..values.scores import Scores
 from .criterion import Criterion
-from .held_out_cuts import Referee, Store
+from .held_out_cuts import HeldOutCuts, Store
 from .stored_costs import stored_choice, stored_costs
 from .subject import Subject
 from .work import Work
@@ -43,7 +43,7 @@ class Contest:
     Attributes:
         subject: the model, the texts that fit and those that choose.
         criteria: those that are compared.
-        referee: the same model on the texts that report.
+        held_out: the same model on the texts that report.
         patch: the quick patch on the texts that fit.
         store: results that were measured before.
         model_name: for the rows.
@@ -55,7 +55,7 @@ class Contest:
 
     subject: Subject
     criteria: Sequence[Criterion]
-    referee: Referee
+    held_out: HeldOutCuts
     patch: QuickPatch
     store: Store
     model_name: str
@@ -110,13 +110,13 @@ class Contest:
         Yields:
             A row for each.
         """
-        referee, whole = self.referee, self.referee.losses.scores(())
+        held_out, whole = self.held_out, self.held_out.losses.scores(())
         shares = parameter_shares(self.subject.decoder)
         for choice in choices:
             dropped = choice.plan.dropped
             advance(1, f"loss of {choice.criterion.name} {choice.n}")
-            scores, losses = referee.scores.scores(dropped), referee.losses.scores(dropped)
-            found = referee.patched(self.patch, choice.plan, fitted=self.fitted)
+            scores, losses = held_out.scores.scores(dropped), held_out.losses.scores(dropped)
+            found = held_out.patched(self.patch, choice.plan, fitted=self.fitted)
             patched = found if isinstance(found, Scores) else None
             difference = losses.minus(whole)
             yield Row(
@@ -130,7 +130,7 @@ class Contest:
                 parameters_share=float(shares[list(dropped)].sum()),
                 seconds=choice.work.seconds, layer_forwards=choice.work.layer_forwards,
                 score=scores.mean, score_stderr=scores.stderr,
-                accuracy=referee.scores.judge.accuracy(scores.sums),
+                accuracy=held_out.scores.judge.accuracy(scores.sums),
                 unpatched=found if isinstance(found, str) else None,
             )  # fmt: skip
 
@@ -146,7 +146,7 @@ class Contest:
         costs = self._costs(criterion)
         if costs is None:
             return None
-        return kendall_tau(costs.blocks.diagonal(1), np.array(self.referee.single_layers()))
+        return kendall_tau(costs.blocks.diagonal(1), np.array(self.held_out.single_layers()))
 
     def _costs(self, criterion: Criterion) -> Costs | None:
         """The costs by a criterion, measured once; None of one that searches."""
@@ -194,12 +194,12 @@ def parameter_shares(decoder: Decoder) -> NDArray[np.float64]:
     return np.array([num_parameters(layer) / total for layer in decoder.layers.modules])
 
 
-def with_regret(rows: Sequence[Row], referee: Referee) -> list[Row]:
+def with_regret(rows: Sequence[Row], held_out: HeldOutCuts) -> list[Row]:
     """Compare every row of one model with the best of its size.
 
     Args:
         rows: of one model, by any criteria and calibration texts.
-        referee: who knows the scores by item.
+        held_out: who knows the scores by item.
 
     Returns:
         The same rows with regret, its paired error, and whether it is a tie.
@@ -210,8 +210,8 @@ def with_regret(rows: Sequence[Row], referee: Referee) -> list[Row]:
             best[row.n] = row
     found = []
     for row in rows:
-        scores = referee.scores.scores(row.dropped)
-        regret = scores.minus(referee.scores.scores(best[row.n].dropped))
+        scores = held_out.scores.scores(row.dropped)
+        regret = scores.minus(held_out.scores.scores(best[row.n].dropped))
         stderr = regret.stderr if row.dropped != best[row.n].dropped else 0.0
         found.append(replace(row, regret=regret.mean, regret_stderr=stderr, tied=regret.tied))
     return found

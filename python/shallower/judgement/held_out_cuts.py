@@ -1,4 +1,4 @@
-"""Referee: cuts of one model on the texts that report, which no criterion has seen."""
+"""HeldOutCuts: cuts of one model on the texts that report, which no criterion has seen."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ TRUTH_ITEMS = 32
 """Texts on which the true losses without single layers are measured, at most."""
 
 
-def told(judge: Judge) -> dict[str, Any]:
+def judge_inputs(judge: Judge) -> dict[str, Any]:
     """Tell what the records of a judge's trials depend on beside the model and the items.
 
     Args:
@@ -51,7 +51,7 @@ class Store(Protocol):
         """Open a journal; None if nothing is kept."""
 
 
-class Referee:
+class HeldOutCuts:
     """The losses and scores of cuts on the texts that report.
 
     Args:
@@ -87,7 +87,7 @@ class Referee:
         self.scores = self.losses if judge is losses else self._trials(judge)
 
     def _trials(self, judge: Judge) -> Trials:
-        journal = self.store.journal("trials", {"items": self.texts, **told(judge)})
+        journal = self.store.journal("trials", {"items": self.texts, **judge_inputs(judge)})
         return Trials(self.model, judge, meter=Meter(), journal=journal, spill=self._spill)
 
     def compared(self, name: str) -> ComparedModel:
@@ -186,7 +186,7 @@ class Referee:
 
 
 def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:
-    """Measure the loss of a model with the layers that it has now, as a referee would.
+    """Measure the loss of a model with the layers that it has now, as a held_out would.
 
     Args:
         model: cut, patched or healed maybe.

@@ -14,16 +14,16 @@ from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
 from ..progress import track
 from ..texts.batches import TokenBatches
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits
 from ..values.layers import check_size, ranges
 from ..values.plan import Plan
 from ..values.scores import Scores
 from ..values.tokens import Tokens
 from ..values.verification import AFTER, Verified
 from .comparing import judge_of
-from .held_out_cuts import Store, told
+from .held_out_cuts import Store, judge_inputs
 from .patched_trials import PatchedTrials
 from .proposals import PROPOSERS, Cut, Proposals
-from .splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits
 from .subject import Subject
 from .token_states import evenly
 from .tournament import Tournament
@@ -146,8 +146,8 @@ class Verifier:
         return {
             "n": n, "base": sorted(base), "more": more, "top": self.top, "after": self.after,
             "max_blocks": self.max_blocks, "fitted": self.texts, "seed": self.subject.seed,
-            "proposers": [criterion.name for criterion in PROPOSERS], **told(self.trials.judge),
-            **self.patch.settings, "patch_texts": PATCH_TEXTS,
+            "proposers": [criterion.name for criterion in PROPOSERS], "patch_texts": PATCH_TEXTS,
+            **judge_inputs(self.trials.judge), **self.patch.settings,
         }  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def verifier_of(
     batches = list(fitted)
     judging = judge_of(judge, tokenizer, splits.choose, tokens=tokens)
     _require_enough(sum(map(len, batches)), judging.num_items)
-    items = {"items": texts, **told(judging)}
+    items = {"items": texts, **judge_inputs(judging)}
     trials = Trials(
         model, judging, meter=meter, journal=store.journal("trials", items), spill=spill
     )

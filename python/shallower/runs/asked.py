@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..judgement.splits import Splits
+from ..texts.splits import Splits
 from ..values.target import Target
 from ..values.tokens import Tokens
 

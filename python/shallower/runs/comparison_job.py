@@ -34,7 +34,7 @@ from .contestants import InMemory, ModelStore, digest, inputs_of_one
 if TYPE_CHECKING:
     from ..judgement.comparing import Outcome
     from ..judgement.criterion import Criterion
-    from ..judgement.splits import Splits
+    from ..texts.splits import Splits
 
 MAX_TEXTS = 80
 """Calibration texts by default: 64 that fit, and 16 that choose."""
@@ -132,7 +132,7 @@ class ComparisonJob:
     @cached_property
     def splits(self) -> "dict[str, Splits]":
         """The three sets of texts, by the name of the calibration texts."""
-        from ..judgement.splits import three_splits
+        from ..texts.splits import three_splits
 
         report = _first(self.eval_texts, self.max_eval_texts)
         named = self.texts if isinstance(self.texts, Mapping) else {"texts": self.texts}
@@ -146,7 +146,7 @@ class ComparisonJob:
     @cached_property
     def items(self) -> tuple[list[OptionItem], list[OptionItem]]:
         """The items that choose and those that report; none but for the judge ``options``."""
-        from ..judgement.splits import two_splits
+        from ..texts.splits import two_splits
 
         if self.options is None:
             return [], []

@@ -29,7 +29,7 @@ from .curve_tasks import CurveTasks
 from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, NUM_CHOOSING, TOP
 
 if TYPE_CHECKING:
-    from ..judgement.splits import Splits
+    from ..texts.splits import Splits
     from .curve_points import CurvePoints
     from .curve_terms import CurveTerms
 
@@ -191,7 +191,7 @@ class CurveJob:
     @cached_property
     def splits(self) -> "Splits":
         """Texts that fit, choose and report."""
-        from ..judgement.splits import three_splits
+        from ..texts.splits import three_splits
 
         report = list(islice(self.eval_texts, self.max_eval_texts))
         return three_splits(

@@ -25,7 +25,7 @@ from ..errors import (
 from ..evaluation.loss import fitting_tokens
 from ..healing.heal import heal
 from ..judgement.contest import one_sentence, parameter_shares
-from ..judgement.held_out_cuts import Referee, Store, loss_as_it_is
+from ..judgement.held_out_cuts import HeldOutCuts, Store, loss_as_it_is
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
 from ..memory.sizes import num_parameters
@@ -88,7 +88,7 @@ class CurvePoints:
         self.num_texts, self._rejected = judge.num_items, len(report) - judge.num_items
         layerwise = Layerwise(self._decoder)
         layerwise.check(judge.batches[0])
-        self._referee = Referee(
+        self._referee = HeldOutCuts(
             layerwise, judge, judge, store=store, texts=terms.identities[1],
             num_rejected=self._rejected,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
-from ..judgement.held_out_cuts import Referee, Store, told
+from ..judgement.held_out_cuts import HeldOutCuts, Store, judge_inputs
 from ..judgement.stored_costs import stored_choice, stored_costs
 from ..models.decoder import Decoder
 from ..scanning.model import scan
@@ -40,7 +40,7 @@ class CurveStrategies:
         tokenizer: PreTrainedTokenizerBase,
         terms: CurveTerms,
         *,
-        referee: Referee,
+        referee: HeldOutCuts,
         tokens: Tokens,
         store: Store,
         goes_on: bool,
@@ -94,7 +94,7 @@ class CurveStrategies:
         subject = verifier.subject
         inputs = {
             "criterion": criterion.name, "fitted": verifier.texts, "num_texts": subject.num_texts,
-            "seed": subject.seed, **told(subject.trials.judge),
+            "seed": subject.seed, **judge_inputs(subject.trials.judge),
         }  # fmt: skip
         if type(criterion).costs is not Criterion.costs:
             stored_costs(criterion, subject, self._store, inputs=inputs)

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..judgement.splits import Splits
 from ..texts.sequences import ReadOnce
+from ..texts.splits import Splits
 from ..values.curve import State
 from ..values.recipe import Recipe
 from ..values.tokens import Tokens

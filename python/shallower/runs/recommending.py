@@ -12,10 +12,10 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
-from ..judgement.held_out_cuts import Referee, Store, loss_as_it_is
+from ..judgement.choosing_size import SizeChoice, sizes_beside
+from ..judgement.held_out_cuts import HeldOutCuts, Store, loss_as_it_is
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
-from ..judgement.sizes import SizeChoice, sizes_beside
 from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -85,7 +85,7 @@ class Recommending:
         self._num_rejected = len(report) - judge.num_items
         layerwise = Layerwise(self._decoder)
         layerwise.check(judge.batches[0])
-        self._referee = Referee(
+        self._referee = HeldOutCuts(
             layerwise, judge, judge, store=store, texts=asked.identities[1],
             num_rejected=self._num_rejected,
         )  # fmt: skip

@@ -33,7 +33,7 @@ from .contestants import InMemory, ModelStore, digest, inputs_of_one
 from .continuing import PROMPTS
 
 if TYPE_CHECKING:
-    from ..judgement.splits import Splits
+    from ..texts.splits import Splits
     from .asked import Asked
 
 MAX_TEXTS = 1024
@@ -170,7 +170,7 @@ class RunJob:
     @cached_property
     def splits(self) -> "Splits":
         """Texts that fit, choose and report."""
-        from ..judgement.splits import three_splits
+        from ..texts.splits import three_splits
 
         texts = list(islice(self._read, self.max_texts))
         if self.eval_texts is None:

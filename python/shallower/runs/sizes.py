@@ -7,8 +7,8 @@ from functools import cached_property, partial
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
-from ..judgement.held_out_cuts import Referee, Store
-from ..judgement.sizes import SizeChoice, choose_size, require_possible
+from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
+from ..judgement.held_out_cuts import HeldOutCuts, Store
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
@@ -55,7 +55,7 @@ class Sizes:
         asked: Asked,
         *,
         scanned: Callable[[], Scan],
-        referee: Referee,
+        referee: HeldOutCuts,
         tokens: Tokens,
         store: Store,
     ) -> None:

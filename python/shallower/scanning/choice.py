@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayersError, PlanError, ScanError
-from ..scanning.scan import Scan
 from ..values.bootstrap import BootstrappedStart
 from ..values.files import SCAN_FILE
 from ..values.layers import Block, deepest_block
 from ..values.plan import Plan
+from .scan import Scan
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ScanChoice:
     """The layers to drop, and how they compare.
 
     Attributes:
         plan: the layers to drop.
-        best: the best blocks of the plan's size, the best first, as many as were asked for.
-        start: the resampled start of the block, if resampling was asked for.
+        best: the best blocks of the plan's size, the best first.
+        start: the resampled start of the block; None without a resampling.
         num_resamples: how often it was resampled.
         seed: of the resampling.
     """
@@ -69,24 +69,12 @@ def choose(
     top: int = 0,
     bootstrap: int = 0,
     seed: int = 0,
-) -> Choice:
-    """Choose the ``n`` layers of a scanned model to drop.
+) -> ScanChoice:
+    """Choose the ``n`` layers of a scanned model to drop, all blocks together.
 
-    Args:
-        scanned: a scan of the model.
-        n: layers to drop, all blocks together.
-        strategy: ``similarity``, by :meth:`Scan.best_plan`, or ``deepest``, the deepest layers
-            but the last, whatever the scan says.
-        metric: the metric that decides, as for :meth:`Scan.best_block`.
-        max_blocks: blocks at most.
-        protect_first: layers at the start that stay.
-        protect_last: layers at the end that stay.
-        top: how many of the best blocks of ``n`` to name; 0 is none.
-        bootstrap: resamples by which to say how sure the start is; 0 is none.
-        seed: seed of the resampling.
-
-    Returns:
-        The plan, and what was asked for beside it.
+    The strategy is ``similarity``, by :meth:`Scan.best_plan`, or ``deepest``: the deepest layers
+    but the last, whatever the scan says. ``top`` is the number of best blocks to name beside the
+    plan, ``bootstrap`` the number of resamples that show how sure its start is; 0 is none.
 
     Raises:
         PlanError: an unknown strategy.
@@ -122,21 +110,14 @@ def choose(
         )
     best = scanned.best_blocks(n, top, metric) if top else []
     start = scanned.bootstrap(bootstrap, seed, metric=metric)[n] if bootstrap else None
-    return Choice(plan, tuple(best), start, bootstrap, seed)
+    return ScanChoice(plan, tuple(best), start, bootstrap, seed)
 
 
 def load_scans(paths: Sequence[str | Path]) -> Scan:
-    """Load scans and merge them.
+    """Load scans, from files or the folders that they are in, and merge them.
 
-    Args:
-        paths: scan files, or the folders that they are in.
-
-    Returns:
-        One scan, as if all texts had been scanned at once.
-
-    Raises:
-        ScanError: a file that is not there or no scan, scans that cannot be merged, or two of
-            the same texts, which would count twice.
+    A ScanError refuses a file that is not there or no scan, scans that cannot be merged, and two of
+    the same texts, which would count twice.
     """
     places = [Path(path) for path in paths]
     loaded = [Scan.load(path / SCAN_FILE if path.is_dir() else path) for path in places]

@@ -1,7 +1,7 @@
 """Three sets of texts: those that fit, those that choose, and those that report."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -9,9 +9,6 @@ from ..errors import TextsError
 
 NUM_CHOOSING = 16
 """Texts that choose, by default."""
-
-NUM_FITTING = 32
-"""Texts that fit, by default, where the others do nothing but choose."""
 
 FEWEST_FITTING = 8
 FEWEST_CHOOSING = 4
@@ -41,14 +38,11 @@ class Splits:
     num_repeated: int = 0
 
     def training(self, unread: Iterable[str]) -> Iterator[str]:
-        """Give the texts that a healing may train on, those first that no patch is fitted on.
+        """Yield the texts that a healing may train on, those first that no patch is fitted on.
 
-        Args:
-            unread: texts behind those that were divided.
-
-        Yields:
-            They, without those that choose or report; then those that fit, the last first, for
-            patches take as many as they need from the first on.
+        Texts of ``unread``, which lie behind those that were divided, come without those that
+        choose or report; then those that fit, the last first, for patches take as many as they
+        need from the first on.
         """
         others = {text.strip() for text in (*self.choose, *self.report)}
         yield from (text for text in unread if text.strip() not in others)
@@ -66,22 +60,10 @@ def three_splits(
 
     Every k-th text chooses, evenly over all of them, a third at most; so both sets are of the
     same kinds where a file is sorted. Two texts are the same if they differ by white space at
-    their ends alone.
-
-    Args:
-        texts: calibration texts.
-        eval_texts: held-out texts, which report.
-        num_choosing: texts that choose at most.
-        seed: of the order of those that choose.
-
-    Returns:
-        The three sets.
-
-    Raises:
-        TextsError: fewer than 8 texts to fit, 4 to choose or 2 to report.
+    their ends alone. A TextsError refuses fewer than 8 texts to fit, 4 to choose or 2 to report.
 
     Example:
-        >>> from shallower.judgement.splits import three_splits
+        >>> from shallower.texts.splits import three_splits
         >>> splits = three_splits([f"text {i}" for i in range(13)], ["text 0", "text 13"])
         >>> len(splits.fit), len(splits.choose), splits.num_shared
         (8, 4, 1)
@@ -89,59 +71,14 @@ def three_splits(
     texts, report = _listed(texts), _listed(eval_texts)
     if num_choosing < FEWEST_CHOOSING:
         raise TextsError(f"at least {FEWEST_CHOOSING} texts must choose, got {num_choosing}")
-    report = list({text.strip(): text for text in reversed(report)}.values())[::-1]
+    report = _different(report)
     reporting = {text.strip() for text in report}
     if len(reporting) < FEWEST_REPORTING:
         raise TextsError(
             f"too few texts to report: {_count(len(reporting), 'different text')}, expected at "
             f"least {FEWEST_REPORTING}; name a file of more held-out texts (--eval-texts)"
         )
-    return _divided(
-        texts, report, num_choosing=lambda total: min(num_choosing, total // 3), seed=seed
-    )
-
-
-def fit_and_choose(
-    texts: Iterable[str], *, num_fitting: int = NUM_FITTING, seed: int = 0
-) -> Splits:
-    """Divide texts into those that fit and those that choose, where none reports.
-
-    All choose but a few, which fit and lie evenly among them: who only chooses needs more texts
-    to choose than to fit.
-
-    Args:
-        texts: calibration texts.
-        num_fitting: texts that fit, if that is not more than half of them.
-        seed: of the order of those that choose.
-
-    Returns:
-        The two sets; ``report`` is empty.
-
-    Raises:
-        TextsError: fewer than 8 texts to fit or 4 to choose.
-
-    Example:
-        >>> from shallower.judgement.splits import fit_and_choose
-        >>> splits = fit_and_choose([f"text {i}" for i in range(100)])
-        >>> len(splits.fit), len(splits.choose), splits.report
-        (32, 68, [])
-    """
-    if num_fitting < FEWEST_FITTING:
-        raise TextsError(f"at least {FEWEST_FITTING} texts must fit, got {num_fitting}")
-    return _divided(
-        _listed(texts), [],
-        num_choosing=lambda total: total - max(FEWEST_FITTING, min(num_fitting, -(-total // 2))),
-        seed=seed,
-    )  # fmt: skip
-
-
-def _divided(
-    texts: list[str], report: list[str], *, num_choosing: Callable[[int], int], seed: int
-) -> Splits:
-    """Divide those texts that do not report; of so many different ones how many choose."""
-    reporting = {text.strip() for text in report}
-    different = {text.strip(): text for text in reversed(texts)}
-    own = [text for key, text in reversed(different.items()) if key not in reporting]
+    own = [text for text in _different(texts) if text.strip() not in reporting]
     num_shared = sum(text.strip() in reporting for text in texts)
     num_repeated = len(texts) - num_shared - len(own)
     if len(own) < FEWEST_FITTING + FEWEST_CHOOSING:
@@ -152,7 +89,7 @@ def _divided(
             f"least {FEWEST_FITTING} and {FEWEST_CHOOSING}; name more calibration texts, "
             f"other than those that report (--texts, --max-texts)"
         )
-    size = num_choosing(len(own))
+    size = min(num_choosing, len(own) // 3)
     chosen = [len(own) * (2 * i + 1) // (2 * size) for i in range(size)]
     choosing = set(chosen)
     fit = [text for index, text in enumerate(own) if index not in choosing]
@@ -160,18 +97,9 @@ def _divided(
 
 
 def two_splits(items: Sequence[Item], *, seed: int = 0) -> tuple[list[Item], list[Item]]:
-    """Divide the items of a task into halves: those that choose, and those that report.
+    """Divide the items of a task at random into halves: those that choose, those that report.
 
-    Args:
-        items: of :func:`shallower.texts.options.read_options`; one that was there before is
-            left out.
-        seed: of the order in which they are dealt out.
-
-    Returns:
-        The items that choose, and those that report, each in a random order.
-
-    Raises:
-        TextsError: fewer than 8 items that differ.
+    An item that was there before is left out. A TextsError refuses fewer than 8 that differ.
     """
     different = shuffled(list(dict.fromkeys(items)), seed)
     if len(different) < 2 * FEWEST_CHOOSING:
@@ -183,18 +111,15 @@ def two_splits(items: Sequence[Item], *, seed: int = 0) -> tuple[list[Item], lis
 
 
 def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
-    """Give items in a random order, which is the same on every machine.
-
-    Args:
-        items: any.
-        seed: of the order.
-
-    Returns:
-        All of them.
-    """
+    """List items in a random order, which is the same on every machine."""
     order = list(items)
     random.Random(seed).shuffle(order)
     return order
+
+
+def _different(texts: Sequence[str]) -> list[str]:
+    """Texts that differ, each where it stands first."""
+    return list({text.strip(): text for text in reversed(texts)}.values())[::-1]
 
 
 def _listed(texts: Iterable[str]) -> list[str]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower.errors import TextsError
-from shallower.judgement.splits import fit_and_choose, three_splits, two_splits
+from shallower.texts.splits import three_splits, two_splits
 
 
 def texts(count, first=0):
@@ -99,23 +99,3 @@ def test_items_are_divided_into_halves():
 def test_too_few_items_are_refused():
     with pytest.raises(TextsError, match="7 that differ, expected at least 8"):
         two_splits([*range(7), 0])
-
-
-@given(st.lists(st.integers(0, 90), max_size=120), st.integers(8, 40), st.integers(0, 3))
-def test_two_sets_hold_every_text_once(numbers, num_fitting, seed):
-    source = [f"text {i}" for i in numbers]
-    own = set(source)
-    if len(own) < 12:
-        with pytest.raises(TextsError, match="too few texts"):
-            fit_and_choose(source, num_fitting=num_fitting, seed=seed)
-        return
-    splits = fit_and_choose(source, num_fitting=num_fitting, seed=seed)
-    assert set(splits.fit) | set(splits.choose) == own
-    assert len(splits.fit) + len(splits.choose) == len(own)
-    assert len(splits.fit) == max(8, min(num_fitting, -(-len(own) // 2)))
-    assert splits.report == []
-
-
-def test_too_few_that_fit_are_refused():
-    with pytest.raises(TextsError, match="at least 8 texts must fit"):
-        fit_and_choose(texts(40), num_fitting=7)

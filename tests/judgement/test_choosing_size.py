@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import PlanError
-from shallower.judgement.sizes import choose_size, curve_sizes, knee, sizes_beside
+from shallower.judgement.choosing_size import choose_size, curve_sizes, knee, sizes_beside
 from shallower.values.scores import Difference
 from shallower.values.target import Target
 
