@@ -42,7 +42,6 @@ from shallower.texts.batches import Batch
 from shallower.values.scores import Scores
 from shallower.values.tokens import Tokens
 
-OURS = ("refit", "map", "magnitude")
 LENGTH = 256
 QUICK_TOKENS = 8192
 RECIPE = 128, 37_000
@@ -62,8 +61,9 @@ class Setting:
 
     def __post_init__(self):
         self.layerwise = Layerwise(self.model)
-        options = {"max_length": LENGTH, "batch_size": 16, "num_tokens": self.tokens}
-        self.fitted, self.held = divide(self.tokenizer, self.texts, **options)
+        self.fitted, self.held = divide(
+            self.tokenizer, self.texts, tokens=Tokens(LENGTH, 16), num_tokens=self.tokens
+        )
         with torch.no_grad():
             self.whole = {
                 name: judged(self.layerwise, judge) for name, judge in self.judges.items()
@@ -121,17 +121,19 @@ class Cut:
             if batches is None:
                 length, tokens = RECIPE
                 tokens = min(tokens, self.setting.tokens)
-                options = {"max_length": length, "batch_size": 16, "num_tokens": tokens}
-                batches, _ = divide(self.setting.tokenizer, self.setting.texts, **options)
+                batches, _ = divide(
+                    self.setting.tokenizer, self.setting.texts, tokens=Tokens(length, 16),
+                    num_tokens=tokens,
+                )  # fmt: skip
             self._collected[name] = collect(self.setting.layerwise, batches, self.start, self.stop)
         return self._collected[name]
 
-    def ours(self, method):
+    def ours(self):
         """A patch of a copy of the model, by the public function."""
         setting, model = self.setting, copy.deepcopy(self.setting.model)
         started = time.perf_counter()
         done = sh.patch(
-            model, setting.tokenizer, self.plan, texts=setting.texts, method=method,
+            model, setting.tokenizer, self.plan, texts=setting.texts,
             max_length=LENGTH, num_tokens=setting.tokens, progress=False,
         )  # fmt: skip
         seconds = time.perf_counter() - started
@@ -185,12 +187,12 @@ class Cut:
             changes.set(writer, turn.T @ writer.weight.double())
             return self._judged()
         finally:
-            changes.take_back()
+            changes.undo()
 
     def measure(self, method):
         """Measure a method; a row for every set of texts that report."""
-        if method in OURS:
-            scores, seconds, tokens = self.ours(method)
+        if method == "refit":
+            scores, seconds, tokens = self.ours()
         elif method == "quick":
             scores, seconds, tokens = self.quick()
         else:
@@ -222,7 +224,7 @@ class Cut:
 
 
 METHODS = (
-    "refit", "quick", "map", "magnitude", "ghosted", "ghosted_inner", "ghosted_chosen",
+    "refit", "quick", "ghosted", "ghosted_inner", "ghosted_chosen",
     "ghosted_inner_chosen", "ghosted_128", "ghosted_inner_128", "replaceme", "replaceme_chosen",
     "linear_patch", "prune_comp",
 )  # fmt: skip

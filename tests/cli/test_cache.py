@@ -25,7 +25,7 @@ COMMANDS = {
     "analyse": "analyse {states} --out {out} --cka-batch 8",
     "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 2 --top 2 --out {out}",
     "patch": "patch {tiny} --texts {many} --drop 2:4 --eval-texts {held_out} --out {out} "
-    "--dtype float32 --method magnitude",
+    "--dtype float32",
     "prune": "prune {tiny} --drop 2:4 --dtype bfloat16 --verify --out {out}",
     "heal": "heal {cut} --texts {many} --eval-texts {many} --max-eval-texts 40 --out {out} "
     + QUICK,

@@ -49,9 +49,7 @@ HARMLESS = {
     "patching/descent.py: Descent._step: self._model.run(*pair, (layer,)).cpu()": _ROOM,
     "patching/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
     "patching/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
-    "patching/least_squares.py: NormalEquations.mapped: matrix.to(self.gram)": _LAYER,
-    "patching/least_squares.py: NormalEquations.mapped: x.to(matrix)": _LAYER,
-    "patching/solver.py: Patching._best_fit: "
+    "patching/solver.py: Solver._best_fit: "
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,

@@ -125,7 +125,7 @@ def test_functions_and_commands_have_the_same_defaults():
     pairs = (
         (sh.scan, scan.scan_command, ("max_length", "batch_size")),
         (sh.evaluate_loss, evaluate.eval_command, ("max_length", "batch_size")),
-        (sh.patch, patch.patch_command, ("max_length", "batch_size", "method", "num_tokens")),
+        (sh.patch, patch.patch_command, ("max_length", "batch_size", "num_tokens")),
         (
             sh.run,
             run.run_command,

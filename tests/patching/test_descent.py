@@ -42,15 +42,13 @@ def states_of(layerwise, batches, first=LAYERS[0]):
 
 
 def gone(model, batches, layers=LAYERS):
-    """A descent of a model, after all of its steps."""
-    layerwise, ran = Layerwise(model), []
+    """A descent of a model, after all of its steps, and their number."""
+    layerwise, steps = Layerwise(model), []
     with torch.no_grad():
-        down = Descent(
-            layerwise, layers, states=states_of(layerwise, batches, layers[0]), changes=Changes(),
-            ran=ran.append,
-        )  # fmt: skip
-        down.go()
-    return down, sum(ran)
+        states = states_of(layerwise, batches, layers[0])
+        down = Descent(layerwise, layers, states=states, changes=Changes())
+        down.run(steps.append)
+    return down, sum(steps)
 
 
 def cut_of(model):
@@ -121,8 +119,8 @@ def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen)
     assert any(len(chosen) > 1 for chosen in once)
     twin = slow_twin(model, batches, (2 * once)[:5])
     moved = copy.deepcopy(model).requires_grad_(not frozen)
-    _, ran = gone(moved, batches)
-    assert ran == sum(map(len, (2 * once)[:5])) * (3 + 1 + 3)  # up, the head, and down
+    _, steps = gone(moved, batches)
+    assert steps == descent.num_steps(batches) == len((2 * once)[:5])
     for key, expected in twin.items():
         layer, _, name = key.partition(".")
         before = model.model.layers[int(layer)].get_parameter(name).detach().numpy()

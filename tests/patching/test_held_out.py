@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shallower.patching.held_out import RIDGES, HeldOut, Rows, choose
-from shallower.patching.least_squares import NormalEquations
+from shallower.patching.least_squares import RIDGES, HeldOut, NormalEquations, Rows, choose
 
 INPUTS, OUTPUTS = 9, 4
 WEIGHTS = (0.01, 0.1, 1.0)
@@ -81,14 +80,6 @@ def test_errors_are_shares_of_the_states():
     assert held.relative_error(torch.from_numpy(solution)) == pytest.approx(expected, rel=1e-5)
     nothing = np.square(kept[0][1]).sum()
     assert held.others.error() == pytest.approx(nothing, rel=1e-5)
-
-
-def test_inputs_are_mapped():
-    held, kept = held_out(1.0)
-    matrix = np.random.default_rng(6).normal(size=(3, INPUTS))
-    solution = np.random.default_rng(7).normal(size=(OUTPUTS, 3))
-    found = held.mapped(torch.from_numpy(matrix)).relative_error(torch.from_numpy(solution))
-    assert found == pytest.approx(relative_error(kept, solution @ matrix), rel=1e-5)
 
 
 def test_no_map_is_chosen_where_none_is_finite():

@@ -110,16 +110,6 @@ def test_the_error_of_a_map_is_that_of_its_rows():
     assert np.isnan(sums.error_of(torch.from_numpy(matrix * np.nan)))
 
 
-def test_mapped_inputs():
-    x, r = data(2, 60)
-    matrix = np.random.default_rng(3).normal(size=(4, 7))
-    ones = torch.ones(4, dtype=torch.float64)
-    sums = equations(x[:50], r[:50])
-    sums.keep(torch.from_numpy(x[50:]), torch.from_numpy(r[50:]))
-    found = sums.mapped(torch.from_numpy(matrix)).solve(0.1, ones, 1.0).numpy()
-    np.testing.assert_allclose(found, expected(x @ matrix.T, r, 0.1, np.ones(4)), atol=1e-5)
-
-
 def test_products_of_bfloat16_are_exact():
     x, r = data(4, 300)
     x = torch.from_numpy(x).bfloat16()

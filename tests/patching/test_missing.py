@@ -6,8 +6,13 @@ import torch
 
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
-from shallower.patching.missing import FARTHEST, missing_equations, missing_rows
-from shallower.patching.states import StateSet, Stored
+from shallower.patching.states import (
+    FARTHEST,
+    StateSet,
+    Stored,
+    missing_equations,
+    missing_rows,
+)
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.patching import descent, held_out, solver
+from shallower.models.residual_writers import Writers, find_writers
+from shallower.patching import descent, least_squares, solver
 from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
 from shallower.patching.saving import PATCH_FILE
@@ -37,14 +38,13 @@ def loss(model, words):
     return sh.evaluate_loss(model, words, HELD_OUT).nats
 
 
-@pytest.mark.parametrize("method", ["refit", "map"])
 @pytest.mark.parametrize("blocks", [[range(3, 5)], [range(2, 3), range(5, 6)]])
-def test_a_patch_lowers_the_loss_of_a_cut(model, words, method, blocks):
+def test_a_patch_lowers_the_loss_of_a_cut(model, words, blocks):
     base = loss(model, words)
     with sh.without_layers(model, blocks):
         cut = loss(model, words)
         shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    done = patch(model, words, blocks, texts=TEXTS, method=method)
+    done = patch(model, words, blocks, texts=TEXTS)
     patched = loss(model, words)
     assert base < cut
     assert patched < cut - 0.1 * (cut - base)
@@ -138,60 +138,33 @@ def test_all_matrices_behind_the_cut_go_on_down(model, words):
     assert sh.Patch.from_json(json.loads(json.dumps(done.to_json()))) == done
 
 
-def test_the_map_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
-    monkeypatch.setattr(held_out, "RIDGES", (0.1,))
+def test_the_feed_forward_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
+    monkeypatch.setattr(least_squares, "RIDGES", (0.1,))
     monkeypatch.setattr(solver, "FIRST_WEIGHTS", (0.01,))
+    monkeypatch.setattr(descent, "RATE", 0.0)
+    monkeypatch.setattr(
+        solver, "find_writers", lambda *a, **k: Writers(None, find_writers(*a, **k).feed_forward)
+    )
     model = copy.deepcopy(learned)
     fitted = [text for index, text in enumerate(TEXTS) if index % 8 != 7]
     ids = torch.tensor(words(fitted)["input_ids"])
     taken = {}
     down = learned.model.layers[2].mlp.down_proj
-    hook = down.register_forward_hook(lambda _, args, out: taken.update(x=args[0], y=out))
+    hook = down.register_forward_hook(lambda _, args, _out: taken.update(x=args[0]))
     with torch.inference_mode():
         states = learned(input_ids=ids, output_hidden_states=True).hidden_states
     hook.remove()
     weight = np.where(np.arange(24) == 0, 0.1, 1.0)[None, :, None]
-    y, missing = taken["y"].double().numpy(), (states[5] - states[3]).double().numpy()
-    rest = y[:, 1:].reshape(-1, 32)
-    y, missing = ((weight * v).reshape(-1, 32) for v in (y, missing))
+    x, missing = taken["x"].double().numpy(), (states[5] - states[3]).double().numpy()
+    width = x.shape[-1]
+    rest = x[:, 1:].reshape(-1, width)
+    x, missing = ((weight * v).reshape(-1, v.shape[-1]) for v in (x, missing))
     ridge = 0.1 * np.square(rest).sum(0).mean()
-    solved = np.linalg.solve(y.T @ y + ridge * np.eye(32), y.T @ missing).T
-    expected = (np.eye(32) + solved) @ down.weight.detach().double().numpy()
-    patch(model, words, [range(3, 5)], texts=TEXTS, method="map")
+    solved = np.linalg.solve(x.T @ x + ridge * np.eye(width), x.T @ missing).T
+    expected = down.weight.detach().double().numpy() + solved
+    patch(model, words, [range(3, 5)], texts=TEXTS)
     found = model.model.layers[2].mlp.down_proj.weight.detach().double().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_magnitude_multiplies_the_stream_itself(model, words, monkeypatch):
-    losses = iter([2.0, 3.0, 2.5])  # as if it helped
-    monkeypatch.setattr(solver.Patching, "_loss", lambda *_: next(losses))
-    model = model.double()
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in [*twin.model.layers[:3], *twin.model.layers[5:]]:
-            layer.mlp.down_proj.weight.mul_(1.3)
-    model = copy.deepcopy(twin)
-    scale = patch(model, words, [range(3, 5)], texts=TEXTS, method="magnitude").scales[0]
-    assert scale > 1.01
-    sh.drop_layers(twin, [range(3, 5)])
-    twin.model.layers[3].register_forward_pre_hook(lambda _, args: (scale * args[0], *args[1:]))
-    ids = torch.tensor(words(HELD_OUT)["input_ids"])
-    with torch.inference_mode():
-        torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=0, atol=1e-4)
-
-
-def test_magnitude_changes_biases_and_cuts_what_the_scan_chose(words, monkeypatch):
-    """The biases count in the identity of the model, which is another one before it is cut."""
-    losses = iter([2.0, 3.0, 2.5])  # as if it helped
-    monkeypatch.setattr(solver.Patching, "_loss", lambda *_: next(losses))
-    model = tiny_llama(6, attention_bias=True, mlp_bias=True)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.mlp.down_proj.bias)
-    blocks = sh.scan(model, words, TEXTS[:20]).best_blocks(2, 5)
-    best = next(block for block in blocks if block.stop < 6)
-    done = patch(model, words, [best], texts=TEXTS[:40], method="magnitude")
-    assert (done.plan.blocks, done.plan.strategy) == ((best,), "similarity")
-    assert len(model.model.layers) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -220,7 +193,7 @@ def test_transposed_weights_too(words):
 
 
 def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
-    monkeypatch.setattr(held_out, "RIDGES", (1e12,))
+    monkeypatch.setattr(least_squares, "RIDGES", (1e12,))
     monkeypatch.setattr(descent, "RATE", 0.0)
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -232,14 +205,14 @@ def test_a_patch_that_does_not_help_leaves_the_model_alone(words, monkeypatch):
 
 def test_a_patch_without_enough_memory_says_what_to_set(model, words, monkeypatch):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    sums = solver.Patching._sums
+    sums = solver.Solver._sums
 
     def fail(work, layer, writers):
         if work.changes:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sums(work, layer, writers)
 
-    monkeypatch.setattr(solver.Patching, "_sums", fail)
+    monkeypatch.setattr(solver.Solver, "_sums", fail)
     with pytest.raises(sh.PatchError, match=r"with 16 texts of at most 256 .* lower batch_size"):
         patch(model, words, [range(3, 5)], texts=TEXTS)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
@@ -260,7 +233,6 @@ def test_families_without_such_a_matrix_are_refused(words, name, reason):
     ("layers", "texts", "options", "reason"),
     [
         ([range(2)], TEXTS, {}, r"no layer before the block \[0, 2\)"),
-        ([range(3, 5)], TEXTS, {"method": "magic"}, "expected one of refit, map, magnitude"),
         ([range(3, 5)], TEXTS[:7], {}, "7 texts are too few"),
         ([range(3, 5)], [], {}, "0 texts are too few"),
         ([range(3, 5)], ["w1"] * 16, {}, "too few"),
@@ -313,7 +285,7 @@ def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
 def test_the_command_carries_out_a_plan_and_prints_json(folder):
     sh.Plan(8, (sh.Block(2, 3), sh.Block(5, 6))).save(folder / "plan.json")
     out = str(folder / "by_plan")
-    done = run(folder, "--plan", "plan.json", "--out", out, "--json", "--method", "map")
+    done = run(folder, "--plan", "plan.json", "--out", out, "--json")
     assert done.status == 0, done.err
     values = json.loads(done.out)
     assert values["written"] == out

@@ -11,7 +11,7 @@ import torch
 import shallower as sh
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import Writers
-from shallower.patching import missing
+from shallower.patching import states
 from shallower.patching.quick import HELD, RIDGES, QuickPatch, find_writers
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import blocks_of
@@ -81,7 +81,7 @@ def rows_of(whole, cut, batches, layer, target):
 def no_farther(rows, aims):
     """What is missing, at first tokens at most FARTHEST times as long as the others' mean aim."""
     shares = [
-        min(1.0, missing.FARTHEST * norms[1:].mean() / np.linalg.norm(r[0]))
+        min(1.0, states.FARTHEST * norms[1:].mean() / np.linalg.norm(r[0]))
         for r, norms in zip(rows, (np.linalg.norm(a, axis=1) for a in aims), strict=True)
     ]
     return [np.vstack([s * r[:1], r[1:]]) for s, r in zip(shares, rows, strict=True)]
@@ -128,11 +128,11 @@ def slow_twin(model, batches, dropped):
     return found, tuple(ridges)
 
 
-@pytest.mark.parametrize("farthest", [missing.FARTHEST, 0.5])
+@pytest.mark.parametrize("farthest", [states.FARTHEST, 0.5])
 @pytest.mark.parametrize("dropped", [(3, 4), SCATTERED, (1,)])
 def test_matrices_are_those_of_the_slow_twin(model, words, dropped, farthest, monkeypatch):
     """Within 1e-3 of matrices of about 1; texts of 3 to 20 words, so that there is padding."""
-    monkeypatch.setattr(missing, "FARTHEST", farthest)
+    monkeypatch.setattr(states, "FARTHEST", farthest)
     batches = batches_of(words, TEXTS + sentences(16))
     expected, ridges = slow_twin(model, batches, dropped)
     quick = QuickPatch(Layerwise(model), batches)
@@ -157,14 +157,14 @@ def test_a_first_token_that_is_out_of_reach_costs_the_others_little(words):
 
     def loss(farthest):
         with pytest.MonkeyPatch.context() as patching:
-            patching.setattr(missing, "FARTHEST", farthest)
+            patching.setattr(states, "FARTHEST", farthest)
             with (
                 QuickPatch(Layerwise(model), batches).patched(plan_of((3,), 6)),
                 sh.without_layers(model, [3]),
             ):
                 return sh.evaluate_loss(model, words, held_out).nats
 
-    assert loss(missing.FARTHEST) < loss(float("inf"))
+    assert loss(states.FARTHEST) < loss(float("inf"))
 
 
 def test_the_ridges_of_the_test_differ(model, words):

@@ -43,10 +43,6 @@ def patch_command(
     out: Out,
     drop: Drop = None,
     plan: PlanPath = None,
-    method: Annotated[
-        Literal["refit", "map", "magnitude"],
-        typer.Option(help="Solve the matrices anew, put a map behind one, or scale norms."),
-    ] = "refit",
     eval_texts: Annotated[
         str | None,
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
@@ -80,10 +76,10 @@ def patch_command(
 ) -> None:
     """Drop layers and heal the cut in minutes, with no parameter added.
 
-    The layer before the cut is solved anew by least squares to make what the dropped layers
-    made; then all matrices from there on take at most 48 steps towards the whole model's next
-    words, as far as the loss on held-out text falls. A patch that does not help is not saved.
-    Patch, then heal, is the recommended way.
+    The layer before the cut is solved by least squares to make what the dropped layers made;
+    then all matrices from there on take at most 48 gradient steps towards the whole model's
+    next-token distributions, as far as the loss on held-out text falls. A patch that does not
+    help is not saved. Patch, then heal, is the recommended way.
     """
     from ..cutting.plans import agreed_plan
     from ..runs.cache import open_cache
@@ -99,7 +95,7 @@ def patch_command(
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     output = output_of(
         open_cache(no_cache or dry_run), "patch", out, models={"model": place},
-        texts={"texts": source, "eval_texts": held_out}, layers=named, method=method,
+        texts={"texts": source, "eval_texts": held_out}, layers=named,
         num_tokens=num_tokens, tokens=[max_length, batch_size], device_memory=device_memory,
     )  # fmt: skip
     if reuse(output, overwrite, lambda value: _say(value, out, as_json)):
@@ -111,15 +107,15 @@ def patch_command(
         device_memory=device_memory,
     )  # fmt: skip
     if dry_run:
-        asked = {"patch": model, "drop": ranges(wanted.dropped), "method": method, "texts": texts}
-        say_dry_run({**asked, "memory": plan_memory(), "write": [str(out)]}, as_json)
+        planned = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
+        say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.folder import patch_to_folder
 
     loaded, tokenizer = load(place)
     done, losses = patch_to_folder(
-        loaded, tokenizer, wanted, texts=source, out=out, eval_texts=held_out, method=method,
+        loaded, tokenizer, wanted, texts=source, out=out, eval_texts=held_out,
         max_length=max_length, batch_size=batch_size, num_tokens=num_tokens, overwrite=overwrite,
     )  # fmt: skip
     evaluated = {name: loss.to_json() for name, loss in losses.items()}

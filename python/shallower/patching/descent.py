@@ -1,12 +1,12 @@
-"""The way down from a patched cut: its matrices move to where the whole model's words are.
+"""Gradient descent from a patched cut towards the whole model's next-token distributions.
 
-What falls is the divergence of the cut model's next-token distributions from those of the whole
-model. Its slopes are taken backwards through the cut, layer after layer, so that the slopes of one
-layer's matrices are there at a time. So is its graph: the layer runs anew from the states before
-it, but on a CPU whose memory has room for the graphs of more. Every matrix takes steps of Adam
-(1412.6980) with second moments of rows and columns alone (Adafactor, 1804.04235), each a share of
-the root mean square of its own entries: one rate does for matrices of any width. Moves are kept
-beside the old values, so that steps below a dtype's grain add up.
+The loss is the divergence of the cut model's distributions from those of the whole model. Its
+gradient is taken backwards through the cut, layer after layer, so that only one layer's gradients
+are held at a time. So is its graph: the layer runs anew from the states before it, but on a CPU
+whose memory has room for the graphs of more. Every matrix takes steps of Adam (1412.6980) with
+second moments of rows and columns alone (Adafactor, 1804.04235), each a share of the root mean
+square of its own entries: one rate does for matrices of any width. Moves are kept beside the old
+values, so that steps below a dtype's grain add up.
 """
 
 import math
@@ -32,7 +32,7 @@ STEP_TOKENS = 2048
 """Tokens of a step, of whole batches: at least so many, where there are."""
 
 PASSES = 2
-"""Times that the same texts are gone through, at most."""
+"""Passes over the texts, at most."""
 
 RATE = 0.002
 """The size of a step, as a share of the root mean square of a matrix's entries."""
@@ -41,7 +41,7 @@ WARM_UP, DECAY = 4, 0.6
 """Steps in which the rate grows, and the share of all steps in which it falls to nothing."""
 
 MOMENTUM, SQUARES = 0.9, 0.99
-"""What of the mean slope, and of the mean square, is kept from step to step."""
+"""Decay of the mean gradient, and of the mean square, from step to step."""
 
 MOST = 10.0
 """The largest step of one entry, in those of the rate: an outer product misjudges some."""
@@ -51,15 +51,7 @@ COPIES = 4
 
 
 def drawn(batches: Sequence[Batch]) -> list[list[int]]:
-    """Draw the batches of every step.
-
-    Args:
-        batches: to fit, by length.
-
-    Returns:
-        The indices of each step's batches, those of all lengths in any order. No batch comes
-        again before its turn in the next pass.
-    """
+    """Draw the batches of the steps of one pass: their indices, of all lengths in any order."""
     order = list(range(len(batches)))
     random.Random(0).shuffle(order)
     steps: list[list[int]] = []
@@ -73,26 +65,18 @@ def drawn(batches: Sequence[Batch]) -> list[list[int]]:
     return steps[:STEPS]
 
 
+def num_steps(batches: Sequence[Batch]) -> int:
+    """Steps that a descent on these batches takes."""
+    return min(STEPS, PASSES * len(drawn(batches)))
+
+
 def rate_at(step: int, steps: int) -> float:
-    """Give the rate of a step: it grows from step to step, stays, and falls in a line.
-
-    Args:
-        step: counted from 0.
-        steps: all of them.
-
-    Returns:
-        The rate.
-    """
+    """The rate of a step, counted from 0: a linear warm-up, a plateau, and a linear decay."""
     return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
 class Moving:
-    """One matrix on its way, or several of a kind in one tensor, in the memory of the CPU.
-
-    Args:
-        module: the module that has it.
-        name: its name there.
-    """
+    """One matrix that descends, or several of a kind in one tensor, in the memory of the CPU."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
@@ -110,12 +94,9 @@ class Moving:
         return self._base.ndim > 2
 
     def step(self, slopes: torch.Tensor, rate: float, changes: Changes) -> None:
-        """Take a step.
+        """Take a step along float32 slopes of the matrix's shape, on the device to compute on.
 
-        Args:
-            slopes: of the matrix's shape, in float32, on the device of the step's work.
-            rate: the size of the step, as a share of the entries' root mean square.
-            changes: what is told of changes.
+        The rate is a share of the root mean square of the entries.
         """
         self._steps += 1
         device, squares = slopes.device, slopes.square()
@@ -137,25 +118,13 @@ class Moving:
         changes.change(self.module, self.name, self._base.to(device).float() + move)
 
     def put(self, share: float, changes: Changes) -> None:
-        """Put the matrix somewhere on its way.
-
-        Args:
-            share: of the way; nothing is the old value, bit for bit.
-            changes: what is told of changes.
-        """
+        """Set the matrix to a share of its move; 0 is the old value, bit for bit."""
         value = self._base if share == 0 else self._base.float().add(self._move, alpha=share)
         changes.change(self.module, self.name, value)
 
 
 def matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Find the matrices of a layer.
-
-    Args:
-        layer: of a decoder.
-
-    Yields:
-        The module that has one, and its name there; each once.
-    """
+    """Find the matrices of a layer, each once: its module, and its name there."""
     seen: set[int] = set()
     for module in layer.modules():
         for name, _ in module.named_parameters(recurse=False):
@@ -166,14 +135,9 @@ def matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def graph_bytes(layer: nn.Module, tokens: int) -> int:
-    """Count what the graph of a layer's forward takes, about.
+    """Estimate the bytes of the graph of a layer's forward on so many tokens, with padding.
 
-    Args:
-        layer: of a decoder.
-        tokens: of its inputs, padding included.
-
-    Returns:
-        Twice the inputs and outputs of its linear maps, in bytes.
+    Twice the inputs and outputs of its linear maps.
     """
     maps = [m.weight for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
     size = max((weight.itemsize for weight in maps if weight.is_floating_point()), default=2)
@@ -181,15 +145,10 @@ def graph_bytes(layer: nn.Module, tokens: int) -> int:
 
 
 class Descent:
-    """The way down of a cut model.
+    """The descent of a patched cut.
 
-    Args:
-        model: with the matrices of the patched cut.
-        layers: those that are left from the first whose matrices move on, ascending.
-        states: texts, with the cut's states before the first of the layers, and the whole model's
-            behind all of its own.
-        changes: what is told of changes.
-        ran: is told of batches that ran through a layer.
+    ``layers`` are those left from the first whose matrices move on, ascending. ``states`` hold the
+    cut's states before the first of them, and the whole model's behind all of its own layers.
     """
 
     def __init__(
@@ -199,9 +158,8 @@ class Descent:
         *,
         states: StateSet,
         changes: Changes,
-        ran: Callable[[int], None],
     ) -> None:
-        self._model, self._states, self._changes, self._ran = model, states, changes, ran
+        self._model, self._states, self._changes = model, states, changes
         self._moving = {
             layer: [Moving(*found) for found in matrices(model.modules[layer])] for layer in layers
         }
@@ -210,20 +168,17 @@ class Descent:
         # A card runs a layer again in less time than its memory is worth.
         self._room = free_bytes(device) // 4 if device.type == "cpu" else 0
 
-    def go(self) -> None:
-        """Take all steps."""
+    def run(self, advance: Callable[[int], object] = lambda _steps: None) -> None:
+        """Take all steps; ``advance`` is called with 1 after each."""
         drawn_steps = drawn(self._states.batches)
-        steps = min(STEPS, PASSES * len(drawn_steps))
+        steps = num_steps(self._states.batches)
         for number in range(steps):
             chosen = drawn_steps[number % len(drawn_steps)]
             self._step(chosen, rate_at(number, steps))
+            advance(1)
 
     def put(self, share: float) -> None:
-        """Put all matrices somewhere on their way.
-
-        Args:
-            share: of the way; nothing is where it began, bit for bit.
-        """
+        """Set all matrices to a share of their moves; 0 is where they began, bit for bit."""
         for moving in self._moving.values():
             for one in moving:
                 one.put(share, self._changes)
@@ -241,12 +196,10 @@ class Descent:
                 ]
             passed.append([run for run, _ in entered])
             states = [reached for _, reached in entered]
-            self._ran(len(batches))
         slopes = [
             self._behind_last(batch, last, self._states.whole[index])
             for batch, last, index in zip(batches, states, chosen, strict=True)
         ]
-        self._ran(len(batches))
         for layer in reversed(self._moving):
             self._step_layer(layer, batches, passed.pop(), slopes, rate)
 
@@ -300,7 +253,6 @@ class Descent:
                     total = sums[place]
                     if part is not None:
                         sums[place] = part.float() if total is None else total.add_(part)
-                self._ran(1)
             for one, total in zip(moving, sums, strict=True):
                 if total is not None:  # experts that no token was sent to have none
                     one.step(total, rate, self._changes)
@@ -326,16 +278,9 @@ class Descent:
 
 
 def divergence_slopes(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Take the slopes of the divergence from the whole model, a few rows of logits at a time.
+    """Take the slopes of Σ KL(whole ‖ cut) in the cut's final states, a few rows at a time.
 
-    Args:
-        head: of the model.
-        cut: (R, D) final states of the cut, as the head gets them.
-        whole: (R, D), those of the whole model.
-
-    Returns:
-        (R, D), the slopes of Σ KL(whole ‖ cut) in the cut's states; the distributions are in the
-        dtype of the logits.
+    All are (R, D), states as the head gets them; the distributions are in the dtype of the logits.
     """
     slopes = torch.empty_like(cut)
     sizes = part_sizes(len(cut), COPIES * head.vocab_size)
@@ -351,15 +296,9 @@ def divergence_slopes(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> tor
 
 
 def least(descent: Descent, loss: Callable[[], float], nats: float) -> float:
-    """Go down as far as a loss falls: the whole way, half of it, or not at all.
+    """Keep the whole of a descent, half of it or none: what has the least loss, which is returned.
 
-    Args:
-        descent: that was gone.
-        loss: measures the model.
-        nats: the loss before.
-
-    Returns:
-        The least loss, with which the model is left.
+    ``loss`` measures the model; ``nats`` was the loss before the descent.
     """
     found = {0.0: nats}
     for share in (1.0, 0.5):

@@ -25,7 +25,6 @@ def patch_to_folder(
     texts: Iterable[str],
     out: str | Path,
     eval_texts: Iterable[str] | None = None,
-    method: str = "refit",
     max_length: int = 256,
     batch_size: int = 16,
     num_tokens: int | None = None,
@@ -34,27 +33,9 @@ def patch_to_folder(
 ) -> tuple[Patch, dict[str, Loss]]:
     """Patch a model in place, save it, and measure it on text that no choice was made on.
 
-    Args:
-        model: the whole model, in float32, bfloat16 or float16.
-        tokenizer: its tokenizer.
-        layers: a plan, or blocks, ranges or indices to drop, 0-based.
-        texts: calibration texts, as for :func:`shallower.patch`.
-        out: a folder that does not exist yet, or is empty.
-        eval_texts: held-out texts; nothing is measured without them.
-        method: ``refit``, ``map`` or ``magnitude``.
-        max_length: tokens of a text at most.
-        batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most, as for :func:`shallower.patch`.
-        overwrite: replace what is at ``out``, once the new checkpoint is complete.
-        progress: whether to show bars on standard error; by default if that is a terminal.
-
-    Returns:
-        The record of the patch, and the losses in nats a token on ``eval_texts`` by name:
-        ``whole``, ``cut`` and ``patched``.
-
-    Raises:
-        PatchError, TextsError, PlanError, LayersError, ModelError: as :func:`shallower.patch`.
-        OutputError: ``out`` holds something already, or cannot be written to.
+    ``texts`` are calibration texts, as for :func:`shallower.patch`; without ``eval_texts`` nothing
+    is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``. Raises
+    as :func:`shallower.patch`, and OutputError if ``out`` is in use or cannot be written to.
     """
     check_free(Path(out), overwrite)
     decoder = Decoder.of(model)
@@ -76,7 +57,7 @@ def patch_to_folder(
     with without_layers(model, plan.blocks):
         measure("cut")
     done = patch(
-        model, tokenizer, plan, texts=texts, method=method, max_length=max_length,
+        model, tokenizer, plan, texts=texts, max_length=max_length,
         batch_size=batch_size, num_tokens=num_tokens, progress=progress,
     )  # fmt: skip
     measure("patched")

@@ -2,9 +2,13 @@
 
 Beside the sums, one Gram matrix and one cross product, a solution takes one copy of both: the
 copy of the Gram matrix is factored in place, that of the cross product becomes the map.
+
+How much a map may change, and how much first tokens count, is chosen on held-out tokens by the
+equations and the errors on some thousand kept rows: no layer runs, and no loss is measured.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,9 +32,9 @@ KEPT_ROWS = 512
 def _exact_in_bfloat16(dtype: torch.dtype) -> Iterator[None]:
     """Let products of float32 round their factors to bfloat16, if that is what they come from.
 
-    A CPU then multiplies in bfloat16. CUDA takes TF32, which has bfloat16's exponents and three
-    bits more. Either way such factors are not rounded, and the sums are float32. A process that
-    has set this backend by backend, of which torch gives no common word, is left its own choice.
+    A CPU then multiplies in bfloat16, CUDA in TF32, which has bfloat16's exponents and three bits
+    more. Either way such factors are not rounded, and the sums are float32. A process that has
+    set this backend by backend, for which torch has no common name, keeps its own choice.
     """
     before = None
     if dtype == torch.bfloat16:
@@ -65,16 +69,7 @@ class NormalEquations:
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
-        """Start with sums of zero.
-
-        Args:
-            inputs: F.
-            outputs: D.
-            device: the device of the sums.
-
-        Returns:
-            Sums over no tokens.
-        """
+        """Start with the sums over no tokens."""
         gram, cross = (
             torch.zeros(inputs, columns, dtype=torch.float64, device=device)
             for columns in (inputs, outputs)
@@ -82,12 +77,7 @@ class NormalEquations:
         return cls(gram, cross)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            inputs: (N, F), of any float dtype.
-            targets: (N, D), of any float dtype.
-        """
+        """Add tokens: inputs (N, F) and targets (N, D), of any float dtype."""
         for x, r in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
             wide, right = x.float(), r.float()
             with _exact_in_bfloat16(x.dtype):
@@ -106,61 +96,29 @@ class NormalEquations:
         self.gram[start:stop, stop:] += products[stop - start :].T
 
     def keep(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Keep a few tokens apart from the sums.
-
-        Args:
-            inputs: (N, F), of any float dtype.
-            targets: (N, D), of any float dtype.
-        """
+        """Keep a few tokens apart from the sums: (N, F) and (N, D), of any float dtype."""
         self.kept.append((inputs, targets))
 
     def join(self, other: "NormalEquations") -> None:
-        """Add the tokens of other equations.
-
-        Args:
-            other: of the same inputs and outputs, on the same device.
-        """
+        """Add the tokens of other equations of the same widths, on the same device."""
         self.gram += other.gram
         self.cross += other.cross
         self.count += other.count
         self.kept += other.kept
 
     def error_of(self, solution: torch.Tensor) -> float:
-        """Measure a map on the tokens of these sums, the kept ones aside.
+        """Sum the squared errors of a (D, F) float64 map, less those of no map at all.
 
-        Args:
-            solution: (D, F) float64.
-
-        Returns:
-            The sum of its squared errors, less that of no map at all; NaN for one that is not
-            there.
+        Over the tokens of these sums, without the kept ones; NaN for a map that holds NaN.
         """
         quadratic = (solution @ self.gram).mul_(solution).sum()
         return float(quadratic - 2 * (solution * self.cross.mT).sum())
 
-    def mapped(self, matrix: torch.Tensor) -> "NormalEquations":
-        """Map the inputs: the sums of y = ``matrix`` x.
-
-        Args:
-            matrix: (G, F).
-
-        Returns:
-            New sums of G inputs.
-        """
-        matrix = matrix.to(self.gram)
-        kept = [(x.to(matrix) @ matrix.T, r) for x, r in self.kept]
-        return NormalEquations(matrix @ self.gram @ matrix.T, matrix @ self.cross, self.count, kept)
-
     def solve(self, ridge: float, penalty: torch.Tensor, kept_weight: float = 0.0) -> torch.Tensor:
-        """Find the map with the least sum of squared errors and penalties.
+        """Find the (D, F) float64 map with the least sum of squared errors and penalties.
 
-        Args:
-            ridge: cost of the squares of the map's entries.
-            penalty: (F,) float64, the factor of ``ridge`` for each input.
-            kept_weight: how many times each of the kept tokens counts.
-
-        Returns:
-            (D, F) float64; NaN where the equations have no solution.
+        Each square of an entry costs ``ridge`` times the (F,) float64 ``penalty`` of its input, and
+        each kept token counts ``kept_weight`` times. NaN where the equations have no solution.
         """
         gram, solution = self.gram.clone(), self._turned_cross()
         self._add_kept(gram, solution, kept_weight)
@@ -174,7 +132,7 @@ class NormalEquations:
         return solution.masked_fill_(info != 0, torch.nan)
 
     def _turned_cross(self) -> torch.Tensor:
-        """(D, F), a copy."""
+        """Copy the cross product as (D, F)."""
         return self.cross.mT.clone(memory_format=torch.contiguous_format)
 
     def _add_kept(self, gram: torch.Tensor, cross: torch.Tensor, weight: float) -> None:
@@ -196,6 +154,120 @@ class NormalEquations:
     def scale(self) -> torch.Tensor:
         """The mean square of an input, as a sum over tokens."""
         return self.gram.diagonal().mean()
+
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Penalties on the change of a matrix, as shares of its inputs' mean square, ascending."""
+
+FIRST_RIDGE = 0.1
+"""The penalty that is tried first; its neighbours follow, as long as one of them is better."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """Tokens by which maps are compared.
+
+    Attributes:
+        parts: inputs (N, F) and targets (N, D), batch by batch.
+        reached: the sum of squares of the states that the targets lead to.
+    """
+
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    reached: float = 0.0
+
+    def error(self, solution: torch.Tensor | None = None) -> float:
+        """Sum the squared errors of a (D, F) map; of no map at all by default."""
+        total = 0.0
+        for inputs, targets in self.parts:
+            left = targets.float()
+            if solution is not None:
+                turned = solution.float().T
+                pieces = zip(inputs.split(ROWS), left.split(ROWS), strict=True)
+                left = torch.cat([r - x.float() @ turned for x, r in pieces])
+            total += float(left.double().square().sum())
+        return total
+
+
+@dataclass(slots=True)
+class HeldOut:
+    """Held-out tokens.
+
+    Attributes:
+        others: all tokens but the first of every text.
+        firsts: the first tokens, which carry massive activations.
+    """
+
+    others: Rows = field(default_factory=Rows)
+    firsts: Rows = field(default_factory=Rows)
+
+    def relative_error(self, solution: torch.Tensor) -> float:
+        """Sum both kinds' squared errors of a (D, F) map, as shares of the states' squares.
+
+        Norms stand before all that read the stream, so that an error counts by its share. Every
+        token reads the first one: all of them together count as much as all others. Infinity
+        where it is not finite.
+        """
+        kinds = self.others, self.firsts
+        total = sum(rows.error(solution) / rows.reached for rows in kinds if rows.reached)
+        return total if math.isfinite(total) else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A map that was chosen.
+
+    Attributes:
+        solution: (D, F) float64.
+        ridge: its penalty, as a share of the inputs' mean square.
+        first_weight: how many times a first token counted.
+    """
+
+    solution: torch.Tensor
+    ridge: float
+    first_weight: float
+
+
+def choose(
+    fitted: NormalEquations,
+    held_out: HeldOut,
+    penalty: torch.Tensor,
+    *,
+    first_weights: Sequence[float],
+    start: float = FIRST_RIDGE,
+) -> Choice | None:
+    """Choose the map with the least relative error on held-out tokens; None if none is finite.
+
+    From ``start``, one of ``RIDGES``, the penalty descends to a least error with the first of the
+    weights; then the other weights of first tokens are tried with it.
+    """
+    errors: dict[tuple[float, float], float] = {}
+    last: list[torch.Tensor] = []
+
+    def error(ridge: float, weight: float) -> float:
+        if (ridge, weight) not in errors:
+            last[:] = [fitted.solve(ridge, penalty, weight)]
+            errors[ridge, weight] = held_out.relative_error(last[0])
+        return errors[ridge, weight]
+
+    best, weight = _nearest(start), first_weights[0]
+    while True:
+        around = [i for i in (best, best + 1, best - 1) if 0 <= i < len(RIDGES)]
+        least = min(around, key=lambda i: error(RIDGES[i], weight))
+        if least == best:
+            break
+        best = least
+    ridge = RIDGES[best]
+    weight = min(first_weights, key=lambda w: error(ridge, w))
+    if math.isinf(error(ridge, weight)):
+        return None
+    if next(reversed(errors)) != (ridge, weight):
+        last[:] = [fitted.solve(ridge, penalty, weight)]
+    return Choice(last[0], ridge, weight)
+
+
+def _nearest(ridge: float) -> int:
+    """The index of the penalty that is nearest to one."""
+    return min(range(len(RIDGES)), key=lambda index: abs(math.log(RIDGES[index] / ridge)))
 
 
 class SolverBytes(NamedTuple):
@@ -229,16 +301,9 @@ def solver_bytes(
 ) -> SolverBytes:
     """Count what normal equations take beside the model and its forward.
 
-    Args:
-        inputs: F; of both writers of a layer together, for their joint equations.
-        outputs: D.
-        batch_tokens: tokens of a batch, padding included.
-        kept_tokens: first tokens, one for each text that is fitted.
-        value_bytes: bytes of a value of the model.
-        held_tokens: tokens by which solutions are chosen.
-
-    Returns:
-        The bytes, by what they are for.
+    ``inputs`` is F, of both writers of a layer together for their joint equations, and ``outputs``
+    D; ``batch_tokens`` include padding, ``kept_tokens`` are first tokens, one a text that is
+    fitted, and ``held_tokens`` those that solutions are chosen on.
     """
     sums = 8 * inputs * (inputs + outputs)
     row = inputs * value_bytes + outputs * 4

@@ -1,13 +1,9 @@
-"""Healing in minutes: the layer before a cut is solved anew, in closed form, and moves on.
+"""Healing in minutes: the layer before a cut is solved in closed form, then all behind it descend.
 
-The last matrix of that layer's feed-forward writes into the residual stream. It is found
-again by least squares, so that the stream jumps to where the dropped layers would have taken it,
-x^(stop) of the whole model. No parameter is added, and the checkpoint stays standard.
-
-Three methods: ``refit`` solves the matrix itself, from its own inputs; then all matrices from there
-on take a few steps towards the whole model's next words. ``map`` puts a D×D map
-behind it (ReplaceMe, 2505.02819); ``magnitude`` only closes the gap between the norms
-(Prune&Comp, 2507.18212).
+The last matrices of that layer, which write into the residual stream, are found again by least
+squares, so that the stream jumps to where the dropped layers would have taken it, x^(stop) of the
+whole model. Then all matrices from there on take a few steps towards the whole model's next-token
+distributions. No parameter is added, and the checkpoint stays standard.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,11 +21,10 @@ from ..models.offload import require_no_disk
 from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
+from ..values.tokens import Tokens
 from .changes import Changes
-from .solver import Patching
-from .states import divide
-
-METHODS = ("refit", "map", "magnitude")
+from .solver import Solver
+from .states import divide, no_layer_before
 
 NUM_TOKENS, CPU_TOKENS = 131_072, 32_768
 """Tokens to fit by default, at most, on a GPU and on a CPU."""
@@ -41,7 +36,6 @@ def patch(
     layers: Plan | Layers,
     *,
     texts: Iterable[str],
-    method: str = "refit",
     max_length: int = 256,
     batch_size: int = 16,
     num_tokens: int | None = None,
@@ -56,13 +50,12 @@ def patch(
             indices to drop, 0-based.
         texts: calibration texts, read once; every eighth is held out, to choose by and to
             report on.
-        method: ``refit``, ``map`` or ``magnitude``.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
         num_tokens: tokens to fit, at most; by default 131,072, on a CPU 32,768. Their states lie
-            in temporary files: at most three times ``num_tokens`` times D values. For ``refit`` the
-            matrices that move are held four times in the memory of the CPU, and a model on the CPU
-            takes up to a quarter of what is free for the graphs of its layers.
+            in temporary files: at most three times ``num_tokens`` times D values. The matrices
+            that move are held four times in the memory of the CPU, and a model on the CPU takes up
+            to a quarter of what is free for the graphs of its layers.
         progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:
@@ -85,11 +78,13 @@ def patch(
         True
         >>> sh.save_patched(model, tokenizer, "patched", done=done)
     """
-    options = method, max_length, batch_size, num_tokens, progress
-    with _solved(model, tokenizer, layers, texts, *options) as (done, changes):
-        # By number: blocks that a scan chose know its model, whose biases may have been scaled.
-        drop_layers(model, done.plan.dropped)
-        changes.settle()
+    tokens = Tokens(max_length, batch_size)
+    with _solved(
+        model, tokenizer, layers, texts=texts, tokens=tokens, num_tokens=num_tokens,
+        progress=progress,
+    ) as (done, changes):  # fmt: skip
+        drop_layers(model, done.plan.blocks)
+        changes.commit()
     return done
 
 
@@ -104,28 +99,15 @@ def with_patch(
     num_tokens: int | None = None,
     progress: bool | None = None,
 ) -> Iterator[Patch]:
-    """Patch a model by ``refit`` for as long as the body runs; it is as before afterwards.
-
-    Args:
-        model: the whole model.
-        tokenizer: its tokenizer.
-        layers: as for :func:`patch`.
-        texts: as for :func:`patch`.
-        max_length: tokens of a text at most.
-        num_tokens: as for :func:`patch`.
-        progress: whether to show a bar on standard error.
-
-    Yields:
-        The same as :func:`patch` returns.
-
-    Raises:
-        PatchError, TextsError, PlanError, LayersError, ModelError: as :func:`patch`.
-    """
-    options = "refit", max_length, 16, num_tokens, progress
+    """Patch a model inside the ``with`` statement, as :func:`patch`; it is as before afterwards."""
+    tokens = Tokens(max_length, 16)
     with (
-        _solved(model, tokenizer, layers, texts, *options) as (done, _),
+        _solved(
+            model, tokenizer, layers, texts=texts, tokens=tokens, num_tokens=num_tokens,
+            progress=progress,
+        ) as (done, _),
         without_layers(model, done.plan.blocks),
-    ):
+    ):  # fmt: skip
         yield done
 
 
@@ -134,54 +116,56 @@ def _solved(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     layers: Plan | Layers,
+    *,
     texts: Iterable[str],
-    method: str,
-    max_length: int,
-    batch_size: int,
+    tokens: Tokens,
     num_tokens: int | None,
     progress: bool | None,
 ) -> Iterator[tuple[Patch, Changes]]:
-    """Solve the matrices of a model that still has all of its layers.
+    """Solve the matrices of a model that keeps all of its layers.
 
-    Yields the patch, and the weights that changed: what is not settled by the body is put back.
+    Yields the patch and the weights that changed: unless the body commits, the old ones return.
     """
-    if method not in METHODS:
-        raise PatchError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    if num_tokens is not None and num_tokens < 1:
-        raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
-    require_no_disk(model)
-    decoder = Decoder.of(model)
-    plan = Plan.of(len(decoder), layers)
-    plan.check_model(decoder.identity)
-    plan = replace(plan, model=decoder.identity)
-    if plan.blocks[0].start == 0 and method != "magnitude":
-        raise PatchError(
-            f"there is no layer before the block {plan.blocks[0]} that could be solved anew: "
-            f"drop later layers, or use the method magnitude"
-        )
+    plan = _plan_of(model, layers)
     fitted, held_out = divide(
-        tokenizer, texts, max_length=max_length, batch_size=batch_size,
-        num_tokens=num_tokens or (CPU_TOKENS if decoder.device.type == "cpu" else NUM_TOKENS),
-    )  # fmt: skip
+        tokenizer, texts, tokens=tokens, num_tokens=_num_tokens(model, num_tokens)
+    )
     changes = Changes()
     try:
         try:
-            with torch.no_grad(), Patching(
-                Layerwise(model), plan, fitted, held_out, changes, progress
-            ) as work:  # fmt: skip
-                done = work.magnitude() if method == "magnitude" else work.solve(method)
+            with torch.no_grad(), Solver(Layerwise(model), plan, fitted, held_out, changes) as work:
+                done = work.solve(progress)
         except torch.OutOfMemoryError as error:
             raise PatchError(
-                f"there is not enough memory to patch with {batch_size} texts of at most "
-                f"{max_length} tokens in one forward: lower batch_size (--batch-size), or let "
-                f"layers wait in the memory of the CPU (device_map, --device-map)"
+                f"there is not enough memory to patch with {tokens.texts} texts of at most "
+                f"{tokens.max_length} tokens in one forward: lower batch_size (--batch-size), or "
+                f"let layers wait in the memory of the CPU (device_map, --device-map)"
             ) from error
         if not done.patched < done.cut:
             raise PatchError(
                 f"the patch does not help: the loss on {done.num_held_out} held-out tokens is "
                 f"{done.patched:.4f} nats with it and {done.cut:.4f} without, of "
-                f"{done.original:.4f} before the cut; give more texts, or another method"
+                f"{done.original:.4f} before the cut; give more texts, or drop other layers"
             )
         yield done, changes
     finally:
-        changes.take_back()
+        changes.undo()
+
+
+def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
+    """The plan of a cut that can be patched."""
+    require_no_disk(model)
+    decoder = Decoder.of(model)
+    plan = Plan.of(len(decoder), layers)
+    plan.check_model(decoder.identity)
+    if plan.blocks[0].start == 0:
+        raise no_layer_before(plan.blocks[0])
+    return replace(plan, model=decoder.identity)
+
+
+def _num_tokens(model: PreTrainedModel, num_tokens: int | None) -> int:
+    if num_tokens is None:
+        return CPU_TOKENS if Decoder.of(model).device.type == "cpu" else NUM_TOKENS
+    if num_tokens < 1:
+        raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
+    return num_tokens

@@ -29,14 +29,21 @@ from ..values.layers import blocks_of
 from ..values.plan import Plan
 from .changes import Changes
 from .least_squares import NormalEquations
-from .missing import FARTHEST, missing_equations, no_writer, not_finite
-from .states import StateSet, Stored
+from .states import (
+    FARTHEST,
+    StateSet,
+    Stored,
+    missing_equations,
+    no_layer_before,
+    no_writer,
+    not_finite,
+)
 
 RIDGES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
 """Penalties that are tried, as shares of the inputs' mean square, until one is worse."""
 
 HELD = 4
-"""Every so many texts one is held out while the ridge is chosen; then all are fitted."""
+"""Every fourth text is held out while the ridge is chosen; then all are fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +51,9 @@ class QuickFits:
     """What a quick patch has changed.
 
     Attributes:
-        layers: the layers whose last matrix was solved anew, ascending.
-        ridges: the penalty that each was solved with, as a share of its inputs' mean square on
-            the texts that it was chosen on.
+        layers: the layers whose last matrix was solved, ascending.
+        ridges: the penalty of each, as a share of its inputs' mean square on the texts that it
+            was chosen on.
     """
 
     layers: tuple[int, ...]
@@ -67,21 +74,13 @@ class _Part:
 
 
 class QuickPatch:
-    """Quick patches of cuts of one model, on the same texts.
+    """Quick patches of cuts of one model, on the same texts: a few thousand tokens.
 
-    The whole model runs on them once, when the first cut is patched.
-
-    Args:
-        model: the whole model, in float32, bfloat16 or float16.
-        batches: texts to fit, padded on the right: a few thousand tokens.
-        room: bytes of the CPU's memory that the whole model's states may take,
-            ``(L+1)·tokens·D`` values of the model's dtype; more lie in a temporary file. By default
-            a quarter of what is free.
-        ran: is told of layers that ran, and on how many texts each. That a layer's writers are
-            looked for, on one text and once, is not counted.
-
-    Raises:
-        TextsError: there are fewer than two texts.
+    The whole model runs on them once, when the first cut is patched; its states,
+    ``(L+1)·tokens·D`` values of the model's dtype, lie in memory within ``room`` bytes, by default
+    a quarter of what is free, and else in a temporary file. ``ran`` is called with the layers that
+    ran and the texts that they ran on, but for the search of a layer's writers, on one text.
+    Raises TextsError for fewer than two texts.
     """
 
     def __init__(
@@ -139,23 +138,17 @@ class QuickPatch:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that a patch depends on beside the model and the texts, as plain JSON values."""
+        """What a patch depends on beside the model and the texts, as plain JSON values."""
         return {
             "patch": "quick", "ridges": list(RIDGES), "farthest": FARTHEST, "held": HELD,
         }  # fmt: skip
 
     @contextmanager
     def patched(self, plan: Plan) -> Iterator[QuickFits]:
-        """Patch the model for as long as the body runs; it keeps all of its layers.
+        """Patch the model inside the ``with`` statement; it keeps all of its layers.
 
         The body leaves out the layers that the plan drops. Afterwards every weight is what it
         was, bit for bit.
-
-        Args:
-            plan: the layers that are left out.
-
-        Yields:
-            What has changed.
 
         Raises:
             PatchError: there is no layer before a block; the one that is there does not write by
@@ -175,7 +168,7 @@ class QuickPatch:
                 ) from error
             yield fits
         finally:
-            changes.take_back()
+            changes.undo()
 
     def _run_whole(self, part: _Part) -> None:
         for index, batch in enumerate(part.batches):
@@ -197,10 +190,7 @@ class QuickPatch:
         blocks = blocks_of(plan.dropped)
         layers = tuple(block.start - 1 for block in blocks)
         if layers[0] < 0:
-            raise PatchError(
-                f"there is no layer before the block {blocks[0]} that could be solved anew: drop "
-                f"later layers"
-            )
+            raise no_layer_before(blocks[0])
         states = [
             StateSet(part.batches, part.whole[blocks[0].stop], part.whole[layers[0]])
             for part in self._parts
@@ -215,7 +205,7 @@ class QuickPatch:
         return QuickFits(layers, tuple(ridges))
 
     def _fit(self, layer: int, states: Sequence[StateSet], changes: Changes) -> float:
-        """Solve the last matrix of a layer, and give the ridge that was chosen."""
+        """Solve the last matrix of a layer; returns the ridge that was chosen."""
         with resident(self._model.modules[layer]):
             writer = self._writer(layer)
             fitted, held = (

@@ -1,44 +1,48 @@
-"""The texts of a patch as batches, and the states of two models on them, in files."""
+"""The texts of a patch as batches, the states of two models on them, and what one misses."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import TextsError
-from ..models.layerwise import rows
+from ..errors import PatchError, TextsError
+from ..models.layerwise import Layerwise, rows
+from ..models.residual_writers import Writer
 from ..texts.batches import Batch, TokenBatches, untouched
+from ..values.layers import Block
 from ..values.tokens import Tokens
+from .least_squares import HeldOut, NormalEquations
 
 MAX_HELD_OUT = 8192
 """Tokens on which choices are made, at most."""
+
+FARTHEST = 12.0
+"""How far a text's first token is moved at most, in mean norms of the other tokens' states.
+
+It carries massive activations (Sun et al., 2402.17762), some hundred times as long, that one layer
+makes. Where that layer is dropped, all of them are out of reach of one matrix, and what comes near
+costs the other tokens; norms stand before all that reads the stream, so that a part does as well.
+"""
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 def divide(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     *,
-    max_length: int,
-    batch_size: int,
+    tokens: Tokens,
     num_tokens: int,
 ) -> tuple[list[Batch], list[Batch]]:
     """Divide texts into batches to fit and batches held out, every eighth text.
 
-    Args:
-        tokenizer: the tokenizer of the model.
-        texts: any iterable of strings; as many are read as are needed.
-        max_length: tokens of a text at most.
-        batch_size: texts in a batch.
-        num_tokens: tokens to fit, at most.
-
-    Returns:
-        Batches to fit, and batches held out.
-
-    Raises:
-        TextsError: there are too few texts.
+    No more texts are read than ``num_tokens`` to fit take. Raises TextsError if there are too few.
     """
     counts = [0, 0]
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
@@ -49,19 +53,14 @@ def divide(
             break
         if counts[held] < enough[held]:
             with untouched(tokenizer):
-                encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+                encoded = tokenizer(text, truncation=True, max_length=tokens.max_length)[
+                    "input_ids"
+                ]
             parts[held].append((len(encoded), text))
             counts[held] += len(encoded)
     # Texts of one length together: less padding.
     fitted, held_out = (
-        list(
-            TokenBatches(
-                tokenizer,
-                [text for _, text in sorted(part)],
-                Tokens(max_length, batch_size),
-                min_tokens=2,
-            )
-        )
+        list(TokenBatches(tokenizer, [text for _, text in sorted(part)], tokens, min_tokens=2))
         for part in parts
     )
     if not fitted or not held_out:
@@ -73,13 +72,9 @@ def divide(
 
 
 class Stored:
-    """States of batches on the CPU, in memory or in one temporary file.
+    """States of batches on the CPU, (B, T, D) a batch, in memory or in one temporary file.
 
-    Args:
-        file: the file to make; None for memory.
-        batches: the batches.
-        width: D.
-        dtype: dtype of the states.
+    Without a ``file`` to make, they lie in memory.
     """
 
     def __init__(
@@ -104,7 +99,7 @@ class Stored:
 
 @dataclass(slots=True)
 class StateSet:
-    """Batches with the states of the whole and of the cut model after the same layers.
+    """Batches with the states of the whole and of the cut model.
 
     Attributes:
         batches: token ids.
@@ -117,31 +112,115 @@ class StateSet:
     cut: Stored
 
 
-def first_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
-    """Take the states of the first tokens of the texts.
-
-    Args:
-        batch: padded on the right.
-        states: (B, T, D), on any device.
-
-    Returns:
-        (B, D).
-    """
+def _first_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+    """(B, D) of (B, T, D): the first tokens of the texts."""
     mask = np.zeros(batch.input_ids.shape, dtype=bool)
     mask[:, 0] = True
     return rows(states, mask)
 
 
-def other_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
-    """Take the states of all tokens but the first and the padding.
-
-    Args:
-        batch: padded on the right.
-        states: (B, T, D), on any device.
-
-    Returns:
-        (N, D).
-    """
+def _other_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+    """(N, D) of (B, T, D): all tokens but the first and the padding."""
     mask = batch.attention_mask.astype(bool)
     mask[:, 0] = False
     return rows(states, mask)
+
+
+def missing_equations(
+    model: Layerwise, layer: int, writers: Sequence[Writer], *, states: StateSet
+) -> NormalEquations:
+    """Run a layer, and sum up what is missing behind it to the whole model's states.
+
+    ``states`` are the cut model's before the layer, and those of the whole model to reach behind
+    it: first tokens come as near as :data:`FARTHEST` lets them. Inputs of the equations are those
+    of the layer's writers, joined; first tokens are kept apart, and padding is in neither.
+    """
+    equations: NormalEquations | None = None
+    for batch, inputs, missing, _ in _missing(model, layer, writers, states):
+        if equations is None:
+            sizes = inputs.shape[-1], missing.shape[-1]
+            equations = NormalEquations.empty(*sizes, inputs.device)
+        equations.add(_other_rows(batch, inputs), _other_rows(batch, missing))
+        equations.keep(_first_rows(batch, inputs), _first_rows(batch, missing))
+    assert equations is not None
+    return equations
+
+
+def missing_rows(
+    model: Layerwise, layer: int, writers: Sequence[Writer], *, states: StateSet
+) -> HeldOut:
+    """Run a layer on held-out texts, and keep what :func:`missing_equations` sums, by token."""
+    held_out = HeldOut()
+    kinds = (held_out.others, _other_rows), (held_out.firsts, _first_rows)
+    for batch, inputs, missing, aim in _missing(model, layer, writers, states):
+        for kind, take in kinds:
+            kind.parts.append((take(batch, inputs), take(batch, missing)))
+            kind.reached += float(take(batch, aim).double().square().sum())
+    return held_out
+
+
+def _missing(
+    model: Layerwise, layer: int, writers: Sequence[Writer], states: StateSet
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run a layer batch by batch: (B, T, F) inputs, and what is missing to (B, T, D) states.
+
+    Then the (B, T, D) states that are aimed at: with first tokens no farther than ``FARTHEST``.
+    """
+    for index, batch in enumerate(states.batches):
+        with _inputs([writer.module for writer in writers]) as taken:
+            output = model.run(batch, states.cut[index], (layer,))
+        inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
+        aim = states.whole[index].to(output.device, torch.float32, copy=True)
+        missing = aim - output.float()
+        missing[:, 0] *= _share_within_reach(batch, aim, missing[:, 0])
+        aim[:, 0] = output[:, 0].float() + missing[:, 0]
+        yield batch, inputs, missing, aim
+
+
+def _share_within_reach(batch: Batch, aim: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """(B, 1): how much of what is missing at the first tokens, (B, D), is aimed at."""
+    others = torch.from_numpy(batch.attention_mask[:, 1:]).to(aim)
+    mean = (aim[:, 1:].norm(dim=-1) * others).sum(-1) / others.sum(-1).clamp(min=1.0)
+    return (FARTHEST * mean / first.norm(dim=-1).clamp(min=TINY)).clamp(max=1.0)[:, None]
+
+
+@contextmanager
+def _inputs(modules: Sequence[nn.Module]) -> Iterator[Callable[[], list[torch.Tensor]]]:
+    """Watch modules; gives a function that returns their last inputs."""
+    taken: dict[int, torch.Tensor] = {}
+
+    def keep(place: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            taken[place] = args[0]
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(keep(place)) for place, m in enumerate(modules)]
+    try:
+        yield lambda: [taken[place] for place in range(len(modules))]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def no_layer_before(block: Block) -> PatchError:
+    """The error for a block that begins with the first layer."""
+    return PatchError(
+        f"there is no layer before the block {block} that could be solved anew: drop later layers"
+    )
+
+
+def no_writer(layer: int) -> PatchError:
+    """The error for a layer that cannot be solved."""
+    return PatchError(
+        f"layer {layer}, before the block, does not write into the residual stream by a plain "
+        f"linear map (experts, a norm behind it, or quantised weights): load the model "
+        f"unquantised, or drop another block"
+    )
+
+
+def not_finite() -> PatchError:
+    """The error for states that are no numbers."""
+    return PatchError(
+        "the states before a block are not finite: load the model as bfloat16 or float32 (--dtype)"
+    )

@@ -152,8 +152,6 @@ def patch_table(patch: Patch) -> Table:
         table.add_row(", ".join(fit.matrices), *cells)
     for nats in patch.descent:
         table.add_row("all matrices from there on, by steps", "", "", f"{nats:.4f}")
-    if not patch.fits:
-        table.add_row("all layers behind the cut, scaled", "", "", f"{patch.patched:.4f}")
     return table
 
 

@@ -40,16 +40,16 @@ class Patch:
 
     Attributes:
         plan: the plan that was carried out.
-        method: ``refit``, ``map`` or ``magnitude``.
+        method: ``refit``; records of older versions may name ``map`` or ``magnitude``.
         num_tokens: tokens that were fitted.
         num_held_out: tokens that choices were made on.
         original: loss of the whole model, in nats a token.
         cut: loss of the cut before the patch, in nats a token.
         patched: loss of the patched cut, in nats a token.
         fits: the layers that were solved anew.
-        scales: for ``magnitude``, the growth of the norms across each block.
-        descent: for ``refit``, the loss after the steps that all matrices from the first of these
-            layers on took together; empty where they did not help.
+        scales: of ``magnitude`` only, the growth of the norms across each block.
+        descent: the loss after the steps that all matrices from the first of these layers on
+            took together; empty where they did not help.
     """
 
     plan: Plan
@@ -70,23 +70,13 @@ class Patch:
         return (self.cut - self.patched) / lost if lost > 0 else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """Give the patch as plain JSON values.
-
-        Returns:
-            The fields, the plan as JSON, and ``recovered``.
-        """
+        """The fields, the plan as JSON, and ``recovered``, as plain JSON values."""
         values = {**asdict(self), "plan": self.plan.to_json(), "recovered": self.recovered}
         return {"format": "shallower.patch", "version": 1, **values}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Patch":
-        """Read a patch from plain JSON values.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The patch.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: the values are not those of a patch.
