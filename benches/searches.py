@@ -28,7 +28,7 @@ from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.runs import demo
-from shallower.runs.journal import Journal
+from shallower.runs.store import Journal
 from shallower.texts.batches import Batch
 from shallower.values.layers import ranges
 

@@ -57,11 +57,11 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
 def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     shallower, folder, asked, models, monkeypatch
 ):
-    from shallower.runs.cache import Cache
+    from shallower.runs.store import Store
 
     command = [*asked, models / "deeper", "--out", "out"]
     with monkeypatch.context() as patched:
-        patched.setattr(Cache, "put", lambda *_arguments, **_options: None)
+        patched.setattr(Store, "put", lambda *_arguments, **_options: None)
         assert shallower(*command).status == 0
     done = shallower(*command)
     assert done.status == 0, done.err
@@ -73,16 +73,6 @@ def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
 def test_compare_goes_on_with_a_model_that_is_not_there(shallower, folder, asked):
     for _ in range(2):
         assert shallower(*asked, folder / "gone", "--out", "out").status == 1
-
-
-def test_a_damaged_entry_ends_a_comparison_of_several_models(shallower, folder, asked, models):
-    from shallower.runs.cache import cache_folder
-
-    assert shallower(*asked).status == 0
-    for entry in cache_folder().glob("choice/*.json"):
-        entry.write_bytes(entry.read_bytes()[:-9])
-    assert "--no-cache" in shallower(*asked, models / "deeper", "--out", "out").error
-    assert tree(folder) == {}
 
 
 def test_compare_lists_the_criteria(shallower):

@@ -344,17 +344,6 @@ def test_texts_that_report_choose_nothing():
     assert not {*splits.fit, *splits.choose} & set(HELD_OUT)
 
 
-def test_a_damaged_entry_is_named(model, words, tmp_path, monkeypatch):
-    asked = {"n": [1], "criteria": ["deepest"]}
-    sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    from shallower.runs.cache import cache_folder
-
-    for entry in cache_folder().glob("comparison/*.json"):
-        entry.write_bytes(entry.read_bytes()[:-20])
-    with pytest.raises(sh.CacheError, match="no-cache"):
-        sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-
-
 @pytest.mark.slow
 def test_the_real_model(smol, data):
     texts = [json.loads(line)["text"] for line in (data / "text" / "c4.jsonl").open()]

@@ -153,7 +153,7 @@ def test_another_size_of_forward_is_no_damage(model, words, monkeypatch):
     monkeypatch.setattr(
         comparing, "fitting_tokens", lambda *given: replace(fitted(*given), batch_size=2)
     )
-    monkeypatch.setattr("shallower.runs.cache.Cache.find", lambda *_: None)
+    monkeypatch.setattr("shallower.runs.store.Store.find", lambda *_: None)
     assert sh.compare(model, words, TEXTS, HELD_OUT, **asked).rows
 
 

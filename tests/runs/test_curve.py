@@ -236,7 +236,7 @@ class Killed(BaseException):
     [
         ("shallower.runs.curve_job.write_file", 1),
         ("shallower.runs.curve_job.write_file", 4),
-        ("shallower.runs.cache.Cache.put", 6),
+        ("shallower.runs.store.Store.put", 6),
         ("shallower.runs.curve_points.loss_as_it_is", 2),
         ("shallower.scanning.scan.Scan.save", 1),
     ],

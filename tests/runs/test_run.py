@@ -314,10 +314,10 @@ def hashes(out):
 @pytest.mark.parametrize(
     ("place", "after"),
     [
-        pytest.param("shallower.runs.cache.Cache.put", 5, marks=pytest.mark.slow),
-        ("shallower.runs.cache.Cache.put", 7),
-        pytest.param("shallower.runs.journal.Journal.append", 20, marks=pytest.mark.slow),
-        ("shallower.runs.journal.Journal.append", 60),
+        pytest.param("shallower.runs.store.Store.put", 5, marks=pytest.mark.slow),
+        ("shallower.runs.store.Store.put", 7),
+        pytest.param("shallower.runs.store.Journal.append", 20, marks=pytest.mark.slow),
+        ("shallower.runs.store.Journal.append", 60),
         ("shallower.runs.recommending.save_patched", 0),
         pytest.param("shallower.runs.recommending.verify_checkpoint", 0, marks=pytest.mark.slow),
         pytest.param("shallower.reporting.results.Run.save", 0, marks=pytest.mark.slow),

@@ -19,8 +19,8 @@ from .options import (
 from .output import reuse, say_dry_run, say_scan
 
 if TYPE_CHECKING:
-    from ..runs.cache import Cache
-    from ..runs.outputs import Output
+    from ..runs.done import Output
+    from ..runs.store import Store
 
 
 def analyse_command(
@@ -61,7 +61,7 @@ def analyse_command(
     heat_map.png, for plan. States that scan --keep-states wrote give the same scan again.
     """
     from ..reporting.figures import draw_heat_map
-    from ..runs.cache import open_cache
+    from ..runs.store import open_store
     from ..scanning.analyse import analyse_states
     from ..scanning.states_file import StatesFile
     from ..storage import check_free
@@ -70,10 +70,10 @@ def analyse_command(
     path = out / SCAN_FILE
     names = metric_names(metrics)
     output = _output(
-        open_cache(no_cache or dry_run), states, out, tensor=tensor, metrics=names,
+        open_store(no_cache or dry_run), states, out, tensor=tensor, metrics=names,
         keep_samples=keep_samples, cka_batch=cka_batch,
     )  # fmt: skip
-    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
+    if reuse(output, lambda _: _say_again(out, as_json)):
         return
     check_free(path, overwrite)
     if dry_run:
@@ -98,24 +98,21 @@ def analyse_command(
     say_scan(scanned, written, as_json)
 
 
-def _output(cache: "Cache", states: Path, out: Path, **settings: Any) -> "Output":
-    """The scan of a file, as the cache remembers it.
+def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output":
+    """The scan of a file, as the store remembers it.
 
     The file is known by its place and time of change: to hash it would take longer than the scan.
     """
     from ..reporting.figures import HEAT_MAP_FILE
-    from ..runs.cache_keys import file_inputs, made_by
-    from ..runs.outputs import Output
+    from ..runs.done import Output
+    from ..runs.inputs import file_inputs, made_by
     from ..values.files import SCAN_FILE
 
-    def describe() -> dict[str, Any] | None:
+    def inputs() -> dict[str, Any] | None:
         file = file_inputs(states)
         return None if file is None else {"states": file, **settings, "made_by": made_by()}
 
-    names = (SCAN_FILE, HEAT_MAP_FILE)
-    return Output(
-        cache, "analyse", out, describe, names=names, claimed=names[:1], keep_content=True
-    )
+    return Output(store, "analyse", out, inputs, names=(SCAN_FILE, HEAT_MAP_FILE))
 
 
 def _say_again(out: Path, as_json: bool) -> None:

@@ -1,12 +1,15 @@
 """``shallower cache``: what was measured before."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Json
 from .output import print_json, show
+
+if TYPE_CHECKING:
+    from ..runs.store import Store
 
 
 def cache_command(
@@ -18,25 +21,33 @@ def cache_command(
 ) -> None:
     """Show what was measured before, or remove it.
 
-    A command that is given the same model, texts and settings again finds its result in the
+    A command that is given the same model, texts and settings again finds its measurements in the
     cache, and says so; with --no-cache it measures anew. The folder is SHALLOWER_CACHE, else
     shallower in XDG_CACHE_HOME, else ~/.cache/shallower.
     """
-    from ..reporting.tables import cache_table
-    from ..runs.cache import open_cache
+    from ..runs.store import open_store
     from ..values.memory import format_size
 
-    cache = open_cache()
-    folder = None if cache.folder is None else str(cache.folder)
+    store = open_store()
+    folder = None if store.folder is None else str(store.folder)
     named = folder or "no folder: neither SHALLOWER_CACHE nor a home is set"
-    if clear:
-        freed = cache.clear()
-        if as_json:
-            print_json({"folder": folder, "cleared_bytes": freed})
-        else:
-            show(f"removed {format_size(freed)} from {named}")
+    if not clear:
+        _show(store, named, as_json)
         return
-    used = cache.usage()
+    freed = store.clear()
+    if as_json:
+        print_json({"folder": folder, "cleared_bytes": freed})
+    else:
+        show(f"removed {format_size(freed)} from {named}")
+
+
+def _show(store: "Store", named: str, as_json: bool) -> None:
+    """Print what the store holds, and what an earlier version left in its folder."""
+    from ..reporting.tables import cache_table
+    from ..runs.old_entries import old_entries
+    from ..values.memory import format_size
+
+    used = store.usage()
     if as_json:
         kinds = [
             {
@@ -45,7 +56,7 @@ def cache_command(
             }
             for usage in used
         ]  # fmt: skip
-        print_json({"folder": folder, "kinds": kinds})
+        print_json({"folder": store.folder and str(store.folder), "kinds": kinds})
         return
     rows = [
         (usage.kind, usage.entries, format_size(usage.num_bytes), _date(usage.oldest)[:10],
@@ -53,7 +64,9 @@ def cache_command(
         for usage in used
     ]  # fmt: skip
     show(*([cache_table(rows)] if rows else ["nothing was measured yet"]), named)
+    if store.folder is not None and any(old_entries(store.folder)):
+        show("entries of an earlier version lie there, which are not used: --clear removes them")
 
 
-def _date(time: float) -> str:
+def _date(time: int) -> str:
     return datetime.fromtimestamp(time).astimezone().isoformat(timespec="seconds")

@@ -115,8 +115,8 @@ def compare_command(
     """
     if list_criteria:
         return _list(as_json)
-    from ..runs.cache import open_cache
     from ..runs.comparison_job import ComparisonJob
+    from ..runs.store import open_store
     from ..values.layers import parse_sizes
     from ..values.tokens import Tokens, parse_batch_size
 
@@ -131,7 +131,7 @@ def compare_command(
         texts=named, eval_texts=held_out, sizes=wanted, criteria=_names(criteria), judge=judge,
         options=options, tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts,
         seed=seed, spill=spill, out=out, overwrite=overwrite,
-        cache=open_cache(no_cache), command=called(),
+        cache=open_store(no_cache), command=called(),
     )  # fmt: skip
     if dry_run:
         say_dry_run(_described(job, criteria), as_json)

@@ -121,8 +121,8 @@ def curve_command(
     curve.json, written before each next step, and curve.csv. A curve that was cut short goes on
     where it was.
     """
-    from ..runs.cache import open_cache
     from ..runs.curve_job import CurveJob
+    from ..runs.store import open_store
     from ..values.layers import parse_sizes
     from ..values.tokens import Tokens, parse_batch_size
 
@@ -135,7 +135,7 @@ def curve_command(
         pass_at=pass_at, heal_steps=heal_steps, top=top,
         tokens=Tokens(max_length, parse_batch_size(batch_size)), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
-        cache=open_cache(no_cache or dry_run), command=called(),
+        cache=open_store(no_cache or dry_run), command=called(),
     )  # fmt: skip
     if dry_run:
         job.check()

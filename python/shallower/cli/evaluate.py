@@ -100,8 +100,8 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Measure loss, perplexity and tasks, before and after a cut."""
-    from ..runs.cache import open_cache
     from ..runs.evaluate import EvalJob
+    from ..runs.store import open_store
     from ..values.tokens import Tokens, parse_batch_size
 
     job = EvalJob(
@@ -115,7 +115,7 @@ def eval_command(
         ),
         layers=None if drop is None and plan is None else named_layers(drop, plan),
         device_memory=device_memory,
-        cache=open_cache(no_cache or dry_run),
+        cache=open_store(no_cache or dry_run),
     )  # fmt: skip
     wanted = job.plan
     if dry_run:

@@ -23,8 +23,8 @@ from .options import (
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
-    from ..runs.cache import Cache
-    from ..runs.outputs import Output
+    from ..runs.done import Output
+    from ..runs.store import Store
     from ..texts.sources import Texts
     from ..values.healing import Healing
     from ..values.recipe import Recipe
@@ -174,7 +174,7 @@ def heal_command(
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
     from ..processes import is_main_process
-    from ..runs.cache import open_cache
+    from ..runs.store import open_store
     from ..storage import check_free
     from ..values.recipe import Recipe
 
@@ -188,11 +188,11 @@ def heal_command(
     )  # fmt: skip
     recipe.check(original=original is not None, from_patch=from_patch)
     output = _output(
-        open_cache(no_cache or dry_run), model, original, out, texts=(source, held_out),
+        open_store(no_cache or dry_run), model, original, out, texts=(source, held_out),
         recipe=recipe, merge=merge, from_patch=from_patch, device_memory=device_memory,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    if reuse(output, overwrite, lambda _: _say_again(out, as_json)):
+    if reuse(output, lambda _: _say_again(out, as_json)):
         return
     check_free(out, overwrite)
     quiet()
@@ -213,7 +213,7 @@ def heal_command(
 
 
 def _output(
-    cache: "Cache",
+    store: "Store",
     model: str,
     original: str | None,
     out: Path,
@@ -225,22 +225,21 @@ def _output(
     device_memory: str | None,
     trust_remote_code: bool,
 ) -> "Output":
-    """The output of a healing, as the cache remembers it: that of one process."""
+    """The output of a healing, as the store remembers it: that of one process."""
     from ..processes import num_processes
-    from ..runs.cache import Cache
-    from ..runs.outputs import output_of
+    from ..runs.done import output_of
+    from ..runs.store import Store
 
     code = trust_remote_code
     folder = Path(model).expanduser()
     uncut = None if original is None else ModelSource(original, trust_remote_code=code)
     return output_of(
-        cache if num_processes() == 1 else Cache(None), "heal", out,
+        store if num_processes() == 1 else Store(None), "heal", out,
         models={"cut": ModelSource(model, trust_remote_code=code), "original": uncut},
         texts=dict(zip(("texts", "eval_texts"), texts, strict=True)),
         recipe=asdict(recipe), merge=merge, from_patch=from_patch, device_memory=device_memory,
         # Adapters name the place of their model, which may lie beside them.
         base=str(folder.resolve()) if folder.exists() and not merge else None,
-        movable=merge or not from_patch,
     )  # fmt: skip
 
 
@@ -318,15 +317,15 @@ def merge_command(
     time. The result is loaded, and its logits are compared with those of the adapters; if it does
     not fit into memory, every weight is compared with its sum instead.
     """
-    from ..runs.cache import open_cache
-    from ..runs.cache_keys import adapters_inputs
-    from ..runs.outputs import Output
+    from ..runs.done import Output
+    from ..runs.inputs import adapters_inputs
+    from ..runs.store import open_store
     from ..storage import check_free
     from ..values.healing import Healing
 
-    cache = open_cache(no_cache or dry_run)
-    output = Output(cache, "merge", out, lambda: adapters_inputs(adapters, model, cache))
-    if reuse(output, overwrite, lambda _: say_healing(Healing.load(out), out, as_json)):
+    store = open_store(no_cache or dry_run)
+    output = Output(store, "merge", out, lambda: adapters_inputs(adapters, model, store))
+    if reuse(output, lambda _: say_healing(Healing.load(out), out, as_json)):
         return
     check_free(out, overwrite)
     healing = Healing.load(adapters)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..runs.outputs import Output
+    from ..runs.done import Output
     from ..scanning.scan import Scan
 
 
@@ -91,22 +91,16 @@ def say_known(made: str, there: Path | None = None, *, what: str = "") -> None:
     print(said, file=sys.stderr)
 
 
-def reuse(output: "Output", overwrite: bool, say: "Callable[[dict[str, Any]], None]") -> bool:
-    """Print an earlier result of the same inputs, if there is one, and bring it to its place.
+def reuse(output: "Output", say: "Callable[[dict[str, Any]], None]") -> bool:
+    """Print what is there already, made from the same inputs; False if it must be made.
 
-    Args:
-        output: what the command would write.
-        overwrite: whether what is there may be replaced.
-        say: prints the report, from the value that was kept.
-
-    Returns:
-        True if nothing is left to do.
+    ``say`` prints the report, from the value that was kept.
     """
-    known = output.find(overwrite)
+    known = output.find()
     if known is None:
         return False
     say(known.value)
-    say_known(known.made, output.out if known.is_there else None)
+    say_known(known.made, output.out)
     return True
 
 

@@ -82,9 +82,9 @@ def patch_command(
     help is not saved. Patch, then heal, is the recommended way.
     """
     from ..cutting.plans import agreed_plan
-    from ..runs.cache import open_cache
+    from ..runs.done import output_of
     from ..runs.forecast import forecast_source
-    from ..runs.outputs import output_of
+    from ..runs.store import open_store
     from ..storage import check_free
     from ..values.layers import ranges
     from ..values.tokens import Tokens
@@ -94,11 +94,11 @@ def patch_command(
     named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     output = output_of(
-        open_cache(no_cache or dry_run), "patch", out, models={"model": place},
+        open_store(no_cache or dry_run), "patch", out, models={"model": place},
         texts={"texts": source, "eval_texts": held_out}, layers=named,
         num_tokens=num_tokens, tokens=[max_length, batch_size], device_memory=device_memory,
     )  # fmt: skip
-    if reuse(output, overwrite, lambda value: _say(value, out, as_json)):
+    if reuse(output, lambda value: _say(value, out, as_json)):
         return
     check_free(out, overwrite)
     wanted = agreed_plan(model, place.count_layers(), named)

@@ -1,5 +1,6 @@
 """``shallower prune``: a folder on disk or in memory, a GGUF file directly."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -65,8 +66,8 @@ def prune_command(
     A model card, mergekit's config and llama.cpp's list of layers lie beside every cut.
     """
     from ..cutting.prune import plan_prune
-    from ..runs.cache import open_cache
-    from ..runs.prune import cut_output, written_at
+    from ..runs.prune import cut_output
+    from ..runs.store import open_store
 
     layers = named_layers(drop, plan)
     options: dict[str, Any] = {
@@ -74,8 +75,8 @@ def prune_command(
         "gguf_file": gguf_file, "as_gguf": as_gguf, "trust_remote_code": trust_remote_code,
         "verify": verify,
     }  # fmt: skip
-    output = cut_output(open_cache(no_cache or dry_run), model, layers, out=out, **options)
-    if reuse(output, overwrite, lambda value: _say(written_at(value, out), as_json)):
+    output = cut_output(open_store(no_cache or dry_run), model, layers, out=out, **options)
+    if reuse(output, lambda value: _say(_written_at(value, out), as_json)):
         return
     planned = plan_prune(model, layers, out, overwrite=overwrite, **options)
     if dry_run:
@@ -84,6 +85,14 @@ def prune_command(
     if planned.loads_model:
         quiet()
     _say(output.keep(planned.run().to_json()), as_json)
+
+
+def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Name the files of an earlier cut by the place as it is given now."""
+    files = done["written"]
+    if isinstance(files, str):
+        return {**done, "written": str(out)}
+    return {**done, "written": [str(out.with_name(Path(name).name)) for name in files]}
 
 
 def _say(done: dict[str, Any], as_json: bool) -> None:

@@ -30,7 +30,7 @@ from .output import called, print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
     from ..reporting.results import Run
-    from ..runs.outputs import Output
+    from ..runs.done import Output
     from ..runs.run_job import RunJob
     from ..values.target import Target
 
@@ -230,13 +230,13 @@ def _carry_out(
     **asked: Any,
 ) -> None:
     """Make a run, or say it again, or say what it would do; ``demo`` is one like any other."""
-    from ..runs.cache import open_cache
     from ..runs.report import report
     from ..runs.run_job import RunJob
+    from ..runs.store import open_store
 
-    job = RunJob(model=source, cache=open_cache(no_cache), command=called(), **asked)
+    job = RunJob(model=source, cache=open_store(no_cache), command=called(), **asked)
     output = _output(job)
-    if reuse(output, job.overwrite, lambda _: _say_again(job.out, as_json)):
+    if reuse(output, lambda _: _say_again(job.out, as_json)):
         return
     job.check()
     if dry_run:
@@ -250,8 +250,8 @@ def _carry_out(
 
 
 def _output(job: "RunJob") -> "Output":
-    """The output of a run, as the cache remembers it."""
-    from ..runs.outputs import Output
+    """The output of a run, as the store remembers it."""
+    from ..runs.done import Output
     from ..runs.run import RUN_FILES
     from ..values.files import HEALED_FOLDER
 

@@ -78,8 +78,8 @@ def scan_command(
     and, where matplotlib is installed, heat_map.png. An interrupted scan, its kept states too,
     goes on where it was when the same command is given again.
     """
-    from ..runs.cache import open_cache
     from ..runs.scan import ScanJob
+    from ..runs.store import open_store
     from ..values.positions import Positions
     from ..values.tokens import Tokens, parse_batch_size
 
@@ -95,12 +95,12 @@ def scan_command(
         keep_states=keep_states,
         overwrite=overwrite,
         device_memory=device_memory,
-        cache=open_cache(no_cache or dry_run),
+        store=open_store(no_cache or dry_run),
     )
     if dry_run:
         say_dry_run(job.describe(), as_json)
     elif job.known is not None:
         say_scan(*job.reuse(), as_json)
-        say_known(job.known.made, out if job.known.is_there else None)
+        say_known(job.known.made, out)
     else:
         say_scan(*job.run(*load(job.source)), as_json)

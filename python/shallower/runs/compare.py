@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from ..models.source import ModelSource
 from ..values.comparison import CriteriaComparison
 from ..values.tokens import BatchSize, Tokens
-from .cache import open_cache
 from .comparison_job import MAX_EVAL_TEXTS, MAX_TEXTS, SIZES, ComparisonJob
 from .contestants import contestants
+from .store import open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,6 +100,6 @@ def compare(
         criteria=criteria, judge=judge, options=options, tokens=Tokens(max_length, batch_size),
         max_texts=max_texts, max_eval_texts=max_eval_texts, seed=seed,
         spill=None if spill is None else Path(spill), out=None if out is None else Path(out),
-        overwrite=overwrite, cache=open_cache(not cache), progress=progress,
+        overwrite=overwrite, cache=open_store(not cache), progress=progress,
     )  # fmt: skip
     return job.run()

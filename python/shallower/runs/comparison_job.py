@@ -25,11 +25,12 @@ from ..storage import check_free, write_file
 from ..texts.options import OptionItem, options_fingerprint, read_options
 from ..values.comparison import CriteriaComparison
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
+from ..values.hashing import hash_of
 from ..values.layers import layer_number
 from ..values.provenance import versions
 from ..values.tokens import Tokens
-from .cache import Cache, Entry
-from .contestants import InMemory, ModelStore, digest, inputs_of_one
+from .contestants import InMemory, ModelStore, inputs_of_one
+from .store import Entry, Store
 
 if TYPE_CHECKING:
     from ..judgement.comparing import Outcome
@@ -89,7 +90,7 @@ class ComparisonJob:
     spill: Path | None = None
     out: Path | None = None
     overwrite: bool = False
-    cache: Cache = field(default_factory=lambda: Cache(None))
+    cache: Store = field(default_factory=lambda: Store(None))
     command: str = ""
     progress: bool | None = None
     found: list[str] = field(default_factory=list, init=False)
@@ -335,7 +336,7 @@ class ComparisonJob:
         """What tells the texts from others, by the names of the calibration texts."""
         items = options_fingerprint(self.items[0])
         return {
-            name: digest(splits.fit, splits.choose, asdict(self.tokens), items)
+            name: hash_of([splits.fit, splits.choose, asdict(self.tokens), items])
             for name, splits in self.splits.items()
         }
 
@@ -343,7 +344,7 @@ class ComparisonJob:
     def _reported(self) -> str:
         """What tells the texts that report from others."""
         report = next(iter(self.splits.values())).report
-        return digest(report, asdict(self.tokens), options_fingerprint(self.items[1]))
+        return hash_of([report, asdict(self.tokens), options_fingerprint(self.items[1])])
 
 
 def _refuse_twice(names: Sequence[str]) -> None:

@@ -1,7 +1,5 @@
 """The models of a comparison: in memory, and what the cache keeps of each."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..models.source import ModelSource
-from .cache import Cache
-from .cache_keys import machine, made_by, model_inputs
-from .journal import Journal
+from ..values.hashing import hash_of
+from .inputs import machine, made_by, model_inputs
+from .store import Journal, Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +35,7 @@ class InMemory:
 
         return len(find_layers(self.model))
 
-    def inputs(self, cache: Cache) -> dict[str, Any] | None:
+    def inputs(self, cache: Store) -> dict[str, Any] | None:
         """All that the model's results depend on, for the cache; None where it is off."""
         if cache.folder is None:
             return None
@@ -65,12 +63,12 @@ class ModelStore:
         found: when each was measured that was found; filled by :meth:`get`.
     """
 
-    cache: Cache
+    cache: Store
     model: Mapping[str, Any] | None
     found: list[str]
 
     def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Look a result up, as :meth:`Cache.get`, by what it depends on beside the model."""
+        """Look a result up, as :meth:`Store.get`, by what it depends on beside the model."""
         entry = self.cache.find(kind, self._all(inputs))
         if entry is None:
             return None
@@ -78,11 +76,11 @@ class ModelStore:
         return entry.value
 
     def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-        """Keep a result, as :meth:`Cache.put`."""
+        """Keep a result, as :meth:`Store.put`."""
         self.cache.put(kind, self._all(inputs), value)
 
     def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
-        """Open records of trials, as :meth:`Cache.journal`."""
+        """Open records of trials, as :meth:`Store.journal`."""
         return self.cache.journal(kind, self._all(inputs))
 
     def _all(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -144,13 +142,13 @@ def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Tell a tokenizer by all that it is made of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return digest(
+    return hash_of([
         type(tokenizer).__name__, rules, repr(tokenizer.init_kwargs),
         repr(tokenizer.special_tokens_map), tokenizer.truncation_side,
-    )  # fmt: skip
+    ])  # fmt: skip
 
 
-def inputs_of_one(model: ModelSource | InMemory, cache: Cache) -> dict[str, Any] | None:
+def inputs_of_one(model: ModelSource | InMemory, cache: Store) -> dict[str, Any] | None:
     """Tell all that the results of a model depend on, for the cache.
 
     Args:
@@ -161,15 +159,3 @@ def inputs_of_one(model: ModelSource | InMemory, cache: Cache) -> dict[str, Any]
         Plain JSON values; None where it cannot be told, or the cache is off.
     """
     return model_inputs(model, cache) if isinstance(model, ModelSource) else model.inputs(cache)
-
-
-def digest(*values: Any) -> str:
-    """Hash plain JSON values.
-
-    Args:
-        values: in their order.
-
-    Returns:
-        The SHA-256 of their JSON, in hexadecimal digits.
-    """
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -8,10 +8,10 @@ from ..models.source import ModelSource
 from ..values.curve import Curve, State
 from ..values.recipe import Recipe
 from ..values.tokens import BatchSize, Tokens
-from .cache import open_cache
 from .contestants import one_contestant
 from .curve_job import PATCH_TOKENS, SIZES, STRATEGIES, CurveJob
 from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, TOP
+from .store import open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,6 +135,6 @@ def curve(
         num_shots=num_shots, pass_at=pass_at, heal=heal, heal_steps=heal_steps, top=top,
         tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
-        cache=open_cache(not cache), progress=progress,
+        cache=open_store(not cache), progress=progress,
     )  # fmt: skip
     return job.run()

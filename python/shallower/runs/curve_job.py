@@ -18,15 +18,16 @@ from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
 from ..values.curve import OWN_STRATEGIES, STATES, Curve, CurvePoint, State
 from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
+from ..values.hashing import hash_of
 from ..values.identity import title_of
 from ..values.layers import check_sizes, layer_number
 from ..values.recipe import Recipe
 from ..values.tokens import Tokens
-from .cache import Cache, Entry
-from .cache_keys import texts_inputs
-from .contestants import InMemory, ModelStore, digest, inputs_of_one
+from .contestants import InMemory, ModelStore, inputs_of_one
 from .curve_tasks import CurveTasks
+from .inputs import texts_inputs
 from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, NUM_CHOOSING, TOP
+from .store import Entry, Store
 
 if TYPE_CHECKING:
     from ..texts.splits import Splits
@@ -109,7 +110,7 @@ class CurveJob:
     seed: int = 0
     command: str = ""
     overwrite: bool = False
-    cache: Cache = field(default_factory=lambda: Cache(None))
+    cache: Store = field(default_factory=lambda: Store(None))
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -212,7 +213,7 @@ class CurveJob:
     def _identities(self) -> tuple[str, str]:
         """What tells the texts that fit and choose, and those that report, as of a run."""
         tokens, splits = asdict(self.tokens), self.splits
-        return digest(splits.fit, splits.choose, tokens), digest(splits.report, tokens)
+        return hash_of([splits.fit, splits.choose, tokens]), hash_of([splits.report, tokens])
 
     @cached_property
     def inputs(self) -> dict[str, Any] | None:

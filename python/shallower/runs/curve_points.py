@@ -34,10 +34,10 @@ from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
 from ..values.curve import CurvePoint, State
+from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.task_scores import TaskScores
-from .contestants import digest
 from .curve_strategies import CurveStrategies
 from .curve_terms import CurveTerms
 from .gain import GAIN_DEVICE, gain
@@ -260,7 +260,7 @@ class CurvePoints:
         terms, recipe = self._terms, self._terms.heal
         assert recipe is not None
         all_of_them = self._terms.out / HEALING_FOLDER
-        folder = all_of_them / digest(terms.job, list(plan.dropped))[:16]
+        folder = all_of_them / hash_of([terms.job, list(plan.dropped)])[:16]
         cut, healed = folder / "cut", folder / "healed"
         if terms.job is None:
             shutil.rmtree(folder, ignore_errors=True)  # nobody knows of what it is

@@ -6,10 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..values.hashing import hash_of
 from ..values.provenance import LM_EVAL, versions
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize
-from .contestants import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class CurveTasks:
                 items = [task.eval_docs[index] for index in self.chosen.items[name]]
                 solved = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
                 found.append([group.name, name, task.dump_config(), items, solved])
-        return digest(json.dumps(found, default=str))
+        return hash_of([json.dumps(found, default=str)])
 
     def scores(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"

@@ -14,9 +14,9 @@ from ..values.memory import MemoryPlan
 from ..values.plan import Plan
 from ..values.schema import from_fields
 from ..values.tokens import Tokens
-from .cache import Cache
-from .cache_keys import inputs_of
+from .inputs import inputs_of
 from .measures import Measure
+from .store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class ResultCache:
         inputs: all that they depend on beside the layers, or None.
     """
 
-    def __init__(self, cache: Cache, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
+    def __init__(self, cache: Store, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
         self._cache, self._measure, self._inputs = cache, measure, inputs
 
     def get(self, dropped: Sequence[int]) -> Measured | None:
@@ -106,7 +106,7 @@ class EvalJob:
     measures: Sequence[Measure[Any]]
     layers: Plan | list[Block] | None = None
     device_memory: str | None = None
-    cache: Cache = field(default_factory=lambda: Cache(None))
+    cache: Store = field(default_factory=lambda: Store(None))
 
     @cached_property
     def results(self) -> dict[str, ResultCache]:

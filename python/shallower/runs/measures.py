@@ -14,8 +14,8 @@ from ..values.loss import Loss
 from ..values.perplexity import Perplexity
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
-from .cache import Cache
-from .cache_keys import hash_of_files, texts_inputs
+from .inputs import hash_of_files, texts_inputs
+from .store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class Measure(ABC, Generic[T]):
     tokens: Tokens
 
     @abstractmethod
-    def inputs(self, cache: Cache) -> Mapping[str, Any] | None:
+    def inputs(self, cache: Store) -> Mapping[str, Any] | None:
         """Tell all that it depends on beside the model; None where it cannot be told."""
 
     def prepare(self) -> None:
@@ -75,7 +75,7 @@ class LossOfTexts(Measure[Loss]):
     tokens: Tokens = field(default_factory=Tokens)
     kind = "loss"
 
-    def inputs(self, cache: Cache) -> Mapping[str, Any] | None:
+    def inputs(self, cache: Store) -> Mapping[str, Any] | None:
         """Tell the texts by their content."""
         texts = texts_inputs(self.texts, cache)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
@@ -122,7 +122,7 @@ class PerplexityOfText(Measure[Perplexity]):
         """The length of a window."""
         return Tokens(self.context, self.batch_size)
 
-    def inputs(self, cache: Cache) -> Mapping[str, Any]:
+    def inputs(self, cache: Store) -> Mapping[str, Any]:
         """Tell the text by its content."""
         digest = hashlib.sha256(self.text.encode()).hexdigest()
         return {"text": digest, "bos": self.bos, "tokens": asdict(self.tokens)}
@@ -171,7 +171,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         """The length of a prompt that memory is planned for."""
         return Tokens(PROMPT_TOKENS, self.batch_size)
 
-    def inputs(self, cache: Cache) -> Mapping[str, Any] | None:
+    def inputs(self, cache: Store) -> Mapping[str, Any] | None:
         """Tell the task files and their data by content; None for tasks from elsewhere."""
         files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
         try:

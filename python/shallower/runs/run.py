@@ -13,10 +13,10 @@ from ..values.memory import parse_size
 from ..values.recipe import Recipe
 from ..values.target import Target
 from ..values.tokens import BatchSize, Tokens
-from .cache import open_cache
 from .contestants import one_contestant
 from .continuing import PROMPTS
 from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, TOP, RunJob
+from .store import open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,7 +143,7 @@ def run(
         target=target, out=Path(out), top=top, blocks=blocks,
         tokens=Tokens(max_length, batch_size), max_texts=max_texts,
         max_eval_texts=max_eval_texts, threads=threads, prompts=prompts, heal=heal,
-        heal_steps=heal_steps, seed=seed, overwrite=overwrite, cache=open_cache(not cache),
+        heal_steps=heal_steps, seed=seed, overwrite=overwrite, cache=open_store(not cache),
         progress=progress,
     )  # fmt: skip
     return job.run(report)

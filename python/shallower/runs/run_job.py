@@ -24,13 +24,14 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
+from ..values.hashing import hash_of
 from ..values.recipe import Recipe
 from ..values.target import Target
 from ..values.tokens import Tokens
-from .cache import Cache
-from .cache_keys import texts_inputs
-from .contestants import InMemory, ModelStore, digest, inputs_of_one
+from .contestants import InMemory, ModelStore, inputs_of_one
 from .continuing import PROMPTS
+from .inputs import texts_inputs
+from .store import Store
 
 if TYPE_CHECKING:
     from ..texts.splits import Splits
@@ -100,7 +101,7 @@ class RunJob:
     heal_steps: int | None = None
     seed: int = 0
     overwrite: bool = False
-    cache: Cache = field(default_factory=lambda: Cache(None))
+    cache: Store = field(default_factory=lambda: Store(None))
     command: str = ""
     progress: bool | None = None
 
@@ -191,7 +192,7 @@ class RunJob:
         """What tells the texts that fit and choose, and those that report, from others."""
         tokens = asdict(self.tokens)
         splits = self.splits
-        return digest(splits.fit, splits.choose, tokens), digest(splits.report, tokens)
+        return hash_of([splits.fit, splits.choose, tokens]), hash_of([splits.report, tokens])
 
     @cached_property
     def job(self) -> str | None:
@@ -199,14 +200,8 @@ class RunJob:
         if self.cache.folder is None or self._of_model is None:
             return None
         heal = [asdict(self.heal) if isinstance(self.heal, Recipe) else self.heal, self._trained_on]
-        asked = [
-            self.target.to_json(),
-            self.top,
-            self.blocks,
-            [*self.prompts],
-            self.seed,
-        ]
-        return digest(self._of_model, self._identities, asked, heal, self.heal_steps)
+        asked = [self.target.to_json(), self.top, self.blocks, [*self.prompts], self.seed]
+        return hash_of([self._of_model, self._identities, asked, heal, self.heal_steps])
 
     @property
     def _trained_on(self) -> object:

@@ -19,9 +19,9 @@ from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.tokens import Tokens
-from .cache import Cache
-from .cache_keys import inputs_of
-from .outputs import Known, Output
+from .done import Known, Output
+from .inputs import inputs_of
+from .store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,8 +43,8 @@ class ScanJob:
         keep_states: a ``.safetensors`` file for the states, if they are to be kept.
         overwrite: replace what is there, once the new is complete.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
-        cache: where an earlier scan of the same inputs is looked for, and this one kept.
-        known: that scan, if there is one.
+        store: what is remembered of earlier scans.
+        known: of this very scan in this place, if it was made before.
 
     Raises:
         OutputError: a place is taken, or is not one to write to.
@@ -62,7 +62,7 @@ class ScanJob:
     keep_states: Path | None = None
     overwrite: bool = False
     device_memory: str | None = None
-    cache: Cache = field(default_factory=lambda: Cache(None))
+    store: Store = field(default_factory=lambda: Store(None))
     known: Known | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -136,41 +136,30 @@ class ScanJob:
     @cached_property
     def _outputs(self) -> list[Output]:
         """The scan and its heat map, and the states that are kept."""
-        scan = Output(
-            self.cache, "scan", self.out, self._inputs, names=(SCAN_FILE, HEAT_MAP_FILE),
-            claimed=(SCAN_FILE,), keep_content=True,
-        )  # fmt: skip
-        if self.keep_states is None:
-            return [scan]
-        return [scan, Output(self.cache, "states", self.keep_states, lambda: scan.inputs)]
+        names = (SCAN_FILE, HEAT_MAP_FILE)
+        found = [Output(self.store, "scan", self.out, lambda: self._inputs, names)]
+        if self.keep_states is not None:
+            found.append(Output(self.store, "states", self.keep_states, lambda: self._inputs))
+        return found
 
+    @cached_property
     def _inputs(self) -> dict[str, Any] | None:
         """All that the scan depends on, without the threads; None for texts that are read once."""
         if not isinstance(self.texts, Texts | list):
             return None
         return inputs_of(
-            self.cache, {"model": self.source}, {"texts": self.texts},
+            self.store, {"model": self.source}, {"texts": self.texts},
             tokens=asdict(self.tokens), metrics=list(self.metrics),
             positions=asdict(self.positions), keep_samples=self.keep_samples,
             device_memory=self.device_memory,
         )  # fmt: skip
 
     def _look_up(self) -> Known | None:
-        found = [output.look_up(self.overwrite) for output in self._outputs]
+        found = [output.find() for output in self._outputs]
         return None if None in found else found[0]
 
     def reuse(self) -> tuple[Scan, list[Path]]:
-        """Bring the scan that is known to where it is asked for.
-
-        Returns:
-            The scan, and its files, as :meth:`run` gives them.
-
-        Raises:
-            OutputError: a place cannot be written to.
-            CacheError: a file in the cache is damaged.
-        """
-        for output in self._outputs:
-            output.find(self.overwrite)
+        """Read the scan that is there already, and name its files."""
         return self._written(Scan.load(self.out / SCAN_FILE))
 
     def _written(self, scanned: Scan) -> tuple[Scan, list[Path]]:

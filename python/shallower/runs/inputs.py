@@ -20,7 +20,7 @@ from ..models.source import ModelSource
 from ..progress import track
 from ..texts.sources import Texts
 from ..values.provenance import versions
-from .cache import Cache
+from .store import Store
 
 RACY_SECONDS = 0.1
 """A file that changed so recently may change again without another time of change."""
@@ -38,7 +38,7 @@ _DECIDING = (
 """Variables that choose the instructions or devices of a computation."""
 
 
-def model_inputs(source: ModelSource, cache: Cache, *, stat: bool = False) -> dict[str, Any] | None:
+def model_inputs(source: ModelSource, cache: Store, *, stat: bool = False) -> dict[str, Any] | None:
     """Tell what a loaded model depends on: its files, how it is loaded, machine and versions.
 
     Args:
@@ -67,7 +67,7 @@ def model_inputs(source: ModelSource, cache: Cache, *, stat: bool = False) -> di
     }
 
 
-def texts_inputs(texts: Texts | Iterable[str] | None, cache: Cache) -> dict[str, Any] | None:
+def texts_inputs(texts: Texts | Iterable[str] | None, cache: Store) -> dict[str, Any] | None:
     """Tell texts by the strings that are read, whatever file they come from.
 
     Args:
@@ -96,7 +96,7 @@ def texts_inputs(texts: Texts | Iterable[str] | None, cache: Cache) -> dict[str,
 
 
 def inputs_of(
-    cache: Cache,
+    cache: Store,
     models: Mapping[str, ModelSource | None],
     texts: Mapping[str, Texts | Iterable[str] | None],
     **settings: Any,
@@ -126,7 +126,7 @@ def inputs_of(
     return {**found, **settings}
 
 
-def adapters_inputs(adapters: Path, model: str | None, cache: Cache) -> dict[str, Any] | None:
+def adapters_inputs(adapters: Path, model: str | None, cache: Store) -> dict[str, Any] | None:
     """Tell adapters by their files, and by the cut that they were trained for.
 
     Args:
@@ -166,7 +166,7 @@ def file_inputs(path: str | Path) -> list[Any] | None:
         return None
 
 
-def hash_of_files(files: list[Path], cache: Cache) -> str:
+def hash_of_files(files: list[Path], cache: Store) -> str:
     """Hash the names and contents of files; what was hashed before is not read again.
 
     Args:
@@ -246,7 +246,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _local(source: ModelSource, cache: Cache, stat: bool) -> dict[str, Any] | None:
+def _local(source: ModelSource, cache: Store, stat: bool) -> dict[str, Any] | None:
     """A folder by all files directly in it, or a GGUF file; None if it is neither."""
     path = Path(source.path).expanduser()
     if source.gguf_file is not None and path.is_dir():

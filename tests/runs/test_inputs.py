@@ -9,9 +9,9 @@ import time
 import pytest
 
 from shallower.models.source import ModelSource
-from shallower.runs import cache_keys
-from shallower.runs.cache import Cache
-from shallower.runs.cache_keys import file_inputs, made_by, model_inputs, texts_inputs
+from shallower.runs import inputs
+from shallower.runs.inputs import file_inputs, made_by, model_inputs, texts_inputs
+from shallower.runs.store import Store
 from shallower.texts.sources import Texts
 from tests.conftest import write_jsonl
 
@@ -20,7 +20,7 @@ OLD = time.time() - 1000
 
 @pytest.fixture
 def cache(tmp_path):
-    return Cache(tmp_path / "cache")
+    return Store(tmp_path / "cache")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def model(tmp_path):
 
 def settled(path):
     """Wait until a change of the file can be told from the last one by its time."""
-    while time.time() - path.stat().st_ctime < cache_keys.RACY_SECONDS:
+    while time.time() - path.stat().st_ctime < inputs.RACY_SECONDS:
         time.sleep(0.01)
 
 
@@ -86,7 +86,7 @@ def test_a_model_is_hashed_once(model, cache, monkeypatch):
     source = ModelSource(model)
     expected = model_inputs(source, cache)
     calls = []
-    monkeypatch.setattr(cache_keys, "track", lambda *_: calls.append(1))
+    monkeypatch.setattr(inputs, "track", lambda *_: calls.append(1))
     assert model_inputs(source, cache) == expected
     assert calls == []
 
@@ -205,9 +205,9 @@ def test_a_whole_dataset_of_the_hub_is_not_read_for_a_key(cache, monkeypatch):
 
 # The rest.
 def test_a_cache_that_is_off_asks_for_nothing(model, monkeypatch):
-    monkeypatch.setattr(cache_keys, "hash_of_files", None)
-    assert model_inputs(ModelSource(model), Cache(None)) is None
-    assert texts_inputs(["a"], Cache(None)) is None
+    monkeypatch.setattr(inputs, "hash_of_files", None)
+    assert model_inputs(ModelSource(model), Store(None)) is None
+    assert texts_inputs(["a"], Store(None)) is None
 
 
 def test_a_file_that_changes_right_now_is_not_known_by_its_time(tmp_path):
@@ -226,8 +226,8 @@ def test_the_code_and_the_versions_count():
 def test_keys_load_no_torch(model, tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from shallower.runs.cache_keys import *\nfrom shallower.runs.cache import Cache\n"
-        "cache = Cache(Path(sys.argv[2]))\n"
+        "from shallower.runs.inputs import *\nfrom shallower.runs.store import Store\n"
+        "cache = Store(Path(sys.argv[2]))\n"
         "assert model_inputs(ModelSource(sys.argv[1]), cache)\n"
         "assert texts_inputs(['a'], cache)\n"
         "print(*({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules)))"

@@ -1,0 +1,129 @@
+"""Commands that were carried out before: what they left is still there, so they say it again.
+
+The store holds, by the place of an output, the hash of the job that made it, the mark of each of
+its files (the hash of a small one, the size and time of change of a large one), and what the
+command printed. An output that somebody has changed since is nothing that is known.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import file_digest
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..models.source import ModelSource
+from ..texts.sources import Texts
+from ..values.hashing import hash_of
+from .inputs import inputs_of
+from .store import Store
+
+SMALL_BYTES = 16 << 20
+"""Files up to this size are known by their content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a command printed before, and when, in ISO 8601."""
+
+    value: dict[str, Any]
+    made: str
+
+
+@dataclass
+class Output:
+    """The output of a command, and what the store knows of it.
+
+    Attributes:
+        store: where it is remembered.
+        command: by name.
+        out: the folder or file that it writes.
+        inputs: gives all that the output depends on, as JSON values, or None where that cannot be
+            told; called once, and only if something is remembered of this place.
+        names: the files and folders in ``out`` that are the output; all of ``out`` by default.
+    """
+
+    store: Store
+    command: str
+    out: Path
+    inputs: Callable[[], Mapping[str, Any] | None]
+    names: tuple[str, ...] | None = None
+
+    def find(self) -> Known | None:
+        """Look for what this command left here before; None if it must be carried out."""
+        entry = self.store.find("output", self._place)
+        if entry is None or not self._is_intact(entry.value) or self._job is None:
+            return None
+        if entry.value.get("job") != self._job:
+            return None
+        return Known(entry.value["value"], entry.made)
+
+    def keep(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Remember what was just left here, and ``value``, which cannot be read from the files."""
+        if self.store.folder is not None and self._job is not None:
+            try:
+                marks = {name: _mark(path) for name, path in self._files()}
+            except OSError:  # somebody has taken it away already
+                return value
+            found = {"job": self._job, "marks": marks, "value": value}
+            self.store.put("output", self._place, found)
+        return value
+
+    @cached_property
+    def _job(self) -> str | None:
+        inputs = self.inputs()
+        return None if inputs is None else hash_of(inputs)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        names = None if self.names is None else list(self.names)
+        return {"command": self.command, "out": str(self.out.absolute()), "names": names}
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """All files that are the output, by their names in ``out``; ``.`` is ``out`` itself."""
+        tops = [self.out] if self.names is None else [self.out / name for name in self.names]
+        paths = [
+            path
+            for top in tops
+            for path in (sorted(top.rglob("*")) if top.is_dir() else [top])
+            if path.is_file() and not path.is_symlink()
+        ]
+        return [(str(PurePosixPath(path.relative_to(self.out))), path) for path in paths]
+
+    def _is_intact(self, found: Mapping[str, Any]) -> bool:
+        """Whether the files are as they were left; what else lies beside them does not matter."""
+        marks = found.get("marks")
+        if not isinstance(marks, dict) or not isinstance(found.get("value"), dict):
+            return False
+        try:
+            there = dict(self._files())
+            return bool(marks) and all(
+                name in there and _mark(there[name]) == mark for name, mark in marks.items()
+            )
+        except OSError:
+            return False
+
+
+def output_of(
+    store: Store,
+    command: str,
+    out: Path,
+    *,
+    models: Mapping[str, ModelSource | None],
+    texts: Mapping[str, Texts | Iterable[str] | None],
+    **settings: Any,
+) -> Output:
+    """Describe the output of a command that depends on models, texts and settings.
+
+    Models and texts are named by their options, and hashed when that is needed; settings are
+    JSON values, or give themselves as JSON.
+    """
+    return Output(store, command, out, lambda: inputs_of(store, models, texts, **settings))
+
+
+def _mark(path: Path) -> list[Any]:
+    status = path.lstat()
+    if status.st_size <= SMALL_BYTES:
+        with path.open("rb") as file:
+            return [status.st_size, file_digest(file, "sha256").hexdigest()]
+    return [status.st_size, status.st_mtime_ns, status.st_ino]

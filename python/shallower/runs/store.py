@@ -1,0 +1,370 @@
+"""The store: what was measured on the same model, texts and settings is not measured again.
+
+A measurement is found by a hash of all that it depends on, so a changed model or text finds none,
+and nothing ever has to be declared stale. One SQLite file holds the measurements, and the records
+of work that may be interrupted; several processes may use it at once. What was written outlives
+any death of the process. No error of the file ends the work: one warning says so, and the work
+goes on without the store.
+"""
+
+import json
+import os
+import sqlite3
+import warnings
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from time import time
+from typing import Any
+
+from ..errors import CacheError
+from ..values.hashing import hash_of
+from ..values.schema import of_type
+from .old_entries import clear_old
+
+FOLDER_VARIABLE = "SHALLOWER_CACHE"
+"""The variable that names the folder of the store."""
+
+STORE_FILE = "store.sqlite"
+
+BUSY_SECONDS = 10.0
+"""How long one access waits for other processes at most."""
+
+_FORMAT = ["shallower.store", 1]
+_APPLICATION = 0x5368616C  # "Shal": tells the file from databases of other programs
+_VERSION = 1
+_SCHEMA = (
+    "CREATE TABLE measurements"
+    " (key TEXT PRIMARY KEY, kind TEXT, made INTEGER, value TEXT, checksum TEXT)",
+    "CREATE TABLE records (number INTEGER PRIMARY KEY,"
+    " key TEXT, kind TEXT, made INTEGER, value TEXT, checksum TEXT)",
+    "CREATE INDEX records_by_key ON records (key)",
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {_VERSION}",
+)
+_FIND = "SELECT made, value, checksum FROM measurements WHERE key = ?"
+_PUT = "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?)"
+_READ = "SELECT made, value, checksum FROM records WHERE key = ? ORDER BY number"
+_APPEND = "INSERT INTO records (key, kind, made, value, checksum) VALUES (?, ?, ?, ?, ?)"
+_USAGE = """
+SELECT kind, COUNT(*), SUM(LENGTH(value)), MIN(made), MAX(made) FROM (
+    SELECT kind, made, value FROM measurements UNION ALL SELECT kind, made, value FROM records
+) WHERE TYPEOF(kind) = 'text' AND TYPEOF(made) = 'integer' AND made BETWEEN 0 AND 253402300799
+GROUP BY kind ORDER BY kind
+"""
+_NETWORKS = (
+    "9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gluster", "gpfs", "lustre", "nfs", "smb",
+    "virtiofs",
+)  # fmt: skip
+"""How the types of file systems begin whose machines share no memory, which WAL needs."""
+
+_NOT_CLEARED = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
+)  # fmt: skip
+"""Errors of a file that is whole; with any other it is removed instead of emptied."""
+
+
+def store_folder() -> Path | None:
+    """Find the folder of the store, which need not be there.
+
+    ``SHALLOWER_CACHE``, else ``shallower`` in ``XDG_CACHE_HOME``, else in ``~/.cache``; None where
+    no home is known.
+    """
+    own, shared = os.environ.get(FOLDER_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser().absolute()
+        caches = Path(shared) if shared else Path.home() / ".cache"
+        return caches.absolute() / "shallower"
+    except RuntimeError:
+        return None
+
+
+def open_store(no_cache: bool = False) -> "Store":
+    """Open the store of this user, or one that finds and keeps nothing."""
+    return Store(None if no_cache else store_folder())
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A measurement as plain JSON values, and when it was made, in ISO 8601."""
+
+    value: dict[str, Any]
+    made: str
+
+
+@dataclass(frozen=True, slots=True)
+class KindUsage:
+    """The entries of one kind: their number, bytes, and when they were made, in seconds."""
+
+    kind: str
+    entries: int
+    num_bytes: int
+    oldest: int
+    newest: int
+
+
+class Store:
+    """Measurements by what they depend on, and records of work.
+
+    Every method takes ``inputs``: plain JSON values that hold all that the result depends on, or
+    None where that cannot be told, and then nothing is found and nothing kept.
+
+    Attributes:
+        folder: where its file lies, made with the first entry; None for a store that is off.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._file = None if folder is None else _File(folder / STORE_FILE)
+
+    def key(self, kind: str, inputs: Mapping[str, Any]) -> str:
+        """Hash what a result depends on."""
+        return hash_of([_FORMAT, kind, inputs])
+
+    def get(self, kind: str, inputs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """Look up the value of a measurement."""
+        entry = self.find(kind, inputs)
+        return None if entry is None else entry.value
+
+    def find(self, kind: str, inputs: Mapping[str, Any] | None) -> Entry | None:
+        """Look up a measurement, and when it was made."""
+        if self._file is None or inputs is None:
+            return None
+        key = self.key(kind, inputs)
+        found = self._file.entries(_FIND, key, kind)
+        return found[0] if found else None
+
+    def put(self, kind: str, inputs: Mapping[str, Any] | None, value: Mapping[str, Any]) -> None:
+        """Keep a measurement, in place of one of the same inputs."""
+        if self._file is not None and inputs is not None:
+            self._file.write(_PUT, self.key(kind, inputs), kind, value)
+
+    def journal(self, kind: str, inputs: Mapping[str, Any] | None) -> "Journal | None":
+        """Open the records of work that may be interrupted; None if nothing is kept."""
+        if self._file is None or inputs is None:
+            return None
+        return Journal(self._file, self.key(kind, inputs), kind)
+
+    def usage(self) -> list[KindUsage]:
+        """Count the entries and their bytes, by kind."""
+        rows = [] if self._file is None else self._file.rows(_USAGE)
+        return [KindUsage(kind.decode(errors="replace"), *rest) for kind, *rest in rows]
+
+    def clear(self) -> int:
+        """Remove all entries, those of earlier versions too, and count the bytes of their values.
+
+        Other processes may use the store meanwhile. A damaged file is removed. Raises CacheError
+        if the file is held, is not ours, or cannot be written.
+        """
+        if self._file is None or self.folder is None:
+            return 0
+        freed = sum(usage.num_bytes for usage in self.usage())
+        self._file.clear()
+        return freed + clear_old(self.folder)
+
+
+class Journal:
+    """The records of one piece of work, in the order in which they were appended."""
+
+    def __init__(self, file: "_File", key: str, kind: str) -> None:
+        self._file, self._key, self._kind = file, key, kind
+
+    def read(self) -> list[dict[str, Any]]:
+        """Give all records that were appended, by this process or another."""
+        return [entry.value for entry in self._file.entries(_READ, self._key, self._kind)]
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record, which is there whole after any death of the process, or not at all."""
+        self._file.write(_APPEND, self._key, self._kind, record)
+
+
+class _File:
+    """The SQLite file: opened when it is first needed, and no reason for the work to end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, ...] | None = None
+        self._is_off = False
+
+    def __del__(self) -> None:
+        self._close()
+
+    def entries(self, query: str, key: str, kind: str) -> list[Entry]:
+        """Read entries; those that are damaged are left out, and a warning says so."""
+        found = [_entry(key, kind, *row) for row in self.rows(query, key)]
+        if None in found:
+            warnings.warn(
+                f"a {kind} in the store {self.path} is damaged and not used (shallower cache "
+                f"--clear removes all)",
+                stacklevel=1,
+            )
+        return [entry for entry in found if entry is not None]
+
+    def write(self, query: str, key: str, kind: str, value: Mapping[str, Any]) -> None:
+        """Write one entry, whole or not at all."""
+        text, made = json.dumps(value, separators=(",", ":")), int(time())
+        self._run(query, key, kind, made, text, _checksum(key, kind, made, text))
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Read rows; none where the file is not there or cannot be used."""
+        return self._run(query, *values) if os.path.lexists(self.path) else []
+
+    def _run(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        if self._is_off:
+            return []
+        try:
+            return self._connected().execute(query, values).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            self._is_off = True  # rather than to wait for a lock again and again
+            # From one line and in the same words, so that it is shown once.
+            warnings.warn(
+                f"the store {self.path} cannot be used ({error}): the work goes on, and nothing is "
+                f"found or kept (shallower cache --clear empties it, --no-cache leaves it alone)",
+                stacklevel=1,
+            )
+            return []
+
+    def _connected(self) -> sqlite3.Connection:
+        """The connection of this process to the file that is there now."""
+        if self._connection is None or self._opened != self._mark():
+            self._close()
+            self._connection = _open(self.path)
+            self._opened = self._mark()
+        return self._connection
+
+    def _mark(self) -> tuple[int, ...] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return os.getpid(), status.st_dev, status.st_ino
+
+    def _close(self) -> None:
+        if self._connection is not None and self._opened:
+            if self._opened[0] == os.getpid():
+                self._connection.close()
+            else:
+                _INHERITED.append(self._connection)
+        self._connection = None
+
+    def clear(self) -> None:
+        """Delete all rows, or the file if it is damaged; raises CacheError if neither is done."""
+        if not os.path.lexists(self.path):
+            return
+        try:
+            with closing(_open(self.path)) as connection:
+                with connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute("DELETE FROM measurements")
+                    connection.execute("DELETE FROM records")
+                with suppress(sqlite3.OperationalError):  # others read: the pages are used again
+                    connection.execute("VACUUM")
+        except (sqlite3.Error, OSError) as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if isinstance(error, _NotOurs | OSError) or code in _NOT_CLEARED:
+                raise CacheError(f"cannot clear the store {self.path}: {error}") from error
+            self._remove()
+
+    def _remove(self) -> None:
+        self._close()
+        for suffix in ("-wal", "-shm", "-journal", ""):
+            try:
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            except OSError as error:
+                raise CacheError(f"cannot remove the damaged store: {error}") from error
+
+
+_INHERITED: list[sqlite3.Connection] = []
+"""Connections of the process that this one was forked from, which it must not even close."""
+
+
+class _NotOurs(sqlite3.DatabaseError):
+    """The file belongs to another program."""
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Open the file, new or old, ready to use by any thread; a statement is a transaction."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=sqlite3.threadsafety < 3
+    )
+    try:
+        connection.text_factory = bytes
+        connection.execute("PRAGMA trusted_schema = OFF")
+        if _marks(connection) != (_APPLICATION, _VERSION):
+            _lay_out(connection)
+        _choose_mode(connection, path.parent)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> Any:
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def _marks(connection: sqlite3.Connection) -> tuple[int, int]:
+    return _pragma(connection, "application_id"), _pragma(connection, "user_version")
+
+
+def _lay_out(connection: sqlite3.Connection) -> None:
+    """Make the tables, unless another process just did; refuse a file that is not ours."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        application, version = _marks(connection)
+        tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        if application != _APPLICATION and (application or tables):
+            raise _NotOurs("it belongs to another program")
+        if version not in (0, _VERSION):
+            raise sqlite3.DatabaseError("it was made by another version of shallower")
+        if not tables:
+            for statement in _SCHEMA:
+                connection.execute(statement)
+
+
+def _choose_mode(connection: sqlite3.Connection, folder: Path) -> None:
+    """Write ahead to a log (WAL), which a kill cannot hurt; where that cannot be, to a journal."""
+    is_shared = file_system(folder).startswith(_NETWORKS)
+    if is_shared and _pragma(connection, "journal_mode") == b"wal":
+        _pragma(connection, "journal_mode = DELETE")
+    if not is_shared and _pragma(connection, "journal_mode") != b"wal":
+        with suppress(sqlite3.OperationalError):  # the file system cannot: the journal stays
+            _pragma(connection, "journal_mode = WAL")
+    if _pragma(connection, "journal_mode") == b"wal":
+        # Only a loss of power can take the last entries, and it damages none.
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def file_system(folder: Path) -> str:
+    """Name the type of the file system that a folder lies on; empty where that is not known."""
+    found = (0, "")
+    with suppress(OSError, ValueError, IndexError):
+        place = folder.resolve()
+        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+            mount, _, kind = line.partition(" - ")
+            top = mount.split()[4].encode(errors="surrogateescape").decode("unicode_escape")
+            if place.is_relative_to(top) and len(top) >= found[0]:
+                found = len(top), kind.split()[0]
+    return found[1]
+
+
+def _checksum(key: str, kind: str, made: int, text: str) -> str:
+    return hash_of([key, kind, made, text])
+
+
+def _entry(key: str, kind: str, made: Any, text: Any, checksum: Any) -> Entry | None:
+    """An entry from its row; None if it is damaged."""
+    try:
+        value = text.decode("ascii")
+        if checksum.decode("ascii") != _checksum(key, kind, made, value):
+            return None
+        moment = datetime.fromtimestamp(made).astimezone()
+        return Entry(of_type(dict, json.loads(value)), moment.isoformat(timespec="seconds"))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
