@@ -17,9 +17,8 @@ from statistics import median
 import shallower as sh
 from shallower.runs import demo
 from shallower.savings.account import count
-from shallower.savings.machine import this_machine
 from shallower.savings.roofline import seconds
-from shallower.savings.speed import time_forwards
+from shallower.savings.timing import this_machine, time_forwards
 from shallower.values.layers import Block
 
 CUTS = (None, Block(13, 17), Block(12, 20), Block(8, 23))

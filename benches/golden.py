@@ -1,4 +1,4 @@
-"""Golden results: what every command gives on SmolLM2-135M, to hold one tree against another.
+"""Golden results: what every command gives on SmolLM2-135M and on a tiny model made here.
 
     python benches/golden.py run --texts FOLDER --out FILE.json [--only scan,plan]
                                  [--against GOLDEN.json] [--python PYTHON] [--work FOLDER]
@@ -44,8 +44,7 @@ REMOVED = {
 }
 
 SMALL = "--max-length 64 --batch-size 8"
-FEW = f"--texts {{texts}}/c4.jsonl --max-texts 24 {SMALL}"
-EVAL = "--eval-texts {texts}/c4_eval.jsonl --max-eval-texts 8"
+FEW = "--texts small.jsonl --eval-texts small_eval.jsonl --max-length 24 --batch-size 8"
 TASKS = "--tasks-dir tasks --data {texts}/.. --max-items 4"
 
 
@@ -109,48 +108,65 @@ STEPS = {
     ),
     "eval-tasks": Step(
         f"eval model --tasks boolq,hellaswag,lambada,said {TASKS} --num-shots 1 --pass-at 2 "
-        "--batch-size 4 --drop 12:14 --dtype float32"
+        "--batch-size 4 --drop 12:14"
     ),
     "patch": Step(
-        "patch model --drop 12:15 --texts {texts}/c4.jsonl --max-texts 40 --max-length 64 "
-        "--num-tokens 1536 --batch-size 8 --eval-texts {texts}/c4_eval.jsonl --out patched",
+        "patch model --drop 12:15 --texts {texts}/c4.jsonl --max-texts 24 --max-length 64 "
+        "--num-tokens 1024 --batch-size 8 --eval-texts {texts}/c4_eval.jsonl --out patched",
         tensors=("patched",),
     ),
+    "patch-small": Step(
+        "patch small --drop 3,5:7 --texts small.jsonl --eval-texts small_eval.jsonl "
+        "--dtype float32 --out patched-small",
+        tensors=("patched-small",),
+    ),
+    "prune-small": Step(
+        "prune small --drop 4:7 --out cut-small", whole=("cut-small/*.safetensors",)
+    ),
     "heal": Step(
-        "heal cut --texts {texts}/c4.jsonl --max-texts 48 "
-        f"{EVAL} --steps 2 --rank 4 --max-length 64 --batch-size 4 --dtype float32 --out adapters",
-        needs=("prune-disk",),
+        "heal cut-small --texts small.jsonl --eval-texts small_eval.jsonl --original small "
+        "--steps 4 --eval-every 2 --rank 4 --max-length 16 --batch-size 4 --dtype float32 "
+        "--out adapters",
+        needs=("prune-small",),
         tensors=("adapters/*.safetensors",),
     ),
     "merge": Step("merge adapters --out merged", needs=("heal",), tensors=("merged",)),
     "heal-kd": Step(
-        "heal cut --original model --objective kd --texts {texts}/c4.jsonl --max-texts 48 "
-        "--steps 2 --rank 4 --max-length 64 --batch-size 4 --dtype bfloat16 --attention "
+        "heal cut-small --original small --objective kd --texts small.jsonl --steps 3 --rank 4 "
+        "--max-length 16 --batch-size 8 --dtype bfloat16 --attention --no-packing --from-patch "
         "--merge --out healed",
-        needs=("prune-disk",),
+        needs=("prune-small",),
         tensors=("healed",),
     ),
     "compare": Step(
-        f"compare model {FEW} {EVAL} --n 1,3 --judge loss --out comparison --criteria "
-        "angular,block_influence,cka,linear_map,magnitude,taylor,greedy,one_shot,random,deepest",
+        f"compare small {FEW} --n 1,3 --judge loss --out comparison",
         values=("comparison/*.csv",),
     ),
+    "compare-kl": Step(
+        f"compare small {FEW} --n 2 --judge kl --criteria angular,taylor,greedy --out compare-kl",
+        values=("compare-kl/*.csv",),
+    ),
     "curve": Step(
-        f"curve model {FEW} {EVAL} --n 2,4 --strategies recommended,similarity,deepest --top 2 "
-        f"--states cut,patched --quick-patch --tasks boolq {TASKS} --out curve",
+        f"curve small {FEW} --n 2,4 --strategies recommended,similarity,deepest --top 2 "
+        f"--states cut,patched --tasks words --tasks-dir tasks --max-items 8 --out curve",
         values=("curve/*.csv",),
     ),
-    "curve-patch": Step(
-        f"curve model {FEW} {EVAL} --n 3 --strategies similarity --patch-tokens 1024 "
-        "--out curve-patch",
-        values=("curve-patch/*.csv",),
+    "curve-healed": Step(
+        f"curve small {FEW} --n 3 --strategies best_plan,greedy --quick-patch --heal-steps 2 "
+        "--states cut,patched,healed --out curve-healed",
+        values=("curve-healed/*.csv",),
     ),
     "run": Step(
-        f"run model {FEW} {EVAL} --n 3 --blocks 2 --top 2 --out run", tensors=("run/checkpoint",)
+        "run model --texts {texts}/c4.jsonl --max-texts 24 --eval-texts {texts}/c4_eval.jsonl "
+        f"--max-eval-texts 6 {SMALL} --n 3 --blocks 2 --top 1 --out run",
+        tensors=("run/checkpoint",),
     ),
     "run-heal": Step(
-        f"run {{gguf}} {FEW} {EVAL} --fraction 0.1 --top 1 --heal --heal-steps 2 --out run-heal",
+        f"run small {FEW} --fraction 0.25 --top 2 --heal --heal-steps 2 --out run-heal",
         tensors=("run-heal/checkpoint", "run-heal/healed"),
+    ),
+    "run-knee": Step(
+        f"run small {FEW} --max-loss 0.5 --out run-knee", tensors=("run-knee/checkpoint",)
     ),
     "demo": Step("demo --n 2 --max-texts 16 --out demo", tensors=("demo/checkpoint",)),
 }
@@ -170,7 +186,63 @@ model.save_pretrained("model")
 AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("model")
 """
 
-# A task whose answers are written, as the others have options.
+# A model that has learned a little of words that follow from the two before, most of the time.
+SMALL_SETUP = """
+import json, random, torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+words = [f"w{i}" for i in range(97)] + ["<unk>", "<pad>", "<eos>"]
+plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **special)
+draw = random.Random(0)
+def sentence():
+    last = [draw.randrange(30), draw.randrange(30)]
+    while len(last) < 24:
+        noise = draw.randrange(30) if draw.random() < 0.1 else 0
+        last.append((3 * last[-1] + last[-2] + 1 + noise) % 30)
+    return " ".join(f"w{i}" for i in last)
+def write(path, rows):
+    with open(path, "w") as file:
+        file.writelines(json.dumps(row) + "\\n" for row in rows)
+write("small.jsonl", [{"text": sentence()} for _ in range(96)])
+write("small_eval.jsonl", [{"text": sentence()} for _ in range(24)])
+cut = [sentence().rsplit(" ", 1) for _ in range(16)]
+write("words.jsonl", [{"context": a, "options": [b, "w40"], "answer": 0} for a, b in cut])
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=12,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+)
+model = LlamaForCausalLM(config).train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+ids = torch.tensor(tokenizer([sentence() for _ in range(64 * 60)])["input_ids"])
+for part in ids.split(64):
+    model(input_ids=part, labels=part).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+model.eval().save_pretrained("small")
+tokenizer.save_pretrained("small")
+"""
+
+# A task whose answers have options, and one whose answers are written.
+WORDS = """\
+task: words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: options
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
 SAID = """\
 task: said
 dataset_path: json
@@ -215,12 +287,15 @@ def call(python, arguments, work):
 
 
 def prepare(python, texts, work):
-    """Write the model's folder, a short text and the written task; return the GGUF file."""
+    """Write the models' folders, their texts and the tasks; return the GGUF file."""
     gguf = Path(call(python, ["-c", SETUP], work).split("\n")[0])
     words = (texts / "wikitext2_test.txt").read_text(encoding="utf-8").split(" ")
     (work / "window.txt").write_text(" ".join(words[:400]), encoding="utf-8")
     (work / "tasks").mkdir(exist_ok=True)
     data = (texts / "../lambada/test.jsonl").resolve()
+    call(python, ["-c", SMALL_SETUP], work)
+    words = WORDS.format(data=(work / "words.jsonl").resolve())
+    (work / "tasks/words.yaml").write_text(words, encoding="utf-8")
     (work / "tasks/said.yaml").write_text(SAID.format(data=data), encoding="utf-8")
     return gguf
 

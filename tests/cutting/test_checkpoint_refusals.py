@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 import shallower as sh
 from shallower import ModelError, OutputError
-from shallower.cutting import checkpoint_files
 from shallower.cutting.checkpoint import prepare
 from shallower.storage import partial_folder
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
@@ -141,11 +140,6 @@ def test_a_checkpoint_could_replace_itself(copied, source, tmp_path):
 )
 def test_sizes_that_are_none_are_refused(source, tmp_path, size):
     assert_refused(OutputError, "size", source, tmp_path / "cut", max_shard_size=size)
-
-
-def test_sizes_are_read():
-    sizes = {"5GB": 5 * 10**9, "1.5 MB": 1_500_000, "2GiB": 2 << 30, "7": 7, 8: 8, "10k": 10_000}
-    assert {text: checkpoint_files.parse_size(text) for text in sizes} == sizes
 
 
 def test_a_full_disk_is_told_and_the_work_goes_on(source, tmp_path):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from shallower.evaluation.task_model import TaskModel
 from shallower.models.decoder import Decoder
-from shallower.savings import speed
+from shallower.savings import timing
 from tests.conftest import word_tokenizer
 
 WORDS = word_tokenizer()
@@ -34,4 +34,4 @@ def test_answers_are_generated(stage):
 
 def test_tokens_are_decoded_from_a_cache(stage):
     with stage.open():
-        speed._decode(stage.model(), 8, 2)
+        timing._decode(stage.model(), 8, 2)

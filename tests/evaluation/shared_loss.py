@@ -9,8 +9,7 @@ import torch
 from torch import distributed
 
 import shallower as sh
-from shallower.evaluation import shards
-from shallower.evaluation.loss import measure_loss
+from shallower.evaluation.loss import gathered, measure_loss
 from shallower.models.decoder import Decoder
 from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama, word_tokenizer
@@ -59,9 +58,9 @@ def cases(rank):
         ("one fails", sh.TextsError("in the first process")),
         ("one fails badly", UnpicklableError("this", "that")),
     ):
-        yield name, lambda e=error: shards.gathered(lambda: rank or fail(e), 2)
-    yield "all fail", lambda: shards.gathered(lambda: fail(ValueError(str(rank))), 2)
-    yield "none fails", lambda: shards.gathered(lambda: rank, 2)
+        yield name, lambda e=error: gathered(lambda: rank or fail(e), 2)
+    yield "all fail", lambda: gathered(lambda: fail(ValueError(str(rank))), 2)
+    yield "none fails", lambda: gathered(lambda: rank, 2)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import ModelError
+from shallower.savings.account import Operation
 from shallower.savings.devices import DEVICES, find_device, known_as
-from shallower.savings.machine import own_device, this_machine
-from shallower.savings.operations import Operation
 from shallower.savings.roofline import by_layer, seconds
+from shallower.savings.timing import own_device, this_machine
 
 OPERATIONS = st.lists(
     st.builds(

@@ -17,13 +17,19 @@ from shallower.values.memory import MemoryPlan, format_size, needed_device, pars
         ("512M", 512 * 10**6),
         ("1TB", 10**12),
         ("123", 123),
+        (8, 8),
+        ("1.5 MB", 1_500_000),
+        ("10k", 10_000),
     ],
 )
 def test_sizes_are_read(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "16 cards", "-1GB", "0GB", "16iB", "1e9"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "16 cards", "-1GB", "0GB", "16iB", "1e9", "nan", True, "1e30GB", "99999999TB"],
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ModelError, match=r"unknown size .*expected bytes, as 16GB"):
         parse_size(text)

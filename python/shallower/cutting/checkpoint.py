@@ -23,6 +23,7 @@ from ..storage import partial_folder, resumable_folder
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity, fingerprint
 from ..values.layers import MAX_LAYERS, Layers
+from ..values.memory import parse_size
 from ..values.plan import Plan
 from .cards import exports
 from .checkpoint_files import (
@@ -31,7 +32,6 @@ from .checkpoint_files import (
     carried_files,
     config_dtype,
     needs_transformers_5,
-    parse_size,
     read_config,
     read_json,
 )
@@ -157,7 +157,7 @@ def prepare(
     Raises:
         LayersError, PlanError, ModelError, OutputError: as :func:`.prune.prune`.
     """
-    size = parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size)
+    size = parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size, OutputError)
     folder = Path(source).expanduser().resolve()
     stored = Checkpoint(folder)
     raw = read_config(stored.resolve(CONFIG_FILE))

@@ -1,13 +1,12 @@
 """The files of a checkpoint beside its tensors: the config, and what is carried over."""
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, OutputError
+from ..errors import ModelError
 from ..values.files import PLAN_FILE
 from ..values.layers import MAX_LAYERS
 
@@ -26,8 +25,6 @@ _NOT_CARRIED = (CONFIG_FILE, PLAN_FILE, "params.json")
 """Rewritten here, or the layer count of another format."""
 _SUBFOLDERS = ("additional_chat_templates",)
 _MAX_CARRIED_BYTES = 256 << 20
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -75,25 +72,6 @@ def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
     """
     version = str(raw.get("transformers_version") or "").partition(".")[0]
     return (version.isdecimal() and int(version) >= 5) or "rope_parameters" in raw
-
-
-def parse_size(size: int | str) -> int:
-    """Read a number of bytes.
-
-    Args:
-        size: a number, or words such as ``5GB`` or ``500MiB``.
-
-    Returns:
-        The bytes, at least one.
-
-    Raises:
-        OutputError: it is not a size, or less than a byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(size).strip().upper())
-    unit = {**_UNITS, **_BINARY_UNITS}.get(match[2]) if match else None
-    if match and unit and 1 <= float(match[1]) * unit < 2**63 and not isinstance(size, bool):
-        return int(match[1]) * unit if match[1].isdecimal() else int(float(match[1]) * unit)
-    raise OutputError(f"{size!r} is not a size of a shard: expected bytes, or words such as 5GB")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""The next-token loss of a model on texts."""
+"""The next-token loss of a model on texts, by one process or shared among several."""
 
 import math
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from operator import length_hint
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import distributed
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +26,8 @@ from ..values.loss import Loss
 from ..values.plan import describe_rejections
 from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
-from .shards import gathered, rank_and_size
+
+Share = TypeVar("Share")
 
 LOGITS_PER_CHUNK = 1 << 20
 """Logits whose softmax a CPU takes at once: a few megabytes, which its cache holds. Five times as
@@ -96,22 +100,8 @@ def measure_loss(
 ) -> Loss:
     """Measure the loss as :func:`evaluate_loss` does, of a model that is known already.
 
-    Args:
-        decoder: the model with what was found out about it.
-        tokenizer: its tokenizer.
-        texts: any iterable of strings, read once.
-        tokens: how texts become batches; see :func:`fitting_tokens`.
-        progress: a bar with ETA on standard error; by default if that is a terminal.
-        description: the name of the bar.
-        shared: share the batches out to the processes of torch.distributed's group, if there is
-            one. All of them must call this, with the same model and texts.
-
-    Returns:
-        The loss in nats a token with its standard error, and what it was measured on; the same in
-        all processes.
-
-    Raises:
-        TextsError, ModelError: as :func:`evaluate_loss`, in all processes.
+    ``shared``: the processes of torch.distributed's group, if there is one, share the batches. All
+    of them must call this with the same model and texts, and get the same loss or error.
     """
     tokens = fitting_tokens(decoder, tokens)
     batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2, count_bytes=True)
@@ -139,24 +129,21 @@ def measure_loss(
     sizes = batches.predicted_bytes
     by_byte = np.array([sizes[one] for one in samples], np.float64) if sizes else None
     return Loss(
-        by_text.mean, by_text.stderr, sum(counts), len(losses), batches.num_rejected,
-        by_rank[0][1], by_text, by_byte,
-    )  # fmt: skip
+        by_text.mean,
+        by_text.stderr,
+        sum(counts),
+        len(losses),
+        batches.num_rejected,
+        by_rank[0][1],
+        by_text,
+        by_byte,
+    )
 
 
 def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[tuple[int, float, int]]:
-    """Sum the cross-entropy of texts, a few logits at a time.
+    """Yield of every text its index, its nats over all tokens but the first, and their number.
 
-    Args:
-        head: of the model, which is in evaluation mode.
-        batch: the texts, padded on the right.
-        halving: runs it in parts where memory is short.
-
-    Yields:
-        By text its index, its nats over all tokens but the first, and their number.
-
-    Raises:
-        ModelError: a loss is not finite, or there is no memory for a single text.
+    Raises ModelError where a loss is not finite, or there is no memory for a single text.
     """
     for piece, sums in halving.run(batch, lambda some: summed_losses(head, some).tolist()):
         _require_finite(sums, piece, head)
@@ -165,21 +152,13 @@ def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[tuple[in
 
 
 def fitting_tokens(decoder: Decoder, tokens: Tokens) -> Tokens:
-    """Decide how many texts make one forward of an evaluation.
-
-    Args:
-        decoder: the model.
-        tokens: the length of texts, and their number or ``auto``.
-
-    Returns:
-        The same with a number.
-    """
+    """Decide how many texts make one forward of an evaluation, where that is ``auto``."""
     return fitting(decoder, tokens, FORWARD)
 
 
 @torch.inference_mode()
 def _rehearsed(decoder: Decoder, batch: Batch) -> None:
-    """What :func:`summed_losses` does, with the first logits alone: the others take their place."""
+    """Run :func:`summed_losses` up to its first logits alone: the others take their place."""
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
     for _logits in Head.of(decoder).logits_of(ids, mask, np.flatnonzero(batch.attention_mask)):
         return
@@ -195,15 +174,7 @@ FORWARD = Forward(_rehearsed, on_cards=_on_cards)
 
 
 def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Take the cross-entropy of every token.
-
-    Args:
-        logits: (T, V), of any float dtype.
-        expected: (T,) token ids, int64, on the same device.
-
-    Returns:
-        (T,) float32 nats.
-    """
+    """(T,) float32 nats: the cross-entropy of (T, V) logits at (T,) token ids, int64."""
     rows = len(logits) if logits.is_cuda else max(1, LOGITS_PER_CHUNK // logits.shape[1])
     # Written into one tensor: small ones, allocated among large ones, keep the heap in pieces.
     losses = logits.new_empty(len(logits), dtype=torch.float32)
@@ -214,14 +185,9 @@ def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Ten
 
 
 def predicting_tokens(batch: Batch, given: NDArray[np.int64] | int = 1) -> NDArray[np.bool_]:
-    """Find the tokens whose logits predict a token of the text.
+    """(B, T), true at the tokens whose logits predict a token of the text.
 
-    Args:
-        batch: the texts, padded on the right.
-        given: tokens at the start of a text that are not predicted, (B,) or of all texts.
-
-    Returns:
-        (B, T), true from the last of the given tokens to the last but one of the text.
+    The first ``given`` tokens, (B,) or of all texts, are not predicted.
     """
     places = np.arange(batch.input_ids.shape[1])
     first = np.broadcast_to(given, len(batch))[:, None] - 1
@@ -232,16 +198,7 @@ def predicting_tokens(batch: Batch, given: NDArray[np.int64] | int = 1) -> NDArr
 
 
 def logits_at(head: Head, batch: Batch, tokens: NDArray[np.bool_]) -> Iterator[torch.Tensor]:
-    """Make the logits of some tokens of a batch, in parts.
-
-    Args:
-        head: of the model, which is in evaluation mode.
-        batch: the texts.
-        tokens: (B, T), true at those tokens.
-
-    Yields:
-        (R, V) logits of the next R of the tokens, text by text.
-    """
+    """Yield (R, V) logits of the next R of the tokens (B, T) of a batch, text by text."""
     device = head.decoder.device
     input_ids = torch.from_numpy(batch.input_ids).to(device)
     attention_mask = torch.from_numpy(batch.attention_mask).to(device)
@@ -250,15 +207,9 @@ def logits_at(head: Head, batch: Batch, tokens: NDArray[np.bool_]) -> Iterator[t
 
 @torch.inference_mode()
 def summed_losses(head: Head, batch: Batch, given: NDArray[np.int64] | int = 1) -> torch.Tensor:
-    """Sum the cross-entropy of every text of a batch; nothing is read back from the device.
+    """(B,) float64 nats of every text over all tokens but those ``given``, (B,) or of all texts.
 
-    Args:
-        head: of the model, which is in evaluation mode.
-        batch: the texts, padded on the right.
-        given: tokens at the start of a text that are not predicted, (B,) or of all texts.
-
-    Returns:
-        (B,) float64 nats, over all tokens of a text but those that are given.
+    Nothing is read back from the device.
     """
     predicting = predicting_tokens(batch, given)
     expected = torch.from_numpy(np.roll(batch.input_ids, -1, axis=1)[predicting])
@@ -276,16 +227,7 @@ def summed_losses(head: Head, batch: Batch, given: NDArray[np.int64] | int = 1) 
 def require_predictable(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_length: int
 ) -> None:
-    """Refuse texts that :func:`evaluate_loss` would refuse, before any long work.
-
-    Args:
-        tokenizer: of the model.
-        texts: held out; read up to the first of at least two tokens.
-        max_length: tokens of a text at most.
-
-    Raises:
-        TextsError: no text has two tokens.
-    """
+    """Refuse texts of which none has two tokens, before any long work, by TextsError."""
     batches = TokenBatches(tokenizer, texts, Tokens(max_length, 1), min_tokens=2)
     if not any(True for _ in batches):
         raise _nothing_to_predict(batches)
@@ -314,3 +256,46 @@ def _require_finite(sums: list[float], batch: Batch, head: Head) -> None:
                 f"the loss on text {sample} is not finite: the model's logits overflow "
                 f"or are NaN in {head.dtype}; load it as bfloat16 or float32"
             )
+
+
+def rank_and_size(shared: bool) -> tuple[int, int]:
+    """The rank of this process and the number of those that share a measurement.
+
+    0 and 1 where it measures alone, or where no group was made. All of a group must agree on
+    ``shared``.
+    """
+    if shared and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gathered(measure: Callable[[], Share], size: int) -> list[Share]:
+    """Measure this process's share, which must be picklable, and gather all shares by rank.
+
+    What is raised in one process is raised in all, so that none waits for one that failed.
+    """
+    if size == 1:
+        return [measure()]
+    share, error = None, None
+    try:
+        share = measure()
+    except Exception as raised:
+        error = raised
+    shares: list[Any] = [None] * size
+    distributed.all_gather_object(shares, (share, _picklable(error)))
+    if error is not None:
+        raise error
+    for _, other in shares:
+        if other is not None:
+            raise other
+    return [share for share, _ in shares]
+
+
+def _picklable(error: Exception | None) -> Exception | None:
+    """The error; one of the same content where another process could not unpickle it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        name = type(error).__name__
+        return ModelError(f"another process could not measure its share: {name}: {error}")
+    return error

@@ -90,9 +90,12 @@ def _windows(
         first = [int(tokenizer.bos_token_id)]
     with untouched(tokenizer):
         encoded = tokenizer(
-            text, add_special_tokens=False, truncation=False, return_attention_mask=False,
+            text,
+            add_special_tokens=False,
+            truncation=False,
+            return_attention_mask=False,
             verbose=False,
-        )  # fmt: skip
+        )
     ids = list(encoded["input_ids"])
     stride = context - len(first)
     if len(ids) < stride:

@@ -20,7 +20,7 @@ class TaskGroup:
     """What a name stands for: one task, or several that are scored together.
 
     Attributes:
-        name: as it was asked for.
+        name: of a task, group or tag.
         tasks: lm-eval's, by name.
         together: whether they are the parts of one.
     """
@@ -31,16 +31,9 @@ class TaskGroup:
 
 
 def data_folder(data: str | Path | None) -> Path | None:
-    """Decide where task files find their data.
+    """The folder in which task files find their data: ``data``, else SHALLOWER_DATA, else none.
 
-    Args:
-        data: a folder; by default that of the variable ``SHALLOWER_DATA``.
-
-    Returns:
-        The folder; None where none is named.
-
-    Raises:
-        TextsError: it is no folder.
+    Raises TextsError where it is no folder.
     """
     named = data if data is not None else os.environ.get("SHALLOWER_DATA")
     return None if not named else _folder(named, "data of tasks (data, --data, SHALLOWER_DATA)")
@@ -57,14 +50,6 @@ def find_tasks(
     A name is looked up in ``tasks_dir``, then, where there is a folder of data, among our own
     task files, then in lm-eval's. Relative ``data_files`` of a task file of JSON lines lie in the
     folder of data, or beside the task file.
-
-    Args:
-        names: of tasks, groups or tags.
-        tasks_dir: a folder of task files of lm-eval, YAML.
-        data: the folder of data.
-
-    Returns:
-        The tasks in the order of the names.
 
     Raises:
         TextsError: there is no such task, a task file is damaged, or its data is missing.
@@ -102,17 +87,8 @@ def files_of(
 ) -> list[Path] | None:
     """Find the files that the scores on tasks depend on; loads no lm-eval.
 
-    Args:
-        names: as for :func:`find_tasks`, as are the others.
-        tasks_dir: a folder of task files.
-        data: the folder of data.
-
-    Returns:
-        Task files, the code beside them, and the data of all of them; None where a task is not
-        from here, or has more than rows of JSON lines.
-
-    Raises:
-        TextsError: one of the folders is not there.
+    Those are task files, the code beside them, and the data of all of them; None where a task is
+    not from here, or has more than rows of JSON lines.
     """
     there = data_folder(data)
     folders = [OURS] if there is not None else []
@@ -148,11 +124,9 @@ def files_of(
 
 
 class _Local:
-    """An index of task files, some of whose data lies in files here.
+    """lm-eval's index of task files, some of whose data lies in files here.
 
-    Args:
-        index: lm-eval's entries by name; changed where a task is split.
-        data: the folder of data.
+    It is changed where a task is split.
     """
 
     def __init__(self, index: dict[str, Any], data: Path | None) -> None:

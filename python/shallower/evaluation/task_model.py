@@ -1,4 +1,4 @@
-"""A model in memory as lm-eval asks it: log-likelihoods of continuations, and generated text."""
+"""A model in memory as lm-eval uses it: log-likelihoods of continuations, and generated text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +24,11 @@ MAX_NEW_TOKENS = 256
 """Tokens that are generated where a task does not say how many, as lm-eval has it."""
 
 Instances = Sequence[Any]
-"""What lm-eval asks: its ``Instance``, of which ``args`` is looked at."""
+"""lm-eval's requests: each an ``Instance``, of which ``args`` is read."""
 
 
 @dataclass
-class _Asked:
+class _Sequence:
     """A sequence that runs once, and the continuations that end in it or in one more token.
 
     Attributes:
@@ -48,17 +48,10 @@ class _Asked:
 class TaskModel:
     """A causal language model that answers lm-eval; :meth:`as_lm` is what lm-eval takes.
 
-    Unlike lm-eval's own adapter of a model of transformers it never holds all logits of a batch,
-    takes as many texts in one forward as the device has room for, and changes neither the model
-    nor its tokenizer. The answers are the same.
-
-    Args:
-        decoder: the model.
-        tokenizer: its tokenizer.
-        batch_size: texts in one forward.
-        sampling: settings of generation that go before those of a task; None for none.
-        progress: a bar with ETA on standard error; by default if that is a terminal.
-        description: the name of the bar.
+    lm-eval's own ``HFLM(pretrained=model)`` has the same answers, but holds all logits of a batch
+    beside their softmax, finds the batch by running out of a GPU's memory, and changes the
+    tokenizer. This one holds few logits, and takes as many texts in one forward as there is room
+    for. ``sampling`` goes before a task's own settings of generation.
     """
 
     def __init__(
@@ -102,30 +95,26 @@ class TaskModel:
         return TaskLM()
 
     def loglikelihood(self, requests: Instances) -> list[tuple[float, bool]]:
-        """Find how likely continuations are.
+        """The log-likelihood in nats of every continuation, and whether it is the greedy one.
 
-        Args:
-            requests: pairs of a context and what it goes on with.
-
-        Returns:
-            The log-likelihood of every continuation in nats, and whether it is the greedy one.
+        A request is a pair of a context and its continuation.
 
         Raises:
             TextsError: a continuation has no token of its own, or more than the model takes.
             ModelError: a log-likelihood is not finite.
         """
-        asked = self._distinct([self._encode(*one.args) for one in requests])
-        tokens = Tokens(max(2, len(asked[0].ids)), self._batch_size)
+        distinct = self._distinct([self._encode(*one.args) for one in requests])
+        tokens = Tokens(max(2, len(distinct[0].ids)), self._batch_size)
         texts = int(fitting_tokens(self._decoder, tokens).batch_size)
         found: dict[int, tuple[float, bool]] = {}
         halving = Halving()
         model = self._decoder.model
         with track(self._description, len(requests), self._progress) as advance, evaluating(model):
-            for start in range(0, len(asked), texts):
-                batch = _batch(asked, range(start, min(start + texts, len(asked))))
-                for part, answers in halving.run(batch, lambda one: self._score(one, asked)):
+            for start in range(0, len(distinct), texts):
+                batch = _batch(distinct, range(start, min(start + texts, len(distinct))))
+                for part, answers in halving.run(batch, lambda one: self._score(one, distinct)):
                     found |= answers
-                    advance(sum(len(asked[i].continuations) for i in part.samples))
+                    advance(sum(len(distinct[i].continuations) for i in part.samples))
         return [found[place] for place in range(len(requests))]
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -147,9 +136,9 @@ class TaskModel:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         return ids
 
-    def _distinct(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[_Asked]:
+    def _distinct(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[_Sequence]:
         """The sequences to run, the longest first, each once."""
-        sequences: dict[tuple[int, ...], _Asked] = {}
+        sequences: dict[tuple[int, ...], _Sequence] = {}
         for place, (context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise TextsError(
@@ -157,20 +146,20 @@ class TaskModel:
                     f"{self.max_length}, the positions that the model has"
                 )
             ids = (context + continuation)[-(self.max_length + 1) : -1]
-            one = sequences.setdefault(tuple(ids), _Asked(ids))
+            one = sequences.setdefault(tuple(ids), _Sequence(ids))
             one.continuations[place] = continuation
         return sorted(sequences.values(), key=lambda one: (-len(one.ids), one.ids))
 
     @torch.inference_mode()
-    def _score(self, batch: Batch, asked: Sequence[_Asked]) -> dict[int, tuple[float, bool]]:
-        """Answer what is asked of a batch, by the places of the requests."""
+    def _score(self, batch: Batch, sequences: Sequence[_Sequence]) -> dict[int, tuple[float, bool]]:
+        """The answers to the requests of a batch, by their places."""
         predicting = np.zeros(batch.input_ids.shape, bool)
         rows: list[int] = []
         tokens: list[int] = []
         places: list[int] = []
         seen = 0
         for number, index in enumerate(batch.samples):
-            one = asked[index]
+            one = sequences[index]
             first = one.given - 1
             predicting[number, first : len(one.ids)] = True
             seen += len(one.ids) - first  # rows up to the last one of this sequence
@@ -186,9 +175,12 @@ class TaskModel:
         }
 
     def _predicted(
-        self, batch: Batch, predicting: NDArray[np.bool_], rows: NDArray[np.int64],
+        self,
+        batch: Batch,
+        predicting: NDArray[np.bool_],
+        rows: NDArray[np.int64],
         tokens: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:  # fmt: skip
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """The log-probability of each token at its row, and whether no other is likelier."""
         logs, hits = np.zeros(len(rows)), np.zeros(len(rows), bool)
         start = 0
@@ -211,29 +203,19 @@ class TaskModel:
         return logs, hits
 
     def loglikelihood_rolling(self, requests: Instances) -> list[float]:
-        """Refuse: no task whose scores can be paired by item asks for this.
-
-        Raises:
-            TextsError: always.
-        """
+        """Refuse by TextsError: no task whose scores can be paired by item needs this."""
         raise TextsError("a task of perplexity is measured by --perplexity (evaluate_perplexity)")
 
     def generate_until(self, requests: Instances) -> list[str]:
         """Continue texts, each until one of its stop sequences, its end, or the last token allowed.
 
-        Args:
-            requests: pairs of a text and the settings of its generation.
-
-        Returns:
-            What is generated, without the texts and the stop sequences.
-
-        Raises:
-            ModelError: the model cannot generate, or has no room for what a task wants.
+        A request is a pair of a text and the settings of its generation. Raises ModelError where
+        the model cannot generate, or has no room for what a task wants.
         """
         if not self._decoder.model.can_generate():
             raise ModelError(
-                f"{type(self._decoder.model).__name__} cannot generate text, which a task asks of "
-                f"it: leave out tasks that are answered in text (tasks, --tasks)"
+                f"{type(self._decoder.model).__name__} cannot generate text, which a task needs: "
+                f"leave out tasks that are answered in text (tasks, --tasks)"
             )
         settings = [_Generation.of({**one.args[1], **self._sampling}) for one in requests]
         alike: dict[str, list[int]] = {}
@@ -347,12 +329,12 @@ def _before(until: Sequence[str], text: str) -> str:
     return text
 
 
-def _batch(asked: Sequence[_Asked], places: range) -> Batch:
+def _batch(sequences: Sequence[_Sequence], places: range) -> Batch:
     """Some sequences, padded on the right."""
-    width = max(len(asked[place].ids) for place in places)
+    width = max(len(sequences[place].ids) for place in places)
     ids = np.zeros((len(places), width), np.int64)
     mask = np.zeros_like(ids)
     for row, place in enumerate(places):
-        length = len(asked[place].ids)
-        ids[row, :length], mask[row, :length] = asked[place].ids, 1
+        length = len(sequences[place].ids)
+        ids[row, :length], mask[row, :length] = sequences[place].ids, 1
     return Batch(ids, mask, np.array(places))

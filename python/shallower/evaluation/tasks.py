@@ -28,8 +28,11 @@ LUCK = 4.0
 """Standard errors by which an answer that is always the same does better than guessing."""
 
 SAMPLING: Mapping[str, Any] = {
-    "do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0,
-}  # fmt: skip
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_p": 0.95,
+    "top_k": 0,
+}
 """How answers are sampled for pass@k, as Chen et al. (2021, arXiv 2107.03374) do."""
 
 
@@ -72,21 +75,26 @@ def evaluate_tasks(
         description: the name of the bar.
 
     Returns:
-        The scores by task and measure, task by task in the order that they were asked for; the
-        first of each task is its main measure: ``acc_norm`` where it has one, else the first that
-        its file names. A group whose tasks have the same measures is one task.
+        The scores by task and measure, task by task in the order of ``tasks``; the first of each
+        task is its main measure: ``acc_norm`` where it has one, else the first that its file names.
+        A group whose tasks have the same measures is one task.
 
     Raises:
         TextsError: there is no such task, a task file is damaged, its data is missing, or it has
             no measure that is a mean over items.
-        ModelError: the model cannot generate and a task asks for text, or its logits are not
+        ModelError: the model cannot generate and a task needs text, or its logits are not
             finite.
         MissingExtraError: lm-eval is not installed.
     """
     chosen = ChosenTasks.of(
-        tasks, tasks_dir=tasks_dir, data=data, max_items=max_items, num_shots=num_shots,
-        pass_at=pass_at, seed=seed,
-    )  # fmt: skip
+        tasks,
+        tasks_dir=tasks_dir,
+        data=data,
+        max_items=max_items,
+        num_shots=num_shots,
+        pass_at=pass_at,
+        seed=seed,
+    )
     return chosen.evaluate(
         model, tokenizer, batch_size=batch_size, progress=progress, description=description
     )
@@ -98,7 +106,7 @@ class ChosenTasks:
 
     Attributes:
         groups: the tasks.
-        items: by task the items that are asked for, ascending; all where a task is not named.
+        items: by task the items to measure, ascending.
         pass_at: answers to sample.
         seed: of the examples and the sampled answers.
     """
@@ -122,9 +130,11 @@ class ChosenTasks:
     ) -> "ChosenTasks":
         """Load tasks and draw their items; see :func:`evaluate_tasks`."""
         for name, least, value in (
-            ("items", 1, max_items), ("examples", 0, num_shots), ("answers", 1, pass_at),
+            ("items", 1, max_items),
+            ("examples", 0, num_shots),
+            ("answers", 1, pass_at),
             ("seed", 0, seed),
-        ):  # fmt: skip
+        ):
             if value is not None and value < least:
                 raise TextsError(f"the number of {name} must be at least {least}, got {value}")
         with silence():
@@ -134,9 +144,7 @@ class ChosenTasks:
                 for name, task in group.tasks.items():
                     _set_shots(task, num_shots)
                     if name in items:
-                        raise TextsError(
-                            f"task {name} is asked for twice, by itself and in a group"
-                        )
+                        raise TextsError(f"task {name} is named twice, by itself and in a group")
                     items[name] = list(range(len(task.eval_docs)))
                 if max_items is not None:
                     items |= draw_items(
@@ -153,13 +161,17 @@ class ChosenTasks:
         progress: bool | None = None,
         description: str = "tasks",
     ) -> tuple[TaskScores, ...]:
-        """Ask a model; see :func:`evaluate_tasks`."""
+        """Score a model; see :func:`evaluate_tasks`."""
 
         def adapted(sampling: Mapping[str, Any] | None, word: str) -> TaskModel:
             return TaskModel(
-                Decoder.of(model), tokenizer, batch_size=batch_size, sampling=sampling,
-                progress=progress, description=f"{description}{word}",
-            )  # fmt: skip
+                Decoder.of(model),
+                tokenizer,
+                batch_size=batch_size,
+                sampling=sampling,
+                progress=progress,
+                description=f"{description}{word}",
+            )
 
         with silence():
             tasks = {
@@ -168,7 +180,7 @@ class ChosenTasks:
                 for name, task in group.tasks.items()
                 if self.items[name]
             }
-            answered = self._ask(adapted(None, ""), tasks)
+            answered = self._run(adapted(None, ""), tasks)
             generative = {
                 name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"
             }
@@ -177,12 +189,12 @@ class ChosenTasks:
                 with torch.random.fork_rng():
                     torch.manual_seed(self.seed + number)
                     word = f", answer {number + 1} of {self.pass_at}"
-                    sampled.append(self._ask(adapted(SAMPLING, word), generative))
+                    sampled.append(self._run(adapted(SAMPLING, word), generative))
         return tuple(
             scores for group in self.groups for scores in _scores_of(group, answered, sampled)
         )
 
-    def _ask(self, model: TaskModel, tasks: Mapping[str, Any]) -> dict[str, "_Answers"]:
+    def _run(self, model: TaskModel, tasks: Mapping[str, Any]) -> dict[str, "_Answers"]:
         """Run tasks through lm-eval."""
         from lm_eval.evaluator import evaluate
 
@@ -190,10 +202,12 @@ class ChosenTasks:
             task.set_fewshot_seed(self.seed)
         try:
             result: Any = evaluate(
-                lm=model.as_lm(), task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
-                samples={name: self.items[name] for name in tasks}, bootstrap_iters=0,
+                lm=model.as_lm(),
+                task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
+                samples={name: self.items[name] for name in tasks},
+                bootstrap_iters=0,
                 log_samples=True,
-            )  # fmt: skip
+            )
         except (ShallowerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the functions of a task file raise
@@ -206,10 +220,6 @@ class ChosenTasks:
 
 class _Answers:
     """The scores of a task's items by its measures.
-
-    Args:
-        task: of lm-eval.
-        samples: what lm-eval says of every item and filter.
 
     Attributes:
         by_metric: the scores by measure and item, the main measure first.
@@ -249,7 +259,7 @@ def _share_of_one_answer(task: Any, guess: float) -> float:
     """
     try:
         right = Counter(str(task.doc_to_target(row)) for row in task.eval_docs)
-    except Exception:  # rows that nobody asks for may be of any kind
+    except Exception:  # rows that are not measured may be of any kind
         return 0.0
     ((_, most),) = right.most_common(1)
     luck = math.sqrt(guess * (1 - guess) / right.total())
@@ -271,9 +281,11 @@ def _scores_of(
 
 
 def _one(
-    title: str, names: Sequence[str], answered: Mapping[str, _Answers],
+    title: str,
+    names: Sequence[str],
+    answered: Mapping[str, _Answers],
     sampled: Sequence[Mapping[str, _Answers]],
-) -> Iterator[TaskScores]:  # fmt: skip
+) -> Iterator[TaskScores]:
     mine = [answered[name] for name in names]
     metrics = list(mine[0].by_metric)
     if not metrics:
@@ -312,16 +324,10 @@ def _one(
 
 
 def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list[int]]:
-    """Draw items of a group of tasks, as evenly as their sizes allow.
+    """Draw items of a group of tasks, as evenly as their sizes allow: by task, ascending.
 
-    Args:
-        sizes: items that each task has, by name.
-        most: items in all, at most.
-        seed: of the draw; the items of a task depend on nothing but its name, its size and the
-            seed, and fewer of them are among more.
-
-    Returns:
-        The items by task, ascending.
+    Those of a task depend on nothing but its name, its size, its share and the seed; fewer of them
+    are among more.
     """
     shares = dict.fromkeys(sizes, 0)
     order = [name for name in sizes if sizes[name]]
@@ -341,15 +347,15 @@ def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list
     }
 
 
-_TALKING = ("lm_eval", "datasets", "transformers.generation")
+_LOGGERS = ("lm_eval", "datasets", "transformers.generation")
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep what lm-eval, datasets and tqdm say off the terminal, while the body runs."""
+    """Keep the logs and bars of lm-eval, datasets and tqdm off the terminal in the body."""
     from tqdm import tqdm
 
-    loggers = [logging.getLogger(name) for name in _TALKING]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [one.level for one in loggers]
     started = tqdm.__init__
     with warnings.catch_warnings():

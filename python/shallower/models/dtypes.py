@@ -5,11 +5,11 @@ Loads torch when it is asked to choose.
 
 import os
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
 from ..values.recipe import Resolved
+from .processor import first_processor
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,6 @@ forward in bfloat16 takes seven times as long as in float32."""
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """The variable that fixes the memory in which cuBLAS adds up; without it a product may have other
 bits every time. cuBLAS and torch read it once, at the first product on a GPU."""
-
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def check_dtype(dtype: object) -> None:
@@ -104,17 +102,8 @@ def cpu_features() -> frozenset[str]:
     if capabilities is not None:
         found = {name for name, is_there in capabilities().items() if is_there is True}
         return frozenset("svebf16" if name == "sve_bf16" else name for name in found)
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    words = (line.partition(":") for line in lines)
-    return frozenset(
-        feature
-        for key, _, value in words
-        if key.strip() in ("flags", "Features")
-        for feature in value.split()
-    )
+    fields = first_processor()
+    return frozenset(fields.get("flags", fields.get("Features", "")).split())
 
 
 def computing(recipe: Resolved, device: "torch.device") -> AbstractContextManager[Any]:

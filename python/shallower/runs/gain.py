@@ -1,7 +1,6 @@
-"""What a cut saves: counted by its config alone, forecast for devices, measured here if asked."""
+"""What a cut saves: counted by its config alone, forecast for devices, measured here on demand."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from ..errors import ModelError
 from ..models.dtypes import Dtype, check_dtype, choose_device_map, choose_dtype
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE, Device, find_device
-from ..values.gain import Forecast, Gain, Measured, Sizes
+from ..values.gain import Gain, Measured, Sizes
 from ..values.layers import Layers
 from ..values.plan import Plan
 from ..values.provenance import versions
@@ -19,7 +18,7 @@ from ..values.provenance import versions
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from ..savings.account import Account
+    from ..savings.account import Account, Operation
 
 CONTEXT = 2048
 """Tokens that a text has before it is continued, at most."""
@@ -40,7 +39,7 @@ def gain(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> Gain:
-    """Tell what a cut saves: parameters, bytes, operations and time.
+    """Count and forecast what a cut saves: parameters, bytes, operations and time.
 
     Both models are built from their configs without weights, and their own forwards are counted
     operation by operation. A device takes for each as long as its arithmetic or its bytes take,
@@ -91,14 +90,14 @@ def gain(
         )
     chosen = subject.dtype(dtype, here=measure or device == HERE)
     plan, after, room = subject.cut(drop)
-    asked = _Asked(chosen, min(CONTEXT, room) if context is None else context, batch)
-    found = _forecast(subject, plan, after, asked=asked, on=devices)
+    load = _Load(chosen, min(CONTEXT, room) if context is None else context, batch)
+    found = _forecast(subject, plan, after, load=load, devices=devices)
     return replace(found, measured=_measured(subject, found)) if measure else found
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What both models are counted for."""
+class _Load:
+    """The dtype, the tokens of a text and the texts that both models are counted for."""
 
     dtype: str
     context: int
@@ -106,7 +105,7 @@ class _Asked:
 
 
 def _named(device: str | None) -> list[Device | None]:
-    """The devices that are asked for; None is this machine, which is measured later."""
+    """The devices to forecast for; None is this machine, which is measured later."""
     if device is None:
         return [*DEVICES.values(), None]
     return [None if device == HERE else find_device(device)]
@@ -142,13 +141,13 @@ class _Subject:
 
         return cls(model_name(model), model.config, None, model)
 
-    def dtype(self, asked: Dtype, *, here: bool) -> str:
+    def dtype(self, dtype: Dtype, *, here: bool) -> str:
         if self.loaded is not None:
             from ..models.identity import stored_dtype
 
-            return stored_dtype(self.loaded) if asked == "auto" else asked
-        if asked != "auto":
-            return asked
+            return stored_dtype(self.loaded) if dtype == "auto" else dtype
+        if dtype != "auto":
+            return dtype
         return choose_dtype(choose_device_map(None))[0] if here else "bfloat16"
 
     def cut(self, drop: Plan | Layers) -> "tuple[Plan, PretrainedConfig, int]":
@@ -177,79 +176,59 @@ def _forecast(
     plan: Plan,
     after: "PretrainedConfig",
     *,
-    asked: _Asked,
-    on: list[Device | None],
+    load: _Load,
+    devices: list[Device | None],
 ) -> Gain:
     """Count both models, and forecast their times."""
     from ..savings.account import count
-    from ..savings.machine import this_machine
+    from ..savings.roofline import forecast
+    from ..savings.timing import this_machine
 
     accounts = [
-        count(config, asked.dtype, context=asked.context, batch=asked.batch)
+        count(config, load.dtype, context=load.context, batch=load.batch)
         for config in (subject.config, after)
     ]
     counts = plan.num_layers, len(plan.survivors)
     before, cut = (_sizes(*pair) for pair in zip(accounts, counts, strict=True))
-    devices = [one or this_machine(asked.dtype) for one in on]
     return Gain(
-        subject.name, plan.num_layers, plan.dropped, asked.dtype, asked.context, asked.batch,
-        before, cut, tuple(_on(one, accounts, (before, cut), asked.dtype) for one in devices),
+        subject.name,
+        plan.num_layers,
+        plan.dropped,
+        dtype=load.dtype,
+        context=load.context,
+        batch=load.batch,
+        before=before,
+        after=cut,
+        forecasts=tuple(
+            forecast(device or this_machine(load.dtype), accounts, (before, cut), load.dtype)
+            for device in devices
+        ),
         versions=versions(),
-    )  # fmt: skip
-
-
-def _on(
-    device: Device, accounts: "Sequence[Account]", sizes: Sequence[Sizes], dtype: str
-) -> Forecast:
-    from ..savings.roofline import seconds
-
-    (prefill_before, prefill_after), (decode_before, decode_after) = (
-        [seconds(getattr(account, phase), device, dtype) for account in accounts]
-        for phase in ("prefill", "decode")
     )
-    fits_before, fits_after = (size.memory <= device.memory for size in sizes)
-    return Forecast(
-        device.name, device.title, device.source, device.peak(dtype), device.bandwidth,
-        device.memory, device.launch, prefill_before, prefill_after, decode_before, decode_after,
-        fits_before, fits_after,
-    )  # fmt: skip
 
 
 def _measured(subject: _Subject, found: Gain) -> Measured:
-    """Time the model with and without the layers in turns, the order reversed each time."""
+    """Time the model with and without the layers in turns."""
     from ..cutting.in_model import without_layers
-    from ..savings.machine import title_of
-    from ..savings.speed import REPEATS, peak_bytes, time_forwards
+    from ..savings.timing import time_in_turns
 
-    model, layers = subject.load(found.dtype), list(found.dropped)
-    context, batch = found.context, found.batch
-    whole, cut = nullcontext, partial(without_layers, model, layers)
-    peaks: dict[Any, int] = {}
-    times: dict[Any, list[tuple[float, float]]] = {whole: [], cut: []}
-    for one in (whole, cut):
-        with one():
-            peaks[one] = peak_bytes(model, context=context, batch=batch)
-    for repeat in range(REPEATS):
-        for one in (whole, cut)[:: -1 if repeat % 2 else 1]:
-            with one():
-                times[one].append(time_forwards(model, context=context, batch=batch))
-    prefill_before, prefill_after, decode_before, decode_after = (
-        tuple(time[phase] for time in times[one]) for phase in (0, 1) for one in (whole, cut)
-    )
-    return Measured(
-        title_of(model.device), prefill_before, prefill_after, decode_before, decode_after,
-        peaks[whole], peaks[cut],
-    )  # fmt: skip
+    model = subject.load(found.dtype)
+    cut = partial(without_layers, model, list(found.dropped))
+    return time_in_turns(model, cut, found.context, found.batch)
 
 
 def _sizes(account: "Account", num_layers: int) -> Sizes:
-    def moved(operations: Any) -> int:
+    def moved(operations: "Iterable[Operation]") -> int:
         return sum(one.read + one.written for one in operations)
 
     return Sizes(
-        num_layers=num_layers, parameters=account.parameters,
-        weight_bytes=account.weight_bytes, kv_bytes_per_token=account.cache_growth,
-        kv_bytes=account.cache_bytes, prefill_flops=sum(one.flops for one in account.prefill),
+        num_layers=num_layers,
+        parameters=account.parameters,
+        weight_bytes=account.weight_bytes,
+        kv_bytes_per_token=account.cache_growth,
+        kv_bytes=account.cache_bytes,
+        prefill_flops=sum(one.flops for one in account.prefill),
         prefill_bytes=moved(account.prefill),
-        decode_flops=sum(one.flops for one in account.decode), decode_bytes=moved(account.decode),
-    )  # fmt: skip
+        decode_flops=sum(one.flops for one in account.decode),
+        decode_bytes=moved(account.decode),
+    )

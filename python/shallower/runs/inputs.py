@@ -9,13 +9,14 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache as remembering
 from pathlib import Path
 from typing import Any
 
 from ..cutting.source import hub_id
 from ..errors import ShallowerError
+from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..progress import track
 from ..texts.sources import Texts
@@ -201,11 +202,9 @@ def hash_of_files(files: list[Path], cache: Store) -> str:
 @remembering
 def machine() -> dict[str, Any]:
     """Describe the processors here, as far as a result's last bits depend on them."""
-    own = [
-        line
-        for line in _first_processor()
-        if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part")
-    ]
+    fields = first_processor()
+    deciding = ("model name", "flags", "Features", "CPU part")
+    own = {name: fields[name] for name in deciding if name in fields}
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = [line for card in cards for line in _lines(card) if line.startswith("Model:")]
     nodes = [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
@@ -225,18 +224,6 @@ def made_by() -> dict[str, str]:
     for path in sorted([*package.rglob("*.py"), *package.glob("_core*")]):
         digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return {**versions(), "code": digest.hexdigest()}
-
-
-def _first_processor() -> Iterator[str]:
-    """The lines on the first processor; those on hundreds of others would take their time."""
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if not line.strip():
-                    return
-                yield line.strip()
-    except OSError:
-        return
 
 
 def _lines(path: Path) -> list[str]:

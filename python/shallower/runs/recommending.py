@@ -23,7 +23,7 @@ from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
 from ..progress import track
 from ..reporting.results import Continuations, Run, weights_mark
-from ..savings.machine import own_device
+from ..savings.timing import own_device
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file

@@ -12,6 +12,7 @@ from ..judgement.held_out_cuts import HeldOutCuts, Store
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
+from ..savings.roofline import cost_by_layer
 from ..scanning.scan import Scan
 from ..values.layers import deepest_block
 from ..values.plan import Plan
@@ -20,7 +21,6 @@ from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
 from ..values.verification import Verified
 from .asked import Asked
-from .cost_by_layer import footprint
 
 VERIFYING_TEXTS = 64
 """Texts that proposals are measured and quick patches are solved on, at most."""
@@ -118,7 +118,7 @@ class Sizes:
         require_possible(self._asked.target, len(self._decoder), self._left_at_least)
 
     def _left_at_least(self, n: int) -> float:
-        whole, of_layers = self._footprint
+        whole, of_layers = self._cost_by_layer
         return whole - sum(sorted(of_layers)[len(of_layers) - n :])
 
     def choose(self) -> tuple[SizeChoice, set[int]]:
@@ -130,7 +130,7 @@ class Sizes:
         Raises:
             LayersError, PlanError: as :func:`choose_size`.
         """
-        whole, of_layers = self._footprint
+        whole, of_layers = self._cost_by_layer
 
         def left(n: int) -> float:
             return whole - sum(of_layers[layer] for layer in self.verify(n).plan.dropped)
@@ -158,11 +158,11 @@ class Sizes:
         return scores.minus(verifier.scores((), after="none"))
 
     @cached_property
-    def _footprint(self) -> tuple[float, Sequence[float]]:
+    def _cost_by_layer(self) -> tuple[float, Sequence[float]]:
         """What the whole model takes, and each layer of it, in the unit of the target."""
         target = self._asked.target
         if target.latency is not None or target.memory is not None:
-            return footprint(self._decoder, target)
+            return cost_by_layer(self._decoder, target)
         return self._num_parameters, self._of_layers
 
     @cached_property

@@ -2,17 +2,25 @@
 
 The model is built without weights, and its own forward runs on tensors that have shapes alone: so
 tied embeddings, experts, shared keys and layers of several kinds count as what they are.
+
+Products (of matrices, convolutions, fused attention) are counted one by one. Whatever lies between
+two of them is counted as one fused kernel, which reads what comes into the stretch and writes what
+is read behind it: norms, activations, rotations and residual sums.
 """
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -21,7 +29,284 @@ from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..memory.sizes import num_parameters, stored_bytes, weight_bytes
 from ..models.architecture import evaluating, find_layers, text_config
 from ..models.learned_positions import learned_positions
-from .operations import Operation, Recorder, storage_key
+
+_SUMMED: dict[str, Callable[[Sequence[torch.Tensor]], int]] = {
+    "aten::mm": lambda given: given[0].shape[-1],
+    "aten::bmm": lambda given: given[0].shape[-1],
+    "aten::addmm": lambda given: given[1].shape[-1],
+    "aten::baddbmm": lambda given: given[1].shape[-1],
+    "aten::convolution": lambda given: prod(given[1].shape[1:]),
+    "aten::_grouped_mm": lambda given: given[0].shape[-1],
+    "transformers::grouped_mm_fallback": lambda given: given[0].shape[-1],
+}
+"""Products by their names, each with how many numbers a value of its output is summed of."""
+
+_BY_EXPERT = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+"""Products of every row with the matrix of its expert."""
+
+_PICKING = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
+"""Operations that read no more of their first input than they give back."""
+
+_COPYING = ("aten::clone", "aten::_to_copy")
+"""Operations whose output repeats what their input repeats."""
+
+_FREE = (
+    "aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty", "aten::new_empty",
+    "aten::empty_like", "aten::empty_strided",
+)  # fmt: skip
+"""Operations that move nothing although torch does not call them views."""
+
+
+@dataclass(slots=True)
+class Operation:
+    """A product, or the stretch between two products.
+
+    Attributes:
+        flops: 2 for each multiplication and addition of a product; 0 for a stretch.
+        read: bytes read from memory, weights included.
+        written: bytes written to memory.
+        launches: operations of torch that it is made of.
+        layer: the index of the decoder layer that it is in; None outside of them.
+    """
+
+    flops: int = 0
+    read: int = 0
+    written: int = 0
+    launches: int = 0
+    layer: int | None = None
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A storage, and what is known of it.
+
+    Attributes:
+        storage: kept, so that no other gets its key.
+        origin: the stretch that made it and has not been charged for writing it, as nothing behind
+            it has read it; None for all else.
+        distinct: bytes of it that are no copies of others.
+        scale: bytes in memory for a byte of the tensor: less than 1 for quantised weights.
+    """
+
+    storage: torch.UntypedStorage
+    origin: Operation | None
+    distinct: int
+    scale: float = 1.0
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """An open stretch between two products."""
+
+    operation: Operation
+    made: set[int] = field(default_factory=set)
+    seen: dict[int, int] = field(default_factory=dict)
+    parts: set[tuple[Any, ...]] = field(default_factory=set)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations that run in its body, on weights that may be fake.
+
+    ``scales`` has, by storage, the bytes in memory for a byte of a weight, where they are not as
+    many. What is put behind the tensors ``cached`` is taken to be written in place.
+
+    Attributes:
+        operations: in the order in which they began.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scales: Mapping[int, float] | None = None,
+        cached: Sequence[torch.Tensor] = (),
+    ) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self._stored: dict[int, _Stored] = {}
+        self._stretch: _Stretch | None = None
+        self._layer: int | None = None
+        self._weights = {storage_key(weight) for weight in model.parameters()}
+        self._cached = {storage_key(value) for value in cached}
+        self._scales = scales or {}
+
+    @contextmanager
+    def inside(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Record the body, in which operations know which of the layers they are in."""
+
+        def enter(place: int | None) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self._layer, self._stretch = place, None
+
+            return hook
+
+        with ExitStack() as stack:
+            for place, layer in enumerate(layers):
+                stack.callback(layer.register_forward_pre_hook(enter(place)).remove)
+                stack.callback(layer.register_forward_hook(enter(None)).remove)
+            stack.enter_context(self)
+            stack.enter_context(_FusedAttention(self))
+            yield
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = [one for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)]
+        made = [one for one in tree_iter(output) if isinstance(one, torch.Tensor)]
+        name = func.name().partition(".")[0]
+        if name in _SUMMED:
+            flops = 2 * sum(one.numel() for one in made) * _SUMMED[name](given)
+            self.product(flops, given, made, by_expert=name in _BY_EXPERT)
+        elif made and not (func.is_view or name in _FREE):
+            self._between(name, given, made)
+        return output
+
+    def product(
+        self,
+        flops: int,
+        given: Sequence[torch.Tensor],
+        made: Sequence[torch.Tensor],
+        *,
+        by_expert: bool = False,
+    ) -> None:
+        """Record a product.
+
+        ``by_expert``: the second input holds a matrix for every expert, of which no more are read
+        than there are rows.
+        """
+        self._stretch = None
+        operation = Operation(flops, launches=1, layer=self._layer)
+        self.operations.append(operation)
+        for place, value in enumerate(given):
+            size = self._read(value)
+            if by_expert and place == 1:
+                size = size * min(len(value), len(given[0])) // len(value)
+            operation.read += size
+        for value in made:
+            operation.written += _nbytes(value)
+            self._keep(value, None)
+
+    def _between(
+        self, name: str, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor]
+    ) -> None:
+        """Record an operation that is no product, as part of the stretch that it is in."""
+        keys = [storage_key(value) for value in given]
+        if given and name in _PICKING and keys[0] in self._weights:
+            self._pick(given[0], made[0])
+            return
+        if name == "aten::cat" and keys[0] in self._cached:
+            self._append(given, made[0])
+            return
+        if self._stretch is None:
+            self._stretch = _Stretch(Operation(layer=self._layer))
+            self.operations.append(self._stretch.operation)
+        stretch = self._stretch
+        stretch.operation.launches += 1
+        for place, value in enumerate(given):
+            limit = _nbytes(made[0]) if name in _PICKING and place == 0 else None
+            self._enter(stretch, value, limit)
+        for value in made:
+            key = storage_key(value)
+            if key not in keys:
+                stretch.made.add(key)
+                distinct = self._distinct(given[0]) if name in _COPYING and given else None
+                self._keep(value, stretch.operation, distinct)
+            elif key not in stretch.made:  # in place
+                stretch.operation.written += _nbytes(value)
+                stretch.made.add(key)
+
+    def _enter(self, stretch: _Stretch, value: torch.Tensor, limit: int | None) -> None:
+        """Charge a stretch for an input that was not made in it, each part of it once."""
+        key = storage_key(value)
+        part = (key, value.storage_offset(), tuple(value.shape), tuple(value.stride()))
+        if key in stretch.made or part in stretch.parts:
+            return
+        stretch.parts.add(part)
+        size = self._read(value)
+        if limit is not None:
+            size = min(size, limit)
+        left = value.untyped_storage().nbytes() - stretch.seen.get(key, 0)
+        size = max(0, min(size, left))
+        stretch.seen[key] = stretch.seen.get(key, 0) + size
+        stretch.operation.read += size
+
+    def _read(self, value: torch.Tensor) -> int:
+        """The bytes of a tensor in memory; whatever made it is charged for writing it, once."""
+        stored = self._stored.get(storage_key(value))
+        if stored is None:
+            stored = self._keep(value, None)
+        if stored.origin is not None:
+            stored.origin.written += stored.distinct
+            stored.origin = None
+        return round(self._distinct(value) * stored.scale)
+
+    def _distinct(self, value: torch.Tensor) -> int:
+        """The bytes of a tensor that are no copies of others of its bytes."""
+        stored = self._stored.get(storage_key(value))
+        size = value.element_size() * prod(
+            length for length, stride in zip(value.shape, value.stride(), strict=True) if stride
+        )
+        return size if stored is None else min(size, stored.distinct)
+
+    def _keep(
+        self, value: torch.Tensor, origin: Operation | None, distinct: int | None = None
+    ) -> _Stored:
+        storage, key = value.untyped_storage(), storage_key(value)
+        whole = storage.nbytes() if origin is None else _nbytes(value)
+        size = whole if distinct is None else min(whole, distinct)
+        stored = _Stored(storage, origin, size, self._scales.get(key, 1.0))
+        self._stored[key] = stored
+        return stored
+
+    def _pick(self, weight: torch.Tensor, picked: torch.Tensor) -> None:
+        """Rows of a weight are read where they are used: an embedding, the matrices of experts."""
+        stored = self._keep(picked, None)
+        stored.distinct = min(_nbytes(picked), _nbytes(weight))
+
+    def _append(self, given: Sequence[torch.Tensor], longer: torch.Tensor) -> None:
+        """New keys or values are written behind those of a cache."""
+        operation = Operation(launches=1, layer=self._layer)
+        self.operations.append(operation)
+        operation.read = sum(self._read(value) for value in given[1:])
+        operation.written = sum(_nbytes(value) for value in given[1:])
+        self._keep(longer, None)
+        self._stretch = None
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Counts scaled dot-product attention as one product, which reads each key once.
+
+    Heads that share keys read them together, and scores never reach memory; a mask is read, and
+    what it hides is computed, as by torch's own counter.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask")
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        query, key, value = (named[name] for name in names[:3])
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        mask = named.get("attn_mask")
+        given = [query, key, value, *([] if mask is None else [mask])]
+        rows = prod(query.shape[:-1])
+        flops = 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        self._recorder.product(flops, given, [output])
+        return output
+
+
+def storage_key(value: torch.Tensor) -> int:
+    """A number of a tensor's storage that no other storage has while this one is alive."""
+    return int(value.untyped_storage()._cdata)
+
 
 _CACHES = ("cache", "past_key_values", "cache_params")
 """Names under which models take and give their cache."""
@@ -53,31 +338,28 @@ class Account:
 
 
 def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: int = 1) -> Account:
-    """Count what a model holds and does, without its weights.
+    """Count what a model holds and does without its weights, once for each config.
 
     Args:
         config: of transformers.
-        dtype: dtype of the weights: ``float32``, ``bfloat16``, ``float16``, ``nf4`` or ``int8``.
+        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``, ``nf4`` or ``int8``.
         context: tokens that a text has before it is continued.
         batch: texts in a forward.
 
-    Returns:
-        The account.
-
     Raises:
         ModelError: no causal language model can be built from the config, its forward needs
-            weights, or it has learned fewer positions than are asked for.
+            weights, or it has learned fewer positions than ``context`` and one.
     """
     ways = str(config._attn_implementation), str(config._experts_implementation)
-    words = config.to_json_string(use_diff=False)
-    return _count(_Asked((type(config), words, *ways), dtype, context, batch, config))
+    content = config.to_json_string(use_diff=False)
+    return _count(_Subject((type(config), content, *ways), dtype, context, batch, config))
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What is counted: the words of the config, and the config that they are of."""
+class _Subject:
+    """What is counted: the content of a config, by which it is known again, and the config."""
 
-    words: tuple[type, str, str, str]
+    content: tuple[type, str, str, str]
     dtype: str
     context: int
     batch: int
@@ -85,16 +367,16 @@ class _Asked:
 
 
 @lru_cache(maxsize=64)
-def _count(asked: _Asked) -> Account:
-    """Count once: a run asks for the whole model again beside each of its cuts."""
-    config, dtype, context = asked.config, asked.dtype, asked.context
+def _count(subject: _Subject) -> Account:
+    """Count once: a run needs the whole model again beside each of its cuts."""
+    config, dtype, context = subject.config, subject.dtype, subject.context
     plain = torch.bfloat16 if dtype in ("nf4", "int8") else getattr(torch, dtype)
     model = build_empty(config, plain)
     _check_positions(model, context)
 
     def counted(experts: str | None) -> Account:
         built = build_empty(config, plain, experts=experts)
-        return _Counting(built, dtype).count(context, asked.batch)
+        return _Counting(built, dtype).count(context, subject.batch)
 
     found = first_that_runs(counted)
     if found is None:
@@ -106,14 +388,9 @@ def _count(asked: _Asked) -> Account:
 
 
 def longest_context(model: PreTrainedModel) -> int:
-    """Tell how many tokens a text may have before it is continued.
+    """Tokens that a text may have before it is continued: one less than the learned positions.
 
-    Args:
-        model: of any device, also the meta device.
-
-    Returns:
-        One less than the positions that the model has learned; of one that computes them, as by
-        RoPE, the largest of all numbers here.
+    Of a model that computes its positions, as by RoPE, it is the largest of all numbers here.
     """
     positions = learned_positions(find_layers(model).runner, text_config(model))
     return sys.maxsize if positions is None else positions - 1
@@ -190,17 +467,7 @@ class _Counting:
 
 
 def cache_of(output: Any) -> tuple[str, Any]:
-    """Find the cache that a model gives.
-
-    Args:
-        output: of its forward.
-
-    Returns:
-        The name by which the forward takes it, and the cache.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Find the cache in a model's output, and the name by which its forward takes it."""
     for name in _CACHES:
         if output.get(name) is not None:
             return name, output[name]

@@ -16,7 +16,7 @@ class Device:
 
     Attributes:
         name: as ``--device`` takes it.
-        title: as people call it.
+        title: its name for people.
         flops: operations a second at most by dtype of the weights, dense.
         bandwidth: bytes a second between memory and processor.
         memory: bytes of memory.
@@ -34,14 +34,7 @@ class Device:
     launch: float = 0.0
 
     def peak(self, dtype: str) -> float:
-        """Give the operations a second at most.
-
-        Args:
-            dtype: of the weights. Those in 4 or 8 bits are multiplied in bfloat16.
-
-        Returns:
-            Their number, of dense matrices.
-        """
+        """Operations a second at most; weights in 4 or 8 bits are multiplied in bfloat16."""
         return self.flops["bfloat16" if dtype in ("nf4", "int8") else dtype]
 
 
@@ -87,17 +80,7 @@ DEVICES: Mapping[str, Device] = MappingProxyType({
 
 
 def find_device(name: str) -> Device:
-    """Find a GPU by its name.
-
-    Args:
-        name: such as ``a100-80``; letters may be large.
-
-    Returns:
-        The GPU.
-
-    Raises:
-        ModelError: there is none of this name in the table.
-    """
+    """Find a GPU by its name, as ``a100-80``, in letters of any case."""
     found = DEVICES.get(name.lower())
     if found is None:
         raise ModelError(
@@ -119,13 +102,9 @@ _DRIVER_NAMES = {
 
 
 def known_as(title: str) -> Device | None:
-    """Find a GPU by the name that its driver gives it.
+    """Find a GPU by its driver's name for it, as ``NVIDIA A100-SXM4-80GB``.
 
-    Args:
-        title: such as ``NVIDIA A100-SXM4-80GB``.
-
-    Returns:
-        The GPU of the table; None for others, slower forms of the same chip among them.
+    Slower forms of the same chip are not in the table, as others are not: None.
     """
     words = set(title.upper().replace("-", " ").split()) - {"NVIDIA"}
     return next((DEVICES[name] for name, own in _DRIVER_NAMES.items() if own == words), None)

@@ -1,9 +1,14 @@
-"""The roofline: seconds of a forward by its operations and a machine (LLM-Viewer, 2402.16363)."""
+"""The roofline: seconds of a forward by its operations and a device (LLM-Viewer, 2402.16363)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from .devices import Device
-from .operations import Operation
+from ..models.decoder import Decoder
+from ..models.identity import stored_dtype
+from ..values.gain import Forecast, Sizes
+from ..values.target import Target
+from .account import Account, Operation, count
+from .devices import HERE, Device, find_device
+from .timing import own_device, this_machine
 
 
 def seconds(operations: Iterable[Operation], device: Device, dtype: str) -> float:
@@ -11,14 +16,6 @@ def seconds(operations: Iterable[Operation], device: Device, dtype: str) -> floa
 
     An operation takes as long as its arithmetic at the device's peak, or as its bytes at the
     device's bandwidth, whichever is longer; and, where that is known, the time of its launches.
-
-    Args:
-        operations: of a forward.
-        device: that it runs on.
-        dtype: of the weights.
-
-    Returns:
-        The seconds.
     """
     peak = device.peak(dtype)
     return sum(
@@ -31,19 +28,61 @@ def seconds(operations: Iterable[Operation], device: Device, dtype: str) -> floa
 def by_layer(
     operations: Iterable[Operation], device: Device, dtype: str, *, num_layers: int
 ) -> list[float]:
-    """Forecast the time that each decoder layer takes.
-
-    Args:
-        operations: of a forward.
-        device: that it runs on.
-        dtype: of the weights.
-        num_layers: decoder layers.
-
-    Returns:
-        The seconds by layer; what lies outside the layers is in none of them.
-    """
+    """Forecast the seconds of each decoder layer; what lies outside them is in none."""
     groups: list[list[Operation]] = [[] for _ in range(num_layers)]
     for one in operations:
         if one.layer is not None:
             groups[one.layer].append(one)
     return [seconds(group, device, dtype) for group in groups]
+
+
+def forecast(
+    device: Device, accounts: Sequence[Account], sizes: Sequence[Sizes], dtype: str
+) -> Forecast:
+    """Forecast the times of a model and of its cut, which ``accounts`` and ``sizes`` are of."""
+    (prefill_before, prefill_after), (decode_before, decode_after) = (
+        [seconds(getattr(account, phase), device, dtype) for account in accounts]
+        for phase in ("prefill", "decode")
+    )
+    fits_before, fits_after = (size.memory <= device.memory for size in sizes)
+    return Forecast(
+        device.name,
+        device.title,
+        device.source,
+        flops=device.peak(dtype),
+        bandwidth=device.bandwidth,
+        memory=device.memory,
+        launch=device.launch,
+        prefill_before=prefill_before,
+        prefill_after=prefill_after,
+        decode_before=decode_before,
+        decode_after=decode_after,
+        fits_before=fits_before,
+        fits_after=fits_after,
+    )
+
+
+def cost_by_layer(decoder: Decoder, target: Target) -> tuple[float, list[float]]:
+    """Count what a whole model takes of a target's latency or memory, and each of its layers.
+
+    Of a latency that is 1, and the share of a token's time on the device; of a memory the bytes of
+    weights and cache.
+
+    Raises:
+        ModelError: the model cannot be counted, or has learned fewer positions than the context.
+    """
+    dtype = stored_dtype(decoder.model)
+    account = count(decoder.model.config, dtype, context=target.context)
+    if target.latency is None:
+        pairs = zip(account.layer_weights, account.layer_caches, strict=True)
+        return account.weight_bytes + account.cache_bytes, [sum(pair) for pair in pairs]
+    device = _target_device(target.device, dtype)
+    whole = seconds(account.decode, device, dtype)
+    times = by_layer(account.decode, device, dtype, num_layers=len(decoder))
+    return 1.0, [time / whole for time in times]
+
+
+def _target_device(name: str | None, dtype: str) -> Device:
+    if name == HERE:
+        return this_machine(dtype)
+    return own_device() if name is None else find_device(name)

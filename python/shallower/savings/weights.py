@@ -22,14 +22,7 @@ class Weights:
 
 
 def count_weights(folder: Path) -> Weights | None:
-    """Count the weights of a checkpoint.
-
-    Args:
-        folder: with safetensors.
-
-    Returns:
-        Their size; None where there are none that can be read.
-    """
+    """Count the weights of a checkpoint; None where there are none that can be read."""
     from safetensors import SafetensorError, safe_open
 
     paths = sorted(folder.glob("*.safetensors"))

@@ -47,14 +47,7 @@ class Batch:
         return len(self.samples)
 
     def split(self, num_texts: int) -> "list[Batch]":
-        """Split the batch, and drop the columns that are padding in all texts of a part.
-
-        Args:
-            num_texts: texts of a part at most.
-
-        Returns:
-            The parts in their order; the batch itself if it is one part.
-        """
+        """Split into parts of at most ``num_texts``, without columns that are padding alone."""
         if num_texts >= len(self):
             return [self]
         parts = []
@@ -70,25 +63,20 @@ class Batch:
 class TokenBatches:
     """An iterable of batches that reads texts once, a window of batches at a time.
 
-    Args:
-        tokenizer: of the model.
-        texts: any iterable of strings.
-        tokens: how many tokens a text has at most, and how many texts make a batch.
-        min_tokens: texts of fewer tokens are rejected.
-        count_bytes: count the bytes of every text behind its first token.
+    Texts of fewer than ``min_tokens`` tokens are rejected; ``count_bytes`` fills
+    ``predicted_bytes``.
+
+    Raises:
+        TextsError: ``texts`` is no iterable of strings, or ``max_length`` leaves no room beside
+            special tokens; on iteration, a text is no string or cannot be tokenised.
 
     Attributes:
         num_texts: texts read so far.
         predicted_bytes: by the index of a text its bytes in UTF-8 behind its first token, up to
             the last one that is kept; none where they are not counted, or the tokenizer is a slow
-            one, which does not tell where tokens lie.
+            one, which does not say where tokens lie.
         num_rejected: texts with too few tokens, so far.
         rejections: the first of those, by name.
-
-    Raises:
-        TextsError: ``texts`` is not an iterable of strings, or ``max_length`` leaves no room
-            beside special tokens; on iteration, at a text that is not a string or cannot be
-            tokenised.
     """
 
     def __init__(
@@ -127,11 +115,7 @@ class TokenBatches:
         return TextsIdentity(self.num_texts, self._max_length, self._hash.hex())
 
     def windows(self) -> Iterator[list[Batch]]:
-        """Read on, a window at a time.
-
-        Yields:
-            The batches that were sorted by length together, longest first.
-        """
+        """Yield the batches that were sorted by length together, longest first."""
         while texts := list(islice(self._texts, WINDOW * self._batch_size)):
             yield self._batches(self._tokenise(texts))
 
@@ -140,24 +124,13 @@ class TokenBatches:
             yield from window
 
     def token_ids(self) -> Iterator[NDArray[np.int64]]:
-        """Read on without making batches.
-
-        Yields:
-            (T,) int64 token ids, text by text as they come, without those rejected.
-        """
+        """Yield (T,) int64 token ids, text by text as they come, without those rejected."""
         while texts := list(islice(self._texts, self._batch_size)):
             for _, ids in self._tokenise(texts):
                 yield ids
 
     def skip(self, num_texts: int) -> TextsIdentity:
-        """Read texts without making batches of them.
-
-        Args:
-            num_texts: read until so many are read in all.
-
-        Returns:
-            The identity of all texts read so far.
-        """
+        """Read on until ``num_texts`` are read in all; the identity of all that were read."""
         while remaining := num_texts - self.num_texts:
             texts = list(islice(self._texts, min(remaining, WINDOW * self._batch_size)))
             if not texts:
@@ -212,11 +185,7 @@ class TokenBatches:
             self.rejections.append(Rejection(self.num_texts, reason))
 
     def take_rejections(self) -> tuple[int, list[Rejection]]:
-        """Take the rejections since the last call.
-
-        Returns:
-            Their number, and the first of them by name.
-        """
+        """The number of rejections since the last call, and the first of them by name."""
         taken = self.num_rejected - self._taken, self.rejections[self._taken :]
         self._taken = self.num_rejected
         return taken
@@ -234,14 +203,7 @@ def _bytes_behind_first(text: str, places: Sequence[tuple[int, int]], *, whole: 
 
 
 def padded(texts: Sequence[tuple[int, NDArray[np.int64]]]) -> Batch:
-    """Make a batch of token ids.
-
-    Args:
-        texts: the index among all texts and the (T,) int64 token ids of every text; at least one.
-
-    Returns:
-        The batch, padded on the right with token 0.
-    """
+    """Make a batch of at least one text, each its index among all and its (T,) token ids."""
     length = max(len(ids) for _, ids in texts)
     input_ids = np.zeros((len(texts), length), dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -256,9 +218,6 @@ def untouched(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     """Put a fast tokenizer's truncation and padding back when the body ends.
 
     A fast tokenizer keeps those of its last call, and would save them.
-
-    Args:
-        tokenizer: fast or slow; a slow one keeps nothing.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

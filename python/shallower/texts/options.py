@@ -1,4 +1,4 @@
-"""Items of a task: a context, and options to go on with, one of which is right."""
+"""Items of a task: a context, and options that continue it, one of which is right."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _OPTIONS = ("options", "choices")
 
 @dataclass(frozen=True, slots=True)
 class OptionItem:
-    """A context with options to go on with, of which one is right.
+    """A context with options that continue it, of which one is right.
 
     Attributes:
         context: what comes before every option.
@@ -34,32 +34,13 @@ class OptionItem:
 
 
 def read_options(source: str | Path, limit: int | None = None) -> list[OptionItem]:
-    """Read a file of items, a JSON object a line.
+    """Read a file of items, a JSON object a line; the first ``limit`` only.
 
     The fields are ``context`` (also called ``query`` or ``question``), a string; ``options``
     (also called ``choices``), a list of strings; and ``answer``, the index of the right option,
     from 0 on. Others are ignored.
 
-    Args:
-        source: path of a file of JSON lines.
-        limit: read the first so many items only.
-
-    Returns:
-        The items in their order; at least one.
-
-    Raises:
-        TextsError: the file is not there or empty, or a line is not an item; the line is named.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import TemporaryDirectory
-        >>> from shallower.texts.options import read_options
-        >>> line = '{"context": "The sky is", "options": ["blue", "wet"], "answer": 0}'
-        >>> with TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "options.jsonl"
-        ...     _ = file.write_text(line)
-        ...     read_options(file)[0].options
-        ('blue', 'wet')
+    Raises TextsError, which names the line, where there is no file, no item, or what is none.
     """
     if limit is not None and limit < 1:
         raise TextsError(f"the number of items must be at least 1, got {limit}")
@@ -81,14 +62,7 @@ def read_options(source: str | Path, limit: int | None = None) -> list[OptionIte
 
 
 def options_fingerprint(items: Iterable[OptionItem]) -> str:
-    """Hash items, whatever file they are in.
-
-    Args:
-        items: in their order.
-
-    Returns:
-        A SHA-256 in hexadecimal digits of their contexts, options and answers.
-    """
+    """SHA-256 of the contexts, options and answers of items, whatever file they are in."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.context, item.options, item.answer]).encode() + b"\n")
@@ -141,7 +115,7 @@ def _field(record: dict[str, object], names: tuple[str, ...], place: str) -> obj
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Tell a string that can be written as UTF-8; JSON may hold halves of surrogate pairs."""
+    """Whether it is a string that UTF-8 can hold; JSON may have halves of surrogate pairs."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 

@@ -27,15 +27,10 @@ _WHOLE = 1 << 30
 
 
 class ReadOnce:
-    """Texts that are read from their source once, however often they are gone through.
+    """Texts that are read from their source once, however often they are iterated.
 
-    What a pass has read is kept for the next one, until :meth:`last_pass`.
-
-    Args:
-        texts: any iterable of strings; an iterator will do.
-
-    Raises:
-        TextsError: it is no iterable of strings.
+    What a pass has read is kept for the next one, until :meth:`last_pass`. Raises TextsError for
+    what is no iterable of strings.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -91,16 +86,6 @@ def read_samples(
     aside; where the texts end too early, the rests are one stream, cut into the sequences that are
     missing, and what is left of it is left out. Else every text of at least two tokens is one
     sequence, truncated.
-
-    Args:
-        tokenizer: the tokenizer of the model.
-        texts: any iterable of strings, read once.
-        max_length: tokens of a sequence at most.
-        packing: whether to join documents.
-        num_samples: sequences to make, at most.
-
-    Returns:
-        The sequences, in the order of the texts.
 
     Raises:
         TextsError: there are too few tokens for one step, a text is not a string, or the
@@ -175,17 +160,9 @@ def _too_few(batches: TokenBatches, count: int, max_length: int, packing: bool) 
 
 
 def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
-    """Draw the order in which samples are taken.
+    """Draw (total,) indices below ``count``, the order in which samples are taken.
 
     All samples are taken once, shuffled, before any is taken again, shuffled anew.
-
-    Args:
-        count: the number of samples.
-        total: the number of draws.
-        seed: the seed of the shuffles.
-
-    Returns:
-        (total,) indices below ``count``.
     """
     passes = -(-total // count)
     shuffled = [
@@ -195,16 +172,10 @@ def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
 
 
 def collate(rows: Iterable[NDArray[np.uint32]]) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """Pad sequences to one batch.
+    """Pad (T,) token ids to ``input_ids``, ``attention_mask`` and ``labels``, (B, T) int64 each.
 
     Padded on the right with token 0, which is never predicted; nor is the first token, so that
     labels count what is predicted, whether they are shifted or not.
-
-    Args:
-        rows: token ids, (T,) each.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` by name, (B, T) int64 each.
     """
     rows = list(rows)
     shape = len(rows), max(len(row) for row in rows)

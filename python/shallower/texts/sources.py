@@ -18,15 +18,12 @@ _HEAD_BYTES = 1 << 16
 
 
 class Texts:
-    """An iterable of texts that can be opened again.
+    """An iterable of texts that can be opened again, the first ``limit`` of a source.
 
-    ``operator.length_hint`` estimates their number without reading them.
-
-    Args:
-        source: a ``.jsonl`` file (field ``text``), a ``.txt`` file (a document a line, blank
-            lines skipped), a ``.parquet`` file (column ``text``), or a hub dataset as
-            ``id:split`` or ``id:config:split``, streamed (field ``text``).
-        limit: read the first so many texts only.
+    A source is a ``.jsonl`` file (field ``text``), a ``.txt`` file (a document a line, blank lines
+    skipped), a ``.parquet`` file (column ``text``), or a hub dataset as ``id:split`` or
+    ``id:config:split``, streamed (field ``text``). ``operator.length_hint`` estimates their number
+    without reading them.
 
     Raises:
         TextsError: the file is not there or of another kind; on iteration, a broken line.
@@ -73,25 +70,14 @@ class Texts:
         return known if self.limit is None else min(known, self.limit)
 
     def check(self) -> "Texts":
-        """Read the first text, once, so that a wrong source is found before long work.
-
-        Returns:
-            The texts themselves.
-
-        Raises:
-            TextsError: there is no text, or the first one cannot be read.
-        """
+        """Read the first text, once, so that a wrong source is found before long work; itself."""
         if not self._checked and next(iter(self), None) is None:
             raise TextsError(f"there are no texts in {self.source}")
         self._checked = True
         return self
 
     def count(self) -> int | None:
-        """Count the texts, where that does not load them.
-
-        Returns:
-            How many there are, at most ``limit``; of a hub dataset the limit, or None.
-        """
+        """Count the texts, where that does not load them; of a hub dataset the limit, or None."""
         if not self._is_file:
             return self.limit
         if self._counted is None:
@@ -166,17 +152,7 @@ class Texts:
 
 
 def read_whole(path: str | Path) -> str:
-    """Read a file of text as one text, with all its white space.
-
-    Args:
-        path: of the file, in UTF-8.
-
-    Returns:
-        The text.
-
-    Raises:
-        TextsError: there is no such file, or it is no text.
-    """
+    """Read a file of UTF-8 as one text, with all its white space; TextsError where it is none."""
     try:
         return Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -186,17 +162,9 @@ def read_whole(path: str | Path) -> str:
 
 
 def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
-    """Read the lines of a file of text, and skip blank ones.
+    """Yield the number, from 1 on, and the text of every line that is not blank.
 
-    Args:
-        path: of the file.
-        source: its name in errors.
-
-    Yields:
-        The number of each line, from 1 on, and the line without its end.
-
-    Raises:
-        TextsError: the file cannot be read, or is not UTF-8.
+    ``source`` names the file in TextsError, where it cannot be read or is not UTF-8.
     """
     number = 0
     try:
@@ -211,18 +179,7 @@ def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
 
 
 def numbered_records(path: Path, source: str) -> Iterator[tuple[int, object]]:
-    """Read a file of JSON lines, and skip blank ones.
-
-    Args:
-        path: of the file.
-        source: its name in errors.
-
-    Yields:
-        The number of each line, from 1 on, and what it holds.
-
-    Raises:
-        TextsError: the file cannot be read, or a line is not JSON.
-    """
+    """Yield the number, from 1 on, and the value of every JSON line, as :func:`numbered_lines`."""
     for number, line in numbered_lines(path, source):
         try:
             record = json.loads(line)

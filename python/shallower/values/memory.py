@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ModelError, ShallowerError
 
 RESERVED_SHARE = 0.05
 """Share of a device that is left free: blocks that the allocator cannot use."""
@@ -20,23 +21,19 @@ _BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
-def parse_size(text: str) -> int:
-    """Read a number of bytes.
-
-    Args:
-        text: such as ``16GB`` or ``80G`` (10^9 bytes each), ``16GiB`` (2^30 each), or plain bytes.
-
-    Returns:
-        The bytes.
+def parse_size(size: int | str, error: type[ShallowerError] = ModelError) -> int:
+    """Read a number of bytes: ``16GB`` or ``80G`` (10^9 each), ``16GiB`` (2^30 each), or plain.
 
     Raises:
-        ModelError: it is no size, or no byte.
+        error: it is no size, less than a byte, or more than files can have (2^63).
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size).strip())
     unit, binary = (match[2].lower(), bool(match[3])) if match else ("", False)
-    if not match or (binary and not unit) or float(match[1]) == 0:
-        raise ModelError(f"unknown size {text!r}: expected bytes, as 16GB, 80G or 16GiB")
-    return int(float(match[1]) * (_BINARY_UNITS if binary else _UNITS)[unit])
+    if match and (unit or not binary):
+        count = int(Decimal(match[1]) * (_BINARY_UNITS if binary else _UNITS)[unit])
+        if 1 <= count < 2**63:
+            return count
+    raise error(f"unknown size {size!r}: expected bytes, as 16GB, 80G or 16GiB")
 
 
 def format_size(size: int) -> str:

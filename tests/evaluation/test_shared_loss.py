@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from shallower.evaluation.shards import gathered, rank_and_size
+from shallower.evaluation.loss import gathered, rank_and_size
 from tests.conftest import ROOT
 
 
