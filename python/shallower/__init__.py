@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .errors import RecipeError as RecipeError
     from .errors import RejectedSamplesWarning as RejectedSamplesWarning
     from .errors import ScanError as ScanError
+    from .errors import SettingsError as SettingsError
     from .errors import ShallowerError as ShallowerError
     from .errors import StatesError as StatesError
     from .errors import TextsError as TextsError
@@ -75,6 +76,9 @@ if TYPE_CHECKING:
     from .values.plan import Rejection as Rejection
     from .values.positions import Positions as Positions
     from .values.recipe import Recipe as Recipe
+    from .values.settings import CompareSettings as CompareSettings
+    from .values.settings import CurveSettings as CurveSettings
+    from .values.settings import RunSettings as RunSettings
     from .values.task_scores import TaskScores as TaskScores
     from .values.verification import Verified as Verified
 
@@ -82,12 +86,14 @@ _HOMES = {
     "Block": "values.layers",
     "BootstrappedStart": "values.bootstrap",
     "CacheError": "errors",
+    "CompareSettings": "values.settings",
     "Costs": "values.costs",
     "CostsError": "errors",
     "CriteriaComparison": "values.comparison",
     "Criterion": "judgement.criterion",
     "CriterionError": "errors",
     "Curve": "values.curve",
+    "CurveSettings": "values.settings",
     "Gain": "values.gain",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",
@@ -112,8 +118,10 @@ _HOMES = {
     "RecipeError": "errors",
     "RejectedSamplesWarning": "errors",
     "Rejection": "values.plan",
+    "RunSettings": "values.settings",
     "Scan": "scanning.scan",
     "ScanError": "errors",
+    "SettingsError": "errors",
     "ShallowerError": "errors",
     "StatesError": "errors",
     "TaskScores": "values.task_scores",

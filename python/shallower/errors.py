@@ -41,6 +41,10 @@ class CriterionError(ShallowerError):
     """A criterion or a judge that does not exist, is named twice, or has not what it needs."""
 
 
+class SettingsError(ShallowerError):
+    """A setting that does not exist, or settings of another study."""
+
+
 class CacheError(ShallowerError):
     """An entry of the cache that is damaged."""
 

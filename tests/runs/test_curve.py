@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import pkgutil
-import signal
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,21 +13,20 @@ from shallower.judgement.verifying import PATCH_TEXTS
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.runs.curve_points import CurvePoints
-from shallower.runs.run_job import NUM_CHOOSING
-from shallower.runs.sizes import VERIFYING_TEXTS
+from shallower.runs.measuring import Measuring
+from shallower.runs.verified_plans import VERIFYING_TEXTS
 from shallower.texts.batches import TokenBatches
 from shallower.texts.splits import three_splits
 from shallower.values.curve import Curve
 from shallower.values.tokens import Tokens
-from tests.commands import in_a_process
-from tests.conftest import ROOT, tiny_llama
+from tests.conftest import tiny_llama
 from tests.documents import Unread, assert_same, state_of
 from tests.healing.cuts import MANY, QUICK
 from tests.healing.cuts import documents as progressions
 
 TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
 TOO_LONG = replace(QUICK, max_length=128)
-FIT = three_splits(TEXTS, REPORT, num_choosing=NUM_CHOOSING).fit
+FIT = three_splits(TEXTS, REPORT, num_choosing=sh.CurveSettings().num_choosing).fit
 TAKEN = {
     "eval_texts": REPORT, "max_length": 16, "top": 2, "n": [2, 5, 0], "patch_tokens": 512,
     "strategies": ["recommended", "similarity", "deepest"],
@@ -165,13 +161,13 @@ def test_a_quick_patch_is_that_of_a_verification(learned, words, tmp_path):
 def test_cuts_that_strategies_have_in_common_are_measured_once(
     learned, words, tmp_path, monkeypatch
 ):
-    measure, seen = CurvePoints._measure, []
+    measure, seen = Measuring._measure, []
 
     def noted(points, dropped, state):
         seen.append((dropped, state))
         return measure(points, dropped, state)
 
-    monkeypatch.setattr(CurvePoints, "_measure", noted)
+    monkeypatch.setattr(Measuring, "_measure", noted)
     options = {**TAKEN, "n": [1], "strategies": ["similarity", "best_plan", "angular"]}
     curve = sh.curve(learned, words, TEXTS, **options, quick_patch=True, out=tmp_path / "out")
     assert len(seen) == len(set(seen)) == 3
@@ -214,13 +210,13 @@ def test_a_curve_that_is_known_is_not_measured_again(learned, words, tmp_path, m
 def test_points_of_another_curve_are_not_measured_again(learned, words, tmp_path, monkeypatch):
     options = {**TAKEN, "strategies": ["similarity"]}
     first = sh.curve(learned, words, TEXTS, **{**options, "n": [2]}, out=tmp_path / "out")
-    measure, seen = CurvePoints._measure, []
+    measure, seen = Measuring._measure, []
 
     def noted(points, dropped, state):
         seen.append((len(dropped), state))
         return measure(points, dropped, state)
 
-    monkeypatch.setattr(CurvePoints, "_measure", noted)
+    monkeypatch.setattr(Measuring, "_measure", noted)
     more = sh.curve(learned, words, TEXTS, **{**options, "n": [1, 2]}, out=tmp_path / "more")
     assert seen == [(1, "cut"), (1, "patched")]
     assert [one for one in more.points if one.n == 2] == [*first.points[1:]]
@@ -234,10 +230,10 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("place", "after"),
     [
-        ("shallower.runs.curve_job.write_file", 1),
-        ("shallower.runs.curve_job.write_file", 4),
+        ("shallower.runs.study.write_file", 1),
+        ("shallower.runs.study.write_file", 4),
         ("shallower.runs.store.Store.put", 6),
-        ("shallower.runs.curve_points.loss_as_it_is", 2),
+        ("shallower.runs.measuring.loss_as_it_is", 2),
         ("shallower.scanning.scan.Scan.save", 1),
     ],
 )
@@ -265,69 +261,6 @@ def test_a_curve_that_was_killed_goes_on_to_the_same_bits(
     }  # fmt: skip
 
 
-def test_points_in_the_folder_are_not_measured_again_without_their_entries(
-    learned, words, tmp_path, monkeypatch, cache_folder
-):
-    options = {**TAKEN, "n": [1, 2], "strategies": ["similarity", "deepest"]}
-    whole = sh.curve(learned, words, TEXTS, **options, out=tmp_path / "whole", cache=False)
-    point, seen = CurvePoints.point, []
-
-    def dying(points, *asked):
-        if asked == ("similarity", 2, "patched"):
-            raise Killed
-        return point(points, *asked)
-
-    def noted(points, dropped, state):
-        seen.append((dropped, state))
-        return measure(points, dropped, state)
-
-    monkeypatch.setattr("shallower.runs.contestants.ModelStore.put", lambda *_: None)
-    with monkeypatch.context() as patched:
-        patched.setattr(CurvePoints, "point", dying)
-        with pytest.raises(Killed):
-            sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out")
-    measure = CurvePoints._measure
-    monkeypatch.setattr(CurvePoints, "_measure", noted)
-    again = sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out")
-    assert measured(again) == measured(whole)
-    assert seen == [(whole.line(name, "cut")[2].dropped, "patched") for name in whole.strategies]
-
-
-KILLED = """
-import os, signal, sys
-import shallower as sh
-from shallower.runs import curve_job
-from tests.runs.test_curve import REPORT, TEXTS
-write, left = curve_job.write_csv, int(sys.argv[3])
-def dying(curve, path):
-    global left
-    write(curve, path)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-curve_job.write_csv = dying
-sh.curve(sys.argv[1], None, TEXTS, eval_texts=REPORT, out=sys.argv[2], max_length=16, n=[1, 2],
-    strategies=["similarity", "deepest"], patch_tokens=512)
-"""
-
-
-def test_a_process_that_was_killed_leaves_a_curve_to_go_on_with(learned, words, tmp_path):
-    learned.save_pretrained(tmp_path / "model")
-    words.save_pretrained(tmp_path / "model")
-    source = sh.ModelSource(tmp_path / "model", "auto")
-    options = {"eval_texts": REPORT, "max_length": 16, "n": [1, 2], "patch_tokens": 512}
-    options |= {"strategies": ["similarity", "deepest"], "out": tmp_path / "out"}
-    whole = sh.curve(source, None, TEXTS, **{**options, "out": tmp_path / "whole"}, cache=False)
-    command = [sys.executable, "-c", KILLED, tmp_path / "model", tmp_path / "out", 4]
-    killed = in_a_process(
-        *command, cwd=ROOT, env={"SHALLOWER_CACHE": os.environ["SHALLOWER_CACHE"]}
-    )
-    assert killed.status == -signal.SIGKILL, killed.err
-    left = Curve.from_json(json.loads((tmp_path / "out" / "curve.json").read_text()))
-    assert [point.state for point in left.points] == ["cut"] * 4
-    assert measured(sh.curve(source, None, TEXTS, **options)) == measured(whole)
-
-
 # Healed.
 def test_a_cut_is_healed_from_its_patch_and_nothing_is_left(learned, words, tmp_path):
     texts = progressions(MANY, 5)
@@ -341,7 +274,7 @@ def test_a_cut_is_healed_from_its_patch_and_nothing_is_left(learned, words, tmp_
     assert healed.loss.nats < patched.loss.nats < cut.loss.nats
     assert not (tmp_path / "out" / ".healing").exists()
     assert curve.settings["heal"]["steps"] == QUICK.steps
-    fit = three_splits(texts, REPORT, num_choosing=NUM_CHOOSING)
+    fit = three_splits(texts, REPORT, num_choosing=sh.CurveSettings().num_choosing)
     sh.patch(learned, words, cut.dropped, texts=fit.fit, max_length=16, num_tokens=512)
     plan = sh.Plan.of(6, cut.dropped)
     sh.save_model(learned, words, tmp_path / "cut", plan=plan)
@@ -357,10 +290,10 @@ def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, mon
     texts = progressions(MANY, 5)
     options = {**TAKEN, "n": [2], "strategies": ["deepest"], "heal": QUICK, "states": ["healed"]}
     with monkeypatch.context() as patched:
-        patched.setattr("shallower.runs.curve_points.loss_as_it_is", _killed)
+        patched.setattr("shallower.runs.measuring.loss_as_it_is", _killed)
         with pytest.raises(Killed):
             sh.curve(learned, words, texts, **options, out=tmp_path / "out")
-    monkeypatch.setattr("shallower.runs.curve_points.heal", _killed)
+    monkeypatch.setattr("shallower.runs.measuring.heal", _killed)
     curve = sh.curve(learned, words, texts, **options, out=tmp_path / "out")
     assert curve.points[1].loss is not None
     assert not (tmp_path / "out" / ".healing").exists()
@@ -383,7 +316,11 @@ def _killed(*_args, **_options):
         ({"strategies": []}, sh.CriterionError, "expected some of recommended"),
         ({"strategies": ["deepest"] * 2}, sh.CriterionError, "named twice: deepest"),
         ({"states": ["mended"]}, sh.PatchError, "'mended': expected some of cut, patched, healed"),
-        ({"patch_tokens": 0}, sh.LayersError, "patch_tokens = 0: expected at least 1"),
+        (
+            {"patch_tokens": 0},
+            sh.LayersError,
+            "patch_tokens = 0: expected a whole number",
+        ),
         ({"seed": -1}, sh.LayersError, "seed = -1"),
         ({"heal_steps": 3}, sh.RecipeError, "--heal-steps without --states healed"),
         ({"heal": QUICK}, sh.RecipeError, "without the state healed"),

@@ -15,7 +15,7 @@ from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
 from shallower.reporting.recommendation import sizes_table
 from shallower.reporting.results import Run
-from shallower.runs import recommending, sizes
+from shallower.runs import recommending
 from shallower.runs.continuing import continue_text
 from shallower.values.scores import Difference
 from tests.conftest import tiny_llama
@@ -249,7 +249,7 @@ def test_a_large_model_is_patched_by_fewer_tokens_on_a_cpu(
 
 
 def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(sizes, "TABLE_REPORTS", 3)
+    monkeypatch.setattr(recommending, "TABLE_REPORTS", 3)
     report = [*REPORT, *progressions(12, 2)]
     options = {**TAKEN, "eval_texts": report, "cache": False, "progress": False}
     again = sh.run(learned, words, TEXTS, **options, out=tmp_path / "out", n=2)
@@ -416,6 +416,7 @@ def stored(learned, words, tmp_path):
         ({"n": 6}, sh.LayersError, "n = 6"),
         ({"n": 2, "max_loss": 0.3}, sh.LayersError, "n and max_loss are given"),
         ({"blocks": 0}, sh.LayersError, "blocks = 0.*--blocks"),
+        ({"tops": 3}, sh.SettingsError, "no setting 'tops': did you mean top?"),
         ({"top": 0}, sh.LayersError, "--top"),
         ({"prompts": "w1 w2"}, sh.TextsError, "prompts must be a sequence of strings"),
         ({"prompts": ["w1", " "]}, sh.TextsError, "prompts must be a sequence of strings"),

@@ -27,7 +27,7 @@ from .options import (
 from .output import called, print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
-    from ..runs.curve_job import CurveJob
+    from ..runs.curve import CurveStudy
     from ..values.curve import Curve
 
 
@@ -121,53 +121,59 @@ def curve_command(
     curve.json, written before each next step, and curve.csv. A curve that was cut short goes on
     where it was.
     """
-    from ..runs.curve_job import CurveJob
+    from ..runs.curve import CurveStudy
     from ..runs.store import open_store
     from ..values.layers import parse_sizes
-    from ..values.tokens import Tokens, parse_batch_size
+    from ..values.settings import CurveSettings
+    from ..values.tokens import parse_batch_size
 
-    job = CurveJob(
-        model=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
-        texts=read_texts(texts), eval_texts=read_texts(eval_texts), out=out,
-        sizes=parse_sizes(n, least=0), strategies=_names(strategies), states=_names(states),
+    settings = CurveSettings(
+        n=parse_sizes(n, least=0), strategies=_names(strategies), states=_names(states),
         quick_patch=quick_patch, patch_tokens=patch_tokens, tasks=_names(tasks),
         tasks_dir=tasks_dir, data=data, max_items=max_items, num_shots=num_shots,
-        pass_at=pass_at, heal_steps=heal_steps, top=top,
-        tokens=Tokens(max_length, parse_batch_size(batch_size)), max_texts=max_texts,
-        max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
-        cache=open_store(no_cache or dry_run), command=called(),
+        pass_at=pass_at, heal_steps=heal_steps, top=top, max_length=max_length,
+        batch_size=parse_batch_size(batch_size), max_texts=max_texts,
+        max_eval_texts=max_eval_texts, threads=threads, seed=seed,
+    )  # fmt: skip
+    study = CurveStudy(
+        models=(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),),
+        texts=read_texts(texts), eval_texts=read_texts(eval_texts), settings=settings, out=out,
+        overwrite=overwrite, store=open_store(no_cache), command=called(),
     )  # fmt: skip
     if dry_run:
-        job.check()
-        say_dry_run(_described(job), as_json)
+        study.check()
+        say_dry_run(_described(study), as_json)
         return
     quiet()
-    _say(job.run(), job, as_json)
+    _say(study.run(), study, as_json)
 
 
 def _names(listed: str | None) -> Any:
-    """Names, comma-separated; the job checks them."""
+    """Names, comma-separated; the settings check them."""
     return () if listed is None else tuple(name.strip() for name in listed.split(","))
 
 
-def _described(job: "CurveJob") -> dict[str, Any]:
-    named = {"strategies": job.strategies, "states": job.states, "tasks": job.tasks}
+def _described(study: "CurveStudy") -> dict[str, Any]:
+    settings = study.settings
+    named = {
+        "strategies": settings.strategies, "states": settings.states, "tasks": settings.tasks,
+    }  # fmt: skip
     return {
-        "curve": str(job.model),
-        "n": [0, *job.sizes],
+        "curve": str(study.model),
+        "n": [0, *settings.n],
         **{name: ", ".join(names) for name, names in named.items() if names},
-        "write": [str(job.out)],
+        "write": [str(study.out)],
     }
 
 
-def _say(curve: "Curve", job: "CurveJob", as_json: bool) -> None:
+def _say(curve: "Curve", study: "CurveStudy", as_json: bool) -> None:
     from ..reporting.curve import curve_tables
     from ..runs.report import report
 
-    page = report(job.out)
-    if job.entry is not None:
-        say_known(job.entry.made)
+    page = report(study.folder)
+    if study.entry is not None:
+        say_known(study.entry.made)
     if as_json:
-        print_json({**curve.to_json(), "out": str(job.out), "page": str(page)})
+        print_json({**curve.to_json(), "out": str(study.out), "page": str(page)})
         return
-    show(*curve_tables(curve), f"wrote {job.out}", f"page: {page}")
+    show(*curve_tables(curve), f"wrote {study.out}", f"page: {page}")

@@ -31,8 +31,8 @@ from .output import called, print_json, reuse, say_dry_run, show
 if TYPE_CHECKING:
     from ..reporting.results import Run
     from ..runs.done import Output
-    from ..runs.run_job import RunJob
-    from ..values.target import Target
+    from ..runs.run import RunStudy
+    from ..values.settings import RunSettings
 
 Layers = Annotated[
     int | None, typer.Option("--n", metavar="N", help="Layers that are to go.", show_default=False)
@@ -125,6 +125,9 @@ def run_command(
             metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
         ),
     ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Choose and measure; patch and save no model.")
+    ] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
@@ -141,21 +144,23 @@ def run_command(
     trained on it, merged into OUT/healed. A run that was cut short goes on where it was, unless
     the cache is off.
     """
-    from ..values.tokens import Tokens, parse_batch_size
+    from ..values.settings import RunSettings
+    from ..values.tokens import parse_batch_size
 
-    source = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
-    tokens = Tokens(max_length, parse_batch_size(batch_size))
-    target = _target(
-        n, fraction, params, max_loss, target_latency=target_latency,
-        target_memory=target_memory, device=device, context=context,
+    settings = RunSettings(
+        n=n, fraction=fraction, params=_count(params), max_loss=max_loss,
+        target_latency=_share(target_latency), target_memory=target_memory, device=device,
+        context=context, blocks=blocks, top=top, max_length=max_length,
+        batch_size=parse_batch_size(batch_size), max_texts=max_texts,
+        max_eval_texts=max_eval_texts, threads=threads, heal=heal, heal_steps=heal_steps,
+        plan_only=plan_only, seed=seed,
     )  # fmt: skip
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
-        source, {"run": model, "texts": texts, "eval_texts": eval_texts}, no_cache or dry_run,
-        dry_run=dry_run, as_json=as_json, texts=read_texts(texts), eval_texts=held_out,
-        target=target, out=out, top=top, blocks=blocks,
-        tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts, threads=threads,
-        heal=heal, heal_steps=heal_steps, seed=seed, overwrite=overwrite,
+        ModelSource(model, dtype, device_map, gguf_file, trust_remote_code), settings,
+        {"run": model, "texts": texts, "eval_texts": eval_texts}, dry_run=dry_run,
+        as_json=as_json, no_cache=no_cache, texts=read_texts(texts), eval_texts=held_out, out=out,
+        overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -185,80 +190,85 @@ def demo_command(
     something else is asked for.
     """
     from ..runs import demo
-    from ..values.tokens import Tokens
+    from ..values.settings import RunSettings
 
-    source = ModelSource(demo.model_path(), dtype)
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
-    described = {"demo": Path(source.path).name, "texts": len(read), "eval_texts": len(held_out)}
-    target = _target(n, fraction, params, max_loss)
-    if target.is_none:
-        target = _target(demo.NUM_LAYERS, None, None, None)
+    given: dict[str, Any] = {
+        "n": n,
+        "fraction": fraction,
+        "params": _count(params),
+        "max_loss": max_loss,
+    }
+    target = {name: value for name, value in given.items() if value is not None}
+    settings = RunSettings(
+        top=demo.TOP, num_choosing=demo.NUM_CHOOSING, max_length=demo.MAX_LENGTH,
+        **(target or {"n": demo.NUM_LAYERS}),
+    )  # fmt: skip
+    path = demo.model_path()
+    described = {"demo": Path(path).name, "texts": len(read), "eval_texts": len(held_out)}
     _carry_out(
-        source, described, no_cache or dry_run, dry_run=dry_run, as_json=as_json, texts=read,
-        eval_texts=held_out, target=target, out=out, top=demo.TOP, num_choosing=demo.NUM_CHOOSING,
-        tokens=Tokens(demo.MAX_LENGTH), overwrite=overwrite,
+        ModelSource(path, dtype), settings, described, dry_run=dry_run, as_json=as_json,
+        no_cache=no_cache, texts=read, eval_texts=held_out, out=out, overwrite=overwrite,
     )  # fmt: skip
 
 
-def _target(
-    n: int | None,
-    fraction: float | None,
-    params: str | None,
-    max_loss: float | None,
-    *,
-    target_latency: str | None = None,
-    target_memory: str | None = None,
-    **how: Any,
-) -> "Target":
-    from ..values.memory import parse_size
-    from ..values.target import Target, parse_count, parse_share
+def _count(params: str | None) -> int | None:
+    from ..values.target import parse_count
 
-    return Target(
-        n, fraction, None if params is None else parse_count(params), max_loss,
-        latency=None if target_latency is None else parse_share(target_latency),
-        memory=None if target_memory is None else parse_size(target_memory), **how,
-    )  # fmt: skip
+    return None if params is None else parse_count(params)
+
+
+def _share(latency: str | None) -> float | None:
+    from ..values.target import parse_share
+
+    return None if latency is None else parse_share(latency)
 
 
 def _carry_out(
     source: ModelSource,
+    settings: "RunSettings",
     described: dict[str, Any],
-    no_cache: bool,
     *,
     dry_run: bool,
     as_json: bool,
-    **asked: Any,
+    no_cache: bool,
+    **places: Any,
 ) -> None:
-    """Make a run, or say it again, or say what it would do; ``demo`` is one like any other."""
+    """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
     from ..runs.report import report
-    from ..runs.run_job import RunJob
+    from ..runs.run import RunStudy
     from ..runs.store import open_store
 
-    job = RunJob(model=source, cache=open_store(no_cache), command=called(), **asked)
-    output = _output(job)
-    if reuse(output, lambda _: _say_again(job.out, as_json)):
+    study = RunStudy(
+        models=(source,), settings=settings, store=open_store(no_cache), command=called(), **places
+    )
+    output = _output(study)
+    if not dry_run and reuse(output, lambda _: _say_again(study.folder, as_json)):
         return
-    job.check()
+    study.check()
     if dry_run:
-        described |= {"target": str(job.target), "heal": bool(job.heal), "write": [str(job.out)]}
-        say_dry_run(described, as_json)
+        target = {"target": str(settings.target), "heal": bool(settings.heal)}
+        say_dry_run({**described, **target, "write": [str(study.out)]}, as_json)
         return
     quiet()
-    done = job.run(lambda so_far: _report(so_far, as_json))
+    done = study.run(lambda so_far: _report(so_far, as_json))
     output.keep({})
-    _say_end(done, report(job.out), as_json)
+    _say_end(done, report(study.folder), as_json)
 
 
-def _output(job: "RunJob") -> "Output":
-    """The output of a run, as the store remembers it."""
+def _output(study: "RunStudy") -> "Output":
+    """The output of a run, as the cache remembers it."""
     from ..runs.done import Output
     from ..runs.run import RUN_FILES
-    from ..values.files import HEALED_FOLDER
+    from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 
-    healed = (HEALED_FOLDER,) if job.heal else ()
+    healed = (HEALED_FOLDER,) if study.settings.heal else ()
+    files = [*healed, *RUN_FILES]
+    if study.settings.plan_only:
+        files.remove(CHECKPOINT_FOLDER)
     return Output(
-        job.cache, "run", job.out, lambda: None if job.job is None else {"job": job.job},
-        names=(*healed, *RUN_FILES),
+        study.store, "run", study.folder,
+        lambda: None if study.job is None else {"job": study.job}, names=tuple(files),
     )  # fmt: skip
 
 
@@ -314,15 +324,18 @@ def _say_end(done: "Run", page: Path, as_json: bool) -> None:
     recommended = done.recommended
     if recommended is None:
         return
-    for told in done.continuations:
+    for sample in done.continuations:
         names = ("whole", "cut", "patched", "healed")
-        show(*(f"{name}: {text}" for name in names if (text := getattr(told, name))), "")
+        show(*(f"{name}: {text}" for name in names if (text := getattr(sample, name))), "")
+    reload = []
+    if done.checkpoint is not None:
+        reload = [f"stock reload: logits differ by at most {done.difference:.2g}"]
     show(
         f"{recommended.reason[:1].upper()}{recommended.reason[1:]}.",
         losses_line(recommended),
-        f"stock reload: logits differ by at most {done.difference:.2g}",
+        *reload,
         *(f"warning: {warning}" for warning in recommended.warnings()),
         recommended.sentence(),
-        f"wrote {done.checkpoint}",
+        f"wrote {done.checkpoint or done.out}",
         f"page: {page}",
     )

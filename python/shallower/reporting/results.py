@@ -76,8 +76,8 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder of the model that is recommended, once it is there."""
-        if self.recommended is None:
+        """The folder of the recommended model; None before its plan is known, or of a plan only."""
+        if self.recommended is None or "plan_only" in self.marks:
             return None
         return self.out / (HEALED_FOLDER if self.recommended.healed else CHECKPOINT_FOLDER)
 

@@ -8,7 +8,7 @@ from ..models.source import ModelSource
 from ..values.comparison import CriteriaComparison
 from ..values.tokens import BatchSize, Tokens
 from .comparison_job import MAX_EVAL_TEXTS, MAX_TEXTS, SIZES, ComparisonJob
-from .contestants import contestants
+from .given_models import given_models
 from .store import open_store
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def compare(
         [('angular', 2, 2), ('deepest', 2, 2)]
     """
     job = ComparisonJob(
-        models=contestants(model, tokenizer), texts=texts, eval_texts=eval_texts, sizes=n,
+        models=given_models(model, tokenizer), texts=texts, eval_texts=eval_texts, sizes=n,
         criteria=criteria, judge=judge, options=options, tokens=Tokens(max_length, batch_size),
         max_texts=max_texts, max_eval_texts=max_eval_texts, seed=seed,
         spill=None if spill is None else Path(spill), out=None if out is None else Path(out),

@@ -29,7 +29,7 @@ from ..values.hashing import hash_of
 from ..values.layers import layer_number
 from ..values.provenance import versions
 from ..values.tokens import Tokens
-from .contestants import InMemory, ModelStore, inputs_of_one
+from .given_models import InMemory, ModelStore, inputs_of_one
 from .store import Entry, Store
 
 if TYPE_CHECKING:

@@ -5,12 +5,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROMPTS = (
-    "The most important thing about a good plan is",
-    "Once upon a time, in a village by the sea, there lived",
-)
-"""Texts that the models of a run continue."""
-
 
 def continue_text(
     model: "PreTrainedModel",

@@ -1,20 +1,27 @@
 """What a model loses over the number of layers that go, by strategy and state."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..errors import CriterionError
 from ..models.source import ModelSource
-from ..values.curve import Curve, State
-from ..values.recipe import Recipe
-from ..values.tokens import BatchSize, Tokens
-from .contestants import one_contestant
-from .curve_job import PATCH_TOKENS, SIZES, STRATEGIES, CurveJob
-from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, TOP
-from .store import open_store
+from ..reporting.curve import write_csv
+from ..values.curve import OWN_STRATEGIES, Curve
+from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
+from ..values.layers import check_sizes
+from ..values.settings import CurveSettings
+from .given_models import given_model
+from .store import Entry, open_store
+from .study import Study, Unit
+from .tasks import StudyTasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..values.recipe import Recipe
 
 
 def curve(
@@ -24,29 +31,11 @@ def curve(
     *,
     eval_texts: Iterable[str],
     out: str | Path,
-    n: Sequence[int] = SIZES,
-    strategies: Sequence[str] = STRATEGIES,
-    states: Sequence[State] = ("cut", "patched"),
-    quick_patch: bool = False,
-    patch_tokens: int = PATCH_TOKENS,
-    tasks: Sequence[str] = (),
-    tasks_dir: str | Path | None = None,
-    data: str | Path | None = None,
-    max_items: int | None = None,
-    num_shots: int | None = None,
-    pass_at: int | None = None,
-    heal: Recipe | None = None,
-    heal_steps: int | None = None,
-    top: int = TOP,
-    max_length: int = 256,
-    batch_size: BatchSize = "auto",
-    max_texts: int = MAX_TEXTS,
-    max_eval_texts: int = MAX_EVAL_TEXTS,
-    threads: int | None = None,
-    seed: int = 0,
+    settings: CurveSettings | None = None,
     cache: bool = True,
     overwrite: bool = False,
     progress: bool | None = None,
+    **options: Any,
 ) -> Curve:
     """Measure what a model loses as more and more of its layers go.
 
@@ -69,42 +58,18 @@ def curve(
         eval_texts: held-out texts, which report. Calibration texts that are among them are left
             out.
         out: the folder to write to.
-        n: numbers of layers that go; the whole model is measured in any case.
-        strategies: ``recommended``, the verified plan of every size, as by :func:`run`;
-            ``similarity``, the most similar block; ``best_plan``, the most similar blocks
-            together; ``deepest``, the deepest layers but the last; or any criterion by its name.
-        states: of ``cut``, ``patched`` and ``healed``. What is healed is patched first where it
-            can be.
-        quick_patch: patch by one matrix a block, in seconds, as criteria are compared; by
-            default in full, as by :func:`patch`.
-        patch_tokens: tokens that a full patch is fitted on, at most.
-        tasks: names of tasks to do beside the loss; the main measure of each is kept.
-        tasks_dir: a folder of further definitions of tasks.
-        data: the folder in which task files find their data; by default that of the variable
-            ``SHALLOWER_DATA``.
-        max_items: items of a task at most; all by default.
-        num_shots: solved examples before each item; as the task says by default.
-        pass_at: for tasks that are answered in text also sample so many answers to each item, and
-            keep ``pass@K`` of them as a task of its own, ``TASK sampled``.
-        heal: settings of the healing of each cut; by default ours in the dtype of the model.
-        heal_steps: steps of the healing, of 16 sequences each; 5,000 by default.
-        top: proposals of every criterion, of the strategy ``recommended``.
-        max_length: tokens of a text at most; a healing has its own, by its recipe.
-        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
-            CPU 8 at most.
-        max_texts: read the first so many calibration texts only, but for a healing.
-        max_eval_texts: read the first so many held-out texts only.
-        threads: threads of the Rust core, all by default.
-        seed: of whatever is drawn.
+        settings: the settings; by default those of :class:`CurveSettings`.
         cache: keep what is measured, and use what was measured before. Without it, a curve that
             was cut short begins anew.
         overwrite: replace what is in ``out``.
         progress: a bar with ETA on standard error; by default if that is a terminal.
+        options: settings by keyword, as ``n=[2, 4]``: any field of :class:`CurveSettings`.
 
     Returns:
         The curve, which is in ``curve.json`` too.
 
     Raises:
+        SettingsError: there is no such setting.
         LayersError: a size that the model cannot lose, or a number that is out of range.
         CriterionError: there is no such strategy.
         PatchError: there is no such state.
@@ -126,15 +91,117 @@ def curve(
         >>> curve.line("deepest", "cut")[1].dropped
         (28,)
     """
-    job = CurveJob(
-        model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
-        out=Path(out), sizes=n, strategies=strategies, states=states, quick_patch=quick_patch,
-        patch_tokens=patch_tokens, tasks=tasks,
-        tasks_dir=None if tasks_dir is None else Path(tasks_dir),
-        data=None if data is None else Path(data), max_items=max_items,
-        num_shots=num_shots, pass_at=pass_at, heal=heal, heal_steps=heal_steps, top=top,
-        tokens=Tokens(max_length, batch_size), max_texts=max_texts,
-        max_eval_texts=max_eval_texts, threads=threads, seed=seed, overwrite=overwrite,
-        cache=open_store(not cache), progress=progress,
+    study = CurveStudy(
+        models=(given_model(model, tokenizer),), texts=texts, eval_texts=eval_texts,
+        settings=CurveSettings.of(settings, options), out=Path(out), overwrite=overwrite,
+        store=open_store(not cache), progress=progress,
     )  # fmt: skip
-    return job.run()
+    return study.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveStudy(Study[CurveSettings]):
+    """A curve, which is checked when it is made."""
+
+    KIND = "curve"
+    RESULTS = CURVE_FILE
+    leaves = (CURVE_FILE, CURVE_TABLE, SCAN_FILE, PARTIAL_FILE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        foreign = self._foreign
+        if foreign or not self.settings.strategies:
+            from ..judgement.criteria import criteria
+
+            unknown = [name for name in foreign if name not in criteria]
+            if unknown or not self.settings.strategies:
+                there = dict.fromkeys((*OWN_STRATEGIES, *criteria))
+                raise CriterionError(
+                    f"unknown strategy {', '.join(map(repr, unknown))}: expected some of "
+                    f"{', '.join(there)} (strategies, --strategies)"
+                )
+
+    @property
+    def _foreign(self) -> list[str]:
+        """The strategies that are criteria."""
+        return [name for name in self.settings.strategies if name not in OWN_STRATEGIES]
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is loaded; as :func:`curve`."""
+        super().check()
+        if "healed" in self.settings.states:
+            from ..healing.checks import require_peft
+
+            require_peft()
+            if self.settings.heal is not None:
+                self.settings.heal.check(original=isinstance(self.model, ModelSource))
+        if self.settings.n:
+            check_sizes(self.settings.n, self.model.count_layers())
+
+    def units(self) -> list[Unit]:
+        """List the points, the whole model first."""
+        settings = self.settings
+        wanted = [(s, n, name) for s in settings.states for n in settings.n
+                  for name in settings.strategies]  # fmt: skip
+        return [self.unit("whole", 0, "cut"), *(self.unit(name, n, s) for s, n, name in wanted)]
+
+    def is_stock(self) -> bool:
+        """Whether all strategies are of this package, and the model is known."""
+        if self._foreign:
+            from ..judgement.criteria import criteria, is_built_in
+
+            if not all(is_built_in(criteria[name]) for name in self._foreign):
+                return False
+        return super().is_stock()
+
+    def more_inputs(self) -> dict[str, Any]:
+        """The items of the tasks, and the texts that are trained on."""
+        healed = "healed" in self.settings.states
+        return {"tasks": self.tasks.identity, "trained_on": self.trained_on() if healed else None}
+
+    @cached_property
+    def tasks(self) -> StudyTasks:
+        """The tasks that every point is measured on."""
+        return StudyTasks.of(self.settings)
+
+    @cached_property
+    def entry(self) -> Entry | None:
+        """The whole curve in the store, if it was measured before."""
+        return self.store.find(self.KIND, self.inputs)
+
+    def run(self) -> Curve:
+        """Measure, or give what is known already; raises as :func:`curve`."""
+        self.check()
+        if self.entry is not None:
+            known = Curve.from_json(self.entry.value)
+            self.write_curve(known)
+            return known
+        if not self.goes_on and self.out is not None:
+            for name in (SCAN_FILE, PARTIAL_FILE):
+                (self.out / name).unlink(missing_ok=True)
+        from .curve_points import CurvePoints
+
+        _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading
+        loaded, tokenizer = self.model.load()
+        points = CurvePoints(self, loaded, tokenizer, self._recipe(loaded, tokenizer))
+        found = points.curve()
+        if points.is_complete:
+            self.store.put(self.KIND, self.inputs, found.to_json())
+        return found
+
+    def write_curve(self, curve: Curve) -> None:
+        """Write the curve as far as it is known, and its table."""
+        self.write(curve.to_json())
+        write_csv(curve, self.folder / CURVE_TABLE)
+
+    def _recipe(self, model: Any, tokenizer: Any) -> "Recipe | None":
+        """The settings of a healing, which is refused before any work where it cannot be."""
+        if "healed" not in self.settings.states:
+            return None
+        from ..healing.checks import require_healable
+        from .healing_stage import choose_recipe
+
+        settings = self.settings
+        recipe = settings.heal or choose_recipe(model, settings.heal_steps, settings.seed)
+        require_healable(model, tokenizer, self.training_texts(), recipe=recipe)
+        return recipe

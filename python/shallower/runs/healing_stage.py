@@ -1,7 +1,6 @@
 """The healing of a run's checkpoint, and what it is worth on the texts that report."""
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,24 +21,16 @@ from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
-from ..values.tokens import Tokens
 from .continuing import continue_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .run import RunStudy
+
 
 def choose_recipe(model: "PreTrainedModel", heal_steps: int | None, seed: int) -> Recipe:
-    """Choose the settings of a healing for which none are given.
-
-    Args:
-        model: the whole model, in the dtype that the cut is saved in.
-        heal_steps: steps of the optimiser; the recipe's by default.
-        seed: of the order of sequences, the adapters and dropout.
-
-    Returns:
-        The default recipe in the dtype of the model, float16 as bfloat16.
-    """
+    """The default recipe in the dtype of the whole model, float16 as bfloat16."""
     dtype: Any = stored_dtype(model)
     recipe = Recipe(dtype="bfloat16" if dtype == "float16" else dtype, seed=seed)
     return recipe if heal_steps is None else replace(recipe, steps=heal_steps)
@@ -51,57 +42,27 @@ class HealingStage:
 
     :meth:`check` comes before any long work, :meth:`heal` when the whole model is not needed in
     memory any more.
-
-    Attributes:
-        recipe: the settings.
-        texts: texts to train on, which neither choose nor report.
-        choosing: texts that the best step is chosen by.
-        report: texts that the figure is measured on.
-        tokens: how the run measured its losses on them.
-        original: the name or place of the whole model.
-        trust_remote_code: run code that comes with it.
-        overwrite: replace an earlier healed model.
-        goes_on: whether an earlier healed model is of this very run.
-        progress: bars with ETA on standard error.
     """
 
+    study: "RunStudy"
     recipe: Recipe
-    texts: Iterable[str]
-    choosing: list[str]
-    report: list[str]
-    tokens: Tokens
-    original: str
-    trust_remote_code: bool
-    overwrite: bool
-    goes_on: bool
-    progress: bool | None
+
+    def __post_init__(self) -> None:
+        self._texts = self.study.training_texts()
 
     def check(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Refuse what the healing would refuse after all the work of the run.
 
-        Args:
-            model: the whole model.
-            tokenizer: its tokenizer.
-
         Raises:
             RecipeError, TextsError, MissingExtraError: as :func:`require_healable`.
         """
-        require_healable(model, tokenizer, self.texts, recipe=self.recipe)
+        require_healable(model, tokenizer, self._texts, recipe=self.recipe)
 
     def heal(self, results: Run) -> Run:
         """Train on the checkpoint, and measure the healed model, reloaded.
 
         Where the training makes it no better, a warning says so, and the checkpoint stays what is
         recommended.
-
-        Args:
-            results: of the run, its checkpoint saved.
-
-        Returns:
-            The results with the healed model, which are in ``results.json`` too.
-
-        Raises:
-            OutputError: the healed model cannot be written.
         """
         assert results.recommended is not None
         recommended, place = results.recommended, results.out / HEALED_FOLDER
@@ -114,38 +75,37 @@ class HealingStage:
             results.save()
             return results
         dtype: Any = results.scan.model.dtype if results.scan.model else "auto"
-        source = ModelSource(place, dtype, trust_remote_code=self.trust_remote_code)
+        source = ModelSource(place, dtype, trust_remote_code=self.study.origin[1])
         model, tokenizer = source.load()
         healed = self._loss(model, tokenizer)
-        told = tuple(
+        samples = tuple(
             replace(one, healed=continue_text(model, tokenizer, one.prompt))
             for one in results.continuations
         )
         recommended = replace(recommended, healed=healed)
-        results = replace(results, recommended=recommended, continuations=told, healing=healing)
+        results = replace(results, recommended=recommended, continuations=samples, healing=healing)
         results.save()
         return results
 
     def _trained(self, checkpoint: Path, place: Path) -> Healing:
         """Train, unless that was done before the run was cut short."""
-        goes_on = self.goes_on and place.exists()
+        study, goes_on = self.study, self.study.goes_on and place.exists()
         if goes_on:
             known = Healing.load(place)
             if known.weights == stored_digest(checkpoint):
                 return known  # else it is of a run that this one has replaced
-        compares = self.recipe.distill or self.recipe.objective != "lm"
-        original = self.original if compares else None  # nobody else needs it now
+        name, trusted = study.origin
+        original = None if self.recipe.objective == "lm" else name  # nobody else needs it now
         return heal(
-            checkpoint, self.texts, place, recipe=self.recipe, eval_texts=self.choosing,
-            original=original, merge=True, overwrite=self.overwrite or goes_on,
-            progress=self.progress,
-            trust_remote_code=self.trust_remote_code,
+            checkpoint, self._texts, place, recipe=self.recipe, eval_texts=study.split.choose,
+            original=original, merge=True, overwrite=study.overwrite or goes_on,
+            progress=study.progress, trust_remote_code=trusted,
         )  # fmt: skip
 
     def _loss(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Loss:
         """The loss of the healed model, measured as those of the run."""
         decoder = Decoder.of(model)
-        tokens = fitting_tokens(decoder, self.tokens)
-        judge = LossJudge(judged_batches(tokenizer, self.report, tokens))
-        rejected = len(self.report) - judge.num_items
+        tokens = fitting_tokens(decoder, self.study.settings.tokens)
+        judge = LossJudge(judged_batches(tokenizer, self.study.split.report, tokens))
+        rejected = len(self.study.split.report) - judge.num_items
         return loss_as_it_is(Layerwise(decoder), judge, num_rejected=rejected)

@@ -3,18 +3,18 @@
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
-from ..evaluation.loss import fitting_tokens
 from ..judgement.choosing_size import SizeChoice, sizes_beside
-from ..judgement.held_out_cuts import HeldOutCuts, Store, loss_as_it_is
-from ..judgement.judges.judge import judged_batches
+from ..judgement.held_out_cuts import Store, loss_as_it_is
 from ..judgement.judges.loss import LossJudge
 from ..memory.sizes import num_parameters
 from ..models.decoder import Decoder
@@ -35,14 +35,17 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.loss import Loss
+from ..values.layers import deepest_block
 from ..values.patch import Patch
 from ..values.plan import Plan
-from ..values.recommendation import Recommended
-from .asked import Asked
+from ..values.recommendation import Recommended, SizeRow
+from ..values.scores import Scores
 from .continuing import continue_text
 from .gain import GAIN_DEVICE, gain
-from .sizes import Sizes
+from .measuring import Measuring
+
+if TYPE_CHECKING:
+    from .run import RunStudy
 
 SCAN_TEXTS = 256
 """Texts by which layers are compared, at most: errors of distances are small long before those
@@ -56,14 +59,16 @@ CPU_WORK = 3e13
 """Tokens times parameters that a CPU patches in some ten minutes."""
 
 
-class Recommending:
-    """A run on one model; results are written before each next step.
+PLAN_ONLY = "only the plan was asked for (plan_only, --plan-only)"
 
-    Args:
-        model: the whole model, which is as before afterwards.
-        tokenizer: its tokenizer.
-        asked: what is asked for.
-        store: what was measured before, and where results are kept as they are found.
+TABLE_REPORTS = 64
+"""Texts of those that report on which cuts of the table are measured, at least; their losses on
+all are estimated by what the whole model loses on the others.
+"""
+
+
+class Recommending:
+    """A run on one model that is loaded, which is as before afterwards.
 
     Raises:
         TextsError: no text that reports has two tokens.
@@ -72,54 +77,39 @@ class Recommending:
 
     def __init__(
         self,
+        study: "RunStudy",
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        asked: Asked,
         store: Store,
     ) -> None:
-        self._model, self._tokenizer, self._asked, self._store = model, tokenizer, asked, store
-        self._decoder = Decoder.of(model)
-        self._tokens = fitting_tokens(self._decoder, asked.tokens)
-        report = asked.splits.report
-        self._judge = judge = LossJudge(judged_batches(tokenizer, report, self._tokens))
-        self._num_rejected = len(report) - judge.num_items
-        layerwise = Layerwise(self._decoder)
-        layerwise.check(judge.batches[0])
-        self._referee = HeldOutCuts(
-            layerwise, judge, judge, store=store, texts=asked.identities[1],
-            num_rejected=self._num_rejected,
-        )  # fmt: skip
+        self._study, self._settings, self._out = study, study.settings, study.folder
+        self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
+        self._measuring = measuring = Measuring(
+            study, model, tokenizer, store=store, scanned=lambda: self._scan
+        )
+        self._decoder, self._plans = measuring.decoder, measuring.plans
 
     def run(self, earlier: Run | None = None) -> Run:
-        """Do all stages but a healing.
+        """Do all stages but a healing; ``results.json`` is written before each next step.
 
-        Args:
-            earlier: the results of the same job, as far as it came when it was cut short.
-
-        Returns:
-            The results; they are written into ``results.json`` before each next step.
-
-        Raises:
-            PlanError: no cut does what is asked for.
-            ModelError: the saved checkpoint is another model, or a loss is not finite.
-            StatesError, OutputError, CacheError, LayersError: as :func:`run`.
+        ``earlier`` are the results of the same job, as far as it came when it was cut short.
         """
-        self._sizes.require_possible()
+        self._plans.require_possible(self._target)
         if earlier is not None:
             self._scan = earlier.scan
         results = self._begun()
         if earlier is None:
             results.save()
-        (self._asked.out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
+        (self._out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
         try:
-            choice, sizes = self._sizes.choose()
+            choice, sizes = self._plans.choose(self._target)
         except PlanError:
             self._withdraw()
             raise
         if earlier is not None and self._is_intact(earlier):
             results = earlier
         else:
-            if self._asked.target.max_loss is None:
+            if self._target.max_loss is None or self._settings.plan_only:
                 found = self._recommended(results, choice)
                 assert found is not None
             else:
@@ -129,45 +119,38 @@ class Recommending:
         return self._with_table(results, sizes)
 
     def _withdraw(self) -> None:
-        """Take back what was written: no cut does what is asked for, another target may follow."""
+        """Take back what was written: no cut reaches the target, another one may follow."""
         for name in (PLAN_FILE, GAIN_FILE, RESULTS_FILE, SCAN_FILE):
-            (self._asked.out / name).unlink(missing_ok=True)
+            (self._out / name).unlink(missing_ok=True)
 
     def _begun(self) -> Run:
         """The results when nothing but the scan is known."""
-        asked = self._asked
-        splits, whole = asked.splits, self._referee.loss(self._referee.losses.scores(()))
-        texts = {"fit": len(splits.fit), "choose": len(splits.choose), "report": whole.num_texts}
-        marks = {"job": asked.job}
+        study, split, whole = self._study, self._study.split, self._measuring.whole()
+        texts = {"fit": len(split.fit), "choose": len(split.choose), "report": whole.num_texts}
+        marks = {"job": study.job, **({"plan_only": "yes"} if self._settings.plan_only else {})}
         return Run(
-            asked.out, asked.target, self._scan, whole, texts, command=asked.command, marks=marks
+            self._out, self._target, self._scan, whole, texts, command=study.command, marks=marks
         )
 
     def _is_intact(self, earlier: Run) -> bool:
         """Whether the recommended cut of an earlier run of this job is where it was saved."""
+        if self._settings.plan_only:
+            return earlier.recommended is not None
         mark = earlier.marks.get("checkpoint")
-        return mark is not None and mark == weights_mark(self._asked.out / CHECKPOINT_FOLDER)
+        return mark is not None and mark == weights_mark(self._out / CHECKPOINT_FOLDER)
 
     @cached_property
     def _scan(self) -> Scan:
         """The comparison of all layers, as it lies in the folder."""
-        asked, out = self._asked, self._asked.out
-        partial = out / PARTIAL_FILE
+        measuring = self._measuring
         scanned = scan(
-            self._model, self._tokenizer, asked.splits.fit[:SCAN_TEXTS],
-            max_length=self._tokens.max_length,
-            batch_size=self._tokens.batch_size, threads=asked.threads, checkpoint=partial,
-            keep_samples=True, progress=asked.progress,
+            self._model, self._tokenizer, self._study.split.fit[:SCAN_TEXTS],
+            max_length=measuring.tokens.max_length, batch_size=measuring.tokens.batch_size,
+            threads=self._settings.threads, checkpoint=self._out / PARTIAL_FILE,
+            keep_samples=True, progress=self._study.progress,
         )  # fmt: skip
-        scanned.save(out / SCAN_FILE)
+        scanned.save(self._out / SCAN_FILE)
         return scanned
-
-    @cached_property
-    def _sizes(self) -> Sizes:
-        return Sizes(
-            self._decoder, self._tokenizer, self._asked, scanned=lambda: self._scan,
-            referee=self._referee, tokens=self._tokens, store=self._store,
-        )  # fmt: skip
 
     def _within(self, results: Run, choice: SizeChoice) -> Run:
         """The most layers whose patched cut loses no more than is asked for, saved.
@@ -180,7 +163,7 @@ class Recommending:
             if n == 1:
                 self._withdraw()
                 raise PlanError(
-                    f"no cut loses at most {self._asked.target.max_loss:g} nats a token: the best "
+                    f"no cut loses at most {self._target.max_loss:g} nats a token: the best "
                     f"of a single layer loses {self._kept} after the patch, on the texts that "
                     f"choose; ask for more (max_loss, --max-loss)"
                 )
@@ -191,43 +174,50 @@ class Recommending:
             if deeper is not None:
                 return deeper
         if larger > n:  # what was saved is still there
-            self._tell_of(self._sizes.verify(n).plan)
+            self._write_plan(self._plans.verify(n).plan)
         return found
 
     def _larger(self, n: int) -> int:
         """The most layers that are expected to lose no more than is asked for, after a patch."""
-        most = self._asked.target.max_loss
+        most = self._target.max_loss
         assert most is not None
-        quick = self._sizes.lost(n).mean
+        quick = self._plans.lost(n).mean
         share = min(1.0, max(0.0, self._kept.mean / quick)) if quick > 0 else 1.0
-        while n + 1 < len(self._decoder) and share * self._sizes.lost(n + 1).mean <= most:
+        while n + 1 < len(self._decoder) and share * self._plans.lost(n + 1).mean <= most:
             n += 1
         return n
 
     def _recommended(self, results: Run, choice: SizeChoice) -> Run | None:
         """Patch the verified plan of a size and save it; None if it loses more than is asked."""
-        verified, losses = self._sizes.verify(choice.n), self._referee.losses
+        verified, measuring = self._plans.verify(choice.n), self._measuring
         plan = verified.plan
-        self._tell_of(plan)
-        cut = losses.scores(plan.dropped)
-        told = [self._continued(Continuations(text, ""), "whole") for text in self._asked.prompts]
+        self._study.keep_choice("recommended", choice.n, plan.dropped)
+        self._write_plan(plan)
+        cut = measuring.measure(plan.dropped, "cut").loss
+        samples = [
+            self._continued(Continuations(text, ""), "whole") for text in self._settings.prompts
+        ]
         with without_layers(self._model, plan.blocks):
-            told = [self._continued(one, "cut") for one in told]
+            samples = [self._continued(one, "cut") for one in samples]
         block = self._scan.best_block(choice.n)
-        worse = None if set(block.layers) == set(plan.dropped) else losses.scores(block.layers)
+        worse = None
+        if set(block.layers) != set(plan.dropped):
+            worse = measuring.measure(tuple(block.layers), "cut").loss.minus(cut)
         recommended = Recommended(
-            verified, choice.reason, results.whole, self._referee.loss(cut), patched=None,
-            healed=None, by_distance=None if worse is None else worse.minus(cut),
-            layers_share=choice.n / len(self._decoder),
-            parameters_share=self._sizes.share(plan.dropped),
-            max_loss=self._asked.target.max_loss,
+            verified, choice.reason, results.whole, cut, patched=None, healed=None,
+            by_distance=worse, layers_share=choice.n / len(self._decoder),
+            parameters_share=measuring.parameters_share(plan.dropped),
+            max_loss=self._target.max_loss,
         )  # fmt: skip
-        results = replace(results, recommended=recommended, continuations=tuple(told))
+        if self._settings.plan_only:
+            recommended = replace(recommended, unpatched=PLAN_ONLY)
+            return replace(results, recommended=recommended, continuations=tuple(samples))
+        results = replace(results, recommended=recommended, continuations=tuple(samples))
         results.save()
         try:
             with with_patch(
-                self._model, self._tokenizer, plan, texts=self._asked.splits.fit,
-                max_length=self._tokens.max_length, progress=self._asked.progress,
+                self._model, self._tokenizer, plan, texts=self._study.split.fit,
+                max_length=self._measuring.tokens.max_length, progress=self._study.progress,
                 num_tokens=patch_tokens(self._decoder),
             ) as done:  # fmt: skip
                 return self._saved(results, plan, done)
@@ -238,14 +228,15 @@ class Recommending:
         with without_layers(self._model, plan.blocks):
             return self._saved(replace(results, recommended=recommended), plan, None)
 
-    def _tell_of(self, plan: Plan) -> None:
-        """Write the plan, and what its cut saves, for the page; not what no config can tell."""
-        plan.save(self._asked.out / PLAN_FILE)
-        place, target = self._asked.out / GAIN_FILE, self._asked.target
+    def _write_plan(self, plan: Plan) -> None:
+        """Write the plan, and what its cut saves where its config can tell, for the page."""
+        plan.save(self._out / PLAN_FILE)
+        place, target = self._out / GAIN_FILE, self._target
         device = GAIN_DEVICE if target.latency is None else target.device or own_device().name
-        told = target.latency is not None or target.memory is not None
+        in_context = target.latency is not None or target.memory is not None
+        context = target.context if in_context else None
         try:
-            found = gain(self._model, plan, device=device, context=target.context if told else None)
+            found = gain(self._model, plan, device=device, context=context)
         except ModelError:
             place.unlink(missing_ok=True)
             return
@@ -255,7 +246,7 @@ class Recommending:
         """Save the model as it is now, and reload it by stock transformers."""
         if not self._is_wanted():
             return None
-        folder, recommended = self._asked.out / CHECKPOINT_FOLDER, results.recommended
+        folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
         if done is None:
             losses = results.whole, recommended.cut
@@ -263,47 +254,43 @@ class Recommending:
                 self._model, self._tokenizer, folder, plan=plan, overwrite=True, losses=losses
             )
         else:
-            losses = results.whole, self._loss_on(self._judge, self._num_rejected)
-            told = tuple(self._continued(one, "patched") for one in results.continuations)
+            losses = results.whole, self._measuring.loss_now(self._model)
+            samples = tuple(self._continued(one, "patched") for one in results.continuations)
             save_patched(
                 self._model, self._tokenizer, folder, done=done, overwrite=True, losses=losses
             )
             recommended = replace(recommended, patched=losses[1])
-            results = replace(results, recommended=recommended, continuations=told)
+            results = replace(results, recommended=recommended, continuations=samples)
         results.save()
-        text = max(self._asked.splits.report, key=len)
+        text = max(self._study.split.report, key=len)
         try:
             difference = verify_checkpoint(
                 self._model, self._tokenizer, folder, layers=None, text=text
             )
         except ModelError as error:
-            all_else = self._asked.out / RESULTS_FILE
+            all_else = self._out / RESULTS_FILE
             raise ModelError(f"{error}; all else is in {all_else}") from error
         marks = {**results.marks, "checkpoint": weights_mark(folder)}
         return replace(results, difference=difference, marks=marks)
 
     def _is_wanted(self) -> bool:
         """Whether the model as it is now loses no more than is asked for, if that is asked for."""
-        most = self._asked.target.max_loss
+        most = self._target.max_loss
         if most is None:
             return True
-        verifier = self._sizes.verifier
+        verifier = self._plans.verifier
         judge = verifier.trials.judge
         assert isinstance(judge, LossJudge)
-        now = self._loss_on(judge, 0).by_text
+        now = loss_as_it_is(Layerwise(self._model), judge, num_rejected=0).by_text
         assert now is not None
         self._kept = now.minus(verifier.scores((), after="none"))
         error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
         return self._kept.mean + error <= most
 
-    def _loss_on(self, judge: LossJudge, num_rejected: int) -> Loss:
-        """The loss of the model as it is now."""
-        return loss_as_it_is(Layerwise(self._model), judge, num_rejected=num_rejected)
-
-    def _continued(self, told: Continuations, name: str) -> Continuations:
+    def _continued(self, sample: Continuations, name: str) -> Continuations:
         """Let the model as it is now continue a prompt."""
-        text = continue_text(self._model, self._tokenizer, told.prompt)
-        return replace(told, **{name: text})
+        text = continue_text(self._model, self._tokenizer, sample.prompt)
+        return replace(sample, **{name: text})
 
     def _with_table(self, results: Run, sizes: set[int]) -> Run:
         """Measure every size of the table, that of the recommended cut first."""
@@ -312,11 +299,11 @@ class Recommending:
         n = len(results.recommended.plan.dropped)
         decided = {n, *sizes}
         sizes = decided | set(sizes_beside(n, len(self._decoder)))
-        bar = track("what other sizes cost", len(sizes), self._asked.progress)
+        bar = track("what other sizes cost", len(sizes), self._study.progress)
         with bar as advance:
             for size in sorted(sizes, key=lambda size: (size != n, size)):
                 passing = size not in decided
-                row = self._sizes.row(size, results.whole.by_text, in_passing=passing)
+                row = self._row(size, results.whole.by_text, in_passing=passing)
                 others = (other for other in results.table if other.n != size)
                 table = sorted([*others, row], key=lambda one: one.n)
                 results = replace(results, table=tuple(table))
@@ -324,16 +311,53 @@ class Recommending:
                 advance(1)
         return results
 
+    def _row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
+        """The verified cut of a size on the texts that report, and the deepest layers beside it.
+
+        ``in_passing`` races the proposals and measures the cuts on fewer texts, as nothing is
+        decided by this size.
+        """
+        plans, num_layers = self._plans, len(self._decoder)
+        verified = plans.verify_in_passing(n) if in_passing else plans.verify(n)
+        dropped = verified.plan.dropped
+        bottom = deepest_block(num_layers, n).layers
+        looks = self._measuring.held_out.losses.looks_at(TABLE_REPORTS) if in_passing else None
+        cut, deepest = (self._measuring.scores(one, "cut", looks) for one in (dropped, bottom))
+        patched, deepest_patched = (self._patched(one, looks) for one in (dropped, bottom))
+        (cut_loss, cut_error), lost = cut.estimated_by(whole), cut.minus(whole)
+        deepest_loss, deepest_error = deepest.estimated_by(whole)
+        patched_loss, patched_error = _estimated(patched, whole)
+        kept = None if patched is None else patched.minus(whole)
+        return SizeRow(
+            n=n, dropped=dropped, cut=cut_loss, stderr=cut_error, lost=lost.mean,
+            lost_stderr=lost.stderr, num_texts=len(cut),
+            patched=patched_loss, patched_stderr=patched_error,
+            patched_lost=None if kept is None else kept.mean,
+            patched_lost_stderr=None if kept is None else kept.stderr,
+            deepest=deepest_loss, deepest_stderr=deepest_error,
+            deepest_patched=_estimated(deepest_patched, whole)[0],
+            layers_share=n / num_layers, parameters_share=self._measuring.parameters_share(dropped),
+            num_tied=len(verified.tied),
+            layer_forwards=verified.layer_forwards, seconds=verified.seconds,
+        )  # fmt: skip
+
+    def _patched(self, dropped: Sequence[int], looks: int | None) -> Scores | None:
+        """The scores after a quick patch; None for what cannot be patched."""
+        try:
+            return self._measuring.scores(dropped, "quick", looks)
+        except PatchError:
+            return None
+
+
+def _estimated(scores: Scores | None, whole: Scores) -> tuple[float | None, float | None]:
+    return (None, None) if scores is None else scores.estimated_by(whole)
+
 
 def patch_tokens(decoder: Decoder) -> int:
     """Say how many tokens the patch of a run fits.
 
-    Args:
-        decoder: the whole model.
-
-    Returns:
-        ``PATCH_TOKENS``; on a CPU fewer for a model of more than some 150 million parameters, as
-        many fewer as it is larger, but at least a sixth: as many as ``patch`` by default.
+    ``PATCH_TOKENS``; on a CPU fewer for a model of more than some 150 million parameters, as many
+    fewer as it is larger, but at least a sixth: as many as ``patch`` by default.
     """
     if decoder.device.type != "cpu":
         return PATCH_TOKENS

@@ -1,25 +1,37 @@
 """The whole way: from a model to the best shallower one, saved."""
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
-from ..processes import refuse_several
 from ..reporting.figures import HEAT_MAP_FILE
-from ..reporting.results import Run
-from ..values.files import CHECKPOINT_FOLDER, GAIN_FILE, PLAN_FILE, RESULTS_FILE, SCAN_FILE
-from ..values.memory import parse_size
+from ..reporting.results import Run, weights_mark
+from ..savings.devices import HERE, find_device
+from ..values.files import (
+    CHECKPOINT_FOLDER,
+    GAIN_FILE,
+    HEALED_FOLDER,
+    PARTIAL_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
+)
 from ..values.recipe import Recipe
-from ..values.target import Target
-from ..values.tokens import BatchSize, Tokens
-from .contestants import one_contestant
-from .continuing import PROMPTS
-from .run_job import MAX_EVAL_TEXTS, MAX_TEXTS, TOP, RunJob
+from ..values.settings import RunSettings
+from .given_models import given_model
 from .store import open_store
+from .study import Study, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..judgement.held_out_cuts import Store
+    from .healing_stage import HealingStage
 
 RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, GAIN_FILE, HEAT_MAP_FILE, RESULTS_FILE)
 """What a run leaves, but for the healed model."""
@@ -32,29 +44,12 @@ def run(
     *,
     eval_texts: Iterable[str] | None = None,
     out: str | Path,
-    n: int | None = None,
-    fraction: float | None = None,
-    params: int | None = None,
-    max_loss: float | None = None,
-    target_latency: float | None = None,
-    target_memory: int | str | None = None,
-    device: str | None = None,
-    context: int = 2048,
-    blocks: int | None = None,
-    top: int = TOP,
-    max_length: int = 256,
-    batch_size: BatchSize = "auto",
-    max_texts: int = MAX_TEXTS,
-    max_eval_texts: int = MAX_EVAL_TEXTS,
-    threads: int | None = None,
-    prompts: Sequence[str] = PROMPTS,
-    heal: bool | Recipe = False,
-    heal_steps: int | None = None,
-    seed: int = 0,
+    settings: RunSettings | None = None,
     cache: bool = True,
     overwrite: bool = False,
     progress: bool | None = None,
     report: Callable[[Run], None] | None = None,
+    **options: Any,
 ) -> Run:
     """Recommend one shallower model, and make it.
 
@@ -63,11 +58,12 @@ def run(
     transformers and, with ``heal``, trained. Some of the texts fit, some choose, and others
     report: no figure in the result is of a text that anything was chosen by.
 
-    What is wanted is told by ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` or
+    The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
     ``target_memory``; by none of them it is the knee of the curve of losses. Leaves in ``out`` the
     scan, the plan, ``results.json``, which is written before each next step, and ``checkpoint/``;
-    with ``heal`` also ``healed/``. A run that was cut short goes on when it is called again with
-    the same arguments, unless the cache is off. The model is as before afterwards.
+    with ``heal`` also ``healed/``, with ``plan_only`` no model. A run that was cut short goes on
+    when it is called again with the same arguments, unless the cache is off. The model is as
+    before afterwards.
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
@@ -78,41 +74,21 @@ def run(
         eval_texts: held-out texts, which report. Calibration texts that are among them are left
             out. By default every fourth of ``texts``.
         out: the folder to write to.
-        n: layers that are to go.
-        fraction: the share of the layers that is to go, at least.
-        params: parameters that are to be left, at most.
-        max_loss: nats a token above the whole model that are allowed, after the patch.
-        target_latency: the share of the time of a token that is to be left, at most, by the
-            forecast of :func:`gain`.
-        target_memory: bytes of the weights and of the cache of one text that are to be left, at
-            most, as a number or as ``12GB``.
-        device: the device of that forecast, as for :func:`gain`; by default the GPU of this machine
-            if it is in the table, else ``a100-80``.
-        context: tokens of a text before it is continued, of both targets.
-        blocks: blocks at most; any number by default.
-        top: proposals of every criterion.
-        max_length: tokens of a text at most; a healing has its own, by its recipe.
-        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
-            CPU 8 at most.
-        max_texts: read the first so many calibration texts only, but for a healing.
-        max_eval_texts: read the first so many held-out texts only.
-        threads: threads of the Rust core, all by default.
-        prompts: texts for the models to continue.
-        heal: train on the patched cut: True, or the settings. True trains in the dtype of the
-            model, float16 in bfloat16.
-        heal_steps: steps of the training, of 16 sequences each; 5,000 by default.
-        seed: of whatever is drawn.
+        settings: the settings; by default those of :class:`RunSettings`.
         cache: keep what is measured, and use what was measured before.
         overwrite: replace what is in ``out``, part by part as the new ones are complete.
         progress: bars with ETA on standard error; by default if that is a terminal.
-        report: hears the results before a healing starts, which may take days.
+        report: receives the results before a healing starts, which may take days.
+        options: settings by keyword, as ``n=8`` or ``heal=True``: any field of
+            :class:`RunSettings`.
 
     Returns:
         The results, which are in ``results.json`` too: ``recommended.plan`` and
         ``recommended.loss`` are those of the model in ``checkpoint``.
 
     Raises:
-        PlanError: no cut does what is asked for.
+        SettingsError: there is no such setting.
+        PlanError: no cut reaches the target.
         OutputError: ``out`` holds another run, or cannot be written to.
         LayersError: a size that the model cannot lose, or more than one target.
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
@@ -132,18 +108,114 @@ def run(
         >>> done.recommended.loss.nats <= done.recommended.cut.nats
         True
     """
-    refuse_several("runs are")
-    memory = parse_size(target_memory) if isinstance(target_memory, str) else target_memory
-    target = Target(
-        n, fraction, params, max_loss, latency=target_latency, memory=memory, device=device,
-        context=context,
+    study = RunStudy(
+        models=(given_model(model, tokenizer),), texts=texts, eval_texts=eval_texts,
+        settings=RunSettings.of(settings, options), out=Path(out), overwrite=overwrite,
+        store=open_store(not cache), progress=progress,
     )  # fmt: skip
-    job = RunJob(
-        model=one_contestant(model, tokenizer), texts=texts, eval_texts=eval_texts,
-        target=target, out=Path(out), top=top, blocks=blocks,
-        tokens=Tokens(max_length, batch_size), max_texts=max_texts,
-        max_eval_texts=max_eval_texts, threads=threads, prompts=prompts, heal=heal,
-        heal_steps=heal_steps, seed=seed, overwrite=overwrite, cache=open_store(not cache),
-        progress=progress,
-    )  # fmt: skip
-    return job.run(report)
+    return study.run(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStudy(Study[RunSettings]):
+    """A run, which is checked when it is made."""
+
+    KIND = "run"
+    RESULTS = RESULTS_FILE
+
+    @property
+    def leaves(self) -> Sequence[str]:
+        """What must not be there yet; a scan may be, beside the work of the scan that made it."""
+        names = [RESULTS_FILE, PLAN_FILE, HEAT_MAP_FILE]
+        names += [] if self.settings.plan_only else [CHECKPOINT_FOLDER]
+        names += [HEALED_FOLDER] if self.settings.heal else []
+        return names if (self.folder / PARTIAL_FILE).exists() else [*names, SCAN_FILE]
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is loaded; as :func:`run`."""
+        super().check()
+        heal, device = self.settings.heal, self.settings.device
+        if isinstance(heal, Recipe):
+            # A teacher is loaded by its name, which a model in memory need not have.
+            heal.check(original=isinstance(self.model, ModelSource))
+        if heal:
+            from ..healing.checks import require_peft
+
+            require_peft()
+        if device not in (None, HERE):
+            find_device(str(device))
+        self.settings.target.size(self.model.count_layers())
+
+    def units(self) -> list[Unit]:
+        """List the whole model, and the cut where its size is known beforehand."""
+        n = self.settings.target.size(self.model.count_layers())
+        known = [] if n is None else [self.unit("recommended", n, s) for s in ("cut", "patched")]
+        return [self.unit("whole", 0, "cut"), *known]
+
+    def more_inputs(self) -> dict[str, Any]:
+        """The texts that are trained on."""
+        return {"trained_on": self.trained_on() if self.settings.heal else None}
+
+    @staticmethod
+    def _job_in(values: Any) -> Any:
+        return values["marks"]["job"]
+
+    @cached_property
+    def goes_on(self) -> bool:
+        """Whether what is in ``out`` is of this very run, and unchanged if it has ended."""
+        if self.written is None:
+            return False
+        marks, folder = self.written["marks"], self.folder / CHECKPOINT_FOLDER
+        if not marks.get("ended") or not folder.exists():
+            return True
+        return bool(marks.get("checkpoint") == weights_mark(folder))
+
+    @cached_property
+    def earlier(self) -> Run | None:
+        """The results of this very run as far as it came before; None if it did not."""
+        if not self.goes_on:
+            return None
+        try:
+            return Run.load(self.folder)
+        except (OutputError, ModelError):  # ModelError: the healed model has been taken away
+            return None
+
+    def run(self, report: Callable[[Run], None] | None = None) -> Run:
+        """Run, or give what is there already; ``report`` receives the results before a healing."""
+        self.check()
+        from .recommending import Recommending
+
+        if self.overwrite:
+            (self.folder / PARTIAL_FILE).unlink(missing_ok=True)
+        if self.goes_on:  # what was being saved when it was killed
+            for left in self.folder.glob(f".{CHECKPOINT_FOLDER}.*"):
+                shutil.rmtree(left, ignore_errors=True)
+        _ = self.splits
+        loaded, tokenizer = self.model.load()
+        stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
+        store: Store = self.model_store(self.model)
+        done = Recommending(self, loaded, tokenizer, store).run(self.earlier)
+        if report is not None:
+            report(done)
+        if stage is not None and done.healing is None and not _is_unhealed(done):
+            del loaded  # nothing needs it any more, and the training needs its memory
+            done = stage.heal(done)
+        done = replace(done, marks={**done.marks, "ended": "yes"})
+        done.save()
+        return done
+
+    def _healing_stage(self, model: Any, tokenizer: Any) -> "HealingStage":
+        """The healing, which is refused before any long work where it cannot be."""
+        from .healing_stage import HealingStage, choose_recipe
+
+        heal, steps = self.settings.heal, self.settings.heal_steps
+        recipe = heal if isinstance(heal, Recipe) else None
+        stage = HealingStage(self, recipe or choose_recipe(model, steps, self.settings.seed))
+        stage.check(model, tokenizer)
+        return stage
+
+
+def _is_unhealed(done: Run) -> bool:
+    """Whether the training was tried before, to its end, and made the model no better."""
+    best = done.recommended
+    return "ended" in done.marks and best is not None and best.unhealed is not None

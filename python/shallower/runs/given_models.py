@@ -87,7 +87,7 @@ class ModelStore:
         return None if self.model is None else {**self.model, "of": dict(inputs)}
 
 
-def contestants(
+def given_models(
     model: Any, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[ModelSource | InMemory, ...]:
     """Name the models of a comparison.
@@ -117,9 +117,7 @@ def contestants(
     return (InMemory(model, tokenizer),)
 
 
-def one_contestant(
-    model: Any, tokenizer: "PreTrainedTokenizerBase | None"
-) -> ModelSource | InMemory:
+def given_model(model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> ModelSource | InMemory:
     """Find the one model that is given or named.
 
     Args:
@@ -130,9 +128,9 @@ def one_contestant(
         The model.
 
     Raises:
-        ModelError: as :func:`contestants`; or there are several models, or none.
+        ModelError: as :func:`given_models`; or there are several models, or none.
     """
-    found = contestants(model, tokenizer)
+    found = given_models(model, tokenizer)
     if len(found) != 1:
         raise ModelError(f"this is done on one model, and {len(found)} are given: name one (model)")
     return found[0]

@@ -1,6 +1,7 @@
-"""The tasks of a curve: loaded once, known by their items, and the main measure of each."""
+"""The tasks of a study: loaded once, known by their items, and the main measure of each."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..values.hashing import hash_of
 from ..values.provenance import LM_EVAL, versions
+from ..values.settings import CurveSettings
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize
 
@@ -18,37 +20,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveTasks:
-    """The tasks that a curve is measured on, loaded when they are first asked for.
+class StudyTasks:
+    """The tasks that cuts are measured on, loaded when they are first needed; none by default.
 
-    Attributes:
-        names: of the tasks.
-        tasks_dir: a folder of further definitions.
-        data: the folder in which task files find their data.
-        max_items: items of a task at most.
-        num_shots: solved examples before each item; as the task says by default.
-        pass_at: answers to sample to each item of a task that is answered in text.
-        batch_size: texts in one forward.
-        seed: of the items, the examples and the sampled answers.
+    The fields are those of :class:`shallower.CurveSettings`.
     """
 
-    names: tuple[str, ...]
-    tasks_dir: Path | None = None
-    data: Path | None = None
+    names: Sequence[str] = ()
+    tasks_dir: str | Path | None = None
+    data: str | Path | None = None
     max_items: int | None = None
     num_shots: int | None = None
     pass_at: int | None = None
     batch_size: BatchSize = "auto"
     seed: int = 0
 
+    @classmethod
+    def of(cls, settings: CurveSettings) -> "StudyTasks":
+        """The tasks of a curve."""
+        return cls(
+            names=settings.tasks, tasks_dir=settings.tasks_dir, data=settings.data,
+            max_items=settings.max_items, num_shots=settings.num_shots, pass_at=settings.pass_at,
+            batch_size=settings.batch_size, seed=settings.seed,
+        )  # fmt: skip
+
     @cached_property
     def chosen(self) -> "ChosenTasks":
-        """The tasks with their items.
-
-        Raises:
-            TextsError: there is no such task, or its data is missing.
-            MissingExtraError: lm-eval is not installed.
-        """
+        """The tasks with their items; raises TextsError or MissingExtraError."""
         from ..evaluation.tasks import ChosenTasks
 
         return ChosenTasks.of(
@@ -77,18 +75,7 @@ class CurveTasks:
     def scores(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
     ) -> tuple[TaskScores, ...]:
-        """Ask a model as it is now.
-
-        Args:
-            model: with all of its layers or without some.
-            tokenizer: its tokenizer.
-
-        Returns:
-            The main measure of every task, and behind it that of its sampled answers.
-
-        Raises:
-            TextsError, ModelError: a task cannot be done.
-        """
+        """Measure a model as it is now: each task, and behind it that of its sampled answers."""
         main: dict[str, TaskScores] = {}
         if self.names:
             for one in self.chosen.evaluate(
@@ -101,7 +88,7 @@ class CurveTasks:
         return tuple(main.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Give what was asked for, but places, as plain JSON values."""
+        """Give the settings, but places, as plain JSON values."""
         names = {"names": list(self.names)}
         shots = {"num_shots": self.num_shots, "pass_at": self.pass_at}
         return {**names, "max_items": self.max_items, **shots}

@@ -1,0 +1,269 @@
+"""Measuring: the cuts of one model in their states, on the texts that report, each once.
+
+``run``'s table, ``curve``'s points and ``compare``'s rows are cuts that are measured here.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cutting.in_model import without_layers
+from ..cutting.saving import save_model
+from ..errors import CacheError, LayersError, PatchError, PlanError
+from ..evaluation.loss import fitting_tokens
+from ..healing.heal import heal
+from ..judgement.held_out_cuts import HeldOutCuts, Store, loss_as_it_is
+from ..judgement.judges.judge import judged_batches
+from ..judgement.judges.loss import LossJudge
+from ..memory.sizes import num_parameters
+from ..models.decoder import Decoder
+from ..models.layerwise import Layerwise
+from ..models.source import ModelSource
+from ..patching.patch import with_patch
+from ..scanning.scan import Scan
+from ..values.hashing import hash_of
+from ..values.loss import Loss
+from ..values.plan import Plan
+from ..values.recipe import Recipe
+from ..values.scores import Scores
+from ..values.task_scores import TaskScores
+from .study import Study
+from .tasks import StudyTasks
+from .verified_plans import VerifiedPlans
+
+Measurable = Literal["cut", "quick", "patched", "healed"]
+"""States of a cut: as it is; after a quick patch of one matrix a block; after a full patch; and
+trained on, patched first where it can be."""
+
+HEALING_FOLDER = ".healing"
+"""What is being healed below the folder of a study; it is gone when it is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A cut in one of its states: its loss, its scores by task, and the wall time they took."""
+
+    loss: Loss
+    tasks: tuple[TaskScores, ...] = ()
+    seconds: float = 0.0
+
+    def to_record(self) -> dict[str, Any]:
+        """Give the values from which it can be read again, as JSON has them."""
+        return {
+            "loss": self.loss.to_record(),
+            "tasks": [one.to_record() for one in self.tasks],
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Measured":
+        """Read what :meth:`to_record` gave; raises KeyError, TypeError or ValueError."""
+        tasks = tuple(map(TaskScores.from_json, data["tasks"]))
+        return cls(Loss.from_json(data["loss"]), tasks, float(data["seconds"]))
+
+
+class Measuring:
+    """The measurements of one model of a study that is loaded.
+
+    Attributes:
+        decoder: the whole model, which is as before afterwards.
+        tokens: length of texts, and how many make one forward.
+        judge: the loss on the texts that report.
+        held_out: cuts as they are and after a quick patch, from states that they share.
+        num_rejected: texts that report with fewer than two tokens.
+
+    Raises:
+        TextsError: no text that reports has two tokens.
+        ModelError: the layers of the model cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        study: Study[Any],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        store: Store,
+        scanned: Callable[[], Scan],
+        tasks: StudyTasks | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        self._study, self._store, self._scanned, self._recipe = study, store, scanned, recipe
+        self.model, self.tokenizer, self._tasks = model, tokenizer, tasks or StudyTasks()
+        self.decoder = Decoder.of(model)
+        self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
+        report = study.split.report
+        self.judge = LossJudge(judged_batches(tokenizer, report, self.tokens))
+        self.num_rejected = len(report) - self.judge.num_items
+        layerwise = Layerwise(self.decoder)
+        layerwise.check(self.judge.batches[0])
+        self.held_out = HeldOutCuts(
+            layerwise, self.judge, self.judge, store=store, texts=study.reported,
+            num_rejected=self.num_rejected,
+        )  # fmt: skip
+        self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
+
+    @cached_property
+    def plans(self) -> VerifiedPlans:
+        """The verified plan of every size, and the quick patch that they are raced after."""
+        return VerifiedPlans(
+            self._study, self.decoder, self.tokenizer, scanned=self._scanned, tokens=self.tokens,
+            store=self._store,
+        )  # fmt: skip
+
+    def whole(self) -> Loss:
+        """The loss of the whole model."""
+        return self.held_out.loss(self.scores((), "cut"))
+
+    def scores(
+        self, dropped: Sequence[int], state: Literal["cut", "quick"], looks: int | None = None
+    ) -> Scores:
+        """Measure the loss of a cut by text, on the first ``looks`` batches or on all texts.
+
+        Raises:
+            PatchError: the cut cannot be patched.
+            ModelError: a loss is not finite.
+        """
+        if state == "cut":
+            return self.held_out.losses.scores(dropped, looks)
+        found = self.held_out.patched(
+            self.plans.verifier.patch, self.plan(dropped), fitted=self.plans.fitted, looks=looks
+        )
+        if isinstance(found, str):
+            raise PatchError(found)
+        return found
+
+    def measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
+        """Measure a cut in one of its states, or give what was measured before.
+
+        Raises:
+            PatchError: the cut cannot be patched.
+            ModelError, TextsError: a loss is not finite, or a task cannot be done.
+            CacheError: what the store holds is damaged.
+        """
+        key = dropped, state
+        if key not in self._measured:
+            inputs = self._inputs(dropped, state)
+            known = inputs and self._store.get("measurement", inputs)
+            started = time.perf_counter()
+            found = _recalled(known) if known else self._measure(dropped, state)
+            if not known:
+                found = replace(found, seconds=time.perf_counter() - started)
+            self._measured[key] = found
+            if inputs and not known:
+                self._store.put("measurement", inputs, found.to_record())
+        return self._measured[key]
+
+    def _inputs(self, dropped: tuple[int, ...], state: Measurable) -> dict[str, Any] | None:
+        """All that a measurement depends on beside the model; None where that is not known."""
+        settings, job = self._study.settings, self._study.job
+        if job is None:
+            return None
+        if state == "healed":  # what is trained on is known by the study alone
+            return {"dropped": list(dropped), "state": state, "job": job}
+        made = {} if state in ("cut", "quick") else {"patch_tokens": settings.patch_tokens}
+        return {
+            "dropped": list(dropped), "state": state, **made, "fitted": self.plans.fitted,
+            "items": self._study.reported, "tasks": self._tasks.identity, "seed": settings.seed,
+        }  # fmt: skip
+
+    def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
+        if state == "cut":
+            loss = self.held_out.loss(self.scores(dropped, state))
+            if not self._tasks.names:
+                return Measured(loss)
+            with without_layers(self.model, dropped):
+                return Measured(loss, self._tasks.scores(self.model, self.tokenizer))
+        with self._in_state(self.plan(dropped), state) as (model, tokenizer):
+            return Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
+
+    def loss_now(self, model: PreTrainedModel) -> Loss:
+        """Measure a model with the layers and weights that it has now."""
+        return loss_as_it_is(Layerwise(model), self.judge, num_rejected=self.num_rejected)
+
+    def plan(self, dropped: Sequence[int]) -> Plan:
+        """The plan of a cut of this model."""
+        return replace(Plan.of(len(self.decoder), dropped), model=self.decoder.identity)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """The parameters of the whole model."""
+        return num_parameters(self.model)
+
+    @cached_property
+    def _of_layers(self) -> list[int]:
+        return [num_parameters(layer) for layer in self.decoder.layers.modules]
+
+    def parameters_share(self, dropped: Sequence[int]) -> float:
+        """The parameters that go with some layers, as a share of all."""
+        return sum(self._of_layers[layer] for layer in dropped) / self.num_parameters
+
+    @contextmanager
+    def _in_state(
+        self, plan: Plan, state: Measurable
+    ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """The cut model in a state, for as long as the body runs."""
+        if state == "healed":
+            with self._healed(plan) as healed:
+                yield healed
+        elif state == "quick":
+            with self.plans.verifier.patch.patched(plan), without_layers(self.model, plan.dropped):
+                yield self.model, self.tokenizer
+        else:
+            with with_patch(
+                self.model, self.tokenizer, plan, texts=self._study.split.fit,
+                max_length=self.tokens.max_length,
+                num_tokens=self._study.settings.patch_tokens, progress=False,
+            ):  # fmt: skip
+                yield self.model, self.tokenizer
+
+    @contextmanager
+    def _healed(self, plan: Plan) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """The cut, patched where it can be, and trained on; its folder is gone afterwards."""
+        study, recipe = self._study, self._recipe
+        assert recipe is not None
+        folder = study.folder / HEALING_FOLDER / hash_of([study.job, list(plan.dropped)])[:16]
+        cut, healed = folder / "cut", folder / "healed"
+        if study.job is None:
+            shutil.rmtree(folder, ignore_errors=True)  # nobody knows of what it is
+        if not healed.exists():
+            if not cut.exists():
+                self._save(plan, cut)
+            name, trusted = study.origin
+            heal(
+                cut, study.training_texts(), healed, recipe=recipe,
+                eval_texts=study.split.choose, original=None if recipe.objective == "lm" else name,
+                merge=True, progress=False, trust_remote_code=trusted,
+            )  # fmt: skip
+        dtype: Any = self.decoder.identity.dtype
+        yield ModelSource(healed, dtype).load()
+        shutil.rmtree(folder, ignore_errors=True)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+    def _save(self, plan: Plan, path: Path) -> None:
+        """Save the cut, patched where it can be."""
+        state: Measurable = "quick" if self._study.settings.quick_patch else "patched"
+        try:
+            with self._in_state(plan, state):
+                save_model(self.model, self.tokenizer, path, plan=plan)
+        except PatchError:
+            with without_layers(self.model, plan.dropped):
+                save_model(self.model, self.tokenizer, path, plan=plan)
+
+
+def _recalled(known: dict[str, Any]) -> Measured:
+    try:
+        return Measured.from_json(known)
+    except (KeyError, TypeError, ValueError, LayersError, PlanError) as error:
+        raise CacheError(
+            f"a measurement in the store is damaged ({error}): remove it (shallower cache "
+            f"--clear), or measure anew (--no-cache)"
+        ) from error

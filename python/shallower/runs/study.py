@@ -1,0 +1,296 @@
+"""Study: models, texts and settings, and the folder that holds what was found about them.
+
+``run``, ``curve`` and ``compare`` are three studies. What they share is here: which texts fit,
+choose and report, what tells one study from another, whether what lies in the folder is its own,
+what is refused before anything heavy, and how results are written before each next step.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from ..errors import TextsError
+from ..models.source import ModelSource
+from ..processes import refuse_several
+from ..storage import check_free, write_file
+from ..texts.sequences import ReadOnce
+from ..texts.sources import Texts
+from ..values.hashing import hash_of
+from ..values.settings import StudySettings
+from .given_models import InMemory, ModelStore, inputs_of_one
+from .inputs import texts_inputs
+from .store import Store
+
+if TYPE_CHECKING:
+    from ..texts.splits import Splits
+
+Settings = TypeVar("Settings", bound=StudySettings)
+
+HELD_OUT_EVERY = 4
+"""Every fourth text reports, where no held-out texts are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A measurement of a study, which depends on no other and is the same wherever it is made.
+
+    Attributes:
+        name: what is measured, in words.
+        key: the hash of all that it depends on; None where that is not known.
+        known: whether its choice of layers was made before.
+    """
+
+    name: str
+    key: str | None
+    known: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(ABC, Generic[Settings]):
+    """Settings, models and texts, checked when the value is made.
+
+    Attributes:
+        models: the models, or their sources.
+        texts: calibration texts, read once; or several such by name.
+        eval_texts: texts that report; None to take every fourth of ``texts``.
+        settings: of the study.
+        out: the folder to write to; None to write nothing.
+        overwrite: replace what is in ``out``.
+        store: of what was measured before.
+        command: the words of the command line, without places; empty for a call from Python.
+        progress: bars with ETA on standard error; by default if that is a terminal.
+
+    Raises:
+        TextsError: texts that are not text.
+        ProcessesError: this is one of several processes.
+    """
+
+    KIND: ClassVar[str]
+    """The name of the study, under which the store keeps it."""
+
+    RESULTS: ClassVar[str]
+    """The file of the results, which says whose they are."""
+
+    models: Sequence[ModelSource | InMemory]
+    texts: Iterable[str] | Mapping[str, Iterable[str]]
+    eval_texts: Iterable[str] | None
+    settings: Settings
+    out: Path | None
+    overwrite: bool = False
+    store: Store = field(default_factory=lambda: Store(None))
+    command: str = ""
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        refuse_several(f"{self.KIND}s are")
+        if not self._read or not all(isinstance(name, str) and name for name in self._read):
+            raise TextsError(f"texts by name: expected names that are not empty, got {self.texts}")
+        if isinstance(self.eval_texts, str | bytes) or not isinstance(
+            self.eval_texts, Iterable | None
+        ):
+            kind = type(self.eval_texts).__name__
+            raise TextsError(f"texts must be an iterable of strings, got {kind}")
+        for source in (*self._named_texts.values(), self.eval_texts):
+            if isinstance(source, Texts):
+                source.check()
+
+    @property
+    @abstractmethod
+    def leaves(self) -> Sequence[str]:
+        """The names in ``out`` that must not be there before, but for a study that goes on."""
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is loaded; of a source the config is read.
+
+        Raises:
+            ShallowerError: of every kind that the study names.
+        """
+        if self.out is not None and not self.goes_on:
+            for name in self.leaves:
+                check_free(self.out / name, self.overwrite)
+
+    def units(self) -> list[Unit]:
+        """List the measurements that the study makes, as far as they are known beforehand."""
+        return []
+
+    def unit(self, *words: Any, model: int = 0, texts: str = "") -> Unit:
+        """Name a measurement by a strategy, the number of layers that go and a state."""
+        strategy, n, state = words
+        several = [str(self.models[model])] if len(self.models) > 1 else []
+        several += [texts] if len(self._named_texts) > 1 else []
+        name = ", ".join([*several, f"n = {n}", strategy, state])
+        inputs = self.choice_inputs(strategy, n, model=model, texts=texts)
+        known = not n or self.store.get("choice_of_study", inputs) is not None
+        key = None if inputs is None else self.store.key("unit", {**inputs, "state": state})
+        return Unit(name, key, known)
+
+    # What the study is of.
+    @property
+    def model(self) -> ModelSource | InMemory:
+        """The one model of a study of one."""
+        return self.models[0]
+
+    @cached_property
+    def _named_texts(self) -> Mapping[str, Iterable[str]]:
+        return self.texts if isinstance(self.texts, Mapping) else {"texts": self.texts}
+
+    @cached_property
+    def _read(self) -> dict[str, ReadOnce]:
+        return {name: ReadOnce(texts) for name, texts in self._named_texts.items()}
+
+    @cached_property
+    def splits(self) -> "dict[str, Splits]":
+        """Texts that fit, choose and report, by the name of the calibration texts."""
+        from ..texts.splits import three_splits
+
+        settings, found = self.settings, {}
+        report = self.eval_texts and list(islice(self.eval_texts, settings.max_eval_texts))
+        for name, read in self._read.items():
+            texts = list(islice(read, settings.max_texts))
+            held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY][: settings.max_eval_texts]
+            found[name] = three_splits(
+                texts,
+                held_out if report is None else report,
+                num_choosing=settings.num_choosing,
+                seed=settings.seed,
+            )
+        return found
+
+    @property
+    def split(self) -> "Splits":
+        """Texts that fit, choose and report, of a study on one kind of texts."""
+        return next(iter(self.splits.values()))
+
+    def training_texts(self) -> ReadOnce:
+        """All texts but those that choose or report, as many as a training takes."""
+        read = next(iter(self._read.values()))
+        return ReadOnce(self.split.training(islice(read, self.settings.max_texts, None)))
+
+    @property
+    def origin(self) -> tuple[str, bool]:
+        """The name of the model, and whether its own code may be run."""
+        trusted = isinstance(self.model, ModelSource) and self.model.trust_remote_code
+        return str(self.model), trusted
+
+    # What tells the study from others.
+    @cached_property
+    def of_models(self) -> dict[str, dict[str, Any] | None]:
+        """All that results depend on of each model, by its name; the hub is asked once."""
+        return {str(model): inputs_of_one(model, self.store) for model in self.models}
+
+    def model_store(self, model: ModelSource | InMemory) -> ModelStore:
+        """The results of one model in the store."""
+        return ModelStore(self.store, self.of_models[str(model)], [])
+
+    @cached_property
+    def fitted(self) -> dict[str, str]:
+        """Hashes of the texts that fit and choose, by their name."""
+        tokens = asdict(self.settings.tokens)
+        return {
+            name: hash_of([splits.fit, splits.choose, tokens])
+            for name, splits in self.splits.items()
+        }
+
+    @cached_property
+    def reported(self) -> str:
+        """A hash of the texts that report."""
+        return hash_of([self.split.report, asdict(self.settings.tokens)])
+
+    def trained_on(self) -> Any:
+        """What tells the texts of a healing from others, as far as that is known."""
+        if not isinstance(self.texts, Texts | Sized):
+            return None  # an iterator can be read once, and need not end
+        return texts_inputs(self.texts, self.store) or str(getattr(self.texts, "source", None))
+
+    @cached_property
+    def inputs(self) -> dict[str, Any] | None:
+        """All that the results depend on; None where that is not known, and nothing is kept."""
+        if self.store.folder is None or not self.is_stock():
+            return None
+        return {
+            "models": list(self.of_models.items()),
+            "texts": list(self.fitted.items()),
+            "reported": self.reported,
+            "settings": self.settings.to_json(),
+            **self.more_inputs(),
+        }
+
+    def more_inputs(self) -> dict[str, Any]:
+        """What the results of one kind of study depend on beside its settings and texts."""
+        return {}
+
+    def is_stock(self) -> bool:
+        """Whether all that takes part is of this package, whose code is part of every key."""
+        return None not in self.of_models.values()
+
+    def choice_inputs(
+        self, strategy: str, n: int, *, model: int = 0, texts: str = ""
+    ) -> dict[str, Any] | None:
+        """All that a choice of layers depends on, whichever study makes it."""
+        if self.inputs is None:
+            return None
+        fitted = self.fitted[texts] if texts else next(iter(self.fitted.values()))
+        return {
+            "model": self.of_models[str(self.models[model])], "fitted": fitted,
+            "strategy": strategy, "n": n, **self._chooses_by(),
+        }  # fmt: skip
+
+    def known_choice(self, strategy: str, n: int) -> list[int] | None:
+        """The layers that a strategy chose before, by any study; None if none did."""
+        found = self.store.get("choice_of_study", self.choice_inputs(strategy, n))
+        return None if found is None else list(found["dropped"])
+
+    def keep_choice(self, strategy: str, n: int, dropped: Sequence[int]) -> None:
+        """Keep the layers that a strategy chose."""
+        inputs = self.choice_inputs(strategy, n)
+        self.store.put("choice_of_study", inputs, {"dropped": list(dropped)})
+
+    def _chooses_by(self) -> dict[str, Any]:
+        """The settings that a choice of layers depends on."""
+        names = ("seed", "top", "blocks", "judge", "num_choosing")
+        return {name: getattr(self.settings, name, None) for name in names}
+
+    @cached_property
+    def job(self) -> str | None:
+        """A hash of all that the study depends on; None where that is not known."""
+        return None if self.inputs is None else self.store.key(self.KIND, self.inputs)
+
+    # What lies in its folder.
+    @property
+    def folder(self) -> Path:
+        """The folder of a study that writes."""
+        assert self.out is not None
+        return self.out
+
+    @cached_property
+    def written(self) -> dict[str, Any] | None:
+        """The results in ``out`` as far as they came, if they are of this very study."""
+        if self.out is None or self.overwrite or self.job is None:
+            return None
+        try:
+            values = json.loads((self.out / self.RESULTS).read_bytes())
+            return values if self._job_in(values) == self.job else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+
+    @staticmethod
+    def _job_in(values: Any) -> Any:
+        """The job that results were written by."""
+        return values["job"]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what is in ``out`` is of this very study, which may have been cut short."""
+        return self.written is not None
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Write the results as far as they are known, before the next step."""
+        if self.out is not None:
+            beside = {"job": self.job, "command": self.command}
+            content = json.dumps({**values, **beside}, indent=2) + "\n"
+            write_file(self.out / self.RESULTS, content.encode())

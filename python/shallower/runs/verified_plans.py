@@ -1,0 +1,146 @@
+"""The verified plan of every number of layers that go, and that number by a target."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import PatchError
+from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
+from ..judgement.held_out_cuts import Store
+from ..judgement.verifying import Verifier, verifier_of
+from ..memory.sizes import num_parameters
+from ..models.decoder import Decoder
+from ..savings.roofline import cost_by_layer
+from ..scanning.scan import Scan
+from ..values.plan import Plan
+from ..values.scores import Difference
+from ..values.target import Target
+from ..values.tokens import Tokens
+from ..values.verification import Verified
+from .study import Study
+
+VERIFYING_TEXTS = 64
+"""Texts that proposals are measured and quick patches are solved on, at most."""
+
+TABLE_TEXTS = 32
+"""Texts that choose the cuts of the table beside the recommended one."""
+
+
+class VerifiedPlans:
+    """The best plans of one model by the number of layers that go, each found when it is needed.
+
+    The model is as before afterwards; ``scanned`` gives the scan whose best blocks are proposals.
+    """
+
+    def __init__(
+        self,
+        study: Study[Any],
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        scanned: Callable[[], Scan],
+        tokens: Tokens,
+        store: Store,
+    ) -> None:
+        self._decoder, self._scanned, self._settings = decoder, scanned, study.settings
+        self.fitted = next(iter(study.fitted.values()))
+        self._verifier_of = partial(
+            verifier_of,
+            decoder,
+            tokenizer,
+            store=store,
+            texts=self.fitted,
+            tokens=tokens,
+            top=self._settings.top,
+            after="patch",
+            max_blocks=getattr(self._settings, "blocks", None),
+            seed=self._settings.seed,
+            progress=study.progress,
+        )
+        self._splits = replace(study.split, fit=study.split.fit[:VERIFYING_TEXTS])
+        self.verifier: Verifier = self._verifier_of(self._splits)
+        self.found: dict[int, Verified] = {}
+        self._counted: dict[Target, tuple[float, Sequence[float]]] = {}
+
+    def verify(self, n: int) -> Verified:
+        """Race the proposals of one size after a quick patch; as cut where none can be patched."""
+        if n not in self.found:
+            self.found[n] = self._best(self.verifier, n)
+        return self.found[n]
+
+    def verify_in_passing(self, n: int) -> Verified:
+        """Race the proposals of one size on fewer texts, where nothing is decided by it."""
+        return self._best(self._in_passing, n)
+
+    @cached_property
+    def _in_passing(self) -> Verifier:
+        if len(self._splits.choose) <= TABLE_TEXTS:
+            return self.verifier
+        return self._verifier_of(replace(self._splits, choose=self._splits.choose[:TABLE_TEXTS]))
+
+    def _best(self, verifier: Verifier, n: int) -> Verified:
+        best = self._scanned().best_blocks(n, self._settings.top)
+        more = [Plan.of(len(self._decoder), [block]) for block in best]
+        try:
+            return verifier.verify(n, more=more)
+        except PatchError:  # there may be no way to patch models of this family
+            return replace(verifier, after="none").verify(n, more=more)
+
+    def lost(self, n: int) -> Difference:
+        """Compare ``n`` layers less with the whole model, on the texts that choose.
+
+        After a quick patch; of the bare cut where it cannot be patched.
+        """
+        verifier, dropped = self.verifier, self.verify(n).plan.dropped
+        try:
+            scores = verifier.scores(dropped, after="patch")
+        except PatchError:
+            scores = verifier.scores(dropped, after="none")
+        return scores.minus(verifier.scores((), after="none"))
+
+    # How many layers are to go.
+    def require_possible(self, target: Target) -> None:
+        """Refuse a target that no cut can reach, as far as sizes alone show it.
+
+        Raises:
+            LayersError, PlanError, ModelError: as :func:`require_possible`; the model cannot be
+                counted, or has learned fewer positions than the context of the target.
+        """
+        require_possible(target, len(self._decoder), partial(self._left_at_least, target))
+
+    def choose(self, target: Target) -> tuple[SizeChoice, set[int]]:
+        """Find how many layers are to go, and the sizes that were looked at for it.
+
+        Raises:
+            LayersError, PlanError: as :func:`choose_size`.
+        """
+        whole, of_layers = self._resources(target)
+
+        def left(n: int) -> float:
+            return whole - sum(of_layers[layer] for layer in self.verify(n).plan.dropped)
+
+        choice = choose_size(
+            target, len(self._decoder), lost=self.lost, left=left,
+            left_at_least=partial(self._left_at_least, target),
+        )  # fmt: skip
+        return choice, {choice.n, *self.found}
+
+    def _left_at_least(self, target: Target, n: int) -> float:
+        whole, of_layers = self._resources(target)
+        return whole - sum(sorted(of_layers)[len(of_layers) - n :])
+
+    def _resources(self, target: Target) -> tuple[float, Sequence[float]]:
+        """What the whole model takes, and each layer of it, in the unit of the target."""
+        if target not in self._counted:
+            self._counted[target] = _count(self._decoder, target)
+        return self._counted[target]
+
+
+def _count(decoder: Decoder, target: Target) -> tuple[float, Sequence[float]]:
+    if target.latency is not None or target.memory is not None:
+        return cost_by_layer(decoder, target)
+    layers = decoder.layers.modules
+    return num_parameters(decoder.model), [num_parameters(layer) for layer in layers]
