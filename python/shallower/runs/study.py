@@ -88,14 +88,13 @@ class Study(ABC, Generic[Settings]):
 
     def __post_init__(self) -> None:
         refuse_several(f"{self.KIND}s are")
-        if not self._read or not all(isinstance(name, str) and name for name in self._read):
-            raise TextsError(f"texts by name: expected names that are not empty, got {self.texts}")
-        if isinstance(self.eval_texts, str | bytes) or not isinstance(
-            self.eval_texts, Iterable | None
-        ):
-            kind = type(self.eval_texts).__name__
-            raise TextsError(f"texts must be an iterable of strings, got {kind}")
-        for source in (*self._named_texts.values(), self.eval_texts):
+        named = self._named_texts
+        if not named or not all(isinstance(name, str) and name for name in named):
+            raise TextsError(f"texts by name: expected names that are not empty, got {[*named]}")
+        for source in (*named.values(), self.eval_texts):
+            if isinstance(source, str | bytes) or not isinstance(source, Iterable | None):
+                kind = type(source).__name__
+                raise TextsError(f"texts must be an iterable of strings, got {kind}")
             if isinstance(source, Texts):
                 source.check()
 
