@@ -132,7 +132,6 @@ def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked)
         (["--n", "0"], "'0'"),
         (["--n", "6"], "6"),
         (["--seed", "-1"], "--seed"),
-        (["--spill", "nowhere"], "--spill"),
         (["--max-texts", "11"], "too few texts to fit and to choose: 11"),
         (["--max-eval-texts", "1"], "too few texts to report"),
     ],

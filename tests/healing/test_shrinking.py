@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaModel, TrainingArguments
 
 import shallower as sh
-from shallower.healing import shrinking, trainer_arguments, training
+from shallower.healing import trainer_arguments, training
 from shallower.healing.ranks import own_device_map, warn_of_idle_gpus
+from shallower.memory import retry
 from tests.healing.cuts import FACTS, HELD_OUT, QUICK, TEXTS
 
 AUTOMATIC = replace(QUICK, batch_size=None, steps=4)
@@ -20,7 +21,7 @@ AUTOMATIC = replace(QUICK, batch_size=None, steps=4)
 def device(monkeypatch):
     """A device that runs out of memory in trainings above so many sequences, as CUDA does."""
     forward = LlamaModel.forward
-    free = shrinking.free_memory
+    free = retry.free_memory
 
     class Device:
         rows, recomputed_rows, forwards, room = 16, 16, 0, 0
@@ -46,7 +47,7 @@ def device(monkeypatch):
         free()
 
     monkeypatch.setattr(LlamaModel, "forward", limited)
-    monkeypatch.setattr(shrinking, "free_memory", freed)
+    monkeypatch.setattr(retry, "free_memory", freed)
     return own
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.memory.halving import Halving
+from shallower.memory.retry import Halving
 from shallower.models.architecture import find_layers
 from shallower.scanning.hidden_states import _RowHooks, chosen_tokens
 from shallower.scanning.transfers import HostCopies

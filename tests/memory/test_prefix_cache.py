@@ -6,8 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import OutputError
-from shallower.memory import prefix_cache as prefixes
 from shallower.memory.prefix_cache import Known, Prefixes
 from shallower.models.layerwise import Layerwise
 from tests.conftest import tiny_llama
@@ -118,22 +116,3 @@ def test_the_states_after_each_layer_are_heard():
     assert len(heard) == 3
     assert all(not module._forward_hooks for module in layerwise.modules)
     assert np.isfinite(end.numpy()).all()
-
-
-def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prefixes.os, "posix_fallocate", full)
-    some = batch()
-    with pytest.raises(OutputError, match=f"{tmp_path}.*No space left"):
-        Prefixes(Layerwise(tiny_llama(2)), [some], spill=tmp_path).run(0, (0, 1))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_files_are_not_more_than_a_process_can_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(prefixes, "MOST_FILES", 3)
-    store = Prefixes(Layerwise(tiny_llama(6)), [batch()], spill=tmp_path)
-    for path in [(0, 1, 2, 3, 4, 5), (0, 2, 4), (1, 3, 5)]:
-        store.run(0, path)
-        assert len(store._states) <= 3

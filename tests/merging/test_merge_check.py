@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower.cutting.rewriting import StoredCheckpoint
-from shallower.merging import in_memory, merging
-from shallower.merging.in_memory import place_for
+from shallower.memory import placement
+from shallower.memory.placement import place_for
+from shallower.merging import merging
 from shallower.merging.low_rank import LowRank
 from shallower.models.identity import stored_digest
 from shallower.values.healing import Healing
@@ -91,7 +92,7 @@ def test_the_loss_is_measured_where_the_stored_weights_fit(healed, cut, tmp_path
 )
 def test_a_place_is_found_where_there_is_room(monkeypatch, cards, size, place):
     free = {"cuda": 40 << 30, "cpu": 30 << 30}
-    monkeypatch.setattr(in_memory, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(placement, "available_bytes", lambda device: free[device.type])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     assert place_for(size << 30) == place
 

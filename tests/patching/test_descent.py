@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from shallower.memory.budget import BUDGET
 from shallower.models.layerwise import Layerwise
 from shallower.patching import descent
 from shallower.patching.changes import Changes
@@ -153,7 +154,7 @@ def test_memory_has_no_say_in_where_a_way_ends(model, words, monkeypatch, dtype)
     ) * dtype.itemsize // 4  # fmt: skip
     ways, runs = [], []
     for free in (0, 4 * layer, 4 * len(LAYERS) * layer):
-        monkeypatch.setattr(descent, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(BUDGET, "share", lambda _, room=free // 4: room)
         moved = copy.deepcopy(model).to(dtype)
         ran.clear()
         gone(moved, batches)

@@ -58,10 +58,11 @@ def solve_alone(inputs, outputs, tokens, kept):
 
 def patch_wide(width, intermediate, length):
     """The patch of a model whose feed-forward is wide, beside one of a narrow model."""
-    from shallower.patching import descent, least_squares, solver
+    from shallower.memory.budget import BUDGET
+    from shallower.patching import least_squares, solver
     from tests.examples import sentences
 
-    descent.free_bytes = lambda _: 0  # no graph is kept only because there is room
+    BUDGET.share = lambda _: 0  # no graph is kept only because there is room
     solver.FIRST_WEIGHTS, least_squares.RIDGES = (0.01,), (0.03,)
     texts = sentences(64, length=length)
     patch_one(width, width, texts)()  # so that modules, threads and buffers are there

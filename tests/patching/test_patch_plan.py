@@ -6,10 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import shallower as sh
+from shallower.memory.placement import place_weights
 from shallower.memory.rehearsal import build_empty
 from shallower.patching.least_squares import NormalEquations, solver_bytes
-from shallower.patching.memory import OFFLOADED, WEIGHTS, place_weights, writer_widths
-from shallower.values.memory import usable
+from shallower.patching.memory import writer_widths
+from shallower.values.memory import OFFLOADED, WEIGHTS, usable
 from tests.conftest import write_jsonl
 from tests.healing.cuts import TEXTS
 from tests.memory_oracle import shape, tracked_forward

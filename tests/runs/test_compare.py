@@ -10,6 +10,7 @@ import pytest
 
 import shallower as sh
 from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
+from shallower.memory import budget
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.texts.batches import TokenBatches
@@ -165,12 +166,12 @@ def test_work_is_counted_for_each_criterion_by_itself(compared, model, words):
     assert {row.criterion for row in compared.rows if not row.layer_forwards} == free
 
 
-def test_states_in_files_give_the_same_choices(compared, model, words, tmp_path):
+def test_without_memory_for_states_the_choices_are_the_same(compared, model, words, monkeypatch):
+    monkeypatch.setattr(budget, "SHARE", 0.0)
     asked = {"n": [3], "criteria": ["greedy"], "cache": False}
-    done = sh.compare(model, words, TEXTS, HELD_OUT, **asked, spill=tmp_path)
+    done = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
     (row,) = [row for row in compared.rows if (row.criterion, row.n) == ("greedy", 3)]
     assert (done.rows[0].dropped, done.rows[0].loss) == (row.dropped, row.loss)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_calibration_texts_choose_each_for_itself(model, words):

@@ -77,13 +77,6 @@ def compare_command(
     criteria: Criteria = None,
     judge: Judge = "loss",
     options: Options = None,
-    spill: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for the states that cuts share, where memory is short for them.",
-        ),
-    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
@@ -130,7 +123,7 @@ def compare_command(
         ],
         texts=named, eval_texts=held_out, sizes=wanted, criteria=_names(criteria), judge=judge,
         options=options, tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts,
-        seed=seed, spill=spill, out=out, overwrite=overwrite,
+        seed=seed, out=out, overwrite=overwrite,
         cache=open_store(no_cache), command=called(),
     )  # fmt: skip
     if dry_run:

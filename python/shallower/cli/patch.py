@@ -148,7 +148,7 @@ def _placed(
 
     if place.device_map is not None or torch.cuda.device_count() != 1:
         return place
-    from ..patching.memory import place_weights
+    from ..memory.placement import place_weights
 
     dtype = place.resolved().dtype
     places = place_weights(place.read_config(), dtype, plan_memory(), spare=dropped)

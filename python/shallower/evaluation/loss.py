@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TextsError
-from ..memory.batching import Forward, fitting
-from ..memory.halving import Halving
+from ..memory.plan import Forward, fitting
+from ..memory.retry import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import TextsError
-from ..memory.halving import Halving
+from ..memory.retry import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import ModelError, TextsError
-from ..memory.halving import Halving
+from ..memory.retry import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head

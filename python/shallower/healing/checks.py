@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError
-from ..memory.sizes import device_room
+from ..memory.device import device_room
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import choose_device_map, choose_dtype
@@ -22,7 +22,7 @@ from ..values.files import PLAN_FILE
 from ..values.plan import Plan
 from ..values.presets import ModelFacts
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
-from .memory import plainly_fits, plan_healing, require_room
+from .memory import is_small, plan_healing, require_room
 
 
 def read_plan(path: str) -> Plan:
@@ -86,11 +86,11 @@ def resolve(
     resolved = recipe.resolve(facts(config, plan.num_layers), num_processes(), auto=auto_dtype())
     if recipe.batch_size is not None and recipe.recompute is not None:
         return resolved
-    room, card = device_room(device_memory, num_processes())
-    if not card and plainly_fits(config, resolved, room):
+    room = device_room(device_memory, num_processes())
+    if not room.card and is_small(config, resolved, room.size):
         return resolved
     memory = plan_healing(
-        config, resolved, device_bytes=room, card=card, batch_size=recipe.batch_size,
+        config, resolved, room=room, batch_size=recipe.batch_size,
         recompute=recipe.recompute, processes=num_processes(), uncut_layers=plan.num_layers,
     )  # fmt: skip
     require_room(memory, resolved)

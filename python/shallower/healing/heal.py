@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RecipeError, TextsError
-from ..memory.sizes import free_memory
+from ..memory.device import free_memory
 from ..merging.merging import stored_plainly
 from ..storage import check_free
 from ..texts.sequences import ReadOnce

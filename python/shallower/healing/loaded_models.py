@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..memory.sizes import free_memory
+from ..memory.device import free_memory
 from ..models.identity import identify
 from ..models.quantised import keep_unpacked
 from ..models.source import ModelSource

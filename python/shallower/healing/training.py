@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..errors import ModelError, OutputError
+from ..memory.retry import Shrinking
 from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
@@ -41,7 +42,6 @@ from .determinism import deterministic
 from .distillation import Distillation, Teacher
 from .losses import TrainingLoss
 from .ranks import agree
-from .shrinking import Shrinking
 from .trainer_arguments import trainer_arguments
 
 

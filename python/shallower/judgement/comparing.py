@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,7 +44,6 @@ class Terms:
         reporting: those that report.
         tokens: length of texts, and how many make one forward.
         seed: of whatever is drawn.
-        spill: a folder for the states that trials share, which are in memory by default.
         progress: bars with ETA on standard error; by default if that is a terminal.
     """
 
@@ -59,7 +57,6 @@ class Terms:
     reporting: Sequence[OptionItem] = ()
     tokens: Tokens = field(default_factory=Tokens)
     seed: int = 0
-    spill: Path | None = None
     progress: bool | None = None
 
 
@@ -119,7 +116,7 @@ def compare_on(
         judge = judge_of(terms.judge, tokenizer, report, items=terms.reporting, tokens=tokens)
     held_out = HeldOutCuts(
         model, losses, judge, store=store, texts=terms.reported,
-        num_rejected=len(report) - losses.num_items, spill=terms.spill,
+        num_rejected=len(report) - losses.num_items,
     )  # fmt: skip
     rows: list[Row] = []
     skipped: dict[str, str] = {}
@@ -175,7 +172,7 @@ def _subject(
     batches, meter = list(fitted), Meter()
     judge = judge_of(terms.judge, tokenizer, splits.choose, items=terms.choosing, tokens=tokens)
     journal = store.journal("trials", {"items": terms.identities[texts], **judge_inputs(judge)})
-    trials = Trials(model, judge, meter=meter, journal=journal, spill=terms.spill)
+    trials = Trials(model, judge, meter=meter, journal=journal)
     return Subject(
         model.head.decoder, tokenizer, batches, trials, terms.sizes, texts=(fitted.identity,),
         seed=terms.seed, meter=meter, progress=False,

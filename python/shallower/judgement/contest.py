@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CacheError, OutputError, ShallowerError
-from ..memory.sizes import num_parameters
+from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..patching.quick import QuickPatch
 from ..progress import Advance

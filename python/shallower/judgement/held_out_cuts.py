@@ -1,7 +1,6 @@
 """HeldOutCuts: cuts of one model on the texts that report, which no criterion has seen."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import PatchError
-from ..memory.sizes import num_parameters
+from ..memory.weights import num_parameters
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
 from ..values.comparison import ComparedModel
@@ -61,7 +60,6 @@ class HeldOutCuts:
         store: results that were measured before.
         texts: identity of the texts that report, for the store.
         num_rejected: texts with fewer than two tokens.
-        spill: a folder for the states that trials share.
 
     Attributes:
         is_complete: whether nothing was left out for want of memory.
@@ -76,10 +74,9 @@ class HeldOutCuts:
         store: Store,
         texts: str,
         num_rejected: int = 0,
-        spill: Path | None = None,
     ) -> None:
         self.model, self.store, self.texts = model, store, texts
-        self._num_rejected, self._spill = num_rejected, spill
+        self._num_rejected = num_rejected
         self.is_complete = True
         self._single_layers: tuple[float, ...] | None = None
         self._patched: dict[tuple[str, tuple[int, ...], int], Scores | str] = {}
@@ -88,7 +85,7 @@ class HeldOutCuts:
 
     def _trials(self, judge: Judge) -> Trials:
         journal = self.store.journal("trials", {"items": self.texts, **judge_inputs(judge)})
-        return Trials(self.model, judge, meter=Meter(), journal=journal, spill=self._spill)
+        return Trials(self.model, judge, meter=Meter(), journal=journal)
 
     def compared(self, name: str) -> ComparedModel:
         """Measure the whole model.

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,7 +57,6 @@ class Trials:
         journal: records of trials of this model and judge that were made before; new ones are
             appended.
         memory: bytes for states that trials share, as for :class:`Prefixes`.
-        spill: a folder for them, as for :class:`Prefixes`.
 
     Raises:
         CacheError: a record of the journal is none of such a trial.
@@ -72,10 +70,9 @@ class Trials:
         meter: Meter,
         journal: Journal | None = None,
         memory: int | None = None,
-        spill: Path | None = None,
     ) -> None:
         self.model, self.judge, self.meter = model, judge, meter
-        self._prefixes = Prefixes(model, judge.batches, memory=memory, spill=spill)
+        self._prefixes = Prefixes(model, judge.batches, memory=memory)
         self._prepares = type(judge).prepare is not Judge.prepare
         self._prepared: set[int] = set()
         self._journal = journal

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -188,7 +187,6 @@ def verifier_of(
     max_blocks: int | None = None,
     judge: str = "loss",
     seed: int = 0,
-    spill: Path | None = None,
     progress: bool | None = None,
 ) -> Verifier:
     """Prepare to verify plans of a model that is loaded.
@@ -205,7 +203,6 @@ def verifier_of(
         max_blocks: as there.
         judge: name of the judge: ``loss`` or ``kl``.
         seed: of whatever is drawn.
-        spill: a folder for the states that trials share, which are in memory by default.
         progress: as there.
 
     Returns:
@@ -228,9 +225,7 @@ def verifier_of(
     judging = judge_of(judge, tokenizer, splits.choose, tokens=tokens)
     _require_enough(sum(map(len, batches)), judging.num_items)
     items = {"items": texts, **judge_inputs(judging)}
-    trials = Trials(
-        model, judging, meter=meter, journal=store.journal("trials", items), spill=spill
-    )
+    trials = Trials(model, judging, meter=meter, journal=store.journal("trials", items))
     some = evenly(batches, PATCH_TEXTS)
     patch = QuickPatch(model, some, ran=meter.ran)
     settings = {**items, **patch.settings, "fitted": texts, "patch_texts": PATCH_TEXTS}

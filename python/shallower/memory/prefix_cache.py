@@ -6,25 +6,15 @@ and a cut starts from the longest beginning that is known. All paths together ar
 """
 
 import math
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
-from .. import storage
 from ..models.layerwise import Layerwise
 from ..texts.batches import Batch
-from .sizes import free_bytes
-
-FREE_SHARE = 0.25
-"""Share of the free memory, or of the free disk space, that the states take at most."""
-
-MOST_FILES = 1 << 14
-"""States in files at most: a process has 65,530 mappings."""
+from .budget import BUDGET
 
 KEPT_PATHS = 2
 """Paths over all batches that are kept in any case, thinned to every k-th state if need be: that
@@ -40,10 +30,8 @@ class Known:
     Those that were longest not needed are forgotten first. Who needs some states needs those
     before them as well, to go on from if the cut differs earlier.
 
-    Args:
-        capacity: bytes of all states at most; infinity for no bound.
-        sizes: bytes of a state of each batch.
-        every: states behind every so many layers are kept, and the embedding.
+    ``capacity`` is the bytes of all states at most (infinity for no bound), ``sizes`` those of a
+    state of each batch. The embedding is kept, and the states behind ``every`` so many layers.
     """
 
     def __init__(self, capacity: float, sizes: Sequence[int], every: int) -> None:
@@ -55,15 +43,9 @@ class Known:
         return place in self._places
 
     def start(self, index: int, path: tuple[int, ...]) -> int | None:
-        """Find how far a path has been run.
+        """Find how many layers of a path need not run again on a batch.
 
-        Args:
-            index: of the batch.
-            path: layers, ascending.
-
-        Returns:
-            The layers of the path that need not run again; None where not even the embedding is
-            known.
+        None where not even the embedding is known.
         """
         depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._places]
         for depth in depths:
@@ -71,15 +53,7 @@ class Known:
         return depths[0] if depths else None
 
     def keep(self, index: int, path: tuple[int, ...]) -> list[Place]:
-        """Take states in, if they are of those that are kept.
-
-        Args:
-            index: of the batch.
-            path: the layers that have run.
-
-        Returns:
-            What was forgotten for them.
-        """
+        """Take states in, if they are of those that are kept; gives what was forgotten for them."""
         size, forgotten = self._sizes[index], []
         if len(path) % self._every or (index, path) in self._places or size > self._capacity:
             return []
@@ -92,15 +66,7 @@ class Known:
         return forgotten
 
     def count(self, index: int, path: tuple[int, ...]) -> int:
-        """Run a path in mind: what is known is then as if it had been run.
-
-        Args:
-            index: of the batch.
-            path: layers, ascending.
-
-        Returns:
-            The layers that had to run.
-        """
+        """Count the layers of a path that would run; then it is known as if it had been run."""
         known = self.start(index, path)
         if known is None:
             self.keep(index, ())
@@ -113,27 +79,14 @@ class Known:
 class Prefixes:
     """Cuts run on batches, each from the states that it shares with those before it.
 
-    States are kept in the model's dtype, in the CPU's memory or in a temporary file, which has no
-    name and is gone with the process, however that ends.
-
-    Args:
-        model: the whole model.
-        batches: of token ids.
-        memory: bytes for states at most; by default a quarter of what is free.
-        spill: a folder on a disk with room: the states lie there in files, which the system
-            keeps in memory as far as there is any, and ``memory`` is of the disk.
+    States are kept in the model's dtype, in the CPU's memory: ``memory`` bytes of them at most, by
+    default a share of the process's budget.
     """
 
     def __init__(
-        self,
-        model: Layerwise,
-        batches: Sequence[Batch],
-        *,
-        memory: int | None = None,
-        spill: Path | None = None,
+        self, model: Layerwise, batches: Sequence[Batch], *, memory: int | None = None
     ) -> None:
-        self.model, self.batches = model, batches
-        self._memory, self._spill = memory, spill
+        self.model, self.batches, self._memory = model, batches, memory
         self._states: dict[Place, torch.Tensor] = {}
 
     def known(self) -> Known:
@@ -144,14 +97,9 @@ class Prefixes:
         return Known(math.inf, self._sizes, every=1)
 
     def run(self, index: int, path: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-        """Run the layers of a cut on a batch.
+        """Run the layers of a cut on a batch, those that it has left, ascending.
 
-        Args:
-            index: of the batch.
-            path: the layers that the cut has left, ascending.
-
-        Returns:
-            (B, T, D), the states behind the last of them, and how many layers had to run.
+        Gives (B, T, D), the states behind the last of them, and how many layers had to run.
         """
         batch, known = self.batches[index], self._known.start(index, path)
         if known is None:
@@ -173,19 +121,8 @@ class Prefixes:
         for place in self._known.keep(index, path):
             del self._states[place]
         if (index, path) in self._known and (index, path) not in self._states:
-            self._states[index, path] = self._room(states).copy_(states)
-
-    def _room(self, states: torch.Tensor) -> torch.Tensor:
-        if self._spill is None:
-            return torch.empty(states.shape, dtype=states.dtype)
-        size = states.numel() * states.element_size()
-        with (
-            storage.raise_output_error(self._spill),
-            tempfile.NamedTemporaryFile(dir=self._spill) as file,
-        ):
-            os.posix_fallocate(file.fileno(), 0, size)  # a mapping beyond a full disk is a SIGBUS
-            room = torch.from_file(file.name, shared=True, size=states.numel(), dtype=states.dtype)
-        return room.view(states.shape)
+            kept = torch.empty(states.shape, dtype=states.dtype)
+            self._states[index, path] = kept.copy_(states)
 
     @cached_property
     def _known(self) -> Known:
@@ -201,12 +138,7 @@ class Prefixes:
 
     @cached_property
     def _capacity(self) -> int:
-        if self._spill is None:
-            free = free_bytes(torch.device("cpu")) if self._memory is None else 0
-        else:
-            free = storage.free_bytes(self._spill)
-        capacity = int(FREE_SHARE * free) if self._memory is None else self._memory
-        return capacity if self._spill is None else min(capacity, MOST_FILES * min(self._sizes))
+        return BUDGET.share(self) if self._memory is None else self._memory
 
     @cached_property
     def _every(self) -> int:

@@ -29,15 +29,9 @@ EXPERTS = (None, "grouped_mm", "batched_mm")
 def build_empty(
     config: PretrainedConfig, dtype: torch.dtype, *, experts: str | None = None
 ) -> PreTrainedModel:
-    """Build a causal language model without weights.
+    """Build a causal language model without weights, on the meta device.
 
-    Args:
-        config: of transformers; it stays as it is.
-        dtype: dtype of the weights.
-        experts: the way that experts are run; None is the model's own.
-
-    Returns:
-        The model on the meta device.
+    ``experts`` is the way that experts are run; None is the model's own.
 
     Raises:
         ModelError: transformers cannot build a causal language model from the config.
@@ -64,11 +58,8 @@ _COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 def first_that_runs(make: Callable[[str | None], Step]) -> Step | None:
     """Make a rehearsal with the model's own way to run experts, or with one without loops.
 
-    Args:
-        make: builds it with a way to run experts, and rehearses once.
-
-    Returns:
-        What it gives; None where the family cannot be rehearsed in any way.
+    ``make`` builds it with a way to run experts, and rehearses once. None where the family cannot
+    be rehearsed in any way.
     """
     for experts in EXPERTS:
         try:
@@ -83,11 +74,7 @@ def first_that_runs(make: Callable[[str | None], Step]) -> Step | None:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that are made in its body, until they go.
 
-    Args:
-        known: numbers of storages that do not count, as weights.
-
-    Attributes:
-        peak: the bytes that were held at the peak.
+    Storages whose numbers are ``known`` do not count, as weights; ``peak`` is the most at once.
     """
 
     def __init__(self, known: set[int]) -> None:
@@ -126,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Rehearsed(LiveBytes):
-    """The same where tensors have no values, and whoever asks for one is given what is likely."""
+    """The same where tensors have no values; one that is read is what is likely."""
 
     def __init__(self, known: set[int], padded: bool) -> None:
         super().__init__(known)
@@ -149,14 +136,7 @@ class _Rehearsed(LiveBytes):
 
 
 class Rehearsal:
-    """A model whose weights are fake, on which steps are run.
-
-    Args:
-        model: on the meta device; its weights are replaced.
-
-    Attributes:
-        model: the same.
-    """
+    """A model whose weights are fake, in place of those on the meta device, to run steps on."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -190,14 +170,9 @@ class Rehearsal:
                         place[name] = fake(value)
 
     def run(self, step: Callable[[], object], *, padded: bool = True) -> int:
-        """Run a step.
+        """Run a step, which makes its inputs on the CPU, and count its bytes beside the weights.
 
-        Args:
-            step: makes its inputs by itself, on the CPU.
-            padded: whether its texts have padding, which attention takes a mask for.
-
-        Returns:
-            The bytes at the peak beside the weights.
+        Attention takes a mask for texts that are ``padded``.
         """
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.saving import PROBE
 from ..errors import ModelError
-from ..memory.sizes import free_bytes, free_memory
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
@@ -19,32 +18,6 @@ from .low_rank import exact_products
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
 """The most that ‖merged − adapters‖ / ‖adapters‖ of the logits may be, by the dtype that the sum of
 weight and adapter is rounded to once."""
-
-_ROOM = 1 << 30
-
-
-def place_for(num_bytes: int) -> Any:
-    """Find where a model of so many bytes fits into what is free now.
-
-    Args:
-        num_bytes: of its weights.
-
-    Returns:
-        ``auto`` for the GPUs, else ``cpu``; None where it fits nowhere.
-    """
-    needed = num_bytes + num_bytes // 8 + _ROOM
-    place = _place_for(needed)
-    if place == "auto" or (place and not torch.cuda.is_available()):
-        return place
-    free_memory()  # of what was loaded before
-    return _place_for(needed)
-
-
-def _place_for(needed: int) -> Any:
-    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    if sum(free_bytes(card) for card in cards) >= needed:
-        return "auto"
-    return "cpu" if free_bytes(torch.device("cpu")) >= needed else None
 
 
 def require_same_model(

@@ -21,6 +21,7 @@ from ..cutting.checkpoint_files import is_checkpoint
 from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
 from ..errors import ModelError
 from ..evaluation.loss import evaluate_loss
+from ..memory.placement import place_for
 from ..models.architecture import find_layers, input_device
 from ..models.decoder import Decoder
 from ..models.dtypes import computing
@@ -31,7 +32,7 @@ from ..progress import track
 from ..values.files import PLAN_FILE
 from ..values.healing import CURVE_FILE, HEALING_FILE, Healing, Merge
 from ..values.recipe import Resolved
-from .in_memory import TOLERANCE, adapted_logits, another_model, place_for, probe_logits
+from .in_memory import TOLERANCE, adapted_logits, another_model, probe_logits
 from .low_rank import Deviations, LowRank
 from .memory_merge import merge_in_memory
 from .stored_adapters import low_rank_changes

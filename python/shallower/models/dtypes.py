@@ -29,9 +29,6 @@ bits every time. cuBLAS and torch read it once, at the first product on a GPU.""
 def check_dtype(dtype: object) -> None:
     """Refuse a dtype that does not exist.
 
-    Args:
-        dtype: as the user named it.
-
     Raises:
         ModelError: it is none of :data:`Dtype`.
     """
@@ -42,15 +39,10 @@ def check_dtype(dtype: object) -> None:
 def choose_device_map(device_map: DeviceMap) -> DeviceMap:
     """Decide where a model goes.
 
+    ``auto``, which is every GPU, if none is named and there is CUDA; else what the user named.
     Every model that is loaded comes by here before it is anywhere. So where there is CUDA, this
     also sets :data:`CUBLAS_WORKSPACE`, unless the user did: a healing later in the process needs
     it, and then it would be too late. ``import shallower`` leaves the process alone.
-
-    Args:
-        device_map: as the user named it.
-
-    Returns:
-        ``auto``, which is every GPU, if none is named and there is CUDA; else ``device_map``.
     """
     import torch
 
@@ -61,14 +53,9 @@ def choose_device_map(device_map: DeviceMap) -> DeviceMap:
 
 
 def choose_dtype(device_map: DeviceMap) -> tuple[Literal["bfloat16", "float32"], str]:
-    """Decide the dtype ``auto``.
+    """Decide the dtype ``auto`` for a device map that is decided, and give the reason in words.
 
-    Args:
-        device_map: decided, as by :func:`choose_device_map`.
-
-    Returns:
-        ``bfloat16`` on CUDA and on CPUs that multiply it, else ``float32``; and the reason, in
-        words.
+    ``bfloat16`` on CUDA and on CPUs that multiply it, else ``float32``.
     """
     import torch
 
@@ -91,10 +78,9 @@ def _uses_cuda(device_map: DeviceMap) -> bool:
 
 
 def cpu_features() -> frozenset[str]:
-    """Find the instruction sets of this CPU that torch may use.
+    """Find the instruction sets of this CPU that torch may use, by their names in /proc/cpuinfo.
 
-    Returns:
-        Their names as in ``/proc/cpuinfo``; empty where they cannot be found.
+    Empty where they cannot be found.
     """
     import torch
 

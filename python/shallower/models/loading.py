@@ -114,14 +114,6 @@ def count_layers(
 ) -> int:
     """Count the decoder layers by the model's config alone.
 
-    Args:
-        path_or_id: a local folder, a hub id, or a ``.gguf`` file.
-        gguf_file: the file's name in the folder or hub repository.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        L, the number of decoder layers.
-
     Raises:
         ModelError: as :func:`load_model`.
     """
@@ -133,14 +125,8 @@ def states_shape(
 ) -> tuple[int, int | None]:
     """Find the shape of a token's states by the model's config alone.
 
-    Args:
-        path_or_id: a local folder, a hub id, or a ``.gguf`` file.
-        gguf_file: the file's name in the folder or hub repository.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        L+1, the number of states of a token, and D, their width, or None where the config does
-        not tell it.
+    L+1, the number of states of a token, and D, their width, or None where the config does not
+    tell it.
 
     Raises:
         ModelError: as :func:`load_model`.
@@ -158,14 +144,6 @@ def read_config(
 ) -> PretrainedConfig:
     """Read the config of a model, and nothing else.
 
-    Args:
-        path_or_id: a local folder, a hub id, or a ``.gguf`` file.
-        gguf_file: the file's name in the folder or hub repository.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The config of transformers.
-
     Raises:
         ModelError: as :func:`load_model`.
     """
@@ -179,14 +157,7 @@ def read_config(
 
 
 def layers_of(config: PretrainedConfig) -> int | None:
-    """Count the decoder layers that a config describes.
-
-    Args:
-        config: of transformers.
-
-    Returns:
-        Their number; None where the config does not tell it.
-    """
+    """Count the decoder layers that a config describes; None where it does not tell."""
     decoder: Any = config.get_text_config(decoder=True)
     count = next(iter(layer_counts(decoder).values()), None)
     modules = getattr(decoder, "num_layers", None)
@@ -196,14 +167,7 @@ def layers_of(config: PretrainedConfig) -> int | None:
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the causal language model that a folder's config describes, without weights.
-
-    Args:
-        folder: with ``config.json``, and the code of the model if it has its own.
-        trust_remote_code: run that code.
-
-    Returns:
-        The model on the meta device.
+    """Build the model that a folder's config describes, without weights, on the meta device.
 
     Raises:
         ModelError: as :func:`load_model`.
@@ -248,15 +212,8 @@ def load_weights(
 ) -> PreTrainedModel:
     """Load a checkpoint by stock transformers, whole.
 
-    Args:
-        source: a folder or hub id.
-        dtype: of the weights, or of what is not quantised.
-        device_map: as transformers takes it; ``None`` is the CPU for plain weights.
-        config: a quantisation config.
-        options: more of ``from_pretrained``.
-
-    Returns:
-        The model, as transformers loads it.
+    ``dtype`` is of the weights, or of what is not quantised by ``config``; ``options`` are more of
+    ``from_pretrained``. Without a device map plain weights go to the CPU.
 
     Raises:
         ModelError: it cannot be loaded, or lacks weights.

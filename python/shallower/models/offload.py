@@ -1,7 +1,7 @@
 """Weights that wait in the CPU's memory, or on disk, until their forward: accelerate's hooks.
 
 Such a weight is on the meta device but for the forward of its module, whose hook brings it from
-a map of stored tensors. Who changes it changes the stored tensor.
+a map of stored tensors. To change it, change the stored tensor.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,7 @@ from ..errors import ModelError
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Find the device that a hook brings a module's weights to.
-
-    Args:
-        module: any module.
-
-    Returns:
-        The device; None where no hook moves its weights.
-    """
+    """Find the device that a hook brings a module's weights to; None where none moves them."""
     for hook in _hooks(module):
         if hook.offload and hook.execution_device is not None:
             return torch.device(hook.execution_device)
@@ -32,27 +25,12 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Tell if weights of a module, or of a part of it, wait elsewhere.
-
-    Args:
-        module: any module.
-
-    Returns:
-        Whether hooks bring weights for a forward and take them away again.
-    """
+    """Whether hooks bring weights of a module, or of a part of it, for a forward alone."""
     return any(hook.offload for part in module.modules() for hook in _hooks(part))
 
 
 def stored_weight(module: nn.Module, name: str) -> torch.Tensor:
-    """Find the tensor in which a weight is stored.
-
-    Args:
-        module: the module that has it.
-        name: its name there.
-
-    Returns:
-        The parameter; for one that is offloaded, the tensor that its hook brings it from.
-    """
+    """Find the tensor in which a weight is stored, which its hook brings it from if it has one."""
     for hook in _hooks(module):
         if hook.weights_map is not None and name in hook.weights_map:
             stored: torch.Tensor = hook.weights_map[name]
@@ -64,10 +42,7 @@ def stored_weight(module: nn.Module, name: str) -> torch.Tensor:
 def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
     """Change a weight where it is stored, and where a resident module has it now.
 
-    Args:
-        module: the module that has it.
-        name: its name there.
-        value: the new values, of any dtype, on any device.
+    The new values may be of any dtype, on any device.
     """
     stored, live = stored_weight(module, name), getattr(module, name)
     stored.copy_(value)
@@ -77,11 +52,7 @@ def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 @contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """Keep the offloaded weights of a module on its device for as long as the body runs.
-
-    Args:
-        module: with its parts; nothing happens where no weight is offloaded.
-    """
+    """Keep the offloaded weights of a module on its device for as long as the body runs."""
     with ExitStack() as stack:
         for part in module.modules():
             for hook in _hooks(part):
@@ -103,9 +74,6 @@ def _held(module: nn.Module, hook: AlignDevicesHook) -> Iterator[None]:
 
 def require_no_disk(model: PreTrainedModel) -> None:
     """Refuse a model with weights on disk, where they cannot be changed.
-
-    Args:
-        model: of transformers.
 
     Raises:
         ModelError: a part of it is offloaded to disk.

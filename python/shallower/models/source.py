@@ -1,4 +1,4 @@
-"""ModelSource: a model's place and the way to load it, as one value. Loads torch when asked to."""
+"""ModelSource: a model's place and the way to load it, as one value; torch is imported late."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,25 +40,13 @@ class ModelSource:
         return "/".join(filter(None, (str(self.path), self.gguf_file)))
 
     def resolved(self) -> "ModelSource":
-        """The same source with its dtype and device map decided for this machine.
-
-        Returns:
-            A source whose dtype is not ``auto``, and whose device map names the GPUs if it was
-            ``None`` and there are any.
-        """
+        """The same source with its dtype and device map decided for this machine."""
         device_map = choose_device_map(self.device_map)
         dtype = choose_dtype(device_map)[0] if self.dtype == "auto" else self.dtype
         return replace(self, dtype=dtype, device_map=device_map)
 
     def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        """Load the model and its tokenizer, ready for inference.
-
-        Returns:
-            What :func:`shallower.load_model` returns.
-
-        Raises:
-            ModelError, MissingExtraError: as :func:`shallower.load_model`.
-        """
+        """Load the model and its tokenizer, as :func:`shallower.load_model`."""
         from .loading import load_model
 
         return load_model(
@@ -72,9 +60,6 @@ class ModelSource:
     def read_config(self) -> "PretrainedConfig":
         """Read the model's config, and nothing else.
 
-        Returns:
-            The config of transformers.
-
         Raises:
             ModelError: as :meth:`load`.
         """
@@ -85,20 +70,13 @@ class ModelSource:
     def count_layers(self) -> int:
         """Count the decoder layers by the model's config alone.
 
-        Returns:
-            L, the number of decoder layers.
-
         Raises:
             ModelError: as :meth:`load`.
         """
         return self.states_shape()[0] - 1
 
     def states_shape(self) -> tuple[int, int | None]:
-        """Find the shape of a token's states by the model's config alone.
-
-        Returns:
-            L+1, the number of states of a token, and D, their width, or None where the config
-            does not tell it.
+        """Find the shape of a token's states, as :func:`.loading.states_shape`.
 
         Raises:
             ModelError: as :meth:`load`.

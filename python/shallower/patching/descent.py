@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..memory.sizes import free_bytes
+from ..memory.budget import BUDGET
 from ..models.head import Head, part_sizes
 from ..models.layerwise import Layerwise, Trace, token_rows
 from ..models.offload import is_offloaded, resident, stored_weight
@@ -166,7 +166,7 @@ class Descent:
         self._scale = 0.0
         device = model.head.decoder.device
         # A card runs a layer again in less time than its memory is worth.
-        self._room = free_bytes(device) // 4 if device.type == "cpu" else 0
+        self._room = BUDGET.share(self) if device.type == "cpu" else 0
 
     def run(self, advance: Callable[[int], object] = lambda _steps: None) -> None:
         """Take all steps; ``advance`` is called with 1 after each."""

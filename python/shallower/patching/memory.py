@@ -1,22 +1,20 @@
 """The memory of a patch: its equations beside the weights, of which layers can wait elsewhere."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError
 from ..evaluation.loss import FORWARD
-from ..memory.batching import Forward, ForwardStep
-from ..memory.rehearsal import build_empty, first_that_runs
+from ..memory.device import Room
+from ..memory.placement import resident_bytes
+from ..memory.plan import Forward, ForwardStep, plan_step
+from ..memory.rehearsal import first_that_runs
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
-from ..models.device_map import map_within
 from ..models.feed_forward import Targets, feed_forward_targets
 from ..texts.batches import Batch
-from ..values.memory import MemoryPlan, usable
+from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, usable
 from ..values.tokens import Tokens
 from .descent import graph_bytes, matrices
 from .least_squares import solver_bytes
@@ -24,8 +22,6 @@ from .states import MAX_HELD_OUT
 
 DEFAULT_PATCH_BATCH = 16
 """Texts in one forward of a patch."""
-
-WEIGHTS, OFFLOADED = "weights on the device", "weights offloaded"
 
 
 @torch.inference_mode()
@@ -37,114 +33,77 @@ def _run(decoder: Decoder, batch: Batch) -> None:
     )
 
 
+class PatchStep:
+    """A patch by ``refit`` that fits ``num_tokens`` at most, on a whole model without weights."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: str,
+        *,
+        length: int,
+        num_tokens: int,
+        room: Room,
+        experts: str | None = None,
+    ) -> None:
+        self._config, self._dtype = config, dtype
+        self._length, self._num_tokens, self._room = length, num_tokens, room
+        self._states, self._losses = (
+            ForwardStep(config, dtype, kind, length=length, card=room.card, experts=experts)
+            for kind in (Forward(_run), FORWARD)
+        )
+
+    def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
+        """Count the bytes as ``memory.plan.Step``; what does not fit a GPU waits beside it."""
+        model, weights = self._states.model, self._states.weights
+        forward, losses = (
+            step.parts(texts)["activations"] for step in (self._states, self._losses)
+        )
+        inputs, width = writer_widths(model)
+        size, batch_tokens = model.dtype.itemsize, texts * self._length
+        held_out = min(MAX_HELD_OUT, self._num_tokens)
+        solver = solver_bytes(
+            inputs, width, batch_tokens=batch_tokens, value_bytes=size, held_tokens=held_out,
+            kept_tokens=2 * self._num_tokens // self._length,
+        )  # fmt: skip
+        working = max(solver.adding + forward, solver.solving, losses) - forward
+        moving, descending = descent_bytes(model, batch_tokens=batch_tokens)
+        rest = {
+            "activations": forward,
+            "held-out states": 2 * held_out * width * size,
+            "solver": max(solver.held + working, descending),
+        }
+        if not self._room.card:  # beside one they are in the memory of the CPU
+            rest["moves of the matrices"] = moving
+        kept, budget = weights, usable(self._room.size) - sum(rest.values())
+        if self._room.card and weights > budget:
+            kept = resident_bytes(self._config, self._dtype, budget)
+        return {WEIGHTS: kept, OFFLOADED: weights - kept, **rest}
+
+
 def plan_patch(
-    config: PretrainedConfig,
-    dtype: str,
-    *,
-    tokens: Tokens,
-    num_tokens: int,
-    device_bytes: int,
-    card: bool,
+    config: PretrainedConfig, dtype: str, *, tokens: Tokens, num_tokens: int, room: Room
 ) -> MemoryPlan:
-    """Count what a patch by ``refit`` takes of a device, and the weights that it has room for.
-
-    Args:
-        config: of the whole model.
-        dtype: dtype of the weights.
-        tokens: the length of texts, and their number; ``auto`` is 16.
-        num_tokens: tokens to fit, at most.
-        device_bytes: free memory of the device.
-        card: whether it is a GPU, beside which layers can wait in the memory of the CPU.
-
-    Returns:
-        The plan, whose parts but ``weights offloaded`` make the peak; without a peak where the
-        model cannot be rehearsed.
-    """
+    """Count what a patch takes of a device, and the weights that it has room for."""
     texts = DEFAULT_PATCH_BATCH if tokens.batch_size == "auto" else tokens.batch_size
-    length = tokens.max_length
 
-    def rehearsed(experts: str | None) -> tuple[ForwardStep, int, int]:
-        step = ForwardStep(config, dtype, Forward(_run), experts=experts)
-        losses = ForwardStep(config, dtype, FORWARD, experts=experts)
-        return step, step.live(texts, length, card), losses.live(texts, length, card)
+    def rehearsed(experts: str | None) -> PatchStep:
+        step = PatchStep(
+            config, dtype, length=tokens.max_length, num_tokens=num_tokens, room=room,
+            experts=experts,
+        )  # fmt: skip
+        step.parts(texts)
+        return step
 
-    done = first_that_runs(rehearsed)
-    if done is None:
-        return MemoryPlan(None, texts, None, device_bytes)
-    step, forward, losses = done
-    inputs, width = writer_widths(step.model)
-    size = step.model.dtype.itemsize
-    solver = solver_bytes(
-        inputs, width, batch_tokens=texts * length, kept_tokens=2 * num_tokens // length,
-        value_bytes=size, held_tokens=min(MAX_HELD_OUT, num_tokens),
-    )  # fmt: skip
-    working = max(solver.adding + forward, solver.solving, losses) - forward
-    moving, descending = descent_bytes(step.model, batch_tokens=texts * length)
-    parts = {
-        WEIGHTS: step.weights,
-        OFFLOADED: 0,
-        "activations": forward,
-        "held-out states": 2 * min(MAX_HELD_OUT, num_tokens) * width * size,
-        "solver": max(solver.held + working, descending),
-    }
-    if not card:  # beside one they are in the memory of the CPU
-        parts["moves of the matrices"] = moving
-    rest = sum(parts.values()) - step.weights
-    if card and step.weights + rest > usable(device_bytes):
-        kept = _resident_bytes(config, dtype, usable(device_bytes) - rest)
-        parts[WEIGHTS], parts[OFFLOADED] = kept, step.weights - kept
-    return MemoryPlan(rest + parts[WEIGHTS], texts, None, device_bytes, parts)
-
-
-def place_weights(
-    config: PretrainedConfig, dtype: str, plan: MemoryPlan, *, spare: Iterable[int] = ()
-) -> dict[str, int | str] | None:
-    """Divide the weights of a model as a plan says.
-
-    Args:
-        config: of the whole model.
-        dtype: dtype of the weights.
-        plan: as :func:`plan_patch` made it.
-        spare: layers that go to the CPU before the others: those that are dropped.
-
-    Returns:
-        A device map as :func:`shallower.load_model` takes it; None where all weights stay.
-    """
-    if not plan.parts.get(OFFLOADED):
-        return None
-    plain: torch.dtype = getattr(torch, dtype)
-    model = build_empty(config, plain)
-    budget = plan.parts[WEIGHTS]
-    return map_within(model, budget, dtype=plain, device=torch.cuda.current_device(), spare=spare)
-
-
-def _resident_bytes(config: PretrainedConfig, dtype: str, budget: int) -> int:
-    """The bytes of weights on a GPU within a budget, with room for one layer that waits; the
-    least that is possible where even that is too much.
-    """
-    plain: torch.dtype = getattr(torch, dtype)
-    model = build_empty(config, plain)
-    layers = find_layers(model).modules
-    sizes = [sum(p.numel() for p in layer.parameters()) * plain.itemsize for layer in layers]
-    least = sum(p.numel() for p in model.parameters()) * plain.itemsize - sum(sizes) + max(sizes)
-    try:
-        map_within(model, budget, dtype=plain)
-    except ModelError:
-        return least
-    return budget
+    return plan_step(first_that_runs(rehearsed), [(texts, None)], room.size)
 
 
 def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
-    """Count what the way down of a patched cut takes beside the model.
+    """Count what the descent of a patched cut takes beside the model.
 
-    Args:
-        model: a causal language model, without weights.
-        batch_tokens: tokens of a batch, padding included.
-
-    Returns:
-        The bytes in the memory of the CPU, if all layers move: their old values, twice, moves and
-        momenta. And those on the device of the widest layer: the graph of its forward, by the
-        inputs and outputs of its linear maps, its slopes, and the step of its largest matrix.
+    The bytes in the memory of the CPU, if all layers move: their old values, twice, moves and
+    momenta. And those on the device of the widest layer: the graph of its forward, by the inputs
+    and outputs of its linear maps, its slopes, and the step of its largest matrix.
     """
     size = getattr(model, "dtype", torch.float32).itemsize
     moving = most = 0
@@ -159,12 +118,8 @@ def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
 def writer_widths(model: nn.Module) -> tuple[int, int]:
     """Find the widths of the linear maps that a patch solves, by structure.
 
-    Args:
-        model: a causal language model, without weights.
-
-    Returns:
-        F, the inputs of the widest layer's last maps of attention and feed-forward together, and
-        D, the channels of the residual stream.
+    They are F, the inputs of the widest layer's last maps of attention and feed-forward together,
+    and D, the channels of the residual stream.
     """
     decoder = Decoder.of(model)
     width = int(decoder.config.hidden_size)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import PatchError, TextsError
-from ..memory.sizes import free_bytes
+from ..memory.budget import BUDGET
 from ..models.layerwise import Layerwise
 from ..models.offload import resident
 from ..models.residual_writers import Writer, find_writers
@@ -78,7 +78,7 @@ class QuickPatch:
 
     The whole model runs on them once, when the first cut is patched; its states,
     ``(L+1)·tokens·D`` values of the model's dtype, lie in memory within ``room`` bytes, by default
-    a quarter of what is free, and else in a temporary file. ``ran`` is called with the layers that
+    what is left of the budget, and else in a temporary file. ``ran`` is called with the layers that
     ran and the texts that they ran on, but for the search of a layer's writers, on one text.
     Raises TextsError for fewer than two texts.
     """
@@ -105,10 +105,9 @@ class QuickPatch:
         width, dtype = sample.shape[-1], sample.dtype
         tokens = sum(batch.input_ids.size for part in self._divided for batch in part)
         taken = (len(model) + 1) * tokens * width * dtype.itemsize
-        room = free_bytes(torch.device("cpu")) // 4 if self._room is None else self._room
         with ExitStack() as stack:
             folder = None
-            if taken > room:
+            if not self._has_room(taken):
                 # Files without a name live as long as their mappings.
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-")))
 
@@ -127,6 +126,9 @@ class QuickPatch:
             for part in parts:
                 self._run_whole(part)
         return parts
+
+    def _has_room(self, size: int) -> bool:
+        return BUDGET.reserve(self, size) if self._room is None else size <= self._room
 
     def prepare(self) -> None:
         """Run the whole model on the texts, unless that was done; :meth:`patched` does it else.

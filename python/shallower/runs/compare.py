@@ -32,7 +32,6 @@ def compare(
     max_texts: int = MAX_TEXTS,
     max_eval_texts: int = MAX_EVAL_TEXTS,
     seed: int = 0,
-    spill: str | Path | None = None,
     out: str | Path | None = None,
     cache: bool = True,
     overwrite: bool = False,
@@ -69,8 +68,6 @@ def compare(
         max_texts: read the first so many calibration texts only.
         max_eval_texts: read the first so many held-out texts only.
         seed: of whatever is drawn.
-        spill: a folder on a disk with room, for the states that cuts share; by default they lie
-            in memory, as many as a quarter of it takes.
         out: a folder for ``comparison.json``, ``comparison.csv`` and the figures.
         cache: keep what is measured, and use what was measured before.
         overwrite: replace what is in ``out``.
@@ -99,7 +96,7 @@ def compare(
         models=given_models(model, tokenizer), texts=texts, eval_texts=eval_texts, sizes=n,
         criteria=criteria, judge=judge, options=options, tokens=Tokens(max_length, batch_size),
         max_texts=max_texts, max_eval_texts=max_eval_texts, seed=seed,
-        spill=None if spill is None else Path(spill), out=None if out is None else Path(out),
+        out=None if out is None else Path(out),
         overwrite=overwrite, cache=open_store(not cache), progress=progress,
     )  # fmt: skip
     return job.run()

@@ -64,7 +64,6 @@ class ComparisonJob:
         max_texts: calibration texts that are read.
         max_eval_texts: held-out texts that are read.
         seed: of whatever is drawn.
-        spill: a folder for states that cuts share.
         out: the folder for the results.
         overwrite: replace what is there.
         cache: of what was measured before.
@@ -87,7 +86,6 @@ class ComparisonJob:
     max_texts: int = MAX_TEXTS
     max_eval_texts: int = MAX_EVAL_TEXTS
     seed: int = 0
-    spill: Path | None = None
     out: Path | None = None
     overwrite: bool = False
     cache: Store = field(default_factory=lambda: Store(None))
@@ -112,8 +110,6 @@ class ComparisonJob:
                 "the judge options needs a file of items, and no other judge takes one "
                 "(judge and options, --judge options and --options)"
             )
-        if self.spill is not None and not self.spill.is_dir():
-            raise OutputError(f"there is no folder {self.spill} for states (spill, --spill)")
         _ = self.splits, self.items
         if self.criteria is not None:
             _refuse_twice([str(getattr(one, "name", one)) for one in self.criteria])
@@ -268,7 +264,7 @@ class ComparisonJob:
         terms = Terms(
             self.chosen, self.sizes, self.splits, self._identities, self._reported,
             judge=self.judge, choosing=self.items[0], reporting=self.items[1], tokens=self.tokens,
-            seed=self.seed, spill=self.spill, progress=self.progress,
+            seed=self.seed, progress=self.progress,
         )  # fmt: skip
         store = ModelStore(self.cache, self._of_models[str(model)], self.found)
         loaded, tokenizer = model.load()

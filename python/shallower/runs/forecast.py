@@ -19,6 +19,9 @@ from ..values.tokens import Tokens
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ..memory.device import Room
+    from ..memory.plan import Forward
+
 Stage = Literal["heal", "patch", "scan", "eval"]
 
 
@@ -79,7 +82,7 @@ def memory_forecast(
     """
     if what not in get_args(Stage):
         raise ModelError(f"unknown stage {what!r}: expected one of {', '.join(get_args(Stage))}")
-    from ..memory.sizes import device_room
+    from ..memory.device import device_room
     from ..models.loading import layers_of, read_config
 
     total = None
@@ -100,10 +103,14 @@ def memory_forecast(
         }  # fmt: skip
         named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return _healing(config, total, replace(recipe or Recipe(), **named), room, processes)
-    tokens, dtype = Tokens(max_length or 256, batch_size), _decided(dtype, what, card=room[1])
+    tokens, dtype = Tokens(max_length or 256, batch_size), _decided(dtype, what, card=room.card)
     if what == "patch":
-        return _patch(config, dtype, tokens, num_tokens, room)
-    return _forward(config, what, dtype, tokens, positions, room)
+        from ..patching.memory import plan_patch
+
+        return plan_patch(config, dtype, tokens=tokens, num_tokens=num_tokens, room=room)
+    from ..memory.plan import plan_forward
+
+    return plan_forward(config, dtype, _forward(what, positions), tokens=tokens, room=room)
 
 
 def _decided(dtype: str | None, what: Stage, *, card: bool) -> str:
@@ -143,53 +150,27 @@ def _shortened(config: "PretrainedConfig", drop: int) -> "PretrainedConfig":
 
 
 def _healing(
-    config: "PretrainedConfig",
-    num_layers: int,
-    recipe: Recipe,
-    device: tuple[int, bool],
-    processes: int,
+    config: "PretrainedConfig", num_layers: int, recipe: Recipe, room: "Room", processes: int
 ) -> MemoryPlan:
     from ..healing.checks import auto_dtype, facts, require_peft
     from ..healing.memory import plan_healing
 
     require_peft("the forecast of a healing")
-    room, card = device
-    auto: Any = "bfloat16" if card else auto_dtype()
+    auto: Any = "bfloat16" if room.card else auto_dtype()
     resolved = recipe.resolve(facts(config, num_layers), processes, auto=auto)
     return plan_healing(
-        config, resolved, device_bytes=room, card=card, batch_size=recipe.batch_size,
-        recompute=recipe.recompute, processes=processes, uncut_layers=num_layers,
+        config, resolved, room=room, batch_size=recipe.batch_size, recompute=recipe.recompute,
+        processes=processes, uncut_layers=num_layers,
     )  # fmt: skip
 
 
-def _patch(
-    config: "PretrainedConfig", dtype: str, tokens: Tokens, num_tokens: int, room: tuple[int, bool]
-) -> MemoryPlan:
-    from ..patching.memory import plan_patch
-
-    size, card = room
-    return plan_patch(
-        config, dtype, tokens=tokens, num_tokens=num_tokens, device_bytes=size, card=card
-    )
-
-
-def _forward(
-    config: "PretrainedConfig",
-    what: Stage,
-    dtype: str,
-    tokens: Tokens,
-    positions: str | Positions,
-    room: tuple[int, bool],
-) -> MemoryPlan:
+def _forward(what: Stage, positions: str | Positions) -> "Forward":
     from ..evaluation.loss import FORWARD
-    from ..memory.batching import plan_forward
     from ..scanning.hidden_states import forward
 
     if isinstance(positions, str):
         positions = Positions.parse(positions)
-    kind = forward(positions) if what == "scan" else FORWARD
-    size, card = room
-    return plan_forward(config, dtype, kind, tokens=tokens, device_bytes=size, card=card)
+    return forward(positions) if what == "scan" else FORWARD
 
 
 def forecast_source(
@@ -201,19 +182,9 @@ def forecast_source(
     positions: Positions | None = None,
     num_tokens: int | None = None,
 ) -> MemoryPlan:
-    """Plan the memory of a stage for a model by its place.
+    """Plan the memory of a stage for a model by its place, as :func:`memory_forecast`.
 
-    Args:
-        source: the model; a dtype that is ``auto`` is that of this machine, or of the card whose
-            memory is given.
-        what: ``patch``, ``scan`` or ``eval``.
-        tokens: the length of texts, and their number or ``auto``.
-        device_memory: as for :func:`memory_forecast`.
-        positions: the tokens of every text that a scan compares.
-        num_tokens: tokens that a patch fits, at most; by default as many as it ever does.
-
-    Returns:
-        The plan.
+    A dtype that is ``auto`` is that of this machine, or of the card whose memory is given.
 
     Raises:
         ModelError: the config cannot be read, or ``device_memory`` is no size.

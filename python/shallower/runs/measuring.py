@@ -22,7 +22,7 @@ from ..healing.heal import heal
 from ..judgement.held_out_cuts import HeldOutCuts, Store, loss_as_it_is
 from ..judgement.judges.judge import judged_batches
 from ..judgement.judges.loss import LossJudge
-from ..memory.sizes import num_parameters
+from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource

@@ -16,7 +16,7 @@ from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import Store, loss_as_it_is
 from ..judgement.judges.loss import LossJudge
-from ..memory.sizes import num_parameters
+from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.patch import CPU_TOKENS, with_patch

@@ -11,7 +11,7 @@ from ..errors import PatchError
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
 from ..judgement.held_out_cuts import Store
 from ..judgement.verifying import Verifier, verifier_of
-from ..memory.sizes import num_parameters
+from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..savings.roofline import cost_by_layer
 from ..scanning.scan import Scan

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
 from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
-from ..memory.sizes import num_parameters, stored_bytes, weight_bytes
+from ..memory.weights import num_parameters, stored_bytes, weight_bytes
 from ..models.architecture import evaluating, find_layers, text_config
 from ..models.learned_positions import learned_positions
 

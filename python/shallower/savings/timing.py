@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..memory.rehearsal import LiveBytes
-from ..memory.sizes import device_memory, main_device
+from ..memory.weights import device_memory, main_device
 from ..models.architecture import evaluating
 from ..models.processor import first_processor
 from ..values.gain import Measured

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ModelError
-from ..memory.batching import Forward
-from ..memory.halving import Halving
+from ..memory.plan import Forward
+from ..memory.retry import Halving
 from ..models.architecture import DecoderLayers, evaluating
 from ..models.decoder import Decoder
 from ..models.learned_positions import check_length

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ScanError, TextsError
-from ..memory.batching import fitting
-from ..memory.halving import Halving
+from ..memory.plan import fitting
+from ..memory.retry import Halving
 from ..models.decoder import Decoder
 from ..processes import refuse_several
 from ..progress import track

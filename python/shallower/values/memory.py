@@ -16,6 +16,9 @@ RESERVED_SHARE = 0.05
 RESERVED_BYTES = 1 << 29
 """Left free beside it: the context of a GPU, its kernels and the libraries' workspaces."""
 
+WEIGHTS, OFFLOADED = "weights on the device", "weights offloaded"
+"""Parts of a plan that divides the weights; the second lies elsewhere, and not in the peak."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -37,38 +40,17 @@ def parse_size(size: int | str, error: type[ShallowerError] = ModelError) -> int
 
 
 def format_size(size: int) -> str:
-    """Write a number of bytes for people.
-
-    Args:
-        size: bytes.
-
-    Returns:
-        The size in GB of 10^9 bytes, or in MB below a tenth of one.
-    """
+    """Write a number of bytes for people, in GB of 10^9 bytes, or in MB below a tenth of one."""
     return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
 
 
 def usable(device_bytes: int) -> int:
-    """Count the bytes of a device that a plan may take.
-
-    Args:
-        device_bytes: memory of the device that is free, or all of a card that is not here.
-
-    Returns:
-        Those bytes without the reserve.
-    """
+    """Count the bytes of a device that a plan may take: those that are free, less the reserve."""
     return max(0, int(device_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES)
 
 
 def needed_device(peak_bytes: int) -> int:
-    """Count the bytes of a device that has room for a peak, the reverse of :func:`usable`.
-
-    Args:
-        peak_bytes: bytes at the peak of a step.
-
-    Returns:
-        The bytes of the device.
-    """
+    """Count the bytes of a device that has room for a peak, the reverse of :func:`usable`."""
     return math.ceil((peak_bytes + RESERVED_BYTES + 1) / (1 - RESERVED_SHARE))
 
 
@@ -101,11 +83,7 @@ class MemoryPlan:
         return self.peak_bytes is None or self.peak_bytes <= usable(self.device_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the plan as plain JSON values.
-
-        Returns:
-            Its attributes.
-        """
+        """Give the attributes as plain JSON values."""
         return {
             "peak_bytes": self.peak_bytes,
             "micro_batch": self.micro_batch,

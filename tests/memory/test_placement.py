@@ -5,7 +5,7 @@ import torch
 from accelerate.utils import check_device_map
 
 import shallower as sh
-from shallower.models.device_map import map_within
+from shallower.memory.placement import map_within
 from tests.conftest import tiny_llama
 from tests.families import FAST, random_model
 

@@ -6,8 +6,9 @@ import torch
 
 import shallower as sh
 from shallower.evaluation.loss import FORWARD, fitting_tokens
-from shallower.memory import batching
-from shallower.memory.batching import Forward, fitting, plan_forward
+from shallower.memory import plan as planning
+from shallower.memory.device import Room
+from shallower.memory.plan import Forward, ForwardStep, fitting, peak_of, plan_forward
 from shallower.models.decoder import Decoder
 from shallower.scanning.hidden_states import forward
 from shallower.values.memory import needed_device
@@ -25,7 +26,7 @@ SHAPES = (
 def planned(name, kind, texts, length=1024, device=80 * 10**9, card=True):
     config, _ = shape(name, 2)
     return plan_forward(
-        config, "bfloat16", kind, tokens=Tokens(length, texts), device_bytes=device, card=card
+        config, "bfloat16", kind, tokens=Tokens(length, texts), room=Room(device, card)
     )
 
 
@@ -60,7 +61,7 @@ def test_a_gpu_takes_as_many_texts_as_fit():
 
 # On a CPU
 def test_a_cpu_takes_eight_without_a_rehearsal(llama, monkeypatch):
-    monkeypatch.setattr(batching, "plan_forward", None)
+    monkeypatch.setattr(planning, "plan_forward", None)
     decoder = Decoder.of(llama)
     assert fitting(decoder, Tokens(128), forward()) == Tokens(128, 8)
     assert fitting_tokens(decoder, Tokens(128)) == Tokens(128, 8)
@@ -69,10 +70,10 @@ def test_a_cpu_takes_eight_without_a_rehearsal(llama, monkeypatch):
 
 def test_a_cpu_takes_fewer_where_memory_is_short(llama, monkeypatch):
     decoder = Decoder.of(llama)
-    step = batching.ForwardStep(llama.config, "float32", forward(), experts=None)
+    step = ForwardStep(llama.config, "float32", forward(), length=128, card=False, loaded=True)
     for texts in (4, 1):
-        room = needed_device(step.live(texts, 128, card=False))
-        monkeypatch.setattr(batching, "free_bytes", lambda _, room=room: room)
+        room = needed_device(peak_of(step, (texts, None)))
+        monkeypatch.setattr(planning, "available_bytes", lambda _, room=room: room)
         assert fitting(decoder, Tokens(128), forward()) == Tokens(128, texts)
 
 
@@ -81,7 +82,7 @@ def test_a_family_that_cannot_be_rehearsed_takes_eight(llama, monkeypatch):
         raise RuntimeError("its shapes depend on values")
 
     plan = plan_forward(
-        llama.config, "float32", Forward(fails), tokens=Tokens(128), device_bytes=10**9, card=True
+        llama.config, "float32", Forward(fails), tokens=Tokens(128), room=Room(10**9, card=True)
     )
     assert (plan.peak_bytes, plan.micro_batch, plan.fits) == (None, 8, True)
 
@@ -97,7 +98,7 @@ def test_a_scan_has_the_same_bytes_as_with_eight(llama, words, tmp_path):
 def test_minibatches_of_cka_do_not_depend_on_the_device(llama, words, monkeypatch):
     texts = documents(40)
     expected = sh.scan(llama, words, texts, cka_batch=8, batch_size=8).cka
-    monkeypatch.setattr(batching, "DEFAULT_BATCH", 2)
+    monkeypatch.setattr(planning, "DEFAULT_BATCH", 2)
     assert (sh.scan(llama, words, texts, cka_batch=8).cka == expected).all()
 
 
@@ -130,12 +131,8 @@ def test_a_loss_is_the_same_at_every_batch_size(llama, words):
 
 def test_float16_and_quantised_models_are_rehearsed(monkeypatch):
     model = tiny_llama().to(torch.float16)
-    room = 10**10
-    plan = plan_forward(
-        model.config, "float16", FORWARD, tokens=Tokens(64), device_bytes=room, card=True
-    )
-    four = plan_forward(
-        model.config, "nf4", FORWARD, tokens=Tokens(64), device_bytes=room, card=True
-    )
+    room = Room(10**10, card=True)
+    plan = plan_forward(model.config, "float16", FORWARD, tokens=Tokens(64), room=room)
+    four = plan_forward(model.config, "nf4", FORWARD, tokens=Tokens(64), room=room)
     assert 0 < four.parts["weights"] < plan.parts["weights"]
     assert plan.micro_batch == four.micro_batch == 512

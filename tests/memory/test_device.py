@@ -6,9 +6,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import shallower as sh
 from shallower.errors import ModelError
-from shallower.memory import sizes as memory
+from shallower.memory import device as memory
+from shallower.memory.device import device_room
 from shallower.memory.rehearsal import build_empty
-from shallower.memory.sizes import dequantised_bytes, device_room, weight_bytes
+from shallower.memory.weights import dequantised_bytes, weight_bytes
 
 MODELS = {
     "llama": LlamaForCausalLM(
@@ -95,13 +96,13 @@ def test_processes_that_must_agree_take_the_smallest_card(monkeypatch):
 
 def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    free = memory.free_bytes(torch.device("cpu"))
+    free = memory.available_bytes(torch.device("cpu"))
     for name, text in (
         ("memory.max", f"{free}\n"),
         ("memory.current", f"{free // 2}\n"),
         ("memory.stat", f"anon {free // 4}\ninactive_file {free // 4}\n"),
     ):
         (tmp_path / name).write_text(text)
-    assert memory.free_bytes(torch.device("cpu")) == free - free // 2 + free // 4
+    assert memory.available_bytes(torch.device("cpu")) == free - free // 2 + free // 4
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(torch.device("cpu")) > free * 3 // 4 + 1
+    assert memory.available_bytes(torch.device("cpu")) > free * 3 // 4 + 1

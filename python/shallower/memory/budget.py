@@ -1,0 +1,79 @@
+"""One bound for the states that a process keeps: all stores of states draw on it.
+
+A store keeps what would else run again, so it can do with any number of bytes. Half of the memory
+that is free when the first store begins, or half of a limit, is for all of them together; what
+they do not hold is for what is computed. Each store gets half of what is left, and what it has is
+left again when it is gone.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .device import available_bytes, device_room
+
+SHARE = 0.5
+"""Of the memory that is free, or of the limit, for all stores together."""
+
+
+class Budget:
+    """Bytes that stores of states divide among themselves, for as long as each of them lives."""
+
+    def __init__(self) -> None:
+        self.bound: int | None = None
+        self._total = 0
+        self._held: dict[int, int] = {}
+
+    @property
+    def left(self) -> int:
+        """Bytes that no store holds."""
+        free = available_bytes(torch.device("cpu"))
+        if not self._held:
+            self._total = int(SHARE * free)
+        total = self._total if self.bound is None else int(SHARE * self.bound)
+        # What a store was given, but has not filled, is still free: so this may be too much.
+        return max(0, min(total - sum(self._held.values()), int(SHARE * free)))
+
+    def share(self, store: object) -> int:
+        """Give a store half of what is left, and the number of those bytes."""
+        size = self.left // 2
+        self.hold(store, size)
+        return size
+
+    def reserve(self, store: object, size: int) -> bool:
+        """Give a store so many bytes, unless fewer are left."""
+        fits = size <= self.left
+        if fits:
+            self.hold(store, size)
+        return fits
+
+    def hold(self, store: object, size: int) -> None:
+        """Count bytes that a store needs in any case, whether they are left or not."""
+        key = id(store)
+        if key not in self._held:
+            weakref.finalize(store, self._held.pop, key, None)
+        self._held[key] = self._held.get(key, 0) + size
+
+
+BUDGET = Budget()
+"""That of this process."""
+
+
+@contextmanager
+def limit(size: str | int | None) -> Iterator[None]:
+    """Bound what is kept and planned with while the body runs, in bytes or as ``4GB``.
+
+    None changes nothing.
+
+    Raises:
+        ModelError: the size is none.
+    """
+    before = BUDGET.bound
+    if size is not None:
+        BUDGET.bound = device_room(size).size
+    try:
+        yield
+    finally:
+        BUDGET.bound = before

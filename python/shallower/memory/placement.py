@@ -1,0 +1,120 @@
+"""Where a model's weights go: to GPUs or the memory of the CPU, or some of them to each."""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import ModelError
+from ..models.architecture import find_layers
+from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan
+from .device import available_bytes, free_memory
+from .rehearsal import build_empty
+
+_BESIDE_WEIGHTS = 1 << 30
+"""Bytes that a forward of a few texts takes, at most."""
+
+
+def place_for(num_bytes: int) -> Literal["auto", "cpu"] | None:
+    """Find where a model of so many bytes fits into what is free now.
+
+    Returns ``auto`` for the GPUs, else ``cpu``; None where it fits nowhere.
+    """
+    needed = num_bytes + num_bytes // 8 + _BESIDE_WEIGHTS
+    place = _place_for(needed)
+    if place == "auto" or (place and not torch.cuda.is_available()):
+        return place
+    free_memory()  # of what was loaded before
+    return _place_for(needed)
+
+
+def _place_for(needed: int) -> Literal["auto", "cpu"] | None:
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if sum(available_bytes(card) for card in cards) >= needed:
+        return "auto"
+    return "cpu" if available_bytes(torch.device("cpu")) >= needed else None
+
+
+def place_weights(
+    config: PretrainedConfig, dtype: str, plan: MemoryPlan, *, spare: Iterable[int] = ()
+) -> dict[str, int | str] | None:
+    """Divide the weights of a model as a plan says; None where all stay on the device.
+
+    The layers of ``spare`` go to the CPU before the others: those that are dropped.
+    """
+    if not plan.parts.get(OFFLOADED):
+        return None
+    plain: torch.dtype = getattr(torch, dtype)
+    model = build_empty(config, plain)
+    budget = plan.parts[WEIGHTS]
+    return map_within(model, budget, dtype=plain, device=torch.cuda.current_device(), spare=spare)
+
+
+def resident_bytes(config: PretrainedConfig, dtype: str, budget: int) -> int:
+    """The bytes of weights on a GPU within a budget, with room for one layer that waits.
+
+    The least that is possible where even that is too much.
+    """
+    plain: torch.dtype = getattr(torch, dtype)
+    model = build_empty(config, plain)
+    sizes = [_bytes_of(layer, plain) for layer in find_layers(model).modules]
+    least = _bytes_of(model, plain) - sum(sizes) + max(sizes)
+    return max(budget, least)
+
+
+def map_within(
+    model: PreTrainedModel,
+    budget: int,
+    *,
+    dtype: torch.dtype,
+    device: int | str = 0,
+    spare: Iterable[int] = (),
+) -> dict[str, int | str]:
+    """Divide a model between one GPU, for a budget of bytes, and the memory of the CPU.
+
+    What is not a layer stays on the GPU. Of the layers, as many go to the CPU as must, those of
+    ``spare`` first, because they seldom run; and one of them finds room on the GPU while it runs.
+    The device map has one entry where all fits.
+
+    Raises:
+        ModelError: not even one layer at a time fits beside what is not a layer.
+    """
+    layers = find_layers(model)
+    sizes = [_bytes_of(layer, dtype) for layer in layers.modules]
+    total = _bytes_of(model, dtype)
+    if total <= budget:
+        return {"": device}
+    order = dict.fromkeys((*spare, *reversed(range(len(sizes)))))
+    largest, moved = max(sizes), set[int]()
+    for layer in order:
+        if total + largest <= budget:
+            break
+        moved.add(layer)
+        total -= sizes[layer]
+    if total + largest > budget:
+        raise ModelError(
+            f"{type(model).__name__} needs {total + largest:,} bytes on the device with all its "
+            f"layers in the memory of the CPU, and there is room for {budget:,}"
+        )
+    places: dict[str, int | str] = dict.fromkeys(_beside(model, layers.path), device)
+    return places | {
+        f"{layers.path}.{index}": "cpu" if index in moved else device for index in range(len(sizes))
+    }
+
+
+def _beside(module: nn.Module, path: str, prefix: str = "") -> Iterator[str]:
+    """The names of the largest parts of a module that have no part in the list at ``path``."""
+    for name, _ in module.named_parameters(recurse=False):
+        yield prefix + name
+    for name, child in module.named_children():
+        full = prefix + name
+        if path.startswith(full + "."):
+            yield from _beside(child, path, full + ".")
+        elif full != path:
+            yield full
+
+
+def _bytes_of(module: nn.Module, dtype: torch.dtype) -> int:
+    return sum(p.numel() for p in module.parameters()) * dtype.itemsize

@@ -1,0 +1,237 @@
+"""The texts in one forward, and recomputation, that a device has room for.
+
+What a device is to do is a :class:`Step`, which tells its bytes without doing it: a forward
+(here), a healing (``healing.memory``), a patch (``patching.memory``). :func:`plan_step` is the one
+search for the choice that fits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from ..models.architecture import evaluating
+from ..models.decoder import Decoder
+from ..models.identity import stored_dtype
+from ..models.layer_config import heads_of
+from ..texts.batches import Batch
+from ..values.memory import OFFLOADED, MemoryPlan, usable
+from ..values.tokens import DEFAULT_BATCH, Tokens
+from .budget import BUDGET
+from .device import Room, available_bytes
+from .rehearsal import Rehearsal, build_empty, first_that_runs
+from .weights import dequantised_bytes, weight_bytes
+
+MOST_TOKENS = 32_768
+"""Tokens of a forward at most: more make no GPU faster."""
+
+Choice = tuple[int, bool | None]
+"""Texts in one forward, and whether activations are recomputed; None without a backward."""
+
+
+class Step(Protocol):
+    """Work on a device whose bytes are known before it is done."""
+
+    def parts(self, texts: int, recompute: bool | None) -> dict[str, int]:
+        """Bytes at the peak by what they are for; those of ``OFFLOADED`` lie elsewhere."""
+
+
+def plan_step(step: Step | None, choices: Sequence[Choice], device_bytes: int) -> MemoryPlan:
+    """Choose the first that fits, or else the last; no step is one that cannot be rehearsed.
+
+    Choices stand from the fastest on, and the last needs least.
+    """
+    if step is None:
+        return MemoryPlan(None, *choices[0], device_bytes)
+    several = len({texts for texts, _ in choices}) > 1
+    for choice in choices:
+        if several and not _may_fit(step, choice, device_bytes):
+            continue
+        if (plan := _plan_of(step, choice, device_bytes)).fits:
+            return plan
+    return _plan_of(step, choices[-1], device_bytes)
+
+
+def _plan_of(step: Step, choice: Choice, device_bytes: int) -> MemoryPlan:
+    return MemoryPlan(peak_of(step, choice), *choice, device_bytes, step.parts(*choice))
+
+
+def peak_of(step: Step, choice: Choice) -> int:
+    """The bytes of a device that a step holds at once."""
+    return sum(size for name, size in step.parts(*choice).items() if name != OFFLOADED)
+
+
+def _may_fit(step: Step, choice: Choice, device_bytes: int) -> bool:
+    """Whether one text fits, which is quickly rehearsed, and more are not far from it."""
+    texts, recompute = choice
+    if peak_of(step, (1, recompute)) > usable(device_bytes):
+        return False
+    return texts <= 2 or 0.9 * estimate(step, choice) <= usable(device_bytes)
+
+
+def estimate(step: Step, choice: Choice) -> int:
+    """The bytes at the peak if every text took as many more as the second.
+
+    More texts take as much as these, but for what is shared.
+    """
+    texts, recompute = choice
+    one, two = (peak_of(step, (few, recompute)) for few in (1, 2))
+    return one + (texts - 1) * (two - one)
+
+
+def plainly_fits(
+    *, widths: int, scores: int, texts: int, length: int, fixed: int, room: int
+) -> bool:
+    """Tell quickly that a small model fits; a rehearsal takes longer, and False says nothing.
+
+    True if an eighth of the room holds what is ``fixed`` and several copies of all that linear
+    maps take and give (``widths`` values a token) and of all scores of attention.
+    """
+    live = 12 * texts * length * (widths + scores * length)
+    return 8 * (live + fixed) < usable(room)
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A kind of forward, as it can be rehearsed.
+
+    Attributes:
+        run: does all that is done with a batch on the device of the model.
+        beside: bytes of a text of a length that the device holds beside its forward.
+        on_cards: bytes that a forward of so many tokens takes on a GPU alone, where larger pieces
+            are made at once.
+    """
+
+    run: Callable[[Decoder, Batch], object]
+    beside: Callable[[Decoder, int], int] = lambda _decoder, _length: 0
+    on_cards: Callable[[Decoder, int], int] = lambda _decoder, _tokens: 0
+
+
+class ForwardStep:
+    """A forward of texts of one length, without gradients, on a model without weights.
+
+    Where the weights are ``loaded``, they are on the device already, and not in what is free.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: str,
+        forward: Forward,
+        *,
+        length: int,
+        card: bool,
+        loaded: bool = False,
+        experts: str | None = None,
+    ) -> None:
+        plain = torch.bfloat16 if dtype in ("nf4", "int8") else getattr(torch, dtype)
+        self.model = model = build_empty(config, plain, experts=experts)
+        self.weights = 0 if loaded else weight_bytes(model, dtype)
+        self._dequantised = dequantised_bytes(model, dtype)
+        self._rehearsal, self._forward = Rehearsal(model), forward
+        self._decoder = Decoder.of(model)
+        self._length, self._card = length, card
+        self._seen: dict[int, int] = {}
+
+    def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
+        """Count the bytes as :meth:`Step.parts`."""
+        return {"weights": self.weights, "activations": self._live(texts)}
+
+    def _live(self, texts: int) -> int:
+        """The bytes at the peak beside the weights."""
+        if texts not in self._seen:
+            self._seen[texts] = self._rehearsed(texts)
+        beside = texts * self._forward.beside(self._decoder, self._length)
+        tokens = texts * self._length
+        larger = self._forward.on_cards(self._decoder, tokens) if self._card else 0
+        return self._seen[texts] + self._dequantised + beside + larger
+
+    def _rehearsed(self, texts: int) -> int:
+        batch = Batch(
+            np.zeros((texts, self._length), dtype=np.int64),
+            np.ones((texts, self._length), dtype=np.int64),
+            np.arange(texts),
+        )
+
+        def step() -> None:
+            with ExitStack() as stack:
+                stack.enter_context(evaluating(self._decoder.model))
+                self._forward.run(self._decoder, batch)
+
+        return self._rehearsal.run(step)
+
+
+def plan_forward(
+    config: PretrainedConfig,
+    dtype: str,
+    forward: Forward,
+    *,
+    tokens: Tokens,
+    room: Room,
+    loaded: bool = False,
+) -> MemoryPlan:
+    """Choose the texts of a forward by what a device has room for, or one text where none fits."""
+
+    def rehearsed(experts: str | None) -> ForwardStep:
+        step = ForwardStep(
+            config, dtype, forward, length=tokens.max_length, card=room.card, loaded=loaded,
+            experts=experts,
+        )  # fmt: skip
+        step.parts(1)
+        return step
+
+    step = first_that_runs(rehearsed)
+    choices: list[Choice] = [(texts, None) for texts in _sizes(tokens, room.card)]
+    if step is None and tokens.batch_size == "auto":
+        choices = [choice for choice in choices if choice[0] <= DEFAULT_BATCH]
+    return plan_step(step, choices, room.size)
+
+
+def _sizes(tokens: Tokens, card: bool) -> Iterator[int]:
+    """Numbers of texts from the largest on."""
+    if tokens.batch_size != "auto":
+        yield tokens.batch_size
+        return
+    texts = DEFAULT_BATCH
+    if card:
+        most = max(1, MOST_TOKENS // tokens.max_length)
+        texts = 1 << (most.bit_length() - 1)
+    while texts:
+        yield texts
+        texts //= 2
+
+
+def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
+    """Decide how many texts make a forward of a model that is loaded, where that is ``auto``.
+
+    On a CPU 8, unless memory is short; on a GPU as many as fit, of 32,768 tokens at most.
+    """
+    if tokens.batch_size != "auto":
+        return tokens
+    devices = {p.device for p in decoder.model.parameters() if not p.is_meta} | {decoder.device}
+    cards = {device for device in devices if device.type == "cuda"}
+    free = min(available_bytes(device) for device in cards or {torch.device("cpu")})
+    room = Room(free if BUDGET.bound is None else min(free, BUDGET.bound), bool(cards))
+    if not room.card and _plainly_fits(decoder, tokens.max_length, forward, room.size):
+        return replace(tokens, batch_size=DEFAULT_BATCH)
+    plan = plan_forward(
+        decoder.model.config, stored_dtype(decoder.model), forward, tokens=tokens, room=room,
+        loaded=True,
+    )  # fmt: skip
+    return replace(tokens, batch_size=plan.micro_batch)
+
+
+def _plainly_fits(decoder: Decoder, length: int, forward: Forward, room: int) -> bool:
+    """Whether the widest layer fits plainly, beside the logits that are made at once."""
+    widths = max(
+        sum(sum(weight.shape[-2:]) for weight in layer.parameters() if weight.ndim > 1)
+        for layer in decoder.layers.modules
+    )
+    return plainly_fits(
+        widths=widths, scores=heads_of(decoder.config), texts=DEFAULT_BATCH, length=length,
+        fixed=DEFAULT_BATCH * forward.beside(decoder, length) + (1 << 27), room=room,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Work that goes on with less in one forward where the memory of a device does not hold it.
+
+One mechanism (:func:`_attempt`), for batches (:class:`Halving`) and for trainings
+(:class:`Shrinking`).
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import ModelError, RecipeError
+from ..texts.batches import Batch
+from ..values.recipe import Resolved
+from .device import free_memory
+
+Result = TypeVar("Result")
+
+
+def _attempt(work: Callable[[], Result], refusal: Exception | None) -> list[Result]:
+    """Do work, and give its result in a list, which is empty if there was too little memory.
+
+    Where nothing smaller is left, ``refusal`` is raised. The error does not leave this function,
+    since its traceback would hold the tensors of what failed.
+    """
+    try:
+        return [work()]
+    except torch.OutOfMemoryError as error:
+        if refusal is not None:
+            raise refusal from error
+    return []
+
+
+class Halving:
+    """Forwards of batches, in parts that are no larger than the device has taken so far.
+
+    A text has the same states and losses in a batch of any size, but for the rounding of its
+    products, so that a scan or an evaluation goes on with smaller batches.
+    """
+
+    def __init__(self) -> None:
+        self._texts: int | None = None
+
+    def run(
+        self, batch: Batch, forward: Callable[[Batch], Result]
+    ) -> Iterator[tuple[Batch, Result]]:
+        """Run a batch in as many parts as it takes, and yield them in order with their results.
+
+        ``forward`` leaves nothing behind when it fails.
+
+        Raises:
+            ModelError: there is no memory for a single text.
+        """
+        waiting = [batch]
+        while waiting:
+            part, *rest = waiting.pop().split(self._texts or len(batch))
+            waiting += rest[::-1]
+            refusal = _too_long(part) if len(part) == 1 else None
+            if done := _attempt(partial(forward, part), refusal):
+                yield part, done.pop()
+            else:
+                self._shrink(len(part))
+                waiting.append(part)
+
+    def _shrink(self, texts: int) -> None:
+        """Go on with half of the texts that were too many."""
+        self._texts = (texts + 1) // 2
+        free_memory()  # GPU blocks are in pieces of the wrong sizes
+        warnings.warn(
+            f"there is not enough memory for {texts} texts in one forward: going on with "
+            f"{self._texts} (batch_size, --batch-size)",
+            stacklevel=2,
+        )
+
+
+def _too_long(batch: Batch) -> ModelError:
+    return ModelError(
+        f"there is not enough memory for the forward of one text of {batch.input_ids.shape[1]} "
+        f"tokens: shorten texts (max_length, --max-length), quantise the weights (dtype, --dtype "
+        f"nf4), or spread them over more devices (device_map, --device-map)"
+    )
+
+
+class Shrinking:
+    """A training, begun again with a smaller forward when it runs out of memory.
+
+    The sequences of a step and their mean do not depend on the size of a forward, so that the
+    training goes on from its last checkpoint, or else from the adapters as they are now.
+
+    ``automatic`` names the settings that may be changed, of ``batch_size`` and ``recompute``.
+    """
+
+    def __init__(self, model: Any, recipe: Resolved, automatic: Collection[str]) -> None:
+        self._model, self._recipe, self._automatic = model, recipe, automatic
+        self._begin = {
+            name: weight.detach().to("cpu", copy=True)
+            for name, weight in model.named_parameters()
+            if automatic and weight.requires_grad
+        }
+
+    def run(self, train: Callable[[Resolved], Result]) -> Result:
+        """Train by the settings, if need be several times.
+
+        Raises:
+            RecipeError: there is not enough memory, and nothing left that may be changed.
+        """
+        while True:
+            smaller = self._smaller()
+            refusal = _advice(self._recipe) if smaller is None else None
+            if done := _attempt(partial(train, self._recipe), refusal):
+                return done.pop()
+            if smaller is not None:
+                self._begin_again(smaller)
+
+    def _smaller(self) -> Resolved | None:
+        recipe = self._recipe
+        if recipe.batch_size > 1 and "batch_size" in self._automatic:
+            return replace(recipe, batch_size=recipe.batch_size // 2)
+        if not recipe.recompute and "recompute" in self._automatic:
+            return replace(recipe, recompute=True)
+        return None
+
+    def _begin_again(self, recipe: Resolved) -> None:
+        with torch.no_grad():
+            for name, weight in self._model.named_parameters():
+                if name in self._begin:
+                    weight.grad = None
+                    weight.copy_(self._begin[name])
+        free_memory()
+        changed = (
+            f"with {recipe.batch_size} (batch_size, --batch-size)"
+            if recipe.batch_size < self._recipe.batch_size
+            else "with activations recomputed (recompute, --gradient-checkpointing)"
+        )
+        warnings.warn(
+            f"there is not enough memory to train on {self._recipe.batch_size} sequences in one "
+            f"forward: going on {changed}, from the last checkpoint",
+            stacklevel=3,
+        )
+        self._recipe = recipe
+
+
+def _advice(recipe: Resolved) -> RecipeError:
+    ways = []
+    if recipe.batch_size > 1:
+        ways.append(f"--batch-size {recipe.batch_size // 2} (batch_size)")
+    if not recipe.recompute:
+        ways.append("--gradient-checkpointing (recompute)")
+    if recipe.dtype != "nf4":
+        ways.append("--dtype nf4 (dtype)")
+    ways.append(f"a --max-length (max_length) of less than {recipe.max_length}")
+    return RecipeError(f"there is not enough memory for the training: set {', or '.join(ways)}")

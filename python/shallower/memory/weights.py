@@ -1,0 +1,83 @@
+"""The bytes of a model's weights by dtype, as they are loaded."""
+
+import math
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+"""Weights that share a scale in bitsandbytes' 4 bits; scales that share one themselves."""
+
+_NF4_TABLES = 4 * (16 + 256 + 1)
+"""The values of the 16 codes, of the scales' 256, and the scales' mean, in float32."""
+
+
+def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
+    """Count the bytes of a model's weights and buffers as they are loaded.
+
+    The model is in plain weights, or on the meta device; weights that it shares count once. The
+    dtype is ``float32``, ``bfloat16``, ``float16``, or bitsandbytes' ``nf4`` (with double
+    quantisation) or ``int8``, by which embeddings, head and norms stay in bfloat16.
+    """
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    return sum(stored_bytes(model, dtype).values()) + buffers
+
+
+def stored_bytes(model: PreTrainedModel, dtype: str) -> dict[nn.Parameter, int]:
+    """Count the bytes of each of a model's weights, as :func:`weight_bytes`."""
+    size = 4 if dtype == "float32" else 2
+    found = {weight: weight.numel() * size for weight in model.parameters()}
+    if dtype in ("nf4", "int8"):
+        for module in _quantised(model):
+            found[_weight(module)] = _quantised_bytes(module, dtype)
+    return found
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Count the values of a module's weights before they are quantised; shared ones once."""
+    return sum(
+        # bitsandbytes puts two values of 4 bits in a byte
+        weight.numel() if state is None else math.prod(state.shape)
+        for weight in module.parameters()
+        for state in (getattr(weight, "quant_state", None),)
+    )
+
+
+def dequantised_bytes(model: PreTrainedModel, dtype: str) -> int:
+    """Count the bytes of the largest quantised weight in bfloat16, made while it is multiplied.
+
+    For plain weights there are none.
+    """
+    if dtype not in ("nf4", "int8"):
+        return 0
+    return max((2 * _weight(module).numel() for module in _quantised(model)), default=0)
+
+
+def _quantised(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose weights bitsandbytes quantises, as transformers chooses them."""
+    kept = get_keys_to_not_convert(model)
+    found: list[nn.Module] = [
+        module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D))
+        and not any(name == one or name.startswith(f"{one}.") for one in kept)
+    ]
+    return found
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _quantised_bytes(module: nn.Module, dtype: str) -> int:
+    weight = _weight(module)
+    count = weight.numel()
+    if dtype == "int8":
+        outputs = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
+        return count + 4 * outputs
+    scales = -(-count // _BLOCK)
+    return -(-count // 2) + scales + 4 * -(-scales // _NESTED_BLOCK) + _NF4_TABLES
