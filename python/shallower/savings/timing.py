@@ -16,8 +16,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..memory.device import main_device, total_bytes
 from ..memory.rehearsal import LiveBytes
+<<<<<<< HEAD
 from ..memory.weights import device_memory, main_device
+=======
+>>>>>>> bf90385 (Time a machine by memory.device)
 from ..models.architecture import evaluating
 from ..models.processor import first_processor
 from ..values.gain import Measured
@@ -85,7 +89,7 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
         title_of(device),
         peaks,
         count * size / streaming,
-        device_memory(device),
+        total_bytes(device),
         "measured here",
         launching / _FewOperations.COUNT,
     )
