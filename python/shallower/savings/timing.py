@@ -18,10 +18,6 @@ from transformers import PreTrainedModel
 
 from ..memory.device import main_device, total_bytes
 from ..memory.rehearsal import LiveBytes
-<<<<<<< HEAD
-from ..memory.weights import device_memory, main_device
-=======
->>>>>>> bf90385 (Time a machine by memory.device)
 from ..models.architecture import evaluating
 from ..models.processor import first_processor
 from ..values.gain import Measured
