@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .models.source import ModelSource as ModelSource
     from .patching.patch import patch as patch
     from .patching.saving import save_patched as save_patched
-    from .reporting.figures import save_heat_map as save_heat_map
+    from .reporting.charts.heat_map import save_heat_map as save_heat_map
     from .runs.compare import compare as compare
     from .runs.curve import curve as curve
     from .runs.forecast import memory_forecast as memory_forecast
@@ -150,7 +150,7 @@ _HOMES = {
     "prune": "cutting.prune",
     "report": "runs.report",
     "run": "runs.run",
-    "save_heat_map": "reporting.figures",
+    "save_heat_map": "reporting.charts.heat_map",
     "save_model": "cutting.saving",
     "save_patched": "patching.saving",
     "scan": "scanning.model",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.reporting.figures import smoothed
+from shallower.reporting.charts.run import smoothed
 from shallower.values.healing import Healing
 
 

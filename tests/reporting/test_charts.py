@@ -7,8 +7,8 @@ import pytest
 from matplotlib.image import imread
 
 from shallower import MissingExtraError
-from shallower.reporting.charts import Axis, Line, Point, dot_chart, line_chart
-from shallower.reporting.heat_maps import heat_maps
+from shallower.reporting.charts.heat_map import heat_maps
+from shallower.reporting.charts.plots import Axis, Line, Point, dot_chart, line_chart
 from tests.reporting.stories import scan
 
 WORDS = {"title": "title", "text": "text", "x": Axis("x"), "y": Axis("y", is_share=True)}
@@ -121,7 +121,7 @@ def test_a_model_of_one_layer_has_no_heat_map():
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("shallower.reporting.figures.find_spec", lambda _: None)
+    monkeypatch.setattr("shallower.reporting.charts.drawing.find_spec", lambda _: None)
     with pytest.raises(
         MissingExtraError, match=r"figures of a report needs .* 'shallower\[figures\]'"
     ):

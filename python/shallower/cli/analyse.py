@@ -60,7 +60,7 @@ def analyse_command(
     Memory is constant. Writes scan.safetensors and, where matplotlib is installed,
     heat_map.png, for plan. States that scan --keep-states wrote give the same scan again.
     """
-    from ..reporting.figures import draw_heat_map
+    from ..reporting.charts.heat_map import draw_heat_map
     from ..runs.store import open_store
     from ..scanning.analyse import analyse_states
     from ..scanning.states_file import StatesFile
@@ -103,7 +103,7 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
 
     The file is known by its place and time of change: to hash it would take longer than the scan.
     """
-    from ..reporting.figures import HEAT_MAP_FILE
+    from ..reporting.charts.heat_map import HEAT_MAP_FILE
     from ..runs.done import Output
     from ..runs.inputs import file_inputs, made_by
     from ..values.files import SCAN_FILE
@@ -117,7 +117,7 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
 
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a scan from its folder."""
-    from ..reporting.figures import HEAT_MAP_FILE
+    from ..reporting.charts.heat_map import HEAT_MAP_FILE
     from ..scanning.scan import Scan
     from ..values.files import SCAN_FILE
 

@@ -286,7 +286,7 @@ def _say_again(out: Path, as_json: bool) -> None:
 
 def _report(done: "Run", as_json: bool) -> None:
     """Draw the heat map of a run, and print its results; a healing may still be to come."""
-    from ..reporting.figures import draw_heat_map
+    from ..reporting.charts.heat_map import draw_heat_map
 
     draw_heat_map(done.scan, done.out)
     say_results(done, as_json)

@@ -15,10 +15,10 @@ from ..cutting.exports import EXPORT_FILES
 from ..cutting.source import find_source
 from ..errors import MissingExtraError, ModelError, OutputError
 from ..patching.saving import PATCH_FILE
-from ..reporting.figures import healing_curve
+from ..reporting.charts.run import healing_chart
 from ..storage import check_free, new_folder, write_file
 from ..values.files import PLAN_FILE
-from ..values.healing import CURVE_FILE, HEALING_FILE, Healing
+from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing
 from ..values.recipe import GLOBAL_BATCH
 from .merging import Merging
 from .stored_adapters import read_adapter_config
@@ -184,7 +184,7 @@ def write_curve(folder: Path, healing: Healing) -> None:
         OutputError: the file cannot be written.
     """
     try:
-        write_file(folder / CURVE_FILE, healing_curve(healing))
+        write_file(folder / HEALING_FIGURE, healing_chart(healing).rendered("png"))
     except MissingExtraError as error:
         warnings.warn(f"{error}; the curve is left out", stacklevel=2)
 

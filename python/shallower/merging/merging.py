@@ -30,14 +30,14 @@ from ..models.loading import read_config
 from ..models.source import ModelSource
 from ..progress import track
 from ..values.files import PLAN_FILE
-from ..values.healing import CURVE_FILE, HEALING_FILE, Healing, Merge
+from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing, Merge
 from ..values.recipe import Resolved
 from .in_memory import TOLERANCE, adapted_logits, another_model, probe_logits
 from .low_rank import Deviations, LowRank
 from .memory_merge import merge_in_memory
 from .stored_adapters import low_rank_changes
 
-_NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, CURVE_FILE, "job"})
+_NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, HEALING_FIGURE, "job"})
 """Files beside the weights of a cut that are not those of the merged model."""
 
 

@@ -296,8 +296,8 @@ class ComparisonJob:
     def _write(self, comparison: CriteriaComparison) -> None:
         if self.out is None:
             return
+        from ..reporting.charts.comparison import draw_comparison
         from ..reporting.comparison import write_csv
-        from ..reporting.comparison_figures import draw_comparison
 
         beside = {"job": self._job, "command": self.command}
         content = json.dumps({**comparison.to_json(), **beside}, indent=2) + "\n"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
-from ..reporting.figures import HEAT_MAP_FILE
+from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
 from ..values.files import (

@@ -15,7 +15,7 @@ from .recipe import Resolved
 from .schema import from_fields, of_type
 
 HEALING_FILE = "healing.json"
-CURVE_FILE = "healing.png"
+HEALING_FIGURE = "healing.png"
 
 
 @dataclass(frozen=True, slots=True)

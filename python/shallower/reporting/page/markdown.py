@@ -2,7 +2,7 @@
 
 import re
 
-from ..drawing import Drawing
+from ..charts.drawing import Drawing
 from .story import Cell, Sample, Section, Story, Table
 
 

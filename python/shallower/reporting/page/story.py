@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...values.schema import finite
-from ..drawing import Drawing
+from ..charts.drawing import Drawing
 
 STORY_FORMAT = "shallower.report"
 """The format of the JSON beside a page."""

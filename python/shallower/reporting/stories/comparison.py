@@ -1,15 +1,12 @@
 """The story of a comparison of criteria: who loses least, what that costs, and which are ties."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.files import COMPARISON_FILE
 from ...values.layers import ranges
-from ..charts import Axis, Line, Point, dot_chart, line_chart, series_colour
-from ..criteria_styles import Group, groups_of
-from ..drawing import Drawing
+from ..charts.comparison import Group, group_charts, groups_of
 from ..page.story import Fact, Number, Section, Step, Story, Strip, Table
 from .parts import (
     again,
@@ -22,9 +19,6 @@ from .parts import (
     small_model,
     splits_words,
 )
-
-MOST_LINES = 6
-"""Criteria that a chart of lines holds: those of least mean regret."""
 
 
 def comparison_story(
@@ -191,7 +185,6 @@ def _asked(comparison: CriteriaComparison) -> Section:
 
 
 def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool) -> Section:
-    order = {name: regret for name, (_, regret) in group.means().items()}
     rows = sorted(
         group.rows, key=lambda row: (row.n, row.regret if math.isfinite(row.regret) else math.inf)
     )
@@ -213,60 +206,9 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
         f"losses. Each criterion is charged what it costs by itself."
     )
     table = Table("Every choice", head, cells, note)
-    drawings = _drawings(group, order, place) if drawn else []
+    drawings = group_charts(group, place, comparison.unit) if drawn else []
     return Section(f"{group.title}: criteria against true loss", tables=(table,),
                    drawings=tuple(drawings))  # fmt: skip
-
-
-def _drawings(group: Group, order: Mapping[str, float], place: int) -> list[Drawing]:
-    names = sorted(order, key=lambda name: order[name])
-    names += [n for n in dict.fromkeys(row.criterion for row in group.rows) if n not in order]
-    suffix = f"_{place + 1}" if place else ""
-    sizes = sorted({row.n for row in group.rows})
-    series = []
-    for number, n in enumerate(sizes):
-        points = tuple(
-            Point(names.index(row.criterion), row.difference, row.difference_stderr,
-                  f"{row.criterion}, n = {n}, {ranges(row.dropped)}")
-            for row in group.rows
-            if row.n == n and math.isfinite(row.difference)
-        )  # fmt: skip
-        series.append(Line(f"n = {n}", points, series_colour(number)))
-    dots = dot_chart(
-        f"criteria_against_loss{suffix}", names, series,
-        title=f"What each criterion's choice truly loses: {group.title}",
-        text="Each row is a criterion, the one of least mean regret above; each point the loss of "
-        "the cut that it chose, above the whole model, with one paired standard error.",
-        x=Axis("more than the whole model, nats a token"), reference=(0.0, "whole model"),
-    )  # fmt: skip
-    if len(sizes) < 2:
-        return [dots]
-    lines = [_line(group, name, number) for number, name in enumerate(names[:MOST_LINES])]
-    return [
-        dots,
-        line_chart(
-            f"criteria_patched{suffix}", lines,
-            title=f"Loss after a quick patch, over the share of layers: {group.title}",
-            text=f"The {len(lines)} criteria of least mean regret, above the whole model. Errors "
-            f"of a loss are in the table; those of these differences are smaller, not known.",
-            x=Axis("layers dropped", is_share=True), y=Axis("more than the whole model, nats"),
-        ),
-    ]  # fmt: skip
-
-
-def _line(group: Group, name: str, number: int) -> Line:
-    whole = group.model.whole.nats
-    points = [
-        Point(row.layers_share, row.patched - whole, math.nan, f"without {ranges(row.dropped)}")
-        for row in group.of(name)
-        if row.patched is not None
-    ]
-    start = Point(0.0, 0.0, math.nan, "whole model")
-    return Line(name, (start, *points), series_colour(number))
-
-
-def _known(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _numbers(comparison: CriteriaComparison) -> Section:

@@ -1,14 +1,12 @@
 """The story of a curve: where it holds, where it falls, what a patch or a healing brings back."""
 
 import math
-from collections.abc import Sequence
 
-from ...values.curve import STATES, Curve, CurvePoint, State
+from ...values.curve import STATES, Curve, CurvePoint
 from ...values.files import CURVE_FILE
 from ...values.layers import ranges
 from ...values.scores import Difference
-from ..charts import Axis, Line, Point, line_chart, series_colour
-from ..drawing import Drawing
+from ..charts.curve import curve_charts
 from ..page.story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from .parts import (
     again,
@@ -22,15 +20,6 @@ from .parts import (
     small_model,
     splits_words,
 )
-
-_SIZES = (
-    ("loss_over_layers", "layers", "dropped", "layers_share"),
-    ("loss_over_size", "parameters", "dropped", "parameters_share"),
-    ("loss_over_time", "a token's time", "saved, as forecast for an A100", "time_share"),
-)
-"""Figures of the loss by what goes: their names, what it is and how, and where it is known."""
-
-_STYLE = {"cut": "dashed", "patched": "solid", "healed": "dotted"}
 
 
 def curve_story(curve: Curve, *, command: str = "", drawn: bool = True) -> Story:
@@ -189,17 +178,6 @@ def _asked(curve: Curve) -> Section:
     return Section("What was asked", facts=facts)
 
 
-def _lines(curve: Curve) -> list[tuple[str, State, tuple[CurvePoint, ...]]]:
-    """Every line that has a cut, by strategy and state."""
-    found = []
-    for strategy in curve.strategies:
-        for state in STATES:
-            points = curve.line(strategy, state)
-            if len(points) > 1:
-                found.append((strategy, state, points))
-    return found
-
-
 def _curves(curve: Curve, drawn: bool) -> Section:
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
@@ -220,7 +198,7 @@ def _curves(curve: Curve, drawn: bool) -> Section:
     )
     return Section(
         "What the model loses, layer by layer", tables=(Table("Every point", head, rows, note),),
-        drawings=tuple(_drawings(curve)) if drawn else (),
+        drawings=tuple(curve_charts(curve)) if drawn else (),
     )  # fmt: skip
 
 
@@ -237,77 +215,6 @@ def _losses(point: CurvePoint) -> tuple[Number, Number]:
 def _score(point: CurvePoint, task: str) -> Number:
     scores = point.task(task)
     return Number("–") if scores is None else Number(str(scores), scores.mean)
-
-
-def _drawings(curve: Curve) -> list[Drawing]:
-    lines = _lines(curve)
-    if not lines:
-        return []
-    share = Axis("layers dropped", is_share=True)
-    drawings = []
-    whole = curve.whole.loss
-    if whole is not None:
-        drawings += [
-            line_chart(
-                name, [_loss_line(curve, *line, size) for line in lines],
-                title=f"Normalised loss over the share of {what} {verb}",
-                text="Loss divided by ln V, so that 1 is a uniform guess, with bands of one "
-                "standard error. A line is a strategy; dashed as it is cut, solid after a patch, "
-                "dotted after a healing.",
-                x=Axis(f"{what} {verb}", is_share=True), y=Axis("loss / ln V"), most=1.0,
-                references=[(whole.normalized, "whole model")],
-            )
-            for name, what, verb, size in _SIZES
-            if all(getattr(one, size) is not None for one in curve.points if one.loss)
-        ]  # fmt: skip
-    for place, task in enumerate(curve.whole.tasks):
-        references = [(task.mean, "whole model")]
-        references += [] if task.chance is None else [(task.chance, "chance")]
-        scored = [_task_line(curve, *line, task.task) for line in lines]
-        scored = [line for line in scored if len(line.points) > 1]
-        if not scored:  # no cut could be made or scored
-            continue
-        drawings.append(
-            line_chart(
-                f"task_{place}", scored,
-                title=f"{task.task}, {task.metric}, over the share of layers that go",
-                text="Mean over items with bands of one standard error; dotted lines are the whole "
-                "model and chance.",
-                x=share, y=Axis(f"{task.task}, {task.metric}", is_share=True),
-                references=references,
-            )
-        )  # fmt: skip
-    return drawings
-
-
-def _colour(curve: Curve, strategy: str) -> str:
-    return series_colour(curve.strategies.index(strategy))
-
-
-def _loss_line(
-    curve: Curve, strategy: str, state: State, points: Sequence[CurvePoint], *sizes: str
-) -> Line:
-    found = tuple(
-        Point(getattr(one, sizes[0]), one.loss.normalized, one.loss.normalized_stderr, _named(one))
-        for one in points
-        if one.loss is not None
-    )
-    return Line(f"{strategy}, {state}", found, _colour(curve, strategy), _STYLE[state])  # type: ignore[arg-type]
-
-
-def _task_line(
-    curve: Curve, strategy: str, state: State, points: Sequence[CurvePoint], *tasks: str
-) -> Line:
-    found = tuple(
-        Point(one.layers_share, scores.mean, scores.stderr, _named(one))
-        for one in points
-        if (scores := one.task(tasks[0])) is not None
-    )
-    return Line(f"{strategy}, {state}", found, _colour(curve, strategy), _STYLE[state])  # type: ignore[arg-type]
-
-
-def _named(point: CurvePoint) -> str:
-    return f"without {ranges(point.dropped)}" if point.n else "whole model"
 
 
 def _signed(difference: Difference | None) -> Number:

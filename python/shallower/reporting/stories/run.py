@@ -9,10 +9,10 @@ from ...values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FIL
 from ...values.gain import Gain
 from ...values.recommendation import Recommended, SizeRow
 from ...values.scores import Difference
+from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
 from ..page.story import Fact, Number, Sample, Section, Step, Story, Strip, Table
 from ..recommendation import estimated
 from ..results import Continuations, Run
-from ..run_figures import healing_drawings, race_drawings, scan_drawings, size_drawings
 from .parts import (
     again,
     differs,
@@ -207,7 +207,7 @@ class _Telling:
         )  # fmt: skip
         drawings = []
         if self._drawn:
-            drawings += [*race_drawings(verified), *scan_drawings(self._run.scan, self._shares)]
+            drawings += [*race_charts(verified), *scan_charts(self._run.scan, self._shares)]
         return Section(
             "What was cut, and how sure that is", tuple(lines), tables=(table,),
             drawings=tuple(drawings),
@@ -236,8 +236,9 @@ class _Telling:
         tables = [Table("What other sizes would cost", head, rows, note, *chosen)] if rows else []
         drawings = []
         if self._drawn:
-            drawings += size_drawings(self._run.table, self._best.whole)
-            drawings += healing_drawings(self._run.healing)
+            drawings += size_charts(self._run.table, self._best.whole)
+            healing = self._run.healing
+            drawings += [healing_chart(healing)] if healing is not None and healing.steps else []
         return Section(
             "What it costs and gains", tables=(*gain_table(self._gain), *tables),
             drawings=tuple(drawings),

@@ -1,13 +1,16 @@
-"""What the figures of a page share: colours and sizes, and how one becomes SVG, PNG or HTML."""
+"""A figure and its words: the look that all share, and the figure as SVG, PNG or part of a page."""
 
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage import write_file
+from ...errors import MissingExtraError
+from ...storage import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,14 +59,20 @@ SETTINGS: Any = {
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
+def require_matplotlib(purpose: str) -> None:
+    """Raise MissingExtraError, which names the purpose, where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "figures", purpose)
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place in a figure that has something to say.
+    """A place in a figure that shows a text under the pointer.
 
     Attributes:
         x: points from the left edge.
         y: points from the upper edge.
-        text: what is said there.
+        text: what is shown there.
     """
 
     x: float
@@ -99,8 +108,8 @@ class Drawing:
         title: a headline.
         text: what is to be seen, for people who do not see it.
         figure: as it is drawn.
-        marks: what its points say.
-        cells: what its cells say, of a heat map.
+        marks: texts at its points.
+        cells: values of its cells, of a heat map.
         head: names of the columns of ``numbers``.
         numbers: what was drawn, a row each.
     """
@@ -116,31 +125,19 @@ class Drawing:
     _files: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the figure as SVG and as PNG; the same figure gives the same bytes.
-
-        Args:
-            folder: where to.
-
-        Returns:
-            The two files.
-
-        Raises:
-            OutputError: the place cannot be written to.
-        """
+        """Write the figure as SVG and as PNG; the same figure gives the same bytes."""
         written = []
         for kind in ("svg", "png"):
             path = folder / f"{self.name}.{kind}"
-            write_file(path, self._rendered(kind))
+            write_file(path, self.rendered(kind))
             written.append(path)
         return written
 
     def inline(self) -> str:
-        """Give the figure as a part of an HTML page, in the colours and fonts of its style sheet.
-
-        Returns:
-            An ``svg`` element, whose identifiers begin with the figure's name.
+        """Give the figure as an ``svg`` element of an HTML page, in the colours and fonts of its
+        style sheet; its identifiers begin with the figure's name.
         """
-        svg = self._rendered("svg").decode()
+        svg = self.rendered("svg").decode()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r"<title>.*?</title>", "", svg, count=1, flags=re.DOTALL)
@@ -148,40 +145,37 @@ class Drawing:
         svg = svg.replace("url(#", f"url(#{self.name}-").replace('href="#', f'href="#{self.name}-')
         for name, colour in COLOURS.items():
             svg = svg.replace(colour, f"var(--{name})")
-        svg = re.sub(r"'DejaVu Sans'[^;\"]*", _FONTS.replace('"', "'"), svg)
+        svg = re.sub(r"'DejaVu Sans'[^;\"]*", _FONTS, svg)
         head = f'<svg role="img" aria-labelledby="{self.name}-t {self.name}-d" '
         words = (
-            f'<title id="{self.name}-t">{_escaped(self.title)}</title>'
-            f'<desc id="{self.name}-d">{_escaped(self.text)}</desc>'
+            f'<title id="{self.name}-t">{escape(self.title)}</title>'
+            f'<desc id="{self.name}-d">{escape(self.text)}</desc>'
         )
         start, rest = svg[4:].split(">", 1)
         start = re.sub(r'\b(width|height)="[^"]*"', "", start)
         return f"{head}{' '.join(start.split())}>{words}{rest.strip()}"
 
-    def _rendered(self, kind: str) -> bytes:
-        if kind in self._files:
-            return self._files[kind]
-        import matplotlib
+    def rendered(self, kind: str) -> bytes:
+        """Render the figure once as ``svg`` or ``png``."""
+        if kind not in self._files:
+            self._files[kind] = render(self.figure, kind, self.title, self.text)
+        return self._files[kind]
 
-        buffer = io.BytesIO()
-        metadata: dict[str, Any] = {"Title": self.title}
-        metadata |= {"Date": None} if kind == "svg" else {"Software": None}
-        with matplotlib.rc_context(SETTINGS):
-            self.figure.savefig(
-                buffer, format=kind, dpi=DPI, metadata=metadata, facecolor=COLOURS["paper"]
-            )
-        return self._files.setdefault(kind, buffer.getvalue())
+
+def render(figure: "Figure", kind: str, title: str, text: str = "") -> bytes:
+    """Render a figure as ``svg`` or ``png``, without a date, so that its bytes are the same."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata: dict[str, Any] = {"Title": title, "Description": text}
+    metadata |= {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, facecolor=COLOURS["paper"])
+    return buffer.getvalue()
 
 
 def new_figure(height: float) -> tuple["Figure", "Axes"]:
-    """Make a figure of one panel, a column wide.
-
-    Args:
-        height: inches.
-
-    Returns:
-        The figure and its panel.
-    """
+    """Make a figure of one panel, a column wide and so many inches high."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=72, layout="constrained")
@@ -189,11 +183,7 @@ def new_figure(height: float) -> tuple["Figure", "Axes"]:
 
 
 def lay_out(figure: "Figure") -> None:
-    """Lay out a figure that holds all that it will; no later drawing lays it out again.
-
-    Args:
-        figure: of constrained layout.
-    """
+    """Lay out a complete figure of constrained layout; no later drawing lays it out again."""
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
@@ -201,15 +191,7 @@ def lay_out(figure: "Figure") -> None:
 
 
 def marks_at(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> tuple[Mark, ...]:
-    """Find where points lie in a figure once it is laid out.
-
-    Args:
-        axes: with all that it holds.
-        points: of each its place in the units of the axes, and what it says.
-
-    Returns:
-        A mark for every point, of those that are in sight.
-    """
+    """Find where points lie in a figure that is laid out: a mark for each (x, y, text)."""
     figure = axes.figure
     height = figure.get_figheight() * 72  # type: ignore[union-attr]
     low, high = sorted(axes.get_ylim())
@@ -218,9 +200,3 @@ def marks_at(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> tuple[
         right, up = axes.transData.transform((x, min(max(y, low), high)))
         found.append(Mark(round(float(right), 1), round(height - float(up), 1), text))
     return tuple(found)
-
-
-def _escaped(text: str) -> str:
-    from html import escape
-
-    return escape(text, quote=True)

@@ -4,17 +4,17 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..scanning.scan import Scan
-from ..values.healing import Healing
-from ..values.layers import ranges
-from ..values.loss import Loss
-from ..values.recommendation import SizeRow
-from ..values.verification import Verified
-from .charts import Axis, Line, Point, dot_chart, line_chart
+from ...scanning.scan import Scan
+from ...values.healing import Healing
+from ...values.layers import ranges
+from ...values.loss import Loss
+from ...values.recommendation import SizeRow
+from ...values.verification import Verified
 from .drawing import Drawing
-from .figures import smoothed
-from .heat_maps import Shares, heat_maps
+from .heat_map import Shares, heat_maps
+from .plots import Axis, Line, Point, dot_chart, line_chart
 
 _MOST_ROWS = 14
 """Proposals that are drawn."""
@@ -23,18 +23,8 @@ _MOST_STEPS = 200
 """Points of a training that are drawn."""
 
 
-def race_drawings(verified: Verified) -> list[Drawing]:
-    """Draw what other proposals lose more than the winner.
-
-    Args:
-        verified: the race.
-
-    Returns:
-        A figure; none where the winner was alone.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+def race_charts(verified: Verified) -> list[Drawing]:
+    """Draw what other proposals lose more than the winner; nothing where it was alone."""
     ended = [one for one in verified.candidates[:_MOST_ROWS] if math.isfinite(one.score)]
     if len(ended) < 2:
         return []
@@ -49,29 +39,23 @@ def race_drawings(verified: Verified) -> list[Drawing]:
     )
     return [
         dot_chart(
-            "proposals", [_shortened(ranges(one.plan.dropped)) for one in ended],
+            "proposals",
+            [_shortened(ranges(one.plan.dropped)) for one in ended],
             [Line("difference", points, "blue", marker="o")],
             title="What other proposals lose more than the winner",
             text="Each row is a set of layers that could have gone, with the paired difference "
             "of its score to the winner's and one standard error. What reaches the dotted "
             "line within two errors cannot be told from the winner.",
-            x=Axis(f"more than the winner, {verified.unit}"), reference=(0.0, "the winner"),
+            x=Axis(f"more than the winner, {verified.unit}"),
+            reference=(0.0, "the winner"),
         )
-    ]  # fmt: skip
+    ]
 
 
-def scan_drawings(scan: Scan, shares: Shares | None) -> list[Drawing]:
+def scan_charts(scan: Scan, shares: Shares | None) -> list[Drawing]:
     """Draw the least distance over the size of a block, and the heat maps.
 
-    Args:
-        scan: of any model.
-        shares: how stable l* is, by block size.
-
-    Returns:
-        Three figures; none of a scan without angles, or of a single layer.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
+    ``shares`` says how stable l* is. There is none without angles, or of a single layer.
     """
     if "angular" not in scan.metrics or scan.num_layers < 2:
         return []
@@ -82,28 +66,19 @@ def scan_drawings(scan: Scan, shares: Shares | None) -> list[Drawing]:
         stderr = math.nan if block.stderr is None else block.stderr
         points.append(Point(n, block.score, stderr, f"n = {n}, {block}"))
     least = line_chart(
-        "least_distance", [Line("block of least distance", tuple(points), "blue", marker="o")],
+        "least_distance",
+        [Line("block of least distance", tuple(points), "blue", marker="o")],
         title="The least distance of a block, over its size",
         text="Angular distance between the ends of the most alike block of n layers, with a band "
         "of one standard error; where it climbs steeply, layers begin to do different things.",
-        x=Axis("layers dropped n", digits=0), y=Axis("least angular distance", digits=4),
-    )  # fmt: skip
+        x=Axis("layers dropped n", digits=0),
+        y=Axis("least angular distance", digits=4),
+    )
     return [least, *heat_maps(scan, shares)]
 
 
-def size_drawings(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
-    """Draw what each size costs, over the share of layers and of parameters.
-
-    Args:
-        table: of all sizes that were tried.
-        whole: loss of the whole model.
-
-    Returns:
-        Two figures; none without sizes.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
+    """Draw what each size costs, over the share of layers and of parameters."""
     if not table:
         return []
     start = Point(0.0, 0.0, math.nan, "whole model")
@@ -117,26 +92,30 @@ def size_drawings(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
         return Line(name, (start, *points), colour, "dashed" if lost == "lost" else "solid")
 
     fields = (
-        ("patched quickly", "blue", "patched_lost"), ("cut", "orange", "lost"),
+        ("patched quickly", "blue", "patched_lost"),
+        ("cut", "orange", "lost"),
         ("deepest, patched quickly", "violet", "deepest_patched"),
-    )  # fmt: skip
+    )
     text = (
         "What the verified cut of each size loses more than the whole model on the texts that "
         "report, with bands of one paired standard error"
     )
+    deepest = "; the deepest layers but the last for comparison"
     panels = (
-        ("loss_over_layers", "layers", "layers_share", fields,
-         "; the deepest layers but the last for comparison"),
+        ("loss_over_layers", "layers", "layers_share", fields, deepest),
         ("loss_over_size", "parameters", "parameters_share", fields[:2], ""),
-    )  # fmt: skip
+    )
     return [
         line_chart(
-            name, [line(title, colour, lost=lost, size=size) for title, colour, lost in shown],
-            title=f"Loss over the share of {what} that go", text=f"{text}{more}.",
-            x=Axis(f"{what} dropped", is_share=True), y=Axis("more than the whole model, nats"),
+            name,
+            [line(title, colour, lost=lost, size=size) for title, colour, lost in shown],
+            title=f"Loss over the share of {what} that go",
+            text=f"{text}{more}.",
+            x=Axis(f"{what} dropped", is_share=True),
+            y=Axis("more than the whole model, nats"),
         )
         for name, what, size, shown, more in panels
-    ]  # fmt: skip
+    ]
 
 
 def _lost(row: SizeRow, name: str, whole: float) -> tuple[float, float] | None:
@@ -147,40 +126,49 @@ def _lost(row: SizeRow, name: str, whole: float) -> tuple[float, float] | None:
     return None if value is None else (value, math.nan if stderr is None else stderr)
 
 
-def healing_drawings(healing: Healing | None) -> list[Drawing]:
-    """Draw the losses of a healing over its steps.
-
-    Args:
-        healing: the record of one, if there was one.
-
-    Returns:
-        A figure, or none.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    if healing is None or not healing.steps:
-        return []
-    losses = smoothed(np.array([step.loss for step in healing.steps]), 0.9)
-    steps = list(zip(healing.steps, losses, strict=True))[:: max(1, len(losses) // _MOST_STEPS)]
-    training = tuple(
-        Point(step.step, float(loss), math.nan, f"step {step.step}") for step, loss in steps
-    )
+def healing_chart(healing: Healing) -> Drawing:
+    """Draw the losses of a healing over its steps, with the models before it as level lines."""
     held_out = tuple(
         Point(one.step, one.loss.nats, one.loss.stderr, f"step {one.step}")
         for one in healing.held_out
     )
-    lines = [Line("training, smoothed", training, "orange", "dotted", ",")]
+    lines = [Line("training, smoothed", _training(healing), "orange", "dotted", ",")]
     lines += [Line("held out", held_out, "blue", marker="o")] if held_out else []
-    original = healing.original
-    return [
-        line_chart(
-            "healing", lines, title="The healing, step by step",
-            text="Training loss, smoothed, and held-out loss with a band of one standard error.",
-            x=Axis("steps", digits=0), y=Axis("loss, nats a token"),
-            references=[] if original is None else [(original.nats, "whole model")],
-        )
-    ]  # fmt: skip
+    models = (("whole model", healing.original), ("cut, not patched", healing.cut))
+    return line_chart(
+        "healing",
+        [line for line in lines if line.points],
+        title=f"The healing of {healing.model.name}, step by step",
+        text="Training loss, smoothed, and held-out loss with a band of one standard error; "
+        f"step {healing.best_step} was kept.",
+        x=Axis("steps", digits=0),
+        y=Axis("loss, nats a token"),
+        references=[(loss.nats, name) for name, loss in models if loss is not None],
+    )
+
+
+def _training(healing: Healing) -> tuple[Point, ...]:
+    """At most 200 points of the smoothed training loss."""
+    size = len(healing.steps)
+    weight = min(0.98, max(0.5, 1 - 10 / max(1, size)))
+    losses = smoothed(np.array([step.loss for step in healing.steps]), weight)
+    steps = list(zip(healing.steps, losses, strict=True))[:: max(1, size // _MOST_STEPS)]
+    return tuple(
+        Point(step.step, float(loss), math.nan, f"step {step.step}") for step, loss in steps
+    )
+
+
+def smoothed(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:
+    """Smooth (steps,) values by an exponential moving average, without the pull of its start.
+
+    ``weight``, in [0, 1), is what a value counts of the one after it.
+    """
+    sums = norms = 0.0
+    means = []
+    for value in values:
+        sums, norms = weight * sums + value, weight * norms + 1.0
+        means.append(sums / norms)
+    return np.array(means)
 
 
 def _shortened(text: str) -> str:

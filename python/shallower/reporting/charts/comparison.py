@@ -1,0 +1,205 @@
+"""Figures of criteria that were compared: true losses, loss over what goes, regret over cost."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...values.comparison import ComparedModel, CriteriaComparison, Row
+from ...values.layers import ranges
+from .drawing import Drawing, require_matplotlib
+from .plots import Axis, Line, Point, dot_chart, front_chart, line_chart, series_colour
+
+Styles = Mapping[str, tuple[str, str]]
+"""Colour and marker by criterion."""
+
+_STYLES = {
+    "angular": ("blue", "o"), "cosine": ("blue", "s"), "relative_l2": ("blue", "^"),
+    "cka": ("blue", "v"), "block_influence": ("blue", "D"),
+    "linear_map": ("green", "o"), "reachable": ("green", "s"),
+    "magnitude": ("orange", "o"), "xmerge": ("orange", "s"), "weights": ("orange", "^"),
+    "one_shot": ("pink", "o"), "mask_regression": ("pink", "s"), "taylor": ("pink", "^"),
+    "greedy": ("violet", "o"), "exhaustive": ("violet", "s"), "evolution": ("violet", "^"),
+    "deepest": ("ink", "o"), "random": ("ink", "X"),
+}  # fmt: skip
+"""Colours tell kinds of criteria apart, markers the criteria of one kind."""
+
+_OTHERS = tuple((colour, marker) for marker in "P*h<>dp8" for colour in ("olive", "muted"))
+"""Styles of criteria that are not known here, in the order in which they come."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one model and one calibration text.
+
+    Attributes:
+        model: the whole model.
+        title: of its figures and tables.
+        rows: every choice.
+    """
+
+    model: ComparedModel
+    title: str
+    rows: Sequence[Row]
+
+    def of(self, criterion: str) -> list[Row]:
+        """The rows of a criterion, by the number of layers."""
+        rows = [row for row in self.rows if row.criterion == criterion]
+        return sorted(rows, key=lambda row: row.n)
+
+    def means(self) -> dict[str, tuple[float, float]]:
+        """By criterion the means of layer-forwards and of regret, where all sizes are known."""
+        sizes = {row.n for row in self.rows}
+        found = {}
+        for criterion in dict.fromkeys(row.criterion for row in self.rows):
+            rows = self.of(criterion)
+            regrets = [row.regret for row in rows]
+            if {row.n for row in rows} == sizes and np.isfinite(regrets).all():
+                cost = sum(row.layer_forwards for row in rows) / len(rows)
+                found[criterion] = cost, sum(regrets) / len(rows)
+        return found
+
+    def by_regret(self) -> list[str]:
+        """The criteria by their mean regret; those that have none last."""
+        means = self.means()
+        names = dict.fromkeys(row.criterion for row in self.rows)
+        return sorted(names, key=lambda name: means[name][1] if name in means else math.inf)
+
+
+def groups_of(comparison: CriteriaComparison) -> list[Group]:
+    """Sort the rows of a comparison by model and calibration text."""
+    several = len({row.texts for row in comparison.rows}) > 1
+    found = []
+    for model in comparison.models:
+        of_model = [row for row in comparison.rows if row.model == model.name]
+        for texts in dict.fromkeys(row.texts for row in of_model):
+            title = f"{model.title}, chosen on {texts}" if several else model.title
+            rows = [row for row in of_model if row.texts == texts]
+            found.append(Group(model, title, rows))
+    return found
+
+
+def styles_of(criteria: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Choose colour and marker of each criterion, always the same for those of this package."""
+    known = {name: style for name, style in _STYLES.items() if name in criteria}
+    others = [name for name in criteria if name not in known]
+    return known | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
+
+
+def draw_comparison(comparison: CriteriaComparison, folder: str | Path) -> list[Path]:
+    """Write losses over what is dropped, and regret over cost, into the folder of a comparison.
+
+    Each is an SVG and a PNG, of the second model or text on with its number behind the name; the
+    same comparison gives the same bytes. Where no model was compared there are none.
+    """
+    require_matplotlib("drawing a comparison")
+    written = []
+    for place, group in enumerate(groups_of(comparison)):
+        for drawing in (*loss_charts(group, place), *cost_charts(group, place, comparison.unit)):
+            written += drawing.save(Path(folder))
+    return written
+
+
+def group_charts(group: Group, place: int, unit: str) -> list[Drawing]:
+    """Draw all figures of one model and text; their names end in its place from the second on."""
+    return [
+        _true_losses(group, place),
+        *loss_charts(group, place),
+        *cost_charts(group, place, unit),
+    ]
+
+
+def loss_charts(group: Group, place: int) -> list[Drawing]:
+    """Draw losses as cut, and after a quick patch, over the share of layers."""
+    styles, model = styles_of([row.criterion for row in group.rows]), group.model
+    states = (
+        ("loss_over_dropped", "as cut", "before a patch", False),
+        ("loss_over_dropped_patched", "after a quick patch", "after a quick patch", True),
+    )
+    found = []
+    for name, title, when, patched in states:
+        lines = [_line(group, criterion, styles, patched) for criterion in group.by_regret()]
+        lines = [line for line in lines if line.points]
+        if lines:
+            found.append(
+                line_chart(
+                    _named(name, place),
+                    lines,
+                    title=f"Loss over the share of layers, {title}: {group.title}",
+                    text=f"Loss in nats a token over the share of layers that a criterion drops, "
+                    f"{when}, with bands of one standard error. Each line is a criterion, those "
+                    f"of least mean regret named first; what loses more than a uniform guess "
+                    f"stands at the upper edge.",
+                    x=Axis("layers dropped", is_share=True),
+                    y=Axis("loss, nats a token"),
+                    references=[(model.whole.nats, "whole model")],
+                    most=math.log(model.whole.vocab_size),
+                )
+            )
+    return found
+
+
+def cost_charts(group: Group, place: int, unit: str) -> list[Drawing]:
+    """Draw mean regret over what a choice costs, with the Pareto front; nothing where no criterion
+    has chosen for all sizes.
+    """
+    points = group.means()
+    if not points:
+        return []
+    sizes = ", ".join(str(n) for n in sorted({row.n for row in group.rows}))
+    return [
+        front_chart(
+            _named("regret_over_cost", place),
+            points,
+            styles_of(list(points)),
+            title=f"Mean regret over n = {sizes}, against its cost: {group.title}",
+            text="Mean regret of each criterion over all sizes, against the layer-forwards that "
+            "its choices cost. A line joins those that no other beats in both.",
+            x=Axis("cost of a choice, layer-forwards", digits=0),
+            y=Axis(f"regret, {unit}"),
+        )
+    ]
+
+
+def _named(name: str, place: int) -> str:
+    return f"{name}_{place + 1}" if place else name
+
+
+def _line(group: Group, criterion: str, styles: Styles, patched: bool) -> Line:
+    points = []
+    for row in group.of(criterion):
+        loss, stderr = (row.patched, row.patched_stderr) if patched else (row.loss, row.stderr)
+        if loss is not None and not math.isnan(loss):
+            error = math.nan if stderr is None else stderr
+            points.append(Point(row.layers_share, loss, error, f"without {ranges(row.dropped)}"))
+    colour, marker = styles[criterion]
+    return Line(criterion, tuple(points), colour, "solid" if patched else "dashed", marker)
+
+
+def _true_losses(group: Group, place: int) -> Drawing:
+    """Draw a row for each criterion, a point for each size: what its choice loses."""
+    names, series = group.by_regret(), []
+    for number, n in enumerate(sorted({row.n for row in group.rows})):
+        points = tuple(
+            Point(
+                names.index(row.criterion),
+                row.difference,
+                row.difference_stderr,
+                f"{row.criterion}, n = {n}, {ranges(row.dropped)}",
+            )
+            for row in group.rows
+            if row.n == n and math.isfinite(row.difference)
+        )
+        series.append(Line(f"n = {n}", points, series_colour(number)))
+    return dot_chart(
+        _named("criteria_against_loss", place),
+        names,
+        series,
+        title=f"What each criterion's choice truly loses: {group.title}",
+        text="Each row is a criterion, the one of least mean regret above; each point the loss of "
+        "the cut that it chose, above the whole model, with one paired standard error.",
+        x=Axis("more than the whole model, nats a token"),
+        reference=(0.0, "whole model"),
+    )
