@@ -13,8 +13,7 @@ from transformers.core_model_loading import Chunk
 import shallower as sh
 from shallower.cutting.rewriting import StoredCheckpoint
 from shallower.merging.low_rank import Deviations, LowRank, add_low_rank, rounding
-from shallower.merging.shape_only import StandIn
-from shallower.merging.stored_adapters import low_rank_changes
+from shallower.merging.stored_adapters import WeightProxy, low_rank_changes
 from tests.merging.merges import family, merged_by_peft, merged_by_stream, steps_apart, tensors
 
 FAMILIES = ["gpt2", "mixtral", "qwen3_next", "opt", "phi", "gpt_neox", "llama"]
@@ -226,13 +225,13 @@ def test_what_overflows_is_named():
         bytes_of(change, weight)
 
 
-# The stand-in
+# The proxy
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stand_in_follows_a_weight(seed):
     """What becomes of a product is the product of what becomes of its factors."""
     generator = np.random.default_rng(seed)
     left, right = (torch.from_numpy(generator.normal(size=s)) for s in ((4, 6, 2), (4, 2, 10)))
-    whole, stand_in = left @ right, StandIn.of((4, 6, 10))
+    whole, stand_in = left @ right, WeightProxy.of((4, 6, 10))
     both = []
     for weight in (whole, stand_in):
         parts = {}
@@ -252,9 +251,9 @@ def test_a_stand_in_follows_a_weight(seed):
 
 
 def test_a_stand_in_refuses_what_it_does_not_know():
-    with pytest.raises(NotImplementedError, match="cat of a stand-in"):
-        torch.cat([StandIn.of((4, 4))])
-    assert not StandIn.of((4, 6, 8)).transpose(0, 1).is_matrix
+    with pytest.raises(NotImplementedError, match="cat of a proxy"):
+        torch.cat([WeightProxy.of((4, 4))])
+    assert not WeightProxy.of((4, 6, 8)).transpose(0, 1).is_matrix
 
 
 def test_sums_are_float32_whatever_the_process_has_asked_for():

@@ -111,7 +111,7 @@ def patch_command(
         say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
-    from ..patching.folder import patch_to_folder
+    from ..patching.saving import patch_to_folder
 
     loaded, tokenizer = load(place)
     done, losses = patch_to_folder(

@@ -1,5 +1,10 @@
-"""The check of a merged model by its logits, beside those of the adapters on their model."""
+"""Whole models in memory: logits with adapters and merged, and a merge without safetensors.
 
+Where weights are not stored one by one as safetensors, peft merges the whole model in float32:
+large and slow. ``merging`` does without wherever it can.
+"""
+
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,32 +28,13 @@ weight and adapter is rounded to once."""
 def require_same_model(
     model: PreTrainedModel, base: str, adapters: Path, *, healing: Healing
 ) -> None:
-    """Refuse a model that adapters were not trained for.
-
-    Args:
-        model: the cut.
-        base: its name.
-        adapters: the folder of the adapters.
-        healing: their record.
-
-    Raises:
-        ModelError: it is another one.
-    """
+    """Raise ModelError for a model, named ``base``, that adapters were not trained for."""
     if identify(model).fingerprint != healing.model.fingerprint:
         raise another_model(base, adapters, healing)
 
 
 def another_model(base: str, adapters: Path, healing: Healing) -> ModelError:
-    """Make the error for a model that adapters were not trained for.
-
-    Args:
-        base: its name.
-        adapters: the folder of the adapters.
-        healing: their record.
-
-    Returns:
-        The error.
-    """
+    """The error for a model, named ``base``, that adapters were not trained for."""
     return ModelError(
         f"the adapters in {adapters} were trained for {healing.model}, and {base} is "
         f"another model, or has other weights: name the one that they were trained for"
@@ -56,18 +42,7 @@ def another_model(base: str, adapters: Path, healing: Healing) -> ModelError:
 
 
 def with_adapters(model: PreTrainedModel, adapters: Path) -> Any:
-    """Put adapters on a model, for inference.
-
-    Args:
-        model: the cut, in float32.
-        adapters: their folder.
-
-    Returns:
-        peft's model.
-
-    Raises:
-        ModelError: they cannot be loaded.
-    """
+    """Load adapters around a cut as peft's model, for inference; or raise ModelError."""
     from peft import PeftModel
 
     try:
@@ -81,18 +56,9 @@ def with_adapters(model: PreTrainedModel, adapters: Path) -> Any:
 
 
 def adapted_logits(source: ModelSource, adapters: Path, *, healing: Healing) -> torch.Tensor:
-    """Compute the logits of adapters on their model, and let go of it.
+    """Load a cut with its adapters, and compute its (1, T, V) float32 logits on :data:`PROBE`.
 
-    Args:
-        source: the cut.
-        adapters: the folder of the adapters.
-        healing: their record.
-
-    Returns:
-        (1, T, V) float32, on the CPU.
-
-    Raises:
-        ModelError: it is another model, or one of the two cannot be loaded.
+    Raises ModelError for another model, or one that cannot be loaded.
     """
     model, tokenizer = source.load()
     require_same_model(model, str(source), adapters, healing=healing)
@@ -105,16 +71,39 @@ def adapted_logits(source: ModelSource, adapters: Path, *, healing: Healing) -> 
 def probe_logits(
     model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> torch.Tensor:
-    """Compute the logits of a model on :data:`PROBE`.
-
-    Args:
-        model: of transformers, with adapters or without.
-        tokenizer: its tokenizer.
-        device: where token ids go.
-
-    Returns:
-        (1, T, V) float32, on the CPU.
-    """
+    """Compute the (1, T, V) float32 logits of a model on :data:`PROBE`, on the CPU."""
     input_ids = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(device)
     logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits.float().cpu()
+
+
+def merge_in_memory(
+    folder: Path, source: ModelSource, adapters: Path, *, healing: Healing
+) -> torch.Tensor:
+    """Fold adapters into a whole model, float32 sums each rounded once, and save it.
+
+    ``source`` is the cut in the dtype that it is stored in. Returns the logits of the adapters on
+    it, (1, T, V) float32. Raises ModelError if the adapters are another model's, or hold NaN.
+    """
+    model, tokenizer = source.load()
+    require_same_model(model, str(source), adapters, healing=healing)
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    config_dtype = copy.copy(model.config.dtype)
+    device = input_device(find_layers(model))
+    adapted = with_adapters(model.float(), adapters)
+    expected = probe_logits(adapted, tokenizer, device)
+    try:
+        with exact_products():
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"cannot merge the adapters in {adapters}: {error}") from error
+    for name, value in merged.state_dict().items():
+        owner, _, key = name.rpartition(".")
+        if value.dtype != dtypes[name]:
+            getattr(merged.get_submodule(owner), key).data = value.to(dtypes[name])
+    merged.config.dtype = config_dtype
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(merged).pop(attribute, None)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return expected

@@ -21,7 +21,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Let no product in float32 be one of TF32 or bfloat16, whatever the process has asked for."""
+    """Make products in float32 exact: no TF32 or bfloat16, whatever the process has set."""
     cuda, cpu = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
     name, exact = ("fp32_precision", "ieee") if cpu else ("allow_tf32", False)  # torch 2.9
     backends = [backend for backend in (cuda, cpu) if backend]
@@ -39,17 +39,7 @@ def exact_products() -> Iterator[None]:
 def add_low_rank(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scaling: float
 ) -> torch.Tensor:
-    """Add the product of two small matrices to some rows of a weight, in float32.
-
-    Args:
-        weight: (R, N), of any float dtype.
-        left: (R, rank) float32 on the same device.
-        right: (rank, N) float32 on the same device.
-        scaling: the factor of the product.
-
-    Returns:
-        (R, N) float32: ``weight + scaling · left @ right``.
-    """
+    """``weight + scaling · left @ right`` of (R, N), (R, rank) and (rank, N), in float32."""
     return weight.float() + (left @ right) * scaling
 
 
@@ -72,14 +62,7 @@ class LowRank:
     dtype: torch.dtype
 
     def panels(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Divide the weight into panels of rows, of about :data:`PANEL` values.
-
-        Args:
-            device: the device to compute on.
-
-        Yields:
-            The factors of each panel: (R, rank) and (rank, N).
-        """
+        """The factors, (R, rank) and (rank, N), of panels of rows of about :data:`PANEL` values."""
         rows, columns = self.left.shape[1], self.right.shape[2]
         # Even panels: products of one or two rows take another path, and other bits, on CPUs.
         count = max(1, min(math.ceil(rows * columns / PANEL), rows // 4))
@@ -90,17 +73,10 @@ class LowRank:
                 yield left[start:stop].to(device), moved
 
     def changed(self, read: Read, device: torch.device) -> Iterator[Any]:
-        """Make the bytes of the merged weight: float32 sums, each rounded once.
+        """Yield the bytes of the merged weight: float32 sums, each rounded once.
 
-        Args:
-            read: reads the bytes of the weight as it is stored.
-            device: the device to compute on.
-
-        Yields:
-            Buffers of the new bytes.
-
-        Raises:
-            ModelError: a value is not finite, before or after.
+        ``read`` reads the bytes of the weight as it is stored. Raises ModelError if a value is not
+        finite, before or after.
         """
         for left, right in self.panels(device):
             weight = self.read(read, left, right)
@@ -110,16 +86,7 @@ class LowRank:
             yield merged.cpu().contiguous().view(torch.uint8).numpy()
 
     def read(self, read: Read, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Read the panel of the weight that belongs to some factors.
-
-        Args:
-            read: reads on in the bytes of the weight.
-            left: (R, rank).
-            right: (rank, N).
-
-        Returns:
-            (R, N), in the dtype of the weight, on the device of the factors.
-        """
+        """Read the next panel of the weight: (R, N) in its dtype, on the device of the factors."""
         shape = left.shape[0], right.shape[1]
         data = read(shape[0] * shape[1] * self.dtype.itemsize)
         return torch.frombuffer(data, dtype=self.dtype).view(shape).to(left.device)
@@ -143,17 +110,8 @@ def rounding(
 ) -> torch.Tensor:
     """Bound the rounding of a float32 sum of a weight and a product, itself rounded to a dtype.
 
-    Half a unit in the last place of each value, and a rounding of float32 for each addition and
-    product on the way.
-
-    Args:
-        values: the exact sums (R, N), float64.
-        dtype: a float dtype.
-        left: (R, rank), with the factor of the product.
-        right: (rank, N).
-
-    Returns:
-        (R, N) float64.
+    Half a unit in the last place of each exact sum in ``values``, (R, N) float64, and a rounding of
+    float32 for each addition and product on the way. ``left`` holds the factor of the product.
     """
     form, fine = torch.finfo(dtype), torch.finfo(torch.float32).eps
     powers = values.view(torch.int64).bitwise_and(_EXPONENT).view(torch.float64)
@@ -177,16 +135,9 @@ class Deviations:
         self.relative = self.largest = 0.0
 
     def check(self, low_rank: LowRank, was: Read, now: Read, *, device: torch.device) -> None:
-        """Compare a weight that was read back.
+        """Compare the bytes of a weight before and after, ``was`` and ``now``, on a device.
 
-        Args:
-            low_rank: what was added to it.
-            was: reads the bytes that were merged into.
-            now: reads the bytes that were written.
-            device: the device to compute on.
-
-        Raises:
-            ModelError: a value is not the rounded sum.
+        Raises ModelError if a value is not the rounded sum.
         """
         off = whole = 0.0
         for left, right in low_rank.panels(device):

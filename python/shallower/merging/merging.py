@@ -32,9 +32,8 @@ from ..progress import track
 from ..values.files import PLAN_FILE
 from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing, Merge
 from ..values.recipe import Resolved
-from .in_memory import TOLERANCE, adapted_logits, another_model, probe_logits
+from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
 from .low_rank import Deviations, LowRank
-from .memory_merge import merge_in_memory
 from .stored_adapters import low_rank_changes
 
 _NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, HEALING_FIGURE, "job"})
@@ -42,18 +41,9 @@ _NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, HEALING_FIGURE, "job"})
 
 
 def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
-    """Read the dtype of a model's weights, which must not be quantised.
+    """The dtype of a model's weights, a name in ``TOLERANCE``.
 
-    Args:
-        path: a folder or hub id.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        A name in ``TOLERANCE``.
-
-    Raises:
-        ModelError: the weights are quantised, or of a dtype that adapters are not merged into;
-            or the config cannot be read.
+    Raises ModelError if they are quantised, or of a dtype that adapters are not merged into.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -91,17 +81,11 @@ class Merging:
     trust_remote_code: bool = False
 
     def into(self, folder: Path) -> Merge:
-        """Fill a folder with the merged checkpoint, and check it.
+        """Fill an empty folder with the merged checkpoint, and check it.
 
         It is loaded by stock transformers, and its logits are compared with those of the adapters
         on their model, both in float32, where that fits into what is free; else every weight is
         read back and compared with its sum in float64.
-
-        Args:
-            folder: an empty folder.
-
-        Returns:
-            The differences, and the held-out loss.
 
         Raises:
             ModelError: the adapters are another model's, or the result differs.
@@ -224,18 +208,7 @@ def _changing(changes: Mapping[str, LowRank]) -> dict[str, Any]:
 
 
 def fetched(base: str, trust_remote_code: bool = False) -> Path:
-    """Find the folder of a model, which is fetched from the hub if it is not there.
-
-    Args:
-        base: a folder or hub id.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The folder; of a hub id the one in the hub's cache.
-
-    Raises:
-        ModelError: it is not there, or cannot be fetched.
-    """
+    """The folder of a model; a hub id is fetched into the hub's cache, or raises ModelError."""
     if (folder := Path(base).expanduser()).is_dir():
         return folder
 
@@ -260,16 +233,9 @@ def fetched(base: str, trust_remote_code: bool = False) -> Path:
 def trained_logits(
     adapted: Any, tokenizer: PreTrainedTokenizerBase, recipe: Resolved, *, checkpoint: Path
 ) -> torch.Tensor:
-    """Compute the logits on ``PROBE`` of kept adapters on the model as it was trained.
+    """Compute the (1, T, V) float32 logits of peft's model, as it was trained, on ``PROBE``.
 
-    Args:
-        adapted: peft's model.
-        tokenizer: the tokenizer of the model.
-        recipe: the settings of the training.
-        checkpoint: the folder of the adapters.
-
-    Returns:
-        (1, T, V) float32.
+    With the adapters in the folder ``checkpoint``.
     """
     adapted.load_adapter(str(checkpoint), "default")
     adapted.eval()

@@ -1,8 +1,8 @@
 """Adapters of peft by the weights that they change, as those are stored in a checkpoint.
 
 Weights may be stored under other names than the model's, and stacks of experts apart.
-transformers' own conversion is run backwards on stand-ins that hold no values, and remember
-which rows and columns of a weight became which of a stored one.
+transformers' own conversion is run backwards on proxies that hold no values, and track which
+rows and columns of a weight became which of a stored one.
 """
 
 import json
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,7 +25,6 @@ from ..cutting.rewriting import StoredCheckpoint
 from ..errors import ModelError
 from ..models.loading import empty_model
 from .low_rank import DTYPES, LowRank
-from .shape_only import StandIn
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,17 +42,7 @@ _NEVER_MADE = {
 
 
 def read_adapter_config(adapters: Path) -> dict[str, Any]:
-    """Read the settings of adapters, and refuse those that are more than low-rank sums.
-
-    Args:
-        adapters: their folder.
-
-    Returns:
-        The settings of peft.
-
-    Raises:
-        ModelError: there are none, or they are of another kind.
-    """
+    """Read peft's settings of adapters; ModelError if there are none, or for more than LoRA."""
     try:
         config = json.loads((adapters / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = config["peft_type"]
@@ -71,19 +62,10 @@ def read_adapter_config(adapters: Path) -> dict[str, Any]:
 def low_rank_changes(
     stored: StoredCheckpoint, adapters: Path, *, trust_remote_code: bool = False
 ) -> Mapping[str, LowRank] | None:
-    """Find what adapters add to every stored weight of a checkpoint.
+    """Find what adapters add to every stored weight of a checkpoint, by the stored names.
 
-    Args:
-        stored: the checkpoint.
-        adapters: the folder of the adapters.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The changes by the names of the stored weights; None if one of the weights is not stored
-        under a name and in a shape that is known here.
-
-    Raises:
-        ModelError: the adapters do not fit the model, or hold NaN or infinity.
+    None if a weight is not stored under a name and in a shape that is known here. Raises
+    ModelError if the adapters do not fit the model, or hold NaN or infinity.
     """
     read_adapter_config(adapters)
     layout = _Layout(stored, empty_model(stored.folder, trust_remote_code))
@@ -111,7 +93,7 @@ def low_rank_changes(
 
 @dataclass
 class _Factors:
-    """The small matrices of the adapters, read when they are asked for."""
+    """The small matrices of the adapters, read on demand."""
 
     path: Path
     opened: Any
@@ -196,12 +178,7 @@ def _factors(prefix: str, layer: Any, factors: _Factors) -> _Pair:
 
 
 class _Layout:
-    """The way in which a model's weights are stored in a checkpoint.
-
-    Args:
-        stored: the checkpoint.
-        model: the model, without values.
-    """
+    """The way in which the weights of a model, which holds no values, are stored."""
 
     def __init__(self, stored: StoredCheckpoint, model: PreTrainedModel) -> None:
         self._stored, self._model = stored, model
@@ -210,39 +187,31 @@ class _Layout:
         plain = [one for one in every if not isinstance(one, PrefixChange)]
         self._ways = [plain] if len(plain) == len(every) else [plain, every]
 
-    def pieces(self, name: str, shape: Sequence[int]) -> dict[str, "StandIn"] | None:
-        """Find the stored tensors that make up a weight.
-
-        Args:
-            name: of the weight in the model.
-            shape: of the weight.
-
-        Returns:
-            By stored name, the part of the weight that it is; None if it is not found.
-        """
-        for pieces in self._candidates(name, StandIn.of(shape)):
+    def pieces(self, name: str, shape: Sequence[int]) -> dict[str, "WeightProxy"] | None:
+        """The stored tensors that make up a weight, as parts of it by name; None if unknown."""
+        for pieces in self._candidates(name, WeightProxy.of(shape)):
             for named in self._renamed(pieces):
                 if all(self._fits(key, piece) for key, piece in named.items()):
                     return named
         return None
 
-    def _candidates(self, name: str, whole: "StandIn") -> Iterator[dict[str, "StandIn"]]:
+    def _candidates(self, name: str, whole: "WeightProxy") -> Iterator[dict[str, "WeightProxy"]]:
         for way in self._ways:
             model: Any = self._model
             model._weight_conversions = way
             try:
                 yield revert_weight_conversion(model, {name: cast("torch.Tensor", whole)})
             except (AttributeError, TypeError, ValueError, NotImplementedError):
-                continue  # an operation that a stand-in does not know
+                continue  # an operation that a proxy does not know
         yield {name: whole}
 
-    def _renamed(self, pieces: dict[str, "StandIn"]) -> Iterator[dict[str, "StandIn"]]:
+    def _renamed(self, pieces: dict[str, "WeightProxy"]) -> Iterator[dict[str, "WeightProxy"]]:
         """Names as they are, and with or without the prefix of the model below its head."""
         yield pieces
         yield {key.removeprefix(self._prefix): piece for key, piece in pieces.items()}
         yield {self._prefix + key: piece for key, piece in pieces.items()}
 
-    def _fits(self, name: str, piece: "StandIn") -> bool:
+    def _fits(self, name: str, piece: "WeightProxy") -> bool:
         tensor = self._stored.tensors.get(name)
         return (
             tensor is not None
@@ -250,3 +219,114 @@ class _Layout:
             and tensor.shape == tuple(piece.shape)
             and piece.is_matrix
         )
+
+
+_OPERATIONS = ("chunk", "split", "transpose")
+
+
+class WeightProxy:
+    """A weight without values, for the operations that split, transpose and rename it.
+
+    ``axes`` are, for each axis, the axis of the whole weight and the indices there; ``fixed`` the
+    index on every axis of the weight that is gone.
+    """
+
+    def __init__(
+        self, axes: Sequence[tuple[int, NDArray[np.int64]]], fixed: Mapping[int, int]
+    ) -> None:
+        self._axes, self._fixed = list(axes), dict(fixed)
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> "WeightProxy":
+        """The proxy of a whole weight, (M, N) or (E, M, N) of a stack of experts.
+
+        Of a plain matrix the experts' axis is gone.
+        """
+        first = 3 - len(shape)
+        axes = [(first + k, np.arange(size)) for k, size in enumerate(shape)]
+        return cls(axes, {0: 0} if first else {})
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ not in _OPERATIONS:
+            raise NotImplementedError(f"{func.__name__} of a proxy")
+        return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its axes."""
+        return torch.Size(len(indices) for _, indices in self._axes)
+
+    @property
+    def ndim(self) -> int:
+        """The number of its axes."""
+        return len(self._axes)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix, or a stack of experts' ones with the experts first."""
+        order = [axis for axis, _ in self._axes]
+        return [axis for axis in order if axis] in ([1, 2], [2, 1]) and 0 not in order[1:]
+
+    def size(self, dim: int) -> int:
+        """The length of an axis."""
+        return self.shape[dim]
+
+    def contiguous(self) -> "WeightProxy":
+        """Itself: it holds no values."""
+        return self
+
+    def squeeze(self, dim: int) -> "WeightProxy":
+        """Remove an axis of length one."""
+        if self.size(dim) != 1:
+            return self
+        axes = list(self._axes)
+        axis, indices = axes.pop(dim)
+        return WeightProxy(axes, {**self._fixed, axis: int(indices[0])})
+
+    def transpose(self, dim0: int, dim1: int) -> "WeightProxy":
+        """Swap two axes."""
+        axes = list(self._axes)
+        axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+        return WeightProxy(axes, self._fixed)
+
+    def split(self, split_size: Sequence[int] | int, dim: int = 0) -> tuple["WeightProxy", ...]:
+        """Split an axis into parts of these sizes, or of one size."""
+        length = self.size(dim)
+        if isinstance(split_size, int):
+            edges = list(range(split_size, length, split_size))
+        else:
+            edges = list(np.cumsum(split_size))[:-1]
+        axis, indices = self._axes[dim]
+        parts = []
+        for part in np.split(indices, edges):
+            axes = list(self._axes)
+            axes[dim] = axis, part
+            parts.append(WeightProxy(axes, self._fixed))
+        return tuple(parts)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple["WeightProxy", ...]:
+        """Split an axis into so many parts, as torch does."""
+        return self.split(-(-self.size(dim) // chunks), dim)
+
+    def of_product(
+        self, left: torch.Tensor, right: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the factors (E, M, rank) and (E, rank, N) of a whole weight, those of this part."""
+        chosen = {axis: np.array([index]) for axis, index in self._fixed.items()}
+        chosen |= dict(self._axes)
+        left = _take(_take(left, 0, chosen[0]), 1, chosen[1])
+        right = _take(_take(right, 0, chosen[0]), 2, chosen[2])
+        if [axis for axis, _ in self._axes if axis] == [2, 1]:
+            return right.mT, left.mT
+        return left, right
+
+
+def _take(tensor: torch.Tensor, dim: int, indices: NDArray[np.int64]) -> torch.Tensor:
+    """Some of the indices of an axis; a view where they are neighbours."""
+    start, count = int(indices[0]), len(indices)
+    if np.array_equal(indices, np.arange(start, start + count)):
+        return tensor.narrow(dim, start, count)
+    return tensor.index_select(dim, torch.from_numpy(indices))

@@ -1,19 +1,27 @@
 """The folder that a patch leaves: the checkpoint, its report and a card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.card_file import CARD_FILE
 from ..cutting.cards import healed_card
+from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
-from ..storage import new_folder, write_file
+from ..evaluation.loss import evaluate_loss, require_predictable
+from ..models.decoder import Decoder
+from ..storage import check_free, new_folder, write_file
+from ..values.layers import Layers
 from ..values.loss import Loss
 from ..values.patch import Patch
+from ..values.plan import Plan
+from .patch import patch
 
 PATCH_FILE = "shallower_patch.json"
+
+_PATCHED = "matrices beside it were solved anew by least squares."
 
 
 def save_patched(
@@ -47,18 +55,11 @@ def save_patched(
     with new_folder(Path(path), overwrite) as folder:
         folder.rmdir()
         save_model(model, tokenizer, folder, plan=done.plan, losses=losses)
-        card = healed_card(folder / CARD_FILE, _PATCHED[done.method], _patch_rows(done))
+        card = healed_card(folder / CARD_FILE, _PATCHED, _patch_rows(done))
         report = json.dumps(done.to_json(), indent=2) + "\n"
         beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
         for name, content in beside.items():
             write_file(folder / name, content)
-
-
-_PATCHED = {
-    "refit": "matrices beside it were solved anew by least squares.",
-    "map": "a linear map was fused into the matrix before it; nothing was trained.",
-    "magnitude": "the matrices behind it were scaled; nothing was trained.",
-}
 
 
 def _patch_rows(done: Patch) -> list[tuple[str, str]]:
@@ -76,3 +77,52 @@ def _patch_rows(done: Patch) -> list[tuple[str, str]]:
         behind = f"all matrices of the source layers from {done.fits[0].layer} on that are left"
         rows.append(("took steps down the divergence from the source", behind))
     return rows
+
+
+def patch_to_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Plan | Layers,
+    *,
+    texts: Iterable[str],
+    out: str | Path,
+    eval_texts: Iterable[str] | None = None,
+    max_length: int = 256,
+    batch_size: int = 16,
+    num_tokens: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> tuple[Patch, dict[str, Loss]]:
+    """Patch a model in place, save it, and measure it on text that no choice was made on.
+
+    ``texts`` are calibration texts, as for :func:`shallower.patch`; without ``eval_texts`` nothing
+    is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``. Raises
+    as :func:`shallower.patch`, and OutputError if ``out`` is in use or cannot be written to.
+    """
+    check_free(Path(out), overwrite)
+    decoder = Decoder.of(model)
+    plan = Plan.of(len(decoder), layers)
+    plan.check_model(decoder.identity)
+    held_out = [] if eval_texts is None else list(eval_texts)
+    if eval_texts is not None:
+        require_predictable(tokenizer, held_out, max_length)
+    losses: dict[str, Loss] = {}
+
+    def measure(name: str) -> None:
+        if held_out:
+            losses[name] = evaluate_loss(
+                decoder, tokenizer, held_out, max_length=max_length, batch_size=batch_size,
+                progress=progress, description=f"loss, {name}",
+            )  # fmt: skip
+
+    measure("whole")
+    with without_layers(model, plan.blocks):
+        measure("cut")
+    done = patch(
+        model, tokenizer, plan, texts=texts, max_length=max_length,
+        batch_size=batch_size, num_tokens=num_tokens, progress=progress,
+    )  # fmt: skip
+    measure("patched")
+    before_and_after = (losses["whole"], losses["patched"]) if losses else None
+    save_patched(model, tokenizer, out, done=done, overwrite=overwrite, losses=before_and_after)
+    return done, losses
