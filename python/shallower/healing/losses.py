@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.decoder import Decoder
+from ..models.divergence import divergence_terms
 from ..models.head import FEWEST_ROWS, Head, part_sizes, replaced
 
 _ROWS = 128
@@ -74,16 +75,11 @@ def _row_losses(
 def _divergence(
     wanted: torch.Tensor, log_q: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL(p ‖ q) of rows, (R, 1), and p and q; ``log_q`` becomes q.
-
-    The sum is of p (log p − log q) + q − p, in which what the two normalisations err by cancels.
-    """
+    """KL(p ‖ q) of rows, (R, 1), and p and q; ``log_q`` becomes q."""
     log_p = wanted.to(torch.float32, copy=True)
     log_p.sub_(log_p.logsumexp(-1, keepdim=True))  # as q is made: equal logits give 0 exactly
-    p = log_p.exp()
-    terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)
-    q = log_q.exp_()
-    return terms.add_(q).sub_(p).sum(-1, keepdim=True), p, q
+    terms, p, q = divergence_terms(log_p, log_q)
+    return terms.sum(-1, keepdim=True), p, q
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...errors import CriterionError
 from ...evaluation.loss import LOGITS_PER_CHUNK, logits_at, predicting_tokens
+from ...models.divergence import divergence_terms
 from ...models.head import Head
 from ...models.layerwise import Layerwise
 from ...texts.batches import Batch
@@ -66,9 +67,6 @@ class KLJudge(Judge):
 def divergences(whole: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
     """Take KL(p ‖ q) of every row of logits.
 
-    The sum is of p (log p - log q) + q - p, since what the two normalisations err by cancels in
-    it. Equal logits give 0 exactly.
-
     Args:
         whole: (R, V) logits of p, of any float dtype; one may be -inf.
         cut: (R, V) logits of q, on the same device.
@@ -81,8 +79,8 @@ def divergences(whole: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
     found = whole.new_empty(len(whole), dtype=torch.float64)
     pieces = whole.split(rows), cut.split(rows), found.split(rows)
     for of_whole, of_cut, sums in zip(*pieces, strict=True):
-        log_p, log_q = of_whole.float().log_softmax(-1), of_cut.float().log_softmax(-1)
-        p = log_p.exp()
-        surprise = p.mul(log_p.sub_(log_q)).masked_fill_(p == 0, 0)
-        sums.copy_(surprise.add_(log_q.exp_()).sub_(p).sum(-1, dtype=torch.float64))
+        terms, _, _ = divergence_terms(
+            of_whole.float().log_softmax(-1), of_cut.float().log_softmax(-1)
+        )
+        sums.copy_(terms.sum(-1, dtype=torch.float64))
     return found
