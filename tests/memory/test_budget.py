@@ -59,7 +59,9 @@ def test_a_store_is_given_all_that_it_needs_or_nothing(free):
 
 def test_what_is_kept_in_any_case_is_counted(free):
     bound, kept, store = Budget(), Store(), Store()
-    bound.hold(kept, 1000)
+    bound.hold(kept, 100)
+    assert bound.left == 300
+    bound.hold(kept, 900)
     assert (bound.left, bound.share(store)) == (0, 0)
 
 

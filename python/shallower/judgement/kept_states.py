@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import CriterionError, ModelError
+from ..memory.budget import BUDGET
 from ..models.layerwise import rows
 from ..patching.least_squares import NormalEquations
 from ..progress import track
@@ -132,7 +133,7 @@ def _narrowed(masks: list[NDArray[np.bool_]], stay: NDArray[np.bool_]) -> list[N
     return narrowed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class KeptStates:
     """The states of all layers at the tokens that are kept, in the model's dtype, on one device.
 
@@ -242,7 +243,9 @@ def _kept_states(subject: Subject) -> KeptStates:
                 f"bfloat16 or float32 (dtype, --dtype)"
             )
         spreads.append(sums)
-    return KeptStates(tokens, fitted, held_out, np.array(spreads))
+    kept = KeptStates(tokens, fitted, held_out, np.array(spreads))
+    BUDGET.hold(kept, sum(states.nbytes for states in (*fitted, *held_out)))
+    return kept
 
 
 def _without_massive(

@@ -29,12 +29,17 @@ class Budget:
     @property
     def left(self) -> int:
         """Bytes that no store holds."""
-        free = available_bytes(torch.device("cpu"))
-        if not self._held:
-            self._total = int(SHARE * free)
+        free = self._free()
         total = self._total if self.bound is None else int(SHARE * self.bound)
         # What a store was given, but has not filled, is still free: so this may be too much.
-        return max(0, min(total - sum(self._held.values()), int(SHARE * free)))
+        return max(0, min(total - sum(self._held.values()), free))
+
+    def _free(self) -> int:
+        """The share of what is free now; it is for all stores while none of them has begun."""
+        free = int(SHARE * available_bytes(torch.device("cpu")))
+        if not self._held:
+            self._total = free
+        return free
 
     def share(self, store: object) -> int:
         """Give a store half of what is left, and the number of those bytes."""
@@ -52,6 +57,8 @@ class Budget:
     def hold(self, store: object, size: int) -> None:
         """Count bytes that a store needs in any case, whether they are left or not."""
         key = id(store)
+        if not self._held:
+            self._free()
         if key not in self._held:
             weakref.finalize(store, self._held.pop, key, None)
         self._held[key] = self._held.get(key, 0) + size

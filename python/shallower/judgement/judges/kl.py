@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...errors import CriterionError
 from ...evaluation.loss import LOGITS_PER_CHUNK, logits_at, predicting_tokens
+from ...memory.budget import BUDGET
 from ...models.divergence import divergence_terms
 from ...models.head import Head
 from ...models.layerwise import Layerwise
@@ -40,6 +41,7 @@ class KLJudge(Judge):
         """Keep the states of the whole model, as :meth:`Judge.prepare`."""
         kept = torch.empty(states.shape, dtype=states.dtype)  # the caller's may be overwritten
         self._whole[index] = model, kept.copy_(states)
+        BUDGET.hold(self, kept.nbytes)
 
     @torch.inference_mode()
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
