@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import shallower as sh
-from shallower.models.loading import count_layers, load_model
+from shallower.models.loading import load_model
+from shallower.models.source import ModelSource
 from tests.conftest import tiny_llama
 from tests.models.checkpoints import CAUSAL, logits_of
 
@@ -36,7 +37,7 @@ def test_a_folder_is_loaded_in_the_dtype_asked_for(checkpoint, words, kind, dtyp
 
 def test_layers_are_counted_by_the_config_alone(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    assert count_layers(checkpoint) == 6
+    assert ModelSource(checkpoint).count_layers() == 6
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "nf3", "", None, torch.float32, 4])
@@ -45,7 +46,7 @@ def test_an_unknown_dtype_is_refused(checkpoint, dtype):
         load_model(checkpoint, dtype=dtype)
 
 
-@pytest.mark.parametrize("load", [load_model, count_layers])
+@pytest.mark.parametrize("load", [load_model, lambda path: ModelSource(path).count_layers()])
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.gguf", "some/where", "."])
 def test_a_place_without_a_model_is_refused(tmp_path, load, name):
     with pytest.raises(sh.ModelError):
@@ -143,7 +144,7 @@ def test_a_missing_weight_is_named(checkpoint):
 def test_a_damaged_config_has_no_count_of_layers(checkpoint, damage):
     DAMAGES[damage](checkpoint)
     with pytest.raises(sh.ModelError):
-        count_layers(checkpoint)
+        ModelSource(checkpoint).count_layers()
 
 
 BERT = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

@@ -11,7 +11,8 @@ from transformers import (
 
 import shallower as sh
 from shallower.models.identity import identify, stored_dtype
-from shallower.models.loading import count_layers, load_model
+from shallower.models.loading import load_model
+from shallower.models.source import ModelSource
 from tests.models.checkpoints import logits_of, wide_llama
 from tests.models.gguf_files import write_gguf
 
@@ -33,8 +34,8 @@ def test_a_gguf_file_is_loaded_dequantised(gguf_file, by):
 
 
 def test_the_layers_of_a_gguf_file_are_counted(gguf_file):
-    assert count_layers(gguf_file) == 4
-    assert count_layers(gguf_file.parent, gguf_file=gguf_file.name) == 4
+    assert ModelSource(gguf_file).count_layers() == 4
+    assert ModelSource(gguf_file.parent, gguf_file=gguf_file.name).count_layers() == 4
 
 
 def test_a_cut_gguf_model_becomes_a_plain_checkpoint(gguf_file, tmp_path):
@@ -82,7 +83,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
     with pytest.raises(sh.ModelError, match=r"broken\.gguf"):
         load_model(file)
     with pytest.raises(sh.ModelError, match=r"broken\.gguf"):
-        count_layers(file)
+        ModelSource(file).count_layers()
 
 
 @pytest.mark.parametrize("architecture", ["bert", "clip", "t5", "mamba", "nonsense"])

@@ -243,9 +243,9 @@ def _kept_states(subject: Subject) -> KeptStates:
                 f"bfloat16 or float32 (dtype, --dtype)"
             )
         spreads.append(sums)
-    kept = KeptStates(tokens, fitted, held_out, np.array(spreads))
-    BUDGET.hold(kept, sum(states.nbytes for states in (*fitted, *held_out)))
-    return kept
+    made = KeptStates(tokens, fitted, held_out, np.array(spreads))
+    BUDGET.hold(made, sum(states.nbytes for states in (*fitted, *held_out)))
+    return made
 
 
 def _without_massive(

@@ -109,36 +109,6 @@ def _reading(gguf_file: str | None) -> AbstractContextManager[None]:
     return faster_gguf() if gguf_file else nullcontext()
 
 
-def count_layers(
-    path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
-) -> int:
-    """Count the decoder layers by the model's config alone.
-
-    Raises:
-        ModelError: as :func:`load_model`.
-    """
-    return states_shape(path_or_id, gguf_file, trust_remote_code)[0] - 1
-
-
-def states_shape(
-    path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
-) -> tuple[int, int | None]:
-    """Find the shape of a token's states by the model's config alone.
-
-    L+1, the number of states of a token, and D, their width, or None where the config does not
-    tell it.
-
-    Raises:
-        ModelError: as :func:`load_model`.
-    """
-    config = read_config(path_or_id, gguf_file, trust_remote_code)
-    count = layers_of(config)
-    if count is None:
-        raise ModelError(f"the config of {path_or_id} does not tell how many layers it has")
-    width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
-    return count + 1, width if isinstance(width, int) else None
-
-
 def read_config(
     path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ModelError
 from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
 
 if TYPE_CHECKING:
@@ -76,11 +77,19 @@ class ModelSource:
         return self.states_shape()[0] - 1
 
     def states_shape(self) -> tuple[int, int | None]:
-        """Find the shape of a token's states, as :func:`.loading.states_shape`.
+        """Find the shape of a token's states by the model's config alone.
+
+        L+1, the number of states of a token, and D, their width, or None where the config does not
+        tell it.
 
         Raises:
             ModelError: as :meth:`load`.
         """
-        from .loading import states_shape
+        from .loading import layers_of
 
-        return states_shape(self.path, self.gguf_file, self.trust_remote_code)
+        config = self.read_config()
+        count = layers_of(config)
+        if count is None:
+            raise ModelError(f"the config of {self.path} does not tell how many layers it has")
+        width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+        return count + 1, width if isinstance(width, int) else None
