@@ -1,0 +1,182 @@
+"""Whatever is killed at any moment and begun again ends in the same results, to the bit."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from tests.cli.documents import documents
+from tests.conftest import tiny_llama, write_jsonl
+
+HARNESS = """
+import json, os, select, signal, sys, time
+import matplotlib.figure, peft, torch, transformers.models.llama.modeling_llama
+from shallower import cli
+from shallower.healing import callbacks, heal
+from shallower.runs import compare, curve, run
+from shallower.scanning import model
+torch.set_num_threads(1)
+callbacks.SECONDS_BETWEEN_CHECKPOINTS = model.SECONDS_BETWEEN_CHECKPOINTS = 0
+for line in sys.stdin:
+    words, folder, seconds = json.loads(line)
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        os.environ["SHALLOWER_CACHE"] = os.path.join(folder, "cache")
+        said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        try:
+            cli.main(words)
+        except SystemExit as end:
+            os._exit(end.code or 0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    ended = os.pidfd_open(child)
+    if not select.select([ended], [], [], seconds)[0]:
+        os.kill(child, signal.SIGKILL)
+    os.close(ended)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([status, time.monotonic() - began]), flush=True)
+"""
+"""Forks a process for each command, so that none begins with seconds of imports."""
+
+LENGTH = "--max-length 16"
+COMMANDS = {
+    "scan": f"scan tiny --texts texts.jsonl --out out/scan --keep-states out/states.safetensors "
+    f"--batch-size 1 {LENGTH}",
+    "run": f"run tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 2 --top 2 --out out "
+    f"{LENGTH}",
+    "run --heal": f"run tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 2 --top 2 "
+    f"--heal --heal-steps 4 --out out {LENGTH}",
+    "curve": f"curve tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 1,2 "
+    f"--strategies similarity,deepest --out out {LENGTH}",
+    "compare": f"compare tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 1,2 "
+    f"--criteria angular,greedy,one_shot --out out {LENGTH}",
+    "heal": "heal cut --texts texts.jsonl --eval-texts texts.jsonl --max-eval-texts 20 --out out "
+    f"--dtype float32 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 --eval-every 1 {LENGTH}",
+    "merge": "merge adapters --out out",
+    "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
+}
+"""Commands that go on where they were."""
+
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+"""Of two moments each."""
+
+UNLIKE = {"seconds", "tokens_per_second", "made", "measured", "job", "ended"}
+"""What two runs of the same command do not agree on in their JSON."""
+
+
+@dataclass
+class Machine:
+    """Runs commands, each in a process that may be killed."""
+
+    process: subprocess.Popen
+
+    def run(self, words, folder, seconds=None):
+        """How the command ended, and after how many seconds."""
+        self.process.stdin.write(json.dumps([words.split(), str(folder), seconds]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def machine():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", HARNESS],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    ) as process:  # fmt: skip
+        yield Machine(process)
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, words, machine):
+    """What the commands are given."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny_llama().save_pretrained(folder / "tiny")
+    words.save_pretrained(folder / "tiny")
+    write_jsonl(folder / "texts.jsonl", documents(200))
+    write_jsonl(folder / "held_out.jsonl", documents(12, seed=1))
+    for command in (
+        "prune tiny --drop 2:4 --out cut",
+        COMMANDS["heal"].replace("--out out", "--out adapters"),
+    ):
+        status, _ = machine.run(command, folder)
+        assert status == 0, (folder / "said").read_text()
+    (folder / "said").unlink()
+    return folder
+
+
+def begun(place, folder):
+    """A folder of its own with what the commands are given."""
+    folder.mkdir()
+    for name in ("tiny", "cut", "adapters", "texts.jsonl", "held_out.jsonl"):
+        (folder / name).symlink_to(place / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place, machine):
+    """What a command leaves that nobody kills, and how long it takes, by the command."""
+    known = {}
+
+    def run(name):
+        if name not in known:
+            folder = begun(place, place / f"whole {name}")
+            status, seconds = machine.run(COMMANDS[name], folder)
+            assert status == 0, (folder / "said").read_text()
+            known[name] = folder, seconds
+        return known[name]
+
+    return run
+
+
+def results(out):
+    """All that is below a folder, without times, and without pages and figures of the rest."""
+    return {
+        str(path.relative_to(out)): _content(path)
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def _content(path):
+    if path.suffix == ".json":
+        return _plain(json.loads(path.read_text()))
+    if path.suffix in (".html", ".png", ".md", ".csv"):
+        return "written from the rest"
+    return path.read_bytes()
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {name: _plain(inside) for name, inside in value.items() if name not in UNLIKE}
+    return [_plain(inside) for inside in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
+)
+def test_what_is_killed_at_two_random_moments_ends_in_the_same_results(
+    place, machine, whole, tmp_path, name, seed
+):
+    expected, seconds = whole(name)
+    folder = begun(place, tmp_path / "work")
+    chance = random.Random(f"{name} {seed}")
+    ends = [
+        machine.run(COMMANDS[name], folder, chance.uniform(0.05, 0.95) * seconds)[0]
+        for _ in range(2)
+    ]
+    assert set(ends) <= {0, -9}, (folder / "said").read_text()
+    status, _ = machine.run(COMMANDS[name], folder)
+    assert status == 0, (folder / "said").read_text()
+    assert results(folder / "out") == results(expected / "out")
