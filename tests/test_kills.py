@@ -60,7 +60,8 @@ COMMANDS = {
     "compare": f"compare tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 1,2 "
     f"--criteria angular,greedy,one_shot --out out {LENGTH}",
     "heal": "heal cut --texts texts.jsonl --eval-texts texts.jsonl --max-eval-texts 20 --out out "
-    f"--dtype float32 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 --eval-every 1 {LENGTH}",
+    "--dtype float32 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 --eval-every 1 "
+    + LENGTH,
     "merge": "merge adapters --out out",
     "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
 }

@@ -46,7 +46,7 @@ class SettingsError(ShallowerError):
 
 
 class CacheError(ShallowerError):
-    """An entry of the cache that is damaged."""
+    """A store of measurements that cannot be cleared, or an entry that is not what it should be."""
 
 
 class PlanError(ShallowerError):

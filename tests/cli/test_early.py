@@ -79,7 +79,21 @@ EARLY = [
     ("analyse none.npy --out out --metrics taxicab", "taxicab"),
     ("prune {tiny} --out out", "either by --drop or by --plan"),
     ("prune {tiny} --drop junk --out out", "cannot read 'junk'"),
+    ("prune {tiny} --drop '' --out out", "cannot read ''"),
+    ("prune {tiny} --drop -1 --out out", "'-1'"),
+    ("prune {tiny} --drop 4:2 --out out", "[4, 2)"),
+    ("prune {tiny} --drop 1,1 --out out", "layer 1 is named twice"),
     ("prune {tiny} --drop 1 --out taken", "taken exists already"),
+    (SCAN + "allenai/c4", "id:split"),
+    (SCAN + "{texts} --max-texts 0", "--max-texts"),
+    (SCAN + "{texts} --threads many", "--threads"),
+    (SCAN + "{texts} --max-text 3", "--max-text"),
+    (SCAN + "{texts} --keep-states out/scan.safetensors", "the scan itself"),
+    ("scan {tiny} --out out", "Missing option '--texts'"),
+    ("plan {scan} --n two", "--n"),
+    ("plan {scan} --n 2 --strategy best", "--strategy"),
+    ("prune {tiny} --drop 1 --plan none --out out", "either by --drop or by --plan"),
+    ("prnue {tiny}", "prnue"),
 ]
 
 

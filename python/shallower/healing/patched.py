@@ -1,7 +1,6 @@
 """The patched cut that a healing starts from: made beside the place of the healing, once."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -13,6 +12,7 @@ from ..models.identity import stored_digest
 from ..patching.patch import with_patch
 from ..patching.saving import PATCH_FILE, save_patched
 from ..storage import partial_folder
+from ..values.hashing import hash_of
 from ..values.plan import Plan
 
 if TYPE_CHECKING:
@@ -123,5 +123,4 @@ def _job(path: str, original: str, texts: Iterable[str], max_length: int) -> str
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error}") from error
     # A hash, as the file stays beside the patched cut and the name may be a path.
-    described = json.dumps([cut, original, digest.hexdigest(), max_length])
-    return hashlib.sha256(described.encode()).hexdigest()
+    return hash_of([cut, original, digest.hexdigest(), max_length])

@@ -8,11 +8,11 @@ command printed. An output that somebody has changed since is nothing that is kn
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import file_digest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..models.source import ModelSource
+from ..storage import sha256_of
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from .inputs import inputs_of
@@ -124,6 +124,5 @@ def output_of(
 def _mark(path: Path) -> list[Any]:
     status = path.lstat()
     if status.st_size <= SMALL_BYTES:
-        with path.open("rb") as file:
-            return [status.st_size, file_digest(file, "sha256").hexdigest()]
+        return [status.st_size, sha256_of(path)]
     return [status.st_size, status.st_mtime_ns, status.st_ino]

@@ -1,4 +1,4 @@
-"""What a result depends on, as the cache's entries are found by it: models, texts, the machine.
+"""What a result depends on, by which the store finds it: models, texts, the machine.
 
 Loads no torch: a result that is known is found within a fraction of a second.
 """
@@ -19,7 +19,9 @@ from ..errors import ShallowerError
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..progress import track
+from ..storage import sha256_of
 from ..texts.sources import Texts
+from ..values.hashing import hash_of
 from ..values.provenance import versions
 from .store import Store
 
@@ -31,7 +33,6 @@ LARGE_BYTES = 1 << 30
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_BLOCK = 1 << 22
 _DECIDING = (
     "SHALLOWER_TIER", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
     "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE",
@@ -39,21 +40,16 @@ _DECIDING = (
 """Variables that choose the instructions or devices of a computation."""
 
 
-def model_inputs(source: ModelSource, cache: Store, *, stat: bool = False) -> dict[str, Any] | None:
+def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> dict[str, Any] | None:
     """Tell what a loaded model depends on: its files, how it is loaded, machine and versions.
 
-    Args:
-        source: the model.
-        cache: where hashes of files are kept, until a file changes.
-        stat: know weights by place, size and time of change, and do not read them.
-
-    Returns:
-        Plain JSON values; None where it cannot be told, or the cache is off.
+    With ``stat``, weights are known by place, size and time of change, and not read. None where it
+    cannot be told, or the store is off.
     """
-    if cache.folder is None:
+    if store.folder is None:
         return None
     try:
-        content = _local(source, cache, stat) or _on_the_hub(source)
+        content = _local(source, store, stat) or _on_the_hub(source)
     except (OSError, ValueError, AttributeError, RuntimeError):
         return None  # not there or damaged: whoever loads it says so
     if content is None:
@@ -68,18 +64,13 @@ def model_inputs(source: ModelSource, cache: Store, *, stat: bool = False) -> di
     }
 
 
-def texts_inputs(texts: Texts | Iterable[str] | None, cache: Store) -> dict[str, Any] | None:
+def texts_inputs(texts: Texts | Iterable[str] | None, store: Store) -> dict[str, Any] | None:
     """Tell texts by the strings that are read, whatever file they come from.
 
-    Args:
-        texts: a source, or a list of texts.
-        cache: where hashes of files are kept, until a file changes.
-
-    Returns:
-        Their number and hash. None where it cannot be told: the cache is off, the texts are
-        broken, or they are a whole dataset of the hub, which nobody would read for this.
+    None where it cannot be told: the store is off, the texts are broken, or they are a whole
+    dataset of the hub, which nobody would read for this.
     """
-    if cache.folder is None or texts is None:
+    if store.folder is None or texts is None:
         return None
     stamps = None
     if isinstance(texts, Texts):
@@ -88,78 +79,63 @@ def texts_inputs(texts: Texts | Iterable[str] | None, cache: Store) -> dict[str,
             return None
         stamps = path.is_file() and _stamps([path])
     memo = {"texts": stamps, "limit": getattr(texts, "limit", None)} if stamps else None
-    known = cache.get("hashes", memo)
+    known = store.get("hashes", memo)
     if known is None:
         known = _hash_of_texts(texts)
         if known is not None:
-            cache.put("hashes", memo, known)
+            store.put("hashes", memo, known)
     return known
 
 
 def inputs_of(
-    cache: Store,
+    store: Store,
     models: Mapping[str, ModelSource | None],
     texts: Mapping[str, Texts | Iterable[str] | None],
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Put together what a command's result depends on.
+    """Put together what a command's result depends on; None where a part cannot be told.
 
-    Args:
-        cache: where hashes of files are kept.
-        models: by the name of their option; None where it was not given.
-        texts: by the name of their option; None where it was not given.
-        settings: all else, as plain JSON values.
-
-    Returns:
-        Plain JSON values; None where a part of them cannot be told.
+    Models and texts are named by their options, and None where those were not given; settings are
+    JSON values.
     """
-    if cache.folder is None:
+    if store.folder is None:
         return None
     found: dict[str, Any] = {}
     for name, source in models.items():
-        found[name] = None if source is None else model_inputs(source, cache)
+        found[name] = None if source is None else model_inputs(source, store)
         if source is not None and found[name] is None:
             return None
     for name, some in texts.items():
-        found[name] = texts_inputs(some, cache)
+        found[name] = texts_inputs(some, store)
         if some is not None and found[name] is None:
             return None
     return {**found, **settings}
 
 
-def adapters_inputs(adapters: Path, model: str | None, cache: Store) -> dict[str, Any] | None:
+def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str, Any] | None:
     """Tell adapters by their files, and by the cut that they were trained for.
 
-    Args:
-        adapters: the folder of the adapters.
-        model: the cut; by default where the adapters say that it was.
-        cache: where hashes of files are kept.
-
-    Returns:
-        Plain JSON values; None where it cannot be told, or the cache is off.
+    ``model`` is that cut, by default where the adapters say that it was. None where it cannot be
+    told, or the store is off.
     """
-    if cache.folder is None:
+    if store.folder is None:
         return None
     try:
         base = model
         if base is None:
             config = json.loads((adapters / "adapter_config.json").read_bytes())
             base = str(config["base_model_name_or_path"])
-        own = hash_of_files(sorted(p for p in adapters.iterdir() if p.is_file()), cache)
+        own = hash_of_files(sorted(p for p in adapters.iterdir() if p.is_file()), store)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # damaged: whoever loads them says so
-    cut = model_inputs(ModelSource(base), cache)
+    cut = model_inputs(ModelSource(base), store)
     return None if cut is None else {"adapters": own, "cut": cut}
 
 
 def file_inputs(path: str | Path) -> list[Any] | None:
     """Tell a file by its place, size and time of change, without reading it.
 
-    Args:
-        path: the file.
-
-    Returns:
-        Plain JSON values; None if it is not there, or changes right now.
+    None if it is not there, or changes right now.
     """
     try:
         return _stamps([Path(path).expanduser()])
@@ -167,36 +143,30 @@ def file_inputs(path: str | Path) -> list[Any] | None:
         return None
 
 
-def hash_of_files(files: list[Path], cache: Store) -> str:
-    """Hash the names and contents of files; what was hashed before is not read again.
+def hash_of_files(files: list[Path], store: Store) -> str:
+    """Hash the names and contents of files; one that was hashed before is not read again.
 
-    Args:
-        files: the files, in an order of their own.
-        cache: where hashes are kept, until a file changes.
-
-    Returns:
-        The SHA-256 in hexadecimal.
-
-    Raises:
-        OSError: a file cannot be read.
+    Raises OSError if a file cannot be read.
     """
-    stamps = _stamps(files)
-    memo = None if stamps is None else {"files": stamps}
-    known = cache.get("hashes", memo)
-    if known is not None:
-        return str(known["sha256"])
-    digest = hashlib.sha256()
     total = sum(file.stat().st_size for file in files)
     with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
+        found = []
         for file in files:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb", buffering=0) as opened:
-                while block := opened.read(_BLOCK):
-                    digest.update(block)
-                    advance(len(block) >> 20)
-    if stamps == _stamps(files):
-        cache.put("hashes", memo, {"sha256": digest.hexdigest()})
-    return digest.hexdigest()
+            found.append([file.name, _hash_of_file(file, store)])
+            advance(file.stat().st_size >> 20)
+    return hash_of(found)
+
+
+def _hash_of_file(file: Path, store: Store) -> str:
+    stamps = _stamps([file])
+    memo = None if stamps is None else {"file": stamps}
+    known = store.get("hashes", memo)
+    if known is not None:
+        return str(known["sha256"])
+    found = sha256_of(file)
+    if stamps == _stamps([file]):
+        store.put("hashes", memo, {"sha256": found})
+    return found
 
 
 @remembering
@@ -210,7 +180,7 @@ def machine() -> dict[str, Any]:
     nodes = [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
     return {
         "architecture": platform.machine(),
-        "cpu": hashlib.sha256("\n".join(own).encode()).hexdigest(),
+        "cpu": hash_of(own),
         "gpus": [*models, *sorted(nodes)],
         "variables": {name: os.environ[name] for name in _DECIDING if name in os.environ},
     }
@@ -220,10 +190,9 @@ def machine() -> dict[str, Any]:
 def made_by() -> dict[str, str]:
     """Name the versions of the packages that make a result, and hash this one's own code."""
     package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted([*package.rglob("*.py"), *package.glob("_core*")]):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return {**versions(), "code": digest.hexdigest()}
+    files = sorted([*package.rglob("*.py"), *package.glob("_core*")])
+    code = hash_of([[str(path.relative_to(package)), sha256_of(path)] for path in files])
+    return {**versions(), "code": code}
 
 
 def _lines(path: Path) -> list[str]:
@@ -233,7 +202,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _local(source: ModelSource, cache: Store, stat: bool) -> dict[str, Any] | None:
+def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | None:
     """A folder by all files directly in it, or a GGUF file; None if it is neither."""
     path = Path(source.path).expanduser()
     if source.gguf_file is not None and path.is_dir():
@@ -253,7 +222,7 @@ def _local(source: ModelSource, cache: Store, stat: bool) -> dict[str, Any] | No
         if found["stamps"] is None:
             return None
     others = [file for file in files if file not in weights]
-    return {**found, "sha256": hash_of_files(others, cache)}
+    return {**found, "sha256": hash_of_files(others, store)}
 
 
 def _reaches_elsewhere(files: list[Path]) -> bool:

@@ -1,6 +1,5 @@
 """What a model is measured by, before and after a cut: loss, perplexity, tasks."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..evaluation.task_files import files_of
+from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.perplexity import Perplexity
 from ..values.task_scores import TaskScores
@@ -33,7 +33,7 @@ class Measure(ABC, Generic[T]):
     """A measure of a model, whose results are kept.
 
     Attributes:
-        kind: its name, also that of the cache's entries.
+        kind: its name, also that of the entries in the store.
         tokens: how texts become batches.
     """
 
@@ -41,7 +41,7 @@ class Measure(ABC, Generic[T]):
     tokens: Tokens
 
     @abstractmethod
-    def inputs(self, cache: Store) -> Mapping[str, Any] | None:
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Tell all that it depends on beside the model; None where it cannot be told."""
 
     def prepare(self) -> None:
@@ -75,9 +75,9 @@ class LossOfTexts(Measure[Loss]):
     tokens: Tokens = field(default_factory=Tokens)
     kind = "loss"
 
-    def inputs(self, cache: Store) -> Mapping[str, Any] | None:
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Tell the texts by their content."""
-        texts = texts_inputs(self.texts, cache)
+        texts = texts_inputs(self.texts, store)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
 
     def measure(
@@ -122,10 +122,9 @@ class PerplexityOfText(Measure[Perplexity]):
         """The length of a window."""
         return Tokens(self.context, self.batch_size)
 
-    def inputs(self, cache: Store) -> Mapping[str, Any]:
+    def inputs(self, store: Store) -> Mapping[str, Any]:
         """Tell the text by its content."""
-        digest = hashlib.sha256(self.text.encode()).hexdigest()
-        return {"text": digest, "bos": self.bos, "tokens": asdict(self.tokens)}
+        return {"text": hash_of(self.text), "bos": self.bos, "tokens": asdict(self.tokens)}
 
     def measure(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
@@ -171,14 +170,14 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         """The length of a prompt that memory is planned for."""
         return Tokens(PROMPT_TOKENS, self.batch_size)
 
-    def inputs(self, cache: Store) -> Mapping[str, Any] | None:
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Tell the task files and their data by content; None for tasks from elsewhere."""
         files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
         try:
-            if cache.folder is None or files is None:
+            if store.folder is None or files is None:
                 return None
             return {
-                "tasks": list(self.names), "files": hash_of_files(files, cache),
+                "tasks": list(self.names), "files": hash_of_files(files, store),
                 "settings": dict(self.settings), "batch_size": self.batch_size,
                 "lm_eval": version("lm_eval"),
             }  # fmt: skip
