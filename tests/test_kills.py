@@ -47,21 +47,20 @@ for line in sys.stdin:
 """
 """Forks a process for each command, so that none begins with seconds of imports."""
 
-LENGTH = "--max-length 16"
+ON_TEXTS = "tiny --texts texts.jsonl --eval-texts held_out.jsonl --max-length 16 --out out"
+HEAL = (
+    "heal cut --original tiny --objective kd --texts texts.jsonl --eval-texts texts.jsonl "
+    "--max-eval-texts 20 --max-length 16 --dtype float32 --batch-size 8 --steps 6 --rank 2 "
+    "--learning-rate 0.01 --eval-every 1 --out "
+)
 COMMANDS = {
-    "scan": f"scan tiny --texts texts.jsonl --out out/scan --keep-states out/states.safetensors "
-    f"--batch-size 1 {LENGTH}",
-    "run": f"run tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 2 --top 2 --out out "
-    f"{LENGTH}",
-    "run --heal": f"run tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 2 --top 2 "
-    f"--heal --heal-steps 4 --out out {LENGTH}",
-    "curve": f"curve tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 1,2 "
-    f"--strategies similarity,deepest --out out {LENGTH}",
-    "compare": f"compare tiny --texts texts.jsonl --eval-texts held_out.jsonl --n 1,2 "
-    f"--criteria angular,greedy,one_shot --out out {LENGTH}",
-    "heal": "heal cut --texts texts.jsonl --eval-texts texts.jsonl --max-eval-texts 20 --out out "
-    "--dtype float32 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 --eval-every 1 "
-    + LENGTH,
+    "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out/scan "
+    "--keep-states out/states.safetensors",
+    "run": f"run {ON_TEXTS} --n 2 --top 2",
+    "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --heal --heal-steps 4",
+    "curve": f"curve {ON_TEXTS} --n 1,2 --strategies similarity,deepest",
+    "compare": f"compare {ON_TEXTS} --n 1,2 --criteria angular,greedy,one_shot",
+    "heal": HEAL + "out",
     "merge": "merge adapters --out out",
     "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
 }
@@ -106,10 +105,7 @@ def place(tmp_path_factory, words, machine):
     words.save_pretrained(folder / "tiny")
     write_jsonl(folder / "texts.jsonl", documents(200))
     write_jsonl(folder / "held_out.jsonl", documents(12, seed=1))
-    for command in (
-        "prune tiny --drop 2:4 --out cut",
-        COMMANDS["heal"].replace("--out out", "--out adapters"),
-    ):
+    for command in ("prune tiny --drop 2:4 --out cut", HEAL + "adapters"):
         status, _ = machine.run(command, folder)
         assert status == 0, (folder / "said").read_text()
     (folder / "said").unlink()
