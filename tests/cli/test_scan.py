@@ -4,10 +4,7 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import asdict
 
 import pytest
@@ -15,7 +12,7 @@ import pytest
 import shallower as sh
 from shallower import Scan
 from shallower.reporting import figures
-from tests.cli.documents import documents, plain, tree
+from tests.cli.documents import plain, tree
 from tests.commands import SHALLOWER
 from tests.conftest import write_jsonl
 
@@ -142,43 +139,6 @@ def test_a_second_scan_needs_overwrite(shallower, folder, tiny, jsonl):
     )
     assert done.status == 0
     assert Scan.load(folder / "out" / "scan.safetensors").num_samples == 3
-
-
-CHILD = """
-import sys
-from shallower import cli
-from shallower.scanning import model
-model.SECONDS_BETWEEN_CHECKPOINTS = 0
-cli.main()
-"""
-
-
-def test_a_killed_scan_goes_on_where_it_was(shallower, folder, tiny):
-    texts = documents(200)
-    source = write_jsonl(folder / "many.jsonl", texts)
-    command = ["scan", tiny, "--texts", source, "--out", "out", "--batch-size", 1]
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    partial = folder / "out" / "scan.partial.safetensors"
-    deadline = time.monotonic() + 60
-    while not partial.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    assert 0 < Scan.load(partial).num_samples < 200
-    assert not (folder / "out" / "scan.safetensors").exists()
-
-    assert shallower(*command).status == 0
-    assert {path.name for path in (folder / "out").iterdir()} == {
-        "scan.safetensors",
-        "heat_map.png",
-    }
-    sh.scan(*sh.load_model(tiny), texts, batch_size=1).save(folder / "whole")
-    assert (folder / "out" / "scan.safetensors").read_bytes() == (folder / "whole").read_bytes()
 
 
 def test_a_scan_in_the_place_of_a_killed_one_of_other_texts_says_what_to_do(

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import pkgutil
 from dataclasses import replace
 
 import pytest
@@ -225,40 +224,6 @@ def test_points_of_another_curve_are_not_measured_again(learned, words, tmp_path
 # Cut short, and gone on with.
 class Killed(BaseException):
     """Ends a curve as a kill would, where nothing catches it."""
-
-
-@pytest.mark.parametrize(
-    ("place", "after"),
-    [
-        ("shallower.runs.study.write_file", 1),
-        ("shallower.runs.study.write_file", 4),
-        ("shallower.runs.store.Store.put", 6),
-        ("shallower.runs.measuring.loss_as_it_is", 2),
-        ("shallower.scanning.scan.Scan.save", 1),
-    ],
-)
-def test_a_curve_that_was_killed_goes_on_to_the_same_bits(
-    done, learned, words, tmp_path, monkeypatch, place, after
-):
-    owner, _, name = place.rpartition(".")
-    owner = pkgutil.resolve_name(owner)
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **options):
-        calls.append(1)
-        if len(calls) > after:
-            raise Killed
-        return original(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            sh.curve(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
-    again = sh.curve(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
-    assert measured(again) == measured(done[0])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "curve.json", "curve.csv", "scan.safetensors",
-    }  # fmt: skip
 
 
 # Healed.

@@ -1,7 +1,6 @@
 """The stages joined."""
 
 import json
-import pkgutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -302,55 +301,6 @@ def test_a_family_that_no_patch_fits_is_cut(words, tmp_path):
 
 
 # Cut short, and gone on with.
-class Killed(BaseException):
-    """Ends a run as a kill would, where nothing catches it."""
-
-
-def hashes(out):
-    """The saved weights, bit for bit."""
-    return {path.name: path.read_bytes() for path in (out / "checkpoint").glob("*.safetensors")}
-
-
-@pytest.mark.parametrize(
-    ("place", "after"),
-    [
-        pytest.param("shallower.runs.store.Store.put", 5, marks=pytest.mark.slow),
-        ("shallower.runs.store.Store.put", 7),
-        pytest.param("shallower.runs.store.Journal.append", 20, marks=pytest.mark.slow),
-        ("shallower.runs.store.Journal.append", 60),
-        ("shallower.runs.recommending.save_patched", 0),
-        pytest.param("shallower.runs.recommending.verify_checkpoint", 0, marks=pytest.mark.slow),
-        pytest.param("shallower.reporting.results.Run.save", 0, marks=pytest.mark.slow),
-        ("shallower.reporting.results.Run.save", 2),
-        pytest.param("shallower.reporting.results.Run.save", 4, marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_that_was_killed_goes_on_to_the_same_model(
-    done, learned, words, tmp_path, monkeypatch, place, after
-):
-    owner, _, name = place.rpartition(".")
-    owner = pkgutil.resolve_name(owner)
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **options):
-        calls.append(1)
-        if len(calls) > after:
-            raise Killed
-        return original(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2)
-    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2)
-    assert hashes(again.out) == hashes(done.out)
-    assert again.recommended.plan.dropped == done.recommended.plan.dropped
-    assert again.recommended.patched == done.recommended.patched
-    assert [replace(row, seconds=0.0) for row in again.table] == [
-        replace(row, seconds=0.0) for row in done.table
-    ]
-
-
 def test_another_run_needs_overwrite_before_any_work(learned, words, tmp_path):
     sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
     before = (tmp_path / "out" / "results.json").read_bytes()

@@ -3,10 +3,8 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,7 +25,7 @@ from shallower.texts.batches import TokenBatches
 from shallower.values.identity import ModelIdentity, TextsIdentity
 from shallower.values.plan import Rejection
 from shallower.values.tokens import Tokens
-from tests.conftest import WORDS, tiny_llama, write_jsonl
+from tests.conftest import WORDS, tiny_llama
 
 MODEL = ModelIdentity("model", "llama", 4, "bfloat16", "f" * 64)
 ALL = ("angular", "cosine", "relative_l2", "norm_ratio")
@@ -440,41 +438,3 @@ def test_a_scan_that_finds_nothing_leaves_no_states(llama, words, tmp_path, text
     with pytest.raises((TextsError, StatesError)):
         sh.scan(llama, words, texts, keep_states=tmp_path / "states.safetensors")
     assert left(tmp_path) == set()
-
-
-CHILD = """
-import sys
-from shallower import cli
-from shallower.scanning import model
-model.SECONDS_BETWEEN_CHECKPOINTS = 0
-cli.main()
-"""
-
-
-def test_a_killed_scan_goes_on_to_the_same_states(words, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "tiny")
-    words.save_pretrained(tmp_path / "tiny")
-    texts = write_jsonl(tmp_path / "texts.jsonl", documents(200))
-    path, out = tmp_path / "kept" / "states.safetensors", tmp_path / "out"
-    command = ["scan", tmp_path / "tiny", "--texts", texts, "--out", out, "--batch-size", 1]
-    command = [sys.executable, "-c", CHILD, *map(str, [*command, "--keep-states", path])]
-    options = {
-        "env": {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-    }
-    partial = out / "scan.partial.safetensors"
-    child = subprocess.Popen(command, **options)
-    deadline = time.monotonic() + 60
-    while not partial.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    assert not path.exists()
-    assert not (out / "scan.safetensors").exists()
-    assert 0 < sh.Scan.load(partial).num_samples < 200
-    subprocess.run(command, check=True, **options)
-    assert left(path.parent) == {path.name}
-    again = sh.analyse_states(path, metrics=("angular", "cosine"))
-    assert saved(again, tmp_path / "again") == (out / "scan.safetensors").read_bytes()
-    assert sorted(load_file(path)["samples"].tolist()) == list(range(200))
