@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.cli.documents import documents
 from tests.conftest import tiny_llama, write_jsonl
+from tests.healing.cuts import documents
 
 HARNESS = """
 import json, os, select, signal, sys, time
@@ -49,9 +49,8 @@ for line in sys.stdin:
 
 ON_TEXTS = "tiny --texts texts.jsonl --eval-texts held_out.jsonl --max-length 16 --out out"
 HEAL = (
-    "heal cut --original tiny --objective kd --texts texts.jsonl --eval-texts texts.jsonl "
-    "--max-eval-texts 20 --max-length 16 --dtype float32 --batch-size 8 --steps 6 --rank 2 "
-    "--learning-rate 0.01 --eval-every 1 --out "
+    "heal cut --texts texts.jsonl --eval-texts held_out.jsonl --max-length 16 --dtype float32 "
+    "--batch-size 8 --steps 6 --rank 4 --learning-rate 0.01 --eval-every 1 --out "
 )
 COMMANDS = {
     "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out/scan "
@@ -103,8 +102,8 @@ def place(tmp_path_factory, words, machine):
     folder = tmp_path_factory.mktemp("given")
     tiny_llama().save_pretrained(folder / "tiny")
     words.save_pretrained(folder / "tiny")
-    write_jsonl(folder / "texts.jsonl", documents(200))
-    write_jsonl(folder / "held_out.jsonl", documents(12, seed=1))
+    write_jsonl(folder / "texts.jsonl", documents(200, 0))
+    write_jsonl(folder / "held_out.jsonl", documents(12, 1))
     for command in ("prune tiny --drop 2:4 --out cut", HEAL + "adapters"):
         status, _ = machine.run(command, folder)
         assert status == 0, (folder / "said").read_text()

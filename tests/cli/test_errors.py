@@ -14,7 +14,7 @@ DRY = [
     "plan {scan} --n 2 --out out",
     "prune {tiny} --drop 1:3 --out out",
     "prune {tiny} --plan {plan} --out out",
-    "run {tiny} --texts {texts} --eval-texts {texts} --out out --n 1",
+    "run {tiny} --texts {texts} --eval-texts {held_out} --out out --n 1",
 ]
 
 
@@ -24,6 +24,7 @@ def places(models, texts, scans, plans):
         "models": models,
         "tiny": models / "tiny",
         "texts": texts / "texts.jsonl",
+        "held_out": texts / "held_out.jsonl",
         "scan": scans / "tiny",
         "plan": plans / "tiny",
     }
@@ -46,8 +47,8 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     [
         "scan {tiny} --texts {texts} --out out --metrics taxicab",
         "scan none --texts {texts} --out out",
-        "run {tiny} --texts {texts} --eval-texts {texts} --out out --n 99",
-        "run none --texts {texts} --eval-texts {texts} --out out --n 1",
+        "run {tiny} --texts {texts} --eval-texts {held_out} --out out --n 99",
+        "run none --texts {texts} --eval-texts {held_out} --out out --n 1",
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would_refuse_at_once(shallower, places, command):
@@ -81,7 +82,7 @@ def errors(folder, places):
 
 
 SCAN = "scan {tiny} --out out --texts "
-RUN = "run {tiny} --texts {texts} --eval-texts {texts} --n 1 --out "
+RUN = "run {tiny} --texts {texts} --eval-texts {held_out} --n 1 --out "
 ERRORS = [
     (SCAN + "{bad}/empty_texts.jsonl", "2 of 2 samples rejected"),
     (SCAN + "{texts} --device-map nowhere", "nowhere"),
