@@ -65,8 +65,12 @@ COMMANDS = {
 }
 """Commands that go on where they were."""
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
-"""Of two moments each."""
+MOMENTS = [
+    pytest.param(name, seed, marks=pytest.mark.slow if seed or name == "run --heal" else ())
+    for name in COMMANDS
+    for seed in range(5)
+]
+"""A command, and the seed of two moments: ten moments each, two of them in the quick tests."""
 
 UNLIKE = {"seconds", "tokens_per_second", "made", "measured", "job", "ended"}
 """What two runs of the same command do not agree on in their JSON."""

@@ -50,8 +50,8 @@ EARLY = [
     (RUN + "{texts} --n 2 --params 9", "n and params are given"),
     (RUN + "{texts} --params lots", "no number of parameters"),
     (RUN + "{texts} --heal-steps 2", "--heal-steps without --heal"),
-    (RUN + "{texts} --out taken", "taken/results.json exists already"),
-    (RUN + "{texts} --out healed --heal", "healed/healed exists already"),
+    (RUN + "{held} --out taken", "taken/results.json exists already"),
+    (RUN + "{held} --out healed --heal", "healed/healed exists already"),
     (CURVE + "field.jsonl", "no field `text`"),
     ("curve {tiny} --out out --texts {texts}", "Missing option '--eval-texts'"),
     (CURVE + "{texts} --n=-1", "cannot read '-1'"),
@@ -107,7 +107,12 @@ def place(tmp_path_factory, models, texts, scans):
     (folder / "healed" / "healed" / "dear").write_text("to someone")
     for name in ("scan.safetensors", "results.json", "shallower_plan.json"):
         (folder / "taken" / name).write_text("dear to someone")
-    names = {"tiny": models / "tiny", "texts": texts / "texts.jsonl", "scan": scans / "tiny"}
+    names = {
+        "tiny": models / "tiny",
+        "texts": texts / "texts.jsonl",
+        "held": texts / "held_out.jsonl",
+        "scan": scans / "tiny",
+    }
     return folder, names
 
 
