@@ -16,10 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError, TextsError
 from ..memory.plan import Forward, fitting
 from ..memory.retry import Halving
-from ..models.architecture import evaluating
+from ..models.architecture import check_length, evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
-from ..models.learned_positions import check_length
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
+from ..errors import ModelError, TextsError
 from .layer_config import layer_counts
 from .offload import execution_device
 
@@ -40,16 +40,9 @@ class DecoderLayers:
 
 
 def text_config(model: nn.Module) -> Any:
-    """Find the part of a model's config that describes its decoder.
+    """Find the config of a model's decoder; that of the text part where there are several.
 
-    Args:
-        model: of transformers.
-
-    Returns:
-        The config of transformers; that of the text part where there are several.
-
-    Raises:
-        ModelError: the model has no config of transformers.
+    Raises ModelError if the model has no config of transformers.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -61,19 +54,11 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_layers(model: nn.Module) -> DecoderLayers:
-    """Find the list of decoder layers.
+    """Find the list of decoder layers, with weights or on the meta device.
 
-    It is the decoder's module list of as many modules as its config counts, and the one with
-    the most parameters if there are several.
-
-    Args:
-        model: of transformers, with weights or on the meta device.
-
-    Returns:
-        The list, its owner and its place.
-
-    Raises:
-        ModelError: there is no such list, or a layer's parts are spread over several.
+    It is the decoder's module list of as many modules as its config counts, and the one with the
+    most parameters if there are several. Raises ModelError if there is no such list, or a layer's
+    parts are spread over several.
     """
     config = text_config(model)
     counts = set(layer_counts(config).values())
@@ -139,11 +124,7 @@ class PackedTable:
         self._num_layers = num_layers
 
     def keep(self, layers: Sequence[int]) -> None:
-        """Keep the parts of some layers.
-
-        Args:
-            layers: their indices, ascending.
-        """
+        """Keep the parts of some layers, whose indices ascend."""
         parts = self._whole.detach().unflatten(self.axis, (self._num_layers, -1))
         kept = parts.index_select(self.axis, torch.tensor(layers, device=parts.device))
         self._put(nn.Parameter(kept.flatten(self.axis, self.axis + 1), self._whole.requires_grad))
@@ -162,15 +143,7 @@ class PackedTable:
 
 
 def packed_tables(model: nn.Module, layers: DecoderLayers) -> list[PackedTable]:
-    """Find the weights beside the layers that hold a part for each of them.
-
-    Args:
-        model: of transformers.
-        layers: its decoder layers.
-
-    Returns:
-        The weights, each of which can be cut along with the layers.
-    """
+    """Find the weights beside the layers that hold a part for each of them."""
     prefix = layers.path.rpartition(".")[0]
     return [
         PackedTable(model, name, axis, len(layers))
@@ -194,11 +167,7 @@ class AdapterList:
         self._whole: nn.ModuleList = getattr(module, name)
 
     def keep(self, layers: Sequence[int]) -> None:
-        """Keep the adapters of some layers.
-
-        Args:
-            layers: their indices, ascending.
-        """
+        """Keep the adapters of some layers, whose indices ascend."""
         kept = [part for i, part in zip(self._sharing, self._whole, strict=True) if i in layers]
         setattr(self._module, self.name, nn.ModuleList(kept))
 
@@ -208,15 +177,7 @@ class AdapterList:
 
 
 def adapter_lists(model: nn.Module, layers: DecoderLayers) -> list[AdapterList]:
-    """Find the lists of adapters in the layers of a model whose layers share weights.
-
-    Args:
-        model: of transformers.
-        layers: its decoder layers.
-
-    Returns:
-        The lists, each of which can be cut along with the layers.
-    """
+    """Find the lists of adapters in the layers of a model whose layers share weights."""
     sharing = getattr(text_config(model), "hybrid_layer_ids", ())
     return [
         AdapterList(module, name, sharing)
@@ -227,23 +188,14 @@ def adapter_lists(model: nn.Module, layers: DecoderLayers) -> list[AdapterList]:
 
 
 def layer_parts(model: nn.Module, layers: DecoderLayers) -> list[PackedTable | AdapterList]:
-    """Find everything beside the layers' modules that holds a part for every layer.
-
-    Args:
-        model: of transformers.
-        layers: its decoder layers.
-
-    Returns:
-        The weights and lists, each of which can be cut along with the layers.
-    """
+    """Find everything beside the layers' modules that holds a part for every layer."""
     return [*packed_tables(model, layers), *adapter_lists(model, layers)]
 
 
 def undo_rescaling(model: nn.Module) -> None:
-    """Put back weights that RWKV divides in place, by their layer's number, for inference.
+    """Restore weights that RWKV divides in place for inference, by their layer's number.
 
-    Args:
-        model: of any family; only RWKV's is changed.
+    Only RWKV's are changed.
     """
     for module in model.modules():
         if getattr(module, "layers_are_rescaled", False):
@@ -253,26 +205,15 @@ def undo_rescaling(model: nn.Module) -> None:
 
 
 def require_weights(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are neither in memory nor offloaded.
-
-    Args:
-        model: of transformers.
-
-    Raises:
-        ModelError: they are on the meta device.
-    """
+    """Raise ModelError for a model whose weights are neither in memory nor offloaded."""
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ModelError(f"the weights of {type(model).__name__} are on the meta device: load them")
 
 
 def input_device(layers: DecoderLayers) -> torch.device:
-    """Find the device that token ids go to.
+    """The device that token ids go to: that of the model's first weights.
 
-    Args:
-        layers: the decoder layers of a model.
-
-    Returns:
-        The device of the model's first weights; of their forward where they are offloaded.
+    That of their forward where they are offloaded. Raises ModelError if there are no weights.
     """
     for module in layers.runner.modules():
         for parameter in module.parameters(recurse=False):
@@ -284,11 +225,7 @@ def input_device(layers: DecoderLayers) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode, without dropout, for as long as the body runs.
-
-    Args:
-        model: any module; the modes of all its modules are put back afterwards.
-    """
+    """Switch a model to evaluation mode, without dropout, inside the ``with`` statement."""
     training = [module for module in model.modules() if module.training]
     if training:  # to switch hundreds of modules takes as long as a small layer does
         model.eval()
@@ -297,3 +234,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def learned_positions(runner: nn.Module, config: Any) -> int | None:
+    """The number of positions that a model has learned; None if it computes them, as by RoPE."""
+    count = getattr(config, "max_position_embeddings", None)
+    tables = [module for module in runner.modules() if isinstance(module, nn.Embedding)]
+    sizes = {table.num_embeddings for table in tables} - {config.vocab_size}
+    # OPT and its kin keep two rows more, for padding.
+    learned = isinstance(count, int) and any(0 <= size - count <= 2 for size in sizes)
+    return count if learned else None
+
+
+def check_length(num_tokens: int, positions: int | None) -> None:
+    """Raise TextsError for a text that is longer than a model's learned positions, if any."""
+    if positions is not None and num_tokens > positions:
+        raise TextsError(
+            f"a text has {num_tokens} tokens, and the model has learned {positions} positions: "
+            f"choose a max_length (--max-length) of {positions} at most"
+        )

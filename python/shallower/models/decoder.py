@@ -9,9 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..values.identity import ModelIdentity
-from .architecture import DecoderLayers, find_layers, input_device, text_config
+from .architecture import DecoderLayers, find_layers, input_device, learned_positions, text_config
 from .identity import identify
-from .learned_positions import learned_positions
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,9 @@ class Decoder:
 
     @classmethod
     def of(cls, model: "nn.Module | Decoder") -> "Decoder":
-        """Find out about a model; a decoder is given back as it is.
+        """Describe a model; a decoder is returned as it is.
 
-        Args:
-            model: a causal language model of transformers, or what was found out about it.
-
-        Returns:
-            The model with what was found.
-
-        Raises:
-            ModelError: it has no config of transformers, or no list of decoder layers.
+        Raises ModelError if it has no config of transformers, or no list of decoder layers.
         """
         if isinstance(model, Decoder):
             return model
@@ -57,9 +49,8 @@ class Decoder:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """The identity that the model has when it is first asked for; see :func:`identify`.
+        """The identity that the model has at the first access; see :func:`identify`.
 
-        Raises:
-            ModelError: the weights are not there.
+        Raises ModelError if the weights are not there.
         """
         return identify(self.model, self.layers)

@@ -56,17 +56,8 @@ class Targets:
 def feed_forward_targets(model: nn.Module, attention: bool = False) -> Targets:
     """Find the linear maps of the feed-forward part of every decoder layer.
 
-    Routers, gates of experts, and whatever mixes tokens stay as they are.
-
-    Args:
-        model: of transformers, quantised or not, on any device.
-        attention: take the linear maps of the attention, too.
-
-    Returns:
-        Their names.
-
-    Raises:
-        ModelError: there are none, or layers share one.
+    With ``attention`` those of the attention, too. Routers, gates of experts, and whatever mixes
+    tokens stay as they are. Raises ModelError if there are none, or layers share one.
     """
     layers = find_layers(model)
     modules: list[str] = []
@@ -104,14 +95,7 @@ def _check_unshared(model: nn.Module, targets: set[str]) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is one linear map: of torch, GPT-2's, or one of a quantiser's.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True if it is.
-    """
+    """Whether a module is one linear map: of torch, GPT-2's, or one of a quantiser's."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))

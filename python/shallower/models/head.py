@@ -66,14 +66,7 @@ class Head:
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Head":
-        """Find out about the head of a model, which runs once, on six tokens.
-
-        Args:
-            decoder: a causal language model.
-
-        Returns:
-            Its head.
-        """
+        """Find the head of a model, which runs once, on six tokens."""
         head, expected, found = cls.probe(decoder)
         return head if found is not None and _agree(found, expected) else head.whole()
 
@@ -81,12 +74,8 @@ class Head:
     def probe(cls, decoder: Decoder) -> tuple["Head", torch.Tensor, torch.Tensor | None]:
         """Run a model on a few tokens, as a whole and from its final states, and compare nothing.
 
-        Args:
-            decoder: a causal language model.
-
-        Returns:
-            The head, and the logits of some of the tokens: by the model's whole forward, and by
-            the head; None if the head cannot make them.
+        Returns the head, and the logits of some of the tokens: by the model's whole forward, and by
+        the head; None if the head cannot make them.
         """
         runner, outputs = decoder.layers.runner, []
         run = runner.forward
@@ -115,7 +104,7 @@ class Head:
                 return head, expected, None
 
     def whole(self) -> "Head":
-        """Give the head that runs the whole model for logits."""
+        """The head that runs the whole model for logits."""
         return dataclasses.replace(self, output=None)
 
     @property
@@ -124,14 +113,9 @@ class Head:
         return self.output is not None
 
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Run the model up to its head.
+        """Run the model up to its head: (B, T) token ids to (B, T, D) final states.
 
-        Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, T), 1 at tokens and 0 at padding.
-
-        Returns:
-            (B, T, D) final states, as the head gets them.
+        The mask is 1 at tokens and 0 at padding.
         """
         return self.reached_by(
             self.decoder.model,
@@ -143,16 +127,7 @@ class Head:
     def reached_by(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a forward that calls the inner model, and end it behind that.
 
-        Args:
-            forward: the model's, or one that ends in it.
-            *args: its arguments.
-            **kwargs: the same by name.
-
-        Returns:
-            (B, T, D) final states.
-
-        Raises:
-            ModelError: the forward does not call the inner model.
+        Returns (B, T, D) final states; raises ModelError if the inner model is not called.
         """
         runner = self.decoder.layers.runner
         run = runner.forward
@@ -170,13 +145,9 @@ class Head:
         )
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Apply the head.
+        """Apply the head to (R, D) final states of any tokens.
 
-        Args:
-            rows: (R, D) final states, of any tokens.
-
-        Returns:
-            (R, V) logits, of the dtype and on the device that the model gives them in.
+        Returns (R, V) logits, of the dtype and on the device that the model gives them in.
         """
         # Sequences of one token each: no mask is made between rows, no position is beyond the last.
         ids = torch.zeros((len(rows), 1), dtype=torch.long, device=self.decoder.device)
@@ -188,15 +159,10 @@ class Head:
     def logits_of(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: NDArray[np.int64]
     ) -> Iterator[torch.Tensor]:
-        """Make the logits of some tokens, in parts.
+        """Make the logits of some tokens, in parts of (R, V).
 
-        Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, T), 1 at tokens and 0 at padding.
-            tokens: the places of the tokens in the batch, ascending, counted through all texts.
-
-        Yields:
-            (R, V) logits of the next R of the tokens.
+        ``tokens`` are places in the batch, ascending, counted through all texts; the mask is 1 at
+        tokens and 0 at padding.
         """
         if not self.by_rows:
             outputs = self.decoder.model(
@@ -215,7 +181,7 @@ class Head:
 
     @contextmanager
     def _resident(self) -> Iterator[None]:
-        """Bring the head's weights to their device once, where they wait elsewhere."""
+        """Move offloaded weights of the head to their device once."""
         inner = set(self.decoder.layers.runner.modules())
         with ExitStack() as stack:
             for module in self.decoder.model.modules():
@@ -230,13 +196,8 @@ class Head:
 def part_sizes(num_rows: int, vocab_size: int) -> list[int]:
     """Share rows out to parts whose logits are made at once.
 
-    Args:
-        num_rows: rows in all.
-        vocab_size: logits of a row.
-
-    Returns:
-        The rows of every part: no part has more than ``LOGITS_AT_ONCE`` logits, unless it would
-        be of fewer than ``FEWEST_ROWS`` rows.
+    No part has more than ``LOGITS_AT_ONCE`` logits, unless it would be of fewer than
+    ``FEWEST_ROWS`` rows.
     """
     most = max(1, LOGITS_AT_ONCE // vocab_size)
     parts = max(1, min(-(-num_rows // most), num_rows // FEWEST_ROWS))
@@ -245,12 +206,7 @@ def part_sizes(num_rows: int, vocab_size: int) -> list[int]:
 
 @contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run another forward for as long as the body runs.
-
-    Args:
-        module: any module; accelerate's hooks on its forward come back afterwards.
-        forward: what it runs instead.
-    """
+    """Replace a module's forward inside the ``with`` statement; accelerate's hooks return after."""
     kept = vars(module).get("forward")
     module.forward = forward
     try:

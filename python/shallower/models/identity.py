@@ -19,17 +19,8 @@ from .architecture import DecoderLayers, find_layers, require_weights, text_conf
 def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> ModelIdentity:
     """Find the identity of a model as it is now; reads its one-dimensional weights only.
 
-    A float32 checkpoint loaded as float16 is rounded twice, and may count as another model.
-
-    Args:
-        model: a causal language model, quantised or not, on any device or offloaded.
-        layers: its decoder layers, where they are known.
-
-    Returns:
-        Its name, type, number of layers, dtype and fingerprint.
-
-    Raises:
-        ModelError: the weights are not there.
+    A float32 checkpoint loaded as float16 is rounded twice, and may count as another model. Raises
+    ModelError if the weights are not there.
     """
     require_weights(model)
     shape = shape_of(model, layers)
@@ -51,14 +42,7 @@ def _read_vectors(model: PreTrainedModel) -> Iterator[tuple[str, bytes]]:
 
 
 def vectors_of(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Find the one-dimensional weights of a model.
-
-    Args:
-        model: any module.
-
-    Yields:
-        The path of a module, and the name of the weight in it.
-    """
+    """Find the one-dimensional weights of a model: a module's path, and the name there."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1:
@@ -68,17 +52,9 @@ def vectors_of(model: nn.Module) -> Iterator[tuple[str, str]]:
 def shape_of(
     model: PreTrainedModel, layers: DecoderLayers | None = None
 ) -> tuple[str, int, int, int]:
-    """Find the sizes of a model that its fingerprint depends on.
+    """The model type, number of decoder layers, hidden and vocabulary size, for the fingerprint.
 
-    Args:
-        model: a causal language model, with weights or on the meta device.
-        layers: its decoder layers, where they are known.
-
-    Returns:
-        Model type, number of decoder layers, hidden size and vocabulary size.
-
-    Raises:
-        ModelError: the model has no list of decoder layers.
+    Raises ModelError if the model has no list of decoder layers.
     """
     config = text_config(model)
     count = len(layers if layers is not None else find_layers(model))
@@ -86,15 +62,10 @@ def shape_of(
 
 
 def stored_digest(path: str | Path) -> str:
-    """Hash the names, shapes and first rows of all tensors of a checkpoint.
+    """SHA-256, in hex, of the names, shapes and first rows of all tensors of a checkpoint.
 
-    Tells checkpoints apart whose :func:`identify` is the same, such as a cut and its patch.
-
-    Args:
-        path: a folder with safetensors, or the hub id of a model that was loaded before.
-
-    Returns:
-        A SHA-256 in hexadecimal digits.
+    Distinguishes checkpoints whose :func:`identify` is the same, such as a cut and its patch. The
+    path is a folder with safetensors, or the hub id of a model that was loaded before.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -111,13 +82,9 @@ def stored_digest(path: str | Path) -> str:
 
 
 def weights_hash(model: PreTrainedModel) -> str | None:
-    """Hash everything that a model in memory computes with: weights, buffers, config.
+    """SHA-256, in hex, of all that a model computes with: weights, buffers, config.
 
-    Args:
-        model: of transformers, on any device.
-
-    Returns:
-        A SHA-256 in hexadecimal digits; None where weights are offloaded, and not there to see.
+    None where weights are offloaded, and not there to read.
     """
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     attention = getattr(model.config, "_attn_implementation", None)
@@ -133,26 +100,15 @@ def weights_hash(model: PreTrainedModel) -> str | None:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """Find the name of the folder or repository that a model comes from.
+    """The name of the folder or repository that a model comes from.
 
-    Args:
-        model: of transformers.
-
-    Returns:
-        The last part of its path or hub id; the name of its class where there is none.
+    The name of its class where there is none.
     """
     return Path(str(text_config(model).name_or_path)).name or type(model).__name__
 
 
 def stored_dtype(model: PreTrainedModel) -> str:
-    """Find the dtype that the weights of a model are kept in.
-
-    Args:
-        model: of transformers.
-
-    Returns:
-        ``nf4``, ``int8`` or torch's name, such as ``bfloat16``.
-    """
+    """The dtype that weights are kept in: ``nf4``, ``int8`` or torch's, such as ``bfloat16``."""
     if getattr(model, "is_loaded_in_4bit", False):
         return "nf4"
     if getattr(model, "is_loaded_in_8bit", False):

@@ -52,18 +52,11 @@ WITHOUT_CACHE = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "mo
 
 
 def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
-    """Rewrite a decoder's config for the layers that survive, in place.
+    """Rewrite a decoder's config of ``total`` layers for the survivors, ascending, in place.
 
-    Values are put past the config's own validation, which looks at one key at a time; they
-    are validated together when the config is read back.
-
-    Args:
-        config: of transformers, the decoder's part.
-        total: decoder layers before the cut.
-        survivors: the indices of those that stay, ascending.
-
-    Raises:
-        ValueError: a pattern that the survivors do not follow.
+    Values are put past the config's own validation, which looks at one key at a time; they are
+    validated together when the config is read back. Raises ValueError for a pattern that the
+    survivors do not follow.
     """
     values = vars(config)
     changes: dict[str, Any] = {}
@@ -86,14 +79,7 @@ def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
 
 
 def layer_counts(config: Any) -> dict[str, int]:
-    """Find the numbers of layers that a decoder's config names.
-
-    Args:
-        config: of transformers, the decoder's part.
-
-    Returns:
-        The numbers by key; the first is the decoder's.
-    """
+    """The numbers of layers that a decoder's config names, by key; the decoder's first."""
     names = (
         DECODER_COUNTS if any(hasattr(config, name) for name in DECODER_COUNTS) else LAYER_COUNTS
     )
@@ -102,14 +88,7 @@ def layer_counts(config: Any) -> dict[str, int]:
 
 
 def heads_of(config: Any) -> int:
-    """Count the attention heads of a layer.
-
-    Args:
-        config: of transformers, the decoder's part.
-
-    Returns:
-        Their number; 64 where layers have different ones, 1 where there are none.
-    """
+    """The attention heads of a layer; 64 where layers differ, 1 where there are none."""
     try:
         return int(getattr(config, "num_attention_heads", None) or 1)
     except Exception:  # of a config by layer, which has no one number

@@ -19,15 +19,14 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..texts.batches import Batch
-from .architecture import evaluating
+from .architecture import check_length, evaluating
 from .decoder import Decoder
 from .head import Head, replaced
-from .learned_positions import check_length
 from .offload import is_offloaded, resident
 
 
 class _Reached(Exception):  # noqa: N818 - no error
-    """Raised to end a forward; carries the states after the last layer that is asked for."""
+    """Ends a forward; carries the states after the last of the layers that run."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.states = states
@@ -60,14 +59,10 @@ class Trace:
     weights: Sequence[torch.Tensor]
 
     def slopes(self, behind: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Take the slopes of something behind the layer back through it; once, for its graph ends.
+        """Take slopes behind the layer back through it; once, since its graph is freed.
 
-        Args:
-            behind: (B, T, D), the slopes in the states behind the layer.
-
-        Returns:
-            (B, T, D), the slopes in the states before the layer; and those in the weights, None
-            for one that has no part in the states.
+        From (B, T, D) slopes in the states behind the layer to those in the states before it, and
+        those in the weights, None for one that has no part in the states.
         """
         with _requiring_grad(self.weights):
             before, *found = torch.autograd.grad(
@@ -78,11 +73,7 @@ class Trace:
 
 
 class Layerwise:
-    """A model whose layers can be run by themselves.
-
-    Args:
-        model: a causal language model, or what was found out about it; it runs twice, on a
-            few tokens.
+    """A model whose layers can be run by themselves; it is probed by two short forwards.
 
     Attributes:
         modules: the decoder layers, L of them.
@@ -103,16 +94,9 @@ class Layerwise:
         return len(self.modules)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Run the embedding.
+        """Run the embedding: x^(0), (B, T, D) in the model's dtype.
 
-        Args:
-            batch: of token ids.
-
-        Returns:
-            x^(0), (B, T, D) in the model's dtype.
-
-        Raises:
-            TextsError: the texts are longer than the positions that the model has learned.
+        Raises TextsError for texts longer than the positions that the model has learned.
         """
         check_length(batch.input_ids.shape[1], self._positions)
         return self._reach(batch, None, (0,), run_last=False)
@@ -125,57 +109,38 @@ class Layerwise:
         *,
         each: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
-        """Run some layers.
+        """Run layers, whose indices ascend, from (B, T, D) states before the first of them.
 
-        Args:
-            batch: of token ids, for positions and masks.
-            states: (B, T, D), before the first of the layers.
-            layers: their indices, ascending.
-            each: hears the states after each of the layers, as they are made.
-
-        Returns:
-            (B, T, D), the states after the last of the layers.
+        Returns the states after the last; ``each`` is called with the states after each layer.
         """
         if not layers or each is None:
             return self._reach(batch, states, layers) if layers else states
 
-        def hear(_module: nn.Module, _args: Any, output: Any) -> None:
+        def receive(_module: nn.Module, _args: Any, output: Any) -> None:
             each(output[0] if isinstance(output, tuple) else output)
 
         with ExitStack() as stack:
             for layer in layers[:-1]:
-                stack.enter_context(self.modules[layer].register_forward_hook(hear))
+                stack.enter_context(self.modules[layer].register_forward_hook(receive))
             states = self._reach(batch, states, layers)
-        each(states)  # the forward ends within the last layer, before a hook would hear of it
+        each(states)  # the forward ends within the last layer, before its hook would run
         return states
 
     def trace(
         self, batch: Batch, states: torch.Tensor, layer: int, *, weights: Sequence[torch.Tensor]
     ) -> "Trace":
-        """Run a layer, with the graph through which slopes go back.
+        """Run a layer from (B, T, D) states, and keep the graph to some of its weights.
 
-        Args:
-            batch: of token ids, for positions and masks.
-            states: (B, T, D), before the layer.
-            layer: its index.
-            weights: parameters of the layer, whether they are frozen or not.
-
-        Returns:
-            The run; its graph lives as long as it does.
+        The weights may be frozen.
         """
         given = states.clone().requires_grad_()
         with _requiring_grad(weights):
             return Trace(given, self.differentiable(batch, given, layer), weights)
 
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Divide layers into passes over all batches.
+        """Divide layers into passes over all batches: all layers at once, ascending.
 
-        Args:
-            layers: their indices, ascending.
-
-        Yields:
-            All of them at once; where weights are offloaded each by itself, whose weights stay
-            on its device until the next is asked for.
+        Where weights are offloaded, each layer is a pass with its weights on its device.
         """
         if not any(is_offloaded(self.modules[layer]) for layer in layers):
             yield layers
@@ -186,12 +151,10 @@ class Layerwise:
 
     @contextmanager
     def starting_from(self, states: torch.Tensor, layers: Sequence[int]) -> Iterator[None]:
-        """Let every forward of the model start from states, for as long as the body runs.
+        """Start every forward of the model from (B, T, D) states, inside the ``with`` statement.
 
-        Args:
-            states: (B, T, D), before the first of the layers.
-            layers: the layers that run, their indices ascending; behind them come the final norm
-                and the head.
+        Only the given layers run, then the final norm and the head; the states are those before the
+        first of them.
         """
         with self._only(layers, states, stop=False):
             yield
@@ -199,11 +162,7 @@ class Layerwise:
     def check(self, batch: Batch) -> None:
         """Check that the layers, run one after the other, make what the whole model makes.
 
-        Args:
-            batch: of token ids to compare on.
-
-        Raises:
-            ModelError: more than the residual stream goes from layer to layer.
+        Raises ModelError where more than the residual stream goes from layer to layer.
         """
         states = self.embed(batch)
         expected = self.run(batch, states, range(len(self)))
@@ -223,16 +182,7 @@ class Layerwise:
 
     @torch.enable_grad()
     def differentiable(self, batch: Batch, states: torch.Tensor, layer: int) -> torch.Tensor:
-        """Run a layer so that gradients reach its weights.
-
-        Args:
-            batch: of token ids, for positions and masks.
-            states: (B, T, D), before the layer.
-            layer: its index.
-
-        Returns:
-            (B, T, D), the states after the layer, with their graph.
-        """
+        """Run a layer from (B, T, D) states, with the graph to its states and weights."""
         return self._ended(batch, states, (layer,))
 
     @torch.inference_mode()
@@ -333,27 +283,14 @@ class Layerwise:
 
 
 def token_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
-    """Take the states of a batch's tokens, and leave the padding out.
-
-    Args:
-        batch: of token ids.
-        states: (B, T, D), on any device.
-
-    Returns:
-        (N, D), text by text.
-    """
+    """(N, D) of (B, T, D): the states of a batch's tokens without the padding, text by text."""
     return rows(states, batch.attention_mask.astype(bool))
 
 
 def rows(states: torch.Tensor, mask: NDArray[np.bool_]) -> torch.Tensor:
-    """Take the states at some tokens; no device waits to hear how many.
+    """(N, D) of (B, T, D): the states where a (B, T) mask is true, on their device.
 
-    Args:
-        states: (B, T, D), on any device.
-        mask: (B, T), true at the tokens.
-
-    Returns:
-        (N, D), on the device of the states.
+    The places are found on the CPU: no device is waited for to count them.
     """
     places = torch.from_numpy(np.flatnonzero(mask)).to(states.device)
     return states.flatten(0, 1).index_select(0, places)

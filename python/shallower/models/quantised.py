@@ -18,16 +18,9 @@ from ..errors import MissingExtraError, ModelError
 
 
 def quantisation(dtype: str) -> BitsAndBytesConfig:
-    """Make the config of a quantisation by bitsandbytes.
+    """Make bitsandbytes' config for ``nf4`` (double quantisation, bfloat16 compute) or ``int8``.
 
-    Args:
-        dtype: ``nf4`` (double quantisation, bfloat16 compute) or ``int8``.
-
-    Returns:
-        The config that ``from_pretrained`` takes.
-
-    Raises:
-        MissingExtraError: bitsandbytes is not installed.
+    Raises MissingExtraError if bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "quantised", f"dtype {dtype}")
@@ -46,8 +39,7 @@ def quantisation(dtype: str) -> BitsAndBytesConfig:
 def keep_exact(model: PreTrainedModel) -> None:
     """Make the state dict of a just loaded 4-bit model exact, also after a forward.
 
-    Args:
-        model: before its first forward; one that is not quantised stays as it is.
+    A model that is not quantised stays as it is.
     """
     if getattr(model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES:
         # How the checkpoint was read; transformers cannot run it backwards to save the model.
@@ -59,13 +51,10 @@ def keep_exact(model: PreTrainedModel) -> None:
 
 
 def keep_unpacked(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on the CPU.
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU, before the first forward.
 
     A repacked weight has rounded scales, and its product no derivative: a model that is trained
     after an evaluation would get no gradient through it, with no more than a warning.
-
-    Args:
-        model: before its first forward.
     """
     module: Any
     for module in model.modules():
@@ -96,14 +85,7 @@ def _was_repacked(state: Any) -> bool:
 
 
 def check_exact(model: PreTrainedModel) -> None:
-    """Refuse a 4-bit model whose scales were rounded and not kept.
-
-    Args:
-        model: about to be saved.
-
-    Raises:
-        ModelError: saving it would store other weights than it was loaded with.
-    """
+    """Raise ModelError for a 4-bit model whose scales were rounded and not kept, before a save."""
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is None or not _was_repacked(state):
@@ -118,13 +100,9 @@ def check_exact(model: PreTrainedModel) -> None:
 
 
 def clear_gguf_marks(model: PreTrainedModel) -> None:
-    """Make a dequantised GGUF model a plain one, which ``save_pretrained`` accepts.
+    """Make a dequantised GGUF model a plain one, in place, which ``save_pretrained`` accepts.
 
-    Args:
-        model: loaded from a GGUF file; changed in place.
-
-    Raises:
-        ModelError: its weights are still packed in GGUF blocks.
+    Raises ModelError if its weights are still packed in GGUF blocks.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if getattr(quantizer, "packed_modules", None):

@@ -43,14 +43,7 @@ class Writer:
         return self.turned(stored_weight(self.module, "weight").detach())
 
     def turned(self, weight: torch.Tensor) -> torch.Tensor:
-        """Transpose a weight from (D, inputs) to the module's own layout, or back.
-
-        Args:
-            weight: in either layout.
-
-        Returns:
-            A view in the other layout; the weight itself where both are the same.
-        """
+        """Transpose a weight from (D, inputs) to the module's own layout, or back; a view."""
         return weight.T if isinstance(self.module, Conv1D) else weight
 
 
@@ -69,16 +62,9 @@ class Writers:
 
 @torch.inference_mode()
 def find_writers(model: Layerwise, layer: int, *, batch: Batch, states: torch.Tensor) -> Writers:
-    """Find a layer's writers by probing them.
+    """Find a layer's writers by probing them on (B, T, D), its inputs on a batch.
 
-    Args:
-        model: whose layers can be run by themselves.
-        layer: its index.
-        batch: of token ids.
-        states: (B, T, D), the layer's inputs on that batch.
-
-    Returns:
-        The writers, each None where there is none that is a plain linear map.
+    Each is None where there is none that is a plain linear map.
     """
     found = {
         name: module
@@ -103,17 +89,13 @@ def find_writers(model: Layerwise, layer: int, *, batch: Batch, states: torch.Te
 
 @contextmanager
 def silenced(writer: Writer) -> Iterator[None]:
-    """Let a linear map write nothing into the stream for as long as the body runs.
-
-    Args:
-        writer: of a layer.
-    """
+    """Make a linear map write zeros into the stream inside the ``with`` statement."""
     with _output(writer.module, torch.zeros_like):
         yield
 
 
 def _is_plain(module: nn.Module, width: int) -> bool:
-    """Tell if a module is a linear map of floating-point weights to ``width`` values."""
+    """Whether a module is a linear map of floating-point weights to ``width`` values."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return False

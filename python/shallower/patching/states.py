@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError, TextsError
 from ..models.layerwise import Layerwise, rows
 from ..models.residual_writers import Writer
-from ..texts.batches import Batch, TokenBatches, untouched
+from ..texts.batches import WINDOW, Batch, padded, untouched
 from ..values.layers import Block
 from ..values.tokens import Tokens
 from .least_squares import HeldOut, NormalEquations
@@ -42,33 +43,55 @@ def divide(
 ) -> tuple[list[Batch], list[Batch]]:
     """Divide texts into batches to fit and batches held out, every eighth text.
 
-    No more texts are read than ``num_tokens`` to fit take. Raises TextsError if there are too few.
+    No more texts are read than ``num_tokens`` to fit take, and each is tokenised once. Raises
+    TextsError if there are too few.
     """
     counts = [0, 0]
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
-    parts: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
+    parts: tuple[list[_Text], list[_Text]] = ([], [])
     for index, text in enumerate(texts):
         held = index % 8 == 7
         if counts[0] >= enough[0] and counts[1] >= enough[1]:
             break
         if counts[held] < enough[held]:
-            with untouched(tokenizer):
-                encoded = tokenizer(text, truncation=True, max_length=tokens.max_length)[
-                    "input_ids"
-                ]
-            parts[held].append((len(encoded), text))
-            counts[held] += len(encoded)
-    # Texts of one length together: less padding.
-    fitted, held_out = (
-        list(TokenBatches(tokenizer, [text for _, text in sorted(part)], tokens, min_tokens=2))
-        for part in parts
-    )
+            ids = _token_ids(tokenizer, text, tokens.max_length)
+            parts[held].append((len(ids), text, ids))
+            counts[held] += len(ids)
+    fewest = max(2, tokenizer.num_special_tokens_to_add(pair=False) + 1)
+    fitted, held_out = (_batches(part, tokens.texts, fewest) for part in parts)
     if not fitted or not held_out:
         raise TextsError(
             f"{len(parts[0]) + len(parts[1])} texts are too few to fit and to hold out: give at "
             f"least 8 with two tokens each, better some thousand"
         )
     return fitted, held_out
+
+
+_Text = tuple[int, str, NDArray[np.int64]]
+"""The number of tokens of a text, the text, and its (T,) token ids."""
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> NDArray[np.int64]:
+    with untouched(tokenizer):
+        encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+    return np.asarray(encoded, dtype=np.int64)
+
+
+def _batches(part: list[_Text], batch_size: int, fewest: int) -> list[Batch]:
+    """Batches of texts of one length together, for less padding; too short ones are left out.
+
+    By windows as in :class:`TokenBatches`: the longest first in each, the windows ascending.
+    """
+    part.sort(key=lambda one: one[:2])
+    batches = []
+    for start in range(0, len(part), WINDOW * batch_size):
+        window = part[start : start + WINDOW * batch_size]
+        kept = [
+            (place, ids) for place, (count, _, ids) in enumerate(window, start) if count >= fewest
+        ]
+        kept.sort(key=lambda one: (-len(one[1]), one[0]))
+        batches += [padded(kept[i : i + batch_size]) for i in range(0, len(kept), batch_size)]
+    return batches
 
 
 class Stored:

@@ -27,8 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import ModelError
 from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..memory.weights import num_parameters, stored_bytes, weight_bytes
-from ..models.architecture import evaluating, find_layers, text_config
-from ..models.learned_positions import learned_positions
+from ..models.architecture import evaluating, find_layers, learned_positions, text_config
 
 _SUMMED: dict[str, Callable[[Sequence[torch.Tensor]], int]] = {
     "aten::mm": lambda given: given[0].shape[-1],

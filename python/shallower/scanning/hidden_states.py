@@ -19,9 +19,8 @@ from torch import nn
 from ..errors import ModelError
 from ..memory.plan import Forward
 from ..memory.retry import Halving
-from ..models.architecture import DecoderLayers, evaluating
+from ..models.architecture import DecoderLayers, check_length, evaluating
 from ..models.decoder import Decoder
-from ..models.learned_positions import check_length
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .parts import Part

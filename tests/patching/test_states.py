@@ -1,4 +1,7 @@
-"""What a layer misses of the whole model's states: first tokens come no farther than 12 norms."""
+"""Texts divided into batches, and what a layer misses of the whole model's states.
+
+First tokens come no farther than 12 norms.
+"""
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from shallower.patching.states import (
     FARTHEST,
     StateSet,
     Stored,
+    divide,
     missing_equations,
     missing_rows,
 )
@@ -80,3 +84,29 @@ def test_the_massive_activation_of_the_test_is_out_of_reach(missing):
     _, _, plain, aims = missing
     for left, aim in zip(plain, aims, strict=True):
         assert np.linalg.norm(left[0]) > FARTHEST * np.linalg.norm(aim[1:], axis=1).mean()
+
+
+def test_texts_are_tokenised_once_into_the_batches_of_their_lengths(words, monkeypatch):
+    """As TokenBatches makes them of the texts by length; short ones are left out."""
+    calls, call = [], type(words).__call__
+    texts = [" ".join(f"w{i * j % 60}" for j in range(1 + i * 7 % 19)) for i in range(700)]
+    texts[16::50] = ["", "w1"] * 7
+    expected = [
+        list(TokenBatches(words, part, Tokens(12, 2), min_tokens=2))
+        for held in (False, True)
+        for part in [
+            sorted(
+                (text for i, text in enumerate(texts) if (i % 8 == 7) is held),
+                key=lambda text: (min(12, len(text.split())), text),
+            )
+        ]
+    ]
+    monkeypatch.setattr(type(words), "__call__", lambda *a, **k: calls.append(a) or call(*a, **k))
+    found = divide(words, texts, tokens=Tokens(12, 2), num_tokens=10**6)
+    assert len(calls) == len(texts)
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert all(
+                np.array_equal(getattr(one, name), getattr(other, name))
+                for name in ("input_ids", "attention_mask", "samples")
+            )
