@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
@@ -18,6 +18,9 @@ from rich.progress import (
 )
 
 SECONDS_BETWEEN_LINES = 60.0
+
+BytesProgress = Callable[[int, int], object]
+"""Receives the bytes written so far and those in all; what it raises stops the copy."""
 
 
 class Advance(Protocol):
@@ -67,6 +70,26 @@ def track(
                 bar.update(task, note=note)
 
         yield advance
+
+
+@contextmanager
+def track_copy(progress: BytesProgress | bool | None, total: int) -> Iterator[BytesProgress]:
+    """Give a function that receives the bytes written so far and those in all.
+
+    That is ``progress`` itself, if it is one; else a bar, or none: shown as :func:`track` does.
+    """
+    if callable(progress):
+        yield progress
+        return
+    with track("copy, MiB", total >> 20, progress) as advance:
+        shown = 0
+
+        def report(done: int, _total: int) -> None:
+            nonlocal shown
+            advance((done >> 20) - shown)
+            shown = done >> 20
+
+        yield report
 
 
 class _Lines:

@@ -5,9 +5,8 @@ import re
 import pytest
 
 import shallower as sh
-from shallower.cutting.card_file import front_matter, read_card
-from shallower.cutting.cards import adapters_card, healed_card
-from shallower.cutting.source import Source, find_source
+from shallower.cutting.cards import adapters_card, front_matter, healed_card
+from shallower.cutting.source import Source, find_source, read_card
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, texts_of
 from tests.documents import documents

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from shallower.scanning.builder import as_array
 from shallower.scanning.hidden_states import stream
-from shallower.scanning.parts import as_array
 from shallower.values.positions import Positions
 from tests.devices.batches import batch
 

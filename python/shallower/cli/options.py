@@ -201,7 +201,7 @@ def metric_names(metrics: str) -> list[str]:
     Raises:
         MetricError: one of them does not exist, or is named twice.
     """
-    from ..scanning.contents import check_metrics
+    from ..scanning.builder import check_metrics
 
     return check_metrics([name.strip() for name in metrics.split(",")])
 

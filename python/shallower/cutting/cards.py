@@ -1,25 +1,28 @@
 """The model cards: of a cut, of a healed one, and of adapters; and all texts beside a cut.
 
-Texts only: whoever makes the cut writes them, so that they appear with it or not at all.
+Texts only: they are written with the cut, so that they appear with it or not at all.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..values.layers import Block, ranges
 from ..values.loss import with_error
 from ..values.plan import Plan
-from .card_file import CARD_FILE, FRONT_MATTER, front_matter
 from .exports import (
     MERGEKIT_FILE,
     PRUNE_LAYERS_FILE,
     CutFacts,
     mergekit_config,
     prune_layers,
+    to_yaml,
 )
-from .source import PLACEHOLDER, Source
+from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, Source
+
+_CARRIED_KEYS = ("license", "license_name", "license_link", "language")
+_TAGS = ("shallower", "layer-pruning")
 
 _NOT_HEALED = """\
 **This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
@@ -100,14 +103,7 @@ llama-cli -m {gguf}"""
 
 
 def exports(facts: CutFacts) -> dict[str, str]:
-    """Write the texts that lie beside a cut.
-
-    Args:
-        facts: what there is to say of the cut.
-
-    Returns:
-        The texts by the names in ``EXPORT_FILES``.
-    """
+    """The texts beside a cut, by the names in ``EXPORT_FILES``."""
     return {
         CARD_FILE: cut_card(facts),
         MERGEKIT_FILE: mergekit_config(facts),
@@ -116,14 +112,7 @@ def exports(facts: CutFacts) -> dict[str, str]:
 
 
 def cut_card(facts: CutFacts) -> str:
-    """Write the model card of a cut.
-
-    Args:
-        facts: what there is to say of it.
-
-    Returns:
-        The text of ``README.md``, with the source's own card at the end.
-    """
+    """The text of ``README.md`` of a cut, with the source's own card at the end."""
     plan, source, gguf = facts.plan, facts.source, facts.gguf
     quantised = gguf is not None or facts.dtype in ("nf4", "int8")
     quoted = shlex.quote(gguf or "")
@@ -151,6 +140,35 @@ def cut_card(facts: CutFacts) -> str:
     if source.text.strip():
         card += f"\n## The card of the source\n\n{source.text.strip()}\n"
     return card
+
+
+def front_matter(
+    inherited: Mapping[str, Any],
+    *,
+    base: str | None,
+    relation: str,
+    library: str,
+    tags: Sequence[str] = (),
+) -> str:
+    """The lines between the two ``---`` of a cut's card, as the hub reads them.
+
+    From ``inherited``, the front matter of the source, license, languages, task and tags go over.
+    ``base`` is the hub id of the source; where it has none, its own base model is the nearest
+    ancestor that the hub knows. ``relation`` to it is ``finetune``, ``quantized`` or ``adapter``:
+    the hub's words, which has none for a model with fewer layers. ``library`` loads the cut.
+    """
+    base_model = base or inherited.get("base_model")
+    theirs = inherited.get("tags", [])
+    theirs = [theirs] if isinstance(theirs, str) else theirs
+    metadata = {
+        "base_model": base_model,
+        "base_model_relation": relation if base_model else None,
+        "library_name": library,
+        "pipeline_tag": inherited.get("pipeline_tag", "text-generation"),
+        **{key: inherited.get(key) for key in _CARRIED_KEYS},
+        "tags": list(dict.fromkeys([*theirs, *_TAGS, *tags])),
+    }
+    return to_yaml({key: value for key, value in metadata.items() if value})
 
 
 def _described(source: Source) -> str:
@@ -262,16 +280,7 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 
 
 def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -> str:
-    """Write the card of adapters that heal a cut.
-
-    Args:
-        plan: of the cut.
-        cut: the cut model, which the card names, and whose license it carries over.
-        rows: what the card says of the healing, by name.
-
-    Returns:
-        The text of ``README.md``.
-    """
+    """The text of ``README.md`` of adapters that heal a cut; ``rows`` describe the healing."""
     # Not the cut's own base, which these adapters do not fit.
     inherited = {key: value for key, value in cut.inherited.items() if key != "base_model"}
     return _ADAPTERS.format(
@@ -285,15 +294,9 @@ def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -
 
 
 def healed_card(cut_card: Path, what: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Write the card of a cut once it is healed: the same but for what it says of healing.
+    """The card of a cut after healing: only what it says of healing changes.
 
-    Args:
-        cut_card: the cut's card. It need not be there.
-        what: was done after the cut, to end the sentence.
-        rows: what the card says of the healing, by name.
-
-    Returns:
-        The text of ``README.md``.
+    ``cut_card`` need not exist; ``what`` ends the sentence "after the cut, ...".
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
     healed = _healed(what, rows)

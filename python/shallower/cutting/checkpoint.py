@@ -19,6 +19,7 @@ import numpy as np
 
 from .._core import Checkpoint, Job
 from ..errors import OutputError
+from ..progress import BytesProgress, track_copy
 from ..storage import partial_folder, resumable_folder
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity, fingerprint
@@ -35,7 +36,6 @@ from .checkpoint_files import (
     read_config,
     read_json,
 )
-from .copying import Progress, copying
 from .exports import CutFacts
 from .plain import plain_model
 from .plans import agreed_plan, made_for
@@ -50,7 +50,7 @@ from .tensor_names import (
 )
 
 SHARD_SIZE = "5GB"
-"""Bytes in a file of weights at most, where nothing else is asked for."""
+"""Bytes in a file of weights at most, by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,14 @@ class PreparedCut:
 
     @property
     def files(self) -> list[str]:
-        """The names of all files of the cut."""
+        """All file names of the cut."""
         return sorted(
             [*(name for name, _ in self.job.files), *self.texts, *self.carried, PLAN_FILE]
         )
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of the files of weights."""
+        """Size of the files of weights."""
         return sum(size for _, size in self.job.files)
 
     def write(
@@ -86,17 +86,11 @@ class PreparedCut:
         out: str | Path,
         *,
         overwrite: bool = False,
-        progress: Progress | bool | None = None,
+        progress: BytesProgress | bool | None = None,
     ) -> None:
-        """Make the cut, or go on with it.
+        """Make the cut in ``out``, or continue an interrupted one.
 
-        Args:
-            out: a folder that does not exist yet, or is empty.
-            overwrite: replace what is at ``out``, once the new checkpoint is complete.
-            progress: as for :func:`.prune.prune`.
-
-        Raises:
-            OutputError, ModelError: as :func:`.prune.prune`.
+        Raises as :func:`.prune.prune`.
         """
         out = Path(out)
         with resumable_folder(out, self.job.journal, overwrite) as folder:
@@ -108,7 +102,7 @@ class PreparedCut:
                     f"{partial_folder(out)}: do the same again to go on, or delete it"
                 ) from error
 
-    def _write(self, folder: Path, progress: Progress | bool | None) -> None:
+    def _write(self, folder: Path, progress: BytesProgress | bool | None) -> None:
         ours = {name for name, _ in self.job.files}
         for left in folder.iterdir():
             if left.is_dir() and not left.is_symlink():
@@ -122,7 +116,7 @@ class PreparedCut:
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         self.plan.save(folder / PLAN_FILE)
-        with copying(progress, self.job.total_bytes) as report:
+        with track_copy(progress, self.job.total_bytes) as report:
             self.job.write(folder, report)
 
     def _check_room(self, folder: Path) -> None:
@@ -142,20 +136,10 @@ def prepare(
     max_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreparedCut:
-    """Check a cut of a checkpoint and lay it out; nothing is written.
+    """Check a cut of a local folder with ``config.json`` and safetensors, and write nothing.
 
-    Args:
-        source: a local folder with ``config.json`` and safetensors.
-        layers: a plan, or blocks, ranges or indices, 0-based.
-        label: the source in the caller's words, for errors.
-        max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The cut, ready to be written.
-
-    Raises:
-        LayersError, PlanError, ModelError, OutputError: as :func:`.prune.prune`.
+    ``label`` names the source in errors. Raises as :func:`.prune.prune`, and InMemoryOnlyError for
+    a model that cannot be cut on disk.
     """
     size = parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size, OutputError)
     folder = Path(source).expanduser().resolve()
@@ -215,7 +199,7 @@ def _describe(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> 
     plain = plain_model(folder, raw)
     if plain is not None:
         return plain
-    from .built import BuiltModel
+    from .twin import BuiltModel
 
     return BuiltModel(folder, trust_remote_code)
 
@@ -263,9 +247,9 @@ def _renumbered(value: Any, renumbering: Renumbering, modules: set[str]) -> str:
 def _identify(
     model: Description, dtype: str, weights: Mapping[str, Stored], prefix: str
 ) -> ModelIdentity | None:
-    """The identity of the model once it is loaded; None if that cannot be told.
+    """The identity that the loaded model has; None where the names of the tensors hide it.
 
-    Its names may be those of a model without its head, or others altogether.
+    They may be those of a model without its head, or others altogether.
     """
     missing_head = (model.path + ".").removesuffix(prefix)
 

@@ -28,34 +28,23 @@ _MAX_CARRIED_BYTES = 256 << 20
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Tell whether a local folder holds a config and safetensors.
-
-    Args:
-        path: of the folder; it need not be there.
-    """
+    """Whether a local folder holds a config and safetensors."""
     folder = Path(path).expanduser()
     weights = any((folder / name).is_file() for name in _WEIGHTS)
     return weights and (folder / CONFIG_FILE).is_file()
 
 
 def stored_dtype(path: str | Path) -> str:
-    """Read from the config in a folder what its weights are stored in.
+    """The dtype of the weights in a folder, by its config.
 
-    Args:
-        path: of the folder.
-
-    Returns:
-        ``nf4``, ``int8``, the name of another quantisation, or torch's name of a dtype;
-        ``unknown`` where the config does not tell.
-
-    Raises:
-        ModelError: there is no config, or it is not JSON.
+    ``nf4``, ``int8``, the name of another quantisation, or torch's name of a dtype; ``unknown``
+    where the config does not say. ModelError: there is no config, or it is not JSON.
     """
     return config_dtype(read_json(Path(path).expanduser() / CONFIG_FILE))
 
 
 def config_dtype(raw: Mapping[str, Any]) -> str:
-    """Read :func:`stored_dtype` from the JSON of a config."""
+    """:func:`stored_dtype` of the JSON of a config."""
     quantised = raw.get("quantization_config")
     if isinstance(quantised, dict):
         for key, name in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
@@ -66,7 +55,7 @@ def config_dtype(raw: Mapping[str, Any]) -> str:
 
 
 def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
-    """Tell whether a config is written for transformers 5, which version 4 reads amiss.
+    """Whether a config is written for transformers 5, which version 4 misreads.
 
     Version 4 knows ``rope_theta`` and ``rope_scaling``, and ignores ``rope_parameters``.
     """
@@ -75,11 +64,7 @@ def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ModelError: the file is not there, or is not a JSON object.
-    """
+    """Read a JSON object; ModelError if the file is not there, or is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -92,9 +77,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """Read the config of a checkpoint.
 
-    Raises:
-        ModelError: it is not there or damaged, names its weights otherwise than
-            ``model.safetensors``, or counts more layers than any model has.
+    ModelError: it is not there or damaged, names its weights otherwise than ``model.safetensors``,
+    or counts more layers than any model has.
     """
     raw = read_json(path)
     if raw.get("transformers_weights"):
@@ -109,14 +93,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
-    """Find the files beside the weights that belong to the model: tokenizer, templates, code.
-
-    Args:
-        stored: the checkpoint.
-
-    Yields:
-        Their names in the folder, and where they are.
-    """
+    """The files beside the weights that belong to the model: tokenizer, templates, code."""
     for entry in sorted(stored.folder.iterdir()):
         names = [entry.name]
         if entry.is_dir():

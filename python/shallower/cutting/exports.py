@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..values.layers import blocks_of
 from ..values.loss import Loss
 from ..values.plan import Plan
-from .card_file import CARD_FILE, to_yaml
-from .source import PLACEHOLDER, Source
+from .source import CARD_FILE, PLACEHOLDER, Source
 
 MERGEKIT_FILE = "mergekit.yaml"
 PRUNE_LAYERS_FILE = "prune_layers.txt"
@@ -21,7 +22,7 @@ _MERGEKIT_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class CutFacts:
-    """The facts of a cut that the files beside it tell.
+    """The facts of a cut for the files beside it.
 
     Attributes:
         plan: what was dropped, and why.
@@ -57,39 +58,17 @@ class CutFacts:
 
 
 def export_path(gguf: Path, name: str) -> Path:
-    """Name a file beside a GGUF file: ``model.README.md`` beside ``model.gguf``.
-
-    Args:
-        gguf: the GGUF file.
-        name: of the file as it is in a folder of its own.
-
-    Returns:
-        The path in the same folder.
-    """
+    """The file ``name`` beside a GGUF file: ``model.README.md`` beside ``model.gguf``."""
     return gguf.with_suffix(f".{name}")
 
 
 def prune_layers(plan: Plan) -> str:
-    """Write the dropped layers as ``llama-quantize --prune-layers`` takes them: ``12,13``.
-
-    Args:
-        plan: that names them.
-
-    Returns:
-        Their numbers, joined by commas.
-    """
+    """The dropped layers as ``llama-quantize --prune-layers`` takes them: ``12,13``."""
     return ",".join(map(str, plan.dropped))
 
 
 def mergekit_config(facts: CutFacts) -> str:
-    """Write the cut as a config of mergekit, a passthrough merge of the ranges that stay.
-
-    Args:
-        facts: what there is to say of the cut.
-
-    Returns:
-        The text of ``mergekit.yaml``.
-    """
+    """The cut as ``mergekit.yaml``: a passthrough merge of the ranges that stay."""
     source = facts.source
     model = PLACEHOLDER if source.gguf else source.place
     config: dict[str, Any] = {
@@ -105,3 +84,8 @@ def mergekit_config(facts: CutFacts) -> str:
     what = "that it was made from; mergekit reads no GGUF file" if source.gguf else "of the model"
     note = f"# {PLACEHOLDER} stands for the folder or hub id {what}: {name}\n"
     return (note if model == PLACEHOLDER else "") + to_yaml(config)
+
+
+def to_yaml(value: Any) -> str:
+    """A value as YAML, lists of words on one line."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None)

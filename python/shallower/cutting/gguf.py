@@ -14,12 +14,12 @@ from typing import Any
 
 from .._core import Gguf
 from ..errors import ModelError, OutputError
+from ..progress import BytesProgress, track_copy
 from ..storage import check_free, new_file, new_folder, write_file
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.plan import Plan
 from .cards import exports
-from .copying import Progress, copying
 from .exports import CutFacts, export_path
 from .plans import agreed_plan
 from .source import GGUF_KEYS, find_source
@@ -58,27 +58,14 @@ class PreparedGguf:
         return plan_path(self.gguf) if beside else self.gguf.with_name(PLAN_FILE)
 
     def check_free(self, overwrite: bool = False) -> None:
-        """Refuse a place where something is.
-
-        Args:
-            overwrite: it may be replaced.
-
-        Raises:
-            OutputError: something is there, or the place cannot be looked at.
-        """
+        """Refuse a place that is taken: OutputError."""
         for path in self.files if self.gguf == self.out else [self.out]:
             check_free(path, overwrite)
 
-    def write(self, *, overwrite: bool = False, progress: Progress | bool | None = None) -> None:
-        """Make the cut.
-
-        Args:
-            overwrite: replace what is there, once the new files are complete.
-            progress: as for :func:`.prune.prune`.
-
-        Raises:
-            OutputError: something is there, or the place cannot be written to.
-        """
+    def write(
+        self, *, overwrite: bool = False, progress: BytesProgress | bool | None = None
+    ) -> None:
+        """Make the cut; OutputError if the place is taken or cannot be written to."""
         self.check_free(overwrite)
         with ExitStack() as stack:
             if self.gguf == self.out:
@@ -92,7 +79,7 @@ class PreparedGguf:
                 write_file(places[path], text.encode())
             for path, carried in self.carried.items():
                 shutil.copyfile(carried, places[path])
-            with copying(progress, self.num_bytes) as report:
+            with track_copy(progress, self.num_bytes) as report:
                 self.source.cut(list(self.plan.survivors), places[self.gguf], report)
 
 
@@ -101,20 +88,10 @@ def prepare_gguf(
     layers: Plan | Layers,
     out: str | Path,
 ) -> PreparedGguf:
-    """Check a cut of a GGUF file; nothing is written.
+    """Check a cut of a GGUF file, and write nothing.
 
-    Args:
-        source: a GGUF file.
-        layers: a plan, or blocks, ranges or indices, 0-based.
-        out: the new file, ending in ``.gguf``; or a folder, which gets ``NAME.gguf`` and
-            ``README.md``.
-
-    Returns:
-        The cut, ready to be written.
-
-    Raises:
-        LayersError, PlanError, ModelError: as :func:`.prune.prune`.
-        OutputError: ``out`` is the folder of the source.
+    ``out`` is the new file, ending in ``.gguf``; or a folder, which gets ``NAME.gguf`` and
+    ``README.md``. Raises as :func:`.prune.prune`.
     """
     at, out = Path(source).expanduser(), Path(out)
     beside = out.suffix == ".gguf"
@@ -139,14 +116,7 @@ def prepare_gguf(
 
 
 def read_metadata(source: Path) -> dict[str, Any]:
-    """Read what a card says of a GGUF file.
-
-    Args:
-        source: a GGUF file; one whose layers cannot be cut tells nothing.
-
-    Returns:
-        The values of :data:`GGUF_KEYS` that it has.
-    """
+    """The values of :data:`GGUF_KEYS` in a GGUF file; none of one whose layers cannot be cut."""
     try:
         return Gguf(source).metadata(list(GGUF_KEYS))
     except ModelError:
@@ -154,5 +124,5 @@ def read_metadata(source: Path) -> dict[str, Any]:
 
 
 def plan_path(out: str | Path) -> Path:
-    """Name the plan beside a GGUF file: ``model.shallower_plan.json`` beside ``model.gguf``."""
+    """The plan beside a GGUF file: ``model.shallower_plan.json`` beside ``model.gguf``."""
     return export_path(Path(out), PLAN_FILE)

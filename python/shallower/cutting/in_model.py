@@ -69,7 +69,7 @@ def without_layers(model: PreTrainedModel, layers: Plan | Layers) -> Iterator[No
         layers: a plan, or blocks, ranges or indices, 0-based.
 
     Yields:
-        Nothing; the model that was given is the cut one.
+        Nothing; the given model is the cut one.
 
     Raises:
         LayersError, PlanError, ModelError: as :func:`drop_layers`.

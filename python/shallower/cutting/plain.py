@@ -1,9 +1,9 @@
 """Models that ``config.json`` alone describes; no torch is needed to know their cuts.
 
-In these families every layer has the same parts, and all that tells layers apart are the few
-keys that follow the survivors here. What the table says of a family is what transformers
+In these families every layer has the same parts, and layers differ in the few keys alone that
+follow the survivors here. What the table says of a family is what transformers
 builds: the tests cut every one of them both ways. Whatever is unusual is left to
-:mod:`.built`.
+:class:`.twin.BuiltModel`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ _KINDS = {"full_attention", "sliding_attention", 0, 1}
 
 @dataclass(frozen=True, slots=True)
 class PlainModel:
-    """A model of one of these families; see :class:`.tensor_names.Description`."""
+    """A model of one of these families; a :class:`.tensor_names.Description`."""
 
     name: str
     shape: tuple[str, int, int, int]
@@ -90,23 +90,15 @@ class PlainModel:
         return (None,) * self.shape[1]
 
     def vectors(self) -> Iterator[str]:
-        """Give the names of the one-dimensional weights, in the order of the modules."""
+        """The names of the one-dimensional weights, in the order of the modules."""
         for index in range(self.shape[1]):
             yield from (f"{self.path}.{index}.{name}" for name in VECTORS[self.shape[0]])
         yield "model.norm.weight"
 
     def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
-        """Make the JSON of the config for the layers that stay.
+        """The JSON of the config for the layers that stay, unknown keys included.
 
-        Args:
-            raw: the JSON of the config.
-            survivors: the indices of the layers that stay, ascending.
-
-        Returns:
-            The same with what changes, unknown keys included.
-
-        Raises:
-            ModelError: a key of another family that the survivors do not fit.
+        ModelError: a key of another family that the survivors do not fit.
         """
         before = {**self.defaults, **raw}
         after = SimpleNamespace(**before)
@@ -120,15 +112,7 @@ class PlainModel:
 
 
 def plain_model(folder: Path, raw: Mapping[str, Any]) -> PlainModel | None:
-    """Read the model that a config describes.
-
-    Args:
-        folder: of the checkpoint, by its own name.
-        raw: the JSON of its config.
-
-    Returns:
-        The model; None if it is not of these families, or unusual in any way.
-    """
+    """The model of a config's JSON; None if it is of no plain family, or unusual in any way."""
     family = raw.get("model_type")
     total, width, vocabulary = (raw.get(key) for key in _SIZES)
     if not isinstance(family, str) or family not in VECTORS or not folder.name:

@@ -11,24 +11,16 @@ from ..values.plan import Plan
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Load a saved plan.
-
-    Args:
-        path: of the file, or of the folder that holds it under its usual name.
-
-    Raises:
-        PlanError: it is not there, or is not a plan.
-    """
+    """Load a plan from its file, or from the folder that holds it; PlanError if there is none."""
     path = Path(path).expanduser()
     return Plan.load(path / PLAN_FILE if path.is_dir() else path)
 
 
 def agreed_plan(named: str, num_layers: int, layers: Plan | Layers) -> Plan:
-    """Find the plan that names these layers of a model; where only layers are named, a new one.
+    """The plan for these layers of the model ``named``; a new one where only layers are given.
 
-    Raises:
-        LayersError: a layer that is not there, is named twice, or is the last one left.
-        PlanError: a plan for another number of layers.
+    LayersError: a layer that is not there, is named twice, or is the last one left. PlanError: a
+    plan for another number of layers.
     """
     if isinstance(layers, Plan) and layers.num_layers != num_layers:
         raise PlanError(
@@ -39,17 +31,10 @@ def agreed_plan(named: str, num_layers: int, layers: Plan | Layers) -> Plan:
 
 
 def made_for(plan: Plan, identity: ModelIdentity | None) -> Plan:
-    """Check a plan against the model that it is carried out on.
+    """Check that a plan fits the model, and give it the identity if it has none.
 
-    Args:
-        plan: with or without the identity of the model that it was made for.
-        identity: of the model; None if its files do not tell.
-
-    Returns:
-        The plan, with the model's identity where it had none.
-
-    Raises:
-        PlanError: it was made for another model, or that cannot be told.
+    ``identity`` is None where the files of the model do not show it. PlanError: the plan was
+    made for another model, or that is unknown.
     """
     if identity is not None:
         plan.check_model(identity)

@@ -1,6 +1,6 @@
 """The one door of cuts: on disk, in memory, or a GGUF file directly.
 
-What is to be done is planned first (:func:`plan_prune`), with every refusal made, and then done.
+A cut is planned first (:func:`plan_prune`), with every refusal made, and then carried out.
 torch is loaded only where a model is.
 """
 
@@ -8,25 +8,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InMemoryOnlyError, ModelError, OutputError
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
+from ..models.source import ModelSource
+from ..progress import BytesProgress
 from ..storage import check_free
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
 from .checkpoint import PreparedCut, prepare
-from .copying import Progress
+from .checkpoint_files import is_checkpoint, stored_dtype
 from .exports import EXPORT_FILES
-from .gguf import prepare_gguf
-from .plans import agreed_plan, load_plan
-from .request import Request
+from .gguf import prepare_gguf, read_metadata
+from .plans import agreed_plan, load_plan, made_for
+from .source import Source, find_source, hub_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Way = Literal["disk", "memory", "gguf"]
 
 _SAVED = ("config.json", "generation_config.json", "model*.safetensors", "tokenizer*")
-"""The files that transformers writes, as patterns: the shards are not counted before."""
+"""The files that transformers writes, as patterns: how many shards is not known before."""
 
 
 def prune(
@@ -42,13 +47,13 @@ def prune(
     as_gguf: bool = False,
     trust_remote_code: bool = False,
     verify: bool = False,
-    progress: Progress | bool | None = None,
+    progress: BytesProgress | bool | None = None,
 ) -> Plan:
     """Drop layers from a model, and save a standard checkpoint with the plan beside it.
 
-    A folder of safetensors is cut on disk, without loading it, unless ``dtype`` asks for another
-    dtype than the stored one; when interrupted, the same call goes on. A GGUF file is cut directly
-    into a GGUF file. Whatever else there is is loaded, cut in memory and saved.
+    A folder of safetensors is cut on disk, without loading it, unless ``dtype`` is another
+    than the stored one; after an interruption the same call continues. A GGUF file is cut directly
+    into a GGUF file. Any other model is loaded, cut in memory and saved.
 
     Args:
         source: a local folder, a hub id, or a ``.gguf`` file.
@@ -134,11 +139,11 @@ def plan_prune(
         verify: compare the logits of the cut.
 
     Returns:
-        What would be done, by which way, and the files; ``run()`` does it.
+        The planned work, its way and the files; ``run()`` carries it out.
 
     Raises:
         LayersError, PlanError, ModelError, OutputError, MissingExtraError: as :func:`prune`,
-            but for what only the weights tell.
+            except what needs the weights.
     """
     if dtype is not None:
         check_dtype(dtype)
@@ -159,7 +164,7 @@ def plan_prune(
     )
     if isinstance(what, str | Path):
         what = load_plan(what)
-    if request.out.suffix == ".gguf" or as_gguf:
+    if request.to_gguf:
         return _plan_gguf(request, what)
     return _plan_folder(request, what)
 
@@ -179,13 +184,129 @@ class Pruned:
     difference: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the plan and what came of it as plain JSON values."""
+        """The plan and its outcome as plain JSON values."""
         written = [str(path) for path in self.written]
         return {
             **self.plan.to_json(),
             "max_logits_difference": self.difference,
             "written": written[0] if len(written) == 1 else written,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The arguments of :func:`prune` but the layers.
+
+    ``named`` is the source in the caller's words, for errors; ``source`` its resolved folder.
+    """
+
+    source: str
+    named: str
+    out: Path
+    overwrite: bool
+    dtype: Dtype | None
+    max_shard_size: int | str | None
+    device_map: DeviceMap
+    gguf_file: str | None
+    as_gguf: bool
+    trust_remote_code: bool
+    verify: bool
+
+    @property
+    def on_disk(self) -> bool:
+        """True if the weights stay as they are stored in a folder of safetensors."""
+        if self.gguf_file is not None or not is_checkpoint(self.source):
+            return False
+        return self.dtype is None or self.dtype == stored_dtype(self.source)
+
+    @property
+    def to_gguf(self) -> bool:
+        """True if a GGUF file is written."""
+        return self.as_gguf or self.out.suffix == ".gguf"
+
+    @property
+    def gguf_path(self) -> Path:
+        """The local GGUF file, fetched from a hub repository; ModelError if there is none."""
+        path = Path(self.source).expanduser()
+        if self.gguf_file is not None and path.suffix != ".gguf":
+            if not path.is_dir() and hub_id(self.source):
+                return _fetch(self.source, self.gguf_file)
+            path /= self.gguf_file
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{self.named} is not a .gguf file, and only such a one is cut into one: "
+                f"name a local file, or a folder as out (--out)"
+            )
+        return path
+
+    @property
+    def known(self) -> Source:
+        """The source as the card describes it."""
+        metadata = {}
+        if self.gguf_file is not None or self.source.endswith(".gguf"):
+            metadata = read_metadata(self.gguf_path)
+        return find_source(self.source, gguf_file=self.gguf_file, metadata=metadata, from_hub=True)
+
+    def count_layers(self) -> int:
+        """Count the decoder layers, by the config alone."""
+        return self._loaded_from(as_stored=True).count_layers()
+
+    def load(self, *, as_stored: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load the whole model; ``as_stored``: in the dtype of the folder, not in ``dtype``."""
+        if self.to_gguf:
+            return ModelSource(self.gguf_path, "float32").load()
+        return self._loaded_from(as_stored=as_stored).load()
+
+    def cut_in_memory(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan
+    ) -> Plan:
+        """Save the whole model without the layers of a plan, which gets the model's identity."""
+        from ..models.identity import identify
+        from .in_model import without_layers
+        from .saving import save_cut
+
+        plan = made_for(plan, identify(model))
+        with without_layers(model, plan):
+            save_cut(
+                model,
+                tokenizer,
+                self.out,
+                plan=plan,
+                source=self.known,
+                overwrite=self.overwrite,
+            )
+        return plan
+
+    def _loaded_from(self, *, as_stored: bool) -> ModelSource:
+        dtype = None if as_stored else self.dtype
+        return ModelSource(
+            self.source,
+            self._stored_plainly if dtype is None else dtype,
+            self.device_map,
+            self.gguf_file,
+            self.trust_remote_code,
+        )
+
+    @property
+    def _stored_plainly(self) -> Dtype:
+        """The plain dtype of the stored weights; bfloat16 where it is unknown or not plain."""
+        if self.gguf_file is not None or not is_checkpoint(self.source):
+            return "bfloat16"
+        plain: tuple[Dtype, ...] = ("float32", "float16")
+        stored = stored_dtype(self.source)
+        return next((dtype for dtype in plain if dtype == stored), "bfloat16")
+
+
+def _fetch(repository: str, name: str) -> Path:
+    """A file of a hub repository, in the hub's cache; ModelError if it cannot be fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        lines = " ".join(str(error).split())
+        raise ModelError(f"cannot fetch {name} of {repository}: {lines}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +333,7 @@ class PlannedPrune:
         return self.way == "memory" or self._request.verify
 
     def to_json(self) -> dict[str, Any]:
-        """Give what would be done as plain JSON values."""
+        """The planned work as plain JSON values."""
         size = {} if self.num_bytes is None else {"bytes": self.num_bytes}
         return {
             "prune": self._request.named,
@@ -222,18 +343,8 @@ class PlannedPrune:
             "write": [str(path) for path in self.files],
         }
 
-    def run(self, progress: Progress | bool | None = None) -> Pruned:
-        """Make the cut, and verify it if that is wanted.
-
-        Args:
-            progress: as for :func:`prune`.
-
-        Returns:
-            The plan that was carried out, and what verifying it gave.
-
-        Raises:
-            PlanError, ModelError, OutputError, MissingExtraError: as :func:`prune`.
-        """
+    def run(self, progress: BytesProgress | bool | None = None) -> Pruned:
+        """Make the cut, and verify it if ``verify`` was set; raises what :func:`prune` does."""
         request, plan, on_disk = self._request, self.plan, self.way == "disk"
         # Before the cut, which may replace a GGUF file; on disk it never replaces its source.
         loaded = request.load() if self.loads_model and not on_disk else None

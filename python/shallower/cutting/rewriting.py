@@ -37,7 +37,7 @@ Compare = Callable[[Read, Read], None]
 """Reads a tensor as it was and as it is, and raises if that is not what it should be."""
 
 Report = Callable[[int], object]
-"""Hears of bytes that were written or compared."""
+"""Receives counts of bytes that were written or compared."""
 
 
 class StoredTensor(NamedTuple):
@@ -50,7 +50,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of its values; only of floats of 16 to 64 bits."""
+        """Bytes of its values; only of floats of 16 to 64 bits."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
@@ -72,17 +72,10 @@ class StoredCheckpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "StoredCheckpoint":
-        """Read the headers of a checkpoint.
+        """Read the headers of a folder with ``config.json`` and safetensors.
 
-        Args:
-            folder: with ``config.json`` and safetensors.
-
-        Returns:
-            The checkpoint.
-
-        Raises:
-            ModelError: no safetensors, a file that is damaged, missing or leads elsewhere, or a
-                tensor that is in two files.
+        ModelError: no safetensors, a file that is damaged, missing or leads elsewhere, or a tensor
+        that is in two files.
         """
         core = Checkpoint(folder)
         listed = core.tensors()
@@ -99,23 +92,18 @@ class StoredCheckpoint:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of the files of its weights."""
+        """Size of the files of its weights."""
         return sum(path.stat().st_size for path in self.files.values())
 
     @property
     def num_values(self) -> int:
-        """The values of all its tensors."""
+        """Values of all its tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def pieces(self, file: str, changed: Mapping[str, Any]) -> Iterator[tuple[int, int, str]]:
-        """Divide a file into the tensors that change, and what lies between them.
+        """Divide a file into (first byte, end, name).
 
-        Args:
-            file: its name.
-            changed: mapping by the names of those tensors.
-
-        Yields:
-            First byte, end, and the name of the tensor; an empty name is what does not change.
+        The tensors of ``changed``, and "" for the rest.
         """
         position = 0
         inside = [(t.start, n) for n, t in self.tensors.items() if t.file == file and n in changed]
@@ -137,18 +125,11 @@ def rewrite(
     report: Report = lambda _count: None,
     leave_out: frozenset[str] = frozenset(),
 ) -> None:
-    """Copy a checkpoint into a folder, with the values of some tensors changed.
+    """Copy a checkpoint into a folder, with the values of some tensors of floats changed.
 
-    Args:
-        stored: the checkpoint.
-        folder: the folder, which may hold what an interrupted call left: that is written anew.
-        changes: makes the new bytes of tensors of floats, by their names.
-        report: told of the bytes of weights as they are written.
-        leave_out: names of files beside the weights that are not copied.
-
-    Raises:
-        ModelError: a file of the checkpoint cannot be read, or changed meanwhile.
-        OutputError: the folder cannot be written, or its disk has no room.
+    What an interrupted call left in the folder is written anew. ``leave_out`` names files beside
+    the weights that are not copied. ModelError: a file of the checkpoint cannot be read, or changed
+    meanwhile. OutputError: the folder cannot be written, or its disk has no room.
     """
     beside = {name: path for name, path in stored.beside.items() if name not in leave_out}
     with raise_output_error(folder):
@@ -189,16 +170,10 @@ def compare(
     *,
     report: Report = lambda _count: None,
 ) -> None:
-    """Read a rewritten checkpoint back, and compare it with the one that it was made from.
+    """Compare what :func:`rewrite` wrote into a folder with the checkpoint it was made from.
 
-    Args:
-        stored: the checkpoint as it was.
-        folder: the folder that :func:`rewrite` filled.
-        checks: the checks of the tensors that changed; every other byte must be the same.
-        report: told of the bytes of weights as they are compared.
-
-    Raises:
-        ModelError: a byte differs that should not, or a check fails.
+    ``checks`` are of the tensors that changed; every other byte must be the same. ModelError: a
+    byte differs that should not, or a check fails.
     """
     for name, path in stored.files.items():
         made = folder / name

@@ -86,20 +86,7 @@ def save_cut(
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
 ) -> None:
-    """Save a cut as :func:`save_model` does, where it is known what it was cut out of.
-
-    Args:
-        model: the cut.
-        tokenizer: saved beside it, unless ``None``.
-        path: a folder that does not exist yet, or is empty.
-        plan: what was dropped.
-        source: the uncut model, for the card.
-        overwrite: replace what is at ``path``, once the new checkpoint is complete.
-        losses: the held-out loss before and after the cut, for the model card.
-
-    Raises:
-        PlanError, OutputError, ModelError: as :func:`save_model`.
-    """
+    """Save a cut as :func:`save_model` does, where its ``source`` is known."""
     require_weights(model)
     texts = exports(_facts(model, plan, source, losses))
     _save(model, tokenizer, Path(path), overwrite, plan, texts, source.licenses)
@@ -162,12 +149,12 @@ def _facts(
         )
     dtype = stored_dtype(model)
     quantised = getattr(model.config, "quantization_config", None) is not None
-    asked = dtype if dtype in ("nf4", "int8") or not quantised else None
+    plain = dtype if dtype in ("nf4", "int8") or not quantised else None
     return CutFacts(
         plan,
         source,
         options={
-            "dtype": asked if asked in _DTYPES else None,
+            "dtype": plain if plain in _DTYPES else None,
             "trust_remote_code": _has_own_code(model),
         },
         dtype=dtype,
@@ -177,7 +164,7 @@ def _facts(
 
 
 def _has_own_code(model: PreTrainedModel) -> bool:
-    """Whether a model is run by code that came with it, which somebody has allowed then."""
+    """Whether the model's own code runs it, which the user has allowed then."""
     return type(model).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
@@ -188,23 +175,13 @@ def logits_difference(
     *,
     input_ids: torch.Tensor,
 ) -> float:
-    """Measure how far a saved checkpoint is from the model with its layers skipped.
+    """The greatest difference in logits of a saved checkpoint and the model without the layers.
 
-    Both run on the device of the model, so that they round alike. On a GPU there is no need of
-    room for a second model: the checkpoint lies in the memory of the CPU, and its layers visit
-    the GPU one after the other.
-
-    Args:
-        model: the uncut one; it is as before afterwards.
-        path: the checkpoint, a folder or a GGUF file, which is loaded with stock transformers.
-        layers: that were dropped; None if the model is without them.
-        input_ids: tokens (B, T), int64.
-
-    Returns:
-        The greatest absolute difference of the logits.
-
-    Raises:
-        ModelError: the checkpoint cannot be loaded, or lacks weights.
+    ``input_ids`` are (B, T) int64; ``layers`` is None if the model is without them already. The
+    checkpoint is loaded by stock transformers and both run on the device of the model, so that they
+    round alike. On a GPU there is no need of room for a second model: the checkpoint lies in the
+    memory of the CPU, and its layers visit the GPU one after the other. ModelError: it cannot be
+    loaded, or lacks weights.
     """
     device = Decoder.of(model).device
     input_ids = input_ids.to(device)
@@ -230,9 +207,7 @@ def logits_difference(
 def lend_layers(model: PreTrainedModel, device: torch.device) -> None:
     """Make a model on the CPU run on another device that has no room for all its layers.
 
-    Args:
-        model: its layers go to the device when they are run, and back; all else goes and stays.
-        device: where it runs; nothing is to be done for the CPU.
+    Each layer goes to the device while it runs, and back; all else goes and stays.
     """
     if device.type == "cpu":
         return

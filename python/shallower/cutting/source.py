@@ -1,17 +1,21 @@
 """The uncut model as a card names it: by its hub id or its own name, never by a path.
 
-A path means nothing to whoever reads the card elsewhere, tells of the machine that wrote it, and
+A path means nothing to readers of the card elsewhere, gives away the machine that wrote it, and
 may be mistaken for a hub id. In commands the placeholder ``SOURCE`` stands for the folder of a
-model that no hub id is known of.
+model whose hub id is unknown.
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .card_file import CARD_FILE, read_card
+import yaml
+
+CARD_FILE = "README.md"
+"""The name under which the hub shows a card."""
 
 PLACEHOLDER = "SOURCE"
 
@@ -35,6 +39,9 @@ FILE_TYPES = (
 )  # fmt: skip
 """The quantisations of llama.cpp, by the number in ``general.file_type``."""
 
+FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTALL)
+
+_MAX_CARD_BYTES = 1 << 20
 _LICENSE = re.compile(r"(licen[sc]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
 _MAX_LICENSE_BYTES = 1 << 20
 _REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
@@ -48,8 +55,8 @@ class Source:
         name: its hub id, or the own name of its folder or GGUF file.
         hub: its hub id, if that is known.
         gguf: the name of the GGUF file that was cut, if it was one.
-        quantisation: of the GGUF file, such as ``Q8_0``, if the file tells.
-        inherited: the front matter of its own card, and what its GGUF file tells.
+        quantisation: of the GGUF file, such as ``Q8_0``, if known.
+        inherited: the front matter of its own card, and the metadata of its GGUF file.
         text: its own card below the front matter.
         licenses: the files of its license, by name.
     """
@@ -64,7 +71,7 @@ class Source:
 
     @property
     def place(self) -> str:
-        """The folder or repository in a command: the hub id, or ``SOURCE``."""
+        """Folder or repository in a command: the hub id, or ``SOURCE``."""
         return self.hub or PLACEHOLDER
 
 
@@ -75,14 +82,11 @@ def find_source(
     metadata: Mapping[str, Any] | None = None,
     from_hub: bool = False,
 ) -> Source:
-    """Find what a card says of a model.
+    """Find what a card says of a model, which was loaded from a folder, a hub id or a GGUF file.
 
-    Args:
-        named: the model as it was loaded: a folder, a hub id or a GGUF file.
-        gguf_file: the name of a GGUF file in that folder or repository.
-        metadata: values of :data:`GGUF_KEYS` in the GGUF file.
-        from_hub: a hub id by its form is one. If not, it counts as one only if the hub's cache
-            holds it: it may be the path of a folder that is gone, or in another place.
+    ``metadata`` are values of :data:`GGUF_KEYS`. ``from_hub``: a name in the form of a hub id is
+    one. Otherwise it counts as one only if the hub's cache holds it: it may be the path of a folder
+    that is gone, or in another place.
     """
     path = Path(named).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
@@ -92,8 +96,8 @@ def find_source(
     if hub and not (path.is_dir() or cached or from_hub):
         hub = None
     folder = path if path.is_dir() else cached
-    told = _told(metadata or {})
-    quantisation = told.pop("quantisation", None)
+    from_gguf = _in_words(metadata or {})
+    quantisation = from_gguf.pop("quantisation", None)
     card = _card_of(folder, gguf_file) if folder else None
     inherited, text = read_card(card) if card else ({}, "")
     # A folder of GGUF files may be of many models, and its license of any.
@@ -103,20 +107,16 @@ def find_source(
         hub=hub,
         gguf=gguf_file,
         quantisation=quantisation,
-        inherited={**told, **inherited},
+        inherited={**from_gguf, **inherited},
         text=text,
         licenses=_licenses(folder) if folder and owns_license else {},
     )
 
 
 def hub_id(source: str) -> str | None:
-    """Read the hub id of a model out of the name that it was loaded by.
+    """The hub id of a model by the name that it was loaded by, or a path into the hub's cache.
 
-    Args:
-        source: a hub id, or a path; one into the hub's cache names the id.
-
-    Returns:
-        The id; None for other paths and for what is there as a folder or file.
+    None for other paths, and for anything that exists as a folder or file.
     """
     for path in (source, str(Path(source).resolve())):
         if cached := re.search(r"models--([\w.-]+)/snapshots/", path + "/"):
@@ -156,14 +156,46 @@ def _licenses(folder: Path) -> dict[str, Path]:
     }
 
 
-def _told(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a GGUF file in a card's words."""
-    told = {word: metadata.get(key) for key, word in GGUF_KEYS.items()}
-    number = told.pop("quantisation")
-    told = {word: value for word, value in told.items() if value and not isinstance(value, int)}
+def _in_words(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a GGUF file in a card's words."""
+    from_gguf = {word: metadata.get(key) for key, word in GGUF_KEYS.items()}
+    number = from_gguf.pop("quantisation")
+    from_gguf = {
+        word: value for word, value in from_gguf.items() if value and not isinstance(value, int)
+    }
     if isinstance(number, int) and 0 <= number < len(FILE_TYPES):
-        told["quantisation"] = FILE_TYPES[number]
-    repository = _REPOSITORY.fullmatch(str(told.pop("base_model", "")))
+        from_gguf["quantisation"] = FILE_TYPES[number]
+    repository = _REPOSITORY.fullmatch(str(from_gguf.pop("base_model", "")))
     if repository:
-        told["base_model"] = repository[1]
-    return told
+        from_gguf["base_model"] = repository[1]
+    return from_gguf
+
+
+def read_card(path: Path) -> tuple[dict[str, Any], str]:
+    """The strings and lists of strings in a card's front matter, by key, and the text below it.
+
+    A file that is not there, or larger than 1 MiB, counts as empty; what is not front matter is
+    text.
+    """
+    if not path.is_file():
+        return {}, ""
+    if path.stat().st_size > _MAX_CARD_BYTES:
+        warnings.warn(f"{path} is left out: it is too large for a model card", stacklevel=2)
+        return {}, ""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    found = FRONT_MATTER.match(text)
+    try:
+        # The base loader knows strings, lists and mappings alone, and merges no keys.
+        metadata = yaml.load(found[1] or "", Loader=yaml.BaseLoader) if found else None
+    except (yaml.YAMLError, RecursionError):
+        metadata = None
+    if not found or not isinstance(metadata, dict):
+        return {}, text
+    words = {key: value for key, value in metadata.items() if _is_words(value)}
+    return words, text[found.end() :]
+
+
+def _is_words(value: Any) -> bool:
+    """A string, or a list of strings, and not YAML's nothing."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) and item not in ("", "~", "null") for item in items)

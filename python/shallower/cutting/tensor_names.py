@@ -19,11 +19,11 @@ _VOLATILE = ("transformers_version", "dtype", "torch_dtype", *QUANTISATION_KEYS)
 
 
 class Description(Protocol):
-    """The model behind a checkpoint, as far as the names of tensors do not tell."""
+    """The model behind a checkpoint, for what the names of tensors do not say."""
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """Name of its folder."""
 
     @property
     def shape(self) -> tuple[str, int, int, int]:
@@ -38,7 +38,7 @@ class Description(Protocol):
         """For each layer, what layers that should be alike have in common."""
 
     def vectors(self) -> Iterator[str]:
-        """The names of its one-dimensional weights, in the order of its modules."""
+        """Names of its one-dimensional weights, in the order of its modules."""
 
     def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
         """The JSON of the config for the layers that stay; ModelError if there is none."""
@@ -47,18 +47,9 @@ class Description(Protocol):
 def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: int = 0) -> str:
     """Find the prefix of the layers' tensors in a checkpoint, such as ``model.layers.``.
 
-    Args:
-        names: of all tensors.
-        path: where the layers are in the model, such as ``model.layers``; checkpoints of a
-            model without its head lack the first part.
-        num_layers: layers of the model.
-        num_more: layers for multi-token prediction that may be stored behind them.
-
-    Returns:
-        The prefix, with the dot at its end.
-
-    Raises:
-        ModelError: no such tensors, or their numbers are not ``0 .. num_layers-1``.
+    ``path`` is where the layers are in the model, whose first part checkpoints of a model without
+    its head lack; behind the layers there may be ``num_more`` for multi-token prediction.
+    ModelError: no such tensors, or their numbers are not ``0 .. num_layers-1``.
     """
     numbers: dict[str, set[int]] = {}
     pattern = re.compile(rf"(?:^|\.){re.escape(path.rpartition('.')[2])}\.(\d{{1,9}})(?:\.|$)")
@@ -92,17 +83,11 @@ def _tails(path: str) -> Iterator[str]:
 
 
 def check_alike(layers: Sequence[Mapping[str, str]], kinds: Sequence[object]) -> None:
-    """Refuse a layer that lacks tensors which another one of its kind has.
+    """Refuse a layer that lacks tensors which another one of its kind has: ModelError names both.
 
-    A module may be quantised in one layer and plain in another: its tensors then differ in
-    dtype as well. Missing are those that are absent beside tensors of the same dtypes.
-
-    Args:
-        layers: for each layer, the dtypes of its tensors by their name in the layer.
-        kinds: for each layer, what layers that should be alike have in common.
-
-    Raises:
-        ModelError: it names the layer and the tensor.
+    ``layers`` holds for each layer the dtypes of its tensors by their name in it. A module may be
+    quantised in one layer and plain in another: its tensors then differ in dtype as well. Missing
+    are those that are absent beside tensors of the same dtypes.
     """
     modules: dict[tuple[int, str], dict[str, str]] = {}
     stems: dict[object, set[str]] = {}
@@ -132,14 +117,7 @@ def _check_module(forms: Sequence[tuple[int, Mapping[str, str]]]) -> None:
 
 
 def module_of(name: str) -> str:
-    """Name the module that a tensor belongs to.
-
-    Args:
-        name: of the tensor, which may be one of bitsandbytes' states of a weight.
-
-    Returns:
-        The dotted path of the module.
-    """
+    """Path of the module of a tensor, which may be one of bitsandbytes' states of a weight."""
     head, weight, _ = name.partition(".weight.")
     return head if weight else name.rpartition(".")[0]
 
@@ -153,14 +131,8 @@ def edit_config(
 ) -> dict[str, Any]:
     """Change in the JSON of a config what differs between two states of it, and nothing else.
 
-    Args:
-        raw: the file, unknown keys included.
-        before: all values, as transformers reads the file.
-        after: all values, as they shall be.
-        aliases: other names of keys, with the keys.
-
-    Returns:
-        The edited JSON.
+    ``raw`` is the file, unknown keys included; ``before`` and ``after`` are all values as
+    transformers reads them; ``aliases`` maps other names of keys to the keys.
     """
     edited = dict(raw)
     for name, value in after.items():
@@ -177,15 +149,7 @@ def edit_config(
 
 
 def same_config(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    """Tell whether two configs build the same model, whatever wrote them.
-
-    Args:
-        left: a config as JSON.
-        right: another one.
-
-    Returns:
-        True if they differ in versions, dtypes and private keys alone.
-    """
+    """Whether two configs, as JSON, differ in versions, dtypes and private keys alone."""
     return bool(_essence(left) == _essence(right))
 
 
@@ -199,9 +163,7 @@ def _essence(value: Any) -> Any:
 class Renumbering:
     """The names of modules after a cut.
 
-    Args:
-        paths: where the layers are: in the model, and in the checkpoint if that differs.
-        survivors: the indices of the layers that stay, ascending.
+    ``paths``: where the layers are, in the model and in the checkpoint. ``survivors`` ascend.
     """
 
     def __init__(self, paths: Iterable[str], survivors: Sequence[int]) -> None:
@@ -210,14 +172,7 @@ class Renumbering:
         self._places = {str(old): new for new, old in enumerate(survivors)}
 
     def rename(self, name: str) -> str | None:
-        """Give the new name of a module.
-
-        Args:
-            name: before the cut.
-
-        Returns:
-            The name after it; None if its layer goes.
-        """
+        """The new name of a module; None if its layer goes."""
         for prefix in self._prefixes:
             number, dot, tail = name.removeprefix(prefix).partition(".")
             if not name.startswith(prefix) or not number.isdecimal():
@@ -227,13 +182,9 @@ class Renumbering:
         return name
 
     def edit(self, value: Any) -> Any:
-        """Renumber every module's name in a quantisation config; regexes stay.
+        """A copy of a quantisation config, or of a part, with the names of modules renumbered.
 
-        Args:
-            value: the config, or a part of it.
-
-        Returns:
-            A copy; of lists and mappings without what names layers that go.
+        Lists and mappings lose what names layers that go. Regexes stay.
         """
         if isinstance(value, dict):
             named = ((self.rename(key), item) for key, item in value.items())
@@ -247,7 +198,7 @@ class Renumbering:
         return copy.deepcopy(value)
 
     def _groups(self, groups: dict[str, Any]) -> dict[str, Any]:
-        """A group whose targets are all gone goes as well."""
+        """Groups of compressed-tensors: one whose targets are all gone goes as well."""
         edited: dict[str, Any] = self.edit(groups)
         for name, group in groups.items():
             targets = isinstance(group, dict) and group.get("targets")
@@ -256,14 +207,9 @@ class Renumbering:
         return edited
 
     def check_patterns(self, value: Any, modules: Iterable[str]) -> None:
-        """Refuse a quantisation config whose regexes would cover other layers than before.
+        """Refuse a quantisation config whose regexes would cover other layers: ModelError.
 
-        Args:
-            value: the config.
-            modules: the names of all modules before the cut.
-
-        Raises:
-            ModelError: it names the regex and the module.
+        ``modules`` are the names of all modules before the cut.
         """
         patterns = sorted(set(_patterns(value)))
         pairs = [(old, new) for old in modules if (new := self.rename(old)) not in (None, old)]

@@ -1,4 +1,4 @@
-"""The model that a stock loader would build from a shortened config, compared with the cut one.
+"""Any model without weights, and its cut as a stock loader builds it from the shortened config.
 
 Built on the meta device: classes, shapes and plain attributes must be the same before a cut is
 made, so that no stock loader builds another network than the one in memory.
@@ -6,7 +6,8 @@ made, so that no stock loader builds another network than the one in memory.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +15,20 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
+from ..errors import InMemoryOnlyError, ModelError
 from ..models.architecture import (
     DecoderLayers,
     adapter_lists,
     find_layers,
+    layer_parts,
     packed_tables,
     text_config,
 )
+from ..models.identity import model_name, shape_of, vectors_of
 from ..models.layer_config import shorten
+from ..models.loading import empty_model
 from ..values.layers import blocks_of
+from .tensor_names import edit_config, same_config
 
 _BUILDING_ERRORS = (
     ValueError,
@@ -49,18 +54,58 @@ PLACES = (
 """Attributes by which a module knows its place; none changes what a causal model computes."""
 
 
+class BuiltModel:
+    """The model of a folder's config, as its class builds it; a :class:`.tensor_names.Description`.
+
+    ModelError: it is not a causal language model, or has not one list of decoder layers.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self._model = empty_model(folder, trust_remote_code)
+        self.name = model_name(self._model)
+        self.shape = shape_of(self._model)
+        self._layers = find_layers(self._model)
+        self.path = self._layers.path
+
+    @property
+    def kinds(self) -> Sequence[object]:
+        """The names of every layer's parameters."""
+        modules = self._layers.modules
+        return [tuple(name for name, _ in layer.named_parameters()) for layer in modules]
+
+    def vectors(self) -> Iterator[str]:
+        """The names of the one-dimensional weights, in the order of the modules."""
+        return (f"{path}.{name}" for path, name in vectors_of(self._model))
+
+    def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
+        """The JSON of the config for the layers that stay, unknown keys included.
+
+        InMemoryOnlyError: weights beside the layers would have to be cut as well. ModelError: a
+        stock loader would not build the layers that stay from it.
+        """
+        if parts := layer_parts(self._model, self._layers):
+            raise InMemoryOnlyError(
+                f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "
+                f"which is cut in memory only: use prune, or load_model, drop_layers and save_model"
+            )
+        shortened = shortened_config(self._model, tuple(survivors))
+        aliases = type(shortened.get_text_config(decoder=True)).attribute_map
+        after = shortened.to_dict()
+        edited = edit_config(raw, self._model.config.to_dict(), after, aliases=aliases)
+        read_back = type(shortened).from_dict(copy.deepcopy(edited))
+        if not same_config(read_back.to_dict(), after):
+            raise ModelError(
+                f"config.json of {type(self._model).__name__} cannot be edited so that it is read "
+                f"back as the shortened config: load the model and use drop_layers and save_model"
+            )
+        return edited
+
+
 def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
-    """Make the config of a model with some layers alone, and check it; the model stays as it is.
+    """Make and check the config of a model with the ``survivors`` alone; the model stays as it is.
 
-    Args:
-        model: with weights, or on the meta device without any.
-        survivors: the indices of the layers that stay, ascending.
-
-    Returns:
-        The config, of the model's own class.
-
-    Raises:
-        ModelError: a model built from the new config would have other layers.
+    The model may have weights, or lie on the meta device. ModelError: a model built from the new
+    config would have other layers.
     """
     return checked_twin(model, find_layers(model), survivors)[0]
 
@@ -68,18 +113,9 @@ def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
 def checked_twin(
     model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
 ) -> tuple[Any, PreTrainedModel]:
-    """Make the shortened config, and build what a stock loader builds from it.
+    """Make the shortened config, and the model on the meta device that a loader builds from it.
 
-    Args:
-        model: with weights, or on the meta device without any.
-        found: its layers.
-        survivors: the indices of those that stay, ascending.
-
-    Returns:
-        The config, and a model on the meta device.
-
-    Raises:
-        ModelError: the model would have other layers; it names other layers that could go.
+    ModelError: the model would have other layers; it names other layers that could go.
     """
     try:
         return _twin(model, found, survivors)
@@ -220,12 +256,9 @@ the length of lists, which is compared."""
 
 
 def _difference(layer: nn.Module, twin: nn.Module, sharing: bool) -> str | None:
-    """The first difference between a layer and the one that a stock loader builds, in words.
+    """The first difference between a layer and its ``twin`` of a stock loader, in words.
 
-    Args:
-        layer: as it is.
-        twin: as a stock loader builds it.
-        sharing: whether layers use the keys and values that earlier ones store.
+    ``sharing``: layers use the keys and values that earlier ones store.
     """
     modules, twins = dict(layer.named_modules()), dict(twin.named_modules())
     if modules.keys() != twins.keys():

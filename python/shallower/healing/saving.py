@@ -4,10 +4,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.card_file import CARD_FILE
 from ..cutting.cards import adapters_card
 from ..cutting.saving import save_model
-from ..cutting.source import find_source
+from ..cutting.source import CARD_FILE, find_source
 from ..merging.merge import copy_beside, copy_files, healing_rows, write_beside
 from ..patching.saving import PATCH_FILE
 from ..storage import write_file

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..cutting.card_file import CARD_FILE
 from ..cutting.cards import healed_card
 from ..cutting.exports import EXPORT_FILES
-from ..cutting.source import find_source
+from ..cutting.source import CARD_FILE, find_source
 from ..errors import MissingExtraError, ModelError, OutputError
 from ..patching.saving import PATCH_FILE
 from ..reporting.charts.run import healing_chart

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..cutting.card_file import CARD_FILE
 from ..cutting.checkpoint_files import is_checkpoint
 from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
+from ..cutting.source import CARD_FILE
 from ..errors import ModelError
 from ..evaluation.loss import evaluate_loss
 from ..memory.placement import place_for

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cutting.card_file import CARD_FILE
 from ..cutting.cards import healed_card
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
+from ..cutting.source import CARD_FILE
 from ..evaluation.loss import evaluate_loss, require_predictable
 from ..models.decoder import Decoder
 from ..storage import check_free, new_folder, write_file

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OutputError, ScanError
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
-from ..scanning.contents import check_metrics
+from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan
 from ..scanning.states_writer import check_keepable
 from ..storage import check_free, free_bytes

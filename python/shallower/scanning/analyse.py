@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatesError
-from .builder import ScanBuilder
-from .parts import Part, as_array
+from .builder import Part, ScanBuilder, as_array
 from .scan import Scan
 from .states_file import StatesFile
 
@@ -47,7 +46,7 @@ def analyse_states(
         sequences: (samples,) integers, which sequence a sample is of, if several are of one:
             tokens of a text, say. Those of one sequence must follow each other. Standard
             errors are then clustered, and kept samples are sums over sequences. Every sample
-            is its own sequence by default, or of the one that the file tells.
+            is its own sequence by default, or of the one that the file names.
         progress: a bar with ETA on standard error; by default for a file, if that is a
             terminal.
         tensor: the name of the tensor in a safetensors file; by default ``hidden_states``, or
@@ -80,8 +79,8 @@ def analyse_states(
             builder = ScanBuilder(
                 file.shape[1], metrics, model=origin.model, positions=origin.positions, **options
             )
-            told = file.sequences() if sequences is None else sequences
-            numbers = _numbers(told, len(file))
+            found = file.sequences() if sequences is None else sequences
+            numbers = _numbers(found, len(file))
             with (
                 closing(file.parts(threads, numbers)) as parts,
                 _progress(len(file), progress) as advance,
@@ -121,18 +120,10 @@ def _progress(total: int, show: bool | None) -> AbstractContextManager[Callable[
 
 
 def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64]:
-    """Check the numbers of the sequences that samples are of.
+    """Check the (samples,) integers that name the sequence of every sample; int64, C-contiguous.
 
-    Args:
-        sequences: (samples,) integers.
-        num_samples: how many samples there are.
-
-    Returns:
-        (samples,) int64, C-contiguous.
-
-    Raises:
-        StatesError: not an integer for each sample, or the samples of a sequence do not
-            follow each other.
+    StatesError: not an integer for each sample, or the samples of a sequence do not follow each
+    other.
     """
     numbers = np.asarray(sequences)
     if numbers.shape != (num_samples,) or numbers.dtype.kind not in "iu":
@@ -155,15 +146,7 @@ def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64
 
 
 def array_parts(array: NDArray[Any], numbers: NDArray[np.int64] | None = None) -> Iterator[Part]:
-    """Cut an array into parts that the core can read: one in place, or several copied.
-
-    Args:
-        array: (samples, L+1, D).
-        numbers: (samples,) int64, the sequences of the samples.
-
-    Yields:
-        All samples in their order.
-    """
+    """Cut (samples, L+1, D) into parts that the core can read: one in place, or several copied."""
     in_place = array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous
     step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), len(array) if in_place else step):

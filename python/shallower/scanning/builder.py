@@ -1,45 +1,59 @@
-"""ScanBuilder: states into a scan, from any source.
+"""ScanBuilder: parts of states into a scan, from any source.
 
 Sees the Rust core and NumPy, no torch and no model.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import Accumulator, Cka, Threads
-from ..errors import RejectedSamplesWarning, ScanError, StatesError
+from .._core import Accumulator, Cka, Sums, Threads
+from ..errors import MetricError, RejectedSamplesWarning, ScanError, StatesError
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection, describe_rejections
 from ..values.positions import Positions
 from .cka import CkaBatches, check_batch
-from .contents import Contents, Samples, check_metrics, joined
-from .parts import Part, as_array
 from .scan import Scan
+from .scan_file import Contents, Samples, joined
 
 MANY_REJECTIONS = 10_000
 """Rejected samples that wait to be named, before all but the first are forgotten."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Consecutive samples on their way into a scan: all sources yield the same parts.
+
+    Attributes:
+        states: (B, L+1, D), or (L+1, B, D) if ``state_first``: an array or a tensor on the CPU,
+            C-contiguous. The source may overwrite it when it makes the next part.
+        samples: (B,) int64, the numbers that name rejected samples.
+        steps: progress of a bar: texts of a model's batch, else samples.
+        state_first: which axis comes first.
+        sequences: (B,) int64; neighbours with the same number are of one sequence. By default
+            every sample is its own.
+    """
+
+    states: Any
+    samples: NDArray[np.int64]
+    steps: int
+    state_first: bool = False
+    sequences: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
 class ScanBuilder:
     """A scan in the making: parts go in one by one, and a :class:`Scan` comes out.
 
-    The threads of the core live as long as the builder, not as long as the scan.
-
-    Args:
-        num_states: L+1.
-        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
-        threads: threads of the core, all by default.
-        model: the model that the states come from.
-        keep_samples: keep the values of single samples as well.
-        cka_batch: samples in a minibatch for CKA, if that is wanted.
-        positions: which tokens of a text the samples are, if they are.
-
-    Raises:
-        MetricError, StatesError, ThreadsError: an argument is out of range.
+    The threads of the core live as long as the builder, not as long as the scan. MetricError,
+    StatesError, ThreadsError: an argument is out of range.
     """
 
     def __init__(
@@ -75,16 +89,7 @@ class ScanBuilder:
         *,
         also: Callable[[Part], None] | None = None,
     ) -> None:
-        """Add the parts of a source, one after the other.
-
-        Args:
-            parts: from a model, an array or a file.
-            advance: hears the steps of each part.
-            also: takes each part as well, to write it to a file, say.
-
-        Raises:
-            StatesError: as :meth:`add`.
-        """
+        """Add the parts of a source; ``also`` takes each as well, to write it to a file, say."""
         for part in parts:
             self.add(
                 part.states, part.samples, state_first=part.state_first, sequences=part.sequences
@@ -101,17 +106,12 @@ class ScanBuilder:
         state_first: bool = False,
         sequences: NDArray[np.int64] | None = None,
     ) -> None:
-        """Add a batch.
+        """Add a batch, (B, L+1, D), or (L+1, B, D) if ``state_first``, C-contiguous.
 
-        Args:
-            states: (B, L+1, D), or (L+1, B, D) if ``state_first``, C-contiguous.
-            samples: (B,) indices by which rejected samples are named.
-            state_first: which axis of ``states`` comes first.
-            sequences: (B,) int64, which samples are of one sequence: neighbours with the same
-                number. One goes on in the next batch if that begins with its number.
-
-        Raises:
-            StatesError: a wrong shape or dtype; a sequence has more than 2**20 samples.
+        ``samples`` are (B,) numbers that name rejected samples; ``sequences`` are (B,) int64,
+        neighbours with the same number one sequence, which continues in the next batch if that
+        begins with its number. StatesError: a wrong shape or dtype; a sequence has more than 2**20
+        samples.
         """
         array = as_array(states)
         rejected, kept, goes_on = self._accumulator.update(
@@ -154,15 +154,7 @@ class ScanBuilder:
         self._samples.append({metric: sums[:-1] for metric, sums in last.items()})
 
     def resume(self, before: Scan, texts: TextsIdentity) -> None:
-        """Take over an interrupted scan of the same job.
-
-        Args:
-            before: the scan so far.
-            texts: the texts that it must be of.
-
-        Raises:
-            ScanError: it is of another model, of other metrics, positions or texts.
-        """
+        """Take over an interrupted scan of the same job; ScanError if it is of another one."""
         if before.model != self._model or list(before.metrics) != self._metrics:
             raise ScanError(
                 f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "
@@ -182,40 +174,21 @@ class ScanBuilder:
         self._rejections += before.rejections
 
     def reject(self, count: int, rejections: Sequence[Rejection]) -> None:
-        """Count samples that never became states.
-
-        Args:
-            count: how many.
-            rejections: the first of them, by name.
-
-        Raises:
-            StatesError: there is no room for so many.
-        """
+        """Count samples that never became states, the first of them by name."""
         self._accumulator.reject(count)
         self._rejections += rejections
 
     def so_far(self, texts: TextsIdentity) -> Scan:
-        """Give the scan as it stands, to be saved and resumed.
+        """The scan as it stands, to be saved and resumed.
 
-        Args:
-            texts: the texts so far.
-
-        Returns:
-            A scan without CKA, whose minibatches may be incomplete.
+        No CKA, as its minibatch may be incomplete.
         """
         return self._scan((texts,), None)
 
     def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
-        """Give the scan, and warn of rejected samples.
+        """The scan of all samples, with a warning of rejected ones.
 
-        Args:
-            texts: the texts behind it.
-
-        Returns:
-            The scan of all samples.
-
-        Raises:
-            StatesError: no sample was accepted.
+        StatesError if none was accepted.
         """
         done = self._scan(texts, self._cka.finish() if self._cka else None)
         accepted, rejected = done.num_samples, done.num_rejected
@@ -244,3 +217,44 @@ class ScanBuilder:
 
 def _first(rejections: list[Rejection]) -> list[Rejection]:
     return sorted(rejections, key=lambda rejection: rejection.sample)
+
+
+def check_metrics(metrics: Sequence[str]) -> list[str]:
+    """The names of metrics as a list.
+
+    MetricError for an unknown metric, none, or one named twice.
+    """
+    if isinstance(metrics, str):
+        raise MetricError(f"metrics must be a sequence of names, got the string {metrics!r}")
+    return Sums(2, list(metrics)).metrics
+
+
+def as_array(states: Any) -> NDArray[Any]:
+    """View an array or a dense tensor on the CPU as the core reads it.
+
+    bfloat16 becomes uint16 bits. StatesError: neither of the two, or not in the machine's byte
+    order.
+    """
+    if isinstance(states, np.ndarray):
+        array = states
+    elif "torch" in sys.modules and isinstance(states, sys.modules["torch"].Tensor):
+        if states.device.type != "cpu":
+            raise StatesError(f"states on {states.device}: bring them to the CPU first")
+        tensor = states.detach()
+        try:
+            if str(tensor.dtype) == "torch.bfloat16":
+                tensor = tensor.view(sys.modules["torch"].uint16)
+            array = tensor.numpy()
+        except (TypeError, RuntimeError) as error:
+            raise StatesError(
+                f"states of dtype {states.dtype}, layout {states.layout} cannot be read: {error}"
+            ) from error
+    else:
+        raise StatesError(
+            f"states must be a path, a NumPy array or a torch tensor, got {type(states)}"
+        )
+    if array.dtype.name == "bfloat16":
+        array = array.view(np.uint16)
+    if array.dtype.newbyteorder("=") != array.dtype:
+        raise StatesError(f"states of dtype {array.dtype}: expected the machine's byte order")
+    return array

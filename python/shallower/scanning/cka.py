@@ -13,13 +13,9 @@ MIN_BATCH, MAX_BATCH = 4, 1024
 
 
 def check_batch(size: int) -> None:
-    """Refuse a size of minibatches that CKA cannot be found from.
+    """Refuse a size of minibatches, in samples, that is not an integer from 4 to 1024.
 
-    Args:
-        size: samples in a minibatch.
-
-    Raises:
-        StatesError: not an integer from 4 to 1024.
+    StatesError.
     """
     is_integer = isinstance(size, int) and not isinstance(size, bool)
     if not is_integer or not MIN_BATCH <= size <= MAX_BATCH:
@@ -29,13 +25,7 @@ def check_batch(size: int) -> None:
 class CkaBatches:
     """Accepted samples cut, in the order they come, into minibatches for the core.
 
-    Where the batches of the caller end does not matter. At most one minibatch waits, as a
-    copy.
-
-    Args:
-        num_states: L+1.
-        size: samples in a minibatch.
-        threads: threads of the core.
+    Where the batches of the caller end does not matter. At most one minibatch waits, as a copy.
     """
 
     def __init__(self, num_states: int, size: int, threads: Threads) -> None:
@@ -44,12 +34,7 @@ class CkaBatches:
         self._waiting: list[NDArray[Any]] = []
 
     def add(self, states: NDArray[Any], rejected: Sequence[int]) -> None:
-        """Take the samples that were not rejected.
-
-        Args:
-            states: (B, L+1, D).
-            rejected: indices below B, ascending.
-        """
+        """Take the samples of (B, L+1, D) but the ``rejected`` ones, whose indices ascend."""
         accepted = np.delete(np.arange(len(states)), rejected)
         while len(accepted):
             room = self._core.batch_size - sum(map(len, self._waiting))
@@ -62,11 +47,7 @@ class CkaBatches:
                 self._flush(part)
 
     def finish(self) -> Cka:
-        """Give the sums.
-
-        Returns:
-            The sums of all minibatches; a last one counts if it has at least 4 samples.
-        """
+        """The sums of all minibatches; a last one counts if it has at least 4 samples."""
         if sum(map(len, self._waiting)) >= MIN_BATCH:
             self._flush(self._waiting.pop())
         return self._core

@@ -23,20 +23,16 @@ from ..models.architecture import DecoderLayers, check_length, evaluating
 from ..models.decoder import Decoder
 from ..texts.batches import Batch
 from ..values.positions import Positions
-from .parts import Part
+from .builder import Part
 from .transfers import Gathered, HostCopies, HostCopy
 
 LAST = Positions()
 
 
 def forward(positions: Positions = LAST) -> Forward:
-    """Describe the forward of a scan, as its memory is rehearsed.
+    """The forward of a scan, as its memory is rehearsed.
 
-    Args:
-        positions: the tokens of every text that are compared.
-
-    Returns:
-        The forward; beside it lie the states of the batch before, on their way to the CPU.
+    Beside it lie the states of the batch before, on their way to the CPU.
     """
 
     def run(decoder: Decoder, batch: Batch) -> None:
@@ -54,14 +50,9 @@ def forward(positions: Positions = LAST) -> Forward:
 def chosen_tokens(
     batch: Batch, positions: Positions
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the tokens of a batch that are compared; padding may be left or right.
+    """The (N,) rows and columns of the tokens that are compared, by row.
 
-    Args:
-        batch: B texts of T tokens.
-        positions: which tokens of each.
-
-    Returns:
-        Their (N,) rows and columns, by row.
+    Padding may be left or right.
     """
     rows, columns = [], []
     for row, (mask, text) in enumerate(zip(batch.attention_mask, batch.samples, strict=True)):
@@ -83,19 +74,13 @@ def stream(
     """Run batches through a model, and keep the states of the chosen tokens.
 
     A part is given while the next batch runs, so that two batches' states are in memory at most.
-
-    Args:
-        model: a model of transformers or its base model, or what was found out about it.
-        batches: padded tokens.
-        positions: which tokens of each text.
-        copies: those of the calls before, whose buffers are used again.
-        halving: that of the calls before, which knows how many texts the device takes.
+    ``copies`` and ``halving`` of earlier calls bring buffers, and how many texts the device takes.
 
     Yields:
         A part for each batch, or several where the device has no memory for the whole. The states
         are (L+1, N, D) on the CPU in the model's dtype, by text in the batch's order, then by
         position; ``samples`` are the texts; they are the sequences, too, unless no text can have
-        several tokens. Those of a model on CUDA are overwritten once the next part is asked for.
+        several tokens. Those of a model on CUDA are overwritten by the next part.
 
     Raises:
         ModelError: the model has no list of decoder layers, or did not run them once each; or
@@ -130,8 +115,9 @@ def _part(copy: HostCopy, texts: NDArray[np.int64], steps: int, positions: Posit
 
 
 def _positions(batch: Batch) -> dict[str, torch.Tensor]:
-    """Positions from the first token that is no padding; models count so by themselves
-    where the padding is on the right.
+    """Positions from the first token that is no padding.
+
+    Models count so by themselves where the padding is on the right.
     """
     if batch.attention_mask[:, 0].all():
         return {}

@@ -61,7 +61,7 @@ def scan(
         progress: a bar with ETA on standard error; by default if that is a terminal.
         checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the
             scan goes on from it. It stays when the scan is done: delete it.
-        total: how many texts there are, for the ETA, where ``len(texts)`` does not tell.
+        total: how many texts there are, for the ETA, where ``len(texts)`` is unknown.
         keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
             times texts times L(L+1)/2 a metric, in memory and in the file.
         cka_batch: also find linear CKA, from minibatches of so many consecutive texts, 4 to

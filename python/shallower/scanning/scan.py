@@ -17,8 +17,7 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection
 from ..values.positions import Positions
-from .contents import Contents, merged
-from .scan_file import read_scan, write_scan
+from .scan_file import Contents, merged, read_scan, write_scan
 
 
 class Scan:
@@ -86,62 +85,37 @@ class Scan:
         return tuple(self.contents.sums.metrics)
 
     def mean(self, metric: str = "angular") -> NDArray[np.float64]:
-        """Average a metric over samples.
+        """The mean of a metric over samples, (L+1, L+1) float64, symmetric.
 
-        Args:
-            metric: one of :attr:`metrics`.
-
-        Returns:
-            (L+1, L+1) float64, symmetric; ``[l, m]`` compares x^(l) with x^(m). For equal
-            directions ``angular``, in [0, 1], is 0, and ``cosine``, in [-1, 1], is 1. For l < m,
-            ``relative_l2`` is |x^(m) - x^(l)| / |x^(l)|, ``norm_ratio`` |x^(m)| / |x^(l)|.
-
-        Raises:
-            MetricError, StatesError: the metric is not held, or no sample was accepted.
+        ``[l, m]`` compares x^(l) with x^(m): for equal directions ``angular``, in [0, 1], is 0, and
+        ``cosine``, in [-1, 1], is 1. For l < m, ``relative_l2`` is |x^(m) - x^(l)| / |x^(l)|,
+        ``norm_ratio`` |x^(m)| / |x^(l)|. MetricError, StatesError: the metric is not held, or no
+        sample was accepted.
         """
         return self.contents.sums.mean(metric)
 
     def variance(self, metric: str = "angular") -> NDArray[np.float64]:
-        """Estimate the variance of a metric between sequences.
+        """The variance of a metric between sequences, (L+1, L+1) float64, NaN for one sequence.
 
-        Args:
-            metric: one of :attr:`metrics`.
-
-        Returns:
-            (L+1, L+1) float64, NaN for one sequence: that of (s - m n) / n̄ with divisor G-1 over
-            the G sequences, s the sum over the n samples of one, m the mean over all samples, n̄
-            the mean of n. For sequences of one sample it is the sample variance.
-
-        Raises:
-            MetricError, StatesError: the metric is not held, or no sample was accepted.
+        That of (s - m n) / n̄ with divisor G-1 over the G sequences, s the sum over the n samples
+        of one, m the mean over all samples, n̄ the mean of n. For sequences of one sample it is the
+        sample variance. Raises as :meth:`mean`.
         """
         return self.contents.sums.variance(metric)
 
     def stderr(self, metric: str = "angular") -> NDArray[np.float64]:
-        """Estimate the standard error of :meth:`mean`.
+        """The standard error of :meth:`mean`, (L+1, L+1) float64; NaN for one sequence.
 
         Sequences are independent, the samples of one are not: the mean is a ratio of sums over
-        sequences, √(variance / G) its error (Cochran, Sampling Techniques, ch. 6).
-
-        Args:
-            metric: one of :attr:`metrics`.
-
-        Returns:
-            (L+1, L+1) float64; NaN for one sequence.
-
-        Raises:
-            MetricError, StatesError: the metric is not held, or no sample was accepted.
+        sequences, √(variance / G) its error (Cochran, Sampling Techniques, ch. 6). Raises as
+        :meth:`mean`.
         """
         return np.sqrt(self.variance(metric) / self.num_sequences)
 
     def norms(self) -> NDArray[np.float64]:
-        """Average the norm of each state x^(0) .. x^(L).
+        """The mean norm of each state x^(0) ..
 
-        Returns:
-            (L+1,) float64.
-
-        Raises:
-            StatesError: no sample was accepted.
+        x^(L), (L+1,) float64; StatesError if there is no sample.
         """
         return self.contents.sums.norms()
 
@@ -151,18 +125,10 @@ class Scan:
         return self.contents.samples is not None
 
     def samples(self, metric: str = "angular") -> NDArray[np.float32]:
-        """Give the values of single samples.
+        """The values of single samples, (S, L(L+1)/2) float32: pairs (l, m), l < m, row by row.
 
-        Args:
-            metric: one of :attr:`metrics`.
-
-        Returns:
-            (S, L(L+1)/2) float32: the pairs (l, m), l < m, row by row, of every sample in its
-            order; where several samples are of one sequence, their sum.
-
-        Raises:
-            MetricError: the scan does not hold the metric.
-            ScanError: the scan keeps no samples.
+        Where several samples are of one sequence, their sum. MetricError: the scan does not hold
+        the metric. ScanError: it keeps no samples.
         """
         metric = self._metric(metric)
         if self.contents.samples is None:
@@ -176,12 +142,9 @@ class Scan:
     def cka(self) -> NDArray[np.float64]:
         """Linear CKA of all pairs of states, (L+1, L+1) float64, symmetric, in [-1, 1].
 
-        Unlike the metrics it compares how samples lie towards one another. NaN for a state
-        that was the same in all samples of each minibatch.
-
-        Raises:
-            ScanError: the scan was made without ``cka_batch``.
-            StatesError: fewer than 4 samples were accepted.
+        Unlike the metrics it compares how samples lie towards one another. NaN for a state that was
+        the same in all samples of each minibatch. ScanError: the scan was made without
+        ``cka_batch``. StatesError: fewer than 4 samples were accepted.
         """
         return self._cka_sums.values()
 
@@ -194,18 +157,12 @@ class Scan:
         return self.contents.cka
 
     def costs(self, metric: str | None = None) -> Costs:
-        """Give what each block costs by a metric: the distance of the states that it joins.
+        """The cost of each block by a metric: the distance of the states that it joins.
 
-        Args:
-            metric: one of :attr:`metrics`, ``angular`` by default or else the first one held.
-
-        Returns:
-            The mean distance of each pair of states, for ``cosine`` 1 - mean, with standard
-            errors; searched by the exact sums.
-
-        Raises:
-            MetricError, StatesError: the metric is not held or is no distance (``norm_ratio``); no
-                sample was accepted.
+        The mean distance, for ``cosine`` 1 - mean, with standard errors; searched by the exact
+        sums. ``metric`` is ``angular`` by default, or else the first one held. MetricError,
+        StatesError: the metric is not held or is no distance (``norm_ratio``); no sample was
+        accepted.
         """
         metric = self._metric(metric)
         search = self.contents.sums.costs(metric)
@@ -218,52 +175,26 @@ class Scan:
         )  # fmt: skip
 
     def best_block(self, n: int, metric: str | None = None) -> Block:
-        """Find the block of ``n`` layers whose removal joins the most similar states.
+        """The block of ``n`` layers, ``1 .. L-1``, whose removal joins the most similar states.
 
-        ``start = l*(n) = argmin_l d(l, l+n)`` over ``l = 0 .. L-n`` (2403.17887, eq. 6),
-        decided on the exact sums.
-
-        Args:
-            n: layers of the block, ``1 .. L-1``.
-            metric: as for :meth:`costs`.
-
-        Returns:
-            The block, of equals the one that starts first. Its ``score`` is the mean distance
-            of the pair (start, stop), for ``cosine`` ``1 - mean``; ``stderr`` its standard error.
-
-        Raises:
-            LayersError, MetricError, StatesError: ``n`` is out of range; as for :meth:`costs`.
+        ``start = l*(n) = argmin_l d(l, l+n)`` over ``l = 0 .. L-n`` (2403.17887, eq. 6), decided on
+        the exact sums; of equals the one that starts first. Its ``score`` is the mean distance of
+        the pair (start, stop), for ``cosine`` ``1 - mean``; ``stderr`` its standard error.
+        LayersError: ``n`` is out of range; else raises as :meth:`costs`.
         """
         return self.best_blocks(n, 1, metric)[0]
 
     def best_blocks(self, n: int, k: int, metric: str | None = None) -> list[Block]:
-        """Find the ``k`` best blocks of ``n`` layers, as :meth:`best_block` finds one.
+        """The ``k`` best blocks of ``n`` layers, best first, as :meth:`best_block` finds one.
 
-        Args:
-            n: layers of each block, ``1 .. L-1``.
-            k: how many blocks; all ``L-n+1`` there are, if it is more.
-            metric: as for :meth:`costs`.
-
-        Returns:
-            The blocks with their scores, best first; of equals the smaller start comes first.
-
-        Raises:
-            LayersError, MetricError, StatesError: ``n`` or ``k`` is out of range; :meth:`costs`.
+        All ``L-n+1`` there are, if ``k`` is more; of equals the smaller start comes first.
         """
         return self.costs(metric).best_blocks(n, k)
 
     def scored(self, block: Block, metric: str | None = None) -> Block:
-        """Give a block its score.
+        """A block with its ``score`` and ``stderr``, as :meth:`best_block` gives them.
 
-        Args:
-            block: layers of the model.
-            metric: one of :attr:`metrics`, as for :meth:`costs`.
-
-        Returns:
-            The block with its ``score`` and ``stderr``, as :meth:`best_block` gives them.
-
-        Raises:
-            LayersError, MetricError, StatesError: the model has no such layers; as :meth:`mean`.
+        LayersError: the model has no such layers; else raises as :meth:`costs`.
         """
         if block.stop > self.num_layers:
             raise LayersError(f"block {block}: the model has {self.num_layers} layers")
@@ -275,60 +206,26 @@ class Scan:
         self, num_resamples: int = 1000, seed: int = 0, *,
         metric: str | None = None, threads: int | None = None,
     ) -> dict[int, BootstrappedStart]:  # fmt: skip
-        """Find how stable l*(n) is when sequences are drawn again: :meth:`Costs.bootstrap`.
+        """How stable l*(n) is when sequences are drawn again: :meth:`Costs.bootstrap`.
 
-        Args:
-            num_resamples: how many times.
-            seed: 0 to 2**64 - 1.
-            metric: as for :meth:`costs`.
-            threads: threads of the core, all by default.
-
-        Returns:
-            For every block size ``n`` the best start, and the share of resamples each start wins.
-
-        Raises:
-            ScanError, ThreadsError, MetricError: the scan keeps no samples, or one; a number is
-                out of range; as for :meth:`costs`.
+        For every block size ``n`` the best start, and the share of resamples that each start wins.
+        ScanError: the scan keeps no samples, or one; else raises as :meth:`costs` and
+        :meth:`Costs.bootstrap`.
         """
         self.samples(self._metric(metric))  # says how to keep them
         return self.costs(metric).bootstrap(num_resamples, seed, threads=threads)
 
     def plan(self, n: int, metric: str | None = None) -> Plan:
-        """Plan to drop :meth:`best_block`.
-
-        Args:
-            n: layers to drop, ``1 .. L-1``.
-            metric: as for :meth:`costs`.
-
-        Returns:
-            The plan of one block.
-
-        Raises:
-            LayersError, MetricError, StatesError: as for :meth:`best_block`.
-        """
+        """The plan to drop :meth:`best_block`."""
         return self.best_plan(n, metric=metric)
 
     def best_plan(
         self, n: int, max_blocks: int = 1, *,
         protect_first: int = 0, protect_last: int = 0, metric: str | None = None,
     ) -> Plan:  # fmt: skip
-        """Plan to drop ``n`` layers in blocks whose scores have the least sum.
+        """The plan to drop ``n`` layers in blocks whose scores have the least sum.
 
         By the rules of :meth:`Costs.best_plan`, on the exact sums.
-
-        Args:
-            n: layers to drop, all blocks together.
-            max_blocks: blocks at most; at least one layer stays between two.
-            protect_first: layers at the start that stay.
-            protect_last: layers at the end that stay.
-            metric: as for :meth:`costs`.
-
-        Returns:
-            The plan, with scores, metric, model, texts and positions.
-
-        Raises:
-            LayersError, MetricError, StatesError: fewer layers than ``n`` are free, or a number
-                is out of range; as for :meth:`costs`.
         """
         return self.costs(metric).best_plan(
             n, max_blocks, protect_first=protect_first, protect_last=protect_last
@@ -349,29 +246,15 @@ class Scan:
         return 1 - mean if metric == "cosine" else mean, self.stderr(metric)
 
     def save(self, path: str | Path) -> None:
-        """Write the scan as safetensors, whole or not at all.
-
-        Args:
-            path: where to; what is there is replaced.
-
-        Raises:
-            OutputError: the place cannot be written to.
-        """
+        """Write the scan as safetensors, whole or not at all, over a file that is there."""
         write_scan(path, self.contents)
 
     @classmethod
     def load(cls, path: str | Path) -> "Scan":
-        """Read a scan.
+        """Read a scan that :meth:`save` wrote, to the bit.
 
-        Args:
-            path: a file that :meth:`save` wrote.
-
-        Returns:
-            The scan, to the bit.
-
-        Raises:
-            ScanError: the file is not there, is truncated, damaged or of another version, or is
-                not a scan.
+        ScanError: the file is not there, is truncated, damaged or of another version, or is not a
+        scan.
         """
         return cls(read_scan(path))
 
@@ -380,16 +263,7 @@ class Scan:
         """Merge the samples of several scans, with the same bits in whatever order.
 
         The values of single samples, and CKA, are kept if all scans have them. A sequence with
-        samples in two scans counts as two.
-
-        Args:
-            scans: scans of the same model, metrics and positions.
-
-        Returns:
-            One scan of all samples.
-
-        Raises:
-            ScanError: there is none, or they differ in layers, metrics, model or positions.
-            StatesError: together they hold more than 2**31 samples.
+        samples in two scans counts as two. ScanError: there is no scan, or they differ in layers,
+        metrics, model or positions. StatesError: together they hold more than 2**31 samples.
         """
         return Scan(merged([scan.contents for scan in scans]))

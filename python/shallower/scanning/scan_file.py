@@ -1,14 +1,14 @@
-"""Scan files: what a scan holds, written and read without loss.
+"""Contents of a scan: merged, written to a file, and read without loss.
 
-A safetensors file: the core's own bytes (``sums``, and ``cka`` if there is one), the values of
+The file is safetensors: the core's own bytes (``sums``, and ``cka`` if there is one), the values of
 single samples if they are kept, and a header in JSON.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +19,9 @@ from .._core import Cka, Sums
 from ..errors import MetricError, PositionsError, ScanError, StatesError
 from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
-from ..values.plan import Rejection, positions_of
+from ..values.plan import NAMED_REJECTIONS, Rejection, positions_of
+from ..values.positions import Positions
 from ..values.schema import from_fields, of_type
-from .contents import Contents, Samples
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
@@ -32,16 +32,89 @@ SUMS, CKA = "sums", "cka"
 """The names of the core's bytes."""
 
 
-def write_scan(path: str | Path, contents: Contents) -> None:
-    """Write a scan, whole or not at all.
+Samples = Mapping[str, NDArray[np.float32]]
+"""For each metric the sums over single sequences, (sequences, L(L+1)/2)."""
 
-    Args:
-        path: where to; what is there is replaced.
-        contents: what to write.
 
-    Raises:
-        OutputError: the place cannot be written to.
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Contents of a scan.
+
+    Attributes:
+        sums: the exact sums of every metric.
+        rejections: the first of the samples that were left out, and why; no more than
+            ``NAMED_REJECTIONS`` are kept.
+        model: the model scanned, if a model was.
+        texts: the texts behind it.
+        samples: the values of single samples, if they are kept.
+        cka: the sums for CKA, if the scan has it.
+        positions: which tokens of the texts were compared, if that is known.
     """
+
+    sums: Sums
+    rejections: tuple[Rejection, ...] = ()
+    model: ModelIdentity | None = None
+    texts: tuple[TextsIdentity, ...] = ()
+    samples: Samples | None = None
+    cka: Cka | None = None
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rejections", tuple(self.rejections[:NAMED_REJECTIONS]))
+
+
+def merged(parts: Sequence[Contents]) -> Contents:
+    """Merge the contents of several scans, with the same bits in whatever order.
+
+    ScanError: there is none, or they differ in layers, metrics, model or positions. StatesError:
+    together they hold more than 2**31 samples.
+    """
+    if not parts:
+        raise ScanError("there is no scan to merge")
+    first = parts[0]
+    sums = Sums(first.sums.num_states, first.sums.metrics)
+    for part in parts:
+        if (part.model and part.model.fingerprint) != (first.model and first.model.fingerprint):
+            raise ScanError(
+                f"cannot merge scans of different models: {first.model} and {part.model}"
+            )
+        if part.positions != first.positions:
+            raise ScanError(
+                f"cannot merge scans of different positions: {first.positions} and {part.positions}"
+            )
+        sums.merge(part.sums)
+    return Contents(
+        sums,
+        tuple(rejection for part in parts for rejection in part.rejections),
+        first.model,
+        tuple(texts for part in parts for texts in part.texts),
+        joined([part.samples for part in parts]),
+        _added(sums.num_states, [part.cka for part in parts]),
+        first.positions,
+    )
+
+
+def joined(parts: Sequence[Samples | None]) -> Samples | None:
+    """The samples of several parts; None unless all have them."""
+    kept = [part for part in parts if part is not None]
+    if len(kept) < len(parts):
+        return None
+    return {metric: np.concatenate([part[metric] for part in kept]) for metric in kept[0]}
+
+
+def _added(num_states: int, parts: Sequence[Cka | None]) -> Cka | None:
+    """The sums of all parts for CKA; none, unless all have them."""
+    held = [part for part in parts if part is not None]
+    if len(held) < len(parts):
+        return None
+    total = Cka(num_states, held[0].batch_size)
+    for part in held:
+        total.merge(part)
+    return total
+
+
+def write_scan(path: str | Path, contents: Contents) -> None:
+    """Write a scan, whole or not at all, over what is at ``path``; OutputError if that fails."""
     from safetensors.numpy import save
 
     header: dict[str, Any] = {
@@ -60,17 +133,9 @@ def write_scan(path: str | Path, contents: Contents) -> None:
 
 
 def read_scan(path: str | Path) -> Contents:
-    """Read a scan.
+    """Read a scan, and check it.
 
-    Args:
-        path: the file.
-
-    Returns:
-        What it holds, checked.
-
-    Raises:
-        ScanError: the file is not there, is truncated, damaged or of another version, or is not a
-            scan.
+    ScanError: the file is not there, is truncated, damaged or of another version, or is not a scan.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -97,15 +162,7 @@ def read_scan(path: str | Path) -> Contents:
 
 
 def digest(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Hash what a scan file holds.
-
-    Args:
-        header: all of its header but the hash.
-        arrays: its arrays by name.
-
-    Returns:
-        The SHA-256 in hexadecimal.
-    """
+    """The SHA-256 of a scan file's header, but for the hash itself, and of its arrays."""
     hashed = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         hashed.update(name.encode() + array.tobytes())

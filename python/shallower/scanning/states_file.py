@@ -7,9 +7,11 @@ of the file.
 """
 
 import ast
+import json
 import os
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,9 +19,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._core import parse_header
-from ..errors import StatesError
-from .parts import Part
-from .states_format import DTYPES, FORMAT, HIDDEN_STATES, NO_ORIGIN, SAMPLES, SEQUENCES, Origin
+from ..errors import PositionsError, StatesError
+from ..values.identity import ModelIdentity, TextsIdentity
+from ..values.plan import Rejection, positions_of
+from ..values.positions import Positions
+from ..values.schema import from_fields, of_type
+from .builder import Part
+
+FORMAT = "shallower.states.1"
+"""The key of a states file's metadata."""
+
+HIDDEN_STATES = "hidden_states"
+"""The name of the tensor of states."""
+
+SAMPLES = "samples"
+"""The name of the tensor that numbers the samples, (samples,) int64."""
+
+SEQUENCES = "sequences"
+"""The name of the tensor with the sequence of every sample, (samples,) int64."""
+
+DTYPES: Mapping[str, Any] = {
+    "BF16": np.uint16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+"""Dtypes of states in a safetensors file, and how the core takes them."""
+
 
 BUFFER_BYTES = 4 << 20
 """Bytes that are read at a time, twice: one buffer is filled while the other is compared. States
@@ -29,7 +55,7 @@ MAX_BUFFER_BYTES = 64 << 20
 """Bytes at most, where many threads need samples to share."""
 
 AHEAD_BYTES = 64 << 20
-"""Bytes ahead that the system is asked to fetch; they are not memory of the process."""
+"""Bytes that the system fetches ahead; they are not memory of the process."""
 
 SAMPLES_A_THREAD = 4
 """Samples of a part that every thread should get."""
@@ -47,21 +73,61 @@ _NPY_DTYPES: Mapping[str, Any] = {
 }
 
 
-class StatesFile:
-    """File of states with its header read and checked; a context manager.
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Memory of a states file of the scan that wrote it.
 
-    Args:
-        path: ends in ``.npy`` or ``.safetensors``. Links are followed.
-        tensor: the name of the tensor in a safetensors file; by default ``hidden_states``, or
-            else the only one of three axes.
+    Attributes:
+        model: the model that the states come from, if known.
+        texts: the texts behind them.
+        num_rejected: texts that never became states.
+        rejections: the first of those, by name.
+        positions: which tokens of the texts the samples are, if that is known.
+    """
+
+    model: ModelIdentity | None = None
+    texts: tuple[TextsIdentity, ...] = ()
+    num_rejected: int = 0
+    rejections: tuple[Rejection, ...] = ()
+    positions: Positions | None = None
+
+    def to_json(self) -> str:
+        """The origin as JSON, for the metadata of a file."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Origin":
+        """Read an origin from the metadata of a file.
+
+        Raises one of ``NO_ORIGIN`` if it is damaged.
+        """
+        data = of_type(dict, json.loads(text))
+        if not 0 <= of_type(int, data["num_rejected"]) < 2**31:
+            raise ValueError(f"num_rejected is {data['num_rejected']}")
+        return cls(
+            None if data["model"] is None else from_fields(ModelIdentity, data["model"]),
+            tuple(from_fields(TextsIdentity, texts) for texts in of_type(list, data["texts"])),
+            data["num_rejected"],
+            tuple(from_fields(Rejection, item) for item in of_type(list, data["rejections"])),
+            positions_of(data["positions"]),
+        )
+
+
+NO_ORIGIN = (ValueError, TypeError, KeyError, RecursionError, PositionsError)
+"""Raised where the metadata of a file holds no origin."""
+
+
+class StatesFile:
+    """A file of states with its header read and checked; a context manager.
+
+    ``path`` ends in ``.npy`` or ``.safetensors``; links are followed. ``tensor`` is by default
+    ``hidden_states``, or else the only one of three axes. StatesError: there is no such file, it is
+    truncated, or it is not a file of states.
 
     Attributes:
         shape: samples, L+1, D.
         dtype: float16, float32, float64, or uint16 for the bits of bfloat16.
-        origin: what the file tells of the scan that wrote it.
-
-    Raises:
-        StatesError: there is no such file, it is truncated, or it is not a file of states.
+        origin: the scan that wrote the file, as far as it is known.
     """
 
     def __init__(self, path: str | Path, tensor: str | None = None) -> None:
@@ -108,15 +174,9 @@ class StatesFile:
     ) -> Generator[Part, None, None]:
         """Read all samples in their order; one part is read while the last one is worked on.
 
-        Args:
-            threads: how many will share a part, all by default.
-            sequences: (samples,) int64, the sequences of the samples.
-
-        Yields:
-            The parts; the next but one overwrites the states of one.
-
-        Raises:
-            StatesError: the file ended early, was changed, or cannot be read.
+        ``threads`` share a part, all by default; ``sequences`` are (samples,) int64. The next part
+        but one overwrites the states of a part. StatesError: the file ended early, was changed, or
+        cannot be read.
         """
         num_samples = self.shape[0]
         shared = SAMPLES_A_THREAD * (threads or os.cpu_count() or 1) * self._sample_bytes
@@ -129,7 +189,7 @@ class StatesFile:
                 f"{self.path}: a sample of shape {self.shape[1:]} takes {self._sample_bytes} "
                 f"bytes, more than there is memory for"
             ) from error
-        self._ask_ahead(self._start, AHEAD_BYTES)
+        self._prefetch(self._start, AHEAD_BYTES)
         with ThreadPoolExecutor(1, "states") as reader:
             reading = reader.submit(self._part, buffers[0], 0, sequences)
             for number, start in enumerate(range(0, num_samples, step)):
@@ -145,13 +205,9 @@ class StatesFile:
             )
 
     def sequences(self) -> NDArray[np.int64] | None:
-        """Read the sequence of every sample.
+        """The sequence of every sample, (samples,) int64.
 
-        Returns:
-            (samples,) int64; None if every sample is its own sequence.
-
-        Raises:
-            StatesError: as :meth:`parts`.
+        None if every sample is its own sequence.
         """
         positions = self.origin.positions
         name = SEQUENCES if positions is None else SAMPLES
@@ -167,7 +223,7 @@ class StatesFile:
         stop = min(start + len(buffer), self.shape[0])
         states = buffer[: stop - start]
         offset = self._start + start * self._sample_bytes
-        self._ask_ahead(offset + AHEAD_BYTES, states.nbytes)
+        self._prefetch(offset + AHEAD_BYTES, states.nbytes)
         self._fill(states, offset)
         return Part(
             states,
@@ -183,8 +239,8 @@ class StatesFile:
             self._fill(column, self._columns[name] + start * 8)
         return column
 
-    def _ask_ahead(self, offset: int, length: int) -> None:
-        """Let the system fetch what is soon read, so that the disk does not wait for the core."""
+    def _prefetch(self, offset: int, length: int) -> None:
+        """Let the system fetch what is read soon, so that the disk does not wait for the core."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 

@@ -22,8 +22,8 @@ from ..storage import check_free, partial_folder, raise_output_error, resumable_
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
-from .parts import Part, as_array
-from .states_format import DTYPES, FORMAT, HIDDEN_STATES, SAMPLES, Origin
+from .builder import Part, as_array
+from .states_file import DTYPES, FORMAT, HIDDEN_STATES, SAMPLES, Origin
 
 HEADER_BYTES = 1 << 16
 """Bytes before the states in the file."""
@@ -40,21 +40,10 @@ def keep_states_in(
     *,
     overwrite: bool = False,
 ) -> Iterator["StatesWriter"]:
-    """Write a safetensors file of states, whole or not at all.
+    """Write a safetensors file of states, whole or not at all; the body must finish the writer.
 
-    A body that fails leaves what it marked beside ``path``, for the next run.
-
-    Args:
-        path: ends in ``.safetensors``.
-        model: the model that the states come from.
-        positions: which tokens of the texts the samples are.
-        overwrite: replace what is at ``path``, once the new file is complete.
-
-    Yields:
-        The writer, which must be finished before the body ends.
-
-    Raises:
-        OutputError: something is at ``path`` already, or it cannot be written to.
+    A body that fails leaves what it marked beside ``path``, for the next run. OutputError:
+    something is at ``path`` already, or it cannot be written to.
     """
     path = check_keepable(path, overwrite=overwrite)
     with (
@@ -71,18 +60,7 @@ def keep_states_in(
 
 
 def check_keepable(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Refuse a path that states cannot be kept at.
-
-    Args:
-        path: where to.
-        overwrite: whether a file may be there.
-
-    Returns:
-        The path.
-
-    Raises:
-        OutputError: its name does not end in ``.safetensors``, or something is there already.
-    """
+    """Refuse a path that does not end in ``.safetensors`` or is taken: OutputError."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise OutputError(f"{path}: states are kept in a file whose name ends in .safetensors")
@@ -120,27 +98,15 @@ class StatesWriter:
                 file.close()
 
     def take(self, part: Part) -> None:
-        """Write a part of a scan, as :meth:`add` does.
-
-        Args:
-            part: its states and samples are written.
-
-        Raises:
-            StatesError, OutputError: as :meth:`add`.
-        """
+        """Write the states and samples of a part, as :meth:`add` does."""
         self.add(part.states, part.samples, state_first=part.state_first)
 
     def add(self, states: Any, samples: NDArray[np.int64], *, state_first: bool = False) -> None:
-        """Write a batch.
+        """Write a batch, (B, L+1, D), or (L+1, B, D) if ``state_first``.
 
-        Args:
-            states: (B, L+1, D), or (L+1, B, D) if ``state_first``.
-            samples: (B,) indices of the texts; those of one text follow each other.
-            state_first: which axis of ``states`` comes first.
-
-        Raises:
-            StatesError: the batch differs from the first one in shape or dtype.
-            OutputError: it cannot be written, as when the disk is full.
+        ``samples`` are (B,) indices of the texts; those of one text follow each other. StatesError:
+        the batch differs from the first one in shape or dtype. OutputError: it cannot be written,
+        as when the disk is full.
         """
         array = as_array(states)
         array = array.transpose(1, 0, 2) if state_first else array
@@ -158,14 +124,7 @@ class StatesWriter:
         self._count += len(array)
 
     def mark(self, texts: TextsIdentity) -> None:
-        """Flush all states so far, so that :meth:`resume` finds them.
-
-        Args:
-            texts: the texts so far.
-
-        Raises:
-            OutputError: they cannot be written.
-        """
+        """Flush all states so far, of these texts, so that :meth:`resume` finds them."""
         self._begin()
         mark = {
             "texts": asdict(texts),
@@ -181,13 +140,9 @@ class StatesWriter:
                 _flush(marks)
 
     def resume(self, texts: TextsIdentity) -> None:
-        """Go on behind states that an earlier run has marked.
+        """Continue behind the states of these texts that an earlier run has marked.
 
-        Args:
-            texts: the texts of those states.
-
-        Raises:
-            ScanError: there is no such mark, or less than it counts.
+        ScanError: there is no such mark, or less than it counts.
         """
         wanted = {**self._job(), "texts": asdict(texts)}
         found = None
@@ -214,17 +169,7 @@ class StatesWriter:
     def finish(
         self, texts: TextsIdentity, num_rejected: int, rejections: Sequence[Rejection]
     ) -> None:
-        """Complete the file.
-
-        Args:
-            texts: all texts behind the states.
-            num_rejected: texts that never became states.
-            rejections: the first of those, by name.
-
-        Raises:
-            StatesError: there are no states.
-            OutputError: it cannot be written.
-        """
+        """Complete the file; StatesError if there are no states."""
         if not self._count:
             raise StatesError("there are no states to keep")
         origin = replace(

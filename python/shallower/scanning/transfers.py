@@ -45,45 +45,29 @@ class Event(Protocol):
 class SideStreams:
     """A stream on each device beside the one that computes.
 
-    The only calls to CUDA of a scan are here, so that a stand-in can take their place.
+    The only calls to CUDA of a scan are here, so that a fake can take their place.
     """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def pin(self, num_bytes: int) -> torch.Tensor:
-        """Allocate pinned memory.
-
-        Args:
-            num_bytes: how much.
-
-        Returns:
-            A tensor of so many bytes.
-        """
+        """Allocate pinned memory, as a tensor of bytes."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def send(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Send a tensor from pinned memory to a device, where it comes before what is asked next.
+        """Send a tensor to a CUDA device through pinned memory, ahead of the work queued after it.
 
-        Args:
-            tensor: on the CPU. PyTorch keeps the pinned copy until it has been sent.
-            device: a CUDA device.
-
-        Returns:
-            The tensor on the device.
+        PyTorch keeps the pinned copy until it has been sent.
         """
         return tensor.pin_memory().to(device, non_blocking=True)
 
     def receive(self, rows: torch.Tensor, target: torch.Tensor) -> Event:
-        """Copy rows, once the device has computed them, while it computes what comes next.
+        """Copy rows off a CUDA device, once they are computed, while it computes what comes next.
 
-        Args:
-            rows: on a CUDA device. Whoever asks keeps them until the copy has ended: only then
-                may the device use their memory for something else.
-            target: pinned memory of their shape, which nobody else uses until then.
-
-        Returns:
-            The end of the copy.
+        The caller keeps ``rows`` until the copy has ended: only then may the device use their
+        memory for something else. ``target`` is pinned memory of their shape, which nobody else
+        uses until then.
         """
         device = rows.device
         if device not in self._streams:
@@ -100,11 +84,7 @@ class SideStreams:
 
 
 class HostCopies:
-    """Copies of states to the CPU, at most two at a time.
-
-    Args:
-        streams: makes the calls to CUDA.
-    """
+    """Copies of states to the CPU, at most two at a time."""
 
     def __init__(self, streams: SideStreams | None = None) -> None:
         self._streams = streams or SideStreams()
@@ -112,29 +92,15 @@ class HostCopies:
         self._largest = 0
 
     def send(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Send a tensor to a device, beside its computing if it can.
-
-        Args:
-            tensor: on the CPU.
-            device: of any kind.
-
-        Returns:
-            The tensor on the device; itself if that is the CPU.
-        """
+        """Send a tensor on the CPU to a device of any kind, beside its computing if it can."""
         return self._streams.send(tensor, device) if _apart(device) else tensor.to(device)
 
     def start(self, gathered: list[Gathered]) -> "HostCopy":
-        """Start the copy of all states of a batch.
+        """Start the copy of all states of a batch; nobody else may keep the gathered rows.
 
         On CUDA it takes the buffer of the copy before the last one, whose reader must be done by
-        then: :func:`stream` starts the copy of a batch when its consumer has asked for the part
+        then: :func:`stream` starts the copy of a batch when its consumer has requested the part
         before, and so is done with the one before that.
-
-        Args:
-            gathered: the rows of the states, by device and dtype. Nobody else may keep them.
-
-        Returns:
-            The copy, on its way.
         """
         shape = sum(len(one.states) for one in gathered), *gathered[0].rows.shape[1:]
         dtype = gathered[0].rows.dtype
@@ -185,10 +151,9 @@ class HostCopy:
     sources: list[Gathered]
 
     def wait(self) -> torch.Tensor:
-        """Wait for the states, and give back the memory that they take on the devices.
+        """Wait for the (L+1, N, D) states, and free the memory that they take on the devices.
 
-        Returns:
-            (L+1, N, D). On CUDA they may be overwritten once the copy after the next is started.
+        On CUDA they may be overwritten once the copy after the next is started.
         """
         for event in self.events:
             event.synchronize()
