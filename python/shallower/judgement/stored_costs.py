@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from ..errors import CriterionError
 from ..values.costs import Costs
-from ..values.plan import Plan, positions_of
+from ..values.plan import Plan
+from ..values.positions import Positions
+from ..values.schema import read
 from .criteria import is_built_in
 from .criterion import Criterion
 from .held_out_cuts import Store
@@ -138,7 +140,7 @@ def recalled_costs(known: Mapping[str, Any], subject: Subject) -> Costs:
         "metric": known["metric"], "strategy": known["strategy"],
         "model": subject.decoder.identity if known["model"] else None,
         "texts": subject.texts if known["texts"] else (),
-        "positions": positions_of(known["positions"]),
+        "positions": read(Positions | None, known["positions"]),
     }  # fmt: skip
     if not known["of_single_layers"]:
         return Costs.of_blocks(blocks, stderr=stderr, **options)

@@ -19,7 +19,7 @@ from ..values.loss import Loss
 from ..values.memory import MemoryPlan
 from ..values.perplexity import Perplexity
 from ..values.plan import Plan
-from ..values.schema import from_fields
+from ..values.schema import read
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
 from .inputs import hash_of_files, inputs_of, texts_inputs
@@ -246,7 +246,7 @@ class KnownResults:
         if entry is None:
             return None
         try:
-            identity = from_fields(ModelIdentity, entry.value["model"])
+            identity = read(ModelIdentity, entry.value["model"])
             return Result(self._measure.read(entry.value), identity, entry.made)
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"an entry of the cache is no {kind}: {error}") from error

@@ -19,9 +19,9 @@ from .._core import Cka, Sums
 from ..errors import MetricError, PositionsError, ScanError, StatesError
 from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
-from ..values.plan import NAMED_REJECTIONS, Rejection, positions_of
+from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
-from ..values.schema import from_fields, of_type
+from ..values.schema import of_type, read
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
@@ -199,17 +199,17 @@ def _contents(file: Any) -> Contents:
         cka = _stored(Cka, CKA, arrays.pop(CKA))
         if cka.num_states != sums.num_states or cka.samples > sums.count:
             raise ValueError("its sums for CKA are not of its samples")
-    model = None if header["model"] is None else from_fields(ModelIdentity, header["model"])
+    model = read(ModelIdentity | None, header["model"])
     if model and model.num_layers != sums.num_states - 1:
         raise ValueError(f"it is of {sums.num_states - 1} layers, its model has {model.num_layers}")
     return Contents(
         sums,
-        tuple(from_fields(Rejection, rejection) for rejection in header["rejections"]),
+        read(tuple[Rejection, ...], header["rejections"]),
         model,
-        tuple(from_fields(TextsIdentity, texts) for texts in header["texts"]),
+        read(tuple[TextsIdentity, ...], header["texts"]),
         _samples(arrays, sums),
         cka,
-        positions_of(header["positions"]),
+        read(Positions | None, header["positions"]),
     )
 
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from .._core import parse_header
 from ..errors import PositionsError, StatesError
 from ..values.identity import ModelIdentity, TextsIdentity
-from ..values.plan import Rejection, positions_of
+from ..values.plan import Rejection
 from ..values.positions import Positions
-from ..values.schema import from_fields, of_type
+from ..values.schema import fields_of, of_type
 from .builder import Part
 
 FORMAT = "shallower.states.1"
@@ -104,13 +104,7 @@ class Origin:
         data = of_type(dict, json.loads(text))
         if not 0 <= of_type(int, data["num_rejected"]) < 2**31:
             raise ValueError(f"num_rejected is {data['num_rejected']}")
-        return cls(
-            None if data["model"] is None else from_fields(ModelIdentity, data["model"]),
-            tuple(from_fields(TextsIdentity, texts) for texts in of_type(list, data["texts"])),
-            data["num_rejected"],
-            tuple(from_fields(Rejection, item) for item in of_type(list, data["rejections"])),
-            positions_of(data["positions"]),
-        )
+        return cls(**fields_of(cls, data))
 
 
 NO_ORIGIN = (ValueError, TypeError, KeyError, RecursionError, PositionsError)

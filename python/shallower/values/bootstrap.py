@@ -43,21 +43,10 @@ def resampled_wins(
 ) -> list[list[int]]:
     """Count how often each start is the best when samples are drawn again with replacement.
 
-    Args:
-        samples: (S, L(L+1)/2) float32, the values of all pairs (l, m), l < m, row by row.
-        num_resamples: how many times as many samples as there are get drawn.
-        seed: 0 to 2**64 - 1.
-        num_states: L+1.
-        threads: threads of the core, all by default.
-        more_is_better: whether the samples are similarities, and not costs.
-
-    Returns:
-        For every block size ``n`` in ``1 .. L-1`` the (L-n+1) counts.
-
-    Raises:
-        ScanError: there are fewer than two samples; a number is out of range; a sample's value
-            is NaN or infinite.
-        ThreadsError: ``threads`` is out of range.
+    ``samples`` are (S, L(L+1)/2) float32, the values of all pairs (l, m), l < m, row by row;
+    ``more_is_better`` says that they are similarities, not costs. For every block size ``n`` in ``1
+    .. L-1`` the (L-n+1) counts. ScanError: there are fewer than two samples; a number is out of
+    range; a sample's value is NaN or infinite. ThreadsError: ``threads`` is out of range.
     """
     for name, value, least, most in (
         ("num_resamples", num_resamples, 1, MAX_RESAMPLES),

@@ -1,12 +1,12 @@
 """CriteriaComparison: what each criterion removes, and what that costs, row by row."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from .identity import title_of
 from .loss import Loss
-from .schema import of_type, row_from_json, row_to_json
+from .schema import fields_of, of_type, row_to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +75,11 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Any) -> "Row":
-        """Read a row.
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
+        return cls(**fields_of(cls, data, nan=_FIGURES))
 
-        Args:
-            data: what :meth:`to_json` gave; figures that are None there and cannot be are NaN.
 
-        Returns:
-            The row.
-
-        Raises:
-            KeyError, TypeError: the values are not those of a row.
-        """
-        return row_from_json(cls, data)
+_FIGURES = tuple(one.name for one in fields(Row) if one.type is float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +124,12 @@ class ComparedModel:
             "parameters": self.parameters,
         }
 
+    @classmethod
+    def from_json(cls, data: Any) -> "ComparedModel":
+        """Read what :meth:`to_json` gave; older versions wrote less."""
+        older = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
+        return cls(**fields_of(cls, {**older, "single_layers": [], **of_type(dict, data)}))
+
 
 @dataclass(frozen=True, slots=True)
 class CriteriaComparison:
@@ -160,34 +159,10 @@ class CriteriaComparison:
 
     @classmethod
     def from_json(cls, data: Any) -> "CriteriaComparison":
-        """Read a comparison.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The comparison.
-
-        Raises:
-            ValueError, KeyError, TypeError: the values are not those of a comparison.
-        """
+        """Read what :meth:`to_json` gave; raises ValueError, KeyError, TypeError."""
         if of_type(dict, data).get("format") != "shallower.comparison" or data["version"] != 1:
             raise ValueError("expected format shallower.comparison version 1")
-        models = [
-            ComparedModel(
-                **{**model, "whole": Loss.from_json(model["whole"])}
-                | {"single_layers": tuple(model["single_layers"])}
-            )
-            for model in of_type(list, data["models"])
-        ]
-        names = ("failures", "skipped", "judge", "unit", "splits")
-        return cls(
-            tuple(models),
-            tuple(Row.from_json(row) for row in of_type(list, data["rows"])),
-            **{name: data[name] for name in names},
-            max_length=of_type(int, data.get("max_length", 0)),
-            versions=dict(of_type(dict, data.get("versions", {}))),
-        )
+        return cls(**fields_of(cls, {"max_length": 0, "versions": {}, **data}))
 
     def to_json(self) -> dict[str, Any]:
         """Give the comparison as plain JSON values.

@@ -33,7 +33,7 @@ class Costs:
             the pairs (l, m), l < m, row by row.
         model: the model that the costs are of, if known.
         texts: the texts behind them.
-        positions: which tokens of the texts were looked at, if that is known.
+        positions: the tokens of the texts that were compared, if known.
         of_single_layers: whether a block costs the sum of its layers.
     """
 
@@ -52,23 +52,10 @@ class Costs:
         texts: tuple[TextsIdentity, ...] = (),
         positions: Positions | None = None,
     ) -> None:
-        """Join the values of one criterion.
+        """Join the values of one criterion; PlanError if there is no such strategy.
 
-        Args:
-            search: the same costs in whole numbers.
-            blocks: as the attribute; so are the others.
-            metric: as the attribute.
-            stderr: as the attribute.
-            strategy: as the attribute.
-            samples: as the attribute.
-            more_is_better: whether ``samples`` are similarities, and not costs.
-            of_single_layers: as the attribute.
-            model: as the attribute.
-            texts: as the attribute.
-            positions: as the attribute.
-
-        Raises:
-            PlanError: there is no such strategy.
+        ``search`` are the same costs in whole numbers; ``more_is_better`` says that ``samples`` are
+        similarities, not costs. All else is as the attributes.
         """
         if strategy not in STRATEGIES:
             raise PlanError(f"unknown strategy {strategy!r}: expected {', '.join(STRATEGIES)}")
@@ -107,7 +94,7 @@ class Costs:
                 (l, m), l < m, row by row.
             model: the model that the costs are of.
             texts: the texts behind them.
-            positions: which tokens of the texts were looked at.
+            positions: the tokens of the texts that were compared.
 
         Returns:
             The costs.
@@ -155,7 +142,7 @@ class Costs:
             strategy: a row of ``STRATEGIES``.
             model: the model that the costs are of.
             texts: the texts behind them.
-            positions: which tokens of the texts were looked at.
+            positions: the tokens of the texts that were compared.
 
         Returns:
             The costs.
@@ -195,16 +182,9 @@ class Costs:
         return self._search.num_layers
 
     def scored(self, block: Block) -> Block:
-        """Give a block its cost.
+        """A block with its cost as ``score``, and ``stderr`` if known.
 
-        Args:
-            block: layers of the model.
-
-        Returns:
-            The block with its cost as ``score``, and ``stderr`` if that is known.
-
-        Raises:
-            LayersError: the model has no such layers.
+        LayersError if it is not there.
         """
         if block.stop > self.num_layers:
             raise LayersError(f"block {block}: the model has {self.num_layers} layers")
@@ -213,35 +193,18 @@ class Costs:
         return Block(block.start, block.stop, score, stderr)
 
     def best_block(self, n: int) -> Block:
-        """Find the block of ``n`` layers that costs least.
+        """The block of ``n`` layers that costs least; of equals the one that starts first.
 
-        Args:
-            n: layers of the block.
-
-        Returns:
-            The block with its score, and what it was chosen by; of equals the one that starts
-            first.
-
-        Raises:
-            LayersError: ``n`` is not in ``1 .. L-1``.
-            CostsError: no block of ``n`` layers was measured.
+        LayersError: ``n`` is not in ``1 .. L-1``. CostsError: no block of ``n`` layers was
+        measured.
         """
         return self.best_blocks(n, 1)[0]
 
     def best_blocks(self, n: int, k: int) -> list[Block]:
-        """Find the ``k`` blocks of ``n`` layers that cost least.
+        """The ``k`` blocks of ``n`` layers that cost least, best first; fewer if no more are known.
 
-        Args:
-            n: layers of each block.
-            k: how many blocks at most.
-
-        Returns:
-            The blocks with their scores, best first, and of equals the one that starts first.
-            There are fewer than ``k`` if no more were measured.
-
-        Raises:
-            LayersError: ``n`` is not in ``1 .. L-1``, or ``k`` is less than 1.
-            CostsError: no block of ``n`` layers was measured.
+        Of equals the one that starts first comes first. Raises as :meth:`best_block`, and
+        LayersError if ``k`` is less than 1.
         """
         n, k = layer_number(n), layer_number(k)
         check_size(self.num_layers, n)
@@ -255,58 +218,27 @@ class Costs:
         return replace(self.scored(Block(start, stop)), criterion=by)
 
     def plan(self, n: int) -> Plan:
-        """Plan to drop :meth:`best_block`.
-
-        Args:
-            n: layers to drop.
-
-        Returns:
-            The plan of one block.
-
-        Raises:
-            LayersError: ``n`` is not in ``1 .. L-1``.
-            CostsError: no block of ``n`` layers was measured.
-        """
+        """The plan to drop :meth:`best_block`."""
         return self.best_plan(n)
 
     def cheapest(self, n: int) -> Plan:
-        """Plan to drop the layers that the criterion would drop.
+        """The plan to drop the ``n`` layers that the criterion would drop.
 
-        Args:
-            n: layers to drop.
-
-        Returns:
-            The best block of ``n``; of costs of single layers the ``n`` cheapest, wherever they
-            are.
-
-        Raises:
-            LayersError: ``n`` is not in ``1 .. L-1``.
-            CostsError: too few blocks or layers were measured.
+        The best block; of costs of single layers the cheapest, wherever they are. Raises as
+        :meth:`best_plan`.
         """
         return self.best_plan(n, n if self.of_single_layers else 1)
 
     def best_plan(
         self, n: int, max_blocks: int = 1, *, protect_first: int = 0, protect_last: int = 0
     ) -> Plan:
-        """Plan to drop ``n`` layers in blocks whose costs have the least sum.
+        """The plan to drop ``n`` layers in blocks whose costs have the least sum.
 
         Found by dynamic programming over whole numbers. Of equals: fewer blocks, then smaller
-        starts, then smaller stops.
-
-        Args:
-            n: layers to drop, all blocks together.
-            max_blocks: blocks at most. At least one layer stays between two blocks: without
-                it they would be one block, which joins another pair of states.
-            protect_first: layers at the start that stay.
-            protect_last: layers at the end that stay.
-
-        Returns:
-            The plan, with scores, criterion and what is known of model and texts.
-
-        Raises:
-            LayersError: ``n`` is not in ``1 .. L-1``, or fewer layers than ``n`` are free; a
-                number is less than it can be.
-            CostsError: every such plan has a block that was not measured.
+        starts, then smaller stops. At least one layer stays between two blocks: without it they
+        would be one block, which joins another pair of states. LayersError: ``n`` is not in ``1 ..
+        L-1``, or fewer layers than ``n`` are free; a number is less than it can be. CostsError:
+        every such plan has a block that was not measured.
         """
         demand = [layer_number(v) for v in (n, max_blocks, protect_first, protect_last)]
         check_plan(self.num_layers, *demand[:2], protect_first=demand[2], protect_last=demand[3])
@@ -317,25 +249,13 @@ class Costs:
     def bootstrap(
         self, num_resamples: int = 1000, seed: int = 0, *, threads: int | None = None
     ) -> dict[int, BootstrappedStart]:
-        """Find how stable the best start is under other samples, for every ``n`` in ``1 .. L-1``.
+        """How stable the best start is under other samples, for every ``n`` in ``1 .. L-1``.
 
         As many samples as there are get drawn from them with replacement, and the best start of
         their mean is found, ``num_resamples`` times (Efron, Annals of Statistics 7, 1979). The
-        answer depends on the samples' values and the seed alone, not on threads or the order of
-        samples.
-
-        Args:
-            num_resamples: how many times.
-            seed: 0 to 2**64 - 1.
-            threads: threads of the core, all by default.
-
-        Returns:
-            For every block size ``n`` the best start, and the share of resamples each start wins.
-
-        Raises:
-            ScanError: there are no samples, or a single one; a number is out of range; a sample's
-                value is NaN or infinite.
-            ThreadsError: ``threads`` is out of range.
+        answer depends on the samples' values and the seed (0 to 2**64 - 1) alone, not on threads or
+        the order of samples. ScanError: there are no samples, or a single one; a number is out of
+        range; a sample's value is NaN or infinite. ThreadsError: ``threads`` is out of range.
         """
         if self.samples is None:
             raise ScanError("there are no samples behind these costs: a bootstrap draws from them")

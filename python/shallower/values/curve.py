@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .loss import Loss
-from .schema import of_type
+from .schema import fields_of, of_type
 from .scores import Difference
 from .task_scores import TaskScores
 
@@ -57,7 +57,7 @@ class CurvePoint:
         return next((one for one in self.tasks if one.task == name), None)
 
     def to_record(self) -> dict[str, Any]:
-        """Give the point as plain JSON values from which it can be read again."""
+        """The point as plain JSON values, which :meth:`from_json` reads."""
         return {
             "n": self.n,
             "strategy": self.strategy,
@@ -74,30 +74,8 @@ class CurvePoint:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "CurvePoint":
-        """Read a point.
-
-        Args:
-            data: what :meth:`to_record` gave.
-
-        Returns:
-            The point.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a point.
-        """
-        state, loss, failed = of_type(dict, data)["state"], data["loss"], data["failed"]
-        time_share = data["time_share"]
-        if state not in STATES:
-            raise ValueError(f"state {state!r}: expected one of {', '.join(STATES)}")
-        return cls(
-            of_type(int, data["n"]), of_type(str, data["strategy"]), state,
-            tuple(of_type(int, one) for one in of_type(list, data["dropped"])),
-            float(data["layers_share"]), float(data["parameters_share"]),
-            None if loss is None else Loss.from_json(loss),
-            tuple(map(TaskScores.from_json, of_type(list, data["tasks"]))),
-            float(data["seconds"]), None if failed is None else of_type(str, failed),
-            None if time_share is None else float(time_share),
-        )  # fmt: skip
+        """Read what :meth:`to_record` gave; raises KeyError, TypeError, ValueError."""
+        return cls(**fields_of(cls, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,53 +120,28 @@ class Curve:
         return tuple(one.task for one in self.whole.tasks)
 
     def line(self, strategy: str, state: State) -> tuple[CurvePoint, ...]:
-        """Give the points of one strategy in one state.
-
-        Args:
-            strategy: its name.
-            state: how far the cuts are made good.
-
-        Returns:
-            The whole model, and the points by size.
-        """
+        """The whole model, and the points of one strategy in one state, by size."""
         found = [one for one in self.points if (one.strategy, one.state) == (strategy, state)]
         return (self.whole, *sorted(found, key=lambda one: one.n))
 
     def lost(self, point: CurvePoint) -> Difference | None:
-        """Compare a point with the whole model.
+        """The paired difference of a point's loss to the whole model.
 
-        Args:
-            point: one of the curve.
-
-        Returns:
-            The paired difference of the losses; None where there is no loss.
+        None where there is no loss.
         """
         if point.loss is None or self.whole.loss is None:
             return None
         return point.loss.minus(self.whole.loss)
 
     def best(self, n: int, state: State) -> CurvePoint | None:
-        """Find the point of least loss.
-
-        Args:
-            n: layers that are gone.
-            state: how far the cuts are made good.
-
-        Returns:
-            The best of all strategies; None where nothing was measured.
-        """
+        """The point of least loss of all strategies; None where nothing was measured."""
         found = [one for one in self.points if (one.n, one.state) == (n, state) and one.loss]
         return min(found, key=lambda one: one.loss.nats if one.loss else math.inf, default=None)
 
     def behind(self, point: CurvePoint) -> Difference | None:
-        """Compare a point with the best of its size and state, paired by text.
+        """The difference of a point to the best of its size and state, paired by text.
 
-        Args:
-            point: one of the curve.
-
-        Returns:
-            The difference, which is a tie where the two cannot be told apart; None for a point
-            without a loss.
+        A tie where the two do not differ beyond their errors; None for a point without a loss.
         """
         best = self.best(point.n, point.state)
         if point.loss is None or best is None or best.loss is None:
@@ -196,10 +149,9 @@ class Curve:
         return point.loss.minus(best.loss)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the curve as plain JSON values, all of it: what is in ``curve.json``.
+        """The content of ``curve.json``.
 
-        Returns:
-            The fields; of every point also ``lost``, its paired difference to the whole model.
+        Every point with ``lost``, its paired difference to the whole.
         """
         lost = (self.lost(one) for one in self.points)
         points = [
@@ -221,25 +173,10 @@ class Curve:
 
     @classmethod
     def from_json(cls, data: Any) -> "Curve":
-        """Read a curve.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The curve.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a curve.
-        """
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
         if of_type(dict, data).get("format") != "shallower.curve" or data["version"] != 1:
             raise ValueError("expected a curve of version 1")
-        points = tuple(map(CurvePoint.from_json, of_type(list, data["points"])))
-        if not points or points[0].n:
+        curve = cls(**fields_of(cls, {"settings": {}, **data}))
+        if not curve.points or curve.points[0].n:
             raise ValueError("expected the whole model as the first point")
-        return cls(
-            of_type(str, data["model"]), of_type(int, data["num_layers"]), points,
-            dict(of_type(dict, data["splits"])), of_type(str, data["dtype"]),
-            of_type(int, data["max_length"]), dict(of_type(dict, data["versions"])),
-            dict(of_type(dict, data.get("settings", {}))),
-        )  # fmt: skip
+        return curve

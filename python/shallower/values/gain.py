@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from .schema import from_fields, of_type
+from .schema import fields_of, of_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Measured:
         return _spread(self.decode_before, self.decode_after)
 
     def to_json(self) -> dict[str, Any]:
-        """Give what was measured as plain JSON values, with medians and ratios beside it."""
+        """The fields as plain JSON values, with medians and ratios beside them."""
         times = {name: list(getattr(self, name)) for name in _TIMES}
         return {
             **asdict(self),
@@ -133,27 +133,14 @@ class Measured:
 
     @classmethod
     def from_json(cls, data: Any) -> "Measured":
-        """Read what was measured.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The same.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a measurement.
-        """
-        times = [tuple(map(float, of_type(list, of_type(dict, data)[name]))) for name in _TIMES]
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
+        measured = cls(**fields_of(cls, data))
+        times: list[tuple[float, ...]] = [getattr(measured, name) for name in _TIMES]
         if not times[0] or len({len(values) for values in times}) > 1:
             raise ValueError("expected as many times of each kind, one at least")
         if not all(0 < one < math.inf for values in times for one in values):
             raise ValueError("expected times above 0")
-        prefill_before, prefill_after, decode_before, decode_after = times
-        return cls(
-            of_type(str, data["title"]), prefill_before, prefill_after, decode_before,
-            decode_after, of_type(int, data["peak_before"]), of_type(int, data["peak_after"]),
-        )  # fmt: skip
+        return measured
 
 
 _TIMES = ("prefill_before", "prefill_after", "decode_before", "decode_after")
@@ -195,37 +182,19 @@ class Gain:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def on(self, device: str) -> Forecast:
-        """Find the forecast for a device.
-
-        Args:
-            device: its name, as ``a100-80``.
-
-        Returns:
-            The forecast.
-
-        Raises:
-            KeyError: there is none for it.
-        """
+        """The forecast for a device, as ``a100-80``; KeyError if there is none."""
         for one in self.forecasts:
             if one.device == device:
                 return one
         raise KeyError(device)
 
     def ratios(self) -> dict[str, float]:
-        """Give every size after the cut as a share of that before.
-
-        Returns:
-            The ratios by the names of :class:`Sizes`; without those that were 0.
-        """
+        """Every size after the cut as a share of that before; without those that were 0."""
         before, after = asdict(self.before), asdict(self.after)
         return {name: after[name] / value for name, value in before.items() if value}
 
     def to_json(self) -> dict[str, Any]:
-        """Give the gain as plain JSON values.
-
-        Returns:
-            All of it, with the ratios beside it.
-        """
+        """The fields as plain JSON values, with the ratios beside them."""
         return {
             "format": "shallower.gain",
             "version": 1,
@@ -245,27 +214,7 @@ class Gain:
 
     @classmethod
     def from_json(cls, data: Any) -> "Gain":
-        """Read a gain.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The gain.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a gain.
-        """
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
         if of_type(dict, data).get("format") != "shallower.gain" or data["version"] != 1:
             raise ValueError("expected a gain of version 1")
-        measured = data["measured"]
-        return cls(
-            of_type(str, data["model"]), of_type(int, data["num_layers"]),
-            tuple(of_type(int, one) for one in of_type(list, data["dropped"])),
-            of_type(str, data["dtype"]), of_type(int, data["context"]),
-            of_type(int, data["batch"]), from_fields(Sizes, data["before"]),
-            from_fields(Sizes, data["after"]),
-            tuple(from_fields(Forecast, one) for one in of_type(list, data["forecasts"])),
-            None if measured is None else Measured.from_json(measured),
-            dict(of_type(dict, data["versions"])),
-        )  # fmt: skip
+        return cls(**fields_of(cls, data))

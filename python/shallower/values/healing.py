@@ -12,7 +12,7 @@ from .loss import Loss
 from .plan import Plan
 from .provenance import versions
 from .recipe import Resolved
-from .schema import from_fields, of_type
+from .schema import of_type, read
 
 HEALING_FILE = "healing.json"
 HEALING_FIGURE = "healing.png"
@@ -205,13 +205,13 @@ class Healing:
             raise ValueError("expected format shallower.healing version 1")
         merge, speed = data["merge"], data["tokens_per_second"]
         return cls(
-            model=from_fields(ModelIdentity, data["model"]),
+            model=read(ModelIdentity, data["model"]),
             weights=of_type(str, data["weights"]),
             plan=Plan.from_json(data["plan"]),
             recipe=Resolved.from_json(of_type(dict, data["recipe"])),
             adapted=of_type(int, data["adapted"]),
-            texts=from_fields(TextsIdentity, data["texts"]),
-            steps=tuple(from_fields(Step, step) for step in of_type(list, data["steps"])),
+            texts=read(TextsIdentity, data["texts"]),
+            steps=tuple(read(Step, step) for step in of_type(list, data["steps"])),
             held_out=tuple(
                 Measured(of_type(int, of_type(dict, measured)["step"]), read_loss(measured))
                 for measured in of_type(list, data["held_out"])

@@ -1,4 +1,4 @@
-"""Identities of models and texts, and the criterion that layers were chosen by.
+"""Identities of models and texts, and the criterion behind a choice of layers.
 
 Knows no model; a scan hands them to its blocks and plans, and these to the card.
 """
@@ -31,29 +31,17 @@ class ModelIdentity:
 
 
 def title_of(name: str) -> str:
-    """Shorten the name of a model for tables and figures.
-
-    Args:
-        name: a hub id, or a place on this machine.
-
-    Returns:
-        The hub id; of a place its last part.
-    """
+    """The name of a model for tables and figures: its hub id, or the last part of a path."""
     parts = [part for part in name.split("/") if part]
     is_place = len(parts) > 2 or name[:1] in ("/", ".", "~")
     return parts[-1] if parts and is_place else name
 
 
 def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
-    """Hash what tells one model from another, for :class:`ModelIdentity`.
+    """Hash what distinguishes models, for :class:`ModelIdentity`, in hexadecimal digits.
 
-    Args:
-        shape: model type, layers, hidden size, vocabulary size.
-        vectors: names and bfloat16 bits of the one-dimensional weights, in the order of the
-            model's modules.
-
-    Returns:
-        A SHA-256 in hexadecimal digits.
+    ``shape``: model type, layers, hidden size, vocabulary size. ``vectors``: names and bfloat16
+    bits of the one-dimensional weights, in the order of the model's modules.
     """
     digest = hashlib.sha256(repr(tuple(shape)).encode())
     for name, bits in vectors:
@@ -72,12 +60,12 @@ class TextsIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ChosenBy:
-    """Criterion by which layers were chosen, and what it was applied to.
+    """The criterion behind a choice of layers, and what it was applied to.
 
     Attributes:
         strategy: a row of ``STRATEGIES``.
         metric: the metric behind the scores, if one decided.
-        model: the model that was looked at, if known.
+        model: the model that was scanned, if known.
         texts: the calibration texts, if any.
         positions: which of their tokens were compared, if that is known.
     """

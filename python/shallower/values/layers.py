@@ -3,6 +3,7 @@
 Indices are 0-based and ranges half-open.
 """
 
+import math
 import operator
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any, SupportsIndex
 
 from ..errors import LayersError
 from .identity import ChosenBy
-from .schema import finite
+from .schema import finite, of_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Block:
     ``score`` is the mean distance between the states x^(start) and x^(stop), the pair that
     removing the block joins, or its cost by another criterion; ``stderr`` is its standard error;
     ``criterion`` is known of a block that was chosen as the best. They do not count in
-    comparisons: ``Block(11, 19) == scan.best_block(8)`` asks for the range alone.
+    comparisons: ``Block(11, 19) == scan.best_block(8)`` compares the range alone.
     """
 
     start: int
@@ -44,17 +45,22 @@ class Block:
         return f"[{self.start}, {self.stop})"
 
     def to_json(self) -> dict[str, Any]:
-        """Give the block as plain JSON values.
-
-        Returns:
-            ``start``, ``stop``, ``score`` and ``stderr``; what is not finite is None.
-        """
+        """Its ``start``, ``stop``, ``score`` and ``stderr``; None where they are not finite."""
         score, stderr = finite(self.score), finite(self.stderr)
         return {"start": self.start, "stop": self.stop, "score": score, "stderr": stderr}
 
+    @classmethod
+    def from_json(cls, data: Any) -> "Block":
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError, LayersError."""
+        for name in ("score", "stderr"):
+            value = of_type(dict, data)[name]
+            if value is not None and not math.isfinite(of_type(float, value)):
+                raise ValueError(f"its {name} is {value}")
+        return cls(**data)
+
     @property
     def layers(self) -> range:
-        """The indices of the layers in the block."""
+        """Indices of the layers in the block."""
         return range(self.start, self.stop)
 
 
@@ -63,11 +69,7 @@ Layers = Iterable[Block | range | SupportsIndex]
 
 
 def layer_number(value: Any) -> int:
-    """An index or a number of layers as a plain integer.
-
-    Raises:
-        LayersError: it is not an integer.
-    """
+    """An index or a number of layers as a plain integer; LayersError if it is none."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)
@@ -91,9 +93,8 @@ def _require_whole(value: object) -> None:
 def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
     """The indices that ``layers`` names, ascending.
 
-    Raises:
-        LayersError: an index outside ``0 .. num_layers-1``, one named twice, none at all,
-            or every layer of the model.
+    LayersError: an index outside ``0 .. num_layers-1``, one named twice, none at all, or every
+    layer of the model.
     """
     if isinstance(layers, Block):
         layers = (layers,)
@@ -140,11 +141,7 @@ MAX_LAYERS = 4095
 
 
 def check_size(num_layers: int, n: int) -> None:
-    """Refuse a block size that a model cannot lose.
-
-    Raises:
-        LayersError: ``n`` is not in ``1 .. num_layers-1``.
-    """
+    """Refuse a block size that is not in ``1 .. num_layers-1``: LayersError."""
     if num_layers < 2:
         raise LayersError("a model of one layer has no layer that could be dropped")
     if not 1 <= n < num_layers:
@@ -156,18 +153,10 @@ def check_size(num_layers: int, n: int) -> None:
 def check_plan(
     num_layers: int, n: int, max_blocks: int, *, protect_first: int, protect_last: int
 ) -> None:
-    """Refuse a plan that cannot be: more layers than are free, or no block at all.
+    """Refuse a plan that cannot be: LayersError.
 
-    Args:
-        num_layers: layers of the model.
-        n: layers to drop.
-        max_blocks: blocks at most.
-        protect_first: layers at the start that stay.
-        protect_last: layers at the end that stay.
-
-    Raises:
-        LayersError: as :func:`check_size`; ``max_blocks`` is less than 1; ``protect_first`` or
-            ``protect_last`` is negative; or fewer than ``n`` layers are left between them.
+    As :func:`check_size`; or ``max_blocks`` is less than 1, a ``protect_`` negative, or fewer than
+    ``n`` layers are left between the protected ones.
     """
     check_size(num_layers, n)
     if max_blocks < 1:
@@ -201,11 +190,7 @@ def deepest_block(num_layers: int, n: int) -> Block:
 
 
 def parse_layers(text: str) -> list[Block]:
-    """Read ``"3,12:20"``: indices and half-open ranges.
-
-    Raises:
-        LayersError: a part is neither.
-    """
+    """Read ``"3,12:20"``: indices and half-open ranges; LayersError if a part is neither."""
     blocks = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?::\s*([0-9]{1,9})\s*)?", part)
@@ -221,11 +206,7 @@ def parse_layers(text: str) -> list[Block]:
 
 
 def parse_sizes(text: str, *, least: int = 1) -> list[int]:
-    """Read ``"1,2,4,8"``: block sizes.
-
-    Raises:
-        LayersError: a part is not a number, or is less than ``least``.
-    """
+    """Read ``"1,2,4,8"``: block sizes; LayersError if one is less than ``least``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", part) and int(part) >= least for part in parts):
         raise LayersError(
@@ -240,11 +221,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def check_sizes(sizes: Sequence[int], num_layers: int) -> None:
-    """Refuse block sizes that the model cannot lose, before any long work.
-
-    Raises:
-        LayersError: a size is not in ``1 .. num_layers-1``.
-    """
+    """Refuse block sizes that the model cannot lose, before any long work: LayersError."""
     if not sizes:
         raise LayersError("no block size is named: name at least one")
     for n in sizes:

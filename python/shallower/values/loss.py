@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
-from .schema import finite, of_type
+from .schema import fields_of, finite, of_type
 from .scores import Difference, Scores
 
 
@@ -99,34 +99,18 @@ class Loss:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Loss":
-        """Read a loss from plain JSON values.
+        """Read what :meth:`to_json` or :meth:`to_record` gave; ``by_text`` only of a record.
 
-        Args:
-            data: what :meth:`to_json` or :meth:`to_record` gave.
-
-        Returns:
-            The loss; ``by_text`` only of a record.
-
-        Raises:
-            TypeError: a value is of another type.
-            KeyError: a value is missing.
-            ValueError: there is not a number of tokens for every sum.
+        Raises TypeError, KeyError; ValueError if there is not a number of tokens for every sum.
         """
-        values = {name: of_type(dict, data)[name] for name in FIGURES}
-        values["stderr"] = math.nan if values["stderr"] is None else values["stderr"]
-        kinds = get_type_hints(cls)
-        for name, value in values.items():
-            of_type(kinds[name], value)
-        scores = data.get("by_text")
-        if scores is None:
-            return cls(**values)
-        names = ("sums", "weights", "bytes") if "bytes" in scores else ("sums", "weights")
-        lists = [[of_type(float, v) for v in of_type(list, scores[name])] for name in names]
-        sums, weights, *rest = map(np.array, lists)
-        for other in (weights, *rest):
-            if sums.shape != other.shape:
-                raise ValueError(f"{len(sums)} sums of {len(other)} texts")
-        return cls(**values, by_text=Scores(sums, weights), bytes_by_text=rest[0] if rest else None)
+        by_text = of_type(dict, data).get("by_text")
+        num_bytes = by_text and of_type(dict, by_text).get("bytes")
+        values = {**data, "by_text": by_text, "bytes_by_text": num_bytes}
+        loss = cls(**fields_of(cls, values, nan=("stderr",)))
+        texts = None if loss.by_text is None else len(loss.by_text.sums)
+        if loss.bytes_by_text is not None and len(loss.bytes_by_text) != texts:
+            raise ValueError(f"{texts} sums of {len(loss.bytes_by_text)} texts")
+        return loss
 
     def minus(self, other: "Loss") -> Difference:
         """Compare with the loss of another model, or of a cut, on the same texts.

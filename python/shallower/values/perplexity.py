@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TextsError
-from .schema import finite, of_type
+from .schema import fields_of, finite
 from .scores import Difference, Scores
 
 
@@ -55,17 +55,9 @@ class Perplexity:
         return int(self.by_window.weights.sum())
 
     def minus(self, other: "Perplexity") -> Difference:
-        """Compare with that of another model on the same text.
+        """The difference in nats a token to another model on the same text, paired by window.
 
-        Args:
-            other: measured with the same tokenizer, context and token at the beginning.
-
-        Returns:
-            The difference in nats a token, paired by window; exp of it is the ratio of the two
-            perplexities.
-
-        Raises:
-            TextsError: the windows are others.
+        exp of it is the ratio of the two perplexities. TextsError: the windows differ.
         """
         mine, theirs = self.by_window.weights, other.by_window.weights
         if (self.context, self.bos) != (other.context, other.bos) or not np.array_equal(
@@ -79,12 +71,7 @@ class Perplexity:
         return self.by_window.minus(other.by_window)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the perplexity as plain JSON values.
-
-        Returns:
-            ``perplexity`` with its ``stderr``, ``nats``, ``context``, ``stride``, ``bos``,
-            ``num_windows``, ``num_tokens`` and ``num_rest``; what is not finite is None.
-        """
+        """The figures as plain JSON values; None where they are not finite."""
         return {
             "perplexity": finite(self.value),
             "stderr": finite(self.stderr),
@@ -98,40 +85,15 @@ class Perplexity:
         }
 
     def to_record(self) -> dict[str, Any]:
-        """Give the perplexity as plain JSON values from which all of it can be read again.
-
-        Returns:
-            As :meth:`to_json`, with ``by_window``.
-        """
+        """As :meth:`to_json`, with ``by_window``, so that :meth:`from_json` reads all of it."""
         scores = self.by_window
         by_window = {"sums": scores.sums.tolist(), "weights": scores.weights.tolist()}
         return {**self.to_json(), "by_window": by_window}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Perplexity":
-        """Read a perplexity.
-
-        Args:
-            data: what :meth:`to_record` gave.
-
-        Returns:
-            The perplexity.
-
-        Raises:
-            KeyError, TypeError: the values are not those of a perplexity.
-            ValueError: there is not a number of tokens for every window.
-        """
-        by_window = of_type(dict, of_type(dict, data)["by_window"])
-        sums, weights = (
-            np.array([float(one) for one in of_type(list, by_window[name])], np.float64)
-            for name in ("sums", "weights")
-        )
-        if sums.shape != weights.shape:
-            raise ValueError(f"{len(sums)} sums of {len(weights)} windows")
-        return cls(
-            of_type(int, data["context"]), of_type(bool, data["bos"]),
-            of_type(int, data["num_rest"]), Scores(sums, weights),
-        )  # fmt: skip
+        """Read what :meth:`to_record` gave; raises KeyError, TypeError, ValueError."""
+        return cls(**fields_of(cls, data))
 
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""

@@ -4,7 +4,6 @@ Knows no model and no arithmetic; a plan can be printed, saved and loaded.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 from ..errors import LayersError, PlanError, PositionsError
 from ..storage import write_file
 from .identity import ModelIdentity, TextsIdentity
-from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers, layer_number
+from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers
 from .positions import Positions
 from .provenance import versions
-from .schema import from_fields, of_type
+from .schema import fields_of, of_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,16 +232,7 @@ class Plan:
             raise ValueError(
                 f"expected format shallower.plan version 1, got {kind!r} version {version!r}"
             )
-        plan = cls(
-            num_layers=layer_number(data["num_layers"]),
-            blocks=tuple(_block(block) for block in of_type(list, data["drop"])),
-            strategy=data["strategy"],
-            metric=None if data["metric"] is None else of_type(str, data["metric"]),
-            model=None if data["model"] is None else from_fields(ModelIdentity, data["model"]),
-            texts=tuple(from_fields(TextsIdentity, t) for t in of_type(list, data["texts"])),
-            positions=positions_of(data.get("positions")),
-            versions={k: of_type(str, v) for k, v in of_type(dict, data["versions"]).items()},
-        )
+        plan = cls(**fields_of(cls, {"positions": None, **data, "blocks": data["drop"]}))
         if list(plan.survivors) != data["survivors"]:
             raise ValueError("its survivors are not the layers that its ranges leave")
         return plan
@@ -266,26 +256,3 @@ class Plan:
                 f"{model.name} is another model ({model.fingerprint[:12]}): plan again, or name "
                 f"the layers yourself"
             )
-
-
-def positions_of(data: Any) -> Positions | None:
-    """Read the positions in a file, if there are any.
-
-    Args:
-        data: the fields of :class:`Positions`, or None.
-
-    Returns:
-        The positions, or None.
-
-    Raises:
-        TypeError, PositionsError: the values are not those of positions.
-    """
-    return None if data is None else from_fields(Positions, data)
-
-
-def _block(data: Any) -> Block:
-    for name in ("score", "stderr"):
-        value = of_type(dict, data)[name]
-        if value is not None and not math.isfinite(of_type(float, value)):
-            raise ValueError(f"its {name} is {value}")
-    return Block(**data)

@@ -48,17 +48,9 @@ class Positions:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "Positions":
-        """Read a choice of tokens from text.
+        """Read ``last``, ``last:K``, ``random:K`` or ``all``; ``seed`` is of ``random:K`` alone.
 
-        Args:
-            text: ``last``, ``last:K``, ``random:K`` or ``all``.
-            seed: 0 to 2**64 - 1; it counts for ``random:K`` alone.
-
-        Returns:
-            The choice.
-
-        Raises:
-            PositionsError: the text names no choice, or the seed is out of range.
+        PositionsError: the text names no choice, or the seed is out of range.
         """
         match = re.fullmatch(r"(last|random|all)(?::(\d{1,9}))?", text, re.ASCII)
         kind, count = match.groups() if match else ("", None)
@@ -82,14 +74,10 @@ class Positions:
         return self.count == 1
 
     def chosen(self, num_tokens: int, text: int) -> NDArray[np.int64]:
-        """Choose the tokens of one text.
+        """Choose tokens of one text: ascending indices, (K,) int64; all of a text that has fewer.
 
-        Args:
-            num_tokens: tokens of the text that are no padding.
-            text: the number of the text among all, which decides ``random``.
-
-        Returns:
-            Indices of tokens, ascending, (K,) int64: all of the text where it has fewer.
+        ``num_tokens`` counts those that are no padding; the number of the ``text`` among all
+        decides ``random``.
         """
         if self.kind == "all" or self.count >= num_tokens:
             return np.arange(num_tokens)

@@ -7,18 +7,11 @@ PACKAGES = ("shallower", "torch", "transformers", "peft", "bitsandbytes", "numpy
 
 
 LM_EVAL = "lm_eval"
-"""The package that decides what a task asks, and how its answers are scored."""
+"""The package that defines the questions of a task, and the scores of its answers."""
 
 
 def versions(*more: str) -> dict[str, str]:
-    """The installed versions of the packages that decide a result.
-
-    Args:
-        more: names of further packages that decide this one.
-
-    Returns:
-        Versions by name, of those that are installed.
-    """
+    """Versions by name of the installed packages that decide a result, and of ``more``."""
     found = {package: _version(package) for package in (*PACKAGES, *more)}
     return {package: one for package, one in found.items() if one is not None}
 

@@ -1,14 +1,13 @@
 """Recommended: the one cut that a run ends in, and the table of what others would cost."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .layers import ranges
 from .loss import Loss
 from .plan import Plan
-from .schema import finite, of_type, row_from_json, row_to_json
+from .schema import fields_of, finite, of_type, row_to_json
 from .scores import Difference
 from .verification import Verified
 
@@ -67,23 +66,13 @@ class SizeRow:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Give the row as plain JSON values; what is not finite is None."""
+        """The row as plain JSON values; None where they are not finite."""
         return row_to_json(self)
 
     @classmethod
     def from_json(cls, data: Any) -> "SizeRow":
-        """Read a row.
-
-        Args:
-            data: what :meth:`to_json` gave; figures that are None there and cannot be are NaN.
-
-        Returns:
-            The row.
-
-        Raises:
-            KeyError, TypeError: the values are not those of a row.
-        """
-        return row_from_json(cls, data)
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
+        return cls(**fields_of(cls, data, nan=_FIGURES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,33 +197,13 @@ class Recommended:
 
     @classmethod
     def from_json(cls, data: Any) -> "Recommended":
-        """Read a recommendation.
+        """Read what :meth:`to_json` gave.
 
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The recommendation.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of one.
-            LayersError, PlanError: a plan cannot be.
+        KeyError, TypeError, ValueError: the values are not those of one. LayersError, PlanError: a
+        plan cannot be.
         """
-        records: Mapping[str, Any] = of_type(dict, data)["losses"]
-        patched, healed = (
-            None if records[name] is None else Loss.from_json(records[name])
-            for name in ("patched", "healed")
-        )
-        worse = data["by_distance"]
-        return cls(
-            Verified.from_json(data["verified"]), of_type(str, data["reason"]),
-            Loss.from_json(records["whole"]), Loss.from_json(records["cut"]), patched=patched,
-            healed=healed, by_distance=None if worse is None else Difference.from_json(worse),
-            layers_share=of_type(float, data["layers_share"]),
-            parameters_share=of_type(float, data["parameters_share"]),
-            unpatched=data["unpatched"], unhealed=data["unhealed"],
-            max_loss=data["max_loss"],
-        )  # fmt: skip
+        return cls(**fields_of(cls, {**of_type(dict, data), **of_type(dict, data["losses"])}))
 
 
+_FIGURES = tuple(one.name for one in fields(SizeRow) if one.type is float)
 _LOSSES = ("whole", "cut", "patched", "healed")

@@ -1,8 +1,16 @@
-"""Values read from JSON, checked against the types that they should have."""
+"""Values read from JSON by the types of their fields; nothing in a file is believed before.
+
+A class with ``from_json`` decides itself; any other dataclass is read field by field.
+"""
 
 import math
-from dataclasses import asdict, fields
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -14,29 +22,63 @@ def of_type(expected: type[T], value: Any) -> T:
     return value
 
 
-def from_fields(kind: type[T], data: Any) -> T:
-    """A flat dataclass of plain types from a file; raises TypeError."""
-    for name, expected in get_type_hints(kind).items():
-        of_type(expected, of_type(dict, data)[name])
-    return kind(**data)
+def read(kind: Any, data: Any) -> Any:
+    """A value from a file as a ``kind``; raises TypeError, KeyError, ValueError.
+
+    A dataclass without ``from_json`` has all of its fields there, and nothing beside them.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (Union, UnionType):
+        rest = [one for one in inner if one is not NoneType]
+        return None if data is None and len(rest) < len(inner) else read(rest[0], data)
+    if origin is Literal:
+        if data not in inner:
+            raise ValueError(f"{data!r}: expected one of {', '.join(map(str, inner))}")
+        return data
+    if origin is tuple:
+        return tuple(read(inner[0], one) for one in of_type(list, data))
+    if origin is np.ndarray:
+        return np.array([read(float, one) for one in of_type(list, data)], np.float64)
+    if origin in (dict, Mapping):
+        items = of_type(dict, data).items()
+        return {of_type(str, name): read(inner[1], one) for name, one in items}
+    if kind is float and type(data) is int and abs(data) < 2**63:  # JSON has 1 and 1.0 alike
+        return float(data)
+    if not is_dataclass(kind):
+        return of_type(kind, data)
+    if hasattr(kind, "from_json"):
+        return kind.from_json(data)
+    if more := set(of_type(dict, data)) - set(_kinds(kind)):
+        raise TypeError(f"{kind.__name__} has no {', '.join(sorted(map(str, more)))}")
+    return kind(**fields_of(kind, data))
+
+
+def fields_of(kind: type[Any], data: Any, nan: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass from a file, whatever lies beside them; raises as :func:`read`.
+
+    ``nan`` names fields in which None stands for NaN, which JSON has not.
+    """
+    values = of_type(dict, data)
+    return {
+        name: math.nan if values[name] is None and name in nan else read(expected, values[name])
+        for name, expected in _kinds(kind).items()
+    }
+
+
+@cache
+def _kinds(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {one.name: hints[one.name] for one in fields(kind)}
 
 
 def row_to_json(row: Any) -> dict[str, Any]:
-    """A flat dataclass with ``dropped`` layers as plain JSON values; what is not finite is None."""
+    """A flat dataclass with ``dropped`` layers as plain JSON values; None where not finite."""
     return {
         name: finite(value) if isinstance(value, float) else value
         for name, value in {**asdict(row), "dropped": list(row.dropped)}.items()
     }
-
-
-def row_from_json(kind: type[T], data: Any) -> T:
-    """The same read again, None as NaN where a figure must be; raises KeyError, TypeError."""
-    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
-    values = {name: of_type(dict, data)[name] for name in names}
-    for one in fields(kind):  # type: ignore[arg-type]
-        if one.type is float and values[one.name] is None:
-            values[one.name] = math.nan
-    return kind(**{**values, "dropped": tuple(values["dropped"])})
 
 
 def finite(value: float | None) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .schema import finite, of_type
+from .schema import fields_of, finite
 
 TIE = 2.0
 """Standard errors within which a paired difference is called a tie."""
@@ -43,20 +43,8 @@ class Difference:
 
     @classmethod
     def from_json(cls, data: Any) -> "Difference":
-        """Read a difference.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The difference.
-
-        Raises:
-            KeyError, TypeError: the values are not those of a difference.
-        """
-        stderr = of_type(dict, data)["stderr"]
-        stderr = math.nan if stderr is None else of_type(float, stderr)
-        return cls(of_type(float, data["mean"]), stderr, of_type(int, data["num_items"]))
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
+        return cls(**fields_of(cls, data, nan=("stderr",)))
 
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
@@ -78,6 +66,14 @@ class Scores:
 
     sums: NDArray[np.float64]
     weights: NDArray[np.float64]
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Scores":
+        """Read the lists of ``sums`` and ``weights``; raises KeyError, TypeError, ValueError."""
+        scores = cls(**fields_of(cls, data))
+        if len(scores.sums) != len(scores.weights):
+            raise ValueError(f"{len(scores.sums)} sums of {len(scores.weights)} items")
+        return scores
 
     def __len__(self) -> int:
         """Items that were looked at."""

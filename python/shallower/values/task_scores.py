@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..errors import TextsError
-from .schema import finite, of_type
+from .schema import fields_of, finite, of_type
 from .scores import Difference, Scores
 
 
@@ -50,16 +48,9 @@ class TaskScores:
         return math.isfinite(self.stderr) and above <= 2 * self.stderr
 
     def minus(self, other: "TaskScores") -> Difference:
-        """Compare with the scores of another model on the same items.
+        """The paired difference to another model by the same measure of the same items.
 
-        Args:
-            other: by the same measure of the same items.
-
-        Returns:
-            The paired difference, with its own standard error.
-
-        Raises:
-            TextsError: the two are of other items, or by another measure.
+        Else TextsError.
         """
         mine, theirs = (self.task, self.metric), (other.task, other.metric)
         if mine != theirs or self.items != other.items or self.num_shots != other.num_shots:
@@ -71,12 +62,7 @@ class TaskScores:
         return self.by_item.minus(other.by_item)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the scores as plain JSON values.
-
-        Returns:
-            The fields but those of single items, with ``mean``, ``stderr`` (None where there is
-            none), ``num_items`` and ``at_chance``.
-        """
+        """The figures as plain JSON values; ``stderr`` is None where there is none."""
         return {
             "task": self.task,
             "metric": self.metric,
@@ -89,38 +75,15 @@ class TaskScores:
         }
 
     def to_record(self) -> dict[str, Any]:
-        """Give the scores as plain JSON values from which all of them can be read again.
-
-        Returns:
-            As :meth:`to_json`, with ``items`` and ``by_item``.
-        """
+        """As :meth:`to_json`, with ``items`` and ``by_item``, which :meth:`from_json` reads."""
         by_item = self.by_item.sums.tolist()
         return {**self.to_json(), "items": list(self.items), "by_item": by_item}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TaskScores":
-        """Read scores.
-
-        Args:
-            data: what :meth:`to_record` gave.
-
-        Returns:
-            The scores.
-
-        Raises:
-            KeyError, TypeError: the values are not those of scores.
-            ValueError: there is not a score for every item.
-        """
-        names = tuple(of_type(str, one) for one in of_type(list, of_type(dict, data)["items"]))
-        values = np.array([float(one) for one in of_type(list, data["by_item"])], np.float64)
-        if len(names) != len(values):
-            raise ValueError(f"{len(values)} scores of {len(names)} items")
-        chance = data["chance"]
-        return cls(
-            of_type(str, data["task"]), of_type(str, data["metric"]), names,
-            Scores(values, np.ones(len(values))), of_type(int, data["num_shots"]),
-            None if chance is None else float(chance),
-        )  # fmt: skip
+        """Read what :meth:`to_record` gave; raises KeyError, TypeError, ValueError."""
+        by_item = {"sums": of_type(dict, data)["by_item"], "weights": [1.0] * len(data["items"])}
+        return cls(**fields_of(cls, {**data, "by_item": by_item}))
 
     def __str__(self) -> str:
         error = f" ± {100 * self.stderr:.1f}" if math.isfinite(self.stderr) else ""

@@ -1,4 +1,4 @@
-"""The two numbers by which texts become batches of token ids."""
+"""The two numbers that decide how texts become batches of token ids."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,22 +6,15 @@ from typing import Literal
 from ..errors import TextsError
 
 DEFAULT_BATCH = 8
-"""Texts in one forward where nobody decides by a model and its device."""
+"""Texts in one forward where model and device do not decide."""
 
 BatchSize = int | Literal["auto"]
 
 
 def parse_batch_size(text: str) -> BatchSize:
-    """Read a number of texts in one forward.
+    """Read ``auto`` or a number of texts in one forward.
 
-    Args:
-        text: ``auto`` or an integer.
-
-    Returns:
-        The number, or ``auto``.
-
-    Raises:
-        TextsError: it is neither, or below 1.
+    TextsError if it is neither, or below 1.
     """
     if text == "auto":
         return "auto"

@@ -1,6 +1,5 @@
 """Verified: the plan that won a race of proposals, and what came in beside it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from .layers import ranges
 from .loss import with_error
 from .plan import Plan
-from .schema import finite, of_type
+from .schema import fields_of, finite
 from .scores import Difference
 
 AFTER = ("none", "patch")
@@ -61,26 +60,8 @@ class Candidate:
 
     @classmethod
     def from_json(cls, data: Any) -> "Candidate":
-        """Read a candidate.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The candidate.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a candidate.
-            LayersError, PlanError: its plan cannot be.
-        """
-        names = tuple(of_type(str, name) for name in of_type(dict, data)["proposed_by"])
-        score, stderr = (
-            math.nan if data[name] is None else of_type(float, data[name])
-            for name in ("score", "stderr")
-        )
-        difference = Difference.from_json(data["difference"])
-        lost = of_type(bool, data["lost_early"])
-        return cls(Plan.from_json(data["plan"]), names, score, stderr, difference, lost)
+        """Read what :meth:`to_json` gave; raises as :meth:`Verified.from_json`."""
+        return cls(**fields_of(cls, data, nan=("score", "stderr")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +144,12 @@ class Verified:
 
     @classmethod
     def from_json(cls, data: Any) -> "Verified":
-        """Read a result.
+        """Read what :meth:`to_json` gave.
 
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The result.
-
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a result.
-            LayersError, PlanError: a plan cannot be.
+        KeyError, TypeError, ValueError: the values are not those of a result. LayersError,
+        PlanError: a plan cannot be.
         """
-        values = {name: of_type(dict, data)[name] for name in cls.__slots__}
-        candidates = tuple(map(Candidate.from_json, of_type(list, data["candidates"])))
-        if not candidates:
+        verified = cls(**fields_of(cls, data))
+        if not verified.candidates:
             raise ValueError("no candidates")
-        return cls(**{**values, "candidates": candidates})
+        return verified
