@@ -48,14 +48,18 @@ def read(kind: Any, data: Any) -> Any:
         return float(data)
     if not is_dataclass(kind):
         return of_type(kind, data)
+    return _dataclass(kind, data)
+
+
+def _dataclass(kind: Any, data: Any) -> Any:
     if hasattr(kind, "from_json"):
         return kind.from_json(data)
-    if more := set(of_type(dict, data)) - set(_kinds(kind)):
+    if more := set(of_type(dict, data)) - {one.name for one in fields(kind)}:
         raise TypeError(f"{kind.__name__} has no {', '.join(sorted(map(str, more)))}")
     return kind(**fields_of(kind, data))
 
 
-def fields_of(kind: type[Any], data: Any, nan: Collection[str] = ()) -> dict[str, Any]:
+def fields_of(kind: Any, data: Any, nan: Collection[str] = ()) -> dict[str, Any]:
     """The fields of a dataclass from a file, whatever lies beside them; raises as :func:`read`.
 
     ``nan`` names fields in which None stands for NaN, which JSON has not.
