@@ -356,13 +356,6 @@ def test_a_snapshot_of_the_hubs_cache_can_be_cut(source, tmp_path):
 
 
 # Plans.
-def test_a_plan_of_a_scan_is_carried_out(source, tmp_path):
-    model, tokenizer = sh.load_model(source, dtype="float32")
-    plan = sh.scan(model, tokenizer, ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]).plan(2)
-    done = sh.prune(source, plan, tmp_path / "cut")
-    assert done == plan == Plan.load(tmp_path / "cut" / "shallower_plan.json")
-
-
 def test_a_plan_of_another_model_is_refused(source, tmp_path):
     other = tiny_llama(seed=1)
     torch.nn.init.uniform_(other.model.norm.weight)

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 import shallower as sh
 from shallower import ModelError, OutputError
-from shallower.cutting.checkpoint import prepare
 from shallower.storage import partial_folder
-from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
+from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json
 from tests.folders import full_disk, tree
 
 
@@ -125,14 +124,6 @@ def test_a_place_that_is_taken_is_refused(source, tmp_path):
     sh.prune(source, DROPPED, tmp_path / "cut", overwrite=True)
     assert not (tmp_path / "cut" / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
-
-
-def test_a_checkpoint_could_replace_itself(copied, source, tmp_path):
-    with pytest.raises(OutputError, match="is the model itself"):
-        sh.prune(copied, DROPPED, copied, overwrite=True)
-    prepare(copied, DROPPED).write(copied, overwrite=True)
-    sh.prune(source, DROPPED, tmp_path / "cut")
-    assert stored(copied) == stored(tmp_path / "cut")
 
 
 @pytest.mark.parametrize(

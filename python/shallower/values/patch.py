@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .plan import Plan
+from .schema import fields_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,9 @@ class Patch:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Patch":
-        """Read what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` gave.
 
-        Raises:
-            KeyError, TypeError, ValueError: the values are not those of a patch.
-            LayersError, PlanError, PositionsError: its plan cannot be.
+        KeyError, TypeError, ValueError: they are no patch. LayersError, PlanError, PositionsError:
+        its plan cannot be.
         """
-        values = {name: data[name] for name in cls.__slots__}
-        fits = (Fit(**{**fit, "matrices": tuple(fit["matrices"])}) for fit in data["fits"])
-        lists = {name: tuple(data[name]) for name in ("scales", "descent")}
-        return cls(**{**values, **lists, "fits": tuple(fits), "plan": Plan.from_json(data["plan"])})
+        return cls(**fields_of(cls, data))
