@@ -123,7 +123,7 @@ def test_modules_that_a_quantisation_config_names_are_renumbered(tmp_path):
 )
 def test_regexes_that_tell_layers_apart_are_refused(tmp_path, config):
     source = make_quantised(tmp_path / "source", "gptq", config)
-    assert_refused(ModelError, "tells layers apart by number", source, tmp_path / "cut")
+    assert_refused(ModelError, "distinguishes layers by number", source, tmp_path / "cut")
     sh.prune(source, [5], tmp_path / "cut")
 
 

@@ -40,7 +40,7 @@ def made_for(plan: Plan, identity: ModelIdentity | None) -> Plan:
         plan.check_model(identity)
     elif plan.model is not None:
         raise PlanError(
-            f"the plan was made for {plan.model.name}, and whether this is the same model cannot "
-            f"be told from the names of its tensors: name the layers yourself"
+            f"the plan was made for {plan.model.name}, and the names of the tensors do not "
+            f"show whether this is the same model: name the layers yourself"
         )
     return plan if plan.model else replace(plan, model=identity)

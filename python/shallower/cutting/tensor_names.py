@@ -221,7 +221,7 @@ class Renumbering:
             for old, new in pairs:
                 if bool(pattern.match(old)) != bool(pattern.match(new or "")):
                     raise ModelError(
-                        f"the regex {text!r} of the quantisation config tells layers apart by "
+                        f"the regex {text!r} of the quantisation config distinguishes layers by "
                         f"number: {old} would become {new}, which it treats otherwise; name the "
                         f"modules one by one instead"
                     )

@@ -37,7 +37,7 @@ class CurvePoint:
         seconds: wall time of the patch or the healing, and of the measurements.
         failed: why there is no loss.
         time_share: the time of a token that is saved as a share of the whole model's, as it is
-            forecast for an A100; None where the config of the model cannot tell it.
+            forecast for an A100; None where the config of the model does not allow one.
     """
 
     n: int
@@ -90,7 +90,7 @@ class Curve:
         dtype: of the weights.
         max_length: tokens of a text, at most.
         versions: of the packages that made the figures.
-        settings: what else was asked for, as ``patch`` (``full`` or ``quick``) and
+        settings: the other settings, as ``patch`` (``full`` or ``quick``) and
             ``patch_tokens``, the tokens that a full patch was fitted on; and ``parameters``, the
             number of those of the whole model.
     """

@@ -165,7 +165,7 @@ class Gain:
         before: the whole model.
         after: the cut.
         forecasts: for one device or several.
-        measured: on this machine, if that was asked for.
+        measured: on this machine, if it was.
         versions: of the packages that made the figures.
     """
 

@@ -20,7 +20,7 @@ class SizeRow:
     """What the verified cut of one size costs, and the deepest one beside it.
 
     All losses are in nats a token on the texts that report; patches are quick ones. Of a size that
-    is told only beside the recommended one they are estimated: measured on some of these texts, and
+    is only reported beside the recommended one they are estimated: measured on some texts, and
     what the whole model loses on all of them is known. None is what could not be measured.
 
     Attributes:
@@ -40,7 +40,7 @@ class SizeRow:
         deepest_patched: the same after a quick patch.
         layers_share: ``n`` as a share of all layers.
         parameters_share: the parameters that go as a share of all.
-        num_tied: other proposals that cannot be told from this one.
+        num_tied: other proposals whose difference to this one is a tie.
         layer_forwards: layers run, times texts, to choose it.
         seconds: wall time of that.
     """
@@ -87,14 +87,14 @@ class Recommended:
         whole: loss of the whole model.
         cut: loss of the bare cut.
         patched: loss of the patched cut; None where there is no patch.
-        healed: loss of the healed model, if it was asked for.
+        healed: loss of the healed model, if there is one.
         by_distance: what the block of least angular distance loses more than this plan, both as
             bare cuts; None where it is this plan.
         layers_share: the share of the layers that go.
         parameters_share: the share of the parameters that go.
         unpatched: why there is no patch.
-        unhealed: why there is no healed model although it was asked for.
-        max_loss: nats a token above the whole that were allowed, if that was asked for.
+        unhealed: why there is no healed model although it was to be healed.
+        max_loss: nats a token above the whole that were allowed, if that was the target.
     """
 
     verified: Verified
@@ -136,17 +136,17 @@ class Recommended:
         error = f" ± {lost.stderr:.2f}" if math.isfinite(lost.stderr) else ""
         tied = len(self.verified.tied)
         if not tied:
-            told = "no other proposal is as good"
+            rivals = "no other proposal is as good"
         elif self.verified.candidates[1].tied:
             others = f" and {tied - 1} more" if tied > 1 else ""
-            told = f"the next best{others} cannot be told from it"
-        else:  # what is better than them can be told from it by a smaller error
-            told = f"{tied} other proposal{'s' if tied > 1 else ''} cannot be told from it"
+            rivals = f"the next best{others} cannot be told from it"
+        else:  # the next best differs from it by more than its smaller error
+            rivals = f"{tied} other proposal{'s' if tied > 1 else ''} cannot be told from it"
         state = "not patched" if self.state == "cut" else self.state
         return (
             f"Drop layers {ranges(self.plan.dropped)}: {100 * self.layers_share:.0f} % of layers, "
             f"{100 * self.parameters_share:.0f} % of parameters, {lost.mean:+.2f}{error} nats a "
-            f"token ({self.whole.nats:.2f} → {self.loss.nats:.2f}), {state}; {told}."
+            f"token ({self.whole.nats:.2f} → {self.loss.nats:.2f}), {state}; {rivals}."
         )
 
     def warnings(self) -> list[str]:
