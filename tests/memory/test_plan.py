@@ -7,6 +7,7 @@ import torch
 import shallower as sh
 from shallower.evaluation.loss import FORWARD, fitting_tokens
 from shallower.memory import plan as planning
+from shallower.memory.budget import limit
 from shallower.memory.device import Room
 from shallower.memory.plan import Forward, ForwardStep, fitting, peak_of, plan_forward
 from shallower.models.decoder import Decoder
@@ -75,6 +76,12 @@ def test_a_cpu_takes_fewer_where_memory_is_short(llama, monkeypatch):
         room = needed_device(peak_of(step, (texts, None)))
         monkeypatch.setattr(planning, "available_bytes", lambda _, room=room: room)
         assert fitting(decoder, Tokens(128), forward()) == Tokens(128, texts)
+
+
+def test_a_limit_is_planned_with_like_memory_that_is_short(llama):
+    step = ForwardStep(llama.config, "float32", forward(), length=128, card=False, loaded=True)
+    with limit(needed_device(peak_of(step, (4, None)))):
+        assert fitting(Decoder.of(llama), Tokens(128), forward()) == Tokens(128, 4)
 
 
 def test_a_family_that_cannot_be_rehearsed_takes_eight(llama, monkeypatch):
