@@ -33,7 +33,7 @@ PARTS = ("weights", "adapters and optimiser", "activations and loss")
 class HealingStep:
     """One forward and backward of a healing, on a cut without weights.
 
-    The uncut model, of so many decoder layers, lies beside the cut if the recipe has a teacher.
+    The uncut model, of ``uncut_layers``, lies beside the cut if the recipe has a teacher.
 
     Raises:
         ModelError: no model can be built from the config, or nothing of it can be adapted.

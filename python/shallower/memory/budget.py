@@ -48,7 +48,7 @@ class Budget:
         return size
 
     def reserve(self, store: object, size: int) -> bool:
-        """Give a store so many bytes, unless fewer are left."""
+        """Give a store ``size`` bytes, or none where fewer are left."""
         fits = size <= self.left
         if fits:
             self.hold(store, size)

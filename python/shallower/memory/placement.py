@@ -18,7 +18,7 @@ _BESIDE_WEIGHTS = 1 << 30
 
 
 def place_for(num_bytes: int) -> Literal["auto", "cpu"] | None:
-    """Find where a model of so many bytes fits into what is free now.
+    """Find where a model of a number of bytes fits into what is free now.
 
     Returns ``auto`` for the GPUs, else ``cpu``; None where it fits nowhere.
     """

@@ -1,8 +1,8 @@
 """The texts in one forward, and recomputation, that a device has room for.
 
-What a device is to do is a :class:`Step`, which tells its bytes without doing it: a forward
+What a device is to do is a :class:`Step`, whose bytes are known before it is done: a forward
 (here), a healing (``healing.memory``), a patch (``patching.memory``). :func:`plan_step` is the one
-search for the choice that fits.
+search for the choice that fits; ``runs.forecast`` names the stages.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -102,8 +102,8 @@ class Forward:
     Attributes:
         run: does all that is done with a batch on the device of the model.
         beside: bytes of a text of a length that the device holds beside its forward.
-        on_cards: bytes that a forward of so many tokens takes on a GPU alone, where larger pieces
-            are made at once.
+        on_cards: bytes that a forward of a number of tokens takes on a GPU alone, where larger
+            pieces are made at once.
     """
 
     run: Callable[[Decoder, Batch], object]

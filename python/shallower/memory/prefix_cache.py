@@ -27,11 +27,11 @@ Place = tuple[int, tuple[int, ...]]
 class Known:
     """Which states are known within a bound; the states themselves lie elsewhere.
 
-    Those that were longest not needed are forgotten first. Who needs some states needs those
-    before them as well, to go on from if the cut differs earlier.
+    Those that were longest not needed are forgotten first. Where some states are needed, those
+    before them are needed as well, to go on from if the cut differs earlier.
 
     ``capacity`` is the bytes of all states at most (infinity for no bound), ``sizes`` those of a
-    state of each batch. The embedding is kept, and the states behind ``every`` so many layers.
+    state of each batch. The embedding is kept, and the states behind every k-th layer (``every``).
     """
 
     def __init__(self, capacity: float, sizes: Sequence[int], every: int) -> None:

@@ -1,6 +1,6 @@
 """The dtype and the devices that a model is loaded with where the user names none.
 
-Loads torch when it is asked to choose.
+Torch is imported late.
 """
 
 import os

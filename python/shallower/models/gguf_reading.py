@@ -2,7 +2,7 @@
 
 For most families transformers reads a GGUF file three times, for the tokenizer, the config and
 the weights, and each time makes an array of NumPy of every token and every merge of its
-vocabulary, byte by byte; it asks for the table of all tensor names once for every module; and it
+vocabulary, byte by byte; it makes the table of all tensor names once for every module; and it
 dequantises 16 rows at a time. Within :func:`faster_gguf` the file is parsed once, strings stay
 views of its bytes, the table is made once, and short rows are dequantised together. What comes
 out is the same, to the bit.

@@ -127,7 +127,7 @@ def read_config(
 
 
 def layers_of(config: PretrainedConfig) -> int | None:
-    """Count the decoder layers that a config describes; None where it does not tell."""
+    """Count the decoder layers that a config describes; None where it does not say."""
     decoder: Any = config.get_text_config(decoder=True)
     count = next(iter(layer_counts(decoder).values()), None)
     modules = getattr(decoder, "num_layers", None)

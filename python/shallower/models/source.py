@@ -79,8 +79,7 @@ class ModelSource:
     def states_shape(self) -> tuple[int, int | None]:
         """Find the shape of a token's states by the model's config alone.
 
-        L+1, the number of states of a token, and D, their width, or None where the config does not
-        tell it.
+        L+1, the number of states of a token, and D, their width, or None where it is unknown.
 
         Raises:
             ModelError: as :meth:`load`.
