@@ -5,10 +5,9 @@
 
 On SmolLM2-135M in bfloat16. The patch is made once, and kept in `--work`. The first recipe trains
 for `--steps` steps of 16 sequences; every other for as many as its speed allows in the same time,
-told by two steps before; `reconstruct` for its own 300, and with `+lm` for what is left of the time
-by the next token. Losses are of the merged checkpoints, on two sets that no recipe was trained on:
-the last `--held-out` of the texts, to choose a recipe by, and `--eval-texts`, to report alone;
-differences to the patch are paired by text.
+told by two steps before. Losses are of the merged checkpoints, on two sets that no recipe was
+trained on: the last `--held-out` of the texts, to choose a recipe by, and `--eval-texts`, to report
+alone; differences to the patch are paired by text.
 """
 
 import argparse
@@ -33,12 +32,8 @@ from shallower.values.tokens import Tokens
 RECIPES = {
     "lm": {},
     "kd": {"objective": "kd"},
-    "lm+kd": {"objective": "lm+kd"},
-    "reconstruct": {"objective": "reconstruct"},
-    "reconstruct+lm": {"objective": "reconstruct"},
     "lm rate 2e-3": {"learning_rate": 2e-3},
     "lm rate 4e-3": {"learning_rate": 4e-3},
-    "lm+kd rate 4e-3": {"objective": "lm+kd", "learning_rate": 4e-3},
     "lm no attention": {"attention": False},
     "lm rank 128": {"rank": 128},
     "lm no dropout": {"dropout": 0.0},
@@ -111,17 +106,10 @@ class Bench:
         """What a recipe is worth in so many seconds; None for the first, which sets them."""
         changes = RECIPES[name]
         recipe = replace(self.recipe, **changes)
-        if recipe.objective == "reconstruct":
-            recipe = replace(recipe, steps=self.options.local_steps, learning_rate=None, rank=None)
-        elif seconds is not None:
+        if seconds is not None:
             recipe = replace(recipe, steps=self._steps_in(recipe, seconds))
         record, took, out = self.heal(recipe)
-        steps = [len(record.steps)]
-        if name.endswith("+lm"):
-            rest = replace(self.recipe, steps=self._steps_in(self.recipe, seconds - took))
-            record, more, out = self.heal(rest, cut=out, name="healed again")
-            took, steps = took + more, [*steps, len(record.steps)]
-        row = {"recipe": name, "changes": changes, "steps": steps, "seconds": took}
+        row = {"recipe": name, "changes": changes, "steps": len(record.steps), "seconds": took}
         for kind, scores in self.judged(out).items():
             less = scores.minus(self.scores[kind])
             row[kind] = {"loss": scores.mean, "stderr": scores.stderr, "less": less.to_json()}
@@ -139,8 +127,7 @@ def line(row):
         f"{row[kind]['less']['stderr']:.4f})"
         for kind in ("choose", "report")
     ]
-    steps = " + ".join(map(str, row["steps"]))
-    return f"{row['recipe']:<24} {steps:>9} steps {row['seconds']:6.0f} s  {'  '.join(told)}"
+    return f"{row['recipe']:<24} {row['steps']:>9} steps {row['seconds']:6.0f} s  {'  '.join(told)}"
 
 
 def parse():
@@ -152,7 +139,6 @@ def parse():
     parser.add_argument("--eval-texts", type=Path, default=data / "text" / "c4_eval.jsonl")
     parser.add_argument("--drop", default="12:20")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--local-steps", type=int, default=300)
     parser.add_argument("--max-length", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--rank", type=int)
@@ -165,8 +151,6 @@ def parse():
     options = parser.parse_args()
     if unknown := set(options.recipes) - set(RECIPES):
         sys.exit(f"--recipes: no {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
-    if options.recipes[0].startswith("reconstruct"):
-        sys.exit("--recipes: the first sets the time, and cannot be reconstruct")
     return options
 
 

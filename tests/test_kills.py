@@ -16,11 +16,11 @@ HARNESS = """
 import json, os, select, signal, sys, time
 import matplotlib.figure, peft, torch, transformers.models.llama.modeling_llama
 from shallower import cli
-from shallower.healing import callbacks, heal
+from shallower.healing import heal, training
 from shallower.runs import compare, curve, run
 from shallower.scanning import model
 torch.set_num_threads(1)
-callbacks.SECONDS_BETWEEN_CHECKPOINTS = model.SECONDS_BETWEEN_CHECKPOINTS = 0
+training.SECONDS_BETWEEN_CHECKPOINTS = model.SECONDS_BETWEEN_CHECKPOINTS = 0
 for line in sys.stdin:
     words, folder, seconds = json.loads(line)
     began = time.monotonic()

@@ -1,10 +1,9 @@
 """The forwards and losses of a training, on fake CUDA devices; backward on fake CPU tensors."""
 
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -12,17 +11,12 @@ from transformers import TrainingArguments
 from shallower.cutting.in_model import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
-from shallower.healing.distillation import Distillation, Teacher
-from shallower.healing.layer_fit import SequenceStates, batch_of, part_error
-from shallower.healing.losses import Lesson, TrainingLoss, mean_loss, summed_loss
+from shallower.healing.losses import Teacher, TrainingLoss, mean_loss, summed_loss
 from shallower.healing.training import add_adapters
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
-from shallower.models.layerwise import Layerwise
-from shallower.texts.sequences import Samples
-from shallower.values.identity import TextsIdentity
 from shallower.values.plan import Plan
 from shallower.values.presets import ModelFacts
 from shallower.values.recipe import Recipe
@@ -47,15 +41,14 @@ def adapted(stage):
     return cut, model.train()
 
 
-def loss_of(cut, model, given, *within, lesson=None):
+def loss_of(cut, model, given, lesson=None):
     """The loss of a forward, as the Trainer gets it."""
     words = {name: value for name, value in given.items() if name != "labels"}
     divisor = torch.tensor(17, device=given["labels"].device)
-    with computing(recipe(), Decoder.of(cut).device), ExitStack() as stack:
+    with computing(recipe(), Decoder.of(cut).device):
         loss = TrainingLoss(cut)
-        for context in (*within, loss.made_inside(given["labels"], divisor, lesson)):
-            stack.enter_context(context)
-        outputs = model(**words, use_cache=False)
+        with loss.made_inside(given["labels"], divisor, lesson):
+            outputs = model(**words, use_cache=False)
         assert set(outputs) == {"loss"}  # and no logits
         return loss.of(outputs, given["labels"], divisor)
 
@@ -95,21 +88,6 @@ def test_the_loss_where_labels_lie_elsewhere(stage):
 
 
 @pytest.mark.parametrize("teachers", STAGES.values(), ids=STAGES)
-def test_the_distillation(stage, teachers):
-    if refused(stage):
-        return
-    teacher = teachers.model(8)
-    with stage.open():
-        cut, model = adapted(stage)
-        distillation = Distillation(cut, teacher, PLAN)
-        given = inputs("cuda:0")
-        loss = loss_of(cut, model, given, distillation.watching())
-        with computing(recipe(), Decoder.of(cut).device):
-            ours = distillation.summed(given["input_ids"], given["attention_mask"])
-        assert (loss + 0.5 * ours).requires_grad
-
-
-@pytest.mark.parametrize("teachers", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
     if refused(stage):
@@ -117,7 +95,7 @@ def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
     whole = teachers.llama(8)
     with stage.open():
         cut, model = adapted(stage)
-        teacher = Teacher(whole, 0.5)
+        teacher = Teacher(whole)
         if not by_rows:
             teacher._head = teacher._head.whole()
         given = inputs("cuda:0")
@@ -130,31 +108,12 @@ def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
         head = Head.of(Decoder.of(cut))
         states = torch.empty(3, 9, cut.config.hidden_size, device=stage.last, dtype=cut.dtype)
         for place in {torch.device("cuda:0"), stage.last}:
-            elsewhere = Lesson(
-                lambda rows, place=place: torch.empty(len(range(27)[rows]), size, device=place), 0.5
+            elsewhere = lambda rows, place=place: torch.empty(  # noqa: E731
+                len(range(27)[rows]), size, device=place
             )
             assert summed_loss(logits, given["labels"], elsewhere).device == stage.last
             loss = mean_loss(head, states, given["labels"], divisor=9, lesson=elsewhere)
             assert loss.device == stage.last
-
-
-@pytest.mark.parametrize("layer", [0, 7])
-def test_the_error_of_a_layer_that_is_fitted(stage, layer):
-    if stage.offloading:
-        return  # a reconstruction has its models whole on one device
-    samples = Samples([np.arange(1, 8, dtype=np.uint32)] * 2, TextsIdentity(2, 7, "fingerprint"))
-    with stage.open(), tempfile.TemporaryDirectory() as folder:
-        model = Layerwise(stage.llama(8))
-        given, wanted = (
-            SequenceStates(Path(folder) / name, samples, 4096, torch.bfloat16)
-            for name in ("given", "wanted")
-        )
-        some = batch_of(samples, [0, 1])
-        given.put(some, model.embed(some))
-        wanted.put(some, model.run(some, given.take(some), (layer,)))
-        error = part_error(model, layer, some, given=given, wanted=wanted)
-        assert error.dtype == torch.float32
-        assert error.requires_grad or stage.devices > 1
 
 
 @contextmanager
@@ -169,10 +128,10 @@ def trainer(stage):
         vars(arguments)["_setup_devices"] = stage.first  # as where there is CUDA
         if stage.devices == 1:
             cut.hf_device_map = {"": 0}
-        ours = training._Trainer(
-            model, arguments, [], recipe(distill=0.1), None,
-            Distillation(cut, stage.model(8), PLAN), [],
-        )  # fmt: skip
+        given = training.Training(
+            model, [], recipe(objective="kd"), Path(folder), teacher=Teacher(stage.llama(8))
+        )
+        ours = training._Trainer(given, arguments, [], [])
         yield ours, model, inputs(stage.first), torch.tensor(17, device=stage.first)
 
 
@@ -198,11 +157,8 @@ def test_backward(recompute):
         cut, model = adapted(stage)
         if recompute:
             cut.activation_checkpointing_enable({"use_reentrant": False})
-        distillation = Distillation(cut, stage.llama(8), PLAN)
         given = inputs("cpu")
-        loss = loss_of(cut, model, given, distillation.watching())
-        with computing(recipe(), torch.device("cpu")):
-            loss += distillation.summed(given["input_ids"], given["attention_mask"])
+        loss = loss_of(cut, model, given)
         loss.backward()
         gradients = [(p.grad, p) for p in model.parameters() if p.requires_grad]
         assert len(gradients) == 2 * 3 * len(PLAN.survivors)

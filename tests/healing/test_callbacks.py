@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from shallower.healing.callbacks import Throughput
+from shallower.healing.training import Throughput
 
 
 @pytest.mark.parametrize(("device", "waited"), [("cpu", []), ("cuda:0", ["cuda:0"])])

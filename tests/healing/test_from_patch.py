@@ -5,12 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import shallower as sh
-from shallower.healing.checks import read_plan
-from shallower.healing.patched import copy_to, patched_cut
-from shallower.healing.saving import write_adapters
+from shallower.healing import heal as healing
+from shallower.healing import job as jobs
+from shallower.healing import loaded_models
 from shallower.values.healing import Healing
 from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
@@ -52,17 +51,15 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
 
 
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
-    from shallower.healing import patched, work
-
     whole, cut = patchable
     texts = documents(MANY, 5)
     options = {"original": whole, "from_patch": True}
-    monkeypatch.setattr(work, "train", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr(healing, "train", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sh.heal(cut, texts, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, **options)
     monkeypatch.undo()
     again = lambda *_args, **_options: pytest.fail("patched again")  # noqa: E731
-    monkeypatch.setattr(patched, "with_patch", again)
+    monkeypatch.setattr(jobs, "with_patch", again)
     sh.heal(cut, texts, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, **options)
     with pytest.raises(pytest.fail.Exception):
         sh.heal(cut, texts[1:], tmp_path / "other", recipe=QUICK, eval_texts=HELD_OUT, **options)
@@ -89,11 +86,8 @@ def test_texts_are_read_once_by_patch_and_training(patchable, tmp_path, recwarn)
 @pytest.fixture
 def counted(monkeypatch):
     """What heal loads and measures, in order."""
-    from shallower.healing import loaded_models as uncut
-    from shallower.healing import work
-
     done = []
-    load, evaluate = uncut.ModelSource.load, work.measure_loss
+    load, evaluate = loaded_models.ModelSource.load, healing.measure_loss
 
     def load_counted(source):
         done.append(f"load {Path(source.path).name.split('.')[-1]}")
@@ -103,28 +97,26 @@ def counted(monkeypatch):
         done.append(description)
         return evaluate(*args, description=description, **options)
 
-    monkeypatch.setattr(uncut.ModelSource, "load", load_counted)
-    monkeypatch.setattr(work, "measure_loss", evaluate_counted)
+    monkeypatch.setattr(loaded_models.ModelSource, "load", load_counted)
+    monkeypatch.setattr(healing, "measure_loss", evaluate_counted)
     return done
 
 
 def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, counted, monkeypatch):
     """The uncut model for the patch and both losses; and nothing again after a kill."""
-    from shallower.healing import work
-
     whole, cut = patchable
-    job = cut, documents(MANY, 5), tmp_path / "out"
+    given = cut, documents(MANY, 5), tmp_path / "out"
     options = {"recipe": QUICK, "eval_texts": HELD_OUT, "original": whole, "from_patch": True}
-    monkeypatch.setattr(work, "write_adapters", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr(healing, "write_adapters", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sh.heal(*job, **options)
+        sh.heal(*given, **options)
     held_out = ["loss, held out"] * 4
     assert counted == ["load whole", "loss, unpatched", "loss, uncut", "load patched", *held_out]
     counted.clear()
-    monkeypatch.setattr(work, "write_adapters", write_adapters)
-    record = sh.heal(*job, **options)
+    monkeypatch.setattr(healing, "write_adapters", jobs.write_adapters)
+    record = sh.heal(*given, **options)
     assert counted == ["load patched"]
-    again = sh.heal(*job[:2], tmp_path / "again", **options)
+    again = sh.heal(*given[:2], tmp_path / "again", **options)
     assert (again.cut, again.original, again.held_out) == (
         record.cut, record.original, record.held_out,
     )  # fmt: skip
@@ -198,32 +190,10 @@ def test_a_patched_cut_is_copied_with_its_folders_and_without_its_job(tmp_path):
     (tmp_path / "patched" / "job").write_text("this one")
     (tmp_path / "patched" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (tmp_path / "out").mkdir()
-    copy_to(tmp_path / "patched", tmp_path / "out")
+    jobs.copy_patched(tmp_path / "patched", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["additional_chat_templates"]
     template = tmp_path / "out" / "additional_chat_templates" / "tools.jinja"
     assert template.read_text() == "{{ tools }}"
-
-
-def test_a_patch_can_be_made_of_a_model_in_memory(patchable, tmp_path, counted):
-    """As a run does, which holds the model: heal finds the patch, and the model is as before."""
-    whole, cut = patchable
-    texts = documents(MANY, 5)
-    model, tokenizer = sh.load_model(whole, dtype="float32")
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    plan = read_plan(str(cut))
-    patched_cut(
-        str(cut), plan, str(whole), texts=texts, out=tmp_path / "out",
-        whole=lambda: (model, tokenizer), max_length=16, progress=False,
-    )  # fmt: skip
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    options = {"recipe": QUICK, "original": whole, "from_patch": True}
-    sh.heal(cut, texts, tmp_path / "out", **options)
-    assert counted == ["load patched"]
-    sh.heal(cut, texts, tmp_path / "other", **options)
-    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "other"))
-    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])

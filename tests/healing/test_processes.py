@@ -34,13 +34,13 @@ FAILING = """
 import os, sys
 import shallower as sh
 from shallower import cli
-from shallower.healing import work
+from shallower.healing import heal
 
 def fail(*_args, **_options):
     raise sh.ModelError("only the second process fails")
 
 if os.environ["RANK"] == "1":
-    work.add_adapters = fail
+    heal.add_adapters = fail
 cli.main(sys.argv[1:])
 """
 

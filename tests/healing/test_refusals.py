@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
+from shallower.healing import loaded_models
 from shallower.texts.sources import Texts
 from tests.conftest import tiny_llama
 from tests.families import small_config
@@ -24,7 +25,11 @@ from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
         ({"recipe": replace(QUICK, steps=0)}, sh.RecipeError, "steps must be"),
         ({"recipe": replace(QUICK, preset="phi-2")}, sh.RecipeError, "is for phi"),
         ({"recipe": replace(QUICK, max_length=129)}, sh.RecipeError, "128 positions"),
-        ({"recipe": replace(QUICK, distill=1.0)}, sh.RecipeError, "needs the uncut model"),
+        (
+            {"recipe": replace(QUICK, objective="kd")},
+            sh.RecipeError,
+            "compares with the uncut model",
+        ),
     ],
 )
 def test_bad_input_leaves_nothing(cut, tmp_path, change, error, message):
@@ -36,9 +41,9 @@ def test_bad_input_leaves_nothing(cut, tmp_path, change, error, message):
 
 @pytest.mark.parametrize("name", ["texts", "eval_texts"])
 def test_texts_are_looked_at_before_a_model_is_loaded(cut, tmp_path, name, monkeypatch):
-    from shallower.healing import loaded_models as uncut
-
-    monkeypatch.setattr(uncut, "load_placed", lambda *_args, **_options: pytest.fail("too early"))
+    monkeypatch.setattr(
+        loaded_models, "load_placed", lambda *_args, **_options: pytest.fail("too early")
+    )
     (tmp_path / "texts.jsonl").write_text('{"body": "w1 w2"}\n')
     given = {"texts": TEXTS, "eval_texts": HELD_OUT, name: Texts(str(tmp_path / "texts.jsonl"))}
     with pytest.raises(sh.TextsError, match="no field `text`"):

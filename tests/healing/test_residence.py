@@ -7,8 +7,8 @@ import pytest
 from transformers import PreTrainedModel
 
 import shallower as sh
-from shallower.healing import loaded_models as uncut
-from shallower.healing import work
+from shallower.healing import heal as healing
+from shallower.healing import loaded_models
 from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
 
@@ -16,7 +16,7 @@ from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 def alive(monkeypatch):
     """The models that are alive at every load and when the result is written, in order."""
     loaded, found = [], []
-    load = uncut.ModelSource.load
+    load = loaded_models.ModelSource.load
 
     def note(event):
         gc.collect()
@@ -37,9 +37,9 @@ def alive(monkeypatch):
 
         return write_watched
 
-    monkeypatch.setattr(uncut.ModelSource, "load", load_watched)
+    monkeypatch.setattr(loaded_models.ModelSource, "load", load_watched)
     for name in ("write_adapters", "write_merged"):
-        monkeypatch.setattr(work, name, writing(getattr(work, name)))
+        monkeypatch.setattr(healing, name, writing(getattr(healing, name)))
     return found
 
 
@@ -62,7 +62,7 @@ def test_a_patched_cut_takes_the_place_of_the_uncut_model(patchable, tmp_path, a
 def test_a_student_has_its_teacher_beside_it(both, tmp_path, alive):
     whole, cut = both
     recipe = sh.Recipe(
-        steps=2, rank=4, max_length=16, dtype="float32", distill=1.0, learning_rate=1e-3
+        steps=2, rank=4, max_length=16, dtype="float32", objective="kd", learning_rate=1e-3
     )
     sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, original=whole)
     assert alive == [("load cut", 0), ("load whole", 1), ("write", 0)]

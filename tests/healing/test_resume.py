@@ -17,10 +17,10 @@ HARNESS = """
 import glob, json, os, resource, sys
 import torch
 import shallower as sh
-import shallower.healing.heal, shallower.healing.callbacks as callbacks, peft, matplotlib.figure
+import shallower.healing.heal, shallower.healing.training as training, peft, matplotlib.figure
 import transformers.models.llama.modeling_llama
 torch.set_num_threads(1)
-callbacks.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+training.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 cut, texts, held_out, out, recipe, limits = json.load(sys.stdin)
 recipe = sh.Recipe(**recipe)
 
@@ -111,20 +111,20 @@ def test_a_full_disk_leaves_nothing_half_written(cut, tmp_path):
 
 
 def test_another_job_starts_anew(cut, tmp_path, monkeypatch):
-    from shallower.healing import work
+    from shallower.healing import heal as healing
 
-    monkeypatch.setattr(work, "write_adapters", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr(healing, "write_adapters", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2))
     assert (tmp_path / ".out.partial" / "folder" / "training" / "checkpoint-2").is_dir()
     monkeypatch.undo()
     began = []
-    train = work.train
+    train = healing.train
 
-    def watched(*args, folder, **options):
-        began.append(list(folder.glob("*")))
-        return train(*args, folder=folder, **options)
+    def watched(training, *args):
+        began.append(list(training.folder.glob("*")))
+        return train(training, *args)
 
-    monkeypatch.setattr(work, "train", watched)
+    monkeypatch.setattr(healing, "train", watched)
     sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2, seed=7))
     assert began == [[]]

@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaModel, TrainingArguments
 
 import shallower as sh
-from shallower.healing import trainer_arguments, training
+from shallower.healing import training
 from shallower.healing.ranks import own_device_map, warn_of_idle_gpus
 from shallower.memory import retry
+from shallower.values.recipe import Resolved
 from tests.healing.cuts import FACTS, HELD_OUT, QUICK, TEXTS
 
 AUTOMATIC = replace(QUICK, batch_size=None, steps=4)
@@ -119,7 +120,8 @@ def test_a_forward_that_was_asked_for_is_left_as_it_is(cut, tmp_path, device):
 def test_processes_that_train_together_keep_their_forwards(cut, tmp_path, device, monkeypatch):
     """They would have to begin again together."""
     monkeypatch.setattr(training, "num_processes", lambda: 2)
-    monkeypatch.setattr(trainer_arguments, "num_processes", lambda: 1)
+    accumulation = Resolved.accumulation
+    monkeypatch.setattr(Resolved, "accumulation", lambda recipe, _: accumulation(recipe, 1))
     device.rows = 1
     with pytest.raises(sh.RecipeError, match="set --batch-size 2"):
         heal(cut, tmp_path / "out", AUTOMATIC)
@@ -133,7 +135,7 @@ def test_a_process_trains_on_one_of_the_gpus_that_it_sees(cut, tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
     plain = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     recipe = QUICK.resolve(FACTS)
-    ours = trainer_arguments.trainer_arguments(model, recipe, tmp_path, measured=False)
+    ours = training.trainer_arguments(training.Training(model, None, recipe, tmp_path))
     assert (plain.n_gpu, ours.n_gpu) == (2, 1)
     assert ours.train_batch_size == 8
     assert (str(ours.device), ours.optim) == ("cuda:0", "adamw_torch")

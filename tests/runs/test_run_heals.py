@@ -137,10 +137,10 @@ def test_the_healed_model_of_a_run_that_was_replaced_is_not_this_ones(
 
 
 def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_path):
-    with pytest.raises(sh.RecipeError, match="distillation needs the uncut model"):
+    with pytest.raises(sh.RecipeError, match="compares with the uncut model"):
         sh.run(
             llama, words, TEXTS, **TAKEN, out=tmp_path / "out",
-            heal=replace(QUICK, distill=1.0),
+            heal=replace(QUICK, objective="kd"),
         )  # fmt: skip
     with pytest.raises(sh.TextsError, match="8 texts make 1 sequences of 128"):
         sh.run(llama, words, TEXTS[:12], **TAKEN, out=tmp_path / "out", heal=True)

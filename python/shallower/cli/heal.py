@@ -23,9 +23,6 @@ from .options import (
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
-    from ..runs.done import Output
-    from ..runs.store import Store
-    from ..texts.sources import Texts
     from ..values.healing import Healing
     from ..values.recipe import Recipe
 
@@ -55,8 +52,7 @@ def heal_command(
         int | None,
         typer.Option(
             metavar="N",
-            help="Steps of the optimiser, of 16 sequences each; by default 5000, or 300 a block "
-            "to reconstruct.",
+            help="Steps of the optimiser, of 16 sequences each; by default 5000.",
         ),
     ] = None,
     rank: Annotated[
@@ -114,24 +110,15 @@ def heal_command(
     ] = None,
     original: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL", help="The uncut model: measured, and the teacher of kd and --distill."
-        ),
+        typer.Option(metavar="MODEL", help="The uncut model: measured, and the teacher of kd."),
     ] = None,
     objective: Annotated[
-        Literal["lm", "kd", "lm+kd", "reconstruct"],
+        Literal["lm", "kd"],
         typer.Option(
-            help="What is minimised: the loss of the next token, the divergence from the uncut "
-            "model, or the mean of both; or the error of the states behind each block, by the "
-            "layer before it, all of whose weights are trained. All but lm need --original."
+            help="What is minimised: the loss of the next token, or the divergence from the uncut "
+            "model, which needs --original."
         ),
     ] = "lm",
-    distill: Annotated[
-        float,
-        typer.Option(
-            metavar="X", help="Weight of matching the uncut model's state at the cut; 0 is none."
-        ),
-    ] = 0.0,
     eval_every: Annotated[
         int | None,
         typer.Option(
@@ -173,25 +160,49 @@ def heal_command(
     As the paper does, by QLoRA. When interrupted, the same command goes on from its last
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
-    from ..processes import is_main_process
-    from ..runs.store import open_store
+    from ..processes import is_main_process, num_processes
+    from ..runs.done import output_of
+    from ..runs.store import Store, open_store
     from ..storage import check_free
     from ..values.recipe import Recipe
 
     source = read_texts(texts, max_texts)
     held_out = read_texts(eval_texts, max_eval_texts) if eval_texts is not None else None
     recipe = Recipe(
-        preset, steps=steps, rank=rank, learning_rate=learning_rate, max_length=max_length,
-        warmup_steps=warmup_steps, dropout=dropout, batch_size=batch_size, dtype=dtype,
-        packing=packing, attention=attention, objective=objective, distill=distill,
-        eval_every=eval_every, seed=seed, recompute=gradient_checkpointing,
-    )  # fmt: skip
+        preset,
+        steps=steps,
+        rank=rank,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        warmup_steps=warmup_steps,
+        dropout=dropout,
+        batch_size=batch_size,
+        dtype=dtype,
+        packing=packing,
+        attention=attention,
+        objective=objective,
+        eval_every=eval_every,
+        seed=seed,
+        recompute=gradient_checkpointing,
+    )
     recipe.check(original=original is not None, from_patch=from_patch)
-    output = _output(
-        open_store(no_cache or dry_run), model, original, out, texts=(source, held_out),
-        recipe=recipe, merge=merge, from_patch=from_patch, device_memory=device_memory,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    code, folder = trust_remote_code, Path(model).expanduser()
+    output = output_of(
+        open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
+        "heal",
+        out,
+        models={
+            "cut": ModelSource(model, trust_remote_code=code),
+            "original": None if original is None else ModelSource(original, trust_remote_code=code),
+        },
+        texts={"texts": source, "eval_texts": held_out},
+        recipe=asdict(recipe),
+        merge=merge,
+        from_patch=from_patch,
+        device_memory=device_memory,
+        # Adapters name the place of their model, which may lie beside them.
+        base=str(folder.resolve()) if folder.exists() and not merge else None,
+    )
     if reuse(output, lambda _: _say_again(out, as_json)):
         return
     check_free(out, overwrite)
@@ -202,59 +213,39 @@ def heal_command(
         return
     from ..healing.heal import heal
 
-    recipe = _settled(model, recipe, device_memory, trust_remote_code, as_json)
+    recipe = _fit_to_memory(model, recipe, device_memory, trust_remote_code, as_json)
     done = heal(
-        model, source, out, recipe=recipe, eval_texts=held_out, original=original, merge=merge,
-        from_patch=from_patch, overwrite=overwrite, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        model,
+        source,
+        out,
+        recipe=recipe,
+        eval_texts=held_out,
+        original=original,
+        merge=merge,
+        from_patch=from_patch,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
     if is_main_process():
         output.keep({})
         say_healing(done, out, as_json)
 
 
-def _output(
-    store: "Store",
-    model: str,
-    original: str | None,
-    out: Path,
-    *,
-    texts: "tuple[Texts, Texts | None]",
-    recipe: "Recipe",
-    merge: bool,
-    from_patch: bool,
-    device_memory: str | None,
-    trust_remote_code: bool,
-) -> "Output":
-    """The output of a healing, as the store remembers it: that of one process."""
-    from ..processes import num_processes
-    from ..runs.done import output_of
-    from ..runs.store import Store
-
-    code = trust_remote_code
-    folder = Path(model).expanduser()
-    uncut = None if original is None else ModelSource(original, trust_remote_code=code)
-    return output_of(
-        store if num_processes() == 1 else Store(None), "heal", out,
-        models={"cut": ModelSource(model, trust_remote_code=code), "original": uncut},
-        texts=dict(zip(("texts", "eval_texts"), texts, strict=True)),
-        recipe=asdict(recipe), merge=merge, from_patch=from_patch, device_memory=device_memory,
-        # Adapters name the place of their model, which may lie beside them.
-        base=str(folder.resolve()) if folder.exists() and not merge else None,
-    )  # fmt: skip
-
-
-def _settled(
+def _fit_to_memory(
     model: str, recipe: "Recipe", device_memory: str | None, trust_remote_code: bool, as_json: bool
 ) -> "Recipe":
-    """The settings, with those that the memory decides; what they are is printed."""
+    """Print the settings, and fix those that a given device memory decides."""
     from ..healing.checks import read_plan, resolve
     from ..healing.ranks import warn_of_idle_gpus
     from ..processes import is_main_process
 
     resolved = resolve(
-        model, read_plan(model), recipe, device_memory=device_memory,
+        model,
+        read_plan(model),
+        recipe,
+        device_memory=device_memory,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     if device_memory is not None:  # else the healing chooses the same, and may change it
         recipe = replace(recipe, batch_size=resolved.batch_size, recompute=resolved.recompute)
     if is_main_process() and not as_json:
@@ -283,9 +274,13 @@ def _planned(
 
     plan = read_plan(model)
     memory = memory_forecast(
-        model, "heal", recipe=recipe, device_memory=device_memory, processes=num_processes(),
+        model,
+        "heal",
+        recipe=recipe,
+        device_memory=device_memory,
+        processes=num_processes(),
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     chosen = replace(
         recipe, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
     )

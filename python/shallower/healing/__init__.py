@@ -1,1 +1,1 @@
-"""Healing of a cut: in closed form, and by training low-rank adapters (QLoRA)."""
+"""Healing of a cut by training low-rank adapters (QLoRA)."""

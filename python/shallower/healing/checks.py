@@ -26,13 +26,7 @@ from .memory import is_small, plan_healing, require_room
 
 
 def read_plan(path: str) -> Plan:
-    """Read the plan beside a cut model.
-
-    Args:
-        path: the cut, a folder or hub id.
-
-    Returns:
-        The plan.
+    """Read the plan beside a cut, in its folder or at the hub.
 
     Raises:
         PlanError: there is none, or it is damaged.
@@ -65,18 +59,10 @@ def resolve(
     trust_remote_code: bool = False,
     device_memory: str | int | None = None,
 ) -> Resolved:
-    """Resolve the settings for a cut model, by its config and the memory of the device alone.
+    """Resolve the settings for a cut, by its config and the memory of the device alone.
 
-    Args:
-        path: the cut, a folder or hub id.
-        plan: its plan.
-        recipe: the settings; a batch size and recomputation that are named are taken as they are.
-        trust_remote_code: run code that comes with the model.
-        device_memory: the memory that may be used, in bytes or as ``16GB``; by default what the
-            device has free.
-
-    Returns:
-        The settings with nothing left open.
+    A batch size and recomputation that are named are taken as they are. ``device_memory`` is in
+    bytes or as ``16GB``, by default what the device has free.
 
     Raises:
         RecipeError: settings that do not fit the model, the number of processes or the device.
@@ -90,9 +76,14 @@ def resolve(
     if not room.card and is_small(config, resolved, room.size):
         return resolved
     memory = plan_healing(
-        config, resolved, room=room, batch_size=recipe.batch_size,
-        recompute=recipe.recompute, processes=num_processes(), uncut_layers=plan.num_layers,
-    )  # fmt: skip
+        config,
+        resolved,
+        room=room,
+        batch_size=recipe.batch_size,
+        recompute=recipe.recompute,
+        processes=num_processes(),
+        uncut_layers=plan.num_layers,
+    )
     require_room(memory, resolved)
     return replace(
         resolved, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
@@ -106,16 +97,9 @@ def require_healable(
     *,
     recipe: Recipe,
 ) -> Resolved:
-    """Refuse, before a model is cut, patched and healed, what can be known then.
+    """Refuse what can be known before the uncut ``model`` is cut, patched and healed.
 
-    Args:
-        model: the uncut model.
-        tokenizer: its tokenizer.
-        texts: the texts to heal on; as many are read as one step takes.
-        recipe: the settings.
-
-    Returns:
-        The settings with nothing left open.
+    Of the texts as many are read as one step takes.
 
     Raises:
         RecipeError: settings that do not fit the model, or weights of 4 or 8 bits, into which
@@ -132,31 +116,23 @@ def require_healable(
         )
     resolved = recipe.resolve(facts(model.config, len(find_layers(model))), auto=auto_dtype())
     read_samples(
-        tokenizer, texts, max_length=resolved.max_length, packing=resolved.packing,
+        tokenizer,
+        texts,
+        max_length=resolved.max_length,
+        packing=resolved.packing,
         num_samples=GLOBAL_BATCH,
-    )  # fmt: skip
+    )
     return resolved
 
 
 def require_peft(purpose: str = "healing") -> None:
-    """Refuse a purpose for which peft is not installed.
-
-    Args:
-        purpose: the work that needs it, for the error.
-
-    Raises:
-        MissingExtraError: peft is not installed.
-    """
+    """Raise MissingExtraError, which names the purpose, if peft is not installed."""
     if find_spec("peft") is None:
         raise MissingExtraError("peft", "heal", purpose)
 
 
 def require_one_process() -> None:
-    """Refuse to patch in several processes.
-
-    Raises:
-        ProcessesError: this is one of several.
-    """
+    """Refuse to patch in one of several processes by a ProcessesError."""
     if num_processes() > 1:
         raise ProcessesError(
             "several processes cannot patch together: shallower patch the model first, and heal "
@@ -165,16 +141,7 @@ def require_one_process() -> None:
 
 
 def require_plan_of(decoder: Decoder, plan: Plan, path: str) -> None:
-    """Refuse a plan that leaves another number of layers than its model has.
-
-    Args:
-        decoder: the cut.
-        plan: what lies beside it.
-        path: its place, for the error.
-
-    Raises:
-        PlanError: it is of another cut.
-    """
+    """Refuse, by a PlanError, a plan that leaves another number of layers than its model has."""
     if len(plan.survivors) != len(decoder):
         raise PlanError(
             f"the plan beside {path} leaves {len(plan.survivors)} layers, and the model has "
@@ -183,24 +150,12 @@ def require_plan_of(decoder: Decoder, plan: Plan, path: str) -> None:
 
 
 def auto_dtype() -> Literal["bfloat16", "float32"]:
-    """Decide the dtype that ``auto`` stands for on this machine.
-
-    Returns:
-        As :func:`.dtypes.choose_dtype`.
-    """
+    """Decide the dtype that ``auto`` stands for on this machine."""
     return choose_dtype(choose_device_map(None))[0]
 
 
 def facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
-    """Find the properties of a model that decide its preset.
-
-    Args:
-        config: of transformers.
-        num_layers: its decoder layers before the cut.
-
-    Returns:
-        The properties.
-    """
+    """Find the properties that decide the preset of a model, of so many layers before the cut."""
     decoder: Any = config.get_text_config(decoder=True)
     positions = getattr(decoder, "max_position_embeddings", None)
     return ModelFacts(

@@ -15,18 +15,14 @@ _FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Let torch use deterministic algorithms alone in the body.
-
-    transformers' ``full_determinism`` does the same and sets ``CUDA_LAUNCH_BLOCKING`` besides,
-    after which every kernel is waited for, and nothing is more deterministic for it. It also
-    replaces the workspace of cuBLAS that the user chose.
+    """Let torch use deterministic algorithms alone in the body, on this device.
 
     Where cuBLAS began without a fixed workspace, as after CUDA work that came before shallower, no
     bit can be promised any more: a warning says so, and the body runs all the same.
-
-    Args:
-        device: the device of the training.
     """
+    # transformers' full_determinism does the same and sets CUDA_LAUNCH_BLOCKING besides, after
+    # which every kernel is waited for, and nothing is more deterministic for it. It also replaces
+    # the workspace of cuBLAS that the user chose.
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark

@@ -2,22 +2,54 @@
 
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ..errors import RecipeError, TextsError
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from ..cutting.in_model import without_layers
+from ..errors import ModelError, OutputError, RecipeError, TextsError
+from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
-from ..merging.merging import stored_plainly
-from ..storage import check_free
-from ..texts.sequences import ReadOnce
-from ..values.healing import Healing
+from ..merging.merge import write_curve, write_merged
+from ..merging.merging import stored_plainly, trained_logits
+from ..models.decoder import Decoder
+from ..models.dtypes import computing
+from ..models.feed_forward import feed_forward_targets
+from ..models.identity import stored_digest
+from ..processes import is_main_process
+from ..progress import track
+from ..storage import check_free, write_file
+from ..texts.batches import TokenBatches
+from ..texts.sequences import ReadOnce, Samples, read_samples
+from ..values.healing import HEALING_FILE, Healing
+from ..values.identity import TextsIdentity
 from ..values.loss import Loss
-from ..values.recipe import Recipe
-from .checks import read_plan, require_one_process, require_peft, resolve
-from .loaded_models import Uncut
-from .patched import patched_cut
-from .reconstruct import Reconstruction, require_reconstructible
-from .work import Work
+from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
+from ..values.tokens import Tokens
+from .checks import read_plan, require_one_process, require_peft, require_plan_of, resolve
+from .job import (
+    TRAINING,
+    Job,
+    MeasuredLosses,
+    copy_patched,
+    describe_job,
+    finished,
+    move_patched,
+    patched_cut,
+    work_folder,
+    write_adapters,
+)
+from .loaded_models import LoadedOnce, OriginalModel
+from .losses import Teacher
+from .ranks import agree, together
+from .training import Trained, Training, add_adapters, train
 
 
 def heal(
@@ -50,8 +82,7 @@ def heal(
         eval_texts: held-out texts; the adapters of the least loss on them are kept.
         original: the uncut model: its held-out loss is measured, and it teaches if the recipe
             compares with it.
-        merge: fold the adapters into the unquantised weights of the cut. What is reconstructed
-            is whole in any case.
+        merge: fold the adapters into the unquantised weights of the cut.
         from_patch: patch the cut in closed form first, by :func:`shallower.patch` of ``original``
             on ``texts``, and train on from there. Adapters that are not merged need the patched
             cut, which lies beside them. If no step of the training is better than the patch,
@@ -99,34 +130,30 @@ def heal(
         raise TextsError("there are no texts to heal with")
     plan = read_plan(path)
     free_memory()  # so that what is planned with is what there is, after a run's scan too
-    resolved = resolve(path, plan, recipe, trust_remote_code=trust_remote_code)
-    local = not resolved.has_adapters
-    if local:
-        require_reconstructible(plan)
-    plain = merge or from_patch or local
-    dtype = stored_plainly(path, trust_remote_code) if plain else ""
-    uncut = None
+    source_model = None
     if original is not None:
-        uncut = Uncut(str(original), plan, trust_remote_code=trust_remote_code)
-    patched = None
-    if from_patch and uncut is not None:
+        source_model = OriginalModel(str(original), plan, trust_remote_code=trust_remote_code)
+    job = Job(
+        cut=path,
+        plan=plan,
+        recipe=resolve(path, plan, recipe, trust_remote_code=trust_remote_code),
+        texts=source,
+        held_out=held_out,
+        original=source_model,
+        merge=merge,
+        losses=losses,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+        # What the user left to us, and what changes nothing but rounding.
+        adjustable={name for name in ("batch_size", "recompute") if getattr(recipe, name) is None},
+    )
+    dtype = stored_plainly(path, trust_remote_code) if merge or from_patch else ""
+    if from_patch:
         require_one_process()
-        patched = patched_cut(
-            path, plan, uncut.name, texts=source, out=out, whole=lambda: uncut.load(dtype),
-            max_length=resolved.max_length, progress=progress,
-        )  # fmt: skip
-    if local and uncut is not None:
-        done = Reconstruction(
-            str(patched or path), plan, resolved, source.last_pass(), held_out, uncut, losses,
-            patched, progress, trust_remote_code,
-        ).to(out, dtype, overwrite=overwrite)  # fmt: skip
-    else:
-        done = Work(
-            path, plan, resolved, source.last_pass(), held_out, uncut, merge, losses, progress,
-            trust_remote_code, patched, _automatic(recipe),
-        ).to(out, overwrite)  # fmt: skip
-    if patched is not None:
-        shutil.rmtree(patched, ignore_errors=True)
+        job = replace(job, patched=patched_cut(job, out, dtype))
+    done = _Healer(job).heal(out, overwrite)
+    if job.patched is not None:
+        shutil.rmtree(job.patched, ignore_errors=True)
         if done.best_step == 0:
             warnings.warn(
                 f"no step of the training was better than the patch: {out} is the patched cut, "
@@ -137,6 +164,260 @@ def heal(
     return done
 
 
-def _automatic(recipe: Recipe) -> set[str]:
-    """The settings that the user left to us, and that change nothing but rounding."""
-    return {name for name in ("batch_size", "recompute") if getattr(recipe, name) is None}
+class _Healer:
+    """A healing in progress.
+
+    Of all models it holds one at a time on a device, but for a student and its teacher.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._known_losses = job.known_losses()
+        self._progress = job.progress if is_main_process() else False
+
+    def heal(self, out: Path, overwrite: bool) -> Healing:
+        """Heal into a folder: of several processes all train, and the main one writes.
+
+        The record is given as it is written; in the other processes as it was before that.
+        """
+        job = self._job
+        cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code)
+        with ExitStack() as stack:
+            with together():
+                # each saw the memory of its own device
+                job = self._job = replace(job, recipe=agree(lambda: job.recipe))
+                of_original = self._measure_at_once()
+                healing, samples = self._prepare(cut)
+                tokenizer = cut.load(job.recipe.dtype)[1]
+                described = self._describe(healing, tokenizer)
+                folder = stack.enter_context(work_folder(out, described, overwrite=overwrite))
+                done = agree(lambda: finished(folder))
+                if done is not None:
+                    return done  # all that was left to do was to rename the folder
+                known = MeasuredLosses(folder, self._known_losses)
+                for name, loss in of_original.items():
+                    known.keep(name, loss)
+                if job.held_out:
+                    healing = self._with_losses_of_original(healing, known, cut)
+                adapted, trained = self._train(cut, samples, healing.recipe, known, folder, out)
+            healing = replace(
+                healing,
+                recipe=trained.recipe,
+                steps=trained.steps,
+                held_out=trained.held_out,
+                best_step=trained.best_step,
+                tokens_per_second=trained.tokens_per_second,
+            )
+            if not _is_better(healing):
+                healing = self._without_training(healing)
+            if is_main_process():
+                logits = None
+                if job.merge and healing.best_step and healing.recipe.dtype in ("nf4", "int8"):
+                    logits = trained_logits(
+                        adapted, tokenizer, healing.recipe, checkpoint=trained.checkpoint
+                    )
+                del adapted
+                cut.release()  # what is merged and measured now needs the memory
+                healing = self._write(folder, trained, healing, tokenizer, logits)
+        return healing
+
+    def _prepare(self, cut: LoadedOnce) -> tuple[Healing, Samples]:
+        """The record as far as it is known before any work, and the sequences to train on."""
+        job, recipe = self._job, self._job.recipe
+        model, tokenizer = cut.load(recipe.dtype)
+        decoder = Decoder.of(model)
+        require_plan_of(decoder, job.plan, job.model)
+        if job.held_out is not None:
+            require_predictable(tokenizer, job.held_out, recipe.max_length)
+        samples = read_samples(
+            tokenizer,
+            job.texts.last_pass(),
+            max_length=recipe.max_length,
+            packing=recipe.packing,
+            num_samples=recipe.steps * GLOBAL_BATCH,
+        )
+        targets = feed_forward_targets(model, recipe.attention)
+        healing = Healing(
+            model=decoder.identity,
+            weights=stored_digest(job.model),
+            plan=job.plan,
+            recipe=recipe.without_dropout() if targets.parameters else recipe,
+            adapted=len(targets),
+            texts=samples.identity,
+            steps=(),
+            held_out=(),
+            best_step=0,
+        )
+        return healing, samples
+
+    def _train(
+        self,
+        cut: LoadedOnce,
+        samples: Samples,
+        recipe: Resolved,
+        known: MeasuredLosses,
+        folder: Path,
+        out: Path,
+    ) -> tuple[Any, Trained]:
+        """The cut with its trained adapters, and how they were trained; no teacher stays."""
+        job = self._job
+        model, tokenizer = cut.load(recipe.dtype)
+        decoder = Decoder.of(model)
+        teacher = None
+        if job.original is not None and recipe.has_teacher:
+            teacher = Teacher(job.original.load(recipe.dtype)[0])
+        targets = feed_forward_targets(model, recipe.attention)
+
+        def measure() -> Loss:
+            with computing(recipe, decoder.device):
+                return self._loss(decoder, tokenizer, "loss, held out")
+
+        def loss(step: int) -> Loss:
+            return measure() if step else known.get("before", measure)
+
+        training = Training(
+            model=add_adapters(model, targets, recipe, base=job.base(out)),
+            samples=samples,
+            recipe=recipe,
+            folder=folder / TRAINING,
+            held_out=loss if job.held_out else None,
+            teacher=teacher,
+        )
+        with track("heal", recipe.steps, self._progress) as advance:
+            trained = train(training, advance, job.adjustable)
+        if job.original is not None:
+            job.original.release()
+        return training.model, trained
+
+    def _measure_at_once(self) -> dict[str, Loss]:
+        """The losses of an uncut model that is in memory for its patch, before it leaves."""
+        job, losses = self._job, {}
+        if job.original is None:
+            return {}
+        if job.held_out and job.original.is_loaded(job.recipe.dtype):
+            if job.patched is not None and "cut" not in self._known_losses:
+                losses["cut"] = self._measure_unpatched()
+            if job.original_key not in self._known_losses:
+                losses[job.original_key] = self._measure_original()
+        if not job.recipe.has_teacher:
+            job.original.release()
+        return losses
+
+    def _with_losses_of_original(
+        self, healing: Healing, known: MeasuredLosses, cut: LoadedOnce
+    ) -> Healing:
+        """The record with the losses of the uncut model, and of the cut before its patch."""
+        job = self._job
+
+        def instead_of_cut(measure: Callable[[], Loss]) -> Loss:
+            cut.release()
+            return measure()
+
+        if job.patched is not None or "cut" in self._known_losses:
+            unpatched = partial(instead_of_cut, self._measure_unpatched)
+            healing = replace(healing, cut=known.get("cut", unpatched))
+        if job.original is not None or job.original_key in self._known_losses:
+            whole = partial(instead_of_cut, self._measure_original)
+            healing = replace(healing, original=known.get(job.original_key, whole))
+        if job.original is not None and not job.recipe.has_teacher:
+            job.original.release()
+        return healing
+
+    def _measure_original(self) -> Loss:
+        assert self._job.original is not None
+        model, tokenizer = self._job.original.load(self._job.recipe.dtype)
+        return self._loss(Decoder.of(model), tokenizer, "loss, uncut")
+
+    def _measure_unpatched(self) -> Loss:
+        job = self._job
+        assert job.original is not None
+        model, tokenizer = job.original.load(job.recipe.dtype)
+        decoder = Decoder.of(model)
+        with without_layers(model, job.plan.blocks), computing(job.recipe, decoder.device):
+            return self._loss(decoder, tokenizer, "loss, unpatched")
+
+    def _loss(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, description: str) -> Loss:
+        """The held-out loss, shared among the processes."""
+        recipe = self._job.recipe
+        return measure_loss(
+            decoder,
+            tokenizer,
+            self._job.held_out or [],
+            tokens=Tokens(recipe.max_length, recipe.batch_size),
+            progress=self._progress,
+            description=description,
+            shared=True,
+        )
+
+    def _describe(self, healing: Healing, tokenizer: PreTrainedTokenizerBase) -> str:
+        job = self._job
+        evaluated = None if job.held_out is None else self._identity(tokenizer, job.held_out)
+        return describe_job(healing, evaluated, merge=job.merge)
+
+    def _identity(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TextsIdentity:
+        """The identity of the held-out texts, on which the losses that are given must be."""
+        length = self._job.recipe.max_length
+        batches = TokenBatches(tokenizer, texts, Tokens(length, 64), min_tokens=2)
+        num_tokens = sum(int(batch.attention_mask.sum()) - len(batch) for batch in batches)
+        for loss in filter(None, self._job.losses):
+            if loss.num_tokens != num_tokens:
+                raise TextsError(
+                    f"losses were measured on {loss.num_tokens} tokens, and eval_texts have "
+                    f"{num_tokens} of at most {length} a text: measure them with "
+                    f"max_length={length}, or leave them out"
+                )
+        return batches.identity
+
+    def _without_training(self, healing: Healing) -> Healing:
+        """The record where no step was better than the start: the patch is kept, if it began so."""
+        if self._job.patched is not None:
+            return replace(healing, best_step=0)
+        raise ModelError(
+            f"healing made it worse: the held-out loss was {healing.before} before it, and "
+            f"{healing.after} at its best, step {healing.best_step}; nothing is saved. Lower the "
+            f"learning rate (learning_rate, --learning-rate), or give more texts"
+        )
+
+    def _write(
+        self,
+        folder: Path,
+        trained: Trained,
+        healing: Healing,
+        tokenizer: PreTrainedTokenizerBase,
+        logits: torch.Tensor | None,
+    ) -> Healing:
+        """Write everything that ``out`` holds; the record comes last, then the training goes."""
+        job = self._job
+        try:
+            if job.patched is not None and healing.best_step == 0:
+                copy_patched(job.patched, folder)
+            elif job.merge:
+                healing = write_merged(
+                    folder,
+                    job.model,
+                    trained.checkpoint,
+                    healing=healing,
+                    held_out=job.held_out,
+                    trained=logits,
+                    progress=self._progress,
+                    trust_remote_code=job.trust_remote_code,
+                )
+            else:
+                base = str(move_patched(job.patched, folder)) if job.patched else job.cut
+                write_adapters(
+                    folder, base, trained.checkpoint, healing=healing, tokenizer=tokenizer
+                )
+            write_curve(folder, healing)
+            MeasuredLosses.discard(folder)
+            write_file(folder / HEALING_FILE, healing.to_bytes())
+            shutil.rmtree(folder.parent / "done", ignore_errors=True)
+            (folder / TRAINING).rename(folder.parent / "done")
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write the healed model: {error}") from error
+        return healing
+
+
+def _is_better(healing: Healing) -> bool:
+    """True if the held-out loss fell, or was not measured."""
+    before, after = healing.before, healing.after
+    return not (before and after and after.nats >= before.nats)

@@ -1,32 +1,115 @@
-"""The folder in which a healing works, and the text that tells its job from any other."""
+"""A healing as it was called, and its folders: the work, the patched cut, peft's repository."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from ..cutting.cards import adapters_card
+from ..cutting.source import CARD_FILE, find_source
+from ..errors import ModelError, OutputError, RecipeError, TextsError
+from ..merging.merge import copy_beside, copy_files, healing_rows
+from ..models.identity import stored_digest
+from ..patching.patch import with_patch
+from ..patching.saving import PATCH_FILE, save_patched
 from ..processes import is_main_process
-from ..storage import partial_folder, resumable_folder
-from ..values.healing import Healing
+from ..storage import partial_folder, resumable_folder, write_file
+from ..texts.sequences import ReadOnce
+from ..values.files import PLAN_FILE
+from ..values.hashing import hash_of
+from ..values.healing import HEALING_FILE, Healing, read_loss
 from ..values.identity import TextsIdentity
+from ..values.loss import Loss
+from ..values.plan import Plan
+from ..values.recipe import Resolved
+from .loaded_models import OriginalModel
+from .ranks import agree
+
+TRAINING = "training"
+"""The folder of the Trainer's checkpoints, which is there until all else is written."""
+
+PATCHED = "patched"
+"""The folder of the patched cut in that of adapters which need it."""
+
+_LOSSES = "losses.json"
+_PATCH_JOB = "job"
+_HASHED_TEXTS = 10_000
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A healing as it was called, with its settings resolved.
+
+    Attributes:
+        cut: the cut, a folder or hub id.
+        plan: its plan.
+        recipe: the settings.
+        texts: texts to train on.
+        held_out: held-out texts, if there are any.
+        original: the uncut model, if it is named.
+        merge: fold the adapters into the cut.
+        losses: the losses of the uncut model and of the cut that are known already.
+        progress: whether to show bars; by default if standard error is a terminal.
+        trust_remote_code: run code that comes with the models.
+        adjustable: names of the settings that may be changed where memory is short.
+        patched: the folder of the patched cut that the training starts from, if it does.
+    """
+
+    cut: str
+    plan: Plan
+    recipe: Resolved
+    texts: ReadOnce
+    held_out: list[str] | None
+    original: OriginalModel | None
+    merge: bool
+    losses: tuple[Loss | None, Loss | None]
+    progress: bool | None
+    trust_remote_code: bool
+    adjustable: Collection[str]
+    patched: Path | None = None
+
+    @property
+    def model(self) -> str:
+        """The model that is trained."""
+        return str(self.patched or self.cut)
+
+    def base(self, out: Path) -> str:
+        """The name by which the adapters in ``out`` will find their model, from any folder."""
+        if self.patched is not None:
+            return str(out.absolute() / PATCHED)
+        folder = Path(self.cut).expanduser()
+        return str(folder.resolve()) if folder.exists() else self.cut
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether the model that is trained was patched, for this healing or before."""
+        return (Path(self.model).expanduser() / PATCH_FILE).is_file()
+
+    @property
+    def original_key(self) -> str:
+        """The name of the uncut model's loss among those that are known."""
+        return f"uncut {self.original.name if self.original else ''}"
+
+    def known_losses(self) -> dict[str, Loss]:
+        """The losses that were given, by the names that the file of losses has for them."""
+        names = self.original_key, "cut" if self.is_patched else "before"
+        return {name: loss for name, loss in zip(names, self.losses, strict=True) if loss}
+
+
+# The folder that the healing works in
 @contextmanager
 def work_folder(out: Path, job: str, *, overwrite: bool) -> Iterator[Path]:
     """Open the folder that becomes ``out``: the main process's, for all processes to use.
 
-    For the others it is there once they have agreed with the main one on anything.
-
-    Args:
-        out: the place of the healing.
-        job: what :func:`describe_job` gave; the work of another job is discarded.
-        overwrite: replace what is at ``out``, once the new folder is complete.
-
-    Yields:
-        The folder.
-
-    Raises:
-        OutputError: as :func:`shallower.storage.resumable_folder`.
+    For the others it is there once they have agreed with the main one on anything. The work of
+    another job than ``job``, as :func:`describe_job` gives it, is discarded.
     """
     if is_main_process():
         with resumable_folder(out, job, overwrite) as folder:
@@ -36,15 +119,9 @@ def work_folder(out: Path, job: str, *, overwrite: bool) -> Iterator[Path]:
 
 
 def describe_job(healing: Healing, evaluated: TextsIdentity | None, *, merge: bool) -> str:
-    """Describe a healing by what its result depends on, which the number of devices is not.
+    """Describe a healing, in a line of JSON, by what its result depends on.
 
-    Args:
-        healing: the record, before the training.
-        evaluated: the identity of the held-out texts.
-        merge: whether the adapters are merged.
-
-    Returns:
-        A line of JSON.
+    The number of devices, the size of a forward and recomputation are no part of it.
     """
     recipe = healing.recipe.to_json()
     for name in ("batch_size", "recompute"):
@@ -58,3 +135,136 @@ def describe_job(healing: Healing, evaluated: TextsIdentity | None, *, merge: bo
         "merge": merge,
     }
     return json.dumps(described, sort_keys=True)
+
+
+def finished(folder: Path) -> Healing | None:
+    """The record of a healing that is written whole; None if it is not."""
+    is_whole = (folder / HEALING_FILE).is_file() and not (folder / TRAINING).exists()
+    return Healing.load(folder) if is_whole else None
+
+
+class MeasuredLosses:
+    """Held-out losses in a file, by name, so that a resumed healing measures none again.
+
+    Losses that are given are not measured. Of processes that are together all must get the same
+    losses, in the same order.
+    """
+
+    def __init__(self, folder: Path, given: Mapping[str, Loss]) -> None:
+        self._file, self._given = folder / _LOSSES, given
+
+    def get(self, name: str, measure: Callable[[], Loss]) -> Loss:
+        """Look a loss up, or measure it and keep it; OutputError if the file cannot be written."""
+        if name in self._given:
+            return self._given[name]
+        found = agree(lambda: self._known().get(name))
+        if found is not None:
+            loss: Loss = read_loss(found)
+            return loss
+        return self.keep(name, measure())
+
+    def keep(self, name: str, loss: Loss) -> Loss:
+        """Keep a loss, and give it as the main process measured it."""
+        return agree(lambda: self._keep(name, loss))
+
+    def _known(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._file.read_bytes()) if self._file.is_file() else {}
+        return found
+
+    def _keep(self, name: str, loss: Loss) -> Loss:
+        write_file(self._file, json.dumps({**self._known(), name: loss.to_json()}).encode())
+        return loss
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Delete the file, which is no part of the result."""
+        (folder / _LOSSES).unlink(missing_ok=True)
+
+
+# The patched cut that the training starts from
+def patched_cut(job: Job, out: Path, dtype: str) -> Path:
+    """Patch a cut for its healing, unless an earlier run of the same healing did.
+
+    The patched cut is a hidden sibling of ``out``. The original model, in the dtype that the cut
+    is stored in, is loaded only if there is no patch yet, and is as before afterwards.
+
+    Raises:
+        RecipeError: the cut is patched already.
+        TextsError: the texts are too few.
+        PatchError: the patch does not help, or the model has no plain matrix to solve for.
+        PlanError: the cut was not made out of the original model.
+        OutputError: the folder cannot be written.
+    """
+    assert job.original is not None
+    if job.is_patched:
+        raise RecipeError(f"{job.cut} is patched already: leave out from_patch (--from-patch)")
+    patch = _patch_job(job, job.original.name).encode()
+    place = out.absolute().with_name(f".{out.name[:200]}.patched")
+    for found in (place, partial_folder(out) / "folder" / PATCHED):
+        if (found / _PATCH_JOB).is_file() and (found / _PATCH_JOB).read_bytes() == patch:
+            return found
+    model, tokenizer = job.original.load(dtype)
+    length, progress = job.recipe.max_length, job.progress
+    with with_patch(
+        model, tokenizer, job.plan, texts=job.texts, max_length=length, progress=progress
+    ) as done:
+        save_patched(model, tokenizer, place, done=done, overwrite=True, more={_PATCH_JOB: patch})
+    return place
+
+
+def _patch_job(job: Job, original: str) -> str:
+    """The hash that tells this patch from any other; of endless texts, the first count."""
+    digest = hashlib.sha256()
+    for text in islice(job.texts, _HASHED_TEXTS):
+        if not isinstance(text, str):
+            raise TextsError(f"a text is of type {type(text).__name__}: expected str")
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    try:
+        cut = stored_digest(job.cut)
+    except OSError as error:
+        raise ModelError(f"cannot read {job.cut}: {error}") from error
+    # A hash, as the file stays beside the patched cut and the name may be a path.
+    return hash_of([cut, original, digest.hexdigest(), job.recipe.max_length])
+
+
+def move_patched(patched: Path, folder: Path) -> Path:
+    """Move a patched cut into the folder of its adapters, and give its new place."""
+    if patched != folder / PATCHED:
+        try:
+            patched.rename(folder / PATCHED)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder / PATCHED}: {error}") from error
+    return folder / PATCHED
+
+
+def copy_patched(patched: Path, folder: Path) -> None:
+    """Copy the files of a patched cut, which is the result where no training lowers its loss."""
+    beside = shutil.ignore_patterns(_PATCH_JOB)
+    shutil.copytree(patched, folder, ignore=beside, dirs_exist_ok=True)
+
+
+# The adapters
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def write_adapters(
+    folder: Path,
+    base: str,
+    checkpoint: Path,
+    *,
+    healing: Healing,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write a repository of peft from the Trainer's checkpoint that is kept.
+
+    The record of the healing is not written; ``base`` is the cut that was trained. OutputError or
+    OSError if a file cannot be written.
+    """
+    copy_beside(str(checkpoint), folder, _ADAPTER_FILES)
+    tokenizer.save_pretrained(folder)
+    cut = find_source(base)
+    copy_beside(base, folder, (PATCH_FILE,))
+    copy_files(cut.licenses, folder)
+    healing.plan.save(folder / PLAN_FILE)
+    card = adapters_card(healing.plan, cut, rows=healing_rows(healing))
+    write_file(folder / CARD_FILE, card.encode())

@@ -1,4 +1,4 @@
-"""The models that a healing loads: the cut that it trains, and the uncut one that it came from."""
+"""The models that a healing loads: the cut that it trains, and the original."""
 
 from typing import Any
 
@@ -15,15 +15,7 @@ from .ranks import own_device_map
 def load_placed(
     path: str, dtype: Any, *, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model on the device of this process, ready for training.
-
-    Args:
-        path: a folder or hub id.
-        dtype: dtype of the weights.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The model and its tokenizer.
+    """Load a model and its tokenizer on the device of this process, ready for training.
 
     Raises:
         ModelError, MissingExtraError: as :func:`shallower.load_model`.
@@ -37,12 +29,7 @@ def load_placed(
 
 
 class LoadedOnce:
-    """A model that is loaded when it is first asked for, and again once it was released.
-
-    Args:
-        name: a folder, hub id or GGUF file.
-        trust_remote_code: run code that comes with the model.
-    """
+    """A model that is loaded when it is first needed, and again once it was released."""
 
     def __init__(self, name: str, *, trust_remote_code: bool) -> None:
         self.name = name
@@ -51,13 +38,7 @@ class LoadedOnce:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the model, unless it is in memory in this dtype.
-
-        Args:
-            dtype: dtype of the weights.
-
-        Returns:
-            The model and its tokenizer.
+        """Load the model and its tokenizer, unless they are in memory in this dtype.
 
         Raises:
             ModelError, MissingExtraError: as :func:`shallower.load_model`.
@@ -78,20 +59,14 @@ class LoadedOnce:
         """Refuse a model that is not the one meant."""
 
     def release(self) -> None:
-        """Let go of the model, and of its memory once nobody else holds it."""
+        """Let go of the model, and of its memory once nothing else holds it."""
         if self._loaded is not None:
             self._loaded = self._dtype = None
             free_memory()
 
 
-class Uncut(LoadedOnce):
-    """The uncut model of a healing.
-
-    Args:
-        name: a folder, hub id or GGUF file.
-        plan: the plan of the cut, which must be of this model.
-        trust_remote_code: run code that comes with the model.
-    """
+class OriginalModel(LoadedOnce):
+    """The uncut model of a healing, which must be the one that the plan was made for."""
 
     def __init__(self, name: str, plan: Plan, *, trust_remote_code: bool) -> None:
         super().__init__(name, trust_remote_code=trust_remote_code)

@@ -1,13 +1,13 @@
-"""The losses that a healing minimises: of the next token, and the divergence from a teacher."""
+"""The losses that a healing minimises: of the next token, or the divergence from a teacher."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.divergence import divergence_terms
 from ..models.head import FEWEST_ROWS, Head, part_sizes, replaced
@@ -19,35 +19,21 @@ _LOGITS = 1 << 23
 """Logits that are in float32 at a time, at most, if that leaves as many rows as keep the bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """The next-token distributions that a teacher has for the tokens of one forward.
-
-    Attributes:
-        logits: gives (R, V) logits of a range of the tokens, counted through all sequences.
-        share: of KL(p ‖ q) in the loss, p the teacher's distribution and q the student's; the
-            rest is the cross-entropy of the next token.
-    """
-
-    logits: Callable[[slice], torch.Tensor]
-    share: float
+Lesson = Callable[[slice], torch.Tensor]
+"""Gives a teacher's (R, V) logits for a range of a forward's tokens, counted over all sequences."""
 
 
 def _row_losses(
     logits: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
-    wanted: torch.Tensor | None,
-    share: float,
+    teacher: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take the loss of every row in float32, a few rows at a time.
 
-    It is logsumexp z − z[target], or a share of KL(p ‖ q) and the rest of that, where ``wanted``
-    are the logits of p.
-
-    Returns:
-        The losses, 0 where the target is negative, and the gradient of ``scale`` times their sum
-        in the logits' dtype, so that no float32 copy of all logits exists.
+    It is logsumexp z − z[target], or KL(p ‖ q) where ``teacher`` are the logits of p; 0 where the
+    target is negative. The gradient of ``scale`` times their sum is of the logits' dtype, so that
+    no float32 copy of all logits exists.
     """
     gradient = torch.empty_like(logits)
     losses = logits.new_empty(len(targets), dtype=torch.float32)
@@ -56,30 +42,25 @@ def _row_losses(
         part = slice(start, start + size)
         rows = logits[part].to(torch.float32, copy=True)
         counts = targets[part, None] >= 0
-        expected = targets[part, None].clamp(min=0)
         log_sum = rows.logsumexp(-1, keepdim=True)
-        of_rows = log_sum - rows.gather(1, expected)
-        rows.sub_(log_sum)
-        if wanted is None:
-            errors = rows.exp_()
+        if teacher is None:
+            expected = targets[part, None].clamp(min=0)
+            of_rows = log_sum - rows.gather(1, expected)
+            errors = rows.sub_(log_sum).exp_()
+            errors.scatter_add_(1, expected, torch.full_like(log_sum, -1))
         else:
-            divergence, p, errors = _divergence(wanted[part], rows)
-            of_rows = share * divergence + (1 - share) * of_rows
-            errors.sub_(p.mul_(share))
-        errors.scatter_add_(1, expected, torch.full_like(log_sum, share - 1))
+            of_rows, errors = _divergence(teacher[part], rows.sub_(log_sum))
         losses[part] = (of_rows * counts).squeeze(1)
         gradient[part] = errors.mul_(counts).mul_(scale)
     return losses, gradient
 
 
-def _divergence(
-    wanted: torch.Tensor, log_q: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL(p ‖ q) of rows, (R, 1), and p and q; ``log_q`` becomes q."""
-    log_p = wanted.to(torch.float32, copy=True)
+def _divergence(teacher: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p ‖ q) of rows, (R, 1), and its gradient q − p, into which ``log_q`` is turned."""
+    log_p = teacher.to(torch.float32, copy=True)
     log_p.sub_(log_p.logsumexp(-1, keepdim=True))  # as q is made: equal logits give 0 exactly
     terms, p, q = divergence_terms(log_p, log_q)
-    return terms.sum(-1, keepdim=True), p, q
+    return terms.sum(-1, keepdim=True), q.sub_(p)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -89,11 +70,8 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, lesson: Lesson | None
     ) -> torch.Tensor:
-        wanted, share = None, 0.0
-        if lesson is not None:
-            wanted = lesson.logits(slice(0, len(logits))).to(logits.device)
-            share = lesson.share
-        losses, gradient = _row_losses(logits, targets, 1.0, wanted, share)
+        teacher = None if lesson is None else lesson(slice(0, len(logits))).to(logits.device)
+        losses, gradient = _row_losses(logits, targets, 1.0, teacher)
         ctx.save_for_backward(gradient)
         return losses.double().sum().float()
 
@@ -122,19 +100,19 @@ class _MeanLoss(torch.autograd.Function):
         losses = []
         copies = 2 if lesson is None else 3  # their gradient is as large, and the teacher's
         sizes = part_sizes(len(states), copies * head.vocab_size)
-        start, share = 0, 0.0
+        start = 0
         for rows, expected, found in zip(
             states.split(sizes), targets.split(sizes), gradient.split(sizes), strict=True
         ):
             with torch.enable_grad():
                 given = rows.detach().requires_grad_()
                 logits = head.logits(given)
-            wanted = None
+            teacher = None
             if lesson is not None:
                 here = slice(start, start := start + len(rows))
-                wanted, share = lesson.logits(here).to(logits.device), lesson.share
+                teacher = lesson(here).to(logits.device)
             of_rows, errors = _row_losses(
-                logits.detach(), expected.to(logits.device), scale.to(logits.device), wanted, share
+                logits.detach(), expected.to(logits.device), scale.to(logits.device), teacher
             )
             losses.append(of_rows.to(states.device))
             found.copy_(torch.autograd.grad(logits, given, errors)[0])
@@ -151,15 +129,11 @@ class _MeanLoss(torch.autograd.Function):
 def summed_loss(
     logits: torch.Tensor, labels: torch.Tensor, lesson: Lesson | None = None
 ) -> torch.Tensor:
-    """Sum the losses of the tokens that are predicted, without a float32 copy of the logits.
+    """Sum the losses of the tokens that are predicted, in nats, a float32 scalar.
 
-    Args:
-        logits: (B, T, V), of any float dtype; the gradient has the same.
-        labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
-        lesson: what a teacher says of the same tokens; without one the loss is the cross-entropy.
-
-    Returns:
-        A float32 scalar, in nats.
+    No float32 copy of the logits, (B, T, V) of any float dtype, is made. The labels, (B, T), are
+    unshifted token ids, -100 where nothing is predicted. Without a lesson the loss is the
+    cross-entropy.
     """
     loss: torch.Tensor = _SummedLoss.apply(
         logits.flatten(0, 1), _expected(labels).to(logits.device), lesson
@@ -175,17 +149,10 @@ def mean_loss(
     divisor: torch.Tensor | int,
     lesson: Lesson | None = None,
 ) -> torch.Tensor:
-    """Take the mean loss of the tokens that are predicted, without all logits.
+    """Take the mean loss as :func:`summed_loss` from (B, T, D) final states, without all logits.
 
-    Args:
-        head: of the model; its weights get no gradient.
-        states: (B, T, D) final states, as the head gets them.
-        labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
-        divisor: the tokens that are predicted, in all that belongs to one step.
-        lesson: what a teacher says of the same tokens; without one the loss is the cross-entropy.
-
-    Returns:
-        A float32 scalar, in nats.
+    The divisor is the number of tokens that are predicted in all that belongs to one step. The
+    weights of the head get no gradient.
     """
     count = torch.as_tensor(divisor, dtype=torch.float32, device=states.device)
     loss: torch.Tensor = _MeanLoss.apply(
@@ -199,15 +166,40 @@ def _expected(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1).flatten()
 
 
+class Teacher:
+    """The uncut model beside its cut, for the divergence of next-token distributions.
+
+    It runs on the tokens of every forward, and keeps its final states, (B, T, D); logits are made
+    of a few of them at a time. When it is made the model runs once, on a few tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._head = Head.of(Decoder.of(model))
+
+    @torch.no_grad()
+    def lesson(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Lesson:
+        """Run on the tokens of a forward, (B, T), and give its logits by rows."""
+        head, model = self._head, self._head.decoder.model
+        with evaluating(model):
+            if not head.by_rows:
+                whole = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                known = whole.logits.flatten(0, 1)
+                return lambda tokens: known[tokens]
+            states = head.states(input_ids, attention_mask).flatten(0, 1)
+
+        @torch.no_grad()
+        def logits(tokens: slice) -> torch.Tensor:
+            return head.logits(states[tokens])
+
+        return logits
+
+
 class TrainingLoss:
     """The loss of a model that is trained, made inside its forward.
 
     So it is made through whatever is wrapped around the model: peft, accelerate, DDP. Where the
-    head is not frozen, or takes more than final states, the loss is made of all logits.
-
-    Args:
-        model: the model whose layers are trained, without peft's around it; it runs once, on a
-            few tokens.
+    head is not frozen, or takes more than final states, the loss is made of all logits. The model,
+    without peft's around it, runs once on a few tokens.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -221,13 +213,7 @@ class TrainingLoss:
     def made_inside(
         self, labels: torch.Tensor, divisor: torch.Tensor | int, lesson: Lesson | None = None
     ) -> Iterator[None]:
-        """Let the model's forward return the loss instead of logits, where it can or must.
-
-        Args:
-            labels: (B, T) int64 token ids, unshifted; -100 where nothing is predicted.
-            divisor: the tokens that are predicted, in all that belongs to one step.
-            lesson: what a teacher says of the same tokens, if there is one.
-        """
+        """Let the model's forward return the loss, as :func:`mean_loss`, where it can or must."""
         head, run = self._head, self._model.forward
         by_rows = head is not None and head.by_rows
         if not by_rows and lesson is None:
@@ -250,15 +236,9 @@ class TrainingLoss:
     def of(
         outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
     ) -> torch.Tensor:
-        """Take the loss that a forward made, or make it of its logits.
+        """Take the loss that a forward inside :meth:`made_inside` made, or make it of its logits.
 
-        Args:
-            outputs: of a forward inside :meth:`made_inside`.
-            labels: as there.
-            num_items_in_batch: the divisor, by the Trainer's name.
-
-        Returns:
-            A float32 scalar, in nats.
+        The divisor is ``num_items_in_batch``, the Trainer's name for it.
         """
         loss: torch.Tensor | None = outputs.get("loss")
         return summed_loss(outputs["logits"], labels) / num_items_in_batch if loss is None else loss

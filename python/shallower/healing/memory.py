@@ -16,9 +16,8 @@ from ..models.feed_forward import feed_forward_targets
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
-from ..values.recipe import GLOBAL_BATCH, TEACHER_SHARES, Resolved
-from .distillation import Teacher
-from .losses import TrainingLoss
+from ..values.recipe import GLOBAL_BATCH, Resolved
+from .losses import Teacher, TrainingLoss
 from .training import add_adapters
 
 MOST_KEPT, MOST_RECOMPUTED = 4, 8
@@ -84,8 +83,8 @@ class HealingStep:
             ids = torch.zeros((texts, self.recipe.max_length), dtype=torch.long)
             mask, lesson = torch.ones_like(ids), None
             with computing(self.recipe, ids.device):
-                if share := TEACHER_SHARES.get(self.recipe.objective):
-                    lesson = Teacher(self._model, share).lesson(ids, mask)  # of its own kind
+                if self.recipe.has_teacher:
+                    lesson = Teacher(self._model).lesson(ids, mask)  # of its own kind
                 made = TrainingLoss(self._model)
                 with made.made_inside(ids, ids.numel(), lesson):
                     outputs = self._adapted(input_ids=ids, attention_mask=mask, use_cache=False)

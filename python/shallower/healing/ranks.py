@@ -37,11 +37,8 @@ _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 def together() -> Iterator[None]:
     """Join the processes that train for the body, and part again; of one process, do nothing.
 
-    All of them must leave the body by the same way. Whoever writes afterwards writes alone, and the
-    others need not wait for it.
-
-    Raises:
-        ProcessesError: another process ended.
+    All of them must leave the body by the same way. What is written afterwards, one writes alone,
+    and the others need not wait for it. ProcessesError if another process ended.
     """
     if num_processes() == 1 or distributed.is_initialized():
         yield
@@ -56,7 +53,7 @@ def together() -> Iterator[None]:
             raise
         time.sleep(SECONDS_TO_BE_ENDED)  # so that the last words are those of the one that failed
         raise ProcessesError(
-            "another of the processes that train together ended: what it said tells why"
+            "another of the processes that train together ended: its error says why"
         ) from error
     distributed.destroy_process_group()
 
@@ -66,8 +63,10 @@ def _join(store: Store) -> None:
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=PrefixStore(f"healing {next(_GROUPS)}", store),
-        rank=int(os.environ["RANK"]), world_size=num_processes(), timeout=PATIENCE,
-    )  # fmt: skip
+        rank=int(os.environ["RANK"]),
+        world_size=num_processes(),
+        timeout=PATIENCE,
+    )
 
 
 @cache
@@ -88,16 +87,10 @@ def _is_about_the_others(error: RuntimeError) -> bool:
 
 
 def agree(decide: Callable[[], T]) -> T:
-    """Let the main process decide for all that are together.
+    """Let the main process decide for all that are together; the result must be picklable.
 
-    Whatever depends on files or clocks is decided so: they may be read before or after the main
+    All that depends on files or clocks is decided so: they may be read before or after the main
     process writes.
-
-    Args:
-        decide: called in the main process alone; what it gives must be picklable.
-
-    Returns:
-        What the main process decided, in all of them.
     """
     if not distributed.is_initialized():
         return decide()
@@ -108,14 +101,10 @@ def agree(decide: Callable[[], T]) -> T:
 
 
 def own_device_map() -> dict[str, int] | None:
-    """Give this process its GPU, which holds the whole of every model.
+    """Give this process its GPU, which holds the whole of every model, as a device map.
 
-    Returns:
-        A device map: the GPU of this process's number on its machine, the first one of a single
-        process; None, the CPU, where there is no CUDA.
-
-    Raises:
-        ProcessesError: there are more processes than GPUs.
+    It is the GPU of this process's number on its machine, the first one of a single process; None,
+    the CPU, where there is no CUDA. ProcessesError if there are more processes than GPUs.
     """
     if not torch.cuda.is_available():
         return None
@@ -131,7 +120,7 @@ def own_device_map() -> dict[str, int] | None:
 
 
 def warn_of_idle_gpus() -> None:
-    """Tell whoever heals in one process on a machine of several GPUs how to use them all."""
+    """Warn that one process uses one GPU on a machine of several, and say how to use them all."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_processes() == 1 and count > 1:
         most = max(n for n in (2, 4, 8, 16) if n <= count)

@@ -20,14 +20,7 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Flush a checkpoint to disk, and then mark it.
-
-    Args:
-        checkpoint: its folder.
-
-    Raises:
-        OSError, OutputError: a file cannot be read or written.
-    """
+    """Flush a checkpoint to disk, and then mark it; OSError or OutputError if that fails."""
     for file in checkpoint.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
@@ -38,37 +31,21 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def keep(folder: Path, steps: Collection[int]) -> None:
-    """Delete all checkpoints but those of some steps.
-
-    Args:
-        folder: the folder of the training.
-        steps: the steps whose checkpoints stay.
-    """
+    """Delete all checkpoints of a training but those of some steps."""
     for step in _steps(folder):
         if step not in steps:
             _delete(of_step(folder, step))
 
 
 def discard_incomplete(folder: Path) -> None:
-    """Delete the checkpoints that are not marked, which interrupted saves left.
-
-    Args:
-        folder: the folder of the training.
-    """
+    """Delete the checkpoints that are not marked, which interrupted saves left."""
     for step in _steps(folder):
         if not (of_step(folder, step) / COMPLETE).is_file():
             _delete(of_step(folder, step))
 
 
 def last(folder: Path) -> Path | None:
-    """Find the checkpoint of the last step.
-
-    Args:
-        folder: the folder of the training.
-
-    Returns:
-        Its folder; None if there is no checkpoint.
-    """
+    """Find the checkpoint of the last step; None if there is no checkpoint."""
     steps = _steps(folder)
     return of_step(folder, steps[-1]) if steps else None
 

@@ -6,10 +6,12 @@ run ends with the bits of an uninterrupted one on the CPU.
 
 import contextlib
 import logging
+import math
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -37,12 +41,33 @@ from ..values.healing import Measured, Step
 from ..values.loss import FIGURES, Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
-from .callbacks import CheckpointCallback, StepsOnce, StopOnNonFinite, Throughput
 from .determinism import deterministic
-from .distillation import Distillation, Teacher
-from .losses import TrainingLoss
+from .losses import Teacher, TrainingLoss
 from .ranks import agree
-from .trainer_arguments import trainer_arguments
+
+SECONDS_BETWEEN_CHECKPOINTS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained, on what, and how.
+
+    Attributes:
+        model: what :func:`add_adapters` gave.
+        samples: the sequences to train on.
+        recipe: the settings.
+        folder: the folder of checkpoints; with several processes, one that all of them see.
+        held_out: measures the held-out loss of the model as it is after so many steps; None to
+            measure nothing.
+        teacher: the uncut model, if the objective compares with it.
+    """
+
+    model: Any
+    samples: Samples
+    recipe: Resolved
+    folder: Path
+    held_out: Callable[[int], Loss] | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +93,9 @@ class Trained:
 
 
 def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, base: str) -> Any:
-    """Freeze a model and put float32 adapters on it.
+    """Freeze a model and give it, inside peft's, with float32 adapters; alpha is the rank.
 
-    Args:
-        model: a causal language model, quantised or not.
-        targets: the linear maps to adapt.
-        recipe: the settings; alpha is the rank.
-        base: the name that the adapters remember their model by.
-
-    Returns:
-        peft's model around ``model``.
+    ``base`` is the name by which the adapters find their model.
 
     Raises:
         ModelError: peft adapts other weights than ``targets``; or layers are offloaded.
@@ -119,11 +137,9 @@ def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, 
 
 
 def _named(model: PreTrainedModel, targets: Targets) -> tuple[list[str], list[str]]:
-    """The targets as peft takes them, modules and parameters.
-
-    In models with fused experts peft takes ``gate_proj`` and the like for what experts were named
-    in transformers 4, wherever it stands; so plain weights are all named as parameters there.
-    """
+    """The targets as peft takes them, modules and parameters."""
+    # In models with fused experts peft takes gate_proj and the like for what experts were named
+    # in transformers 4, wherever it stands; so plain weights are all named as parameters there.
     if not targets.parameters:
         return list(targets.modules), []
     weights = {name: getattr(model.get_submodule(name), "weight", None) for name in targets.modules}
@@ -136,76 +152,39 @@ def _is_plain(weight: Any) -> bool:
     return isinstance(weight, torch.Tensor) and weight.is_floating_point()
 
 
-def train(
-    model: Any,
-    samples: Samples,
-    recipe: Resolved,
-    *,
-    folder: Path,
-    held_out: Callable[[int], Loss] | None,
-    advance: Advance,
-    distillation: Distillation | None = None,
-    teacher: Teacher | None = None,
-    automatic: Collection[str] = (),
-) -> Trained:
-    """Train the adapters of a model, going on from what ``folder`` holds.
+def train(training: Training, advance: Advance, adjustable: Collection[str] = ()) -> Trained:
+    """Train the adapters of a model, going on from the checkpoints of an earlier run.
 
-    Args:
-        model: what :func:`add_adapters` gave.
-        samples: the sequences to train on.
-        recipe: the settings.
-        folder: the folder of checkpoints; with several processes, one that all of them see.
-        held_out: measures the held-out loss of the model as it is after so many steps; None to
-            measure nothing.
-        advance: told of every step.
-        distillation: added to the loss with the recipe's weight.
-        teacher: the uncut model, if the objective compares with it.
-        automatic: names of the settings that may be changed where memory is short, of
-            ``batch_size`` and ``recompute``; one process does.
-
-    Returns:
-        Losses, the step that is kept, and its checkpoint.
+    ``advance`` is called for every step. ``adjustable`` names the settings that one process may
+    change where memory is short, of ``batch_size`` and ``recompute``.
 
     Raises:
         ModelError: the loss is not finite.
         RecipeError: there is not enough memory.
         OutputError: a checkpoint cannot be written.
     """
-    shrinking = Shrinking(model, recipe, automatic if num_processes() == 1 else ())
+    shrinking = Shrinking(
+        training.model, training.recipe, adjustable if num_processes() == 1 else ()
+    )
     report = StepsOnce(advance)
-
-    def attempt(recipe: Resolved) -> Trained:
-        return _train(
-            model, samples, recipe, folder=folder, held_out=held_out, distillation=distillation,
-            teacher=teacher, report=report,
-        )  # fmt: skip
-
-    with _quiet_trainer(), deterministic(next(model.parameters()).device):
-        return shrinking.run(attempt)
+    with _quiet_trainer(), deterministic(next(training.model.parameters()).device):
+        return shrinking.run(lambda recipe: _train(replace(training, recipe=recipe), report))
 
 
-def _train(
-    model: Any,
-    samples: Samples,
-    recipe: Resolved,
-    *,
-    folder: Path,
-    held_out: Callable[[int], Loss] | None,
-    distillation: Distillation | None,
-    teacher: Teacher | None,
-    report: StepsOnce,
-) -> Trained:
+def _train(training: Training, report: "StepsOnce") -> Trained:
     """Train by these very settings."""
+    samples, recipe = training.samples, training.recipe
     taken = order(len(samples), recipe.steps * GLOBAL_BATCH, recipe.seed)
     lengths = np.array([len(row) for row in samples.rows])
     throughput = Throughput(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), report)
     trainer = _Trainer(
-        model, trainer_arguments(model, recipe, folder, measured=held_out is not None),
-        OrderedDataset(samples, taken), recipe, held_out, distillation,
-        [throughput, StopOnNonFinite()], teacher,
-    )  # fmt: skip
+        training,
+        trainer_arguments(training),
+        OrderedDataset(samples, taken),
+        [throughput, StopOnNonFinite()],
+    )
     trainer.add_callback(CheckpointCallback(trainer))
-    checkpoint = agree(lambda: _last_checkpoint(folder))
+    checkpoint = agree(lambda: _last_checkpoint(training.folder))
     try:
         with warnings.catch_warnings():
             # peft's, of a patched cut that comes to its place with the adapters
@@ -215,7 +194,7 @@ def _train(
         if not _is_about_writing(error):
             raise
         raise OutputError(f"cannot write a checkpoint of the healing: {error}") from error
-    return _trained(trainer, folder, throughput, recipe)
+    return _trained(trainer, throughput)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -232,7 +211,7 @@ _WRITING = (
     "unexpected pos",
     "No space left",
 )
-"""Words of what torch raises where a file cannot be written; it has no class of its own."""
+"""Words of torch's error where a file cannot be written; it has no class of its own."""
 
 
 def _is_about_writing(error: Exception) -> bool:
@@ -243,7 +222,7 @@ def _is_about_writing(error: Exception) -> bool:
 
 @contextmanager
 def _quiet_trainer() -> Iterator[None]:
-    """Hold back what the Trainer says of settings that are ours."""
+    """Hold back the Trainer's warnings about settings that are ours."""
     logger = logging.getLogger("transformers.trainer")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -275,56 +254,45 @@ class _Trainer(Trainer):
 
     def __init__(
         self,
-        model: Any,
+        training: Training,
         arguments: TrainingArguments,
         dataset: OrderedDataset,
-        recipe: Resolved,
-        held_out: Callable[[int], Loss] | None,
-        distillation: Distillation | None,
         callbacks: list[TrainerCallback],
-        teacher: Teacher | None = None,
     ) -> None:
         super().__init__(
-            model=model,
+            model=training.model,
             args=arguments,
             data_collator=_collate,
             train_dataset=dataset,
-            eval_dataset=dataset if held_out else None,  # never read: see evaluate
+            eval_dataset=dataset if training.held_out else None,  # never read: see evaluate
             compute_loss_func=TrainingLoss.of,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        self._recipe, self._held_out, self._distillation = recipe, held_out, distillation
-        self._teacher = teacher
-        with computing(recipe, arguments.device):
-            self._loss = TrainingLoss(model.get_base_model())
+        self.training = training
+        with computing(training.recipe, arguments.device):
+            self._loss = TrainingLoss(training.model.get_base_model())
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
-        stack.enter_context(computing(self._recipe, self.args.device))
+        stack.enter_context(computing(self.training.recipe, self.args.device))
         return stack
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
     ) -> Any:
         inputs = {**inputs, "use_cache": False}
-        divisor = options["num_items_in_batch"]
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        lesson = None if self._teacher is None else self._teacher.lesson(ids, mask)
-        made = self._loss.made_inside(inputs["labels"], divisor, lesson)
-        if self._distillation is None:
-            with made:
-                return super().compute_loss(model, inputs, return_outputs, **options)
-        with made, self._distillation.watching():
-            loss = super().compute_loss(model, inputs, False, **options)
-        # As many tokens are matched as are predicted, so both have the same divisor.
-        scale = self._recipe.distill * self.accelerator.num_processes
-        return loss + scale * self._distillation.summed(ids, mask) / divisor
+        teacher, lesson = self.training.teacher, None
+        if teacher is not None:
+            lesson = teacher.lesson(inputs["input_ids"], inputs["attention_mask"])
+        with self._loss.made_inside(inputs["labels"], options["num_items_in_batch"], lesson):
+            return super().compute_loss(model, inputs, return_outputs, **options)
 
     def evaluate(self, *_args: Any, **_options: Any) -> dict[str, float]:
-        assert self._held_out is not None
-        loss = self._held_out(self.state.global_step)
-        metrics = {"eval_loss": loss.nats, **{f"held_out_{k}": v for k, v in _flat(loss).items()}}
+        assert self.training.held_out is not None
+        loss = self.training.held_out(self.state.global_step)
+        figures = {f"held_out_{name}": getattr(loss, name) for name in FIGURES}
+        metrics = {"eval_loss": loss.nats, **figures}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -332,11 +300,7 @@ class _Trainer(Trainer):
         return metrics
 
 
-def _flat(loss: Loss) -> dict[str, Any]:
-    return {name: getattr(loss, name) for name in FIGURES}
-
-
-def _trained(trainer: _Trainer, folder: Path, throughput: Throughput, recipe: Resolved) -> Trained:
+def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
     history: list[dict[str, Any]] = trainer.state.log_history
     steps = tuple(
         Step(entry["step"], entry["loss"], entry["learning_rate"])
@@ -349,5 +313,176 @@ def _trained(trainer: _Trainer, folder: Path, throughput: Throughput, recipe: Re
         if "eval_loss" in entry
     )
     best = trainer.state.best_global_step or trainer.state.global_step
-    checkpoint = trainer_checkpoints.of_step(folder, best)
-    return Trained(steps, held_out, best, checkpoint, throughput.tokens_per_second, recipe)
+    return Trained(
+        steps=steps,
+        held_out=held_out,
+        best_step=best,
+        checkpoint=trainer_checkpoints.of_step(trainer.training.folder, best),
+        tokens_per_second=throughput.tokens_per_second,
+        recipe=trainer.training.recipe,
+    )
+
+
+class _Arguments(TrainingArguments):
+    """The Trainer's settings; a process trains on one GPU, however many it sees."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, int(super().n_gpu))
+
+
+def trainer_arguments(training: Training) -> TrainingArguments:
+    """Name a recipe's settings as the Trainer does; they decide the device as well."""
+    recipe, measured = training.recipe, training.held_out is not None
+    cuda = torch.cuda.is_available()
+    adapters = [name for name, weight in training.model.named_parameters() if weight.requires_grad]
+    return _Arguments(
+        output_dir=str(training.folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation(num_processes()),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=0.0,
+        optim="adamw_torch",  # paged states cannot be loaded again, and adapters are small
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if measured else "no",
+        eval_steps=recipe.eval_every,
+        save_strategy="steps",
+        save_steps=recipe.eval_every,
+        metric_for_best_model="loss" if measured else None,
+        greater_is_better=False,
+        train_sampling_strategy="sequential",
+        seed=recipe.seed,
+        activation_checkpointing=recipe.recompute,
+        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.recompute else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        label_names=["labels"],
+        # An expert that is a module of its own gets no gradient from texts that pass it by.
+        ddp_find_unused_parameters=any("expert" in name for name in adapters),
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=not cuda,
+    )
+
+
+class StepsOnce:
+    """Reports every step once, though a training that begins again repeats some."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._reached = advance, 0
+
+    def reach(self, step: int, note: str = "") -> None:
+        """Report that so many steps are done, with a note on the last one."""
+        self._advance(max(0, step - self._reached), note)
+        self._reached = max(step, self._reached)
+
+
+class Throughput(TrainerCallback):
+    """Times the steps, of so many tokens each, (steps,), and reports them."""
+
+    def __init__(self, tokens: NDArray[np.int64], report: StepsOnce) -> None:
+        self._tokens, self._report = tokens, report
+        self._began = 0.0
+        self._seconds, self._trained = 0.0, 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The speed of the steps of this process; None if there were none."""
+        return self._trained / self._seconds if self._trained else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Report the steps that an earlier run has done."""
+        self._report.reach(state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop the clock once a GPU has done its work; count the step's tokens."""
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        self._seconds += time.perf_counter() - self._began
+        self._trained += int(self._tokens[state.global_step - 1])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Report a step, its loss and the speed so far."""
+        if logs and "loss" in logs:
+            speed = self._trained / max(self._seconds, 1e-9)
+            self._report.reach(state.global_step, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Stops a training whose loss is NaN or infinite."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Raise a ModelError if the loss is not finite."""
+        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
+            raise ModelError(
+                f"the training loss is {logs['loss']} at step {state.global_step}: lower the "
+                f"learning rate (learning_rate, --learning-rate)"
+            )
+
+
+class CheckpointCallback(TrainerCallback):
+    """Measures before the first step, and keeps checkpoints between the regular ones, too.
+
+    Marks complete checkpoints, and deletes those that are no longer needed.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._saved = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Measure the held-out loss before the first step."""
+        if state.global_step == 0 and args.eval_strategy != "no":
+            self._trainer.evaluate()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save a checkpoint if the last one is old."""
+        if agree(lambda: time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS):
+            control.should_save = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint, and delete those that are no longer needed."""
+        self._trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            folder = Path(str(args.output_dir))
+            trainer_checkpoints.mark_complete(
+                trainer_checkpoints.of_step(folder, state.global_step)
+            )
+            trainer_checkpoints.keep(folder, {state.global_step, state.best_global_step or 0})
+        self._saved = time.monotonic()

@@ -67,8 +67,6 @@ def merge(
     healing = Healing.load(adapters)
     if healing.merge is not None:
         raise ModelError(f"{adapters} is merged already: expected a folder of adapters")
-    if not healing.recipe.has_adapters:
-        raise ModelError(f"{adapters} is a whole checkpoint without adapters: nothing to merge")
     if healing.best_step == 0:
         raise ModelError(f"{adapters} is a patched cut without adapters: there is nothing to merge")
     base = str(model or _remembered_base(adapters))
@@ -153,12 +151,6 @@ def healing_rows(healing: Healing) -> list[tuple[str, str]]:
             f"rank {recipe.rank} on {healing.adapted} linear maps of the feed-forward "
             f"{'and attention ' if recipe.attention else ''}parts, peak rate "
             f"{recipe.learning_rate:g}, base in {recipe.dtype}",
-        )
-        if recipe.has_adapters
-        else (
-            "trained weights",
-            f"{healing.adapted}, all of the layer before each block, peak rate "
-            f"{recipe.learning_rate:g}, products in {recipe.dtype}",
         ),
     ]
     if healing.before and healing.after:

@@ -17,6 +17,8 @@ from .schema import of_type, read
 HEALING_FILE = "healing.json"
 HEALING_FIGURE = "healing.png"
 
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, ShallowerError)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -35,11 +37,7 @@ class Measured:
     loss: Loss
 
     def to_json(self) -> dict[str, Any]:
-        """Give the measurement as plain JSON values.
-
-        Returns:
-            ``step`` and the fields of the loss.
-        """
+        """Give the step and the fields of the loss as plain JSON values."""
         return {"step": self.step, **self.loss.to_figures()}
 
 
@@ -69,11 +67,7 @@ class Merge:
     check: Literal["logits", "tensors"] = "logits"
 
     def to_json(self) -> dict[str, Any]:
-        """Give the comparison as plain JSON values.
-
-        Returns:
-            The fields; ``loss`` is None where it was not measured.
-        """
+        """Give the comparison as plain JSON values."""
         return {**asdict(self), "loss": self.loss.to_figures() if self.loss else None}
 
 
@@ -188,14 +182,7 @@ class Healing:
             return cls._from_json(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise ModelError(f"cannot read the healing {path}: {error}") from error
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            ShallowerError,
-        ) as error:
+        except _DAMAGED as error:
             message = f"{path} is not a healing of shallower, or is damaged: {error}"
             raise ModelError(message) from error
 
@@ -228,16 +215,5 @@ class Healing:
 
 
 def read_loss(data: Any) -> Any:
-    """Read a loss from the values of a file.
-
-    Args:
-        data: what :meth:`Loss.to_figures` gave, or None.
-
-    Returns:
-        The loss, or None.
-
-    Raises:
-        TypeError: a value is of another type.
-        KeyError: a value is missing.
-    """
+    """Read what :meth:`Loss.to_figures` gave, or None; TypeError or KeyError if it is damaged."""
     return None if data is None else Loss.from_json(data)

@@ -75,16 +75,10 @@ class ModelFacts:
 
 
 def find_preset(name: str, facts: ModelFacts) -> Preset:
-    """Find a preset by its name.
+    """Find a preset by its name, or by the model for ``auto``.
 
-    Args:
-        name: ``auto``, for the paper's row if the paper healed this very model, else ours by
-            its width; or a name in ``PRESETS``, in any case, with spaces, dashes or
-            underscores.
-        facts: the properties of the model.
-
-    Returns:
-        The preset.
+    ``auto`` is the paper's row if the paper healed this very model, else ours by its width. Names
+    may be in any case, with spaces, dashes or underscores.
 
     Raises:
         RecipeError: there is none of this name, or it is for another family.
@@ -101,17 +95,7 @@ def find_preset(name: str, facts: ModelFacts) -> Preset:
 
 
 def named_preset(name: str) -> Preset | None:
-    """Find a preset by its name alone.
-
-    Args:
-        name: ``auto``, or a name in ``PRESETS``.
-
-    Returns:
-        The preset; None for ``auto``.
-
-    Raises:
-        RecipeError: there is none of this name.
-    """
+    """Find a preset by its name alone; None for ``auto``, RecipeError for an unknown one."""
     if name == "auto":
         return None
     preset = PRESETS.get("-".join(name.lower().replace("_", "-").split()))

@@ -13,17 +13,10 @@ GLOBAL_BATCH = 16
 
 HealingDtype = Literal["auto", "nf4", "int8", "bfloat16", "float32"]
 
-Objective = Literal["lm", "kd", "lm+kd", "reconstruct"]
+Objective = Literal["lm", "kd"]
 
-TEACHER_SHARES: Mapping[str, float] = {"kd": 1.0, "lm+kd": 0.5}
-"""The share of the divergence from the uncut model in an objective; the rest is the loss of the
-next token."""
-
-STEPS, RECONSTRUCTION_STEPS = 5000, 300
-"""Those of the paper; and of XMerge (2609.02083)."""
-
-RECONSTRUCTION_RATE = 3e-4
-"""Peak rate for all weights of a layer, ours."""
+STEPS = 5000
+"""Those of the paper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +25,7 @@ class Recipe:
 
     Attributes:
         preset: ``auto``, which picks by family and size, or a name in ``PRESETS``.
-        steps: steps of the optimiser, of 16 sequences each; by default 5,000, as in the paper,
-            and 300 a block to reconstruct.
+        steps: steps of the optimiser, of 16 sequences each; by default 5,000, as in the paper.
         rank: rank of the adapters; alpha is the same.
         learning_rate: peak learning rate.
         max_length: tokens of a sequence at most.
@@ -52,10 +44,7 @@ class Recipe:
             ``small`` does; the paper's do not, nor does ``general``.
         objective: the loss that is minimised: ``lm`` of the next token, as in the paper; ``kd``
             the divergence KL(p ‖ q) of the cut's next-token distribution q from the uncut
-            model's p, on the same texts; ``lm+kd`` the mean of both. ``reconstruct`` trains no
-            adapters: all weights of the layer before each block are fitted to the uncut model's
-            states behind it.
-        distill: weight of the distillation at the cut; 0 is none.
+            model's p, on the same texts.
         eval_every: steps between two measurements and checkpoints, by default an eighth of
             ``steps``.
         seed: seed of the order of sequences, the adapters and dropout.
@@ -77,7 +66,6 @@ class Recipe:
     packing: bool | None = None
     attention: bool | None = None
     objective: Objective = "lm"
-    distill: float = 0.0
     eval_every: int | None = None
     seed: int = 0
     recompute: bool | None = None
@@ -88,15 +76,8 @@ class Recipe:
         """Fill in what is not named, and refuse what does not fit.
 
         A batch size and recomputation that are not named are 4 at most and none; what a device
-        has memory for is decided by :mod:`shallower.healing.memory`.
-
-        Args:
-            facts: the properties of the model.
-            processes: the number of processes that train together, each on its own device.
-            auto: the dtype that ``auto`` stands for on this machine.
-
-        Returns:
-            The same settings with nothing left open.
+        has memory for is decided by :mod:`shallower.healing.memory`. Of several processes each
+        trains on its own device. ``auto`` is the dtype that ``auto`` stands for on this machine.
 
         Raises:
             RecipeError: a preset that is unknown or of another family, a sequence longer than
@@ -112,48 +93,36 @@ class Recipe:
                     f"positions: choose a max_length (--max-length) of {facts.positions} at most"
                 )
             max_length = facts.positions
-        local = self.objective == "reconstruct"
-        steps = self.steps or (RECONSTRUCTION_STEPS if local else STEPS)
+        steps = self.steps or STEPS
         warmup = min(100, steps // 10) if self.warmup_steps is None else self.warmup_steps
         if warmup >= steps and warmup > 0:
             raise RecipeError(
                 f"a warm-up of {warmup} steps leaves nothing of {steps}: shorten it "
                 "(warmup_steps, --warmup-steps)"
             )
-        rate = self.learning_rate or (RECONSTRUCTION_RATE if local else preset.learning_rate)
-        quantised = self.dtype in ("nf4", "int8")
-        attention = preset.attention if self.attention is None else self.attention
         return Resolved(
             preset=preset.name,
             steps=steps,
             rank=self.rank or preset.rank,
-            learning_rate=float(rate),
+            learning_rate=float(self.learning_rate or preset.learning_rate),
             max_length=max_length,
             warmup_steps=warmup,
             dropout=float(self.dropout),
             batch_size=_batch_size(self.batch_size, processes),
-            dtype=auto if self.dtype == "auto" or (local and quantised) else self.dtype,
+            dtype=auto if self.dtype == "auto" else self.dtype,
             packing=preset.packing if self.packing is None else self.packing,
-            attention=not local and attention,
+            attention=preset.attention if self.attention is None else self.attention,
             objective=self.objective,
-            distill=float(self.distill),
             eval_every=self.eval_every or max(1, steps // 8),
             seed=self.seed,
             recompute=bool(self.recompute),
         )
 
     def check(self, *, original: bool = True, from_patch: bool = False) -> None:
-        """Refuse settings that fit no model, before any is loaded.
+        """Refuse settings that fit no model, before any is loaded, by a RecipeError.
 
-        Args:
-            original: whether the uncut model is named, which distillation and a patch need.
-            from_patch: whether the cut is patched first.
-
-        Raises:
-            RecipeError: an unknown preset, a value out of its range, or no uncut model.
+        ``original`` says whether the uncut model is named, which ``kd`` and a patch need.
         """
-        if self.distill and not original:
-            raise RecipeError("distillation needs the uncut model: name it (original, --original)")
         if self.objective not in get_args(Objective):
             known = ", ".join(get_args(Objective))
             raise RecipeError(f"unknown objective {self.objective!r}: expected one of {known}")
@@ -161,11 +130,6 @@ class Recipe:
             raise RecipeError(
                 f"the objective {self.objective} compares with the uncut model: name it "
                 f"(original, --original)"
-            )
-        if self.objective == "reconstruct" and (self.distill or self.rank or self.attention):
-            raise RecipeError(
-                "the objective reconstruct trains all weights of a layer, and no adapters: leave "
-                "out rank, attention and distill (--rank, --attention, --distill)"
             )
         if from_patch and not original:
             raise RecipeError("a patch needs the uncut model: name it (original, --original)")
@@ -178,7 +142,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 0):
                 raise RecipeError(f"{name} must be an integer of at least 0, got {value!r}")
-        for name, most in (("learning_rate", math.inf), ("dropout", 1.0), ("distill", math.inf)):
+        for name, most in (("learning_rate", math.inf), ("dropout", 1.0)):
             value = getattr(self, name)
             if value is not None and not 0 <= value < most:
                 raise RecipeError(f"{name} must be in [0, {most}), got {value!r}")
@@ -197,7 +161,10 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A :class:`Recipe` with nothing left open; the attributes are the same."""
+    """A :class:`Recipe` with nothing left open; the attributes are the same.
+
+    In a record of an earlier version the objective may be one that is gone.
+    """
 
     preset: str
     steps: int
@@ -210,17 +177,15 @@ class Resolved:
     dtype: HealingDtype
     packing: bool
     attention: bool
-    objective: Objective
-    distill: float
+    objective: str
     eval_every: int
     seed: int
     recompute: bool
 
     def __str__(self) -> str:
         kind = "packed" if self.packing else "truncated"
-        trained = f"rank {self.rank}" if self.has_adapters else "the layer before each block"
         return (
-            f"preset {self.preset}: {trained}, peak rate {self.learning_rate:g}, "
+            f"preset {self.preset}: rank {self.rank}, peak rate {self.learning_rate:g}, "
             f"{self.steps} steps of {GLOBAL_BATCH} sequences of {self.max_length} tokens, {kind}; "
             f"objective {self.objective}, weights in {self.dtype}"
         )
@@ -228,22 +193,10 @@ class Resolved:
     @property
     def has_teacher(self) -> bool:
         """Whether the uncut model runs beside the cut in the training."""
-        return bool(self.distill or self.objective in TEACHER_SHARES)
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether low-rank adapters are trained; else whole layers are."""
-        return self.objective != "reconstruct"
+        return self.objective == "kd"
 
     def accumulation(self, processes: int = 1) -> int:
-        """The number of forwards that are accumulated in one step of the optimiser.
-
-        Args:
-            processes: the number of processes that share a step.
-
-        Returns:
-            Forwards of ``batch_size`` sequences, of each process.
-        """
+        """The forwards that each of the processes accumulates in one step of the optimiser."""
         return GLOBAL_BATCH // (self.batch_size * processes)
 
     def without_dropout(self) -> "Resolved":
@@ -256,37 +209,34 @@ class Resolved:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Resolved":
-        """Read settings from the values of a file.
-
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The settings.
+        """Read settings from what :meth:`to_json` gave, and from records of earlier versions.
 
         Raises:
             TypeError: a value is of another type.
             KeyError: a value is missing.
-            ValueError: an objective is unknown.
         """
+        data = {**data, "objective": _objective(data)}
         kinds: dict[str, type[Any]] = {
-            **dict.fromkeys(("learning_rate", "dropout", "distill"), float),
+            **dict.fromkeys(("learning_rate", "dropout"), float),
             **dict.fromkeys(("preset", "dtype", "objective"), str),
             **dict.fromkeys(("packing", "attention", "recompute"), bool),
         }
-        values = {}
         for name in cls.__slots__:
             kind = kinds.get(name, int)
-            value = data.get(name, "lm") if name == "objective" else data[name]  # older records
-            if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-                raise TypeError(f"expected {name} to be {kind.__name__}, got {value!r}")
-            values[name] = value
-        if values["objective"] not in get_args(Objective):
-            raise ValueError(f"unknown objective {values['objective']!r}")
-        return cls(**values)
+            if not isinstance(data[name], kind) or isinstance(data[name], bool) is not (
+                kind is bool
+            ):
+                raise TypeError(f"expected {name} to be {kind.__name__}, got {data[name]!r}")
+        return cls(**{name: data[name] for name in cls.__slots__})
 
 
-def _batch_size(wanted: int | None, processes: int) -> int:
+def _objective(data: Mapping[str, Any]) -> Any:
+    """The objective of a record; earlier versions had others, and a weight of matched states."""
+    objective, distill = data.get("objective", "lm"), data.get("distill", 0.0)
+    return f"{objective} + {distill:g} distill" if distill else objective
+
+
+def _batch_size(given: int | None, processes: int) -> int:
     """The number of sequences in one forward, so that whole forwards make the global batch."""
     if GLOBAL_BATCH % processes:
         raise RecipeError(
@@ -294,11 +244,11 @@ def _batch_size(wanted: int | None, processes: int) -> int:
             f"or 16"
         )
     share = GLOBAL_BATCH // processes
-    if wanted is None:
+    if given is None:
         return min(4, share)
-    if share % wanted:
+    if share % given:
         raise RecipeError(
-            f"a batch_size (--batch-size) of {wanted} on {processes} devices does not make "
+            f"a batch_size (--batch-size) of {given} on {processes} devices does not make "
             f"{GLOBAL_BATCH} sequences a step: choose a divisor of {share}"
         )
-    return wanted
+    return given
