@@ -5,13 +5,14 @@
     python benches/golden.py compare GOLDEN.json FILE.json
     python benches/golden.py list
 
-``run`` calls ``PYTHON -m shallower`` in the environment as it is, so PYTHONPATH decides which tree
-is measured, with one thread and an empty cache. What is kept of each step is the JSON that it
-prints and SHA-256 of what it writes: every tensor of a checkpoint or a scan, every byte of a GGUF
-file or of a cut made on disk. Times, places, versions and accounts of work are left out. A step of
-``--only`` brings those that it needs. ``compare``, and ``--against``, print what differs; the exit
-status is then 1. FOLDER holds c4.jsonl, c4_eval.jsonl and wikitext2_test.txt, and beside it lie the
-data of the tasks (``../boolq`` and so on). Results are to the bit on one kind of processor only.
+``run`` runs ``PYTHON -m shallower`` in the environment as it is, so PYTHONPATH decides which tree
+is measured: with one thread and an empty cache, each command in a fork of a process that has torch.
+What is kept of each step is the JSON that it prints and SHA-256 of what it writes: every tensor of
+a checkpoint or a scan, every byte of a GGUF file or of a cut made on disk. Times, places, versions
+and accounts of work are left out. A step of ``--only`` brings those that it needs. ``compare``, and
+``--against``, print what differs; the exit status is then 1. FOLDER holds c4.jsonl, c4_eval.jsonl
+and wikitext2_test.txt, and beside it lie the data of the tasks (``../boolq`` and so on). Results
+are to the bit on one kind of processor only.
 """
 
 import argparse
@@ -108,7 +109,7 @@ STEPS = {
     ),
     "eval-tasks": Step(
         f"eval model --tasks boolq,hellaswag,lambada,said {TASKS} --num-shots 1 --pass-at 2 "
-        "--batch-size 4 --drop 12:14"
+        "--batch-size 4 --drop 12:14 --dtype float32"
     ),
     "patch": Step(
         "patch model --drop 12:15 --texts {texts}/c4.jsonl --max-texts 24 --max-length 64 "
@@ -116,12 +117,12 @@ STEPS = {
         tensors=("patched",),
     ),
     "patch-small": Step(
-        "patch small --drop 3,5:7 --texts small.jsonl --eval-texts small_eval.jsonl "
+        "patch small --drop 2,4:6 --texts small.jsonl --eval-texts small_eval.jsonl "
         "--dtype float32 --out patched-small",
         tensors=("patched-small",),
     ),
     "prune-small": Step(
-        "prune small --drop 4:7 --out cut-small", whole=("cut-small/*.safetensors",)
+        "prune small --drop 3:6 --out cut-small", whole=("cut-small/*.safetensors",)
     ),
     "heal": Step(
         "heal cut-small --texts small.jsonl --eval-texts small_eval.jsonl --original small "
@@ -171,6 +172,39 @@ STEPS = {
     "demo": Step("demo --n 2 --max-texts 16 --out demo", tensors=("demo/checkpoint",)),
 }
 
+FORKING = """
+import json, os, resource, runpy, sys
+import torch, transformers
+from transformers import LlamaForCausalLM, Trainer
+def child(arguments):
+    for name, to in (("stdout.txt", 1), ("stderr.txt", 2)):
+        os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), to)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.path[0] = ""
+    if arguments[0] == "-c":
+        exec(arguments[1], {"__name__": "__main__"})
+    else:
+        sys.argv = [arguments[1], *arguments[2:]]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+for line in sys.stdin:
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            child(json.loads(line))
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    _, status, used = os.wait4(process, 0)
+    print(json.dumps([status, used.ru_utime + used.ru_stime]), flush=True)
+"""
+
 SETUP = """
 import glob, importlib.util, os
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -186,7 +220,7 @@ model.save_pretrained("model")
 AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("model")
 """
 
-# A model that has learned a little of words that follow from the two before, most of the time.
+# A model that has learned of words that follow from the two before, most of the time.
 SMALL_SETUP = """
 import json, random, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -200,25 +234,25 @@ draw = random.Random(0)
 def sentence():
     last = [draw.randrange(30), draw.randrange(30)]
     while len(last) < 24:
-        noise = draw.randrange(30) if draw.random() < 0.1 else 0
-        last.append((3 * last[-1] + last[-2] + 1 + noise) % 30)
+        rule = (7 * last[-1] + 3) % 30 if last[-2] % 2 else (last[-2] + 1) % 30
+        last.append(draw.randrange(30) if draw.random() < 0.1 else rule)
     return " ".join(f"w{i}" for i in last)
 def write(path, rows):
     with open(path, "w") as file:
         file.writelines(json.dumps(row) + "\\n" for row in rows)
-write("small.jsonl", [{"text": sentence()} for _ in range(96)])
+write("small.jsonl", [{"text": sentence()} for _ in range(192)])
 write("small_eval.jsonl", [{"text": sentence()} for _ in range(24)])
 cut = [sentence().rsplit(" ", 1) for _ in range(16)]
 write("words.jsonl", [{"context": a, "options": [b, "w40"], "answer": 0} for a, b in cut])
 torch.manual_seed(0)
 config = LlamaConfig(
-    vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=12,
+    vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=8,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
 )
 model = LlamaForCausalLM(config).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-ids = torch.tensor(tokenizer([sentence() for _ in range(64 * 60)])["input_ids"])
-for part in ids.split(64):
+ids = torch.tensor(tokenizer([sentence() for _ in range(32 * 120)])["input_ids"])
+for part in ids.split(32):
     model(input_ids=part, labels=part).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -276,24 +310,44 @@ def environment(work):
     }
 
 
-def call(python, arguments, work):
-    """What a command prints; a failure ends everything with what it said."""
-    done = subprocess.run(
-        [python, *arguments], cwd=work, env=environment(work), capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{shlex.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
+class FailedError(Exception):
+    """A command that failed, and the end of its errors."""
 
 
-def prepare(python, texts, work):
+class Commands:
+    """Runs Python code and commands, each in a fork of one process that has imported torch."""
+
+    def __init__(self, python, work):
+        self.work = work
+        self._process = subprocess.Popen(
+            [python, "-c", FORKING],
+            cwd=work,
+            env=environment(work),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments):
+        """What a command prints, and the seconds of a core; FailedError with what it said."""
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        status, seconds = json.loads(self._process.stdout.readline())
+        if status:
+            log = (self.work / "stderr.txt").read_text(encoding="utf-8")
+            raise FailedError(log[-4000:])
+        return (self.work / "stdout.txt").read_text(encoding="utf-8"), seconds
+
+
+def prepare(commands, texts):
     """Write the models' folders, their texts and the tasks; return the GGUF file."""
-    gguf = Path(call(python, ["-c", SETUP], work).split("\n")[0])
+    work = commands.work
+    gguf = Path(commands.run("-c", SETUP)[0].split("\n")[0])
     words = (texts / "wikitext2_test.txt").read_text(encoding="utf-8").split(" ")
     (work / "window.txt").write_text(" ".join(words[:400]), encoding="utf-8")
     (work / "tasks").mkdir(exist_ok=True)
     data = (texts / "../lambada/test.jsonl").resolve()
-    call(python, ["-c", SMALL_SETUP], work)
+    commands.run("-c", SMALL_SETUP)
     words = WORDS.format(data=(work / "words.jsonl").resolve())
     (work / "tasks/words.yaml").write_text(words, encoding="utf-8")
     (work / "tasks/said.yaml").write_text(SAID.format(data=data), encoding="utf-8")
@@ -345,15 +399,15 @@ def matching(work, patterns):
     for pattern in patterns:
         paths = sorted(work.glob(pattern))
         if not paths:
-            sys.exit(f"{pattern} was not written")
+            raise FailedError(f"{pattern} was not written")
         yield from ((str(path.relative_to(work)), path) for path in paths)
 
 
-def measure(python, step, places, work):
-    """Run a step, and collect its results."""
-    arguments = shlex.split(step.command.format(**places))
-    printed = call(python, ["-m", "shallower", *arguments, "--json"], work)
-    return {
+def measure(commands, step, places):
+    """Run a step, and collect its results; with the seconds of a core."""
+    work, arguments = commands.work, shlex.split(step.command.format(**places))
+    printed, seconds = commands.run("-m", "shallower", *arguments, "--json")
+    return seconds, {
         "command": step.command,
         "json": kept(json.loads(printed), work),
         "tensors": {name: tensors_hash(path) for name, path in matching(work, step.tensors)},
@@ -389,18 +443,11 @@ def machine():
     return {"cpu": named.get("model name"), "flags": kept_flags}
 
 
-def commit_of(python, work):
+def commit_of(commands):
     """The commit of the tree that is measured."""
-    code = "import shallower; print(shallower.__file__)"
-    place = Path(call(python, ["-c", code], work).strip()).parent
-    git = ["git", "-C", str(place), "describe", "--always", "--dirty", "--abbrev=12"]
+    place = Path(commands.run("-c", "import shallower; print(shallower.__file__)")[0].strip())
+    git = ["git", "-C", str(place.parent), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
-def cpu_seconds():
-    """Seconds that the commands so far took of a core."""
-    times = os.times()
-    return times.children_user + times.children_system
 
 
 def run(args):
@@ -408,14 +455,19 @@ def run(args):
     work = Path(args.work or tempfile.mkdtemp(prefix="golden-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     texts = Path(args.texts).resolve()
-    places = {"texts": texts, "gguf": prepare(args.python, texts, work)}
-    found = {"commit": commit_of(args.python, work), "machine": machine(), "steps": {}}
+    commands = Commands(args.python, work)
+    places = {"texts": texts, "gguf": prepare(commands, texts)}
+    found = {"commit": commit_of(commands), "machine": machine(), "steps": {}}
     for name in wanted(args.only):
-        began = cpu_seconds()
-        found["steps"][name] = measure(args.python, STEPS[name], places, work)
-        print(f"{name}: {cpu_seconds() - began:.0f} s of a core", file=sys.stderr, flush=True)
-    found = json.loads(json.dumps(found).replace(str(texts), "TEXTS"))
-    Path(args.out).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        try:
+            seconds, found["steps"][name] = measure(commands, STEPS[name], places)
+            print(f"{name}: {seconds:.0f} s of a core", file=sys.stderr, flush=True)
+        except FailedError as error:
+            found["steps"][name] = {"failed": str(error).strip().rsplit("\n", 1)[-1]}
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+        text = json.dumps(found, indent=1, sort_keys=True).replace(str(texts), "TEXTS")
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    found = read(args.out)
     if not args.work:
         shutil.rmtree(work)
     return report(read(args.against), found) if args.against else 0
