@@ -18,7 +18,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
 
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "svebf16")
-"""Instructions that multiply bfloat16, by their names in ``/proc/cpuinfo``. With AVX2 alone a
+"""Instructions that multiply bfloat16, by the names that the kernel has for them. With AVX2 alone a
 forward in bfloat16 takes seven times as long as in float32."""
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
