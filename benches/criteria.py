@@ -10,6 +10,7 @@ layers, or for criteria of single layers the layers that go first.
 import argparse
 import json
 import os
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -17,10 +18,9 @@ import numpy as np
 
 import shallower as sh
 from shallower.judgement.criteria import criteria
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import LossJudge
 from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
-from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.runs import demo
@@ -40,23 +40,24 @@ def read_subject(file, count):
     with file.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in islice(lines, count)]
     read = TokenBatches(tokenizer, texts, Tokens(256, 8), min_tokens=2)
-    batches, decoder, meter = list(read), Decoder.of(model), Meter()
-    trials = Trials(Layerwise(decoder), LossJudge(batches[:1]), meter=meter)
-    return Subject(decoder, tokenizer, batches, trials, SIZES, (read.identity,), meter=meter)
+    batches, decoder = list(read), Decoder.of(model)
+    trials = Trials(Layerwise(decoder), LossJudge(batches[:1]))
+    return Subject(decoder, batches, trials, SIZES, (read.identity,))
 
 
 def measure(subject, name):
     """What a criterion says, and its work."""
-    with subject.meter.account() as work:
-        costs = criteria[name].costs(subject)
+    started = time.perf_counter()
+    costs = criteria[name].costs(subject)
+    seconds = time.perf_counter() - started
     if costs.of_single_layers:
         found = {"order": np.argsort(np.diag(costs.blocks, 1), kind="stable")[: SIZES[-1]].tolist()}
     else:
         found = {"starts": {n: costs.best_block(n).start for n in SIZES}}
     return {
         "criterion": name,
-        "seconds": round(work.seconds, 1),
-        "layer_forwards": work.layer_forwards,
+        "seconds": round(seconds, 1),
+        "layer_forwards": criteria[name].layer_forwards(subject),
         **found,
         "single_layers": [
             None if np.isnan(cost) else float(f"{cost:.4g}") for cost in np.diag(costs.blocks, 1)

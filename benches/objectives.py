@@ -21,8 +21,7 @@ from pathlib import Path
 
 import shallower as sh
 from patches import judged, read_texts
-from shallower.judgement.judges.judge import judged_batches
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.runs import demo

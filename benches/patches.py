@@ -29,8 +29,7 @@ import torch
 import shallower as sh
 from peer_checks import check
 from peer_operators import collect
-from shallower.judgement.judges.judge import judged_batches, looks
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import LossJudge, judged_batches, looks
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers

@@ -13,18 +13,16 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
 import shallower as sh
-from shallower.judgement.criteria.exhaustive import Exhaustive
-from shallower.judgement.criteria.greedy import Greedy
-from shallower.judgement.judges.judge import looks
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.criteria.searches import Exhaustive, Greedy
+from shallower.judgement.judges.judge import LossJudge, looks
 from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
-from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.runs import demo
@@ -70,25 +68,26 @@ def plain_forwards(name, num_layers, n, texts):
 
 def measure(subject, criterion, n):
     subject.sizes = (n,)
-    with subject.meter.account() as work:
+    started = time.perf_counter()
+    with subject.trials.counted() as count:
         plan = criterion.plans(subject)[n]
-    return plan.dropped, work
+    return plan.dropped, count.layer_forwards, time.perf_counter() - started
 
 
 def compare(subject, whole, raced, n):
     texts = subject.trials.judge.num_items
-    found, cached = measure(subject, whole, n)
-    winner, race = measure(subject, raced, n)
+    found, cached, cached_seconds = measure(subject, whole, n)
+    winner, race, raced_seconds = measure(subject, raced, n)
     scores = subject.trials.scores(found)
     difference = subject.trials.scores(winner).minus(scores)
     plain = plain_forwards(raced.name, subject.num_layers, n, texts)
     return {
         "search": raced.name, "n": n, "dropped": found, "loss": scores.mean,
         "raced": winner, "raced_difference": difference.mean, "raced_tied": difference.tied,
-        "plain_forwards": plain, "cached_forwards": cached.layer_forwards,
-        "raced_forwards": race.layer_forwards, "cached_ratio": cached.layer_forwards / plain,
-        "raced_ratio": race.layer_forwards / plain, "cached_seconds": cached.seconds,
-        "raced_seconds": race.seconds,
+        "plain_forwards": plain, "cached_forwards": cached,
+        "raced_forwards": race, "cached_ratio": cached / plain,
+        "raced_ratio": race / plain, "cached_seconds": cached_seconds,
+        "raced_seconds": raced_seconds,
     }  # fmt: skip
 
 
@@ -114,11 +113,10 @@ def main():
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     model, tokenizer = sh.load_model(demo.model_path(), dtype="bfloat16")
-    meter = Meter()
     judge = LossJudge(packed(tokenizer, options.texts, options.items))
     journal = Journal(options.journal, "remove it") if options.journal else None
-    trials = Trials(Layerwise(model), judge, meter=meter, journal=journal)
-    subject = Subject(Decoder.of(model), tokenizer, (), trials, (), meter=meter, progress=False)
+    trials = Trials(Layerwise(model), judge, journal=journal)
+    subject = Subject(Decoder.of(model), (), trials, (), progress=False)
     searches = [(WholeExhaustive(), Exhaustive(), n) for n in map(int, options.sizes.split(","))]
     if options.greedy:
         searches.append((WholeGreedy(), Greedy(), options.greedy))

@@ -13,7 +13,7 @@ import shallower as sh
 from patches import judged, linear
 from peer_checks import START, STOP, check, tiny
 from peer_operators import collect
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import LossJudge
 from shallower.models.layerwise import Layerwise
 from tests.conftest import word_tokenizer, write_jsonl
 from tests.examples import learned_llama, sentences

@@ -19,12 +19,9 @@ from pathlib import Path
 
 import shallower as sh
 from shallower.evaluation.loss import fitting_tokens
-from shallower.judgement.judges.judge import judged_batches
-from shallower.judgement.judges.loss import LossJudge
-from shallower.judgement.patched_trials import PatchedTrials
-from shallower.judgement.trials import Trials
+from shallower.judgement.judges.judge import LossJudge, judged_batches
+from shallower.judgement.trials import PatchedTrials, Trials
 from shallower.judgement.verifying import verifier_of
-from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
@@ -63,16 +60,14 @@ class NoStore:
 def reports(model, tokenizer, splits):
     """Cuts judged on the texts that report, as they are and after a quick patch."""
     decoder = Decoder.of(model)
-    tokens, meter = fitting_tokens(decoder, Tokens(256, "auto")), Meter()
+    tokens = fitting_tokens(decoder, Tokens(256, "auto"))
     layers = Layerwise(decoder)
-    trials = Trials(
-        layers, LossJudge(judged_batches(tokenizer, splits.report, tokens)), meter=meter
-    )
+    trials = Trials(layers, LossJudge(judged_batches(tokenizer, splits.report, tokens)))
     batches = list(TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2))
-    patch = QuickPatch(layers, batches, ran=meter.ran)
+    patch = QuickPatch(layers, batches)
     num_texts = sum(map(len, batches))
     return {
-        "none": trials, "patch": PatchedTrials(trials, patch, num_texts=num_texts, meter=meter),
+        "none": trials, "patch": PatchedTrials(trials, patch, num_texts=num_texts),
     }  # fmt: skip
 
 

@@ -90,3 +90,9 @@ class MissingExtraError(ShallowerError):
 
 class RejectedSamplesWarning(UserWarning):
     """Samples were left out of a result; the message counts and names them."""
+
+
+def one_sentence(error: Exception) -> str:
+    """An error in one line, with its kind where it is not one of ours."""
+    kind = "" if isinstance(error, ShallowerError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())

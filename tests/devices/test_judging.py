@@ -2,12 +2,9 @@
 
 import pytest
 
-from shallower.judgement.judges.judge import judged_batches
-from shallower.judgement.judges.kl import KLJudge
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import KLJudge, LossJudge, judged_batches
 from shallower.judgement.judges.options import OptionsJudge
 from shallower.judgement.trials import Trials
-from shallower.judgement.work import Meter
 from shallower.models.layerwise import Layerwise
 from shallower.texts.options import OptionItem
 from shallower.values.tokens import Tokens
@@ -25,7 +22,7 @@ def test_a_cut_is_judged(stage, judge):
     else:
         made = {"loss": LossJudge, "kl": KLJudge}[judge](judged_batches(WORDS, TEXTS, Tokens()))
     with stage.open():
-        trials = Trials(Layerwise(stage.model()), made, meter=Meter())
+        trials = Trials(Layerwise(stage.model()), made)
         # The second begins with states of the first, which wait in the CPU's memory.
         found = [trials.scores(dropped) for dropped in ([1, 2], [1, 3])]
     assert all(scores.complete for scores in found)

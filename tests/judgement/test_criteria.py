@@ -12,6 +12,7 @@ from tests.conftest import tiny_llama
 from tests.documents import TEXTS, documents
 from tests.families import random_model
 from tests.judgement import twins
+from tests.judgement.test_trials import Counted
 from tests.judgement.toy import make_subject
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -125,19 +126,24 @@ def test_weights(subject):
     np.testing.assert_allclose(costs, expected, rtol=1e-6)
 
 
-def test_a_pass_is_shared_and_each_is_charged_for_it(words):
-    subject = make_subject(tiny_llama(3), words, TEXTS)
-    scans = ("angular", "cosine", "relative_l2", "cka")
-    sums = ("block_influence", "magnitude", "xmerge")
-    charged = {}
-    for name in (*scans, *sums, "taylor", "weights"):
-        with subject.meter.account() as work:
-            criteria[name].plans(subject)
-        charged[name] = work.layer_forwards
-    assert {charged[name] for name in scans} == {3 * 24}
-    assert {charged[name] for name in sums} == {3 * 24 + 2 * 3}
-    assert charged["taylor"] == 3 * 3 * 16
-    assert charged["weights"] == 0
+@pytest.mark.parametrize(
+    "name", [*("angular", "cka"), *("block_influence", "xmerge"), "taylor", "linear_map", "weights"]
+)
+def test_the_layers_of_a_criterion_are_those_of_a_lone_run(words, name):
+    model = tiny_llama(3)
+    subject, counted = make_subject(model, words, documents(32), batch_size=5), Counted(model)
+    criteria[name].plans(subject)
+    if name == "taylor":  # and a backward of two forwards
+        assert criteria[name].layer_forwards(subject) == 3 * counted.runs
+    elif name == "weights":  # made-up tokens, no text
+        assert criteria[name].layer_forwards(subject) == 0
+    else:
+        assert criteria[name].layer_forwards(subject) == counted.runs
+    before = counted.runs
+    for other in ("cosine", "relative_l2", "magnitude"):
+        criteria[other].plans(subject)
+    ran = {"angular": 3 * 34, "cka": 3 * 34, "block_influence": 3 * 32, "xmerge": 3 * 32}
+    assert counted.runs - before == ran.get(name, 3 * (32 + 34))  # a pass is made once
 
 
 def test_cka_of_three_texts_is_refused(words):

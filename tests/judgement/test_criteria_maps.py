@@ -11,6 +11,7 @@ from tests.conftest import tiny_llama
 from tests.documents import documents
 from tests.judgement import twins
 from tests.judgement.test_criteria import DTYPES, MODELS
+from tests.judgement.test_trials import Counted
 from tests.judgement.toy import make_subject
 
 LAST = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
@@ -163,14 +164,13 @@ def test_what_a_linear_map_makes_of_its_input_costs_nothing():
 
 
 def test_both_share_one_pass(words):
-    subject = make_subject(tiny_llama(3), words, FEW)
-    charged = {}
-    for name in ("linear_map", "reachable"):
-        with subject.meter.account() as work:
-            criteria[name].plans(subject)
-        charged[name] = work.layer_forwards
-    assert charged["linear_map"] == 3 * (32 + 2)
-    assert charged["reachable"] == 3 * (32 + 2) + 2 * (32 + 5)
+    model = tiny_llama(3)
+    subject, counted = make_subject(model, words, FEW), Counted(model)
+    criteria["linear_map"].plans(subject)
+    assert counted.runs == criteria["linear_map"].layer_forwards(subject) == 3 * (32 + 2)
+    criteria["reachable"].plans(subject)
+    assert counted.runs == criteria["reachable"].layer_forwards(subject)
+    assert counted.runs == 3 * (32 + 2) + 2 * (32 + 5)
 
 
 @pytest.mark.parametrize("name", ["linear_map", "reachable"])

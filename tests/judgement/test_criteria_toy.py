@@ -39,7 +39,7 @@ BLIND_TO_SCALE = ["angular", "cosine", "cka", "block_influence"]
 
 
 def costs_of(subject, name):
-    return subject.meter.shared(("costs", name), lambda: criteria[name].costs(subject))
+    return subject.shared(("costs", name), lambda: criteria[name].costs(subject))
 
 
 def median(subject, name):

@@ -12,9 +12,7 @@ from transformers import LlamaForCausalLM
 import shallower as sh
 from shallower.errors import CriterionError, ModelError, TextsError
 from shallower.judgement.judges import JUDGES
-from shallower.judgement.judges.judge import judged_batches
-from shallower.judgement.judges.kl import KLJudge, divergences
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import KLJudge, LossJudge, divergences, judged_batches
 from shallower.judgement.judges.options import OptionsJudge
 from shallower.models.layerwise import Layerwise
 from shallower.texts.options import OptionItem
@@ -180,7 +178,7 @@ def test_no_more_logits_are_made_at_once_than_are_allowed(monkeypatch, llama, wo
     assert max(rows for (rows, _), _ in seen) <= 8
 
 
-def test_a_judge_that_has_not_heard_the_whole_model_says_so(llama, words):
+def test_a_judge_without_the_whole_model_says_so(llama, words):
     judge = KLJudge(judged_batches(words, TEXTS, Tokens()))
     with pytest.raises(CriterionError, match="call prepare before measure"):
         judge.measure(Layerwise(llama).head, 0)

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 from scipy import optimize, special, stats
 
-from shallower.judgement.judges.judge import FIRST_LOOK, looks
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import FIRST_LOOK, LossJudge, looks
 from shallower.judgement.racing import ALPHA, common_variance, lost, race
 from shallower.judgement.trials import Trials
-from shallower.judgement.work import Meter
 from shallower.models.layerwise import Layerwise
 from shallower.values.scores import Scores
 from tests.conftest import tiny_llama
@@ -178,7 +176,7 @@ def test_a_single_item_loses_nobody():
 
 
 def test_real_trials_give_the_winner_of_all():
-    trials = Trials(Layerwise(tiny_llama(6)), LossJudge(batches((4, 4, 8))), meter=Meter())
+    trials = Trials(Layerwise(tiny_llama(6)), LossJudge(batches((4, 4, 8))))
     cuts = [(0, 1), (4,), (2, 3), (5,), (1, 3)]
     whole = [trials.scores(cut).mean for cut in cuts]
     assert race(trials, cuts, alpha=0).winner == int(np.argmin(whole))

@@ -10,19 +10,23 @@ import pytest
 import shallower as sh
 from shallower import Block, LayersError
 from shallower.judgement.criteria import criteria
-from shallower.judgement.criteria.evolution import mutations, select
-from shallower.judgement.criteria.mask_regression import DROPPED, draw_masks, ridge_regression
-from shallower.judgement.judges.judge import looks
-from shallower.judgement.judges.kl import KLJudge
+from shallower.judgement.criteria.searches import (
+    DROPPED,
+    draw_masks,
+    mutations,
+    ridge_regression,
+    select,
+)
+from shallower.judgement.judges.judge import KLJudge, looks
 from shallower.judgement.trials import Trials
-from shallower.judgement.work import Meter
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, word_tokenizer
 from tests.documents import documents
 from tests.judgement import toy
 from tests.judgement.test_trials import Counted, Memory, key_of
 
 SEARCHES = ("greedy", "exhaustive", "evolution", "deepest", "random")
 TEXTS = documents(20, seed=3)
+WORDS = word_tokenizer()
 NUM_LAYERS = 6
 
 
@@ -40,7 +44,7 @@ def plain_loss(subject, dropped):
     """The loss of a model that is really cut."""
     model = subject.decoder.model
     with sh.without_layers(model, sorted(dropped)):
-        return sh.evaluate_loss(model, subject.tokenizer, TEXTS).nats
+        return sh.evaluate_loss(model, WORDS, TEXTS).nats
 
 
 def plain_greedy(subject, n):
@@ -81,7 +85,7 @@ def test_a_plan_names_its_criterion_and_does_not_depend_on_other_sizes(subject, 
         assert plan.metric == name
         assert plan.model == subject.decoder.identity
         assert plan.strategy == {"deepest": "deepest", "random": "random"}.get(name, "search")
-        fresh = toy.make_subject(subject.decoder.model, subject.tokenizer, TEXTS, batch_size=5)
+        fresh = toy.make_subject(subject.decoder.model, WORDS, TEXTS, batch_size=5)
         assert criteria[name].plans(of_sizes(fresh, n)) == {n: plan}
 
 
@@ -114,11 +118,11 @@ def test_a_block_that_was_found_has_its_score(subject):
 def test_what_a_search_costs_does_not_depend_on_what_was_made_before(subject):
     costs = {}
     for order in (SEARCHES, SEARCHES[::-1]):
-        shared = toy.make_subject(subject.decoder.model, subject.tokenizer, TEXTS, batch_size=5)
+        shared = toy.make_subject(subject.decoder.model, WORDS, TEXTS, batch_size=5)
         for name in order:
-            with shared.meter.account() as work:
+            with shared.trials.counted() as count:
                 criteria[name].plans(of_sizes(shared, 3))
-            costs.setdefault(name, set()).add(work.layer_forwards)
+            costs.setdefault(name, set()).add(count.layer_forwards)
     assert all(len(found) == 1 for found in costs.values())
     assert costs["deepest"] == costs["random"] == {0}
 
@@ -133,12 +137,11 @@ def test_a_search_for_the_second_time_runs_no_layer(subject):
 @pytest.mark.parametrize("name", ["greedy", "exhaustive", "evolution", "one_shot"])
 def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, name):
     def search(journal):
-        meter = Meter()
-        trials = Trials(subject.layerwise, subject.trials.judge, meter=meter, journal=journal)
-        again = replace(subject, trials=trials, meter=meter, sizes=(3,))
-        with meter.account() as work:
+        trials = Trials(subject.layerwise, subject.trials.judge, journal=journal)
+        again = replace(subject, trials=trials, sizes=(3,), made={})
+        with trials.counted() as count:
             plan = criteria[name].plans(again)[3]
-        return plan, work.layer_forwards
+        return plan, count.layer_forwards
 
     whole = Memory()
     expected = search(whole)
@@ -149,7 +152,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, nam
 
 
 def test_evolution_depends_on_its_seed_alone(subject):
-    fresh = toy.make_subject(subject.decoder.model, subject.tokenizer, TEXTS, batch_size=5)
+    fresh = toy.make_subject(subject.decoder.model, WORDS, TEXTS, batch_size=5)
     first, second = (criteria["evolution"].plans(of_sizes(s, 3))[3] for s in (subject, fresh))
     assert first == second
 
@@ -181,7 +184,7 @@ def test_the_deepest_are_those_before_the_last(subject):
 # Costs of single layers.
 def test_one_shot_is_the_loss_without_a_layer_less_that_of_all(subject):
     costs = criteria["one_shot"].costs(subject)
-    whole = sh.evaluate_loss(subject.decoder.model, subject.tokenizer, TEXTS).nats
+    whole = sh.evaluate_loss(subject.decoder.model, WORDS, TEXTS).nats
     for layer in range(NUM_LAYERS):
         expected = plain_loss(subject, [layer]) - whole
         assert costs.blocks[layer, layer + 1] == pytest.approx(expected, abs=2e-6)
@@ -192,20 +195,18 @@ def test_one_shot_is_the_loss_without_a_layer_less_that_of_all(subject):
 
 
 def test_one_shot_costs_a_path_and_all_that_follows_each_layer(subject):
-    with subject.meter.account() as work:
+    with subject.trials.counted() as count:
         criteria["one_shot"].costs(subject)
-    assert work.layer_forwards == len(TEXTS) * NUM_LAYERS * (NUM_LAYERS + 1) // 2
+    assert count.layer_forwards == len(TEXTS) * NUM_LAYERS * (NUM_LAYERS + 1) // 2
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_the_whole_model_for_kl_adds_little_to_what_is_run_anyway(subject, n):
-    subject.trials = Trials(
-        subject.layerwise, KLJudge(subject.trials.judge.batches), meter=subject.meter
-    )
+    subject.trials = Trials(subject.layerwise, KLJudge(subject.trials.judge.batches))
     left = NUM_LAYERS - n
-    with subject.meter.account() as alone:
+    with subject.trials.counted() as alone:
         criteria["one_shot"].costs(subject)
-    with subject.meter.account() as search:
+    with subject.trials.counted() as search:
         for start in reversed(range(left + 1)):
             subject.trials.scores(range(start, start + n))
     assert alone.layer_forwards == len(TEXTS) * (NUM_LAYERS * (NUM_LAYERS + 1) // 2 + 1)
@@ -305,10 +306,8 @@ def test_evolution_finds_layers_that_do_nothing_wherever_they_are(known):
 @pytest.mark.parametrize("name", ["greedy", "exhaustive", "evolution", "one_shot"])
 def test_what_changes_least_is_found_by_the_divergence_too(known, name):
     judge = KLJudge(known.trials.judge.batches)
-    meter = Meter()
-    subject = replace(
-        known, trials=Trials(known.trials.model, judge, meter=meter), meter=meter, sizes=(1, 2)
-    )
+    trials = Trials(known.trials.model, judge)
+    subject = replace(known, trials=trials, sizes=(1, 2), made={})
     plans = criteria[name].plans(subject)
     assert plans[1].dropped in [(toy.IDENTITY,), (toy.SCALES,)]
     cancel, nothing = tuple(range(*toy.PAIR)), (toy.IDENTITY, toy.SCALES)

@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 
 import shallower as sh
 from shallower import CacheError, LayersError
-from shallower.judgement.judges.judge import Judge
-from shallower.judgement.judges.kl import KLJudge
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import Judge, KLJudge, LossJudge
 from shallower.judgement.trials import Trials
-from shallower.judgement.work import Meter
 from shallower.memory import budget
 from shallower.models.layerwise import Layerwise
 from shallower.texts.batches import Batch
@@ -86,9 +83,8 @@ def model():
 
 
 def make(model, some=None, *, judge=LossJudge, **options):
-    meter = Meter()
     some = batches() if some is None else some
-    return Trials(Layerwise(model), judge(some), meter=meter, **options), meter
+    return Trials(Layerwise(model), judge(some), **options)
 
 
 cuts = st.sets(st.integers(0, NUM_LAYERS - 1), max_size=NUM_LAYERS - 1)
@@ -98,7 +94,7 @@ MEMORY = {"ample": None, "some": 12_000, "a path": 6_000, "hardly": 2_000, "none
 @given(st.lists(cuts, min_size=1, max_size=8), st.sampled_from(sorted(MEMORY)))
 def test_cuts_are_judged_as_models_that_are_cut(tried, memory):
     model, some = tiny_llama(NUM_LAYERS), batches()
-    trials, _ = make(model, some, memory=MEMORY[memory])
+    trials = make(model, some, memory=MEMORY[memory])
     for dropped in tried:
         found = trials.scores(dropped)
         expected = plain_sums(model, some, dropped)
@@ -107,55 +103,55 @@ def test_cuts_are_judged_as_models_that_are_cut(tried, memory):
 
 
 @given(st.lists(cuts, min_size=1, max_size=12), st.sampled_from(sorted(MEMORY)))
-def test_layers_are_charged_as_they_run_with_memory_for_all_states(tried, memory):
+def test_layers_are_counted_as_they_run_with_memory_for_all_states(tried, memory):
     charged, runs = [], []
     for room in (None, MEMORY[memory]):
         model = tiny_llama(NUM_LAYERS)
-        trials, meter = make(model, memory=room)
+        trials = make(model, memory=room)
         counted = Counted(model)
-        with meter.account() as work:
+        with trials.counted() as count:
             for dropped in tried:
                 trials.scores(dropped)
-        charged.append(work.layer_forwards)
+        charged.append(count.layer_forwards)
         runs.append(counted.runs)
     assert charged == [runs[0]] * 2
     assert runs[1] >= runs[0]  # what runs again for lack of memory
 
 
 @pytest.mark.parametrize("judge", [LossJudge, KLJudge])
-def test_charges_do_not_depend_on_memory(model, monkeypatch, judge):
+def test_counts_do_not_depend_on_memory(model, monkeypatch, judge):
     stores = [{}, {"memory": 0}, {"memory": 6_000}, {"memory": 9_000}]
-    charged = [run_all(*make(model, judge=judge, **options))[1] for options in stores]
+    charged = [run_all(make(model, judge=judge, **options))[1] for options in stores]
     monkeypatch.setattr(budget, "available_bytes", lambda _device: 4_000)
-    charged.append(run_all(*make(model, judge=judge))[1])
+    charged.append(run_all(make(model, judge=judge))[1])
     assert charged == [charged[0]] * 5
 
 
 @given(st.lists(cuts, min_size=1, max_size=12))
 def test_with_room_for_all_states_no_layer_runs_twice_on_the_same(tried):
     model = tiny_llama(NUM_LAYERS)
-    trials, meter = make(model)
-    with meter.account() as work:
+    trials = make(model)
+    with trials.counted() as count:
         for dropped in tried:
             trials.scores(dropped)
     paths = {trials.path(dropped) for dropped in tried}
     # Final states are not kept: a path that ends early may be the beginning of a longer one.
     ran = {path[:depth] for path in paths for depth in range(1, len(path) + 1)}
-    assert work.layer_forwards <= sum(SIZES) * (len(ran) + len(paths))
-    assert work.layer_forwards >= sum(SIZES) * len(ran)
+    assert count.layer_forwards <= sum(SIZES) * (len(ran) + len(paths))
+    assert count.layer_forwards >= sum(SIZES) * len(ran)
 
 
 def test_bits_do_not_depend_on_memory(model):
     tried = [(), (2,), (2, 4), (0,), (5,), (1, 2, 3), (4,), ()]
     found = []
     for memory in MEMORY.values():
-        trials, _ = make(model, memory=memory)
+        trials = make(model, memory=memory)
         found.append(np.array([trials.scores(cut).sums for cut in tried]))
     assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
 def test_some_looks_judge_the_first_items(model):
-    trials, _ = make(model)
+    trials = make(model)
     whole = trials.scores((1,))
     some = trials.scores((1,), looks=2)
     assert not some.complete
@@ -165,67 +161,67 @@ def test_some_looks_judge_the_first_items(model):
     assert len(trials.scores((1,), looks=0)) == 0
 
 
-def test_what_is_judged_again_is_charged_and_not_run_again():
+def test_what_is_judged_again_is_counted_and_not_run_again():
     model = tiny_llama(NUM_LAYERS)
-    trials, meter = make(model)
+    trials = make(model)
     counted, works = Counted(model), []
     for _ in range(3):
-        with meter.account() as work:
+        with trials.counted() as count:
             for cut in [(2,), (2, 3), (1,), (2,)]:
                 trials.scores(cut)
-        works.append(work)
-        assert counted.runs == works[0].layer_forwards
-    assert works[0].layer_forwards == works[1].layer_forwards == works[2].layer_forwards
-    assert works[1].seconds == pytest.approx(works[0].seconds, abs=0.05)
+        works.append(count.layer_forwards)
+        assert counted.runs == works[0]
+    assert works[0] == works[1] == works[2]
 
 
-def test_an_account_pays_for_what_it_needs_whoever_made_it():
+def test_a_search_is_counted_by_itself_whatever_ran_before_it():
     model = tiny_llama(NUM_LAYERS)
-    trials, meter = make(model)
-    with meter.account():
+    trials = make(model)
+    with trials.counted():
         trials.scores(())
-    with meter.account() as late:
+    with trials.counted() as late:
         trials.scores((3,))
-    trials, meter = make(model)
-    with meter.account() as alone:
+    trials = make(model)
+    with trials.counted() as alone:
         trials.scores((3,))
     assert late.layer_forwards == alone.layer_forwards == 5 * sum(SIZES)
 
 
-def test_without_an_account_nothing_is_charged(model):
-    trials, meter = make(model)
+def test_outside_a_search_nothing_is_counted(model):
+    trials = make(model)
     trials.scores((3,))
-    with meter.account() as work:
+    with trials.counted() as count:
         pass
-    assert work.layer_forwards == 0
+    assert count.layer_forwards == 0
+    assert trials.count is None
 
 
 def test_layers_that_are_not_there_are_refused(model):
-    trials, _ = make(model)
+    trials = make(model)
     with pytest.raises(LayersError, match="no layer 6: its 6 layers are"):
         trials.scores((1, 6))
 
 
 class Preparing(LossJudge):
-    """A judge that hears the whole model first."""
+    """A judge that gets the whole model first."""
 
     def prepare(self, model, index, states):
-        self.heard = [*getattr(self, "heard", []), (index, states.clone())]
+        self.given = [*getattr(self, "given", []), (index, states.clone())]
 
 
-def test_a_judge_hears_the_whole_model_once_a_batch_before_any_cut():
+def test_a_judge_gets_the_whole_model_once_a_batch_before_any_cut():
     model, some = tiny_llama(NUM_LAYERS), batches()
-    trials, meter = make(model, some, judge=Preparing)
+    trials = make(model, some, judge=Preparing)
     counted = Counted(model)
-    with meter.account() as work:
+    with trials.counted() as count:
         trials.scores((2,), looks=1)
-        assert [index for index, _ in trials.judge.heard] == [0]
+        assert [index for index, _ in trials.judge.given] == [0]
         trials.scores((2,))
         trials.scores((4,))
-    assert [index for index, _ in trials.judge.heard] == [0, 1, 2]
-    assert work.layer_forwards == counted.runs == sum(SIZES) * (6 + 3 + 1)
+    assert [index for index, _ in trials.judge.given] == [0, 1, 2]
+    assert count.layer_forwards == counted.runs == sum(SIZES) * (6 + 3 + 1)
     layerwise = Layerwise(model)
-    for index, states in trials.judge.heard:
+    for index, states in trials.judge.given:
         expected = layerwise.run(some[index], layerwise.embed(some[index]), range(NUM_LAYERS))
         assert torch.equal(states, expected)
     assert type(trials.judge).prepare is not Judge.prepare
@@ -235,10 +231,10 @@ def test_a_judge_hears_the_whole_model_once_a_batch_before_any_cut():
 TRIED = [(), (2,), (2, 3), (1,), (5,), (0, 4)]
 
 
-def run_all(trials, meter, looks=None):
-    with meter.account() as work:
+def run_all(trials, looks=None):
+    with trials.counted() as count:
         found = [trials.scores(cut, looks=looks).sums for cut in TRIED]
-    return np.array(found), work.layer_forwards
+    return np.array(found), count.layer_forwards
 
 
 @pytest.mark.parametrize("judge", [LossJudge, Preparing])
@@ -246,14 +242,14 @@ def run_all(trials, meter, looks=None):
 def test_a_process_goes_on_from_any_record(judge, memory):
     model = tiny_llama(NUM_LAYERS)
     journal = Memory()
-    expected = run_all(*make(model, judge=judge, journal=journal, memory=memory))
+    expected = run_all(make(model, judge=judge, journal=journal, memory=memory))
     assert len(journal) == len(TRIED) * len(SIZES)
     counted = Counted(model)
     for kept in range(len(journal) + 1):
         rest = Memory(journal[:kept])
-        trials, meter = make(model, judge=judge, journal=rest, memory=memory)
+        trials = make(model, judge=judge, journal=rest, memory=memory)
         before = counted.runs
-        found = run_all(trials, meter)
+        found = run_all(trials)
         assert np.array_equal(found[0], expected[0])
         assert found[1] == expected[1]
         assert Counter(map(key_of, rest)) == Counter(map(key_of, journal))
@@ -266,15 +262,12 @@ def key_of(line):
     return tuple(record["dropped"]), record["look"]
 
 
-GOOD = {
-    "dropped": [1, 3], "look": 1, "sums": [2.5, 3.5], "layers": 4,
-    "layer_seconds": 0.5, "judge_seconds": 0.25,
-}  # fmt: skip
+GOOD = {"dropped": [1, 3], "look": 1, "sums": [2.5, 3.5]}
 
 
 def test_a_record_is_believed(model):
     journal = Memory([json.dumps(GOOD)])
-    trials, _ = make(model, journal=journal)
+    trials = make(model, journal=journal)
     assert trials.scores((3, 1)).sums[3:5].tolist() == [2.5, 3.5]
 
 
@@ -284,8 +277,7 @@ def test_a_record_is_believed(model):
         {"dropped": [3, 1]}, {"dropped": [1, 1]}, {"dropped": [1, 6]}, {"dropped": [-1]},
         {"dropped": [True]}, {"dropped": "1"}, {"look": 3}, {"look": -1}, {"look": 1.0},
         {"look": True}, {"sums": [2.5]}, {"sums": [2.5, float("nan")]}, {"sums": [2.5, None]},
-        {"sums": [2.5, float("inf")]}, {"layers": -1}, {"layers": 0.5}, {"layer_seconds": -1.0},
-        {"judge_seconds": float("nan")}, {"judge_seconds": "1"}, {"sums": {}},
+        {"sums": [2.5, float("inf")]}, {"sums": {}},
     ],
     ids=str,
 )  # fmt: skip

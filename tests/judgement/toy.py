@@ -13,10 +13,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from shallower.judgement.judges.loss import LossJudge
+from shallower.judgement.judges.judge import LossJudge
 from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
-from shallower.judgement.work import Meter
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.texts.batches import TokenBatches
@@ -151,15 +150,12 @@ def toy_texts(model, count=48, length=24, seed=0):
 
 def make_subject(model, tokenizer, texts, *, sizes=(1, 2), batch_size=8, max_length=256, **options):
     """A subject that fits on texts and judges by the loss on the same."""
-    decoder, meter = Decoder.of(model), Meter()
+    decoder = Decoder.of(model)
     read = TokenBatches(tokenizer, texts, Tokens(max_length, batch_size), min_tokens=2)
     batches = list(read)
     judged = TokenBatches(tokenizer, texts, Tokens(max_length, batch_size), min_tokens=2)
-    trials = Trials(Layerwise(decoder), LossJudge(_in_order(judged)), meter=meter)
-    return Subject(
-        decoder, tokenizer, batches, trials, sizes, (read.identity,), meter=meter,
-        progress=False, **options,
-    )  # fmt: skip
+    trials = Trials(Layerwise(decoder), LossJudge(_in_order(judged)))
+    return Subject(decoder, batches, trials, sizes, (read.identity,), progress=False, **options)
 
 
 def _in_order(read):

@@ -37,11 +37,12 @@ def test_no_more_is_known_than_fits(asked, room, every):
 def test_the_longest_beginning_is_found():
     known = Known(1000, [1], 1)
     assert known.start(0, (0, 1, 2)) is None
-    assert known.count(0, (0, 1, 2, 4)) == 4
+    for depth in range(4):
+        known.keep(0, (0, 1, 2, 4)[:depth])
     assert known.start(0, (0, 1, 2)) == 3
     assert known.start(0, (0, 1, 3)) == 2
     assert known.start(0, (1,)) == 0
-    assert known.count(0, (0, 1, 3, 5)) == 2
+    known.keep(0, (0, 1, 3))
     assert known.start(0, (0, 1, 3)) == 3
 
 
@@ -68,16 +69,6 @@ def test_every_second_state_is_kept_where_two_paths_do_not_fit():
     for states, every in [(12, 1), (11, 2), (6, 2), (5, 3), (4, 3), (3, 6), (0, 6)]:
         store = Prefixes(layerwise, [some], memory=states * of_state)
         assert store._known._every == every, states
-
-
-@pytest.mark.parametrize("memory", [None, 0, 20_000])
-def test_an_account_of_states_has_no_bounds(memory):
-    store = Prefixes(Layerwise(tiny_llama(6)), [batch()], memory=memory)
-    known = store.known()
-    assert known.count(0, (0, 1, 2, 3, 4, 5)) == 6
-    assert known.count(0, (2, 3, 4, 5)) == 4
-    assert known.count(0, (0, 1, 2, 3, 5)) == 1
-    assert known.count(0, (2, 3, 5)) == 1
 
 
 @pytest.mark.parametrize("memory", [None, 0, 20_000])

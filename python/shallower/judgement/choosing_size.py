@@ -1,4 +1,4 @@
-"""How many layers are to go: what was asked for, or the knee of the curve."""
+"""How many layers are to go: the target, or the knee of the curve."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,27 +22,12 @@ class SizeChoice:
 
 
 def curve_sizes(num_layers: int) -> list[int]:
-    """Name the sizes of which a curve is made.
-
-    Args:
-        num_layers: layers of the model, at least 2.
-
-    Returns:
-        Some of :data:`STEPS`, ascending, up to half of the layers; 1 at least.
-    """
+    """The sizes of which a curve is made: :data:`STEPS` up to half of the layers, 1 at least."""
     return [n for n in STEPS if n <= max(1, num_layers // 2)]
 
 
 def sizes_beside(n: int, num_layers: int) -> list[int]:
-    """Name the sizes that show what less or more than ``n`` would cost.
-
-    Args:
-        n: layers that are to go.
-        num_layers: layers of the model.
-
-    Returns:
-        About half and one and a half times ``n``, where there are such cuts.
-    """
+    """The sizes that show what less or more than ``n`` costs: about half and 1.5 times as many."""
     return sorted({size for size in (n // 2, n + (n + 1) // 2) if 0 < size < num_layers} - {n})
 
 
@@ -54,23 +39,14 @@ def choose_size(
     left: Callable[[int], float],
     left_at_least: Callable[[int], float],
 ) -> SizeChoice:
-    """Find how many layers are to go.
+    """Find how many layers of ``num_layers`` are to go, and why.
 
-    Args:
-        target: what is asked for.
-        num_layers: layers of the model, L.
-        lost: what the model loses without so many layers, after a quick patch, on texts that
-            choose; asked for no more sizes than it takes, and taken to grow with them.
-        left: what the best cut of so many layers leaves, in the unit of the target: parameters, the
-            share of the time of a token, or bytes.
-        left_at_least: what any cut of so many layers leaves, at least.
+    ``lost`` is what the model loses without so many layers, after a quick patch, on texts that
+    choose; it is called for no more sizes than it takes, and taken to grow with them. ``left`` is
+    what the best cut of so many layers leaves, in the unit of the target (parameters, the share of
+    the time of a token, or bytes), and ``left_at_least`` what any cut leaves at least.
 
-    Returns:
-        The number, and why.
-
-    Raises:
-        LayersError: the model cannot lose so many.
-        PlanError: no cut leaves so little, or the whole model has no more.
+    Raises as :func:`require_possible`.
     """
     require_possible(target, num_layers, left_at_least)
     n = target.size(num_layers)
@@ -91,12 +67,7 @@ def choose_size(
 def require_possible(
     target: Target, num_layers: int, left_at_least: Callable[[int], float]
 ) -> None:
-    """Refuse a target that no cut can do, as far as that is known before any is tried.
-
-    Args:
-        target: what is asked for.
-        num_layers: layers of the model, L.
-        left_at_least: what any cut of so many layers leaves, at least, in the unit of the target.
+    """Refuse a target that no cut can reach, as far as that is known before any is tried.
 
     Raises:
         LayersError: the model cannot lose so many.
@@ -132,7 +103,7 @@ class _Limit(NamedTuple):
         leaves: what a cut does that keeps to it.
         in_words: a value of it, in words.
         has: what a model does that has so much, a value to follow.
-        option: where it was asked for.
+        option: that names it.
     """
 
     most: float
@@ -189,13 +160,8 @@ def knee(lost: Mapping[int, Difference]) -> SizeChoice:
 
     The line goes from no layer and no loss to the largest size (Satopää et al. 2011, Kneedle,
     without smoothing; as both axes are only scaled, the distance is measured along the losses).
-
-    Args:
-        lost: what the model loses, by the number of layers that go; one at least.
-
-    Returns:
-        The knee, with what a layer costs before it and behind it; of a curve that nowhere lies
-        below the line, its least size.
+    The reason names what a layer costs before the knee and behind it. Of a curve that nowhere lies
+    below the line it is the least size.
     """
     sizes = sorted(lost)
     end = sizes[-1]

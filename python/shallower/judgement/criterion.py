@@ -1,12 +1,16 @@
-"""Criterion: what says which layers to drop."""
+"""Criterion: what says which layers to drop, by costs or by a search over sets of layers."""
 
-from abc import ABC
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from ..errors import CostsError
+from ..progress import Advance, track
 from ..values.costs import Costs
+from ..values.layers import blocks_of, check_sizes, dropped_layers
 from ..values.plan import Plan
+from .racing import ALPHA
 from .subject import Subject
 
 
@@ -48,17 +52,78 @@ class Criterion(ABC):
         raise CostsError(f"the criterion {self.name} searches over sets of layers: it has no costs")
 
     def plans(self, subject: Subject) -> Mapping[int, Plan]:
-        """Choose layers, for every size that the subject is asked for.
+        """Choose layers, for each of ``subject.sizes``.
 
         Args:
             subject: the model and its texts.
 
         Returns:
-            A plan for each of ``subject.sizes``, whose ``metric`` is the name of the criterion;
-            those that cannot be are left out.
+            Plans by size whose ``metric`` is the name of the criterion; sizes that cannot be are
+            left out.
 
         Raises:
             CostsError: no block of a size was measured.
         """
-        costs = subject.meter.shared(("costs", self.name), lambda: self.costs(subject))
+        costs = subject.shared(("costs", self.name), lambda: self.costs(subject))
         return {n: costs.cheapest(n) for n in subject.sizes}
+
+    def layer_forwards(self, subject: Subject) -> int:
+        """Count the layers that the criterion runs by itself, times texts, beside its trials.
+
+        What it shares with other criteria counts in full. Cuts that it judges by
+        ``subject.trials`` are counted where they are judged.
+
+        Args:
+            subject: the model and its texts.
+
+        Returns:
+            The count; a backward counts as two forwards. 0 by default.
+        """
+        return 0
+
+
+class Search(Criterion):
+    """A criterion that finds the layers to drop for one size at a time.
+
+    Attributes:
+        strategy: a row of ``STRATEGIES``.
+        judged: whether the set that was found is judged on all items, for the score of its plan.
+        alpha: of races, as for :func:`race`.
+    """
+
+    strategy: ClassVar[str] = "search"
+    judged: ClassVar[bool] = True
+    alpha: ClassVar[float] = ALPHA
+
+    @abstractmethod
+    def search(self, subject: Subject, n: int, advance: Advance) -> Iterable[int]:
+        """Find ``n`` layers to drop, in any order, at least 1 and fewer than there are.
+
+        What is found does not depend on ``subject.sizes``; ``advance`` is of a bar of
+        :meth:`steps`.
+        """
+
+    def steps(self, _subject: Subject, _n: int) -> int:
+        """Count the steps of a bar for :meth:`search`, at most."""
+        return 1
+
+    def plans(self, subject: Subject) -> Mapping[int, Plan]:
+        """Search for each of ``subject.sizes``.
+
+        A plan of a single block has the score of the judge, its mean over all items with its
+        error. A LayersError refuses a size that the model cannot lose.
+        """
+        check_sizes(subject.sizes, subject.num_layers)
+        return {n: self._plan(subject, n) for n in subject.sizes}
+
+    def _plan(self, subject: Subject, n: int) -> Plan:
+        steps = self.steps(subject, n)
+        with track(f"{self.name}, n = {n}", steps, subject.progress) as advance:
+            found = dropped_layers(subject.num_layers, self.search(subject, n, advance))
+        blocks = blocks_of(found)
+        if self.judged and len(blocks) == 1:
+            scores = subject.trials.scores(found)
+            blocks = (replace(blocks[0], score=scores.mean, stderr=scores.stderr),)
+        return Plan(
+            subject.num_layers, blocks, self.strategy, self.name, model=subject.decoder.identity
+        )

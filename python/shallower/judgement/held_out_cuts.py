@@ -1,7 +1,7 @@
 """HeldOutCuts: cuts of one model on the texts that report, which no criterion has seen."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,38 +16,16 @@ from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.schema import finite
 from ..values.scores import Scores
-from .judges.judge import Judge
-from .judges.loss import LossJudge
-from .trials import Journal, Trials
-from .work import Meter
+from .judges.judge import Judge, LossJudge
+from .trials import Store, Trials
 
 TRUTH_ITEMS = 32
 """Texts on which the true losses without single layers are measured, at most."""
 
 
 def judge_inputs(judge: Judge) -> dict[str, Any]:
-    """Tell what the records of a judge's trials depend on beside the model and the items.
-
-    Args:
-        judge: of items that are known by a name of their own.
-
-    Returns:
-        Plain JSON values: its name, and how the items are divided among looks.
-    """
+    """What the records of a judge's trials depend on beside the model and the items."""
     return {"judge": judge.name, "looks": [len(items) for items in judge.items]}
-
-
-class Store(Protocol):
-    """Results of one model that outlive the process."""
-
-    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Give what was put under the same kind and inputs; None if there is nothing."""
-
-    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-        """Keep a result, whole or not at all."""
-
-    def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
-        """Open a journal; None if nothing is kept."""
 
 
 class HeldOutCuts:
@@ -85,17 +63,10 @@ class HeldOutCuts:
 
     def _trials(self, judge: Judge) -> Trials:
         journal = self.store.journal("trials", {"items": self.texts, **judge_inputs(judge)})
-        return Trials(self.model, judge, meter=Meter(), journal=journal)
+        return Trials(self.model, judge, journal=journal)
 
     def compared(self, name: str) -> ComparedModel:
-        """Measure the whole model.
-
-        Args:
-            name: of the model.
-
-        Returns:
-            Its loss, and its accuracy beside that of a guess where the judge knows right answers.
-        """
+        """Measure the whole model, which has that name."""
         judge, decoder = self.scores.judge, self.model.head.decoder
         return ComparedModel(
             name, len(self.model), self.loss(self.losses.scores(())), self._single_layers or (),
@@ -104,21 +75,13 @@ class HeldOutCuts:
         )  # fmt: skip
 
     def loss(self, scores: Scores) -> Loss:
-        """Give the scores of a model on the texts that report as a loss, known by text.
-
-        Args:
-            scores: of all these texts, by :class:`LossJudge`.
-
-        Returns:
-            The loss.
-        """
+        """Give the scores of all texts that report, by :class:`LossJudge`, as a loss."""
         return _as_loss(scores, self.model, self._num_rejected)
 
     def single_layers(self) -> tuple[float, ...]:
-        """Measure the true loss without each single layer, on some of the texts.
+        """Measure the true loss without each single layer, (L,) nats a token.
 
-        Returns:
-            (L,) nats a token, on the first batches of at least ``TRUTH_ITEMS`` texts.
+        It is on the first batches of at least ``TRUTH_ITEMS`` texts.
         """
         if self._single_layers is not None:
             return self._single_layers
@@ -131,22 +94,13 @@ class HeldOutCuts:
     def patched(
         self, patch: QuickPatch, plan: Plan, *, fitted: str, looks: int | None = None
     ) -> Scores | str:
-        """Measure the loss of a cut after a quick patch.
+        """Measure the loss of a cut after a quick patch, on the first ``looks`` batches or all.
 
-        Args:
-            patch: of the model, on texts that fit.
-            plan: the cut.
-            fitted: identity of those texts, for the store.
-            looks: measure on the texts of the first so many batches only.
-
-        Returns:
-            The scores by text, NaN for those that were not looked at; a sentence that says why
-            where the cut cannot be patched.
-
-        Raises:
-            ModelError: a score is not finite.
+        ``fitted`` is the identity of the texts that the patch is fitted on, for the store. Gives
+        the scores by text, NaN for those that were not looked at; a sentence that says why where
+        the cut cannot be patched.
         """
-        looks = self.losses.num_looks if looks is None else min(looks, self.losses.num_looks)
+        looks = len(self.losses.first(looks))
         key = fitted, plan.dropped, looks
         if key not in self._patched:
             self._patched[key] = self._measure_patched(patch, plan, fitted, looks)
@@ -175,7 +129,7 @@ class HeldOutCuts:
         return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
 
     def _judged(self, dropped: Sequence[int], looks: int, *, unchanged: int) -> NDArray[np.float64]:
-        """Judge a cut of a model whose first layers alone, so many, are those the trials know."""
+        """Judge a cut of a model whose first ``unchanged`` layers are those the trials know."""
         judge, sums = self.losses.judge, np.full(self.losses.judge.num_items, np.nan)
         for index, items in enumerate(judge.items[:looks]):
             sums[items] = self.losses.judge_changed(dropped, index, unchanged=unchanged)
@@ -183,20 +137,11 @@ class HeldOutCuts:
 
 
 def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:
-    """Measure the loss of a model with the layers that it has now, as a held_out would.
+    """Measure the loss of a model with the layers that it has now: cut, patched or healed maybe.
 
-    Args:
-        model: cut, patched or healed maybe.
-        judge: of the texts that report.
-        num_rejected: texts with fewer than two tokens, beside them.
-
-    Returns:
-        The loss, known by text.
-
-    Raises:
-        ModelError: a loss is not finite.
+    ``num_rejected`` texts have fewer than two tokens.
     """
-    return _as_loss(Trials(model, judge, meter=Meter()).scores(()), model, num_rejected)
+    return _as_loss(Trials(model, judge).scores(()), model, num_rejected)
 
 
 def _as_loss(scores: Scores, model: Layerwise, num_rejected: int) -> Loss:

@@ -27,7 +27,7 @@ TOKENS_RUN = 8192
 no text counts too much."""
 
 HELD_OUT_TEXTS = 4
-"""Every so-manieth text is held out."""
+"""Every k-th text is held out."""
 
 MASSIVE = 10.0
 """Medians of the norms of a state beyond which a token carries massive activations."""
@@ -56,16 +56,9 @@ class KeptTokens:
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> "KeptTokens":
-        """Choose tokens.
+        """Choose tokens of batches that are padded on the right.
 
-        Args:
-            batches: padded on the right.
-
-        Returns:
-            The tokens.
-
-        Raises:
-            CriterionError: there is no token to fit, or fewer than two texts to hold out.
+        A CriterionError says that there is no token to fit, or fewer than two texts to hold out.
         """
         lengths = np.concatenate([batch.attention_mask.sum(axis=1) for batch in batches])
         share = min(1.0, TOKENS_RUN / lengths.sum())
@@ -107,15 +100,7 @@ class KeptTokens:
         return sum(len(batch) for batch in self.batches)
 
     def only(self, fitted: NDArray[np.bool_], held_out: NDArray[np.bool_]) -> "KeptTokens":
-        """Leave tokens out.
-
-        Args:
-            fitted: (N,), true at those tokens to fit that stay.
-            held_out: (M,), likewise.
-
-        Returns:
-            The others.
-        """
+        """Keep only the tokens to fit, (N,), and held out, (M,), at which these are true."""
         masks = (_narrowed(self.fitted, fitted), _narrowed(self.held_out, held_out))
         return KeptTokens(self.batches, *masks, self.texts[held_out])
 
@@ -158,14 +143,9 @@ class KeptStates:
         What is missing to x^(stop) at ``start`` is fitted by ridge regression: each input's
         penalty is F/N times its sum of squares, F inputs and N tokens.
 
-        Args:
-            start: l, the first layer of the blocks.
-            inputs: (N, F), at the tokens to fit.
-            held_out: the same at those held out.
-
-        Yields:
-            For stop = start + 1 .. L, 1 - R² on held-out text by text: the squared length of
-            what is missing after the map, over the spread of x^(stop).
+        Yields for stop = start + 1 .. L the 1 - R² on held-out text by text: the squared length of
+        what is missing after the map, over the spread of x^(stop). ``inputs`` are (N, F) at the
+        tokens to fit, ``held_out`` the same at those held out.
         """
         solved = _predictor(inputs, held_out)
         for stop in range(start + 1, len(self.fitted)):
@@ -199,18 +179,10 @@ def _predictor(inputs: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
 def kept_states(subject: Subject) -> KeptStates:
     """Run the texts that fit and keep states of all layers, once for all criteria.
 
-    Args:
-        subject: the model and its texts.
-
-    Returns:
-        The states.
-
-    Raises:
-        CriterionError: too few texts.
-        ModelError: more than the residual stream goes from layer to layer, or a state is not
-            finite.
+    A CriterionError refuses too few texts; a ModelError says that more than the residual stream
+    goes from layer to layer, or that a state is not finite.
     """
-    return subject.meter.shared("kept_states", lambda: _kept_states(subject))
+    return subject.shared("kept_states", lambda: _kept_states(subject))
 
 
 def _kept_states(subject: Subject) -> KeptStates:
@@ -225,7 +197,6 @@ def _kept_states(subject: Subject) -> KeptStates:
                 for kept, masks in zip(found, (tokens.fitted, tokens.held_out), strict=True):
                     kept.append(rows(states, masks[index]).to(subject.decoder.device))
             advance(len(batch))
-    subject.meter.ran(subject.num_layers, tokens.num_texts + 2)
     fitted, held_out = ([torch.cat(found[i]) for found in parts] for i in range(2))
     plain, plain_held = _without_massive(fitted, held_out)
     tokens = tokens.only(plain, plain_held)

@@ -1,37 +1,39 @@
-"""Proposals: cuts of one size that several criteria and searches would make."""
+"""Proposals: cuts of one size that several criteria and a search of neighbours would make."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ..errors import CacheError, CostsError, OutputError
+from ..errors import CacheError, CostsError, OutputError, one_sentence
 from ..values.costs import Costs
 from ..values.layers import blocks_of
-from .contest import one_sentence
-from .criteria.angular import Angular
-from .criteria.block_influence import BlockInfluence
-from .criteria.cka import LinearCka
-from .criteria.magnitude import Magnitude
-from .criteria.relative_l2 import RelativeL2
-from .criteria.xmerge import XMerge
+from .criteria.layer_change import BlockInfluence, Magnitude, XMerge
+from .criteria.similarity import Angular, LinearCka, RelativeL2
 from .criterion import Criterion
-from .held_out_cuts import Store
 from .stored_costs import recalled_costs, recorded_costs
 from .subject import Subject
 from .token_states import evenly
-from .work import Work
+from .trials import Store
 
 Cut = frozenset[int]
 
 PROPOSERS: tuple[Criterion, ...] = (
-    Angular(), RelativeL2(), LinearCka(), BlockInfluence(), Magnitude(), XMerge(),
-)  # fmt: skip
+    Angular(),
+    RelativeL2(),
+    LinearCka(),
+    BlockInfluence(),
+    Magnitude(),
+    XMerge(),
+)
 """Criteria that propose: by two passes over some texts, without a head."""
 
 PROPOSING_TEXTS = 8
 """Texts that the criteria look at, evenly over those that fit."""
+
+TRIED = 8
+"""Exchanges of a step that are judged: those that are guessed to be the best."""
 
 
 @dataclass
@@ -50,51 +52,57 @@ class Proposals:
     max_blocks: int | None = None
 
     def allows(self, cut: Collection[int]) -> bool:
-        """Tell whether a cut has no more blocks than are allowed."""
+        """Whether a cut has no more blocks than are allowed."""
         return self.max_blocks is None or len(blocks_of(sorted(cut))) <= self.max_blocks
 
     def add(self, cut: Iterable[int], name: str) -> None:
-        """Take a cut in.
-
-        Args:
-            cut: the layers that go; one that is not allowed is left out.
-            name: of whoever proposes it.
-        """
+        """Add a cut that a criterion or a search of that name proposes, if it is allowed."""
         cut = frozenset(cut)
-        if self.allows(cut) and name not in (names := self.names.setdefault(cut, [])):
+        if self.allows(cut):
+            self.take(cut, name)
+
+    def take(self, cut: Cut, name: str) -> None:
+        """Add a cut whatever its blocks."""
+        if name not in (names := self.names.setdefault(cut, [])):
             names.append(name)
 
 
-def all_costs(subject: Subject, store: Store, *, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure the costs by every criterion that proposes, once for all sizes.
-
-    Args:
-        subject: the model and its texts; its meter is charged.
-        store: results that were measured before.
-        inputs: all that the costs depend on beside the model.
-
-    Returns:
-        By name the costs; or a sentence that says why there are none.
-    """
+def proposing_texts(subject: Subject) -> Subject:
+    """The subject on the texts that criteria look at to propose."""
     batches = evenly(subject.batches, PROPOSING_TEXTS)
-    some = replace(subject, batches=batches, progress=False)
-    names = [criterion.name for criterion in PROPOSERS]
+    return replace(subject, batches=batches, progress=False, made={})
+
+
+def proposing_layers(subject: Subject) -> int:
+    """Count the layers that all of ``PROPOSERS`` run together, times texts: two passes."""
+    some = proposing_texts(subject)
+    return Angular().layer_forwards(some) + BlockInfluence().layer_forwards(some)
+
+
+def all_costs(
+    subject: Subject, store: Store, *, inputs: Mapping[str, Any]
+) -> dict[str, Costs | str]:
+    """Measure the costs by every criterion that proposes, by name, once for all sizes.
+
+    A sentence stands where there are none. ``inputs`` are all that the costs depend on beside the
+    model.
+    """
+    return subject.shared("proposing", lambda: _all_costs(subject, store, inputs))
+
+
+def _all_costs(subject: Subject, store: Store, inputs: Mapping[str, Any]) -> dict[str, Costs | str]:
+    some, names = proposing_texts(subject), [criterion.name for criterion in PROPOSERS]
     inputs = {"criteria": names, "num_texts": PROPOSING_TEXTS, **inputs}
     known = store.get("proposing", inputs)
     if known is not None:
-        found = {
+        return {
             name: one if isinstance(one, str) else recalled_costs(one, some)
             for name, one in known["costs"].items()
         }
-        work = Work(known["layer_forwards"], known["seconds"])
-        subject.meter.recall("proposing", found, work)
-    else:
-        with subject.meter.account() as work:
-            found = subject.meter.shared("proposing", lambda: dict(_measured(some)))
-        kept = {k: one if isinstance(one, str) else recorded_costs(one) for k, one in found.items()}
-        done = {"layer_forwards": work.layer_forwards, "seconds": work.seconds}
-        store.put("proposing", inputs, {"costs": kept, **done})
-    return subject.meter.shared("proposing", lambda: found)
+    found = dict(_measured(some))
+    kept = {k: one if isinstance(one, str) else recorded_costs(one) for k, one in found.items()}
+    store.put("proposing", inputs, {"costs": kept})
+    return found
 
 
 def _measured(subject: Subject) -> Iterator[tuple[str, Costs | str]]:
@@ -108,67 +116,74 @@ def _measured(subject: Subject) -> Iterator[tuple[str, Costs | str]]:
             yield criterion.name, one_sentence(error)
 
 
-def propose(
-    proposals: Proposals, costs: Mapping[str, Costs | str], n: int, *, base: Cut, top: int
-) -> None:
-    """Let every criterion propose.
-
-    Args:
-        proposals: that are added to.
-        costs: by name, of :func:`all_costs`.
-        n: layers that go, with those of ``base``.
-        base: layers that are gone already.
-        top: the best so many blocks of each criterion.
-    """
+def propose(proposals: Proposals, costs: Mapping[str, Costs | str], n: int, *, top: int) -> None:
+    """Add what every criterion proposes of ``n`` layers: its ``top`` best blocks and best sets."""
     for name, one in costs.items():
         if isinstance(one, str):
             proposals.failed[name] = one
             continue
-        found = _cheapest_windows(one, n, base=base, top=top)
-        found += _cheapest_sets(one, n, base=base, max_blocks=proposals.max_blocks)
+        found = _cheapest_blocks(one, n, top=top)
+        found += _cheapest_sets(one, n, max_blocks=proposals.max_blocks)
         for cut in found:
-            if len(cut) == n:
-                proposals.add(cut, name)
+            proposals.add(cut, name)
 
 
-def windows(num_layers: int, n: int, *, base: Cut = frozenset()) -> list[Cut]:
-    """List the cuts whose layers, beside those of the base, are neighbours once it is gone.
-
-    Args:
-        num_layers: L.
-        n: layers that go, with those of ``base``.
-        base: layers that are gone already.
-
-    Returns:
-        The cuts, by their first layer.
-    """
-    left = [layer for layer in range(num_layers) if layer not in base]
-    more = n - len(base)
-    return [base.union(left[i : i + more]) for i in range(len(left) - more + 1)]
+def contiguous(num_layers: int, n: int) -> list[Cut]:
+    """List the cuts of one block, by their first layer."""
+    return [frozenset(range(start, start + n)) for start in range(num_layers - n + 1)]
 
 
-def _cheapest_windows(costs: Costs, n: int, *, base: Cut, top: int) -> list[Cut]:
-    """The cheapest of :func:`windows`; a cut costs what its blocks do together."""
+def _cheapest_blocks(costs: Costs, n: int, *, top: int) -> list[Cut]:
     ranked = []
-    for number, cut in enumerate(windows(costs.num_layers, n, base=base)):
-        cost = sum(float(costs.blocks[b.start, b.stop]) for b in blocks_of(sorted(cut)))
+    for start, cut in enumerate(contiguous(costs.num_layers, n)):
+        cost = float(costs.blocks[start, start + n])
         if np.isfinite(cost):
-            ranked.append((cost, number, cut))
+            ranked.append((cost, start, cut))
     return [cut for _, _, cut in sorted(ranked, key=lambda one: one[:2])[:top]]
 
 
-def _cheapest_sets(costs: Costs, n: int, *, base: Cut, max_blocks: int | None) -> Iterator[Cut]:
+def _cheapest_sets(costs: Costs, n: int, *, max_blocks: int | None) -> Iterator[Cut]:
     """The cheapest cut of at most two blocks, and that of as many as there may be."""
-    if base:
-        if costs.of_single_layers:
-            values = costs.blocks.diagonal(1)
-            order = [int(layer) for layer in np.argsort(values, kind="stable")]
-            left = [layer for layer in order if layer not in base and np.isfinite(values[layer])]
-            yield base.union(left[: n - len(base)])
-        return
     most = n if max_blocks is None else min(n, max_blocks)
     for blocks in sorted({min(2, most), most}):
         try:
             yield frozenset(costs.best_plan(n, blocks).dropped)
         except CostsError:
             return  # too few blocks were measured
+
+
+def exchanges(
+    score: Callable[[Cut], float],
+    guess: Callable[[Cut], float],
+    start: Cut,
+    *,
+    num_layers: int,
+    allows: Callable[[Cut], bool],
+    goes_on: Callable[[], bool],
+) -> Iterator[Cut]:
+    """Search for a better cut of as many layers: one that is gone exchanged for one that stays.
+
+    There are n (L - n) exchanges. What one is worth is guessed by the sum of its halves: the
+    score with the one layer back and that without the other one too, L trials in all. The most
+    promising are judged, and the search goes on from the best of them as long as it gains.
+
+    Yields every cut that was judged. ``score`` is of a cut, infinity for one that cannot be judged;
+    ``guess`` the same of fewer items; ``goes_on`` decides before each step.
+    """
+    best, tried = start, {start}
+    while len(best) + 1 < num_layers and goes_on():
+        here = score(best)
+        back = {layer: guess(best - {layer}) for layer in sorted(best)}
+        stays = [layer for layer in range(num_layers) if layer not in best]
+        out = {layer: guess(best | {layer}) for layer in reversed(stays)}
+        guesses = sorted((back[i] + out[j], i, j) for i in back for j in out)
+        cuts = [best - {i} | {j} for _, i, j in guesses]
+        cuts = [cut for cut in cuts if cut not in tried and allows(cut)][:TRIED]
+        for cut in cuts:
+            tried.add(cut)
+            score(cut)
+            yield cut
+        better = [cut for cut in cuts if score(cut) < here]
+        if not better:
+            return
+        best = min(better, key=score)

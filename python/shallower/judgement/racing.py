@@ -43,19 +43,9 @@ def race(
 
     After each look those cuts are lost whose mean on what was seen so far is worse than that of
     another one by more than chance: see :func:`lost`. So the cut that is best on all items wins
-    with a probability of at least ``1 - alpha``.
-
-    Args:
-        trials: that judge.
-        cuts: at least one; the layers that each drops.
-        alpha: the probability of losing the best, at most; 0 judges all cuts on all items.
-        advance: of a bar of as many steps as there are cuts times looks.
-
-    Returns:
-        The winner, and the scores of all.
-
-    Raises:
-        ModelError: a score is not finite.
+    with a probability of at least ``1 - alpha``; with ``alpha`` 0 all cuts are judged on all items.
+    The bar has as many steps as there are cuts times looks. A ModelError says that a score is not
+    finite.
     """
     dropped = [frozenset(cut) for cut in cuts]
     order = sorted(range(len(cuts)), key=lambda number: trials.path(dropped[number]))
@@ -85,7 +75,7 @@ def race(
 def lost(
     sums: NDArray[np.float64], weights: NDArray[np.float64], alpha: float
 ) -> NDArray[np.bool_]:
-    """Tell which cuts are worse than another one on the items seen, by more than chance.
+    """Find the cuts that are worse than another one on the items seen, by more than chance.
 
     Of the cuts b and j and s items of S, with the difference ``d`` of their means and its paired
     variance ``v`` (both as of ratios), b is lost if ``d > t · sqrt(v' · (1 - f))``. The variance
@@ -95,13 +85,9 @@ def lost(
     ``1 - f`` corrects for a finite population (Cochran, Sampling Techniques, §2.6): what is
     estimated is the mean over the S items, in whose order there is no system.
 
-    Args:
-        sums: (K, S), the sums over items, NaN for those that were not seen, the same of all cuts.
-        weights: (S,), what the items count.
-        alpha: of a single comparison.
-
-    Returns:
-        (K,), true for the lost. One is left at least.
+    ``sums`` are (K, S) over the items, NaN for those that were not seen, the same of all cuts;
+    ``weights`` (S,) what the items count; ``alpha`` is of a single comparison. The result, (K,), is
+    true for the lost; one is left at least.
     """
     seen = np.isfinite(sums).all(axis=0)
     sums, counts, degrees = sums[:, seen], weights[seen], int(seen.sum()) - 1
@@ -130,15 +116,9 @@ def common_variance(variances: NDArray[np.float64], degrees: int) -> tuple[float
     """Estimate the distribution that variances come from, by their logarithms (Smyth 2004, §6.2).
 
     A variance is ``v0 d0 / chi²(d0)``, and an estimate of it has ``degrees`` of its own: then the
-    logarithms of the estimates have the variance ``trigamma(degrees/2) + trigamma(d0/2)``.
-
-    Args:
-        variances: estimates.
-        degrees: their degrees of freedom.
-
-    Returns:
-        d0, the degrees of freedom that the others add to each of them, and v0; d0 is 0 where there
-        are not two estimates, and between 0.1 and 1000 else.
+    logarithms of the estimates have the variance ``trigamma(degrees/2) + trigamma(d0/2)``. Gives
+    d0, the degrees of freedom that the others add to each of them, and v0; d0 is 0 where there are
+    not two estimates, and between 0.1 and 1000 else.
     """
     logs = np.log(variances[variances > 0])
     if len(logs) < 2:

@@ -1,7 +1,9 @@
 """Costs and choices by a criterion, found once and kept in the store of results."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,39 +16,51 @@ from ..values.positions import Positions
 from ..values.schema import read
 from .criteria import is_built_in
 from .criterion import Criterion
-from .held_out_cuts import Store
 from .subject import Subject
-from .work import Work
+from .trials import Store
+
+
+@dataclass(slots=True)
+class Work:
+    """What a part of a choice took.
+
+    Attributes:
+        layer_forwards: layers run, times texts, in trials, as if no trial had been before.
+        seconds: wall time, in which nothing is made that was there before.
+    """
+
+    layer_forwards: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the work as plain JSON values."""
+        return {"layer_forwards": self.layer_forwards, "seconds": self.seconds}
+
+
+@contextmanager
+def _measured(subject: Subject) -> Iterator[Work]:
+    """Measure the body; its work is complete when it has ended."""
+    work, started = Work(), time.perf_counter()
+    with subject.trials.counted() as count:
+        yield work
+    work.layer_forwards, work.seconds = count.layer_forwards, time.perf_counter() - started
 
 
 def stored_costs(
     criterion: Criterion, subject: Subject, store: Store, *, inputs: Mapping[str, Any]
-) -> Costs:
-    """Measure the costs by a criterion, or give what was measured before.
+) -> tuple[Costs, Work]:
+    """Measure the costs by a criterion, or give what was measured before, with what they took.
 
-    Args:
-        criterion: one that has costs; of those of others than this package nothing is kept.
-        subject: the model and its texts; its meter knows the work from then on.
-        store: results that were measured before.
-        inputs: all that the costs depend on beside the model.
-
-    Returns:
-        The costs.
-
-    Raises:
-        CriterionError: the criterion gives something else.
+    ``inputs`` are all that the costs depend on beside the model. Of a criterion from outside this
+    package nothing is kept. A CriterionError says that it gives something else.
     """
-    key, kept = ("costs", criterion.name), is_built_in(criterion)
+    name, kept = ("costs", criterion.name), is_built_in(criterion)
     known = store.get("costs", inputs) if kept else None
     if known is not None:
-        costs, work = (
-            recalled_costs(known, subject),
-            Work(known["layer_forwards"], known["seconds"]),
-        )
-        subject.meter.recall(key, costs, work)
-        return costs
-    with subject.meter.account() as work:
-        costs = subject.meter.shared(key, lambda: criterion.costs(subject))
+        costs = subject.shared(name, lambda: recalled_costs(known, subject))
+        return costs, Work(known["layer_forwards"], known["seconds"])
+    with _measured(subject) as work:
+        costs = subject.shared(name, lambda: criterion.costs(subject))
     size = subject.num_layers + 1
     if not isinstance(costs, Costs) or costs.blocks.shape != (size, size):
         raise CriterionError(
@@ -54,34 +68,22 @@ def stored_costs(
             f"costs() to give Costs of as many"
         )
     if kept:
-        done = {"layer_forwards": work.layer_forwards, "seconds": work.seconds}
-        store.put("costs", inputs, {**recorded_costs(costs), **done})
-    return costs
+        store.put("costs", inputs, {**recorded_costs(costs), **work.to_json()})
+    return costs, work
 
 
 def stored_choice(
     criterion: Criterion, subject: Subject, n: int, *, store: Store, inputs: Mapping[str, Any]
 ) -> tuple[Plan, Work]:
-    """Let a criterion choose, or give what it chose before.
+    """Let a criterion choose ``n`` layers, or give what it chose before, with what that took.
 
-    Args:
-        criterion: that chooses; of those of others than this package nothing is kept.
-        subject: the model and its texts.
-        n: layers that go.
-        store: results that were found before.
-        inputs: all that the choice depends on beside the model and ``n``.
-
-    Returns:
-        The layers to drop, and the work of finding them.
-
-    Raises:
-        CriterionError: the criterion gives something else.
+    Otherwise as :func:`stored_costs`.
     """
     inputs, kept = {"n": n, **inputs}, is_built_in(criterion)
     known = store.get("choice", inputs) if kept else None
     if known is not None:
         return Plan.from_json(known["plan"]), Work(known["layer_forwards"], known["seconds"])
-    with subject.meter.account() as work:
+    with _measured(subject) as work:
         plans = criterion.plans(replace(subject, sizes=(n,)))
     plan = plans.get(n) if isinstance(plans, Mapping) else None
     if not isinstance(plan, Plan) or plan.num_layers != subject.num_layers:
@@ -94,20 +96,12 @@ def stored_choice(
             f"the criterion {criterion.name} drops {len(plan.dropped)} layers: expected {n}"
         )
     if kept:
-        done = {"plan": plan.to_json(), "layer_forwards": work.layer_forwards}
-        store.put("choice", inputs, {**done, "seconds": work.seconds})
+        store.put("choice", inputs, {"plan": plan.to_json(), **work.to_json()})
     return plan, work
 
 
 def recorded_costs(costs: Costs) -> dict[str, Any]:
-    """Give costs as plain JSON values.
-
-    Args:
-        costs: of any criterion, without samples.
-
-    Returns:
-        What :func:`recalled_costs` reads.
-    """
+    """Give costs, without samples, as plain JSON values."""
     return {
         "metric": costs.metric,
         "strategy": costs.strategy,
@@ -125,23 +119,16 @@ def _plain(values: NDArray[np.float64]) -> list[list[float | None]]:
 
 
 def recalled_costs(known: Mapping[str, Any], subject: Subject) -> Costs:
-    """Read costs that were recorded, of the same model and texts.
-
-    Args:
-        known: what :func:`recorded_costs` gave.
-        subject: the model and its texts.
-
-    Returns:
-        The costs, bit for bit.
-    """
+    """Read costs that were recorded of the same model and texts, bit for bit."""
     blocks = np.array(known["blocks"], np.float64)
     stderr = None if known["stderr"] is None else np.array(known["stderr"], np.float64)
     options: dict[str, Any] = {
-        "metric": known["metric"], "strategy": known["strategy"],
+        "metric": known["metric"],
+        "strategy": known["strategy"],
         "model": subject.decoder.identity if known["model"] else None,
         "texts": subject.texts if known["texts"] else (),
         "positions": read(Positions | None, known["positions"]),
-    }  # fmt: skip
+    }
     if not known["of_single_layers"]:
         return Costs.of_blocks(blocks, stderr=stderr, **options)
     errors = None if stderr is None else stderr.diagonal(1)

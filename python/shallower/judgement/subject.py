@@ -1,17 +1,17 @@
 """Subject: the model and the texts that criteria look at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-
-from transformers import PreTrainedTokenizerBase
+from typing import TypeVar, cast
 
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..texts.batches import Batch
 from ..values.identity import TextsIdentity
 from .trials import Trials
-from .work import Meter
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -20,25 +20,23 @@ class Subject:
 
     Attributes:
         decoder: the whole model. A criterion leaves it as it is.
-        tokenizer: its tokenizer.
         batches: the texts that fit: what similarity is measured on, and maps are solved on.
         trials: cuts judged on the texts that choose.
         sizes: how many layers are to go, ascending.
         texts: identity of the texts that fit.
         seed: of whatever is drawn.
-        meter: the accounts of work; every run of layers beside ``trials`` is noted in it.
         progress: bars with ETA on standard error; by default if that is a terminal.
+        made: what several criteria need, by name, as :meth:`shared` has made it.
     """
 
     decoder: Decoder
-    tokenizer: PreTrainedTokenizerBase
     batches: Sequence[Batch]
     trials: Trials
     sizes: Sequence[int]
     texts: tuple[TextsIdentity, ...] = ()
     seed: int = 0
-    meter: Meter = field(default_factory=Meter)
     progress: bool | None = None
+    made: dict[Hashable, object] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -54,3 +52,9 @@ class Subject:
     def layerwise(self) -> Layerwise:
         """The model as layers that can be run by themselves."""
         return self.trials.model
+
+    def shared(self, name: Hashable, make: Callable[[], Value]) -> Value:
+        """Make what several criteria need once; the same object each time."""
+        if name not in self.made:
+            self.made[name] = make()
+        return cast(Value, self.made[name])

@@ -20,6 +20,9 @@ from .subject import Subject
 
 ALL_TOKENS = Positions("all", 0)
 
+PROBED = 2
+"""Forwards of one text by which a model is checked before it is run layer by layer."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerChanges:
@@ -37,15 +40,7 @@ class LayerChanges:
 
 
 def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
-    """Take some texts, evenly over all.
-
-    Args:
-        batches: padded on the right.
-        num_texts: how many at most.
-
-    Returns:
-        Batches of those texts, in the same order and no longer than they are.
-    """
+    """Take at most so many texts, evenly over all, in batches no longer than they are."""
     total = sum(len(batch) for batch in batches)
     wanted = np.linspace(0, total - 1, min(num_texts, total)).round().astype(int)
     found, start = [], 0
@@ -61,23 +56,11 @@ def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
     return found
 
 
-def states_of(
-    model: Layerwise, batch: Batch, layers: Sequence[int] | None = None
-) -> Iterator[torch.Tensor]:
-    """Run a model on a batch, layer by layer.
-
-    Args:
-        model: whose layers can be run by themselves.
-        batch: of token ids.
-        layers: those that a cut has left, ascending; all by default.
-
-    Yields:
-        x^(0) and the states behind each of the layers, (B, T, D) each, on the device where it was
-        made.
-    """
+def states_of(model: Layerwise, batch: Batch) -> Iterator[torch.Tensor]:
+    """Run a model layer by layer: x^(0) and the states behind each layer, (B, T, D) each."""
     states = model.embed(batch)
     yield states
-    for layer in range(len(model)) if layers is None else layers:
+    for layer in range(len(model)):
         states = model.run(batch, states, (layer,))
         yield states
 
@@ -85,85 +68,49 @@ def states_of(
 def layer_changes(subject: Subject) -> LayerChanges:
     """Sum what every layer does to all tokens, once for all criteria.
 
-    Args:
-        subject: the model and its texts.
-
-    Returns:
-        The sums over each text, without those that have a state of NaN, infinity or only zeros,
-        which are counted and named with a warning.
-
-    Raises:
-        StatesError: no text is left.
-        ModelError: more than the residual stream goes from layer to layer.
+    Texts that have a state of NaN, infinity or only zeros are left out, counted and named with a
+    warning. A StatesError says that no text is left; a ModelError, that more than the residual
+    stream goes from layer to layer.
     """
-    return subject.meter.shared("layer_changes", lambda: _layer_changes(subject))
+    return subject.shared("layer_changes", lambda: _layer_changes(subject))
 
 
 def layer_costs(
     subject: Subject, values: NDArray[np.float64], tokens: NDArray[np.float64], *, metric: str
 ) -> Costs:
-    """Make costs of layers from sums over texts.
+    """Make costs of layers: means over all tokens, with errors clustered by text.
 
-    Args:
-        subject: the model and its texts.
-        values: (L, S), the sum over the tokens of a text.
-        tokens: (S,), how many those are.
-        metric: name of the criterion.
-
-    Returns:
-        The means over all tokens, with errors clustered by text.
+    ``values`` are sums over the tokens of a text, (L, S), and ``tokens`` how many those are, (S,).
     """
     scores = [Scores(of_layer, tokens) for of_layer in values]
     return Costs.of_layers(
-        [score.mean for score in scores], stderr=[score.stderr for score in scores],
-        metric=metric, model=subject.decoder.identity, texts=subject.texts, positions=ALL_TOKENS,
-    )  # fmt: skip
+        [score.mean for score in scores],
+        stderr=[score.stderr for score in scores],
+        metric=metric,
+        model=subject.decoder.identity,
+        texts=subject.texts,
+        positions=ALL_TOKENS,
+    )
 
 
 def _layer_changes(subject: Subject) -> LayerChanges:
-    model = subject.layerwise
-    model.check(subject.batches[0].split(1)[0])
+    model, batches = subject.layerwise, subject.batches
+    model.check(batches[0].split(1)[0])
     sums: list[NDArray[np.float64]] = []
     with track("all tokens", subject.num_texts, subject.progress) as advance:
-        for batch in subject.batches:
-            sums.append(changes_in(batch, states_of(model, batch)))
+        for batch in batches:
+            sums.append(_changes_in(batch, states_of(model, batch)))
             advance(len(batch))
-    subject.meter.ran(subject.num_layers, subject.num_texts + 2)
-    return changes_of(subject.batches, sums)
-
-
-def changes_of(batches: Sequence[Batch], sums: Sequence[NDArray[np.float64]]) -> LayerChanges:
-    """Join the sums of batches.
-
-    Args:
-        batches: whose they are.
-        sums: of :func:`changes_in`.
-
-    Returns:
-        The sums over each text; one that has a state of NaN, infinity or only zeros is left out,
-        with a warning.
-
-    Raises:
-        StatesError: no text is left.
-    """
     cosines, magnitudes = np.concatenate(sums, axis=2)
-    tokens = np.concatenate([b.attention_mask.sum(axis=1) for b in batches]) * 1.0
+    tokens = np.concatenate([batch.attention_mask.sum(axis=1) for batch in batches]) * 1.0
     texts = np.concatenate([batch.samples for batch in batches])
     kept = np.isfinite(cosines + magnitudes).all(axis=0)
     _report(texts[~kept], len(texts))
     return LayerChanges(cosines[:, kept], magnitudes[:, kept], tokens[kept])
 
 
-def changes_in(batch: Batch, run: Iterable[torch.Tensor]) -> NDArray[np.float64]:
-    """Sum what every layer does to the tokens of a batch.
-
-    Args:
-        batch: of token ids.
-        run: the states before the first layer and behind each, (B, T, D) each.
-
-    Returns:
-        (2, L, B): the cosines and the magnitudes, summed over the tokens of every text.
-    """
+def _changes_in(batch: Batch, run: Iterable[torch.Tensor]) -> NDArray[np.float64]:
+    """(2, L, B): the cosines and the magnitudes, summed over the tokens of every text."""
     lengths = batch.attention_mask.sum(axis=1).tolist()
     before: torch.Tensor | None = None
     found = []

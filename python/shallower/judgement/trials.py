@@ -1,24 +1,26 @@
 """Trials: cuts judged by skipping layers, never by copying or reloading the model."""
 
 import math
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CacheError, LayersError
-from ..memory.prefix_cache import Known, Prefixes
+from ..errors import CacheError, LayersError, PatchError
+from ..memory.prefix_cache import Prefixes
 from ..models.layerwise import Layerwise
+from ..patching.quick import QuickPatch
+from ..values.layers import blocks_of
+from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge
-from .work import Meter, Work
 
 
 class Journal(Protocol):
@@ -31,35 +33,66 @@ class Journal(Protocol):
         """Add a record, which is there whole after any death, or not at all."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """What came of a trial: its scores, and what they took where they were made."""
+class Store(Protocol):
+    """Results of one model that outlive the process."""
 
-    sums: NDArray[np.float64]
-    layers: int  # that ran, each on all texts of the batch
-    layer_seconds: float
-    judge_seconds: float
+    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Give what was put under the same kind and inputs; None if there is nothing."""
+
+    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
+        """Keep a result, whole or not at all."""
+
+    def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
+        """Open a journal; None if nothing is kept."""
+
+
+@dataclass(slots=True)
+class Count:
+    """Layers that a search or a race runs by itself, times texts.
+
+    It counts as if nothing had been judged before and there was memory for all states: so what a
+    search costs, and how far a race goes, depends neither on what ran before nor on what is free.
+
+    Attributes:
+        layer_forwards: the sum so far. The embedding and the head are not counted.
+    """
+
+    layer_forwards: int = 0
+    _counted: set[Hashable] = field(default_factory=set)
+    _paths: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
+
+    def once(self, what: Hashable, layer_forwards: int) -> None:
+        """Add something, unless it was counted before."""
+        if what not in self._counted:
+            self._counted.add(what)
+            self.layer_forwards += layer_forwards
+
+    def run(self, what: Hashable, index: int, path: tuple[int, ...], texts: int) -> None:
+        """Add the layers of a path on a batch, without the longest beginning that has run on it."""
+        if what in self._counted:
+            return
+        depths = range(len(path), 0, -1)
+        start = next((depth for depth in depths if (index, path[:depth]) in self._paths), 0)
+        # Final states are not kept, so a path's own end is no beginning of a longer one.
+        self._paths |= {(index, path[:depth]) for depth in range(start + 1, len(path))}
+        self.once(what, (len(path) - start) * texts)
 
 
 class Trials:
     """Cuts of one model, judged on the items of one judge.
 
     A trial is a cut on one batch of items. It is judged once, from the states that it shares with
-    the trials before it (:class:`Prefixes`). Whoever asks for it again is charged for it again: an
-    account is charged for the layers that it would have run by itself with memory for all states.
-    What runs again for lack of memory is charged to nobody, so that no charge depends on how much
-    is free.
+    the trials before it (:class:`Prefixes`).
 
     Args:
         model: the whole model.
         judge: with the items that choose, or those that report.
-        meter: whose accounts are charged.
         journal: records of trials of this model and judge that were made before; new ones are
-            appended.
+            appended. A CacheError names a record that is damaged.
         memory: bytes for states that trials share, as for :class:`Prefixes`.
 
-    Raises:
-        CacheError: a record of the journal is none of such a trial.
+    Attributes:
+        count: layers of the open search or race; None outside :meth:`counted`.
     """
 
     def __init__(
@@ -67,16 +100,16 @@ class Trials:
         model: Layerwise,
         judge: Judge,
         *,
-        meter: Meter,
         journal: Journal | None = None,
         memory: int | None = None,
     ) -> None:
-        self.model, self.judge, self.meter = model, judge, meter
+        self.model, self.judge = model, judge
+        self.count: Count | None = None
         self._prefixes = Prefixes(model, judge.batches, memory=memory)
         self._prepares = type(judge).prepare is not Judge.prepare
         self._prepared: set[int] = set()
         self._journal = journal
-        self._judged: dict[tuple[frozenset[int], int], _Judged] = {}
+        self._judged: dict[tuple[frozenset[int], int], NDArray[np.float64]] = {}
         recall(journal, self._recall, "trials")
 
     @property
@@ -84,19 +117,20 @@ class Trials:
         """Batches of items, which are looked at one after the other."""
         return len(self.judge.batches)
 
+    @contextmanager
+    def counted(self) -> Iterator[Count]:
+        """Count the layers of a search or a race, which is the body."""
+        before, self.count = self.count, Count()
+        try:
+            yield self.count
+        finally:
+            self.count = before
+
     def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
-        """Judge a cut.
+        """Judge a cut on the items of the first batches, ``looks`` of them or all.
 
-        Args:
-            dropped: the layers that the model is without; none for the whole model.
-            looks: judge the items of the first so many batches only.
-
-        Returns:
-            The scores by item, NaN for those that were not looked at.
-
-        Raises:
-            LayersError: the model has no such layer.
-            ModelError: a score is not finite.
+        The scores are NaN for items that were not looked at. A LayersError names a layer that the
+        model does not have; a ModelError says that a score is not finite.
         """
         gone = frozenset(dropped)
         if foreign := gone - set(range(len(self.model))):
@@ -105,167 +139,176 @@ class Trials:
                 f"0 .. {len(self.model) - 1}"
             )
         sums = np.full(self.judge.num_items, np.nan)
-        for index in range(self.num_looks if looks is None else min(looks, self.num_looks)):
-            sums[self.judge.items[index]] = self._look(gone, index).sums
+        for index in self.first(looks):
+            sums[self.judge.items[index]] = self._look(gone, index)
         return Scores(sums, self.judge.weights)
 
+    def first(self, looks: int | None) -> range:
+        """The first batches, ``looks`` of them or all."""
+        return range(self.num_looks if looks is None else min(looks, self.num_looks))
+
     def looks_at(self, num_items: int) -> int:
-        """Count the first batches that hold so many items.
-
-        Args:
-            num_items: at least so many.
-
-        Returns:
-            Batches; all of them where there are fewer items.
-        """
+        """Count the first batches that hold at least so many items; all if they hold fewer."""
         seen = list(accumulate(len(items) for items in self.judge.items))
         return min(1 + bisect_left(seen, num_items), self.num_looks)
-
-    def states(self, index: int, depth: int) -> torch.Tensor:
-        """Run the first layers of the whole model on a batch, from the states that are known.
-
-        Args:
-            index: of the batch.
-            depth: how many layers.
-
-        Returns:
-            (B, T, D), x^(depth).
-        """
-        return self._prefixes.run(index, tuple(range(depth)))[0]
 
     def judge_changed(
         self, dropped: Iterable[int], index: int, *, unchanged: int
     ) -> NDArray[np.float64]:
         """Judge a cut on a batch while weights of the model are changed, by a patch maybe.
 
-        Nothing of it is kept or charged.
-
-        Args:
-            dropped: the layers that the model is without.
-            index: of the batch.
-            unchanged: the first so many layers are as the trials know them.
-
-        Returns:
-            (items of the batch,) float64, the sum over each item.
-
-        Raises:
-            ModelError: a score is not finite.
+        The first ``unchanged`` layers are as the trials know them. Nothing of the rest is kept.
+        A ModelError says that a score is not finite.
         """
         changed = [layer for layer in self.path(dropped) if layer >= unchanged]
-        states = self.model.run(self.judge.batches[index], self.states(index, unchanged), changed)
+        known, _ = self._prefixes.run(index, tuple(range(unchanged)))
+        states = self.model.run(self.judge.batches[index], known, changed)
         with self.model.starting_from(states, ()):
             return self.judge.measure(self.model.head, index)
 
-    def charge_states(self, index: int, depth: int) -> None:
-        """Charge the open account for :meth:`states`, whether they are made or known.
-
-        Args:
-            index: of the batch.
-            depth: how many layers.
-        """
-        if self.meter.owes(name := ("states", id(self), index, depth)):
-            layers = self._known().count(index, tuple(range(depth)))
-            self.meter.charge(name, Work(layers * len(self.judge.batches[index])))
-
-    def prepare(self, index: int) -> int:
-        """Let the judge hear of the whole model on a batch, unless it has.
-
-        Args:
-            index: of the batch.
-
-        Returns:
-            The layers that ran.
-        """
+    def prepare(self, index: int) -> None:
+        """Pass the judge the whole model's states on a batch, once, if it needs them."""
         if not self._prepares or index in self._prepared:
-            return 0
-        states, ran = self._prefixes.run(index, self.path(()))
+            return
+        states, _ = self._prefixes.run(index, self.path(()))
         self.judge.prepare(self.model, index, states)
         self._prepared.add(index)
-        return ran
 
     def path(self, dropped: Iterable[int]) -> tuple[int, ...]:
-        """Give the layers that a cut has left.
+        """List the layers that a cut has left, ascending.
 
         Sorted by their paths, cuts that begin alike are neighbours: so trials need least memory.
-
-        Args:
-            dropped: the layers that the model is without.
-
-        Returns:
-            Indices, ascending.
         """
         gone = frozenset(dropped)
         return tuple(layer for layer in range(len(self.model)) if layer not in gone)
 
-    def _look(self, gone: frozenset[int], index: int) -> _Judged:
+    def _look(self, gone: frozenset[int], index: int) -> NDArray[np.float64]:
         key = gone, index
         if key not in self._judged:
-            with self.meter.account():  # its time is charged below, and not as it passes
-                self._judged[key] = self._measure(gone, index)
+            self._judged[key] = sums = self._measure(gone, index)
             if self._journal is not None:
-                self._journal.append(_record(gone, index, self._judged[key]))
-        judged, name = self._judged[key], ("trial", id(self), gone, index)
-        if self.meter.owes(name):
-            self.meter.charge(name, self._cost(judged, gone, index))
-        return judged
+                record = {"dropped": sorted(gone), "look": index, "sums": sums.tolist()}
+                self._journal.append(record)
+        if self.count is not None:
+            texts = len(self.judge.batches[index])
+            if self._prepares:
+                self.count.run(("whole", index), index, self.path(()), texts)
+            self.count.run((gone, index), index, self.path(gone), texts)
+        return self._judged[key]
 
-    def _measure(self, gone: frozenset[int], index: int) -> _Judged:
-        started = time.perf_counter()
-        ran = self.prepare(index)
-        states, more = self._prefixes.run(index, self.path(gone))
-        there = time.perf_counter()
+    def _measure(self, gone: frozenset[int], index: int) -> NDArray[np.float64]:
+        self.prepare(index)
+        states, _ = self._prefixes.run(index, self.path(gone))
         with self.model.starting_from(states, ()):
-            sums = self.judge.measure(self.model.head, index)
-        return _Judged(sums, ran + more, there - started, time.perf_counter() - there)
-
-    def _cost(self, judged: _Judged, gone: frozenset[int], index: int) -> Work:
-        """The work of a trial for an account that made and kept all others of its trials."""
-        known, layers = self._known(), 0
-        if self._prepares and self.meter.owes(prepared := ("prepared", id(self), index)):
-            self.meter.charge(prepared, Work())
-            layers = known.count(index, self.path(()))
-        layers += known.count(index, self.path(gone))
-        seconds = judged.judge_seconds + layers * self._seconds_of_layer(judged)
-        return Work(layers * len(self.judge.batches[index]), seconds)
-
-    def _known(self) -> Known:
-        """The states that the open account has paid for."""
-        return self.meter.own(("known", id(self)), self._prefixes.known)
-
-    def _seconds_of_layer(self, judged: _Judged) -> float:
-        """What a layer took on the batch; if none ran there, what one took in all trials."""
-        if judged.layers:
-            return judged.layer_seconds / judged.layers
-        made = self._judged.values()
-        return sum(one.layer_seconds for one in made) / max(1, sum(one.layers for one in made))
+            return self.judge.measure(self.model.head, index)
 
     def _recall(self, record: dict[str, Any]) -> None:
-        gone = [of_type(int, layer) for layer in of_type(list, of_type(dict, record)["dropped"])]
-        if gone != sorted(set(gone) & set(range(len(self.model)))):
-            raise ValueError(f"layers {gone} of {len(self.model)}")
-        index = of_type(int, record["look"])
-        if not 0 <= index < self.num_looks:
-            raise ValueError(f"look {index} of {self.num_looks}")
-        sums = [of_type(float, value) for value in of_type(list, record["sums"])]
-        if len(sums) != len(self.judge.items[index]):
-            raise ValueError(f"{len(sums)} scores of {len(self.judge.items[index])} items")
-        times = [of_type(float, record[name]) for name in ("layer_seconds", "judge_seconds")]
-        layers = of_type(int, record["layers"])
-        if not all(map(math.isfinite, [*sums, *times])) or min(layers, *times) < 0:
-            raise ValueError("a number is not finite, or negative")
-        self._judged[frozenset(gone), index] = _Judged(np.array(sums), layers, *times)
+        key = _cut_of(record, len(self.model)), _look_of(record, self.num_looks)
+        self._judged[key] = _sums_of(record, len(self.judge.items[key[1]]))
+
+
+class PatchedTrials:
+    """Cuts of one model, each judged after a quick patch on the items of its trials.
+
+    Args:
+        trials: of the same model as it is cut; they judge, know the states before a patch, and
+            count.
+        patch: on texts that fit.
+        num_texts: how many those are.
+        journal: records of looks that were made before; new ones are appended. A CacheError names
+            a record that is damaged.
+    """
+
+    def __init__(
+        self, trials: Trials, patch: QuickPatch, *, num_texts: int, journal: Journal | None = None
+    ) -> None:
+        self._trials, self._patch, self._journal = trials, patch, journal
+        self.num_texts = num_texts
+        self._looked: dict[frozenset[int], dict[int, NDArray[np.float64]] | str] = {}
+        recall(journal, self._recall, "patched trials")
+
+    def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
+        """Judge a cut after a quick patch, which is solved anew if looks are missing.
+
+        As :meth:`Trials.scores`; a PatchError says why a cut cannot be patched.
+        """
+        trials, gone = self._trials, frozenset(dropped)
+        looked = self._looked.get(gone, {})
+        if isinstance(looked, str):
+            raise PatchError(looked)
+        missing = [index for index in trials.first(looks) if index not in looked]
+        if missing:
+            with ExitStack() as stack:
+                self._solve(gone, stack)
+                for index in missing:
+                    looked[index] = trials.judge_changed(gone, index, unchanged=min(gone) - 1)
+                    self._note(gone, {"look": index, "sums": looked[index].tolist()})
+            self._looked[gone] = looked
+        sums = np.full(trials.judge.num_items, np.nan)
+        for index in trials.first(looks):
+            self._count(gone, index)
+            sums[trials.judge.items[index]] = looked[index]
+        return Scores(sums, trials.judge.weights)
+
+    def _solve(self, gone: frozenset[int], stack: ExitStack) -> None:
+        """Patch the model until the stack is closed; why that cannot be is remembered."""
+        trials = self._trials
+        for index in range(trials.num_looks):
+            trials.prepare(index)  # by the whole model, which there is none of from here on
+        try:
+            stack.enter_context(self._patch.patched(Plan.of(len(trials.model), sorted(gone))))
+        except PatchError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                self._looked[gone] = str(error)  # of memory there may be more another time
+                self._note(gone, {"why": str(error)})
+            raise
+
+    def _count(self, gone: frozenset[int], index: int) -> None:
+        """Count a look, and the patch before it."""
+        trials, unchanged = self._trials, min(gone) - 1
+        if trials.count is None:
+            return
+        texts = len(trials.judge.batches[index])
+        trials.count.once("patch", len(trials.model) * self.num_texts)
+        trials.count.once(("patch", gone), patch_layers(gone) * self.num_texts)
+        before = tuple(range(unchanged))
+        trials.count.run(("before", index, unchanged), index, before, texts)
+        changed = sum(layer >= unchanged for layer in trials.path(gone))
+        trials.count.once(("patched", gone, index), changed * texts)
+
+    def _note(self, gone: frozenset[int], record: dict[str, Any]) -> None:
+        if self._journal is not None:
+            self._journal.append({"dropped": sorted(gone), **record})
+
+    def _recall(self, record: dict[str, Any]) -> None:
+        gone = _cut_of(record, len(self._trials.model))
+        if not gone:
+            raise ValueError("a patch of no cut")
+        if "why" in record:
+            self._looked[gone] = of_type(str, record["why"])
+            return
+        items = self._trials.judge.items
+        index = _look_of(record, len(items))
+        looked = self._looked.setdefault(gone, {})
+        if isinstance(looked, str):
+            raise ValueError("a look at a cut that cannot be patched")
+        looked[index] = _sums_of(record, len(items[index]))
+
+
+def patch_layers(dropped: Iterable[int]) -> int:
+    """Count the layers that a quick patch of a cut runs on each text, the whole model made.
+
+    The layer before every block is solved; from one such layer to the next the cut runs once.
+    """
+    blocks = blocks_of(sorted(dropped))
+    return len(blocks) + sum(after.start - block.stop for block, after in pairwise(blocks))
 
 
 def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
-    """Read the records of a journal.
+    """Read the records of a journal, if there is one.
 
-    Args:
-        journal: of trials that were made before; None where nothing is kept.
-        take: takes a record, and raises KeyError, TypeError or ValueError for one that is damaged.
-        what: they are of, for the error.
-
-    Raises:
-        CacheError: a record is damaged.
+    ``take`` raises KeyError, TypeError or ValueError for a record that is damaged, which becomes a
+    CacheError that names it.
     """
     for number, record in enumerate(() if journal is None else journal.read()):
         try:
@@ -277,12 +320,24 @@ def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what
             ) from error
 
 
-def _record(gone: frozenset[int], index: int, judged: _Judged) -> dict[str, Any]:
-    return {
-        "dropped": sorted(gone),
-        "look": index,
-        "sums": judged.sums.tolist(),
-        "layers": judged.layers,
-        "layer_seconds": judged.layer_seconds,
-        "judge_seconds": judged.judge_seconds,
-    }
+def _cut_of(record: Any, num_layers: int) -> frozenset[int]:
+    layers = [of_type(int, layer) for layer in of_type(list, of_type(dict, record)["dropped"])]
+    if layers != sorted(set(layers) & set(range(num_layers))):
+        raise ValueError(f"layers {layers} of {num_layers}")
+    return frozenset(layers)
+
+
+def _look_of(record: dict[str, Any], num_looks: int) -> int:
+    index = of_type(int, record["look"])
+    if not 0 <= index < num_looks:
+        raise ValueError(f"look {index} of {num_looks}")
+    return index
+
+
+def _sums_of(record: dict[str, Any], num_items: int) -> NDArray[np.float64]:
+    sums = [of_type(float, value) for value in of_type(list, record["sums"])]
+    if len(sums) != num_items:
+        raise ValueError(f"{len(sums)} scores of {num_items} items")
+    if not all(map(math.isfinite, sums)):
+        raise ValueError("a score is not finite")
+    return np.array(sums)

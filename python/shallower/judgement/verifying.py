@@ -1,36 +1,63 @@
 """Verification: proposals of several criteria, raced by a judge, as they are cut or patched."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import CacheError, LayersError, PlanError, TextsError
+from ..errors import CacheError, LayersError, ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
-from ..progress import track
+from ..progress import Advance, track
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits
-from ..values.layers import check_size, ranges
-from ..values.plan import Plan
-from ..values.scores import Scores
+from ..values.layers import blocks_of, check_size, ranges
+from ..values.plan import VERIFIED, Plan
+from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
-from ..values.verification import AFTER, Verified
-from .comparing import judge_of
-from .held_out_cuts import Store, judge_inputs
-from .patched_trials import PatchedTrials
-from .proposals import PROPOSERS, Cut, Proposals
+from ..values.verification import AFTER, Candidate, Verified
+from .held_out_cuts import judge_inputs
+from .judges.judge import LossJudge, judged_batches
+from .proposals import (
+    PROPOSERS,
+    Cut,
+    Proposals,
+    all_costs,
+    contiguous,
+    exchanges,
+    propose,
+    proposing_layers,
+)
+from .racing import ALPHA, lost
 from .subject import Subject
 from .token_states import evenly
-from .tournament import Tournament
-from .trials import Trials
-from .work import Meter
+from .trials import Count, PatchedTrials, Store, Trials
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over those that fit."""
+
+FIRST_ITEMS = 4
+"""Items on which the search for neighbours judges, at least."""
+
+STAGES = (FIRST_ITEMS, 16)
+"""Items after which a race of patched cuts is thinned out."""
+
+SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
+"""Share of the layers of an exhaustive search, beyond which no step of the search begins."""
+
+MOST = 0.24
+"""Share of them that a race takes at most, where two cuts do not take more; what it takes is
+estimated, and a quarter is the bound."""
+
+SEEDS = 3
+"""Cuts that the search begins from, the best first."""
 
 
 @dataclass
@@ -70,43 +97,22 @@ class Verifier:
         """Cuts judged as they are, on the texts that choose."""
         return self.subject.trials
 
-    @property
-    def meter(self) -> Meter:
-        """The accounts of work."""
-        return self.subject.meter
-
     def scores(self, dropped: Iterable[int], *, after: str) -> Scores:
-        """Judge a cut on all items that choose.
+        """Judge a cut on all items that choose, as it is cut (``none``) or patched (``patch``).
 
-        Args:
-            dropped: the layers that go.
-            after: ``none``, as it is cut; ``patch``, after a quick patch.
-
-        Returns:
-            The scores by item.
-
-        Raises:
-            LayersError: the model has no such layer.
-            PatchError: the cut cannot be patched.
-            ModelError: a score is not finite.
+        A LayersError names a layer that the model does not have; a PatchError says why the cut
+        cannot be patched; a ModelError, that a score is not finite.
         """
-        if after not in AFTER:
-            raise PlanError(f"unknown after {after!r}: expected {' or '.join(AFTER)} (--after)")
+        _check_after(after)
         cut = frozenset(dropped)
         return self.trials.scores(cut) if after == "none" else self.patched.scores(cut)
 
-    def verify(self, n: int, *, base: Collection[int] = (), more: Iterable[Plan] = ()) -> Verified:
-        """Find the best cut of one size.
+    def verify(self, n: int, *, more: Iterable[Plan] = ()) -> Verified:
+        """Find the best cut of ``n`` layers, with ``more`` proposals of the caller's.
 
-        Args:
-            n: layers that go, with those of ``base``.
-            base: layers that are gone already: every proposal contains them.
-            more: further proposals, of whoever made them.
-
-        Returns:
-            The winner, and the others that came into the race. Where proposals are judged after a
-            patch, of those within one paired standard error of the best the one that loses least
-            as it is cut, on the first of the texts: so the plan is good both ways.
+        Where proposals are judged after a patch, of those within one paired standard error of the
+        best the one wins that loses least as it is cut, on the first of the texts: so the plan is
+        good both ways.
 
         Raises:
             LayersError: a size that the model cannot lose, or a proposal of another size.
@@ -115,53 +121,51 @@ class Verifier:
             ModelError: no proposal can be judged.
         """
         check_size(self.num_layers, n)
-        gone = frozenset(base)
-        if len(gone) >= n or not gone <= set(range(self.num_layers)):
-            raise LayersError(
-                f"base {sorted(gone)}: expected fewer than n = {n} layers of "
-                f"0 .. {self.num_layers - 1}"
-            )
         proposals = Proposals(max_blocks=self.max_blocks)
         for plan in more:
-            _take(proposals, Plan.of(self.num_layers, plan), n, gone)
-        inputs = self._inputs(n, gone, proposals)
+            _take(proposals, Plan.of(self.num_layers, plan), n)
+        inputs = self._inputs(n, proposals)
         known = self.store.get("verified", inputs)
         if known is not None:
             return _recalled(known)
+        started = time.perf_counter()
         with (
             track(f"verify n = {n}", None, self.progress) as advance,
-            self.meter.account() as work,
+            self.trials.counted() as count,
         ):
-            found = Tournament(
-                self.subject, self.patched, self.store, self.texts, n, gone, top=self.top,
-                after=self.after, proposals=proposals, work=work, advance=advance,
-            ).run()  # fmt: skip
-        verified = replace(found, layer_forwards=work.layer_forwards, seconds=work.seconds)
+            found = _Verification(self, n, proposals, count, advance).run()
+        seconds = time.perf_counter() - started
+        verified = replace(found, layer_forwards=count.layer_forwards, seconds=seconds)
         self.store.put("verified", inputs, verified.to_json())
         return verified
 
-    def _inputs(self, n: int, base: Cut, proposals: Proposals) -> dict[str, Any]:
-        more = [[sorted(cut), list(names)] for cut, names in proposals.names.items()]
+    def _inputs(self, n: int, proposals: Proposals) -> dict[str, Any]:
         return {
-            "n": n, "base": sorted(base), "more": more, "top": self.top, "after": self.after,
-            "max_blocks": self.max_blocks, "fitted": self.texts, "seed": self.subject.seed,
-            "proposers": [criterion.name for criterion in PROPOSERS], "patch_texts": PATCH_TEXTS,
-            **judge_inputs(self.trials.judge), **self.patch.settings,
-        }  # fmt: skip
+            "n": n,
+            "more": [[sorted(cut), list(names)] for cut, names in proposals.names.items()],
+            "top": self.top,
+            "after": self.after,
+            "max_blocks": self.max_blocks,
+            "fitted": self.texts,
+            "seed": self.subject.seed,
+            "proposers": [criterion.name for criterion in PROPOSERS],
+            "patch_texts": PATCH_TEXTS,
+            **judge_inputs(self.trials.judge),
+            **self.patch.settings,
+        }
 
 
-def _take(proposals: Proposals, plan: Plan, n: int, base: Cut) -> None:
-    """Take in a proposal from outside, whatever its blocks."""
-    cut = frozenset(plan.dropped)
-    if len(cut) != n or not base <= cut:
-        held = f" with {ranges(sorted(base))} among them" if base else ""
+def _check_after(after: str) -> None:
+    if after not in AFTER:
+        raise PlanError(f"unknown after {after!r}: expected {' or '.join(AFTER)}")
+
+
+def _take(proposals: Proposals, plan: Plan, n: int) -> None:
+    if len(plan.dropped) != n:
         raise LayersError(
-            f"the proposal {ranges(plan.dropped)} drops {len(cut)} layers: expected {n}{held}"
+            f"the proposal {ranges(plan.dropped)} drops {len(plan.dropped)} layers: expected {n}"
         )
-    names = proposals.names.setdefault(cut, [])
-    name = plan.metric or plan.strategy
-    if name not in names:
-        names.append(name)
+    proposals.take(frozenset(plan.dropped), plan.metric or plan.strategy)
 
 
 def _recalled(known: dict[str, Any]) -> Verified:
@@ -185,28 +189,13 @@ def verifier_of(
     top: int = 4,
     after: str = "patch",
     max_blocks: int | None = None,
-    judge: str = "loss",
     seed: int = 0,
     progress: bool | None = None,
 ) -> Verifier:
-    """Prepare to verify plans of a model that is loaded.
+    """Prepare to verify plans of a model that is loaded, by its loss; nothing is run yet.
 
-    Args:
-        decoder: the model, which is as before afterwards.
-        tokenizer: its tokenizer.
-        splits: texts that fit and texts that choose; those that report are not looked at.
-        store: what was measured before, and where results are kept as they are found.
-        texts: identity of the texts that fit and choose, for the store.
-        tokens: length of texts, and how many make one forward.
-        top: as :class:`Verifier`; so are the others that it has.
-        after: as there.
-        max_blocks: as there.
-        judge: name of the judge: ``loss`` or ``kl``.
-        seed: of whatever is drawn.
-        progress: as there.
-
-    Returns:
-        The verifier, which has run nothing yet.
+    Texts of ``splits`` that report are not looked at. ``texts`` is the identity of the others, for
+    the store; ``tokens`` the length of texts, and how many make one forward.
 
     Raises:
         LayersError: ``max_blocks`` or ``top`` is less than 1.
@@ -217,30 +206,27 @@ def verifier_of(
     for name, value in (("max_blocks", max_blocks), ("top", top)):
         if value is not None and value < 1:
             raise LayersError(f"{name} = {value}: expected at least 1")
-    if after not in AFTER:
-        raise PlanError(f"unknown after {after!r}: expected {' or '.join(AFTER)} (--after)")
-    tokens, model, meter = fitting_tokens(decoder, tokens), Layerwise(decoder), Meter()
+    _check_after(after)
+    tokens, model = fitting_tokens(decoder, tokens), Layerwise(decoder)
     fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
     batches = list(fitted)
-    judging = judge_of(judge, tokenizer, splits.choose, tokens=tokens)
-    _require_enough(sum(map(len, batches)), judging.num_items)
-    items = {"items": texts, **judge_inputs(judging)}
-    trials = Trials(model, judging, meter=meter, journal=store.journal("trials", items))
+    judge = LossJudge(judged_batches(tokenizer, splits.choose, tokens))
+    _require_enough(sum(map(len, batches)), judge.num_items)
+    items = {"items": texts, **judge_inputs(judge)}
+    trials = Trials(model, judge, journal=store.journal("trials", items))
     some = evenly(batches, PATCH_TEXTS)
-    patch = QuickPatch(model, some, ran=meter.ran)
+    patch = QuickPatch(model, some)
     settings = {**items, **patch.settings, "fitted": texts, "patch_texts": PATCH_TEXTS}
     patched = PatchedTrials(
-        trials, patch, num_texts=sum(map(len, some)), meter=meter,
+        trials,
+        patch,
+        num_texts=sum(map(len, some)),
         journal=store.journal("patched_trials", settings),
-    )  # fmt: skip
+    )
     subject = Subject(
-        decoder, tokenizer, batches, trials, (), texts=(fitted.identity,), seed=seed,
-        meter=meter, progress=False,
-    )  # fmt: skip
-    return Verifier(
-        subject, patch, patched, store, texts, top=top, after=after, max_blocks=max_blocks,
-        progress=progress,
-    )  # fmt: skip
+        decoder, batches, trials, (), texts=(fitted.identity,), seed=seed, progress=False
+    )
+    return Verifier(subject, patch, patched, store, texts, top, after, max_blocks, progress)
 
 
 def _require_enough(num_fitting: int, num_choosing: int) -> None:
@@ -251,3 +237,255 @@ def _require_enough(num_fitting: int, num_choosing: int) -> None:
             f"choose, expected {FEWEST_FITTING} and {FEWEST_CHOOSING}; give more, or longer ones "
             f"(--texts, --max-texts, --max-length)"
         )
+
+
+@dataclass
+class _Verification:
+    """One size on its way from proposals to a winner: screened, improved and raced.
+
+    Attributes:
+        proposals: those of the caller; the others are added to them.
+        count: the layers so far, which bound the search and the race.
+        advance: of a bar; by a cut that was judged.
+        named: the cuts that criteria and the caller have proposed.
+    """
+
+    verifier: Verifier
+    n: int
+    proposals: Proposals
+    count: Count
+    advance: Advance
+    named: list[Cut] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.subject, self.patched = self.verifier.subject, self.verifier.patched
+        self.top, self.trials = self.verifier.top, self.verifier.trials
+        self.after = self.verifier.after
+
+    def run(self) -> Verified:
+        """Propose, judge and choose; what it took is in the count.
+
+        A ModelError says that no proposal can be judged; a PatchError, that none can be patched.
+        """
+        self._propose()
+        field = self._screened()
+        if self.n > 1:  # of single layers all are there
+            field = self._searched(field)
+        return self._result(self._raced(field))
+
+    @property
+    def exhaustive(self) -> int:
+        """Layers that every contiguous block of this size takes, without any that are shared."""
+        left = self.subject.num_layers - self.n
+        return (left + 1) * left * self.trials.judge.num_items
+
+    @property
+    def _first_looks(self) -> int:
+        """Looks of at least ``FIRST_ITEMS`` items."""
+        return self.trials.looks_at(FIRST_ITEMS)
+
+    @cached_property
+    def _look_sizes(self) -> list[int]:
+        """The items of every look."""
+        return [len(items) for items in self.trials.judge.items]
+
+    @property
+    def _as_cut(self) -> int:
+        """The layers that a cut takes which is judged as it is, once the race is over."""
+        items = sum(self._look_sizes[: self.trials.looks_at(STAGES[-1])])
+        return (self.subject.num_layers - self.n) * items
+
+    def _propose(self) -> None:
+        inputs = {"fitted": self.verifier.texts, "seed": self.subject.seed}
+        costs = all_costs(self.subject, self.verifier.store, inputs=inputs)
+        self.count.once("proposing", proposing_layers(self.subject))
+        propose(self.proposals, costs, self.n, top=self.top)
+        self.named = list(self.proposals.names)
+        for cut in contiguous(self.subject.num_layers, self.n):
+            self.proposals.add(cut, "contiguous")
+
+    def _score(self, cut: Cut, looks: int | None, by: Trials | PatchedTrials) -> Scores | None:
+        """Judge a cut; None, and a note why, where it cannot be."""
+        if _name(cut) in self.proposals.failed:
+            return None
+        try:
+            found = by.scores(cut, looks)
+        except (ModelError, PatchError) as error:
+            self.proposals.failed[_name(cut)] = str(error)
+            return None
+        self.advance(1)
+        return found
+
+    def _mean(self, cut: Cut, looks: int | None) -> float:
+        scores = self._score(cut, looks, self.trials)
+        return math.inf if scores is None else scores.mean
+
+    def _best(self, cuts: Iterable[Cut], looks: int, by: Trials | PatchedTrials) -> list[Cut]:
+        """Sort cuts by the first looks, the best first; without those that cannot be judged."""
+        ordered = sorted(cuts, key=self.trials.path)
+        found = {cut: self._score(cut, looks, by) for cut in ordered}
+        means = {cut: scores.mean for cut, scores in found.items() if scores is not None}
+        return sorted(means, key=means.__getitem__)
+
+    def _left(
+        self, field: Sequence[Cut], look: int, most: int, by: Trials | PatchedTrials
+    ) -> list[Cut]:
+        """The first ``most`` cuts that are not worse than another by more than chance."""
+        if look == self.trials.num_looks or len(field) < 2:
+            return list(field[:most])
+        scores = [by.scores(cut, look) for cut in field]
+        share = ALPHA / ((self.trials.num_looks - 1) * (len(field) - 1))
+        worse = lost(np.array([one.sums for one in scores]), scores[0].weights, share)
+        return [cut for cut, gone in zip(field, worse, strict=True) if not gone][:most]
+
+    def _screened(self) -> list[Cut]:
+        """The best proposals by the first few looks."""
+        field = list(self.proposals.names)
+        for look in range(1, self._first_looks + 1):
+            field = self._best(field, look, self.trials)
+            field = self._left(field, look, 2 * self.top, self.trials)
+        if not field:
+            why = "; ".join(self.proposals.failed.values())
+            raise ModelError(f"no proposal of {self.n} layers can be judged: {why}")
+        return field
+
+    def _searched(self, field: Sequence[Cut]) -> list[Cut]:
+        """The same and their neighbours, by the first few looks, the best first."""
+        looks, most = self._first_looks, SEARCHED[self.after] * self.exhaustive
+        seen = dict.fromkeys(field)
+        for seed in field[:SEEDS]:
+            for cut in exchanges(
+                lambda cut: self._mean(cut, looks),
+                lambda cut: self._mean(cut, 1),
+                seed,
+                num_layers=self.subject.num_layers,
+                allows=self.proposals.allows,
+                goes_on=lambda: self.count.layer_forwards < most,
+            ):
+                seen[cut] = None
+                self.proposals.add(cut, "exchange")
+        return self._best(seen, looks, self.trials)
+
+    def _raced(self, field: Sequence[Cut]) -> dict[Cut, Scores]:
+        """Race the best of those that were screened, as cuts or after a patch.
+
+        After a patch there are few stages, for each solves those that are left anew.
+        """
+        looks: Sequence[int] = range(self._first_looks, self.trials.num_looks + 1)
+        by: Trials | PatchedTrials = self.trials
+        racing = list(field[: 2 * self.top])
+        if self.after == "patch":
+            by, racing = self.patched, self._entering(field)
+            looks = sorted({self.trials.looks_at(items) for items in STAGES} | {looks[-1]})
+        scores: dict[Cut, Scores] = {}
+        for number, look in enumerate(looks):
+            if number:
+                last = looks[number - 1]
+                racing = self._left(racing, last, self._affordable(racing, last, look), by)
+            racing = self._best(racing, look, by)
+            scores |= {cut: by.scores(cut, look) for cut in racing}
+        if not scores:
+            why = next(reversed(self.proposals.failed.values()))
+            raise PatchError(
+                f"no proposal of {self.n} layers can be judged after a patch ({why}): judge them "
+                f"as they are cut (after none)"
+            )
+        return scores
+
+    def _affordable(self, racing: Sequence[Cut], last: int, look: int) -> int:
+        """How many cuts can be judged from one look to another within the bound of work.
+
+        Two of them can go on to the end; they are two at least.
+        """
+        sizes, as_cut = self._look_sizes, self._as_cut
+        layers = np.array([self._changed(cut) for cut in racing], int)
+        rest = MOST * self.exhaustive - self.count.layer_forwards
+        if look == len(sizes):  # those that cannot be told apart are judged as cuts, too
+            return max(2, int(sum(np.cumsum(layers * sum(sizes[last:]) + as_cut) <= rest)))
+        rest -= 2 * (sum(layers) / max(1, len(layers)) * sum(sizes[look:]) + as_cut)
+        return max(2, int(sum(np.cumsum(layers) * sum(sizes[last:look]) <= rest)))
+
+    def _changed(self, cut: Cut) -> int:
+        """How many layers run anew where a cut is judged after a patch."""
+        return sum(layer >= min(cut) - 1 for layer in self.trials.path(cut))
+
+    def _entering(self, field: Sequence[Cut]) -> list[Cut]:
+        """The cuts that are patched: the best of the field and of the criteria's first proposals.
+
+        More of the field follow. Those that drop layer 0, which has none before it, take no place.
+        """
+        firsts: dict[str, Cut] = {}
+        for cut in self.named:
+            for name in self.proposals.names[cut]:
+                firsts.setdefault(name, cut)
+        best = self._best(dict.fromkeys(firsts.values()), 1, self.trials)
+        order = list(dict.fromkeys([*field[: self.top], *best, *field]))
+        places = np.cumsum([0 not in cut for cut in order])
+        least, most = (int(np.searchsorted(places, top)) + 1 for top in (self.top, 2 * self.top))
+        return order[: max(least, self._patchable(order[:most]))]
+
+    def _patchable(self, order: Sequence[Cut]) -> int:
+        """How many cuts can be patched and judged for the first time within the bound of work.
+
+        Two of them can go on to the end.
+        """
+        sizes, texts = self._look_sizes, self.patched.num_texts
+        first = self.trials.looks_at(STAGES[0])
+        layers = np.array([self._changed(cut) for cut in order])
+        inside = np.array(
+            [sum(min(cut) <= one + 1 <= max(cut) for one in self.trials.path(cut)) for cut in order]
+        )
+        whole = self.subject.num_layers * texts
+        rest = MOST * self.exhaustive - self.count.layer_forwards - whole
+        rest -= 2 * (layers.mean() * sum(sizes[first:]) + self._as_cut)
+        patched = np.array([0 not in cut for cut in order])
+        each = patched * (inside * texts + layers * sum(sizes[:first]))
+        return int(sum(np.cumsum(each) <= rest))
+
+    def _result(self, scores: dict[Cut, Scores]) -> Verified:
+        """The winner and the others.
+
+        Of cuts that a quick patch cannot tell apart, the one wins that loses least as it is cut, on
+        the first of the items.
+        """
+        complete = [cut for cut, found in scores.items() if found.complete]
+        winner = min(complete, key=lambda cut: scores[cut].mean)
+        if self.after == "patch":
+            near = [cut for cut in complete if _is_near(scores[cut].minus(scores[winner]))]
+            looks = self.trials.looks_at(STAGES[-1])
+            winner = min(near, key=lambda cut: self._mean(cut, looks))
+        order = sorted(
+            scores, key=lambda cut: (cut != winner, not scores[cut].complete, scores[cut].mean)
+        )
+        judge = self.trials.judge
+        return Verified(
+            self.n,
+            self.after,
+            judge.name,
+            judge.unit,
+            tuple(self._candidate(cut, scores, winner) for cut in order),
+            judge.num_items,
+            num_proposals=len(self.proposals.names),
+            layer_forwards=0,
+            seconds=0.0,
+            failed=dict(self.proposals.failed),
+        )
+
+    def _candidate(self, cut: Cut, scores: dict[Cut, Scores], winner: Cut) -> Candidate:
+        found = scores[cut]
+        blocks, identity = blocks_of(sorted(cut)), self.subject.decoder.identity
+        plan = Plan(self.subject.num_layers, blocks, "search", VERIFIED, model=identity)
+        difference = found.minus(scores[winner])
+        if cut == winner:
+            difference = Difference(0.0, 0.0, len(found))
+        names = tuple(self.proposals.names[cut])
+        return Candidate(plan, names, found.mean, found.stderr, difference, not found.complete)
+
+
+def _is_near(difference: Difference) -> bool:
+    """Whether a cut is within one paired standard error of the best."""
+    return not difference.stderr < difference.mean
+
+
+def _name(cut: Cut) -> str:
+    return f"layers {ranges(sorted(cut))}"

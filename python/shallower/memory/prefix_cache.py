@@ -30,11 +30,11 @@ class Known:
     Those that were longest not needed are forgotten first. Where some states are needed, those
     before them are needed as well, to go on from if the cut differs earlier.
 
-    ``capacity`` is the bytes of all states at most (infinity for no bound), ``sizes`` those of a
+    ``capacity`` is the bytes of all states at most, ``sizes`` those of a
     state of each batch. The embedding is kept, and the states behind every k-th layer (``every``).
     """
 
-    def __init__(self, capacity: float, sizes: Sequence[int], every: int) -> None:
+    def __init__(self, capacity: int, sizes: Sequence[int], every: int) -> None:
         self._capacity, self._sizes, self._every = capacity, sizes, every
         self._used = 0
         self._places: OrderedDict[Place, None] = OrderedDict()
@@ -65,16 +65,6 @@ class Known:
         self._used += size
         return forgotten
 
-    def count(self, index: int, path: tuple[int, ...]) -> int:
-        """Count the layers of a path that would run; then it is known as if it had been run."""
-        known = self.start(index, path)
-        if known is None:
-            self.keep(index, ())
-        start = known or 0
-        for depth in range(start + 1, len(path)):
-            self.keep(index, path[:depth])
-        return len(path) - start
-
 
 class Prefixes:
     """Cuts run on batches, each from the states that it shares with those before it.
@@ -88,13 +78,6 @@ class Prefixes:
     ) -> None:
         self.model, self.batches, self._memory = model, batches, memory
         self._states: dict[Place, torch.Tensor] = {}
-
-    def known(self) -> Known:
-        """Make an account of states in which none is known yet, and none is ever forgotten.
-
-        It has not the bounds of this store: they are of the memory that happens to be free.
-        """
-        return Known(math.inf, self._sizes, every=1)
 
     def run(self, index: int, path: tuple[int, ...]) -> tuple[torch.Tensor, int]:
         """Run the layers of a cut on a batch, those that it has left, ascending.

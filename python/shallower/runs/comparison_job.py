@@ -237,7 +237,7 @@ class ComparisonJob:
         return chosen
 
     def _measure(self) -> CriteriaComparison:
-        from ..judgement.contest import one_sentence
+        from ..errors import one_sentence
 
         outcomes: list[Outcome] = []
         failures: dict[str, str] = {}

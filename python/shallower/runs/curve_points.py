@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import CacheError, ModelError, OutputError, ShallowerError
-from ..judgement.contest import one_sentence
+from ..errors import CacheError, ModelError, OutputError, ShallowerError, one_sentence
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
-from ..judgement.held_out_cuts import Store, judge_inputs
+from ..judgement.held_out_cuts import judge_inputs
 from ..judgement.stored_costs import stored_choice, stored_costs
+from ..judgement.trials import Store
 from ..progress import track
 from ..scanning.model import scan
 from ..scanning.scan import Scan

@@ -10,8 +10,7 @@ from ..evaluation.loss import fitting_tokens
 from ..healing.checks import require_healable
 from ..healing.heal import heal
 from ..judgement.held_out_cuts import loss_as_it_is
-from ..judgement.judges.judge import judged_batches
-from ..judgement.judges.loss import LossJudge
+from ..judgement.judges.judge import LossJudge, judged_batches
 from ..models.decoder import Decoder
 from ..models.identity import stored_digest, stored_dtype
 from ..models.layerwise import Layerwise

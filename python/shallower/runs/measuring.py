@@ -19,9 +19,9 @@ from ..cutting.saving import save_model
 from ..errors import CacheError, LayersError, PatchError, PlanError
 from ..evaluation.loss import fitting_tokens
 from ..healing.heal import heal
-from ..judgement.held_out_cuts import HeldOutCuts, Store, loss_as_it_is
-from ..judgement.judges.judge import judged_batches
-from ..judgement.judges.loss import LossJudge
+from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
+from ..judgement.judges.judge import LossJudge, judged_batches
+from ..judgement.trials import Store
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise

@@ -30,7 +30,7 @@ from .study import Study, Unit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..judgement.held_out_cuts import Store
+    from ..judgement.trials import Store
     from .healing_stage import HealingStage
 
 RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, GAIN_FILE, HEAT_MAP_FILE, RESULTS_FILE)

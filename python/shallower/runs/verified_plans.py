@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
-from ..judgement.held_out_cuts import Store
+from ..judgement.trials import Store
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder

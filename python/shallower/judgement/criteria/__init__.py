@@ -1,61 +1,40 @@
-"""The criteria, a file and a row each."""
+"""The criteria. A new one is a class in one of these files, and its name in the list below."""
 
 from ..criterion import Criterion
-from .angular import Angular
-from .block_influence import BlockInfluence
-from .cka import LinearCka
-from .cosine import Cosine
-from .deepest import Deepest
-from .evolution import Evolution
-from .exhaustive import Exhaustive
-from .greedy import Greedy
-from .linear_map import LinearMap
-from .magnitude import Magnitude
-from .mask_regression import MaskRegression
-from .one_shot import OneShot
-from .random import Random
-from .reachable import Reachable
-from .relative_l2 import RelativeL2
-from .taylor import Taylor
-from .weights import Weights
-from .xmerge import XMerge
+from .baselines import Deepest, Random, Taylor, Weights
+from .layer_change import BlockInfluence, Magnitude, XMerge
+from .searches import Evolution, Exhaustive, Greedy, MaskRegression, OneShot
+from .similarity import Angular, Cosine, LinearCka, LinearMap, Reachable, RelativeL2
 
-criteria: dict[str, Criterion] = {
-    criterion.name: criterion
-    for criterion in (
-        Angular(),
-        Cosine(),
-        RelativeL2(),
-        LinearCka(),
-        LinearMap(),
-        Reachable(),
-        BlockInfluence(),
-        Magnitude(),
-        XMerge(),
-        OneShot(),
-        MaskRegression(),
-        Taylor(),
-        Weights(),
-        Greedy(),
-        Exhaustive(),
-        Evolution(),
-        Deepest(),
-        Random(),
-    )
-}
-"""Every criterion by its name; one that is put in here takes part like any other."""
-
-BUILT_IN = tuple(criteria.values())
+BUILT_IN: tuple[Criterion, ...] = (
+    Angular(),
+    Cosine(),
+    RelativeL2(),
+    LinearCka(),
+    LinearMap(),
+    Reachable(),
+    BlockInfluence(),
+    Magnitude(),
+    XMerge(),
+    OneShot(),
+    MaskRegression(),
+    Taylor(),
+    Weights(),
+    Greedy(),
+    Exhaustive(),
+    Evolution(),
+    Deepest(),
+    Random(),
+)
 """Those of this package, whatever becomes of the table."""
+
+criteria: dict[str, Criterion] = {criterion.name: criterion for criterion in BUILT_IN}
+"""Every criterion by its name; one that is put in here takes part like any other."""
 
 
 def is_built_in(criterion: Criterion) -> bool:
-    """Tell whether a criterion is one of this package as it comes, which its version tells.
+    """Whether a criterion is one of this package as it comes, which its version tells.
 
-    Args:
-        criterion: any.
-
-    Returns:
-        False for one from outside, and for one of the table whose attributes were changed.
+    One of the table whose attributes were changed is not.
     """
     return any(criterion is one for one in BUILT_IN) and not vars(criterion)

@@ -63,7 +63,6 @@ class OptionsJudge(Judge):
             self._given.append(np.array([given for *_, given in rows]))
 
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
-        """Measure as :meth:`Judge.measure`."""
         nats = np.array(summed_losses(head, self.batches[index], self._given[index]).tolist())
         sums = np.empty(len(self.items[index]))
         start = 0
@@ -75,13 +74,9 @@ class OptionsJudge(Judge):
         return require_finite(sums, self.items[index], head)
 
     def accuracy(self, sums: NDArray[np.float64]) -> float:
-        """Tell the share of items whose right option is the likeliest; a tie counts half.
+        """The share of the items looked at whose right option is the likeliest; a tie counts half.
 
-        Args:
-            sums: (S,) of :meth:`measure`; an item that is NaN was not looked at.
-
-        Returns:
-            The share among those that were looked at; NaN where there are none.
+        NaN where no item was looked at.
         """
         there = sums[np.isfinite(sums)]
         right = np.count_nonzero(there < 0) + np.count_nonzero(there == 0) / 2

@@ -1,7 +1,7 @@
-"""The first-order change of the loss if a layer's weights were zero, weight by weight."""
+"""Baselines: layers by their place, at random, by gradients, by the size of their weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -12,15 +12,49 @@ from ...errors import CriterionError, ModelError
 from ...healing.losses import TrainingLoss
 from ...models.architecture import evaluating
 from ...models.decoder import Decoder
-from ...progress import track
+from ...models.layerwise import Layerwise
+from ...models.residual_writers import find_writers
+from ...progress import Advance, track
 from ...scanning.transfers import HostCopies
+from ...texts.batches import Batch
 from ...values.costs import Costs
-from ..criterion import Criterion
+from ...values.layers import deepest_block
+from ..criterion import Criterion, Search
 from ..subject import Subject
 from ..token_states import ALL_TOKENS, evenly
 
 NUM_TEXTS = 16
 """Texts whose loss is differentiated, at most, evenly over those that fit."""
+
+PROBE_TOKENS = 8
+"""Made-up tokens, by which the maps that write into the stream are found."""
+
+
+class Deepest(Search):
+    """The simple heuristic of 2403.17887, §4.4: ``[L-1-n, L-1)``."""
+
+    name = "deepest"
+    summary = "The deepest layers but the last, whatever the texts are."
+    cost = "Nothing."
+    strategy = "deepest"
+    judged = False
+
+    def search(self, subject: Subject, n: int, _advance: Advance) -> range:
+        return deepest_block(subject.num_layers, n).layers
+
+
+class Random(Search):
+    """n of the L layers, every set with the same probability, by the subject's seed."""
+
+    name = "random"
+    summary = "Layers drawn at random, by the seed."
+    cost = "Nothing."
+    strategy = "random"
+    judged = False
+
+    def search(self, subject: Subject, n: int, _advance: Advance) -> Iterable[int]:
+        drawn = np.random.default_rng((subject.seed, n)).choice(subject.num_layers, n, False)
+        return (int(layer) for layer in drawn)
 
 
 class Taylor(Criterion):
@@ -40,11 +74,10 @@ class Taylor(Criterion):
     )
 
     def costs(self, subject: Subject) -> Costs:
-        """Measure as :meth:`Criterion.costs`.
+        """Differentiate the loss.
 
-        Raises:
-            CriterionError: weights have no gradient: they are quantised, or wait off their device.
-            ModelError: a gradient is not finite.
+        A CriterionError refuses weights without a gradient, which are quantised or wait off their
+        device; a ModelError says that a gradient is not finite.
         """
         matrices = [
             {weight: None for weight in layer.parameters() if weight.ndim > 1}
@@ -63,6 +96,41 @@ class Taylor(Criterion):
             costs, metric=self.name, model=subject.decoder.identity, texts=subject.texts,
             positions=ALL_TOKENS,
         )  # fmt: skip
+
+    def layer_forwards(self, subject: Subject) -> int:
+        """All layers on the texts, forward and backward."""
+        return 3 * subject.num_layers * min(NUM_TEXTS, subject.num_texts)
+
+
+class Weights(Criterion):
+    """wₗ over the mean w of its neighbours, w = √(‖W_attention‖² + ‖W_feed-forward‖²).
+
+    Both are the last matrices of their part, in Frobenius norm, times the factor that the layer
+    itself puts on what they write. Data-free: it says how much a layer can write, not what, so it
+    knows nothing of two layers that cancel each other or of one that only scales. Layers that do
+    not write by plain linear maps (experts, quantised weights) are not measured, nor neighbours.
+    """
+
+    name = "weights"
+    summary = "Norm of the matrices that a layer writes by, over that of its neighbours."
+    cost = "No text: a dozen forwards of each layer on 8 made-up tokens; one matrix in float32."
+
+    def costs(self, subject: Subject) -> Costs:
+        """Measure norms; a CriterionError says that fewer than two layers have them."""
+        norms = np.array(_norms(subject.layerwise))
+        measured = np.flatnonzero(np.isfinite(norms))
+        if len(measured) < 2:
+            raise CriterionError(
+                f"the criterion {self.name} knows only layers that write into the residual stream "
+                f"by plain linear maps, and this model has {len(measured)} (experts, a norm behind "
+                f"the maps, or quantised weights): load it unquantised, or leave out {self.name} "
+                f"(--criteria)"
+            )
+        own, costs = norms[measured], np.full_like(norms, np.nan)
+        beside = [np.delete(own[max(0, i - 1) : i + 2], min(i, 1)) for i in range(len(own))]
+        means = np.array([around.mean() for around in beside])
+        costs[measured] = np.divide(own, means, out=np.full_like(own, np.nan), where=means > 0)
+        return Costs.of_layers(costs, metric=self.name, model=subject.decoder.identity)
 
 
 def _check(matrices: list[dict[nn.Parameter, None]], name: str) -> None:
@@ -99,7 +167,6 @@ def _gradients(subject: Subject, weights: list[nn.Parameter]) -> dict[nn.Paramet
                     outputs = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
                     TrainingLoss.of(outputs, labels, divisor).backward()
                 advance(1)
-    subject.meter.ran(3 * subject.num_layers, len(texts))
     return sums
 
 
@@ -134,3 +201,22 @@ def _differentiated(
 def _put_back(parameter: nn.Parameter, requires: bool, gradient: torch.Tensor | None) -> None:
     parameter.requires_grad_(requires)
     parameter.grad = gradient
+
+
+def _norms(model: Layerwise) -> list[float]:
+    """The norms of what every layer writes by; NaN where that is no plain linear map."""
+    batch = Batch(
+        np.arange(PROBE_TOKENS)[None] % 3, np.ones((1, PROBE_TOKENS), np.int64), np.zeros(1, int)
+    )
+    model.check(batch)
+    states, norms = model.embed(batch), []
+    for layer in range(len(model)):
+        writers = find_writers(model, layer, batch=batch, states=states)
+        squares = [
+            (torch.linalg.matrix_norm(w.weight.float()).item() * w.scale) ** 2
+            for w in (writers.attention, writers.feed_forward)
+            if w is not None
+        ]
+        norms.append(sum(squares) ** 0.5 if len(squares) == 2 else float("nan"))
+        states = model.run(batch, states, (layer,))
+    return norms

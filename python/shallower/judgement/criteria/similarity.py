@@ -1,0 +1,269 @@
+"""Criteria of blocks: how alike the states at both ends of a block are."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import CriterionError
+from ...models.layerwise import rows
+from ...models.residual_writers import find_writers
+from ...progress import track
+from ...scanning.builder import ScanBuilder
+from ...scanning.cka import MIN_BATCH
+from ...scanning.hidden_states import stream
+from ...scanning.scan import Scan
+from ...values.costs import Costs
+from ...values.positions import Positions
+from ..criterion import Criterion
+from ..kept_states import KeptTokens, kept_states
+from ..subject import Subject
+from ..token_states import ALL_TOKENS, PROBED
+
+METRICS = ("angular", "cosine", "relative_l2")
+
+CKA_BATCH = 64
+"""Texts in a minibatch of CKA, at most."""
+
+PROBES = 5
+"""Forwards of one text in which the maps that write into the stream are found, at least."""
+
+
+class Scanned(Criterion):
+    """A criterion of the one scan at the last tokens of texts that such criteria share."""
+
+    cost = (
+        "One pass over the texts, shared by angular, cosine, relative_l2 and cka; last tokens "
+        "alone."
+    )
+
+    def costs(self, subject: Subject) -> Costs:
+        """Read the metric of that name from the scan."""
+        return shared_scan(subject).costs(self.name)
+
+    def layer_forwards(self, subject: Subject) -> int:
+        """All layers on every text."""
+        return subject.num_layers * subject.num_texts
+
+
+class Angular(Scanned):
+    """The mean angle between x⁽ˡ⁾ and x⁽ᵐ⁾ at the last token, over π (2403.17887, eq. 5).
+
+    It does not see what changes the length of the states alone.
+    """
+
+    name = "angular"
+    summary = "Mean angle between the states at both ends of a block, at the last token."
+
+
+class Cosine(Scanned):
+    """1 less the mean cosine of x⁽ˡ⁾ and x⁽ᵐ⁾ at the last token.
+
+    It does not see what changes the length of the states alone.
+    """
+
+    name = "cosine"
+    summary = "1 less the mean cosine of the states at both ends of a block, at the last token."
+
+
+class RelativeL2(Scanned):
+    """The mean of ‖x⁽ᵐ⁾ − x⁽ˡ⁾‖ / ‖x⁽ˡ⁾‖ at the last token.
+
+    A layer that only scales the states costs what it scales them by, although no norm behind it
+    would see that.
+    """
+
+    name = "relative_l2"
+    summary = "Mean length of what a block adds, over that of its input, at the last token."
+
+
+class LinearCka(Scanned):
+    """1 less the linear CKA of x⁽ˡ⁾ and x⁽ᵐ⁾ across texts, at the last token (2010.15327, eq. 2).
+
+    It compares how texts lie towards one another, and so sees no rotation and no scaling that is
+    the same for all of them. Minibatches of up to 64 texts are unbiased, and noisy where there
+    are few texts; below 4 there are none.
+    """
+
+    name = "cka"
+    summary = "1 less the linear CKA of the states at both ends of a block, across texts."
+
+    def costs(self, subject: Subject) -> Costs:
+        """Compare minibatches; a CriterionError refuses fewer than 4 texts."""
+        scanned = shared_scan(subject)
+        if scanned.num_samples < MIN_BATCH:
+            raise CriterionError(
+                f"the criterion {self.name} compares how texts lie towards one another: "
+                f"{scanned.num_samples} texts are too few, give at least {MIN_BATCH} (--texts)"
+            )
+        return Costs.of_blocks(
+            1 - np.triu(scanned.cka),
+            metric=self.name,
+            model=scanned.model,
+            texts=scanned.texts,
+            positions=scanned.positions,
+        )
+
+
+def shared_scan(subject: Subject) -> Scan:
+    """Compare all states at the last tokens of the texts that fit, once for all criteria.
+
+    The scan is by ``METRICS``, and by CKA where there are enough texts: its minibatches are all
+    of one size but for one text. Texts that cannot be compared are counted and named with a
+    warning; a StatesError says that none could.
+    """
+    return subject.shared("scan", lambda: _scan(subject))
+
+
+def _scan(subject: Subject) -> Scan:
+    positions, count = Positions(), subject.num_texts
+    minibatches = -(-count // CKA_BATCH)
+    builder = ScanBuilder(
+        subject.num_layers + 1,
+        METRICS,
+        model=subject.decoder.identity,
+        positions=positions,
+        cka_batch=-(-count // minibatches) if count >= MIN_BATCH else None,
+    )
+    states = stream(subject.decoder, subject.batches, positions)
+    with track("scan", count, subject.progress) as advance, closing(states) as parts:
+        builder.take(parts, advance)
+    return builder.finish(subject.texts)
+
+
+class LinearMap(Criterion):
+    """1 − R² of x⁽ˡ⁾ + ΔT x⁽ˡ⁾ as a prediction of x⁽ᵐ⁾, on texts held out.
+
+    ΔT = argmin Σₜ ‖x⁽ᵐ⁾ − x⁽ˡ⁾ − ΔT x⁽ˡ⁾‖² + Σᵢ λᵢ ‖ΔTᵢ‖², ΔTᵢ the column for channel i and λᵢ its
+    sum of squares over the N tokens, times D/N: the channels of a stream differ a
+    thousandfold in size. The penalty is on the change, so that the map falls back to doing
+    nothing. R² is of the variance of x⁽ᵐ⁾, which the layers behind the block read, so blocks of
+    all sizes can be compared. First tokens and others that carry massive activations are left
+    out: they outweigh all others together.
+
+    A layer that only scales the states costs next to nothing: a linear map can stand in for it.
+    """
+
+    name = "linear_map"
+    summary = "1 less the R² of a linear map in place of the block, on texts held out."
+    cost = (
+        "One pass over about 8,192 tokens, shared with reachable; (L+1)·D values for each of 4,608 "
+        "of them, and L(L+1)/2 products of (512 × 4,096) by (4,096 × D)."
+    )
+
+    def costs(self, subject: Subject) -> Costs:
+        kept, size = kept_states(subject), subject.num_layers + 1
+        blocks, errors = np.zeros((2, size, size))
+        with track(self.name, subject.num_layers, subject.progress) as advance:
+            for start in range(subject.num_layers):
+                found = kept.unexplained(start, kept.fitted[start], kept.held_out[start])
+                for stop, scores in enumerate(found, start + 1):
+                    blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
+                advance(1)
+        return Costs.of_blocks(
+            blocks,
+            stderr=errors,
+            metric=self.name,
+            model=subject.decoder.identity,
+            texts=subject.texts,
+            positions=ALL_TOKENS,
+        )
+
+    def layer_forwards(self, subject: Subject) -> int:
+        """All layers on the texts that are run, and on those that the model is checked with."""
+        texts = KeptTokens.of(subject.batches).num_texts
+        return subject.num_layers * (texts + PROBED)
+
+
+class Reachable(LinearMap):
+    """1 − R² of x⁽ˡ⁾ + ΔW a as a prediction of x⁽ᵐ⁾, on texts held out: what a patch can reach.
+
+    a are the inputs of the last matrix of the feed-forward in layer l − 1, before the block, and
+    ΔW is fitted as ΔT is for linear_map. No layer is before layer 0, so blocks that start there
+    are not measured; nor those behind a layer that does not write by a plain linear map. A layer
+    that only scales costs what those inputs do not tell of the states.
+    """
+
+    name = "reachable"
+    summary = "1 less the R² of the layer before the block with a new matrix, on texts held out."
+    cost = (
+        "Two passes over about 8,192 tokens, one of them shared with linear_map; beside what that "
+        "keeps 16 bytes a pair of the feed-forward's channels, and its products."
+    )
+
+    def costs(self, subject: Subject) -> Costs:
+        """Fit the layer before each block; a CriterionError says that none can be fitted."""
+        kept, size = kept_states(subject), subject.num_layers + 1
+        blocks = np.full((size, size), np.nan)
+        errors, plain = blocks.copy(), False
+        with track(self.name, subject.num_layers - 1, subject.progress) as advance:
+            for start, inputs in self._inputs(subject):
+                if inputs is not None:
+                    plain = True
+                    for stop, scores in enumerate(kept.unexplained(start, *inputs), start + 1):
+                        blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
+                advance(1)
+        if not plain:
+            raise CriterionError(
+                f"the criterion {self.name} knows only layers whose feed-forward writes into the "
+                f"residual stream by a plain linear map, and this model has none (experts, a norm "
+                f"behind it, or quantised weights): load it unquantised, or leave out {self.name} "
+                f"(--criteria)"
+            )
+        return Costs.of_blocks(
+            blocks,
+            stderr=errors,
+            metric=self.name,
+            model=subject.decoder.identity,
+            texts=subject.texts,
+            positions=ALL_TOKENS,
+        )
+
+    def layer_forwards(self, subject: Subject) -> int:
+        """As for the linear map, and all layers but the last once more, probed."""
+        texts = KeptTokens.of(subject.batches).num_texts
+        more = (subject.num_layers - 1) * (texts + PROBES)
+        return super().layer_forwards(subject) + more
+
+    def _inputs(
+        self, subject: Subject
+    ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor] | None]]:
+        """For every start from 1 on the last matrix's inputs at the tokens that are kept."""
+        model, tokens = subject.layerwise, kept_states(subject).tokens
+        states = [model.embed(batch) for batch in tokens.batches]
+        probe = tokens.batches[0].split(1)[0]
+        for layer in range(subject.num_layers - 1):
+            for some in model.passes((layer,)):
+                beginning = states[0][:1, : probe.input_ids.shape[1]]
+                writer = find_writers(model, layer, batch=probe, states=beginning).feed_forward
+                parts: tuple[list[torch.Tensor], ...] = ([], [])
+                for index, batch in enumerate(tokens.batches):
+                    with _watched(None if writer is None else writer.module) as taken:
+                        states[index] = model.run(batch, states[index], some)
+                    if writer is None:
+                        continue
+                    inputs = taken[-1].view(*batch.input_ids.shape, -1)
+                    for kept, masks in zip(parts, (tokens.fitted, tokens.held_out), strict=True):
+                        kept.append(rows(inputs, masks[index]).to(subject.decoder.device))
+            yield layer + 1, None if writer is None else (torch.cat(parts[0]), torch.cat(parts[1]))
+
+
+@contextmanager
+def _watched(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """Keep what a module is given while the body runs."""
+    taken: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        taken.append(args[0])
+
+    if module is None:
+        yield taken
+        return
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        yield taken
+    finally:
+        handle.remove()
