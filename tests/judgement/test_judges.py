@@ -171,7 +171,7 @@ def test_no_more_logits_are_made_at_once_than_are_allowed(monkeypatch, llama, wo
         seen.append([tuple(logits.shape) for logits in pair])
         return divergences(*pair)
 
-    monkeypatch.setattr("shallower.judgement.judges.kl.divergences", note)
+    monkeypatch.setattr("shallower.judgement.judges.judge.divergences", note)
     measured(KLJudge(judged_batches(words, TEXTS, Tokens())), llama, DROPPED)
     assert all(whole == cut == (len_, 100) for whole, cut in seen for len_ in [whole[0]])
     assert len(seen) > 3
@@ -191,7 +191,7 @@ def test_a_divergence_is_that_in_float64(seed, magnitude, in_cache):
     other = whole + 10**magnitude * torch.randn((5, 70), generator=generator)
     whole[:, 3] = other[:, 3] = whole[2, 5] = -torch.inf
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shallower.judgement.judges.kl.LOGITS_PER_CHUNK", in_cache)
+        patch.setattr("shallower.judgement.judges.judge.LOGITS_PER_CHUNK", in_cache)
         found = divergences(whole, other)
         assert (divergences(whole, whole) == 0).all()
     log_p, log_q = whole.double().log_softmax(-1), other.double().log_softmax(-1)

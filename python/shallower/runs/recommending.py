@@ -14,8 +14,9 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..judgement.choosing_size import SizeChoice, sizes_beside
-from ..judgement.held_out_cuts import Store, loss_as_it_is
+from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
+from ..judgement.trials import Store
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise

@@ -36,7 +36,7 @@ class Row:
             them.
         layers_share: ``n`` as a share of all layers.
         parameters_share: the parameters that go as a share of all.
-        seconds: wall time that the choice takes by itself.
+        seconds: wall time that the choice took here, where what is shared is made once.
         layer_forwards: layers run, times texts, that the choice takes by itself.
         score: what the judge says of the cut on items that report; as ``loss`` for the judge
             ``loss``.
