@@ -1,6 +1,7 @@
 """The command `plan`."""
 
 import json
+import re
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_plan_lists_the_best_blocks(shallower, scans, metric):
     assert shallower(*arguments, "--json").json["top"] == [block.to_json() for block in best]
     shown = " ".join(shallower(*arguments).out.split())
     for block in best:
-        assert f"{block} │ {block.score:.4f} ± {block.stderr:.4f}" in shown
+        assert f"{block} {block.score:.4f} ± {block.stderr:.4f}" in shown
     assert "share" not in shown
 
 
@@ -89,10 +90,10 @@ def test_plan_says_how_sure_it_is(shallower, scans):
     block = scanned.best_block(2)
     share = f"{sure.probability:.3f}"
     assert f"{block} is the best block in a share of {share} of 200 resamples" in done.out
-    assert "share ┃" in done.out
+    assert re.search(r" share *$", done.out, re.MULTILINE)
     assert "probability" not in done.out
     for share in sure.distribution:
-        assert f"{share:.3f} │" in done.out
+        assert re.search(rf" {share:.3f} *$", done.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

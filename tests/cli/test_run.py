@@ -71,7 +71,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
     blocks = " ".join(map(str, plan.blocks))
     for part in (
         "6 layers, 16 samples",
-        "held-out loss",
+        "What other sizes would cost",
         "whole: ",
         "cut: ",
         "2 layers less, as asked for",

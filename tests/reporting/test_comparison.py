@@ -1,32 +1,24 @@
 """The tables and the CSV of criteria that were compared."""
 
 import csv
-import io
 import math
 import re
 from dataclasses import fields, replace
 
 import pytest
-from rich.console import Console
 
 from shallower import OutputError
-from shallower.reporting.comparison import criteria_tables, table_of_criteria, write_csv
+from shallower.reporting.stories.comparison import comparison_story, criteria_table
+from shallower.reporting.writers.csv import write_comparison
 from shallower.values.comparison import CriteriaComparison, Row
 from tests.reporting.comparisons import COSTS, SIZES, compared, comparison, rows_of
-
-
-def printed(found, width=80):
-    console = Console(width=width, file=io.StringIO())
-    for table in criteria_tables(found):
-        console.print(table)
-    return console.file.getvalue()
 
 
 def blocks(text):
     """The lines of each table for one n, by model and n, in order."""
     found, model = {}, None
     for line in text.splitlines():
-        if match := re.match(r"(\S+): \d+ layers, loss of the whole model", line):
+        if match := re.match(r"(\S+): criteria against true loss", line):
             model = match[1]
         if match := re.match(r"n = (\d+):", line):
             found[model, int(match[1])] = lines = []
@@ -43,90 +35,88 @@ def whole():
     return comparison(failures=FAILURES)
 
 
-def test_everything_fits_80_columns(whole):
-    text = printed(whole)
+@pytest.fixture
+def shown(printed):
+    """A comparison as the terminal shows it."""
+
+    def show(found, width=80):
+        return printed(comparison_story(found, drawn=False), width=width)
+
+    return show
+
+
+def test_everything_fits_80_columns(whole, shown):
+    text = shown(whole)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for row in whole.rows:
         assert row.criterion in text
-        assert f"{row.loss:.3f}" in text or f"{row.loss:.2f} ± " in text
+        assert f"{row.loss:.3f} ± " in text or f"{row.loss:.2f} ± " in text
 
 
-def test_every_model_and_size_is_a_block_sorted_by_regret(whole):
-    found = blocks(printed(whole, 300))
+def test_every_model_and_size_is_a_block_sorted_by_regret(whole, shown):
+    found = blocks(shown(whole, 300))
     assert list(found) == [(m.name, n) for m in whole.models for n in SIZES]
     for (model, n), lines in found.items():
         rows = [row for row in whole.rows if (row.model, row.n) == (model, n)]
         rows.sort(key=lambda row: row.regret)
-        names = [line.split()[0] for line in lines[3 : 3 + len(rows)]]
+        start = next(place for place, line in enumerate(lines) if "─" in line) + 1
+        names = [line.split()[0] for line in lines[start:] if line[0] != " "][: len(rows)]
         assert names == [row.criterion for row in rows]
 
 
-def test_a_row_says_everything(whole):
-    found = blocks(printed(whole, 300))
+def test_a_row_says_everything(whole, shown):
+    found = blocks(shown(whole, 300))
     for row in whole.rows:
         line = next(line for line in found[row.model, row.n] if line.split()[0] == row.criterion)
         for value, stderr in ((row.loss, row.stderr), (row.regret, row.regret_stderr)):
             digits = 3 if value < 9.9995 else 2
-            if row.regret or value == row.loss:
-                assert f"{value:.{digits}f} ± {stderr:.{digits}f}" in line
+            assert f"{value:.{digits}f} ± {stderr:.{digits}f}" in line
         assert ("tie" in line) == (row.tied and row.regret > 0)
-        assert ("the best" in line) == (row.regret == 0)
+        assert ("best" in line) == (row.regret == 0)
         if row.patched is None:
             assert " – " in line
         else:
             assert f" {row.patched:.3f} " in line
 
 
-def test_layers_are_named_as_a_command_takes_them():
-    from shallower.values.layers import dropped_layers, parse_layers
-
+def test_layers_are_ranges(shown):
     row = replace(rows_of(compared())[0], dropped=(1, 3, 4, 5, 9))
-    found = CriteriaComparison((compared(),), (row,))
-    assert "1, 3:6, 9" in printed(found)
-    assert dropped_layers(30, parse_layers("1, 3:6, 9")) == row.dropped
+    text = shown(CriteriaComparison((compared(),), (row,)))
+    assert all(f" {one} " in text for one in ("[1, 2)", "[3, 6)", "[9, 10)"))
 
 
-def test_the_title_says_what_was_measured_on_what(whole):
-    text = printed(whole)
-    assert (
-        "SmolLM2-135M: 30 layers, loss of the whole model 3.592 ± 0.021 nats a token\n"
-        in re.sub(r" +\n", "\n", text)
-    )
-    assert "16384 tokens of 64 texts; V = 49152" in text
-    assert "judge: loss, nats a token; 40 to fit, 24 to choose, 64 to report" in text
+def test_it_says_what_was_measured_on_what(whole, shown):
+    text = " ".join(shown(whole, 300).split())
+    assert "The whole model loses 3.592 ± 0.021 nats a token, 0.333 of ln V, on 16,384" in text
+    assert "16,384 tokens of 64 texts; V = 49,152. It has 30 layers." in text
+    assert "Judge: loss, nats a token; texts: 40 fit, 24 choose, 64 report." in text
     assert "n = 8: 27 % of the layers, 21 % of the parameters" in text
 
 
-def test_parameters_that_differ_are_a_range():
+def test_parameters_that_differ_are_a_range(shown):
     rows = rows_of(compared(), sizes=(4,))
     rows[0] = replace(rows[0], parameters_share=0.05)
-    assert "5–11 % of the parameters" in printed(CriteriaComparison((compared(),), tuple(rows)))
+    assert "5–11 % of the parameters" in shown(CriteriaComparison((compared(),), tuple(rows)))
 
 
-def test_failures_come_last_and_whole(whole):
-    lines = printed(whole, 100).strip().splitlines()
-    assert lines[-4].strip() == "models that could not be compared"
-    assert (
-        lines[-1].strip() == "no/such-model cannot load no/such-model: [Errno 2] it is [not] there"
-    )
+def test_failures_are_warnings_with_the_reason(whole, shown):
+    lines = shown(replace(whole, skipped={"taylor": "has no gradients"}), 300).splitlines()
+    (name, why), *_ = FAILURES.items()
+    assert f"warning: {name} could not be compared: {why}" in lines
+    assert "warning: taylor could not choose: has no gradients" in lines
 
 
-def test_criteria_that_could_not_choose_are_named_with_the_reason(whole):
-    text = printed(replace(whole, skipped={"taylor": "has no gradients"}), 100)
-    part = text.split("criteria that could not choose")[1].split("models that")[0]
-    assert re.search(r"taylor +has no gradients", part)
+def test_models_that_all_failed_are_shown(shown):
+    text = shown(CriteriaComparison((), (), failures=FAILURES), 300)
+    assert "no/such-model could not be compared" in text
+    assert text.endswith("No criterion could be compared.\n")
 
 
-def test_models_that_all_failed_are_a_table():
-    tables = criteria_tables(CriteriaComparison((), (), failures=FAILURES))
-    assert len(tables) == 1
-
-
-def test_taus_are_sorted_and_only_where_there_are_any(whole):
-    text = printed(whole, 120)
-    part = re.split(r"\n *\n", text.split("the order of single layers")[1])[0]
-    found = re.findall(r"^(\w+) +([+-]\d\.\d\d) *$", part, re.MULTILINE)
+def test_taus_are_sorted_and_only_where_there_are_any(whole, shown):
+    one = replace(whole, models=whole.models[:1])
+    part = shown(one, 120).split("the order of single layers")[1].split("Kendall")[0]
+    found = re.findall(r"^ (\w+) +([+-]\d\.\d\d) *$", part, re.MULTILINE)
     assert {name for name, _ in found} == set(COSTS) - {
         "greedy", "exhaustive", "evolution", "random",
     }  # fmt: skip
@@ -136,48 +126,44 @@ def test_taus_are_sorted_and_only_where_there_are_any(whole):
         row = next(row for row in whole.rows if row.criterion == name)
         assert f"{row.tau:+.2f}" == value
     none = tuple(replace(row, tau=None) for row in whole.rows)
-    assert "order of single" not in printed(replace(whole, rows=none))
+    assert "order of single" not in shown(replace(whole, rows=none))
 
 
-def test_several_calibration_texts_stand_in_one_block():
+def test_several_calibration_texts_have_parts_of_their_own(shown):
     rows = (*rows_of(compared()), *rows_of(compared(), "wikipedia"))
-    text = printed(CriteriaComparison((compared(),), rows))
+    text = shown(CriteriaComparison((compared(),), rows))
     assert max(map(len, text.splitlines())) <= 80
-    first = next(iter(blocks(text).values()))
-    assert sum(line.split()[0] == "c4" for line in first) == 18
-    assert sum(line.split()[0] == "wikipedia" for line in first) == 18
-    taus = text.split("Kendall")[1]
-    assert re.search(r"criterion +c4 +wikipedia", taus)
-    assert re.search(r"\nangular +[+-]\d\.\d\d +[+-]\d\.\d\d", taus)
+    assert re.findall(r"SmolLM2-135M, chosen on (\w+): criteria", text) == ["c4", "wikipedia"]
+    assert len(re.findall(r"^n = 1:", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"^ angular +[+-]\d\.\d\d *$", text, re.MULTILINE)) == 2
 
 
-def test_another_judge_has_its_score_beside_the_loss():
+def test_another_judge_has_its_score_beside_the_loss(shown):
     rows = tuple(
         replace(row, score=0.1 * row.loss, score_stderr=0.0123) for row in rows_of(compared())
     )
-    found = CriteriaComparison((compared(),), rows, judge="kl", unit="nats a token")
-    text = printed(found)
-    assert "judge: kl" in text
+    text = shown(CriteriaComparison((compared(),), rows, judge="kl", unit="nats a token"))
+    assert "Judge: kl" in text
     assert max(map(len, text.splitlines())) <= 80
     for row in rows:
         assert f"{row.score:.3f} ± 0.012" in text
         assert f"{row.loss:.3f}" in text or f"{row.loss:.2f}" in text
 
 
-def test_the_judge_of_options_shows_accuracy_and_chance():
+def test_the_judge_of_options_shows_accuracy_and_chance(shown):
     rows = tuple(replace(row, accuracy=0.437) for row in rows_of(compared()))
     model = replace(compared(), accuracy=0.512, chance=0.25)
-    text = printed(CriteriaComparison((model,), rows, judge="options", unit="nats"))
+    text = shown(CriteriaComparison((model,), rows, judge="options", unit="nats"))
     assert max(map(len, text.splitlines())) <= 80
-    assert "accuracy of the whole model 51.2 %; chance 25.0 %" in text
+    assert "Accuracy of the whole model 51.2 %; chance 25.0 %" in text
     assert text.count("43.7 %") == len(rows)
 
 
-def test_what_is_not_known_is_a_dash_and_comes_last():
+def test_what_is_not_known_is_a_dash_and_comes_last(shown):
     nan = math.nan
     rows = rows_of(compared(), sizes=(4,))
     rows[0] = replace(rows[0], regret=nan, regret_stderr=nan, loss=nan, stderr=nan, tied=False)
-    text = printed(CriteriaComparison((compared(),), tuple(rows)))
+    text = shown(CriteriaComparison((compared(),), tuple(rows)))
     assert "nan" not in text
     lines = blocks(text)["SmolLM2-135M", 4]
     last = next(line for line in reversed(lines) if re.search(r"( s|min)$", line.rstrip()))
@@ -185,11 +171,11 @@ def test_what_is_not_known_is_a_dash_and_comes_last():
     assert last.count("–") >= 2
 
 
-def test_names_are_not_markup():
+def test_names_are_not_markup(shown):
     row = replace(rows_of(compared())[0], criterion="my[bold]own")
     model = replace(compared(), name="m[red]")
     row = replace(row, model="m[red]")
-    text = printed(CriteriaComparison((model,), (row,)))
+    text = shown(CriteriaComparison((model,), (row,)))
     assert "my[bold]own" in text
     assert "m[red]:" in text
 
@@ -202,21 +188,20 @@ def test_names_are_not_markup():
         (4_560_000, 7200, "4.56M 2.0 h"), (2_000_000_000_000, 1e6, "2,000G 277.8 h"),
     ],
 )  # fmt: skip
-def test_costs_are_read_by_people(forwards, seconds, expected):
+def test_costs_are_read_by_people(shown, forwards, seconds, expected):
     row = replace(rows_of(compared())[0], layer_forwards=forwards, seconds=seconds)
-    text = printed(CriteriaComparison((compared(),), (row,)))
+    text = shown(CriteriaComparison((compared(),), (row,)))
     assert re.sub(r" +", " ", text).count(f" {expected}") == 1
 
 
-def test_the_table_of_criteria_has_their_words():
-    console = Console(width=80, file=io.StringIO())
-    console.print(table_of_criteria([{"name": "odd", "summary": "Odd first.", "cost": "Nothing."}]))
-    assert re.search(r"odd +Odd first\. +Nothing\.", console.file.getvalue())
+def test_the_table_of_criteria_has_their_words(printed):
+    text = printed(criteria_table([{"name": "odd", "summary": "Odd first.", "cost": "Nothing."}]))
+    assert re.search(r"odd +Odd first\. +Nothing\.", text)
 
 
 # CSV
 def test_every_row_is_a_line_with_all_fields(whole, tmp_path):
-    write_csv(whole, tmp_path / "comparison.csv")
+    write_comparison(whole, tmp_path / "comparison.csv")
     with (tmp_path / "comparison.csv").open(newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert list(found[0]) == [one.name for one in fields(Row)]
@@ -233,14 +218,14 @@ def test_every_row_is_a_line_with_all_fields(whole, tmp_path):
 
 def test_what_is_not_finite_is_an_empty_cell(tmp_path):
     row = replace(rows_of(compared())[0], loss=math.nan, regret=math.inf, model='a,"b"\nc')
-    write_csv(CriteriaComparison((), (row,)), tmp_path / "a.csv")
+    write_comparison(CriteriaComparison((), (row,)), tmp_path / "a.csv")
     with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
         (line,) = csv.DictReader(file)
     assert (line["loss"], line["regret"], line["model"]) == ("", "", 'a,"b"\nc')
 
 
 def test_a_comparison_without_rows_has_a_header(tmp_path):
-    write_csv(CriteriaComparison((), ()), tmp_path / "a.csv")
+    write_comparison(CriteriaComparison((), ()), tmp_path / "a.csv")
     assert (tmp_path / "a.csv").read_text().startswith("model,texts,criterion,n,dropped,loss,")
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1
 
@@ -248,4 +233,4 @@ def test_a_comparison_without_rows_has_a_header(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(whole, tmp_path):
     (tmp_path / "file").write_text("old")
     with pytest.raises(OutputError):
-        write_csv(whole, tmp_path / "file" / "a.csv")
+        write_comparison(whole, tmp_path / "file" / "a.csv")

@@ -1,11 +1,12 @@
-"""What an evaluation found, told."""
-
-from io import StringIO
+"""What an evaluation found, for people and for machines."""
 
 import numpy as np
-from rich.console import Console
 
-from shallower.reporting.evaluation import plain_results, tasks_table, told_results
+from shallower.reporting.stories.evaluation import (
+    evaluation_json,
+    evaluation_parts,
+    tasks_table,
+)
 from shallower.values.perplexity import Perplexity
 from shallower.values.scores import Scores
 from shallower.values.task_scores import TaskScores
@@ -29,18 +30,16 @@ CUT = (
 )
 
 
-def test_a_row_for_every_measure_in_80_columns():
-    console = Console(width=80, record=True, file=StringIO())
-    console.print(tasks_table(BASE, CUT, (3, 4, 5)))
-    lines = console.export_text().splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    shown = " ".join(" ".join(lines).split())
+def test_a_row_for_every_measure_in_80_columns(printed):
+    text = printed(tasks_table(BASE, CUT, (3, 4, 5)))
+    assert max(map(len, text.splitlines())) <= 80
+    shown = " ".join(text.split())
     for part in (
         "90.0 ± 10.0",
         "(10.0 ± 10.0)",
         "(50.0 ± 28.9)",
         "= +0.0 ± 0.0",
-        "│ -80.0 ± 20.0",
+        " -80.0 ± 20.0",
         "5-shot",
     ):
         assert part in shown, part
@@ -52,14 +51,14 @@ def test_json_pairs_each_measure():
         "perplexity": {"base": window, "cut": window},
         "tasks": {"base": BASE, "cut": CUT},
     }
-    plain = plain_results(values)
+    plain = evaluation_json(values)
     assert plain["perplexity"]["difference"]["mean"] == 0
     assert [one["metric"] for one in plain["tasks"]] == ["acc", "acc_norm", "acc"]
     assert plain["tasks"][0]["difference"]["mean"] == -0.8
-    line, _, lost, table = told_results(values, (1,))
+    line, _, lost, table = evaluation_parts(values, (1,))
     assert line == (
         "all layers: perplexity 4.482 ± 2.241, 2 windows of 4 tokens, stride 4, without a "
         "beginning-of-text token; 6 tokens predicted, 1 left over"
     )
     assert "paired by window; a tie" in lost
-    assert table.row_count == 3
+    assert len(table.rows) == 3

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from shallower.reporting.page.markdown import to_markdown
-from shallower.reporting.page.story import (
+from shallower.reporting.stories.curve import curve_story
+from shallower.reporting.story import (
     Fact,
     Number,
     Sample,
@@ -18,8 +18,8 @@ from shallower.reporting.page.story import (
     Table,
     without_items,
 )
-from shallower.reporting.page.writing import to_html
-from shallower.reporting.stories.curve import curve_story
+from shallower.reporting.writers.markdown import to_markdown
+from shallower.reporting.writers.page import to_html
 from tests.reporting.stories import HOSTILE, curve
 
 
@@ -143,7 +143,7 @@ def test_what_json_has_not_is_null_and_what_is_long_is_left_out():
     ("number", "text"),
     [
         (Number.of(3.14159, 0.25, 2), "3.14 ± 0.25"),
-        (Number.of(-0.5, sign=True), "−0.500"),
+        (Number.of(-0.5, sign=True), "-0.500"),
         (Number.of(0.5, float("nan"), sign=True), "+0.500"),
         (Number.of(float("nan"), 1.0), "–"),
         (Number.of(None), "–"),

@@ -14,8 +14,8 @@ from shallower import OutputError
 from shallower.reporting.results import Run
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.curve import curve_story
-from shallower.reporting.stories.parts import layer_words
 from shallower.reporting.stories.run import UNFINISHED, run_story
+from shallower.reporting.words import layer_words
 from shallower.runs import report as reports
 from shallower.runs.report import read_story, report
 from shallower.savings.weights import count_weights
@@ -95,7 +95,7 @@ def test_without_matplotlib_there_is_a_page_without_figures(made, tmp_path, monk
 # Curves and comparisons.
 def test_a_curve_is_told_where_it_holds(tmp_path):
     write(tmp_path, "curve.json", curve(), command="shallower curve X")
-    story = read_story(tmp_path)
+    story = read_story(tmp_path, drawn=True)
     assert story.kind == "curve"
     assert story.sentence.startswith("Without layers [20, 28), 25 % of layers, chosen by sim")
     assert "mmlu holds up to 25 % of layers" in story.sentence
@@ -151,7 +151,7 @@ def test_a_small_model_is_named_on_every_page():
 def test_a_comparison_is_told_by_its_best_and_its_ties(tmp_path):
     compared = comparison(failures={"lost": "no such model"})
     write(tmp_path, "comparison.json", compared)
-    story = read_story(tmp_path)
+    story = read_story(tmp_path, drawn=True)
     assert story.kind == "comparison"
     model = compared.models[0]
     rows = [row for row in compared.rows if (row.model, row.n) == (model.name, 12)]
@@ -226,7 +226,7 @@ def test_gains_that_lie_beside_are_told(made, tmp_path):
     made_run(tmp_path)
     found = sh.gain(LlamaConfig(num_hidden_layers=8), [range(4, 6)], device="a100-80")
     (tmp_path / "gain.json").write_text(json.dumps(found.to_json()))
-    titles = [table for part in read_story(tmp_path).sections for table in part.tables]
+    titles = [table for part in read_story(tmp_path, drawn=True).sections for table in part.tables]
     (gain,) = (table for table in titles if table.title.startswith("What it gains"))
     assert gain.rows[0] == ("layers", "8", "6", "0.750")
     assert gain.rows[-1][0] == "A100 SXM 80GB, token"

@@ -43,7 +43,7 @@ def cache_command(
 
 def _show(store: "Store", named: str, as_json: bool) -> None:
     """Print what the store holds, and what an earlier version left in its folder."""
-    from ..reporting.tables import cache_table
+    from ..reporting.story import Number, Table
     from ..runs.old_entries import old_entries
     from ..values.memory import format_size
 
@@ -58,12 +58,18 @@ def _show(store: "Store", named: str, as_json: bool) -> None:
         ]  # fmt: skip
         print_json({"folder": store.folder and str(store.folder), "kinds": kinds})
         return
-    rows = [
-        (usage.kind, usage.entries, format_size(usage.num_bytes), _date(usage.oldest)[:10],
-         _date(usage.newest)[:10])
+    rows = tuple(
+        (
+            usage.kind,
+            Number.count(usage.entries),
+            Number(format_size(usage.num_bytes), usage.num_bytes),
+            _date(usage.oldest)[:10],
+            _date(usage.newest)[:10],
+        )
         for usage in used
-    ]  # fmt: skip
-    show(*([cache_table(rows)] if rows else ["nothing was measured yet"]), named)
+    )
+    head = ("kind", "entries", "size", "oldest", "newest")
+    show(Table("measured before", head, rows) if rows else "nothing was measured yet", named)
     if store.folder is not None and any(old_entries(store.folder)):
         show("entries of an earlier version lie there, which are not used: --clear removes them")
 

@@ -174,10 +174,12 @@ def _described(job: "ComparisonJob", criteria: str | None) -> dict[str, Any]:
 
 
 def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) -> None:
-    from ..reporting.comparison import criteria_tables
-    from ..runs.report import report
+    from ..reporting.stories.comparison import comparison_story
+    from ..runs.report import save_report
 
-    page = None if job.out is None else report(job.out)
+    page, story = None, None
+    if job.out is not None:
+        page, story = save_report(job.out)
     if job.entry is not None:
         say_known(job.entry.made)
     elif job.found:
@@ -186,7 +188,7 @@ def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) 
     if as_json:
         print_json(comparison.to_json())
         return
-    show(*criteria_tables(comparison))
+    show(story or comparison_story(comparison, drawn=False))
     if page is not None:
         show(f"wrote {job.out}", f"page: {page}")
 
@@ -201,7 +203,7 @@ def _list(as_json: bool) -> int:
     if as_json:
         print_json(rows)
         return 0
-    from ..reporting.comparison import table_of_criteria
+    from ..reporting.stories.comparison import criteria_table
 
-    show(table_of_criteria(rows))
+    show(criteria_table(rows))
     return 0

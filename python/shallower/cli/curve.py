@@ -167,13 +167,12 @@ def _described(study: "CurveStudy") -> dict[str, Any]:
 
 
 def _say(curve: "Curve", study: "CurveStudy", as_json: bool) -> None:
-    from ..reporting.curve import curve_tables
-    from ..runs.report import report
+    from ..runs.report import save_report
 
-    page = report(study.folder)
+    page, story = save_report(study.folder)
     if study.entry is not None:
         say_known(study.entry.made)
     if as_json:
         print_json({**curve.to_json(), "out": str(study.out), "page": str(page)})
         return
-    show(*curve_tables(curve), f"wrote {study.out}", f"page: {page}")
+    show(story, f"wrote {study.out}", f"page: {page}")

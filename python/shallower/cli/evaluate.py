@@ -183,7 +183,7 @@ def _described(
 
 
 def _say(results: "Results", wanted: "Plan | None", *, as_json: bool) -> None:
-    from ..reporting.evaluation import plain_results, told_results
+    from ..reporting.stories.evaluation import evaluation_json, evaluation_parts
 
     values = {
         kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()
@@ -191,6 +191,6 @@ def _say(results: "Results", wanted: "Plan | None", *, as_json: bool) -> None:
     dtype = next(one.model.dtype for sides in results.values() for one in sides.values())
     if as_json:
         drop = {"drop": [block.to_json() for block in wanted.blocks]} if wanted else {}
-        print_json({**plain_results(values), "dtype": dtype, **drop})
+        print_json({**evaluation_json(values), "dtype": dtype, **drop})
     else:
-        show(*told_results(values, wanted.dropped if wanted else ()), f"weights: {dtype}")
+        show(*evaluation_parts(values, wanted.dropped if wanted else ()), f"weights: {dtype}")

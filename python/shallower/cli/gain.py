@@ -69,6 +69,6 @@ def gain_command(
     if as_json:
         print_json(found.to_json())
         return
-    from ..reporting.gain import gain_table
+    from ..reporting.stories.gain import gain_table
 
     show(gain_table(found))

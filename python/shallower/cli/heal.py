@@ -338,25 +338,9 @@ def merge_command(
 
 def say_healing(healing: "Healing", out: Path, as_json: bool) -> None:
     """Print the losses of a healing, and where it was written."""
-    from ..reporting.tables import healing_table
+    from ..reporting.stories.stages import healing_parts
 
     if as_json:
         print_json({**healing.to_json(), "written": str(out)})
         return
-    lines = []
-    if healing.tokens_per_second:
-        lines.append(f"{healing.tokens_per_second:,.0f} tokens a second")
-    if merged := healing.merge:
-        what = "logits differ" if merged.check == "logits" else "weights differ from the exact sums"
-        lines.append(
-            f"merged into {merged.dtype}: {what} by {merged.difference:.2g} of their norm, "
-            f"{merged.max_difference:.2g} at most"
-        )
-        if merged.trained_difference is not None:
-            lines.append(
-                f"from the adapters on {healing.recipe.dtype}, as trained, they differ by "
-                f"{merged.trained_difference:.2g} of their norm"
-            )
-        if merged.loss:
-            lines.append(f"held-out loss, merged: {merged.loss}")
-    show(healing_table(healing), *lines, f"wrote {out}")
+    show(*healing_parts(healing), f"wrote {out}")

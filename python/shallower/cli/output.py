@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ..reporting.writers.terminal import Part
     from ..runs.done import Output
     from ..scanning.scan import Scan
 
@@ -17,7 +18,7 @@ _called: list[str] = []
 
 
 def remember_call(name: str, arguments: "Sequence[str]") -> None:
-    """Keep the words of this call, for whatever tells how a result was made."""
+    """Keep the words of this call, to say how a result was made."""
     _called[:] = ["shallower", name, *arguments]
 
 
@@ -33,16 +34,14 @@ def called() -> str:
     return shlex.join(map(shown, _called))
 
 
-def show(*parts: Any) -> None:
-    """Print text as it is, and tables drawn."""
-    from rich.console import Console
+def show(*parts: "Part") -> None:
+    """Print text as it is; tables, sections and stories as the terminal's writer does."""
+    if all(isinstance(part, str) for part in parts):
+        print(*parts, sep="\n", end="\n" if parts else "")
+        return
+    from ..reporting.writers import terminal
 
-    console = Console()
-    for part in parts:
-        if isinstance(part, str):
-            print(part)
-        else:
-            console.print(part)
+    terminal.show(*parts)
 
 
 def print_json(value: Any) -> None:
@@ -111,7 +110,7 @@ def warn(message: str) -> None:
 
 def say_scan(scanned: "Scan", written: list[Path], as_json: bool) -> None:
     """Print the best block of every size, what was rejected and what was written."""
-    from ..reporting.tables import rejected, scan_table
+    from ..reporting.stories.stages import rejected, scan_table
 
     if as_json:
         print_json({**_described(scanned), "written": [str(path) for path in written]})

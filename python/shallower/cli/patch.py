@@ -124,7 +124,7 @@ def patch_command(
 
 def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
-    from ..reporting.tables import patch_table
+    from ..reporting.stories.stages import patch_table
     from ..values.healing import read_loss
     from ..values.loss import with_error
     from ..values.patch import Patch

@@ -99,7 +99,7 @@ def plan_command(
 
 
 def _choice(chosen: "ScanChoice") -> list[Any]:
-    from ..reporting.tables import plan_table, starts_table
+    from ..reporting.stories.stages import plan_table, starts_table
 
     parts: list[Any] = [plan_table(chosen.plan)]
     if chosen.best:

@@ -97,7 +97,7 @@ def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _say(done: dict[str, Any], as_json: bool) -> None:
     """Print a cut, from its JSON values."""
-    from ..reporting.tables import plan_table
+    from ..reporting.stories.stages import plan_table
     from ..values.plan import Plan
 
     if as_json:

@@ -30,6 +30,7 @@ from .output import called, print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
     from ..reporting.results import Run
+    from ..reporting.story import Story
     from ..runs.done import Output
     from ..runs.run import RunStudy
     from ..values.settings import RunSettings
@@ -235,7 +236,7 @@ def _carry_out(
     **places: Any,
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
-    from ..runs.report import report
+    from ..runs.report import save_report
     from ..runs.run import RunStudy
     from ..runs.store import open_store
 
@@ -253,7 +254,7 @@ def _carry_out(
     quiet()
     done = study.run(lambda so_far: _report(so_far, as_json))
     output.keep({})
-    _say_end(done, report(study.folder), as_json)
+    _say_end(done, *save_report(study.folder), as_json)
 
 
 def _output(study: "RunStudy") -> "Output":
@@ -275,13 +276,15 @@ def _output(study: "RunStudy") -> "Output":
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a run from its folder; its page is made where it is missing."""
     from ..reporting.results import Run
-    from ..runs.report import report
+    from ..runs.report import read_story, save_report
     from ..values.files import REPORT_FILE
 
     done = Run.load(out)
     say_results(done, as_json)
     page = out / REPORT_FILE
-    _say_end(done, page if page.is_file() else report(out), as_json)
+    there = page.is_file()
+    page, story = (page, read_story(out, drawn=False)) if there else save_report(out)
+    _say_end(done, page, story, as_json)
 
 
 def _report(done: "Run", as_json: bool) -> None:
@@ -294,25 +297,18 @@ def _report(done: "Run", as_json: bool) -> None:
 
 def say_results(done: "Run", as_json: bool) -> None:
     """Print the results of a run but its end."""
-    from ..reporting.recommendation import sizes_table
-    from ..reporting.tables import rejected, scan_table
-    from ..reporting.verification import candidates_table, failed_proposals
+    from ..reporting.stories.run import choice_parts
 
     if as_json or done.recommended is None:
         return
-    show(
-        scan_table(done.scan),
-        candidates_table(done.recommended.verified),
-        *failed_proposals(done.recommended.verified),
-        sizes_table(done.recommended, done.table),
-        *rejected(done.scan),
-    )
+    show(*choice_parts(done))
     sys.stdout.flush()
 
 
-def _say_end(done: "Run", page: Path, as_json: bool) -> None:
+def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
     """Print the end of a run: how the models speak, and the recommendation in a sentence."""
-    from ..reporting.recommendation import losses_line
+    from ..reporting.stories.run import samples_section
+    from ..reporting.writers.terminal import show_summary
     from ..values.files import HEALED_FOLDER
 
     if as_json:
@@ -321,21 +317,11 @@ def _say_end(done: "Run", page: Path, as_json: bool) -> None:
         return
     if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)
-    recommended = done.recommended
-    if recommended is None:
-        return
-    for sample in done.continuations:
-        names = ("whole", "cut", "patched", "healed")
-        show(*(f"{name}: {text}" for name in names if (text := getattr(sample, name))), "")
-    reload = []
+    if done.continuations:
+        show(samples_section(done.continuations))
+    if done.recommended is not None:
+        show("", f"{done.recommended.reason[:1].upper()}{done.recommended.reason[1:]}.")
     if done.checkpoint is not None:
-        reload = [f"stock reload: logits differ by at most {done.difference:.2g}"]
-    show(
-        f"{recommended.reason[:1].upper()}{recommended.reason[1:]}.",
-        losses_line(recommended),
-        *reload,
-        *(f"warning: {warning}" for warning in recommended.warnings()),
-        recommended.sentence(),
-        f"wrote {done.checkpoint or done.out}",
-        f"page: {page}",
-    )
+        show(f"stock reload: logits differ by at most {done.difference:.2g}")
+    show_summary(story)
+    show(f"wrote {done.checkpoint or done.out}", f"page: {page}")

@@ -45,7 +45,7 @@ class Run:
 
     Attributes:
         out: the folder of the run.
-        wish: what was asked for.
+        target: what the run aims at.
         scan: the comparison of all layers.
         whole: the loss of the whole model on the texts that report.
         splits: how many texts fit, choose and report.
@@ -56,9 +56,9 @@ class Run:
             reloaded by stock transformers, and those of the model in memory. NaN until it is
             known, which is null in JSON.
         healing: the record of the healing, if the cut was healed.
-        command: the words on the command line that asked, without places; empty if none did.
-        marks: what tells this run, and the weights that it has written, from others; and
-            whether it has ended. So a run can go on.
+        command: the command line, without places; empty if there was none.
+        marks: what distinguishes this run, and the weights that it has written, from others;
+            and whether it has ended. So a run can go on.
     """
 
     out: Path
@@ -155,14 +155,7 @@ class Run:
 
 
 def marks_in(out: Path) -> dict[str, Any]:
-    """Read the marks of the results in a folder.
-
-    Args:
-        out: the folder of a run.
-
-    Returns:
-        The marks; none where there are no results, or none that can be told.
-    """
+    """Read the marks of the results in a folder; none where there are no results, or damaged."""
     try:
         values = json.loads((out / RESULTS_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -172,16 +165,8 @@ def marks_in(out: Path) -> dict[str, Any]:
 
 
 def weights_mark(folder: Path) -> str:
-    """Hash the weights of a checkpoint, all bytes of them.
-
-    Args:
-        folder: with safetensors.
-
-    Returns:
-        A SHA-256 in hexadecimal digits; of a folder that is not there, that of nothing.
-
-    Raises:
-        OSError: a file cannot be read.
+    """Hash all bytes of the safetensors of a checkpoint, SHA-256 in hexadecimal digits; of a
+    folder that is not there, that of nothing. Raises OSError where one cannot be read.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):

@@ -297,12 +297,12 @@ class ComparisonJob:
         if self.out is None:
             return
         from ..reporting.charts.comparison import draw_comparison
-        from ..reporting.comparison import write_csv
+        from ..reporting.writers.csv import write_comparison
 
         beside = {"job": self._job, "command": self.command}
         content = json.dumps({**comparison.to_json(), **beside}, indent=2) + "\n"
         write_file(self.out / COMPARISON_FILE, content.encode())
-        write_csv(comparison, self.out / COMPARISON_TABLE)
+        write_comparison(comparison, self.out / COMPARISON_TABLE)
         try:
             draw_comparison(comparison, self.out)
         except MissingExtraError as error:

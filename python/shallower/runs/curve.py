@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CriterionError
 from ..models.source import ModelSource
-from ..reporting.curve import write_csv
+from ..reporting.writers.csv import write_curve
 from ..values.curve import OWN_STRATEGIES, Curve
 from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
 from ..values.layers import check_sizes
@@ -192,7 +192,7 @@ class CurveStudy(Study[CurveSettings]):
     def write_curve(self, curve: Curve) -> None:
         """Write the curve as far as it is known, and its table."""
         self.write(curve.to_json())
-        write_csv(curve, self.folder / CURVE_TABLE)
+        write_curve(curve, self.folder / CURVE_TABLE)
 
     def _recipe(self, model: Any, tokenizer: Any) -> "Recipe | None":
         """The settings of a healing, which is refused before any work where it cannot be."""

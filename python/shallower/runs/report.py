@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, ShallowerError
-from ..reporting.page.story import Story
-from ..reporting.page.writing import save_story
 from ..reporting.results import Run
+from ..reporting.story import Story
+from ..reporting.writers.page import write_page
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
 from ..values.files import COMPARISON_FILE, CURVE_FILE, GAIN_FILE, REPORT_FILE, RESULTS_FILE
@@ -20,7 +20,7 @@ from ..values.schema import of_type
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run, of a comparison or of a curve.
 
-    The page is one HTML file that needs no network: what was asked and cut, how sure that is, what
+    The page is one HTML file that needs no network: what was cut, how sure that is, what
     it costs and gains, figures, every number with where it is from, and the commands to make it
     again. Markdown and JSON are written beside it, and the figures into ``figures/`` as SVG and
     PNG, where matplotlib is installed; without it the page has none. What is there is replaced.
@@ -38,31 +38,27 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         ScanError, ModelError: the scan of a run, or the record of its healing, is damaged.
 
     Example:
-        >>> done = sh.run(model, tokenizer, texts, eval_texts=held_out, out="runs/told", n=2)
-        >>> sh.report("runs/told").name
+        >>> done = sh.run(model, tokenizer, texts, eval_texts=held_out, out="runs/page", n=2)
+        >>> sh.report("runs/page").name
         'report.html'
     """
-    folder = Path(folder)
+    return save_report(Path(folder), out)[0]
+
+
+def save_report(folder: Path, out: str | Path | None = None) -> tuple[Path, Story]:
+    """Write the page as :func:`report`, and give its story too."""
     page = folder / REPORT_FILE if out is None else Path(out)
     if page.is_dir() or page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{page}: expected the place of a page, as page.html (out, --out)")
-    save_story(read_story(folder), page)
-    return page
+    story = read_story(folder, drawn=find_spec("matplotlib") is not None)
+    write_page(story, page)
+    return page, story
 
 
-def read_story(folder: Path) -> Story:
-    """Read what a folder holds as the story of a page.
-
-    Args:
-        folder: of a run, a comparison or a curve.
-
-    Returns:
-        The story.
-
-    Raises:
-        OutputError, ScanError, ModelError: as :func:`report`.
+def read_story(folder: Path, *, drawn: bool) -> Story:
+    """Read the folder of a run, a comparison or a curve as a story, with figures if ``drawn``;
+    raises as :func:`report`.
     """
-    drawn = find_spec("matplotlib") is not None
     if (folder / RESULTS_FILE).is_file():
         from ..reporting.stories.run import run_story
 

@@ -1,1 +1,1 @@
-"""What each result tells, as plain values."""
+"""Each kind of result as a story, or as parts of one: the words and tables that writers write."""

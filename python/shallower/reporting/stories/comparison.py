@@ -1,14 +1,14 @@
 """The story of a comparison of criteria: who loses least, what that costs, and which are ties."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.files import COMPARISON_FILE
 from ...values.layers import ranges
 from ..charts.comparison import Group, group_charts, groups_of
-from ..page.story import Fact, Number, Section, Step, Story, Strip, Table
-from .parts import (
+from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
+from ..words import (
     again,
     differs,
     few_texts,
@@ -18,22 +18,14 @@ from .parts import (
     range_cell,
     small_model,
     splits_words,
+    whole_words,
 )
 
 
 def comparison_story(
     comparison: CriteriaComparison, *, command: str = "", drawn: bool = True
 ) -> Story:
-    """Tell a comparison of criteria.
-
-    Args:
-        comparison: of one model at least.
-        command: the words on the command line that asked for it.
-        drawn: draw figures; False where there is no matplotlib.
-
-    Returns:
-        The story.
-    """
+    """Make the story of a comparison; ``command`` is its command line, ``drawn`` with figures."""
     groups = groups_of(comparison)
     first = groups[0] if groups else None
     return Story(
@@ -42,7 +34,7 @@ def comparison_story(
         cost="" if first is None else _cost(first),
         savings=() if first is None else _savings(first), warnings=tuple(_warnings(comparison)),
         sections=(
-            _asked(comparison),
+            _settings(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
             _numbers(comparison), _again(command),
             differs(comparison.max_length, _dtypes(comparison), comparison.versions, own=(
@@ -170,7 +162,7 @@ def _warnings(comparison: CriteriaComparison) -> list[str]:
     return found
 
 
-def _asked(comparison: CriteriaComparison) -> Section:
+def _settings(comparison: CriteriaComparison) -> Section:
     place = COMPARISON_FILE
     facts = (
         Fact("models", ", ".join(model.title for model in comparison.models), f"{place}: models"),
@@ -181,34 +173,114 @@ def _asked(comparison: CriteriaComparison) -> Section:
              f"{place}: rows"),
     )  # fmt: skip
     line = "Every loss is of texts that report, which no criterion has seen."
-    return Section("What was asked", (line,), facts)
+    return Section("Settings", (line,), facts)
 
 
 def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool) -> Section:
-    rows = sorted(
-        group.rows, key=lambda row: (row.n, row.regret if math.isfinite(row.regret) else math.inf)
-    )
-    cells = tuple(
-        (
-            row.criterion, Number.count(row.n), range_cell(row.dropped),
-            Number.of(row.loss, row.stderr),
-            Number.of(row.patched, row.patched_stderr), Number.of(row.regret, row.regret_stderr),
-            "tie" if row.tied and row.regret else "best" if row.regret == 0 else "",
-            Number.of(row.tau, digits=2, sign=True), Number.count(row.layer_forwards),
-            Number.of(row.seconds, digits=1),
-        )
-        for row in rows
-    )  # fmt: skip
-    head = ("criterion", "n", "drop", "loss", "patched", "regret", "", "τ", "layer-forwards", "s")
-    note = (
-        f"Loss and patched in nats a token; regret in {comparison.unit}, paired with the best of "
-        f"its size; τ is Kendall's, of the criterion's order of single layers with their true "
-        f"losses. Each criterion is charged what it costs by itself."
-    )
-    table = Table("Every choice", head, cells, note)
+    model = group.model
+    lines = [
+        f"{whole_words(model.whole)} It has {model.num_layers} layers.",
+        f"Judge: {comparison.judge}, {comparison.unit}; texts: {splits_words(comparison.splits)}.",
+    ]
+    if model.accuracy is not None:
+        chance = "" if model.chance is None else f"; chance {Number.share(model.chance, 1).text}"
+        right = Number.share(model.accuracy, 1).text
+        lines.append(f"Accuracy of the whole model {right}{chance}.")
+    sizes = sorted({row.n for row in group.rows})
+    tables = [_choices(comparison, [row for row in group.rows if row.n == n]) for n in sizes]
     drawings = group_charts(group, place, comparison.unit) if drawn else []
-    return Section(f"{group.title}: criteria against true loss", tables=(table,),
-                   drawings=tuple(drawings))  # fmt: skip
+    return Section(
+        f"{group.title}: criteria against true loss",
+        tuple(lines),
+        tables=(*tables, *_taus(group)),
+        drawings=tuple(drawings),
+    )
+
+
+def _choices(comparison: CriteriaComparison, rows: Sequence[Row]) -> Table:
+    """Tabulate what the criteria drop of one model, a number of layers each, by regret."""
+    shares = sorted({round(100 * row.parameters_share) for row in rows})
+    share = "–".join(dict.fromkeys(str(value) for value in (shares[0], shares[-1])))
+    judged = "" if comparison.judge == "loss" else "score"
+    if any(row.accuracy is not None for row in rows):
+        judged = "accuracy"
+    ordered = sorted(rows, key=lambda row: (math.isnan(row.regret), row.regret))
+    head = ["criterion", "drop", "loss", "patch", "regret", "", "layer forwards", "time"]
+    if judged:
+        head.insert(3, judged)
+    return Table(
+        f"n = {rows[0].n}: {100 * rows[0].layers_share:.0f} % of the layers, {share} % of the "
+        f"parameters",
+        tuple(head),
+        tuple(_choice(row, judged) for row in ordered),
+        f"Loss, as cut and after a quick patch, in nats a token; regret in {comparison.unit}, "
+        f"paired with the best. Each criterion is charged what it costs by itself.",
+        bare=("patch", *(["loss"] if judged else [])),
+        wide=("time",) if judged else (),
+    )
+
+
+def _choice(row: Row, judged: str) -> tuple[Cell, ...]:
+    cells: list[Cell] = [row.criterion, range_cell(row.dropped), _narrow(row.loss, row.stderr)]
+    if judged == "score":
+        cells.append(_narrow(row.score, row.score_stderr))
+    elif judged:
+        cells.append(Number.share(row.accuracy, 1))
+    cells += [
+        _narrow(row.patched, row.patched_stderr),
+        _narrow(row.regret, row.regret_stderr),
+        "best" if row.regret == 0 else "tie" if row.tied else "",
+        Number(_count(row.layer_forwards), row.layer_forwards),
+        Number(_duration(row.seconds), row.seconds),
+    ]
+    return tuple(cells)
+
+
+def _narrow(value: float | None, stderr: float | None) -> Number:
+    """Write a value with its error in 13 characters up to 99."""
+    return Number.of(value, stderr, 3 if value is None or abs(value) < 9.9995 else 2)
+
+
+def _taus(group: Group) -> list[Table]:
+    """Tabulate how well criteria order single layers; nothing where none does."""
+    taus = {row.criterion: row.tau for row in group.rows if row.tau is not None}
+    if not taus:
+        return []
+    rows = tuple(
+        (name, Number.of(tau, digits=2, sign=True))
+        for name, tau in sorted(taus.items(), key=lambda item: -item[1])
+    )
+    note = "Kendall's τ of the costs of single layers with the losses without them."
+    return [Table("the order of single layers", ("criterion", "τ"), rows, note)]
+
+
+def criteria_table(criteria: Sequence[Mapping[str, str]]) -> Table:
+    """Tabulate criteria, each with its ``name``, ``summary`` and ``cost``."""
+    rows = tuple((one["name"], one["summary"], one["cost"]) for one in criteria)
+    return Table("criteria", ("criterion", "what it goes by", "what it costs"), rows)
+
+
+def _count(number: int) -> str:
+    """Write ``840``, ``12.3k``, ``4.56M``: three digits at least."""
+    if number < 1000:
+        return str(number)
+    unit, size = next(
+        (unit, size)
+        for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9))
+        if number < 999.5 * size or unit == "G"
+    )
+    return f"{number / size:.3g}{unit}" if number < 999.5e9 else f"{number / size:,.0f}{unit}"
+
+
+def _duration(seconds: float) -> str:
+    """Write ``0.3 s``, ``47 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _numbers(comparison: CriteriaComparison) -> Section:

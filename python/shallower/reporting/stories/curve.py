@@ -1,14 +1,16 @@
 """The story of a curve: where it holds, where it falls, what a patch or a healing brings back."""
 
-import math
+from collections.abc import Sequence
 
-from ...values.curve import STATES, Curve, CurvePoint
+from ...values.curve import STATES, Curve, CurvePoint, State
 from ...values.files import CURVE_FILE
 from ...values.layers import ranges
-from ...values.scores import Difference
+from ...values.loss import Loss
+from ...values.scores import TIE, Difference
+from ...values.task_scores import TaskScores
 from ..charts.curve import curve_charts
-from ..page.story import Cell, Fact, Number, Section, Step, Story, Strip, Table
-from .parts import (
+from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
+from ..words import (
     again,
     differs,
     few_texts,
@@ -19,22 +21,16 @@ from .parts import (
     range_cell,
     small_model,
     splits_words,
+    whole_words,
 )
+
+_OF_STATE = {"cut": "as they are cut", "patched": "patched", "healed": "healed"}
 
 
 def curve_story(curve: Curve, *, command: str = "", drawn: bool = True) -> Story:
-    """Tell a curve.
-
-    Args:
-        curve: of one model.
-        command: the words on the command line that asked for it.
-        drawn: draw figures; False where there is no matplotlib.
-
-    Returns:
-        The story.
-    """
+    """Make the story of a curve; ``command`` is its command line, ``drawn`` with figures."""
     shown = _shown(curve)
-    sections = [_asked(curve), _curves(curve, drawn)]
+    sections = [_settings(curve), _curves(curve, drawn)]
     sections += [
         _numbers(curve), _again(command),
         differs(curve.max_length, curve.dtype, curve.versions),
@@ -53,7 +49,7 @@ def curve_story(curve: Curve, *, command: str = "", drawn: bool = True) -> Story
 
 
 def _shown(curve: Curve) -> CurvePoint | None:
-    """The point that is told first: of the size nearest a quarter of the layers, the least loss."""
+    """The point that comes first: of the size nearest a quarter of the layers, the least loss."""
     measured = [one for one in curve.points if one.n and one.loss is not None]
     if not measured:
         return None
@@ -153,9 +149,9 @@ def _warnings(curve: Curve) -> list[str]:
 
 
 def _unfinished(curve: Curve) -> list[str]:
-    """Say it where points are missing that were asked for."""
-    asked = [len(curve.settings.get(name, ())) for name in ("n", "strategies", "states")]
-    wanted = asked[0] * asked[1] * asked[2]
+    """Warn where points of the settings are missing."""
+    sizes = [len(curve.settings.get(name, ())) for name in ("n", "strategies", "states")]
+    wanted = sizes[0] * sizes[1] * sizes[2]
     there = len(curve.points) - 1
     if there >= wanted:
         return []
@@ -165,7 +161,7 @@ def _unfinished(curve: Curve) -> list[str]:
     ]
 
 
-def _asked(curve: Curve) -> Section:
+def _settings(curve: Curve) -> Section:
     place = CURVE_FILE
     facts = (
         Fact("model", curve.model, f"{place}: model"),
@@ -175,51 +171,129 @@ def _asked(curve: Curve) -> Section:
         Fact("strategies", ", ".join(curve.strategies) or "none", f"{place}: points"),
         Fact("tasks", ", ".join(curve.tasks) or "none", f"{place}: points"),
     )
-    return Section("What was asked", facts=facts)
+    return Section("Settings", facts=facts)
 
 
 def _curves(curve: Curve, drawn: bool) -> Section:
-    rows: tuple[tuple[Cell, ...], ...] = tuple(
+    whole, settings = curve.whole.loss, curve.settings
+    lines = [] if whole is None else [whole_words(whole)]
+    if tokens := settings.get("patch_tokens"):
+        lines.append(f"Patches are fitted on {tokens:,} tokens at most.")
+    elif settings.get("patch"):
+        lines.append("Patches are quick ones: one matrix a block.")
+    states = [state for state in STATES if _cuts(curve, state)]
+    tables = [_losses(curve, state) for state in states]
+    tables += [_scores(curve, task, state) for task in curve.tasks for state in states]
+    failed = [point for point in curve.points if point.failed]
+    tables += [_failures(failed)] if failed else []
+    drawings = tuple(curve_charts(curve)) if drawn else ()
+    title = "What the model loses, layer by layer"
+    return Section(title, tuple(lines), tables=tuple(tables), drawings=drawings)
+
+
+def _cuts(curve: Curve, state: State) -> list[CurvePoint]:
+    return [point for point in curve.points if point.n and point.state == state]
+
+
+def _losses(curve: Curve, state: State) -> Table:
+    """Tabulate the losses of all cuts in one state."""
+    points = _cuts(curve, state)
+    rows = tuple(
         (
-            one.strategy, one.state, Number.count(one.n),
-            range_cell(one.dropped) if one.n else "none",
-            *_losses(one),
-            _signed(curve.lost(one)) if one.n else Number(""),
-            *[_score(one, task) for task in curve.tasks],
-            Number.of(one.seconds, digits=0),
+            Number.count(point.n),
+            point.strategy,
+            range_cell(point.dropped) or "–",
+            *_loss_cells(point.loss),
+            _signed(curve.lost(point)),
+            _verdict(curve, point, state),
+            Number.of(point.seconds, digits=0),
         )
-        for one in curve.points
-    )  # fmt: skip
-    head = ("strategy", "state", "n", "drop", "loss", "loss / ln V", "more than whole",
-            *curve.tasks, "s")  # fmt: skip
-    note = (
-        "Loss in nats a token on the texts that report; loss / ln V is 1 for a uniform guess. "
-        "Scores of tasks are means over items; ± is one standard error."
+        for point in points
     )
-    return Section(
-        "What the model loses, layer by layer", tables=(Table("Every point", head, rows, note),),
-        drawings=tuple(curve_charts(curve)) if drawn else (),
-    )  # fmt: skip
+    head = ("n", "strategy", "drop", "loss", "of ln V", "more than whole", "", "seconds")
+    return Table(
+        f"layers less, {_OF_STATE[state]}: nats a token",
+        head,
+        rows,
+        _losses_note(curve, points),
+        wide=("seconds",),
+        is_grouped=True,
+    )
 
 
-def _losses(point: CurvePoint) -> tuple[Number, Number]:
-    loss = point.loss
+def _loss_cells(loss: Loss | None) -> tuple[Number, Number]:
     if loss is None:
         return Number("–"), Number("–")
-    return (
-        Number.of(loss.nats, loss.stderr),
-        Number.of(loss.normalized, loss.normalized_stderr, 4),
+    return Number.of(loss.nats, loss.stderr), Number.of(loss.normalized, digits=2)
+
+
+def _verdict(curve: Curve, point: CurvePoint, state: State) -> str:
+    """Say whether a cut is the best of its size and state, or cannot be told from it."""
+    best, behind = curve.best(point.n, state), curve.behind(point)
+    if best is None or behind is None or len(curve.strategies) < 2:
+        return ""
+    return "best" if point.dropped == best.dropped else "tie" if behind.tied else ""
+
+
+def _losses_note(curve: Curve, points: Sequence[CurvePoint]) -> str:
+    notes = ["Of ln V: 1 is a uniform guess. More: paired by text."]
+    if len(curve.strategies) > 1:
+        notes.append(f"Tie: with the best of its size, within {TIE:g} standard errors.")
+    as_whole = [
+        f"{point.strategy} {point.n}"
+        for point in points
+        if (lost := curve.lost(point)) is not None and lost.tied
+    ]
+    if as_whole:
+        notes.append(f"Ties with the whole model: {', '.join(as_whole)}.")
+    return " ".join(notes)
+
+
+def _scores(curve: Curve, task: str, state: State) -> Table:
+    """Tabulate the scores of all cuts in one state on one task."""
+    whole = curve.whole.task(task)
+    assert whole is not None
+    rows = []
+    for point in _cuts(curve, state):
+        scores = point.task(task)
+        less = None if scores is None else scores.minus(whole)
+        verdicts = ["at chance"] if scores is not None and scores.at_chance else []
+        verdicts += ["tie with the whole"] if less is not None and less.tied else []
+        row: tuple[Cell, ...] = (
+            Number.count(point.n),
+            point.strategy,
+            range_cell(point.dropped) or "–",
+            _percent(scores),
+            _percent(less, sign=True),
+            ", ".join(verdicts),
+        )
+        rows.append(row)
+    chance = "" if whole.chance is None else f"; chance {100 * whole.chance:.1f}"
+    return Table(
+        f"{task}, {_OF_STATE[state]}: {whole.metric} in %, whole model {_percent(whole).text}",
+        ("n", "strategy", "drop", "score", "difference", ""),
+        tuple(rows),
+        f"{len(whole.items)} items with {whole.num_shots} solved examples{chance}",
+        is_grouped=True,
     )
 
 
-def _score(point: CurvePoint, task: str) -> Number:
-    scores = point.task(task)
-    return Number("–") if scores is None else Number(str(scores), scores.mean)
+def _percent(found: TaskScores | Difference | None, *, sign: bool = False) -> Number:
+    if found is None:
+        return Number("–")
+    return Number.of(100 * found.mean, 100 * found.stderr, 1, sign=sign)
+
+
+def _failures(points: Sequence[CurvePoint]) -> Table:
+    rows = tuple(
+        (Number.count(point.n), point.strategy, point.state, point.failed or "") for point in points
+    )
+    return Table("what could not be measured", ("n", "strategy", "state", "why"), rows)
 
 
 def _signed(difference: Difference | None) -> Number:
     if difference is None:
-        return Number("–", math.nan)
+        return Number("–")
     return Number.of(difference.mean, difference.stderr, sign=True)
 
 

@@ -1,6 +1,7 @@
 """The story of a run: which layers go, what that costs, how sure it is, and where it is from."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import MetricError, ScanError
@@ -10,14 +11,12 @@ from ...values.gain import Gain
 from ...values.recommendation import Recommended, SizeRow
 from ...values.scores import Difference
 from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
-from ..page.story import Fact, Number, Sample, Section, Step, Story, Strip, Table
-from ..recommendation import estimated
 from ..results import Continuations, Run
-from .parts import (
+from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from ..words import (
     again,
     differs,
     few_texts,
-    gain_table,
     layer_words,
     loss_fact,
     made_by,
@@ -26,39 +25,84 @@ from .parts import (
     small_model,
     splits_words,
 )
+from .gain import gain_table
+from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
 
 NUM_RESAMPLES = 1000
-MOST_CANDIDATES = 20
 UNLIKE = 3.0
 """Standard errors from which on texts that chose and those that report are called unlike."""
 
 UNFINISHED = (
-    "the run has not ended: what is told here is as far as it came; call shallower run again, and "
-    "it goes on where it was"
+    "the run has not ended: this is as far as it came; call shallower run again, and it goes on "
+    "where it was"
 )
-"""What is said of a run that was cut short, or goes on."""
+"""The warning of a run that was cut short, or goes on."""
 
 _STATES = ("whole", "cut", "patched", "healed")
 
 
 def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
-    """Tell a run.
-
-    Args:
-        run: with its recommendation.
-        gain: what the cut gains, if that is known.
-        drawn: draw figures; False where there is no matplotlib.
-
-    Returns:
-        The story.
-    """
+    """Make the story of a run that has its recommendation; ``drawn`` with figures."""
     recommended = run.recommended
     assert recommended is not None
-    return _Telling(run, recommended, gain, drawn).story()
+    return _RunStory(run, recommended, gain, drawn).story()
 
 
-class _Telling:
-    """A run that is told, and what is worked out once for several parts."""
+def choice_parts(run: Run) -> list[str | Table]:
+    """Give what is known before a healing: the tables of the scan, of the race and of the sizes,
+    and what had to be left out.
+    """
+    best = run.recommended
+    parts: list[str | Table] = [scan_table(run.scan), *rejected(run.scan)]
+    if best is not None:
+        parts += [candidates_table(best.verified), *failed_proposals(best.verified)]
+        parts += [sizes_table(best, run.table)] if run.table else []
+    return parts
+
+
+def samples_section(continuations: Sequence[Continuations]) -> Section:
+    """Show how the models of a run go on from prompts."""
+    line = (
+        "Each model goes on by its likeliest token, 32 tokens at most. A sample shows what a loss "
+        "cannot; it proves nothing."
+    )
+    return Section("How it speaks", (line,), samples=tuple(map(_sample, continuations)))
+
+
+def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
+    """Tabulate what the verified cut of every size costs, and the deepest one beside it."""
+    cells = tuple(
+        (
+            Number.count(row.n),
+            range_cell(row.dropped),
+            Number.share(row.parameters_share),
+            Number.of(row.cut, row.stderr),
+            Number.of(row.patched, row.patched_stderr),
+            Number.of(row.patched_lost, row.patched_lost_stderr, sign=True),
+            Number.of(row.deepest_patched),
+            Number.count(row.num_tied),
+        )
+        for row in rows
+    )
+    chosen = [place for place, row in enumerate(rows) if row.dropped == best.plan.dropped]
+    names = ("n", "drop", "parameters", "cut", "patched", "more than whole", "deepest, patched")
+    note = (
+        f"Nats a token on {best.whole.num_tokens:,} tokens of the {best.whole.num_texts} texts "
+        f"that report; whole model {best.whole}. Patches here are quick ones, one matrix a block. "
+        f"Errors of 'more' are paired.{_estimated(rows, best.whole.num_texts)}"
+    )
+    return Table(
+        "What other sizes would cost",
+        (*names, "ties"),
+        cells,
+        note,
+        chosen[0] if chosen else None,
+        bare=("cut", "patched"),
+    )
+
+
+class _RunStory:
+    """A run, and what is worked out once for several parts of its story."""
 
     def __init__(self, run: Run, recommended: Recommended, gain: Gain | None, drawn: bool) -> None:
         self._run, self._best, self._gain, self._drawn = run, recommended, gain, drawn
@@ -78,7 +122,7 @@ class _Telling:
         return Story(
             "run", f"{self._name} without {len(dropped)} of its {total} layers", best.sentence(),
             strips=(Strip("layers that go", total, dropped, layer_words(dropped)),),
-            steps=self._steps(), cost=perplexity_words(best.whole, best.loss, best.difference),
+            steps=self._steps(), cost=_cost(best),
             savings=self._savings(), warnings=tuple(self._warnings()),
             sections=tuple(self._sections()), data=run.to_json(),
         )  # fmt: skip
@@ -146,26 +190,23 @@ class _Telling:
 
     @property
     def _row(self) -> SizeRow | None:
-        """What the table says of the size that is recommended."""
+        """The row of the table of the size that is recommended."""
         dropped = self._best.plan.dropped
         return next((row for row in self._run.table if row.dropped == dropped), None)
 
     def _sections(self) -> list[Section]:
-        told = [self._asked(), self._sure(), self._costs()]
+        sections = [self._settings(), self._sure(), self._costs()]
         if self._run.continuations:
-            told.append(Section("How it speaks", (
-                "Each model goes on by its likeliest token, 32 tokens at most. A sample shows what "
-                "a loss cannot; it proves nothing.",
-            ), samples=tuple(map(_sample, self._run.continuations))))  # fmt: skip
-        return [*told, self._numbers(), self._again(), self._differs()]
+            sections.append(samples_section(self._run.continuations))
+        return [*sections, self._numbers(), self._again(), self._differs()]
 
-    def _asked(self) -> Section:
+    def _settings(self) -> Section:
         run, scan = self._run, self._run.scan
         texts = scan.texts[0] if scan.texts else None
         facts = [
             Fact("model", self._name, f"{SCAN_FILE}: model"),
             Fact("dtype", scan.model.dtype if scan.model else "not known", f"{SCAN_FILE}: model"),
-            Fact("wish", str(run.target), f"{RESULTS_FILE}: wish"),
+            Fact("target", str(run.target), f"{RESULTS_FILE}: wish"),
             Fact("texts", splits_words(run.splits), f"{RESULTS_FILE}: splits"),
         ]
         if texts is not None:
@@ -179,7 +220,7 @@ class _Telling:
             "Texts that fit, texts that choose and texts that report are three sets: no loss here "
             "is of a text that anything was chosen by.",
         )
-        return Section("What was asked", lines, tuple(facts))
+        return Section("Settings", lines, tuple(facts))
 
     def _sure(self) -> Section:
         best, verified = self._best, self._best.verified
@@ -189,60 +230,26 @@ class _Telling:
                 f"The block of least angular distance loses {best.by_distance} nats a token more "
                 f"than this plan, both as bare cuts."
             )
-        rows = tuple(
-            (
-                range_cell(one.plan.dropped), ", ".join(one.proposed_by),
-                Number.of(one.score, one.stderr),
-                Number.of(one.difference.mean, one.difference.stderr, sign=True),
-                "the winner" if one is verified.candidates[0] else "lost early"
-                if one.lost_early else "a tie" if one.tied else "worse",
-            )
-            for one in verified.candidates[:MOST_CANDIDATES]
-        )  # fmt: skip
-        table = Table(
-            "Proposals that came into the last race",
-            ("drop", "proposed by", f"score, {verified.unit}", "more than the winner", ""), rows,
-            f"{verified.num_proposals} proposals were judged on {verified.num_items} texts that "
-            f"choose; a tie is within two standard errors of the paired difference.", 0,
-        )  # fmt: skip
         drawings = []
         if self._drawn:
             drawings += [*race_charts(verified), *scan_charts(self._run.scan, self._shares)]
         return Section(
-            "What was cut, and how sure that is", tuple(lines), tables=(table,),
+            "What was cut, and how sure that is",
+            tuple(lines),
+            tables=(candidates_table(verified),),
             drawings=tuple(drawings),
-        )  # fmt: skip
+        )
 
     def _costs(self) -> Section:
-        rows = tuple(
-            (
-                Number.count(row.n), range_cell(row.dropped), Number.share(row.parameters_share),
-                Number.of(row.cut, row.stderr), Number.of(row.patched, row.patched_stderr),
-                Number.of(row.patched_lost, row.patched_lost_stderr, sign=True),
-                Number.of(row.deepest_patched), Number.count(row.num_tied),
-            )
-            for row in self._run.table
-        )  # fmt: skip
-        chosen = [i for i, row in enumerate(self._run.table) if row is self._row]
-        head = (
-            "n", "drop", "parameters", "cut", "patched", "more than whole", "deepest, patched",
-            "ties",
-        )  # fmt: skip
-        note = (
-            f"Nats a token on the texts that report; whole model {self._best.whole}. Patches here "
-            f"are quick ones, one matrix a block. Errors of 'more' are paired."
-            f"{estimated(self._run.table, self._best.whole.num_texts)}"
-        )
-        tables = [Table("What other sizes would cost", head, rows, note, *chosen)] if rows else []
-        drawings = []
+        run, drawings = self._run, []
+        tables = [] if self._gain is None else [gain_table(self._gain)]
+        tables += [sizes_table(self._best, run.table)] if run.table else []
+        tables += [] if run.healing is None else [healing_table(run.healing)]
         if self._drawn:
-            drawings += size_charts(self._run.table, self._best.whole)
-            healing = self._run.healing
-            drawings += [healing_chart(healing)] if healing is not None and healing.steps else []
-        return Section(
-            "What it costs and gains", tables=(*gain_table(self._gain), *tables),
-            drawings=tuple(drawings),
-        )  # fmt: skip
+            drawings += size_charts(run.table, self._best.whole)
+            drawings += [healing_chart(run.healing)] if run.healing and run.healing.steps else []
+        title = "What it costs and gains"
+        return Section(title, tables=tuple(tables), drawings=tuple(drawings))
 
     def _numbers(self) -> Section:
         best, run, scan = self._best, self._run, self._run.scan
@@ -304,13 +311,34 @@ class _Telling:
         return differs(length, dtype, self._best.plan.versions)
 
 
-def _sample(told: Continuations) -> Sample:
-    names = [name for name in _STATES if getattr(told, name) is not None]
-    return Sample(told.prompt, {name: _behind(told.prompt, getattr(told, name)) for name in names})
+def _sample(one: Continuations) -> Sample:
+    names = [name for name in _STATES if getattr(one, name) is not None]
+    return Sample(one.prompt, {name: _behind(one.prompt, getattr(one, name)) for name in names})
 
 
 def _behind(prompt: str, text: str) -> str:
     return text[len(prompt) :].strip() if text.startswith(prompt) else text
+
+
+def _cost(best: Recommended) -> str:
+    """Say the cost in words of perplexity, and the share of the lost nats that came back."""
+    words = perplexity_words(best.whole, best.loss, best.difference)
+    lost = best.cut.nats - best.whole.nats
+    if best.state == "cut" or not lost > 0:
+        return words
+    back = (best.cut.nats - best.loss.nats) / lost
+    return f"{words} {100 * back:.0f} % of the lost nats were recovered."
+
+
+def _estimated(rows: Sequence[SizeRow], num_texts: int) -> str:
+    """Say which losses of a table are estimated: `` Of n = 4, 12: estimated by 64 of the 165
+    texts.``; nothing where all texts were looked at.
+    """
+    few = [row for row in rows if row.num_texts < num_texts]
+    if not few:
+        return ""
+    sizes = ", ".join(str(row.n) for row in few)
+    return f" Of n = {sizes}: estimated by {few[0].num_texts} of the {num_texts} texts."
 
 
 def _signed(difference: Difference) -> str:

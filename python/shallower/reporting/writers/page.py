@@ -1,4 +1,4 @@
-"""A story written: one HTML page that needs no network, Markdown, and JSON."""
+"""The page of a story: one HTML file that needs no network, Markdown and JSON beside it."""
 
 import base64
 import hashlib
@@ -9,23 +9,18 @@ from typing import Any
 
 from ...errors import OutputError
 from ...storage import write_file
+from ..charts.drawing import Drawing
+from ..story import STORY_FORMAT, Story
 from .markdown import to_markdown
-from .story import STORY_FORMAT, Story
 
 _TEMPLATES = files(__package__) / "templates"
 
 
 def to_html(story: Story) -> str:
-    """Write a story as one page: style, script, figures and numbers in it.
+    """Write a story as one HTML page: style, script, figures and numbers in it.
 
     All words are escaped, and the page's own policy lets no browser load anything or run
     another script than ours.
-
-    Args:
-        story: what is told.
-
-    Returns:
-        HTML.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
     from markupsafe import Markup
@@ -49,18 +44,11 @@ def to_html(story: Story) -> str:
 _INLINED = ("report.css", "report.js")
 
 
-def save_story(story: Story, page: Path) -> list[Path]:
+def write_page(story: Story, page: Path) -> None:
     """Write the page, Markdown and JSON beside it, and the figures into ``figures``.
 
-    Args:
-        story: what is told.
-        page: the place of the HTML page.
-
-    Returns:
-        The files, the page first.
-
-    Raises:
-        OutputError: the place cannot be written to, or what no page has written lies beside it.
+    Raises OutputError where the place cannot be written to, or what no page has written lies
+    beside it.
     """
     written = [page, page.with_suffix(".md"), page.with_suffix(".json")]
     _require_own(*written[1:])
@@ -70,12 +58,11 @@ def save_story(story: Story, page: Path) -> list[Path]:
     for path, text in reversed(list(zip(written, texts, strict=True))):
         write_file(path, text.encode())
     for drawing in story.drawings:
-        written += drawing.save(page.parent / "figures")
-    return written
+        drawing.save(page.parent / "figures")
 
 
 def _require_own(words: Path, numbers: Path) -> None:
-    """Refuse to replace Markdown and JSON that belong to no page, such as the results told."""
+    """Refuse to replace Markdown and JSON that belong to no page, such as the results."""
     found = numbers if numbers.exists() else words
     if not found.exists():
         return
@@ -90,8 +77,8 @@ def _require_own(words: Path, numbers: Path) -> None:
         )
 
 
-def _hover(drawing: Any) -> dict[str, Any]:
-    """What a figure says at its places, short."""
+def _hover(drawing: Drawing) -> dict[str, Any]:
+    """The texts of a figure's places, short."""
     marks = [[mark.x, mark.y, mark.text] for mark in drawing.marks]
     cells = drawing.cells
     if cells is None:

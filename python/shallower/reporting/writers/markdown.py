@@ -3,27 +3,20 @@
 import re
 
 from ..charts.drawing import Drawing
-from .story import Cell, Sample, Section, Story, Table
+from ..story import Sample, Section, Story, Table, text_of
 
 
 def to_markdown(story: Story) -> str:
-    """Write a story as Markdown, with the figures as links to their files.
-
-    Args:
-        story: what is told.
-
-    Returns:
-        Markdown.
-    """
+    """Write a story as Markdown, with the figures as links to their files."""
     parts = [f"# {_plain(story.title)}", _plain(story.sentence)]
-    parts += [f"- {_plain(strip.name)}: {_plain(strip.told)}" for strip in story.strips]
+    parts += [f"- {_plain(strip.name)}: {_plain(strip.words)}" for strip in story.strips]
     if story.steps:
         rows = tuple((step.name, step.loss, step.more) for step in story.steps)
         head = ("model", "loss, nats a token", "more than the whole model")
         parts.append(_table(Table("", head, rows)))
     if story.cost:
         parts.append(_plain(story.cost))
-    parts += [f"- {_plain(fact.name)}: {_plain(_text(fact.value))}" for fact in story.savings]
+    parts += [f"- {_plain(fact.name)}: {_plain(text_of(fact.value))}" for fact in story.savings]
     if story.warnings:
         parts += ["## Warnings", *(f"- {_plain(warning)}" for warning in story.warnings)]
     for section in story.sections:
@@ -50,7 +43,7 @@ def _table(table: Table) -> str:
     lines = ["| " + " | ".join(_plain(name) for name in table.head) + " |"]
     lines.append("|" + "---|" * len(table.head))
     for place, row in enumerate(table.rows):
-        cells = [_plain(_text(cell)) for cell in row]
+        cells = [_plain(text_of(cell)) for cell in row]
         if place == table.marked:
             cells[0] = f"**{cells[0]}**"
         lines.append("| " + " | ".join(cells) + " |")
@@ -67,12 +60,8 @@ def _sample(sample: Sample) -> str:
     return "\n".join(lines)
 
 
-def _text(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else cell.text
-
-
 def _plain(text: str) -> str:
-    """A text of anybody's on one line, none of whose signs mean anything in Markdown or HTML."""
+    """Any text on one line, none of whose signs mean anything in Markdown or HTML."""
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)

@@ -1,12 +1,13 @@
-"""Story: what a page tells, as plain values; knows no model, no figure library and no HTML."""
+"""Story: a result as plain values, which every writer writes; knows no model and no HTML."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...values.schema import finite
-from ..charts.drawing import Drawing
+from ..values.loss import with_error
+from ..values.schema import finite
+from .charts.drawing import Drawing
 
 STORY_FORMAT = "shallower.report"
 """The format of the JSON beside a page."""
@@ -33,22 +34,10 @@ class Number:
         *,
         sign: bool = False,
     ) -> "Number":
-        """Write a value with its standard error, if it has one.
-
-        Args:
-            value: None or NaN where it is not known.
-            stderr: its standard error.
-            digits: behind the point.
-            sign: write the sign of a positive value too.
-
-        Returns:
-            The number; a dash where there is none.
-        """
+        """Write a value with its standard error, if it has one; a dash where it is not known."""
         if value is None or not math.isfinite(value):
             return cls("–")
-        text = f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-        error = f" ± {stderr:.{digits}f}" if stderr is not None and math.isfinite(stderr) else ""
-        return cls(text + error, value)
+        return cls(with_error(value, stderr, digits, sign=sign), value)
 
     @classmethod
     def share(cls, value: float | None, digits: int = 0) -> "Number":
@@ -62,13 +51,18 @@ class Number:
         """Write a whole number, in groups of three digits."""
         return cls("–") if value is None else cls(f"{value:,}", float(value))
 
+    @property
+    def bare(self) -> str:
+        """The text without the standard error."""
+        return self.text.split(" ± ")[0]
+
 
 Cell = str | Number
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table, sorted by a click.
+    """A table.
 
     Attributes:
         title: a headline.
@@ -76,6 +70,9 @@ class Table:
         rows: of cells, as many as there are names.
         note: what must be known to read it.
         marked: the row that is recommended, if one is.
+        bare: columns that a terminal shows without errors.
+        wide: columns that a terminal leaves out.
+        is_grouped: whether rows belong together as long as their first cell is the same.
     """
 
     title: str
@@ -83,6 +80,9 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     marked: int | None = None
+    bare: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    is_grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,13 @@ class Strip:
         name: what the cut is.
         num_layers: L.
         dropped: indices of the layers that go.
-        told: the layers that go, in words.
+        words: the layers that go, in words.
     """
 
     name: str
     num_layers: int
     dropped: tuple[int, ...]
-    told: str
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page.
+    """A part of a story.
 
     Attributes:
         title: its headline.
@@ -174,7 +174,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What a page tells; the first screen comes first.
+    """A result; the first screen of its page comes first.
 
     Attributes:
         kind: ``run``, ``comparison`` or ``curve``.
@@ -206,11 +206,7 @@ class Story:
         return tuple(one for section in self.sections for one in section.drawings)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the story as plain JSON values: the words, the facts with their sources, the data.
-
-        Returns:
-            What is in ``report.json``.
-        """
+        """Give ``report.json``: the words, the facts with their sources, the data."""
         facts = [*self.savings, *(fact for section in self.sections for fact in section.facts)]
         return {
             "format": STORY_FORMAT,
@@ -227,27 +223,25 @@ class Story:
         }
 
 
+def text_of(cell: Cell) -> str:
+    """The text of a cell."""
+    return cell if isinstance(cell, str) else cell.text
+
+
 def _fact(fact: Fact) -> dict[str, Any]:
-    shown = fact.value if isinstance(fact.value, str) else fact.value.text
     known = {} if isinstance(fact.value, str) else {"value": finite(fact.value.value)}
-    return {"name": fact.name, "shown": shown, **known, "source": fact.source}
+    return {"name": fact.name, "shown": text_of(fact.value), **known, "source": fact.source}
 
 
 BY_ITEM = ("by_text", "by_item", "items", "marks", "job")
-"""Values that are as many as texts, or that tell one machine's work from another's."""
+"""Values that are as many as texts, or that distinguish one machine's work from another's."""
 
 
 def without_items(value: Any) -> Any:
-    """Leave out what is as long as the texts, the single steps of a training, which its figure
-    shows, and what is not finite, which JSON has not.
+    """Leave out of nested plain values what is as long as the texts, the single steps of a
+    training, which its figure shows, and what is not finite, which JSON has not.
 
     A page is shown to others, so of places on this machine the last part is left.
-
-    Args:
-        value: plain values, nested.
-
-    Returns:
-        The same without them.
     """
     if isinstance(value, Mapping):
         return {

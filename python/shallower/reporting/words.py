@@ -1,14 +1,12 @@
-"""Parts that the pages of runs, comparisons and curves share: words of losses and of texts."""
+"""Words that several stories share: of losses, texts and layers; sections that all pages have."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...values.gain import Gain
-from ...values.layers import blocks_of, ranges
-from ...values.loss import Loss
-from ...values.scores import Difference
-from ..gain import gain_rows
-from ..page.story import Fact, Number, Section, Table
+from ..values.layers import blocks_of, ranges
+from ..values.loss import Loss
+from ..values.scores import Difference
+from .story import Fact, Number, Section
 
 SMALL = 1_000_000_000
 """Parameters below which a model is called small."""
@@ -18,16 +16,7 @@ FEW_TEXTS = 30
 
 
 def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
-    """Say a loss in words of perplexity.
-
-    Args:
-        whole: of the whole model.
-        loss: of the other model.
-        lost: what it loses more, paired.
-
-    Returns:
-        A sentence.
-    """
+    """Say in words of perplexity what a model loses more, paired, than the whole one."""
     ratio = math.exp(lost.mean)
     span, digits = "", 2
     if math.isfinite(lost.stderr):
@@ -42,29 +31,31 @@ def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
 
 
 def loss_fact(name: str, loss: Loss, place: str) -> Fact:
-    """Give a loss with its error, and what it was measured on.
-
-    Args:
-        name: of the model.
-        loss: of it.
-        place: file and key that it is from.
-
-    Returns:
-        A fact.
-    """
+    """Give a loss with its error, what it was measured on, and file and key that it is from."""
     source = f"{place}; {loss.num_tokens:,} tokens of {loss.num_texts:,} texts"
     return Fact(f"{name}, nats a token", Number.of(loss.nats, loss.stderr, 4), source)
 
 
+def loss_words(loss: Loss) -> str:
+    """Say a loss in nats a token, by its vocabulary and in bits a byte, and of what it is."""
+    rejected = f", {loss.num_rejected} texts rejected" if loss.num_rejected else ""
+    bits = "" if loss.by_byte is None else f", {loss.by_byte.mean:.4f} bits a byte"
+    return (
+        f"{loss} nats a token ({loss.normalized:.4f} of ln vocabulary{bits}), "
+        f"{loss.num_tokens} tokens of {loss.num_texts} texts{rejected}"
+    )
+
+
+def whole_words(whole: Loss) -> str:
+    """Say the loss of a whole model, as a sentence."""
+    return (
+        f"The whole model loses {whole} nats a token, {whole.normalized:.3f} of ln V, on "
+        f"{whole.num_tokens:,} tokens of {whole.num_texts:,} texts; V = {whole.vocab_size:,}."
+    )
+
+
 def splits_words(splits: Mapping[str, int]) -> str:
-    """Say how many texts fit, choose and report.
-
-    Args:
-        splits: numbers by those words.
-
-    Returns:
-        As ``64 fit, 16 choose, 64 report``.
-    """
+    """Say how many texts fit, choose and report: ``64 fit, 16 choose, 64 report``."""
     return ", ".join(f"{number:,} {name}" for name, number in splits.items()) or "not known"
 
 
@@ -74,14 +65,7 @@ def range_cell(layers: Sequence[int]) -> str:
 
 
 def layer_words(layers: Sequence[int]) -> str:
-    """Say layers for people who have never seen a half-open range.
-
-    Args:
-        layers: indices, ascending.
-
-    Returns:
-        As ``3, 12 to 19``.
-    """
+    """Say layers for people who have never seen a half-open range: ``3, 12 to 19``."""
     blocks = blocks_of(layers)
     return ", ".join(
         str(block.start) if len(block) == 1 else f"{block.start} to {block.stop - 1}"
@@ -90,14 +74,9 @@ def layer_words(layers: Sequence[int]) -> str:
 
 
 def again(what: str, *commands: str) -> Section:
-    """Tell the commands that make all of it again.
+    """Give the commands that make all of it again; long ones are broken before their options.
 
-    Args:
-        what: they do, in a sentence.
-        commands: lines for a shell; long ones are broken before their options.
-
-    Returns:
-        A section.
+    ``what`` says in a sentence what they do.
     """
     line = f"{what} Words in capitals are places on your machine."
     broken = (
@@ -107,29 +86,13 @@ def again(what: str, *commands: str) -> Section:
     return Section("Make it again", (line,), commands=tuple(broken))
 
 
-def gain_table(gain: Gain | None) -> tuple[Table, ...]:
-    """Tabulate what a cut gains.
-
-    Args:
-        gain: its sizes and forecasts; None where they are not known.
-
-    Returns:
-        A table; none where nothing is known.
-    """
-    if gain is None:
-        return ()
-    texts = "one text" if gain.batch == 1 else f"{gain.batch} texts"
-    title = f"What it gains: {texts} of {gain.context:,} tokens in {gain.dtype}, by the roofline"
-    return (Table(title, ("", "whole model", "after the cut", "ratio"), tuple(gain_rows(gain))),)
-
-
 def few_texts(num_texts: int) -> list[str]:
     """Warn of losses that are of few texts; nothing where they are of enough."""
     if num_texts >= FEW_TEXTS:
         return []
     return [
         f"the losses are of {num_texts} texts: their errors are uncertain themselves, and other "
-        f"texts may tell another story"
+        f"texts may give another picture"
     ]
 
 
@@ -150,16 +113,8 @@ def differs(
     *,
     own: Iterable[str] = (),
 ) -> Section:
-    """Say why the same model measured elsewhere may have other numbers.
-
-    Args:
-        max_length: tokens of a text at most, if that is known.
-        dtype: of the weights, if that is known.
-        versions: of the packages.
-        own: further reasons.
-
-    Returns:
-        A section.
+    """Say why the same model measured elsewhere may have other numbers; ``own`` are further
+    reasons.
     """
     length = (
         f"at most {max_length:,} tokens" if max_length else "as many tokens as --max-length says"

@@ -1,0 +1,86 @@
+"""The table of what a cut saves: before, after, and their ratio."""
+
+from collections.abc import Iterator
+from statistics import median
+
+from ...values.gain import Forecast, Gain, Measured
+from ...values.layers import ranges
+from ..story import Table
+
+Row = tuple[str, str, str, str]
+"""A name, before, after, and their ratio."""
+
+
+def gain_table(gain: Gain) -> Table:
+    """Tabulate what a cut saves: sizes, two rows for every device, and what was measured."""
+    texts = "one text" if gain.batch == 1 else f"{gain.batch} texts"
+    rows = [*_sizes(gain)]
+    for one in gain.forecasts:
+        rows += _times(one)
+    note = "Times by the roofline; * does not fit into the device's memory."
+    if gain.measured is not None:
+        rows += _measured(gain.measured)
+        note += " Measured: medians, and the range of the paired ratios."
+    return Table(
+        f"What it gains: {gain.model} without {ranges(gain.dropped)}, "
+        f"{texts} of {gain.context:,} tokens in {gain.dtype}",
+        ("", "whole model", "after the cut", "ratio"),
+        tuple(rows),
+        note,
+    )
+
+
+def _sizes(gain: Gain) -> Iterator[Row]:
+    for label, name, write in (
+        ("layers", "num_layers", str), ("parameters", "parameters", _count),
+        ("weights", "weight_bytes", _bytes), ("KV cache a token", "kv_bytes_per_token", _bytes),
+        ("KV cache", "kv_bytes", _bytes), ("FLOPs, prefill", "prefill_flops", _count),
+        ("FLOPs, token", "decode_flops", _count),
+    ):  # fmt: skip
+        before, after = (write(getattr(size, name)) for size in (gain.before, gain.after))
+        ratio = gain.ratios().get(name)
+        yield label, before, after, "-" if ratio is None else f"{ratio:.3f}"
+
+
+def _times(one: Forecast) -> Iterator[Row]:
+    for phase, early, late in (
+        ("prefill", one.prefill_before, one.prefill_after),
+        ("token", one.decode_before, one.decode_after),
+    ):
+        before, after = _time(early, one.fits_before), _time(late, one.fits_after)
+        yield f"{one.title}, {phase}", before, after, f"{late / early:.3f}"
+
+
+def _measured(found: Measured) -> Iterator[Row]:
+    for phase, early, late, ratio in (
+        ("prefill", found.prefill_before, found.prefill_after, found.prefill_ratio),
+        ("token", found.decode_before, found.decode_after, found.decode_ratio),
+    ):
+        middle, least, most = ratio
+        words = f"{middle:.3f} [{least:.3f}, {most:.3f}]"
+        yield f"measured here, {phase}", _time(median(early)), _time(median(late)), words
+    before, after = found.peak_before, found.peak_after
+    yield "measured here, peak memory", _bytes(before), _bytes(after), f"{after / before:.3f}"
+
+
+def _short(value: int, units: str) -> str:
+    """Write a number with three digits and a unit of thousands: 6.74B."""
+    power = 0
+    while value >= 999.5 * 1000**power and power < len(units):
+        power += 1
+    digits = f"{value / 1000**power:.3g}"
+    return digits + units[power - 1] if power else digits
+
+
+def _count(value: int) -> str:
+    return _short(value, "KMBT")
+
+
+def _bytes(value: int) -> str:
+    return _short(value, "KMGT") + "B"
+
+
+def _time(seconds: float, fits: bool = True) -> str:
+    milliseconds = 1e3 * seconds
+    text = f"{milliseconds:.2f} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+    return text if fits else f"{text} *"

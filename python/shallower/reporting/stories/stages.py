@@ -1,0 +1,184 @@
+"""Tables of what the stages make: a scan, a plan, a race of proposals, a healing, a patch."""
+
+from collections.abc import Sequence
+
+from ...scanning.scan import Scan
+from ...values.bootstrap import BootstrappedStart
+from ...values.healing import Healing
+from ...values.layers import Block, ranges
+from ...values.patch import Patch
+from ...values.plan import Plan
+from ...values.verification import Candidate, Verified
+from ..story import Cell, Number, Table
+from ..words import range_cell
+
+MOST_CANDIDATES = 20
+MOST_NAMES = 3
+"""Names of those who proposed a plan, before they are counted."""
+
+
+def scan_table(scan: Scan) -> Table:
+    """Tabulate the best block of every size, by the angle if that is among the metrics."""
+    metric = "angular distance" if "angular" in scan.metrics else f"1 - {scan.metrics[0]}"
+    samples = f"{scan.num_samples} samples"
+    if scan.num_sequences < scan.num_samples:
+        samples = f"{scan.num_samples} tokens of {scan.num_sequences} sequences"
+    blocks = [scan.best_block(n) for n in range(1, scan.num_layers)]
+    return Table(
+        f"{scan.num_layers} layers, {samples}"
+        + (f", {scan.num_rejected} rejected" if scan.num_rejected else "")
+        + (f"; positions {scan.positions}" if scan.positions else ""),
+        ("n", "drop", metric),
+        tuple((Number.count(len(block)), _range(block), _distance(block)) for block in blocks),
+    )
+
+
+def rejected(scan: Scan) -> list[str]:
+    """Name the rejected samples of a scan, as far as it names them, a line each."""
+    return [f"rejected {rejection}" for rejection in scan.rejections]
+
+
+def plan_table(plan: Plan) -> Table:
+    """Tabulate the blocks that a plan drops, and the layers that stay."""
+    rows: list[tuple[Cell, ...]] = []
+    for block in plan.blocks:
+        score = (
+            "" if block.score is None else f"{plan.metric or 'distance'} {_distance(block).text}"
+        )
+        rows.append(("drop", _range(block), score))
+    rows.append(("keep", range_cell(plan.survivors), f"{len(plan.survivors)} layers"))
+    title = f"plan: {len(plan.dropped)} of {plan.num_layers} layers"
+    return Table(title, ("", "", ""), tuple(rows))
+
+
+def starts_table(
+    blocks: Sequence[Block], metric: str | None, sure: BootstrappedStart | None = None
+) -> Table:
+    """Tabulate the best blocks of one size, the best first, and the share of resamples of a
+    bootstrap in which each is the best.
+    """
+    distance = "1 - cosine" if metric == "cosine" else str(metric)
+    head = ("rank", "drop", distance, *(() if sure is None else ("share",)))
+    rows = []
+    for rank, block in enumerate(blocks, 1):
+        row: tuple[Cell, ...] = (Number.count(rank), _range(block), _distance(block))
+        if sure is not None:
+            row += (Number.of(float(sure.distribution[block.start])),)
+        rows.append(row)
+    return Table(f"the best blocks of {len(blocks[0])}", head, tuple(rows))
+
+
+def candidates_table(verified: Verified) -> Table:
+    """Tabulate the candidates of a race, the winner first."""
+    after = {"none": "as they are cut", "patch": "after a quick patch"}[verified.after]
+    rows = tuple(
+        (
+            range_cell(one.plan.dropped),
+            _names(one),
+            Number.of(one.score, one.stderr),
+            Number.of(one.difference.mean, one.difference.stderr, sign=True),
+            _verdict(one, verified),
+        )
+        for one in verified.candidates[:MOST_CANDIDATES]
+    )
+    return Table(
+        f"Proposals that came into the last race, {after}",
+        ("drop", "proposed by", verified.judge, "more than the winner", ""),
+        rows,
+        f"{verified.num_proposals} proposals were judged on {verified.num_items} texts that "
+        f"choose, in {verified.unit}; a tie is within two standard errors of the paired "
+        f"difference.",
+        0,
+    )
+
+
+def failed_proposals(verified: Verified) -> list[str]:
+    """Name the criteria that could not propose, and the proposals that could not be judged."""
+    return [f"{name}: {why}" for name, why in verified.failed.items()]
+
+
+def healing_table(healing: Healing) -> Table:
+    """Tabulate the held-out loss over the measured steps of a healing."""
+    training = {step.step: Number.of(step.loss) for step in healing.steps}
+    losses = [(str(one.step), one.loss, one.step) for one in healing.held_out]
+    rows: list[tuple[Cell, ...]] = [
+        (step, Number.of(loss.nats, loss.stderr), training.get(number, Number("")))
+        for step, loss, number in losses
+    ] or [(str(healing.best_step), Number(""), training.get(healing.best_step, Number("")))]
+    if healing.cut:
+        cut = Number.of(healing.cut.nats, healing.cut.stderr)
+        rows.insert(0, ("cut, not patched", cut, Number("")))
+    if healing.original:
+        whole = Number.of(healing.original.nats, healing.original.stderr)
+        rows.append(("whole model", whole, Number("")))
+    title = f"healing: {len(healing.steps)} steps, step {healing.best_step} kept"
+    if healing.recovered is not None:
+        title += f", {100 * healing.recovered:.0f} % of the lost nats recovered"
+    return Table(title, ("step", "held-out loss", "training loss"), tuple(rows))
+
+
+def healing_parts(healing: Healing) -> list[str | Table]:
+    """Give the table of a healing, its speed, and what merging changed."""
+    parts: list[str | Table] = [healing_table(healing)]
+    if healing.tokens_per_second:
+        parts.append(f"{healing.tokens_per_second:,.0f} tokens a second")
+    if merged := healing.merge:
+        what = "logits differ" if merged.check == "logits" else "weights differ from the exact sums"
+        parts.append(
+            f"merged into {merged.dtype}: {what} by {merged.difference:.2g} of their norm, "
+            f"{merged.max_difference:.2g} at most"
+        )
+        if merged.trained_difference is not None:
+            parts.append(
+                f"from the adapters on {healing.recipe.dtype}, as trained, they differ by "
+                f"{merged.trained_difference:.2g} of their norm"
+            )
+        if merged.loss:
+            parts.append(f"held-out loss, merged: {merged.loss}")
+    return parts
+
+
+def patch_table(patch: Patch) -> Table:
+    """Tabulate the layers that a patch solved anew, and the loss behind each."""
+    nothing = Number("")
+    rows: list[tuple[Cell, ...]] = [
+        ("all layers", "", nothing, Number.of(patch.original, digits=4)),
+        (f"cut, without {ranges(patch.plan.dropped)}", "", nothing, Number.of(patch.cut, digits=4)),
+    ]
+    for fit in patch.fits:
+        explained, nats = Number.of(fit.explained), Number.of(fit.nats, digits=4)
+        rows.append((", ".join(fit.matrices), f"x^({fit.target})", explained, nats))
+    for loss in patch.descent:
+        words = "all matrices from there on, by steps"
+        rows.append((words, "", nothing, Number.of(loss, digits=4)))
+    if not patch.fits:
+        words = "all layers behind the cut, scaled"
+        rows.append((words, "", nothing, Number.of(patch.patched, digits=4)))
+    return Table(
+        f"patch by {patch.method}: {100 * patch.recovered:.0f} % of the lost nats recovered",
+        ("after solving", "for", "R²", "nats a token"),
+        tuple(rows),
+        f"held-out loss on {patch.num_held_out:,} tokens",
+    )
+
+
+def _range(block: Block) -> str:
+    return range_cell(range(block.start, block.stop))
+
+
+def _distance(block: Block) -> Number:
+    return Number.of(block.score, block.stderr, 4)
+
+
+def _names(candidate: Candidate) -> str:
+    names = candidate.proposed_by
+    more = f", {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def _verdict(candidate: Candidate, verified: Verified) -> str:
+    if candidate is verified.candidates[0]:
+        return "the winner"
+    if candidate.lost_early:
+        return f"lost on {candidate.difference.num_items}"
+    return "a tie" if candidate.tied else "worse"

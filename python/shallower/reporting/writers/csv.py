@@ -1,0 +1,69 @@
+"""Results as CSV, a line each, with all digits; what could not be measured is an empty cell."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ...storage import write_file
+from ...values.comparison import CriteriaComparison, Row
+from ...values.curve import Curve, CurvePoint
+
+
+def write_comparison(comparison: CriteriaComparison, path: str | Path) -> None:
+    """Write the rows of a comparison, under the names of their fields."""
+    names = [one.name for one in fields(Row)]
+    rows = ({**row.to_json(), "dropped": _indices(row.dropped)} for row in comparison.rows)
+    _write(path, names, (row.values() for row in rows))
+
+
+def write_curve(curve: Curve, path: str | Path) -> None:
+    """Write the points of a curve; behind the losses are four columns for every task."""
+    rows = [_curve_row(curve, point) for point in curve.points]
+    _write(path, list(rows[0]), (row.values() for row in rows))
+
+
+def _write(path: str | Path, names: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow(str(cell).lower() if isinstance(cell, bool) else cell for cell in row)
+    write_file(Path(path), text.getvalue().encode())
+
+
+def _indices(layers: Sequence[int]) -> str:
+    """All indices in one cell."""
+    return " ".join(map(str, layers))
+
+
+def _curve_row(curve: Curve, point: CurvePoint) -> dict[str, Any]:
+    loss, lost = point.loss, curve.lost(point)
+    found = {
+        "n": point.n,
+        "strategy": point.strategy,
+        "state": point.state,
+        "dropped": _indices(point.dropped),
+        "layers_share": point.layers_share,
+        "parameters_share": point.parameters_share if point.dropped or not point.n else None,
+        "time_share": point.time_share,
+        "loss": loss and loss.nats,
+        "stderr": loss and loss.stderr,
+        "of_ln_vocabulary": loss and loss.normalized,
+        "lost": lost and lost.mean,
+        "lost_stderr": lost and lost.stderr,
+        "seconds": point.seconds,
+        "failed": point.failed,
+    }
+    for name in curve.tasks:
+        scores, whole = point.task(name), curve.whole.task(name)
+        less = None if scores is None or whole is None else scores.minus(whole)
+        found |= {
+            name: scores and scores.mean,
+            f"{name}_stderr": scores and scores.stderr,
+            f"{name}_difference": less and less.mean,
+            f"{name}_difference_stderr": less and less.stderr,
+        }
+    return found

@@ -1,0 +1,186 @@
+"""Tables of the stages as a person reads them in the terminal."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
+from shallower.reporting.stories.gain import gain_table
+from shallower.reporting.stories.stages import (
+    candidates_table,
+    failed_proposals,
+    plan_table,
+    scan_table,
+)
+from shallower.reporting.story import Number, Section, Story, Table
+from shallower.values.layers import ranges
+from shallower.values.loss import with_error
+from tests.values.test_gain import gain
+from tests.values.test_verification import GIVEN_UP, LOSER, TIE, WINNER, verified
+
+
+def row_of(text, *words):
+    """The one printed line that holds all the words, its spaces made single."""
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    found = [line for line in lines if all(word in line for word in words)]
+    assert len(found) == 1, (words, text)
+    return found[0]
+
+
+def states_of(num_layers, samples=6):
+    return np.random.default_rng(1).standard_normal((samples, num_layers + 1, 8)).cumsum(axis=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "expected"),
+    [
+        (0.12344, 0.00126, "0.1234 ± 0.0013"), (0.12344, None, "0.1234"),
+        (0.12344, math.nan, "0.1234"), (0.12344, math.inf, "0.1234"),
+        (0.12344, 0.0, "0.1234 ± 0.0000"), (0.0, 0.5, "0.0000 ± 0.5000"), (None, None, "–"),
+        (None, 0.5, "–"),
+    ],
+)  # fmt: skip
+def test_a_value_is_printed_with_its_error_where_there_is_one(value, stderr, expected):
+    assert with_error(value, stderr) == expected
+
+
+def test_digits_and_signs_can_be_chosen():
+    assert with_error(0.126, 0.014, digits=2) == "0.13 ± 0.01"
+    assert with_error(0.126, 0.014, digits=2, sign=True) == "+0.13 ± 0.01"
+
+
+@given(st.sets(st.integers(0, 30)))
+def test_ranges_name_every_layer_once(layers):
+    named = re.findall(r"\[(\d+), (\d+)\)", ranges(sorted(layers)))
+    expanded = [layer for start, stop in named for layer in range(int(start), int(stop))]
+    assert expanded == sorted(layers)
+
+
+# How any table is drawn
+def test_columns_that_are_wide_or_have_errors_can_be_cut_down(printed):
+    row = ("a", Number.of(1.25, 0.5), Number.of(2.5, 0.25), "page")
+    table = Table("title", ("name", "loss", "patch", "more"), (row,), "A note.", 0, ("loss",),
+                  ("more",))  # fmt: skip
+    lines = [line.rstrip() for line in printed(table).splitlines()]
+    assert lines[1:3] == ["title", " name   loss          patch"]
+    assert lines[4:] == [" → a   1.250  2.500 ± 0.250", "A note."]
+
+
+def test_layers_are_broken_between_ranges_only(printed):
+    layers = ranges(range(0, 40, 2)).replace(", ", ",\xa0")
+    text = printed(Table("", ("drop", "n"), ((layers, Number.count(20)),)))
+    assert "\xa0" not in text
+    assert re.findall(r"\[\d+, \d+\)", text) == re.findall(r"\[\d+, \d+\)", ranges(range(0, 40, 2)))
+
+
+def test_rows_that_belong_together_stand_together(printed):
+    rows = ((Number.count(1), "a"), (Number.count(1), "b"), (Number.count(2), "c"))
+    lines = printed(Table("", ("n", "name"), rows, is_grouped=True)).splitlines()
+    assert [bool(line.strip(" ─")) for line in lines] == [True, False, True, True, False, True]
+
+
+def test_words_are_not_markup(printed):
+    text = printed(Table("[red]t", ("[bold]h",), (("[i]c",),), "[u]n"))
+    assert all(word in text for word in ("[red]t", "[bold]h", "[i]c", "[u]n"))
+
+
+def test_a_story_ends_in_its_sentence_within_the_width(printed):
+    section = Section("Part", ("word " * 40,), tables=(Table("t", ("a",), (("b",),)),))
+    unseen = Section("Settings", ("unseen",))
+    text = printed(Story("run", "Title", "All in a sentence.", warnings=("beware",),
+                         sections=(unseen, section)))  # fmt: skip
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "Title"
+    assert lines[-2:] == ["warning: beware", "All in a sentence."]
+    assert "unseen" not in text
+
+
+# Scans and plans
+def test_a_scan_is_a_row_for_every_block_size(printed):
+    scan = analyse_states(states_of(6))
+    text = printed(scan_table(scan))
+    assert "6 layers, 6 samples" in text
+    assert "rejected" not in text
+    assert "angular" in text
+    for n in range(1, 6):
+        block = scan.best_block(n)
+        row = row_of(text, f"{n} {block} ")
+        assert row == f"{n} {block} {block.score:.4f} ± {block.stderr:.4f}"
+
+
+def test_a_scan_of_one_sample_shows_no_error(printed):
+    text = printed(scan_table(analyse_states(states_of(4, samples=1))))
+    assert "nan" not in text
+    assert "±" not in text
+
+
+def test_a_scan_table_counts_the_rejected(printed):
+    states = states_of(4)
+    states[2, 1] = 0
+    with pytest.warns(RejectedSamplesWarning):
+        scan = analyse_states(states)
+    assert "5 samples, 1 rejected" in printed(scan_table(scan))
+
+
+def test_a_scan_by_cosines_shows_distances(printed):
+    scan = analyse_states(states_of(4), ["cosine"])
+    text = printed(scan_table(scan))
+    block = scan.best_block(2)
+    assert "1 - cosine" in text
+    assert f"{1 - scan.mean('cosine')[block.start, block.stop]:.4f}" in row_of(text, "2 [2, 4)")
+
+
+def test_a_scan_of_two_metrics_is_decided_by_the_angle(printed):
+    scan = analyse_states(states_of(4), ["cosine", "angular"])
+    text = printed(scan_table(scan))
+    assert "cosine" not in text
+    assert f"{scan.best_block(1, 'angular').score:.4f}" in row_of(text, "1 [3, 4)")
+
+
+def test_a_plan_table_says_what_goes_and_what_stays(printed):
+    plan = Plan(12, (Block(2, 4, 0.25, 0.125), Block(7, 8)), "similarity", "angular")
+    text = printed(plan_table(plan))
+    assert "3 of 12 layers" in text
+    assert "angular 0.2500 ± 0.1250" in row_of(text, "drop", "[2, 4)")
+    assert "angular" not in row_of(text, "drop", "[7, 8)")
+    assert "9 layers" in row_of(text, "keep", "[0, 2) [4, 7)")
+
+
+def test_a_plan_by_hand_has_no_score(printed):
+    assert row_of(printed(plan_table(Plan(4, (Block(0, 1),)))), "drop") == "drop [0, 1)"
+
+
+# A race, and what a cut saves
+def test_a_row_for_every_candidate_in_80_columns(printed):
+    found = verified(WINNER, TIE, LOSER, GIVEN_UP)
+    text = printed(candidates_table(found))
+    assert max(map(len, text.splitlines())) <= 80
+    shown = " ".join(text.split())
+    assert "after a quick patch" in shown
+    assert "9 proposals were judged on 48 texts" in shown
+    for part in ("→ [12, 20)", "4.052 ± 0.060", "the winner", "a tie", "lost on 8",
+                 "+0.148 ± 0.020"):  # fmt: skip
+        assert part in shown
+    assert failed_proposals(found) == ["cka: too few texts"]
+
+
+def test_gains_are_before_after_and_their_ratio(printed):
+    text = printed(gain_table(gain()))
+    assert max(map(len, text.splitlines())) <= 80
+    shown = " ".join(text.split())
+    for part in (
+        "llama without [8, 16)", "one text of 2,048 tokens in bfloat16", "32 24 0.750",
+        "6.74B 5.12B 0.760", "13.5GB 10.2GB 0.760", "524KB 393KB 0.750",
+        "A100 SXM 80GB, token 7.00 ms * 5.30 ms 0.757", "100 ms * 75.00 ms",
+        "measured here, prefill 3000 ms 1800 ms 0.600 [0.500, 0.750]",
+    ):  # fmt: skip
+        assert part in shown, part
+
+
+def test_no_gain_is_shown_that_was_not_measured(printed):
+    assert "measured here" not in printed(gain_table(gain(None)))
