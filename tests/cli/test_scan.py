@@ -11,7 +11,7 @@ import pytest
 
 import shallower as sh
 from shallower import Scan
-from shallower.reporting import figures
+from shallower.reporting.charts import drawing
 from tests.cli.documents import plain, tree
 from tests.commands import SHALLOWER
 from tests.conftest import write_jsonl
@@ -105,7 +105,7 @@ def test_a_rejected_text_is_a_warning_on_standard_error(shallower, folder, tiny)
 def test_without_matplotlib_the_heat_map_is_left_out_with_a_warning(
     shallower, folder, tiny, jsonl, monkeypatch
 ):
-    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    monkeypatch.setattr(drawing, "find_spec", lambda _: None)
     done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--json")
     assert done.status == 0
     assert done.json["written"] == ["out/scan.safetensors"]

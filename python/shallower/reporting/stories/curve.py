@@ -258,7 +258,7 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
         scores = point.task(task)
         less = None if scores is None else scores.minus(whole)
         verdicts = ["at chance"] if scores is not None and scores.at_chance else []
-        verdicts += ["tie with the whole"] if less is not None and less.tied else []
+        verdicts += ["tie"] if less is not None and less.tied else []
         row: tuple[Cell, ...] = (
             Number.count(point.n),
             point.strategy,
@@ -273,7 +273,7 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
         f"{task}, {_OF_STATE[state]}: {whole.metric} in %, whole model {_percent(whole).text}",
         ("n", "strategy", "drop", "score", "difference", ""),
         tuple(rows),
-        f"{len(whole.items)} items with {whole.num_shots} solved examples{chance}",
+        f"{len(whole.items)} items with {whole.num_shots} solved examples{chance}; difference and tie: with the whole model",
         is_grouped=True,
     )
 

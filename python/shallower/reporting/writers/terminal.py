@@ -128,12 +128,12 @@ def _drawn(table: Table) -> "rich_table.Table":
             overflow="fold",
         )
     for number, row in enumerate(table.rows):
-        cells = [column[number] for column in columns]
+        texts = [column[number] for column in columns]
         if number == table.marked:
-            cells[0] = f"→ {cells[0]}"
+            texts[0] = f"→ {texts[0]}"
         following = table.rows[number + 1 : number + 2]
         ends = table.is_grouped and bool(following) and following[0][0] != row[0]
-        drawn.add_row(*[Text(cell) for cell in cells], end_section=ends)
+        drawn.add_row(*map(Text, texts), end_section=ends)
     return drawn
 
 
