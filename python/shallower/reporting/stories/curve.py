@@ -273,7 +273,8 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
         f"{task}, {_OF_STATE[state]}: {whole.metric} in %, whole model {_percent(whole).text}",
         ("n", "strategy", "drop", "score", "difference", ""),
         tuple(rows),
-        f"{len(whole.items)} items with {whole.num_shots} solved examples{chance}; difference and tie: with the whole model",
+        f"{len(whole.items)} items with {whole.num_shots} solved examples{chance}; difference and "
+        f"tie: with the whole model",
         is_grouped=True,
     )
 

@@ -261,12 +261,18 @@ class _RunStory:
         paired = Number.of(best.difference.mean, best.difference.stderr, 4, sign=True)
         facts += [
             Fact("lost, nats a token", paired, f"{RESULTS_FILE}: recommended.lost, paired by text"),
-            Fact("logits after a reload differ by", f"{run.difference:.2g} at most",
-                 f"{RESULTS_FILE}: max_logits_difference; stock transformers"),
             Fact("layers run to choose", Number.count(best.verified.layer_forwards),
                  f"{RESULTS_FILE}: recommended.layer_forwards; layers times texts"),
             Fact("samples of the scan", Number.count(scan.num_samples), SCAN_FILE),
         ]  # fmt: skip
+        if math.isfinite(run.difference):
+            facts.append(
+                Fact(
+                    "logits after a reload differ by",
+                    f"{run.difference:.2g} at most",
+                    f"{RESULTS_FILE}: max_logits_difference; stock transformers",
+                )
+            )
         if scan.model is not None:
             facts.append(
                 Fact(
