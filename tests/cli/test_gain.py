@@ -9,7 +9,7 @@ def test_a_table_of_what_a_cut_saves(shallower, tiny):
     assert done.status == 0, done.err
     shown = " ".join(done.out.split())
     for part in ("tiny without [1, 3)", "one text of 16 tokens", "KV cache a token",
-                 "A100 SXM 80GB, prefill", "whole model", "after the cut", "ratio"):  # fmt: skip
+                 "A100 SXM 80GB, prefill", "before", "after", "ratio"):  # fmt: skip
         assert part in shown
     assert "H100" not in shown
 

@@ -24,7 +24,7 @@ def gain_table(gain: Gain) -> Table:
     return Table(
         f"What it gains: {gain.model} without {ranges(gain.dropped)}, "
         f"{texts} of {gain.context:,} tokens in {gain.dtype}",
-        ("", "whole model", "after the cut", "ratio"),
+        ("", "before", "after", "ratio"),
         tuple(rows),
         note,
     )
