@@ -6,7 +6,6 @@ from importlib.metadata import version
 import pytest
 
 import shallower as sh
-from shallower.reporting.curve import curve_tables
 from shallower.reporting.stories.curve import curve_story
 from shallower.runs.curve_points import CurvePoints
 from shallower.values import provenance
@@ -91,7 +90,8 @@ def test_every_point_has_the_main_measure_of_every_task(learned, words, tmp_path
     with sh.without_layers(learned, [3, 4]):
         assert cut == plain()
     assert len(patched) == 16
-    titles = [str(table.title).strip() for table in curve_tables(curve)]
+    story = curve_story(curve, drawn=False)
+    titles = [table.title for section in story.sections for table in section.tables]
     assert titles[2].startswith("next, as they are cut: acc_norm in %, whole model ")
     header, *rows = (tmp_path / "out" / "curve.csv").read_text().splitlines()
     assert header.endswith("next,next_stderr,next_difference,next_difference_stderr")

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 import shallower as sh
 from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
-from shallower.reporting.recommendation import sizes_table
 from shallower.reporting.results import Run
+from shallower.reporting.stories.run import sizes_table
 from shallower.runs import recommending
 from shallower.runs.continuing import continue_text
 from shallower.values.scores import Difference
@@ -263,7 +263,7 @@ def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path
     few = again.table[0].num_texts
     assert 3 <= few < whole.num_texts
     said = f"Of n = 1, 3: estimated by {few} of the {whole.num_texts} texts."
-    assert said in " ".join(str(sizes_table(again.recommended, again.table).caption).split())
+    assert said in " ".join(sizes_table(again.recommended, again.table).note.split())
     sh.report(again.out)
     assert said in (again.out / "report.html").read_text()
 

@@ -21,7 +21,7 @@ from shallower import (
     Scan,
     ScanError,
 )
-from shallower.reporting.tables import scan_table
+from shallower.reporting.stories.stages import scan_table
 from shallower.scanning.scan_file import FORMAT
 from tests.scanning.samples import (
     BOTH,

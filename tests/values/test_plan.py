@@ -25,7 +25,7 @@ from shallower import (
     Rejection,
     TextsIdentity,
 )
-from shallower.reporting.tables import plan_table
+from shallower.reporting.stories.stages import plan_table
 from shallower.values.layers import blocks_of
 from shallower.values.plan import describe_rejections
 from tests.values.damage import damaged, peak_memory
