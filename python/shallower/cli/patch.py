@@ -125,14 +125,13 @@ def patch_command(
 def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
     from ..reporting.stories.stages import patch_table
-    from ..values.healing import read_loss
-    from ..values.loss import with_error
+    from ..values.loss import Loss, with_error
     from ..values.patch import Patch
 
     if as_json:
         print_json({**value["patch"], "eval": value["eval"], "written": str(out)})
         return
-    losses = {name: read_loss(loss) for name, loss in value["eval"].items()}
+    losses = {name: Loss.from_json(loss) for name, loss in value["eval"].items()}
     lines = [
         f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
         for name, loss in losses.items()

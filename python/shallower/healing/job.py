@@ -24,7 +24,7 @@ from ..storage import partial_folder, resumable_folder, write_file
 from ..texts.sequences import ReadOnce
 from ..values.files import PLAN_FILE
 from ..values.hashing import hash_of
-from ..values.healing import HEALING_FILE, Healing, read_loss
+from ..values.healing import HEALING_FILE, Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.plan import Plan
@@ -159,8 +159,7 @@ class MeasuredLosses:
             return self._given[name]
         found = agree(lambda: self._known().get(name))
         if found is not None:
-            loss: Loss = read_loss(found)
-            return loss
+            return Loss.from_json(found)
         return self.keep(name, measure())
 
     def keep(self, name: str, loss: Loss) -> Loss:

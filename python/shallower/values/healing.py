@@ -12,7 +12,7 @@ from .loss import Loss
 from .plan import Plan
 from .provenance import versions
 from .recipe import Resolved
-from .schema import of_type, read
+from .schema import fields_of, of_type
 
 HEALING_FILE = "healing.json"
 HEALING_FIGURE = "healing.png"
@@ -39,6 +39,11 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         """Give the step and the fields of the loss as plain JSON values."""
         return {"step": self.step, **self.loss.to_figures()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Measured":
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
+        return cls(of_type(int, of_type(dict, data)["step"]), Loss.from_json(data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,12 @@ class Merge:
     def to_json(self) -> dict[str, Any]:
         """Give the comparison as plain JSON values."""
         return {**asdict(self), "loss": self.loss.to_figures() if self.loss else None}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Merge":
+        """Read what :meth:`to_json` gave; earlier versions wrote less."""
+        earlier = {"trained_difference": None, "loss": None, "check": "logits"}
+        return cls(**fields_of(cls, {**earlier, **of_type(dict, data)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,30 +201,4 @@ class Healing:
     def _from_json(cls, data: Any) -> "Healing":
         if (of_type(dict, data).get("format"), data.get("version")) != ("shallower.healing", 1):
             raise ValueError("expected format shallower.healing version 1")
-        merge, speed = data["merge"], data["tokens_per_second"]
-        return cls(
-            model=read(ModelIdentity, data["model"]),
-            weights=of_type(str, data["weights"]),
-            plan=Plan.from_json(data["plan"]),
-            recipe=Resolved.from_json(of_type(dict, data["recipe"])),
-            adapted=of_type(int, data["adapted"]),
-            texts=read(TextsIdentity, data["texts"]),
-            steps=tuple(read(Step, step) for step in of_type(list, data["steps"])),
-            held_out=tuple(
-                Measured(of_type(int, of_type(dict, measured)["step"]), read_loss(measured))
-                for measured in of_type(list, data["held_out"])
-            ),
-            best_step=of_type(int, data["best_step"]),
-            original=read_loss(data["original"]),
-            cut=read_loss(data.get("cut")),
-            tokens_per_second=None if speed is None else of_type(float, speed),
-            merge=Merge(**{**of_type(dict, merge), "loss": read_loss(merge["loss"])})
-            if merge
-            else None,
-            versions={k: of_type(str, v) for k, v in of_type(dict, data["versions"]).items()},
-        )
-
-
-def read_loss(data: Any) -> Any:
-    """Read what :meth:`Loss.to_figures` gave, or None; TypeError or KeyError if it is damaged."""
-    return None if data is None else Loss.from_json(data)
+        return cls(**fields_of(cls, {"cut": None, **data}))

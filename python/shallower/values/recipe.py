@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import RecipeError
 from .presets import ModelFacts, find_preset, named_preset
+from .schema import fields_of, of_type
 
 GLOBAL_BATCH = 16
 """Sequences in one step of the optimiser, over all devices."""
@@ -209,25 +210,11 @@ class Resolved:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Resolved":
-        """Read settings from what :meth:`to_json` gave, and from records of earlier versions.
+        """Read what :meth:`to_json` gave, in this version or an earlier one.
 
-        Raises:
-            TypeError: a value is of another type.
-            KeyError: a value is missing.
+        Raises KeyError, TypeError, ValueError.
         """
-        data = {**data, "objective": _objective(data)}
-        kinds: dict[str, type[Any]] = {
-            **dict.fromkeys(("learning_rate", "dropout"), float),
-            **dict.fromkeys(("preset", "dtype", "objective"), str),
-            **dict.fromkeys(("packing", "attention", "recompute"), bool),
-        }
-        for name in cls.__slots__:
-            kind = kinds.get(name, int)
-            if not isinstance(data[name], kind) or isinstance(data[name], bool) is not (
-                kind is bool
-            ):
-                raise TypeError(f"expected {name} to be {kind.__name__}, got {data[name]!r}")
-        return cls(**{name: data[name] for name in cls.__slots__})
+        return cls(**fields_of(cls, {**of_type(dict, data), "objective": _objective(data)}))
 
 
 def _objective(data: Mapping[str, Any]) -> Any:
