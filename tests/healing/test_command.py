@@ -61,7 +61,7 @@ def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(
     assert message in done.err
 
 
-def test_the_objective_is_told_and_kept(shallower, both, folder):
+def test_the_objective_is_printed_and_kept(shallower, both, folder):
     whole, cut = both
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     options = ("--texts", texts, "--original", whole, "--max-length", 16, "--dtype", "float32")
@@ -76,7 +76,7 @@ def test_the_objective_is_told_and_kept(shallower, both, folder):
     assert record["recipe"]["objective"] == "kd"
 
 
-def test_of_several_processes_one_tells_the_dry_run(shallower, cut, folder, monkeypatch):
+def test_of_several_processes_one_prints_the_dry_run(shallower, cut, folder, monkeypatch):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -88,17 +88,17 @@ def test_of_several_processes_one_tells_the_dry_run(shallower, cut, folder, monk
 
 
 @pytest.mark.parametrize("setting", ["packing", "attention"])
-@pytest.mark.parametrize("wanted", [None, True, False])
-def test_the_preset_decides_unless_it_is_told(shallower, cut, folder, setting, wanted):
+@pytest.mark.parametrize("given", [None, True, False])
+def test_the_preset_decides_unless_it_is_set(shallower, cut, folder, setting, given):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
-    asked = {None: (), True: (f"--{setting}",), False: (f"--no-{setting}",)}[wanted]
-    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json", *asked)
+    chosen = {None: (), True: (f"--{setting}",), False: (f"--no-{setting}",)}[given]
+    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json", *chosen)
     presets = {
         "llama-2-7b": (), "small": ("packing", "attention"), "general": ("packing",),
     }  # fmt: skip
     for preset, does in presets.items():
         dry = shallower("heal", cut, *options, "--preset", preset).json
-        assert dry[setting] is (setting in does if wanted is None else wanted)
+        assert dry[setting] is (setting in does if given is None else given)
 
 
 @pytest.mark.parametrize(("features", "dtype"), [({"amx_bf16"}, "bfloat16"), (set(), "float32")])
@@ -125,7 +125,7 @@ def test_the_command_says_how_to_cut(shallower, both, folder):
     )
 
 
-def test_a_dry_run_tells_the_memory_of_a_card_that_is_not_here(shallower, cut, folder):
+def test_a_dry_run_prints_the_memory_of_a_card_that_is_not_here(shallower, cut, folder):
     texts = write_jsonl(folder / "texts.jsonl", TEXTS)
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run")
     done = shallower("heal", cut, *options, "--device-memory", "16GB", "--json").json
@@ -134,8 +134,8 @@ def test_a_dry_run_tells_the_memory_of_a_card_that_is_not_here(shallower, cut, f
     assert (memory["micro_batch"], memory["gradient_checkpointing"]) == (4, False)
     assert (done["batch_size"], done["recompute"]) == (4, False)
     assert 10**5 < memory["peak_bytes"] == sum(memory["parts"].values()) < 10**8
-    asked = ("--batch-size", 2, "--gradient-checkpointing", "--device-memory", "16GB")
-    text = shallower("heal", cut, *options, *asked).out
+    chosen = ("--batch-size", 2, "--gradient-checkpointing", "--device-memory", "16GB")
+    text = shallower("heal", cut, *options, *chosen).out
     assert " of 16.0 GB (weights " in text
     assert "; 2 texts a forward, with recomputation\n" in text
     with_less = shallower("heal", cut, *options, "--device-memory", "100MB").out

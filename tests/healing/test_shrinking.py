@@ -105,7 +105,7 @@ def test_the_training_goes_on_from_its_last_checkpoint(cut, tmp_path, device):
     assert [m.step for m in record.held_out] == [0, 2, 4]
 
 
-def test_a_forward_that_was_asked_for_is_left_as_it_is(cut, tmp_path, device):
+def test_a_batch_size_that_was_given_is_kept(cut, tmp_path, device):
     device.rows = 4
     with pytest.raises(sh.RecipeError) as refused:
         heal(cut, tmp_path / "out", replace(QUICK, recompute=False))
@@ -158,7 +158,7 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch, rank, place):
         own_device_map()
 
 
-def test_a_process_among_several_gpus_is_told_how_to_use_them(monkeypatch):
+def test_a_process_among_several_gpus_is_warned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for count, most in ((6, 4), (2, 2)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file
 
 import shallower as sh
+from shallower.healing.training import Throughput
 from shallower.texts.sequences import order
 from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
 
@@ -98,7 +101,7 @@ def test_the_seed_decides_all(cut, tmp_path):
     assert a == b != c
 
 
-def test_the_share_that_came_back_is_told(both, tmp_path):
+def test_the_recovered_share_is_recorded(both, tmp_path):
     whole, cut = both
     record = sh.heal(
         cut, TEXTS, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, original=whole
@@ -142,3 +145,22 @@ def test_the_process_is_as_it_was(cut, tmp_path):
     assert {k: v for k, v in os.environ.items() if "DETERMIN" in k} == {
         k: v for k, v in environment.items() if "DETERMIN" in k
     }
+
+
+@pytest.mark.parametrize(("device", "waited"), [("cpu", []), ("cuda:0", ["cuda:0"])])
+def test_a_step_has_ended_when_its_device_has_done_it(monkeypatch, device, waited):
+    """Else the time of the last forward and backward would be counted nowhere."""
+    calls = []
+
+    def synchronize(of):
+        calls.append(str(of))
+        time.sleep(0.05)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    arguments = SimpleNamespace(device=torch.device(device))
+    state = SimpleNamespace(global_step=1)
+    throughput = Throughput(np.array([7]), None)
+    throughput.on_step_begin(arguments, state, None)
+    throughput.on_step_end(arguments, state, None)
+    assert calls == waited
+    assert (throughput.tokens_per_second < 7 / 0.05) == bool(waited)

@@ -18,7 +18,7 @@ from ..errors import ModelError, OutputError, RecipeError, TextsError
 from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
 from ..merging.merge import write_curve, write_merged
-from ..merging.merging import stored_plainly, trained_logits
+from ..merging.merging import Merging, stored_plainly, trained_logits
 from ..models.decoder import Decoder
 from ..models.dtypes import computing
 from ..models.feed_forward import feed_forward_targets
@@ -392,16 +392,16 @@ class _Healer:
             if job.patched is not None and healing.best_step == 0:
                 copy_patched(job.patched, folder)
             elif job.merge:
-                healing = write_merged(
-                    folder,
+                merging = Merging(
                     job.model,
                     trained.checkpoint,
-                    healing=healing,
+                    healing,
                     held_out=job.held_out,
                     trained=logits,
                     progress=self._progress,
                     trust_remote_code=job.trust_remote_code,
                 )
+                healing = write_merged(folder, merging)
             else:
                 base = str(move_patched(job.patched, folder)) if job.patched else job.cut
                 write_adapters(

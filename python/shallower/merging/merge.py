@@ -6,7 +6,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from ..cutting.cards import healed_card
@@ -72,10 +71,10 @@ def merge(
     base = str(model or _remembered_base(adapters))
     with new_folder(out, overwrite) as folder:
         try:
-            healing = write_merged(
-                folder, base, adapters, healing=healing, progress=progress,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+            merging = Merging(
+                base, adapters, healing, progress=progress, trust_remote_code=trust_remote_code
+            )
+            healing = write_merged(folder, merging)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {out}: {error}") from error
         write_curve(folder, healing)
@@ -90,56 +89,27 @@ def _remembered_base(adapters: Path) -> str:
     return base
 
 
-def write_merged(
-    folder: Path,
-    base: str,
-    adapters: Path,
-    *,
-    healing: Healing,
-    held_out: list[str] | None = None,
-    trained: torch.Tensor | None = None,
-    progress: bool | None = None,
-    trust_remote_code: bool = False,
-) -> Healing:
-    """Write a merged checkpoint, without the record of the healing.
+def write_merged(folder: Path, merging: Merging) -> Healing:
+    """Fill a folder with a merged checkpoint, and give the record with its comparison.
 
-    Args:
-        folder: the folder to fill.
-        base: the cut that was trained, a folder or hub id.
-        adapters: the folder of the adapters.
-        healing: the record.
-        held_out: texts to measure the merged model on.
-        trained: the logits of the adapters on the model as it was trained.
-        progress: whether to show bars on standard error; by default if that is a terminal.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        The record with the comparison of the merged model.
+    The record is not written.
 
     Raises:
         ModelError: the adapters are another model's, or the result differs.
         OutputError, OSError: a file cannot be written.
     """
-    merging = Merging(
-        base, adapters, healing, held_out=held_out, trained=trained, progress=progress,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    healing = replace(healing, merge=merging.into(folder))
-    write_beside(folder, base, _MERGED, healing)
-    return healing
-
-
-def write_beside(folder: Path, base: str, what: str, healing: Healing) -> None:
-    """Write what lies beside the weights of a healed cut."""
+    base = merging.base
+    healing = replace(merging.healing, merge=merging.into(folder))
     copy_beside(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
     copy_files(find_source(base).licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
-    card = healed_card(Path(base).expanduser() / CARD_FILE, what, healing_rows(healing))
+    card = healed_card(Path(base).expanduser() / CARD_FILE, _MERGED, healing_rows(healing))
     write_file(folder / CARD_FILE, card.encode())
+    return healing
 
 
 def healing_rows(healing: Healing) -> list[tuple[str, str]]:
-    """The rows of a model card that tell of a healing."""
+    """The rows of a model card that describe a healing."""
     recipe = healing.recipe
     kind = "packed" if recipe.packing else "truncated"
     rows = [
@@ -165,15 +135,7 @@ def healing_rows(healing: Healing) -> list[tuple[str, str]]:
 
 
 def write_curve(folder: Path, healing: Healing) -> None:
-    """Write the curve of a healing, if it can be drawn.
-
-    Args:
-        folder: the folder of the healing.
-        healing: its record.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write the curve of a healing, if matplotlib is there to draw it."""
     try:
         write_file(folder / HEALING_FIGURE, healing_chart(healing).rendered("png"))
     except MissingExtraError as error:
