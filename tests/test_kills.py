@@ -60,13 +60,16 @@ COMMANDS = {
     "curve": f"curve {ON_TEXTS} --n 1,2 --strategies similarity,deepest",
     "compare": f"compare {ON_TEXTS} --n 1,2 --criteria angular,greedy,one_shot",
     "heal": HEAL + "out",
+    "heal --objective kd": HEAL + "out --objective kd --original tiny",
     "merge": "merge adapters --out out",
     "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
 }
 """Commands that go on where they were."""
 
+RARE = ("run --heal", "heal --objective kd")
+
 MOMENTS = [
-    pytest.param(name, seed, marks=pytest.mark.slow if seed or name == "run --heal" else ())
+    pytest.param(name, seed, marks=pytest.mark.slow if seed or name in RARE else ())
     for name in COMMANDS
     for seed in range(5)
 ]
