@@ -12,6 +12,7 @@ from shallower.models.dtypes import CPU_FEATURES, choose_device_map, choose_dtyp
 from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
+from shallower.values.settings import RunSettings
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_functions_and_commands_have_the_same_defaults():
     defaults = {
         function: {name: p.default for name, p in inspect.signature(function).parameters.items()}
         for function in (
-            load_model, ModelSource, sh.scan, sh.evaluate_loss, sh.patch, sh.run,
+            load_model, ModelSource, sh.scan, sh.evaluate_loss, sh.patch, RunSettings,
             scan.scan_command, evaluate.eval_command, patch.patch_command, run.run_command,
         )
     }  # fmt: skip
@@ -127,7 +128,7 @@ def test_functions_and_commands_have_the_same_defaults():
         (sh.evaluate_loss, evaluate.eval_command, ("max_length", "batch_size")),
         (sh.patch, patch.patch_command, ("max_length", "batch_size", "num_tokens")),
         (
-            sh.run,
+            RunSettings,
             run.run_command,
             ("max_length", "batch_size", "max_texts", "max_eval_texts", "top", "n", "seed"),
         ),
