@@ -127,7 +127,7 @@ def test_weights(subject):
 
 
 @pytest.mark.parametrize(
-    "name", [*("angular", "cka"), *("block_influence", "xmerge"), "taylor", "linear_map", "weights"]
+    "name", ["angular", "cka", "block_influence", "xmerge", "taylor", "linear_map", "weights"]
 )
 def test_the_layers_of_a_criterion_are_those_of_a_lone_run(words, name):
     model = tiny_llama(3)

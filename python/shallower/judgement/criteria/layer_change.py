@@ -1,7 +1,4 @@
-"""Criteria of single layers: what a layer changes in the states of all tokens.
-
-They look at single layers, so they do not see that two cancel each other.
-"""
+"""Criteria of single layers: what a layer changes in the states of all tokens."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +25,8 @@ class LayerChange(Criterion):
 class BlockInfluence(LayerChange):
     """1 − E cos(x, y) over all tokens, x the input and y the output of a layer (2403.03853, §2.3).
 
-    It does not see that two layers cancel each other, nor what changes lengths alone.
+    It looks at single layers, so it does not see that two cancel each other, nor what changes
+    lengths alone.
     """
 
     name = "block_influence"
@@ -42,8 +40,8 @@ class BlockInfluence(LayerChange):
 class Magnitude(LayerChange):
     """E ‖f(x)‖ / ‖x + f(x)‖ over all tokens, f(x) what a layer adds to its input x (2312.09299).
 
-    It does not see that two layers cancel each other; one that only scales the states costs
-    c / (1 + c), though no norm behind it sees that.
+    It looks at single layers, so it does not see that two cancel each other; one that only scales
+    the states costs c / (1 + c), though no norm behind it sees that.
     """
 
     name = "magnitude"
