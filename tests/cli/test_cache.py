@@ -214,6 +214,7 @@ def test_a_hit_loads_no_torch(folder, place, cache_folder):
 
 
 # Damage.
+@pytest.mark.filterwarnings("default:the store")
 def test_a_damaged_store_is_a_warning_and_the_work_goes_on(shallower, folder, place, cache_folder):
     command = ["eval", place["tiny"], "--texts", place["held_out"]]
     first = shallower(*command)

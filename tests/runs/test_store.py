@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.errors import CacheError
 from shallower.runs import store as module
 from shallower.runs.store import STORE_FILE, Store, file_system, open_store, store_folder
+from tests.runs.stores import DAMAGES, INPUTS, again, break_file, path_of, records, start
 
-INPUTS = {"model": "0" * 64, "texts": ["a", "b"], "dtype": "float32", "dropped": [3, 4]}
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
@@ -31,15 +28,6 @@ PLAIN = st.recursive(
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "cache")
-
-
-def path_of(store):
-    return store.folder / STORE_FILE
-
-
-def again(store):
-    """The same store, as another process would open it."""
-    return Store(store.folder)
 
 
 @contextlib.contextmanager
@@ -204,44 +192,6 @@ def test_a_row_under_the_key_of_another_is_damaged(store):
         assert again(store).get("loss", {"n": 0}) is None
 
 
-def break_file(store, damage):
-    """Make the file one that cannot be used; give what is to be done when it is over."""
-    path = path_of(store)
-    if damage == "a folder":
-        path.mkdir(parents=True)
-        return path.rmdir
-    if damage == "a folder that is a file":
-        store.folder.write_text("dear to someone")
-        return store.folder.unlink
-    if damage == "not a database":
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"dear to someone" * 400)
-        return path.unlink
-    store.put("loss", INPUTS, {"nats": 1.0})
-    store._file._close()
-    if damage == "cut off":
-        path.write_bytes(path.read_bytes()[:5000])
-        return path.unlink
-    other = sqlite3.connect(path, isolation_level=None)
-    if damage == "locked":
-        other.execute("PRAGMA locking_mode = EXCLUSIVE")
-        other.execute("BEGIN EXCLUSIVE")
-    elif damage == "newer":
-        other.execute("PRAGMA user_version = 77")
-    elif damage == "of another program":
-        other.execute("PRAGMA application_id = 77")
-    elif damage == "without tables":
-        other.execute("DROP TABLE measurements")
-        other.execute("DROP TABLE records")
-    return other.close
-
-
-DAMAGES = (
-    "a folder", "a folder that is a file", "not a database", "cut off", "locked", "newer",
-    "of another program", "without tables",
-)  # fmt: skip
-
-
 def use_in_vain(store):
     store.put("loss", INPUTS, {"nats": 1.0})
     assert store.get("loss", INPUTS) is None
@@ -380,32 +330,6 @@ def test_a_file_that_is_taken_away_is_made_anew(store):
     assert again(store).get("loss", {"n": 1}) == {"nats": 2.0}
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from shallower.runs.store import Store
-store = Store(Path(sys.argv[1]))
-journal = store.journal("trials", {"model": "m"})
-print("ready", flush=True)
-for number in range(int(sys.argv[3])):
-    store.put("loss", {"n": number % 7}, {"by": sys.argv[2], "long": "x" * 30_000})
-    journal.append({"by": sys.argv[2], "n": number, "long": "x" * 30_000})
-    print(number, flush=True)
-"""
-
-
-def start(store, name, count=10**9, quiet=False):
-    code = WRITER.replace("    print", "    # print") if quiet else WRITER
-    command = [sys.executable, "-W", "error", "-c", code, str(store.folder), name, str(count)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    return process
-
-
-def records(store, name):
-    return [r["n"] for r in store.journal("trials", {"model": "m"}).read() if r["by"] == name]
-
-
 def test_two_processes_on_one_store_lose_nothing(store):
     started = {name: start(store, name, 150) for name in ("one", "two")}
     for process in started.values():
@@ -442,91 +366,3 @@ def test_many_processes_may_make_the_file_at_once(store):
         process.communicate()
         assert process.returncode == 0
     assert all(records(store, str(number)) == [0, 1, 2] for number in range(6))
-
-
-# Showing and clearing.
-def test_usage_counts_entries_and_bytes_by_kind(store):
-    store.put("loss", {"n": 1}, {"nats": 1.0})
-    store.put("loss", {"n": 2}, {"nats": 2.0})
-    for number in range(3):
-        store.journal("trials", INPUTS).append({"n": number, "long": "x" * 5000})
-    used = {usage.kind: usage for usage in store.usage()}
-    assert {kind: usage.entries for kind, usage in used.items()} == {"loss": 2, "trials": 3}
-    assert used["loss"].num_bytes == len('{"nats":1.0}') * 2
-    assert used["trials"].num_bytes > 15_000
-    assert time.time() - 60 < used["loss"].oldest <= used["loss"].newest <= time.time()
-
-
-def old_cache(folder):
-    """Entries as version 0.1 left them, and what lies among them and is not its own."""
-    key = "0" * 64
-    dear = folder.parent / "dear"
-    (dear / key).mkdir(parents=True)
-    for place in (dear / f"{key}.json", dear / key / key):
-        place.write_text("dear to someone")
-    (folder / "scan" / key).mkdir(parents=True)
-    (folder / "loss" / "notes").mkdir(parents=True)
-    (folder / "emptied").mkdir()
-    for name in (f"loss/{key}.json", f"scan/{key}.jsonl", f"scan/{key}/{key}"):
-        (folder / name).write_text("old")
-    (folder / "loss" / f".{key}.json.0123abcd.partial").write_bytes(b"cut off")
-    (folder / "loss" / "notes.txt").write_text("dear to someone")
-    (folder / "links").symlink_to(dear)
-    (folder / "scan" / ("1" * 64)).symlink_to(dear / key)
-    (folder / "scan" / f"{'2' * 64}.json").symlink_to(dear / f"{key}.json")
-    return dear
-
-
-def test_clearing_removes_all_entries_and_nothing_else(store):
-    dear = old_cache(store.folder)
-    store.put("loss", INPUTS, {"nats": 1.0})
-    store.journal("trials", INPUTS).append({"n": 1})
-    freed = store.clear()
-    assert freed > len('{"nats":1.0}{"n":1}') + 3 * len("old")
-    left = {str(path.relative_to(store.folder)) for path in store.folder.rglob("*")}
-    assert {name for name in left if not name.startswith(STORE_FILE)} == {
-        "loss", "loss/notes", "loss/notes.txt", "scan", f"scan/{'1' * 64}", "links",
-    }  # fmt: skip
-    assert all(p.read_text() == "dear to someone" for p in dear.rglob("*") if p.is_file())
-    assert len([path for path in dear.rglob("*") if path.is_file()]) == 2
-    assert store.get("loss", INPUTS) is None
-    assert store.journal("trials", INPUTS).read() == []
-    assert store.usage() == []
-    assert store.clear() == 0
-    store.put("loss", INPUTS, {"nats": 2.0})
-    assert again(store).get("loss", INPUTS) == {"nats": 2.0}
-
-
-def test_clearing_goes_on_while_others_write(store):
-    started = [start(store, name, quiet=True) for name in ("one", "two")]
-    ending = time.monotonic() + 1.0
-    freed = 0
-    while time.monotonic() < ending:
-        freed += store.clear()
-    for process in started:
-        assert process.poll() is None
-        process.kill()
-        process.communicate()
-    assert freed > 0
-    store.clear()
-    assert store.usage() == []
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.filterwarnings("ignore:the store .* cannot be used")
-def test_clearing_removes_what_is_damaged_and_names_what_it_may_not(store, damage, monkeypatch):
-    monkeypatch.setattr(module, "BUSY_SECONDS", 0.05)
-    repair = break_file(store, damage)
-    one = again(store)
-    if damage in ("a folder", "a folder that is a file", "locked", "of another program"):
-        before = path_of(store).exists()
-        with pytest.raises(CacheError, match=STORE_FILE) if before else contextlib.nullcontext():
-            one.clear()
-        assert path_of(store).exists() == before
-    else:
-        one.clear()
-        fresh = again(store)
-        fresh.put("loss", INPUTS, {"nats": 1.0})
-        assert fresh.get("loss", INPUTS) == {"nats": 1.0}
-    with contextlib.suppress(FileNotFoundError):
-        repair()

@@ -80,7 +80,7 @@ def eval_command(
     pass_at: Annotated[
         int | None,
         typer.Option(
-            metavar="K", help="Also sample K answers where text is asked for: pass@K.", min=1
+            metavar="K", help="Also sample K answers where the answer is text: pass@K.", min=1
         ),
     ] = None,
     seed: Annotated[
@@ -119,8 +119,8 @@ def eval_command(
     wanted = job.plan
     if dry_run:
         job.prepare()
-        asked = {"texts": texts, "perplexity": perplexity, "tasks": tasks}
-        say_dry_run(_described(job, wanted, asked), as_json)
+        named = {"texts": texts, "perplexity": perplexity, "tasks": tasks}
+        say_dry_run(_described(job, wanted, named), as_json)
         return
     results = job.known()
     if results is None:
@@ -171,14 +171,14 @@ def _say_known(results: "Results") -> None:
 
 
 def _described(
-    job: "EvalJob", wanted: "Plan | None", asked: dict[str, str | None]
+    job: "EvalJob", wanted: "Plan | None", named: dict[str, str | None]
 ) -> dict[str, Any]:
     from ..values.layers import ranges
 
     described: dict[str, Any] = {"eval": str(job.source)}
     if wanted:
         described["drop"] = ranges(wanted.dropped)
-    described |= {name: value for name, value in asked.items() if value is not None}
+    described |= {name: value for name, value in named.items() if value is not None}
     return {**described, "memory": job.memory(job.source)}
 
 

@@ -79,7 +79,7 @@ def say_known(made: str, there: Path | None = None, *, what: str = "") -> None:
 
     Args:
         made: when it was measured, in ISO 8601.
-        there: the output, if it lay where it was asked for.
+        there: the output, if it lies in its place already.
         what: the beginning of the sentence.
     """
     way_out = "(shallower cache; --no-cache measures anew)"
@@ -135,6 +135,6 @@ def _described(scanned: "Scan") -> dict[str, Any]:
 
 
 def quiet_bars() -> None:
-    """Turn off tqdm's bars where nobody looks; it asks for this once, when it is imported."""
+    """Turn off tqdm's bars where nobody looks; it reads this once, when it is imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -42,7 +42,7 @@ class Output:
         command: by name.
         out: the folder or file that it writes.
         inputs: gives all that the output depends on, as JSON values, or None where that cannot be
-            told; called once, and only if something is remembered of this place.
+            known; called once, and only if something is remembered of this place.
         names: the files and folders in ``out`` that are the output; all of ``out`` by default.
     """
 

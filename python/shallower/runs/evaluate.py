@@ -50,7 +50,7 @@ class Measure(ABC, Generic[T]):
 
     @abstractmethod
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Tell all that it depends on beside the model; None where it cannot be told."""
+        """Name all that it depends on beside the model; None where that is not known."""
 
     def prepare(self) -> None:
         """Find out what is wrong with it before a model is loaded."""
@@ -84,7 +84,7 @@ class LossOfTexts(Measure[Loss]):
     kind = "loss"
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Tell the texts by their content."""
+        """Identify the texts by their content."""
         texts = texts_inputs(self.texts, store)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
 
@@ -131,7 +131,7 @@ class PerplexityOfText(Measure[Perplexity]):
         return Tokens(self.context, self.batch_size)
 
     def inputs(self, store: Store) -> Mapping[str, Any]:
-        """Tell the text by its content."""
+        """Identify the text by its content."""
         return {"text": hash_of(self.text), "bos": self.bos, "tokens": asdict(self.tokens)}
 
     def measure(
@@ -179,7 +179,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         return Tokens(PROMPT_TOKENS, self.batch_size)
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Tell the task files and their data by content; None for tasks from elsewhere."""
+        """Identify task files and their data by content; None for tasks from elsewhere."""
         files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
         try:
             if store.folder is None or files is None:
@@ -189,7 +189,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
                 "settings": dict(self.settings), "batch_size": self.batch_size,
                 "lm_eval": version("lm_eval"),
             }  # fmt: skip
-        except (OSError, PackageNotFoundError):  # whoever loads them says what is wrong
+        except (OSError, PackageNotFoundError):  # loading them says what is wrong
             return None
 
     @cached_property
@@ -207,7 +207,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     def measure(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
     ) -> tuple[TaskScores, ...]:
-        """Ask the model."""
+        """Score the model."""
         return self.chosen.evaluate(
             decoder, tokenizer, batch_size=tokens.batch_size, description=f"tasks{name}"
         )

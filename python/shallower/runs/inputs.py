@@ -41,17 +41,17 @@ _DECIDING = (
 
 
 def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> dict[str, Any] | None:
-    """Tell what a loaded model depends on: its files, how it is loaded, machine and versions.
+    """Name what a loaded model depends on: its files, how it is loaded, machine and versions.
 
     With ``stat``, weights are known by place, size and time of change, and not read. None where it
-    cannot be told, or the store is off.
+    is not known, or the store is off.
     """
     if store.folder is None:
         return None
     try:
         content = _local(source, store, stat) or _on_the_hub(source)
     except (OSError, ValueError, AttributeError, RuntimeError):
-        return None  # not there or damaged: whoever loads it says so
+        return None  # not there or damaged: loading it says so
     if content is None:
         return None
     return {
@@ -65,10 +65,10 @@ def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> di
 
 
 def texts_inputs(texts: Texts | Iterable[str] | None, store: Store) -> dict[str, Any] | None:
-    """Tell texts by the strings that are read, whatever file they come from.
+    """Identify texts by the strings that are read, whatever file they come from.
 
-    None where it cannot be told: the store is off, the texts are broken, or they are a whole
-    dataset of the hub, which nobody would read for this.
+    None where that is not known: the store is off, the texts are broken, or they are a whole
+    dataset of the hub, too much to read for this.
     """
     if store.folder is None or texts is None:
         return None
@@ -93,7 +93,7 @@ def inputs_of(
     texts: Mapping[str, Texts | Iterable[str] | None],
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Put together what a command's result depends on; None where a part cannot be told.
+    """Put together what a command's result depends on; None where a part is not known.
 
     Models and texts are named by their options, and None where those were not given; settings are
     JSON values.
@@ -113,10 +113,10 @@ def inputs_of(
 
 
 def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str, Any] | None:
-    """Tell adapters by their files, and by the cut that they were trained for.
+    """Identify adapters by their files, and by the cut that they were trained for.
 
-    ``model`` is that cut, by default where the adapters say that it was. None where it cannot be
-    told, or the store is off.
+    ``model`` is that cut, by default where the adapters say that it was. None where that is
+    not known, or the store is off.
     """
     if store.folder is None:
         return None
@@ -127,13 +127,13 @@ def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str
             base = str(config["base_model_name_or_path"])
         own = hash_of_files(sorted(p for p in adapters.iterdir() if p.is_file()), store)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # damaged: whoever loads them says so
+        return None  # damaged: loading them says so
     cut = model_inputs(ModelSource(base), store)
     return None if cut is None else {"adapters": own, "cut": cut}
 
 
 def file_inputs(path: str | Path) -> list[Any] | None:
-    """Tell a file by its place, size and time of change, without reading it.
+    """Identify a file by its place, size and time of change, without reading it.
 
     None if it is not there, or changes right now.
     """
@@ -242,7 +242,7 @@ def _reaches_elsewhere(files: list[Path]) -> bool:
 
 
 def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
-    """A repository by its commit, which the hub is asked for, or its cache where that is off."""
+    """A repository by its commit on the hub, or in the hub's cache where that is off."""
     name = str(source.path)
     if hub_id(name) is None or Path(name).expanduser().exists():
         return None
@@ -287,6 +287,6 @@ def _hash_of_texts(texts: Iterable[str]) -> dict[str, Any] | None:
             content = text.encode("utf-8", "surrogatepass")
             digest.update(len(content).to_bytes(8, "little") + content)
             count += 1
-    except (ShallowerError, AttributeError):  # whoever reads them says what is wrong
+    except (ShallowerError, AttributeError):  # reading them says what is wrong
         return None
     return {"texts": count, "sha256": digest.hexdigest()}

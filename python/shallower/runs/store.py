@@ -33,7 +33,7 @@ BUSY_SECONDS = 10.0
 """How long one access waits for other processes at most."""
 
 _FORMAT = ["shallower.store", 1]
-_APPLICATION = 0x5368616C  # "Shal": tells the file from databases of other programs
+_APPLICATION = 0x5368616C  # "Shal": marks the file as ours
 _VERSION = 1
 _SCHEMA = (
     "CREATE TABLE measurements"
@@ -111,7 +111,7 @@ class Store:
     """Measurements by what they depend on, and records of work.
 
     Every method takes ``inputs``: plain JSON values that hold all that the result depends on, or
-    None where that cannot be told, and then nothing is found and nothing kept.
+    None where that is not known, and then nothing is found and nothing kept.
 
     Attributes:
         folder: where its file lies, made with the first entry; None for a store that is off.
@@ -162,9 +162,7 @@ class Store:
         """
         if self._file is None or self.folder is None:
             return 0
-        freed = sum(usage.num_bytes for usage in self.usage())
-        self._file.clear()
-        return freed + clear_old(self.folder)
+        return self._file.clear() + clear_old(self.folder)
 
 
 class Journal:
@@ -252,31 +250,35 @@ class _File:
                 _INHERITED.append(self._connection)
         self._connection = None
 
-    def clear(self) -> None:
+    def clear(self) -> int:
         """Delete all rows, or the file if it is damaged; raises CacheError if neither is done."""
         if not os.path.lexists(self.path):
-            return
+            return 0
         try:
             with closing(_open(self.path)) as connection:
                 with connection:
                     connection.execute("BEGIN IMMEDIATE")
+                    freed = sum(row[2] for row in connection.execute(_USAGE))
                     connection.execute("DELETE FROM measurements")
                     connection.execute("DELETE FROM records")
                 with suppress(sqlite3.OperationalError):  # others read: the pages are used again
                     connection.execute("VACUUM")
+            return freed
         except (sqlite3.Error, OSError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if isinstance(error, _NotOurs | OSError) or code in _NOT_CLEARED:
                 raise CacheError(f"cannot clear the store {self.path}: {error}") from error
-            self._remove()
+            return self._remove()
 
-    def _remove(self) -> None:
+    def _remove(self) -> int:
         self._close()
+        freed = self.path.stat().st_size
         for suffix in ("-wal", "-shm", "-journal", ""):
             try:
                 Path(f"{self.path}{suffix}").unlink(missing_ok=True)
             except OSError as error:
                 raise CacheError(f"cannot remove the damaged store: {error}") from error
+        return freed
 
 
 _INHERITED: list[sqlite3.Connection] = []
