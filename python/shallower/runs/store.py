@@ -272,7 +272,7 @@ class _File:
 
     def _remove(self) -> int:
         self._close()
-        freed = self.path.stat().st_size
+        freed = self.path.lstat().st_size
         for suffix in ("-wal", "-shm", "-journal", ""):
             try:
                 Path(f"{self.path}{suffix}").unlink(missing_ok=True)
