@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import shallower as sh
 from shallower.models import loading
 from shallower.runs import inputs
 from shallower.runs.store import STORE_FILE
+from shallower.texts.sources import Texts
+from shallower.values.recipe import Recipe
 from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import write_jsonl
@@ -50,14 +53,14 @@ def place(tmp_path_factory, models, texts):
         "cut": folder / "cut",
         "adapters": folder / "adapters",
     }
-    for command in (
-        "scan {tiny} --texts {texts} --out {states}.scan --keep-states {states}",
-        "prune {tiny} --drop 2:4 --out {cut}",
-        "heal {cut} --texts {many} --out {adapters} " + QUICK,
-    ):
-        words = command.format(**names).split()
-        done = in_a_process(sys.executable, "-m", "shallower", *words, "--no-cache")
-        assert done.status == 0, done.err
+    loaded = sh.load_model(names["tiny"])
+    sh.scan(*loaded, Texts(str(names["texts"])), keep_states=names["states"])
+    sh.prune(names["tiny"], [range(2, 4)], names["cut"])
+    recipe = Recipe(
+        steps=6, rank=2, learning_rate=0.01, max_length=16, batch_size=8, dtype="float32",
+        eval_every=1,
+    )  # fmt: skip
+    sh.heal(names["cut"], Texts(str(names["many"])), names["adapters"], recipe=recipe)
     return names
 
 
