@@ -165,10 +165,7 @@ def _plain(value):
     return [_plain(inside) for inside in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
-)
+@pytest.mark.parametrize(("name", "seed"), MOMENTS)
 def test_what_is_killed_at_two_random_moments_ends_in_the_same_results(
     place, machine, whole, tmp_path, name, seed
 ):
