@@ -11,7 +11,14 @@ from shallower.memory.budget import BUDGET
 from shallower.models.layerwise import Layerwise
 from shallower.patching import descent
 from shallower.patching.changes import Changes
-from shallower.patching.descent import Descent, Moving, divergence_slopes, drawn, least, matrices
+from shallower.patching.descent import (
+    Descent,
+    MovingMatrix,
+    divergence_gradients,
+    draw_steps,
+    keep_best,
+    matrices,
+)
 from shallower.patching.states import StateSet, Stored
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
@@ -116,7 +123,7 @@ def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen)
     monkeypatch.setattr(descent, "STEP_TOKENS", 200)
     monkeypatch.setattr(descent, "STEPS", 5)
     batches = batches_of(words, TEXTS + sentences(8))
-    once = drawn(batches)
+    once = draw_steps(batches)
     assert any(len(chosen) > 1 for chosen in once)
     twin = slow_twin(model, batches, (2 * once)[:5])
     moved = copy.deepcopy(model).requires_grad_(not frozen)
@@ -186,7 +193,7 @@ def test_a_way_is_gone_in_part(model, words):
 def test_steps_below_the_grain_of_a_dtype_add_up():
     layer = torch.nn.Linear(8, 8).bfloat16()
     start = layer.weight.detach().float().clone()
-    moving, changes = Moving(layer, "weight"), Changes()
+    moving, changes = MovingMatrix(layer, "weight"), Changes()
     with torch.no_grad():
         for _ in range(20):
             moving.step(torch.ones(8, 8), 0.0005, changes)
@@ -201,7 +208,7 @@ def test_experts_without_tokens_stay():
     (found,) = matrices(layer)
     start, slopes = layer.experts.detach().clone(), torch.randn(3, 4, 5)
     slopes[1] = 0
-    moving, changes = Moving(*found), Changes()
+    moving, changes = MovingMatrix(*found), Changes()
     with torch.no_grad():
         for _ in range(3):
             moving.step(slopes, 0.01, changes)
@@ -215,7 +222,7 @@ def test_slopes_that_almost_vanish_do_not_run_away():
     start, slopes = layer.weight.detach().clone(), torch.ones(4, 4)
     slopes[0] = 1e-25  # whose squares are none
     with torch.no_grad():
-        Moving(layer, "weight").step(slopes, 0.01, Changes())
+        MovingMatrix(layer, "weight").step(slopes, 0.01, Changes())
     size = float(start.square().mean().sqrt())
     assert float((layer.weight - start).detach().abs().max()) <= 1.01 * 0.01 * descent.MOST * size
 
@@ -229,7 +236,9 @@ def test_slopes_of_the_divergence_are_those_of_autograd(model, words, monkeypatc
     wanted = model.lm_head(whole).detach().log_softmax(-1)
     found = model.lm_head(given).log_softmax(-1)
     (expected,) = torch.autograd.grad((wanted.exp() * (wanted - found)).sum(), given)
-    torch.testing.assert_close(divergence_slopes(head, cut, whole), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        divergence_gradients(head, cut, whole), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +254,7 @@ def test_a_way_ends_at_the_least_loss(losses, expected):
             self.share = share
 
     way = Way()
-    assert least(way, lambda: losses[way.share], 2.0) == expected[0]
+    assert keep_best(way, lambda: losses[way.share], 2.0) == expected[0]
     assert way.share == expected[1]
 
 
@@ -254,12 +263,12 @@ def test_batches_are_drawn_for_steps(count, tokens):
     class Whole:
         attention_mask = np.ones((1, tokens))
 
-    found = drawn([Whole()] * count)
+    found = draw_steps([Whole()] * count)
     flat = [index for chosen in found for index in chosen]
     assert len(set(flat)) == len(flat)
     assert set(flat) <= set(range(count))
     assert len(found) == min(descent.STEPS, -(-count // max(1, -(-descent.STEP_TOKENS // tokens))))
-    assert found == drawn([Whole()] * count)
+    assert found == draw_steps([Whole()] * count)
     assert count < 40 or flat != sorted(flat)
 
 

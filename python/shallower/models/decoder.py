@@ -19,7 +19,7 @@ class Decoder:
 
     Attributes:
         model: as transformers built it.
-        layers: its decoder layers, as they are when they are asked for.
+        layers: its decoder layers, as they are at each access.
         config: the part of its config that describes the decoder.
         device: where token ids go.
         positions: how many positions it has learned; None if it computes them, as by RoPE.

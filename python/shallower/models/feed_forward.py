@@ -21,7 +21,7 @@ FEED_FORWARD_NAMES = re.compile(
 """Modules in a layer that are its feed-forward part, or the linear maps of it, by name."""
 
 FEED_FORWARD_CLASSES = re.compile(r"MLP|Mlp|FeedForward|FFN|MoE|Moe|Experts")
-"""The same by class, where names do not tell: NemotronH calls every part a mixer."""
+"""The same by class, where names do not show it: NemotronH calls every part a mixer."""
 
 ATTENTION_NAMES = re.compile(r"\w*(attn|attention)|self_att|temporal_block")
 ATTENTION_CLASSES = re.compile(r"Attention$|MLA$|DeltaNet$")

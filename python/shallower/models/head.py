@@ -44,12 +44,12 @@ class Head:
     """The part of a causal language model behind its inner model.
 
     The model's own forward does the work, while the forward of its inner model returns the rows
-    that are asked for. So soft caps, scales, casts and projections stay the model's own, on
+    in question. So soft caps, scales, casts and projections stay the model's own, on
     whatever device and inside whatever hooks.
 
     A model whose logits are made of more than the final states, or that has no inner model, gives
     them by its whole forward (``by_rows`` is False). None of the families in ``docs/families.md``
-    does; :meth:`of` finds it out.
+    does; :meth:`of` checks it.
 
     Attributes:
         decoder: the model.

@@ -58,11 +58,11 @@ class Trace:
     output: torch.Tensor
     weights: Sequence[torch.Tensor]
 
-    def slopes(self, behind: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Take slopes behind the layer back through it; once, since its graph is freed.
+    def gradients(self, behind: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Take gradients behind the layer back through it; once, since its graph is freed.
 
-        From (B, T, D) slopes in the states behind the layer to those in the states before it, and
-        those in the weights, None for one that has no part in the states.
+        From (B, T, D) gradients in the states behind the layer to those in the states before it,
+        and those in the weights, None for one that has no part in the states.
         """
         with _requiring_grad(self.weights):
             before, *found = torch.autograd.grad(

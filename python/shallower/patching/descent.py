@@ -50,7 +50,7 @@ COPIES = 4
 """Copies of the logits that are made beside them."""
 
 
-def drawn(batches: Sequence[Batch]) -> list[list[int]]:
+def draw_steps(batches: Sequence[Batch]) -> list[list[int]]:
     """Draw the batches of the steps of one pass: their indices, of all lengths in any order."""
     order = list(range(len(batches)))
     random.Random(0).shuffle(order)
@@ -67,7 +67,7 @@ def drawn(batches: Sequence[Batch]) -> list[list[int]]:
 
 def num_steps(batches: Sequence[Batch]) -> int:
     """Steps that a descent on these batches takes."""
-    return min(STEPS, PASSES * len(drawn(batches)))
+    return min(STEPS, PASSES * len(draw_steps(batches)))
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -75,7 +75,7 @@ def rate_at(step: int, steps: int) -> float:
     return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
-class Moving:
+class MovingMatrix:
     """One matrix that descends, or several of a kind in one tensor, in the memory of the CPU."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -93,17 +93,17 @@ class Moving:
         """Whether it is several matrices in one tensor."""
         return self._base.ndim > 2
 
-    def step(self, slopes: torch.Tensor, rate: float, changes: Changes) -> None:
-        """Take a step along float32 slopes of the matrix's shape, on the device to compute on.
+    def step(self, gradients: torch.Tensor, rate: float, changes: Changes) -> None:
+        """Take a step along float32 gradients of the matrix's shape, on the device to compute on.
 
         The rate is a share of the root mean square of the entries.
         """
         self._steps += 1
-        device, squares = slopes.device, slopes.square()
+        device, squares = gradients.device, gradients.square()
         rows, columns = self._rows.to(device), self._columns.to(device)
         rows.lerp_(squares.mean(-1), 1 - SQUARES)
         columns.lerp_(squares.mean(-2), 1 - SQUARES)
-        momentum = self._momentum.to(device).float().lerp_(slopes, 1 - MOMENTUM)
+        momentum = self._momentum.to(device).float().lerp_(gradients, 1 - MOMENTUM)
         mean = rows.mean(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         scale = (rows / mean).unsqueeze(-1) * columns.unsqueeze(-2)
         scale = scale.div_(1 - SQUARES**self._steps).sqrt_()
@@ -161,7 +161,8 @@ class Descent:
     ) -> None:
         self._model, self._states, self._changes = model, states, changes
         self._moving = {
-            layer: [Moving(*found) for found in matrices(model.modules[layer])] for layer in layers
+            layer: [MovingMatrix(*found) for found in matrices(model.modules[layer])]
+            for layer in layers
         }
         self._scale = 0.0
         device = model.head.decoder.device
@@ -170,10 +171,10 @@ class Descent:
 
     def run(self, advance: Callable[[int], object] = lambda _steps: None) -> None:
         """Take all steps; ``advance`` is called with 1 after each."""
-        drawn_steps = drawn(self._states.batches)
+        steps_of_pass = draw_steps(self._states.batches)
         steps = num_steps(self._states.batches)
         for number in range(steps):
-            chosen = drawn_steps[number % len(drawn_steps)]
+            chosen = steps_of_pass[number % len(steps_of_pass)]
             self._step(chosen, rate_at(number, steps))
             advance(1)
 
@@ -196,12 +197,12 @@ class Descent:
                 ]
             passed.append([run for run, _ in entered])
             states = [reached for _, reached in entered]
-        slopes = [
+        gradients = [
             self._behind_last(batch, last, self._states.whole[index])
             for batch, last, index in zip(batches, states, chosen, strict=True)
         ]
         for layer in reversed(self._moving):
-            self._step_layer(layer, batches, passed.pop(), slopes, rate)
+            self._step_layer(layer, batches, passed.pop(), gradients, rate)
 
     def _kept(self, batches: Sequence[Batch]) -> set[int]:
         """The layers whose graphs there is room for; the others run twice."""
@@ -218,7 +219,7 @@ class Descent:
         return kept
 
     def _entered(
-        self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[Moving] | None
+        self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[MovingMatrix] | None
     ) -> tuple[Trace | torch.Tensor, torch.Tensor]:
         """A layer's run, or the states before it where its graph is not kept; and those behind."""
         if moving is None:
@@ -227,7 +228,7 @@ class Descent:
         return trace, trace.output.detach()
 
     def _traced(
-        self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[Moving]
+        self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[MovingMatrix]
     ) -> Trace:
         weights = [getattr(one.module, one.name) for one in moving]
         return self._model.trace(batch, states, layer, weights=weights)
@@ -237,10 +238,10 @@ class Descent:
         layer: int,
         batches: Sequence[Batch],
         passed: list[Trace | torch.Tensor],
-        slopes: list[torch.Tensor],
+        gradients: list[torch.Tensor],
         rate: float,
     ) -> None:
-        """Move the matrices of a layer; the slopes go back to the states before it."""
+        """Move the matrices of a layer; the gradients go back to the states before it."""
         moving = self._moving[layer]
         sums: list[torch.Tensor | None] = [None] * len(moving)
         with resident(self._model.modules[layer]):
@@ -248,7 +249,7 @@ class Descent:
                 run = passed.pop(0)
                 if isinstance(run, torch.Tensor):
                     run = self._traced(batch, run, layer, moving)
-                slopes[index], found = run.slopes(slopes[index])
+                gradients[index], found = run.gradients(gradients[index])
                 for place, part in enumerate(found):
                     total = sums[place]
                     if part is not None:
@@ -258,8 +259,9 @@ class Descent:
                     one.step(total, rate, self._changes)
 
     def _behind_last(self, batch: Batch, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """(B, T, D): the slopes in the states before the final norm, times the same number for
-        all steps.
+        """(B, T, D): gradients in the states before the final norm, times one number.
+
+        The number is the same in all steps.
         """
         head = self._model.head
         inputs = batch.input_ids, batch.attention_mask
@@ -269,22 +271,22 @@ class Descent:
         given = cut.clone().requires_grad_()
         with torch.enable_grad(), self._model.starting_from(given, ()):
             reached = token_rows(batch, head.states(ids, mask))
-        slopes = divergence_slopes(head, reached.detach(), aim)
-        (found,) = torch.autograd.grad(reached, given, slopes)
-        # Halves are coarse near zero: slopes are made as large as one.
+        gradients = divergence_gradients(head, reached.detach(), aim)
+        (found,) = torch.autograd.grad(reached, given, gradients)
+        # Halves are coarse near zero: gradients are made as large as one.
         found = found.float()
         self._scale = self._scale or 1 / max(float(found.square().mean().sqrt()), 1e-30)
         return found.mul_(self._scale).to(cut.dtype)
 
 
-def divergence_slopes(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Take the slopes of Σ KL(whole ‖ cut) in the cut's final states, a few rows at a time.
+def divergence_gradients(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Take the gradients of Σ KL(whole ‖ cut) in the cut's final states, a few rows at a time.
 
     All are (R, D), states as the head gets them; the distributions are in the dtype of the logits.
     """
-    slopes = torch.empty_like(cut)
+    gradients = torch.empty_like(cut)
     sizes = part_sizes(len(cut), COPIES * head.vocab_size)
-    for rows, aim, found in zip(*(x.split(sizes) for x in (cut, whole, slopes)), strict=True):
+    for rows, aim, found in zip(*(x.split(sizes) for x in (cut, whole, gradients)), strict=True):
         with torch.no_grad():
             wanted = head.logits(aim).softmax(-1)
         with torch.enable_grad():
@@ -292,10 +294,10 @@ def divergence_slopes(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> tor
             logits = head.logits(given)
         errors = logits.detach().softmax(-1).sub_(wanted)
         found.copy_(torch.autograd.grad(logits, given, errors)[0])
-    return slopes
+    return gradients
 
 
-def least(descent: Descent, loss: Callable[[], float], nats: float) -> float:
+def keep_best(descent: Descent, loss: Callable[[], float], nats: float) -> float:
     """Keep the whole of a descent, half of it or none: what has the least loss, which is returned.
 
     ``loss`` measures the model; ``nats`` was the loss before the descent.

@@ -17,7 +17,7 @@ from ..texts.batches import Batch
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
-from .descent import Descent, drawn, least, num_steps
+from .descent import Descent, draw_steps, keep_best, num_steps
 from .least_squares import FIRST_RIDGE, Choice, HeldOut, NormalEquations, choose
 from .states import StateSet, Stored, missing_equations, missing_rows, no_writer, not_finite
 
@@ -171,13 +171,13 @@ class Solver:
         layers = [layer for layer in self.survivors if layer >= first]
         descent = Descent(self.model, layers, states=states, changes=self.changes)
         descent.run(advance)
-        reached = least(descent, lambda: self._loss(first, states=held_out), nats)
+        reached = keep_best(descent, lambda: self._loss(first, states=held_out), nats)
         return (reached,) if reached < nats else ()
 
     @cached_property
     def _descended(self) -> list[int]:
         """The batches to descend on."""
-        return sorted({index for step in drawn(self.fitted.batches) for index in step})
+        return sorted({index for step in draw_steps(self.fitted.batches) for index in step})
 
     def _fit(self, layer: int, target: int) -> Fit:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
