@@ -90,13 +90,11 @@ def _remembered_base(adapters: Path) -> str:
 
 
 def write_merged(folder: Path, merging: Merging) -> Healing:
-    """Fill a folder with a merged checkpoint, and give the record with its comparison.
+    """Write a merged checkpoint and what lies beside it, but for the record of the healing.
 
-    The record is not written.
-
-    Raises:
-        ModelError: the adapters are another model's, or the result differs.
-        OutputError, OSError: a file cannot be written.
+    ``trained`` are the logits of the adapters on the model as it was trained. Returns the record
+    with the comparison of the merged model. Raises ModelError if the adapters are another model's,
+    or the result differs, and OutputError or OSError if a file cannot be written.
     """
     base = merging.base
     healing = replace(merging.healing, merge=merging.into(folder))
@@ -109,7 +107,7 @@ def write_merged(folder: Path, merging: Merging) -> Healing:
 
 
 def healing_rows(healing: Healing) -> list[tuple[str, str]]:
-    """The rows of a model card that describe a healing."""
+    """The rows of a model card on a healing."""
     recipe = healing.recipe
     kind = "packed" if recipe.packing else "truncated"
     rows = [
@@ -135,7 +133,7 @@ def healing_rows(healing: Healing) -> list[tuple[str, str]]:
 
 
 def write_curve(folder: Path, healing: Healing) -> None:
-    """Write the curve of a healing, if matplotlib is there to draw it."""
+    """Write the curve of a healing; warn where matplotlib is missing."""
     try:
         write_file(folder / HEALING_FIGURE, healing_chart(healing).rendered("png"))
     except MissingExtraError as error:
@@ -143,12 +141,12 @@ def write_curve(folder: Path, healing: Healing) -> None:
 
 
 def copy_beside(source: str, folder: Path, names: Iterable[str]) -> None:
-    """Copy files from beside a local model, where there are any."""
+    """Copy the files that exist beside a local model."""
     copy_files({name: Path(source).expanduser() / name for name in names}, folder)
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy files, where they are there, under the names that they are given."""
+    """Copy the files that exist, to the names that they are keyed by."""
     for name, file in files.items():
         if file.is_file():
             write_file(folder / name, file.read_bytes())
