@@ -90,11 +90,10 @@ def _remembered_base(adapters: Path) -> str:
 
 
 def write_merged(folder: Path, merging: Merging) -> Healing:
-    """Write a merged checkpoint and what lies beside it, but for the record of the healing.
+    """Fill a folder with a merged checkpoint; returns the record with its comparison, unwritten.
 
-    ``trained`` are the logits of the adapters on the model as it was trained. Returns the record
-    with the comparison of the merged model. Raises ModelError if the adapters are another model's,
-    or the result differs, and OutputError or OSError if a file cannot be written.
+    Raises ModelError if the adapters are another model's, or the result differs, and OutputError or
+    OSError if a file cannot be written.
     """
     base = merging.base
     healing = replace(merging.healing, merge=merging.into(folder))
@@ -107,7 +106,7 @@ def write_merged(folder: Path, merging: Merging) -> Healing:
 
 
 def healing_rows(healing: Healing) -> list[tuple[str, str]]:
-    """The rows of a model card on a healing."""
+    """The rows of a model card that describe a healing."""
     recipe = healing.recipe
     kind = "packed" if recipe.packing else "truncated"
     rows = [
@@ -141,12 +140,12 @@ def write_curve(folder: Path, healing: Healing) -> None:
 
 
 def copy_beside(source: str, folder: Path, names: Iterable[str]) -> None:
-    """Copy the files that exist beside a local model."""
+    """Copy files from beside a local model, where there are any."""
     copy_files({name: Path(source).expanduser() / name for name in names}, folder)
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy the files that exist, to the names that they are keyed by."""
+    """Copy files, where they are there, under the names that they are given."""
     for name, file in files.items():
         if file.is_file():
             write_file(folder / name, file.read_bytes())
