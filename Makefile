@@ -17,6 +17,10 @@ SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f 
 # Processes that share the tests, a file each at a time; torch has one thread in each.
 WORKERS ?= 2
 LINTED := python tests benches
+# The one profile of development: optimised, with overflow checks and debug assertions.
+CHECKED := --locked --profile dev-release
+# What the wheel that is given away depends on, but for Python's files, which tests install as a wheel too.
+PACKAGING := rust Cargo.toml Cargo.lock pyproject.toml tests/wheel.py Makefile
 ARM := aarch64-unknown-linux-gnu
 
 # maturin installs into the environment that is active; this is always ours.
@@ -30,7 +34,7 @@ unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
 .PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python format demo families \
-	bench build-benches bench-check gpu-check fuzz sanitize wheel clean
+	bench build-benches bench-check gpu-check fuzz sanitize release clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,22 +54,25 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 
 # What builds and lints has one thread most of its time: two at once. Tests have both cores.
 ci:  ## All that must pass before anything lands
-	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install lint dist/.audited build-benches
-	$(MAKE) $(MAKEOVERRIDES) test bench-check wheel
-	@echo "tests, lint, benchmarks' assertions and wheel have passed"
+	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install lint build-benches
+	$(MAKE) $(MAKEOVERRIDES) test bench-check
+	@if git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD -- $(PACKAGING); \
+		then echo "skipped: no commit of the last day changes the core or the packaging; 'make release' builds and tests the wheel"; \
+		else $(MAKE) $(MAKEOVERRIDES) release; fi
+	@echo "tests, lint and benchmarks' assertions have passed"
 
 test: test-rust test-python  ## All tests but the slow ones, Python's against the installed wheel
 
 test-rust:  ## The core's tests
-	cargo test --locked --quiet
+	cargo test $(CHECKED) --quiet
 
 build-rust-tests:  ## The core's tests, built alone
-	cargo test --locked --quiet --no-run
+	cargo test $(CHECKED) --quiet --no-run
 
-test-python: install browser  ## The package's tests, against the installed wheel
+test-python: install  ## The package's tests, against the installed wheel
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-slow: install browser  ## The minutes-long tests too, with more examples
+test-slow: install browser  ## The minutes-long tests too, with more examples; every night
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 3600
 
@@ -95,15 +102,15 @@ demo: install  ## Scan, cut and measure a real model; results in shallower-demo/
 families: $(CORE)  ## Write docs/families.md anew
 	$(BIN)/python tests/families.py
 
-bench: wheel  ## Measure the wheel that is given away; asserts the answers first
+bench: release  ## Measure the wheel that is given away; asserts the answers first
 	cargo bench --locked
 	$(BARE)/bin/python -m pytest benches --benchmark-only
 
 build-benches:  ## The core's benchmarks, built alone
-	cargo bench --locked --quiet --profile dev-release --no-run
+	cargo bench $(CHECKED) --quiet --no-run
 
 bench-check: install  ## The benchmarks' assertions alone
-	cargo bench --locked --profile dev-release -- --test
+	cargo bench $(CHECKED) -- --test
 	OMP_NUM_THREADS=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile benches --benchmark-disable
 
 gpu-check: install  ## Measure this machine's GPU in 25 minutes, into benches/record/; GPU_CHECK="--only a,c" picks steps
@@ -117,7 +124,7 @@ sanitize:  ## The core's tests with every access to memory checked, and the pars
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) cargo test --locked --quiet \
 		--lib --tests --no-fail-fast --target $(shell rustc --print host-tuple) --target-dir target/sanitize
 
-wheel: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested without compiler and Rust
+release: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested without compiler and Rust
 	rm -rf $(BARE)
 	$(BIN)/python -m venv --without-pip $(BARE)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(BARE)/lib/python3*/site-packages)/lent.pth"
@@ -149,7 +156,7 @@ $(CORE): $(RUST) $(VENV)/.dev
 	$(BIN)/maturin develop --quiet --profile dev-release --skip-install
 	touch $@
 
-# The core is the one that .venv has; `make wheel` tests the one that is given away.
+# The core is the one that .venv has; `make release` tests the one that is given away.
 $(WHEEL)/.installed: $(SOURCES) $(CORE)
 	$(BIN)/python -m venv --without-pip --clear $(WHEEL)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(WHEEL)/lib/python3*/site-packages)/lent.pth"

@@ -26,10 +26,10 @@ from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.runs import demo
-from shallower.runs.comparison_job import MAX_TEXTS as COMPARED
 from shallower.texts.batches import TokenBatches
 from shallower.texts.splits import three_splits
 from shallower.values.layers import ranges
+from shallower.values.settings import CompareSettings
 from shallower.values.tokens import Tokens
 
 VERIFIED = 128
@@ -124,13 +124,13 @@ def main():
     options = parser.parse_args()
     sizes = [int(n) for n in options.n.split(",")]
     source = sh.ModelSource(options.model or demo.model_path(), options.dtype)
-    texts = read(options.texts, max(COMPARED, options.max_texts))
+    texts = read(options.texts, max(CompareSettings().max_texts, options.max_texts))
     held_out = read(options.eval_texts, options.count)
     compared = sh.compare(source, texts=texts, eval_texts=held_out, n=sizes,
                           max_eval_texts=options.count)  # fmt: skip
     rows, limits = [], {}
     model, tokenizer = source.load()
-    report = reports(model, tokenizer, three_splits(texts[:COMPARED], held_out))
+    report = reports(model, tokenizer, three_splits(texts[: CompareSettings().max_texts], held_out))
     splits = three_splits(texts[: options.max_texts], held_out, num_choosing=96)
     num_layers = len(report["none"].model)
     for after in options.after.split(","):

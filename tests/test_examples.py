@@ -32,6 +32,13 @@ SHELL = [
     )
 ]
 
+SLOW = {"docs/guide.md"}
+
+
+def in_turn(names):
+    """Documents as parameters; those that take minutes are slow."""
+    return [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in names]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, words):
@@ -82,7 +89,7 @@ def names(folder):
     }
 
 
-@pytest.mark.parametrize("document", PYTHON)
+@pytest.mark.parametrize("document", in_turn(PYTHON))
 def test_python_of_a_document_runs(folder, document):
     bound = names(folder)
     for kind, line, code in BLOCKS[document]:
@@ -91,7 +98,7 @@ def test_python_of_a_document_runs(folder, document):
             exec(compile(lines, str(ROOT / document), "exec"), bound)
 
 
-@pytest.mark.parametrize("document", SHELL)
+@pytest.mark.parametrize("document", in_turn(SHELL))
 def test_commands_of_a_document_run(folder, shallower, document):
     for kind, line, code in BLOCKS[document]:
         if kind == "python":

@@ -13,6 +13,8 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and os.environ.get("CI") != "true":
     pytest.skip("no chromium here: `make browser` installs it", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 

@@ -297,7 +297,7 @@ def test_a_size_that_the_model_cannot_lose_is_refused(model, words):
         ({"criteria": [Odd]}, CriterionError, "is no criterion"),
         ({"criteria": [None]}, CriterionError, "is no criterion"),
         ({"n": 2}, LayersError, "as 1,2,4"),
-        ({"seed": -1}, CriterionError, "seed"),
+        ({"seed": -1}, LayersError, "seed"),
         ({"max_eval_texts": 0}, TextsError, "at least 1"),
     ],
 )

@@ -145,13 +145,13 @@ def test_costs_are_measured_once_for_all_sizes(model, words, monkeypatch):
 
 
 def test_another_size_of_forward_is_no_damage(model, words, monkeypatch):
-    from shallower.judgement import comparing
+    from shallower.runs import measuring
 
     asked = {"n": [1], "criteria": ["exhaustive"]}
     sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    fitted = comparing.fitting_tokens
+    fitted = measuring.fitting_tokens
     monkeypatch.setattr(
-        comparing, "fitting_tokens", lambda *given: replace(fitted(*given), batch_size=2)
+        measuring, "fitting_tokens", lambda *given: replace(fitted(*given), batch_size=2)
     )
     monkeypatch.setattr("shallower.runs.store.Store.find", lambda *_: None)
     assert sh.compare(model, words, TEXTS, HELD_OUT, **asked).rows

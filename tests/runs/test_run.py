@@ -215,7 +215,7 @@ def test_a_wish_that_no_cut_fulfils_is_one_sentence(learned, words, tmp_path, ta
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"seed": "x"}, sh.LayersError, "seed = 'x': expected a whole number from 0 on"),
+        ({"seed": "x"}, sh.LayersError, "seed = 'x': expected a whole number, at least 0"),
         ({"seed": -1}, sh.LayersError, "seed = -1: expected"),
         ({"heal": "yes"}, sh.RecipeError, "heal = 'yes': expected True, False or a Recipe"),
     ],

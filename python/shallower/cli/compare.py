@@ -9,6 +9,7 @@ from ..models.source import ModelSource
 from .options import (
     BatchSize,
     DeviceMap,
+    DeviceMemory,
     DryRun,
     Dtype,
     Json,
@@ -23,7 +24,7 @@ from .options import (
 from .output import called, print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
-    from ..runs.comparison_job import ComparisonJob
+    from ..runs.compare import CompareStudy
     from ..values.comparison import CriteriaComparison
 
 Models = Annotated[
@@ -77,6 +78,7 @@ def compare_command(
     criteria: Criteria = None,
     judge: Judge = "loss",
     options: Options = None,
+    device_memory: DeviceMemory = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
@@ -108,30 +110,32 @@ def compare_command(
     """
     if list_criteria:
         return _list(as_json)
-    from ..runs.comparison_job import ComparisonJob
+    from ..runs.compare import CompareStudy
     from ..runs.store import open_store
     from ..values.layers import parse_sizes
-    from ..values.tokens import Tokens, parse_batch_size
+    from ..values.settings import CompareSettings
+    from ..values.tokens import parse_batch_size
 
-    tokens = Tokens(max_length, parse_batch_size(batch_size))
-    wanted = parse_sizes(sizes)
+    settings = CompareSettings(
+        n=parse_sizes(sizes), criteria=_names(criteria), judge=judge, options=options,
+        max_length=max_length, batch_size=parse_batch_size(batch_size), max_texts=max_texts,
+        max_eval_texts=max_eval_texts, seed=seed, device_memory=device_memory,
+    )  # fmt: skip
     named, held_out = _read(texts, eval_texts)
-    job = ComparisonJob(
+    study = CompareStudy(
         models=[
             ModelSource(model, dtype, device_map, trust_remote_code=trust_remote_code)
             for model in models or ()
         ],
-        texts=named, eval_texts=held_out, sizes=wanted, criteria=_names(criteria), judge=judge,
-        options=options, tokens=tokens, max_texts=max_texts, max_eval_texts=max_eval_texts,
-        seed=seed, out=out, overwrite=overwrite,
-        cache=open_store(no_cache), command=called(),
+        texts=named, eval_texts=held_out, settings=settings, out=out, overwrite=overwrite,
+        store=open_store(no_cache), command=called(),
     )  # fmt: skip
     if dry_run:
-        say_dry_run(_described(job, criteria), as_json)
+        say_dry_run(_described(study), as_json)
         return 0
     quiet()
-    comparison = job.run()
-    _say(comparison, job, as_json)
+    comparison = study.run()
+    _say(comparison, study, as_json)
     return 1 if comparison.failures else 0
 
 
@@ -162,35 +166,37 @@ def _names(criteria: str | None) -> list[str] | None:
     return None if criteria is None else [name.strip() for name in criteria.split(",")]
 
 
-def _described(job: "ComparisonJob", criteria: str | None) -> dict[str, Any]:
+def _described(study: "CompareStudy") -> dict[str, Any]:
+    names = study.settings.criteria
     described = {
-        "compare": ", ".join(map(str, job.models)),
-        "texts": ", ".join(job.splits),
-        "n": list(job.sizes),
-        "criteria": criteria or "all",
-        "judge": job.judge,
+        "compare": ", ".join(map(str, study.models)),
+        "texts": ", ".join(study.splits),
+        "n": list(study.settings.n),
+        "criteria": "all" if names is None else ",".join(map(str, names)),
+        "judge": study.settings.judge,
+        "measure": study.units(),
     }
-    return described if job.out is None else {**described, "write": [str(job.out)]}
+    return described if study.out is None else {**described, "write": [str(study.out)]}
 
 
-def _say(comparison: "CriteriaComparison", job: "ComparisonJob", as_json: bool) -> None:
+def _say(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool) -> None:
     from ..reporting.stories.comparison import comparison_story
     from ..runs.report import save_report
 
     page, story = None, None
-    if job.out is not None:
-        page, story = save_report(job.out)
-    if job.entry is not None:
-        say_known(job.entry.made)
-    elif job.found:
-        what = f"{len(job.found)} results of this comparison: "
-        say_known(max(job.found), what=what)
+    if study.out is not None:
+        page, story = save_report(study.out)
+    if study.entry is not None:
+        say_known(study.entry.made)
+    elif study.found:
+        what = f"{len(study.found)} results of this comparison: "
+        say_known(max(study.found), what=what)
     if as_json:
         print_json(comparison.to_json())
         return
     show(story or comparison_story(comparison, drawn=False))
     if page is not None:
-        show(f"wrote {job.out}", f"page: {page}")
+        show(f"wrote {study.out}", f"page: {page}")
 
 
 def _list(as_json: bool) -> int:

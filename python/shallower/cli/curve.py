@@ -162,6 +162,7 @@ def _described(study: "CurveStudy") -> dict[str, Any]:
         "curve": str(study.model),
         "n": [0, *settings.n],
         **{name: ", ".join(names) for name, names in named.items() if names},
+        "measure": study.units(),
         "write": [str(study.out)],
     }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,9 @@ def print_json(value: Any) -> None:
 
 
 def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
-    """Print what would be done; the files that would be written under ``write``.
+    """Print what would be done: files under ``write``, units of a study under ``measure``.
 
-    A value that can give itself as JSON does so there, and as text elsewhere. Of several processes
-    the main one prints.
+    A value that has ``to_json`` is printed as JSON by it. Of several processes the main one prints.
     """
     from ..processes import is_main_process
 
@@ -65,11 +65,16 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
             for name, value in described.items()
             if (to_json := getattr(value, "to_json", None))
         }
+        if "measure" in described:
+            plain["measure"] = [asdict(unit) for unit in described["measure"]]
         print_json({"dry_run": True, **described, **plain})
         return
     for name, value in described.items():
         if name == "write":
             show(*(f"would write {path}" for path in value))
+        elif name == "measure":
+            known = {True: " (its layers are known)", False: ""}
+            show(*(f"would measure {unit.name}{known[unit.known]}" for unit in value))
         else:
             show(f"{name}: {value}")
 

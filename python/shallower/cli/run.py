@@ -249,7 +249,8 @@ def _carry_out(
     study.check()
     if dry_run:
         target = {"target": str(settings.target), "heal": bool(settings.heal)}
-        say_dry_run({**described, **target, "write": [str(study.out)]}, as_json)
+        units = {"measure": study.units(), "write": [str(study.out)]}
+        say_dry_run({**described, **target, **units}, as_json)
         return
     quiet()
     done = study.run(lambda so_far: _report(so_far, as_json))

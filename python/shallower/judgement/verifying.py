@@ -17,7 +17,7 @@ from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
 from ..progress import Advance, track
 from ..texts.batches import TokenBatches
-from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits, TokenisedSplits
 from ..values.layers import blocks_of, check_size, ranges
 from ..values.plan import VERIFIED, Plan
 from ..values.scores import Difference, Scores
@@ -181,7 +181,7 @@ def _recalled(known: dict[str, Any]) -> Verified:
 def verifier_of(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
-    splits: Splits,
+    splits: Splits | TokenisedSplits,
     *,
     store: Store,
     texts: str,

@@ -6,7 +6,7 @@ whole model. Then all matrices from there on take a few steps towards the whole 
 distributions. No parameter is added, and the checkpoint stays standard.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from ..errors import PatchError
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.offload import require_no_disk
+from ..texts.batches import AnyTexts
 from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
@@ -35,7 +36,7 @@ def patch(
     tokenizer: PreTrainedTokenizerBase,
     layers: Plan | Layers,
     *,
-    texts: Iterable[str],
+    texts: AnyTexts,
     max_length: int = 256,
     batch_size: int = 16,
     num_tokens: int | None = None,
@@ -94,7 +95,7 @@ def with_patch(
     tokenizer: PreTrainedTokenizerBase,
     layers: Plan | Layers,
     *,
-    texts: Iterable[str],
+    texts: AnyTexts,
     max_length: int = 256,
     num_tokens: int | None = None,
     progress: bool | None = None,
@@ -117,7 +118,7 @@ def _solved(
     tokenizer: PreTrainedTokenizerBase,
     layers: Plan | Layers,
     *,
-    texts: Iterable[str],
+    texts: AnyTexts,
     tokens: Tokens,
     num_tokens: int | None,
     progress: bool | None,

@@ -1,6 +1,6 @@
 """The texts of a patch as batches, the states of two models on them, and what one misses."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError, TextsError
 from ..models.layerwise import Layerwise, rows
 from ..models.residual_writers import Writer
-from ..texts.batches import WINDOW, Batch, padded, untouched
+from ..texts.batches import AnyTexts, Batch, TokenBatches, TokenisedText, tokenise
 from ..values.layers import Block
 from ..values.tokens import Tokens
 from .least_squares import HeldOut, NormalEquations
@@ -36,7 +35,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 def divide(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: AnyTexts,
     *,
     tokens: Tokens,
     num_tokens: int,
@@ -48,17 +47,18 @@ def divide(
     """
     counts = [0, 0]
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
-    parts: tuple[list[_Text], list[_Text]] = ([], [])
+    parts: tuple[list[TokenisedText], list[TokenisedText]] = ([], [])
     for index, text in enumerate(texts):
         held = index % 8 == 7
         if counts[0] >= enough[0] and counts[1] >= enough[1]:
             break
         if counts[held] < enough[held]:
-            ids = _token_ids(tokenizer, text, tokens.max_length)
-            parts[held].append((len(ids), text, ids))
-            counts[held] += len(ids)
-    fewest = max(2, tokenizer.num_special_tokens_to_add(pair=False) + 1)
-    fitted, held_out = (_batches(part, tokens.texts, fewest) for part in parts)
+            (tokenised,) = tokenise(tokenizer, [text], tokens.max_length)
+            parts[held].append(tokenised)
+            counts[held] += len(tokenised.ids)
+    for part in parts:
+        part.sort(key=_by_length)  # texts of one length together: less padding
+    fitted, held_out = (list(TokenBatches(tokenizer, part, tokens, min_tokens=2)) for part in parts)
     if not fitted or not held_out:
         raise TextsError(
             f"{len(parts[0]) + len(parts[1])} texts are too few to fit and to hold out: give at "
@@ -67,31 +67,8 @@ def divide(
     return fitted, held_out
 
 
-_Text = tuple[int, str, NDArray[np.int64]]
-"""The number of tokens of a text, the text, and its (T,) token ids."""
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> NDArray[np.int64]:
-    with untouched(tokenizer):
-        encoded = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-    return np.asarray(encoded, dtype=np.int64)
-
-
-def _batches(part: list[_Text], batch_size: int, fewest: int) -> list[Batch]:
-    """Batches of texts of one length together, for less padding; too short ones are left out.
-
-    By windows as in :class:`TokenBatches`: the longest first in each, the windows ascending.
-    """
-    part.sort(key=lambda one: one[:2])
-    batches = []
-    for start in range(0, len(part), WINDOW * batch_size):
-        window = part[start : start + WINDOW * batch_size]
-        kept = [
-            (place, ids) for place, (count, _, ids) in enumerate(window, start) if count >= fewest
-        ]
-        kept.sort(key=lambda one: (-len(one[1]), one[0]))
-        batches += [padded(kept[i : i + batch_size]) for i in range(0, len(kept), batch_size)]
-    return batches
+def _by_length(text: TokenisedText) -> tuple[int, str]:
+    return len(text.ids), text.text
 
 
 class Stored:

@@ -1,20 +1,36 @@
 """Criteria compared by benchmark, on one model or several, into a folder."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..errors import (
+    CacheError,
+    CriterionError,
+    MissingExtraError,
+    ModelError,
+    OutputError,
+    one_sentence,
+)
 from ..models.source import ModelSource
+from ..texts.options import OptionItem, options_fingerprint, read_options
 from ..values.comparison import CriteriaComparison
-from ..values.tokens import BatchSize, Tokens
-from .comparison_job import MAX_EVAL_TEXTS, MAX_TEXTS, SIZES, ComparisonJob
-from .given_models import given_models
-from .store import open_store
+from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
+from ..values.hashing import hash_of
+from ..values.provenance import versions
+from ..values.settings import CompareSettings
+from .given_models import InMemory, ModelStore, given_models
+from .store import Entry, open_store
+from .study import Study, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..judgement.criterion import Criterion
+    from .compare_rows import Outcome
 
 
 def compare(
@@ -23,19 +39,12 @@ def compare(
     texts: "Iterable[str] | Mapping[str, Iterable[str]]" = (),
     eval_texts: Iterable[str] = (),
     *,
-    n: Sequence[int] = SIZES,
-    criteria: "Sequence[str | Criterion] | None" = None,
-    judge: str = "loss",
-    options: str | Path | None = None,
-    max_length: int = 256,
-    batch_size: BatchSize = "auto",
-    max_texts: int = MAX_TEXTS,
-    max_eval_texts: int = MAX_EVAL_TEXTS,
-    seed: int = 0,
+    settings: CompareSettings | None = None,
     out: str | Path | None = None,
     cache: bool = True,
     overwrite: bool = False,
     progress: bool | None = None,
+    **options: Any,
 ) -> CriteriaComparison:
     """Compare criteria by what they remove and what that costs.
 
@@ -55,28 +64,18 @@ def compare(
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts; or several such by name, each of which chooses for itself.
         eval_texts: held-out texts. Calibration texts that are among them are left out.
-        n: how many layers are to go.
-        criteria: names of the table ``shallower.criteria``, or criteria of your own; all by
-            default.
-        judge: what chooses: ``loss``, the next-token loss; ``kl``, the divergence from the whole
-            model's next-token distributions; ``options``, the margin of right options.
-        options: a file of JSON lines with ``context``, ``options`` and ``answer``, of the judge
-            ``options``; one half chooses, the other one reports.
-        max_length: tokens of a text at most.
-        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
-            CPU 8 at most.
-        max_texts: read the first so many calibration texts only.
-        max_eval_texts: read the first so many held-out texts only.
-        seed: of whatever is drawn.
+        settings: the settings; by default those of :class:`CompareSettings`.
         out: a folder for ``comparison.json``, ``comparison.csv`` and the figures.
         cache: keep what is measured, and use what was measured before.
         overwrite: replace what is in ``out``.
         progress: bars with ETA on standard error; by default if that is a terminal.
+        options: settings by keyword, as ``n=[2]``: any field of :class:`CompareSettings`.
 
     Returns:
         A row for every model, calibration text, criterion and ``n``.
 
     Raises:
+        SettingsError: there is no such setting.
         CriterionError: a criterion or judge that does not exist, or is named twice.
         LayersError: a size that the model cannot lose.
         TextsError: too few texts for three sets, or broken ones.
@@ -92,11 +91,200 @@ def compare(
         >>> [(row.criterion, row.n, len(row.dropped)) for row in done.rows]
         [('angular', 2, 2), ('deepest', 2, 2)]
     """
-    job = ComparisonJob(
-        models=given_models(model, tokenizer), texts=texts, eval_texts=eval_texts, sizes=n,
-        criteria=criteria, judge=judge, options=options, tokens=Tokens(max_length, batch_size),
-        max_texts=max_texts, max_eval_texts=max_eval_texts, seed=seed,
-        out=None if out is None else Path(out),
-        overwrite=overwrite, cache=open_store(not cache), progress=progress,
+    study = CompareStudy(
+        models=given_models(model, tokenizer), texts=texts, eval_texts=eval_texts,
+        settings=CompareSettings.of(settings, options), out=None if out is None else Path(out),
+        overwrite=overwrite, store=open_store(not cache), progress=progress,
     )  # fmt: skip
-    return job.run()
+    return study.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareStudy(Study[CompareSettings]):
+    """A comparison of criteria, which is checked when it is made.
+
+    ``found`` is when each result was measured that the store had; filled by :meth:`run`.
+    """
+
+    KIND = "comparison"
+    RESULTS = COMPARISON_FILE
+    leaves = (COMPARISON_FILE, COMPARISON_TABLE)
+
+    found: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.models:
+            raise ModelError("there is no model to compare criteria on: name one or several")
+        names = [str(model) for model in self.models]
+        if len(set(names)) < len(names):
+            raise ModelError(f"a model is named twice: {', '.join(names)}")
+        _ = self.splits, self.items
+        if self.entry is None:
+            _ = self.criteria
+        self.check()
+
+    @cached_property
+    def items(self) -> tuple[list[OptionItem], list[OptionItem]]:
+        """The items that choose and those that report; none but for the judge ``options``."""
+        from ..texts.splits import two_splits
+
+        if self.settings.options is None:
+            return [], []
+        return two_splits(read_options(self.settings.options), seed=self.settings.seed)
+
+    @property
+    def reporting_items(self) -> Sequence[OptionItem]:
+        """The items that report, of the judge ``options``."""
+        return self.items[1]
+
+    @cached_property
+    def fitted(self) -> dict[str, str]:
+        """Hashes of the texts that fit and choose, and of the items that choose, by their name."""
+        items = options_fingerprint(self.items[0])
+        tokens = asdict(self.settings.tokens)
+        return {
+            name: hash_of([splits.fit, splits.choose, tokens, items])
+            for name, splits in self.splits.items()
+        }
+
+    @cached_property
+    def reported(self) -> str:
+        """A hash of the texts and of the items that report."""
+        tokens = asdict(self.settings.tokens)
+        return hash_of([self.split.report, tokens, options_fingerprint(self.items[1])])
+
+    @cached_property
+    def criteria(self) -> "tuple[Criterion, ...]":
+        """The criteria that take part."""
+        from ..judgement.criteria import criteria as table
+        from ..judgement.criterion import Criterion
+        from ..judgement.judges import JUDGES
+
+        judge, given = self.settings.judge, self.settings.criteria
+        if judge not in JUDGES:
+            raise CriterionError(
+                f"unknown judge {judge!r}: expected one of {', '.join(JUDGES)} (judge, --judge)"
+            )
+        wanted = [*table] if given is None else [*given]
+        unknown = [name for name in wanted if isinstance(name, str) and name not in table]
+        if unknown or not wanted:
+            raise CriterionError(
+                f"unknown criterion {', '.join(map(repr, unknown))}: expected some of "
+                f"{', '.join(table)} (criteria, --criteria)"
+            )
+        chosen = tuple(table[name] if isinstance(name, str) else name for name in wanted)
+        for criterion in chosen:
+            name = getattr(criterion, "name", None)
+            if not isinstance(criterion, Criterion) or not isinstance(name, str) or not name:
+                raise CriterionError(
+                    f"{criterion!r} is no criterion: expected an object of a class made from "
+                    f"shallower.Criterion, with a name"
+                )
+        return chosen
+
+    def units(self) -> list[Unit]:
+        """List the choices of every criterion, by model and texts."""
+        return [
+            self.unit(criterion.name, n, "cut and patched", model=str(model), texts=texts)
+            for model in self.models
+            for texts in self.splits
+            for criterion in self.criteria
+            for n in self.settings.n
+        ]
+
+    def is_stock(self) -> bool:
+        """Whether all criteria are of this package; a model that is not known has no results."""
+        from ..judgement.criteria import BUILT_IN, criteria, is_built_in
+
+        names = [criterion.name for criterion in BUILT_IN]
+        whole = self.settings.criteria is not None or [*criteria] == names
+        return whole and all(map(is_built_in, self.criteria))
+
+    def _chooses_by(self) -> dict[str, Any]:
+        return {**super()._chooses_by(), "fit": "all"}
+
+    @cached_property
+    def entry(self) -> Entry | None:
+        """The whole comparison in the store, if it was measured before."""
+        if None in self.of_models.values():
+            return None
+        return self.store.find(self.KIND, self.inputs)
+
+    def run(self) -> CriteriaComparison:
+        """Compare, or give what is known already; the results are written as they are found.
+
+        Raises:
+            ModelError, LayersError, OutputError, CacheError: as :func:`compare`.
+        """
+        comparison = self._measure() if self.entry is None else _read(self.entry)
+        self.write_comparison(comparison)
+        return comparison
+
+    def _measure(self) -> CriteriaComparison:
+        outcomes: list[Outcome] = []
+        failures: dict[str, str] = {}
+        for model in self.models:
+            try:
+                outcomes.append(self._measure_one(model))
+            except (CacheError, OutputError):
+                raise
+            except Exception as error:
+                if len(self.models) == 1:
+                    raise
+                failures[str(model)] = one_sentence(error)
+            if model is not self.models[-1]:
+                self.write_comparison(self._joined(outcomes, failures))
+        comparison = self._joined(outcomes, failures)
+        if not failures and all(outcome.is_complete for outcome in outcomes):
+            self.store.put(self.KIND, self.inputs, comparison.to_json())
+        return comparison
+
+    def _measure_one(self, model: ModelSource | InMemory) -> "Outcome":
+        from ..memory.budget import limit
+        from .compare_rows import compare_on
+
+        store = ModelStore(self.store, self.of_models[str(model)], self.found)
+        with limit(self.settings.device_memory):
+            return compare_on(self, model, store)
+
+    def _joined(
+        self, outcomes: "Sequence[Outcome]", failures: Mapping[str, str]
+    ) -> CriteriaComparison:
+        """What is known so far."""
+        from ..judgement.judges import JUDGES
+
+        several = len(self.models) > 1
+        return CriteriaComparison(
+            models=tuple(outcome.model for outcome in outcomes),
+            rows=tuple(row for outcome in outcomes for row in outcome.rows),
+            failures=dict(failures),
+            skipped={
+                f"{name} of {outcome.model.name}" if several else name: why
+                for outcome in outcomes
+                for name, why in outcome.skipped.items()
+            },
+            judge=self.settings.judge,
+            unit=JUDGES[self.settings.judge].unit,
+            splits=dict(outcomes[0].splits) if outcomes else {},
+            max_length=self.settings.max_length,
+            versions=versions(),
+        )
+
+    def write_comparison(self, comparison: CriteriaComparison) -> None:
+        """Write the comparison as far as it is known, its table and its figures."""
+        if self.out is None:
+            return
+        from ..reporting.charts.comparison import draw_comparison
+        from ..reporting.writers.csv import write_comparison
+
+        self.write(comparison.to_json())
+        write_comparison(comparison, self.out / COMPARISON_TABLE)
+        try:
+            draw_comparison(comparison, self.out)
+        except MissingExtraError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+
+def _read(entry: Entry) -> CriteriaComparison:
+    return CriteriaComparison.from_json(entry.value)

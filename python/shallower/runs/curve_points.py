@@ -193,7 +193,7 @@ class CurvePoints:
         if study.goes_on and place.exists():
             return Scan.load(place)
         scanned = scan(
-            measuring.model, measuring.tokenizer, study.split.fit,
+            measuring.model, measuring.tokenizer, measuring.split.fit,
             max_length=measuring.tokens.max_length, batch_size=measuring.tokens.batch_size,
             threads=study.settings.threads, checkpoint=partial, progress=False,
         )  # fmt: skip

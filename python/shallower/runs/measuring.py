@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,14 +20,18 @@ from ..errors import CacheError, LayersError, PatchError, PlanError
 from ..evaluation.loss import fitting_tokens
 from ..healing.heal import heal
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
-from ..judgement.judges.judge import LossJudge, judged_batches
+from ..judgement.judges import judge_of
+from ..judgement.judges.judge import Judge, LossJudge, judged_batches
 from ..judgement.trials import Store
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
+from ..patching.quick import QuickPatch
 from ..scanning.scan import Scan
+from ..texts.batches import tokenise
+from ..texts.splits import TokenisedSplits
 from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.plan import Plan
@@ -44,6 +48,13 @@ trained on, patched first where it can be."""
 
 HEALING_FOLDER = ".healing"
 """What is being healed below the folder of a study; it is gone when it is measured."""
+
+
+class FittedPatch(NamedTuple):
+    """A quick patch, and the hash of the texts that it is fitted on."""
+
+    patch: QuickPatch
+    fitted: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,7 @@ class Measuring:
     Attributes:
         decoder: the whole model, which is as before afterwards.
         tokens: length of texts, and how many make one forward.
+        texts: the texts of the study, tokenised once, by their name.
         judge: the loss on the texts that report.
         held_out: cuts as they are and after a quick patch, from states that they share.
         num_rejected: texts that report with fewer than two tokens.
@@ -91,7 +103,7 @@ class Measuring:
         tokenizer: PreTrainedTokenizerBase,
         *,
         store: Store,
-        scanned: Callable[[], Scan],
+        scanned: Callable[[], Scan] | None = None,
         tasks: StudyTasks | None = None,
         recipe: Recipe | None = None,
     ) -> None:
@@ -99,23 +111,50 @@ class Measuring:
         self.model, self.tokenizer, self._tasks = model, tokenizer, tasks or StudyTasks()
         self.decoder = Decoder.of(model)
         self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
-        report = study.split.report
-        self.judge = LossJudge(judged_batches(tokenizer, report, self.tokens))
-        self.num_rejected = len(report) - self.judge.num_items
+        self.texts = self._tokenised()
+        self.report = next(iter(self.texts.values())).report
+        self.judge = LossJudge(judged_batches(tokenizer, self.report, self.tokens))
+        self.num_rejected = len(self.report) - self.judge.num_items
         layerwise = Layerwise(self.decoder)
         layerwise.check(self.judge.batches[0])
         self.held_out = HeldOutCuts(
-            layerwise, self.judge, self.judge, store=store, texts=study.reported,
+            layerwise, self.judge, self._chooses(), store=store, texts=study.reported,
             num_rejected=self.num_rejected,
         )  # fmt: skip
         self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
 
+    def _tokenised(self) -> dict[str, TokenisedSplits]:
+        """All texts of the study, tokenised once; those that report are the same of every name."""
+        found: dict[str, TokenisedSplits] = {}
+        for name, split in self._study.splits.items():
+            report = next(iter(found.values())).report if found else split.report
+            sets = (
+                list(tokenise(self.tokenizer, texts, self.tokens.max_length))
+                for texts in (split.fit, split.choose, report)
+            )
+            found[name] = TokenisedSplits(*sets)
+        return found
+
+    @property
+    def split(self) -> TokenisedSplits:
+        """The tokenised texts of a study on one kind of texts."""
+        return next(iter(self.texts.values()))
+
+    def _chooses(self) -> Judge:
+        """The judge that cuts are chosen by, on what reports; the loss by default."""
+        study, name = self._study, getattr(self._study.settings, "judge", "loss")
+        if name == "loss":
+            return self.judge
+        items = study.reporting_items
+        return judge_of(name, self.tokenizer, self.report, items=items, tokens=self.tokens)
+
     @cached_property
     def plans(self) -> VerifiedPlans:
         """The verified plan of every size, and the quick patch that they are raced after."""
+        assert self._scanned is not None
         return VerifiedPlans(
-            self._study, self.decoder, self.tokenizer, scanned=self._scanned, tokens=self.tokens,
-            store=self._store,
+            self._study, self.decoder, self.tokenizer, self.split, scanned=self._scanned,
+            tokens=self.tokens, store=self._store,
         )  # fmt: skip
 
     def whole(self) -> Loss:
@@ -123,9 +162,16 @@ class Measuring:
         return self.held_out.loss(self.scores((), "cut"))
 
     def scores(
-        self, dropped: Sequence[int], state: Literal["cut", "quick"], looks: int | None = None
+        self,
+        dropped: Sequence[int],
+        state: Literal["cut", "quick"],
+        looks: int | None = None,
+        *,
+        patch: "FittedPatch | None" = None,
     ) -> Scores:
         """Measure the loss of a cut by text, on the first ``looks`` batches or on all texts.
+
+        A quick patch is that of the verified plans, or ``patch``.
 
         Raises:
             PatchError: the cut cannot be patched.
@@ -133,9 +179,9 @@ class Measuring:
         """
         if state == "cut":
             return self.held_out.losses.scores(dropped, looks)
-        found = self.held_out.patched(
-            self.plans.verifier.patch, self.plan(dropped), fitted=self.plans.fitted, looks=looks
-        )
+        quick = patch or FittedPatch(self.plans.verifier.patch, self.plans.fitted)
+        plan = self.plan(dropped)
+        found = self.held_out.patched(quick.patch, plan, fitted=quick.fitted, looks=looks)
         if isinstance(found, str):
             raise PatchError(found)
         return found
@@ -218,7 +264,7 @@ class Measuring:
                 yield self.model, self.tokenizer
         else:
             with with_patch(
-                self.model, self.tokenizer, plan, texts=self._study.split.fit,
+                self.model, self.tokenizer, plan, texts=self.split.fit,
                 max_length=self.tokens.max_length,
                 num_tokens=self._study.settings.patch_tokens, progress=False,
             ):  # fmt: skip

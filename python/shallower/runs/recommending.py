@@ -145,7 +145,7 @@ class Recommending:
         """The comparison of all layers, as it lies in the folder."""
         measuring = self._measuring
         scanned = scan(
-            self._model, self._tokenizer, self._study.split.fit[:SCAN_TEXTS],
+            self._model, self._tokenizer, measuring.split.fit[:SCAN_TEXTS],
             max_length=measuring.tokens.max_length, batch_size=measuring.tokens.batch_size,
             threads=self._settings.threads, checkpoint=self._out / PARTIAL_FILE,
             keep_samples=True, progress=self._study.progress,
@@ -217,7 +217,7 @@ class Recommending:
         results.save()
         try:
             with with_patch(
-                self._model, self._tokenizer, plan, texts=self._study.split.fit,
+                self._model, self._tokenizer, plan, texts=self._measuring.split.fit,
                 max_length=self._measuring.tokens.max_length, progress=self._study.progress,
                 num_tokens=patch_tokens(self._decoder),
             ) as done:  # fmt: skip

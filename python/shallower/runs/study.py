@@ -18,6 +18,7 @@ from ..errors import TextsError
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..storage import check_free, write_file
+from ..texts.options import OptionItem
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
@@ -117,13 +118,15 @@ class Study(ABC, Generic[Settings]):
         """List the measurements that the study makes, as far as they are known beforehand."""
         return []
 
-    def unit(self, *words: Any, model: int = 0, texts: str = "") -> Unit:
-        """Name a measurement by a strategy, the number of layers that go and a state."""
-        strategy, n, state = words
-        several = [str(self.models[model])] if len(self.models) > 1 else []
-        several += [texts] if len(self._named_texts) > 1 else []
+    def unit(self, strategy: str, n: int, state: str, **on: str) -> Unit:
+        """Name a measurement by what chooses, the number of layers that go and a state.
+
+        ``on`` names the model and the texts of a study of several.
+        """
+        several = [on["model"]] if len(self.models) > 1 else []
+        several += [on["texts"]] if len(self._named_texts) > 1 else []
         name = ", ".join([*several, f"n = {n}", strategy, state])
-        inputs = self.choice_inputs(strategy, n, model=model, texts=texts)
+        inputs = self.choice_inputs(strategy, n, **on)
         known = not n or self.store.get("choice_of_study", inputs) is not None
         key = None if inputs is None else self.store.key("unit", {**inputs, "state": state})
         return Unit(name, key, known)
@@ -164,6 +167,11 @@ class Study(ABC, Generic[Settings]):
     def split(self) -> "Splits":
         """Texts that fit, choose and report, of a study on one kind of texts."""
         return next(iter(self.splits.values()))
+
+    @property
+    def reporting_items(self) -> Sequence[OptionItem]:
+        """The items of a task that report, of a study that judges by options."""
+        return ()
 
     def training_texts(self) -> ReadOnce:
         """All texts but those that choose or report, as many as a training takes."""
@@ -228,14 +236,15 @@ class Study(ABC, Generic[Settings]):
         return None not in self.of_models.values()
 
     def choice_inputs(
-        self, strategy: str, n: int, *, model: int = 0, texts: str = ""
+        self, strategy: str, n: int, *, model: str = "", texts: str = ""
     ) -> dict[str, Any] | None:
         """All that a choice of layers depends on, whichever study makes it."""
-        if self.inputs is None:
+        of_model = self.of_models[model or str(self.model)]
+        if self.inputs is None or of_model is None:
             return None
         fitted = self.fitted[texts] if texts else next(iter(self.fitted.values()))
         return {
-            "model": self.of_models[str(self.models[model])], "fitted": fitted,
+            "model": of_model, "fitted": fitted,
             "strategy": strategy, "n": n, **self._chooses_by(),
         }  # fmt: skip
 
@@ -244,9 +253,9 @@ class Study(ABC, Generic[Settings]):
         found = self.store.get("choice_of_study", self.choice_inputs(strategy, n))
         return None if found is None else list(found["dropped"])
 
-    def keep_choice(self, strategy: str, n: int, dropped: Sequence[int]) -> None:
+    def keep_choice(self, strategy: str, n: int, dropped: Sequence[int], **on: str) -> None:
         """Keep the layers that a strategy chose."""
-        inputs = self.choice_inputs(strategy, n)
+        inputs = self.choice_inputs(strategy, n, **on)
         self.store.put("choice_of_study", inputs, {"dropped": list(dropped)})
 
     def _chooses_by(self) -> dict[str, Any]:

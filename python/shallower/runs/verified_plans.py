@@ -15,6 +15,7 @@ from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..savings.roofline import cost_by_layer
 from ..scanning.scan import Scan
+from ..texts.splits import TokenisedSplits
 from ..values.plan import Plan
 from ..values.scores import Difference
 from ..values.target import Target
@@ -40,6 +41,7 @@ class VerifiedPlans:
         study: Study[Any],
         decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
+        splits: TokenisedSplits,
         *,
         scanned: Callable[[], Scan],
         tokens: Tokens,
@@ -60,7 +62,7 @@ class VerifiedPlans:
             seed=self._settings.seed,
             progress=study.progress,
         )
-        self._splits = replace(study.split, fit=study.split.fit[:VERIFYING_TEXTS])
+        self._splits = replace(splits, fit=splits.fit[:VERIFYING_TEXTS])
         self.verifier: Verifier = self._verifier_of(self._splits)
         self.found: dict[int, Verified] = {}
         self._counted: dict[Target, tuple[float, Sequence[float]]] = {}

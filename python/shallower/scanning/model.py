@@ -1,7 +1,7 @@
 """The scan of a model: hidden states streamed from a forward into the comparison of all layers."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from operator import length_hint
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..memory.retry import Halving
 from ..models.decoder import Decoder
 from ..processes import refuse_several
 from ..progress import track
-from ..texts.batches import TokenBatches
+from ..texts.batches import AnyTexts, TokenBatches
 from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from .builder import ScanBuilder
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 20.0
 def scan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: AnyTexts,
     *,
     max_length: int = 256,
     batch_size: BatchSize = "auto",

@@ -60,11 +60,39 @@ class Batch:
         return parts
 
 
+@dataclass(frozen=True, slots=True)
+class TokenisedText:
+    """A text with its first ``max_length`` token ids, (T,) int64, special tokens among them."""
+
+    text: str
+    ids: NDArray[np.int64]
+    max_length: int
+
+
+AnyTexts = Iterable[str | TokenisedText]
+"""Texts, or texts that are tokenised already."""
+
+
+def tokenise(
+    tokenizer: "PreTrainedTokenizerBase", texts: AnyTexts, max_length: int
+) -> Iterator[TokenisedText]:
+    """Tokenise texts, one at a time, for all batches that will be made of them.
+
+    What is tokenised already stays. Raises TextsError at a text that cannot be tokenised.
+    """
+    for index, text in enumerate(texts):
+        if isinstance(text, TokenisedText):
+            yield text
+        else:
+            (ids,), _ = _encoded(tokenizer, [text], max_length, first=index)
+            yield TokenisedText(text, ids, max_length)
+
+
 class TokenBatches:
     """An iterable of batches that reads texts once, a window of batches at a time.
 
-    Texts of fewer than ``min_tokens`` tokens are rejected; ``count_bytes`` fills
-    ``predicted_bytes``.
+    Texts that are tokenised already are not tokenised again. Texts of fewer than ``min_tokens``
+    tokens are rejected; ``count_bytes`` fills ``predicted_bytes``, of plain texts alone.
 
     Raises:
         TextsError: ``texts`` is no iterable of strings, or ``max_length`` leaves no room beside
@@ -82,7 +110,7 @@ class TokenBatches:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        texts: Iterable[str],
+        texts: AnyTexts,
         tokens: Tokens,
         *,
         min_tokens: int = 1,
@@ -138,14 +166,15 @@ class TokenBatches:
             self._tokenise(texts)
         return self.identity
 
-    def _tokenise(self, texts: list[str]) -> list[tuple[int, NDArray[np.int64]]]:
+    def _tokenise(self, texts: Sequence[Any]) -> list[tuple[int, NDArray[np.int64]]]:
         accepted = []
         for offset in range(0, len(texts), self._batch_size):
             part = texts[offset : offset + self._batch_size]
             for text, ids, places in zip(part, *self._token_ids(part), strict=True):
                 self._hash = hashlib.sha256(self._hash + ids.tobytes()).digest()
-                if not text or len(ids) < self._min_tokens or len(ids) <= self._num_special:
-                    self._reject(f"{len(ids)} tokens" if text else "empty text")
+                is_empty = not (text.text if isinstance(text, TokenisedText) else text)
+                if is_empty or len(ids) < self._min_tokens or len(ids) <= self._num_special:
+                    self._reject("empty text" if is_empty else f"{len(ids)} tokens")
                 else:
                     accepted.append((self.num_texts, ids))
                     if self._count_bytes:
@@ -155,29 +184,18 @@ class TokenBatches:
                 self.num_texts += 1
         return accepted
 
-    def _token_ids(self, texts: list[str]) -> tuple[list[NDArray[np.int64]], list[Any]]:
+    def _token_ids(self, texts: Sequence[Any]) -> tuple[list[NDArray[np.int64]], Sequence[Any]]:
         """The token ids of texts, and where their tokens lie in them, if bytes are counted."""
-        for offset, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TextsError(
-                    f"text {self.num_texts + offset} is of type {type(text).__name__}: expected str"
-                )
-        try:
-            with untouched(self._tokenizer):
-                encoded = self._tokenizer(
-                    texts,
-                    truncation=True,
-                    max_length=self._max_length,
-                    return_attention_mask=False,
-                    return_offsets_mapping=self._count_bytes,
-                )
-        except Exception as error:  # tokenizers raises bare ones
-            last = self.num_texts + len(texts) - 1
-            raise TextsError(
-                f"cannot tokenise a text among {self.num_texts} .. {last}: {error}"
-            ) from error
-        ids = [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
-        return ids, encoded["offset_mapping"] if self._count_bytes else [None] * len(ids)
+        if all(isinstance(text, TokenisedText) for text in texts):
+            assert all(text.max_length == self._max_length for text in texts)
+            return [text.ids for text in texts], [None] * len(texts)
+        return _encoded(
+            self._tokenizer,
+            texts,
+            self._max_length,
+            first=self.num_texts,
+            offsets=self._count_bytes,
+        )
 
     def _reject(self, reason: str) -> None:
         self.num_rejected += 1
@@ -194,6 +212,34 @@ class TokenBatches:
         accepted.sort(key=lambda item: (-len(item[1]), item[0]))
         starts = range(0, len(accepted), self._batch_size)
         return [padded(accepted[start : start + self._batch_size]) for start in starts]
+
+
+def _encoded(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    max_length: int,
+    *,
+    first: int,
+    offsets: bool = False,
+) -> tuple[list[NDArray[np.int64]], Sequence[Any]]:
+    """Token ids, (T,) int64 each, and where the tokens lie, of texts numbered from ``first`` on."""
+    for index, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            raise TextsError(f"text {index} is of type {type(text).__name__}: expected str")
+    try:
+        with untouched(tokenizer):
+            encoded = tokenizer(
+                texts,
+                truncation=True,
+                max_length=max_length,
+                return_attention_mask=False,
+                return_offsets_mapping=offsets,
+            )
+    except Exception as error:  # tokenizers raises bare ones
+        last = first + len(texts) - 1
+        raise TextsError(f"cannot tokenise a text among {first} .. {last}: {error}") from error
+    ids = [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+    return ids, encoded["offset_mapping"] if offsets else [None] * len(ids)
 
 
 def _bytes_behind_first(text: str, places: Sequence[tuple[int, int]], *, whole: bool) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import TextsError
+from .batches import TokenisedText
 
 NUM_CHOOSING = 16
 """Texts that choose, by default."""
@@ -47,6 +48,15 @@ class Splits:
         others = {text.strip() for text in (*self.choose, *self.report)}
         yield from (text for text in unread if text.strip() not in others)
         yield from reversed(self.fit)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedSplits:
+    """Texts that fit, choose and report, tokenised once for all that a study does with them."""
+
+    fit: Sequence[TokenisedText]
+    choose: Sequence[TokenisedText]
+    report: Sequence[TokenisedText]
 
 
 def three_splits(

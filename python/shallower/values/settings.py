@@ -97,7 +97,9 @@ class StudySettings:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             option = name.replace("_", "-")
-            raise error(f"{name} = {value!r}: expected a whole number from {least} on (--{option})")
+            raise error(
+                f"{name} = {value!r}: expected a whole number, at least {least} (--{option})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +331,7 @@ def _sizes(sizes: Any, *, least: int) -> tuple[int, ...]:
         raise LayersError(f"expected numbers of layers, as 1,2,4, got {sizes!r} (n, --n)")
     found = sorted({layer_number(n) for n in sizes})
     if found and found[0] < least:
-        raise LayersError(f"n = {found[0]}: expected {least} or more layers that go (n, --n)")
+        raise LayersError(f"n = {found[0]}: expected at least {least} (n, --n)")
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from ...texts.batches import AnyTexts
 from ...texts.options import OptionItem
 from ...values.tokens import Tokens
 from .judge import Judge, KLJudge, LossJudge, judged_batches
@@ -16,7 +17,7 @@ JUDGES: dict[str, type[Judge]] = {judge.name: judge for judge in (LossJudge, KLJ
 def judge_of(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: AnyTexts,
     *,
     tokens: Tokens,
     items: Sequence[OptionItem] = (),

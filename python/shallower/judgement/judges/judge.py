@@ -1,7 +1,7 @@
 """Judges of cuts, item by item, by the loss of texts or by their divergence; lower is better."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from ...memory.budget import BUDGET
 from ...models.divergence import divergence_terms
 from ...models.head import Head
 from ...models.layerwise import Layerwise
-from ...texts.batches import Batch, TokenBatches, padded
+from ...texts.batches import AnyTexts, Batch, TokenBatches, padded
 from ...values.tokens import Tokens
 
 FIRST_LOOK = 2
@@ -152,7 +152,7 @@ def divergences(whole: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
 
 
 def judged_batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], tokens: Tokens
+    tokenizer: PreTrainedTokenizerBase, texts: AnyTexts, tokens: Tokens
 ) -> list[Batch]:
     """Tokenise texts for a judge of whole texts, in their order.
 

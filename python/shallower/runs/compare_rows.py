@@ -1,0 +1,267 @@
+"""The rows of a comparison on one model that is loaded: what each criterion drops, and its cost."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CacheError, OutputError, PatchError, TextsError, one_sentence
+from ..judgement.criterion import Criterion
+from ..judgement.held_out_cuts import judge_inputs
+from ..judgement.judges import judge_of
+from ..judgement.judges.judge import Judge
+from ..judgement.stored_costs import Work, stored_choice, stored_costs
+from ..judgement.subject import Subject
+from ..judgement.trials import Store, Trials
+from ..models.source import ModelSource
+from ..patching.quick import QuickPatch
+from ..progress import Advance, track
+from ..texts.batches import TokenBatches
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
+from ..values.comparison import ComparedModel, Row
+from ..values.layers import check_sizes
+from ..values.plan import Plan
+from .given_models import InMemory
+from .measuring import FittedPatch, Measuring
+
+if TYPE_CHECKING:
+    from .compare import CompareStudy
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a comparison found on one model.
+
+    Attributes:
+        model: the whole model.
+        rows: every choice.
+        skipped: by criterion, and calibration text where there are several, why it could not
+            choose.
+        splits: how many texts fit, choose and report: those of two tokens at least.
+        is_complete: whether nothing was skipped or left out.
+    """
+
+    model: ComparedModel
+    rows: tuple[Row, ...]
+    skipped: Mapping[str, str]
+    splits: Mapping[str, int]
+    is_complete: bool
+
+
+def compare_on(study: "CompareStudy", model: ModelSource | InMemory, store: Store) -> Outcome:
+    """Compare criteria on one model, and give the rows with their regret.
+
+    Raises:
+        LayersError: a size that the model cannot lose.
+        ModelError: its layers cannot be run one by one, or a loss is not finite.
+        TextsError: no text has two tokens.
+    """
+    loaded, tokenizer = model.load()
+    measuring = Measuring(study, loaded, tokenizer, store=store)
+    check_sizes(study.settings.n, len(measuring.decoder))
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for texts in study.splits:
+        compared = _Choosing(study, measuring, store, model=str(model), texts=texts)
+        with track(f"compare on {texts}", compared.steps, study.progress) as advance:
+            rows += compared.rows(compared.choices(advance), advance)
+        several = f" on {texts}" if len(study.splits) > 1 else ""
+        skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
+        if not counts:  # those of the first texts
+            counts = compared.counts
+    return Outcome(
+        measuring.held_out.compared(str(model)),
+        tuple(_with_regret(rows, measuring)),
+        skipped,
+        {**counts, "report": measuring.judge.num_items},
+        measuring.held_out.is_complete and not skipped,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The layers that a criterion would drop, and the work of finding them."""
+
+    criterion: Criterion
+    n: int
+    plan: Plan
+    work: Work
+    tau: float | None
+
+
+@dataclass
+class _Choosing:
+    """Criteria on one model and calibration texts of one name.
+
+    ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
+    """
+
+    study: "CompareStudy"
+    measuring: Measuring
+    store: Store
+    model: str
+    texts: str
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        study, measuring, settings = self.study, self.measuring, self.study.settings
+        split, fitted = measuring.texts[self.texts], study.fitted[self.texts]
+        read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
+        batches = list(read)
+        judge = judge_of(
+            settings.judge, measuring.tokenizer, split.choose, items=study.items[0],
+            tokens=measuring.tokens,
+        )  # fmt: skip
+        inputs = judge_inputs(judge)
+        journal = self.store.journal("trials", {"items": fitted, **inputs})
+        layerwise = measuring.held_out.model
+        self.subject = Subject(
+            measuring.decoder, batches, Trials(layerwise, judge, journal=journal), settings.n,
+            texts=(read.identity,), seed=settings.seed, progress=False,
+        )  # fmt: skip
+        self.patch = FittedPatch(QuickPatch(layerwise, batches), fitted)
+        self._chosen_on = {"fitted": fitted, "seed": settings.seed, **inputs}
+        self.counts = {"fit": self.subject.num_texts, "choose": judge.num_items}
+        _require_enough(self.subject, measuring.judge)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the progress: every choice, and the losses of what it chose."""
+        return 2 * len(self.study.criteria) * len(self.study.settings.n)
+
+    def choices(self, advance: Advance) -> list[_Choice]:
+        """Let every criterion choose, for every size; one that cannot is noted in ``skipped``."""
+        found = []
+        for criterion in self.study.criteria:
+            tau, own = None, Work()
+            with self._others_go_on(criterion.name):
+                tau, own = self._measured(criterion)
+            for n in self.study.settings.n:
+                advance(1, f"{criterion.name} {n}")
+                if criterion.name not in self.skipped:
+                    with self._others_go_on(f"{criterion.name}, n = {n}"):
+                        found.append(_Choice(criterion, n, *self._choice(criterion, n, own), tau))
+        return found
+
+    @contextmanager
+    def _others_go_on(self, name: str) -> Iterator[None]:
+        """Note why a criterion, maybe one from outside, has failed; the others go on."""
+        try:
+            yield
+        except (CacheError, OutputError):
+            raise
+        except Exception as error:
+            self.skipped[name] = one_sentence(error)
+
+    def _measured(self, criterion: Criterion) -> tuple[float | None, Work]:
+        """Kendall's τ-b of the costs of single layers with the true losses without them.
+
+        And what the criterion takes for all sizes together; τ is None of one that searches.
+        """
+        passes = criterion.layer_forwards(self.subject)
+        if type(criterion).costs is Criterion.costs:
+            return None, Work(passes)
+        inputs = self._inputs(criterion)
+        costs, work = stored_costs(criterion, self.subject, self.store, inputs=inputs)
+        truth = np.array(self.measuring.held_out.single_layers())
+        tau = kendall_tau(costs.blocks.diagonal(1), truth)
+        return tau, Work(passes + work.layer_forwards, work.seconds)
+
+    def _choice(self, criterion: Criterion, n: int, own: Work) -> tuple[Plan, Work]:
+        inputs = self._inputs(criterion)
+        plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
+        self.study.keep_choice(criterion.name, n, plan.dropped, model=self.model, texts=self.texts)
+        layer_forwards = own.layer_forwards + work.layer_forwards
+        return plan, Work(layer_forwards, own.seconds + work.seconds)
+
+    def _inputs(self, criterion: Criterion) -> dict[str, Any]:
+        return {"criterion": criterion.name, **self._chosen_on}
+
+    def rows(self, choices: Sequence[_Choice], advance: Advance) -> Iterator[Row]:
+        """Measure what was chosen, on the texts that report; regret is not known yet."""
+        measuring, held_out = self.measuring, self.measuring.held_out
+        whole = measuring.scores((), "cut")
+        for choice in choices:
+            dropped = choice.plan.dropped
+            advance(1, f"loss of {choice.criterion.name} {choice.n}")
+            judged, losses = held_out.scores.scores(dropped), measuring.scores(dropped, "cut")
+            patched, unpatched = None, None
+            try:
+                patched = measuring.scores(dropped, "quick", patch=self.patch)
+            except PatchError as error:
+                unpatched = str(error)
+            difference = losses.minus(whole)
+            yield Row(
+                model=self.model,
+                texts=self.texts,
+                criterion=choice.criterion.name,
+                n=choice.n,
+                dropped=dropped,
+                loss=losses.mean,
+                stderr=losses.stderr,
+                difference=difference.mean,
+                difference_stderr=difference.stderr,
+                patched=None if patched is None else patched.mean,
+                patched_stderr=None if patched is None else patched.stderr,
+                regret=math.nan,
+                regret_stderr=math.nan,
+                tied=False,
+                tau=choice.tau,
+                layers_share=len(dropped) / len(measuring.decoder),
+                parameters_share=measuring.parameters_share(dropped),
+                seconds=choice.work.seconds,
+                layer_forwards=choice.work.layer_forwards,
+                score=judged.mean,
+                score_stderr=judged.stderr,
+                accuracy=held_out.scores.judge.accuracy(judged.sums),
+                unpatched=unpatched,
+            )
+
+
+def _require_enough(subject: Subject, report: Judge) -> None:
+    """Refuse sets that are too small without their texts of a single token."""
+    sets = (
+        (subject.num_texts, FEWEST_FITTING, "to fit", "--texts, --max-texts"),
+        (subject.trials.judge.num_items, FEWEST_CHOOSING, "to choose", "--texts, --max-texts"),
+        (report.num_items, FEWEST_REPORTING, "to report", "--eval-texts, --max-eval-texts"),
+    )
+    for number, fewest, purpose, options in sets:
+        if number < fewest:
+            raise TextsError(
+                f"too few texts {purpose}: {number} of at least two tokens, expected {fewest}; "
+                f"give more, or longer ones ({options}, --max-length)"
+            )
+
+
+def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float | None:
+    """Kendall's τ-b of costs by a criterion, (L,), NaN where it says nothing, and true losses.
+
+    None where fewer than two layers can be compared, or all are equal.
+    """
+    from scipy.stats import kendalltau
+
+    known = np.isfinite(costs) & np.isfinite(truth)
+    if known.sum() < 2:
+        return None
+    tau = float(kendalltau(costs[known], truth[known]).statistic)
+    return tau if math.isfinite(tau) else None
+
+
+def _with_regret(rows: Sequence[Row], measuring: Measuring) -> list[Row]:
+    """Compare every row of one model with the best of its size: regret, its error, and ties."""
+    scores = measuring.held_out.scores.scores
+    best: dict[int, Row] = {}
+    for row in rows:
+        if row.n not in best or row.score < best[row.n].score:
+            best[row.n] = row
+    found = []
+    for row in rows:
+        regret = scores(row.dropped).minus(scores(best[row.n].dropped))
+        stderr = regret.stderr if row.dropped != best[row.n].dropped else 0.0
+        found.append(replace(row, regret=regret.mean, regret_stderr=stderr, tied=regret.tied))
+    return found
