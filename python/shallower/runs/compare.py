@@ -246,7 +246,9 @@ class CompareStudy(Study[CompareSettings]):
 
         store = ModelStore(self.store, self.of_models[str(model)], self.found)
         with limit(self.settings.device_memory):
-            return compare_on(self, model, store)
+            return compare_on(
+                self, model, criteria=self.criteria, choosing=self.items[0], store=store
+            )
 
     def _joined(
         self, outcomes: "Sequence[Outcome]", failures: Mapping[str, str]

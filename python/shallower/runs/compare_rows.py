@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,15 @@ from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
 from ..progress import Advance, track
 from ..texts.batches import TokenBatches
+from ..texts.options import OptionItem
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
 from ..values.comparison import ComparedModel, Row
 from ..values.layers import check_sizes
 from ..values.plan import Plan
+from ..values.settings import CompareSettings
 from .given_models import InMemory
 from .measuring import FittedPatch, Measuring
-
-if TYPE_CHECKING:
-    from .compare import CompareStudy
+from .study import Study
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,17 @@ class Outcome:
     is_complete: bool
 
 
-def compare_on(study: "CompareStudy", model: ModelSource | InMemory, store: Store) -> Outcome:
+def compare_on(
+    study: Study[CompareSettings],
+    model: ModelSource | InMemory,
+    *,
+    criteria: Sequence[Criterion],
+    choosing: Sequence[OptionItem],
+    store: Store,
+) -> Outcome:
     """Compare criteria on one model, and give the rows with their regret.
+
+    Items of a task that are ``choosing`` are those of the judge ``options``.
 
     Raises:
         LayersError: a size that the model cannot lose.
@@ -67,7 +76,9 @@ def compare_on(study: "CompareStudy", model: ModelSource | InMemory, store: Stor
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
     for texts in study.splits:
-        compared = _Choosing(study, measuring, store, model=str(model), texts=texts)
+        compared = _Choosing(
+            study, measuring, store, criteria, choosing, model=str(model), texts=texts
+        )
         with track(f"compare on {texts}", compared.steps, study.progress) as advance:
             rows += compared.rows(compared.choices(advance), advance)
         several = f" on {texts}" if len(study.splits) > 1 else ""
@@ -101,9 +112,11 @@ class _Choosing:
     ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
     """
 
-    study: "CompareStudy"
+    study: Study[CompareSettings]
     measuring: Measuring
     store: Store
+    criteria: Sequence[Criterion]
+    choosing: Sequence[OptionItem]
     model: str
     texts: str
     skipped: dict[str, str] = field(default_factory=dict)
@@ -114,7 +127,7 @@ class _Choosing:
         read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
         batches = list(read)
         judge = judge_of(
-            settings.judge, measuring.tokenizer, split.choose, items=study.items[0],
+            settings.judge, measuring.tokenizer, split.choose, items=self.choosing,
             tokens=measuring.tokens,
         )  # fmt: skip
         inputs = judge_inputs(judge)
@@ -132,12 +145,12 @@ class _Choosing:
     @property
     def steps(self) -> int:
         """Steps of the progress: every choice, and the losses of what it chose."""
-        return 2 * len(self.study.criteria) * len(self.study.settings.n)
+        return 2 * len(self.criteria) * len(self.study.settings.n)
 
     def choices(self, advance: Advance) -> list[_Choice]:
         """Let every criterion choose, for every size; one that cannot is noted in ``skipped``."""
         found = []
-        for criterion in self.study.criteria:
+        for criterion in self.criteria:
             tau, own = None, Work()
             with self._others_go_on(criterion.name):
                 tau, own = self._measured(criterion)

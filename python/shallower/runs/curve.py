@@ -183,7 +183,10 @@ class CurveStudy(Study[CurveSettings]):
 
         _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading
         loaded, tokenizer = self.model.load()
-        points = CurvePoints(self, loaded, tokenizer, self._recipe(loaded, tokenizer))
+        points = CurvePoints(
+            self, loaded, tokenizer, tasks=self.tasks, recipe=self._recipe(loaded, tokenizer),
+            write=self.write_curve,
+        )  # fmt: skip
         found = points.curve()
         if points.is_complete:
             self.store.put(self.KIND, self.inputs, found.to_json())

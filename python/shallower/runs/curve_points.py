@@ -1,9 +1,9 @@
 """The points of a curve on one model that is loaded, each measured once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,15 +23,15 @@ from ..values.identity import title_of
 from ..values.layers import deepest_block
 from ..values.plan import Plan
 from ..values.recipe import Recipe
+from ..values.settings import CurveSettings
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
-
-if TYPE_CHECKING:
-    from .curve import CurveStudy
+from .study import Study
+from .tasks import StudyTasks
 
 
 class CurvePoints:
-    """The points of a curve on one model that is loaded.
+    """The points of a curve on one model that is loaded; ``write`` gets what is known so far.
 
     ``is_complete`` is false where something failed that may go well another time, as for want of
     memory.
@@ -39,16 +39,20 @@ class CurvePoints:
 
     def __init__(
         self,
-        study: "CurveStudy",
+        study: Study[CurveSettings],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        tasks: StudyTasks,
         recipe: Recipe | None,
+        write: Callable[[Curve], None],
     ) -> None:
         self._study, self._settings, self._recipe = study, study.settings, recipe
+        self._tasks, self._write = tasks, write
         self._store: Store = study.model_store(study.model)
         self._measuring = Measuring(
             study, model, tokenizer, store=self._store, scanned=lambda: self._scan,
-            tasks=study.tasks, recipe=recipe,
+            tasks=tasks, recipe=recipe,
         )  # fmt: skip
         self._decoder = self._measuring.decoder
         self._plans: dict[tuple[str, int], Plan | str] = {}
@@ -59,14 +63,14 @@ class CurvePoints:
         """Measure point by point; what is known is written before each next one."""
         settings = self._settings
         found = [self._measured((), "whole", "cut")]
-        self._study.write_curve(self._joined(found))
+        self._write(self._joined(found))
         wanted = [(s, n, name) for s in settings.states for n in settings.n
                   for name in settings.strategies]  # fmt: skip
         with track("curve", len(wanted), self._study.progress) as advance:
             for state, n, strategy in wanted:
                 advance(0, f"{strategy}, n = {n}, {state}")
                 found.append(self._point(strategy, n, state))
-                self._study.write_curve(self._joined(found))
+                self._write(self._joined(found))
                 advance(1)
         return self._joined(found)
 
@@ -80,7 +84,7 @@ class CurvePoints:
         return Curve(
             title_of(str(self._study.model)), len(self._decoder), (whole, *cuts),
             {**counts, "report": measuring.judge.num_items}, self._decoder.identity.dtype,
-            measuring.tokens.max_length, self._study.tasks.versions, self._described(),
+            measuring.tokens.max_length, self._tasks.versions, self._described(),
         )  # fmt: skip
 
     def _described(self) -> dict[str, Any]:
@@ -93,7 +97,7 @@ class CurvePoints:
             "patch": settings.patch,
             "patch_tokens": settings.patch_tokens if settings.patch == "full" else None,
             "heal": self._recipe and asdict(self._recipe),
-            "tasks": self._study.tasks.to_json(),
+            "tasks": self._tasks.to_json(),
             "top": settings.top,
             "seed": settings.seed,
             "parameters": self._measuring.num_parameters,

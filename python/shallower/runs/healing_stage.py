@@ -20,12 +20,12 @@ from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
+from ..values.settings import RunSettings
 from .continuing import continue_text
+from .study import Study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .run import RunStudy
 
 
 def choose_recipe(model: "PreTrainedModel", heal_steps: int | None, seed: int) -> Recipe:
@@ -43,7 +43,7 @@ class HealingStage:
     memory any more.
     """
 
-    study: "RunStudy"
+    study: Study[RunSettings]
     recipe: Recipe
 
     def __post_init__(self) -> None:

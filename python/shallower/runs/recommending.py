@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,12 +40,11 @@ from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Scores
+from ..values.settings import RunSettings
 from .continuing import continue_text
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
-
-if TYPE_CHECKING:
-    from .run import RunStudy
+from .study import Study
 
 SCAN_TEXTS = 256
 """Texts by which layers are compared, at most: errors of distances are small long before those
@@ -78,7 +76,7 @@ class Recommending:
 
     def __init__(
         self,
-        study: "RunStudy",
+        study: Study[RunSettings],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: Store,

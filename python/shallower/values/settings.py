@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, SettingsError, TextsError
 from .curve import STATES, State
@@ -16,9 +16,6 @@ from .memory import parse_size
 from .recipe import Recipe
 from .target import Target
 from .tokens import BatchSize, Tokens
-
-if TYPE_CHECKING:
-    from ..judgement.criterion import Criterion
 
 PROMPTS = (
     "The most important thing about a good plan is",
@@ -296,7 +293,7 @@ class CompareSettings(StudySettings):
     max_eval_texts: int = 64
     num_choosing: int = 16
     n: Sequence[int] = (1, 2, 4, 8)
-    criteria: "Sequence[str | Criterion] | None" = None
+    criteria: Sequence[Any] | None = None
     judge: str = "loss"
     options: str | Path | None = None
     device_memory: int | str | None = None
