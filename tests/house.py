@@ -193,12 +193,10 @@ def num_lines(file):
     return len(file.read_text(encoding="utf-8").splitlines())
 
 
-def body_lines(function):
-    """Lines of a function behind its signature and its docstring."""
-    body = function.body
-    if ast.get_docstring(function) is not None:
-        body = body[1:]
-    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+def num_statements(function):
+    """Statements of a function, those within others too, its docstring aside."""
+    found = sum(isinstance(node, ast.stmt) for node in ast.walk(function)) - 1
+    return found - (ast.get_docstring(function) is not None)
 
 
 def positional(function):

@@ -46,10 +46,8 @@ def test_every_room_is_in_the_law():
     assert sorted(room for layer in layers for room in layer) == sorted(rooms - unlisted)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_down(module):
-    found = house.breaches(SOURCE, house.law(ARCHITECTURE))
-    assert [breach for breach in found if breach.split()[0].rstrip(":") == module] == []
+def test_imports_run_down():
+    assert house.breaches(SOURCE, house.law(ARCHITECTURE)) == []
 
 
 UPWARD = {

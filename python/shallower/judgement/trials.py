@@ -67,7 +67,7 @@ class Count:
             self._counted.add(what)
             self.layer_forwards += layer_forwards
 
-    def run(self, what: Hashable, index: int, path: tuple[int, ...], texts: int) -> None:
+    def run(self, what: Hashable, index: int, path: tuple[int, ...], *, texts: int) -> None:
         """Add the layers of a path on a batch, without the longest beginning that has run on it."""
         if what in self._counted:
             return
@@ -192,8 +192,8 @@ class Trials:
         if self.count is not None:
             texts = len(self.judge.batches[index])
             if self._prepares:
-                self.count.run(("whole", index), index, self.path(()), texts)
-            self.count.run((gone, index), index, self.path(gone), texts)
+                self.count.run(("whole", index), index, self.path(()), texts=texts)
+            self.count.run((gone, index), index, self.path(gone), texts=texts)
         return self._judged[key]
 
     def _measure(self, gone: frozenset[int], index: int) -> NDArray[np.float64]:
@@ -272,7 +272,7 @@ class PatchedTrials:
         trials.count.once("patch", len(trials.model) * self.num_texts)
         trials.count.once(("patch", gone), patch_layers(gone) * self.num_texts)
         before = tuple(range(unchanged))
-        trials.count.run(("before", index, unchanged), index, before, texts)
+        trials.count.run(("before", index, unchanged), index, before, texts=texts)
         changed = sum(layer >= unchanged for layer in trials.path(gone))
         trials.count.once(("patched", gone, index), changed * texts)
 

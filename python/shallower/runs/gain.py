@@ -200,7 +200,7 @@ def _forecast(
         before=before,
         after=cut,
         forecasts=tuple(
-            forecast(device or this_machine(load.dtype), accounts, (before, cut), load.dtype)
+            forecast(device or this_machine(load.dtype), accounts, (before, cut), dtype=load.dtype)
             for device in devices
         ),
         versions=versions(),
@@ -214,7 +214,7 @@ def _measured(subject: _Subject, found: Gain) -> Measured:
 
     model = subject.load(found.dtype)
     cut = partial(without_layers, model, list(found.dropped))
-    return time_in_turns(model, cut, found.context, found.batch)
+    return time_in_turns(model, cut, context=found.context, batch=found.batch)
 
 
 def _sizes(account: "Account", num_layers: int) -> Sizes:

@@ -37,7 +37,7 @@ def by_layer(
 
 
 def forecast(
-    device: Device, accounts: Sequence[Account], sizes: Sequence[Sizes], dtype: str
+    device: Device, accounts: Sequence[Account], sizes: Sequence[Sizes], *, dtype: str
 ) -> Forecast:
     """Forecast the times of a model and of its cut, which ``accounts`` and ``sizes`` are of."""
     (prefill_before, prefill_after), (decode_before, decode_after) = (

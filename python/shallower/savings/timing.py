@@ -221,6 +221,7 @@ def _forward(
 def time_in_turns(
     model: PreTrainedModel,
     cut: Callable[[], AbstractContextManager[object]],
+    *,
     context: int,
     batch: int,
 ) -> Measured:

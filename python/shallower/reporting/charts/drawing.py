@@ -158,11 +158,11 @@ class Drawing:
     def rendered(self, kind: str) -> bytes:
         """Render the figure once as ``svg`` or ``png``."""
         if kind not in self._files:
-            self._files[kind] = render(self.figure, kind, self.title, self.text)
+            self._files[kind] = render(self.figure, kind, title=self.title, text=self.text)
         return self._files[kind]
 
 
-def render(figure: "Figure", kind: str, title: str, text: str = "") -> bytes:
+def render(figure: "Figure", kind: str, *, title: str, text: str = "") -> bytes:
     """Render a figure as ``svg`` or ``png``, without a date, so that its bytes are the same."""
     import matplotlib
 

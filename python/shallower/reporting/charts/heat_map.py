@@ -89,7 +89,7 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
             _draw_panel(axes, values, starts, label)
         panels[1].set_ylabel("")
         figure.suptitle(words)
-    write_file(Path(path), render(figure, "png", words))
+    write_file(Path(path), render(figure, "png", title=words))
 
 
 def draw_heat_map(scan: Scan, folder: str | Path) -> list[Path]:
