@@ -31,6 +31,7 @@ from pathlib import Path
 
 # Parts of a result that are no result: they differ from run to run, or say how the work was done.
 UNTOLD = re.compile(
+    r".*_per_second|"
     r"(.*_)?(seconds|time|times|date|version|versions|created|command|layer_forwards|forwards|"
     r"layer_items|work|machine|cpu|host|commit|path|paths|folder|out|file|files|source|cache|job|"
     r"hash|memory|free|threads|checkpoint|page|html)"
