@@ -135,6 +135,13 @@ def test_all_matrices_behind_the_cut_go_on_down(model, words):
         layer = name.split(".")[2] if "layers" in name else "none"
         old = before[name.replace(".2.", ".6.").replace(".3.", ".7.")]
         assert torch.equal(weight, old) is not (layer in {"1", "2", "3"} and weight.ndim > 1)
+    assert json.loads(json.dumps(done.to_json())) == done.to_json()
+    assert sh.Patch.from_json(done.to_json()) == done
+
+
+def test_records_of_methods_that_went_are_read():
+    plan = sh.Plan(8, (sh.Block(3, 5),))
+    done = sh.Patch(plan, "magnitude", 90, 10, 1.0, 3.0, 2.0, scales=(1.25,))
     assert sh.Patch.from_json(json.loads(json.dumps(done.to_json()))) == done
 
 

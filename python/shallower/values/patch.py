@@ -72,8 +72,16 @@ class Patch:
 
     def to_json(self) -> dict[str, Any]:
         """The fields, the plan as JSON, and ``recovered``, as plain JSON values."""
-        values = {**asdict(self), "plan": self.plan.to_json(), "recovered": self.recovered}
-        return {"format": "shallower.patch", "version": 1, **values}
+        return {
+            "format": "shallower.patch",
+            "version": 1,
+            **asdict(self),
+            "plan": self.plan.to_json(),
+            "fits": [{**asdict(fit), "matrices": list(fit.matrices)} for fit in self.fits],
+            "scales": list(self.scales),
+            "descent": list(self.descent),
+            "recovered": self.recovered,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Patch":
