@@ -6,7 +6,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -225,7 +225,7 @@ class Measuring:
             loss = self.held_out.loss(self.scores(dropped, state))
             if not self._tasks.names:
                 return Measured(loss)
-            with without_layers(self.model, dropped):
+            with without_layers(self.model, dropped) if dropped else nullcontext():
                 return Measured(loss, self._tasks.scores(self.model, self.tokenizer))
         with self._in_state(self.plan(dropped), state) as (model, tokenizer):
             return Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
