@@ -17,6 +17,8 @@ from shallower.values.recipe import Recipe
 from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import write_jsonl
+from tests.healing.cuts import documents as progressions
+from tests.runs.conftest import trained  # noqa: F401
 
 QUICK = (
     "--dtype float32 --max-length 16 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 "
@@ -29,8 +31,8 @@ COMMANDS = {
     "scan states": "scan {tiny} --texts {texts} --out {out} --keep-states {out}.safetensors",
     "analyse": "analyse {states} --out {out} --cka-batch 8",
     "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 2 --top 2 --out {out}",
-    "patch": "patch {tiny} --texts {many} --drop 2:4 --eval-texts {held_out} --out {out} "
-    "--dtype float32",
+    "patch": "patch {trained} --texts {counting} --drop 2:4 --eval-texts {counted} --out {out} "
+    "--dtype float32 --max-length 16",
     "prune": "prune {tiny} --drop 2:4 --dtype bfloat16 --verify --out {out}",
     "heal": "heal {cut} --texts {many} --eval-texts {many} --max-eval-texts 40 --out {out} "
     + QUICK,
@@ -41,7 +43,7 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, models, texts):
+def place(tmp_path_factory, models, texts, trained, words):  # noqa: F811
     """What the commands are given, by name."""
     folder = tmp_path_factory.mktemp("cached")
     names = {
@@ -49,10 +51,15 @@ def place(tmp_path_factory, models, texts):
         "texts": texts / "texts.jsonl",
         "held_out": texts / "held_out.jsonl",
         "many": write_jsonl(folder / "many.jsonl", documents(300, seed=2)),
+        "trained": folder / "trained",
+        "counting": write_jsonl(folder / "counting.jsonl", progressions(300, 5)),
+        "counted": write_jsonl(folder / "counted.jsonl", progressions(12, 1)),
         "states": folder / "states.safetensors",
         "cut": folder / "cut",
         "adapters": folder / "adapters",
     }
+    trained.save_pretrained(names["trained"])
+    words.save_pretrained(names["trained"])
     loaded = sh.load_model(names["tiny"])
     sh.scan(*loaded, Texts(str(names["texts"])), keep_states=names["states"])
     sh.prune(names["tiny"], [range(2, 4)], names["cut"])

@@ -215,7 +215,7 @@ def _usage_error() -> Any:
 SHARED = ("heal", "info")
 """The commands that several processes may be started for; no other shares its work."""
 
-SPREAD = ("scan", "eval", "compare", "curve", "patch", "run", "prune", "plan")
+SPREAD = ("scan", "eval", "compare", "curve", "patch", "run", "prune")
 """The commands of one process that have ``--device-map``."""
 
 PATIENCE = 3.0

@@ -128,7 +128,7 @@ def compare_command(
             for model in models or ()
         ],
         texts=named, eval_texts=held_out, settings=settings, out=out, overwrite=overwrite,
-        store=open_store(no_cache), command=called(),
+        store=open_store(no_cache, dry_run=dry_run), command=called(),
     )  # fmt: skip
     if dry_run:
         say_dry_run(_described(study), as_json)

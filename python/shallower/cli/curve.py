@@ -138,7 +138,7 @@ def curve_command(
     study = CurveStudy(
         models=(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),),
         texts=read_texts(texts), eval_texts=read_texts(eval_texts), settings=settings, out=out,
-        overwrite=overwrite, store=open_store(no_cache), command=called(),
+        overwrite=overwrite, store=open_store(no_cache, dry_run=dry_run), command=called(),
     )  # fmt: skip
     if dry_run:
         study.check()

@@ -241,7 +241,11 @@ def _carry_out(
     from ..runs.store import open_store
 
     study = RunStudy(
-        models=(source,), settings=settings, store=open_store(no_cache), command=called(), **places
+        models=(source,),
+        settings=settings,
+        store=open_store(no_cache, dry_run=dry_run),
+        command=called(),
+        **places,
     )
     output = _output(study)
     if not dry_run and reuse(output, lambda _: _say_again(study.folder, as_json)):

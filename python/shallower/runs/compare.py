@@ -16,6 +16,7 @@ from ..errors import (
     one_sentence,
 )
 from ..models.source import ModelSource
+from ..processes import refuse_several
 from ..texts.options import OptionItem, options_fingerprint, read_options
 from ..values.comparison import CriteriaComparison
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
@@ -91,6 +92,7 @@ def compare(
         >>> [(row.criterion, row.n, len(row.dropped)) for row in done.rows]
         [('angular', 2, 2), ('deepest', 2, 2)]
     """
+    refuse_several("comparisons are")
     study = CompareStudy(
         models=given_models(model, tokenizer), texts=texts, eval_texts=eval_texts,
         settings=CompareSettings.of(settings, options), out=None if out is None else Path(out),

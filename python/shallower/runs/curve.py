@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CriterionError
 from ..models.source import ModelSource
+from ..processes import refuse_several
 from ..reporting.writers.csv import write_curve
 from ..values.curve import OWN_STRATEGIES, Curve
 from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
@@ -91,6 +92,7 @@ def curve(
         >>> curve.line("deepest", "cut")[1].dropped
         (28,)
     """
+    refuse_several("curves are")
     study = CurveStudy(
         models=(given_model(model, tokenizer),), texts=texts, eval_texts=eval_texts,
         settings=CurveSettings.of(settings, options), out=Path(out), overwrite=overwrite,

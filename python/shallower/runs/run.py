@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
+from ..processes import refuse_several
 from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
@@ -108,6 +109,7 @@ def run(
         >>> done.recommended.loss.nats <= done.recommended.cut.nats
         True
     """
+    refuse_several("runs are")
     study = RunStudy(
         models=(given_model(model, tokenizer),), texts=texts, eval_texts=eval_texts,
         settings=RunSettings.of(settings, options), out=Path(out), overwrite=overwrite,

@@ -83,9 +83,14 @@ def store_folder() -> Path | None:
         return None
 
 
-def open_store(no_cache: bool = False) -> "Store":
-    """Open the store of this user, or one that finds and keeps nothing."""
-    return Store(None if no_cache else store_folder())
+def open_store(no_cache: bool = False, *, dry_run: bool = False) -> "Store":
+    """Open the store of this user, or one that finds and keeps nothing.
+
+    A dry run makes no store where none is.
+    """
+    folder = None if no_cache else store_folder()
+    is_there = folder is not None and (folder / STORE_FILE).is_file()
+    return Store(folder if is_there or not dry_run else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ..errors import TextsError
 from ..models.source import ModelSource
-from ..processes import refuse_several
 from ..storage import check_free, write_file
 from ..texts.options import OptionItem
 from ..texts.sequences import ReadOnce
@@ -68,7 +67,6 @@ class Study(ABC, Generic[Settings]):
 
     Raises:
         TextsError: texts that are not text.
-        ProcessesError: this is one of several processes.
     """
 
     KIND: ClassVar[str]
@@ -88,7 +86,6 @@ class Study(ABC, Generic[Settings]):
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        refuse_several(f"{self.KIND}s are")
         named = self._named_texts
         if not named or not all(isinstance(name, str) and name for name in named):
             raise TextsError(f"texts by name: expected names that are not empty, got {[*named]}")

@@ -10,8 +10,6 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 T = TypeVar("T")
 
 
@@ -39,7 +37,9 @@ def read(kind: Any, data: Any) -> Any:
         return data
     if origin is tuple:
         return tuple(read(inner[0], one) for one in of_type(list, data))
-    if origin is np.ndarray:
+    if getattr(origin, "__name__", "") == "ndarray":
+        import numpy as np  # which a command's help does without
+
         return np.array([read(float, one) for one in of_type(list, data)], np.float64)
     if origin in (dict, Mapping):
         items = of_type(dict, data).items()
