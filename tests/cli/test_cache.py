@@ -18,7 +18,7 @@ from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import write_jsonl
 from tests.healing.cuts import documents as progressions
-from tests.runs.conftest import trained  # noqa: F401
+from tests.runs.conftest import trained as trained_model
 
 QUICK = (
     "--dtype float32 --max-length 16 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 "
@@ -43,7 +43,7 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, models, texts, trained, words):  # noqa: F811
+def place(tmp_path_factory, models, texts, trained_model, words):
     """What the commands are given, by name."""
     folder = tmp_path_factory.mktemp("cached")
     names = {
@@ -58,7 +58,7 @@ def place(tmp_path_factory, models, texts, trained, words):  # noqa: F811
         "cut": folder / "cut",
         "adapters": folder / "adapters",
     }
-    trained.save_pretrained(names["trained"])
+    trained_model.save_pretrained(names["trained"])
     words.save_pretrained(names["trained"])
     loaded = sh.load_model(names["tiny"])
     sh.scan(*loaded, Texts(str(names["texts"])), keep_states=names["states"])

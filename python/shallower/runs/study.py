@@ -185,6 +185,8 @@ class Study(ABC, Generic[Settings]):
     @cached_property
     def of_models(self) -> dict[str, dict[str, Any] | None]:
         """All that results depend on of each model, by its name; the hub is asked once."""
+        if self.store.folder is None:
+            return dict.fromkeys(map(str, self.models))
         return {str(model): inputs_of_one(model, self.store) for model in self.models}
 
     def model_store(self, model: ModelSource | InMemory) -> ModelStore:
