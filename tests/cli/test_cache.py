@@ -18,7 +18,6 @@ from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import write_jsonl
 from tests.healing.cuts import documents as progressions
-from tests.runs.conftest import trained as trained_model
 
 QUICK = (
     "--dtype float32 --max-length 16 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 "
@@ -43,7 +42,7 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, models, texts, trained_model, words):
+def place(tmp_path_factory, models, texts, trained, words):
     """What the commands are given, by name."""
     folder = tmp_path_factory.mktemp("cached")
     names = {
@@ -58,7 +57,7 @@ def place(tmp_path_factory, models, texts, trained_model, words):
         "cut": folder / "cut",
         "adapters": folder / "adapters",
     }
-    trained_model.save_pretrained(names["trained"])
+    trained.save_pretrained(names["trained"])
     words.save_pretrained(names["trained"])
     loaded = sh.load_model(names["tiny"])
     sh.scan(*loaded, Texts(str(names["texts"])), keep_states=names["states"])
