@@ -157,7 +157,7 @@ _HOMES = {
     "verify_checkpoint": "cutting.saving",
     "without_layers": "cutting.in_model",
 }
-"""The public names, each with the module that it is imported from; types are told above."""
+"""The public names, each with the module that it is imported from; types are imported above."""
 
 __all__ = sorted(_HOMES)
 

@@ -177,7 +177,7 @@ def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[
 
     Args:
         path: a folder that does not exist yet, or is empty.
-        job: a text that tells this work from any other.
+        job: a text that identifies this work.
         overwrite: replace what is at ``path``, once the new folder is complete.
 
     Yields:
@@ -208,7 +208,7 @@ def resumable_file(path: Path, job: str, overwrite: bool = False) -> Iterator[Pa
 
     Args:
         path: the file to be.
-        job: a text that tells this work from any other.
+        job: a text that identifies this work.
         overwrite: replace what is at ``path``, once the new file is complete.
 
     Yields:
@@ -341,7 +341,7 @@ def _settle(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Put the names in a folder on disk; its files are flushed by whoever writes them.
+    """Put the names in a folder on disk; its files are flushed by their writers.
 
     Args:
         folder: the folder.

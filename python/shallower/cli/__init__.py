@@ -68,7 +68,7 @@ COMMANDS = {
     ),
     "gain": Command(
         "gain",
-        "Tell what a cut saves, by the config alone.",
+        "Count and forecast what a cut saves, by the config alone.",
         "HuggingFaceTB/SmolLM2-135M --drop 12:20 --device a100-80",
     ),
     "patch": Command(
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the command and what it is given; of this process by default.
 
     Raises:
-        SystemExit: at the end, always. The status is 2 for a user's mistake, which is told in one
+        SystemExit: at the end, always. The status is 2 for a user's mistake, which is said in one
             sentence on standard error.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]

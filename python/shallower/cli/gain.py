@@ -51,7 +51,7 @@ def gain_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what a cut saves, by the config alone.
+    """Count and forecast what a cut saves, by the config alone.
 
     Parameters, bytes of weights and of keys and values, operations, and the time of a
     prefill and of a token by the roofline of a device; no weight is read without

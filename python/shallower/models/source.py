@@ -89,6 +89,6 @@ class ModelSource:
         config = self.read_config()
         count = layers_of(config)
         if count is None:
-            raise ModelError(f"the config of {self.path} does not tell how many layers it has")
+            raise ModelError(f"the config of {self.path} does not say how many layers it has")
         width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
         return count + 1, width if isinstance(width, int) else None

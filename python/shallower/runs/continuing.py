@@ -13,17 +13,7 @@ def continue_text(
     *,
     num_tokens: int = 32,
 ) -> str:
-    """Continue a text greedily, whatever the model's own settings prefer.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompt: the text to continue.
-        num_tokens: tokens to add at most.
-
-    Returns:
-        The prompt and its continuation.
-    """
+    """Continue a text greedily by ``num_tokens`` at most, whatever the model's settings prefer."""
     import torch
 
     from ..models.decoder import Decoder

@@ -91,7 +91,7 @@ def memory_forecast(
         total = _layers_of_uncut(str(place)) if what == "heal" else None
     total = total or layers_of(config)
     if total is None:
-        raise ModelError("the config does not tell how many layers the model has")
+        raise ModelError("the config does not say how many layers the model has")
     if drop:
         config = _shortened(config, drop)
     room = device_room(device_memory, processes)

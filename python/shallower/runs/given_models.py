@@ -1,4 +1,4 @@
-"""The models of a comparison: in memory, and what the cache keeps of each."""
+"""The models of a study, in memory or by their sources, and what the store keeps of each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class InMemory:
             return None
         return {
             "weights": content,
-            "tokenizer": _told(self.tokenizer),
+            "tokenizer": _tokenizer_hash(self.tokenizer),
             "device": str(self.model.device),
             "machine": machine(),
             "made_by": made_by(),
@@ -90,14 +90,7 @@ class ModelStore:
 def given_models(
     model: Any, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[ModelSource | InMemory, ...]:
-    """Name the models of a comparison.
-
-    Args:
-        model: a model in memory, or a source or place, or several of those.
-        tokenizer: of a model in memory.
-
-    Returns:
-        The models that are named, or the one that is given.
+    """The models that are named, or the one in memory.
 
     Raises:
         ModelError: it is no model, or one in memory without its tokenizer, or one of several.
@@ -118,26 +111,15 @@ def given_models(
 
 
 def given_model(model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> ModelSource | InMemory:
-    """Find the one model that is given or named.
-
-    Args:
-        model: a model in memory, or its source or place.
-        tokenizer: of a model in memory.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: as :func:`given_models`; or there are several models, or none.
-    """
+    """The one model that is given or named; raises ModelError as :func:`given_models`."""
     found = given_models(model, tokenizer)
     if len(found) != 1:
         raise ModelError(f"this is done on one model, and {len(found)} are given: name one (model)")
     return found[0]
 
 
-def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Tell a tokenizer by all that it is made of."""
+def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A hash of all that a tokenizer is made of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     return hash_of([
@@ -147,13 +129,5 @@ def _told(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def inputs_of_one(model: ModelSource | InMemory, cache: Store) -> dict[str, Any] | None:
-    """Tell all that the results of a model depend on, for the cache.
-
-    Args:
-        model: in memory, or its source.
-        cache: where hashes of files are kept.
-
-    Returns:
-        Plain JSON values; None where it cannot be told, or the cache is off.
-    """
+    """All that the results of a model depend on; None where that is unknown, or the store is off."""
     return model_inputs(model, cache) if isinstance(model, ModelSource) else model.inputs(cache)

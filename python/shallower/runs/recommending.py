@@ -58,7 +58,7 @@ CPU_WORK = 3e13
 """Tokens times parameters that a CPU patches in some ten minutes."""
 
 
-PLAN_ONLY = "only the plan was asked for (plan_only, --plan-only)"
+PLAN_ONLY = "no model was wanted, but the plan alone (plan_only, --plan-only)"
 
 TABLE_REPORTS = 64
 """Texts of those that report on which cuts of the table are measured, at least; their losses on
@@ -152,7 +152,7 @@ class Recommending:
         return scanned
 
     def _within(self, results: Run, choice: SizeChoice) -> Run:
-        """The most layers whose patched cut loses no more than is asked for, saved.
+        """The most layers whose patched cut loses no more than the target allows, saved.
 
         A quick patch leaves more of the loss than the one that is saved: so larger sizes are tried
         if their losses, less by as much as that of ``choice`` was, fit.
@@ -177,7 +177,7 @@ class Recommending:
         return found
 
     def _larger(self, n: int) -> int:
-        """The most layers that are expected to lose no more than is asked for, after a patch."""
+        """The most layers that are expected to lose no more than the target allows, after a patch."""
         most = self._target.max_loss
         assert most is not None
         quick = self._plans.lost(n).mean
@@ -187,7 +187,7 @@ class Recommending:
         return n
 
     def _recommended(self, results: Run, choice: SizeChoice) -> Run | None:
-        """Patch the verified plan of a size and save it; None if it loses more than is asked."""
+        """Patch the verified plan of a size and save it; None if it loses more than allowed."""
         verified, measuring = self._plans.verify(choice.n), self._measuring
         plan = verified.plan
         self._study.keep_choice("recommended", choice.n, plan.dropped)
@@ -273,7 +273,7 @@ class Recommending:
         return replace(results, difference=difference, marks=marks)
 
     def _is_wanted(self) -> bool:
-        """Whether the model as it is now loses no more than is asked for, if that is asked for."""
+        """Whether the model as it is now loses no more than the target allows, if it says so."""
         most = self._target.max_loss
         if most is None:
             return True

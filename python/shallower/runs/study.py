@@ -1,7 +1,7 @@
 """Study: models, texts and settings, and the folder that holds what was found about them.
 
 ``run``, ``curve`` and ``compare`` are three studies. What they share is here: which texts fit,
-choose and report, what tells one study from another, whether what lies in the folder is its own,
+choose and report, what distinguishes one study from another, whether what lies in the folder is its own,
 what is refused before anything heavy, and how results are written before each next step.
 """
 
@@ -181,10 +181,10 @@ class Study(ABC, Generic[Settings]):
         trusted = isinstance(self.model, ModelSource) and self.model.trust_remote_code
         return str(self.model), trusted
 
-    # What tells the study from others.
+    # What distinguishes the study.
     @cached_property
     def of_models(self) -> dict[str, dict[str, Any] | None]:
-        """All that results depend on of each model, by its name; the hub is asked once."""
+        """All that results depend on of each model, by its name; the hub is queried once."""
         if self.store.folder is None:
             return dict.fromkeys(map(str, self.models))
         return {str(model): inputs_of_one(model, self.store) for model in self.models}
@@ -208,7 +208,7 @@ class Study(ABC, Generic[Settings]):
         return hash_of([self.split.report, asdict(self.settings.tokens)])
 
     def trained_on(self) -> Any:
-        """What tells the texts of a healing from others, as far as that is known."""
+        """The identity of the texts of a healing, as far as that is known."""
         if not isinstance(self.texts, Texts | Sized):
             return None  # an iterator can be read once, and need not end
         return texts_inputs(self.texts, self.store) or str(getattr(self.texts, "source", None))
