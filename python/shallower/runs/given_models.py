@@ -129,5 +129,5 @@ def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def inputs_of_one(model: ModelSource | InMemory, cache: Store) -> dict[str, Any] | None:
-    """All that the results of a model depend on; None where that is unknown, or the store is off."""
+    """All that the results of a model depend on; None if unknown, or the store is off."""
     return model_inputs(model, cache) if isinstance(model, ModelSource) else model.inputs(cache)

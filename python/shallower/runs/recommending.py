@@ -177,7 +177,7 @@ class Recommending:
         return found
 
     def _larger(self, n: int) -> int:
-        """The most layers that are expected to lose no more than the target allows, after a patch."""
+        """The most layers that should lose no more than the target allows, after a patch."""
         most = self._target.max_loss
         assert most is not None
         quick = self._plans.lost(n).mean

@@ -1,8 +1,8 @@
 """Study: models, texts and settings, and the folder that holds what was found about them.
 
 ``run``, ``curve`` and ``compare`` are three studies. What they share is here: which texts fit,
-choose and report, what distinguishes one study from another, whether what lies in the folder is its own,
-what is refused before anything heavy, and how results are written before each next step.
+choose and report, what distinguishes one study from another, whether what lies in the folder is
+its own, what is refused before anything heavy, and how results are written before each next step.
 """
 
 import json
