@@ -274,7 +274,7 @@ def _killed(*_args, **_options):
     [
         ({"n": [6]}, sh.LayersError, "cannot drop n = 6 of 6 layers: expected 1 <= n <= 5"),
         ({"n": [1, -2]}, sh.LayersError, r"n = -2: expected at least 0"),
-        ({"n": "1,2"}, sh.LayersError, "expected numbers of layers, as 0,1,2,4"),
+        ({"n": "1,2"}, sh.LayersError, "expected numbers of layers, as 1,2,4"),
         ({"n": [1.5]}, sh.LayersError, "1.5: expected an integer"),
         ({"strategies": ["magic"]}, sh.CriterionError, "'magic': expected some of recommended, "),
         ({"strategies": "deepest"}, sh.CriterionError, "must be a sequence of names"),

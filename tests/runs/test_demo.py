@@ -126,6 +126,10 @@ def run_demo(monkeypatch, capfd, tmp_path):
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path):
     status, described = run_demo("--dry-run", "--max-texts", "16", "--n", "2")
     assert status == 0
+    units = described.pop("measure")
+    names = ["n = 0, whole, cut", "n = 2, recommended, cut", "n = 2, recommended, patched"]
+    assert [unit["name"] for unit in units] == names
+    assert [unit["known"] for unit in units] == [True, False, False]
     assert described == {
         "dry_run": True,
         "demo": demo.model_path().name,
