@@ -47,7 +47,7 @@ class HealingStage:
     recipe: Recipe
 
     def __post_init__(self) -> None:
-        self._texts = self.study.training_texts()
+        self.texts = self.study.training_texts()
 
     def check(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Refuse what the healing would refuse after all the work of the run.
@@ -55,7 +55,7 @@ class HealingStage:
         Raises:
             RecipeError, TextsError, MissingExtraError: as :func:`require_healable`.
         """
-        require_healable(model, tokenizer, self._texts, recipe=self.recipe)
+        require_healable(model, tokenizer, self.texts, recipe=self.recipe)
 
     def heal(self, results: Run) -> Run:
         """Train on the checkpoint, and measure the healed model, reloaded.
@@ -96,7 +96,7 @@ class HealingStage:
         name, trusted = study.origin
         original = None if self.recipe.objective == "lm" else name  # nobody else needs it now
         return heal(
-            checkpoint, self._texts, place, recipe=self.recipe, eval_texts=study.split.choose,
+            checkpoint, self.texts, place, recipe=self.recipe, eval_texts=study.split.choose,
             original=original, merge=True, overwrite=study.overwrite or goes_on,
             progress=study.progress, trust_remote_code=trusted,
         )  # fmt: skip
