@@ -148,7 +148,9 @@ class Study(ABC, Generic[Settings]):
         from ..texts.splits import three_splits
 
         settings, found = self.settings, {}
-        report = self.eval_texts and list(islice(self.eval_texts, settings.max_eval_texts))
+        report = None
+        if self.eval_texts is not None:
+            report = list(islice(self.eval_texts, settings.max_eval_texts))
         for name, read in self._read.items():
             texts = list(islice(read, settings.max_texts))
             held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY][: settings.max_eval_texts]
@@ -277,11 +279,12 @@ class Study(ABC, Generic[Settings]):
     @cached_property
     def written(self) -> dict[str, Any] | None:
         """The results in ``out`` as far as they came, if they are of this very study."""
-        if self.out is None or self.overwrite or self.job is None:
+        if self.out is None or self.overwrite:
             return None
         try:
             values = json.loads((self.out / self.RESULTS).read_bytes())
-            return values if self._job_in(values) == self.job else None
+            job = self._job_in(values)
+            return values if job is not None and job == self.job else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
