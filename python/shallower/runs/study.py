@@ -284,9 +284,9 @@ class Study(ABC, Generic[Settings]):
         try:
             values = json.loads((self.out / self.RESULTS).read_bytes())
             job = self._job_in(values)
-            return values if job is not None and job == self.job else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+        return values if job is not None and job == self.job else None
 
     @staticmethod
     def _job_in(values: Any) -> Any:
