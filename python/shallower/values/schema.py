@@ -66,9 +66,19 @@ def fields_of(kind: Any, data: Any, nan: Collection[str] = ()) -> dict[str, Any]
     """
     values = of_type(dict, data)
     return {
-        name: math.nan if values[name] is None and name in nan else read(expected, values[name])
-        for name, expected in _kinds(kind).items()
+        name: math.nan if values[name] is None and name in nan else _field(name, of, values[name])
+        for name, of in _kinds(kind).items()
     }
+
+
+def _field(name: str, kind: Any, value: Any) -> Any:
+    """A field as :func:`read` gives it; an error names the field."""
+    try:
+        return read(kind, value)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @cache
