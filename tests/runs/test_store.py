@@ -263,7 +263,8 @@ def test_a_network_folder_is_written_without_a_shared_log(store, monkeypatch):
     store._file._close()
     monkeypatch.setattr(module, "file_system", lambda _: "nfs4")
     one = again(store)
-    one.put("loss", {"n": 2}, {"nats": 2.0})
+    with pytest.warns(UserWarning, match="network folder .*SHALLOWER_CACHE"):
+        one.put("loss", {"n": 2}, {"nats": 2.0})
     assert one._file._connection.execute("PRAGMA journal_mode").fetchone() == (b"delete",)
     assert [one.get("loss", {"n": n})["nats"] for n in (1, 2)] == [1.0, 2.0]
 
