@@ -1,10 +1,13 @@
 """Whatever is killed at any moment and begun again ends in the same results, to the bit."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -92,8 +95,9 @@ class Machine:
         return json.loads(self.process.stdout.readline())
 
 
-@pytest.fixture(scope="module")
-def machine():
+@contextlib.contextmanager
+def started():
+    """A machine, until the end of the block."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", HARNESS],
@@ -101,6 +105,12 @@ def machine():
     ) as process:  # fmt: skip
         yield Machine(process)
         process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def machine():
+    with started() as machine:
+        yield machine
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +175,18 @@ def _plain(value):
     return [_plain(inside) for inside in value] if isinstance(value, list) else value
 
 
+def kill(machine, name, folder, chance, seconds):
+    """Kill a command at a random moment; one that ended before is begun anew."""
+    while True:
+        moment = chance.uniform(0.02, 0.95) * seconds
+        status, _ = machine.run(COMMANDS[name], folder, moment)
+        if status == -9:
+            return
+        assert status == 0, (folder / "said").read_text()
+        for made in ("out", "cache"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+
+
 @pytest.mark.parametrize(("name", "seed"), MOMENTS)
 def test_what_is_killed_at_two_random_moments_ends_in_the_same_results(
     place, machine, whole, tmp_path, name, seed
@@ -172,11 +194,25 @@ def test_what_is_killed_at_two_random_moments_ends_in_the_same_results(
     expected, seconds = whole(name)
     folder = begun(place, tmp_path / "work")
     chance = random.Random(f"{name} {seed}")
-    ends = [
-        machine.run(COMMANDS[name], folder, chance.uniform(0.05, 0.95) * seconds)[0]
-        for _ in range(2)
-    ]
-    assert set(ends) <= {0, -9}, (folder / "said").read_text()
+    for _ in range(2):
+        kill(machine, name, folder, chance, seconds)
     status, _ = machine.run(COMMANDS[name], folder)
     assert status == 0, (folder / "said").read_text()
     assert results(folder / "out") == results(expected / "out")
+
+
+@pytest.mark.parametrize("names", [("curve", "curve"), ("run", "compare")])
+def test_two_commands_on_one_store_at_once_lose_nothing(place, whole, tmp_path, names):
+    folders = [begun(place, tmp_path / f"{at}") for at in range(len(names))]
+    (tmp_path / "cache").mkdir()
+    for folder in folders:
+        (folder / "cache").symlink_to(tmp_path / "cache")
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        machines = [stack.enter_context(started()) for _ in names]
+        commands = [COMMANDS[name] for name in names]
+        ends = list(pool.map(Machine.run, machines, commands, folders))
+    for name, folder, (status, _) in zip(names, folders, ends, strict=True):
+        said = (folder / "said").read_text()
+        assert status == 0, said
+        assert "remember" not in said  # the store was there for both
+        assert results(folder / "out") == results(whole(name)[0] / "out")

@@ -15,12 +15,7 @@ from .errors import OutputError
 def check_free(path: Path, overwrite: bool = False) -> None:
     """Refuse a path that holds something already; an empty folder is free.
 
-    Args:
-        path: the file or folder to be written.
-        overwrite: whether something may be there.
-
-    Raises:
-        OutputError: something is there and ``overwrite`` is off, or a parent is a file.
+    Raises OutputError if something is there and ``overwrite`` is off, or a parent is a file.
     """
     with raise_output_error(path):
         if path.absolute() == Path.cwd():
@@ -42,16 +37,9 @@ def check_free(path: Path, overwrite: bool = False) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Count the bytes that can be written where a path would be.
+    """Count the free bytes of the file system where a path would be, which need not be there.
 
-    Args:
-        path: a file or folder, which need not be there.
-
-    Returns:
-        The free bytes of its file system.
-
-    Raises:
-        OutputError: the place cannot be looked at.
+    Raises OutputError if the place cannot be looked at.
     """
     with raise_output_error(path):
         there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -66,17 +54,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def raise_output_error(path: Path) -> Iterator[None]:
-    """Turn what the system refuses in the body into an error that names the path.
-
-    Args:
-        path: the file or folder to be written.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutputError: the body raised an OSError or a ValueError.
-    """
+    """Turn an OSError or a ValueError of the body into an OutputError that names the path."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -86,12 +64,7 @@ def raise_output_error(path: Path) -> Iterator[None]:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, replacing one that is there.
 
-    Args:
-        path: the file.
-        content: all of its bytes.
-
-    Raises:
-        OutputError: the place cannot be written to.
+    Raises OutputError if the place cannot be written to.
     """
     path = Path(path)
     with (
@@ -108,16 +81,8 @@ def write_file(path: Path, content: bytes) -> None:
 def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a free temporary sibling path; what is there becomes ``path`` when the body succeeds.
 
-    Args:
-        path: the file to be.
-        overwrite: replace what is at ``path``, once the new file is complete.
-
-    Yields:
-        The temporary path.
-
-    Raises:
-        OutputError: ``path`` is a folder, or holds something already and ``overwrite`` is
-            off, or the place cannot be written to.
+    A file that is at ``path`` is replaced then, if ``overwrite`` is on. Raises OutputError if it is
+    off, ``path`` is a folder, or the place cannot be written to.
     """
     path = Path(path)
     partial = _sibling(path, "partial")
@@ -140,16 +105,8 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary sibling folder that becomes ``path`` when the body succeeds.
 
-    Args:
-        path: a folder that does not exist yet, or is empty.
-        overwrite: replace what is at ``path``, once the new folder is complete.
-
-    Yields:
-        The temporary folder.
-
-    Raises:
-        OutputError: ``path`` holds something already and ``overwrite`` is off, or the
-            place cannot be written to.
+    ``path`` does not exist yet or is an empty folder; else it is replaced then, if ``overwrite`` is
+    on. Raises OutputError if it is off, or the place cannot be written to.
     """
     path = Path(path)
     check_free(path, overwrite)
@@ -170,23 +127,14 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder that becomes ``path`` when the body succeeds, and else stays for the next run.
 
-    Work goes on in the hidden sibling ``.NAME.partial``, which holds a journal and the folder
-    to be. What it holds of the same ``job`` is given again, and what it holds of another one
-    is discarded; one process at a time may write. A body that leaves the folder empty leaves
-    nothing.
+    Work goes on in the hidden sibling ``.NAME.partial``, which holds a journal and the folder to
+    be. What it holds of the same ``job``, a text that identifies the work, is given again, and what
+    it holds of another one is discarded; one process at a time may write. A body that leaves the
+    folder empty leaves nothing.
 
-    Args:
-        path: a folder that does not exist yet, or is empty.
-        job: a text that identifies this work.
-        overwrite: replace what is at ``path``, once the new folder is complete.
-
-    Yields:
-        The folder, with what an earlier run of the same job left in it.
-
-    Raises:
-        OutputError: ``path`` holds something already and ``overwrite`` is off, the place
-            cannot be written to, another process writes there, or the hidden sibling is not
-            what an earlier run left.
+    Raises OutputError if ``path`` holds something already and ``overwrite`` is off, the place
+    cannot be written to, another process writes there, or the hidden sibling is not what an earlier
+    run left.
     """
     path = Path(path)
     with _working(path, job, overwrite) as folder:
@@ -204,18 +152,7 @@ def resumable_file(path: Path, job: str, overwrite: bool = False) -> Iterator[Pa
     """Give a folder like :func:`resumable_folder`; its file ``path.name`` becomes ``path``.
 
     Whatever else the body leaves in the folder is for the next run, and goes when the body
-    succeeds.
-
-    Args:
-        path: the file to be.
-        job: a text that identifies this work.
-        overwrite: replace what is at ``path``, once the new file is complete.
-
-    Yields:
-        The folder.
-
-    Raises:
-        OutputError: as :func:`resumable_folder`, or ``path`` is a folder.
+    succeeds. Raises OutputError also if ``path`` is a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -248,16 +185,9 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
 
 
 def partial_folder(path: Path) -> Path:
-    """Name the place where :func:`resumable_folder` works.
+    """Name the hidden sibling of a path where :func:`resumable_folder` works.
 
-    Args:
-        path: the folder or file to be.
-
-    Returns:
-        A hidden sibling of it.
-
-    Raises:
-        OutputError: ``path`` has no name.
+    Raises OutputError if the path has no name.
     """
     return _hidden(path, "partial")
 
@@ -341,11 +271,7 @@ def _settle(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Put the names in a folder on disk; its files are flushed by their writers.
-
-    Args:
-        folder: the folder.
-    """
+    """Put the names in a folder on disk; its files are flushed by their writers."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

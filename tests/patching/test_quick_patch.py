@@ -249,26 +249,7 @@ def test_states_in_a_file_are_the_same(model, words, tmp_path, monkeypatch):
         assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
 
 
-def test_layers_that_run_are_counted(model, words):
-    """The whole model once; a plan from its first block on, to the layer before its last."""
-    ran = []
-    batches = batches_of(words, TEXTS)
-    quick = QuickPatch(
-        Layerwise(model), batches, ran=lambda layers, texts: ran.append(layers * texts)
-    )
-    assert not ran
-    with quick.patched(plan_of((3, 4))):
-        assert sum(ran) == 8 * 24 + 24
-    ran.clear()
-    with quick.patched(plan_of((3, 4))):
-        assert sum(ran) == 24
-    ran.clear()
-    with quick.patched(plan_of(SCATTERED)):  # 1 to fit, 1 on, 3 to fit, 3 on, 6 to fit
-        assert sum(ran) == 5 * 24
-
-
 def test_settings_are_json_and_name_the_ridges(model, words):
-
     quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     assert json.loads(json.dumps(quick.settings)) == quick.settings
     assert quick.settings["ridges"] == list(RIDGES)

@@ -126,14 +126,7 @@ def help_text() -> str:
 
 
 def parser(name: str) -> Any:
-    """Make the parser of a command; its module is imported.
-
-    Args:
-        name: one of ``COMMANDS``.
-
-    Returns:
-        A command of click, as typer makes it, which parses arguments and calls.
-    """
+    """Make the parser of one of ``COMMANDS``; its module is imported."""
     from importlib import import_module
 
     import typer
@@ -157,14 +150,9 @@ def _example(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
+    """Run the command line, of this process by default, and end in SystemExit, always.
 
-    Args:
-        arguments: the command and what it is given; of this process by default.
-
-    Raises:
-        SystemExit: at the end, always. The status is 2 for a user's mistake, which is said in one
-            sentence on standard error.
+    The status is 2 for a user's mistake, which is said in one sentence on standard error.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name == "--version":

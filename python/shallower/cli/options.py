@@ -127,18 +127,10 @@ Sizes = Annotated[
 
 
 def read_texts(source: str, max_texts: int | None = None) -> "Texts":
-    """Open texts and read the first, before anything that takes long.
+    """Open texts, as ``--texts`` names them, and read the first, before anything that takes long.
 
-    Args:
-        source: as ``--texts`` names it.
-        max_texts: read the first so many texts only.
-
-    Returns:
-        The texts, which can be read again.
-
-    Raises:
-        TextsError: there are no texts, or the first one cannot be read.
-        MissingExtraError: the package datasets is needed and not installed.
+    They can be read again. Raises TextsError if there are none or the first cannot be read, and
+    MissingExtraError if the package datasets is needed and not installed.
     """
     from ..texts.sources import Texts
 
@@ -146,14 +138,7 @@ def read_texts(source: str, max_texts: int | None = None) -> "Texts":
 
 
 def resolve(source: ModelSource) -> ModelSource:
-    """Decide dtype and devices; on a terminal, say which dtype ``auto`` is and why.
-
-    Args:
-        source: the model and how it is loaded, as the options say.
-
-    Returns:
-        The source with its dtype and device map decided.
-    """
+    """Decide dtype and devices; on a terminal, say which dtype ``auto`` is and why."""
     resolved = source.resolved()
     if source.dtype == "auto" and sys.stderr.isatty():
         from ..models.dtypes import choose_dtype
@@ -190,16 +175,9 @@ def quiet() -> None:
 
 
 def metric_names(metrics: str) -> list[str]:
-    """Read the metrics that ``--metrics`` names.
+    """Read names of metrics, comma-separated.
 
-    Args:
-        metrics: names, comma-separated.
-
-    Returns:
-        The names.
-
-    Raises:
-        MetricError: one of them does not exist, or is named twice.
+    Raises MetricError if one does not exist, or is named twice.
     """
     from ..scanning.builder import check_metrics
 
@@ -209,16 +187,8 @@ def metric_names(metrics: str) -> list[str]:
 def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":
     """Read the layers behind ``--drop`` or ``--plan``, before anything that takes long.
 
-    Args:
-        drop: layers as ``--drop`` names them.
-        plan: a plan file, or its folder.
-
-    Returns:
-        The plan, or the blocks.
-
-    Raises:
-        LayersError: neither or both are named, or ``drop`` does not name layers.
-        PlanError: the plan is not there, or is damaged.
+    A plan is a file or its folder. Raises LayersError if neither or both are named or ``drop`` does
+    not name layers, and PlanError if the plan is not there, or is damaged.
     """
     from ..cutting.plans import load_plan
     from ..errors import LayersError

@@ -82,10 +82,8 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
 def say_known(made: str, there: Path | None = None, *, what: str = "") -> None:
     """Say on standard error that a result was not measured anew, and how it would be.
 
-    Args:
-        made: when it was measured, in ISO 8601.
-        there: the output, if it lies in its place already.
-        what: the beginning of the sentence.
+    ``made`` is in ISO 8601; ``there`` is the output, if it lies in its place already; ``what``
+    begins the sentence.
     """
     way_out = "(shallower cache; --no-cache measures anew)"
     if there is None:

@@ -17,7 +17,7 @@ from ..values.plan import Plan
 from ..values.schema import finite
 from ..values.scores import Scores
 from .judges.judge import Judge, LossJudge
-from .trials import Store, Trials
+from .trials import ResultStore, Trials
 
 TRUTH_ITEMS = 32
 """Texts on which the true losses without single layers are measured, at most."""
@@ -49,7 +49,7 @@ class HeldOutCuts:
         losses: LossJudge,
         judge: Judge,
         *,
-        store: Store,
+        store: ResultStore,
         texts: str,
         num_rejected: int = 0,
     ) -> None:

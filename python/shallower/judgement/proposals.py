@@ -15,7 +15,7 @@ from .criterion import Criterion
 from .stored_costs import recalled_costs, recorded_costs
 from .subject import Subject
 from .token_states import evenly
-from .trials import Store
+from .trials import ResultStore
 
 Cut = frozenset[int]
 
@@ -80,7 +80,7 @@ def proposing_layers(subject: Subject) -> int:
 
 
 def all_costs(
-    subject: Subject, store: Store, *, inputs: Mapping[str, Any]
+    subject: Subject, store: ResultStore, *, inputs: Mapping[str, Any]
 ) -> dict[str, Costs | str]:
     """Measure the costs by every criterion that proposes, by name, once for all sizes.
 
@@ -90,7 +90,9 @@ def all_costs(
     return subject.shared("proposing", lambda: _all_costs(subject, store, inputs))
 
 
-def _all_costs(subject: Subject, store: Store, inputs: Mapping[str, Any]) -> dict[str, Costs | str]:
+def _all_costs(
+    subject: Subject, store: ResultStore, inputs: Mapping[str, Any]
+) -> dict[str, Costs | str]:
     some, names = proposing_texts(subject), [criterion.name for criterion in PROPOSERS]
     inputs = {"criteria": names, "num_texts": PROPOSING_TEXTS, **inputs}
     known = store.get("proposing", inputs)

@@ -17,7 +17,7 @@ from ..values.schema import read
 from .criteria import is_built_in
 from .criterion import Criterion
 from .subject import Subject
-from .trials import Store
+from .trials import ResultStore
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ def _measured(subject: Subject) -> Iterator[Work]:
 
 
 def stored_costs(
-    criterion: Criterion, subject: Subject, store: Store, *, inputs: Mapping[str, Any]
+    criterion: Criterion, subject: Subject, store: ResultStore, *, inputs: Mapping[str, Any]
 ) -> tuple[Costs, Work]:
     """Measure the costs by a criterion, or give what was measured before, with what they took.
 
@@ -73,7 +73,7 @@ def stored_costs(
 
 
 def stored_choice(
-    criterion: Criterion, subject: Subject, n: int, *, store: Store, inputs: Mapping[str, Any]
+    criterion: Criterion, subject: Subject, n: int, *, store: ResultStore, inputs: Mapping[str, Any]
 ) -> tuple[Plan, Work]:
     """Let a criterion choose ``n`` layers, or give what it chose before, with what that took.
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CacheError, LayersError, PatchError
+from ..errors import CacheError, LayersError, PatchError, PlanError
 from ..memory.prefix_cache import Prefixes
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
@@ -21,6 +21,8 @@ from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge
+
+Value = TypeVar("Value")
 
 
 class Journal(Protocol):
@@ -33,7 +35,7 @@ class Journal(Protocol):
         """Add a record, which is there whole after any death, or not at all."""
 
 
-class Store(Protocol):
+class ResultStore(Protocol):
     """Results of one model that outlive the process."""
 
     def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -318,6 +320,17 @@ def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what
                 f"record {number} of the {what} that were made before is damaged ({error}): "
                 f"remove them (shallower cache --clear), or make them anew (--no-cache)"
             ) from error
+
+
+def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], what: str) -> Value:
+    """Read a value that the store holds; a CacheError says that it is damaged."""
+    try:
+        return read(known)
+    except (KeyError, TypeError, ValueError, LayersError, PlanError) as error:
+        raise CacheError(
+            f"{what} in the store is damaged ({error}): remove it (shallower cache --clear), or "
+            f"make it anew (--no-cache)"
+        ) from error
 
 
 def _cut_of(record: Any, num_layers: int) -> frozenset[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import CacheError, LayersError, ModelError, PatchError, PlanError, TextsError
+from ..errors import LayersError, ModelError, PatchError, PlanError, TextsError
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -38,7 +38,7 @@ from .proposals import (
 from .racing import ALPHA, lost
 from .subject import Subject
 from .token_states import evenly
-from .trials import Count, PatchedTrials, Store, Trials
+from .trials import Count, PatchedTrials, ResultStore, Trials, recalled
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over those that fit."""
@@ -80,7 +80,7 @@ class Verifier:
     subject: Subject
     patch: QuickPatch
     patched: PatchedTrials
-    store: Store
+    store: ResultStore
     texts: str
     top: int = 4
     after: str = "patch"
@@ -127,7 +127,7 @@ class Verifier:
         inputs = self._inputs(n, proposals)
         known = self.store.get("verified", inputs)
         if known is not None:
-            return _recalled(known)
+            return recalled(Verified.from_json, known, "a verified plan")
         started = time.perf_counter()
         with (
             track(f"verify n = {n}", None, self.progress) as advance,
@@ -168,22 +168,12 @@ def _take(proposals: Proposals, plan: Plan, n: int) -> None:
     proposals.take(frozenset(plan.dropped), plan.metric or plan.strategy)
 
 
-def _recalled(known: dict[str, Any]) -> Verified:
-    try:
-        return Verified.from_json(known)
-    except (KeyError, TypeError, ValueError, LayersError, PlanError) as error:
-        raise CacheError(
-            f"a verified plan of the cache is damaged ({error}): remove it (shallower cache "
-            f"--clear), or verify anew (--no-cache)"
-        ) from error
-
-
 def verifier_of(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits | TokenisedSplits,
     *,
-    store: Store,
+    store: ResultStore,
     texts: str,
     tokens: Tokens,
     top: int = 4,

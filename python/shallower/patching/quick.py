@@ -8,7 +8,7 @@ for all cuts.
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -68,19 +68,14 @@ class _Part:
     whole: list[Stored]
     cut: Stored
 
-    @property
-    def num_texts(self) -> int:
-        return sum(map(len, self.batches))
-
 
 class QuickPatch:
     """Quick patches of cuts of one model, on the same texts: a few thousand tokens.
 
     The whole model runs on them once, when the first cut is patched; its states,
     ``(L+1)·tokens·D`` values of the model's dtype, lie in memory within ``room`` bytes, by default
-    what is left of the budget, and else in a temporary file. ``ran`` is called with the layers that
-    ran and the texts that they ran on, but for the search of a layer's writers, on one text.
-    Raises TextsError for fewer than two texts.
+    what is left of the budget, and else in a temporary file. Raises TextsError for fewer than two
+    texts.
     """
 
     def __init__(
@@ -89,9 +84,8 @@ class QuickPatch:
         batches: Sequence[Batch],
         *,
         room: int | None = None,
-        ran: Callable[[int, int], None] = lambda _layers, _texts: None,
     ) -> None:
-        self._model, self._room, self._ran = model, room, ran
+        self._model, self._room = model, room
         self._divided = _divide(batches)
         self._probe = self._divided[0][0].split(1)[0]
         self._writers: dict[int, Writer | None] = {}
@@ -129,14 +123,6 @@ class QuickPatch:
 
     def _has_room(self, size: int) -> bool:
         return BUDGET.reserve(self, size) if self._room is None else size <= self._room
-
-    def prepare(self) -> None:
-        """Run the whole model on the texts, unless that was done; :meth:`patched` does it else.
-
-        Raises:
-            ModelError: the layers cannot be run one by one.
-        """
-        _ = self._parts
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -186,7 +172,6 @@ class QuickPatch:
             for index, batch in enumerate(part.batches):
                 after[index] = self._model.run(batch, before[index], some)
             before = after
-        self._ran(len(layers), part.num_texts)
 
     def _solve(self, plan: Plan, changes: Changes) -> QuickFits:
         blocks = blocks_of(plan.dropped)
@@ -213,7 +198,6 @@ class QuickPatch:
             fitted, held = (
                 missing_equations(self._model, layer, (writer,), states=part) for part in states
             )
-            self._ran(1, sum(part.num_texts for part in self._parts))
             ridge, scale = _best_ridge(fitted, held), fitted.scale
             fitted.join(held)  # more tokens outweigh the same penalty
             changes.add(writer, _solution(fitted, ridge * scale).div_(writer.scale))

@@ -16,7 +16,7 @@ from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
 from ..judgement.stored_costs import Work, stored_choice, stored_costs
 from ..judgement.subject import Subject
-from ..judgement.trials import Store, Trials
+from ..judgement.trials import ResultStore, Trials
 from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
 from ..progress import Advance, track
@@ -58,7 +58,7 @@ def compare_on(
     *,
     criteria: Sequence[Criterion],
     choosing: Sequence[OptionItem],
-    store: Store,
+    store: ResultStore,
 ) -> Outcome:
     """Compare criteria on one model, and give the rows with their regret.
 
@@ -114,7 +114,7 @@ class _Choosing:
 
     study: Study[CompareSettings]
     measuring: Measuring
-    store: Store
+    store: ResultStore
     criteria: Sequence[Criterion]
     choosing: Sequence[OptionItem]
     model: str

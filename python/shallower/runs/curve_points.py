@@ -13,7 +13,7 @@ from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
 from ..judgement.held_out_cuts import judge_inputs
 from ..judgement.stored_costs import stored_choice, stored_costs
-from ..judgement.trials import Store
+from ..judgement.trials import ResultStore
 from ..progress import track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
@@ -49,7 +49,7 @@ class CurvePoints:
     ) -> None:
         self._study, self._settings, self._recipe = study, study.settings, recipe
         self._tasks, self._write = tasks, write
-        self._store: Store = study.model_store(study.model)
+        self._store: ResultStore = study.model_store(study.model)
         self._measuring = Measuring(
             study, model, tokenizer, store=self._store, scanned=lambda: self._scan,
             tasks=tasks, recipe=recipe,

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
-from ..errors import CacheError, LayersError, PatchError, PlanError
+from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
 from ..healing.heal import heal
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge, LossJudge, judged_batches
-from ..judgement.trials import Store
+from ..judgement.trials import ResultStore, recalled
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -102,7 +102,7 @@ class Measuring:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        store: Store,
+        store: ResultStore,
         scanned: Callable[[], Scan] | None = None,
         tasks: StudyTasks | None = None,
         recipe: Recipe | None = None,
@@ -198,13 +198,15 @@ class Measuring:
         if key not in self._measured:
             inputs = self._inputs(dropped, state)
             known = inputs and self._store.get("measurement", inputs)
-            started = time.perf_counter()
-            found = _recalled(known) if known else self._measure(dropped, state)
-            if not known:
+            if known:
+                found = recalled(Measured.from_json, known, "a measurement")
+            else:
+                started = time.perf_counter()
+                found = self._measure(dropped, state)
                 found = replace(found, seconds=time.perf_counter() - started)
+                if inputs:
+                    self._store.put("measurement", inputs, found.to_record())
             self._measured[key] = found
-            if inputs and not known:
-                self._store.put("measurement", inputs, found.to_record())
         return self._measured[key]
 
     def _inputs(self, dropped: tuple[int, ...], state: Measurable) -> dict[str, Any] | None:
@@ -303,13 +305,3 @@ class Measuring:
         except PatchError:
             with without_layers(self.model, plan.dropped):
                 save_model(self.model, self.tokenizer, path, plan=plan)
-
-
-def _recalled(known: dict[str, Any]) -> Measured:
-    try:
-        return Measured.from_json(known)
-    except (KeyError, TypeError, ValueError, LayersError, PlanError) as error:
-        raise CacheError(
-            f"a measurement in the store is damaged ({error}): remove it (shallower cache "
-            f"--clear), or measure anew (--no-cache)"
-        ) from error

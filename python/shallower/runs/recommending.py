@@ -15,7 +15,7 @@ from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
-from ..judgement.trials import Store
+from ..judgement.trials import ResultStore
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -79,7 +79,7 @@ class Recommending:
         study: Study[RunSettings],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        store: Store,
+        store: ResultStore,
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target

@@ -31,7 +31,7 @@ from .study import Study, Unit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..judgement.trials import Store
+    from ..judgement.trials import ResultStore
     from .healing_stage import HealingStage
 
 RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, GAIN_FILE, HEAT_MAP_FILE, RESULTS_FILE)
@@ -195,7 +195,7 @@ class RunStudy(Study[RunSettings]):
         _ = self.splits
         loaded, tokenizer = self.model.load()
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
-        store: Store = self.model_store(self.model)
+        store: ResultStore = self.model_store(self.model)
         done = Recommending(self, loaded, tokenizer, store).run(self.earlier)
         if report is not None:
             report(done)

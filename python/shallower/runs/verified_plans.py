@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
-from ..judgement.trials import Store
+from ..judgement.trials import ResultStore
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
@@ -45,7 +45,7 @@ class VerifiedPlans:
         *,
         scanned: Callable[[], Scan],
         tokens: Tokens,
-        store: Store,
+        store: ResultStore,
     ) -> None:
         self._decoder, self._scanned, self._settings = decoder, scanned, study.settings
         self.fitted = next(iter(study.fitted.values()))

@@ -165,11 +165,7 @@ class CriteriaComparison:
         return cls(**fields_of(cls, {"max_length": 0, "versions": {}, **data}))
 
     def to_json(self) -> dict[str, Any]:
-        """Give the comparison as plain JSON values.
-
-        Returns:
-            ``rows``; ``whole``, the loss of the first model; and everything else by name.
-        """
+        """Give ``rows``, ``whole`` (the loss of the first model) and all else by name."""
         models = [model.to_json() for model in self.models]
         whole = self.models[0].whole if self.models else None
         return {

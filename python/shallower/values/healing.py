@@ -141,11 +141,7 @@ class Healing:
         return (cut.nats - self.after.nats) / lost if lost > 0 else None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the healing as plain JSON values.
-
-        Returns:
-            A dict of JSON values, which :meth:`load` reads from a file.
-        """
+        """Give the JSON values that :meth:`load` reads from a file."""
         return {
             "format": "shallower.healing",
             "version": 1,
@@ -167,11 +163,7 @@ class Healing:
         }
 
     def to_bytes(self) -> bytes:
-        """Give the healing as the content of a JSON file.
-
-        Returns:
-            UTF-8, one newline at the end.
-        """
+        """Give the content of a JSON file: UTF-8, one newline at the end."""
         return (json.dumps(self.to_json(), indent=1) + "\n").encode()
 
     @classmethod

@@ -63,20 +63,17 @@ class Loss:
         return self.stderr / math.log(self.vocab_size)
 
     def to_figures(self) -> dict[str, Any]:
-        """Give what is known of every loss, wherever it is from, as plain JSON values.
+        """Give the fields but those by text, and ``normalized``, as plain JSON values.
 
-        Returns:
-            The fields but those by text, and ``normalized``; an error that is not finite is None.
+        They are known of every loss, wherever it is from. An error that is not finite is None.
         """
         figures = {name: getattr(self, name) for name in FIGURES}
         return {**figures, "stderr": finite(self.stderr), "normalized": self.normalized}
 
     def to_json(self) -> dict[str, Any]:
-        """Give the loss as plain JSON values.
+        """Give the figures as plain JSON values, and of bytes, where they are known.
 
-        Returns:
-            As :meth:`to_figures`; where bytes are known also ``bits_per_byte``,
-            ``bits_per_byte_stderr``, ``num_bytes``.
+        Those are ``bits_per_byte``, ``bits_per_byte_stderr`` and ``num_bytes``.
         """
         plain = self.to_figures()
         if self.by_byte is not None:
@@ -86,11 +83,7 @@ class Loss:
         return plain
 
     def to_record(self) -> dict[str, Any]:
-        """Give the loss as plain JSON values from which all of it can be read again.
-
-        Returns:
-            As :meth:`to_json`, and ``by_text``.
-        """
+        """Give :meth:`to_json` with ``by_text``, from which all of the loss can be read again."""
         scores = self.by_text
         by_text = scores and {"sums": scores.sums.tolist(), "weights": scores.weights.tolist()}
         if by_text and self.bytes_by_text is not None:
@@ -113,17 +106,11 @@ class Loss:
         return loss
 
     def minus(self, other: "Loss") -> Difference:
-        """Compare with the loss of another model, or of a cut, on the same texts.
+        """Compare with another loss on the same texts, by the same tokenizer, in nats a token.
 
-        Args:
-            other: measured on the same texts, with the same tokenizer.
-
-        Returns:
-            The paired difference in nats a token, with its own standard error: texts that are
-            hard for both count for nothing.
-
-        Raises:
-            TextsError: a loss is not known by text, or the two are of different texts.
+        The paired difference has its own standard error: texts that are hard for both count for
+        nothing. Raises TextsError if a loss is not known by text, or the two are of different
+        texts.
         """
         if self.by_text is None or other.by_text is None:
             raise TextsError(

@@ -34,16 +34,7 @@ NAMED_REJECTIONS = 100
 
 
 def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Rejection]) -> str:
-    """Count the rejected samples in one sentence, and name the first of them.
-
-    Args:
-        num_rejected: samples that were left out.
-        total: samples in all.
-        rejections: those that are known by name.
-
-    Returns:
-        The sentence, without a full stop.
-    """
+    """Count the rejected samples of ``total`` in one sentence, and name the first of them."""
     named = "; ".join(str(rejection) for rejection in rejections[:5])
     more = f"; and {num_rejected - 5} more" if num_rejected > 5 else ""
     return f"{num_rejected} of {total} samples rejected: {named}{more}"
@@ -154,11 +145,7 @@ class Plan:
         return f"{self.strategy}: {STRATEGIES[self.strategy]}"
 
     def to_json(self) -> dict[str, Any]:
-        """Give the plan as plain JSON values.
-
-        Returns:
-            A dict of lists, strings and numbers, which :meth:`from_json` reads.
-        """
+        """Give the plan as plain JSON values, which :meth:`from_json` reads."""
         return {
             "format": "shallower.plan",
             "version": 1,
@@ -215,17 +202,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":
-        """Read a plan from plain JSON values.
+        """Read what :meth:`to_json` gave, and check it.
 
-        Args:
-            data: what :meth:`to_json` gave.
-
-        Returns:
-            The plan, checked.
-
-        Raises:
-            ValueError, KeyError, TypeError: the values are not those of a plan.
-            LayersError, PlanError, PositionsError: they describe one that cannot be.
+        Raises ValueError, KeyError or TypeError for what are not the values of a plan; LayersError,
+        PlanError or PositionsError for a plan that cannot be.
         """
         kind, version = of_type(dict, data).get("format"), data.get("version")
         if kind != "shallower.plan" or version != 1:
@@ -240,11 +220,7 @@ class Plan:
     def check_model(self, model: ModelIdentity) -> None:
         """Refuse another model than the one that the plan was made for.
 
-        Args:
-            model: the model to be cut.
-
-        Raises:
-            PlanError: the number of layers or the fingerprint differs.
+        Raises PlanError if the number of layers or the fingerprint differs.
         """
         if self.num_layers != model.num_layers:
             raise PlanError(

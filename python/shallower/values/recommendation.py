@@ -168,10 +168,9 @@ class Recommended:
     def to_json(self) -> dict[str, Any]:
         """Give the recommendation as plain JSON values.
 
-        Returns:
-            ``dropped``; ``whole``, ``cut``, ``patched`` and ``healed`` in nats a token; ``stderr``
-            of the last of them and ``paired_stderr`` of its difference to the whole;
-            ``layer_forwards``; all else beside them.
+        ``dropped``; ``whole``, ``cut``, ``patched`` and ``healed`` in nats a token; ``stderr`` of
+        the last of them and ``paired_stderr`` of its difference to the whole; ``layer_forwards``;
+        all else beside them.
         """
         losses = {name: getattr(self, name) for name in _LOSSES}
         nats = {name: loss and loss.nats for name, loss in losses.items()}

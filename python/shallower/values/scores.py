@@ -33,11 +33,7 @@ class Difference:
         return not math.isfinite(self.stderr) or abs(self.mean) <= TIE * self.stderr
 
     def to_json(self) -> dict[str, Any]:
-        """Give the difference as plain JSON values.
-
-        Returns:
-            ``mean``, ``stderr`` (None where there is none), ``num_items`` and ``tied``.
-        """
+        """Give ``mean``, ``stderr`` (None where there is none), ``num_items`` and ``tied``."""
         figures = {"mean": self.mean, "stderr": finite(self.stderr), "num_items": self.num_items}
         return {**figures, "tied": self.tied}
 
@@ -95,14 +91,7 @@ class Scores:
         return _ratio(self.sums, self.weights)[1]
 
     def minus(self, other: "Scores") -> Difference:
-        """Compare with the scores of the same items by something else.
-
-        Args:
-            other: scores of as many items, of the same weights.
-
-        Returns:
-            The paired difference over the items that both have.
-        """
+        """Compare with scores of the same items and weights, paired."""
         difference = self.sums - other.sums
         mean, stderr = _ratio(difference, self.weights)
         return Difference(mean, stderr, int(np.isfinite(difference).sum()))
@@ -110,15 +99,9 @@ class Scores:
     def estimated_by(self, whole: "Scores") -> tuple[float, float]:
         """Estimate the mean over all items from some, by the scores of all by something else.
 
-        How hard those are that were not looked at is known from the other scores: the difference
-        estimator (Cochran, Sampling Techniques, 1977, section 7.2).
-
-        Args:
-            whole: scores of all items, of the same weights.
-
-        Returns:
-            The mean of ``whole`` and the paired difference to it together; where all items were
-            looked at that is the mean. And the standard error of it.
+        How hard those are that were not looked at is known from the other scores, of the same
+        weights: the difference estimator (Cochran, Sampling Techniques, 1977, section 7.2), the
+        mean of ``whole`` and the paired difference to it together, and its standard error.
         """
         if self.complete:
             return self.mean, self.stderr

@@ -22,17 +22,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(text: str) -> int:
-    """Read a number of parameters, as ``100M`` or ``6.7B``.
-
-    Args:
-        text: a number, with K, M, B or T behind it or without.
-
-    Returns:
-        The number, at least 1.
-
-    Raises:
-        LayersError: it is none.
-    """
+    """Read a number of parameters of at least 1, as ``100M`` or ``6.7B``; raises LayersError."""
     found = _COUNT.fullmatch(text.strip())
     count = round(Decimal(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if count < 1:
@@ -43,17 +33,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """Read a share, as ``0.8x`` or ``0.8``.
-
-    Args:
-        text: a number, with an x behind it or without.
-
-    Returns:
-        The number.
-
-    Raises:
-        LayersError: it is none.
-    """
+    """Read a share, as ``0.8x`` or ``0.8``; raises LayersError."""
     found = _SHARE.fullmatch(text.strip())
     if found is None:
         raise LayersError(
@@ -129,16 +109,10 @@ class Target:
             raise LayersError(f"max_loss = {value}: expected nats a token above 0 {option}")
 
     def size(self, num_layers: int) -> int | None:
-        """Give the number of layers, where it follows from theirs alone.
+        """Give the number of layers, of L, where it follows from theirs alone; else None.
 
-        Args:
-            num_layers: layers of the model, L.
-
-        Returns:
-            ``n``, or the least number that is at least ``fraction`` of L; else None.
-
-        Raises:
-            LayersError: the model cannot lose so many.
+        It is ``n``, or the least number that is at least ``fraction`` of L. Raises LayersError if
+        the model cannot lose so many.
         """
         if self.n is not None:
             check_size(num_layers, self.n)

@@ -42,11 +42,7 @@ class Candidate:
         return not self.lost_early and self.difference.tied
 
     def to_json(self) -> dict[str, Any]:
-        """Give the candidate as plain JSON values.
-
-        Returns:
-            The fields, and ``dropped`` and ``tied`` beside them.
-        """
+        """Give the fields, and ``dropped`` beside them, as plain JSON values."""
         return {
             "dropped": list(self.plan.dropped),
             "plan": self.plan.to_json(),
@@ -110,11 +106,7 @@ class Verified:
         return self.candidates[1].difference if len(self.candidates) > 1 else None
 
     def sentence(self) -> str:
-        """Say who won, by how much, and who cannot be told from it.
-
-        Returns:
-            The sentence, without a full stop.
-        """
+        """Say who won, by how much, and who cannot be told from it, without a full stop."""
         best = self.candidates[0]
         after = {"none": "as it is cut", "patch": "after a quick patch"}[self.after]
         said = (
@@ -131,11 +123,7 @@ class Verified:
         return said
 
     def to_json(self) -> dict[str, Any]:
-        """Give the result as plain JSON values.
-
-        Returns:
-            The fields, and the winner's ``dropped`` and ``margin`` beside them.
-        """
+        """Give the fields, and ``dropped`` beside them, as plain JSON values."""
         values = asdict(self)
         candidates = [candidate.to_json() for candidate in self.candidates]
         margin = None if self.margin is None else self.margin.to_json()

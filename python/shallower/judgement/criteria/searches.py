@@ -170,13 +170,8 @@ class Evolution(Search):
 def draw_masks(num_layers: int, seed: int) -> NDArray[np.bool_]:
     """Draw which layers are gone in each of ``MASKS_PER_LAYER`` · L cuts, ``LEAST_MASKS`` at least.
 
-    Args:
-        num_layers: L.
-        seed: of the draws.
-
-    Returns:
-        (M, L), each entry true with the probability :data:`DROPPED`. Drawn again until in every
-        mask a layer goes and one stays, and every layer goes in one mask and stays in another.
+    (M, L), each entry true with the probability :data:`DROPPED`. Drawn again until in every mask a
+    layer goes and one stays, and every layer goes in one mask and stays in another.
     """
     random, count = np.random.default_rng(seed), max(LEAST_MASKS, MASKS_PER_LAYER * num_layers)
     masks: NDArray[np.bool_] = np.zeros((0, num_layers), dtype=np.bool_)
@@ -191,17 +186,11 @@ def _mixed(masks: NDArray[np.bool_], axis: int) -> NDArray[np.bool_]:
 
 
 def ridge_regression(masks: NDArray[np.bool_], scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Regress scores on masks, with an intercept and the ridge of the least leave-one-out error.
+    """Regress scores (M,) on masks (M, L): what a layer adds to the score when it is gone, (L,).
 
-    The error is in closed form: with H the matrix that makes the fitted scores of the scores, that
-    of a mask left out is its residual divided by ``1 - H_ii`` (Allen 1974).
-
-    Args:
-        masks: (M, L), true where a layer is gone.
-        scores: (M,).
-
-    Returns:
-        (L,), what a layer adds to the score when it is gone.
+    With an intercept and the ridge of the least leave-one-out error, in closed form: with H the
+    matrix that makes the fitted scores of the scores, the error of a mask left out is its residual
+    divided by ``1 - H_ii`` (Allen 1974).
     """
     means, mean = masks.mean(axis=0), scores.mean()
     left, singular, right = np.linalg.svd(masks - means, full_matrices=False)
@@ -219,14 +208,9 @@ def ridge_regression(masks: NDArray[np.bool_], scores: NDArray[np.float64]) -> N
 
 
 def select(trials: Trials, cuts: list[Cut]) -> Cut:
-    """Select a cut in stages: each batch of items leaves one of :data:`SURVIVING`.
+    """Select one of different cuts in stages: each batch of items leaves one of :data:`SURVIVING`.
 
-    Args:
-        trials: that judge.
-        cuts: different ones.
-
-    Returns:
-        The one that is left; what it is on all items, the last stage tells.
+    The last stage judged it on all items.
     """
     for look in range(1, trials.num_looks + 1):
         cuts = sorted(cuts, key=trials.path)
@@ -244,15 +228,8 @@ def mutations(
 ) -> list[Cut]:
     """Exchange layers that are gone for layers that stay.
 
-    Args:
-        parent: the layers that are gone.
-        num_layers: L.
-        random: to draw with.
-        seen: cuts that are not to come again.
-
-    Returns:
-        Different cuts of as many layers as the parent; :data:`OFFSPRING` of them, or fewer where
-        draws keep finding what has been seen.
+    Different cuts of as many layers as the parent, none of them in ``seen``; :data:`OFFSPRING` of
+    them, or fewer where draws keep finding what has been seen.
     """
     gone, stays = sorted(parent), sorted(set(range(num_layers)) - parent)
     most = min(MOST_SWITCHES, len(gone), len(stays))
