@@ -70,9 +70,14 @@ def analyse_command(
     path = out / SCAN_FILE
     names = metric_names(metrics)
     output = _output(
-        open_store(no_cache or dry_run), states, out, tensor=tensor, metrics=names,
-        keep_samples=keep_samples, cka_batch=cka_batch,
-    )  # fmt: skip
+        open_store(no_cache or dry_run),
+        states,
+        out,
+        tensor=tensor,
+        metrics=names,
+        keep_samples=keep_samples,
+        cka_batch=cka_batch,
+    )
     if reuse(output, lambda _: _say_again(out, as_json)):
         return
     check_free(path, overwrite)
@@ -89,9 +94,13 @@ def analyse_command(
         say_dry_run(described, as_json)
         return
     scanned = analyse_states(
-        states, names, threads=threads, keep_samples=keep_samples, cka_batch=cka_batch,
+        states,
+        names,
+        threads=threads,
+        keep_samples=keep_samples,
+        cka_batch=cka_batch,
         tensor=tensor,
-    )  # fmt: skip
+    )
     scanned.save(path)
     written = [path, *draw_heat_map(scanned, out)]
     output.keep({})

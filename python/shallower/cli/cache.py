@@ -51,11 +51,14 @@ def _show(store: "Store", named: str, as_json: bool) -> None:
     if as_json:
         kinds = [
             {
-                "kind": usage.kind, "entries": usage.entries, "bytes": usage.num_bytes,
-                "oldest": _date(usage.oldest), "newest": _date(usage.newest),
+                "kind": usage.kind,
+                "entries": usage.entries,
+                "bytes": usage.num_bytes,
+                "oldest": _date(usage.oldest),
+                "newest": _date(usage.newest),
             }
             for usage in used
-        ]  # fmt: skip
+        ]
         print_json({"folder": store.folder and str(store.folder), "kinds": kinds})
         return
     rows = tuple(

@@ -117,19 +117,31 @@ def compare_command(
     from ..values.tokens import parse_batch_size
 
     settings = CompareSettings(
-        n=parse_sizes(sizes), criteria=_names(criteria), judge=judge, options=options,
-        max_length=max_length, batch_size=parse_batch_size(batch_size), max_texts=max_texts,
-        max_eval_texts=max_eval_texts, seed=seed, device_memory=device_memory,
-    )  # fmt: skip
+        n=parse_sizes(sizes),
+        criteria=_names(criteria),
+        judge=judge,
+        options=options,
+        max_length=max_length,
+        batch_size=parse_batch_size(batch_size),
+        max_texts=max_texts,
+        max_eval_texts=max_eval_texts,
+        seed=seed,
+        device_memory=device_memory,
+    )
     named, held_out = _read(texts, eval_texts)
     study = CompareStudy(
         models=[
             ModelSource(model, dtype, device_map, trust_remote_code=trust_remote_code)
             for model in models or ()
         ],
-        texts=named, eval_texts=held_out, settings=settings, out=out, overwrite=overwrite,
-        store=open_store(no_cache, dry_run=dry_run), command=called(),
-    )  # fmt: skip
+        texts=named,
+        eval_texts=held_out,
+        settings=settings,
+        out=out,
+        overwrite=overwrite,
+        store=open_store(no_cache, dry_run=dry_run),
+        command=called(),
+    )
     if dry_run:
         say_dry_run(_described(study), as_json)
         return 0

@@ -128,18 +128,36 @@ def curve_command(
     from ..values.tokens import parse_batch_size
 
     settings = CurveSettings(
-        n=parse_sizes(n, least=0), strategies=_names(strategies), states=_names(states),
-        quick_patch=quick_patch, patch_tokens=patch_tokens, tasks=_names(tasks),
-        tasks_dir=tasks_dir, data=data, max_items=max_items, num_shots=num_shots,
-        pass_at=pass_at, heal_steps=heal_steps, top=top, max_length=max_length,
-        batch_size=parse_batch_size(batch_size), max_texts=max_texts,
-        max_eval_texts=max_eval_texts, threads=threads, seed=seed,
-    )  # fmt: skip
+        n=parse_sizes(n, least=0),
+        strategies=_names(strategies),
+        states=_names(states),
+        quick_patch=quick_patch,
+        patch_tokens=patch_tokens,
+        tasks=_names(tasks),
+        tasks_dir=tasks_dir,
+        data=data,
+        max_items=max_items,
+        num_shots=num_shots,
+        pass_at=pass_at,
+        heal_steps=heal_steps,
+        top=top,
+        max_length=max_length,
+        batch_size=parse_batch_size(batch_size),
+        max_texts=max_texts,
+        max_eval_texts=max_eval_texts,
+        threads=threads,
+        seed=seed,
+    )
     study = CurveStudy(
         models=(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),),
-        texts=read_texts(texts), eval_texts=read_texts(eval_texts), settings=settings, out=out,
-        overwrite=overwrite, store=open_store(no_cache, dry_run=dry_run), command=called(),
-    )  # fmt: skip
+        texts=read_texts(texts),
+        eval_texts=read_texts(eval_texts),
+        settings=settings,
+        out=out,
+        overwrite=overwrite,
+        store=open_store(no_cache, dry_run=dry_run),
+        command=called(),
+    )
     if dry_run:
         study.check()
         say_dry_run(_described(study), as_json)
@@ -156,8 +174,10 @@ def _names(listed: str | None) -> Any:
 def _described(study: "CurveStudy") -> dict[str, Any]:
     settings = study.settings
     named = {
-        "strategies": settings.strategies, "states": settings.states, "tasks": settings.tasks,
-    }  # fmt: skip
+        "strategies": settings.strategies,
+        "states": settings.states,
+        "tasks": settings.tasks,
+    }
     return {
         "curve": str(study.model),
         "n": [0, *settings.n],

@@ -110,12 +110,15 @@ def eval_command(
             texts=None if texts is None else (texts, max_texts),
             perplexity=None if perplexity is None else (perplexity, context, bos),
             tasks=None if tasks is None else (tasks, tasks_dir, data),
-            max_items=max_items, num_shots=num_shots, pass_at=pass_at, seed=seed,
+            max_items=max_items,
+            num_shots=num_shots,
+            pass_at=pass_at,
+            seed=seed,
         ),
         layers=None if drop is None and plan is None else named_layers(drop, plan),
         device_memory=device_memory,
         store=open_store(no_cache or dry_run),
-    )  # fmt: skip
+    )
     wanted = job.plan
     if dry_run:
         job.prepare()

@@ -63,9 +63,16 @@ def gain_command(
     layers = named_layers(drop, plan)
     quiet()
     found = gain(
-        model, layers, device=device, context=context, batch=batch, dtype=dtype, measure=measure,
-        gguf_file=gguf_file, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        model,
+        layers,
+        device=device,
+        context=context,
+        batch=batch,
+        dtype=dtype,
+        measure=measure,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         print_json(found.to_json())
         return

@@ -94,18 +94,28 @@ def patch_command(
     named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
     output = output_of(
-        open_store(no_cache or dry_run), "patch", out, models={"model": place},
-        texts={"texts": source, "eval_texts": held_out}, layers=named,
-        num_tokens=num_tokens, tokens=[max_length, batch_size], device_memory=device_memory,
-    )  # fmt: skip
+        open_store(no_cache or dry_run),
+        "patch",
+        out,
+        models={"model": place},
+        texts={"texts": source, "eval_texts": held_out},
+        layers=named,
+        num_tokens=num_tokens,
+        tokens=[max_length, batch_size],
+        device_memory=device_memory,
+    )
     if reuse(output, lambda value: _say(value, out, as_json)):
         return
     check_free(out, overwrite)
     wanted = agreed_plan(model, place.count_layers(), named)
     plan_memory = partial(
-        forecast_source, place, "patch", Tokens(max_length, batch_size), num_tokens=num_tokens,
+        forecast_source,
+        place,
+        "patch",
+        Tokens(max_length, batch_size),
+        num_tokens=num_tokens,
         device_memory=device_memory,
-    )  # fmt: skip
+    )
     if dry_run:
         planned = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
         say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
@@ -115,9 +125,17 @@ def patch_command(
 
     loaded, tokenizer = load(place)
     done, losses = patch_to_folder(
-        loaded, tokenizer, wanted, texts=source, out=out, eval_texts=held_out,
-        max_length=max_length, batch_size=batch_size, num_tokens=num_tokens, overwrite=overwrite,
-    )  # fmt: skip
+        loaded,
+        tokenizer,
+        wanted,
+        texts=source,
+        out=out,
+        eval_texts=held_out,
+        max_length=max_length,
+        batch_size=batch_size,
+        num_tokens=num_tokens,
+        overwrite=overwrite,
+    )
     evaluated = {name: loss.to_json() for name, loss in losses.items()}
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
 

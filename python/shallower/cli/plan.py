@@ -83,10 +83,17 @@ def plan_command(
     if out is not None:
         check_free(out / PLAN_FILE, overwrite)
     chosen = choose(
-        load_scans(scans), n, strategy=strategy, metric=metric, max_blocks=max_blocks,
-        protect_first=protect_first, protect_last=protect_last, top=top, bootstrap=bootstrap,
+        load_scans(scans),
+        n,
+        strategy=strategy,
+        metric=metric,
+        max_blocks=max_blocks,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        top=top,
+        bootstrap=bootstrap,
         seed=seed,
-    )  # fmt: skip
+    )
     if out is not None and not dry_run:
         chosen.plan.save(out / PLAN_FILE)
     if as_json:

@@ -71,10 +71,14 @@ def prune_command(
 
     layers = named_layers(drop, plan)
     options: dict[str, Any] = {
-        "dtype": dtype, "max_shard_size": max_shard_size, "device_map": device_map,
-        "gguf_file": gguf_file, "as_gguf": as_gguf, "trust_remote_code": trust_remote_code,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "device_map": device_map,
+        "gguf_file": gguf_file,
+        "as_gguf": as_gguf,
+        "trust_remote_code": trust_remote_code,
         "verify": verify,
-    }  # fmt: skip
+    }
     output = cut_output(open_store(no_cache or dry_run), model, layers, out=out, **options)
     if reuse(output, lambda value: _say(_written_at(value, out), as_json)):
         return

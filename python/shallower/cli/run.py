@@ -149,20 +149,39 @@ def run_command(
     from ..values.tokens import parse_batch_size
 
     settings = RunSettings(
-        n=n, fraction=fraction, params=_count(params), max_loss=max_loss,
-        target_latency=_share(target_latency), target_memory=target_memory, device=device,
-        context=context, blocks=blocks, top=top, max_length=max_length,
-        batch_size=parse_batch_size(batch_size), max_texts=max_texts,
-        max_eval_texts=max_eval_texts, threads=threads, heal=heal, heal_steps=heal_steps,
-        plan_only=plan_only, seed=seed,
-    )  # fmt: skip
+        n=n,
+        fraction=fraction,
+        params=_count(params),
+        max_loss=max_loss,
+        target_latency=_share(target_latency),
+        target_memory=target_memory,
+        device=device,
+        context=context,
+        blocks=blocks,
+        top=top,
+        max_length=max_length,
+        batch_size=parse_batch_size(batch_size),
+        max_texts=max_texts,
+        max_eval_texts=max_eval_texts,
+        threads=threads,
+        heal=heal,
+        heal_steps=heal_steps,
+        plan_only=plan_only,
+        seed=seed,
+    )
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
-        ModelSource(model, dtype, device_map, gguf_file, trust_remote_code), settings,
-        {"run": model, "texts": texts, "eval_texts": eval_texts}, dry_run=dry_run,
-        as_json=as_json, no_cache=no_cache, texts=read_texts(texts), eval_texts=held_out, out=out,
+        ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
+        settings,
+        {"run": model, "texts": texts, "eval_texts": eval_texts},
+        dry_run=dry_run,
+        as_json=as_json,
+        no_cache=no_cache,
+        texts=read_texts(texts),
+        eval_texts=held_out,
+        out=out,
         overwrite=overwrite,
-    )  # fmt: skip
+    )
 
 
 def demo_command(
@@ -202,15 +221,25 @@ def demo_command(
     }
     target = {name: value for name, value in given.items() if value is not None}
     settings = RunSettings(
-        top=demo.TOP, num_choosing=demo.NUM_CHOOSING, max_length=demo.MAX_LENGTH,
+        top=demo.TOP,
+        num_choosing=demo.NUM_CHOOSING,
+        max_length=demo.MAX_LENGTH,
         **(target or {"n": demo.NUM_LAYERS}),
-    )  # fmt: skip
+    )
     path = demo.model_path()
     described = {"demo": Path(path).name, "texts": len(read), "eval_texts": len(held_out)}
     _carry_out(
-        ModelSource(path, dtype), settings, described, dry_run=dry_run, as_json=as_json,
-        no_cache=no_cache, texts=read, eval_texts=held_out, out=out, overwrite=overwrite,
-    )  # fmt: skip
+        ModelSource(path, dtype),
+        settings,
+        described,
+        dry_run=dry_run,
+        as_json=as_json,
+        no_cache=no_cache,
+        texts=read,
+        eval_texts=held_out,
+        out=out,
+        overwrite=overwrite,
+    )
 
 
 def _count(params: str | None) -> int | None:
@@ -273,9 +302,12 @@ def _output(study: "RunStudy") -> "Output":
     if study.settings.plan_only:
         files.remove(CHECKPOINT_FOLDER)
     return Output(
-        study.store, "run", study.folder,
-        lambda: None if study.job is None else {"job": study.job}, names=tuple(files),
-    )  # fmt: skip
+        study.store,
+        "run",
+        study.folder,
+        lambda: None if study.job is None else {"job": study.job},
+        names=tuple(files),
+    )
 
 
 def _say_again(out: Path, as_json: bool) -> None:

@@ -18,9 +18,23 @@ QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_con
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _OTHER_WEIGHTS = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5",
-    ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".pkl", ".pickle",
-)  # fmt: skip
+    ".safetensors",
+    ".index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".tflite",
+    ".pkl",
+    ".pickle",
+)
 _NOT_CARRIED = (CONFIG_FILE, PLAN_FILE, "params.json")
 """Rewritten here, or the layer count of another format."""
 _SUBFOLDERS = ("additional_chat_templates",)

@@ -194,9 +194,11 @@ def logits_difference(
         reloaded, _ = load_model(path, dtype, "cpu")
     else:
         reloaded = load_weights(
-            str(path), model.dtype, None if device.type == "cpu" else "cpu",
+            str(path),
+            model.dtype,
+            None if device.type == "cpu" else "cpu",
             options={"trust_remote_code": True} if _has_own_code(model) else None,
-        )  # fmt: skip
+        )
     lend_layers(reloaded, device)
     with torch.no_grad():  # weights cannot move in inference mode
         got = reloaded(input_ids=input_ids, use_cache=False).logits

@@ -46,11 +46,14 @@ _BUILDING_ERRORS = (
 
 
 PLACES = (
-    "layer_idx", "layer_id", "layer_number",
+    "layer_idx",
+    "layer_id",
+    "layer_number",
     "seed",  # BigBird's, whose causal model attends to all tokens
-    "layer_block_map", "layer_dic",  # Zamba's, from a layer's place to that of its adapters
+    "layer_block_map",
+    "layer_dic",  # Zamba's, from a layer's place to that of its adapters
     "store_full_length_kv",  # Gemma's: the last layer of a kind, whose keys others may use
-)  # fmt: skip
+)
 """Attributes by which a module knows its place; none changes what a causal model computes."""
 
 

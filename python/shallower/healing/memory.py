@@ -181,7 +181,9 @@ def is_small(config: PretrainedConfig, recipe: Resolved, device_bytes: int) -> b
     heads = heads_of(config.get_text_config(decoder=True))
     return plainly_fits(
         widths=sum(sum(weight.shape[-2:]) for weight in model.parameters() if weight.ndim > 1),
-        scores=heads * (layers_of(config) or 1), texts=recipe.batch_size,
-        length=recipe.max_length, fixed=20 * sum(p.numel() for p in model.parameters()),
+        scores=heads * (layers_of(config) or 1),
+        texts=recipe.batch_size,
+        length=recipe.max_length,
+        fixed=20 * sum(p.numel() for p in model.parameters()),
         room=device_bytes,
-    )  # fmt: skip
+    )

@@ -116,22 +116,29 @@ class _Limit(NamedTuple):
 def _limit_of(target: Target) -> _Limit | None:
     if target.params is not None:
         return _Limit(
-            target.params, f"leaves at most {target.params:,} parameters",
-            lambda value: f"{value:,} parameters", "has", "params, --params",
-        )  # fmt: skip
+            target.params,
+            f"leaves at most {target.params:,} parameters",
+            lambda value: f"{value:,} parameters",
+            "has",
+            "params, --params",
+        )
     if target.latency is not None:
         return _Limit(
-            target.latency, f"leaves at most {target.latency:g} of the time of a token",
-            lambda value: f"{value:.3g} of the time of a token", "takes",
+            target.latency,
+            f"leaves at most {target.latency:g} of the time of a token",
+            lambda value: f"{value:.3g} of the time of a token",
+            "takes",
             "latency, --target-latency",
-        )  # fmt: skip
+        )
     if target.memory is not None:
         beside = f" of weights and cache, at {target.context:,} tokens"
         return _Limit(
-            target.memory, f"leaves at most {format_size(target.memory)}{beside}",
-            lambda value: f"{format_size(round(value))}{beside}", "takes",
+            target.memory,
+            f"leaves at most {format_size(target.memory)}{beside}",
+            lambda value: f"{format_size(round(value))}{beside}",
+            "takes",
             "memory, --target-memory",
-        )  # fmt: skip
+        )
     return None
 
 

@@ -69,10 +69,15 @@ class HeldOutCuts:
         """Measure the whole model, which has that name."""
         judge, decoder = self.scores.judge, self.model.head.decoder
         return ComparedModel(
-            name, len(self.model), self.loss(self.losses.scores(())), self._single_layers or (),
-            chance=judge.chance, accuracy=judge.accuracy(self.scores.scores(()).sums),
-            dtype=decoder.identity.dtype, parameters=num_parameters(decoder.model),
-        )  # fmt: skip
+            name,
+            len(self.model),
+            self.loss(self.losses.scores(())),
+            self._single_layers or (),
+            chance=judge.chance,
+            accuracy=judge.accuracy(self.scores.scores(()).sums),
+            dtype=decoder.identity.dtype,
+            parameters=num_parameters(decoder.model),
+        )
 
     def loss(self, scores: Scores) -> Loss:
         """Give the scores of all texts that report, by :class:`LossJudge`, as a loss."""

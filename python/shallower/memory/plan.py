@@ -178,9 +178,14 @@ def plan_forward(
 
     def rehearsed(experts: str | None) -> ForwardStep:
         step = ForwardStep(
-            config, dtype, forward, length=tokens.max_length, card=room.card, loaded=loaded,
+            config,
+            dtype,
+            forward,
+            length=tokens.max_length,
+            card=room.card,
+            loaded=loaded,
             experts=experts,
-        )  # fmt: skip
+        )
         step.parts(1)
         return step
 
@@ -219,9 +224,13 @@ def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
     if not room.card and _plainly_fits(decoder, tokens.max_length, forward, room.size):
         return replace(tokens, batch_size=DEFAULT_BATCH)
     plan = plan_forward(
-        decoder.model.config, stored_dtype(decoder.model), forward, tokens=tokens, room=room,
+        decoder.model.config,
+        stored_dtype(decoder.model),
+        forward,
+        tokens=tokens,
+        room=room,
         loaded=True,
-    )  # fmt: skip
+    )
     return replace(tokens, batch_size=plan.micro_batch)
 
 
@@ -232,6 +241,10 @@ def _plainly_fits(decoder: Decoder, length: int, forward: Forward, room: int) ->
         for layer in decoder.layers.modules
     )
     return plainly_fits(
-        widths=widths, scores=heads_of(decoder.config), texts=DEFAULT_BATCH, length=length,
-        fixed=DEFAULT_BATCH * forward.beside(decoder, length) + (1 << 27), room=room,
-    )  # fmt: skip
+        widths=widths,
+        scores=heads_of(decoder.config),
+        texts=DEFAULT_BATCH,
+        length=length,
+        fixed=DEFAULT_BATCH * forward.beside(decoder, length) + (1 << 27),
+        room=room,
+    )

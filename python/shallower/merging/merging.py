@@ -192,10 +192,14 @@ class Merging:
         recipe = self.healing.recipe
         with computing(recipe, decoder.device):
             loss = evaluate_loss(
-                decoder, tokenizer, self.held_out, max_length=recipe.max_length,
-                batch_size=recipe.batch_size, progress=self.progress,
+                decoder,
+                tokenizer,
+                self.held_out,
+                max_length=recipe.max_length,
+                batch_size=recipe.batch_size,
+                progress=self.progress,
                 description="loss, merged",
-            )  # fmt: skip
+            )
         return replace(merge, loss=loss)
 
 

@@ -66,9 +66,11 @@ class Trace:
         """
         with _requiring_grad(self.weights):
             before, *found = torch.autograd.grad(
-                self.output, [self.given, *self.weights],
-                behind.to(self.output, copy=True), allow_unused=True,
-            )  # fmt: skip
+                self.output,
+                [self.given, *self.weights],
+                behind.to(self.output, copy=True),
+                allow_unused=True,
+            )
         return before, list(found)
 
 

@@ -111,9 +111,11 @@ class MovingMatrix:
         turn = turn.div_(scale.clamp_min_(torch.finfo(scale.dtype).tiny)).clamp_(-MOST, MOST)
         move = self._move.to(device).float().sub_(turn, alpha=rate * self._size)
         for kept, new in (
-            (self._rows, rows), (self._columns, columns),
-            (self._momentum, momentum), (self._move, move),
-        ):  # fmt: skip
+            (self._rows, rows),
+            (self._columns, columns),
+            (self._momentum, momentum),
+            (self._move, move),
+        ):
             kept.copy_(new)
         changes.change(self.module, self.name, self._base.to(device).float() + move)
 

@@ -63,9 +63,13 @@ class PatchStep:
         size, batch_tokens = model.dtype.itemsize, texts * self._length
         held_out = min(MAX_HELD_OUT, self._num_tokens)
         solver = solver_bytes(
-            inputs, width, batch_tokens=batch_tokens, value_bytes=size, held_tokens=held_out,
+            inputs,
+            width,
+            batch_tokens=batch_tokens,
+            value_bytes=size,
+            held_tokens=held_out,
             kept_tokens=2 * self._num_tokens // self._length,
-        )  # fmt: skip
+        )
         working = max(solver.adding + forward, solver.solving, losses) - forward
         moving, descending = descent_bytes(model, batch_tokens=batch_tokens)
         rest = {
@@ -89,9 +93,13 @@ def plan_patch(
 
     def rehearsed(experts: str | None) -> PatchStep:
         step = PatchStep(
-            config, dtype, length=tokens.max_length, num_tokens=num_tokens, room=room,
+            config,
+            dtype,
+            length=tokens.max_length,
+            num_tokens=num_tokens,
+            room=room,
             experts=experts,
-        )  # fmt: skip
+        )
         step.parts(texts)
         return step
 

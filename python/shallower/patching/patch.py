@@ -81,9 +81,14 @@ def patch(
     """
     tokens = Tokens(max_length, batch_size)
     with _solved(
-        model, tokenizer, layers, texts=texts, tokens=tokens, num_tokens=num_tokens,
+        model,
+        tokenizer,
+        layers,
+        texts=texts,
+        tokens=tokens,
+        num_tokens=num_tokens,
         progress=progress,
-    ) as (done, changes):  # fmt: skip
+    ) as (done, changes):
         drop_layers(model, done.plan.blocks)
         changes.commit()
     return done
@@ -104,11 +109,16 @@ def with_patch(
     tokens = Tokens(max_length, 16)
     with (
         _solved(
-            model, tokenizer, layers, texts=texts, tokens=tokens, num_tokens=num_tokens,
+            model,
+            tokenizer,
+            layers,
+            texts=texts,
+            tokens=tokens,
+            num_tokens=num_tokens,
             progress=progress,
         ) as (done, _),
         without_layers(model, done.plan.blocks),
-    ):  # fmt: skip
+    ):
         yield done
 
 

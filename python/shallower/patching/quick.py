@@ -128,8 +128,11 @@ class QuickPatch:
     def settings(self) -> dict[str, Any]:
         """What a patch depends on beside the model and the texts, as plain JSON values."""
         return {
-            "patch": "quick", "ridges": list(RIDGES), "farthest": FARTHEST, "held": HELD,
-        }  # fmt: skip
+            "patch": "quick",
+            "ridges": list(RIDGES),
+            "farthest": FARTHEST,
+            "held": HELD,
+        }
 
     @contextmanager
     def patched(self, plan: Plan) -> Iterator[QuickFits]:

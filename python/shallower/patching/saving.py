@@ -66,10 +66,13 @@ def _patch_rows(done: Patch) -> list[tuple[str, str]]:
     rows = [
         ("method", done.method),
         ("tokens fitted", f"{done.num_tokens:,}"),
-        ("held-out loss, nats a token", f"{done.original:.4f} whole, {done.cut:.4f} cut, "
-         f"{done.patched:.4f} patched, on {done.num_held_out:,} tokens that choices were made on"),
+        (
+            "held-out loss, nats a token",
+            f"{done.original:.4f} whole, {done.cut:.4f} cut, {done.patched:.4f} patched, on "
+            f"{done.num_held_out:,} tokens that choices were made on",
+        ),
         ("lost nats recovered", f"{100 * done.recovered:.0f} %"),
-    ]  # fmt: skip
+    ]
     changed = ", ".join(name for fit in done.fits for name in fit.matrices)
     if changed:
         rows.append(("matrices solved anew, by source layer", changed))
@@ -111,17 +114,28 @@ def patch_to_folder(
     def measure(name: str) -> None:
         if held_out:
             losses[name] = evaluate_loss(
-                decoder, tokenizer, held_out, max_length=max_length, batch_size=batch_size,
-                progress=progress, description=f"loss, {name}",
-            )  # fmt: skip
+                decoder,
+                tokenizer,
+                held_out,
+                max_length=max_length,
+                batch_size=batch_size,
+                progress=progress,
+                description=f"loss, {name}",
+            )
 
     measure("whole")
     with without_layers(model, plan.blocks):
         measure("cut")
     done = patch(
-        model, tokenizer, plan, texts=texts, max_length=max_length,
-        batch_size=batch_size, num_tokens=num_tokens, progress=progress,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        plan,
+        texts=texts,
+        max_length=max_length,
+        batch_size=batch_size,
+        num_tokens=num_tokens,
+        progress=progress,
+    )
     measure("patched")
     before_and_after = (losses["whole"], losses["patched"]) if losses else None
     save_patched(model, tokenizer, out, done=done, overwrite=overwrite, losses=before_and_after)

@@ -130,14 +130,18 @@ class Run:
             values = of_type(dict, json.loads((out / RESULTS_FILE).read_bytes()))
             done, difference = values["recommended"], values["max_logits_difference"]
             results = cls(
-                out, Target(**values["wish"]), Scan.load(out / SCAN_FILE),
-                Loss.from_json(values["whole"]), dict(values["splits"]),
+                out,
+                Target(**values["wish"]),
+                Scan.load(out / SCAN_FILE),
+                Loss.from_json(values["whole"]),
+                dict(values["splits"]),
                 None if done is None else Recommended.from_json(done),
                 tuple(map(SizeRow.from_json, values["table"])),
                 tuple(Continuations(**one) for one in values["continuations"]),
                 math.nan if difference is None else of_type(float, difference),
-                command=of_type(str, values.get("command", "")), marks=dict(values["marks"]),
-            )  # fmt: skip
+                command=of_type(str, values.get("command", "")),
+                marks=dict(values["marks"]),
+            )
             healed = values["healing"] is not None
         except (OSError, ValueError, KeyError, TypeError, RecursionError, ShallowerError) as error:
             message = f"{out / RESULTS_FILE} is not of a run, or is damaged: {error}"

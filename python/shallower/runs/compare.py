@@ -94,10 +94,15 @@ def compare(
     """
     refuse_several("comparisons are")
     study = CompareStudy(
-        models=given_models(model, tokenizer), texts=texts, eval_texts=eval_texts,
-        settings=CompareSettings.of(settings, options), out=None if out is None else Path(out),
-        overwrite=overwrite, store=open_store(not cache), progress=progress,
-    )  # fmt: skip
+        models=given_models(model, tokenizer),
+        texts=texts,
+        eval_texts=eval_texts,
+        settings=CompareSettings.of(settings, options),
+        out=None if out is None else Path(out),
+        overwrite=overwrite,
+        store=open_store(not cache),
+        progress=progress,
+    )
     return study.run()
 
 

@@ -127,16 +127,24 @@ class _Choosing:
         read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
         batches = list(read)
         judge = judge_of(
-            settings.judge, measuring.tokenizer, split.choose, items=self.choosing,
+            settings.judge,
+            measuring.tokenizer,
+            split.choose,
+            items=self.choosing,
             tokens=measuring.tokens,
-        )  # fmt: skip
+        )
         inputs = judge_inputs(judge)
         journal = self.store.journal("trials", {"items": fitted, **inputs})
         layerwise = measuring.held_out.model
         self.subject = Subject(
-            measuring.decoder, batches, Trials(layerwise, judge, journal=journal), settings.n,
-            texts=(read.identity,), seed=settings.seed, progress=False,
-        )  # fmt: skip
+            measuring.decoder,
+            batches,
+            Trials(layerwise, judge, journal=journal),
+            settings.n,
+            texts=(read.identity,),
+            seed=settings.seed,
+            progress=False,
+        )
         self.patch = FittedPatch(QuickPatch(layerwise, batches), fitted)
         self._chosen_on = {"fitted": fitted, "seed": settings.seed, **inputs}
         self.counts = {"fit": self.subject.num_texts, "choose": judge.num_items}

@@ -94,10 +94,15 @@ def curve(
     """
     refuse_several("curves are")
     study = CurveStudy(
-        models=(given_model(model, tokenizer),), texts=texts, eval_texts=eval_texts,
-        settings=CurveSettings.of(settings, options), out=Path(out), overwrite=overwrite,
-        store=open_store(not cache), progress=progress,
-    )  # fmt: skip
+        models=(given_model(model, tokenizer),),
+        texts=texts,
+        eval_texts=eval_texts,
+        settings=CurveSettings.of(settings, options),
+        out=Path(out),
+        overwrite=overwrite,
+        store=open_store(not cache),
+        progress=progress,
+    )
     return study.run()
 
 
@@ -143,8 +148,12 @@ class CurveStudy(Study[CurveSettings]):
     def units(self) -> list[Unit]:
         """List the points, the whole model first."""
         settings = self.settings
-        wanted = [(s, n, name) for s in settings.states for n in settings.n
-                  for name in settings.strategies]  # fmt: skip
+        wanted = [
+            (s, n, name)
+            for s in settings.states
+            for n in settings.n
+            for name in settings.strategies
+        ]
         return [self.unit("whole", 0, "cut"), *(self.unit(name, n, s) for s, n, name in wanted)]
 
     def is_stock(self) -> bool:
@@ -186,9 +195,13 @@ class CurveStudy(Study[CurveSettings]):
         _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading
         loaded, tokenizer = self.model.load()
         points = CurvePoints(
-            self, loaded, tokenizer, tasks=self.tasks, recipe=self._recipe(loaded, tokenizer),
+            self,
+            loaded,
+            tokenizer,
+            tasks=self.tasks,
+            recipe=self._recipe(loaded, tokenizer),
             write=self.write_curve,
-        )  # fmt: skip
+        )
         found = points.curve()
         if points.is_complete:
             self.store.put(self.KIND, self.inputs, found.to_json())

@@ -51,9 +51,14 @@ class CurvePoints:
         self._tasks, self._write = tasks, write
         self._store: ResultStore = study.model_store(study.model)
         self._measuring = Measuring(
-            study, model, tokenizer, store=self._store, scanned=lambda: self._scan,
-            tasks=tasks, recipe=recipe,
-        )  # fmt: skip
+            study,
+            model,
+            tokenizer,
+            store=self._store,
+            scanned=lambda: self._scan,
+            tasks=tasks,
+            recipe=recipe,
+        )
         self._decoder = self._measuring.decoder
         self._plans: dict[tuple[str, int], Plan | str] = {}
         self._time_shares: dict[tuple[int, ...], float | None] = {}
@@ -64,8 +69,12 @@ class CurvePoints:
         settings = self._settings
         found = [self._measured((), "whole", "cut")]
         self._write(self._joined(found))
-        wanted = [(s, n, name) for s in settings.states for n in settings.n
-                  for name in settings.strategies]  # fmt: skip
+        wanted = [
+            (s, n, name)
+            for s in settings.states
+            for n in settings.n
+            for name in settings.strategies
+        ]
         with track("curve", len(wanted), self._study.progress) as advance:
             for state, n, strategy in wanted:
                 advance(0, f"{strategy}, n = {n}, {state}")
@@ -82,10 +91,15 @@ class CurvePoints:
         split, measuring = self._study.split, self._measuring
         counts = {"fit": len(split.fit), "choose": len(split.choose)}
         return Curve(
-            title_of(str(self._study.model)), len(self._decoder), (whole, *cuts),
-            {**counts, "report": measuring.judge.num_items}, self._decoder.identity.dtype,
-            measuring.tokens.max_length, self._tasks.versions, self._described(),
-        )  # fmt: skip
+            title_of(str(self._study.model)),
+            len(self._decoder),
+            (whole, *cuts),
+            {**counts, "report": measuring.judge.num_items},
+            self._decoder.identity.dtype,
+            measuring.tokens.max_length,
+            self._tasks.versions,
+            self._described(),
+        )
 
     def _described(self) -> dict[str, Any]:
         """The settings that are shown beside the figures."""
@@ -122,10 +136,17 @@ class CurvePoints:
         quick = state == "patched" and self._settings.quick_patch
         measured = self._measuring.measure(dropped, "quick" if quick else state)
         return CurvePoint(
-            len(dropped), strategy, state, dropped, len(dropped) / len(self._decoder),
-            self._measuring.parameters_share(dropped), measured.loss, measured.tasks,
-            measured.seconds, time_share=self._time_share(dropped),
-        )  # fmt: skip
+            len(dropped),
+            strategy,
+            state,
+            dropped,
+            len(dropped) / len(self._decoder),
+            self._measuring.parameters_share(dropped),
+            measured.loss,
+            measured.tasks,
+            measured.seconds,
+            time_share=self._time_share(dropped),
+        )
 
     def _sentence_of(self, error: Exception) -> str:
         """An error in one line; one that another time may not happen is remembered."""
@@ -182,9 +203,12 @@ class CurvePoints:
         verifier = self._measuring.plans.verifier
         subject = verifier.subject
         inputs = {
-            "criterion": criterion.name, "fitted": verifier.texts, "num_texts": subject.num_texts,
-            "seed": subject.seed, **judge_inputs(subject.trials.judge),
-        }  # fmt: skip
+            "criterion": criterion.name,
+            "fitted": verifier.texts,
+            "num_texts": subject.num_texts,
+            "seed": subject.seed,
+            **judge_inputs(subject.trials.judge),
+        }
         if type(criterion).costs is not Criterion.costs:
             stored_costs(criterion, subject, self._store, inputs=inputs)
         return stored_choice(criterion, subject, n, store=self._store, inputs=inputs)[0]
@@ -197,10 +221,15 @@ class CurvePoints:
         if study.goes_on and place.exists():
             return Scan.load(place)
         scanned = scan(
-            measuring.model, measuring.tokenizer, measuring.split.fit,
-            max_length=measuring.tokens.max_length, batch_size=measuring.tokens.batch_size,
-            threads=study.settings.threads, checkpoint=partial, progress=False,
-        )  # fmt: skip
+            measuring.model,
+            measuring.tokenizer,
+            measuring.split.fit,
+            max_length=measuring.tokens.max_length,
+            batch_size=measuring.tokens.batch_size,
+            threads=study.settings.threads,
+            checkpoint=partial,
+            progress=False,
+        )
         scanned.save(place)
         partial.unlink(missing_ok=True)
         return scanned

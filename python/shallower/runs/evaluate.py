@@ -141,9 +141,14 @@ class PerplexityOfText(Measure[Perplexity]):
         from ..evaluation.perplexity import evaluate_perplexity
 
         return evaluate_perplexity(
-            decoder, tokenizer, self.text, context=self.context, bos=self.bos,
-            batch_size=tokens.batch_size, description=f"perplexity{name}",
-        )  # fmt: skip
+            decoder,
+            tokenizer,
+            self.text,
+            context=self.context,
+            bos=self.bos,
+            batch_size=tokens.batch_size,
+            description=f"perplexity{name}",
+        )
 
     def record(self, value: Perplexity) -> dict[str, Any]:
         """Give a perplexity."""
@@ -185,10 +190,12 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
             if store.folder is None or files is None:
                 return None
             return {
-                "tasks": list(self.names), "files": hash_of_files(files, store),
-                "settings": dict(self.settings), "batch_size": self.batch_size,
+                "tasks": list(self.names),
+                "files": hash_of_files(files, store),
+                "settings": dict(self.settings),
+                "batch_size": self.batch_size,
                 "lm_eval": version("lm_eval"),
-            }  # fmt: skip
+            }
         except (OSError, PackageNotFoundError):  # loading them says what is wrong
             return None
 
@@ -367,9 +374,11 @@ class EvalJob:
         return found
 
     def _measured(
-        self, measure: Measure[Any], loaded: "tuple[Decoder, PreTrainedTokenizerBase]",
+        self,
+        measure: Measure[Any],
+        loaded: "tuple[Decoder, PreTrainedTokenizerBase]",
         dropped: Sequence[int],
-    ) -> Result:  # fmt: skip
+    ) -> Result:
         tokens = measure.tokens
         if self.device_memory is not None:
             planned = self.memory(self.source.resolved(), tokens)

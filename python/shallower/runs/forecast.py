@@ -97,10 +97,12 @@ def memory_forecast(
     room = device_room(device_memory, processes)
     if what == "heal":
         given: dict[str, Any] = {
-            "dtype": dtype, "max_length": max_length, "rank": rank,
+            "dtype": dtype,
+            "max_length": max_length,
+            "rank": rank,
             "batch_size": None if batch_size == "auto" else batch_size,
             "recompute": gradient_checkpointing,
-        }  # fmt: skip
+        }
         named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return _healing(config, total, replace(recipe or Recipe(), **named), room, processes)
     tokens, dtype = Tokens(max_length or 256, batch_size), _decided(dtype, what, card=room.card)
@@ -159,9 +161,14 @@ def _healing(
     auto: Any = "bfloat16" if room.card else auto_dtype()
     resolved = recipe.resolve(facts(config, num_layers), processes, auto=auto)
     return plan_healing(
-        config, resolved, room=room, batch_size=recipe.batch_size, recompute=recipe.recompute,
-        processes=processes, uncut_layers=num_layers,
-    )  # fmt: skip
+        config,
+        resolved,
+        room=room,
+        batch_size=recipe.batch_size,
+        recompute=recipe.recompute,
+        processes=processes,
+        uncut_layers=num_layers,
+    )
 
 
 def _forward(what: Stage, positions: str | Positions) -> "Forward":
@@ -193,7 +200,12 @@ def forecast_source(
     if dtype == "auto":
         dtype = "bfloat16" if device_memory is not None else source.resolved().dtype
     return memory_forecast(
-        source.read_config(), what, dtype=dtype, max_length=tokens.max_length,
-        batch_size=tokens.batch_size, positions=positions or "last", device_memory=device_memory,
+        source.read_config(),
+        what,
+        dtype=dtype,
+        max_length=tokens.max_length,
+        batch_size=tokens.batch_size,
+        positions=positions or "last",
+        device_memory=device_memory,
         num_tokens=num_tokens or 131_072,
-    )  # fmt: skip
+    )

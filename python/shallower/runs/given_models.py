@@ -122,10 +122,15 @@ def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A hash of all that a tokenizer is made of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return hash_of([
-        type(tokenizer).__name__, rules, repr(tokenizer.init_kwargs),
-        repr(tokenizer.special_tokens_map), tokenizer.truncation_side,
-    ])  # fmt: skip
+    return hash_of(
+        [
+            type(tokenizer).__name__,
+            rules,
+            repr(tokenizer.init_kwargs),
+            repr(tokenizer.special_tokens_map),
+            tokenizer.truncation_side,
+        ]
+    )
 
 
 def inputs_of_one(model: ModelSource | InMemory, cache: Store) -> dict[str, Any] | None:

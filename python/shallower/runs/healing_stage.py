@@ -96,10 +96,17 @@ class HealingStage:
         name, trusted = study.origin
         original = None if self.recipe.objective == "lm" else name  # nobody else needs it now
         return heal(
-            checkpoint, self.texts, place, recipe=self.recipe, eval_texts=study.split.choose,
-            original=original, merge=True, overwrite=study.overwrite or goes_on,
-            progress=study.progress, trust_remote_code=trusted,
-        )  # fmt: skip
+            checkpoint,
+            self.texts,
+            place,
+            recipe=self.recipe,
+            eval_texts=study.split.choose,
+            original=original,
+            merge=True,
+            overwrite=study.overwrite or goes_on,
+            progress=study.progress,
+            trust_remote_code=trusted,
+        )
 
     def _loss(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Loss:
         """The loss of the healed model, measured as those of the run."""

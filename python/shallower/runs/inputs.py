@@ -34,9 +34,13 @@ LARGE_BYTES = 1 << 30
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DECIDING = (
-    "SHALLOWER_TIER", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
-    "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE",
-)  # fmt: skip
+    "SHALLOWER_TIER",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+)
 """Variables that choose the instructions or devices of a computation."""
 
 
@@ -273,10 +277,14 @@ def _stamps(files: Iterable[Path]) -> list[Any] | None:
             return None
         found.append(
             [
-                str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns,
-                status.st_dev, status.st_ino,
+                str(file.absolute()),
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+                status.st_dev,
+                status.st_ino,
             ]
-        )  # fmt: skip
+        )
     return found
 
 

@@ -118,9 +118,13 @@ class Measuring:
         layerwise = Layerwise(self.decoder)
         layerwise.check(self.judge.batches[0])
         self.held_out = HeldOutCuts(
-            layerwise, self.judge, self._chooses(), store=store, texts=study.reported,
+            layerwise,
+            self.judge,
+            self._chooses(),
+            store=store,
+            texts=study.reported,
             num_rejected=self.num_rejected,
-        )  # fmt: skip
+        )
         self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
 
     def _tokenised(self) -> dict[str, TokenisedSplits]:
@@ -153,9 +157,14 @@ class Measuring:
         """The verified plan of every size, and the quick patch that they are raced after."""
         assert self._scanned is not None
         return VerifiedPlans(
-            self._study, self.decoder, self.tokenizer, self.split, scanned=self._scanned,
-            tokens=self.tokens, store=self._store,
-        )  # fmt: skip
+            self._study,
+            self.decoder,
+            self.tokenizer,
+            self.split,
+            scanned=self._scanned,
+            tokens=self.tokens,
+            store=self._store,
+        )
 
     def whole(self) -> Loss:
         """The loss of the whole model."""
@@ -218,9 +227,14 @@ class Measuring:
             return {"dropped": list(dropped), "state": state, "job": job}
         made = {} if state in ("cut", "quick") else {"patch_tokens": settings.patch_tokens}
         return {
-            "dropped": list(dropped), "state": state, **made, "fitted": self.plans.fitted,
-            "items": self._study.reported, "tasks": self._tasks.identity, "seed": settings.seed,
-        }  # fmt: skip
+            "dropped": list(dropped),
+            "state": state,
+            **made,
+            "fitted": self.plans.fitted,
+            "items": self._study.reported,
+            "tasks": self._tasks.identity,
+            "seed": settings.seed,
+        }
 
     def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
         if state == "cut":
@@ -266,10 +280,14 @@ class Measuring:
                 yield self.model, self.tokenizer
         else:
             with with_patch(
-                self.model, self.tokenizer, plan, texts=self.split.fit,
+                self.model,
+                self.tokenizer,
+                plan,
+                texts=self.split.fit,
                 max_length=self.tokens.max_length,
-                num_tokens=self._study.settings.patch_tokens, progress=False,
-            ):  # fmt: skip
+                num_tokens=self._study.settings.patch_tokens,
+                progress=False,
+            ):
                 yield self.model, self.tokenizer
 
     @contextmanager
@@ -286,10 +304,16 @@ class Measuring:
                 self._save(plan, cut)
             name, trusted = study.origin
             heal(
-                cut, study.training_texts(), healed, recipe=recipe,
-                eval_texts=study.split.choose, original=None if recipe.objective == "lm" else name,
-                merge=True, progress=False, trust_remote_code=trusted,
-            )  # fmt: skip
+                cut,
+                study.training_texts(),
+                healed,
+                recipe=recipe,
+                eval_texts=study.split.choose,
+                original=None if recipe.objective == "lm" else name,
+                merge=True,
+                progress=False,
+                trust_remote_code=trusted,
+            )
         dtype: Any = self.decoder.identity.dtype
         yield ModelSource(healed, dtype).load()
         shutil.rmtree(folder, ignore_errors=True)

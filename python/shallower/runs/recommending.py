@@ -143,11 +143,16 @@ class Recommending:
         """The comparison of all layers, as it lies in the folder."""
         measuring = self._measuring
         scanned = scan(
-            self._model, self._tokenizer, measuring.split.fit[:SCAN_TEXTS],
-            max_length=measuring.tokens.max_length, batch_size=measuring.tokens.batch_size,
-            threads=self._settings.threads, checkpoint=self._out / PARTIAL_FILE,
-            keep_samples=True, progress=self._study.progress,
-        )  # fmt: skip
+            self._model,
+            self._tokenizer,
+            measuring.split.fit[:SCAN_TEXTS],
+            max_length=measuring.tokens.max_length,
+            batch_size=measuring.tokens.batch_size,
+            threads=self._settings.threads,
+            checkpoint=self._out / PARTIAL_FILE,
+            keep_samples=True,
+            progress=self._study.progress,
+        )
         scanned.save(self._out / SCAN_FILE)
         return scanned
 
@@ -203,11 +208,17 @@ class Recommending:
         if set(block.layers) != set(plan.dropped):
             worse = measuring.measure(tuple(block.layers), "cut").loss.minus(cut)
         recommended = Recommended(
-            verified, choice.reason, results.whole, cut, patched=None, healed=None,
-            by_distance=worse, layers_share=choice.n / len(self._decoder),
+            verified,
+            choice.reason,
+            results.whole,
+            cut,
+            patched=None,
+            healed=None,
+            by_distance=worse,
+            layers_share=choice.n / len(self._decoder),
             parameters_share=measuring.parameters_share(plan.dropped),
             max_loss=self._target.max_loss,
-        )  # fmt: skip
+        )
         if self._settings.plan_only:
             recommended = replace(recommended, unpatched=PLAN_ONLY)
             return replace(results, recommended=recommended, continuations=tuple(samples))
@@ -215,10 +226,14 @@ class Recommending:
         results.save()
         try:
             with with_patch(
-                self._model, self._tokenizer, plan, texts=self._measuring.split.fit,
-                max_length=self._measuring.tokens.max_length, progress=self._study.progress,
+                self._model,
+                self._tokenizer,
+                plan,
+                texts=self._measuring.split.fit,
+                max_length=self._measuring.tokens.max_length,
+                progress=self._study.progress,
                 num_tokens=patch_tokens(self._decoder),
-            ) as done:  # fmt: skip
+            ) as done:
                 return self._saved(results, plan, done)
         except (PatchError, TextsError) as error:
             why = f"the cut is not patched: {error}"
@@ -328,17 +343,26 @@ class Recommending:
         patched_loss, patched_error = _estimated(patched, whole)
         kept = None if patched is None else patched.minus(whole)
         return SizeRow(
-            n=n, dropped=dropped, cut=cut_loss, stderr=cut_error, lost=lost.mean,
-            lost_stderr=lost.stderr, num_texts=len(cut),
-            patched=patched_loss, patched_stderr=patched_error,
+            n=n,
+            dropped=dropped,
+            cut=cut_loss,
+            stderr=cut_error,
+            lost=lost.mean,
+            lost_stderr=lost.stderr,
+            num_texts=len(cut),
+            patched=patched_loss,
+            patched_stderr=patched_error,
             patched_lost=None if kept is None else kept.mean,
             patched_lost_stderr=None if kept is None else kept.stderr,
-            deepest=deepest_loss, deepest_stderr=deepest_error,
+            deepest=deepest_loss,
+            deepest_stderr=deepest_error,
             deepest_patched=_estimated(deepest_patched, whole)[0],
-            layers_share=n / num_layers, parameters_share=self._measuring.parameters_share(dropped),
+            layers_share=n / num_layers,
+            parameters_share=self._measuring.parameters_share(dropped),
             num_tied=len(verified.tied),
-            layer_forwards=verified.layer_forwards, seconds=verified.seconds,
-        )  # fmt: skip
+            layer_forwards=verified.layer_forwards,
+            seconds=verified.seconds,
+        )
 
     def _patched(self, dropped: Sequence[int], looks: int | None) -> Scores | None:
         """The scores after a quick patch; None for what cannot be patched."""

@@ -111,10 +111,15 @@ def run(
     """
     refuse_several("runs are")
     study = RunStudy(
-        models=(given_model(model, tokenizer),), texts=texts, eval_texts=eval_texts,
-        settings=RunSettings.of(settings, options), out=Path(out), overwrite=overwrite,
-        store=open_store(not cache), progress=progress,
-    )  # fmt: skip
+        models=(given_model(model, tokenizer),),
+        texts=texts,
+        eval_texts=eval_texts,
+        settings=RunSettings.of(settings, options),
+        out=Path(out),
+        overwrite=overwrite,
+        store=open_store(not cache),
+        progress=progress,
+    )
     return study.run(report)
 
 

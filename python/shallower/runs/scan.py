@@ -113,9 +113,12 @@ class ScanJob:
         from .forecast import forecast_source
 
         return forecast_source(
-            source, "scan", self.tokens, device_memory=self.device_memory,
+            source,
+            "scan",
+            self.tokens,
+            device_memory=self.device_memory,
             positions=self.positions,
-        )  # fmt: skip
+        )
 
     def _room(self, bytes_per_token: int | None) -> dict[str, Any]:
         assert self.keep_states is not None
@@ -142,11 +145,15 @@ class ScanJob:
         if not isinstance(self.texts, Texts | list):
             return None
         return inputs_of(
-            self.store, {"model": self.source}, {"texts": self.texts},
-            tokens=asdict(self.tokens), metrics=list(self.metrics),
-            positions=asdict(self.positions), keep_samples=self.keep_samples,
+            self.store,
+            {"model": self.source},
+            {"texts": self.texts},
+            tokens=asdict(self.tokens),
+            metrics=list(self.metrics),
+            positions=asdict(self.positions),
+            keep_samples=self.keep_samples,
             device_memory=self.device_memory,
-        )  # fmt: skip
+        )
 
     def _look_up(self) -> Known | None:
         found = [output.find() for output in self._outputs]
@@ -194,8 +201,16 @@ class ScanJob:
         if self.device_memory is not None:
             batch_size = self._memory(self.source.resolved()).micro_batch
         return scan(
-            model, tokenizer, self.texts, max_length=self.tokens.max_length,
-            batch_size=batch_size, metrics=self.metrics, threads=self.threads,
-            checkpoint=checkpoint, keep_samples=self.keep_samples, positions=self.positions,
-            keep_states=self.keep_states, overwrite=self.overwrite,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            self.texts,
+            max_length=self.tokens.max_length,
+            batch_size=batch_size,
+            metrics=self.metrics,
+            threads=self.threads,
+            checkpoint=checkpoint,
+            keep_samples=self.keep_samples,
+            positions=self.positions,
+            keep_states=self.keep_states,
+            overwrite=self.overwrite,
+        )

@@ -55,15 +55,29 @@ SELECT kind, COUNT(*), SUM(LENGTH(value)), MIN(made), MAX(made) FROM (
 GROUP BY kind ORDER BY kind
 """
 _NETWORKS = (
-    "9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gluster", "gpfs", "lustre", "nfs", "smb",
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "fuse",
+    "gluster",
+    "gpfs",
+    "lustre",
+    "nfs",
+    "smb",
     "virtiofs",
-)  # fmt: skip
+)
 """How the types of file systems begin whose machines share no memory, which WAL needs."""
 
 _NOT_CLEARED = (
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
-)  # fmt: skip
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_AUTH,
+)
 """Errors of a file that is whole; with any other it is removed instead of emptied."""
 
 

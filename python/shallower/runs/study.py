@@ -245,9 +245,12 @@ class Study(ABC, Generic[Settings]):
             return None
         fitted = self.fitted[texts] if texts else next(iter(self.fitted.values()))
         return {
-            "model": of_model, "fitted": fitted,
-            "strategy": strategy, "n": n, **self._chooses_by(),
-        }  # fmt: skip
+            "model": of_model,
+            "fitted": fitted,
+            "strategy": strategy,
+            "n": n,
+            **self._chooses_by(),
+        }
 
     def known_choice(self, strategy: str, n: int) -> list[int] | None:
         """The layers that a strategy chose before, by any study; None if none did."""

@@ -39,10 +39,15 @@ class StudyTasks:
     def of(cls, settings: CurveSettings) -> "StudyTasks":
         """The tasks of a curve."""
         return cls(
-            names=settings.tasks, tasks_dir=settings.tasks_dir, data=settings.data,
-            max_items=settings.max_items, num_shots=settings.num_shots, pass_at=settings.pass_at,
-            batch_size=settings.batch_size, seed=settings.seed,
-        )  # fmt: skip
+            names=settings.tasks,
+            tasks_dir=settings.tasks_dir,
+            data=settings.data,
+            max_items=settings.max_items,
+            num_shots=settings.num_shots,
+            pass_at=settings.pass_at,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
 
     @cached_property
     def chosen(self) -> "ChosenTasks":
@@ -50,9 +55,14 @@ class StudyTasks:
         from ..evaluation.tasks import ChosenTasks
 
         return ChosenTasks.of(
-            self.names, tasks_dir=self.tasks_dir, data=self.data, max_items=self.max_items,
-            num_shots=self.num_shots, pass_at=self.pass_at, seed=self.seed,
-        )  # fmt: skip
+            self.names,
+            tasks_dir=self.tasks_dir,
+            data=self.data,
+            max_items=self.max_items,
+            num_shots=self.num_shots,
+            pass_at=self.pass_at,
+            seed=self.seed,
+        )
 
     @property
     def versions(self) -> dict[str, str]:

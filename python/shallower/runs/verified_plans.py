@@ -125,9 +125,12 @@ class VerifiedPlans:
             return whole - sum(of_layers[layer] for layer in self.verify(n).plan.dropped)
 
         choice = choose_size(
-            target, len(self._decoder), lost=self.lost, left=left,
+            target,
+            len(self._decoder),
+            lost=self.lost,
+            left=left,
             left_at_least=partial(self._left_at_least, target),
-        )  # fmt: skip
+        )
         return choice, {choice.n, *self.found}
 
     def _left_at_least(self, target: Target, n: int) -> float:

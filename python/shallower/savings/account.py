@@ -49,11 +49,11 @@ _PICKING = ("aten::embedding", "aten::index", "aten::index_select", "aten::gathe
 _COPYING = ("aten::clone", "aten::_to_copy")
 """Operations whose output repeats what their input repeats."""
 
-_FREE = (
-    "aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty", "aten::new_empty",
-    "aten::empty_like", "aten::empty_strided",
-)  # fmt: skip
+_UNMOVED = ("aten::_unsafe_view", "aten::detach", "aten::lift_fresh")
 """Operations that move nothing although torch does not call them views."""
+
+_UNWRITTEN = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
+"""Operations that reserve memory and write nothing to it."""
 
 
 @dataclass(slots=True)
@@ -157,7 +157,7 @@ class Recorder(TorchDispatchMode):
         if name in _SUMMED:
             flops = 2 * sum(one.numel() for one in made) * _SUMMED[name](given)
             self.product(flops, given, made, by_expert=name in _BY_EXPERT)
-        elif made and not (func.is_view or name in _FREE):
+        elif made and not (func.is_view or name in _UNMOVED + _UNWRITTEN):
             self._between(name, given, made)
         return output
 
@@ -444,9 +444,15 @@ class _Counting:
             decode, _ = self._recorded(ids[:, :1], list(_tensors(cache)), {name: cache})
             growth = _sizes(cache) - held
         return Account(
-            num_parameters(self._model), self._weights, held, growth // batch, prefill, decode,
-            self._of_layers, by_layer,
-        )  # fmt: skip
+            num_parameters(self._model),
+            self._weights,
+            held,
+            growth // batch,
+            prefill,
+            decode,
+            self._of_layers,
+            by_layer,
+        )
 
     def _recorded(
         self, ids: torch.Tensor, cached: Sequence[torch.Tensor], options: dict[str, Any]

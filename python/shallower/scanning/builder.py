@@ -115,9 +115,12 @@ class ScanBuilder:
         """
         array = as_array(states)
         rejected, kept, goes_on = self._accumulator.update(
-            array, self._threads, state_first=state_first, keep=self._keep_samples,
+            array,
+            self._threads,
+            state_first=state_first,
+            keep=self._keep_samples,
             sequences=sequences,
-        )  # fmt: skip
+        )
         if self._cka is not None:
             by_sample = array.transpose(1, 0, 2) if state_first else array
             self._cka.add(by_sample, [sample for sample, _, _ in rejected])

@@ -103,9 +103,14 @@ def scan(
     batches = TokenBatches(tokenizer, texts, tokens)
     identity = decoder.identity
     builder = ScanBuilder(
-        len(decoder) + 1, metrics, threads=threads, model=identity, keep_samples=keep_samples,
-        cka_batch=cka_batch, positions=positions,
-    )  # fmt: skip
+        len(decoder) + 1,
+        metrics,
+        threads=threads,
+        model=identity,
+        keep_samples=keep_samples,
+        cka_batch=cka_batch,
+        positions=positions,
+    )
     if total is None:
         total = length_hint(texts) or None
     saved, copies, halving = time.monotonic(), HostCopies(), Halving()

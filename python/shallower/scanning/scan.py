@@ -168,11 +168,16 @@ class Scan:
         search = self.contents.sums.costs(metric)
         blocks, stderr = self._scores(metric)
         return Costs(
-            search, blocks, metric=metric, stderr=stderr,
+            search,
+            blocks,
+            metric=metric,
+            stderr=stderr,
             samples=None if self.contents.samples is None else self.contents.samples[metric],
             more_is_better=metric == "cosine",
-            model=self.model, texts=self.texts, positions=self.positions,
-        )  # fmt: skip
+            model=self.model,
+            texts=self.texts,
+            positions=self.positions,
+        )
 
     def best_block(self, n: int, metric: str | None = None) -> Block:
         """The block of ``n`` layers, ``1 .. L-1``, whose removal joins the most similar states.
@@ -203,9 +208,13 @@ class Scan:
         return Block(*place, float(blocks[place]), float(stderr[place]))
 
     def bootstrap(
-        self, num_resamples: int = 1000, seed: int = 0, *,
-        metric: str | None = None, threads: int | None = None,
-    ) -> dict[int, BootstrappedStart]:  # fmt: skip
+        self,
+        num_resamples: int = 1000,
+        seed: int = 0,
+        *,
+        metric: str | None = None,
+        threads: int | None = None,
+    ) -> dict[int, BootstrappedStart]:
         """How stable l*(n) is when sequences are drawn again: :meth:`Costs.bootstrap`.
 
         For every block size ``n`` the best start, and the share of resamples that each start wins.
@@ -220,9 +229,14 @@ class Scan:
         return self.best_plan(n, metric=metric)
 
     def best_plan(
-        self, n: int, max_blocks: int = 1, *,
-        protect_first: int = 0, protect_last: int = 0, metric: str | None = None,
-    ) -> Plan:  # fmt: skip
+        self,
+        n: int,
+        max_blocks: int = 1,
+        *,
+        protect_first: int = 0,
+        protect_last: int = 0,
+        metric: str | None = None,
+    ) -> Plan:
         """The plan to drop ``n`` layers in blocks whose scores have the least sum.
 
         By the rules of :meth:`Costs.best_plan`, on the exact sums.

@@ -115,10 +115,16 @@ class Costs:
         if errors is not None and errors.shape != blocks.shape:
             raise CostsError(f"stderr of shape {errors.shape}: expected {blocks.shape}")
         return cls(
-            _core.Costs.of_blocks(blocks), blocks, metric=metric, stderr=errors,
-            strategy=strategy, samples=_samples(samples, len(blocks)), model=model,
-            texts=tuple(texts), positions=positions,
-        )  # fmt: skip
+            _core.Costs.of_blocks(blocks),
+            blocks,
+            metric=metric,
+            stderr=errors,
+            strategy=strategy,
+            samples=_samples(samples, len(blocks)),
+            model=model,
+            texts=tuple(texts),
+            positions=positions,
+        )
 
     @classmethod
     def of_layers(
@@ -172,9 +178,16 @@ class Costs:
                 raise CostsError(f"stderr of shape {of_layers.shape}: expected {layers.shape}")
             errors[np.arange(size - 1), np.arange(1, size)] = of_layers
         return cls(
-            search, blocks, metric=metric, stderr=errors, strategy=strategy, model=model,
-            texts=tuple(texts), positions=positions, of_single_layers=True,
-        )  # fmt: skip
+            search,
+            blocks,
+            metric=metric,
+            stderr=errors,
+            strategy=strategy,
+            model=model,
+            texts=tuple(texts),
+            positions=positions,
+            of_single_layers=True,
+        )
 
     @property
     def num_layers(self) -> int:
@@ -260,9 +273,13 @@ class Costs:
         if self.samples is None:
             raise ScanError("there are no samples behind these costs: a bootstrap draws from them")
         wins = resampled_wins(
-            self.samples, num_resamples, seed,
-            num_states=self.num_layers + 1, threads=threads, more_is_better=self._more_is_better,
-        )  # fmt: skip
+            self.samples,
+            num_resamples,
+            seed,
+            num_states=self.num_layers + 1,
+            threads=threads,
+            more_is_better=self._more_is_better,
+        )
         found = {}
         for n, counts in enumerate(wins, 1):
             distribution = np.array(counts) / num_resamples

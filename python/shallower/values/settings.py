@@ -186,10 +186,15 @@ class RunSettings(RacingSettings):
         """How many layers are to go."""
         memory = self.target_memory
         return Target(
-            self.n, self.fraction, self.params, self.max_loss, latency=self.target_latency,
+            self.n,
+            self.fraction,
+            self.params,
+            self.max_loss,
+            latency=self.target_latency,
             memory=parse_size(memory) if isinstance(memory, str) else memory,
-            device=self.device, context=self.context,
-        )  # fmt: skip
+            device=self.device,
+            context=self.context,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,13 @@ from .memory import format_size
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", re.IGNORECASE)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*x?", re.IGNORECASE)
 _OPTIONS = {
-    "n": "n", "fraction": "fraction", "params": "params", "max_loss": "max-loss",
-    "latency": "target-latency", "memory": "target-memory",
-}  # fmt: skip
+    "n": "n",
+    "fraction": "fraction",
+    "params": "params",
+    "max_loss": "max-loss",
+    "latency": "target-latency",
+    "memory": "target-memory",
+}
 """The measures, with the options of the command line."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

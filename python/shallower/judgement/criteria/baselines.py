@@ -93,9 +93,12 @@ class Taylor(Criterion):
                     f"float32 (dtype, --dtype)"
                 )
         return Costs.of_layers(
-            costs, metric=self.name, model=subject.decoder.identity, texts=subject.texts,
+            costs,
+            metric=self.name,
+            model=subject.decoder.identity,
+            texts=subject.texts,
             positions=ALL_TOKENS,
-        )  # fmt: skip
+        )
 
     def layer_forwards(self, subject: Subject) -> int:
         """All layers on the texts, forward and backward."""

@@ -68,9 +68,12 @@ class XMerge(LayerChange):
         influence = 1 - found.cosines.sum(axis=1) / total
         magnitude = found.magnitudes.sum(axis=1) / total
         return Costs.of_layers(
-            np.maximum(_standard(influence), _standard(magnitude)), metric=self.name,
-            model=subject.decoder.identity, texts=subject.texts, positions=ALL_TOKENS,
-        )  # fmt: skip
+            np.maximum(_standard(influence), _standard(magnitude)),
+            metric=self.name,
+            model=subject.decoder.identity,
+            texts=subject.texts,
+            positions=ALL_TOKENS,
+        )
 
 
 def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -130,9 +130,12 @@ def line_chart(
         if len(lines) > 1:
             size = 9 if columns == 2 else 8
             figure.legend(
-                loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4,
+                loc="outside lower center",
+                ncols=columns,
+                handlelength=2.6,
+                columnspacing=1.4,
                 fontsize=size,
-            )  # fmt: skip
+            )
         lay_out(figure)
         marks = marks_at(
             axes, [(p.x, p.y, _words(line, p, y)) for line in lines for p in line.points]
@@ -182,9 +185,15 @@ def dot_chart(
             error = np.nan_to_num([p.stderr for p in line.points])
             marker = line.marker or _MARKERS[place % len(_MARKERS)]
             axes.errorbar(
-                values, rows, xerr=error, fmt=marker, color=COLOURS[line.colour], label=line.name,
-                markersize=4.6, elinewidth=1.1,
-            )  # fmt: skip
+                values,
+                rows,
+                xerr=error,
+                fmt=marker,
+                color=COLOURS[line.colour],
+                label=line.name,
+                markersize=4.6,
+                elinewidth=1.1,
+            )
             placed += [
                 (p.y, p.x + up, f"{p.name}: {x.show_with_error(p.y, p.stderr)}")
                 for p in line.points
@@ -231,9 +240,15 @@ def front_chart(
         for one, point in points.items():
             colour, marker = styles[one]
             axes.plot(
-                *point, marker, color=COLOURS[colour], label=one, markersize=6, clip_on=False,
-                markeredgecolor=COLOURS["paper"], markeredgewidth=0.5,
-            )  # fmt: skip
+                *point,
+                marker,
+                color=COLOURS[colour],
+                label=one,
+                markersize=6,
+                clip_on=False,
+                markeredgecolor=COLOURS["paper"],
+                markeredgewidth=0.5,
+            )
         _name_front(axes, points, front)
         figure.legend(loc="outside lower center", ncols=3, handlelength=1, fontsize=8)
         lay_out(figure)
@@ -300,9 +315,14 @@ def _name_front(
         names.setdefault(points[name], []).append(name)
     for place, (point, alike) in enumerate(names.items()):
         axes.annotate(
-            ", ".join(alike), point, xytext=(-4 if place else 4, -3), textcoords="offset points",
-            ha="right" if place else "left", va="top", fontsize=8.5,
-        )  # fmt: skip
+            ", ".join(alike),
+            point,
+            xytext=(-4 if place else 4, -3),
+            textcoords="offset points",
+            ha="right" if place else "left",
+            va="top",
+            fontsize=8.5,
+        )
 
 
 def _words(line: Line, point: Point, y: Axis) -> str:
@@ -353,10 +373,16 @@ def _draw_references(
         place, align = (0.005, "left") if of_first > of_last else (0.995, "right")
         axes.axhline(value, color=COLOURS["muted"], linestyle=":", linewidth=1.2, zorder=1)
         axes.annotate(
-            name, (place, value), xycoords=("axes fraction", "data"),
-            xytext=(0, -3 if below else 2), textcoords="offset points", ha=align,
-            va="top" if below else "bottom", fontsize=8.5, color=COLOURS["muted"],
-        )  # fmt: skip
+            name,
+            (place, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -3 if below else 2),
+            textcoords="offset points",
+            ha=align,
+            va="top" if below else "bottom",
+            fontsize=8.5,
+            color=COLOURS["muted"],
+        )
 
 
 def _limit(axes: "Axes", values: Sequence[float], most: float) -> None:

@@ -29,21 +29,31 @@ def comparison_story(
     groups = groups_of(comparison)
     first = groups[0] if groups else None
     return Story(
-        "comparison", _title(comparison), _sentence(comparison, first),
-        strips=_strips(groups), steps=() if first is None else _steps(first),
+        "comparison",
+        _title(comparison),
+        _sentence(comparison, first),
+        strips=_strips(groups),
+        steps=() if first is None else _steps(first),
         cost="" if first is None else _cost(first),
-        savings=() if first is None else _savings(first), warnings=tuple(_warnings(comparison)),
+        savings=() if first is None else _savings(first),
+        warnings=tuple(_warnings(comparison)),
         sections=(
             _settings(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
-            _numbers(comparison), _again(command),
-            differs(comparison.max_length, _dtypes(comparison), comparison.versions, own=(
-                "Patches are quick ones, one matrix a block; a full patch or a healing brings "
-                "back more.",
-            )),
+            _numbers(comparison),
+            _again(command),
+            differs(
+                comparison.max_length,
+                _dtypes(comparison),
+                comparison.versions,
+                own=(
+                    "Patches are quick ones, one matrix a block; a full patch or a healing brings "
+                    "back more.",
+                ),
+            ),
         ),
         data=comparison.to_json(),
-    )  # fmt: skip
+    )
 
 
 def _dtypes(comparison: CriteriaComparison) -> str | None:
@@ -101,12 +111,14 @@ def _listed(names: Sequence[str]) -> str:
 def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
     return tuple(
         Strip(
-            f"{group.title} without {row.n} layers, by {row.criterion}", group.model.num_layers,
-            row.dropped, layer_words(row.dropped),
+            f"{group.title} without {row.n} layers, by {row.criterion}",
+            group.model.num_layers,
+            row.dropped,
+            layer_words(row.dropped),
         )
         for group in groups[:3]
         for row in _best(group)[-1:]
-    )  # fmt: skip
+    )
 
 
 def _steps(group: Group) -> tuple[Step, ...]:
@@ -127,9 +139,13 @@ def _cost(group: Group) -> str:
         return ""
     row = rows[-1]
     ratio = math.exp(min(700.0, row.difference))
-    patched = "" if row.patched is None else (
-        f" A quick patch brings it to {Number.of(row.patched, row.patched_stderr).text} nats."
-    )  # fmt: skip
+    patched = (
+        ""
+        if row.patched is None
+        else (
+            f" A quick patch brings it to {Number.of(row.patched, row.patched_stderr).text} nats."
+        )
+    )
     return (
         f"The best cut of {row.n} layers has {ratio:.2f} times the perplexity of the whole model, "
         f"{100 * row.layers_share:.0f} % of its layers and {100 * row.parameters_share:.0f} % of "
@@ -152,9 +168,11 @@ def _warnings(comparison: CriteriaComparison) -> list[str]:
         found += small_model(model.parameters)
     found += few_texts(min([model.whole.num_texts for model in comparison.models] or [0]))
     for model in comparison.models:
-        if model.accuracy is not None and model.chance is not None and (
-            model.accuracy <= model.chance + 0.05
-        ):  # fmt: skip
+        if (
+            model.accuracy is not None
+            and model.chance is not None
+            and (model.accuracy <= model.chance + 0.05)
+        ):
             found.append(
                 f"{model.title} answers {100 * model.accuracy:.0f} % of the items, no better than "
                 f"a guess: what criteria lose there says nothing"
@@ -169,9 +187,12 @@ def _settings(comparison: CriteriaComparison) -> Section:
         Fact("dtype", _dtypes(comparison) or "not known", f"{place}: models"),
         Fact("judge", f"{comparison.judge}, {comparison.unit}", f"{place}: judge"),
         Fact("texts", splits_words(comparison.splits), f"{place}: splits"),
-        Fact("sizes", ", ".join(str(n) for n in sorted({row.n for row in comparison.rows})),
-             f"{place}: rows"),
-    )  # fmt: skip
+        Fact(
+            "sizes",
+            ", ".join(str(n) for n in sorted({row.n for row in comparison.rows})),
+            f"{place}: rows",
+        ),
+    )
     line = "Every loss is of texts that report, which no criterion has seen."
     return Section("Settings", (line,), facts)
 

@@ -32,20 +32,27 @@ def curve_story(curve: Curve, *, command: str = "", drawn: bool = True) -> Story
     shown = _shown(curve)
     sections = [_settings(curve), _curves(curve, drawn)]
     sections += [
-        _numbers(curve), _again(command),
+        _numbers(curve),
+        _again(command),
         differs(curve.max_length, curve.dtype, curve.versions),
-    ]  # fmt: skip
+    ]
     cost = ""
     lost = None if shown is None else curve.lost(shown)
     if shown is not None and lost and shown.loss and curve.whole.loss:
         words = perplexity_words(curve.whole.loss, shown.loss, lost)
         cost = f"Without {shown.n} layers, {shown.state}: {words[0].lower()}{words[1:]}"
     return Story(
-        "curve", f"{curve.model} with ever fewer of its {curve.num_layers} layers",
-        _sentence(curve, shown), strips=_strips(curve, shown), steps=_steps(curve, shown),
-        cost=cost, savings=_savings(shown), warnings=tuple(_warnings(curve)),
-        sections=tuple(sections), data=curve.to_json(),
-    )  # fmt: skip
+        "curve",
+        f"{curve.model} with ever fewer of its {curve.num_layers} layers",
+        _sentence(curve, shown),
+        strips=_strips(curve, shown),
+        steps=_steps(curve, shown),
+        cost=cost,
+        savings=_savings(shown),
+        warnings=tuple(_warnings(curve)),
+        sections=tuple(sections),
+        data=curve.to_json(),
+    )
 
 
 def _shown(curve: Curve) -> CurvePoint | None:
@@ -74,9 +81,10 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
     for task in curve.tasks:
         held = _holds(curve, shown, task)
         parts.append(
-            f"{task} falls with the first layers that go" if held is None else
-            f"{task} holds up to {100 * held.layers_share:.0f} % of layers"
-        )  # fmt: skip
+            f"{task} falls with the first layers that go"
+            if held is None
+            else f"{task} holds up to {100 * held.layers_share:.0f} % of layers"
+        )
     return f"{'; '.join(parts)}."
 
 
@@ -299,15 +307,20 @@ def _signed(difference: Difference | None) -> Number:
 
 
 def _numbers(curve: Curve) -> Section:
-    facts = [] if curve.whole.loss is None else [
-        loss_fact("whole", curve.whole.loss, f"{CURVE_FILE}: points, the first")
-    ]  # fmt: skip
+    facts = (
+        []
+        if curve.whole.loss is None
+        else [loss_fact("whole", curve.whole.loss, f"{CURVE_FILE}: points, the first")]
+    )
     facts += [
-        Fact(f"{one.task}, {one.metric}", Number(str(one), one.mean),
-             f"{CURVE_FILE}: points, the first; {len(one.items):,} items with {one.num_shots} "
-             f"solved examples")
+        Fact(
+            f"{one.task}, {one.metric}",
+            Number(str(one), one.mean),
+            f"{CURVE_FILE}: points, the first; {len(one.items):,} items with {one.num_shots} "
+            f"solved examples",
+        )
         for one in curve.whole.tasks
-    ]  # fmt: skip
+    ]
     facts += made_by(curve.versions, f"{CURVE_FILE}: versions")
     line = f"All rows above are {CURVE_FILE}: points, with all their digits."
     return Section("Every number, and where it is from", (line,), tuple(facts))

@@ -32,11 +32,14 @@ def gain_table(gain: Gain) -> Table:
 
 def _sizes(gain: Gain) -> Iterator[Row]:
     for label, name, write in (
-        ("layers", "num_layers", str), ("parameters", "parameters", _count),
-        ("weights", "weight_bytes", _bytes), ("KV cache a token", "kv_bytes_per_token", _bytes),
-        ("KV cache", "kv_bytes", _bytes), ("FLOPs, prefill", "prefill_flops", _count),
+        ("layers", "num_layers", str),
+        ("parameters", "parameters", _count),
+        ("weights", "weight_bytes", _bytes),
+        ("KV cache a token", "kv_bytes_per_token", _bytes),
+        ("KV cache", "kv_bytes", _bytes),
+        ("FLOPs, prefill", "prefill_flops", _count),
         ("FLOPs, token", "decode_flops", _count),
-    ):  # fmt: skip
+    ):
         before, after = (write(getattr(size, name)) for size in (gain.before, gain.after))
         ratio = gain.ratios().get(name)
         yield label, before, after, "-" if ratio is None else f"{ratio:.3f}"

@@ -120,12 +120,17 @@ class _RunStory:
         run, best = self._run, self._best
         dropped, total = best.plan.dropped, run.scan.num_layers
         return Story(
-            "run", f"{self._name} without {len(dropped)} of its {total} layers", best.sentence(),
+            "run",
+            f"{self._name} without {len(dropped)} of its {total} layers",
+            best.sentence(),
             strips=(Strip("layers that go", total, dropped, layer_words(dropped)),),
-            steps=self._steps(), cost=_cost(best),
-            savings=self._savings(), warnings=tuple(self._warnings()),
-            sections=tuple(self._sections()), data=run.to_json(),
-        )  # fmt: skip
+            steps=self._steps(),
+            cost=_cost(best),
+            savings=self._savings(),
+            warnings=tuple(self._warnings()),
+            sections=tuple(self._sections()),
+            data=run.to_json(),
+        )
 
     def _steps(self) -> tuple[Step, ...]:
         best = self._best
@@ -261,10 +266,13 @@ class _RunStory:
         paired = Number.of(best.difference.mean, best.difference.stderr, 4, sign=True)
         facts += [
             Fact("lost, nats a token", paired, f"{RESULTS_FILE}: recommended.lost, paired by text"),
-            Fact("layers run to choose", Number.count(best.verified.layer_forwards),
-                 f"{RESULTS_FILE}: recommended.layer_forwards; layers times texts"),
+            Fact(
+                "layers run to choose",
+                Number.count(best.verified.layer_forwards),
+                f"{RESULTS_FILE}: recommended.layer_forwards; layers times texts",
+            ),
             Fact("samples of the scan", Number.count(scan.num_samples), SCAN_FILE),
-        ]  # fmt: skip
+        ]
         if math.isfinite(run.difference):
             facts.append(
                 Fact(
@@ -292,11 +300,14 @@ class _RunStory:
     def _again(self) -> Section:
         run = self._run
         texts = run.scan.texts[0] if run.scan.texts else None
-        command = run.command or " ".join((
-            "shallower run MODEL --texts TEXTS --eval-texts TEXTS",
-            f"--n {len(self._best.plan.dropped)}",
-            *([f"--max-length {texts.max_length}"] if texts else []), "--out RUN",
-        ))  # fmt: skip
+        command = run.command or " ".join(
+            (
+                "shallower run MODEL --texts TEXTS --eval-texts TEXTS",
+                f"--n {len(self._best.plan.dropped)}",
+                *([f"--max-length {texts.max_length}"] if texts else []),
+                "--out RUN",
+            )
+        )
         drop = ",".join(
             str(block.start) if len(block) == 1 else f"{block.start}:{block.stop}"
             for block in self._best.plan.blocks

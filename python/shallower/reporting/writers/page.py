@@ -28,17 +28,23 @@ def to_html(story: Story) -> str:
     names = ("report.html.j2", "parts.html.j2")
     texts = {name: _TEMPLATES.joinpath(name).read_text("utf-8") for name in names}
     environment = Environment(
-        loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=DictLoader(texts),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     style, script = (_TEMPLATES.joinpath(name).read_text("utf-8") for name in _INLINED)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(names[0]).render(
-        story=story, style=Markup(style), script=Markup(script), script_hash=digest,
+        story=story,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=digest,
         figures={one.name: Markup(one.inline()) for one in story.drawings},
         numbers=Markup(_in_script(story.to_json())),
         hover=Markup(_in_script({one.name: _hover(one) for one in story.drawings})),
-    )  # fmt: skip
+    )
 
 
 _INLINED = ("report.css", "report.js")
