@@ -1,9 +1,6 @@
-"""One of several processes that measure a loss together: `shared_loss.py STORE RANK SIZE`.
-
-Prints what came of every case, as JSON."""
+"""One of several processes that measure a loss together."""
 
 import json
-import sys
 
 import torch
 from torch import distributed
@@ -63,8 +60,8 @@ def cases(rank):
     yield "none fails", lambda: gathered(lambda: rank, 2)
 
 
-if __name__ == "__main__":
-    store, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def measure_together(store, rank, size):
+    """Print what came of every case, as JSON; ``store`` is the file of a store."""
     distributed.init_process_group(
         "gloo", store=distributed.FileStore(store, size), rank=rank, world_size=size
     )

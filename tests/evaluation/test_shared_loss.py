@@ -1,37 +1,24 @@
 """A loss that two processes measure together is that of one."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from shallower.evaluation.loss import gathered, rank_and_size
-from tests.conftest import ROOT
+from tests.evaluation.shared_loss import measure_together
+from tests.forks import Fork
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What came of every case in both processes."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    program = [sys.executable, "-m", "tests.evaluation.shared_loss", str(store)]
-    paths = [*sys.path, str(ROOT)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    processes = [
-        subprocess.Popen(
-            [*program, str(rank), "2"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        for rank in (0, 1)
+    folder = tmp_path_factory.mktemp("group")
+    store = str(folder / "store")
+    forks = [
+        Fork(measure_together, store, rank, 2, folder=folder, name=str(rank)) for rank in (0, 1)
     ]
-    done = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], done
-    return [json.loads(out) for out, _ in done]
+    assert [fork.ended(120) for fork in forks] == [0, 0], [fork.err for fork in forks]
+    return [json.loads(fork.out.splitlines()[-1]) for fork in forks]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])

@@ -2,73 +2,56 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
+from torch.distributed import TCPStore
 
-from tests.commands import Done, in_this_process
-from tests.conftest import write_jsonl
+import shallower as sh
+from tests.commands import Done, in_a_process, in_this_process
+from tests.conftest import ROOT, write_jsonl
+from tests.forks import Fork, command
 from tests.healing.cuts import HELD_OUT, TEXTS
 
-ENVIRONMENT = {
-    **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
 
-TWICE = """
-import json, sys
-from shallower.cli import main
-for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments)
-    except SystemExit as ended:
-        assert not ended.code, ended
-"""
-"""Healings one after the other in the same processes."""
+@dataclass
+class Two:
+    """Two processes that find one another as under torchrun, which holds a store for them."""
 
-FAILING = """
-import os, sys
-import shallower as sh
-from shallower import cli
-from shallower.healing import heal
+    store: TCPStore
+    forks: list[Fork]
 
-def fail(*_args, **_options):
-    raise sh.ModelError("only the second process fails")
+    @classmethod
+    def start(cls, folder, work, *args):
+        """Let both do some work."""
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        given = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": "2",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        folder.mkdir(exist_ok=True)
+        return cls(store, [
+            Fork(work, *args, folder=folder, name=rank, RANK=rank, LOCAL_RANK=rank, **given)
+            for rank in ("0", "1")
+        ])  # fmt: skip
 
-if os.environ["RANK"] == "1":
-    heal.add_adapters = fail
-cli.main(sys.argv[1:])
-"""
+    def end(self):
+        """How they ended, in order; what they print is one text, as on a terminal."""
+        statuses = [fork.ended(120) for fork in self.forks]
+        self.kill()
+        out, err = ("".join(getattr(fork, of) for fork in self.forks) for of in ("out", "err"))
+        return Done(statuses, out, err)
 
-
-def start(*program):
-    """Two processes under torchrun."""
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    return subprocess.Popen(
-        [sys.executable, *launch, *map(str, program)], env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def kill(started):
-    """End all at once: torchrun gives every process a session of its own."""
-    launcher = psutil.Process(started.pid)
-    for process in [launcher, *launcher.children(recursive=True)]:
-        process.kill()
-    started.communicate(timeout=30)
-
-
-def ended(started):
-    try:
-        out, err = started.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        kill(started)
-        raise
-    return Done(started.returncode, out, err)
+    def kill(self):
+        for fork in self.forks:
+            fork.kill()
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +68,24 @@ def healing(both, tmp_path_factory):
     )  # fmt: skip
 
 
+def healing_twice(*both):
+    """Heal and heal again, in the same process."""
+    for words in both:
+        with pytest.raises(SystemExit) as ended:
+            command(words)
+        assert not ended.value.code
+
+
 @pytest.fixture(scope="module")
 def together(healing, tmp_path_factory):
     """What two processes left that nobody killed, without dropout and with it."""
     folder = tmp_path_factory.mktemp("together")
-    script = folder / "twice.py"
-    script.write_text(TWICE)
     plain, dropout = (
-        [*map(str, healing), "--dropout", share, "--out", str(folder / name)]
-        for name, share in (("plain", "0"), ("dropout", "0.2"))
+        [*healing, "--dropout", share, "--out", folder / name]
+        for name, share in (("plain", 0), ("dropout", 0.2))
     )
-    done = ended(start(script, json.dumps([plain, dropout])))
-    assert done.status == 0, done.err
+    done = Two.start(tmp_path_factory.mktemp("said"), healing_twice, plain, dropout).end()
+    assert done.status == [0, 0], done.err
     assert done.out.count("wrote") == 2
     assert done.err == ""
     return folder
@@ -128,26 +117,27 @@ def test_two_processes_heal_as_one_does(together, healing, tmp_path):
 
 
 def test_two_processes_that_were_killed_end_with_the_same_bits(together, healing, tmp_path):
-    command = ("-m", "shallower", *healing, "--dropout", 0.2, "--out", tmp_path / "out")
-    started = start(*command)
+    out, said = tmp_path / "healed" / "out", tmp_path / "said"
+    out.parent.mkdir()
+    words = (*healing, "--dropout", 0.2, "--out", out)
+    started = Two.start(tmp_path / "killed", command, words)
     began = time.monotonic()
-    while not list(tmp_path.glob(".out.partial/folder/training/*/complete")):
-        assert started.poll() is None, ended(started).err
+    while not list(out.parent.glob(".out.partial/folder/training/*/complete")):
+        assert started.forks[0].ended(0.005) is None, started.forks[0].err
         assert time.monotonic() - began < 300
-        time.sleep(0.005)
-    kill(started)
-    assert not (tmp_path / "out").exists()
-    done = ended(start(*command))
-    assert (done.status, done.err) == (0, "")
+    started.kill()
+    assert not out.exists()
+    done = Two.start(said, command, words).end()
+    assert (done.status, done.err) == ([0, 0], "")
     assert done.out.count("wrote") == 1
     for name in ("model.safetensors", "config.json", "README.md", "shallower_plan.json"):
         whole = together / "dropout" / name
-        assert (tmp_path / "out" / name).read_bytes() == whole.read_bytes(), name
-    one, other = record(tmp_path / "out"), record(together / "dropout")
+        assert (out / name).read_bytes() == whole.read_bytes(), name
+    one, other = record(out), record(together / "dropout")
     for each in (one, other):
         del each["tokens_per_second"]
     assert one == other
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_processes_that_cannot_find_one_another_say_so(healing, tmp_path, monkeypatch):
@@ -159,12 +149,64 @@ def test_processes_that_cannot_find_one_another_say_so(healing, tmp_path, monkey
     assert (done.status, "Start them by torchrun" in done.err) == (2, True)
 
 
-def test_the_one_process_that_fails_says_why_and_ends_all(healing, tmp_path):
+def fail_in_the_second(words, patience=0.01):
+    """A healing whose second process fails where adapters are put in."""
+    from shallower import cli
+    from shallower.healing import heal, ranks
+
+    def fail(*_args, **_options):
+        raise sh.ModelError("only the second process fails")
+
+    if patience is not None:
+        cli.PATIENCE = ranks.SECONDS_TO_BE_ENDED = patience
+    if os.environ["RANK"] == "1":
+        heal.add_adapters = fail
+    command(words)
+
+
+def test_the_process_that_fails_says_why_and_the_other_one_that_it_does(healing, tmp_path):
+    words = (*healing, "--out", tmp_path / "out")
+    two = Two.start(tmp_path / "said", fail_in_the_second, words)
+    assert two.end().status == [2, 2]
+    said = [fork.err.splitlines() for fork in two.forks]
+    assert said == [
+        ["error: another of the processes that train together ended: its error says why"],
+        ["error: only the second process fails"],
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_one_process_that_fails_says_why_and_ends_all(healing, tmp_path):
     script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    done = ended(start(script, *healing, "--out", tmp_path / "out"))
+    script.write_text(
+        "import sys\nfrom tests.healing.test_processes import fail_in_the_second\n"
+        "fail_in_the_second(sys.argv[1:], patience=None)\n"
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script)
+    words = (*healing, "--out", tmp_path / "out")
+    paths = os.pathsep.join(filter(None, [str(ROOT), *sys.path]))
+    done = in_a_process(
+        sys.executable, *launch, *words, timeout=300,
+        env={"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
     assert done.status == 1
     said = [line for line in done.err.splitlines() if line.startswith("error:")]
     assert said == ["error: only the second process fails"]
     assert done.err.count("Traceback") == 1, "torchrun has its own"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_heal_under_torchrun(together, healing, tmp_path):
+    """With the same bits as those that the other tests start."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    words = (*healing, "--dropout", 0.2, "--out", tmp_path / "out")
+    done = in_a_process(
+        sys.executable, *launch, "-m", "shallower", *words, timeout=300,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert (done.status, done.err, done.out.count("wrote")) == (0, "", 1)
+    for name in ("model.safetensors", "config.json", "README.md", "shallower_plan.json"):
+        whole = together / "dropout" / name
+        assert (tmp_path / "out" / name).read_bytes() == whole.read_bytes(), name
