@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,19 +11,25 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower.models.feed_forward import feed_forward_targets
-from shallower.values.recipe import Recipe
+from tests.conftest import tiny_llama
 from tests.cutting.card_tools import hub
 from tests.families import small_config
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
 
 __all__ = ["hub"]
 
-# Merging
 FAMILIES = ["gpt2", "mixtral", "gpt_neox", "opt", "phi", "qwen3_next"]
+QUICKLY = {("gpt2", "float32"), ("mixtral", "bfloat16")}
+"""Matrices that are stored transposed, and experts that are stored together."""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICKLY else pytest.mark.slow)
+        for pair in product(FAMILIES, ("float32", "bfloat16"))
+    ],
+)
 def test_every_kind_of_map_can_be_merged(name, dtype, words, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small_config(name)).to(getattr(torch, dtype)).eval()
@@ -73,10 +80,10 @@ def test_merging_at_once_is_merging_later(cut, tmp_path, healed):
     assert {file.name for file in (tmp_path / "at once").iterdir()} == kept
 
 
-def test_four_bits_are_merged_into_plain_weights(smol_cut, tmp_path):
-    cut, texts = smol_cut
-    recipe = Recipe(steps=1, max_length=32, warmup_steps=0, learning_rate=1e-3, batch_size=4)
-    record = sh.heal(cut, texts, tmp_path / "out", recipe=recipe, eval_texts=texts[:2], merge=True)
+def test_four_bits_are_merged_into_plain_weights(words, tmp_path):
+    _, cut = save_cut(tmp_path, tiny_llama().to(torch.bfloat16), words)
+    recipe = replace(QUICK, steps=1, warmup_steps=0, dtype="nf4")
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT, merge=True)
     assert record.recipe.dtype == "nf4"
     assert record.merge.dtype == "bfloat16"
     assert record.merge.difference < record.merge.tolerance

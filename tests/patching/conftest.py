@@ -1,5 +1,5 @@
 """Cut and healed models."""
 
-from tests.healing.conftest import both, cut, healed, patchable, smol_cut
+from tests.healing.conftest import both, cut, healed, patchable
 
-__all__ = ["both", "cut", "healed", "patchable", "smol_cut"]
+__all__ = ["both", "cut", "healed", "patchable"]

@@ -1,0 +1,26 @@
+"""The memory that work takes at its peak, as Linux tells it, in this process."""
+
+import ctypes
+import gc
+from pathlib import Path
+
+import pytest
+
+REFS = Path("/proc/self/clear_refs")
+needs_linux = pytest.mark.skipif(not REFS.exists(), reason="peaks are read as Linux tells them")
+
+
+def _resident(key):
+    """Bytes of this process in memory, now (`VmRSS`) or at most (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def peak_of(work):
+    """Bytes that work takes at its peak, above what the process holds before it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # so that what was freed before hides nothing
+    REFS.write_text("5", encoding="utf-8")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
