@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 REFS = Path("/proc/self/clear_refs")
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc's malloc.h."""
 needs_linux = pytest.mark.skipif(not REFS.exists(), reason="peaks are read as Linux tells them")
 
 
@@ -18,9 +20,14 @@ def _resident(key):
 
 def peak_of(work):
     """Bytes that work takes at its peak, above what the process holds before it."""
+    allocator = ctypes.CDLL(None)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # so that what was freed before hides nothing
-    REFS.write_text("5", encoding="utf-8")  # the peak so far is forgotten
-    before = _resident("VmRSS")
-    work()
-    return _resident("VmHWM") - before
+    allocator.malloc_trim(0)  # so that what was freed before hides nothing
+    allocator.mallopt(_MMAP_THRESHOLD, 1 << 18)  # so that what is freed meanwhile is given back
+    try:
+        REFS.write_text("5", encoding="utf-8")  # the peak so far is forgotten
+        before = _resident("VmRSS")
+        work()
+        return _resident("VmHWM") - before
+    finally:
+        allocator.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where it goes by itself

@@ -1,6 +1,5 @@
 """GGUF files and cuts that are refused, full disks, and the command line."""
 
-import json
 import os
 import struct
 import subprocess
@@ -185,31 +184,26 @@ def test_a_sparse_giant_is_refused_at_once(tmp_path):
     assert time.perf_counter() - start < 1
 
 
-def shallower(*words):
-    command = [sys.executable, "-m", "shallower", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_the_command_line(real, tmp_path):
+def test_the_command_line(real, shallower, tmp_path):
     out = tmp_path / "cut.gguf"
     dry = shallower("prune", real, "--drop", "12:20", "--out", out, "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    assert "[12, 20)" in dry.stdout
+    assert dry.status == 0, dry.err
+    assert "[12, 20)" in dry.out
     assert not out.exists()
     done = shallower("prune", real, "--drop", "12:20", "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    described = json.loads(done.stdout)
+    assert done.status == 0, done.err
+    described = done.json
     assert described["written"] == [str(path) for path in files_of_cut(out)]
     assert described["survivors"] == [*range(12), *range(20, 30)]
     again = shallower("prune", real, "--drop", "12:20", "--out", out, "--no-cache")
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert again.status == 2
+    assert "exists already" in again.err
     plan = shallower("prune", real, "--plan", plan_path(out), "--out", out, "--overwrite")
-    assert plan.returncode == 0, plan.stderr
-    assert "wrote" in plan.stdout
+    assert plan.status == 0, plan.err
+    assert "wrote" in plan.out
 
 
-def test_the_command_line_refuses_with_status_2(real, tmp_path):
+def test_the_command_line_refuses_with_status_2(real, shallower, tmp_path):
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF")
     sh.Plan(28, (sh.Block(1, 3),)).save(tmp_path / "plan.json")
@@ -226,7 +220,7 @@ def test_the_command_line_refuses_with_status_2(real, tmp_path):
         ((tmp_path, "--gguf-file", "none.gguf", "--drop", "1"), "No such file"),
     ]:
         done = shallower("prune", *words, "--out", out)
-        assert done.returncode == 2, words
-        assert message in " ".join(done.stderr.split()), done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.status == 2, words
+        assert message in " ".join(done.err.split()), done.err
+        assert "Traceback" not in done.err
     assert not out.exists()

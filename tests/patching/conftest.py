@@ -1,5 +1,14 @@
-"""Cut and healed models."""
+"""Models to patch."""
 
-from tests.healing.conftest import both, cut, healed, patchable
+import pytest
 
-__all__ = ["both", "cut", "healed", "patchable"]
+from tests.examples import learned_llama
+from tests.healing.conftest import both
+
+__all__ = ["both"]
+
+
+@pytest.fixture(scope="session")
+def learned(words):
+    """A tiny Llama that predicts such words better than chance. Tests copy it."""
+    return learned_llama(words, num_layers=8, steps=80)

@@ -15,14 +15,8 @@ from shallower.patching.patch import patch, with_patch
 from shallower.patching.saving import PATCH_FILE
 from tests.commands import in_this_process
 from tests.conftest import tiny_llama, write_jsonl
-from tests.examples import learned_llama, sentences
+from tests.examples import sentences
 from tests.families import random_model
-
-
-@pytest.fixture(scope="module")
-def learned(words):
-    """A tiny Llama that predicts such words better than chance. Tests copy it."""
-    return learned_llama(words, num_layers=8, steps=150)
 
 
 @pytest.fixture
@@ -30,7 +24,7 @@ def model(learned):
     return copy.deepcopy(learned)
 
 
-TEXTS = sentences(400, seed=1)
+TEXTS = sentences(160, seed=1)
 HELD_OUT = sentences(64, seed=2)
 
 

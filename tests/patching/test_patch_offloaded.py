@@ -8,16 +8,10 @@ import torch
 import shallower as sh
 from shallower.models.offload import stored_weight
 from shallower.patching import descent, least_squares
-from tests.examples import learned_llama, sentences
+from tests.examples import sentences
 from tests.models.offloaded import offloaded
 
 TEXTS = sentences(120, seed=1)
-
-
-@pytest.fixture(scope="module")
-def learned(words):
-    """A tiny Llama that predicts such words better than chance. Tests copy it."""
-    return learned_llama(words, num_layers=8, steps=80)
 
 
 def weights(model):

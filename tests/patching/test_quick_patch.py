@@ -18,7 +18,7 @@ from shallower.values.layers import blocks_of
 from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama
 from tests.documents import TEXTS, assert_same, state_of
-from tests.examples import learned_llama, sentences
+from tests.examples import sentences
 from tests.families import random_model
 
 SCATTERED = (2, 4, 5, 7)
@@ -144,9 +144,9 @@ def test_matrices_are_those_of_the_slow_twin(model, words, dropped, farthest, mo
             assert np.abs(found - matrix).max() < 1e-3
 
 
-def test_a_first_token_that_is_out_of_reach_costs_the_others_little(words):
+def test_a_first_token_that_is_out_of_reach_costs_the_others_little(learned, words):
     """The dropped layer makes the first token's massive activation; the others' error is kept."""
-    model = learned_llama(words, num_layers=6, steps=60)
+    model = copy.deepcopy(learned)
     massive = torch.zeros(32, model.config.hidden_size)
     massive[0, 0] = 2000.0
     model.model.layers[3].mlp.register_forward_hook(
@@ -159,7 +159,7 @@ def test_a_first_token_that_is_out_of_reach_costs_the_others_little(words):
         with pytest.MonkeyPatch.context() as patching:
             patching.setattr(states, "FARTHEST", farthest)
             with (
-                QuickPatch(Layerwise(model), batches).patched(plan_of((3,), 6)),
+                QuickPatch(Layerwise(model), batches).patched(plan_of((3,))),
                 sh.without_layers(model, [3]),
             ):
                 return sh.evaluate_loss(model, words, held_out).nats
@@ -175,8 +175,8 @@ def test_the_ridges_of_the_test_differ(model, words):
         assert many.ridges[0] < RIDGES[0]
 
 
-def test_a_quick_patch_lowers_the_loss_of_a_cut(words):
-    model = learned_llama(words, num_layers=8, steps=60)
+def test_a_quick_patch_lowers_the_loss_of_a_cut(learned, words):
+    model = copy.deepcopy(learned)
     held_out = sentences(64, seed=2)
 
     def loss():
