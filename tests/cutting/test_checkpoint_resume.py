@@ -3,9 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from contextlib import suppress
@@ -74,50 +71,43 @@ def test_work_of_another_job_is_discarded(source, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
-SERVER = """
-    import os, sys, time
-    import shallower as sh
-    source, out = sys.argv[1:]
-    def tell(done, total):
-        os.write(1, b"copied\\n")
+def killed_while_it_cuts(source, out, *, patience, seconds):
+    """Whether a cut in a process of its own was killed, a while after it told of so much work."""
+    reading, writing = os.pipe()
+
+    def tell(_done, _total):
+        os.write(writing, b".")
         time.sleep(0.001)
-    for _ in sys.stdin:
-        child = os.fork()
-        if not child:
-            os.write(1, b"%d\\n" % os.getpid())
-            sh.prune(source, [1, 3, 4], out, max_shard_size=4000, progress=tell)
-            os._exit(0)
-        os.waitpid(child, 0)
-        os.write(1, b"ended\\n")
-"""
+
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
+            sh.prune(source, DROPPED, out, max_shard_size=4000, progress=tell)
+        os._exit(0)
+    os.close(writing)
+    told = 0
+    while told < patience and os.read(reading, 1):
+        told += 1
+    if told == patience:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(reading)
+    return status == -signal.SIGKILL
 
 
+@pytest.mark.filterwarnings("ignore:.* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(source, tmp_path, seed):
     chance = random.Random(seed)
     out, whole = tmp_path / "cut", tmp_path / "whole"
     sh.prune(source, DROPPED, whole, max_shard_size=4000)
-    command = [sys.executable, "-c", textwrap.dedent(SERVER), source, out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kills = 0
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
-        for attempt in range(200):
-            server.stdin.write("go\n")
-            server.stdin.flush()
-            child, copied = int(server.stdout.readline()), 0
-            patience = attempt + chance.randrange(5)
-            while server.stdout.readline() != "ended\n":
-                copied += 1
-                if copied == patience:
-                    time.sleep(chance.random() * 0.004)
-                    with suppress(ProcessLookupError):
-                        os.kill(child, signal.SIGKILL)
-                        kills += 1
-            if out.exists():
-                break
-        server.stdin.close()
+    for attempt in range(1, 200, 2):
+        patience, seconds = attempt + chance.randrange(5), chance.random() * 0.004
+        kills += killed_while_it_cuts(source, out, patience=patience, seconds=seconds)
+        if out.exists():
+            break
     assert kills >= 5
     assert tree(out) == tree(whole)
 
