@@ -78,9 +78,14 @@ def test_the_loss_is_known_by_text_in_their_order(sharp, words, batch_size):
     assert found.stderr == pytest.approx(plain_stderr(without, counts), rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def expected(sharp, words):
+    """The loss, text by text."""
+    return sh.evaluate_loss(sharp, words, TEXTS, batch_size=1)
+
+
 @given(st.permutations(range(len(TEXTS))), st.integers(1, 20))
-def test_neither_order_nor_batch_size_changes_the_loss(sharp, words, order, batch_size):
-    expected = sh.evaluate_loss(sharp, words, TEXTS, batch_size=1)
+def test_neither_order_nor_batch_size_changes_the_loss(sharp, words, expected, order, batch_size):
     loss = sh.evaluate_loss(sharp, words, [TEXTS[i] for i in order], batch_size=batch_size)
     assert loss.nats == pytest.approx(expected.nats, rel=1e-6)
     assert loss.stderr == pytest.approx(expected.stderr, rel=1e-5)
@@ -223,10 +228,18 @@ def loss_of_all_logits(model, tokenizer, texts, tokens):
     return sh.Loss(nats, stderr, sum(counts), len(sums), 0, logits.shape[-1])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_loss_is_that_of_all_logits_at_once(monkeypatch, smol, passages, batch_size):
+@pytest.fixture(scope="module")
+def shallow(smol):
+    """Four layers of a real model, with the whole of its vocabulary, and its tokenizer."""
     model, tokenizer = smol
-    texts = [text[: 150 + 40 * i] for i, text in enumerate(passages[1][:6])]
+    with sh.without_layers(model, range(2, 28)):
+        yield model, tokenizer
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_loss_is_that_of_all_logits_at_once(monkeypatch, shallow, passages, batch_size):
+    model, tokenizer = shallow
+    texts = [text[: 80 + 20 * i] for i, text in enumerate(passages[1][:4])]
     texts += ["One.", "Two of them.", "And a third"]
     tokens = Tokens(64, batch_size)
     monkeypatch.setattr("shallower.models.head.LOGITS_AT_ONCE", 30 * 49152)

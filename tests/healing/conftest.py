@@ -50,11 +50,11 @@ def patchable(words, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smol_cut(smol, passages, tmp_path_factory):
-    """SmolLM2-135M in bfloat16 without layers 12 .. 19, on disk, and texts."""
+def smol_cut(passages, tmp_path_factory):
+    """Six layers of SmolLM2-135M in bfloat16, on disk, and texts."""
     model, tokenizer = sh.load_model(demo.model_path(), dtype="bfloat16")
     path = tmp_path_factory.mktemp("smol") / "cut"
-    plan = sh.drop_layers(model, [range(12, 20)])
+    plan = sh.drop_layers(model, [range(3, 27)])
     sh.save_model(model, tokenizer, path, plan=plan)
     yield path, passages[0]
     shutil.rmtree(path)

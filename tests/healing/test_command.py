@@ -1,5 +1,6 @@
 """The commands `heal` and `merge`."""
 
+import json
 import sys
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_objective_is_printed_and_kept(shallower, both, folder):
     done = shallower("heal", cut, *options)
     assert done.status == 0, done.err
     assert "objective kd" in done.out
-    record = shallower("heal", cut, *options, "--overwrite", "--json").json
+    record = json.loads((folder / "kd" / "healing.json").read_text())
     assert record["recipe"]["objective"] == "kd"
 
 
@@ -87,9 +88,18 @@ def test_of_several_processes_one_prints_the_dry_run(shallower, cut, folder, mon
     assert (done.status, done.out, done.err) == (0, "", "")
 
 
+@pytest.fixture
+def no_rehearsal(monkeypatch):
+    """Dry runs that plan no memory, which takes a second for every recipe."""
+    from shallower.healing import memory
+
+    monkeypatch.setattr(memory, "first_that_runs", lambda _rehearsed: None)
+    monkeypatch.setattr(memory, "_LAST", {})
+
+
 @pytest.mark.parametrize("setting", ["packing", "attention"])
 @pytest.mark.parametrize("given", [None, True, False])
-def test_the_preset_decides_unless_it_is_set(shallower, cut, folder, setting, given):
+def test_the_preset_decides_unless_it_is_set(shallower, cut, folder, no_rehearsal, setting, given):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     chosen = {None: (), True: (f"--{setting}",), False: (f"--no-{setting}",)}[given]
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json", *chosen)
@@ -102,7 +112,9 @@ def test_the_preset_decides_unless_it_is_set(shallower, cut, folder, setting, gi
 
 
 @pytest.mark.parametrize(("features", "dtype"), [({"amx_bf16"}, "bfloat16"), (set(), "float32")])
-def test_the_dtype_auto_is_of_the_machine(shallower, cut, folder, monkeypatch, features, dtype):
+def test_the_dtype_auto_is_of_the_machine(
+    shallower, cut, folder, monkeypatch, no_rehearsal, features, dtype
+):
     from shallower.models import dtypes
 
     monkeypatch.setattr(dtypes, "cpu_features", lambda: features)

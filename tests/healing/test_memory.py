@@ -1,5 +1,6 @@
 """The memory of a healing, planned without weights, against torch's own tracker."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,11 @@ NAMED = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "qwen2.5-7b", "phi-2")
 OTHERS = ("mistral-7b", "gemma-2-2b", "gpt2-xl", "falcon-7b")
 
 
+def some_slow(*cases, quick):
+    """Cases, all but those named in the nightly tests."""
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
 def step_of(name, layers=None, *, length=2048, rank=2, dtype="bfloat16", **options):
     config, _ = shape(name, layers)
     return HealingStep(config, resolved(config, length, rank, dtype, **options))
@@ -44,20 +50,30 @@ def assert_near_the_tracker(
     assert sum(parts.values()) == pytest.approx(found, rel=0.15)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    some_slow(
+        *itertools.product(NAMED, (False, True)),
+        quick=[("llama-2-7b", False), ("llama-2-7b", True), ("phi-2", False), ("phi-2", True)],
+    ),
+)
 def test_a_few_layers_are_within_15_percent_of_the_tracker(name, recompute):
     assert_near_the_tracker(name, 2, 1 if recompute else 4, recompute=recompute)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", some_slow(*zip(OTHERS), quick=[("gpt2-xl",), ("falcon-7b",)]))
 def test_families_that_nobody_tuned_for_are_too(name):
     length = 1024 if name == "gpt2-xl" else 2048
     assert_near_the_tracker(name, 2, 2, length)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("name", ["llama-2-7b", "gpt2-xl"])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    some_slow(
+        *itertools.product(("llama-2-7b", "gpt2-xl"), (False, True)),
+        quick=[("llama-2-7b", False), ("gpt2-xl", True)],
+    ),
+)
 def test_a_healing_of_the_attention_is_too(name, recompute):
     assert_near_the_tracker(name, 2, 4, 1024, recompute=recompute, rank=64, attention=True)
 
@@ -87,7 +103,7 @@ def tracked_whole(name, length, rank, batch=1, recompute=True):
 
 
 def test_the_estimate_from_two_texts_is_near():
-    step = step_of("phi-2", 2)
+    step = step_of("phi-2", 2, length=512)
     found = sum(step.parts(8, False).values())
     assert estimate(step, (8, False)) == pytest.approx(found, rel=0.1)
 
@@ -143,11 +159,12 @@ def test_settings_that_are_given_are_kept(step):
 
 
 # The targets
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "length", "rank", "card"),
     [
         pytest.param("llama-2-7b", 2048, 2, 16 * 10**9, id="7b"),
-        pytest.param("llama-2-70b", 4096, 8, 80 * 10**9, id="70b", marks=pytest.mark.slow),
+        pytest.param("llama-2-70b", 4096, 8, 80 * 10**9, id="70b"),
     ],
 )
 def test_the_recipes_of_the_paper_fit_one_card(name, length, rank, card):
@@ -167,7 +184,12 @@ def test_the_forecast_takes_the_recipe_of_the_paper():
     assert sh.memory_forecast(config, "heal", drop=30, device_memory="80GB").micro_batch == 4
 
 
-@pytest.mark.parametrize("name", ["mamba2", "bamba", "mixtral", "dots3_note_text"])
+@pytest.mark.parametrize(
+    "name",
+    some_slow(
+        *zip(["mamba2", "bamba", "mixtral", "dots3_note_text"]), quick=[("mamba2",), ("mixtral",)]
+    ),
+)
 def test_what_is_plain_without_a_rehearsal_is_so(name):
     config = small_config(name)
     recipe = resolved(config, 64, dtype="float32")
