@@ -8,6 +8,7 @@ import textwrap
 
 import numpy as np
 
+import shallower as sh
 from tests.conftest import WORDS, tiny_llama, write_jsonl
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -90,6 +91,15 @@ def quicker(code):
     for slow, quick in QUICKER.items():
         code = code.replace(slow, quick)
     return code
+
+
+def shorten(folder, layers):
+    """The model in a folder loses some of its layers: what measures many cuts takes seconds."""
+    model = folder / MODEL
+    sh.prune(model, layers, folder / "shorter")
+    shutil.rmtree(model)
+    (folder / "shorter" / "shallower_plan.json").unlink()
+    (folder / "shorter").rename(model)
 
 
 def copy_folder(made, folder):

@@ -34,6 +34,12 @@ SHELL = [
 
 SLOW = {"docs/guide.md"}
 
+SHORTER = {"README.md", "report", "run"}
+"""Examples that recommend a cut, and do not tell of how many layers: they get 14 of the 30."""
+FEWER = [range(6, 22)]
+STUDIES = {"run", "report", "curve", "compare"}
+"""Examples that measure many cuts: they get fewer texts."""
+
 
 def in_turn(names):
     """Documents as parameters; those that take minutes are slow."""
@@ -91,6 +97,8 @@ def names(folder):
 
 @pytest.mark.parametrize("document", in_turn(PYTHON))
 def test_python_of_a_document_runs(folder, document):
+    if document in SHORTER:
+        examples.shorten(folder, FEWER)
     bound = names(folder)
     for kind, line, code in BLOCKS[document]:
         if kind == "python":
@@ -100,6 +108,8 @@ def test_python_of_a_document_runs(folder, document):
 
 @pytest.mark.parametrize("document", in_turn(SHELL))
 def test_commands_of_a_document_run(folder, shallower, document):
+    if document in SHORTER:
+        examples.shorten(folder, FEWER)
     for kind, line, code in BLOCKS[document]:
         if kind == "python":
             continue
@@ -125,8 +135,12 @@ DOCTESTS = dict(doctests())
 @pytest.mark.parametrize("name", DOCTESTS)
 def test_the_example_of_a_docstring_runs(more, tmp_path, monkeypatch, name):
     monkeypatch.chdir(examples.copy_folder(more, tmp_path))
+    if name in SHORTER:
+        examples.shorten(tmp_path, FEWER)
     test = DOCTESTS[name]
     test.globs = {**names(tmp_path), "scan": sh.Scan.load("scans/smol/scan.safetensors")}
+    if name in STUDIES:
+        test.globs |= {"texts": test.globs["texts"][:40], "held_out": test.globs["held_out"][:12]}
     for example in test.examples:
         example.source = examples.quicker(example.source)
     said = []

@@ -75,3 +75,13 @@ def plans(tmp_path_factory, scans):
         plan = Scan.load(scans / name / "scan.safetensors").plan(2)
         plan.save(folder / name / "shallower_plan.json")
     return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages are written without figures, and a heat map is a file of a few bytes."""
+    from shallower.reporting.charts import heat_map
+    from shallower.runs import report
+
+    monkeypatch.setattr(report, "find_spec", lambda _: None)
+    monkeypatch.setattr(heat_map, "save_heat_map", lambda _, path, *_title: path.write_text("map"))

@@ -139,6 +139,7 @@ def test_steps_of_healing_need_a_healing(shallower, folder, tiny, texts):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_run_says_nothing_on_standard_error_when_no_one_looks(folder, tiny, texts):
     done = in_a_process(
         SHALLOWER, "run", tiny, "--texts", texts / "texts.jsonl",

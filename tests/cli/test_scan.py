@@ -1,10 +1,11 @@
 """The command `scan`, and files of states."""
 
-import json
+import contextlib
 import os
 import pty
 import re
-import subprocess
+import sys
+import threading
 from dataclasses import asdict
 
 import pytest
@@ -13,7 +14,6 @@ import shallower as sh
 from shallower import Scan
 from shallower.reporting.charts import drawing
 from tests.cli.documents import plain, tree
-from tests.commands import SHALLOWER
 from tests.conftest import write_jsonl
 
 
@@ -157,27 +157,28 @@ def test_a_scan_in_the_place_of_a_killed_one_of_other_texts_says_what_to_do(
     assert Scan.load(folder / "out" / "scan.safetensors").num_samples == 24
 
 
-def test_json_is_alone_on_standard_output_while_a_terminal_shows_progress(folder, tiny, jsonl):
+def test_json_is_alone_on_standard_output_while_a_terminal_shows_progress(
+    shallower, tiny, jsonl, monkeypatch
+):
     master, slave = pty.openpty()
-    command = [SHALLOWER, "scan", tiny, "--texts", jsonl, "--out", "out", "--json"]
-    child = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=slave,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm"},
-    )
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(master, 10_000)
-        except OSError:
-            break
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):
+            while part := os.read(master, 10_000):
+                shown.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patched:
+        patched.setenv("TERM", "xterm")
+        patched.setattr(sys, "stderr", terminal)
+        done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--json")
+    reader.join()
     os.close(master)
-    out, _ = child.communicate(timeout=60)
-    assert child.returncode == 0
-    assert json.loads(out)["num_samples"] == 24
-    assert "24/24" in plain(shown.decode())
+    assert done.status == 0
+    assert done.json["num_samples"] == 24
+    assert "24/24" in plain(b"".join(shown).decode())
 
 
 def test_scan_keeps_samples_if_asked(shallower, folder, models, texts, scans):

@@ -1,6 +1,7 @@
 """Tasks on the points of a curve."""
 
 import json
+from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -126,6 +127,10 @@ def test_another_lm_eval_is_another_curve_and_is_told(
         sh.curve(learned, words, TEXTS, **options)
 
 
+def _without_its_own(manager, *, include_path, include_defaults):
+    return manager(include_path=include_path, include_defaults=False)
+
+
 def test_sampled_answers_are_a_task_of_their_own(learned, words, tmp_path, folder):
     (folder / "said.yaml").write_text(SAID)
     texts = [text.split() for text in progressions(40, 9)]
@@ -143,7 +148,14 @@ def test_sampled_answers_are_a_task_of_their_own(learned, words, tmp_path, folde
         sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out", pass_at=2)
 
 
-def test_a_task_that_is_not_there_is_refused_before_the_model_is_loaded(words, tmp_path, folder):
+def test_a_task_that_is_not_there_is_refused_before_the_model_is_loaded(
+    tmp_path, folder, monkeypatch
+):
+    from lm_eval import tasks
+
+    monkeypatch.setattr(  # an index of all its tasks takes seconds
+        tasks, "TaskManager", partial(_without_its_own, tasks.TaskManager)
+    )
     source = sh.ModelSource(tmp_path / "model")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')

@@ -22,7 +22,7 @@ PUBLISHED = {0: (7.0, 106.0), 8: (5.3, 79.5), 16: (3.6, 53.0)}
 (2402.16363): bfloat16, 2,048 tokens, batch 1, by the number of layers that are gone."""
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_published_figures_of_llama_2_7b(attention):
     """Ours are of datasheets alone. The formula's attention writes its scores, as eager does."""
     config = LlamaConfig(**LLAMA_2_7B, attn_implementation=attention)
@@ -82,7 +82,7 @@ def test_the_context_is_within_the_positions_that_are_learned():
 def test_what_is_measured_is_measured_on_both():
     model = tiny_llama()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    found = sh.gain(model, [range(1, 5)], device="here", context=64, measure=True)
+    found = sh.gain(model, [range(1, 5)], device="here", context=16, measure=True)
     measured = found.measured
     assert found.dtype == "float32"
     for name in ("prefill", "decode"):

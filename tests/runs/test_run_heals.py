@@ -18,6 +18,17 @@ TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ["w5 w7"]}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def measured(tmp_path_factory):
+    """A folder of what was measured: these runs have it in common, up to their healing."""
+    return tmp_path_factory.mktemp("measured")
+
+
+@pytest.fixture(autouse=True)
+def one_cache(measured, cache_folder, monkeypatch):
+    monkeypatch.setenv("SHALLOWER_CACHE", str(measured))
+
+
 def test_a_run_heals_what_it_patched(learned, words, tmp_path):
     before = state_of(learned)
     done = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", heal=QUICK)
