@@ -1,14 +1,28 @@
 """A patch of a model on fake CUDA devices, whole: states in files, equations, solutions, losses."""
 
+import pytest
+
 from shallower.models.layerwise import Layerwise
 from shallower.patching.patch import patch
 from shallower.patching.quick import QuickPatch
 from shallower.values.plan import Plan
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS, batch
+from tests.devices.conftest import STAGES
 from tests.devices.test_models import A_PLAIN_SUM
 
+on_stages = pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(stage, id=name, marks=pytest.mark.slow if name == "one device" else ())
+        for name, stage in STAGES.items()
+    ],
+    indirect=True,
+)
+"""One device has no more to be wrong than two."""
 
+
+@on_stages
 def test_a_patch(stage):
     model = stage.llama()
     with stage.open(_scale=A_PLAIN_SUM):
@@ -19,6 +33,7 @@ def test_a_patch(stage):
     assert done.plan.dropped == (2,)
 
 
+@on_stages
 def test_a_quick_patch(stage):
     with stage.open(_scale=A_PLAIN_SUM):
         model = Layerwise(stage.llama())

@@ -10,6 +10,15 @@ from tests.conftest import write_jsonl
 from tests.healing.cuts import HELD_OUT, TEXTS
 
 
+@pytest.fixture
+def no_rehearsal(monkeypatch):
+    """Dry runs that plan no memory, which takes a second for every recipe."""
+    from shallower.healing import memory
+
+    monkeypatch.setattr(memory, "first_that_runs", lambda _rehearsed: None)
+    monkeypatch.setattr(memory, "_LAST", {})
+
+
 # The command line
 def test_the_command_heals_and_merges(shallower, cut, folder):
     texts, held_out = (
@@ -77,7 +86,9 @@ def test_the_objective_is_printed_and_kept(shallower, both, folder):
     assert record["recipe"]["objective"] == "kd"
 
 
-def test_of_several_processes_one_prints_the_dry_run(shallower, cut, folder, monkeypatch):
+def test_of_several_processes_one_prints_the_dry_run(
+    shallower, cut, folder, monkeypatch, no_rehearsal
+):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -86,15 +97,6 @@ def test_of_several_processes_one_prints_the_dry_run(shallower, cut, folder, mon
     monkeypatch.setenv("RANK", "1")
     done = shallower("heal", cut, *options)
     assert (done.status, done.out, done.err) == (0, "", "")
-
-
-@pytest.fixture
-def no_rehearsal(monkeypatch):
-    """Dry runs that plan no memory, which takes a second for every recipe."""
-    from shallower.healing import memory
-
-    monkeypatch.setattr(memory, "first_that_runs", lambda _rehearsed: None)
-    monkeypatch.setattr(memory, "_LAST", {})
 
 
 @pytest.mark.parametrize("setting", ["packing", "attention"])
@@ -124,7 +126,7 @@ def test_the_dtype_auto_is_of_the_machine(
     assert shallower("heal", cut, *options).json["dtype"] == "nf4"
 
 
-def test_gradient_checkpointing_is_an_option(shallower, cut, folder):
+def test_gradient_checkpointing_is_an_option(shallower, cut, folder, no_rehearsal):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
     assert shallower("heal", cut, *options, "--gradient-checkpointing").json["recompute"] is True
