@@ -33,6 +33,7 @@ def test_compare_prints_a_row_for_every_criterion_and_size(shallower, folder, as
     assert tree(folder) == {}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_says_what_was_measured_before(shallower, folder, asked):
     first = shallower(*asked, "--out", "out")
     assert "measured before" not in first.err + first.out
@@ -54,6 +55,7 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
     assert "measured before" not in anew.err + anew.out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     shallower, folder, asked, models, monkeypatch
 ):
@@ -70,6 +72,7 @@ def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     assert "exists already" in shallower(*asked, "--seed", "1", "--out", "out").error
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_goes_on_with_a_model_that_is_not_there(shallower, folder, asked):
     for _ in range(2):
         assert shallower(*asked, folder / "gone", "--out", "out").status == 1

@@ -33,12 +33,26 @@ def read_results(folder):
 
 
 @pytest.fixture(scope="module")
-def done(trained, words, tmp_path_factory):
+def measured(tmp_path_factory):
+    """The folder of what ``done`` has measured."""
+    return tmp_path_factory.mktemp("measured")
+
+
+@pytest.fixture
+def known(measured, cache_folder, monkeypatch):
+    """What ``done`` and tests that choose among its cuts have measured is found."""
+    monkeypatch.setenv("SHALLOWER_CACHE", str(measured))
+
+
+@pytest.fixture(scope="module")
+def done(trained, words, measured, tmp_path_factory):
     """A run of a model that was trained a little."""
     model = tiny_llama(6)
     model.load_state_dict(trained.state_dict())
     out = tmp_path_factory.mktemp("run") / "out"
-    return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2, cache=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SHALLOWER_CACHE", str(measured))
+        return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2)
 
 
 # The whole way.
@@ -146,6 +160,7 @@ def test_texts_that_report_are_held_out_where_none_are_given(learned, words, tmp
 
 
 # What is wished for.
+@pytest.mark.usefixtures("known")
 def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     layer = sum(p.numel() for p in learned.model.layers[0].parameters())
     whole = sum(p.numel() for p in learned.parameters())
@@ -165,6 +180,7 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     assert "on the texts that report, more than the" in warned
 
 
+@pytest.mark.usefixtures("known")
 def test_a_latency_and_a_memory_are_met(done, learned, words, tmp_path):
     """All layers are alike, so that two are the fewest for what is left without two of them."""
     found = sh.gain(learned, done.recommended.plan, device="h100", context=16)
@@ -189,6 +205,7 @@ def test_a_device_that_is_not_known_is_one_sentence(learned, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -231,6 +248,7 @@ def test_settings_that_cannot_be_are_named(learned, words, tmp_path, options, er
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("known")
 def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
     assert [row.n for row in done.table] == [1, 2, 3] or [row.n for row in done.table] == [1, 2]
@@ -307,6 +325,7 @@ def test_a_family_that_no_patch_fits_is_cut(words, tmp_path):
 
 
 # Cut short, and gone on with.
+@pytest.mark.usefixtures("known")
 def test_another_run_needs_overwrite_before_any_work(done, learned, words, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(done.out, out)
