@@ -126,6 +126,7 @@ def check_cut(source, out, survivors, changed):
     check_like_llama_cpp(out)
 
 
+@pytest.mark.slow
 def test_the_real_model_is_cut(real, cut):
     survivors = [layer for layer in range(30) if layer not in CUT]
     changed = {

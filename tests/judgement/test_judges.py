@@ -337,18 +337,19 @@ def test_options_of_a_real_model(smol):
             for one in QUESTIONS
         ]
         expected = margins(cut(model, dropped), tokenizer, spaced)
-        np.testing.assert_allclose(measured(judge, model, dropped), -expected, atol=1e-3)
-    assert judge.accuracy(measured(judge, model, ())) >= 0.75
+        found = measured(judge, model, dropped)
+        np.testing.assert_allclose(found, -expected, atol=1e-3)
+        assert dropped or judge.accuracy(found) >= 0.75
 
 
 def test_the_divergence_of_a_real_model(smol, passages):
     model, tokenizer = smol
     texts, dropped = passages[1][:3], range(12, 20)
-    judge = KLJudge(judged_batches(tokenizer, texts, Tokens(48, 2)))
+    judge = KLJudge(judged_batches(tokenizer, texts, Tokens(24, 2)))
     assert (measured(judge, model, ()) == 0).all()
     whole, without, expected = cut(model, ()), cut(model, dropped), []
     for text in texts:
-        ids = tokenizer(text)["input_ids"][:48]
+        ids = tokenizer(text)["input_ids"][:24]
         p, q = whole(ids)[:-1], without(ids)[:-1]
         expected.append((np.exp(p) * (p - q)).sum())
     np.testing.assert_allclose(measured(judge, model, dropped), expected, rtol=1e-4)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shallower as sh
@@ -87,10 +87,12 @@ def make(model, some=None, *, judge=LossJudge, **options):
     return Trials(Layerwise(model), judge(some), **options)
 
 
+half = settings(max_examples=settings.default.max_examples // 2)
 cuts = st.sets(st.integers(0, NUM_LAYERS - 1), max_size=NUM_LAYERS - 1)
 MEMORY = {"ample": None, "some": 12_000, "a path": 6_000, "hardly": 2_000, "none": 0}
 
 
+@half
 @given(st.lists(cuts, min_size=1, max_size=8), st.sampled_from(sorted(MEMORY)))
 def test_cuts_are_judged_as_models_that_are_cut(tried, memory):
     model, some = tiny_llama(NUM_LAYERS), batches()
@@ -102,6 +104,7 @@ def test_cuts_are_judged_as_models_that_are_cut(tried, memory):
         assert found.complete
 
 
+@half
 @given(st.lists(cuts, min_size=1, max_size=12), st.sampled_from(sorted(MEMORY)))
 def test_layers_are_counted_as_they_run_with_memory_for_all_states(tried, memory):
     charged, runs = [], []
@@ -127,6 +130,7 @@ def test_counts_do_not_depend_on_memory(model, monkeypatch, judge):
     assert charged == [charged[0]] * 5
 
 
+@half
 @given(st.lists(cuts, min_size=1, max_size=12))
 def test_with_room_for_all_states_no_layer_runs_twice_on_the_same(tried):
     model = tiny_llama(NUM_LAYERS)

@@ -20,7 +20,9 @@ from tests.documents import documents
 from tests.memory_oracle import shape, tracked_forward
 
 SHAPES = (
-    "llama-2-7b", "llama-2-13b", "llama-2-70b", "qwen2.5-7b", "phi-2", "mistral-7b", "gpt2-xl",
+    "llama-2-70b", "qwen2.5-7b", "phi-2", "gpt2-xl",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("llama-2-7b", "llama-2-13b", "mistral-7b")),
 )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from tests.families import random_model, small_config
 
 CONTEXT, BATCH = 24, 2
 FAMILIES = (
-    "llama", "qwen2", "gemma2", "gemma3_text", "gpt2", "mixtral", "deepseek_v3", "bloom", "falcon",
-    "gpt_oss",
+    "gemma3_text", "gpt2", "mixtral", "deepseek_v3",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("llama", "qwen2", "gemma2", "bloom", "falcon", "gpt_oss")),
 )  # fmt: skip
 
 WIDE = LlamaConfig(
@@ -136,7 +137,14 @@ def test_a_token_reads_the_experts_that_it_takes():
     assert unread <= more <= 1.5 * unread  # states and caches beside the matrices
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3_text",
+        "gpt2",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("llama", "mixtral")),
+    ],
+)
 def test_the_account_of_a_cut_is_that_of_the_whole_less_its_layers(name):
     config = small_config(name)
     dropped = (3, 4)
