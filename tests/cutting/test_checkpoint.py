@@ -157,6 +157,8 @@ def test_a_cut_can_be_cut_again(source, tmp_path):
 
 # Families that the config alone describes.
 DROPS = ([2, 3], [0, 1], [3, 4], [1], [1, 3, 4], [5])
+IN_FOUR_BITS = ("llama", "mixtral", "gemma3_text", "qwen2", "olmo2")
+"""The families of which the quick tests cut weights of four bits."""
 PLAIN_SIZES = {**HEADS, "num_hidden_layers": 6, "sliding_window": 4}
 
 
@@ -207,7 +209,13 @@ def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, mon
         assert_told_by_the_config(folder, monkeypatch)
 
 
-@pytest.mark.parametrize("family", VECTORS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in IN_FOUR_BITS else pytest.mark.slow)
+        for family in VECTORS
+    ],
+)
 def test_so_it_does_in_four_bits(family, tmp_path, monkeypatch):
     plain = plain_checkpoint(
         family, tmp_path / "plain", hidden_size=64, intermediate_size=64, head_dim=16

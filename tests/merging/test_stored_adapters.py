@@ -1,6 +1,7 @@
 """Adapters merged from file to file, held to peft's merge in memory."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,11 +17,18 @@ from shallower.merging.low_rank import Deviations, LowRank, add_low_rank, roundi
 from shallower.merging.stored_adapters import WeightProxy, low_rank_changes
 from tests.merging.merges import family, merged_by_peft, merged_by_stream, steps_apart, tensors
 
+slow = pytest.mark.slow
 FAMILIES = ["gpt2", "mixtral", "qwen3_next", "opt", "phi", "gpt_neox", "llama"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *product(FAMILIES, ("float32", "bfloat16")),
+        ("mixtral", "float16"),
+        *(pytest.param(name, "float16", marks=slow) for name in FAMILIES if name != "mixtral"),
+    ],
+)
 def test_the_sums_are_those_of_peft(name, dtype, tmp_path):
     """In bfloat16 and float16 the same bits but for ties, in float32 within two units."""
     base, adapters, _ = family(name, dtype, tmp_path)
