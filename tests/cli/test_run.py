@@ -50,11 +50,12 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
 
 # The whole way.
 @pytest.mark.filterwarnings("default:the cut is not patched")
-def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
+def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, request):
     command = ["run", tiny, "--texts", texts / "texts.jsonl"]
     command += ["--eval-texts", texts / "held_out.jsonl", "--out", "out", "--top", "2", "--n", "2"]
     done = shallower(*command)
     assert done.status == 0
+    assert "UserWarning" not in done.err
     assert {path.name for path in (folder / "out").iterdir()} == {
         "scan.safetensors",
         "heat_map.png",
@@ -92,6 +93,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts):
     assert "exists already" in refused.error
     assert tree(folder) == before
 
+    request.getfixturevalue("undrawn")
     again = shallower(*command[:-1], "3", "--overwrite", "--json")
     assert again.status == 0
     results = json.loads((folder / "out" / "results.json").read_text())
