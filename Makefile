@@ -29,6 +29,8 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 # Most modules of the packages are never imported; the others are compiled when they are.
 export PIP_COMPILE ?= 0
+# Without bytecode every process would compile torch and transformers anew, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # Cargo would look for the jobs of a make that is not told to lend them.
 unexport MAKEFLAGS MFLAGS
 
@@ -53,6 +55,7 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 		|| echo "no chromium: the tests of the page in a browser are skipped, and fail where CI=true"
 
 # What builds and lints has one thread most of its time: two at once. Tests have both cores.
+ci: export CARGO_INCREMENTAL := 0
 ci:  ## All that must pass before anything lands
 	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install lint build-benches
 	$(MAKE) $(MAKEOVERRIDES) test bench-check
@@ -61,7 +64,9 @@ ci:  ## All that must pass before anything lands
 		else $(MAKE) $(MAKEOVERRIDES) release; fi
 	@echo "tests, lint and benchmarks' assertions have passed"
 
-test: test-rust test-python  ## All tests but the slow ones, Python's against the installed wheel
+test:  ## All tests but the slow ones, Python's against the installed wheel
+	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install
+	$(MAKE) $(MAKEOVERRIDES) test-rust test-python
 
 test-rust:  ## The core's tests
 	cargo test $(CHECKED) --quiet

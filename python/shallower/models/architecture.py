@@ -179,6 +179,8 @@ class AdapterList:
 def adapter_lists(model: nn.Module, layers: DecoderLayers) -> list[AdapterList]:
     """Find the lists of adapters in the layers of a model whose layers share weights."""
     sharing = getattr(text_config(model), "hybrid_layer_ids", ())
+    if not sharing:
+        return []
     return [
         AdapterList(module, name, sharing)
         for module in layers.modules.modules()
