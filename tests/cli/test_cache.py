@@ -101,6 +101,9 @@ def said_once(text):
 pytestmark = pytest.mark.filterwarnings("default:the cut is not patched")
 
 
+RUN = pytest.param("run", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place))
@@ -125,7 +128,7 @@ def test_the_json_of_a_second_run_is_that_of_the_first(shallower, place, no_mode
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", ["scan", "run", "prune", "merge"])
+@pytest.mark.parametrize("name", ["scan", RUN, "prune", "merge"])
 def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
     command = words(COMMANDS[name], place)
     assert shallower(*command).status == 0
@@ -143,7 +146,7 @@ def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", ["scan", "run", "patch"])
+@pytest.mark.parametrize("name", ["scan", RUN, "patch"])
 def test_another_input_is_another_result(shallower, place, name):
     command = words(COMMANDS[name], place)
     assert shallower(*command).status == 0

@@ -55,6 +55,7 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
     assert "measured before" not in anew.err + anew.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     shallower, folder, asked, models, monkeypatch

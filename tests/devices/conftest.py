@@ -12,6 +12,12 @@ STAGES = {
 """Kept for the session: models without values cost nothing but the time to build them."""
 
 
-@pytest.fixture(params=STAGES.values(), ids=STAGES)
+@pytest.fixture(
+    params=[
+        # What goes wrong on one device goes wrong on two.
+        pytest.param(stage, id=name, marks=pytest.mark.slow if name == "one device" else ())
+        for name, stage in STAGES.items()
+    ]
+)
 def stage(request):
     return request.param

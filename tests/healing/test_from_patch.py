@@ -123,6 +123,7 @@ def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, cou
     assert not (tmp_path / "out" / "losses.json").exists()
 
 
+@pytest.mark.slow
 def test_losses_that_are_given_are_not_measured(patchable, tmp_path, counted):
     whole, cut = patchable
     texts = documents(MANY, 5)

@@ -58,7 +58,7 @@ def apart(got, wanted):
     return math.sqrt(missed / sum(float(g.double().square().sum()) for g in wanted.values()))
 
 
-@pytest.mark.parametrize("which", ["cut", "smol_cut"])
+@pytest.mark.parametrize("which", ["cut", pytest.param("smol_cut", marks=pytest.mark.slow)])
 def test_gradients_on_four_bits_are_those_on_their_values(which, request):
     """The same products in bfloat16, so up to the order of sums, 2⁻⁸ at the very most."""
     path = request.getfixturevalue(which)

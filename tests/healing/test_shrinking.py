@@ -63,6 +63,7 @@ def adapters(out):
     return (out / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_smaller_forward_gives_what_it_gives_from_the_start(cut, tmp_path, device):
     expected, told = heal(cut, tmp_path / "one", replace(AUTOMATIC, batch_size=1))
     assert told == []

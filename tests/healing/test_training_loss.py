@@ -104,6 +104,7 @@ def test_a_step_has_the_bits_of_all_logits(few, tied, checkpointing):
     assert_same(trained(model, recipe, by_rows=True), trained(model, recipe, by_rows=False))
 
 
+@pytest.mark.slow
 def test_a_step_of_a_real_model_is_that_of_all_logits(monkeypatch):
     """But for rounding: a product of fewer rows may be summed in another order."""
     model, _ = sh.load_model(demo.model_path(), dtype="float32")

@@ -328,6 +328,7 @@ QUESTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_options_of_a_real_model(smol):
     model, tokenizer = smol
     judge = OptionsJudge(QUESTIONS, tokenizer, tokens=Tokens(64, 4))
@@ -342,6 +343,7 @@ def test_options_of_a_real_model(smol):
         assert dropped or judge.accuracy(found) >= 0.75
 
 
+@pytest.mark.slow
 def test_the_divergence_of_a_real_model(smol, passages):
     model, tokenizer = smol
     texts, dropped = passages[1][:3], range(12, 20)

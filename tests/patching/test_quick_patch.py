@@ -144,6 +144,7 @@ def test_matrices_are_those_of_the_slow_twin(model, words, dropped, farthest, mo
             assert np.abs(found - matrix).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_first_token_that_is_out_of_reach_costs_the_others_little(learned, words):
     """The dropped layer makes the first token's massive activation; the others' error is kept."""
     model = copy.deepcopy(learned)

@@ -88,6 +88,7 @@ def test_the_best_blocks_are_those_of_the_oracle(scanned, own_states):
         assert scanned.best_block(n).start == _reference.best_start(mean, n)
 
 
+@pytest.mark.slow
 def test_the_batch_size_does_not_change_the_best_blocks(smol, calibration, scanned):
     single = sh.scan(*smol, calibration, max_length=MAX_LENGTH, batch_size=1)
     assert [single.best_block(n) for n in range(1, 30)] == [
@@ -113,6 +114,7 @@ def test_a_saved_cut_is_the_model_with_its_layers_skipped(smol, reloaded, held_o
     assert (whole - skipped).abs().max() > 1
 
 
+@pytest.mark.slow
 def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
     sh.prune(demo.model_path(), [range(8, 30)], tmp_path / "few.gguf")
     whole, tokenizer = sh.load_model(tmp_path / "few.gguf", dtype="nf4")
@@ -142,6 +144,7 @@ def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
         assert torch.equal(whole(input_ids=ids, use_cache=False).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_cut_gguf_file_loads_through_transformers(smol, held_out, tmp_path):
     model, tokenizer = smol
     layers = [0, range(3, 28)]
@@ -156,6 +159,7 @@ def test_a_cut_gguf_file_loads_through_transformers(smol, held_out, tmp_path):
         assert torch.equal(loaded.eval()(input_ids=ids, use_cache=False).logits, expected)
 
 
+@pytest.mark.slow
 def test_generation_from_the_cache_is_that_without_it(smol, reloaded, held_out):
     _, tokenizer = smol
     encoded = tokenizer(held_out[1][:200], return_tensors="pt")

@@ -75,6 +75,7 @@ def test_texts_that_fit_are_trained_on_last_and_those_that_choose_or_report_neve
     assert sorted(seen["texts"][len(beyond) :]) == sorted({*texts[:80]} - others)
 
 
+@pytest.mark.slow
 def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
     options = {**TAKEN, "out": tmp_path / "out", "heal": QUICK, "max_texts": 80}
     sh.run(learned, words, TEXTS, **options)
@@ -131,6 +132,7 @@ def test_a_training_that_makes_it_worse_leaves_the_patched_model(
     assert again.recommended.unhealed == done.recommended.unhealed
 
 
+@pytest.mark.slow
 def test_the_healed_model_of_a_run_that_was_replaced_is_not_this_ones(
     learned, words, tmp_path, monkeypatch
 ):
@@ -180,6 +182,7 @@ def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     assert done.json["healing"]["recipe"]["steps"] == 6
 
 
+@pytest.mark.slow
 def test_the_same_run_in_another_place_ends_in_the_same_weights(
     learned, words, shallower, tmp_path
 ):
