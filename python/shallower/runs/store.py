@@ -11,12 +11,13 @@ import json
 import os
 import sqlite3
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from time import time
+from threading import Lock
+from time import monotonic, sleep, time
 from typing import Any
 
 from ..errors import CacheError
@@ -207,6 +208,7 @@ class _File:
         self._connection: sqlite3.Connection | None = None
         self._opened: tuple[int, ...] | None = None
         self._is_off = False
+        self._opening = Lock()
 
     def __del__(self) -> None:
         self._close()
@@ -235,7 +237,7 @@ class _File:
         if self._is_off:
             return []
         try:
-            return self._connected().execute(query, values).fetchall()
+            return self._waiting(query, values)
         except (sqlite3.Error, OSError) as error:
             self._is_off = True  # rather than to wait for a lock again and again
             # From one line and in the same words, so that it is shown once.
@@ -246,13 +248,25 @@ class _File:
             )
             return []
 
+    def _waiting(self, query: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Run a query, waiting for others also where SQLite does not: while one makes the file."""
+        deadline = monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return self._connected().execute(query, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error) or monotonic() > deadline:
+                    raise
+            sleep(0.01)
+
     def _connected(self) -> sqlite3.Connection:
-        """The connection of this process to the file that is there now."""
-        if self._connection is None or self._opened != self._mark():
-            self._close()
-            self._connection = _open(self.path)
-            self._opened = self._mark()
-        return self._connection
+        """The connection of this process to the file that is there now, opened by one thread."""
+        with self._opening:
+            if self._connection is None or self._opened != self._mark():
+                self._close()
+                self._connection = _open(self.path)
+                self._opened = self._mark()
+            return self._connection
 
     def _mark(self) -> tuple[int, ...] | None:
         try:
@@ -302,6 +316,10 @@ class _File:
 
 _INHERITED: list[sqlite3.Connection] = []
 """Connections of the process that this one was forked from, which it must not even close."""
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 class _NotOurs(sqlite3.DatabaseError):
