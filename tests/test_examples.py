@@ -11,11 +11,8 @@ from tests.conftest import ROOT
 
 pytestmark = [
     pytest.mark.timeout(1200),
-    pytest.mark.filterwarnings("default:the cut is not patched"),
 ]
-"""A document is one test, and the guide alone takes four minutes of one core; the model that stands
-for the real one has learned so little that a patch of it may bring nothing back.
-"""
+"""A document is one test, and the guide alone takes four minutes of one core."""
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = {
@@ -36,7 +33,6 @@ SLOW = {"docs/guide.md"}
 
 SHORTER = {"README.md", "report", "run"}
 """Examples that recommend a cut, and do not tell of how many layers: they get 14 of the 30."""
-FEWER = [range(6, 22)]
 STUDIES = {"run", "report", "curve", "compare"}
 """Examples that measure many cuts: they get fewer texts."""
 
@@ -96,9 +92,9 @@ def names(folder):
 
 
 @pytest.mark.parametrize("document", in_turn(PYTHON))
-def test_python_of_a_document_runs(folder, document):
+def test_python_of_a_document_runs(folder, words, document):
     if document in SHORTER:
-        examples.shorten(folder, FEWER)
+        examples.shorten(folder, words)
     bound = names(folder)
     for kind, line, code in BLOCKS[document]:
         if kind == "python":
@@ -107,15 +103,16 @@ def test_python_of_a_document_runs(folder, document):
 
 
 @pytest.mark.parametrize("document", in_turn(SHELL))
-def test_commands_of_a_document_run(folder, shallower, document):
+def test_commands_of_a_document_run(folder, words, shallower, document):
     if document in SHORTER:
-        examples.shorten(folder, FEWER)
+        examples.shorten(folder, words)
     for kind, line, code in BLOCKS[document]:
         if kind == "python":
             continue
-        for words in examples.commands(examples.quicker(code), "shallower"):
-            done = shallower(*words)
-            assert done.status == 0, f"{document}:{line}: shallower {' '.join(words)}\n{done.err}"
+        for command in examples.commands(examples.quicker(code), "shallower"):
+            done = shallower(*command)
+            said = f"{document}:{line}: shallower {' '.join(command)}\n{done.err}"
+            assert done.status == 0, said
 
 
 def doctests():
@@ -133,10 +130,10 @@ DOCTESTS = dict(doctests())
 
 
 @pytest.mark.parametrize("name", DOCTESTS)
-def test_the_example_of_a_docstring_runs(more, tmp_path, monkeypatch, name):
+def test_the_example_of_a_docstring_runs(more, words, tmp_path, monkeypatch, name):
     monkeypatch.chdir(examples.copy_folder(more, tmp_path))
     if name in SHORTER:
-        examples.shorten(tmp_path, FEWER)
+        examples.shorten(tmp_path, words)
     test = DOCTESTS[name]
     test.globs = {**names(tmp_path), "scan": sh.Scan.load("scans/smol/scan.safetensors")}
     if name in STUDIES:

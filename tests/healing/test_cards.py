@@ -65,7 +65,7 @@ def test_a_card_of_a_merged_model(both, healed, tmp_path, monkeypatch, shallower
 def patched(tmp_path_factory, words):
     """A model that has learned something, its scan, and the folder of its patched cut."""
     folder = tmp_path_factory.mktemp("patched")
-    examples.learned_llama(words, 8, 60).save_pretrained(folder / "whole")
+    examples.learned_llama(words, 8).save_pretrained(folder / "whole")
     words.save_pretrained(folder / "whole")
     model, tokenizer = sh.load_model(folder / "whole", dtype="float32")
     scan = sh.scan(model, tokenizer, examples.sentences(32, seed=1))

@@ -11,4 +11,4 @@ __all__ = ["both"]
 @pytest.fixture(scope="session")
 def learned(words):
     """A tiny Llama that predicts such words better than chance. Tests copy it."""
-    return learned_llama(words, num_layers=8, steps=80)
+    return learned_llama(words, num_layers=8)

@@ -32,7 +32,7 @@ LAYERS = (1, 4, 5)
 @pytest.fixture(scope="module")
 def model(words):
     """A tiny Llama that has learned something. Tests leave it as it is."""
-    return learned_llama(words, num_layers=6, steps=40)
+    return learned_llama(words, num_layers=6)
 
 
 def batches_of(words, texts, batch_size=4):

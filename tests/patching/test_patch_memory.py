@@ -48,7 +48,7 @@ def test_a_solution_takes_one_copy_of_the_sums():
         for weight in (0.01, 1.0):
             assert sums.solve(0.03, penalty, weight).isfinite().all()
 
-    torch.linalg.cholesky(torch.eye(300))
+    work()  # the buffers of the linear algebra stay, and differ from processor to processor
     found = peak_of(work)
     assert 0.8 * plan < found < 1.25 * plan  # what the allocator keeps differs from run to run
 
