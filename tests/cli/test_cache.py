@@ -102,6 +102,8 @@ pytestmark = pytest.mark.filterwarnings("default:the cut is not patched")
 
 
 RUN = pytest.param("run", marks=pytest.mark.slow)
+LONG = {"run", "heal", "heal merged", "patch"}
+"""Commands whose JSON is compared at night: what they find again is compared by their text."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -118,7 +120,10 @@ def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, 
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in COMMANDS],
+)
 def test_the_json_of_a_second_run_is_that_of_the_first(shallower, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place), "--json")
     no_model()

@@ -7,7 +7,10 @@ import pytest
 import shallower as sh
 
 
-@pytest.mark.parametrize("command", ["scan", "eval"])
+EVAL = pytest.param("eval", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("command", ["scan", EVAL])
 def test_a_dry_run_tells_the_memory(shallower, tiny, jsonl, command):
     out = ("--out", "x") if command == "scan" else ()
     options = (tiny, "--texts", jsonl, *out, "--dry-run", "--max-length", 64)
@@ -36,7 +39,7 @@ def test_a_budget_decides_on_the_batch(shallower, tiny, jsonl):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("what", ["scan", "eval", "patch"])
+@pytest.mark.parametrize("what", ["scan", EVAL, "patch"])
 def test_a_forecast_takes_a_dtype_that_there_is(tiny, what):
     options = {"max_length": 64, "device_memory": "16GB"}
     auto, plain = (sh.memory_forecast(tiny, what, dtype=d, **options) for d in ("auto", "bfloat16"))
@@ -81,7 +84,7 @@ def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_
     assert asked == [("who/cut", "shallower_plan.json")]
 
 
-@pytest.mark.parametrize("command", ["scan", "eval"])
+@pytest.mark.parametrize("command", ["scan", EVAL])
 def test_a_budget_is_of_the_weights_as_they_are_loaded(
     shallower, tiny, jsonl, folder, monkeypatch, command
 ):

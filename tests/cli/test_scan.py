@@ -60,6 +60,7 @@ def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scan_compares_the_tokens_that_are_named(shallower, tiny, jsonl, folder):
     out = folder / "out" / "scan.safetensors"
     for name, described in [("random:2", "random:2, seed 7"), ("last:2", "last:2"), ("all", "all")]:
