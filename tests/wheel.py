@@ -1,7 +1,8 @@
-"""What a wheel must be before it is given away; run by `make wheel`.
+"""What a wheel must be before it is given away; run by `make release`.
 
-``audit WHEEL`` needs the group `wheel`; ``lend`` prints the folders of this environment's
-packages; ``alone`` checks that the environment has the wheel, and nothing that compiles.
+``audit WHEEL`` needs the group `wheel`; ``needs`` prints what the package and its extras depend on,
+``lend`` the folders of this environment's packages; ``alone`` checks that the environment has the
+wheel, and nothing that compiles.
 """
 
 import json
@@ -13,6 +14,7 @@ import tomllib
 import zipfile
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,13 @@ def audit(wheel):
     print(f"{wheel.name}: {size:,} bytes, the core {len(core):,}, auditwheel: {tag}")
 
 
+def needs():
+    """Requirements, which are installed while the core is built."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = chain(project["dependencies"], *project["optional-dependencies"].values())
+    print(*sorted({one for one in listed if not one.startswith(project["name"])}))
+
+
 def lend():
     """Lines of a .pth file."""
     print(*(folder for folder in sys.path if folder.endswith("site-packages")), sep="\n")
@@ -72,4 +81,4 @@ def alone():
 
 if __name__ == "__main__":
     command, *paths = sys.argv[1:]
-    {"audit": audit, "lend": lend, "alone": alone}[command](*map(Path, paths))
+    {"audit": audit, "needs": needs, "lend": lend, "alone": alone}[command](*map(Path, paths))

@@ -6,7 +6,6 @@ import pytest
 
 import shallower as sh
 
-
 EVAL = pytest.param("eval", marks=pytest.mark.slow)
 
 

@@ -240,7 +240,7 @@ def test_what_was_verified_is_recalled(llama, words, monkeypatch):
     assert store.writes == writes
 
 
-@pytest.mark.parametrize("after", ["none", "patch"])
+@pytest.mark.parametrize("after", [pytest.param("none", marks=pytest.mark.slow), "patch"])
 def test_work_is_bounded_by_the_exhaustive_search(words, after):
     splits = Splits(TEXTS[:8], documents(60, seed=8), [], 0)
     verifier = make(tiny_llama(16, seed=1), words, splits=splits, after=after)

@@ -166,6 +166,7 @@ def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_p
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["healed"]
 
 
+@pytest.mark.slow
 def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     sh.save_model(learned, words, tmp_path / "stored")
     for name, passages in (("texts", TEXTS), ("held_out", REPORT)):

@@ -173,7 +173,7 @@ class CurveStudy(Study[CurveSettings]):
     @cached_property
     def tasks(self) -> StudyTasks:
         """The tasks that every point is measured on."""
-        return StudyTasks.of(self.settings)
+        return StudyTasks(self.settings)
 
     @cached_property
     def entry(self) -> Entry | None:

@@ -37,6 +37,7 @@ from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.recipe import Recipe
 from ..values.scores import Scores
+from ..values.settings import CurveSettings
 from ..values.task_scores import TaskScores
 from .study import Study
 from .tasks import StudyTasks
@@ -108,7 +109,11 @@ class Measuring:
         recipe: Recipe | None = None,
     ) -> None:
         self._study, self._store, self._scanned, self._recipe = study, store, scanned, recipe
-        self.model, self.tokenizer, self._tasks = model, tokenizer, tasks or StudyTasks()
+        self.model, self.tokenizer, self._tasks = (
+            model,
+            tokenizer,
+            tasks or StudyTasks(CurveSettings()),
+        )
         self.decoder = Decoder.of(model)
         self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
         self.texts = self._tokenised()
@@ -239,7 +244,7 @@ class Measuring:
     def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
         if state == "cut":
             loss = self.held_out.loss(self.scores(dropped, state))
-            if not self._tasks.names:
+            if not self._tasks.settings.tasks:
                 return Measured(loss)
             with without_layers(self.model, dropped) if dropped else nullcontext():
                 return Measured(loss, self._tasks.scores(self.model, self.tokenizer))
