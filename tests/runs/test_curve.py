@@ -258,7 +258,7 @@ def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, mon
         patched.setattr("shallower.runs.measuring.loss_as_it_is", _killed)
         with pytest.raises(Killed):
             sh.curve(learned, words, texts, **options, out=tmp_path / "out")
-    monkeypatch.setattr("shallower.runs.measuring.heal", _killed)
+    monkeypatch.setattr("shallower.healing.heal.heal", _killed)
     curve = sh.curve(learned, words, texts, **options, out=tmp_path / "out")
     assert curve.points[1].loss is not None
     assert not (tmp_path / "out" / ".healing").exists()

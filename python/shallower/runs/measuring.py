@@ -18,7 +18,6 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
-from ..healing.heal import heal
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge, LossJudge, judged_batches
@@ -298,6 +297,8 @@ class Measuring:
     @contextmanager
     def _healed(self, plan: Plan) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         """The cut, patched where it can be, and trained on; its folder is gone afterwards."""
+        from ..healing.heal import heal  # with the packages of a training, which take seconds
+
         study, recipe = self._study, self._recipe
         assert recipe is not None
         folder = study.folder / HEALING_FOLDER / hash_of([study.job, list(plan.dropped)])[:16]
