@@ -287,8 +287,9 @@ def _carry_out(
         return
     quiet()
     done = study.run(lambda so_far: _report(so_far, as_json))
-    output.keep({})
-    _say_end(done, *save_report(study.folder), as_json)
+    page, story = save_report(study.folder)
+    output.keep({})  # behind the page: a run that was killed while it is drawn draws it anew
+    _say_end(done, page, story, as_json)
 
 
 def _output(study: "RunStudy") -> "Output":

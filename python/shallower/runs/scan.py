@@ -7,11 +7,12 @@ from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError, ScanError
+from ..errors import OutputError, ScanError, StatesError
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan
+from ..scanning.states_file import Origin, StatesFile
 from ..scanning.states_writer import check_keepable
 from ..storage import check_free, free_bytes
 from ..texts.sources import Texts
@@ -75,13 +76,27 @@ class ScanJob:
 
     def _check_places(self) -> None:
         check_free(self.out / SCAN_FILE, self.overwrite)
-        if self.keep_states is not None:
+        if self.keep_states is not None and self._kept is None:
             check_keepable(self.keep_states, overwrite=self.overwrite)
             for name in (SCAN_FILE, PARTIAL_FILE):
                 if self.keep_states.absolute() == (self.out / name).absolute():
                     raise OutputError(
                         f"{self.keep_states} is the scan itself: keep the states elsewhere"
                     )
+
+    @cached_property
+    def _kept(self) -> Origin | None:
+        """Of the states of this scan, where it was killed between them and its own file."""
+        if self.keep_states is None or self.overwrite:
+            return None
+        try:
+            before = Scan.load(self.out / PARTIAL_FILE)
+            with StatesFile(self.keep_states) as file:
+                kept = file.origin
+        except (ScanError, StatesError):
+            return None
+        of_both = [(one.model, one.texts, one.positions) for one in (kept, before)]
+        return kept if of_both[0] == of_both[1] else None
 
     @property
     def places(self) -> list[Path]:
@@ -187,9 +202,14 @@ class ScanJob:
                 raise
             partial.unlink()
             scanned = self._scan(model, tokenizer, partial)
-        scanned.save(self.out / SCAN_FILE)
+        if self._kept is not None and self._kept.texts != scanned.texts:
+            raise OutputError(
+                f"{self.keep_states} exists already, and has the states of fewer texts: choose "
+                f"another place, or replace it (overwrite=True, --overwrite)"
+            )
+        scanned.save(partial)
         done = self._written(scanned)
-        partial.unlink(missing_ok=True)
+        partial.replace(self.out / SCAN_FILE)  # the last file: without it all is made anew
         for output in self._outputs:
             output.keep({})
         return done
@@ -211,6 +231,6 @@ class ScanJob:
             checkpoint=checkpoint,
             keep_samples=self.keep_samples,
             positions=self.positions,
-            keep_states=self.keep_states,
+            keep_states=None if self._kept else self.keep_states,
             overwrite=self.overwrite,
         )
