@@ -5,7 +5,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,41 @@ def check_free(path: Path, overwrite: bool = False) -> None:
                 if not parent.is_dir():
                     raise OutputError(f"cannot write {path}: {parent} is not a folder")
                 break
+
+
+def check_apart(path: str | Path, inputs: Iterable[object]) -> None:
+    """Refuse to write to a place that is read, that lies in what is read, or that holds it.
+
+    ``inputs`` are named by their text; None, and what is no place here, as a hub id, is passed
+    over. Files are compared as the file system knows them, whatever links lead there.
+
+    Raises OutputError.
+    """
+    path = Path(path)
+    for given in filter(None, map(str, filter(None, inputs))):
+        if how := _meets(path, given):
+            raise OutputError(
+                f"cannot write {path}: it {how} {given}, which is read: choose another place"
+            )
+
+
+def _meets(path: Path, given: str) -> str | None:
+    """How a place meets one that is read, in words; None where they lie apart."""
+    try:
+        read = Path(given).expanduser().resolve(strict=True)
+        inside, around = _is_in(path.resolve(), read), _is_in(read, path)
+    except (OSError, ValueError, RuntimeError):  # no place of this system
+        return None
+    if inside:
+        return "is" if around else "lies in"
+    return "holds" if around else None
+
+
+def _is_in(path: Path, other: Path) -> bool:
+    """Whether a path is another one, or lies in it."""
+    return other.exists() and any(
+        one.exists() and one.samefile(other) for one in (path, *path.parents)
+    )
 
 
 def free_bytes(path: Path) -> int:

@@ -64,10 +64,11 @@ def analyse_command(
     from ..runs.store import open_store
     from ..scanning.analyse import analyse_states
     from ..scanning.states_file import StatesFile
-    from ..storage import check_free
+    from ..storage import check_apart, check_free
     from ..values.files import SCAN_FILE
 
     path = out / SCAN_FILE
+    check_apart(path, [states])
     names = metric_names(metrics)
     output = _output(
         open_store(no_cache or dry_run),

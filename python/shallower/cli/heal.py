@@ -163,7 +163,7 @@ def heal_command(
     from ..processes import is_main_process, num_processes
     from ..runs.done import output_of
     from ..runs.store import Store, open_store
-    from ..storage import check_free
+    from ..storage import check_apart, check_free
     from ..values.recipe import Recipe
 
     source = read_texts(texts, max_texts)
@@ -186,6 +186,7 @@ def heal_command(
         recompute=gradient_checkpointing,
     )
     recipe.check(original=original is not None, from_patch=from_patch)
+    check_apart(out, [model, original, texts, eval_texts])
     code, folder = trust_remote_code, Path(model).expanduser()
     output = output_of(
         open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
@@ -315,9 +316,10 @@ def merge_command(
     from ..runs.done import Output
     from ..runs.inputs import adapters_inputs
     from ..runs.store import open_store
-    from ..storage import check_free
+    from ..storage import check_apart, check_free
     from ..values.healing import Healing
 
+    check_apart(out, [adapters, model])
     store = open_store(no_cache or dry_run)
     output = Output(store, "merge", out, lambda: adapters_inputs(adapters, model, store))
     if reuse(output, lambda _: say_healing(Healing.load(out), out, as_json)):

@@ -85,7 +85,7 @@ def patch_command(
     from ..runs.done import output_of
     from ..runs.forecast import forecast_source
     from ..runs.store import open_store
-    from ..storage import check_free
+    from ..storage import check_apart, check_free
     from ..values.layers import ranges
     from ..values.tokens import Tokens
 
@@ -93,6 +93,7 @@ def patch_command(
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
     named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
+    check_apart(out, [place.place, plan, texts, eval_texts])
     output = output_of(
         open_store(no_cache or dry_run),
         "patch",

@@ -77,10 +77,12 @@ def plan_command(
     Writes shallower_plan.json for prune, eval and patch; without --out the plan is shown only.
     """
     from ..scanning.choice import choose, load_scans
-    from ..storage import check_free
-    from ..values.files import PLAN_FILE
+    from ..storage import check_apart, check_free
+    from ..values.files import PLAN_FILE, SCAN_FILE
 
     if out is not None:
+        read = (one / SCAN_FILE if one.is_dir() else one for one in scans)
+        check_apart(out / PLAN_FILE, read)
         check_free(out / PLAN_FILE, overwrite)
     chosen = choose(
         load_scans(scans),

@@ -68,7 +68,9 @@ def prune_command(
     from ..cutting.prune import plan_prune
     from ..runs.done import cut_output
     from ..runs.store import open_store
+    from ..storage import check_apart
 
+    check_apart(out, [plan])
     layers = named_layers(drop, plan)
     options: dict[str, Any] = {
         "dtype": dtype,

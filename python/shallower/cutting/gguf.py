@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core import Gguf
-from ..errors import ModelError, OutputError
+from ..errors import ModelError
 from ..progress import BytesProgress, track_copy
 from ..storage import check_free, new_file, new_folder, write_file
 from ..values.files import PLAN_FILE
@@ -95,8 +95,6 @@ def prepare_gguf(
     """
     at, out = Path(source).expanduser(), Path(out)
     beside = out.suffix == ".gguf"
-    if not beside and out.exists() and out.resolve() == at.parent.resolve():
-        raise OutputError(f"{out} is the folder of the model itself: name another one")
     file = Gguf(at)
     wanted = agreed_plan(str(source), file.num_layers, layers)
     num_bytes = file.cut_size(list(wanted.survivors))

@@ -14,7 +14,7 @@ from ..errors import InMemoryOnlyError, ModelError, OutputError
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress
-from ..storage import check_free
+from ..storage import check_apart, check_free
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
@@ -162,11 +162,14 @@ def plan_prune(
         trust_remote_code=trust_remote_code,
         verify=verify,
     )
+    reads = [Path(source, gguf_file or ""), what if isinstance(what, str | Path) else None]
+    check_apart(request.out, reads)
     if isinstance(what, str | Path):
         what = load_plan(what)
-    if request.to_gguf:
-        return _plan_gguf(request, what)
-    return _plan_folder(request, what)
+    planned = _plan_gguf(request, what) if request.to_gguf else _plan_folder(request, what)
+    for file in planned.files:
+        check_apart(file, reads)
+    return planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,9 +390,6 @@ def _plan_folder(request: Request, layers: Plan | Layers) -> PlannedPrune:
     """Into a folder of safetensors: on disk where that can be, else in memory."""
     out = request.out
     check_free(out, request.overwrite)
-    local = Path(request.source).expanduser()
-    if out.exists() and local.exists() and out.samefile(local):
-        raise OutputError(f"{out} is the model itself: name another folder for the cut")
     cut = _prepared(request, layers) if request.on_disk else None
     if cut is not None:
         files = tuple(out / name for name in cut.files)

@@ -19,7 +19,8 @@ from ..models.decoder import Decoder
 from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
-from ..storage import new_folder
+from ..models.source import place_of
+from ..storage import check_apart, new_folder
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.loss import Loss
@@ -101,6 +102,7 @@ def _save(
     texts: Mapping[str, str] = MappingProxyType({}),
     carried: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
+    check_apart(path, [place_of(model)])
     check_exact(model)
     require_weights(model)
     undo_rescaling(model)

@@ -25,9 +25,10 @@ from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
 from ..processes import is_main_process
 from ..progress import track
-from ..storage import check_free, write_file
+from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, read_samples
+from ..texts.sources import place_of_texts
 from ..values.healing import HEALING_FILE, Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
@@ -120,6 +121,7 @@ def heal(
     """
     require_peft()
     path, out, recipe = str(path), Path(out), recipe or Recipe()
+    check_apart(out, [path, original, place_of_texts(texts), place_of_texts(eval_texts)])
     check_free(out, overwrite)
     recipe.check(original=original is not None, from_patch=from_patch)
     if eval_texts is None and losses != (None, None):

@@ -14,7 +14,7 @@ from ..cutting.source import CARD_FILE, find_source
 from ..errors import MissingExtraError, ModelError, OutputError
 from ..patching.saving import PATCH_FILE
 from ..reporting.charts.run import healing_chart
-from ..storage import check_free, new_folder, write_file
+from ..storage import check_apart, check_free, new_folder, write_file
 from ..values.files import PLAN_FILE
 from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing
 from ..values.recipe import GLOBAL_BATCH
@@ -62,6 +62,7 @@ def merge(
     if find_spec("peft") is None:
         raise MissingExtraError("peft", "heal", "merging adapters")
     adapters, out = Path(adapters), Path(out)
+    check_apart(out, [adapters, model])
     check_free(out, overwrite)
     healing = Healing.load(adapters)
     if healing.merge is not None:
@@ -69,6 +70,7 @@ def merge(
     if healing.best_step == 0:
         raise ModelError(f"{adapters} is a patched cut without adapters: there is nothing to merge")
     base = str(model or _remembered_base(adapters))
+    check_apart(out, [base])
     with new_folder(out, overwrite) as folder:
         try:
             merging = Merging(

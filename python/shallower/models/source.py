@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+def place_of(model: "PreTrainedModel") -> Path | None:
+    """The folder or file that a model in memory was loaded from, as far as it says."""
+    named, of_config = str(model.name_or_path), str(model.config.name_or_path)
+    if of_config.endswith(".gguf"):  # whose folder is not always known
+        return None if named.endswith(".gguf") else Path(named, of_config)
+    return Path(named) if named else None
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """A place that a model is loaded from, and the options of loading it.
@@ -39,6 +47,11 @@ class ModelSource:
 
     def __str__(self) -> str:
         return "/".join(filter(None, (str(self.path), self.gguf_file)))
+
+    @property
+    def place(self) -> Path:
+        """The folder or file that is read; there is none of a hub id."""
+        return Path(self.path, self.gguf_file or "")
 
     def resolved(self) -> "ModelSource":
         """The same source with its dtype and device map decided for this machine."""

@@ -12,7 +12,9 @@ from ..cutting.saving import save_model
 from ..cutting.source import CARD_FILE
 from ..evaluation.loss import evaluate_loss, require_predictable
 from ..models.decoder import Decoder
-from ..storage import check_free, new_folder, write_file
+from ..models.source import place_of
+from ..storage import check_apart, check_free, new_folder, write_file
+from ..texts.sources import place_of_texts
 from ..values.layers import Layers
 from ..values.loss import Loss
 from ..values.patch import Patch
@@ -52,6 +54,7 @@ def save_patched(
     Raises:
         OutputError, ModelError: as :func:`shallower.save_model`.
     """
+    check_apart(path, [place_of(model)])
     with new_folder(Path(path), overwrite) as folder:
         folder.rmdir()
         save_model(model, tokenizer, folder, plan=done.plan, losses=losses)
@@ -102,6 +105,7 @@ def patch_to_folder(
     is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``. Raises
     as :func:`shallower.patch`, and OutputError if ``out`` is in use or cannot be written to.
     """
+    check_apart(out, [place_of(model), place_of_texts(texts), place_of_texts(eval_texts)])
     check_free(Path(out), overwrite)
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..models.source import ModelSource
+from ..models.source import ModelSource, place_of
 from ..values.hashing import hash_of
 from .inputs import machine, made_by, model_inputs
 from .store import Journal, Store
@@ -21,6 +21,11 @@ class InMemory:
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def place(self) -> Path | None:
+        """The folder or file that it was loaded from, as far as it says."""
+        return place_of(self.model)
 
     def __str__(self) -> str:
         return str(self.model.name_or_path) or type(self.model).__name__

@@ -14,8 +14,8 @@ from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan
 from ..scanning.states_file import Origin, StatesFile
 from ..scanning.states_writer import check_keepable
-from ..storage import check_free, free_bytes
-from ..texts.sources import Texts
+from ..storage import check_apart, check_free, free_bytes
+from ..texts.sources import Texts, place_of_texts
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
@@ -68,6 +68,8 @@ class ScanJob:
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)
+        for place in self.places:
+            check_apart(place, [self.source.place, place_of_texts(self.texts)])
         object.__setattr__(self, "known", self._look_up())
         if self.known is None:
             self._check_places()
@@ -114,7 +116,7 @@ class ScanJob:
         described = {
             "scan": str(self.source),
             "dtype": dtype,
-            "texts": self.texts.source if isinstance(self.texts, Texts) else "given",
+            "texts": place_of_texts(self.texts) or "given",
             "positions": str(self.positions),
             "memory": self._memory(self.source),
         }

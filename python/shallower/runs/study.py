@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ..errors import TextsError
 from ..models.source import ModelSource
-from ..storage import check_free, write_file
+from ..storage import check_apart, check_free, write_file
 from ..texts.options import OptionItem
 from ..texts.sequences import ReadOnce
-from ..texts.sources import Texts
+from ..texts.sources import Texts, place_of_texts
 from ..values.hashing import hash_of
 from ..values.settings import StudySettings
 from .given_models import InMemory, ModelStore, inputs_of_one
@@ -67,6 +67,7 @@ class Study(ABC, Generic[Settings]):
 
     Raises:
         TextsError: texts that are not text.
+        OutputError: ``out`` is, holds or lies in what is read.
     """
 
     KIND: ClassVar[str]
@@ -95,6 +96,19 @@ class Study(ABC, Generic[Settings]):
                 raise TextsError(f"texts must be an iterable of strings, got {kind}")
             if isinstance(source, Texts):
                 source.check()
+        for name in self.leaves if self.out is not None else ():
+            check_apart(self.folder / name, self.reads)
+
+    @property
+    def reads(self) -> list[object]:
+        """The places that are read, by their text."""
+        texts = (*self._named_texts.values(), self.eval_texts)
+        settings = ("options", "tasks_dir", "data")
+        return [
+            *(model.place for model in self.models),
+            *map(place_of_texts, texts),
+            *(getattr(self.settings, name, None) for name in settings),
+        ]
 
     @property
     @abstractmethod

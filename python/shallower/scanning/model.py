@@ -12,9 +12,12 @@ from ..errors import ScanError, TextsError
 from ..memory.plan import fitting
 from ..memory.retry import Halving
 from ..models.decoder import Decoder
+from ..models.source import place_of
 from ..processes import refuse_several
 from ..progress import track
+from ..storage import check_apart
 from ..texts.batches import AnyTexts, TokenBatches
+from ..texts.sources import place_of_texts
 from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from .builder import ScanBuilder
@@ -94,6 +97,8 @@ def scan(
     refuse_several()
     if checkpoint and cka_batch is not None:
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
+    for place in filter(None, (checkpoint, keep_states)):
+        check_apart(place, [place_of(model), place_of_texts(texts)])
     if isinstance(positions, str):
         positions = Positions.parse(positions, seed)
     decoder = Decoder.of(model)

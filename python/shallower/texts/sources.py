@@ -17,6 +17,11 @@ _HEAD_BYTES = 1 << 16
 """The number of texts in a file is estimated from its size and as many bytes of its head."""
 
 
+def place_of_texts(texts: object) -> str | None:
+    """Name the file or the hub dataset that texts are read from; None where they are given."""
+    return texts.source if isinstance(texts, Texts) else None
+
+
 class Texts:
     """An iterable of texts that can be opened again, the first ``limit`` of a source.
 

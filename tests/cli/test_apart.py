@@ -1,0 +1,153 @@
+"""No command and no function writes to what it reads, by whatever name it is called."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import shallower as sh
+from shallower.texts.sources import Texts
+from tests.cli.documents import tree
+from tests.conftest import write_jsonl
+from tests.cutting.gguf_files import write
+from tests.healing.cuts import QUICK, documents
+
+PLACES = {
+    "the same": "all/{}",
+    "a link to it": "to/{}",
+    "a roundabout way": "all/../all/{}",
+    "in it": "all/{}/new",
+    "around it": "all",
+}
+"""Ways to name an output by the name of what is read."""
+
+ON_TEXTS = "--texts all/texts.jsonl --eval-texts all/held.jsonl"
+COMMANDS = {
+    "scan all/model --texts all/texts.jsonl": ["model", "texts.jsonl"],
+    "analyse all/states.npy": ["states.npy"],
+    "plan all/scans/scan.safetensors --n 2": ["scans/scan.safetensors"],
+    f"run all/model {ON_TEXTS} --n 2": ["model", "texts.jsonl", "held.jsonl"],
+    f"curve all/model {ON_TEXTS} --n 2": ["model", "texts.jsonl", "held.jsonl"],
+    f"compare all/model all/cut {ON_TEXTS} --n 2": ["model", "cut", "texts.jsonl"],
+    "prune all/model --drop 1": ["model"],
+    "prune all/model --dtype float16 --drop 1": ["model"],
+    "prune all/model --plan all/plans": ["plans"],
+    "prune all/small.gguf --drop 1": ["small.gguf"],
+    "prune all/small.gguf --drop 1 --as-gguf": ["small.gguf"],
+    f"patch all/model --drop 1 {ON_TEXTS}": ["model", "texts.jsonl", "held.jsonl"],
+    "patch all/model --plan all/plans --texts all/texts.jsonl": ["plans"],
+    f"heal all/cut --original all/model {ON_TEXTS}": ["cut", "model", "texts.jsonl", "held.jsonl"],
+    "merge all/adapters": ["adapters"],
+    "merge all/adapters --model all/cut": ["cut"],
+}
+"""Commands without their ``--out``, and what each reads."""
+
+IN_PARTS = ("scan", "analyse", "plan", "run", "curve", "compare")
+"""Commands that write single files into a folder, where others may lie."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, models, scans, plans, words):
+    """All that commands read, in one folder, and links to it in another."""
+    root = tmp_path_factory.mktemp("apart")
+    folder = root / "all"
+    shutil.copytree(models / "tiny", folder / "model")
+    shutil.copytree(scans / "tiny", folder / "scans")
+    shutil.copytree(plans / "tiny", folder / "plans")
+    write_jsonl(folder / "texts.jsonl", documents(60, 0))
+    write_jsonl(folder / "held.jsonl", documents(8, 1))
+    np.save(folder / "states.npy", np.zeros((4, 7, 8), dtype=np.float32))
+    write(folder / "small.gguf", num_layers=4)
+    sh.prune(folder / "model", [2, 3], folder / "cut")
+    sh.heal(folder / "cut", documents(120, 0), folder / "adapters", recipe=QUICK)
+    (root / "to").symlink_to("all")
+    return root
+
+
+@pytest.fixture
+def read(made, monkeypatch):
+    """The folder to work in; what is in it is the same in the end."""
+    monkeypatch.chdir(made)
+    before = tree(made)
+    yield made
+    assert tree(made) == before
+
+
+ROWS = [
+    pytest.param(command, name, place, id=f"{command}: {place} {name}")
+    for command, names in COMMANDS.items()
+    for name in names
+    for place in PLACES
+    if not (place == "around it" and command.split()[0] in IN_PARTS)
+]
+
+
+@pytest.mark.parametrize(("command", "name", "place"), ROWS)
+def test_a_command_refuses_to_write_to_what_it_reads(read, shallower, command, name, place):
+    os.chdir(read)
+    out = PLACES[place].format(name)
+    for option in ("--overwrite", "--dry-run"):
+        done = shallower(*command.split(), "--out", out, option)
+        assert done.status == 2
+        assert f"cannot write {out}" in done.err, done.err
+        assert "which is read: choose another place" in done.err
+
+
+FUNCTIONS = {
+    "prune": ("model", lambda out, _: sh.prune("all/model", [1], out, overwrite=True)),
+    "heal": ("cut", lambda out, _: sh.heal("all/cut", documents(9, 0), out, overwrite=True)),
+    "merge": ("adapters", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
+    "merge, into the cut": ("cut", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
+    "save_model": ("model", lambda out, loaded: sh.save_model(*loaded, out, overwrite=True)),
+    "scan, states": (
+        "model",
+        lambda out, loaded: sh.scan(
+            *loaded, documents(9, 0), keep_states=f"{out}/s.safetensors", overwrite=True
+        ),
+    ),
+    "scan, checkpoint": (
+        "texts.jsonl",
+        lambda out, loaded: sh.scan(*loaded, Texts("all/texts.jsonl"), checkpoint=out),
+    ),
+    "run": (
+        "model",
+        lambda out, loaded: sh.run(*loaded, documents(60, 0), out=out, n=1, overwrite=True),
+    ),
+    "curve": (
+        "model",
+        lambda out, _: sh.curve(
+            "all/model", texts=documents(60, 0), eval_texts=documents(8, 1), out=out, n=[1]
+        ),
+    ),
+    "compare": (
+        "model",
+        lambda out, _: sh.compare(
+            "all/model", texts=documents(60, 0), eval_texts=documents(8, 1), out=out, n=[1]
+        ),
+    ),
+}
+"""Functions of a place and of a loaded model, and what each reads."""
+
+
+@pytest.mark.parametrize("place", ["the same", "a link to it", "a roundabout way"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_refuses_to_write_to_what_it_reads(read, name, place):
+    reads, call = FUNCTIONS[name]
+    loaded = sh.load_model("all/model")
+    with pytest.raises(sh.OutputError, match="which is read: choose another place"):
+        call(PLACES[place].format(reads), loaded)
+
+
+def test_a_patched_model_is_not_saved_over_its_source(read, words):
+    model, tokenizer = sh.load_model("all/model")
+    plan = sh.Plan(6, (sh.Block(1, 2),))
+    done = sh.Patch(plan, "feed_forward", 90, 10, 1.0, 3.0, 2.0)
+    with pytest.raises(sh.OutputError, match="it is all/model, which is read"):
+        sh.save_patched(model, tokenizer, "all/model", done=done, overwrite=True)
+
+
+def test_a_hub_id_and_texts_that_are_given_are_no_places(tmp_path):
+    from shallower.storage import check_apart
+
+    check_apart(tmp_path / "out", ["who/model", None, "x" * 5000, "allenai/c4:en:train"])
