@@ -5,8 +5,10 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from .errors import OutputError
@@ -15,8 +17,14 @@ from .errors import OutputError
 def check_free(path: Path, overwrite: bool = False) -> None:
     """Refuse a path that holds something already; an empty folder is free.
 
-    Raises OutputError if something is there and ``overwrite`` is off, or a parent is a file.
+    Raises OutputError if something is there and ``overwrite`` is off, a parent is a file, or
+    another process writes there.
     """
+    check_alone(path)
+    _check_taken(path, overwrite)
+
+
+def _check_taken(path: Path, overwrite: bool) -> None:
     with raise_output_error(path):
         if path.absolute() == Path.cwd():
             raise OutputError(f"cannot write {path}: it is the current folder, name a new one")
@@ -81,6 +89,16 @@ def free_bytes(path: Path) -> int:
         return shutil.disk_usage(there).free
 
 
+def check_room(path: Path, num_bytes: int) -> None:
+    """Refuse a path where so many bytes are not free: OutputError."""
+    free = free_bytes(path)
+    if num_bytes > free:
+        raise OutputError(
+            f"cannot write {path}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
+            f"free there"
+        )
+
+
 def sha256_of(path: Path) -> str:
     """Hash the content of a file, in hexadecimal digits; OSError if it cannot be read."""
     with path.open("rb") as file:
@@ -136,6 +154,44 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_alone(path: Path) -> None:
+    """Refuse a path that another process holds, by :func:`claimed`: OutputError."""
+    work = partial_folder(path)
+    with raise_output_error(path):
+        if work in _CLAIMS.get() or not work.is_dir():
+            return
+        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _busy(path, work) from error
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def claimed(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Iterator[None]:
+    """Hold a path against other processes while the body makes what is written there.
+
+    What would end long work in vain is found before it. Raises OutputError as :func:`check_free`,
+    and if the place cannot be written to, or ``num_bytes`` are not free there.
+    """
+    path = Path(path)
+    check_free(path, overwrite)
+    work = partial_folder(path)
+    made = [parent for parent in work.parents if not parent.exists()]
+    with _held(work, path):
+        mine = _CLAIMS.set(_CLAIMS.get() | {work})
+        try:
+            check_room(path, num_bytes)
+            yield
+        finally:
+            _CLAIMS.reset(mine)
+            for folder in (work, *made):
+                with suppress(OSError):  # it holds results, or what the next run goes on from
+                    folder.rmdir()
+
+
 @contextmanager
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary sibling folder that becomes ``path`` when the body succeeds.
@@ -144,18 +200,18 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     on. Raises OutputError if it is off, or the place cannot be written to.
     """
     path = Path(path)
-    check_free(path, overwrite)
-    partial = _sibling(path, "partial")
-    with raise_output_error(path):
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-        check_free(path, overwrite)
+    with claimed(path, overwrite):
+        partial = _sibling(path, "partial")
         with raise_output_error(path):
-            _settle(partial)
-            _put(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        try:
+            yield partial
+            _check_taken(path, overwrite)
+            with raise_output_error(path):
+                _settle(partial)
+                _put(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -174,7 +230,7 @@ def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[
     path = Path(path)
     with _working(path, job, overwrite) as folder:
         yield folder
-        check_free(path, overwrite)
+        _check_taken(path, overwrite)
         with raise_output_error(path):
             _settle(folder)
             flush_folder(folder)
@@ -194,7 +250,7 @@ def resumable_file(path: Path, job: str, overwrite: bool = False) -> Iterator[Pa
         raise OutputError(f"{path} is a folder: a file name is needed")
     with _working(path, job, overwrite) as folder:
         yield folder
-        check_free(path, overwrite)
+        _check_taken(path, overwrite)
         with raise_output_error(path):
             (folder / path.name).replace(path)
             flush_folder(path.absolute().parent)
@@ -206,8 +262,7 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
     """The folder of an earlier run of the same job, or an empty one, held against others."""
     check_free(path, overwrite)
     work = partial_folder(path)
-    lock = _lock(work, path)
-    try:
+    with _held(work, path):
         with raise_output_error(path):
             folder = _begin(work, f"{path.absolute()}\n{job}")
         try:
@@ -215,8 +270,6 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
         finally:
             if not folder.is_dir() or not any(folder.iterdir()):
                 shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def partial_folder(path: Path) -> Path:
@@ -227,8 +280,26 @@ def partial_folder(path: Path) -> Path:
     return _hidden(path, "partial")
 
 
+_CLAIMS: ContextVar[frozenset[Path]] = ContextVar("_CLAIMS", default=frozenset())
+"""The hidden siblings that are held for one work to come."""
+
+
+@contextmanager
+def _held(work: Path, path: Path) -> Iterator[None]:
+    """Hold a folder against other work; the system lets go of it when this process dies."""
+    claims = _CLAIMS.get()
+    lock = None if work in claims else _lock(work, path)
+    mine = _CLAIMS.set(claims - {work})
+    try:
+        yield
+    finally:
+        _CLAIMS.reset(mine)
+        if lock is not None:
+            os.close(lock)
+
+
 def _lock(work: Path, path: Path) -> int:
-    """Hold a folder against other processes; the system lets go of it when this one dies."""
+    until = time.monotonic() + _LOOKED_AT
     while True:
         with raise_output_error(path):
             work.mkdir(parents=True, exist_ok=True)
@@ -241,11 +312,29 @@ def _lock(work: Path, path: Path) -> int:
             pass  # the process that held it has just finished
         except OSError as error:
             os.close(descriptor)
-            raise OutputError(
-                f"cannot write {path}: another process is writing it ({error}); wait for it, or "
-                f"choose another place"
-            ) from error
+            if time.monotonic() > until:
+                raise _busy(path, work) from error
+            time.sleep(0.01)
+            continue
         os.close(descriptor)
+
+
+_LOOKED_AT = 0.2
+"""Seconds for which somebody else may look whether a folder is held, and so hold it."""
+
+
+def _busy(path: Path, work: Path) -> OutputError:
+    """The error of a path that another process writes to, which is named where Linux knows it."""
+    who = "another process"
+    with suppress(OSError, StopIteration):
+        inode = f":{work.stat().st_ino} "
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+        pid = int(next(line for line in locks if " FLOCK " in line and inode in line).split()[4])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        who = f"process {pid} ({' '.join(command.split(chr(0)))[:100].strip()})"
+    return OutputError(
+        f"cannot write {path}: {who} is writing it; wait for it, or choose another place"
+    )
 
 
 def _begin(work: Path, job: str) -> Path:

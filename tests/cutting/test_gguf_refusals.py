@@ -53,10 +53,10 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     assert not out.exists()
     sh.prune(source, [1], out, overwrite=True)
     assert Gguf(out).num_layers == 5
-    with pytest.raises(sh.OutputError, match="exists already"):
-        sh.prune(source, [1], source)
-    sh.prune(source, [1], source, overwrite=True)
-    assert source.read_bytes() == out.read_bytes()
+    before = source.read_bytes()
+    with pytest.raises(sh.OutputError, match="which is read"):
+        sh.prune(source, [1], source, overwrite=True)
+    assert source.read_bytes() == before
     (tmp_path / "d.gguf").mkdir()
     with pytest.raises(sh.OutputError, match="is a folder"):
         sh.prune(source, [1], tmp_path / "d.gguf", overwrite=True)
@@ -208,7 +208,7 @@ def test_the_command_line_refuses_with_status_2(real, shallower, tmp_path):
     bad.write_bytes(b"GGUF")
     sh.Plan(28, (sh.Block(1, 3),)).save(tmp_path / "plan.json")
     small = write(tmp_path / "gemma.gguf", arch="gemma2")
-    out = tmp_path / "out.gguf"
+    out = tmp_path.with_name("new") / "out.gguf"
     for words, message in [
         ((bad, "--drop", "1"), "cut short"),
         ((real, "--drop", "30"), "no layer 30"),

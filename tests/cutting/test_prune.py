@@ -185,7 +185,7 @@ REFUSED = [
     ("files/tiny.gguf", "cut", {"max_shard_size": 9}, sh.OutputError, "max_shard_size or --max"),
     ("tiny", "cut", {"max_shard_size": 9, "dtype": "float16"}, sh.OutputError, "leave out dtype"),
     ("tiny", "cut", {"dtype": "float8"}, sh.ModelError, "unknown dtype 'float8'"),
-    ("tiny", "tiny", {"overwrite": True}, sh.OutputError, "is the model itself"),
+    ("tiny", "tiny", {"overwrite": True}, sh.OutputError, "which is read: choose another place"),
 ]
 
 

@@ -237,7 +237,7 @@ def test_a_place_that_is_taken_is_refused(tmp_path):
 
 def test_one_process_at_a_time_writes(tmp_path):
     path = tmp_path / "states.safetensors"
-    refused = pytest.raises(OutputError, match="another process is writing")
+    refused = pytest.raises(OutputError, match="is writing it")
     with failing(path), refused, keep_states_in(path):
         pass
 

@@ -64,7 +64,7 @@ def analyse_command(
     from ..runs.store import open_store
     from ..scanning.analyse import analyse_states
     from ..scanning.states_file import StatesFile
-    from ..storage import check_apart, check_free
+    from ..storage import check_apart, check_free, claimed
     from ..values.files import SCAN_FILE
 
     path = out / SCAN_FILE
@@ -94,15 +94,16 @@ def analyse_command(
             }
         say_dry_run(described, as_json)
         return
-    scanned = analyse_states(
-        states,
-        names,
-        threads=threads,
-        keep_samples=keep_samples,
-        cka_batch=cka_batch,
-        tensor=tensor,
-    )
-    scanned.save(path)
+    with claimed(path, overwrite):
+        scanned = analyse_states(
+            states,
+            names,
+            threads=threads,
+            keep_samples=keep_samples,
+            cka_batch=cka_batch,
+            tensor=tensor,
+        )
+        scanned.save(path)
     written = [path, *draw_heat_map(scanned, out)]
     output.keep({})
     say_scan(scanned, written, as_json)

@@ -81,7 +81,7 @@ def patch_command(
     next-token distributions, as far as the loss on held-out text falls. A patch that does not
     help is not saved. Patch, then heal, is the recommended way.
     """
-    from ..cutting.plans import agreed_plan
+    from ..cutting.plans import agreed_plan, plan_file
     from ..runs.done import output_of
     from ..runs.forecast import forecast_source
     from ..runs.store import open_store
@@ -93,7 +93,7 @@ def patch_command(
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
     named = named_layers(drop, plan)
     place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
-    check_apart(out, [place.place, plan, texts, eval_texts])
+    check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts])
     output = output_of(
         open_store(no_cache or dry_run),
         "patch",

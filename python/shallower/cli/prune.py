@@ -65,12 +65,14 @@ def prune_command(
     without loading it.
     A model card, mergekit's config and llama.cpp's list of layers lie beside every cut.
     """
+    from ..cutting.plans import plan_file
     from ..cutting.prune import plan_prune
     from ..runs.done import cut_output
     from ..runs.store import open_store
     from ..storage import check_apart
 
-    check_apart(out, [plan])
+    if plan is not None:
+        check_apart(out, [plan_file(plan)])
     layers = named_layers(drop, plan)
     options: dict[str, Any] = {
         "dtype": dtype,

@@ -10,10 +10,15 @@ from ..values.layers import Layers
 from ..values.plan import Plan
 
 
+def plan_file(path: str | Path) -> Path:
+    """The file of a plan, which is named by itself or by its folder."""
+    path = Path(path).expanduser()
+    return path / PLAN_FILE if path.is_dir() else path
+
+
 def load_plan(path: str | Path) -> Plan:
     """Load a plan from its file, or from the folder that holds it; PlanError if there is none."""
-    path = Path(path).expanduser()
-    return Plan.load(path / PLAN_FILE if path.is_dir() else path)
+    return Plan.load(plan_file(path))
 
 
 def agreed_plan(named: str, num_layers: int, layers: Plan | Layers) -> Plan:

@@ -14,7 +14,7 @@ from ..errors import InMemoryOnlyError, ModelError, OutputError
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress
-from ..storage import check_apart, check_free
+from ..storage import check_apart, check_free, claimed
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
@@ -22,7 +22,7 @@ from .checkpoint import PreparedCut, prepare
 from .checkpoint_files import is_checkpoint, stored_dtype
 from .exports import EXPORT_FILES
 from .gguf import prepare_gguf, read_metadata
-from .plans import agreed_plan, load_plan, made_for
+from .plans import agreed_plan, load_plan, made_for, plan_file
 from .source import Source, find_source, hub_id
 
 if TYPE_CHECKING:
@@ -162,10 +162,11 @@ def plan_prune(
         trust_remote_code=trust_remote_code,
         verify=verify,
     )
-    reads = [Path(source, gguf_file or ""), what if isinstance(what, str | Path) else None]
-    check_apart(request.out, reads)
+    reads = [Path(source, gguf_file or "")]
     if isinstance(what, str | Path):
+        reads.append(plan_file(what))
         what = load_plan(what)
+    check_apart(request.out, reads)
     planned = _plan_gguf(request, what) if request.to_gguf else _plan_folder(request, what)
     for file in planned.files:
         check_apart(file, reads)
@@ -348,8 +349,17 @@ class PlannedPrune:
 
     def run(self, progress: BytesProgress | bool | None = None) -> Pruned:
         """Make the cut, and verify it if ``verify`` was set; raises what :func:`prune` does."""
+        with claimed(self._request.out, self._request.overwrite, self._room):
+            return self._run(progress)
+
+    @property
+    def _room(self) -> int:
+        """Bytes that are needed before the work; a cut on disk counts what is there already."""
+        return self.num_bytes or 0 if self.way == "gguf" else 0
+
+    def _run(self, progress: BytesProgress | bool | None) -> Pruned:
         request, plan, on_disk = self._request, self.plan, self.way == "disk"
-        # Before the cut, which may replace a GGUF file; on disk it never replaces its source.
+        # Before the cut: what cannot be loaded is found before the work.
         loaded = request.load() if self.loads_model and not on_disk else None
         if self._write is not None:
             self._write(overwrite=request.overwrite, progress=progress)

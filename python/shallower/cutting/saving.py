@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import ModelError, OutputError, PlanError
+from ..memory.weights import module_bytes
 from ..models.architecture import find_layers, require_weights, undo_rescaling
 from ..models.decoder import Decoder
 from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
-from ..storage import check_apart, new_folder
+from ..storage import check_apart, claimed, new_folder
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.loss import Loss
@@ -109,7 +110,7 @@ def _save(
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
     dtype = model.config.dtype
-    with new_folder(path, overwrite) as folder:
+    with claimed(path, overwrite, module_bytes(model)), new_folder(path, overwrite) as folder:
         try:
             model.save_pretrained(folder)
             model.config.dtype = dtype  # which save_pretrained turns into a word

@@ -35,6 +35,11 @@ def stored_bytes(model: PreTrainedModel, dtype: str) -> dict[nn.Parameter, int]:
     return found
 
 
+def module_bytes(module: nn.Module) -> int:
+    """Count the bytes of a module's weights as they are; shared ones once."""
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
 def num_parameters(module: nn.Module) -> int:
     """Count the values of a module's weights before they are quantised; shared ones once."""
     return sum(

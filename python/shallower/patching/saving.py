@@ -11,9 +11,10 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..cutting.source import CARD_FILE
 from ..evaluation.loss import evaluate_loss, require_predictable
+from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
 from ..models.source import place_of
-from ..storage import check_apart, check_free, new_folder, write_file
+from ..storage import check_apart, check_free, claimed, new_folder, write_file
 from ..texts.sources import place_of_texts
 from ..values.layers import Layers
 from ..values.loss import Loss
@@ -127,20 +128,22 @@ def patch_to_folder(
                 description=f"loss, {name}",
             )
 
-    measure("whole")
-    with without_layers(model, plan.blocks):
-        measure("cut")
-    done = patch(
-        model,
-        tokenizer,
-        plan,
-        texts=texts,
-        max_length=max_length,
-        batch_size=batch_size,
-        num_tokens=num_tokens,
-        progress=progress,
-    )
-    measure("patched")
-    before_and_after = (losses["whole"], losses["patched"]) if losses else None
-    save_patched(model, tokenizer, out, done=done, overwrite=overwrite, losses=before_and_after)
+    gone = sum(module_bytes(decoder.layers.modules[layer]) for layer in plan.dropped)
+    with claimed(Path(out), overwrite, module_bytes(model) - gone):
+        measure("whole")
+        with without_layers(model, plan.blocks):
+            measure("cut")
+        done = patch(
+            model,
+            tokenizer,
+            plan,
+            texts=texts,
+            max_length=max_length,
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            progress=progress,
+        )
+        measure("patched")
+        of_both = (losses["whole"], losses["patched"]) if losses else None
+        save_patched(model, tokenizer, out, done=done, overwrite=overwrite, losses=of_both)
     return done, losses

@@ -224,8 +224,9 @@ class CompareStudy(Study[CompareSettings]):
         Raises:
             ModelError, LayersError, OutputError, CacheError: as :func:`compare`.
         """
-        comparison = self._measure() if self.entry is None else _read(self.entry)
-        self.write_comparison(comparison)
+        with self.alone():
+            comparison = self._measure() if self.entry is None else _read(self.entry)
+            self.write_comparison(comparison)
         return comparison
 
     def _measure(self) -> CriteriaComparison:

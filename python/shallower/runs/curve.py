@@ -183,6 +183,10 @@ class CurveStudy(Study[CurveSettings]):
     def run(self) -> Curve:
         """Measure, or give what is known already; raises as :func:`curve`."""
         self.check()
+        with self.alone():
+            return self._run()
+
+    def _run(self) -> Curve:
         if self.entry is not None:
             known = Curve.from_json(self.entry.value)
             self.write_curve(known)

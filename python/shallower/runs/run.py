@@ -190,6 +190,10 @@ class RunStudy(Study[RunSettings]):
     def run(self, report: Callable[[Run], None] | None = None) -> Run:
         """Run, or give what is there already; ``report`` receives the results before a healing."""
         self.check()
+        with self.alone():
+            return self._run(report)
+
+    def _run(self, report: Callable[[Run], None] | None) -> Run:
         from .recommending import Recommending
 
         if self.overwrite:

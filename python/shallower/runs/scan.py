@@ -14,7 +14,7 @@ from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan
 from ..scanning.states_file import Origin, StatesFile
 from ..scanning.states_writer import check_keepable
-from ..storage import check_apart, check_free, free_bytes
+from ..storage import check_apart, check_free, claimed, free_bytes
 from ..texts.sources import Texts, place_of_texts
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.memory import MemoryPlan
@@ -196,6 +196,10 @@ class ScanJob:
         Returns the scan, and the files that were written. Raises ScanError if what was left is of
         another job, and ``overwrite`` is off, and else as :func:`shallower.scan`.
         """
+        with claimed(self.out / SCAN_FILE, overwrite=True):
+            return self._run(model, tokenizer)
+
+    def _run(self, model: Any, tokenizer: Any) -> tuple[Scan, list[Path]]:
         partial = self.out / PARTIAL_FILE
         try:
             scanned = self._scan(model, tokenizer, partial)

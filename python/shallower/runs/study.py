@@ -8,6 +8,7 @@ its own, what is refused before anything heavy, and how results are written befo
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ..errors import TextsError
 from ..models.source import ModelSource
-from ..storage import check_apart, check_free, write_file
+from ..storage import check_alone, check_apart, check_free, claimed, write_file
 from ..texts.options import OptionItem
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
@@ -121,9 +122,17 @@ class Study(ABC, Generic[Settings]):
         Raises:
             ShallowerError: of every kind that the study names.
         """
-        if self.out is not None and not self.goes_on:
-            for name in self.leaves:
-                check_free(self.out / name, self.overwrite)
+        if self.out is None:
+            return
+        check_alone(self.out / self.RESULTS)
+        for name in () if self.goes_on else self.leaves:
+            check_free(self.out / name, self.overwrite)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Hold the folder against other processes while the body works in it: OutputError."""
+        if self.out is None:
+            return nullcontext()
+        return claimed(self.out / self.RESULTS, overwrite=True)
 
     def units(self) -> list[Unit]:
         """List the measurements that the study makes, as far as they are known beforehand."""

@@ -97,7 +97,7 @@ def scan(
     refuse_several()
     if checkpoint and cka_batch is not None:
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
-    for place in filter(None, (checkpoint, keep_states)):
+    for place in [one for one in (checkpoint, keep_states) if one]:
         check_apart(place, [place_of(model), place_of_texts(texts)])
     if isinstance(positions, str):
         positions = Positions.parse(positions, seed)

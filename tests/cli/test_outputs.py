@@ -1,12 +1,16 @@
-"""No command and no function writes to what it reads, by whatever name it is called."""
+"""Outputs: never what is read, by whatever name; one process at a time; refused before any work."""
 
+import fcntl
 import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import shallower as sh
+from shallower.patching import saving as shallower_patch
 from shallower.texts.sources import Texts
 from tests.cli.documents import tree
 from tests.conftest import write_jsonl
@@ -42,6 +46,15 @@ COMMANDS = {
     "merge all/adapters --model all/cut": ["cut"],
 }
 """Commands without their ``--out``, and what each reads."""
+
+RESULTS = {
+    "scan": "scan.safetensors",
+    "analyse": "scan.safetensors",
+    "run": "results.json",
+    "curve": "curve.json",
+    "compare": "comparison.json",
+}
+"""The file of commands that write into a folder, by which it is held."""
 
 IN_PARTS = ("scan", "analyse", "plan", "run", "curve", "compare")
 """Commands that write single files into a folder, where others may lie."""
@@ -80,6 +93,7 @@ ROWS = [
     for name in names
     for place in PLACES
     if not (place == "around it" and command.split()[0] in IN_PARTS)
+    if not (place == "in it" and name == "plans")  # beside the file that is read
 ]
 
 
@@ -92,6 +106,43 @@ def test_a_command_refuses_to_write_to_what_it_reads(read, shallower, command, n
         assert done.status == 2
         assert f"cannot write {out}" in done.err, done.err
         assert "which is read: choose another place" in done.err
+
+
+LONG = [command for command in COMMANDS if not command.startswith("plan")]
+
+
+@pytest.mark.parametrize("command", LONG)
+def test_a_place_that_another_process_writes_to_is_not_to_be_replaced(read, shallower, command):
+    os.chdir(read)
+    out = Path("new.gguf" if "gguf --drop 1" in command and "as-gguf" not in command else "new")
+    name = RESULTS.get(command.split()[0])
+    held = out.with_name(f".{out.name}.partial") if name is None else out / f".{name}.partial"
+    held.mkdir(parents=True)
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        for options in ([], ["--overwrite"], ["--dry-run"]):
+            done = shallower(*command.split(), "--out", out, *options)
+            assert done.status == 2
+            assert f"process {os.getpid()} (" in done.err
+            assert ") is writing it; wait for it, or choose another place" in done.err
+            assert "--overwrite" not in done.error
+    finally:
+        os.close(lock)
+        held.rmdir()
+        if name is not None:
+            out.rmdir()
+
+
+@pytest.mark.parametrize("command", [one for one in LONG if one.startswith(("prune", "patch"))])
+def test_a_full_disk_is_found_before_the_work(read, shallower, monkeypatch, command):
+    os.chdir(read)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(shallower_patch, "patch", None)
+    out = "new.gguf" if "gguf --drop 1" in command and "as-gguf" not in command else "new"
+    done = shallower(*command.split(), "--out", out)
+    assert done.status == 2
+    assert " are needed" in done.err
 
 
 FUNCTIONS = {
