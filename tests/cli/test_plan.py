@@ -17,7 +17,7 @@ def test_plan_shows_and_saves_the_best_block(shallower, folder, scans):
     assert plan == Scan.load(scans / "tiny" / "scan.safetensors").plan(2)
     assert "plan: 2 of 6 layers" in done.out
     assert str(plan.blocks[0]) in done.out
-    assert f"angular {plan.blocks[0].score:.4f}" in done.out
+    assert f"angular distance {plan.blocks[0].score:.4f}" in done.out
     assert "wrote out/shallower_plan.json" in done.out.splitlines()
 
 

@@ -90,6 +90,38 @@ def test_without_a_command_the_help_is_shown(shallower):
     assert "Commands" in done.out + done.err
 
 
+@pytest.mark.parametrize("name", ["", "scan", "heal"])
+def test_h_is_help(name):
+    command = filter(None, [name])
+    assert in_this_process(*command, "-h").out == help_of(*filter(None, [name]))
+
+
+def test_a_misspelt_command_is_guessed(shallower):
+    assert shallower("prun", "model").error.startswith("there is no command prun: did you mean pru")
+    assert "did you mean" not in shallower("quantise").error
+
+
+@pytest.mark.parametrize(
+    ("command", "does"),
+    [
+        ("run {tiny} --texts {texts} --n 1 --out out", "goes on from what is done"),
+        ("run {tiny} --texts {texts} --n 1 --out out --no-cache", "begins anew"),
+        ("scan {tiny} --texts {texts} --out out --no-cache", "goes on from what is done"),
+        ("patch {tiny} --texts {texts} --drop 1 --out out", "begins anew"),
+    ],
+)
+def test_what_ctrl_c_ends_says_what_the_same_command_does(
+    shallower, tiny, jsonl, monkeypatch, command, does
+):
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shallower.models.loading.load_model", interrupted)
+    done = shallower(*command.format(tiny=tiny, texts=jsonl).split())
+    assert done.status == 130
+    assert done.err.splitlines()[-1] == f"interrupted: the same command {does}"
+
+
 def test_the_version_is_that_of_the_package(shallower):
     done = shallower("--version")
     assert (done.status, done.out, done.err) == (0, version("shallower") + "\n", "")

@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 import shallower as sh
@@ -246,3 +247,32 @@ def test_a_second_scan_replaces_kept_states_only_when_told_so(shallower, folder,
     assert tree(folder) == before
     assert shallower(*command, "--overwrite").status == 0
     assert sh.analyse_states(folder / "kept.safetensors").num_samples == 24
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_metrics_are_called_what_they_are(shallower, folder, plans, scans):
+    np.save(folder / "states.npy", np.random.default_rng(0).standard_normal((5, 7, 8), "f"))
+    for metrics, head in (
+        ("relative_l2,cosine", "relative_l2"),
+        ("cosine", "1 - cosine"),
+        ("norm_ratio,cosine", "1 - cosine"),
+    ):
+        done = shallower("analyse", "states.npy", "--metrics", metrics, "--out", metrics)
+        assert done.status == 0, done.err
+        assert any(line.split("drop")[-1].strip() == head for line in done.out.splitlines())
+    planned = shallower("plan", scans / "tiny", "--n", 2, "--metric", "cosine").out
+    assert "1 - cosine 0." in planned
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_scan_by_no_distance_ends_well(shallower, folder):
+    np.save(folder / "states.npy", np.random.default_rng(0).standard_normal((5, 7, 8), "f"))
+    for name, options in (("said", []), ("json", ["--json"])):
+        done = shallower(
+            "analyse", "states.npy", "--metrics", "norm_ratio", "--out", name, *options
+        )
+        assert done.status == 0, done.err
+        if options:
+            assert done.json["blocks"] == []
+        else:
+            assert "norm_ratio is no distance: it chooses no blocks" in done.out

@@ -13,7 +13,7 @@ import shallower as sh
 from shallower.errors import TextsError
 from shallower.texts.sources import read_whole
 from shallower.values.perplexity import Perplexity
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import TEXTS
 
 TEXT = "".join(chr(97 + (7 * i + i * i // 5) % 26) for i in range(333)) + "äöß漢字 \n"
@@ -112,6 +112,8 @@ def test_texts_and_windows_that_do_not_fit_are_refused(sharp, words, tmp_path):
         read_whole(tmp_path / "latin.txt")
     (tmp_path / "text.txt").write_bytes(b" a\r\nb\n")
     assert read_whole(tmp_path / "text.txt") == " a\r\nb\n"
+    write_jsonl(tmp_path / "two.jsonl", ["one\n", "two"])
+    assert read_whole(tmp_path / "two.jsonl") == "one\n\n\ntwo"
 
 
 @pytest.mark.parametrize(("own", "max_length"), [(False, 256), (True, 256), (False, 7), (True, 7)])

@@ -146,7 +146,7 @@ def test_a_plan_table_says_what_goes_and_what_stays(printed):
     plan = Plan(12, (Block(2, 4, 0.25, 0.125), Block(7, 8)), "similarity", "angular")
     text = printed(plan_table(plan))
     assert "3 of 12 layers" in text
-    assert "angular 0.2500 ± 0.1250" in row_of(text, "drop", "[2, 4)")
+    assert "angular distance 0.2500 ± 0.1250" in row_of(text, "drop", "[2, 4)")
     assert "angular" not in row_of(text, "drop", "[7, 8)")
     assert "9 layers" in row_of(text, "keep", "[0, 2) [4, 7)")
 

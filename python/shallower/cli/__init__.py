@@ -134,7 +134,10 @@ def parser(name: str) -> Any:
     # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     module = import_module(f".{COMMANDS[name].module}", __name__)
-    app.command(name, epilog=_example(name))(getattr(module, f"{name}_command"))
+    names = {"help_option_names": ["-h", "--help"]}
+    app.command(name, epilog=_example(name), context_settings=names)(
+        getattr(module, f"{name}_command")
+    )
     return typer.main.get_command(app)
 
 
@@ -160,13 +163,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(__version__)
         raise SystemExit(0)
-    if name in ("", "--help"):
+    if name in ("", "-h", "--help"):
         print(help_text(), end="")
         raise SystemExit(0 if name else 2)
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
-        _fail(f"there is no {kind} {name}: expected one of {', '.join(COMMANDS)}")
+        _fail(f"there is no {kind} {name}: {_meant(name)}expected one of {', '.join(COMMANDS)}")
     raise SystemExit(_call(name, rest))
+
+
+def _meant(name: str) -> str:
+    """The command that a misspelt one is nearest to, as a question; nothing where none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, COMMANDS, 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _call(name: str, arguments: Sequence[str]) -> int:
@@ -190,7 +201,27 @@ def _call(name: str, arguments: Sequence[str]) -> int:
         _fail(" ".join(str(error).split()))
     except usage_error as error:
         _fail(f"{error.format_message()} (see shallower {name} --help)")
+    if called == INTERRUPTED:
+        _end_interrupted(name, arguments)
     return called or 0
+
+
+INTERRUPTED = 130
+"""The status of a program that Ctrl-C ended, as shells and typer have it."""
+
+GOING_ON = ("scan", "compare", "curve", "prune", "heal", "run", "demo")
+"""The commands that go on where they were."""
+
+BY_THE_STORE = ("compare", "curve", "run", "demo")
+"""Those of them that do so by what the store has."""
+
+
+def _end_interrupted(name: str, arguments: Sequence[str]) -> NoReturn:
+    """End as Ctrl-C does, and tell what the same command would do."""
+    begins = name not in GOING_ON or (name in BY_THE_STORE and "--no-cache" in arguments)
+    does = "begins anew" if begins else "goes on from what is done"
+    print(f"interrupted: the same command {does}", file=sys.stderr, flush=True)
+    raise SystemExit(INTERRUPTED)
 
 
 def _usage_error() -> Any:

@@ -44,7 +44,11 @@ def eval_command(
     ] = None,
     perplexity: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A text file for the perplexity in windows."),
+        typer.Option(
+            metavar="FILE",
+            help="A text file for the perplexity in windows; of .jsonl and .parquet the "
+            "documents, parted by a blank line.",
+        ),
     ] = None,
     tasks: Annotated[
         str | None,

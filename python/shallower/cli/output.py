@@ -120,11 +120,14 @@ def say_scan(scanned: "Scan", written: list[Path], as_json: bool) -> None:
     else:
         weights = [f"weights: {scanned.model.dtype}"] if scanned.model else []
         wrote = (f"wrote {path}" for path in written)
+        if scanned.distance is None:
+            weights.append(f"{', '.join(scanned.metrics)} is no distance: it chooses no blocks")
         show(scan_table(scanned), *weights, *rejected(scanned), *wrote)
 
 
 def _described(scanned: "Scan") -> dict[str, Any]:
-    blocks = [scanned.best_block(n) for n in range(1, scanned.num_layers)]
+    sizes = [] if scanned.distance is None else range(1, scanned.num_layers)
+    blocks = [scanned.best_block(n) for n in sizes]
     return {
         "num_layers": scanned.num_layers,
         "dtype": scanned.model and scanned.model.dtype,

@@ -19,6 +19,9 @@ from ..values.plan import Plan, Rejection
 from ..values.positions import Positions
 from .scan_file import Contents, merged, read_scan, write_scan
 
+NO_DISTANCE = "norm_ratio"
+"""The one metric that does not tell how far apart two states are."""
+
 
 class Scan:
     """Distances between all pairs of the L+1 states x^(0) .. x^(L), over samples.
@@ -156,11 +159,18 @@ class Scan:
             )
         return self.contents.cka
 
+    @property
+    def distance(self) -> str | None:
+        """The metric that blocks are chosen by: the angle, or else the first distance held."""
+        if "angular" in self.metrics:
+            return "angular"
+        return next((name for name in self.metrics if name != NO_DISTANCE), None)
+
     def costs(self, metric: str | None = None) -> Costs:
         """The cost of each block by a metric: the distance of the states that it joins.
 
         The mean distance, for ``cosine`` 1 - mean, with standard errors; searched by the exact
-        sums. ``metric`` is ``angular`` by default, or else the first one held. MetricError,
+        sums. ``metric`` is :attr:`distance` by default. MetricError,
         StatesError: the metric is not held or is no distance (``norm_ratio``); no sample was
         accepted.
         """
@@ -247,7 +257,7 @@ class Scan:
 
     def _metric(self, metric: str | None) -> str:
         if metric is None:
-            return "angular" if "angular" in self.metrics else self.metrics[0]
+            return self.distance or self.metrics[0]
         if metric not in self.metrics:
             raise MetricError(
                 f"metric {metric!r} was not accumulated: the scan holds {self.metrics}"

@@ -157,7 +157,12 @@ class Texts:
 
 
 def read_whole(path: str | Path) -> str:
-    """Read a file of UTF-8 as one text, with all its white space; TextsError where it is none."""
+    """Read a file of UTF-8 as one text, with all its white space; TextsError where it is none.
+
+    The documents of a ``.jsonl`` or ``.parquet`` file are joined by a blank line.
+    """
+    if Path(path).suffix in (".jsonl", ".parquet"):
+        return "\n\n".join(Texts(str(path)).check())
     try:
         return Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -31,6 +31,9 @@ HEAT_MAP_FILE = "heat_map.png"
 Shares = Mapping[int, float]
 """By block size the share of resamples in which the best block starts at l*."""
 
+COLOURS = "viridis_r"
+"""From yellow, alike, to purple, as the paper has them (2403.17887, fig. 4)."""
+
 _LABELS = "angular distance, each row rescaled to [0, 1]", "angular distance"
 
 
@@ -127,13 +130,13 @@ def heat_maps(scan: Scan, shares: Shares | None = None) -> list[Drawing]:
             "heat_map_rescaled",
             "Which blocks are most alike at their ends, size by size",
             f"{best}. Every row of blocks of n layers is rescaled to its own range, as in the "
-            f"paper: dark is the most alike block of its size.",
+            f"paper: yellow is the most alike block of its size.",
         ),
         (
             "heat_map_raw",
             "How alike the ends of each block are",
             f"{best}{sized}. Colour is the mean angular distance between the state before the "
-            f"block and the state behind it: dark blocks turn the state least.",
+            f"block and the state behind it: yellow blocks turn the state least.",
         ),
     )
     return [
@@ -187,7 +190,7 @@ def _draw_panel(
     sizes = range(1, len(values) + 1)
     extent = (-0.5, values.shape[1] - 0.5, 0.5, values.shape[0] + 0.5)
     image = axes.imshow(
-        values, origin="lower", aspect="auto", cmap="viridis", extent=extent, interpolation="none"
+        values, origin="lower", aspect="auto", cmap=COLOURS, extent=extent, interpolation="none"
     )
     axes.grid(visible=False)
     ring = max(8.0, (0.8 * 72 * 0.78 * WIDTH / values.shape[1]) ** 2)  # 0.8 of a cell

@@ -19,18 +19,24 @@ MOST_NAMES = 3
 
 def scan_table(scan: Scan) -> Table:
     """Tabulate the best block of every size, by the angle if that is among the metrics."""
-    metric = "angular distance" if "angular" in scan.metrics else f"1 - {scan.metrics[0]}"
     samples = f"{scan.num_samples} samples"
     if scan.num_sequences < scan.num_samples:
         samples = f"{scan.num_samples} tokens of {scan.num_sequences} sequences"
-    blocks = [scan.best_block(n) for n in range(1, scan.num_layers)]
+    found = [] if scan.distance is None else range(1, scan.num_layers)
+    blocks = [scan.best_block(n) for n in found]
     return Table(
         f"{scan.num_layers} layers, {samples}"
         + (f", {scan.num_rejected} rejected" if scan.num_rejected else "")
         + (f"; positions {scan.positions}" if scan.positions else ""),
-        ("n", "drop", metric),
+        ("n", "drop", distance_name(scan.distance)),
         tuple((Number.count(len(block)), _range(block), _distance(block)) for block in blocks),
     )
+
+
+def distance_name(metric: str | None) -> str:
+    """What a block's score by a metric is called: of two, alike states have a cosine of 1."""
+    known = {"angular": "angular distance", "cosine": "1 - cosine", None: "distance"}
+    return known.get(metric) or str(metric)
 
 
 def rejected(scan: Scan) -> list[str]:
@@ -43,7 +49,7 @@ def plan_table(plan: Plan) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for block in plan.blocks:
         score = (
-            "" if block.score is None else f"{plan.metric or 'distance'} {_distance(block).text}"
+            "" if block.score is None else f"{distance_name(plan.metric)} {_distance(block).text}"
         )
         rows.append(("drop", _range(block), score))
     rows.append(("keep", range_cell(plan.survivors), f"{len(plan.survivors)} layers"))
@@ -57,8 +63,7 @@ def starts_table(
     """Tabulate the best blocks of one size, the best first, and the share of resamples of a
     bootstrap in which each is the best.
     """
-    distance = "1 - cosine" if metric == "cosine" else str(metric)
-    head = ("rank", "drop", distance, *(() if sure is None else ("share",)))
+    head = ("rank", "drop", distance_name(metric), *(() if sure is None else ("share",)))
     rows = []
     for rank, block in enumerate(blocks, 1):
         row: tuple[Cell, ...] = (Number.count(rank), _range(block), _distance(block))
