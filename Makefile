@@ -54,10 +54,10 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
 		|| echo "no chromium: the tests of the page in a browser are skipped, and fail where CI=true"
 
-# What builds waits for Cargo's lock, what installs for the net: four at once. Tests have both cores.
+# What builds waits for a lock of Cargo, what installs for the net: all five at once. Tests have both cores.
 ci: export CARGO_INCREMENTAL := 0
 ci:  ## All that must pass before anything lands
-	$(MAKE) $(MAKEOVERRIDES) --jobs 4 --output-sync=target install build-rust-tests lint build-benches
+	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target install build-rust-tests lint build-benches
 	$(MAKE) $(MAKEOVERRIDES) test bench-check
 	@if git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD -- $(PACKAGING); \
 		then echo "skipped: no commit of the last day changes the core or the packaging; 'make release' builds and tests the wheel"; \
