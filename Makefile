@@ -65,7 +65,7 @@ ci:  ## All that must pass before anything lands
 	@echo "tests, lint and benchmarks' assertions have passed"
 
 test:  ## All tests but the slow ones, Python's against the installed wheel
-	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target install build-rust-tests
+	$(MAKE) $(MAKEOVERRIDES) --jobs 3 --output-sync=target install build-rust-tests
 	$(MAKE) $(MAKEOVERRIDES) test-rust test-python
 
 test-rust:  ## The core's tests

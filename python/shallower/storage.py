@@ -93,10 +93,7 @@ def check_room(path: Path, num_bytes: int) -> None:
     """Refuse a path where so many bytes are not free: OutputError."""
     free = free_bytes(path)
     if num_bytes > free:
-        raise OutputError(
-            f"cannot write {path}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
-            f"free there"
-        )
+        raise OutputError(f"cannot write {path}: {num_bytes} bytes are needed, {free} are free")
 
 
 def sha256_of(path: Path) -> str:
@@ -142,7 +139,7 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     with raise_output_error(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder: a file name is needed")
-        check_free(path, overwrite)
+        _check_taken(path, overwrite)
         partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
@@ -181,6 +178,10 @@ def claimed(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Iterator
     path = Path(path)
     check_free(path, overwrite)
     work = partial_folder(path)
+    if work in _CLAIMS.get():  # by work that this is a part of
+        check_room(path, num_bytes)
+        yield
+        return
     made = [parent for parent in work.parents if not parent.exists()]
     with _held(work, path):
         mine = _CLAIMS.set(_CLAIMS.get() | {work})
@@ -195,14 +196,14 @@ def claimed(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Iterator
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Iterator[Path]:
     """Give a temporary sibling folder that becomes ``path`` when the body succeeds.
 
     ``path`` does not exist yet or is an empty folder; else it is replaced then, if ``overwrite`` is
-    on. Raises OutputError if it is off, or the place cannot be written to.
+    on. Raises OutputError if it is off, or as :func:`claimed`.
     """
     path = Path(path)
-    with claimed(path, overwrite):
+    with claimed(path, overwrite, num_bytes):
         partial = _sibling(path, "partial")
         with raise_output_error(path):
             partial.mkdir(parents=True)
@@ -329,7 +330,7 @@ _LOOKED_AT = 0.2
 def _busy(path: Path, work: Path) -> OutputError:
     """The error of a path that another process writes to, which is named where Linux knows it."""
     who = "another process"
-    with suppress(OSError, StopIteration):
+    with suppress(OSError, StopIteration, ValueError):
         inode = f":{work.stat().st_ino} "
         locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
         pid = int(next(line for line in locks if " FLOCK " in line and inode in line).split()[4])

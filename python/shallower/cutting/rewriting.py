@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .._core import Checkpoint
 from ..errors import ModelError, OutputError
-from ..storage import raise_output_error
+from ..storage import check_room, raise_output_error
 from .checkpoint_files import CONFIG_FILE, carried_files, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -135,9 +135,7 @@ def rewrite(
     with raise_output_error(folder):
         for name in (*stored.files, *beside):
             (folder / name).unlink(missing_ok=True)
-        needed, free = stored.num_bytes, shutil.disk_usage(folder).free
-        if needed > free:
-            raise OutputError(f"cannot write {folder}: {needed} bytes are needed, {free} are free")
+        check_room(folder, stored.num_bytes)
         for name, path in beside.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)

@@ -21,7 +21,7 @@ from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
-from ..storage import check_apart, claimed, new_folder
+from ..storage import check_apart, new_folder
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.loss import Loss
@@ -110,7 +110,7 @@ def _save(
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
     dtype = model.config.dtype
-    with claimed(path, overwrite, module_bytes(model)), new_folder(path, overwrite) as folder:
+    with new_folder(path, overwrite, module_bytes(model)) as folder:
         try:
             model.save_pretrained(folder)
             model.config.dtype = dtype  # which save_pretrained turns into a word

@@ -170,9 +170,8 @@ class Scan:
         """The cost of each block by a metric: the distance of the states that it joins.
 
         The mean distance, for ``cosine`` 1 - mean, with standard errors; searched by the exact
-        sums. ``metric`` is :attr:`distance` by default. MetricError,
-        StatesError: the metric is not held or is no distance (``norm_ratio``); no sample was
-        accepted.
+        sums. ``metric`` is :attr:`distance` by default. MetricError, StatesError: the metric is
+        not held or is no distance (``norm_ratio``); no sample was accepted.
         """
         metric = self._metric(metric)
         search = self.contents.sums.costs(metric)
