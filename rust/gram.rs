@@ -21,7 +21,7 @@ use self::products::Products;
 use crate::error::Reason;
 use crate::kernels::{Kernels, Tier, Work};
 use crate::metric::{Metric, Pair};
-use crate::states::{Element, States};
+use crate::states::{Element, States, Typed};
 
 /// Norms outside this range could leave float64 when two are multiplied and squared.
 pub(crate) const NORMS: RangeInclusive<f64> = 1e-75..=1e75;
@@ -76,6 +76,23 @@ impl Gram {
 
     /// Compares the states of one sample, or names its first unusable state.
     pub fn compute<T: Element>(
+        &mut self,
+        states: &States<'_, T>,
+        sample: usize,
+    ) -> Result<(), (usize, Reason)> {
+        self.compute_typed(&T::typed(states), sample)
+    }
+
+    fn compute_typed(&mut self, states: &Typed<'_>, sample: usize) -> Result<(), (usize, Reason)> {
+        match states {
+            Typed::F64(states) => self.compute_of(states, sample),
+            Typed::F32(states) => self.compute_of(states, sample),
+            Typed::F16(states) => self.compute_of(states, sample),
+            Typed::Bf16(states) => self.compute_of(states, sample),
+        }
+    }
+
+    fn compute_of<T: Element>(
         &mut self,
         states: &States<'_, T>,
         sample: usize,

@@ -11,6 +11,9 @@ pub trait Element: Copy + Send + Sync {
     /// True if the dtype is bfloat16, whose products float32 holds exactly.
     const IS_BF16: bool;
 
+    /// The same batch with its dtype as a value.
+    fn typed<'a>(states: &States<'a, Self>) -> Typed<'a>;
+
     /// The bits of a row if the dtype is bfloat16.
     fn bf16_bits(_row: &[Self]) -> Option<&[u16]> {
         None
@@ -31,6 +34,10 @@ pub trait Element: Copy + Send + Sync {
 impl Element for f64 {
     const IS_BF16: bool = false;
 
+    fn typed<'a>(states: &States<'a, Self>) -> Typed<'a> {
+        Typed::F64(*states)
+    }
+
     #[inline(always)]
     fn widen(self) -> f64 {
         self
@@ -45,6 +52,10 @@ impl Element for f64 {
 impl Element for f32 {
     const IS_BF16: bool = false;
 
+    fn typed<'a>(states: &States<'a, Self>) -> Typed<'a> {
+        Typed::F32(*states)
+    }
+
     #[inline(always)]
     fn widen(self) -> f64 {
         f64::from(self)
@@ -58,6 +69,10 @@ impl Element for f32 {
 
 impl Element for f16 {
     const IS_BF16: bool = false;
+
+    fn typed<'a>(states: &States<'a, Self>) -> Typed<'a> {
+        Typed::F16(*states)
+    }
 
     #[inline(always)]
     fn widen(self) -> f64 {
@@ -84,6 +99,16 @@ impl Element for f16 {
 impl Element for bf16 {
     const IS_BF16: bool = true;
 
+    fn typed<'a>(states: &States<'a, Self>) -> Typed<'a> {
+        Typed::Bf16(States {
+            data: states.data.reinterpret_cast(),
+            num_samples: states.num_samples,
+            num_states: states.num_states,
+            width: states.width,
+            order: states.order,
+        })
+    }
+
     #[inline(always)]
     fn bf16_bits(row: &[Self]) -> Option<&[u16]> {
         Some(row.reinterpret_cast())
@@ -108,6 +133,10 @@ impl Element for bf16 {
 /// bfloat16 as bits, for callers whose arrays have no bfloat16.
 impl Element for u16 {
     const IS_BF16: bool = true;
+
+    fn typed<'a>(states: &States<'a, Self>) -> Typed<'a> {
+        Typed::Bf16(*states)
+    }
 
     #[inline(always)]
     fn bf16_bits(row: &[Self]) -> Option<&[u16]> {
@@ -156,6 +185,20 @@ pub struct States<'a, T> {
     num_states: usize,
     width: usize,
     order: Order,
+}
+
+/// A batch of any dtype; bfloat16 as bits. What takes it is compiled once, in this crate: what is
+/// generic would be compiled again, for each instruction set, in every program that calls it.
+#[derive(Debug)]
+pub enum Typed<'a> {
+    /// Of float64.
+    F64(States<'a, f64>),
+    /// Of float32.
+    F32(States<'a, f32>),
+    /// Of float16.
+    F16(States<'a, f16>),
+    /// Of bfloat16.
+    Bf16(States<'a, u16>),
 }
 
 impl<'a, T: Element> States<'a, T> {

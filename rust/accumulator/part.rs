@@ -93,11 +93,8 @@ impl Part {
         if let Some(number) = sequence {
             self.enter(number);
         }
-        let added = self.tier.run(AddSample {
-            part: self,
-            states,
-            sample,
-        });
+        let compared = self.workspace.gram.compute(states, sample);
+        let added = compared.and_then(|()| self.tier.run(AddCompared(self)));
         if let Err((state, reason)) = added {
             self.range.sums.rejected += 1;
             self.range.rejections.push(Rejection {
@@ -192,13 +189,10 @@ impl Range {
     }
 }
 
-struct AddSample<'p, 's, T> {
-    part: &'p mut Part,
-    states: &'s States<'s, T>,
-    sample: usize,
-}
+/// Adds the sample that the Gram matrix has compared.
+struct AddCompared<'p>(&'p mut Part);
 
-impl<T: Element> Work for AddSample<'_, '_, T> {
+impl Work for AddCompared<'_> {
     type Output = Result<(), (usize, Reason)>;
 
     #[inline(always)]
@@ -208,7 +202,7 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
             range,
             lanes,
             ..
-        } = self.part;
+        } = self.0;
         let Workspace {
             gram,
             fractions,
@@ -217,7 +211,6 @@ impl<T: Element> Work for AddSample<'_, '_, T> {
         let Range {
             sums, kept, ends, ..
         } = range;
-        gram.compute_with::<K, T>(self.states, self.sample)?;
         let of_norms = |sums: &MetricSums| sums.metric.range() > 1.0;
         if sums.metrics.iter().any(of_norms)
             && let Some(state) = gram.ratio_out_of_range()
