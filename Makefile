@@ -35,7 +35,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python test-slow lint lint-rust lint-python lint-stubs format demo families \
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-slow lint lint-rust lint-python lint-stubs format demo families \
 	bench build-benches bench-check gpu-check fuzz sanitize release clean
 
 help:  ## This list
@@ -57,7 +57,7 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 # What builds waits for a lock of Cargo, what installs for the net: all five at once. Tests have both cores.
 ci: export CARGO_INCREMENTAL := 0
 ci:  ## All that must pass before anything lands
-	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target install build-rust-tests lint build-benches
+	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target build-python-tests build-rust-tests lint build-benches
 	$(MAKE) $(MAKEOVERRIDES) test bench-check
 	@if git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD -- $(PACKAGING); \
 		then echo "skipped: no commit of the last day changes the core or the packaging; 'make release' builds and tests the wheel"; \
@@ -65,7 +65,7 @@ ci:  ## All that must pass before anything lands
 	@echo "tests, lint and benchmarks' assertions have passed"
 
 test:  ## All tests but the slow ones, Python's against the installed wheel
-	$(MAKE) $(MAKEOVERRIDES) --jobs 3 --output-sync=target install build-rust-tests
+	$(MAKE) $(MAKEOVERRIDES) --jobs 3 --output-sync=target build-python-tests build-rust-tests
 	$(MAKE) $(MAKEOVERRIDES) test-rust test-python
 
 test-rust:  ## The core's tests
@@ -74,8 +74,10 @@ test-rust:  ## The core's tests
 build-rust-tests:  ## The core's tests, built alone
 	cargo test --locked --quiet --no-run
 
-test-python: install  ## The package's tests, against the installed wheel
+test-python: build-python-tests  ## The package's tests, against the installed wheel
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+build-python-tests: $(WHEEL)/.compiled  ## What the package's tests import, compiled alone
 
 test-slow: install browser  ## The minutes-long tests too, with more examples; every night
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
@@ -175,6 +177,11 @@ $(WHEEL)/.installed: $(SOURCES) $(VENV)/.dev $(CORE)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(WHEEL)/lib/python3*/site-packages)/lent.pth"
 	$(MATURIN) build --quiet --profile dev-release --out $(WHEEL)/built
 	$(INSTALLED)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/built/*.whl
+	touch $@
+
+# What tests import, as bytecode: each of their processes would compile it anew.
+$(WHEEL)/.compiled: $(WHEEL)/.installed
+	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest --collect-only --quiet > /dev/null
 	touch $@
 
 $(TOOLS)/.installed: pyproject.toml

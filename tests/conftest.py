@@ -40,6 +40,17 @@ def write_jsonl(path, texts):
     return path
 
 
+def mostly_slow(cases, quick):
+    """Cases as parameters, each a tuple or a single value; all but the quick ones are slow."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=() if case in quick else pytest.mark.slow,
+        )
+        for case in cases
+    ]
+
+
 def tiny_llama(num_layers=6, seed=0, **options):
     """A random Llama of a few layers; for structure only."""
     import torch

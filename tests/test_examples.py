@@ -7,7 +7,7 @@ import pytest
 
 import shallower as sh
 from tests import examples
-from tests.conftest import ROOT
+from tests.conftest import ROOT, mostly_slow
 
 pytestmark = [
     pytest.mark.timeout(1200),
@@ -29,7 +29,10 @@ SHELL = [
     )
 ]
 
-SLOW = {"docs/guide.md"}
+SLOW = {
+    "docs/guide.md", "compare", "curve", "evaluate_loss", "heal", "load_model", "memory_forecast",
+    "patch", "report", "run",
+}  # fmt: skip
 
 SHORTER = {"README.md", "report", "run"}
 """Examples that recommend a cut, and do not tell of how many layers: they get 14 of the 30."""
@@ -38,8 +41,8 @@ STUDIES = {"run", "report", "curve", "compare"}
 
 
 def in_turn(names):
-    """Documents as parameters; those that take minutes are slow."""
-    return [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in names]
+    """Documents and public names as parameters; those that take long are slow."""
+    return mostly_slow(names, set(names) - SLOW)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def doctests():
 DOCTESTS = dict(doctests())
 
 
-@pytest.mark.parametrize("name", DOCTESTS)
+@pytest.mark.parametrize("name", in_turn(DOCTESTS))
 def test_the_example_of_a_docstring_runs(more, words, tmp_path, monkeypatch, name):
     monkeypatch.chdir(examples.copy_folder(more, tmp_path))
     if name in SHORTER:

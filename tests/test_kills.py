@@ -31,7 +31,7 @@ COMMANDS = {
 }
 """Commands that go on where they were."""
 
-RARE = ("run --heal", "curve", "heal --objective kd", "compare", "merge")
+RARE = ("run", "run --heal", "curve", "heal --objective kd", "compare", "merge")
 
 MOMENTS = [
     pytest.param(name, seed, marks=pytest.mark.slow if seed or name in RARE else ())

@@ -16,7 +16,7 @@ from shallower.texts.sources import Texts
 from shallower.values.recipe import Recipe
 from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
-from tests.conftest import write_jsonl
+from tests.conftest import mostly_slow, write_jsonl
 from tests.healing.cuts import documents as progressions
 
 QUICK = (
@@ -106,7 +106,7 @@ LONG = {"run", "heal", "heal merged", "patch"}
 """Commands whose JSON is compared at night: what they find again is compared by their text."""
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly_slow(COMMANDS, set(COMMANDS) - {"run", "heal merged"}))
 def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place))
     assert first.status == 0, first.err
@@ -122,7 +122,7 @@ def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in COMMANDS],
+    mostly_slow(COMMANDS, set(COMMANDS) - LONG),
 )
 def test_the_json_of_a_second_run_is_that_of_the_first(shallower, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place), "--json")
@@ -212,6 +212,7 @@ def test_a_plan_for_another_model_is_refused_though_its_loss_is_known(shallower,
     assert "the plan is for 8 layers" in shallower(*command, "--plan", plans / "deeper").error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_hit_loads_no_torch(shallower, folder, place, cache_folder):
     code = (

@@ -73,6 +73,7 @@ def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     assert "exists already" in shallower(*asked, "--seed", "1", "--out", "out").error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_compare_goes_on_with_a_model_that_is_not_there(shallower, folder, asked):
     for _ in range(2):

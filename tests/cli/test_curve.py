@@ -39,6 +39,7 @@ def test_curve_leaves_a_curve_and_says_it(shallower, folder, asked, monkeypatch)
         assert part in again.out
 
 
+@pytest.mark.slow
 def test_another_curve_in_the_folder_needs_overwrite(shallower, folder, asked):
     assert shallower(*asked, "--states", "cut").status == 0
     before = tree(folder)

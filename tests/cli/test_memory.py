@@ -38,6 +38,7 @@ def test_a_budget_decides_on_the_batch(shallower, tiny, jsonl):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["scan", EVAL, "patch"])
 def test_a_forecast_takes_a_dtype_that_there_is(tiny, what):
     options = {"max_length": 64, "device_memory": "16GB"}
@@ -53,6 +54,7 @@ def test_a_forecast_of_a_patch_is_of_plain_weights(tiny):
         sh.memory_forecast(tiny, "patch", dtype="nf4", device_memory="16GB")
 
 
+@pytest.mark.slow
 def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_path, monkeypatch):
     """Its plan lies beside its weights, as in a folder."""
     from transformers.utils import hub
@@ -83,6 +85,7 @@ def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_
     assert asked == [("who/cut", "shallower_plan.json")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["scan", EVAL])
 def test_a_budget_is_of_the_weights_as_they_are_loaded(
     shallower, tiny, jsonl, folder, monkeypatch, command

@@ -64,6 +64,7 @@ def test_one_process_shows_bars_on_a_terminal(second, monkeypatch, rank, termina
     assert len(off) == 1 - bars
 
 
+@pytest.mark.slow
 def test_a_scan_under_torchrun_ends_all_processes_with_one_sentence(tmp_path):
     done = in_a_process(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,

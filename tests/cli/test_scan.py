@@ -61,6 +61,7 @@ def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_scan_compares_the_tokens_that_are_named(shallower, tiny, jsonl, folder):
     out = folder / "out" / "scan.safetensors"

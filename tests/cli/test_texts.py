@@ -28,6 +28,7 @@ def test_wrong_texts_are_refused_in_little_time(folder, tiny, content):
     assert float(done.out) < SECONDS
 
 
+@pytest.mark.slow
 def test_a_file_of_texts_is_read_once(folder, tiny, monkeypatch, shallower):
     from shallower.texts import sources
 

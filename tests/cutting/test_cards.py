@@ -144,6 +144,7 @@ def test_a_card_says_what_the_plan_knows(llama, words):
     assert "| why | deepest: " in texts_of(deepest)["README.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:the cut is not patched")
 def test_a_run_writes_the_losses_that_it_measured(source, words, tmp_path):
     model, tokenizer = sh.load_model(source, dtype="float32")

@@ -25,7 +25,7 @@ from shallower.cutting import checkpoint
 from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.plain import VECTORS
 from shallower.models.quantised import quantisation
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
 from tests.cutting.tiny_models import GATED, HEADS, OTHERS, WINDOWS, WITH_LISTS, build, logits_of
 from tests.folders import tree
@@ -190,7 +190,7 @@ def assert_told_by_the_config(folder, monkeypatch, drops=DROPS[:3]):
         assert light[1].model is not None
 
 
-@pytest.mark.parametrize("family", VECTORS)
+@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=IN_FOUR_BITS))
 def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, monkeypatch):
     folder = plain_checkpoint(family, tmp_path / "source")
     assert_told_by_the_config(folder, monkeypatch, DROPS)
@@ -209,13 +209,7 @@ def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, mon
         assert_told_by_the_config(folder, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=[] if family in IN_FOUR_BITS else pytest.mark.slow)
-        for family in VECTORS
-    ],
-)
+@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=IN_FOUR_BITS))
 def test_so_it_does_in_four_bits(family, tmp_path, monkeypatch):
     plain = plain_checkpoint(
         family, tmp_path / "plain", hidden_size=64, intermediate_size=64, head_dim=16

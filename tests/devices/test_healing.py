@@ -87,8 +87,9 @@ def test_the_loss_where_labels_lie_elsewhere(stage):
         assert summed_loss(logits, given["labels"]).device == stage.last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teachers", STAGES.values(), ids=STAGES)
-@pytest.mark.parametrize("by_rows", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("by_rows", [True, False])
 def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
     if refused(stage):
         return

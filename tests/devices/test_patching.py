@@ -33,6 +33,7 @@ def test_a_patch(stage):
     assert done.plan.dropped == (2,)
 
 
+@pytest.mark.slow
 @on_stages
 def test_a_quick_patch(stage):
     with stage.open(_scale=A_PLAIN_SUM):

@@ -71,6 +71,7 @@ def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(
     assert message in done.err
 
 
+@pytest.mark.slow
 def test_the_objective_is_printed_and_kept(shallower, both, folder):
     whole, cut = both
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
@@ -139,6 +140,7 @@ def test_the_command_says_how_to_cut(shallower, both, folder):
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_memory_of_a_card_that_is_not_here(shallower, cut, folder):
     texts = write_jsonl(folder / "texts.jsonl", TEXTS)
     options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run")

@@ -11,6 +11,7 @@ from shallower.healing import heal as healing
 from shallower.healing import job as jobs
 from shallower.healing import loaded_models
 from shallower.values.healing import Healing
+from tests.conftest import mostly_slow
 from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
 
@@ -71,6 +72,7 @@ def test_a_patch_needs_the_uncut_model(cut, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_texts_are_read_once_by_patch_and_training(patchable, tmp_path, recwarn):
     """An iterator, which cannot be read again, gives what a list gives."""
     whole, cut = patchable
@@ -102,6 +104,7 @@ def counted(monkeypatch):
     return done
 
 
+@pytest.mark.slow
 def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, counted, monkeypatch):
     """The uncut model for the patch and both losses; and nothing again after a kill."""
     whole, cut = patchable
@@ -161,7 +164,7 @@ def test_losses_on_other_tokens_are_refused(cut, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["adapters", "merged"])
+@pytest.mark.parametrize("merge", mostly_slow([False, True], quick=[True]))
 def test_the_patch_is_kept_where_training_makes_it_worse(patchable, tmp_path, merge):
     whole, cut = patchable
     recipe = replace(QUICK, learning_rate=10.0, warmup_steps=0, steps=2)
@@ -197,7 +200,7 @@ def test_a_patched_cut_is_copied_with_its_folders_and_without_its_job(tmp_path):
     assert template.read_text() == "{{ tools }}"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])
+@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "nf4"], quick=["nf4"]))
 def test_the_unpatched_cut_is_measured_as_if_it_were_loaded(patchable, tmp_path, dtype, words):
     """Without its layers, the uncut model in the dtype of the training is the cut."""
     whole, _ = patchable

@@ -18,16 +18,12 @@ from shallower.memory.weights import weight_bytes
 from shallower.models.loading import layers_of
 from shallower.values.memory import needed_device, usable
 from shallower.values.recipe import Recipe
+from tests.conftest import mostly_slow
 from tests.families import small_config
 from tests.memory_oracle import shape, tracked_healing
 
 NAMED = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "qwen2.5-7b", "phi-2")
 OTHERS = ("mistral-7b", "gemma-2-2b", "gpt2-xl", "falcon-7b")
-
-
-def some_slow(*cases, quick):
-    """Cases, all but those named in the nightly tests."""
-    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
 def step_of(name, layers=None, *, length=2048, rank=2, dtype="bfloat16", **options):
@@ -52,27 +48,25 @@ def assert_near_the_tracker(
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    some_slow(
-        *itertools.product(NAMED, (False, True)),
-        quick=[("llama-2-7b", False), ("llama-2-7b", True), ("phi-2", False), ("phi-2", True)],
+    mostly_slow(
+        itertools.product(NAMED, (False, True)), quick=[("llama-2-7b", False), ("phi-2", True)]
     ),
 )
 def test_a_few_layers_are_within_15_percent_of_the_tracker(name, recompute):
     assert_near_the_tracker(name, 2, 1 if recompute else 4, recompute=recompute)
 
 
-@pytest.mark.parametrize("name", some_slow(*zip(OTHERS), quick=[("gpt2-xl",), ("falcon-7b",)]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
 def test_families_that_nobody_tuned_for_are_too(name):
     length = 1024 if name == "gpt2-xl" else 2048
     assert_near_the_tracker(name, 2, 2, length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    some_slow(
-        *itertools.product(("llama-2-7b", "gpt2-xl"), (False, True)),
-        quick=[("llama-2-7b", False), ("gpt2-xl", True)],
-    ),
+    list(itertools.product(("llama-2-7b", "gpt2-xl"), (False, True))),
 )
 def test_a_healing_of_the_attention_is_too(name, recompute):
     assert_near_the_tracker(name, 2, 4, 1024, recompute=recompute, rank=64, attention=True)
@@ -102,6 +96,7 @@ def tracked_whole(name, length, rank, batch=1, recompute=True):
     return two + (layers_of(shape(name)[0]) - 2) * (four - two) // 2
 
 
+@pytest.mark.slow
 def test_the_estimate_from_two_texts_is_near():
     step = step_of("phi-2", 2, length=512)
     found = sum(step.parts(8, False).values())
@@ -132,6 +127,7 @@ def chosen(step, texts, recomputed, spare=1.0, card=True, **options):
     return plan.micro_batch, plan.gradient_checkpointing, plan.fits
 
 
+@pytest.mark.slow
 def test_what_is_fastest_of_that_which_fits_is_chosen(step):
     assert chosen(step, 4, False) == (4, False, True)
     assert chosen(step, 4, False, 2.0) == (4, False, True)
@@ -177,6 +173,7 @@ def test_the_recipes_of_the_paper_fit_one_card(name, length, rank, card):
     assert tracked - parts["weights"] + quantised < usable(card)
 
 
+@pytest.mark.slow
 def test_the_forecast_takes_the_recipe_of_the_paper():
     config, _ = shape("llama-2-7b")
     plan = sh.memory_forecast(config, "heal", drop=8, device_memory="16GB")
@@ -186,9 +183,7 @@ def test_the_forecast_takes_the_recipe_of_the_paper():
 
 @pytest.mark.parametrize(
     "name",
-    some_slow(
-        *zip(["mamba2", "bamba", "mixtral", "dots3_note_text"]), quick=[("mamba2",), ("mixtral",)]
-    ),
+    mostly_slow(["mamba2", "bamba", "mixtral", "dots3_note_text"], quick=["mamba2", "mixtral"]),
 )
 def test_what_is_plain_without_a_rehearsal_is_so(name):
     config = small_config(name)
@@ -213,6 +208,7 @@ def test_a_step_is_rehearsed_once(monkeypatch):
     assert plan_healing(LLAMA, replace(recipe, rank=3), **options).peak_bytes is None
 
 
+@pytest.mark.slow
 def test_an_objective_with_a_teacher_has_it_beside_the_cut():
     recipe = resolved(LLAMA, 128, dtype="bfloat16")
     options = {"room": Room(10**11, card=True), "batch_size": 4, "recompute": False}

@@ -144,6 +144,7 @@ def test_the_first_loss_is_the_divergence(both, tmp_path):
     assert record.steps[0].loss == pytest.approx(total / (16 * 15), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_forward_may_be_of_any_size(both, tmp_path):
     whole, cut = both
     results = []

@@ -116,6 +116,7 @@ def test_two_processes_heal_as_one_does(together, healing, tmp_path):
     assert not list(together.glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_killed_end_with_the_same_bits(together, healing, tmp_path):
     out, said = tmp_path / "healed" / "out", tmp_path / "said"
     out.parent.mkdir()

@@ -68,6 +68,7 @@ def test_gradients_on_four_bits_are_those_on_their_values(which, request):
     assert apart({name: 1.1 * g for name, g in wanted.items()}, wanted) > 0.09
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:bitsandbytes.*autograd kernel:UserWarning")
 def test_repacked_weights_give_wrong_gradients(smol_cut):
     """Why weights are kept unpacked; where this fails, that is no longer needed."""

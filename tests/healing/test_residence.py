@@ -49,7 +49,8 @@ def test_the_uncut_model_is_measured_in_the_place_of_the_cut(both, tmp_path, ali
     assert alive == [("load cut", 0), ("load whole", 0), ("load cut", 0), ("write", 0)]
 
 
-@pytest.mark.parametrize("merge", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [False, True])
 def test_a_patched_cut_takes_the_place_of_the_uncut_model(patchable, tmp_path, alive, merge):
     whole, cut = patchable
     sh.heal(

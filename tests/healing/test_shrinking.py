@@ -81,6 +81,7 @@ def test_a_smaller_forward_gives_what_it_gives_from_the_start(cut, tmp_path, dev
     assert sh.Healing.load(tmp_path / "out").recipe == record.recipe
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_when_one_sequence_is_too_many(cut, tmp_path, device):
     device.rows, device.recomputed_rows = 0, 1
     record, told = heal(cut, tmp_path / "out", AUTOMATIC)

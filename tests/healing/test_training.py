@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import shallower as sh
 from shallower.healing.training import Throughput
 from shallower.texts.sequences import order
+from tests.conftest import mostly_slow
 from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
 
 
@@ -69,7 +70,7 @@ def test_the_rate_warms_up_and_falls_as_a_cosine(cut, tmp_path):
     assert (record.held_out, record.best_step, record.recovered) == ((), 12, None)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", mostly_slow([True, False], quick=[True]))
 def test_the_forward_may_be_of_any_size(cut, tmp_path, packing):
     """Sixteen sequences a step are one mean over their tokens, however they are divided."""
     recipe = replace(QUICK, dropout=0.0, packing=packing, steps=3)

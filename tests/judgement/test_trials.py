@@ -17,7 +17,7 @@ from shallower.judgement.trials import Trials
 from shallower.memory import budget
 from shallower.models.layerwise import Layerwise
 from shallower.texts.batches import Batch
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 
 NUM_LAYERS = 6
 SIZES = (3, 2, 4)
@@ -104,6 +104,7 @@ def test_cuts_are_judged_as_models_that_are_cut(tried, memory):
         assert found.complete
 
 
+@pytest.mark.slow
 @half
 @given(st.lists(cuts, min_size=1, max_size=12), st.sampled_from(sorted(MEMORY)))
 def test_layers_are_counted_as_they_run_with_memory_for_all_states(tried, memory):
@@ -241,8 +242,13 @@ def run_all(trials, looks=None):
     return np.array(found), count.layer_forwards
 
 
-@pytest.mark.parametrize("judge", [LossJudge, Preparing])
-@pytest.mark.parametrize("memory", [None, 6_000])
+@pytest.mark.parametrize(
+    ("judge", "memory"),
+    mostly_slow(
+        [(LossJudge, None), (LossJudge, 6_000), (Preparing, None), (Preparing, 6_000)],
+        quick=[(Preparing, 6_000)],
+    ),
+)
 def test_a_process_goes_on_from_any_record(judge, memory):
     model = tiny_llama(NUM_LAYERS)
     journal = Memory()

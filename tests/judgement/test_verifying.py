@@ -16,7 +16,7 @@ from shallower.values.layers import blocks_of
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens
 from shallower.values.verification import Verified
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.judgement import toy
 from tests.judgement.test_trials import Counted
@@ -212,7 +212,7 @@ def test_a_model_that_cannot_be_patched_says_so(llama, words, monkeypatch):
 
 @pytest.mark.parametrize(
     ("after", "steps"),
-    [("none", (1,)), ("patch", (4, 11)), pytest.param("patch", (1,), marks=pytest.mark.slow)],
+    mostly_slow([("none", (1,)), ("patch", (4, 11)), ("patch", (1,))], quick=[("none", (1,))]),
 )
 def test_killed_at_any_write_it_ends_the_same_and_repeats_nothing(llama, words, after, steps):
     whole = MemoryStore()
@@ -240,7 +240,8 @@ def test_what_was_verified_is_recalled(llama, words, monkeypatch):
     assert store.writes == writes
 
 
-@pytest.mark.parametrize("after", [pytest.param("none", marks=pytest.mark.slow), "patch"])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["none", "patch"])
 def test_work_is_bounded_by_the_exhaustive_search(words, after):
     splits = Splits(TEXTS[:8], documents(60, seed=8), [], 0)
     verifier = make(tiny_llama(16, seed=1), words, splits=splits, after=after)

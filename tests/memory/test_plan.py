@@ -49,6 +49,7 @@ def test_states_of_all_tokens_count_twice():
     assert live("last:512") - live("last") == pytest.approx(states, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_gpu_takes_as_many_texts_as_fit():
     kind = forward()
     assert planned("phi-2", kind, "auto", length=256).micro_batch == 128
@@ -138,6 +139,7 @@ def test_a_loss_is_the_same_at_every_batch_size(llama, words):
     assert losses[0].nats == pytest.approx(losses[2].nats, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_float16_and_quantised_models_are_rehearsed(monkeypatch):
     model = tiny_llama().to(torch.float16)
     room = Room(10**10, card=True)

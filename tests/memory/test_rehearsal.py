@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from shallower.errors import ModelError
 from shallower.memory.rehearsal import Rehearsal, _Rehearsed, build_empty, first_that_runs
 from shallower.models.architecture import evaluating
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.families import small_config
 
 FAMILIES = (
@@ -34,7 +34,7 @@ def backward(model):
     model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, quick=("llama", "mixtral", "qwen3_next")))
 def test_a_forward_holds_what_it_holds_with_weights(name):
     config = small_config(name)
     torch.manual_seed(0)

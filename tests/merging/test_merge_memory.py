@@ -43,6 +43,7 @@ def merging_of(place, record, *, hidden, inner, **more):
     return lambda: job.into(out)
 
 
+@pytest.mark.slow
 def test_a_large_tensor_is_merged_in_small_memory(mebibytes):
     """Two weights of 64 MiB, of which the whole in float32 would be 128 each."""
     assert mebibytes(hidden=1024, inner=1 << 15) < 120

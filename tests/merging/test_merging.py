@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower.models.feed_forward import feed_forward_targets
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.card_tools import hub
 from tests.families import small_config
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
@@ -25,10 +25,7 @@ QUICKLY = {("gpt2", "float32"), ("mixtral", "bfloat16")}
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        pytest.param(*pair, marks=[] if pair in QUICKLY else pytest.mark.slow)
-        for pair in product(FAMILIES, ("float32", "bfloat16"))
-    ],
+    mostly_slow(product(FAMILIES, ("float32", "bfloat16")), QUICKLY),
 )
 def test_every_kind_of_map_can_be_merged(name, dtype, words, tmp_path):
     torch.manual_seed(0)
@@ -61,6 +58,7 @@ def test_every_kind_of_map_can_be_merged(name, dtype, words, tmp_path):
     assert record.recipe.dropout == (0.0 if name in ("mixtral", "qwen3_next") else 0.05)
 
 
+@pytest.mark.slow
 def test_merging_at_once_is_merging_later(cut, tmp_path, healed):
     record = sh.heal(
         cut, TEXTS, tmp_path / "at once", recipe=QUICK, eval_texts=HELD_OUT, merge=True

@@ -15,6 +15,7 @@ import shallower as sh
 from shallower.cutting.rewriting import StoredCheckpoint
 from shallower.merging.low_rank import Deviations, LowRank, add_low_rank, rounding
 from shallower.merging.stored_adapters import WeightProxy, low_rank_changes
+from tests.conftest import mostly_slow
 from tests.merging.merges import family, merged_by_peft, merged_by_stream, steps_apart, tensors
 
 slow = pytest.mark.slow
@@ -23,11 +24,16 @@ FAMILIES = ["gpt2", "mixtral", "qwen3_next", "opt", "phi", "gpt_neox", "llama"]
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        *product(FAMILIES, ("float32", "bfloat16")),
-        ("mixtral", "float16"),
-        *(pytest.param(name, "float16", marks=slow) for name in FAMILIES if name != "mixtral"),
-    ],
+    mostly_slow(
+        product(FAMILIES, ("float32", "bfloat16", "float16")),
+        quick=[
+            ("gpt2", "float32"),
+            ("mixtral", "bfloat16"),
+            ("mixtral", "float16"),
+            ("qwen3_next", "float32"),
+            ("llama", "bfloat16"),
+        ],
+    ),
 )
 def test_the_sums_are_those_of_peft(name, dtype, tmp_path):
     """In bfloat16 and float16 the same bits but for ties, in float32 within two units."""

@@ -14,7 +14,7 @@ from shallower.models.architecture import find_layers
 from shallower.models.feed_forward import feed_forward_targets, is_linear
 from shallower.values.presets import ModelFacts
 from shallower.values.recipe import Recipe
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.families import families, random_model, small_config
 
 NOTHING_THERE = {"mamba", "mamba2", "falcon_mamba", "dbrx"}
@@ -68,7 +68,7 @@ def shape(model, name):
     return module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", mostly_slow(families(), quick=families()[::3]))
 def test_every_family_has_targets_or_a_refusal(name):
     model = empty(name)
     if name in NOTHING_THERE:
@@ -98,7 +98,7 @@ def test_every_family_has_targets_or_a_refusal(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", mostly_slow(families(), quick=families()[::3]))
 def test_adapters_reach_the_loss_in_every_family(name):
     if name in NOTHING_THERE | SHARED:
         pytest.skip("refused")

@@ -13,7 +13,7 @@ from shallower.errors import ModelError
 from shallower.models import head as head_module
 from shallower.models.decoder import Decoder
 from shallower.models.head import FEWEST_ROWS, LOGITS_AT_ONCE, Head, part_sizes, replaced
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.families import FAST, families, random_model
 from tests.models.batches import batch
 
@@ -45,10 +45,7 @@ def assert_same(model, head, some, tolerance=0.0):
     return parts
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in families()],
-)
+@pytest.mark.parametrize("name", mostly_slow(families(), FAST))
 def test_the_head_of_every_family_takes_rows(monkeypatch, name):
     model = random_model(name)
     head = Head.of(Decoder.of(model))

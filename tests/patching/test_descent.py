@@ -22,6 +22,7 @@ from shallower.patching.descent import (
 from shallower.patching.states import StateSet, Stored
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
+from tests.conftest import mostly_slow
 from tests.documents import TEXTS
 from tests.examples import learned_llama, sentences
 
@@ -151,7 +152,9 @@ def test_the_divergence_falls(model, words, monkeypatch):
     assert total_divergence(model, cut_of(moved), batches) < 0.9 * before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", mostly_slow([torch.float32, torch.bfloat16], quick=[torch.bfloat16])
+)
 def test_memory_has_no_say_in_where_a_way_ends(model, words, monkeypatch, dtype):
     monkeypatch.setattr(descent, "STEP_TOKENS", 1)
     batches, run, ran = batches_of(words, TEXTS), Layerwise.run, []

@@ -14,7 +14,7 @@ from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
 from shallower.patching.saving import PATCH_FILE
 from tests.commands import in_this_process
-from tests.conftest import tiny_llama, write_jsonl
+from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.examples import sentences
 from tests.families import random_model
 
@@ -168,7 +168,9 @@ def test_the_feed_forward_is_ridge_regression_of_what_is_missing(learned, words,
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", mostly_slow([torch.bfloat16, torch.float16], quick=[torch.bfloat16])
+)
 def test_half_precision(model, words, dtype):
     done = patch(model.to(dtype), words, [range(3, 5)], texts=TEXTS)
     assert done.recovered > 0.1

@@ -59,6 +59,7 @@ def test_a_70b_is_patched_beside_half_of_a_card():
     assert plan.peak < 32e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "intermediate"),
     [(64, 2000), pytest.param(256, 8192, marks=pytest.mark.slow)],

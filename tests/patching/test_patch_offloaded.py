@@ -26,7 +26,11 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("layers", [None, [2, 4, 6]], ids=["whole", "some layers"])
+@pytest.mark.parametrize(
+    "layers",
+    [pytest.param(None, marks=pytest.mark.slow), [2, 4, 6]],
+    ids=["whole", "some layers"],
+)
 def test_it_gets_the_same_weights(learned, words, layers):
     plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), layers)
     done = [

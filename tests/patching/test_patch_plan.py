@@ -50,7 +50,8 @@ def test_equations_are_within_15_percent_of_the_tracker(name):
 
 
 @pytest.mark.parametrize(("name", "layers", "card", "waits"), [
-    ("llama-2-7b", 8, "24GB", False), ("llama-2-70b", 16, "48GB", True),
+    ("llama-2-7b", 8, "24GB", False),
+    pytest.param("llama-2-70b", 16, "48GB", True, marks=slow),
     pytest.param("llama-2-7b", 32, "24GB", False, marks=slow),
     pytest.param("llama-2-70b", 80, "80GB", True, marks=slow),
 ])  # fmt: skip
@@ -77,6 +78,7 @@ def test_what_does_not_fit_is_told():
     assert ", which does not fit" in str(plan)
 
 
+@pytest.mark.slow
 def test_layers_that_are_dropped_wait_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     config, _ = shape("llama-2-7b", 8)

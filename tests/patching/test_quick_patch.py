@@ -1,6 +1,7 @@
 """The quick patch against a slow twin in float64, and what it leaves behind: nothing."""
 
 import copy
+import itertools
 import json
 import tempfile
 
@@ -16,7 +17,7 @@ from shallower.patching.quick import HELD, RIDGES, QuickPatch, find_writers
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import blocks_of
 from shallower.values.tokens import Tokens
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import TEXTS, assert_same, state_of
 from tests.examples import sentences
 from tests.families import random_model
@@ -128,8 +129,13 @@ def slow_twin(model, batches, dropped):
     return found, tuple(ridges)
 
 
-@pytest.mark.parametrize("farthest", [states.FARTHEST, 0.5])
-@pytest.mark.parametrize("dropped", [(3, 4), SCATTERED, (1,)])
+@pytest.mark.parametrize(
+    ("dropped", "farthest"),
+    mostly_slow(
+        itertools.product([(3, 4), SCATTERED, (1,)], [states.FARTHEST, 0.5]),
+        quick=[((3, 4), states.FARTHEST), (SCATTERED, 0.5)],
+    ),
+)
 def test_matrices_are_those_of_the_slow_twin(model, words, dropped, farthest, monkeypatch):
     """Within 1e-3 of matrices of about 1; texts of 3 to 20 words, so that there is padding."""
     monkeypatch.setattr(states, "FARTHEST", farthest)

@@ -20,7 +20,7 @@ from shallower.reporting.story import Number, Section, Story, Table
 from shallower.values.layers import ranges
 from shallower.values.loss import with_error
 from tests.values.test_gain import gain
-from tests.values.test_verification import GIVEN_UP, LOSER, TIE, WINNER, verified
+from tests.values.test_verification import GIVEN_UP, LOSER, LOST_EARLY, TIE, WINNER, verified
 
 
 def row_of(text, *words):
@@ -157,15 +157,16 @@ def test_a_plan_by_hand_has_no_score(printed):
 
 # A race, and what a cut saves
 def test_a_row_for_every_candidate_in_80_columns(printed):
-    found = verified(WINNER, TIE, LOSER, GIVEN_UP)
+    found = verified(WINNER, TIE, LOSER, GIVEN_UP, LOST_EARLY)
     text = printed(candidates_table(found))
     assert max(map(len, text.splitlines())) <= 80
     shown = " ".join(text.split())
     assert "after a quick patch" in shown
-    assert "9 proposals were judged on 48 texts" in shown
-    for part in ("→ [12, 20)", "4.052 ± 0.060", "the winner", "a tie", "lost on 8",
-                 "+0.148 ± 0.020"):  # fmt: skip
+    assert "9 proposals were judged on up to 48 texts" in shown
+    for part in ("→ [12, 20)", "48 4.052 ± 0.060", "the winner", "+0.148 ± 0.020 worse"):
         assert part in shown
+    assert row_of(text, "[1, 9)", "8", "4.060 ± 0.060", "+0.008 ± 0.020").endswith("a tie")
+    assert row_of(text, "[2, 10)", "8", "4.600 ± 0.060", "+0.550 ± 0.020").endswith("worse")
     assert failed_proposals(found) == ["cka: too few texts"]
 
 

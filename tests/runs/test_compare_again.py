@@ -63,6 +63,7 @@ def test_other_weights_are_another_model(words, measured):
     assert measured
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_cut_short(model, words, measured, monkeypatch):
     asked = {"n": [1, 2, 3], "criteria": ["greedy", "exhaustive", "evolution", "one_shot"]}
     whole = sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False)

@@ -111,6 +111,7 @@ def test_what_cannot_be_patched_says_why_and_the_others_go_on(done):
     assert [one.failed for one in curve.points].count(None) == 12
 
 
+@pytest.mark.slow
 def test_the_strategies_are_those_of_the_other_commands(done, learned, words, tmp_path):
     curve, _ = done
     scanned = sh.scan(learned, words, FIT, max_length=16)
@@ -227,6 +228,7 @@ class Killed(BaseException):
 
 
 # Healed.
+@pytest.mark.slow
 def test_a_cut_is_healed_from_its_patch_and_nothing_is_left(learned, words, tmp_path):
     texts = progressions(MANY, 5)
     options = {**TAKEN, "n": [2], "strategies": ["similarity"], "heal": QUICK}
@@ -251,6 +253,7 @@ def test_a_cut_is_healed_from_its_patch_and_nothing_is_left(learned, words, tmp_
     assert healed.loss.nats == pytest.approx(loss.nats, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, monkeypatch):
     texts = progressions(MANY, 5)
     options = {**TAKEN, "n": [2], "strategies": ["deepest"], "heal": QUICK, "states": ["healed"]}

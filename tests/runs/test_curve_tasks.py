@@ -131,6 +131,7 @@ def _without_its_own(manager, *, include_path, include_defaults):
     return manager(include_path=include_path, include_defaults=False)
 
 
+@pytest.mark.slow
 def test_sampled_answers_are_a_task_of_their_own(learned, words, tmp_path, folder):
     (folder / "said.yaml").write_text(SAID)
     texts = [text.split() for text in progressions(40, 9)]

@@ -79,6 +79,7 @@ def test_the_context_is_within_the_positions_that_are_learned():
     assert sh.gain(small, [1], device="h100").context == 2048
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_measured_on_both():
     model = tiny_llama()
     weights = {name: value.clone() for name, value in model.state_dict().items()}

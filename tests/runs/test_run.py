@@ -143,6 +143,7 @@ def test_a_run_continues_prompts_before_the_cut_after_it_and_after_the_patch(don
     assert told.healed is None
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_model_as_it_was(learned, words, tmp_path):
     before = state_of(learned)
     done = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", fraction=0.1)
@@ -180,6 +181,7 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     assert "on the texts that report, more than the" in warned
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known")
 def test_a_latency_and_a_memory_are_met(done, learned, words, tmp_path):
     """All layers are alike, so that two are the fewest for what is left without two of them."""
@@ -270,6 +272,7 @@ def test_a_large_model_is_patched_by_fewer_tokens_on_a_cpu(
     assert recommending.patch_tokens(decoder) == expected
 
 
+@pytest.mark.slow
 def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path, monkeypatch):
     monkeypatch.setattr(recommending, "TABLE_REPORTS", 3)
     report = [*REPORT, *progressions(12, 2)]

@@ -83,6 +83,7 @@ def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
         sh.run(learned, words, TEXTS[:200], **options)
 
 
+@pytest.mark.slow
 def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
     told = []
 
@@ -105,6 +106,7 @@ def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monke
     assert again.recommended.healed == whole.recommended.healed
 
 
+@pytest.mark.slow
 def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(HealingStage, "_loss", lambda *_: 1 / 0)

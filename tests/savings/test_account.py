@@ -14,13 +14,13 @@ from shallower import ModelError
 from shallower.cutting.twin import shortened_config
 from shallower.memory.rehearsal import build_empty
 from shallower.savings.account import Recorder, count
+from tests.conftest import mostly_slow
 from tests.families import random_model, small_config
 
 CONTEXT, BATCH = 24, 2
 FAMILIES = (
-    "gemma3_text", "gpt2", "mixtral", "deepseek_v3",
-    *(pytest.param(name, marks=pytest.mark.slow)
-      for name in ("llama", "qwen2", "gemma2", "bloom", "falcon", "gpt_oss")),
+    "gemma3_text", "gpt2", "mixtral", "deepseek_v3", "llama", "qwen2", "gemma2", "bloom", "falcon",
+    "gpt_oss",
 )  # fmt: skip
 
 WIDE = LlamaConfig(
@@ -38,7 +38,7 @@ def work(operations):
     return [(one.flops, one.read, one.written, one.launches) for one in operations]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, quick=("gpt2", "mixtral")))
 def test_a_family_counts_as_its_real_model(name):
     """Parameters, bytes of a real cache, and FLOPs by torch's own counter."""
     model = random_model(name)

@@ -58,13 +58,14 @@ def training(texts, length):
     return step
 
 
+@pytest.mark.slow
 @needs_linux
 @pytest.mark.parametrize("prepare", [measuring, training])
 @pytest.mark.parametrize(
     ("texts", "length", "most"),
     [
         (2, 288, 500e6),  # of 604 MB of logits, in float32
-        pytest.param(8, 4096, 1e9, marks=pytest.mark.slow),  # of 34 GB
+        (8, 4096, 1e9),  # of 34 GB
     ],
 )
 def test_the_memory_of_a_loss_does_not_grow_with_the_tokens(prepare, texts, length, most):

@@ -196,6 +196,7 @@ def test_starts_that_differ_in_their_last_bits_are_told_apart(seed, num_samples)
     assert [list(wins) for wins in expected] == found
 
 
+@pytest.mark.slow
 def test_a_start_that_only_the_rarest_draws_make_the_best_is_found():
     # The second start is the best if the first sample is drawn 7 times of 12 or more.
     worse = np.array([-0.72] + [1] * 11) / 16

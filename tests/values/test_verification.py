@@ -27,6 +27,7 @@ WINNER = candidate([range(12, 20)], 4.052, (0.0, 0.0, 48))
 TIE = candidate([5, range(12, 19)], 4.07, (0.018, 0.02, 48))
 LOSER = candidate([range(11, 19)], 4.2, (0.148, 0.02, 48))
 GIVEN_UP = candidate([range(1, 9)], 4.06, (0.008, 0.02, 8), lost_early=True)
+LOST_EARLY = candidate([range(2, 10)], 4.6, (0.55, 0.02, 8), lost_early=True)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,9 @@ GIVEN_UP = candidate([range(1, 9)], 4.06, (0.008, 0.02, 8), lost_early=True)
         ((LOSER,), ", 0.148 ± 0.020 less than the next"),
         ((TIE, LOSER), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) cannot be told "
          "from it"),
-        ((TIE, TIE, GIVEN_UP), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 1 other "
+        ((TIE, TIE, LOST_EARLY), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 1 other "
+         "cannot be told from it"),
+        ((TIE, GIVEN_UP), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 1 other "
          "cannot be told from it"),
         ((TIE, TIE, TIE), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 2 others "
          "cannot be told from it"),
@@ -50,8 +53,9 @@ def test_a_sentence_tells_the_margin_and_the_ties(others, said):
     assert verified(WINNER, *others, after="none").sentence() == f"{start}as it is cut{said}"
 
 
-def test_what_was_given_up_is_no_tie():
-    assert verified(WINNER, TIE, LOSER, GIVEN_UP).tied == (TIE,)
+def test_one_rule_tells_ties_however_early_a_cut_was_lost():
+    assert verified(WINNER, TIE, LOSER, GIVEN_UP, LOST_EARLY).tied == (TIE, GIVEN_UP)
+    assert [one.to_json()["tied"] for one in (LOSER, GIVEN_UP, LOST_EARLY)] == [False, True, False]
 
 
 def test_it_is_read_as_it_was_written():

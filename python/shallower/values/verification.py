@@ -38,8 +38,10 @@ class Candidate:
 
     @property
     def tied(self) -> bool:
-        """Whether it cannot be told from the winner by their paired difference."""
-        return not self.lost_early and self.difference.tied
+        """Whether it cannot be told from the winner by their paired difference, on the items that
+        both were judged on: few, where it was lost early.
+        """
+        return self.difference.tied
 
     def to_json(self) -> dict[str, Any]:
         """Give the fields, and ``dropped`` beside them, as plain JSON values."""

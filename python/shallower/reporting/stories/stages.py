@@ -80,6 +80,7 @@ def candidates_table(verified: Verified) -> Table:
         (
             range_cell(one.plan.dropped),
             _names(one),
+            Number.count(one.difference.num_items),
             Number.of(one.score, one.stderr),
             Number.of(one.difference.mean, one.difference.stderr, sign=True),
             _verdict(one, verified),
@@ -88,11 +89,11 @@ def candidates_table(verified: Verified) -> Table:
     )
     return Table(
         f"Proposals that came into the last race, {after}",
-        ("drop", "proposed by", verified.judge, "more than the winner", ""),
+        ("drop", "proposed by", "texts", verified.judge, "more than the winner", ""),
         rows,
-        f"{verified.num_proposals} proposals were judged on {verified.num_items} texts that "
-        f"choose, in {verified.unit}; a tie is within two standard errors of the paired "
-        f"difference.",
+        f"{verified.num_proposals} proposals were judged on up to {verified.num_items} texts that "
+        f"choose, in {verified.unit}: a cut that was behind early on fewer. Cuts are compared "
+        f"on the texts of both; a tie is within two standard errors of this difference.",
         0,
     )
 
@@ -184,6 +185,4 @@ def _names(candidate: Candidate) -> str:
 def _verdict(candidate: Candidate, verified: Verified) -> str:
     if candidate is verified.candidates[0]:
         return "the winner"
-    if candidate.lost_early:
-        return f"lost on {candidate.difference.num_items}"
     return "a tie" if candidate.tied else "worse"
