@@ -24,7 +24,7 @@ ARM := aarch64-unknown-linux-gnu
 # maturin installs into the environment that is active; this is always ours.
 export VIRTUAL_ENV := $(abspath $(VENV))
 # In a folder of its own: Cargo would build all that depends on the core anew whenever its features change.
-MATURIN := CARGO_TARGET_DIR=$(abspath target/python) $(BIN)/maturin
+MATURIN := CARGO_TARGET_DIR=$(abspath target/python) nice $(BIN)/maturin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 # Most modules of the packages are never imported; the others are compiled when they are.
@@ -39,7 +39,7 @@ unexport MAKEFLAGS MFLAGS
 	bench build-benches bench-check gpu-check fuzz sanitize release clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-20s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 dev: $(VENV)/.dev  ## An environment in .venv: a changed line of Python counts at once
 	@echo "ready: 'make check T=tests/scanning/test_scan.py' builds what changed in the core and runs these tests"
@@ -54,7 +54,8 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; } \
 		|| echo "no chromium: the tests of the page in a browser are skipped, and fail where CI=true"
 
-# What builds waits for a lock of Cargo, what installs for the net: all five at once. Tests have both cores.
+# What builds waits for a lock of Cargo, what installs for the net: all five at once, and Cargo gives way to
+# what the rest waits for, one process at a time. Tests have both cores.
 ci: export CARGO_INCREMENTAL := 0
 ci:  ## All that must pass before anything lands
 	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target build-python-tests build-rust-tests lint build-benches
@@ -72,7 +73,7 @@ test-rust:  ## The core's tests
 	cargo test --locked --quiet
 
 build-rust-tests:  ## The core's tests, built alone
-	cargo test --locked --quiet --no-run
+	nice cargo test --locked --quiet --no-run
 
 test-python: build-python-tests  ## The package's tests, against the installed wheel
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
@@ -87,7 +88,7 @@ lint: lint-rust lint-python lint-stubs  ## Formats, lints and types; also run by
 
 lint-rust:  ## Those of the core, on ARM too where its standard library is installed
 	cargo fmt --check
-	cargo clippy --locked --all-targets --features python --quiet -- -D warnings
+	nice cargo clippy --locked --all-targets --features python --quiet -- -D warnings
 	@if [ -d "$$(rustc --print sysroot)/lib/rustlib/$(ARM)" ]; \
 		then cargo check --locked --all-targets --quiet --target $(ARM) && echo "checked for $(ARM)"; \
 		else echo "skipped: the check for $(ARM) needs 'rustup target add $(ARM)'"; fi
@@ -117,7 +118,7 @@ bench: release  ## Measure the wheel that is given away; asserts the answers fir
 	$(BARE)/bin/python -m pytest benches --benchmark-only
 
 build-benches:  ## The core's benchmarks, built alone
-	cargo bench --locked --profile dev --quiet --no-run
+	nice cargo bench --locked --profile dev --quiet --no-run
 
 bench-check: install  ## The benchmarks' assertions alone
 	cargo bench --locked --profile dev --quiet -- --test
