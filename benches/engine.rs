@@ -13,12 +13,22 @@ use workload::{Shape, check, flops, mean, peaks, states};
 
 const SHAPES: [Shape; 3] = [(512, 31, 576), (48, 33, 4096), (8, 81, 8192)];
 
+/// The shapes; an eighth of the samples where answers are asserted and nothing is timed.
+fn shapes() -> [Shape; 3] {
+    let fewer = if std::env::args().any(|argument| argument == "--test") {
+        8
+    } else {
+        1
+    };
+    SHAPES.map(|(samples, states, width)| (samples / fewer, states, width))
+}
+
 fn pipeline(criterion: &mut Criterion) {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(1)
         .build()
         .unwrap();
-    for shape in SHAPES {
+    for shape in shapes() {
         let (_, num_states, width) = shape;
         for (kind, stream) in [("rows", false), ("stream", true)] {
             let data = states(shape, stream);
@@ -37,7 +47,7 @@ fn pipeline(criterion: &mut Criterion) {
 }
 
 fn read(criterion: &mut Criterion) {
-    for shape in SHAPES {
+    for shape in shapes() {
         let data = states(shape, false);
         let mut group = criterion.benchmark_group(format!("{}x{} read", shape.1, shape.2));
         group

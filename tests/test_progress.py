@@ -62,23 +62,33 @@ def test_a_terminal_shows_nothing_when_told_so(terminal, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_pipe_shows_nothing_of_short_work(capfd):
+def test_a_log_says_what_begins_and_what_has_ended(capfd):
     with track("measuring", 3) as advance:
+        assert capfd.readouterr() == ("", "measuring 0/3\n")
         advance(3)
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "measuring done, 0:00:00\n")
 
 
-def test_a_log_has_a_line_a_minute_of_long_work(capfd, monkeypatch):
+def test_so_does_a_terminal_that_cannot_redraw_a_bar(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with terminal.watched(), track("measuring", 3) as advance:
+        advance(3)
+    assert terminal.shown.splitlines() == ["measuring 0/3", "measuring done, 0:00:00", "end"]
+
+
+def test_a_log_has_two_lines_a_minute_of_long_work(capfd, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with track("measuring [x]", 400) as advance:
         for step in range(1, 9):
-            now[0] += 25.0
+            now[0] += 12.5
             advance(10, f"loss {step}")
     assert capfd.readouterr() == (
         "",
-        "measuring [x] 30/400, 0:01:15, loss 3\n"
-        "measuring [x] 60/400, 0:02:30, eta 0:14:10, loss 6\n",
+        "measuring [x] 0/400\n"
+        "measuring [x] 30/400, 0:00:38, loss 3\n"
+        "measuring [x] 60/400, 0:01:15, eta 0:07:05, loss 6\n"
+        "measuring [x] done, 0:01:40\n",
     )
 
 
@@ -89,14 +99,15 @@ def test_a_log_of_more_than_was_estimated_has_nothing_left(capfd, monkeypatch):
         for _ in range(2):
             now[0] += 60.0
             advance(10)
-    assert capfd.readouterr().err.splitlines()[-1] == "measuring 20/15, 0:02:00, eta 0:00:00"
+    assert capfd.readouterr().err.splitlines()[-2] == "measuring 20/15, 0:02:00, eta 0:00:00"
 
 
 def test_a_log_of_an_unknown_total_has_no_eta(capfd, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     with track("measuring") as advance:
         advance(7)
-    assert capfd.readouterr().err == "measuring 7/?, 0:00:00\n"
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["measuring", "measuring 7/?, 0:00:00", "measuring done, 0:00:00"]
 
 
 def test_a_pipe_shows_the_bar_when_told_so_and_leaves_standard_output_alone(capfd):

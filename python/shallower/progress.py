@@ -1,4 +1,4 @@
-"""Progress with ETA on standard error: a bar on a terminal, a line a minute in a log."""
+"""Progress with ETA on standard error: a bar on a terminal, a line now and then in a log."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_LINES = 30.0
 
 BytesProgress = Callable[[int, int], object]
 """Receives the bytes written so far and those in all; what it raises stops the copy."""
@@ -40,14 +40,17 @@ def track(
         description: name of the work.
         total: steps of the work, if their number is known.
         show: True for a bar anywhere, False for silence. By default a bar if standard error is a
-            terminal, and else a line once a minute.
+            terminal that can redraw one, and else lines: as the work begins, twice a minute, and as
+            it ends.
 
     Yields:
         A function that advances by so many steps.
     """
     console = Console(stderr=True)
-    if show is None and not console.is_terminal:
-        yield _Lines(description, total)
+    if show is None and (console.is_dumb_terminal or not console.is_terminal):
+        lines = _Lines(description, total)
+        yield lines
+        lines.end()
         return
     bar = Progress(
         TextColumn("{task.description}", markup=False),
@@ -100,6 +103,11 @@ class _Lines:
         self._done, self._note = 0, ""
         self._began = self._said = time.monotonic()
         self._done_then: int | None = None
+        self._say(f"{description} 0/{total}" if total else description)
+
+    def end(self) -> None:
+        """Say that the work is done."""
+        self._say(f"{self._description} done", _clock(time.monotonic() - self._began))
 
     def __call__(self, steps: int, note: str = "", /) -> None:
         self._done += steps
@@ -107,16 +115,19 @@ class _Lines:
         now = time.monotonic()
         if now - self._said < SECONDS_BETWEEN_LINES:
             return
-        parts = [f"{self._description} {self._done}/{self._total or '?'}"]
-        parts.append(f"{_clock(now - self._began)}")
+        left_of = f"{self._description} {self._done}/{self._total or '?'}"
+        parts = [_clock(now - self._began)]
         # By what was done since the last line: before the first, a resumed work leaps.
         if self._total and self._done_then is not None and self._done > self._done_then:
             speed = (self._done - self._done_then) / (now - self._said)
             left = max(0, self._total - self._done)  # a total may be an estimate
             parts.append(f"eta {_clock(left / speed)}")
         self._said, self._done_then = now, self._done
-        print(", ".join([*parts, *filter(None, [self._note])]), file=sys.stderr, flush=True)
+        self._say(left_of, *parts, self._note)
+
+    def _say(self, *parts: str | None) -> None:
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

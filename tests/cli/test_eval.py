@@ -1,9 +1,12 @@
 """``shallower eval``: losses, perplexity and tasks, before and after a cut."""
 
+import json
+
 import pytest
 
 import shallower as sh
 from tests.cli.documents import documents
+from tests.conftest import tiny_llama, word_tokenizer
 from tests.evaluation.task_folders import CHOICE, SAID, choices, write_rows, write_tasks
 
 
@@ -82,3 +85,49 @@ def test_mistakes_are_told_in_a_sentence(shallower, tiny, tasks, long, tmp_path,
     write_tasks(tasks, SAID)
     write_rows(tasks / "said.jsonl", [{"context": "w1", "continuation": "w2"}])
     assert "cannot generate" in error("--tasks", "said", "--tasks-dir", tasks)
+
+
+def test_a_model_is_paired_with_another_one(shallower, tiny, texts, folder, words):
+    """What a patched or healed checkpoint loses more than its source, by text."""
+    assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
+    options = ("--texts", texts / "held_out.jsonl")
+    done = shallower("eval", "cut", "--against", tiny, *options)
+    assert done.status == 0, done.err
+    cut_in_memory = shallower("eval", tiny, "--drop", "1:3", *options, "--json").json
+    found = shallower("eval", "cut", "--against", tiny, *options, "--json").json
+    assert found["against"] == cut_in_memory["base"]
+    assert found["model"] == cut_in_memory["cut"]
+    assert found["difference"] == cut_in_memory["difference"]
+    lines = done.out.splitlines()
+    assert lines[0].startswith(f"{tiny}: ")
+    assert lines[1].startswith("cut: ")
+    assert lines[2].startswith("difference: ")
+    alone = shallower("eval", "cut", *options)
+    assert alone.out.startswith("cut: ")  # which has not all layers
+
+
+def test_what_cannot_be_paired_is_refused(shallower, tiny, texts, folder, words):
+    options = ("--texts", texts / "held_out.jsonl")
+    error = shallower("eval", tiny, "--against", tiny, "--drop", "1", *options).error
+    assert error == "--against compares two checkpoints: leave out --drop and --plan"
+    other = folder / "other"
+    tiny_llama(2).save_pretrained(other)
+    word_tokenizer().save_pretrained(other)
+    settings = json.loads((other / "tokenizer.json").read_text())
+    settings["pre_tokenizer"] = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated",
+                                 "invert": False}  # fmt: skip
+    (other / "tokenizer.json").write_text(json.dumps(settings))
+    assert "another tokenizer" in shallower("eval", other, "--against", tiny, *options).error
+
+
+def test_a_folder_without_a_model_is_told_the_way_out(shallower, texts, folder):
+    options = ("--texts", texts / "held_out.jsonl")
+    for name, told in (
+        ("adapter_config.json", "it holds adapters, which 'shallower merge"),
+        ("model.q8.gguf", "name the GGUF file in it"),
+        ("notes.txt", "expected a checkpoint of transformers"),
+    ):
+        place = folder / f"with {name}"
+        place.mkdir()
+        (place / name).write_text("{}")
+        assert told in shallower("eval", place, *options).error

@@ -107,7 +107,7 @@ def test_a_misspelt_command_is_guessed(shallower):
         ("run {tiny} --texts {texts} --n 1 --out out", "goes on from what is done"),
         ("run {tiny} --texts {texts} --n 1 --out out --no-cache", "begins anew"),
         ("scan {tiny} --texts {texts} --out out --no-cache", "goes on from what is done"),
-        ("patch {tiny} --texts {texts} --drop 1 --out out", "begins anew"),
+        ("patch {tiny} --texts {texts} --drop 1 --out out", "goes on from what is done"),
     ],
 )
 def test_what_ctrl_c_ends_says_what_the_same_command_does(

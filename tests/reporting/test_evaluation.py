@@ -31,7 +31,7 @@ CUT = (
 
 
 def test_a_row_for_every_measure_in_80_columns(printed):
-    text = printed(tasks_table(BASE, CUT, (3, 4, 5)))
+    text = printed(tasks_table({"all layers": BASE, "without [3, 6)": CUT}))
     assert max(map(len, text.splitlines())) <= 80
     shown = " ".join(text.split())
     for part in (
@@ -55,7 +55,7 @@ def test_json_pairs_each_measure():
     assert plain["perplexity"]["difference"]["mean"] == 0
     assert [one["metric"] for one in plain["tasks"]] == ["acc", "acc_norm", "acc"]
     assert plain["tasks"][0]["difference"]["mean"] == -0.8
-    line, _, lost, table = evaluation_parts(values, (1,))
+    line, _, lost, table = evaluation_parts(values, {"base": "all layers", "cut": "without [1, 2)"})
     assert line == (
         "all layers: perplexity 4.482 ± 2.241, 2 windows of 4 tokens, stride 4, without a "
         "beginning-of-text token; 6 tokens predicted, 1 left over"

@@ -129,6 +129,28 @@ def test_what_has_not_ended_says_so_first(made):
     assert part.warnings[0].startswith("the curve has not ended: 6 of 24 points are known")
 
 
+@pytest.mark.parametrize(
+    ("source", "left", "warned"),
+    [
+        (None, "1 MB are left", False),
+        (("SmolLM2", 3_000_000), "1 MB are left of 3 MB", False),
+        (("smol.q4.gguf", 300_000), "1 MB are left of 0 MB", True),
+    ],
+)
+def test_what_is_left_is_told_by_the_bytes_of_the_source(tmp_path, source, left, warned):
+    done = replace(made_run(tmp_path / "run"), source=source)
+    done.save()
+    done.checkpoint.mkdir()
+    save_file({"weight": np.zeros((500, 500), np.float32)}, done.checkpoint / "model.safetensors")
+    story = told(Run.load(tmp_path / "run"))
+    assert {fact.name: fact.value for fact in story.savings}["weights on disk"] == left
+    found = [one for one in story.warnings if "dequantised" in one]
+    assert len(found) == warned
+    if warned:
+        assert "smol.q4.gguf has 0 MB of quantised weights" in found[0]
+        assert "shallower prune smol.q4.gguf --drop 12:16 --as-gguf" in found[0]
+
+
 def test_a_curve_of_cuts_that_could_not_be_made_is_told():
     one = curve()
     failed = [replace(point, loss=None, tasks=(), failed="no") for point in one.points[1:]]

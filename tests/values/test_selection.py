@@ -55,6 +55,10 @@ def test_a_model_of_one_layer_has_no_deepest_block():
 
 def test_layers_are_indices_and_half_open_ranges():
     assert parse_layers("3,12:20") == [Block(3, 4), Block(12, 20)]
+    for printed in ("[3, 4) [12, 20)", "[3,4), [12,20)", " [3, 4) [12, 20) "):
+        assert parse_layers(printed) == [Block(3, 4), Block(12, 20)]
+    with pytest.raises(LayersError, match="did you mean 12:21, which ends with layer 20"):
+        parse_layers("3,12-20")
 
 
 @given(layer_texts())
@@ -67,7 +71,7 @@ def test_layers_come_back_from_text(case):
     "text",
     [
         "", " ", ",", "3,", ",3", "3,,4", "a", "-1", "+1", "1.0", "1e3", "0x3", "3-5", "3;5",
-        "3 4", "1:2:3", ":", "3:", ":3", "::", "5:5", "5:4", "-1:2", "1:-2", "1: -2", "[3,4)",
+        "3 4", "1:2:3", ":", "3:", ":3", "::", "5:5", "5:4", "-1:2", "1:-2", "1: -2", "[3,4]", "[3,4", "3,4)",
         "٣", "３", "²", "1٣", "3:٤", "१:२", "1_000", "1234567890", "0:1234567890", "3\x00", "1\n2",
         "nan", "None", "True",
     ],

@@ -209,7 +209,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 INTERRUPTED = 130
 """The status of a program that Ctrl-C ended, as shells and typer have it."""
 
-GOING_ON = ("scan", "compare", "curve", "prune", "heal", "run", "demo")
+GOING_ON = ("scan", "compare", "curve", "prune", "patch", "heal", "run", "demo")
 """The commands that go on where they were."""
 
 BY_THE_STORE = ("compare", "curve", "run", "demo")

@@ -1,5 +1,6 @@
 """``shallower eval``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,13 @@ def eval_command(
     ] = None,
     drop: Drop = None,
     plan: PlanPath = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another checkpoint with the same tokenizer: what MODEL loses more, paired.",
+        ),
+    ] = None,
     context: Annotated[
         int, typer.Option(metavar="N", help="Tokens of a window of --perplexity.", min=2)
     ] = 2048,
@@ -102,11 +110,17 @@ def eval_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure loss, perplexity and tasks, before and after a cut."""
+    """Measure loss, perplexity and tasks, before and after a cut.
+
+    Or of one checkpoint --against another, as a patched cut and its source.
+    """
+    from ..errors import PlanError
     from ..runs.evaluate import EvalJob
     from ..runs.store import open_store
     from ..values.tokens import Tokens, parse_batch_size
 
+    if against is not None and not (drop is None and plan is None):
+        raise PlanError("--against compares two checkpoints: leave out --drop and --plan")
     job = EvalJob(
         source=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
         measures=_measures(
@@ -126,15 +140,36 @@ def eval_command(
     wanted = job.plan
     if dry_run:
         job.prepare()
-        named = {"texts": texts, "perplexity": perplexity, "tasks": tasks}
+        named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
         say_dry_run(_described(job, wanted, named), as_json)
         return
-    results = job.known()
-    if results is None:
-        job.prepare()
-        results = job.measure(*load(job.source))
-    _say(results, wanted, as_json=as_json)
+    if against is None:
+        from ..values.layers import ranges
+
+        results, names = _results(job), {"base": "all layers"}
+        if wanted:
+            names["cut"] = f"without {ranges(wanted.dropped)}"
+        else:
+            names["base"] = Path(model).name
+    else:
+        other = replace(job, source=replace(job.source, path=against, gguf_file=None))
+        sides = {"against": _results(other), "model": _results(job)}
+        results = {
+            kind: {side: found[kind]["base"] for side, found in sides.items()}
+            for kind in sides["model"]
+        }
+        names = {"against": str(against), "model": str(model)}
+    _say(results, names, wanted, as_json=as_json)
     _say_known(results)
+
+
+def _results(job: "EvalJob") -> "Results":
+    """What is known of a model, or is measured now; the model is given free then."""
+    known = job.known()
+    if known is not None:
+        return known
+    job.prepare()
+    return job.measure(*load(job.source))
 
 
 def _measures(
@@ -189,7 +224,9 @@ def _described(
     return {**described, "memory": job.memory(job.source)}
 
 
-def _say(results: "Results", wanted: "Plan | None", *, as_json: bool) -> None:
+def _say(
+    results: "Results", names: dict[str, str], wanted: "Plan | None", *, as_json: bool
+) -> None:
     from ..reporting.stories.evaluation import evaluation_json, evaluation_parts
 
     values = {
@@ -200,4 +237,4 @@ def _say(results: "Results", wanted: "Plan | None", *, as_json: bool) -> None:
         drop = {"drop": [block.to_json() for block in wanted.blocks]} if wanted else {}
         print_json({**evaluation_json(values), "dtype": dtype, **drop})
     else:
-        show(*evaluation_parts(values, wanted.dropped if wanted else ()), f"weights: {dtype}")
+        show(*evaluation_parts(values, names), f"weights: {dtype}")

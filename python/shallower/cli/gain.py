@@ -1,6 +1,6 @@
 """``shallower gain``: what a cut saves, forecast and measured."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,6 +76,15 @@ def gain_command(
     if as_json:
         print_json(found.to_json())
         return
+    from ..models.source import ModelSource
     from ..reporting.stories.gain import gain_table
+    from ..savings.weights import stored_bytes
 
-    show(gain_table(found))
+    parts: list[Any] = [gain_table(found)]
+    place = ModelSource(model, gguf_file=gguf_file).place
+    if place.suffix == ".gguf" and (size := stored_bytes(place)):
+        parts.append(
+            f"{place.name} has {size / 1e6:,.0f} MB of quantised weights: they count here as they "
+            f"are dequantised, in {found.dtype}"
+        )
+    show(*parts)

@@ -79,7 +79,8 @@ def patch_command(
     The layer before the cut is solved by least squares to make what the dropped layers made;
     then all matrices from there on take at most 48 gradient steps towards the whole model's
     next-token distributions, as far as the loss on held-out text falls. A patch that does not
-    help is not saved. Patch, then heal, is the recommended way.
+    help is not saved. When interrupted, the same command goes on from the last of them. Patch,
+    then heal, is the recommended way.
     """
     from ..cutting.plans import agreed_plan, plan_file
     from ..runs.done import output_of

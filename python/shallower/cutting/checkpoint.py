@@ -97,10 +97,10 @@ class PreparedCut:
             try:
                 self._write(folder, progress)
             except (OSError, OutputError) as error:
-                raise OutputError(
-                    f"cannot write {out}: {error}; what is complete stays in "
-                    f"{partial_folder(out)}: do the same again to go on, or delete it"
-                ) from error
+                where = partial_folder(out)
+                stays = f"; what is complete stays in {where}: do the same again to go on"
+                rest = f"{stays}, or delete it" if any(folder.iterdir()) else ""
+                raise OutputError(f"cannot write {out}: {error}{rest}") from error
 
     def _write(self, folder: Path, progress: BytesProgress | bool | None) -> None:
         ours = {name for name, _ in self.job.files}

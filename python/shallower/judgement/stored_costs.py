@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import CriterionError
 from ..values.costs import Costs
+from ..values.layers import layer_count
 from ..values.plan import Plan
 from ..values.positions import Positions
 from ..values.schema import read
@@ -64,7 +65,7 @@ def stored_costs(
     size = subject.num_layers + 1
     if not isinstance(costs, Costs) or costs.blocks.shape != (size, size):
         raise CriterionError(
-            f"the criterion {criterion.name} gives no costs of {size - 1} layers: expected "
+            f"the criterion {criterion.name} gives no costs of {layer_count(size - 1)}: expected "
             f"costs() to give Costs of as many"
         )
     if kept:
@@ -88,12 +89,12 @@ def stored_choice(
     plan = plans.get(n) if isinstance(plans, Mapping) else None
     if not isinstance(plan, Plan) or plan.num_layers != subject.num_layers:
         raise CriterionError(
-            f"the criterion {criterion.name} gives no plan of {n} layers: expected plans() to "
-            f"give a Plan of {subject.num_layers} layers for each of subject.sizes"
+            f"the criterion {criterion.name} gives no plan of {layer_count(n)}: expected plans() "
+            f"to give a Plan of {subject.num_layers} layers for each of subject.sizes"
         )
     if len(plan.dropped) != n:
         raise CriterionError(
-            f"the criterion {criterion.name} drops {len(plan.dropped)} layers: expected {n}"
+            f"the criterion {criterion.name} drops {layer_count(len(plan.dropped))}: expected {n}"
         )
     if kept:
         store.put("choice", inputs, {"plan": plan.to_json(), **work.to_json()})

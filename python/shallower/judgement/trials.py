@@ -16,7 +16,7 @@ from ..errors import CacheError, LayersError, PatchError, PlanError
 from ..memory.prefix_cache import Prefixes
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
-from ..values.layers import blocks_of
+from ..values.layers import blocks_of, layer_count
 from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores
@@ -137,7 +137,7 @@ class Trials:
         gone = frozenset(dropped)
         if foreign := gone - set(range(len(self.model))):
             raise LayersError(
-                f"the model has no layer {min(foreign)}: its {len(self.model)} layers are "
+                f"the model has no layer {min(foreign)}: its {layer_count(len(self.model))} are "
                 f"0 .. {len(self.model) - 1}"
             )
         sums = np.full(self.judge.num_items, np.nan)

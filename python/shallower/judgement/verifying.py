@@ -15,10 +15,10 @@ from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
-from ..progress import Advance, track
+from ..progress import track
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits, TokenisedSplits
-from ..values.layers import blocks_of, check_size, ranges
+from ..values.layers import blocks_of, check_size, layer_count, ranges
 from ..values.plan import VERIFIED, Plan
 from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
@@ -129,11 +129,8 @@ class Verifier:
         if known is not None:
             return recalled(Verified.from_json, known, "a verified plan")
         started = time.perf_counter()
-        with (
-            track(f"verify n = {n}", None, self.progress) as advance,
-            self.trials.counted() as count,
-        ):
-            found = _Verification(self, n, proposals, count, advance).run()
+        with self.trials.counted() as count:
+            found = _Verification(self, n, proposals, count).run()
         seconds = time.perf_counter() - started
         verified = replace(found, layer_forwards=count.layer_forwards, seconds=seconds)
         self.store.put("verified", inputs, verified.to_json())
@@ -163,7 +160,8 @@ def _check_after(after: str) -> None:
 def _take(proposals: Proposals, plan: Plan, n: int) -> None:
     if len(plan.dropped) != n:
         raise LayersError(
-            f"the proposal {ranges(plan.dropped)} drops {len(plan.dropped)} layers: expected {n}"
+            f"the proposal {ranges(plan.dropped)} drops {layer_count(len(plan.dropped))}: expected "
+            f"{n}"
         )
     proposals.take(frozenset(plan.dropped), plan.metric or plan.strategy)
 
@@ -236,7 +234,6 @@ class _Verification:
     Attributes:
         proposals: those of the caller; the others are added to them.
         count: the layers so far, which bound the search and the race.
-        advance: of a bar; by a cut that was judged.
         named: the cuts that criteria and the caller have proposed.
     """
 
@@ -244,24 +241,39 @@ class _Verification:
     n: int
     proposals: Proposals
     count: Count
-    advance: Advance
     named: list[Cut] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.subject, self.patched = self.verifier.subject, self.verifier.patched
         self.top, self.trials = self.verifier.top, self.verifier.trials
         self.after = self.verifier.after
+        self._shown = 0
 
     def run(self) -> Verified:
         """Propose, judge and choose; what it took is in the count.
 
         A ModelError says that no proposal can be judged; a PatchError, that none can be patched.
         """
-        self._propose()
-        field = self._screened()
-        if self.n > 1:  # of single layers all are there
-            field = self._searched(field)
-        return self._result(self._raced(field))
+        most = round(MOST * self.exhaustive)
+        bar = track(f"verify n = {self.n}, layers run", most, self.verifier.progress)
+        with bar as self._bar:
+            self._advance("criteria")
+            self._propose()
+            self._advance("proposals")
+            field = self._screened()
+            if self.n > 1:  # of single layers all are there
+                self._advance("their neighbours")
+                field = self._searched(field)
+            self._advance("the last race")
+            found = self._result(self._raced(field))
+            self._bar(most - self._shown)  # it takes what it needs, and mostly less
+        return found
+
+    def _advance(self, note: str = "") -> None:
+        """Bring the bar to the layers that were run."""
+        done = self.count.layer_forwards
+        self._bar(done - self._shown, note)
+        self._shown = done
 
     @property
     def exhaustive(self) -> int:
@@ -303,7 +315,7 @@ class _Verification:
         except (ModelError, PatchError) as error:
             self.proposals.failed[_name(cut)] = str(error)
             return None
-        self.advance(1)
+        self._advance()
         return found
 
     def _mean(self, cut: Cut, looks: int | None) -> float:
@@ -336,7 +348,7 @@ class _Verification:
             field = self._left(field, look, 2 * self.top, self.trials)
         if not field:
             why = "; ".join(self.proposals.failed.values())
-            raise ModelError(f"no proposal of {self.n} layers can be judged: {why}")
+            raise ModelError(f"no proposal of {layer_count(self.n)} can be judged: {why}")
         return field
 
     def _searched(self, field: Sequence[Cut]) -> list[Cut]:
@@ -377,8 +389,8 @@ class _Verification:
         if not scores:
             why = next(reversed(self.proposals.failed.values()))
             raise PatchError(
-                f"no proposal of {self.n} layers can be judged after a patch ({why}): judge them "
-                f"as they are cut (after none)"
+                f"no proposal of {layer_count(self.n)} can be judged after a patch ({why}): judge "
+                f"them as they are cut (after none)"
             )
         return scores
 

@@ -166,10 +166,21 @@ def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | N
     if path.is_dir() and gguf_file and not (path / gguf_file).is_file():
         raise ModelError(f"there is no file {gguf_file} in {path}")
     if path.is_dir() and not gguf_file and not (path / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json: expected a checkpoint of transformers")
+        raise ModelError(f"{path} holds no config.json: {_instead_in(path)}")
     if gguf_file and find_spec("gguf") is None:
         raise MissingExtraError("gguf", "gguf", "reading a GGUF file")
     return str(path) if path.is_dir() else str(path_or_id), gguf_file
+
+
+def _instead_in(folder: Path) -> str:
+    """What was expected in a folder, and the way out by what lies there instead."""
+    if (folder / "adapter_config.json").is_file():
+        return f"it holds adapters, which 'shallower merge {folder} --out MERGED' makes a model of"
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        return f"name the GGUF file in it, {files[0]}{more}"
+    return "expected a checkpoint of transformers"
 
 
 def load_weights(

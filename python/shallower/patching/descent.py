@@ -11,7 +11,7 @@ values, so that steps below a dtype's grain add up.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from ..models.layerwise import Layerwise, Trace, token_rows
 from ..models.offload import is_offloaded, resident, stored_weight
 from ..texts.batches import Batch
 from .changes import Changes
+from .checkpoint import PatchCheckpoint
 from .states import StateSet
 
 STEPS = 48
@@ -78,6 +79,8 @@ def rate_at(step: int, steps: int) -> float:
 class MovingMatrix:
     """One matrix that descends, or several of a kind in one tensor, in the memory of the CPU."""
 
+    STATE = ("_move", "_momentum", "_rows", "_columns")
+
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
         self._base = stored_weight(module, name).detach().to("cpu", copy=True)
@@ -86,7 +89,19 @@ class MovingMatrix:
         self._momentum = torch.zeros_like(self._base)
         self._rows = torch.zeros(self._base.shape[:-1])
         self._columns = torch.zeros(*self._base.shape[:-2], self._base.shape[-1])
-        self._steps = 0
+        self.steps = 0
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the next step depends on, by name: the state, and the weight as it is."""
+        yield from ((name, getattr(self, name)) for name in self.STATE)
+        yield "weight", stored_weight(self.module, self.name)
+
+    def resume(self, steps: int, state: Mapping[str, torch.Tensor], changes: Changes) -> None:
+        """Go on behind so many steps, from what :meth:`state` gave."""
+        self.steps = steps
+        for name in self.STATE:
+            getattr(self, name).copy_(state[name])
+        changes.change(self.module, self.name, state["weight"])
 
     @property
     def is_stacked(self) -> bool:
@@ -98,7 +113,7 @@ class MovingMatrix:
 
         The rate is a share of the root mean square of the entries.
         """
-        self._steps += 1
+        self.steps += 1
         device, squares = gradients.device, gradients.square()
         rows, columns = self._rows.to(device), self._columns.to(device)
         rows.lerp_(squares.mean(-1), 1 - SQUARES)
@@ -106,8 +121,8 @@ class MovingMatrix:
         momentum = self._momentum.to(device).float().lerp_(gradients, 1 - MOMENTUM)
         mean = rows.mean(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         scale = (rows / mean).unsqueeze(-1) * columns.unsqueeze(-2)
-        scale = scale.div_(1 - SQUARES**self._steps).sqrt_()
-        turn = momentum / (1 - MOMENTUM**self._steps)
+        scale = scale.div_(1 - SQUARES**self.steps).sqrt_()
+        turn = momentum / (1 - MOMENTUM**self.steps)
         turn = turn.div_(scale.clamp_min_(torch.finfo(scale.dtype).tiny)).clamp_(-MOST, MOST)
         move = self._move.to(device).float().sub_(turn, alpha=rate * self._size)
         for kept, new in (
@@ -171,14 +186,46 @@ class Descent:
         # A card runs a layer again in less time than its memory is worth.
         self._room = BUDGET.share(self) if device.type == "cpu" else 0
 
-    def run(self, advance: Callable[[int], object] = lambda _steps: None) -> None:
-        """Take all steps; ``advance`` is called with 1 after each."""
+    def run(
+        self,
+        advance: Callable[[int], object] = lambda _steps: None,
+        checkpoint: PatchCheckpoint | None = None,
+    ) -> None:
+        """Take all steps that an earlier run has not; ``advance`` is called with their number."""
         steps_of_pass = draw_steps(self._states.batches)
         steps = num_steps(self._states.batches)
-        for number in range(steps):
+        taken = self._go_on(checkpoint)
+        advance(taken)
+        for number in range(taken, steps):
             chosen = steps_of_pass[number % len(steps_of_pass)]
             self._step(chosen, rate_at(number, steps))
             advance(1)
+            if checkpoint and checkpoint.is_due:
+                self._keep(checkpoint, number + 1)
+
+    def _go_on(self, checkpoint: PatchCheckpoint | None) -> int:
+        """How many steps were taken by an earlier run, whose state is set."""
+        found = checkpoint and checkpoint.steps()
+        if not found:
+            return 0
+        facts, tensors = found
+        for name, one in self._named():
+            kept = {key: tensors[f"{name}.{key}"] for key in (*MovingMatrix.STATE, "weight")}
+            one.resume(facts["steps"][name], kept, self._changes)
+        self._scale = float(facts["scale"])
+        return int(facts["taken"])
+
+    def _keep(self, checkpoint: PatchCheckpoint, taken: int) -> None:
+        tensors = {
+            f"{name}.{key}": value for name, one in self._named() for key, value in one.state()
+        }
+        steps = {name: one.steps for name, one in self._named()}
+        checkpoint.keep_steps({"taken": taken, "scale": self._scale, "steps": steps}, tensors)
+
+    def _named(self) -> Iterator[tuple[str, MovingMatrix]]:
+        for layer, moving in self._moving.items():
+            for place, one in enumerate(moving):
+                yield f"{layer}.{place}", one
 
     def put(self, share: float) -> None:
         """Set all matrices to a share of their moves; 0 is where they began, bit for bit."""

@@ -9,6 +9,7 @@ distributions. No parameter is added, and the checkpoint stays standard.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ def patch(
     max_length: int = 256,
     batch_size: int = 16,
     num_tokens: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> Patch:
     """Drop layers and heal the cut in minutes, in place.
@@ -57,6 +59,9 @@ def patch(
             in temporary files: at most three times ``num_tokens`` times D values. The matrices
             that move are held four times in the memory of the CPU, and a model on the CPU takes up
             to a quarter of what is free for the graphs of its layers.
+        checkpoint: a folder that keeps the work so far: the matrices that were solved, and every
+            20 seconds or more the state of the steps, at most five times the size of the weights
+            that move. The same patch goes on from it. It stays when the patch is done: delete it.
         progress: whether to show a bar on standard error; by default if that is a terminal.
 
     Returns:
@@ -87,6 +92,7 @@ def patch(
         texts=texts,
         tokens=tokens,
         num_tokens=num_tokens,
+        checkpoint=checkpoint,
         progress=progress,
     ) as (done, changes):
         drop_layers(model, done.plan.blocks)
@@ -132,6 +138,7 @@ def _solved(
     tokens: Tokens,
     num_tokens: int | None,
     progress: bool | None,
+    checkpoint: str | Path | None = None,
 ) -> Iterator[tuple[Patch, Changes]]:
     """Solve the matrices of a model that keeps all of its layers.
 
@@ -144,7 +151,9 @@ def _solved(
     changes = Changes()
     try:
         try:
-            with torch.no_grad(), Solver(Layerwise(model), plan, fitted, held_out, changes) as work:
+            kept = None if checkpoint is None else Path(checkpoint)
+            solver = Solver(Layerwise(model), plan, fitted, held_out, changes, kept)
+            with torch.no_grad(), solver as work:
                 done = work.solve(progress)
         except torch.OutOfMemoryError as error:
             raise PatchError(

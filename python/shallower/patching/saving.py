@@ -1,6 +1,7 @@
 """The folder that a patch leaves: the checkpoint, its report and a card."""
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,11 +11,20 @@ from ..cutting.cards import healed_card
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..cutting.source import CARD_FILE
+from ..errors import PatchError
 from ..evaluation.loss import evaluate_loss, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
 from ..models.source import place_of
-from ..storage import check_apart, check_free, claimed, new_folder, write_file
+from ..storage import (
+    check_apart,
+    check_free,
+    check_room,
+    new_folder,
+    raise_output_error,
+    resumable_folder,
+    write_file,
+)
 from ..texts.sources import place_of_texts
 from ..values.layers import Layers
 from ..values.loss import Loss
@@ -23,6 +33,9 @@ from ..values.plan import Plan
 from .patch import patch
 
 PATCH_FILE = "shallower_patch.json"
+
+_KEPT = "patching"
+"""The folder of what a patch that was cut short goes on from."""
 
 _PATCHED = "matrices beside it were solved anew by least squares."
 
@@ -103,8 +116,9 @@ def patch_to_folder(
     """Patch a model in place, save it, and measure it on text that no choice was made on.
 
     ``texts`` are calibration texts, as for :func:`shallower.patch`; without ``eval_texts`` nothing
-    is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``. Raises
-    as :func:`shallower.patch`, and OutputError if ``out`` is in use or cannot be written to.
+    is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``. One that
+    was cut short goes on where it was. Raises as :func:`shallower.patch`, and OutputError if
+    ``out`` is in use or cannot be written to.
     """
     check_apart(out, [place_of(model), place_of_texts(texts), place_of_texts(eval_texts)])
     check_free(Path(out), overwrite)
@@ -129,21 +143,33 @@ def patch_to_folder(
             )
 
     gone = sum(module_bytes(decoder.layers.modules[layer]) for layer in plan.dropped)
-    with claimed(Path(out), overwrite, module_bytes(model) - gone):
+    with resumable_folder(Path(out), "patch", overwrite) as folder:
+        check_room(Path(out), module_bytes(model) - gone)
         measure("whole")
         with without_layers(model, plan.blocks):
             measure("cut")
-        done = patch(
-            model,
-            tokenizer,
-            plan,
-            texts=texts,
-            max_length=max_length,
-            batch_size=batch_size,
-            num_tokens=num_tokens,
-            progress=progress,
-        )
+        kept, made = folder / _KEPT, folder / "checkpoint"
+        try:
+            done = patch(
+                model,
+                tokenizer,
+                plan,
+                texts=texts,
+                max_length=max_length,
+                batch_size=batch_size,
+                num_tokens=num_tokens,
+                checkpoint=kept,
+                progress=progress,
+            )
+        except PatchError:  # it would end so again
+            shutil.rmtree(kept, ignore_errors=True)
+            raise
         measure("patched")
         of_both = (losses["whole"], losses["patched"]) if losses else None
-        save_patched(model, tokenizer, out, done=done, overwrite=overwrite, losses=of_both)
+        save_patched(model, tokenizer, made, done=done, overwrite=True, losses=of_both)
+        with raise_output_error(Path(out)):
+            for file in made.iterdir():
+                file.replace(folder / file.name)
+            made.rmdir()
+            shutil.rmtree(kept, ignore_errors=True)
     return done, losses

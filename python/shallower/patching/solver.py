@@ -17,6 +17,7 @@ from ..texts.batches import Batch
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
+from .checkpoint import PatchCheckpoint
 from .descent import Descent, draw_steps, keep_best, num_steps
 from .least_squares import FIRST_RIDGE, Choice, HeldOut, NormalEquations, choose
 from .states import StateSet, Stored, missing_equations, missing_rows, no_writer, not_finite
@@ -33,7 +34,7 @@ class Solver:
     """Both models' states on the batches, which advance layer by layer, side by side.
 
     Every weight that changes is noted in ``changes``. States lie in temporary files, which are
-    there inside the ``with`` statement.
+    there inside the ``with`` statement. What is done is kept in the folder ``checkpoint``, if any.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Solver:
         fitted: Sequence[Batch],
         held_out: Sequence[Batch],
         changes: Changes,
+        checkpoint: Path | None = None,
     ) -> None:
         self.model, self.plan, self.changes = model, plan, changes
         self._batches = fitted, held_out
+        self._checkpoint = PatchCheckpoint(checkpoint, plan, self._batches)
         self.survivors = plan.survivors
         self.first_weight, self.ridge = FIRST_WEIGHTS[0], FIRST_RIDGE
 
@@ -90,7 +93,10 @@ class Solver:
                 target = after.get(layer, layer + 1)
                 self._advance_whole(layer, target)
                 if layer in after:
-                    fits.append(self._fit(layer, target))
+                    module = self.model.modules[layer]
+                    known = self._checkpoint.fit(layer, module, self.changes)
+                    fits.append(known or self._fit(layer, target))
+                    self.first_weight, self.ridge = fits[-1].first_weight, fits[-1].ridge
                 if layer != solved[-1]:
                     self._advance_cut(layer)
                 advance(1)
@@ -170,7 +176,7 @@ class Solver:
         states = StateSet(self.fitted.batches, self.fitted.whole, fitted)
         layers = [layer for layer in self.survivors if layer >= first]
         descent = Descent(self.model, layers, states=states, changes=self.changes)
-        descent.run(advance)
+        descent.run(advance, self._checkpoint)
         reached = keep_best(descent, lambda: self._loss(first, states=held_out), nats)
         return (reached,) if reached < nats else ()
 
@@ -202,10 +208,11 @@ class Solver:
         explained = 1.0 - held_out.others.error(chosen.solution) / missing
         delta = chosen.solution.div_(feed_forward.scale)
         self.changes.set(feed_forward, delta.add_(own))
-        self.first_weight, self.ridge = chosen.first_weight, chosen.ridge
         names = tuple(f"{layer}.{name}" for name in changed)
         nats = self._loss(layer)
-        return Fit(layer, names, target, chosen.ridge, chosen.first_weight, explained, nats)
+        fit = Fit(layer, names, target, chosen.ridge, chosen.first_weight, explained, nats)
+        self._checkpoint.keep_fit(fit, self.model.modules[layer], changed)
+        return fit
 
     def _give_attention_its_share(self, layer: int, attention: Writer, other: Writer) -> float:
         """Change the attention's matrix; returns what was missing on held-out text before it."""

@@ -57,6 +57,8 @@ class Run:
             known, which is null in JSON.
         healing: the record of the healing, if the cut was healed.
         command: the command line, without places; empty if there was none.
+        source: the name of the folder or file that the model was loaded from, and the bytes of
+            its weights there; None where they are not known.
         marks: what distinguishes this run, and the weights that it has written, from others;
             and whether it has ended. So a run can go on.
     """
@@ -72,6 +74,7 @@ class Run:
     difference: float = math.nan
     healing: Healing | None = None
     command: str = ""
+    source: tuple[str, int] | None = None
     marks: dict[str, str | None] = field(default_factory=dict)
 
     @property
@@ -106,6 +109,7 @@ class Run:
             "max_logits_difference": None if math.isnan(self.difference) else self.difference,
             "healing": self.healing and self.healing.to_json(),
             "command": self.command,
+            "source": self.source and list(self.source),
             "marks": self.marks,
         }
 
@@ -129,6 +133,7 @@ class Run:
         try:
             values = of_type(dict, json.loads((out / RESULTS_FILE).read_bytes()))
             done, difference = values["recommended"], values["max_logits_difference"]
+            source = values.get("source")
             results = cls(
                 out,
                 Target(**values["wish"]),
@@ -140,6 +145,7 @@ class Run:
                 tuple(Continuations(**one) for one in values["continuations"]),
                 math.nan if difference is None else of_type(float, difference),
                 command=of_type(str, values.get("command", "")),
+                source=source and (of_type(str, source[0]), of_type(int, source[1])),
                 marks=dict(values["marks"]),
             )
             healed = values["healing"] is not None

@@ -20,7 +20,7 @@ from ..scanning.scan import Scan
 from ..values.curve import STATES, Curve, CurvePoint, State
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.identity import title_of
-from ..values.layers import deepest_block
+from ..values.layers import deepest_block, layer_count
 from ..values.plan import Plan
 from ..values.recipe import Recipe
 from ..values.settings import CurveSettings
@@ -183,7 +183,7 @@ class CurvePoints:
                 raise
             except Exception as error:
                 why = self._sentence_of(error)
-                self._plans[key] = f"{strategy} cannot choose {n} layers: {why}"
+                self._plans[key] = f"{strategy} cannot choose {layer_count(n)}: {why}"
         return self._plans[key]
 
     def _chosen(self, strategy: str, n: int) -> Plan:

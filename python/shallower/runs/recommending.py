@@ -19,11 +19,13 @@ from ..judgement.trials import ResultStore
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
 from ..progress import track
 from ..reporting.results import Continuations, Run, weights_mark
 from ..savings.timing import own_device
+from ..savings.weights import stored_bytes
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
@@ -127,8 +129,17 @@ class Recommending:
         study, split, whole = self._study, self._study.split, self._measuring.whole()
         texts = {"fit": len(split.fit), "choose": len(split.choose), "report": whole.num_texts}
         marks = {"job": study.job, **({"plan_only": "yes"} if self._settings.plan_only else {})}
+        place = place_of(self._model)
+        size = None if place is None else stored_bytes(place)
         return Run(
-            self._out, self._target, self._scan, whole, texts, command=study.command, marks=marks
+            self._out,
+            self._target,
+            self._scan,
+            whole,
+            texts,
+            command=study.command,
+            source=(place.name, size) if place and size else None,
+            marks=marks,
         )
 
     def _is_intact(self, earlier: Run) -> bool:

@@ -21,6 +21,21 @@ class Weights:
     num_bytes: int
 
 
+def stored_bytes(place: Path) -> int | None:
+    """Count the bytes of the weights at a place, a folder or a file; None if none are there."""
+    try:
+        if place.is_file():
+            return place.stat().st_size
+        sizes = [
+            path.stat().st_size
+            for pattern in ("*.safetensors", "pytorch_model*.bin")
+            for path in place.glob(pattern)
+        ]
+    except OSError:
+        return None
+    return sum(sizes) or None
+
+
 def count_weights(folder: Path) -> Weights | None:
     """Count the weights of a checkpoint; None where there are none that can be read."""
     from safetensors import SafetensorError, safe_open

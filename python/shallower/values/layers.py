@@ -189,16 +189,27 @@ def deepest_block(num_layers: int, n: int) -> Block:
     return Block(num_layers - 1 - n, num_layers - 1)
 
 
+_PRINTED = r"\[\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*\)"
+
+
 def parse_layers(text: str) -> list[Block]:
-    """Read ``"3,12:20"``: indices and half-open ranges; LayersError if a part is neither."""
+    """Read ``"3,12:20"``, indices and half-open ranges, or ``"[3, 4) [12, 20)"``, as they are
+    printed; LayersError if a part is neither.
+    """
     blocks = []
-    for part in text.split(","):
+    plain = re.sub(_PRINTED, r"\1:\2", re.sub(r"\)\s*,?\s*\[", "),[", text))
+    for part in plain.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?::\s*([0-9]{1,9})\s*)?", part)
         if not match:
             _require_whole(part)
+            inclusive = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-|\.\.)\s*([0-9]{1,9})\s*", part)
+            guess = ""
+            if inclusive:
+                first, last = int(inclusive[1]), int(inclusive[2])
+                guess = f": did you mean {first}:{last + 1}, which ends with layer {last}?"
             raise LayersError(
                 f"cannot read {part!r} in {text!r}: expected indices and half-open ranges "
-                f"such as 3,12:20"
+                f"such as 3,12:20{guess}"
             )
         start = int(match[1])
         blocks.append(Block(start, int(match[2]) if match[2] else start + 1))
@@ -213,6 +224,11 @@ def parse_sizes(text: str, *, least: int = 1) -> list[int]:
             f"cannot read {text!r}: expected block sizes from {least} on, such as 1,2,4,8 (--n)"
         )
     return sorted({int(part) for part in parts})
+
+
+def layer_count(count: int) -> str:
+    """``1 layer``, ``4 layers``."""
+    return f"{count} layer{'' if count == 1 else 's'}"
 
 
 def ranges(layers: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .layers import ranges
+from .layers import layer_count, ranges
 from .loss import Loss
 from .plan import Plan
 from .schema import fields_of, finite, of_type, row_to_json
@@ -160,7 +160,7 @@ class Recommended:
             )
         if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
             found.append(
-                f"distance misleads here: its block of {len(self.plan.dropped)} layers loses "
+                f"distance misleads here: its block of {layer_count(len(self.plan.dropped))} loses "
                 f"{worse} nats a token more than the verified plan, before a patch"
             )
         return found

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import LayersError
-from .layers import check_size
+from .layers import check_size, layer_count
 from .memory import format_size
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", re.IGNORECASE)
@@ -142,7 +142,7 @@ class Target:
 
     def __str__(self) -> str:
         if self.n is not None:
-            return f"{self.n} layers less"
+            return f"{layer_count(self.n)} less"
         if self.fraction is not None:
             return f"{100 * self.fraction:g} % of the layers less"
         if self.params is not None:

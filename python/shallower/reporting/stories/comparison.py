@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.files import COMPARISON_FILE
-from ...values.layers import ranges
+from ...values.layers import layer_count, ranges
 from ..charts.comparison import Group, group_charts, groups_of
 from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
@@ -111,7 +111,7 @@ def _listed(names: Sequence[str]) -> str:
 def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
     return tuple(
         Strip(
-            f"{group.title} without {row.n} layers, by {row.criterion}",
+            f"{group.title} without {layer_count(row.n)}, by {row.criterion}",
             group.model.num_layers,
             row.dropped,
             layer_words(row.dropped),
@@ -147,9 +147,9 @@ def _cost(group: Group) -> str:
         )
     )
     return (
-        f"The best cut of {row.n} layers has {ratio:.2f} times the perplexity of the whole model, "
-        f"{100 * row.layers_share:.0f} % of its layers and {100 * row.parameters_share:.0f} % of "
-        f"its parameters gone.{patched}"
+        f"The best cut of {layer_count(row.n)} has {ratio:.2f} times the perplexity of the whole "
+        f"model, {100 * row.layers_share:.0f} % of its layers and "
+        f"{100 * row.parameters_share:.0f} % of its parameters gone.{patched}"
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ...values.curve import STATES, Curve, CurvePoint, State
 from ...values.files import CURVE_FILE
-from ...values.layers import ranges
+from ...values.layers import layer_count, ranges
 from ...values.loss import Loss
 from ...values.scores import TIE, Difference
 from ...values.task_scores import TaskScores
@@ -40,7 +40,7 @@ def curve_story(curve: Curve, *, command: str = "", drawn: bool = True) -> Story
     lost = None if shown is None else curve.lost(shown)
     if shown is not None and lost and shown.loss and curve.whole.loss:
         words = perplexity_words(curve.whole.loss, shown.loss, lost)
-        cost = f"Without {shown.n} layers, {shown.state}: {words[0].lower()}{words[1:]}"
+        cost = f"Without {layer_count(shown.n)}, {shown.state}: {words[0].lower()}{words[1:]}"
     return Story(
         "curve",
         f"{curve.model} with ever fewer of its {curve.num_layers} layers",
@@ -105,7 +105,7 @@ def _holds(curve: Curve, shown: CurvePoint, task: str) -> CurvePoint | None:
 def _strips(curve: Curve, shown: CurvePoint | None) -> tuple[Strip, ...]:
     if shown is None:
         return ()
-    name = f"without {shown.n} layers, by {shown.strategy}"
+    name = f"without {layer_count(shown.n)}, by {shown.strategy}"
     return (Strip(name, curve.num_layers, shown.dropped, layer_words(shown.dropped)),)
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ...values.layers import ranges
 from ...values.perplexity import Perplexity
 from ...values.scores import Difference
 from ...values.task_scores import TaskScores
@@ -12,39 +11,40 @@ from ..story import Cell, Number, Table
 from ..words import loss_words
 
 Values = Mapping[str, Mapping[str, Any]]
-"""By ``loss``, ``perplexity`` and ``tasks`` what was found of the ``base`` and of the ``cut``."""
+"""By ``loss``, ``perplexity`` and ``tasks`` what was found of one model, or of two: that which the
+other is compared with first."""
 
 
 def evaluation_json(values: Values) -> dict[str, Any]:
-    """Give ``base``, ``cut`` and ``difference`` of the loss; the same under ``perplexity``, and for
-    every task and measure in the list ``tasks``.
+    """Give the loss of every side by its name, and of two their ``difference``; the same under
+    ``perplexity``, and for every task and measure in the list ``tasks``.
     """
     plain: dict[str, Any] = {}
     for kind, sides in values.items():
         if kind == "tasks":
             plain[kind] = [
-                {"task": one["base"].task, "metric": one["base"].metric, **_compared(one)}
+                {"task": first.task, "metric": first.metric, **_compared(one)}
                 for one in _by_measure(sides)
+                for first in [next(iter(one.values()))]
             ]
         else:
             plain |= _compared(sides) if kind == "loss" else {kind: _compared(sides)}
     return plain
 
 
-def evaluation_parts(values: Values, dropped: Sequence[int] = ()) -> list[str | Table]:
-    """Give lines and the table of tasks; the cut is without the layers ``dropped``."""
+def evaluation_parts(values: Values, names: Mapping[str, str]) -> list[str | Table]:
+    """Give lines and the table of tasks; ``names`` are of the sides, in words."""
     parts: list[str | Table] = []
     words: dict[str, Callable[[Any], str]] = {"loss": loss_words, "perplexity": _perplexity_words}
     for kind, sides in values.items():
         if kind == "tasks":
-            parts.append(tasks_table(sides["base"], sides.get("cut"), dropped))
+            parts.append(tasks_table({names[side]: one for side, one in sides.items()}))
             continue
-        for side, one in sides.items():
-            layers = f"without {ranges(dropped)}" if side == "cut" else "all layers"
-            parts.append(f"{layers}: {words[kind](one)}")
-        if "cut" in sides:
+        parts += [f"{names[side]}: {words[kind](one)}" for side, one in sides.items()]
+        if len(sides) > 1:
+            first, second = sides.values()
             by = "text" if kind == "loss" else "window"
-            parts.append(_difference(sides["cut"].minus(sides["base"]), by))
+            parts.append(_difference(second.minus(first), by))
     return parts
 
 
@@ -57,24 +57,22 @@ def _perplexity_words(found: Perplexity) -> str:
     )
 
 
-def tasks_table(
-    base: Sequence[TaskScores], cut: Sequence[TaskScores] | None, dropped: Sequence[int]
-) -> Table:
-    """Tabulate scores by task and measure, the main measure of a task first."""
-    head = ["task", "measure", "items", "all layers"]
-    if cut is not None:
-        head += [f"without {ranges(dropped)}", "difference"]
+def tasks_table(found: Mapping[str, Sequence[TaskScores]]) -> Table:
+    """Tabulate scores by task and measure, the main measure of a task first, of one model or two,
+    by name.
+    """
+    head = ["task", "measure", "items", *found, *(["difference"] if len(found) > 1 else [])]
     rows: list[tuple[Cell, ...]] = []
-    for sides in _by_measure({"base": base} if cut is None else {"base": base, "cut": cut}):
-        one: TaskScores = sides["base"]
+    for sides in _by_measure(found):
+        one, *others = sides.values()
         shots = f" {one.num_shots}-shot" if one.num_shots else ""
         row: list[Cell] = [one.task, f"{one.metric}{shots}", Number.count(len(one.items))]
         row += map(_score, sides.values())
-        if cut is not None:
-            lost = sides["cut"].minus(one)
+        for other in others:
+            lost = other.minus(one)
             row.append(Number(f"{'= ' if lost.tied else ''}{_percent(lost)}", lost.mean))
         rows.append(tuple(row))
-    tied = "" if cut is None else "; = a tie"
+    tied = "; = a tie" if len(found) > 1 else ""
     title = f"tasks, in per cent; in brackets no better than a guess{tied}"
     return Table(title, tuple(head), tuple(rows))
 
@@ -87,8 +85,9 @@ def _by_measure(sides: Mapping[str, Sequence[TaskScores]]) -> Iterator[dict[str,
 
 def _compared(sides: Mapping[str, Any]) -> dict[str, Any]:
     plain = {side: one.to_json() for side, one in sides.items()}
-    if "cut" in sides:
-        plain["difference"] = sides["cut"].minus(sides["base"]).to_json()
+    if len(sides) > 1:
+        first, second = sides.values()
+        plain["difference"] = second.minus(first).to_json()
     return plain
 
 

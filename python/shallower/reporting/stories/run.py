@@ -152,7 +152,6 @@ class _RunStory:
             Fact("parameters", Number.share(best.parameters_share), f"{place}.parameters_share"),
         ]
         if (weights := self._weights) is not None:
-            before = _before(weights, best)
             source = f"headers of the safetensors in {self._run.checkpoint.name}"  # type: ignore[union-attr]
             if weights.parameters is not None:
                 whole = _before_parameters(weights, best)
@@ -160,8 +159,10 @@ class _RunStory:
                 share = Number.share(best.parameters_share).text
                 text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
                 rows[-1] = Fact("parameters", Number(text, gone), source)
-            size = Number(f"{(before - weights.num_bytes) / 1e6:,.0f} MB of {before / 1e6:,.0f} MB")
-            rows.append(Fact("weights on disk", size, source))
+            words = f"{_mega(weights.num_bytes)} are left"
+            if self._run.source:
+                words += f" of {_mega(self._run.source[1])}"
+            rows.append(Fact("weights on disk", words, source))
         return tuple(rows)
 
     def _warnings(self) -> list[str]:
@@ -171,6 +172,14 @@ class _RunStory:
         found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
         if "ended" not in run.marks:
             found.insert(0, UNFINISHED)
+        if run.source and run.source[0].endswith(".gguf") and self._weights:
+            name, size = run.source
+            drop = ",".join(f"{block.start}:{block.stop}" for block in best.plan.blocks)
+            found.append(
+                f"{name} has {_mega(size)} of quantised weights; they were dequantised, and what "
+                f"is left has {_mega(self._weights.num_bytes)}. shallower prune {name} --drop "
+                f"{drop} --as-gguf cuts the file itself, in its own types, and unpatched"
+            )
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
         if share is not None and share < 0.5:
@@ -378,5 +387,5 @@ def _before_parameters(weights: Weights | None, best: Recommended) -> int:
     return round(weights.parameters / (1 - best.parameters_share))
 
 
-def _before(weights: Weights, best: Recommended) -> float:
-    return weights.num_bytes / (1 - best.parameters_share)
+def _mega(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ...scanning.scan import Scan
 from ...values.bootstrap import BootstrappedStart
 from ...values.healing import Healing
-from ...values.layers import Block, ranges
+from ...values.layers import Block, layer_count, ranges
 from ...values.patch import Patch
 from ...values.plan import Plan
 from ...values.verification import Candidate, Verified
@@ -52,7 +52,7 @@ def plan_table(plan: Plan) -> Table:
             "" if block.score is None else f"{distance_name(plan.metric)} {_distance(block).text}"
         )
         rows.append(("drop", _range(block), score))
-    rows.append(("keep", range_cell(plan.survivors), f"{len(plan.survivors)} layers"))
+    rows.append(("keep", range_cell(plan.survivors), f"{layer_count(len(plan.survivors))}"))
     title = f"plan: {len(plan.dropped)} of {plan.num_layers} layers"
     return Table(title, ("", "", ""), tuple(rows))
 

@@ -1,0 +1,113 @@
+"""The work of a patch so far, from which the same patch goes on: matrices solved, steps taken."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import OutputError
+from ..models.offload import stored_weight
+from ..storage import new_file
+from ..texts.batches import Batch
+from ..values.hashing import hash_of
+from ..values.patch import Fit
+from ..values.plan import Plan
+from ..values.schema import fields_of
+from .changes import Changes
+
+SECONDS, SHARE = 20.0, 0.05
+"""Seconds between two checkpoints of the steps, at least; the share of time that they may take."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+class PatchCheckpoint:
+    """Files in a folder; what another patch has left there is not read.
+
+    What cannot be written is not kept: the patch is made all the same. Without a folder nothing is.
+    """
+
+    def __init__(self, folder: Path | None, plan: Plan, batches: Sequence[Sequence[Batch]]) -> None:
+        self._folder, self._saved, self._took = folder, time.monotonic(), 0.0
+        self._job = "" if folder is None else _describe(plan, batches)
+
+    def fit(self, layer: int, module: nn.Module, changes: Changes) -> Fit | None:
+        """The fit of a layer that was solved, its matrices set; None where there is none."""
+        found = self._read(f"layer-{layer}")
+        if found is None:
+            return None
+        facts, weights = found
+        for name, weight in weights.items():
+            changes.change(module.get_submodule(name), "weight", weight)
+        return Fit(**fields_of(Fit, facts))
+
+    def keep_fit(self, fit: Fit, module: nn.Module, names: Sequence[str]) -> None:
+        """Keep a fit, and the matrices of these names that it changed."""
+        weights = {name: stored_weight(module.get_submodule(name), "weight") for name in names}
+        self._write(f"layer-{fit.layer}", asdict(fit), weights)
+
+    def steps(self) -> tuple[dict[str, Any], Tensors] | None:
+        """The state of the steps that was kept last."""
+        return self._read("steps")
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the steps are to be kept again."""
+        since = time.monotonic() - self._saved
+        return self._folder is not None and since > max(SECONDS, self._took / SHARE)
+
+    def keep_steps(self, facts: Mapping[str, Any], tensors: Tensors) -> None:
+        """Keep the state of the steps, in place of the last one."""
+        began = time.monotonic()
+        self._write("steps", facts, tensors)
+        self._saved = time.monotonic()
+        self._took = self._saved - began
+
+    def _write(self, name: str, facts: Mapping[str, Any], tensors: Tensors) -> None:
+        if self._folder is None:
+            return
+        about = {"job": self._job, "facts": json.dumps(facts)}
+        plain = {key: value.detach().contiguous() for key, value in tensors.items()}
+        try:
+            with new_file(self._folder / f"{name}.safetensors", overwrite=True) as partial:
+                save_file(plain, partial, metadata=about)
+        except (OutputError, SafetensorError):
+            self._folder = None
+
+    def _read(self, name: str) -> tuple[dict[str, Any], Tensors] | None:
+        if self._folder is None:
+            return None
+        try:
+            with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("job") != self._job:
+                    return None
+                return json.loads(about["facts"]), {
+                    key: file.get_tensor(key)
+                    for key in file.keys()  # noqa: SIM118  (it is no mapping)
+                }
+        except (OSError, SafetensorError):
+            return None
+
+
+def _describe(plan: Plan, batches: Sequence[Sequence[Batch]]) -> str:
+    """Hash what the bits of a patch depend on: the model, the layers and the texts."""
+    texts = hashlib.sha256()
+    for batch in (batch for some in batches for batch in some):
+        for values in (batch.input_ids, batch.attention_mask):
+            texts.update(repr(values.shape).encode() + values.tobytes())
+    return hash_of(
+        {
+            "model": plan.model and asdict(plan.model),
+            "dropped": plan.dropped,
+            "texts": texts.hexdigest(),
+        }
+    )

@@ -1,0 +1,149 @@
+"""A patch that was cut short goes on from the matrices it solved and the steps it took."""
+
+import copy
+
+import pytest
+import torch
+
+import shallower as sh
+from shallower.errors import PatchError
+from shallower.patching import checkpoint, descent
+from shallower.patching.descent import Descent
+from shallower.patching.patch import patch
+from shallower.patching.saving import patch_to_folder
+from shallower.patching.solver import Solver
+from tests.cli.documents import tree
+from tests.examples import sentences
+
+TEXTS = sentences(160, seed=1)
+BLOCKS = [range(2, 3), range(5, 6)]
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    monkeypatch.setattr(descent, "STEP_TOKENS", 200)
+    monkeypatch.setattr(descent, "STEPS", 6)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0)
+    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Work that was done: the layers solved and the steps taken; which of them is the last."""
+    done, last = [], {}
+    for owner, name, what in ((Solver, "_fit", "fit"), (Descent, "_step", "step")):
+        work = getattr(owner, name)
+
+        def counting(*args, work=work, what=what):
+            if last.get(what) == done.count(what):
+                raise KeyboardInterrupt
+            found = work(*args)
+            done.append(what)
+            return found
+
+        monkeypatch.setattr(owner, name, counting)
+    return done, last
+
+
+def weights_of(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def assert_same_weights(model, expected):
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_ends_the_same_wherever_it_was_cut_short(learned, words, tmp_path, counted, dtype):
+    done, last = counted
+    whole = copy.deepcopy(learned).to(dtype)
+    expected = patch(whole, words, BLOCKS, texts=TEXTS)
+    assert done == 3 * ["fit"] + 6 * ["step"] or done == 2 * ["fit"] + 6 * ["step"]
+    fits, kept = done.count("fit"), tmp_path / "kept"
+    done.clear()
+    for limit in ({"fit": 1}, {"step": 2}, {"step": 4}, {}):
+        last.clear()
+        last.update(limit)
+        model = copy.deepcopy(learned).to(dtype)
+        if limit:
+            before = weights_of(model)
+            with pytest.raises(KeyboardInterrupt):
+                patch(model, words, BLOCKS, texts=TEXTS, checkpoint=kept)
+            assert_same_weights(model, before)
+        else:
+            assert patch(model, words, BLOCKS, texts=TEXTS, checkpoint=kept) == expected
+            assert_same_weights(model, whole.state_dict())
+    assert (done.count("fit"), done.count("step")) == (fits, 6)  # nothing twice
+
+
+def test_of_another_patch_nothing_is_read(learned, words, tmp_path, counted):
+    done, _ = counted
+    kept = tmp_path / "kept"
+    patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept)
+    for layers, texts in (([range(3, 5)], TEXTS), (BLOCKS, TEXTS[:120])):
+        done.clear()
+        model, plain = copy.deepcopy(learned), copy.deepcopy(learned)
+        found = patch(model, words, layers, texts=texts, checkpoint=kept)
+        assert done.count("fit") == len(found.fits)
+        assert found == patch(plain, words, layers, texts=texts)
+        assert_same_weights(model, plain.state_dict())
+
+
+def test_what_is_damaged_is_made_anew(learned, words, tmp_path, counted):
+    done, _ = counted
+    kept = tmp_path / "kept"
+    expected = patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept)
+    for file in kept.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    done.clear()
+    assert patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept) == expected
+    assert done.count("fit") == len(expected.fits)
+
+
+def test_what_cannot_be_kept_stops_nothing(learned, words, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    kept = tmp_path / "file" / "kept"
+    expected = patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS)
+    assert patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept) == expected
+
+
+def test_a_folder_is_whole_or_goes_on(learned, words, tmp_path, counted):
+    done, last = counted
+    patch_to_folder(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, out=tmp_path / "whole")
+    done.clear()
+    last["step"] = 3
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        patch_to_folder(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, out=out)
+    assert not out.exists()
+    last.clear()
+    patch_to_folder(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, out=out)
+    assert done.count("step") == 6
+    assert tree(out) == tree(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_patch_that_does_not_help_leaves_nothing(learned, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(Solver, "_loss", lambda *_args, **_options: 1.0)
+    with pytest.raises(PatchError, match="does not help"):
+        patch_to_folder(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_at_the_end_loses_no_work(learned, words, tmp_path, counted, monkeypatch):
+    done, _ = counted
+    out = tmp_path / "out"
+    with monkeypatch.context() as full:
+
+        def no_room(*_args, **_options):
+            raise sh.OutputError("no space left on device")
+
+        full.setattr("shallower.patching.saving.save_patched", no_room)
+        with pytest.raises(sh.OutputError, match="no space"):
+            patch_to_folder(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, out=out)
+    done.clear()
+    patch_to_folder(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, out=out)
+    assert done == []
+    assert (out / "model.safetensors").is_file()
