@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,12 @@ from pathlib import Path
 import pytest
 
 SHALLOWER = str(Path(sys.executable).with_name("shallower"))
+
+
+def beside_progress(text):
+    """The lines of a log that do not say what begins, how far it is, and what has ended."""
+    progress = re.compile(r".*( \d+/(\d+|\?)|( done)?, \d+:\d\d:\d\d)(, .*)?")
+    return [line for line in text.splitlines() if not progress.fullmatch(line)]
 
 
 @dataclass
@@ -27,6 +34,11 @@ class Done:
     def json(self):
         """Standard output, all of it, as strict JSON."""
         return json.loads(self.out, parse_constant=pytest.fail)
+
+    @property
+    def said(self):
+        """The lines on standard error that are not about the progress of work."""
+        return beside_progress(self.err)
 
     @property
     def error(self):

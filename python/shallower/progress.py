@@ -103,7 +103,7 @@ class _Lines:
         self._done, self._note = 0, ""
         self._began = self._said = time.monotonic()
         self._done_then: int | None = None
-        self._say(f"{description} 0/{total}" if total else description)
+        self._say(description if total is None else f"{description} 0/{total}")
 
     def end(self) -> None:
         """Say that the work is done."""

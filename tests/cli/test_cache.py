@@ -243,11 +243,11 @@ def test_a_damaged_store_is_a_warning_and_the_work_goes_on(shallower, folder, pl
     path.write_bytes(b"damaged" * 1000)
     done = shallower(*command)
     assert (done.status, done.out) == (0, first.out)
-    (said,) = done.err.splitlines()
+    (said,) = done.said
     assert said.startswith(f"warning: the store {path} cannot be used")
-    assert shallower(*command, "--no-cache").err == ""
+    assert shallower(*command, "--no-cache").said == []
     assert shallower("cache", "--clear").status == 0
-    assert shallower(*command).err == ""
+    assert shallower(*command).said == []
     assert said_once(shallower(*command).err)
 
 

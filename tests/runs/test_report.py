@@ -132,9 +132,9 @@ def test_what_has_not_ended_says_so_first(made):
 @pytest.mark.parametrize(
     ("source", "left", "warned"),
     [
-        (None, "1 MB are left", False),
-        (("SmolLM2", 3_000_000), "1 MB are left of 3 MB", False),
-        (("smol.q4.gguf", 300_000), "1 MB are left of 0 MB", True),
+        (None, "1 MB", False),
+        (("SmolLM2", 3_000_000), "1 MB, of 3 MB", False),
+        (("smol.q4.gguf", 300_000), "1 MB, dequantised from 0 MB", True),
     ],
 )
 def test_what_is_left_is_told_by_the_bytes_of_the_source(tmp_path, source, left, warned):

@@ -159,9 +159,10 @@ class _RunStory:
                 share = Number.share(best.parameters_share).text
                 text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
                 rows[-1] = Fact("parameters", Number(text, gone), source)
-            words = f"{_mega(weights.num_bytes)} are left"
+            words = _mega(weights.num_bytes)
             if self._run.source:
-                words += f" of {_mega(self._run.source[1])}"
+                name, size = self._run.source
+                words += f", {'dequantised from' if name.endswith('.gguf') else 'of'} {_mega(size)}"
             rows.append(Fact("weights on disk", words, source))
         return tuple(rows)
 
