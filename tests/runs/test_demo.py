@@ -151,6 +151,7 @@ def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(run
     out = tmp_path / "shallower-demo"
     results = json.loads((out / "results.json").read_text())
     place = {"out": "shallower-demo", "checkpoint": "shallower-demo/checkpoint"}
+    place["page"] = "shallower-demo/report.html"
     assert printed == {**results, **place}
     assert results["num_layers"] == 30
     assert results["num_samples"] == 16
