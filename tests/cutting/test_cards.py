@@ -134,6 +134,7 @@ def test_a_card_says_what_the_plan_knows(llama, words):
     scored = f"{block}, angular distance {block.score:.4f} ± {block.stderr:.4f}"
     assert f"| removed | {scored} |" in card
     assert "| why | similarity: " in card
+    assert "| doubt | Distance is not loss: shallower run MODEL --n " in card
     assert "| calibration | 3 texts of at most 7 tokens |" in card
     assert f"| held-out loss | {loss} → {loss} nats a token, 6 tokens of 3 texts |" in card
     assert f"| source | {plan.model} |" in card

@@ -148,10 +148,13 @@ def test_a_plan_table_says_what_goes_and_what_stays(printed):
     assert "3 of 12 layers" in text
     assert "angular distance 0.2500 ± 0.1250" in row_of(text, "drop", "[2, 4)")
     assert "angular" not in row_of(text, "drop", "[7, 8)")
+    shown = " ".join(text.split())
+    assert "Distance is not loss: shallower run MODEL --n 3 --plan-only chooses by" in shown
     assert "9 layers" in row_of(text, "keep", "[0, 2) [4, 7)")
 
 
 def test_a_plan_by_hand_has_no_score(printed):
+    assert "Distance" not in printed(plan_table(Plan(4, (Block(0, 1),))))
     assert row_of(printed(plan_table(Plan(4, (Block(0, 1),)))), "drop") == "drop [0, 1)"
 
 

@@ -214,6 +214,7 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     kept = f"{ranges(plan.survivors)}, {len(plan.survivors)} of {plan.num_layers} layers"
     rows = [("removed", _scored(block, plan.metric)) for block in plan.blocks]
     rows += [("kept", kept), ("why", plan.why)]
+    rows += [("doubt", plan.doubt)] if plan.doubt else []
     rows += [
         ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")
         for texts in plan.texts

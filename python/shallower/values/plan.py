@@ -144,6 +144,16 @@ class Plan:
             return "search: of many proposals that a judge has raced, it lost least"
         return f"{self.strategy}: {STRATEGIES[self.strategy]}"
 
+    @property
+    def doubt(self) -> str:
+        """What a distance does not say, and what does; empty for a plan that is not of one."""
+        if self.strategy != "similarity":
+            return ""
+        return (
+            f"Distance is not loss: shallower run MODEL --n {len(self.dropped)} --plan-only "
+            f"chooses by the loss on held-out texts."
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Give the plan as plain JSON values, which :meth:`from_json` reads."""
         return {

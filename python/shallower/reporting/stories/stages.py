@@ -54,7 +54,7 @@ def plan_table(plan: Plan) -> Table:
         rows.append(("drop", _range(block), score))
     rows.append(("keep", range_cell(plan.survivors), f"{layer_count(len(plan.survivors))}"))
     title = f"plan: {len(plan.dropped)} of {plan.num_layers} layers"
-    return Table(title, ("", "", ""), tuple(rows))
+    return Table(title, ("", "", ""), tuple(rows), plan.doubt)
 
 
 def starts_table(
