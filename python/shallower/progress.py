@@ -115,15 +115,17 @@ class _Lines:
         now = time.monotonic()
         if now - self._said < SECONDS_BETWEEN_LINES:
             return
-        left_of = f"{self._description} {self._done}/{self._total or '?'}"
-        parts = [_clock(now - self._began)]
+        parts = [
+            f"{self._description} {self._done}/{self._total or '?'}",
+            _clock(now - self._began),
+        ]
         # By what was done since the last line: before the first, a resumed work leaps.
         if self._total and self._done_then is not None and self._done > self._done_then:
             speed = (self._done - self._done_then) / (now - self._said)
             left = max(0, self._total - self._done)  # a total may be an estimate
             parts.append(f"eta {_clock(left / speed)}")
         self._said, self._done_then = now, self._done
-        self._say(left_of, *parts, self._note)
+        self._say(*parts, self._note)
 
     def _say(self, *parts: str | None) -> None:
         print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)

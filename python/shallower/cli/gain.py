@@ -78,13 +78,14 @@ def gain_command(
         return
     from ..models.source import ModelSource
     from ..reporting.stories.gain import gain_table
+    from ..reporting.words import megabytes
     from ..savings.weights import stored_bytes
 
     parts: list[Any] = [gain_table(found)]
     place = ModelSource(model, gguf_file=gguf_file).place
     if place.suffix == ".gguf" and (size := stored_bytes(place)):
         parts.append(
-            f"{place.name} has {size / 1e6:,.0f} MB of quantised weights: they count here as they "
+            f"{place.name} has {megabytes(size)} of quantised weights: they count here as they "
             f"are dequantised, in {found.dtype}"
         )
     show(*parts)

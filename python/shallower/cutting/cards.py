@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..values.layers import Block, ranges
+from ..values.layers import Block, drop_option, ranges
 from ..values.loss import with_error
 from ..values.plan import Plan
 from .exports import (
@@ -193,10 +193,7 @@ def _arguments(facts: CutFacts) -> dict[str, Any]:
 
 
 def _command(facts: CutFacts) -> str:
-    drop = ",".join(
-        f"{block.start}:{block.stop}" if len(block) > 1 else str(block.start)
-        for block in facts.plan.blocks
-    )
+    drop = drop_option(facts.plan.blocks)
     words = ["shallower", "prune", facts.source.place, "--drop", drop]
     for name, value in _arguments(facts).items():
         words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])

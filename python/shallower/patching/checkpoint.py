@@ -33,11 +33,19 @@ class PatchCheckpoint:
     """Files in a folder; what another patch has left there is not read.
 
     What cannot be written is not kept: the patch is made all the same. Without a folder nothing is.
+    A patch is known by its layers, its texts, and the losses of the whole model and of the cut on
+    them, which differ wherever a weight does.
     """
 
-    def __init__(self, folder: Path | None, plan: Plan, batches: Sequence[Sequence[Batch]]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        plan: Plan,
+        batches: Sequence[Sequence[Batch]],
+        losses: tuple[float, float],
+    ) -> None:
         self._folder, self._saved, self._took = folder, time.monotonic(), 0.0
-        self._job = "" if folder is None else _describe(plan, batches)
+        self._job = "" if folder is None else _describe(plan, batches, losses)
 
     def fit(self, layer: int, module: nn.Module, changes: Changes) -> Fit | None:
         """The fit of a layer that was solved, its matrices set; None where there is none."""
@@ -98,7 +106,7 @@ class PatchCheckpoint:
             return None
 
 
-def _describe(plan: Plan, batches: Sequence[Sequence[Batch]]) -> str:
+def _describe(plan: Plan, batches: Sequence[Sequence[Batch]], losses: tuple[float, float]) -> str:
     """Hash what the bits of a patch depend on: the model, the layers and the texts."""
     texts = hashlib.sha256()
     for batch in (batch for some in batches for batch in some):
@@ -109,5 +117,6 @@ def _describe(plan: Plan, batches: Sequence[Sequence[Batch]]) -> str:
             "model": plan.model and asdict(plan.model),
             "dropped": plan.dropped,
             "texts": texts.hexdigest(),
+            "losses": losses,
         }
     )

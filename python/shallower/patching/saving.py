@@ -144,11 +144,13 @@ def patch_to_folder(
 
     gone = sum(module_bytes(decoder.layers.modules[layer]) for layer in plan.dropped)
     with resumable_folder(Path(out), "patch", overwrite) as folder:
+        kept, made = folder / _KEPT, folder / "checkpoint"
+        with raise_output_error(Path(out)):
+            _keep_alone(kept)
         check_room(Path(out), module_bytes(model) - gone)
         measure("whole")
         with without_layers(model, plan.blocks):
             measure("cut")
-        kept, made = folder / _KEPT, folder / "checkpoint"
         try:
             done = patch(
                 model,
@@ -173,3 +175,12 @@ def patch_to_folder(
             made.rmdir()
             shutil.rmtree(kept, ignore_errors=True)
     return done, losses
+
+
+def _keep_alone(kept: Path) -> None:
+    """Delete what lies beside a folder, left by an earlier run that was killed as it saved."""
+    for left in kept.parent.iterdir():
+        if left.is_dir() and left != kept:
+            shutil.rmtree(left)
+        elif left != kept:
+            left.unlink()

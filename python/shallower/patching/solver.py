@@ -48,7 +48,7 @@ class Solver:
     ) -> None:
         self.model, self.plan, self.changes = model, plan, changes
         self._batches = fitted, held_out
-        self._checkpoint = PatchCheckpoint(checkpoint, plan, self._batches)
+        self._kept = checkpoint
         self.survivors = plan.survivors
         self.first_weight, self.ridge = FIRST_WEIGHTS[0], FIRST_RIDGE
 
@@ -88,6 +88,9 @@ class Solver:
             self._keep_start()
             advance(first)
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
+            self._checkpoint = PatchCheckpoint(
+                self._kept, self.plan, self._batches, (original, cut)
+            )
             for layer in solved:
                 advance(0, f"layer {layer}")
                 target = after.get(layer, layer + 1)

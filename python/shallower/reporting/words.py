@@ -73,6 +73,11 @@ def layer_words(layers: Sequence[int]) -> str:
     )
 
 
+def megabytes(num_bytes: int) -> str:
+    """``481 MB``, of 10^6 bytes."""
+    return f"{num_bytes / 1e6:,.0f} MB"
+
+
 def again(what: str, *commands: str) -> Section:
     """Give the commands that make all of it again; long ones are broken before their options.
 

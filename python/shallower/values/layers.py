@@ -226,6 +226,13 @@ def parse_sizes(text: str, *, least: int = 1) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
+def drop_option(blocks: Iterable[Block]) -> str:
+    """Blocks as ``--drop`` takes them, the reverse of :func:`parse_layers`: ``3,12:20``."""
+    return ",".join(
+        str(block.start) if len(block) == 1 else f"{block.start}:{block.stop}" for block in blocks
+    )
+
+
 def layer_count(count: int) -> str:
     """``1 layer``, ``4 layers``."""
     return f"{count} layer{'' if count == 1 else 's'}"

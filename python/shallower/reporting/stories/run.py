@@ -8,6 +8,7 @@ from ...errors import MetricError, ScanError
 from ...savings.weights import Weights, count_weights
 from ...values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ...values.gain import Gain
+from ...values.layers import drop_option
 from ...values.recommendation import Recommended, SizeRow
 from ...values.scores import Difference
 from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
@@ -20,6 +21,7 @@ from ..words import (
     layer_words,
     loss_fact,
     made_by,
+    megabytes,
     perplexity_words,
     range_cell,
     small_model,
@@ -159,10 +161,12 @@ class _RunStory:
                 share = Number.share(best.parameters_share).text
                 text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
                 rows[-1] = Fact("parameters", Number(text, gone), source)
-            words = _mega(weights.num_bytes)
+            words = megabytes(weights.num_bytes)
             if self._run.source:
                 name, size = self._run.source
-                words += f", {'dequantised from' if name.endswith('.gguf') else 'of'} {_mega(size)}"
+                words += (
+                    f", {'dequantised from' if name.endswith('.gguf') else 'of'} {megabytes(size)}"
+                )
             rows.append(Fact("weights on disk", words, source))
         return tuple(rows)
 
@@ -175,11 +179,11 @@ class _RunStory:
             found.insert(0, UNFINISHED)
         if run.source and run.source[0].endswith(".gguf") and self._weights:
             name, size = run.source
-            drop = ",".join(f"{block.start}:{block.stop}" for block in best.plan.blocks)
             found.append(
-                f"{name} has {_mega(size)} of quantised weights; they were dequantised, and what "
-                f"is left has {_mega(self._weights.num_bytes)}. shallower prune {name} --drop "
-                f"{drop} --as-gguf cuts the file itself, in its own types, and unpatched"
+                f"{name} has {megabytes(size)} of quantised weights; they were dequantised, and "
+                f"what is left has {megabytes(self._weights.num_bytes)}. shallower prune {name} "
+                f"--drop {drop_option(best.plan.blocks)} --as-gguf cuts the file itself, in its "
+                f"own types, and unpatched"
             )
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
@@ -318,10 +322,7 @@ class _RunStory:
                 "--out RUN",
             )
         )
-        drop = ",".join(
-            str(block.start) if len(block) == 1 else f"{block.start}:{block.stop}"
-            for block in self._best.plan.blocks
-        )
+        drop = drop_option(self._best.plan.blocks)
         commands = (
             command,
             f"shallower prune MODEL --drop {drop} --out CUT",
@@ -386,7 +387,3 @@ def _before_parameters(weights: Weights | None, best: Recommended) -> int:
     assert weights is not None
     assert weights.parameters is not None
     return round(weights.parameters / (1 - best.parameters_share))
-
-
-def _mega(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.0f} MB"

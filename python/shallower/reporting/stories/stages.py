@@ -52,7 +52,7 @@ def plan_table(plan: Plan) -> Table:
             "" if block.score is None else f"{distance_name(plan.metric)} {_distance(block).text}"
         )
         rows.append(("drop", _range(block), score))
-    rows.append(("keep", range_cell(plan.survivors), f"{layer_count(len(plan.survivors))}"))
+    rows.append(("keep", range_cell(plan.survivors), layer_count(len(plan.survivors))))
     title = f"plan: {len(plan.dropped)} of {plan.num_layers} layers"
     return Table(title, ("", "", ""), tuple(rows), plan.doubt)
 
