@@ -48,9 +48,13 @@ def texts_of(plan, source="a/tiny", **more):
     return exports(CutFacts(plan, source, **more))
 
 
-def cut_by(block, shallower):
-    """Carry out the one line of a block for the shell."""
-    program, *words = shlex.split(block)
+def one_line(command):
+    return re.sub(r"\\\n *", "", command)
+
+
+def cut_by(block, shallower, **places):
+    """Carry out the one line of a block for the shell, with ``places`` for words in capitals."""
+    program, *words = (str(places.get(word, word)) for word in shlex.split(one_line(block)))
     done = shallower(*words)
     assert (program, done.status) == ("shallower", 0), done.err
 
@@ -86,7 +90,7 @@ def check_other_tools(card, folder, survivors):
     The tools are not installed: their lines are read, and the files that they name. Where
     mergekit is, its line is run by test_exports.
     """
-    _, serve, others = blocks_of_code(card, "sh")
+    *_, serve, others = blocks_of_code(card, "sh")
     made = set()
     for line in (serve + "\n" + others).splitlines():
         program, *words = shlex.split(line, comments=True)

@@ -1,6 +1,10 @@
 """Every command of the cards of patches, adapters and merged models, carried out."""
 
+import json
 import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +16,19 @@ from tests.cutting.card_tools import (
     check_other_tools,
     cut_by,
     front,
+    one_line,
     stand_for,
     tell_no_paths,
     ways,
 )
+from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
 
 SURVIVORS = [0, 1, 4, 5]
+
+
+def write_texts(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def run_blocks(card, folder, monkeypatch):
@@ -61,6 +72,46 @@ def test_a_card_of_a_merged_model(both, healed, tmp_path, monkeypatch, shallower
     assert run_blocks(card, merged, monkeypatch).config.num_hidden_layers == len(SURVIVORS)
 
 
+def test_a_healing_is_made_again_by_its_card_to_the_last_digit(
+    both, tmp_path, monkeypatch, shallower
+):
+    whole, cut = both[0], tmp_path / "pruned" / "cut"
+    sh.prune(whole, [BLOCK], cut)
+    texts, held_out = (
+        write_texts(tmp_path / f"{name}.jsonl", some)
+        for name, some in (("some", TEXTS), ("others", HELD_OUT))
+    )
+    done = shallower(
+        "heal", cut, "--texts", texts, "--eval-texts", held_out, "--original", whole, "--merge",
+        "--out", tmp_path / "first", "--steps", "6", "--rank", "4", "--learning-rate", "1e-2",
+        "--max-length", "16", "--dtype", "float32", "--eval-every", "2", "--no-attention",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert "| held-out loss | not measured; `shallower eval` measures it |" in card
+    assert re.search(r"\| loss of the texts that choose the step \| [\d.]+ ± [\d.]+ before ", card)
+    monkeypatch.chdir(stand_for(tmp_path / "again", whole))
+    for block in blocks_of_code(card, "sh")[:2]:
+        cut_by(block, shallower, TEXTS=texts, EVAL_TEXTS=held_out)
+    assert Path("healed", "README.md").read_text() == card
+    assert_same_weights("healed", tmp_path / "first")
+
+
+def test_a_merged_model_has_the_loss_that_eval_finds(cut, tmp_path, shallower):
+    """Trained in bfloat16, stored in float32: the loss is that of what is stored."""
+    recipe = replace(QUICK, dtype="bfloat16")
+    done = sh.heal(
+        cut, TEXTS, tmp_path / "healed", recipe=recipe, eval_texts=HELD_OUT, merge=True
+    )  # fmt: skip
+    texts = write_texts(tmp_path / "others.jsonl", HELD_OUT)
+    found = shallower(
+        "eval", tmp_path / "healed", "--texts", texts, "--max-length", "16", "--dtype", "float32",
+        "--json",
+    )  # fmt: skip
+    assert found.json["base"]["nats"] == pytest.approx(done.merge.loss.nats, abs=1e-7)
+    assert done.merge.loss.nats != pytest.approx(done.after.nats, abs=1e-7)
+
+
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory, words):
     """A model that has learned something, its scan, and the folder of its patched cut."""
@@ -80,12 +131,34 @@ def test_a_card_of_a_patch(patched, tmp_path, monkeypatch, shallower):
     card = (folder / "cut" / "README.md").read_text()
     assert "**This model is healed**" in card
     tell_no_paths(folder / "cut", folder)
-    for name, make in ways(card, shallower).items():
-        monkeypatch.chdir(stand_for(tmp_path / name, folder / "whole"))
-        make()
-        assert (tmp_path / name / "cut" / "model.safetensors").is_file()
+    again = shlex.split(one_line(blocks_of_code(card, "sh")[0]))
+    assert again[:3] == ["shallower", "patch", "SOURCE"]
+    assert "--eval-texts" not in again  # nothing was measured
     check_other_tools(card, folder / "cut", plan.survivors)
     assert run_blocks(card, folder / "cut", monkeypatch).config.num_hidden_layers == 6
+
+
+def test_a_patch_is_made_again_by_its_card_to_the_last_digit(
+    patched, tmp_path, monkeypatch, shallower
+):
+    """The card is the same, losses and all, and so are the weights."""
+    folder, plan = patched
+    texts = write_texts(tmp_path / "some.jsonl", examples.sentences(200, seed=3))
+    held_out = write_texts(tmp_path / "others.jsonl", examples.sentences(40, seed=4))
+    drop = ",".join(map(str, plan.dropped))
+    done = shallower(
+        "patch", folder / "whole", "--drop", drop, "--texts", texts, "--eval-texts", held_out,
+        "--out", tmp_path / "first", "--max-length", "12", "--num-tokens", "900",
+        "--dtype", "float32",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert re.search(r"\| held-out loss \| [\d.]+ ± [\d.]+ → [\d.]+ ± ", card)
+    monkeypatch.chdir(stand_for(tmp_path / "again", folder / "whole"))
+    cut_by(blocks_of_code(card, "sh")[0], shallower, TEXTS=texts, EVAL_TEXTS=held_out)
+    named = Path("cut", "README.md").read_text().replace("| source | SOURCE", "| source | whole")
+    assert named == card
+    assert_same_weights("cut", tmp_path / "first")
 
 
 def test_a_patch_keeps_score_metric_texts_and_strategy(patched):

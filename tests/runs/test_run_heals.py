@@ -11,8 +11,10 @@ import shallower as sh
 from shallower.reporting.results import Run
 from shallower.runs.healing_stage import HealingStage
 from tests.conftest import write_jsonl
+from tests.cutting.card_tools import blocks_of_code, one_line
 from tests.documents import assert_same, once, state_of
 from tests.healing.cuts import MANY, QUICK, documents
+from tests.runs.test_again import commands_of
 
 TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ["w5 w7"]}
@@ -183,6 +185,19 @@ def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     assert recommended["healed"] < recommended["patched"] < recommended["cut"]
     assert done.json["checkpoint"] == str(tmp_path / "out" / "healed")
     assert done.json["healing"]["recipe"]["steps"] == 6
+    out = tmp_path / "out"
+    losses, recommended = Run.load(out), Run.load(out).recommended
+    card = (out / "healed" / "README.md").read_text()
+    assert f"| held-out loss | {losses.whole} → {recommended.healed} nats a token, " in card
+    before = f"{losses.whole} → {recommended.patched} nats a token, "
+    assert f"| held-out loss, before the healing | {before}" in card
+    assert "not measured" not in card
+    again, *_ = blocks_of_code(card, "sh")
+    assert one_line(again) == losses.command
+    assert "--heal --heal-steps 6" in again.replace(" \\\n    ", " ")
+    assert "Healing it again" not in card  # the run does it
+    evaluated = [one for one in commands_of(out) if one.startswith("shallower eval out/")]
+    assert [one.split()[2] for one in evaluated] == ["out/checkpoint", "out/healed"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 _called: list[str] = []
+_SAID_ONCE = frozenset({"--json", "--no-cache", "--overwrite"})
 
 
 def remember_call(name: str, arguments: "Sequence[str]") -> None:
@@ -24,15 +25,19 @@ def remember_call(name: str, arguments: "Sequence[str]") -> None:
 
 
 def called() -> str:
-    """Give the words of this call, for a shell; of places on this machine their last part."""
+    """Give the words of this call, for a shell; of places on this machine their last part.
+
+    What changes no result is left out.
+    """
     import shlex
+
+    from ..cutting.source import place_name
 
     def shown(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        is_place = "/" in value and (value[:1] in "/.~" or Path(value).exists())
-        return f"{option}{equals}{Path(value).name if is_place else value}"
+        return f"{option}{equals}{place_name(value)}"
 
-    return shlex.join(map(shown, _called))
+    return shlex.join(shown(word) for word in _called if word not in _SAID_ONCE)
 
 
 def show(*parts: "Part") -> None:

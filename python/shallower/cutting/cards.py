@@ -3,14 +3,17 @@
 Texts only: they are written with the cut, so that they appear with it or not at all.
 """
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage import write_file
 from ..values.layers import Block, drop_option, ranges
-from ..values.loss import with_error
+from ..values.loss import Loss, with_error
 from ..values.plan import Plan
+from ..values.settings import option_words, shell_lines
 from .exports import (
     MERGEKIT_FILE,
     PRUNE_LAYERS_FILE,
@@ -42,22 +45,8 @@ Whole decoder layers were cut out of {source}. They are counted from 0, and rang
 |---|---|
 {rows}
 
-## Making the cut again
-
-On the command line or in Python: either makes the whole cut.{placeholder}
-
-```sh
-{command}
-```
-
-```python
-import shallower as sh
-
-{python}
-```
-
-## Loading it
-
+{again}
+{loading}
 From this folder, by transformers{version}:
 
 ```python
@@ -88,6 +77,48 @@ llama-quantize --prune-layers {prune_layers} source.gguf cut.gguf copy
 - `--prune-layers` needs llama.cpp of August 2026 (commit 0c1e570) or later. Earlier builds look
   tensors up by their new names, and drop the wrong layers or crash.
 """
+
+_CUT_AGAIN = """\
+## Making the cut again
+
+On the command line or in Python: either makes the whole cut.{placeholder}
+
+```sh
+{command}
+```
+
+```python
+import shallower as sh
+
+{python}
+```
+"""
+
+_MADE_AGAIN = """\
+## Making it again
+
+On the same texts it ends in this model, and in the numbers above.{placeholder} Other words in
+capitals are places of texts: those that it is fitted on, and those of the held-out loss.
+
+```sh
+{command}
+```
+"""
+
+_HEALED_AGAIN = """\
+## Healing it again
+
+Of the cut in `cut`: `TEXTS` are those that are trained on, `EVAL_TEXTS` choose the step,
+`SOURCE` is the uncut model.
+
+```sh
+{command}
+```
+
+"""
+
+_LOADING = "## Loading it\n"
+_LOSS = re.compile(r"^\| held-out loss \| (?!not measured)(.*) \|$", re.MULTILINE)
 
 _VERSION = """ 5 or later (version 4 ignores `rope_parameters` in
 `config.json`, and loads another model without an error)"""
@@ -128,9 +159,8 @@ def cut_card(facts: CutFacts) -> str:
         not_healed=_NOT_HEALED,
         source=_described(source),
         rows=_table(_rows(facts)),
-        placeholder=_placeholder(source),
-        command=_command(facts),
-        python=_python(facts),
+        again=_again(facts),
+        loading=_LOADING,
         version=_VERSION if facts.needs_5 and not gguf else "",
         arguments=f'".", gguf_file={gguf!r}' if gguf else '"."',
         serve=_SERVE_GGUF.format(gguf=quoted) if gguf else _SERVE_FOLDER,
@@ -192,12 +222,20 @@ def _arguments(facts: CutFacts) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value not in (None, False)}
 
 
-def _command(facts: CutFacts) -> str:
+def _again(facts: CutFacts) -> str:
+    """Say how the model is made again."""
+    placeholder = _placeholder(facts.source)
+    if facts.command:
+        source = shlex.join([facts.source.place, *option_words(_arguments(facts))])
+        command = facts.command.replace("{source}", source)
+        known = "" if PLACEHOLDER not in shlex.split(command) else placeholder
+        return _MADE_AGAIN.format(placeholder=known, command=shell_lines(command))
     drop = drop_option(facts.plan.blocks)
     words = ["shallower", "prune", facts.source.place, "--drop", drop]
-    for name, value in _arguments(facts).items():
-        words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    return shlex.join([*words, "--out", facts.out])
+    words += [*option_words(_arguments(facts)), "--out", facts.out]
+    return _CUT_AGAIN.format(
+        placeholder=placeholder, command=shlex.join(words), python=_python(facts)
+    )
 
 
 def _python(facts: CutFacts) -> str:
@@ -219,15 +257,19 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     if plan.positions:
         rows.append(("tokens compared", f"{plan.positions} of every text"))
     if facts.losses:
-        before, after = facts.losses
-        tokens = f"{after.num_tokens} tokens of {after.num_texts} texts"
-        rows.append(("held-out loss", f"{before} → {after} nats a token, {tokens}"))
+        rows.append(("held-out loss", _lost(facts.losses)))
     else:
         rows.append(("held-out loss", "not measured; `shallower eval` measures it"))
     if plan.model:
         rows.append(("source", str(plan.model)))
     made_with = ", ".join(f"{package} {version}" for package, version in plan.versions.items())
     return [*rows, ("made with", made_with)]
+
+
+def _lost(losses: tuple[Loss, Loss]) -> str:
+    before, after = losses
+    tokens = f"{after.num_tokens} tokens of {after.num_texts} texts"
+    return f"{before} → {after} nats a token, {tokens}"
 
 
 def _scored(block: Block, metric: str | None) -> str:
@@ -291,13 +333,22 @@ def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -
     )
 
 
-def healed_card(cut_card: Path, what: str, rows: Sequence[tuple[str, str]]) -> str:
+def healed_card(
+    cut_card: Path, what: str, rows: Sequence[tuple[str, str]], *, command: str = ""
+) -> str:
     """The card of a cut after healing: only what it says of healing changes.
 
-    ``cut_card`` need not exist; ``what`` ends the sentence "after the cut, ...".
+    ``cut_card`` need not exist; ``what`` ends the sentence "after the cut, ...". ``command`` heals
+    the cut, and what was measured of it is of before that; a run that heals has it in its own line.
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
     healed = _healed(what, rows)
+    if command:
+        text = _LOSS.sub(r"| held-out loss, before the healing | \1 |", text, count=1)
+        if not re.search(r"^shallower (run|demo) [^`]*--heal\b", text, re.MULTILINE):
+            section = _HEALED_AGAIN.format(command=shell_lines(command))
+            before, heading, behind = text.partition(_LOADING)
+            text = f"{before}{section}{heading}{behind}" if heading else f"{text}\n{section}"
     if _NOT_HEALED in text:
         return text.replace(_NOT_HEALED, healed, 1)
     front = FRONT_MATTER.match(text)
@@ -305,6 +356,17 @@ def healed_card(cut_card: Path, what: str, rows: Sequence[tuple[str, str]]) -> s
         return f"{text[: front.end()]}\n{healed}\n{text[front.end() :]}"
     metadata = front_matter({}, base=None, relation="finetune", library="transformers")
     return f"---\n{metadata}---\n\n{healed}\n{text}"
+
+
+def state_loss(card: Path, losses: tuple[Loss, Loss]) -> None:
+    """Write into a card what its model loses, which was measured after it was written."""
+    text = card.read_text(encoding="utf-8")
+    row = f"| held-out loss | {_lost(losses)} |"
+    found = re.search(r"^\| held-out loss(, before the healing)? \| .* \|$", text, re.MULTILINE)
+    if found is None:
+        return
+    kept = f"{found[0]}\n" if found[1] else ""
+    write_file(card, f"{text[: found.start()]}{kept}{row}{text[found.end() :]}".encode())
 
 
 def _healed(what: str, rows: Sequence[tuple[str, str]]) -> str:

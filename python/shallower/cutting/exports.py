@@ -32,6 +32,8 @@ class CutFacts:
         losses: the held-out loss before and after the cut, if they were measured.
         gguf: the name of the new file, if it is a GGUF file.
         needs_5: whether its config is written for transformers 5.
+        command: the command line that made it, if it was not ``prune``; ``{source}`` in it stands
+            for the uncut model with the options that load it.
     """
 
     plan: Plan
@@ -41,6 +43,7 @@ class CutFacts:
     losses: tuple[Loss, Loss] | None = None
     gguf: str | None = None
     needs_5: bool = False
+    command: str = ""
 
     @property
     def out(self) -> str:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -72,10 +73,7 @@ def save_model(
     if plan is None:
         _save(model, tokenizer, Path(path), overwrite)
     else:
-        source = _source_of(model, plan)
-        save_cut(
-            model, tokenizer, path, plan=plan, source=source, overwrite=overwrite, losses=losses
-        )
+        save_cut(model, tokenizer, path, plan=plan, overwrite=overwrite, losses=losses)
 
 
 def save_cut(
@@ -84,13 +82,18 @@ def save_cut(
     path: str | Path,
     *,
     plan: Plan,
-    source: Source,
+    source: Source | None = None,
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
+    command: str = "",
 ) -> None:
-    """Save a cut as :func:`save_model` does, where its ``source`` is known."""
+    """Save a cut as :func:`save_model` does; ``source`` is what the model names by default.
+
+    ``command`` is what made it, as :class:`~.exports.CutFacts` has it.
+    """
     require_weights(model)
-    texts = exports(_facts(model, plan, source, losses))
+    source = source or _source_of(model, plan)
+    texts = exports(replace(_facts(model, plan, source, losses), command=command))
     _save(model, tokenizer, Path(path), overwrite, plan, texts, source.licenses)
 
 

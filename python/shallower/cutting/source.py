@@ -111,6 +111,13 @@ class Source:
         return self.hub or PLACEHOLDER
 
 
+def place_name(word: str | Path) -> str:
+    """The last part of a place on this machine; any other word as it is."""
+    word = str(word)
+    is_place = "/" in word and (word[:1] in "/.~" or Path(word).exists())
+    return Path(word).name if is_place else word
+
+
 def find_source(
     named: str | Path,
     *,

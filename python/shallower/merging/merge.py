@@ -1,8 +1,9 @@
 """The folder that a merge leaves: checkpoint, plan, card, curve and record."""
 
+import shlex
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 
 from ..cutting.cards import healed_card
 from ..cutting.exports import EXPORT_FILES
-from ..cutting.source import CARD_FILE, find_source
+from ..cutting.source import CARD_FILE, PLACEHOLDER, find_source
 from ..errors import MissingExtraError, ModelError, OutputError
 from ..patching.saving import PATCH_FILE
 from ..reporting.charts.run import healing_chart
@@ -18,6 +19,7 @@ from ..storage import check_apart, check_free, new_folder, write_file
 from ..values.files import PLAN_FILE
 from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing
 from ..values.recipe import GLOBAL_BATCH
+from ..values.settings import option_words
 from .merging import Merging
 from .stored_adapters import read_adapter_config
 
@@ -102,7 +104,12 @@ def write_merged(folder: Path, merging: Merging) -> Healing:
     copy_beside(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))
     copy_files(find_source(base).licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
-    card = healed_card(Path(base).expanduser() / CARD_FILE, _MERGED, healing_rows(healing))
+    card = healed_card(
+        Path(base).expanduser() / CARD_FILE,
+        _MERGED,
+        healing_rows(healing),
+        command=healing_command(healing),
+    )
     write_file(folder / CARD_FILE, card.encode())
     return healing
 
@@ -123,14 +130,34 @@ def healing_rows(healing: Healing) -> list[tuple[str, str]]:
         ),
     ]
     if healing.before and healing.after:
-        rows.append(("held-out loss", f"{healing.before} → {healing.after} nats a token"))
+        step = f"{healing.before} before the first step, {healing.after} at the best one"
+        rows.append(("loss of the texts that choose the step", f"{step}, nats a token"))
     if healing.cut:
-        rows.append(("held-out loss, unpatched", f"{healing.cut} nats a token"))
+        rows.append(("on them, unpatched", f"{healing.cut} nats a token"))
     if healing.original:
-        rows.append(("held-out loss, uncut", f"{healing.original} nats a token"))
+        rows.append(("on them, uncut", f"{healing.original} nats a token"))
     if healing.merge and healing.merge.loss:
-        rows.append(("held-out loss, merged", f"{healing.merge.loss} nats a token"))
+        merged = f"{healing.merge.loss} nats a token, in {healing.merge.dtype}"
+        rows.append(("on them, merged", merged))
     return rows
+
+
+def healing_command(healing: Healing) -> str:
+    """Write the command that heals a cut again, with all that its result depends on."""
+    recipe = asdict(healing.recipe)
+    for name in ("batch_size", "recompute"):  # what the memory of a machine decides
+        del recipe[name]
+    for name in ("packing", "attention"):
+        recipe[f"no_{name}"] = not recipe[name]
+    options = {
+        "texts": "TEXTS",
+        "eval_texts": "EVAL_TEXTS" if healing.held_out else None,
+        "original": PLACEHOLDER if healing.original or healing.recipe.has_teacher else None,
+        **recipe,
+        "merge": True,
+        "out": "healed",
+    }
+    return shlex.join(["shallower", "heal", "cut", *option_words(options)])
 
 
 def write_curve(folder: Path, healing: Healing) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..cutting.checkpoint_files import is_checkpoint
@@ -149,7 +149,11 @@ class Merging:
                 None if self.trained is None else float((got - self.trained).norm()) / scale
             ),
         )
-        return self._with_loss(merge, Decoder.of(model), tokenizer)
+        if not self.held_out or dtype == "float32":
+            return self._with_loss(merge, model, tokenizer)
+        del model
+        model, tokenizer = self._source(folder, dtype, device_map).load()
+        return self._with_loss(merge, model, tokenizer)
 
     def _by_tensors(
         self, folder: Path, dtype: str, stored: StoredCheckpoint, changes: Mapping[str, LowRank]
@@ -181,25 +185,23 @@ class Merging:
             )
             return merge
         model, tokenizer = self._source(folder, dtype, device_map).load()
-        return self._with_loss(merge, Decoder.of(model), tokenizer)
+        return self._with_loss(merge, model, tokenizer)
 
     def _with_loss(
-        self, merge: Merge, decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+        self, merge: Merge, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Merge:
-        """With the held-out loss, in the arithmetic of the other losses of the healing."""
+        """With the held-out loss of the model as it is stored, which ``eval`` measures alike."""
         if not self.held_out:
             return merge
-        recipe = self.healing.recipe
-        with computing(recipe, decoder.device):
-            loss = evaluate_loss(
-                decoder,
-                tokenizer,
-                self.held_out,
-                max_length=recipe.max_length,
-                batch_size=recipe.batch_size,
-                progress=self.progress,
-                description="loss, merged",
-            )
+        loss = evaluate_loss(
+            Decoder.of(model),
+            tokenizer,
+            self.held_out,
+            max_length=self.healing.recipe.max_length,
+            batch_size=self.healing.recipe.batch_size,
+            progress=self.progress,
+            description="loss, merged",
+        )
         return replace(merge, loss=loss)
 
 

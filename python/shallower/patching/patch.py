@@ -145,9 +145,8 @@ def _solved(
     Yields the patch and the weights that changed: unless the body commits, the old ones return.
     """
     plan = _plan_of(model, layers)
-    fitted, held_out = divide(
-        tokenizer, texts, tokens=tokens, num_tokens=_num_tokens(model, num_tokens)
-    )
+    most = _num_tokens(model, num_tokens)
+    fitted, held_out = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
     changes = Changes()
     try:
         try:
@@ -167,6 +166,9 @@ def _solved(
                 f"{done.patched:.4f} nats with it and {done.cut:.4f} without, of "
                 f"{done.original:.4f} before the cut; give more texts, or drop other layers"
             )
+        done = replace(
+            done, max_length=tokens.max_length, batch_size=tokens.texts, most_tokens=most
+        )
         yield done, changes
     finally:
         changes.undo()

@@ -1,6 +1,7 @@
 """The folder that a patch leaves: the checkpoint, its report and a card."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.cards import healed_card
 from ..cutting.in_model import without_layers
-from ..cutting.saving import save_model
+from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
 from ..errors import PatchError
 from ..evaluation.loss import evaluate_loss, require_predictable
@@ -26,10 +27,11 @@ from ..storage import (
     write_file,
 )
 from ..texts.sources import place_of_texts
-from ..values.layers import Layers
+from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
 from ..values.patch import Patch
 from ..values.plan import Plan
+from ..values.settings import option_words
 from .patch import patch
 
 PATCH_FILE = "shallower_patch.json"
@@ -49,6 +51,7 @@ def save_patched(
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
     more: Mapping[str, bytes] | None = None,
+    command: str = "",
 ) -> None:
     """Save a patched model as a standard checkpoint.
 
@@ -64,6 +67,7 @@ def save_patched(
         losses: the losses before the cut and after the patch, on text that no choice was made
             on.
         more: files to put beside it, by name.
+        command: the command line that made it, for the card; ``shallower patch`` by default.
 
     Raises:
         OutputError, ModelError: as :func:`shallower.save_model`.
@@ -71,12 +75,33 @@ def save_patched(
     check_apart(path, [place_of(model)])
     with new_folder(Path(path), overwrite) as folder:
         folder.rmdir()
-        save_model(model, tokenizer, folder, plan=done.plan, losses=losses)
+        save_cut(
+            model,
+            tokenizer,
+            folder,
+            plan=done.plan,
+            losses=losses,
+            command=command or _command(done, measured=losses is not None),
+        )
         card = healed_card(folder / CARD_FILE, _PATCHED, _patch_rows(done))
         report = json.dumps(done.to_json(), indent=2) + "\n"
         beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
         for name, content in beside.items():
             write_file(folder / name, content)
+
+
+def _command(done: Patch, *, measured: bool) -> str:
+    """Write the command that makes a patch again, of a source that is named later."""
+    options = {
+        "drop": drop_option(done.plan.blocks),
+        "texts": "TEXTS",
+        "eval_texts": "EVAL_TEXTS" if measured else None,
+        "max_length": done.max_length or None,
+        "batch_size": done.batch_size or None,
+        "num_tokens": done.most_tokens or None,
+        "out": "cut",
+    }
+    return f"shallower patch {{source}} {shlex.join(option_words(options))}"
 
 
 def _patch_rows(done: Patch) -> list[tuple[str, str]]:

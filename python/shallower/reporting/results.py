@@ -56,7 +56,10 @@ class Run:
             reloaded by stock transformers, and those of the model in memory. NaN until it is
             known, which is null in JSON.
         healing: the record of the healing, if the cut was healed.
-        command: the command line, without places; empty if there was none.
+        command: the command line that makes it again, without places.
+        loaded: the words of a command line that name the model, as ``command`` does.
+        evaluated: the options of ``shallower eval`` that measure on the texts that report; empty
+            where those are no texts of their own.
         source: the name of the folder or file that the model was loaded from, and the bytes of
             its weights there; None where they are not known.
         marks: what distinguishes this run, and the weights that it has written, from others;
@@ -74,6 +77,8 @@ class Run:
     difference: float = math.nan
     healing: Healing | None = None
     command: str = ""
+    loaded: str = "MODEL"
+    evaluated: str = ""
     source: tuple[str, int] | None = None
     marks: dict[str, str | None] = field(default_factory=dict)
 
@@ -109,6 +114,8 @@ class Run:
             "max_logits_difference": None if math.isnan(self.difference) else self.difference,
             "healing": self.healing and self.healing.to_json(),
             "command": self.command,
+            "loaded": self.loaded,
+            "evaluated": self.evaluated,
             "source": self.source and list(self.source),
             "marks": self.marks,
         }
@@ -145,6 +152,8 @@ class Run:
                 tuple(Continuations(**one) for one in values["continuations"]),
                 math.nan if difference is None else of_type(float, difference),
                 command=of_type(str, values.get("command", "")),
+                loaded=of_type(str, values.get("loaded", "MODEL")),
+                evaluated=of_type(str, values.get("evaluated", "")),
                 source=source and (of_type(str, source[0]), of_type(int, source[1])),
                 marks=dict(values["marks"]),
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..values.layers import blocks_of, ranges
 from ..values.loss import Loss
 from ..values.scores import Difference
+from ..values.settings import shell_lines
 from .story import Fact, Number, Section
 
 SMALL = 1_000_000_000
@@ -83,12 +84,11 @@ def again(what: str, *commands: str) -> Section:
 
     ``what`` says in a sentence what they do.
     """
-    line = f"{what} Words in capitals are places on your machine."
-    broken = (
-        command if len(command) <= 64 else command.replace(" --", " \\\n    --")
-        for command in commands
+    line = (
+        f"{what} Names of files and folders are those of the machine that made it, words in "
+        f"capitals are places on yours."
     )
-    return Section("Make it again", (line,), commands=tuple(broken))
+    return Section("Make it again", (line,), commands=tuple(map(shell_lines, commands)))
 
 
 def few_texts(num_texts: int) -> list[str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cutting.cards import state_loss
+from ..cutting.source import CARD_FILE
 from ..errors import ModelError
 from ..evaluation.loss import fitting_tokens
 from ..healing.checks import require_healable
@@ -77,6 +79,7 @@ class HealingStage:
         source = ModelSource(place, dtype, trust_remote_code=self.study.origin[1])
         model, tokenizer = source.load()
         healed = self._loss(model, tokenizer)
+        state_loss(place / CARD_FILE, (results.whole, healed))
         samples = tuple(
             replace(one, healed=continue_text(model, tokenizer, one.prompt))
             for one in results.continuations

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from functools import cached_property
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
-from ..cutting.saving import save_model, verify_checkpoint
+from ..cutting.saving import save_cut, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
@@ -46,7 +47,7 @@ from ..values.settings import RunSettings
 from .continuing import continue_text
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
-from .study import Study
+from .study import Study, model_words
 
 SCAN_TEXTS = 256
 """Texts by which layers are compared, at most: errors of distances are small long before those
@@ -137,7 +138,9 @@ class Recommending:
             self._scan,
             whole,
             texts,
-            command=study.command,
+            command=study.again,
+            loaded=shlex.join(model_words(study.model)),
+            evaluated=study.again_by_eval,
             source=(place.name, size) if place and size else None,
             marks=marks,
         )
@@ -275,14 +278,26 @@ class Recommending:
         assert recommended is not None
         if done is None:
             losses = results.whole, recommended.cut
-            save_model(
-                self._model, self._tokenizer, folder, plan=plan, overwrite=True, losses=losses
+            save_cut(
+                self._model,
+                self._tokenizer,
+                folder,
+                plan=plan,
+                overwrite=True,
+                losses=losses,
+                command=results.command,
             )
         else:
             losses = results.whole, self._measuring.loss_now(self._model)
             samples = tuple(self._continued(one, "patched") for one in results.continuations)
             save_patched(
-                self._model, self._tokenizer, folder, done=done, overwrite=True, losses=losses
+                self._model,
+                self._tokenizer,
+                folder,
+                done=done,
+                overwrite=True,
+                losses=losses,
+                command=results.command,
             )
             recommended = replace(recommended, patched=losses[1])
             results = replace(results, recommended=recommended, continuations=samples)

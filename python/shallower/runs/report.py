@@ -75,13 +75,16 @@ def read_story(folder: Path, *, drawn: bool) -> Story:
         data = _read(folder / CURVE_FILE)
         curve = _parsed(Curve, data, folder / CURVE_FILE)
         command = str(data.get("command", ""))
-        return curve_story(curve, command=command, drawn=drawn)
+        return curve_story(curve, command=command, folder=folder.resolve().name, drawn=drawn)
     if (folder / COMPARISON_FILE).is_file():
         from ..reporting.stories.comparison import comparison_story
 
         data = _read(folder / COMPARISON_FILE)
         comparison = _parsed(CriteriaComparison, data, folder / COMPARISON_FILE)
-        return comparison_story(comparison, command=str(data.get("command", "")), drawn=drawn)
+        command = str(data.get("command", ""))
+        return comparison_story(
+            comparison, command=command, folder=folder.resolve().name, drawn=drawn
+        )
     raise OutputError(
         f"{folder} holds no results: expected the folder of a run ({RESULTS_FILE}), of a curve "
         f"({CURVE_FILE}) or of a comparison ({COMPARISON_FILE})"

@@ -6,6 +6,7 @@ its own, what is refused before anything heavy, and how results are written befo
 """
 
 import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from ..cutting.source import place_name
 from ..errors import TextsError
 from ..models.source import ModelSource
 from ..storage import check_alone, check_apart, check_free, claimed, write_file
@@ -22,7 +24,7 @@ from ..texts.options import OptionItem
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
 from ..values.hashing import hash_of
-from ..values.settings import StudySettings
+from ..values.settings import StudySettings, option_words
 from .given_models import InMemory, ModelStore, inputs_of_one
 from .inputs import texts_inputs
 from .store import Store
@@ -200,6 +202,35 @@ class Study(ABC, Generic[Settings]):
         read = next(iter(self._read.values()))
         return ReadOnce(self.split.training(islice(read, self.settings.max_texts, None)))
 
+    @cached_property
+    def again(self) -> str:
+        """The command line that makes the study again; of a call from Python, one like it."""
+        if self.command:
+            return self.command
+        words = ["shallower", self.KIND]
+        words += [word for model in self.models for word in model_words(model, dtype=True)]
+        for texts in self._named_texts.values():
+            words += ["--texts", _texts_word(texts, "TEXTS")]
+        if self.eval_texts is not None:
+            words += ["--eval-texts", _texts_word(self.eval_texts, "EVAL_TEXTS")]
+        out = [] if self.out is None else ["--out", self.out.name]
+        return shlex.join([*words, *self.settings.to_words(), *out])
+
+    @property
+    def again_by_eval(self) -> str:
+        """The options by which ``shallower eval`` measures on the texts that report; none of texts
+        that are a part of those of calibration.
+        """
+        if self.eval_texts is None:
+            return ""
+        settings = self.settings
+        options = {
+            "texts": _texts_word(self.eval_texts, "EVAL_TEXTS"),
+            "max_texts": settings.max_eval_texts,
+            "max_length": settings.max_length,
+        }
+        return shlex.join(option_words(options))
+
     @property
     def origin(self) -> tuple[str, bool]:
         """The name of the model, and whether its own code may be run."""
@@ -327,6 +358,24 @@ class Study(ABC, Generic[Settings]):
     def write(self, values: Mapping[str, Any]) -> None:
         """Write the results as far as they are known, before the next step."""
         if self.out is not None:
-            beside = {"job": self.job, "command": self.command}
+            beside = {"job": self.job, "command": self.again}
             content = json.dumps({**values, **beside}, indent=2) + "\n"
             write_file(self.out / self.RESULTS, content.encode())
+
+
+def model_words(model: ModelSource | InMemory, *, dtype: bool = False) -> list[str]:
+    """Name a model for a command line, by its last part if it is a place; MODEL in memory.
+
+    With the options that load it, but its ``dtype`` only on demand.
+    """
+    if not isinstance(model, ModelSource):
+        return ["MODEL"]
+    options: dict[str, Any] = {"dtype": model.dtype if dtype and model.dtype != "auto" else None}
+    options |= {"gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
+    return [place_name(model.path), *option_words(options)]
+
+
+def _texts_word(texts: object, otherwise: str) -> str:
+    """Name texts for a command line; ``otherwise`` where they were given as strings."""
+    place = place_of_texts(texts)
+    return otherwise if place is None else place_name(place)

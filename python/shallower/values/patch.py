@@ -51,6 +51,9 @@ class Patch:
         scales: of ``magnitude`` only, the growth of the norms across each block.
         descent: the loss after the steps that all matrices from the first of these layers on
             took together; empty where they did not help.
+        max_length: tokens of a text at most; 0 in a record of an earlier version.
+        batch_size: texts in one forward; 0 in one.
+        most_tokens: tokens that were to be fitted, at most; 0 in one.
     """
 
     plan: Plan
@@ -63,6 +66,9 @@ class Patch:
     fits: tuple[Fit, ...] = ()
     scales: tuple[float, ...] = ()
     descent: tuple[float, ...] = ()
+    max_length: int = 0
+    batch_size: int = 0
+    most_tokens: int = 0
 
     @property
     def recovered(self) -> float:

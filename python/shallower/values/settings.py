@@ -23,6 +23,9 @@ PROMPTS = (
 )
 """Texts that the models of a run continue, by default."""
 
+_NO_OPTION = {"num_choosing", "prompts"}
+"""Settings that the command line has not."""
+
 _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory"}
 """Settings that change no result, but by the texts that are read, which are known by content."""
 
@@ -89,6 +92,26 @@ class StudySettings:
             for name, value in found.items()
             if name not in _WITHOUT_EFFECT and not isinstance(value, Path)
         }
+
+    def to_words(self) -> list[str]:
+        """Give the settings that are not the defaults as options of the command line.
+
+        What only Python can set is left out.
+        """
+        default = type(self)()
+        changed: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value == getattr(default, one.name) or one.name in _NO_OPTION:
+                continue
+            if isinstance(value, Path):
+                value = value.name
+            elif not isinstance(value, str | int | float):
+                value = (
+                    ",".join(map(str, plain)) if isinstance(plain := _plain(value), list) else None
+                )
+            changed[one.name] = value
+        return option_words(changed)
 
     def _check_least(self, name: str, least: int, error: type[Exception] = LayersError) -> None:
         value = getattr(self, name)
@@ -318,6 +341,20 @@ class CompareSettings(StudySettings):
                 "the judge options needs a file of items, and no other judge takes one "
                 "(judge and options, --judge options and --options)"
             )
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Write options by their names in Python for a shell; what is None or False is left out."""
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words
+
+
+def shell_lines(command: str) -> str:
+    """Break a long command line before its options."""
+    return command if len(command) <= 64 else command.replace(" --", " \\\n    --")
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,11 @@ from ..words import (
 
 
 def comparison_story(
-    comparison: CriteriaComparison, *, command: str = "", drawn: bool = True
+    comparison: CriteriaComparison,
+    *,
+    command: str = "",
+    folder: str = "COMPARISON",
+    drawn: bool = True,
 ) -> Story:
     """Make the story of a comparison; ``command`` is its command line, ``drawn`` with figures."""
     groups = groups_of(comparison)
@@ -41,7 +45,7 @@ def comparison_story(
             _settings(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
             _numbers(comparison),
-            _again(command),
+            _again(command, folder),
             differs(
                 comparison.max_length,
                 _dtypes(comparison),
@@ -321,8 +325,8 @@ def _numbers(comparison: CriteriaComparison) -> Section:
     return Section("Every number, and where it is from", (line,), tuple(found))
 
 
-def _again(command: str) -> Section:
+def _again(command: str, folder: str) -> Section:
     known = command or (
         "shallower compare MODEL --texts TEXTS --eval-texts TEXTS --n SIZES --out COMPARISON"
     )
-    return again("The comparison, and this page.", known, "shallower report COMPARISON")
+    return again("The comparison, and this page.", known, f"shallower report {folder}")

@@ -27,13 +27,15 @@ from ..words import (
 _OF_STATE = {"cut": "as they are cut", "patched": "patched", "healed": "healed"}
 
 
-def curve_story(curve: Curve, *, command: str = "", drawn: bool = True) -> Story:
+def curve_story(
+    curve: Curve, *, command: str = "", folder: str = "CURVE", drawn: bool = True
+) -> Story:
     """Make the story of a curve; ``command`` is its command line, ``drawn`` with figures."""
     shown = _shown(curve)
     sections = [_settings(curve), _curves(curve, drawn)]
     sections += [
         _numbers(curve),
-        _again(command),
+        _again(command, folder),
         differs(curve.max_length, curve.dtype, curve.versions),
     ]
     cost = ""
@@ -326,6 +328,6 @@ def _numbers(curve: Curve) -> Section:
     return Section("Every number, and where it is from", (line,), tuple(facts))
 
 
-def _again(command: str) -> Section:
+def _again(command: str, folder: str) -> Section:
     known = command or "shallower curve MODEL --texts TEXTS --eval-texts TEXTS --out CURVE"
-    return again("The curve, and this page.", known, "shallower report CURVE")
+    return again("The curve, and this page.", known, f"shallower report {folder}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...savings.weights import Weights, count_weights
-from ...values.files import CHECKPOINT_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ...values.gain import Gain
 from ...values.layers import drop_option
 from ...values.recommendation import Recommended, SizeRow
@@ -312,25 +312,29 @@ class _RunStory:
         return Section("Every number, and where it is from", (line,), tuple(facts))
 
     def _again(self) -> Section:
-        run = self._run
-        texts = run.scan.texts[0] if run.scan.texts else None
-        command = run.command or " ".join(
-            (
-                "shallower run MODEL --texts TEXTS --eval-texts TEXTS",
-                f"--n {len(self._best.plan.dropped)}",
-                *([f"--max-length {texts.max_length}"] if texts else []),
-                "--out RUN",
-            )
-        )
+        run, folder = self._run, Path(self._run.out).resolve().name
         drop = drop_option(self._best.plan.blocks)
-        commands = (
-            command,
-            f"shallower prune MODEL --drop {drop} --out CUT",
-            f"shallower eval {Path(CHECKPOINT_FOLDER).name} --texts EVAL_TEXTS",
-            "shallower report RUN",
-        )
-        what = "The run; the bare cut alone; the loss of what was made; this page."
-        return again(what, *commands)
+        commands = {
+            "The run": run.command or f"shallower run {run.loaded} --texts TEXTS --out {folder}",
+            "the bare cut alone": f"shallower prune {run.loaded} --drop {drop} --out CUT",
+        }
+        if run.evaluated:
+            dtype = run.scan.model.dtype if run.scan.model else "auto"
+            options = f"{run.evaluated} --dtype {dtype}"
+            commands["the losses of the whole model and the bare cut"] = (
+                f"shallower eval {run.loaded} --drop {drop} {options}"
+            )
+            # What is stored in 4 or 8 bits is loaded as it is.
+            options = run.evaluated if dtype in ("nf4", "int8") else options
+            for name, loss in (
+                (CHECKPOINT_FOLDER, self._best.patched),
+                (HEALED_FOLDER, run.healing),
+            ):
+                if loss is not None:
+                    what = "the loss of what was made" if name == CHECKPOINT_FOLDER else "healed"
+                    commands[what] = f"shallower eval {folder}/{name} {options}"
+        commands["this page"] = f"shallower report {folder}"
+        return again(f"{'; '.join(commands)}.", *commands.values())
 
     def _differs(self) -> Section:
         scan = self._run.scan

@@ -140,7 +140,7 @@ def healing_parts(healing: Healing) -> list[str | Table]:
                 f"{merged.trained_difference:.2g} of their norm"
             )
         if merged.loss:
-            parts.append(f"held-out loss, merged: {merged.loss}")
+            parts.append(f"held-out loss, merged, in {merged.dtype}: {merged.loss}")
     return parts
 
 

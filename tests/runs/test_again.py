@@ -1,0 +1,158 @@
+"""What a page says of making it again ends in the numbers that it prints."""
+
+import json
+
+import pytest
+
+import shallower as sh
+from shallower.reporting.results import Run
+from shallower.runs.report import read_story
+from shallower.values.settings import CompareSettings, CurveSettings, RunSettings
+from tests import examples
+from tests.conftest import mostly_slow, write_jsonl
+from tests.cutting.card_tools import blocks_of_code, cut_by, one_line
+
+LOSSES = ("whole", "cut", "patched")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, words):
+    """A folder with a model that has learned something, texts and held-out texts."""
+    folder = tmp_path_factory.mktemp("again")
+    sh.save_model(examples.learned_llama(words, 6), words, folder / "tiny")
+    write_jsonl(folder / "fit.jsonl", examples.sentences(60, seed=1))
+    write_jsonl(folder / "eval.jsonl", examples.sentences(20, seed=2))
+    return folder
+
+
+@pytest.fixture
+def elsewhere(places, tmp_path, monkeypatch, shallower):
+    """Another folder, in which the same names are there."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for place in places.iterdir():
+        (folder / place.name).symlink_to(place)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def commands_of(folder):
+    sections = {one.title: one for one in read_story(folder, drawn=False).sections}
+    return list(map(one_line, sections["Make it again"].commands))
+
+
+def carry_out(commands, shallower, **places):
+    """Carry commands out; the losses that those of ``eval`` print, by the words behind it."""
+    found = {}
+    for command in commands:
+        if command.startswith("shallower eval "):
+            _, _, model, *_ = command.split()
+            losses = shallower(*(places.get(word, word) for word in command.split()[1:]), "--json")
+            assert losses.status == 0, losses.err
+            found[model] = losses.json
+        else:
+            cut_by(command, shallower, **places)
+    return found
+
+
+def assert_found(done, found, model, folder):
+    best = done.recommended
+    wanted = {model: ("base", best.whole), f"{folder}/checkpoint": ("base", best.patched)}
+    for name, (side, loss) in wanted.items():
+        assert found[name][side]["nats"] == pytest.approx(loss.nats, abs=1e-6)
+        assert found[name][side]["num_tokens"] == loss.num_tokens
+    assert found[model]["cut"]["nats"] == pytest.approx(best.cut.nats, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], "float32"))
+def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
+    places, elsewhere, tmp_path, shallower, dtype
+):
+    done = shallower(
+        "run", places / "tiny", "--texts", places / "fit.jsonl", "--eval-texts",
+        places / "eval.jsonl", "--out", tmp_path / "first", "--n", "2", "--top", "2",
+        "--max-texts", "50", "--max-eval-texts", "12", "--max-length", "10", "--dtype", dtype,
+        "--no-cache", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    first = Run.load(tmp_path / "first")
+    commands = commands_of(tmp_path / "first")
+    assert commands[0].startswith("shallower run tiny --texts fit.jsonl --eval-texts eval.jsonl ")
+    assert "--json" not in commands[0]
+    assert str(tmp_path) not in " ".join(commands)
+    found = carry_out(commands, shallower, CUT="cut")
+    again = Run.load(elsewhere / "first")
+    assert_found(first, found, "tiny", "first")
+    for name in LOSSES:
+        assert getattr(again.recommended, name) == getattr(first.recommended, name)
+    assert (elsewhere / "first" / "report.html").is_file()
+    assert sh.Plan.load("cut/shallower_plan.json").dropped == first.recommended.plan.dropped
+    card = (tmp_path / "first" / "checkpoint" / "README.md").read_text()
+    assert one_line(blocks_of_code(card, "sh")[0]) == commands[0]
+    assert f"| held-out loss | {first.whole} → {first.recommended.patched} nats" in card
+    assert (elsewhere / "first" / "checkpoint" / "README.md").read_text() == card
+
+
+@pytest.mark.slow
+def test_a_run_by_python_is_made_again_by_a_command(places, elsewhere, tmp_path, shallower):
+    texts, held_out = examples.sentences(60, seed=1), examples.sentences(20, seed=2)
+    settings = RunSettings(n=2, top=2, max_texts=50, max_eval_texts=12, max_length=10)
+    source = sh.ModelSource(places / "tiny", "float32")
+    done = sh.run(
+        source, texts=texts, eval_texts=held_out, out=tmp_path / "first", settings=settings
+    )
+    commands = commands_of(tmp_path / "first")
+    assert commands[0].startswith("shallower run tiny --dtype float32 --texts TEXTS --eval-texts ")
+    given = {"TEXTS": "fit.jsonl", "EVAL_TEXTS": "eval.jsonl", "CUT": "cut"}
+    assert_found(done, carry_out(commands, shallower, **given), "tiny", "first")
+    again = Run.load(elsewhere / "first").recommended
+    assert again.patched == done.recommended.patched
+
+
+@pytest.mark.slow
+def test_texts_that_are_no_file_of_their_own_are_measured_by_the_run_alone(
+    places, tmp_path, shallower
+):
+    done = shallower(
+        "run", places / "tiny", "--texts", places / "fit.jsonl", "--out", tmp_path / "first",
+        "--n", "1", "--top", "1", "--plan-only",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    names = [command.split()[1] for command in commands_of(tmp_path / "first")]
+    assert names == ["run", "prune", "report"]
+
+
+@pytest.mark.slow
+def test_the_pages_of_a_curve_and_a_comparison_end_in_their_numbers(elsewhere, tmp_path, shallower):
+    texts = ["--texts", "fit.jsonl", "--eval-texts", "eval.jsonl", "--no-cache"]
+    texts += ["--dtype", "float32", "--max-length", "12"]
+    for command, options, name in (
+        ("curve", ["--n", "1,2", "--strategies", "deepest", "--quick-patch"], "curve.json"),
+        ("compare", ["--n", "1,2", "--criteria", "deepest,angular"], "comparison.json"),
+    ):
+        done = shallower(command, "tiny", *texts, *options, "--out", tmp_path / command)
+        assert done.status == 0, done.err
+        carry_out(commands_of(tmp_path / command), shallower)
+        first, again = (
+            json.loads((folder / command / name).read_text()) for folder in (tmp_path, elsewhere)
+        )
+        for values in (first, again):
+            for row in values.get("points", values.get("rows")):
+                row.pop("seconds")
+            values.pop("job")
+        assert again == first
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (RunSettings(), ""),
+        (RunSettings(n=4, heal=True, heal_steps=9), "--heal-steps 9 --n 4 --heal"),
+        (RunSettings(target_latency=0.8, prompts=["a"]), "--target-latency 0.8"),
+        (RunSettings(target_memory="12GB", num_choosing=8), "--target-memory 12000000000"),
+        (CurveSettings(n=[2, 4], quick_patch=True), "--n 2,4 --quick-patch"),
+        (CompareSettings(criteria=["deepest", "cka"]), "--criteria deepest,cka"),
+    ],
+)  # fmt: skip
+def test_settings_are_written_as_options(settings, words):
+    assert " ".join(settings.to_words()) == words
