@@ -114,6 +114,8 @@ ERRORS = [
     ("prune {tiny} --drop 1 --out {bad}/file/below", "bad/file is not a folder"),
     ("prune {tiny} --drop 1 --out /proc/none/below", "/proc/none"),
     ("prune {tiny} --drop 1 --out . --overwrite", "cannot write"),
+    ("prune {tiny} --plan none.json --out out", r"cannot read the plan none\.json: no such file"),
+    ("eval {tiny} --perplexity none.txt", r"text from none\.txt: no such file or directory$"),
     ("eval {tiny} --texts {texts} --drop 6", "no layer 6"),
     ("eval {tiny} --texts {texts} --plan {bad}/plan.json", "is not a plan"),
     (RUN + "out --n 99", "n = 99 .*1 <= n <= 5"),
@@ -131,7 +133,9 @@ def test_an_error_is_one_sentence_and_nothing_is_written(
     shallower, folder, errors, command, message
 ):
     before = tree(folder)
-    assert re.search(message, shallower(*shlex.split(command.format(**errors))).error)
+    said = shallower(*shlex.split(command.format(**errors))).error
+    assert re.search(message, said)
+    assert "[Errno" not in said
     assert tree(folder) == before
 
 

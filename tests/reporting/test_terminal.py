@@ -115,6 +115,7 @@ def test_a_scan_is_a_row_for_every_block_size(printed):
 
 def test_a_scan_of_one_sample_shows_no_error(printed):
     text = printed(scan_table(analyse_states(states_of(4, samples=1))))
+    assert text.splitlines()[1].endswith("4 layers, 1 sample")
     assert "nan" not in text
     assert "±" not in text
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..values.counts import counted
 from ..values.layers import Block, drop_option, ranges
 from ..values.loss import with_error
 from ..values.plan import Plan
@@ -213,14 +214,17 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     rows += [("kept", kept), ("why", plan.why)]
     rows += [("doubt", plan.doubt)] if plan.doubt else []
     rows += [
-        ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")
+        (
+            "calibration",
+            f"{counted(texts.num_texts, 'text')} of at most {counted(texts.max_length, 'token')}",
+        )
         for texts in plan.texts
     ]
     if plan.positions:
         rows.append(("tokens compared", f"{plan.positions} of every text"))
     if facts.losses:
         before, after = facts.losses
-        tokens = f"{after.num_tokens} tokens of {after.num_texts} texts"
+        tokens = f"{counted(after.num_tokens, 'token')} of {counted(after.num_texts, 'text')}"
         rows.append(("held-out loss", f"{before} → {after} nats a token, {tokens}"))
     else:
         rows.append(("held-out loss", "not measured; `shallower eval` measures it"))

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InMemoryOnlyError, ModelError, OutputError
+from ..errors import InMemoryOnlyError, ModelError, OutputError, why
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress
@@ -309,8 +309,7 @@ def _fetch(repository: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        lines = " ".join(str(error).split())
-        raise ModelError(f"cannot fetch {name} of {repository}: {lines}") from error
+        raise ModelError(f"cannot fetch {name} of {repository}: {why(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)

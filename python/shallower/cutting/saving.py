@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from ..errors import ModelError, OutputError, PlanError
+from ..errors import ModelError, OutputError, PlanError, why
 from ..memory.weights import module_bytes
 from ..models.architecture import find_layers, require_weights, undo_rescaling
 from ..models.decoder import Decoder
@@ -119,9 +119,9 @@ def _save(
             for name, file in carried.items():
                 shutil.copyfile(file, folder / name)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
+            raise OutputError(f"cannot write {path}: {why(error, path)}") from error
         except (ValueError, NotImplementedError) as error:
-            message = f"transformers cannot save {type(model).__name__}: {error}"
+            message = f"transformers cannot save {type(model).__name__}: {why(error)}"
             raise ModelError(message) from error
         if plan is not None:
             plan.save(folder / PLAN_FILE)

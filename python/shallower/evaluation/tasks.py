@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ShallowerError, TextsError
+from ..errors import ShallowerError, TextsError, one_sentence
 from ..models.decoder import Decoder
 from ..values.scores import Scores
 from ..values.task_scores import TaskScores
@@ -211,10 +211,8 @@ class ChosenTasks:
         except (ShallowerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the functions of a task file raise
-            reason = next(iter(str(error).splitlines()), "")
-            raise TextsError(
-                f"lm-eval cannot run {', '.join(tasks)}: {type(error).__name__}: {reason[:300]}"
-            ) from error
+            named = ", ".join(tasks)
+            raise TextsError(f"lm-eval cannot run {named}: {one_sentence(error)}") from error
         return {name: _Answers(task, result["samples"][name]) for name, task in tasks.items()}
 
 

@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..errors import ModelError, OutputError
+from ..errors import ModelError, OutputError, why
 from ..memory.retry import Shrinking
 from ..models.dtypes import computing
 from ..models.feed_forward import Targets
@@ -193,7 +193,7 @@ def _train(training: Training, report: "StepsOnce") -> Trained:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_about_writing(error):
             raise
-        raise OutputError(f"cannot write a checkpoint of the healing: {error}") from error
+        raise OutputError(f"cannot write a checkpoint of the healing: {why(error)}") from error
     return _trained(trainer, throughput)
 
 

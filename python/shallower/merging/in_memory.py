@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.saving import PROBE
-from ..errors import ModelError
+from ..errors import ModelError, why
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
@@ -52,7 +52,9 @@ def with_adapters(model: PreTrainedModel, adapters: Path) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
-        raise ModelError(f"cannot load the adapters in {adapters}: {error}") from error
+        raise ModelError(
+            f"cannot load the adapters in {adapters}: {why(error, adapters)}"
+        ) from error
 
 
 def adapted_logits(source: ModelSource, adapters: Path, *, healing: Healing) -> torch.Tensor:
@@ -96,7 +98,7 @@ def merge_in_memory(
         with exact_products():
             merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise ModelError(f"cannot merge the adapters in {adapters}: {error}") from error
+        raise ModelError(f"cannot merge the adapters in {adapters}: {why(error)}") from error
     for name, value in merged.state_dict().items():
         owner, _, key = name.rpartition(".")
         if value.dtype != dtypes[name]:

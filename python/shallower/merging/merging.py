@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from ..cutting.checkpoint_files import is_checkpoint
 from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
 from ..cutting.source import CARD_FILE
-from ..errors import ModelError
+from ..errors import ModelError, why
 from ..evaluation.loss import evaluate_loss
 from ..memory.placement import place_for
 from ..models.architecture import find_layers, input_device
@@ -228,7 +228,7 @@ def fetched(base: str, trust_remote_code: bool = False) -> Path:
             fetch(name)
         AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {base}: {error}") from error
+        raise ModelError(f"cannot load {base}: {why(error, base)}") from error
     if config is None:
         raise ModelError(f"{base} holds no config.json: expected a checkpoint of transformers")
     return Path(config).parent

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import MissingExtraError, ModelError
+from ..errors import MissingExtraError, ModelError, why
 from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
@@ -255,14 +255,9 @@ def _call(load: Any, source: str, **options: Any) -> Any:
             f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)"
         ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
-        message = f"cannot load {_name(source, options)}: {_first_lines(error)}"
+        message = f"cannot load {_name(source, options)}: {why(error, source)}"
         raise ModelError(message) from error
 
 
 def _name(source: str, options: dict[str, Any]) -> str:
     return "/".join(filter(None, (source, options.get("gguf_file"))))
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, ShallowerError
+from ..errors import OutputError, ShallowerError, why
 from ..reporting.results import Run
 from ..reporting.story import Story
 from ..reporting.writers.page import write_page
@@ -92,15 +92,14 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         return of_type(dict, json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise OutputError(f"{path} cannot be read, or is damaged: {error}") from error
+        raise OutputError(f"{path} cannot be read, or is damaged: {why(error, path)}") from error
 
 
 def _parsed(kind: Any, data: Mapping[str, Any], path: Path) -> Any:
     try:
         return kind.from_json(data)
     except (ValueError, KeyError, TypeError, AttributeError, ShallowerError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise OutputError(f"{path} is damaged: {what}") from error
+        raise OutputError(f"{path} is damaged: {why(error)}") from error
 
 
 def _gain(folder: Path) -> Gain | None:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, TextsError
+from ..errors import MissingExtraError, TextsError, why
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
@@ -47,7 +47,7 @@ class Texts:
             self._path = self._path.expanduser()
             exists, is_file = self._path.exists(), self._path.is_file()
         except (OSError, ValueError, RuntimeError) as error:
-            raise TextsError(f"cannot read texts from {source}: {error}") from error
+            raise TextsError(f"cannot read texts from {source}: {why(error, source)}") from error
         self._is_file = self._path.suffix in SUFFIXES
         if self._is_file and not is_file:
             raise TextsError(f"there is no text file {source}")
@@ -120,7 +120,7 @@ class Texts:
         try:
             return ParquetFile(self._path)
         except (ArrowException, OSError) as error:
-            raise TextsError(f"cannot read {self.source}: {error}") from error
+            raise TextsError(f"cannot read {self.source}: {why(error, self.source)}") from error
 
     def _parquet(self) -> Iterator[str]:
         from pyarrow import ArrowException
@@ -135,7 +135,9 @@ class Texts:
                     yield self._text(record, f"row {number}")
                     number += 1
         except (ArrowException, OSError, UnicodeDecodeError) as error:
-            raise TextsError(f"cannot read {self.source}, row {number}: {error}") from error
+            raise TextsError(
+                f"cannot read {self.source}, row {number}: {why(error, self.source)}"
+            ) from error
 
     def _hub(self) -> Iterator[str]:
         from datasets import load_dataset
@@ -147,7 +149,7 @@ class Texts:
             for number, record in enumerate(dataset):
                 yield self._text(record, f"row {number}")
         except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
-            raise TextsError(f"cannot read {self.source}: {error}") from error
+            raise TextsError(f"cannot read {self.source}: {why(error, self.source)}") from error
 
     def _text(self, record: object, place: str) -> str:
         text = record.get("text") if isinstance(record, dict) else None
@@ -168,7 +170,7 @@ def read_whole(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         raise TextsError(f"{path} is no text in UTF-8: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise TextsError(f"cannot read a text from {path}: {error}") from error
+        raise TextsError(f"cannot read a text from {path}: {why(error, path)}") from error
 
 
 def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
@@ -185,7 +187,7 @@ def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise TextsError(f"{source}, after line {number}: not UTF-8 ({error})") from error
     except OSError as error:
-        raise TextsError(f"cannot read {source}: {error}") from error
+        raise TextsError(f"cannot read {source}: {why(error, source)}") from error
 
 
 def numbered_records(path: Path, source: str) -> Iterator[tuple[int, object]]:
