@@ -21,6 +21,7 @@ from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
+from ..progress import hushed
 from ..storage import check_apart, new_folder
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
@@ -112,7 +113,8 @@ def _save(
     dtype = model.config.dtype
     with new_folder(path, overwrite, module_bytes(model)) as folder:
         try:
-            model.save_pretrained(folder)
+            with hushed():
+                model.save_pretrained(folder)
             model.config.dtype = dtype  # which save_pretrained turns into a word
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

@@ -135,7 +135,9 @@ def heal(
     free_memory()  # so that what is planned with is what there is, after a run's scan too
     source_model = None
     if original is not None:
-        source_model = OriginalModel(str(original), plan, trust_remote_code=trust_remote_code)
+        source_model = OriginalModel(
+            str(original), plan, trust_remote_code=trust_remote_code, progress=progress
+        )
     job = Job(
         cut=path,
         plan=plan,
@@ -184,7 +186,7 @@ class _Healer:
         The record is given as it is written; in the other processes as it was before that.
         """
         job = self._job
-        cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code)
+        cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code, progress=job.progress)
         with ExitStack() as stack:
             with together():
                 # each saw the memory of its own device

@@ -103,13 +103,17 @@ class Merging:
             )
         if stored is None or changes is None:
             source = self._source(self.base, dtype, "cpu")
-            expected = merge_in_memory(folder, source, self.adapters, healing=self.healing)
+            expected = merge_in_memory(
+                folder, source, self.adapters, healing=self.healing, progress=self.progress
+            )
             return self._by_logits(folder, dtype, "cpu", expected)
         device_map = place_for(4 * stored.num_values)
         if device_map is None:
             return self._by_tensors(folder, dtype, stored, changes)
         source = self._source(self.base, "float32", device_map)
-        expected = adapted_logits(source, self.adapters, healing=self.healing)
+        expected = adapted_logits(
+            source, self.adapters, healing=self.healing, progress=self.progress
+        )
         with self._bar(stored.num_bytes) as report:
             rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
         return self._by_logits(folder, dtype, place_for(4 * stored.num_values) or "cpu", expected)
@@ -131,7 +135,7 @@ class Merging:
 
     def _by_logits(self, folder: Path, dtype: str, device_map: Any, expected: Any) -> Merge:
         """The check of a model that fits into memory."""
-        model, tokenizer = self._source(folder, "float32", device_map).load()
+        model, tokenizer = self._source(folder, "float32", device_map).load(self.progress)
         got = probe_logits(model, tokenizer, input_device(find_layers(model)))
         scale = float(expected.norm())
         difference = float((got - expected).norm()) / scale
@@ -180,7 +184,7 @@ class Merging:
                 stacklevel=2,
             )
             return merge
-        model, tokenizer = self._source(folder, dtype, device_map).load()
+        model, tokenizer = self._source(folder, dtype, device_map).load(self.progress)
         return self._with_loss(merge, Decoder.of(model), tokenizer)
 
     def _with_loss(

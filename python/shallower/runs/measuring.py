@@ -28,6 +28,7 @@ from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
 from ..patching.quick import QuickPatch
+from ..progress import track
 from ..scanning.scan import Scan
 from ..texts.batches import tokenise
 from ..texts.splits import TokenisedSplits
@@ -171,8 +172,13 @@ class Measuring:
         )
 
     def whole(self) -> Loss:
-        """The loss of the whole model."""
-        return self.held_out.loss(self.scores((), "cut"))
+        """Measure the loss of the whole model, and show how far that is."""
+        trials = self.held_out.losses
+        with track("loss, whole", self.judge.num_items, self._study.progress) as advance:
+            for look in trials.first(None):
+                trials.scores((), look + 1)
+                advance(len(self.judge.batches[look]))
+        return self.held_out.loss(trials.scores(()))
 
     def scores(
         self,
@@ -321,7 +327,7 @@ class Measuring:
                 trust_remote_code=trusted,
             )
         dtype: Any = self.decoder.identity.dtype
-        yield ModelSource(healed, dtype).load()
+        yield ModelSource(healed, dtype).load(progress=False)
         shutil.rmtree(folder, ignore_errors=True)
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()

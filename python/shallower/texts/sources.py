@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, TextsError, why
+from ..progress import hushed
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
@@ -145,7 +146,8 @@ class Texts:
 
         name, *config, split = self.source.split(":")
         try:
-            dataset = load_dataset(name, *config, split=split, streaming=True)
+            with hushed():
+                dataset = load_dataset(name, *config, split=split, streaming=True)
             for number, record in enumerate(dataset):
                 yield self._text(record, f"row {number}")
         except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
