@@ -4,7 +4,6 @@
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -213,16 +212,16 @@ class Measuring:
             ModelError, TextsError: a loss is not finite, or a task cannot be done.
             CacheError: what the store holds is damaged.
         """
-        key = dropped, state
+        key, clock = (dropped, state), self.held_out.losses.clock
         if key not in self._measured:
             inputs = self._inputs(dropped, state)
             known = inputs and self._store.get("measurement", inputs)
             if known:
                 found = recalled(Measured.from_json, known, "a measurement")
             else:
-                started = time.perf_counter()
+                started = clock()
                 found = self._measure(dropped, state)
-                found = replace(found, seconds=time.perf_counter() - started)
+                found = replace(found, seconds=clock() - started)
                 if inputs:
                     self._store.put("measurement", inputs, found.to_record())
             self._measured[key] = found
