@@ -165,6 +165,7 @@ def _clock(seconds: float) -> str:
 _LOGGERS = (
     "bitsandbytes.backends.cpu.ops",
     "datasets",
+    "huggingface_hub",
     "lm_eval",
     "transformers.generation",
 )

@@ -134,7 +134,9 @@ def read_config(
     """
     source, gguf_file = _locate(path_or_id, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    with hushed(), _reading(gguf_file):
+    is_far = is_main_process() and not Path(source).is_dir()  # which may take half a minute
+    asking = track(f"ask the hub for {source}", show=None if is_far else False)
+    with asking as shown, hushed(shown), _reading(gguf_file):
         config: PretrainedConfig = _call(
             AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
         )
@@ -270,7 +272,8 @@ def _call(load: Any, source: str, **options: Any) -> Any:
             f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)"
         ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
-        message = f"cannot load {_name(source, options)}: {why(error, source)}"
+        absent = "" if Path(source).exists() else ", which is no folder here"
+        message = f"cannot load {_name(source, options)}{absent}: {why(error, source)}"
         raise ModelError(message) from error
 
 

@@ -51,6 +51,8 @@ class Texts:
             raise TextsError(f"cannot read texts from {source}: {why(error, source)}") from error
         self._is_file = self._path.suffix in SUFFIXES
         if self._is_file and not is_file:
+            if exists:
+                raise TextsError(f"{source} is a folder: expected a text file")
             raise TextsError(f"there is no text file {source}")
         if not self._is_file and (exists or not HUB_DATASET.fullmatch(source)):
             raise TextsError(
@@ -168,11 +170,14 @@ def read_whole(path: str | Path) -> str:
     if Path(path).suffix in (".jsonl", ".parquet"):
         return "\n\n".join(Texts(str(path)).check())
     try:
-        return Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextsError(f"{path} is no text in UTF-8: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise TextsError(f"cannot read a text from {path}: {why(error, path)}") from error
+    if not text.strip():
+        raise TextsError(f"there is no text in {path}")
+    return text
 
 
 def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
