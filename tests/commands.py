@@ -18,7 +18,7 @@ SHALLOWER = str(Path(sys.executable).with_name("shallower"))
 
 def beside_progress(text):
     """The lines of a log that do not say what begins, how far it is, and what has ended."""
-    progress = re.compile(r".*( \d+/(\d+|\?)|( done)?, \d+:\d\d:\d\d)(, .*)?")
+    progress = re.compile(r".*( \d+/(\d+|\?)| …|( done)?, \d+:\d\d:\d\d)(, .*)?|dtype .*: .*")
     return [line for line in text.splitlines() if not progress.fullmatch(line)]
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import textwrap
+from itertools import zip_longest
 
 import numpy as np
 
@@ -93,6 +94,14 @@ def code_blocks(text):
         if code.strip():
             blocks.append((language or "", line, code.strip("\n")))
     return blocks
+
+
+def with_output(blocks):
+    """Blocks with what they print: the indented block right below, where there is one."""
+    for (kind, line, code), below in zip_longest(blocks, blocks[1:]):
+        ends = line + code.count("\n") + 3
+        is_output = kind == "python" and below is not None and below[:2] == ("", ends)
+        yield kind, line, code, below[2] if is_output else None
 
 
 def commands(code, program):

@@ -95,14 +95,18 @@ def names(folder):
 
 
 @pytest.mark.parametrize("document", in_turn(PYTHON))
-def test_python_of_a_document_runs(folder, words, document):
+def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys, document):
     if document in SHORTER:
         examples.shorten(folder, words)
     bound = names(folder)
-    for kind, line, code in BLOCKS[document]:
+    for kind, line, code, printed in examples.with_output(BLOCKS[document]):
         if kind == "python":
+            capsys.readouterr()
             lines = "\n" * (line - 1) + examples.quicker(code)
             exec(compile(lines, str(ROOT / document), "exec"), bound)
+            got = capsys.readouterr().out
+            checks = doctest.OutputChecker().check_output
+            assert printed is None or checks(f"{printed}\n", got, doctest.ELLIPSIS), got
 
 
 @pytest.mark.parametrize("document", in_turn(SHELL))
@@ -167,6 +171,12 @@ y = 2
 
     $ shallower info
 """
+
+
+def test_the_output_of_a_block_stands_below_it():
+    text = "```python\nprint(1)\n```\n\n    1\n\n```python\nx\n```\n\nText.\n\n    shallower info\n"
+    found = list(examples.with_output(examples.code_blocks(text)))
+    assert [printed for *_, printed in found] == ["1", None, None, None]
 
 
 def test_blocks_are_found():

@@ -3,12 +3,13 @@
 import os
 import pty
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
 
 from shallower import progress
-from shallower.progress import track
+from shallower.progress import hushed, track
 
 
 class Terminal:
@@ -107,7 +108,7 @@ def test_a_log_of_an_unknown_total_has_no_eta(capfd, monkeypatch):
     with track("measuring") as advance:
         advance(7)
     said = capfd.readouterr().err.splitlines()
-    assert said == ["measuring", "measuring 7/?, 0:00:00", "measuring done, 0:00:00"]
+    assert said == ["measuring …", "measuring 7/?, 0:00:00", "measuring done, 0:00:00"]
 
 
 def test_a_pipe_shows_the_bar_when_told_so_and_leaves_standard_output_alone(capfd):
@@ -157,3 +158,62 @@ def test_one_bar_may_follow_another(capfd):
             advance(1)
     err = capfd.readouterr().err
     assert err.index("first") < err.index("second")
+
+
+# Other packages' bars
+def bar_of_another(steps=range(4)):
+    from tqdm.auto import tqdm
+
+    for _ in tqdm(steps, desc="Loading weights", mininterval=0, disable=False):
+        pass
+
+
+def test_bars_of_other_packages_become_steps_of_ours(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with track("load") as shown, hushed(shown):
+        bar_of_another()
+        bar_of_another(range(2))
+    said = capfd.readouterr().err.splitlines()
+    assert said[:2] == ["load …", "load 1/4, 0:00:00"]
+    assert said[-2:] == ["load 6/6, 0:00:00, eta 0:00:00", "load done, 0:00:00"]
+
+
+def test_a_terminal_shows_their_steps_too(terminal):
+    with terminal.watched(), track("load") as shown, hushed(shown):
+        bar_of_another()
+    assert "4/4" in terminal.shown
+    assert "Loading weights" not in terminal.shown
+
+
+def test_a_download_is_a_note(capfd, monkeypatch):
+    from tqdm import tqdm
+
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with track("load") as shown, hushed(shown), tqdm(total=4_000_000, desc="model: ") as theirs:
+        theirs.update(1_500_000)
+    assert "load 0/?, 0:00:00, model 1.50M/4.00M" in capfd.readouterr().err.splitlines()
+
+
+def in_another_thread():
+    thread = threading.Thread(target=bar_of_another)
+    thread.start()
+    thread.join()
+
+
+def test_bars_are_back_afterwards_and_were_never_gone_in_other_threads(capfd):
+    with hushed():
+        with hushed():
+            bar_of_another()
+        bar_of_another()
+        assert capfd.readouterr().err == ""
+        in_another_thread()
+        assert "4/4" in capfd.readouterr().err
+    bar_of_another()
+    assert "4/4" in capfd.readouterr().err
+
+
+def test_bars_are_back_after_an_exception(capfd):
+    with pytest.raises(KeyError), hushed():
+        raise KeyError
+    bar_of_another()
+    assert "4/4" in capfd.readouterr().err

@@ -95,4 +95,27 @@ class RejectedSamplesWarning(UserWarning):
 def one_sentence(error: Exception) -> str:
     """An error in one line, with its kind where it is not one of ours."""
     kind = "" if isinstance(error, ShallowerError) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split())
+    return kind + why(error)
+
+
+MOST_WORDS = 400
+"""Letters of another package's error that are told; it may show whole files or configs."""
+
+
+def why(error: BaseException, path: object = None) -> str:
+    """What an error says, on one line, for the end of a sentence that names ``path``.
+
+    Of the system's own it is their words, without a number, and the file where that is another. Of
+    long ones it is the first whole sentences.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        words = error.strerror[:1].lower() + error.strerror[1:]
+        file = error.filename
+        return words if file is None or str(file) == str(path) else f"{words}: {file}"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    text = " ".join(str(error).split())
+    if len(text) <= MOST_WORDS or isinstance(error, ShallowerError):
+        return text or type(error).__name__
+    whole = text.rfind(". ", 0, MOST_WORDS)
+    return text[: whole + 1] if whole > 0 else f"{text[: text.rfind(' ', 0, MOST_WORDS)]} …"

@@ -1,17 +1,25 @@
-"""Progress with ETA on standard error: a bar on a terminal, a line now and then in a log."""
+"""Progress with ETA on standard error: a bar on a terminal, a line now and then in a log.
 
+Other packages' bars and notes are kept off it.
+"""
+
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
-from typing import Protocol
+from threading import Lock
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -30,10 +38,15 @@ class Advance(Protocol):
         """Advance by so many steps; ``note`` is shown beside the bar until the next one."""
 
 
+class Shown(Advance, Protocol):
+    """A bar that learns how many steps there are while the work goes on."""
+
+    def expect(self, steps: int) -> None:
+        """Add so many steps to the total."""
+
+
 @contextmanager
-def track(
-    description: str, total: int | None = None, show: bool | None = None
-) -> Iterator[Advance]:
+def track(description: str, total: int | None = None, show: bool | None = None) -> Iterator[Shown]:
     """Show the progress of long work.
 
     Args:
@@ -65,14 +78,7 @@ def track(
         refresh_per_second=4,
     )
     with bar:
-        task = bar.add_task(description, total=total, note="")
-
-        def advance(steps: int, note: str = "", /) -> None:
-            bar.advance(task, steps)
-            if note:
-                bar.update(task, note=note)
-
-        yield advance
+        yield _Bar(bar, bar.add_task(description, total=total, note=""))
 
 
 @contextmanager
@@ -95,6 +101,23 @@ def track_copy(progress: BytesProgress | bool | None, total: int) -> Iterator[By
         yield report
 
 
+class _Bar:
+    """A bar of rich."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def __call__(self, steps: int, note: str = "", /) -> None:
+        self._progress.advance(self._task, steps)
+        if note:
+            self._progress.update(self._task, note=note)
+
+    def expect(self, steps: int) -> None:
+        """As :class:`Shown`."""
+        (task,) = (one for one in self._progress.tasks if one.id == self._task)
+        self._progress.update(self._task, total=(task.total or 0) + steps)
+
+
 class _Lines:
     """Lines about long work, for a log."""
 
@@ -103,7 +126,11 @@ class _Lines:
         self._done, self._note = 0, ""
         self._began = self._said = time.monotonic()
         self._done_then: int | None = None
-        self._say(description if total is None else f"{description} 0/{total}")
+        self._say(f"{description} …" if total is None else f"{description} 0/{total}")
+
+    def expect(self, steps: int) -> None:
+        """As :class:`Shown`."""
+        self._total = (self._total or 0) + steps
 
     def end(self) -> None:
         """Say that the work is done."""
@@ -133,3 +160,102 @@ class _Lines:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+_LOGGERS = (
+    "bitsandbytes.backends.cpu.ops",
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "transformers.generation",
+)
+
+_HUSHED: ContextVar[bool] = ContextVar("hushed", default=False)
+_SHOWN: ContextVar[Shown | None] = ContextVar("shown", default=None)
+
+
+@contextmanager
+def hushed(shown: Shown | None = None) -> Iterator[None]:
+    """Keep other packages' bars and notes off standard error in the body, in this thread.
+
+    What they count is shown on ``shown``: loops as steps, and downloads as a note.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [one.level for one in loggers]
+    mine = _HUSHED.set(True), _SHOWN.set(shown or _SHOWN.get())
+    with warnings.catch_warnings(), _BARS:
+        warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
+        for one in loggers:
+            one.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            _HUSHED.reset(mine[0])
+            _SHOWN.reset(mine[1])
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)
+
+
+class _TheirBars:
+    """Replaces tqdm's methods for as long as any thread is hushed; others keep their bars."""
+
+    _NAMES = ("__init__", "__iter__", "update")
+
+    def __init__(self) -> None:
+        self._lock, self._depth = Lock(), 0
+        self._theirs: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        from tqdm import tqdm
+
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._theirs = {name: getattr(tqdm, name) for name in self._NAMES}
+                for name in self._NAMES:
+                    setattr(tqdm, name, self._replaced(name))
+
+    def __exit__(self, *_: object) -> None:
+        from tqdm import tqdm
+
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                for name, method in self._theirs.items():
+                    setattr(tqdm, name, method)
+
+    def _replaced(self, name: str) -> Callable[..., Any]:
+        theirs = self._theirs[name]
+        ours: Callable[..., Any] = {"__init__": _begin, "__iter__": _loop, "update": _count}[name]
+
+        def method(bar: Any, *arguments: Any, **options: Any) -> Any:
+            is_hushed = _HUSHED.get() if name == "__init__" else hasattr(bar, "shown")
+            if not is_hushed:
+                return theirs(bar, *arguments, **options)
+            return ours(bar, theirs, *arguments, **options)
+
+        return method
+
+
+_BARS = _TheirBars()
+
+
+def _begin(bar: Any, theirs: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    theirs(bar, *arguments, **{**options, "disable": True})
+    bar.shown, bar.told = _SHOWN.get(), str(options.get("desc") or "").rstrip(" :.")
+    if bar.shown is not None and bar.iterable is not None and bar.total:
+        bar.shown.expect(int(bar.total))
+
+
+def _loop(bar: Any, _theirs: object) -> Iterator[Any]:
+    for one in bar.iterable:
+        yield one
+        if bar.shown is not None and bar.total:
+            bar.shown(1)
+
+
+def _count(bar: Any, _theirs: object, steps: float | None = 1) -> None:
+    bar.n += steps or 0
+    if bar.shown is not None:
+        total = bar.format_sizeof(bar.total) if bar.total else "?"
+        bar.shown(0, f"{bar.told} {bar.format_sizeof(bar.n)}/{total}".strip())

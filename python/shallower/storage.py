@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import OutputError, why
 
 
 def check_free(path: Path, overwrite: bool = False) -> None:
@@ -108,7 +108,7 @@ def raise_output_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
+        raise OutputError(f"cannot write {path}: {why(error, path)}") from error
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -146,7 +146,7 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         with raise_output_error(path):
             partial.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
+        raise OutputError(f"cannot write {path}: {why(error, path)}") from error
     finally:
         partial.unlink(missing_ok=True)
 

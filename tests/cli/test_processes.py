@@ -1,5 +1,6 @@
 """Commands that several processes cannot share."""
 
+import os
 import sys
 import time
 
@@ -52,16 +53,14 @@ def test_of_several_processes_that_fail_the_others_wait_for_the_main_one(second,
 
 @pytest.mark.parametrize(("rank", "terminal", "bars"), [(0, True, 1), (0, False, 0), (1, True, 0)])
 def test_one_process_shows_bars_on_a_terminal(second, monkeypatch, rank, terminal, bars):
-    from transformers.utils import logging
-
-    from shallower.cli.options import quiet
+    from shallower.cli.output import quiet_bars
 
     second(rank)
-    off = []
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setattr(logging, "disable_progress_bar", lambda: off.append(True))
-    quiet()
-    assert len(off) == 1 - bars
+    quiet_bars()
+    assert ("TQDM_DISABLE" in os.environ) == (not bars)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
 
 
 @pytest.mark.slow

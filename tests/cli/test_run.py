@@ -31,7 +31,7 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
     shown = shallower(*command, "--drop", "1,3:5").out.splitlines()
     assert shown[0].startswith(f"all layers: {whole} nats a token ({whole.normalized:.4f} of ln")
     assert shown[1].startswith(f"without [1, 2) [3, 5): {cut} nats a token")
-    assert f"{whole.num_tokens} tokens of 8 texts" in shown[0]
+    assert f"{whole.num_tokens:,} tokens of 8 texts" in shown[0]
     assert shown[2].startswith(f"difference: {cut.minus(whole)} nats a token, paired by text")
     assert ("tie" in shown[2]) == cut.minus(whole).tied
     assert tree(folder) == {}
@@ -45,7 +45,7 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
     block = Plan.load(plans / "tiny" / "shallower_plan.json").blocks[0]
     assert done.json["drop"] == [sh.Block(block.start, block.stop).to_json() | block.to_json()]
     assert done.json["base"]["num_rejected"] == 1
-    assert "1 texts rejected" in shallower("eval", tiny, "--texts", source).out
+    assert "1 text rejected" in shallower("eval", tiny, "--texts", source).out
 
 
 # The whole way.

@@ -272,7 +272,7 @@ def key_of(line):
     return tuple(record["dropped"]), record["look"]
 
 
-GOOD = {"dropped": [1, 3], "look": 1, "sums": [2.5, 3.5]}
+GOOD = {"dropped": [1, 3], "look": 1, "sums": [2.5, 3.5], "seconds": 50.0}
 
 
 def test_a_record_is_believed(model):
@@ -281,13 +281,32 @@ def test_a_record_is_believed(model):
     assert trials.scores((3, 1)).sums[3:5].tolist() == [2.5, 3.5]
 
 
+def test_what_is_recalled_takes_as_long_as_it_did_and_once(model):
+    trials = make(model, journal=Memory([json.dumps(GOOD)]))
+    started = trials.clock()
+    trials.scores((2,))
+    assert trials.clock() - started < 50
+    for _ in range(2):
+        trials.scores((3, 1))
+        assert 50 <= trials.clock() - started < 100
+
+
+def test_a_new_record_says_how_long_it_took(model):
+    journal = Memory()
+    trials = make(model, journal=journal)
+    started = trials.clock()
+    trials.scores((3, 1))
+    took = sum(json.loads(line)["seconds"] for line in journal)
+    assert 0 < took <= trials.clock() - started
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"dropped": [3, 1]}, {"dropped": [1, 1]}, {"dropped": [1, 6]}, {"dropped": [-1]},
         {"dropped": [True]}, {"dropped": "1"}, {"look": 3}, {"look": -1}, {"look": 1.0},
         {"look": True}, {"sums": [2.5]}, {"sums": [2.5, float("nan")]}, {"sums": [2.5, None]},
-        {"sums": [2.5, float("inf")]}, {"sums": {}},
+        {"sums": [2.5, float("inf")]}, {"sums": {}}, {"seconds": -1.0}, {"seconds": None},
     ],
     ids=str,
 )  # fmt: skip

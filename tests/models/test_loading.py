@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,27 @@ def test_a_folder_is_loaded_in_the_dtype_asked_for(checkpoint, words, kind, dtyp
     assert tokenizer("w5 w6")["input_ids"] == [5, 6]
     if dtype == "float32":
         assert torch.equal(logits_of(model), logits_of(tiny_llama()))
+
+
+def test_loading_says_what_begins_which_dtype_auto_is_and_nothing_of_others(checkpoint, capfd):
+    load_model(checkpoint)
+    chosen, began, *more, ended = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"dtype (float32|bfloat16): (this CPU|on CUDA).*", chosen)
+    assert (began, more) == (f"load {checkpoint.name} …", [])
+    assert ended.startswith(f"load {checkpoint.name} done, 0:00:")
+    ModelSource(checkpoint, "float32").load()
+    assert "dtype" not in capfd.readouterr().err
+    load_model(checkpoint, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_transformers_own_bars_are_as_they_were_afterwards(checkpoint, capfd):
+    from transformers import AutoModelForCausalLM
+
+    load_model(checkpoint, progress=False)
+    capfd.readouterr()
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert "Loading weights" in capfd.readouterr().err
 
 
 def test_layers_are_counted_by_the_config_alone(checkpoint):

@@ -278,7 +278,7 @@ def test_what_cannot_be_patched_is_refused(model, words):
         quick.patched(plan_of((0, 1, 5))).__enter__()
     with pytest.raises(sh.PlanError, match="for 9 layers, the model has 8"):
         quick.patched(plan_of((3,), 9)).__enter__()
-    with pytest.raises(sh.TextsError, match="1 texts are too few"):
+    with pytest.raises(sh.TextsError, match="1 text, too few"):
         QuickPatch(Layerwise(model), batches_of(words, TEXTS[:1]))
 
 

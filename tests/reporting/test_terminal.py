@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,16 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
+from shallower.reporting.stories.comparison import comparison_story
+from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.stories.gain import gain_table
+from shallower.reporting.stories.run import sizes_table
 from shallower.reporting.stories.stages import (
     candidates_table,
     failed_proposals,
     plan_table,
     scan_table,
 )
-from shallower.reporting.story import Number, Section, Story, Table
+from shallower.reporting.story import Number, Section, Story, Table, text_of
 from shallower.values.layers import ranges
 from shallower.values.loss import with_error
+from tests.reporting.comparisons import comparison
+from tests.reporting.stories import curve, made_run
 from tests.values.test_gain import gain
 from tests.values.test_verification import GIVEN_UP, LOSER, LOST_EARLY, TIE, WINNER, verified
 
@@ -77,6 +83,44 @@ def test_layers_are_broken_between_ranges_only(printed):
     assert re.findall(r"\[\d+, \d+\)", text) == re.findall(r"\[\d+, \d+\)", ranges(range(0, 40, 2)))
 
 
+def every_table(folder):
+    """The main table of every command that has one."""
+    run = made_run(folder)
+    curve_of = curve_story(curve(), command="", drawn=False)
+    compared_of = comparison_story(comparison(), command="", drawn=False)
+    return {
+        "scan": scan_table(run.scan),
+        "race": candidates_table(run.recommended.verified),
+        "sizes": sizes_table(run.recommended, run.table),
+        "gain": gain_table(gain()),
+        "plan": plan_table(Plan(30, (Block(2, 4, 0.25, 0.125), Block(7, 8)), metric="angular")),
+        "curve": next(table for part in curve_of.sections for table in part.tables),
+        "compare": next(table for part in compared_of.sections for table in part.tables),
+    }
+
+
+@pytest.mark.parametrize("width", [40, 60])
+@pytest.mark.parametrize("name", ["scan", "race", "sizes", "gain", "plan", "curve", "compare"])
+def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, tmp_path, name, width):
+    table = every_table(tmp_path)[name]
+    text = printed(replace(table, title="", note=""), width=width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert "…" not in text
+    cells = [cell for row in table.rows for cell in row]
+    for cell in cells:
+        if not isinstance(cell, Number) and "\xa0" in cell:
+            assert all(one in text for one in re.findall(r"\[\d+, \d+\)", cell))
+    known = {part for cell in cells for part in text_of(cell).split()}
+    known |= {cell.bare for cell in cells if isinstance(cell, Number)}
+    found = re.findall(r"(?<![\[\w.*])[+-]?\d+\.\d+(?![\w)\]])", text)
+    assert set(found) <= known
+
+
+def test_what_has_no_room_is_named(printed, tmp_path):
+    text = printed(every_table(tmp_path)["sizes"], width=40)
+    assert "Not shown at this width: parameters" in " ".join(text.split())
+
+
 def test_rows_that_belong_together_stand_together(printed):
     rows = ((Number.count(1), "a"), (Number.count(1), "b"), (Number.count(2), "c"))
     lines = printed(Table("", ("n", "name"), rows, is_grouped=True)).splitlines()
@@ -115,6 +159,7 @@ def test_a_scan_is_a_row_for_every_block_size(printed):
 
 def test_a_scan_of_one_sample_shows_no_error(printed):
     text = printed(scan_table(analyse_states(states_of(4, samples=1))))
+    assert text.splitlines()[1].endswith("4 layers, 1 sample")
     assert "nan" not in text
     assert "±" not in text
 

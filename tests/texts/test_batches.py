@@ -136,7 +136,7 @@ def test_rejections_are_counted_without_end_and_named_up_to_a_limit(words):
 def test_texts_with_too_few_tokens_are_rejected(words):
     batches = TokenBatches(words, ["w1", "w1 w2", "w1 w2 w3"], Tokens(8, 2), min_tokens=2)
     assert sorted(rows(batches)) == [1, 2]
-    assert [(r.sample, r.reason) for r in batches.rejections] == [(0, "1 tokens")]
+    assert [(r.sample, r.reason) for r in batches.rejections] == [(0, "1 token")]
 
 
 @pytest.mark.parametrize("wrong", [None, 7, b"w1", ["w1"], float("nan")])

@@ -200,7 +200,8 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     except ShallowerError as error:
         _fail(" ".join(str(error).split()))
     except usage_error as error:
-        _fail(f"{error.format_message()} (see shallower {name} --help)")
+        said = error.format_message().replace("Value error, ", "").removesuffix(".")
+        _fail(f"{said} (see shallower {name} --help)")
     if called == INTERRUPTED:
         _end_interrupted(name, arguments)
     return called or 0

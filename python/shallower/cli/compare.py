@@ -18,7 +18,6 @@ from .options import (
     Overwrite,
     Sizes,
     TrustRemoteCode,
-    quiet,
     read_texts,
 )
 from .output import called, print_json, say_dry_run, say_known, show
@@ -145,7 +144,6 @@ def compare_command(
     if dry_run:
         say_dry_run(_described(study), as_json)
         return 0
-    quiet()
     comparison = study.run()
     _say(comparison, study, as_json)
     return 1 if comparison.failures else 0

@@ -21,7 +21,6 @@ from .options import (
     TextsSource,
     Threads,
     TrustRemoteCode,
-    quiet,
     read_texts,
 )
 from .output import called, print_json, say_dry_run, say_known, show
@@ -162,7 +161,6 @@ def curve_command(
         study.check()
         say_dry_run(_described(study), as_json)
         return
-    quiet()
     _say(study.run(), study, as_json)
 
 

@@ -22,7 +22,6 @@ from .options import (
     NoCache,
     PlanPath,
     TrustRemoteCode,
-    load,
     named_layers,
     read_texts,
 )
@@ -169,7 +168,7 @@ def _results(job: "EvalJob") -> "Results":
     if known is not None:
         return known
     job.prepare()
-    return job.measure(*load(job.source))
+    return job.measure(*job.source.load())
 
 
 def _measures(

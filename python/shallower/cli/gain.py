@@ -14,7 +14,6 @@ from .options import (
     PlanPath,
     TrustRemoteCode,
     named_layers,
-    quiet,
 )
 from .output import print_json, show
 
@@ -61,7 +60,6 @@ def gain_command(
     from ..runs.gain import gain
 
     layers = named_layers(drop, plan)
-    quiet()
     found = gain(
         model,
         layers,

@@ -17,7 +17,6 @@ from .options import (
     Overwrite,
     TextsSource,
     TrustRemoteCode,
-    quiet,
     read_texts,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -207,7 +206,6 @@ def heal_command(
     if reuse(output, lambda _: _say_again(out, as_json)):
         return
     check_free(out, overwrite)
-    quiet()
     if dry_run:
         described = _planned(model, recipe, device_memory, trust_remote_code)
         say_dry_run({**described, "write": [str(out)]}, as_json)
@@ -330,7 +328,6 @@ def merge_command(
         described = {"merge": str(adapters), "model": str(healing.model), "write": [str(out)]}
         say_dry_run(described, as_json)
         return
-    quiet()
     from ..merging.merge import merge
 
     done = merge(adapters, out, model, overwrite=overwrite, trust_remote_code=trust_remote_code)

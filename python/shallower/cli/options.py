@@ -1,24 +1,16 @@
 """The options that several commands share, and what they ask for."""
 
-import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..models.dtypes import Dtype as DtypeName
-from ..models.source import ModelSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ..texts.sources import Texts
     from ..values.layers import Block
     from ..values.plan import Plan
-
-# Advice to get a kernel from a hub, told where bitsandbytes is imported.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a .gguf file.")
@@ -135,43 +127,6 @@ def read_texts(source: str, max_texts: int | None = None) -> "Texts":
     from ..texts.sources import Texts
 
     return Texts(source, max_texts).check()
-
-
-def resolve(source: ModelSource) -> ModelSource:
-    """Decide dtype and devices; on a terminal, say which dtype ``auto`` is and why."""
-    resolved = source.resolved()
-    if source.dtype == "auto" and sys.stderr.isatty():
-        from ..models.dtypes import choose_dtype
-
-        dtype, reason = choose_dtype(resolved.device_map)
-        print(f"dtype {dtype}: {reason}", file=sys.stderr)
-    return resolved
-
-
-def load(source: ModelSource) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model; on a terminal, say which dtype ``auto`` is and why.
-
-    Args:
-        source: the model and how it is loaded, as the options say.
-
-    Returns:
-        The model and its tokenizer.
-
-    Raises:
-        ModelError, MissingExtraError: as :func:`shallower.load_model`.
-    """
-    quiet()
-    return resolve(source).load()
-
-
-def quiet() -> None:
-    """Turn off transformers' bars where nobody looks, or another process shows the same ones."""
-    from ..processes import is_main_process
-
-    if not sys.stderr.isatty() or not is_main_process():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
 
 
 def metric_names(metrics: str) -> list[str]:

@@ -146,6 +146,11 @@ def _described(scanned: "Scan") -> dict[str, Any]:
 
 
 def quiet_bars() -> None:
-    """Turn off tqdm's bars where nobody looks; it reads this once, when it is imported."""
-    if not sys.stderr.isatty():
+    """Turn off tqdm's bars where nobody looks, or another process shows the same ones.
+
+    It reads this once, when it is imported.
+    """
+    from ..processes import is_main_process
+
+    if not sys.stderr.isatty() or not is_main_process():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -26,7 +26,6 @@ from .options import (
     PlanPath,
     TextsSource,
     TrustRemoteCode,
-    load,
     named_layers,
     read_texts,
 )
@@ -125,7 +124,7 @@ def patch_command(
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.saving import patch_to_folder
 
-    loaded, tokenizer = load(place)
+    loaded, tokenizer = place.load()
     done, losses = patch_to_folder(
         loaded,
         tokenizer,

@@ -19,7 +19,6 @@ from .options import (
     PlanPath,
     TrustRemoteCode,
     named_layers,
-    quiet,
 )
 from .output import print_json, reuse, say_dry_run, show
 
@@ -90,8 +89,6 @@ def prune_command(
     if dry_run:
         say_dry_run(planned.to_json(), as_json)
         return
-    if planned.loads_model:
-        quiet()
     _say(output.keep(planned.run().to_json()), as_json)
 
 

@@ -23,7 +23,6 @@ from .options import (
     TextsSource,
     Threads,
     TrustRemoteCode,
-    quiet,
     read_texts,
 )
 from .output import called, print_json, reuse, say_dry_run, show
@@ -285,7 +284,6 @@ def _carry_out(
         units = {"measure": study.units(), "write": [str(study.out)]}
         say_dry_run({**described, **target, **units}, as_json)
         return
-    quiet()
     done = study.run(lambda so_far: _report(so_far, as_json))
     page, story = save_report(study.folder)
     output.keep({})  # behind the page: a run that was killed while it is drawn draws it anew

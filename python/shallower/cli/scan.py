@@ -25,7 +25,6 @@ from .options import (
     TextsSource,
     Threads,
     TrustRemoteCode,
-    load,
     metric_names,
     read_texts,
 )
@@ -103,4 +102,4 @@ def scan_command(
         say_scan(*job.reuse(), as_json)
         say_known(job.known.made, out)
     else:
-        say_scan(*job.run(*load(job.source)), as_json)
+        say_scan(*job.run(*job.source.load()), as_json)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import write_file
+from ..values.counts import counted
 from ..values.layers import Block, drop_option, ranges
 from ..values.loss import Loss, with_error
 from ..values.plan import Plan
@@ -251,7 +252,10 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     rows += [("kept", kept), ("why", plan.why)]
     rows += [("doubt", plan.doubt)] if plan.doubt else []
     rows += [
-        ("calibration", f"{texts.num_texts} texts of at most {texts.max_length} tokens")
+        (
+            "calibration",
+            f"{counted(texts.num_texts, 'text')} of at most {counted(texts.max_length, 'token')}",
+        )
         for texts in plan.texts
     ]
     if plan.positions:
@@ -268,7 +272,7 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
 
 def _lost(losses: tuple[Loss, Loss]) -> str:
     before, after = losses
-    tokens = f"{after.num_tokens} tokens of {after.num_texts} texts"
+    tokens = f"{counted(after.num_tokens, 'token')} of {counted(after.num_texts, 'text')}"
     return f"{before} → {after} nats a token, {tokens}"
 
 

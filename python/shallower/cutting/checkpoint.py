@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._core import Checkpoint, Job
-from ..errors import OutputError
+from ..errors import OutputError, why
 from ..progress import BytesProgress, track_copy
 from ..storage import partial_folder, resumable_folder
 from ..values.files import PLAN_FILE
@@ -100,7 +100,7 @@ class PreparedCut:
                 where = partial_folder(out)
                 stays = f"; what is complete stays in {where}: do the same again to go on"
                 rest = f"{stays}, or delete it" if any(folder.iterdir()) else ""
-                raise OutputError(f"cannot write {out}: {error}{rest}") from error
+                raise OutputError(f"cannot write {out}: {why(error, out)}{rest}") from error
 
     def _write(self, folder: Path, progress: BytesProgress | bool | None) -> None:
         ours = {name for name, _ in self.job.files}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, why
 from ..values.files import PLAN_FILE
 from ..values.layers import MAX_LAYERS
 
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
+        raise ModelError(f"cannot read {path}: {why(error, path)}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is damaged: expected a JSON object")
     return value

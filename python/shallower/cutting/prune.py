@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InMemoryOnlyError, ModelError, OutputError
+from ..errors import InMemoryOnlyError, ModelError, OutputError, why
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress
@@ -255,11 +255,14 @@ class Request:
         """Count the decoder layers, by the config alone."""
         return self._loaded_from(as_stored=True).count_layers()
 
-    def load(self, *, as_stored: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    def load(
+        self, progress: BytesProgress | bool | None, *, as_stored: bool = False
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load the whole model; ``as_stored``: in the dtype of the folder, not in ``dtype``."""
+        show = False if callable(progress) else progress
         if self.to_gguf:
-            return ModelSource(self.gguf_path, "float32").load()
-        return self._loaded_from(as_stored=as_stored).load()
+            return ModelSource(self.gguf_path, "float32").load(show)
+        return self._loaded_from(as_stored=as_stored).load(show)
 
     def cut_in_memory(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan
@@ -309,8 +312,7 @@ def _fetch(repository: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        lines = " ".join(str(error).split())
-        raise ModelError(f"cannot fetch {name} of {repository}: {lines}") from error
+        raise ModelError(f"cannot fetch {name} of {repository}: {why(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +362,7 @@ class PlannedPrune:
     def _run(self, progress: BytesProgress | bool | None) -> Pruned:
         request, plan, on_disk = self._request, self.plan, self.way == "disk"
         # Before the cut: what cannot be loaded is found before the work.
-        loaded = request.load() if self.loads_model and not on_disk else None
+        loaded = request.load(progress) if self.loads_model and not on_disk else None
         if self._write is not None:
             self._write(overwrite=request.overwrite, progress=progress)
         elif loaded is not None:
@@ -371,7 +373,7 @@ class PlannedPrune:
         from .saving import verify_checkpoint
 
         cut = self.files[0] if self.way == "gguf" else request.out
-        loaded = loaded or request.load(as_stored=on_disk)
+        loaded = loaded or request.load(progress, as_stored=on_disk)
         return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan.blocks))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .._core import Checkpoint
-from ..errors import ModelError, OutputError
+from ..errors import ModelError, OutputError, why
 from ..storage import check_room, raise_output_error
 from .checkpoint_files import CONFIG_FILE, carried_files, read_json
 
@@ -219,7 +219,9 @@ class _Reader:
                 try:
                     got = os.preadv(self._descriptor, [view[filled:]], self._position + filled)
                 except OSError as error:
-                    raise ModelError(f"cannot read {self._path}: {error}") from error
+                    raise ModelError(
+                        f"cannot read {self._path}: {why(error, self._path)}"
+                    ) from error
                 if not got:
                     raise ModelError(
                         f"{self._path} ended early; run again when it is no longer being written"
@@ -246,7 +248,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
+        raise ModelError(f"cannot read {path}: {why(error, path)}") from error
     try:
         yield descriptor
     finally:
@@ -291,4 +293,4 @@ def _kernel_copy(source: int, target: _Target, position: int, count: int) -> int
     except OSError as error:
         if error.errno in _NO_KERNEL_COPY:
             return 0
-        raise OutputError(f"cannot write {target.path}: {error}") from error
+        raise OutputError(f"cannot write {target.path}: {why(error, target.path)}") from error

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from ..errors import ModelError, OutputError, PlanError
+from ..errors import ModelError, OutputError, PlanError, why
 from ..memory.weights import module_bytes
 from ..models.architecture import find_layers, require_weights, undo_rescaling
 from ..models.decoder import Decoder
@@ -22,6 +22,7 @@ from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
+from ..progress import hushed
 from ..storage import check_apart, new_folder
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
@@ -115,16 +116,17 @@ def _save(
     dtype = model.config.dtype
     with new_folder(path, overwrite, module_bytes(model)) as folder:
         try:
-            model.save_pretrained(folder)
+            with hushed():
+                model.save_pretrained(folder)
             model.config.dtype = dtype  # which save_pretrained turns into a word
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             for name, file in carried.items():
                 shutil.copyfile(file, folder / name)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
+            raise OutputError(f"cannot write {path}: {why(error, path)}") from error
         except (ValueError, NotImplementedError) as error:
-            message = f"transformers cannot save {type(model).__name__}: {error}"
+            message = f"transformers cannot save {type(model).__name__}: {why(error)}"
             raise ModelError(message) from error
         if plan is not None:
             plan.save(folder / PLAN_FILE)

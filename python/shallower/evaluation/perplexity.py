@@ -11,6 +11,7 @@ from ..models.decoder import Decoder
 from ..models.head import Head
 from ..progress import track
 from ..texts.batches import padded, untouched
+from ..values.counts import counted
 from ..values.perplexity import Perplexity
 from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
@@ -59,8 +60,8 @@ def evaluate_perplexity(
     windows, num_rest = _windows(tokenizer, text, context, bos)
     if decoder.positions is not None and context > decoder.positions:
         raise TextsError(
-            f"a window has {context} tokens, and the model has learned {decoder.positions} "
-            f"positions: take a shorter one (context, --context)"
+            f"a window has {counted(context, 'token')}, and the model has learned "
+            f"{decoder.positions} positions: take a shorter one (context, --context)"
         )
     texts = int(fitting_tokens(decoder, Tokens(context, batch_size)).batch_size)
     head, halving = Head.of(decoder), Halving()
@@ -100,8 +101,8 @@ def _windows(
     stride = context - len(first)
     if len(ids) < stride:
         raise TextsError(
-            f"the text has {len(ids)} tokens and fills no window of {context}: take shorter ones "
-            f"(context, --context) or a longer text"
+            f"the text has {counted(len(ids), 'token')} and fills no window of {context}: take "
+            f"shorter ones (context, --context) or a longer text"
         )
     starts = range(0, len(ids) - stride + 1, stride)
     windows = [np.array([*first, *ids[start : start + stride]], np.int64) for start in starts]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, TextsError
+from ..errors import MissingExtraError, TextsError, one_sentence, why
 from ..texts.sources import numbered_records
 
 OURS = Path(__file__).with_name("task_data")
@@ -164,10 +164,9 @@ class _Local:
         except (TextsError, MissingExtraError):
             raise
         except Exception as error:  # whatever a task file, its functions or a hub raise
-            reason = next(iter(str(error).splitlines()), "")
             hint = "" if self._data else "; --data (data, SHALLOWER_DATA) names a folder of data"
             raise TextsError(
-                f"task {name} cannot be loaded: {type(error).__name__}: {reason[:300]}{hint}"
+                f"task {name} cannot be loaded: {one_sentence(error)}{hint}"
             ) from error
         together = name in self._parts or self._index[name].kind.name == "GROUP"
         return TaskGroup(name, loaded["tasks"], together)
@@ -258,7 +257,7 @@ def _folder(named: str | Path, what: str) -> Path:
         if folder.is_dir():
             return folder.resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise TextsError(f"cannot read the {what} in {named}: {error}") from error
+        raise TextsError(f"cannot read the {what} in {named}: {why(error, named)}") from error
     raise TextsError(f"there is no folder {named} with the {what}")
 
 
@@ -299,9 +298,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_bytes(), Loader)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise TextsError(
-            f"the task file {path} is no YAML: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise TextsError(f"the task file {path} is no YAML: {why(error, path)}") from error
 
 
 def _require_yaml(folder: Path) -> None:

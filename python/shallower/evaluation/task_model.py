@@ -17,6 +17,7 @@ from ..models.decoder import Decoder
 from ..models.head import Head
 from ..progress import track
 from ..texts.batches import Batch
+from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens
 from .loss import LOGITS_PER_CHUNK, fitting_tokens, logits_at
 
@@ -142,7 +143,7 @@ class TaskModel:
         for place, (context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise TextsError(
-                    f"an answer of a task has {len(continuation)} tokens: expected 1 to "
+                    f"an answer of a task has {counted(len(continuation), 'token')}: expected 1 to "
                     f"{self.max_length}, the positions that the model has"
                 )
             ids = (context + continuation)[-(self.max_length + 1) : -1]

@@ -1,14 +1,11 @@
 """What a model scores on tasks of lm-eval, item by item."""
 
-import logging
 import math
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partialmethod
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ShallowerError, TextsError
+from ..errors import ShallowerError, TextsError, one_sentence
 from ..models.decoder import Decoder
+from ..progress import hushed
 from ..values.scores import Scores
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize
@@ -137,7 +135,7 @@ class ChosenTasks:
         ):
             if value is not None and value < least:
                 raise TextsError(f"the number of {name} must be at least {least}, got {value}")
-        with silence():
+        with hushed():
             groups = find_tasks(tasks, tasks_dir=tasks_dir, data=data)
             items: dict[str, list[int]] = {}
             for group in groups:
@@ -173,7 +171,7 @@ class ChosenTasks:
                 description=f"{description}{word}",
             )
 
-        with silence():
+        with hushed():
             tasks = {
                 name: task
                 for group in self.groups
@@ -211,10 +209,8 @@ class ChosenTasks:
         except (ShallowerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the functions of a task file raise
-            reason = next(iter(str(error).splitlines()), "")
-            raise TextsError(
-                f"lm-eval cannot run {', '.join(tasks)}: {type(error).__name__}: {reason[:300]}"
-            ) from error
+            named = ", ".join(tasks)
+            raise TextsError(f"lm-eval cannot run {named}: {one_sentence(error)}") from error
         return {name: _Answers(task, result["samples"][name]) for name, task in tasks.items()}
 
 
@@ -345,30 +341,6 @@ def draw_items(sizes: Mapping[str, int], most: int, seed: int) -> dict[str, list
         )
         for name, share in shares.items()
     }
-
-
-_LOGGERS = ("lm_eval", "datasets", "transformers.generation")
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep the logs and bars of lm-eval, datasets and tqdm off the terminal in the body."""
-    from tqdm import tqdm
-
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [one.level for one in loggers]
-    started = tqdm.__init__
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
-        for one in loggers:
-            one.setLevel(logging.CRITICAL)
-        tqdm.__init__ = partialmethod(started, disable=True)
-        try:
-            yield
-        finally:
-            tqdm.__init__ = started
-            for one, level in zip(loggers, levels, strict=True):
-                one.setLevel(level)
 
 
 def _set_shots(task: Any, num_shots: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError
+from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError, why
 from ..memory.device import device_room
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
@@ -42,7 +42,7 @@ def read_plan(path: str) -> Plan:
         try:
             found = cached_file(path, PLAN_FILE, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
-            raise ModelError(f"cannot load {path}: {error}") from error
+            raise ModelError(f"cannot load {path}: {why(error, path)}") from error
     if found is None:
         raise PlanError(
             f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
-from ..errors import ModelError, OutputError, RecipeError, TextsError
+from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
 from ..merging.merge import write_curve, write_merged
@@ -29,6 +29,7 @@ from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, read_samples
 from ..texts.sources import place_of_texts
+from ..values.counts import counted
 from ..values.healing import HEALING_FILE, Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
@@ -134,7 +135,9 @@ def heal(
     free_memory()  # so that what is planned with is what there is, after a run's scan too
     source_model = None
     if original is not None:
-        source_model = OriginalModel(str(original), plan, trust_remote_code=trust_remote_code)
+        source_model = OriginalModel(
+            str(original), plan, trust_remote_code=trust_remote_code, progress=progress
+        )
     job = Job(
         cut=path,
         plan=plan,
@@ -183,7 +186,7 @@ class _Healer:
         The record is given as it is written; in the other processes as it was before that.
         """
         job = self._job
-        cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code)
+        cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code, progress=job.progress)
         with ExitStack() as stack:
             with together():
                 # each saw the memory of its own device
@@ -364,8 +367,8 @@ class _Healer:
         for loss in filter(None, self._job.losses):
             if loss.num_tokens != num_tokens:
                 raise TextsError(
-                    f"losses were measured on {loss.num_tokens} tokens, and eval_texts have "
-                    f"{num_tokens} of at most {length} a text: measure them with "
+                    f"losses were measured on {counted(loss.num_tokens, 'token')}, and "
+                    f"eval_texts have {num_tokens} of at most {length} a text: measure them with "
                     f"max_length={length}, or leave them out"
                 )
         return batches.identity
@@ -415,7 +418,7 @@ class _Healer:
             shutil.rmtree(folder.parent / "done", ignore_errors=True)
             (folder / TRAINING).rename(folder.parent / "done")
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write the healed model: {error}") from error
+            raise OutputError(f"cannot write the healed model: {why(error)}") from error
         return healing
 
 

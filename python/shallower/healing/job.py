@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cutting.cards import adapters_card
 from ..cutting.source import CARD_FILE, find_source
-from ..errors import ModelError, OutputError, RecipeError, TextsError
+from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..models.identity import stored_digest
 from ..patching.patch import with_patch
@@ -221,7 +221,7 @@ def _patch_job(job: Job, original: str) -> str:
     try:
         cut = stored_digest(job.cut)
     except OSError as error:
-        raise ModelError(f"cannot read {job.cut}: {error}") from error
+        raise ModelError(f"cannot read {job.cut}: {why(error, job.cut)}") from error
     # A hash, as the file stays beside the patched cut and the name may be a path.
     return hash_of([cut, original, digest.hexdigest(), job.recipe.max_length])
 
@@ -232,7 +232,9 @@ def move_patched(patched: Path, folder: Path) -> Path:
         try:
             patched.rename(folder / PATCHED)
         except OSError as error:
-            raise OutputError(f"cannot write {folder / PATCHED}: {error}") from error
+            raise OutputError(
+                f"cannot write {folder / PATCHED}: {why(error, folder / PATCHED)}"
+            ) from error
     return folder / PATCHED
 
 

@@ -13,7 +13,7 @@ from .ranks import own_device_map
 
 
 def load_placed(
-    path: str, dtype: Any, *, trust_remote_code: bool
+    path: str, dtype: Any, *, trust_remote_code: bool, progress: bool | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer on the device of this process, ready for training.
 
@@ -23,7 +23,7 @@ def load_placed(
     """
     device_map: Any = own_device_map()
     source = ModelSource(path, dtype, device_map, trust_remote_code=trust_remote_code)
-    model, tokenizer = source.load()
+    model, tokenizer = source.load(progress)
     keep_unpacked(model)
     return model, tokenizer
 
@@ -31,8 +31,8 @@ def load_placed(
 class LoadedOnce:
     """A model that is loaded when it is first needed, and again once it was released."""
 
-    def __init__(self, name: str, *, trust_remote_code: bool) -> None:
-        self.name = name
+    def __init__(self, name: str, *, trust_remote_code: bool, progress: bool | None = None) -> None:
+        self.name, self._progress = name, progress
         self._trust_remote_code = trust_remote_code
         self._dtype: str | None = None
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
@@ -46,7 +46,12 @@ class LoadedOnce:
         """
         if self._loaded is None or not self.is_loaded(dtype):
             self.release()
-            loaded = load_placed(self.name, dtype, trust_remote_code=self._trust_remote_code)
+            loaded = load_placed(
+                self.name,
+                dtype,
+                trust_remote_code=self._trust_remote_code,
+                progress=self._progress,
+            )
             self._check(loaded[0])
             self._loaded, self._dtype = loaded, dtype
         return self._loaded
@@ -68,8 +73,10 @@ class LoadedOnce:
 class OriginalModel(LoadedOnce):
     """The uncut model of a healing, which must be the one that the plan was made for."""
 
-    def __init__(self, name: str, plan: Plan, *, trust_remote_code: bool) -> None:
-        super().__init__(name, trust_remote_code=trust_remote_code)
+    def __init__(
+        self, name: str, plan: Plan, *, trust_remote_code: bool, progress: bool | None = None
+    ) -> None:
+        super().__init__(name, trust_remote_code=trust_remote_code, progress=progress)
         self._plan = plan
 
     def _check(self, model: PreTrainedModel) -> None:

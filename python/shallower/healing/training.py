@@ -19,23 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel
 
-from ..errors import ModelError, OutputError
+from ..errors import ModelError, OutputError, why
 from ..memory.retry import Shrinking
 from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
-from ..progress import Advance
+from ..progress import Advance, hushed
 from ..texts.sequences import Samples, collate, order
 from ..values.healing import Measured, Step
 from ..values.loss import FIGURES, Loss
@@ -44,6 +36,16 @@ from . import trainer_checkpoints
 from .determinism import deterministic
 from .losses import Teacher, TrainingLoss
 from .ranks import agree
+
+with hushed():  # the Trainer imports peft, and that bitsandbytes, which advises to get a kernel
+    from transformers import (
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
 
@@ -193,7 +195,7 @@ def _train(training: Training, report: "StepsOnce") -> Trained:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_about_writing(error):
             raise
-        raise OutputError(f"cannot write a checkpoint of the healing: {error}") from error
+        raise OutputError(f"cannot write a checkpoint of the healing: {why(error)}") from error
     return _trained(trainer, throughput)
 
 

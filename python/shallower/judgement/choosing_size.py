@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import PlanError
+from ..values.counts import counted
 from ..values.memory import format_size
 from ..values.scores import Difference
 from ..values.target import Target
@@ -131,7 +132,7 @@ def _limit_of(target: Target) -> _Limit | None:
             "latency, --target-latency",
         )
     if target.memory is not None:
-        beside = f" of weights and cache, at {target.context:,} tokens"
+        beside = f" of weights and cache, at {counted(target.context, 'token')}"
         return _Limit(
             target.memory,
             f"leaves at most {format_size(target.memory)}{beside}",

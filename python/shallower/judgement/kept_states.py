@@ -14,6 +14,7 @@ from ..models.layerwise import rows
 from ..patching.least_squares import NormalEquations
 from ..progress import track
 from ..texts.batches import Batch
+from ..values.counts import counted
 from ..values.scores import Scores
 from .subject import Subject
 from .token_states import evenly, states_of
@@ -82,7 +83,7 @@ class KeptTokens:
         numbered = np.unique(text[parts[1]], return_inverse=True)[1]
         if not parts[0].any() or not len(numbered) or numbered[-1] < 1:
             raise CriterionError(
-                f"{texts[-1]} texts are too few to fit a map and to hold two out of "
+                f"{counted(texts[-1], 'text')}, too few to fit a map and to hold two out of "
                 f"{HELD_OUT_TEXTS}: give at least {FEWEST_TEXTS} of two tokens (--texts)"
             )
         fitted, held_out = (

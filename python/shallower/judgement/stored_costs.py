@@ -1,6 +1,5 @@
 """Costs and choices by a criterion, found once and kept in the store of results."""
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ class Work:
 
     Attributes:
         layer_forwards: layers run, times texts, in trials, as if no trial had been before.
-        seconds: wall time, in which nothing is made that was there before.
+        seconds: wall time; of what was measured by an earlier run, as long as it took then.
     """
 
     layer_forwards: int = 0
@@ -41,10 +40,11 @@ class Work:
 @contextmanager
 def _measured(subject: Subject) -> Iterator[Work]:
     """Measure the body; its work is complete when it has ended."""
-    work, started = Work(), time.perf_counter()
+    work, clock = Work(), subject.trials.clock
+    started = clock()
     with subject.trials.counted() as count:
         yield work
-    work.layer_forwards, work.seconds = count.layer_forwards, time.perf_counter() - started
+    work.layer_forwards, work.seconds = count.layer_forwards, clock() - started
 
 
 def stored_costs(

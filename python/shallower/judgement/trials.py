@@ -1,6 +1,7 @@
 """Trials: cuts judged by skipping layers, never by copying or reloading the model."""
 
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,6 +81,21 @@ class Count:
         self.once(what, (len(path) - start) * texts)
 
 
+class Clock:
+    """Wall time, in which what is recalled takes as long as it did when it was measured."""
+
+    def __init__(self) -> None:
+        self._recalled = 0.0
+
+    def __call__(self) -> float:
+        """Seconds from a moment that is the same for all calls."""
+        return time.perf_counter() + self._recalled
+
+    def recall(self, seconds: float) -> None:
+        """Let so many seconds pass."""
+        self._recalled += seconds
+
+
 class Trials:
     """Cuts of one model, judged on the items of one judge.
 
@@ -95,6 +111,7 @@ class Trials:
 
     Attributes:
         count: layers of the open search or race; None outside :meth:`counted`.
+        clock: the time that the work takes, or took.
     """
 
     def __init__(
@@ -107,11 +124,13 @@ class Trials:
     ) -> None:
         self.model, self.judge = model, judge
         self.count: Count | None = None
+        self.clock = Clock()
         self._prefixes = Prefixes(model, judge.batches, memory=memory)
         self._prepares = type(judge).prepare is not Judge.prepare
         self._prepared: set[int] = set()
         self._journal = journal
         self._judged: dict[tuple[frozenset[int], int], NDArray[np.float64]] = {}
+        self._recalled: dict[tuple[frozenset[int], int], float] = {}
         recall(journal, self._recall, "trials")
 
     @property
@@ -187,10 +206,13 @@ class Trials:
     def _look(self, gone: frozenset[int], index: int) -> NDArray[np.float64]:
         key = gone, index
         if key not in self._judged:
+            started = self.clock()
             self._judged[key] = sums = self._measure(gone, index)
             if self._journal is not None:
-                record = {"dropped": sorted(gone), "look": index, "sums": sums.tolist()}
-                self._journal.append(record)
+                took = self.clock() - started
+                record = {"look": index, "sums": sums.tolist(), "seconds": took}
+                self._journal.append({"dropped": sorted(gone), **record})
+        self.clock.recall(self._recalled.pop(key, 0.0))
         if self.count is not None:
             texts = len(self.judge.batches[index])
             if self._prepares:
@@ -207,6 +229,7 @@ class Trials:
     def _recall(self, record: dict[str, Any]) -> None:
         key = _cut_of(record, len(self.model)), _look_of(record, self.num_looks)
         self._judged[key] = _sums_of(record, len(self.judge.items[key[1]]))
+        self._recalled[key] = _seconds_of(record)
 
 
 class PatchedTrials:
@@ -227,6 +250,7 @@ class PatchedTrials:
         self._trials, self._patch, self._journal = trials, patch, journal
         self.num_texts = num_texts
         self._looked: dict[frozenset[int], dict[int, NDArray[np.float64]] | str] = {}
+        self._recalled: dict[tuple[frozenset[int], int | None], float] = {}
         recall(journal, self._recall, "patched trials")
 
     def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
@@ -237,24 +261,29 @@ class PatchedTrials:
         trials, gone = self._trials, frozenset(dropped)
         looked = self._looked.get(gone, {})
         if isinstance(looked, str):
+            trials.clock.recall(self._recalled.pop((gone, None), 0.0))
             raise PatchError(looked)
         missing = [index for index in trials.first(looks) if index not in looked]
         if missing:
+            started = trials.clock()  # the patch belongs to the first look
             with ExitStack() as stack:
                 self._solve(gone, stack)
                 for index in missing:
                     looked[index] = trials.judge_changed(gone, index, unchanged=min(gone) - 1)
-                    self._note(gone, {"look": index, "sums": looked[index].tolist()})
+                    self._note(gone, started, {"look": index, "sums": looked[index].tolist()})
+                    started = trials.clock()
             self._looked[gone] = looked
         sums = np.full(trials.judge.num_items, np.nan)
         for index in trials.first(looks):
             self._count(gone, index)
+            trials.clock.recall(self._recalled.pop((gone, index), 0.0))
             sums[trials.judge.items[index]] = looked[index]
         return Scores(sums, trials.judge.weights)
 
     def _solve(self, gone: frozenset[int], stack: ExitStack) -> None:
         """Patch the model until the stack is closed; why that cannot be is remembered."""
         trials = self._trials
+        started = trials.clock()
         for index in range(trials.num_looks):
             trials.prepare(index)  # by the whole model, which there is none of from here on
         try:
@@ -262,7 +291,7 @@ class PatchedTrials:
         except PatchError as error:
             if not isinstance(error.__cause__, torch.OutOfMemoryError):
                 self._looked[gone] = str(error)  # of memory there may be more another time
-                self._note(gone, {"why": str(error)})
+                self._note(gone, started, {"why": str(error)})
             raise
 
     def _count(self, gone: frozenset[int], index: int) -> None:
@@ -278,9 +307,10 @@ class PatchedTrials:
         changed = sum(layer >= unchanged for layer in trials.path(gone))
         trials.count.once(("patched", gone, index), changed * texts)
 
-    def _note(self, gone: frozenset[int], record: dict[str, Any]) -> None:
+    def _note(self, gone: frozenset[int], started: float, record: dict[str, Any]) -> None:
         if self._journal is not None:
-            self._journal.append({"dropped": sorted(gone), **record})
+            took = self._trials.clock() - started
+            self._journal.append({"dropped": sorted(gone), **record, "seconds": took})
 
     def _recall(self, record: dict[str, Any]) -> None:
         gone = _cut_of(record, len(self._trials.model))
@@ -288,6 +318,7 @@ class PatchedTrials:
             raise ValueError("a patch of no cut")
         if "why" in record:
             self._looked[gone] = of_type(str, record["why"])
+            self._recalled[gone, None] = _seconds_of(record)
             return
         items = self._trials.judge.items
         index = _look_of(record, len(items))
@@ -295,6 +326,7 @@ class PatchedTrials:
         if isinstance(looked, str):
             raise ValueError("a look at a cut that cannot be patched")
         looked[index] = _sums_of(record, len(items[index]))
+        self._recalled[gone, index] = _seconds_of(record)
 
 
 def patch_layers(dropped: Iterable[int]) -> int:
@@ -345,6 +377,13 @@ def _look_of(record: dict[str, Any], num_looks: int) -> int:
     if not 0 <= index < num_looks:
         raise ValueError(f"look {index} of {num_looks}")
     return index
+
+
+def _seconds_of(record: dict[str, Any]) -> float:
+    seconds = of_type(float, record["seconds"])
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"it took {seconds} seconds")
+    return seconds
 
 
 def _sums_of(record: dict[str, Any], num_items: int) -> NDArray[np.float64]:

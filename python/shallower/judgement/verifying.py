@@ -1,7 +1,6 @@
 """Verification: proposals of several criteria, raced by a judge, as they are cut or patched."""
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -128,10 +127,10 @@ class Verifier:
         known = self.store.get("verified", inputs)
         if known is not None:
             return recalled(Verified.from_json, known, "a verified plan")
-        started = time.perf_counter()
+        started = self.trials.clock()
         with self.trials.counted() as count:
             found = _Verification(self, n, proposals, count).run()
-        seconds = time.perf_counter() - started
+        seconds = self.trials.clock() - started
         verified = replace(found, layer_forwards=count.layer_forwards, seconds=seconds)
         self.store.put("verified", inputs, verified.to_json())
         return verified

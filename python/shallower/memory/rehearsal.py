@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..errors import ModelError
+from ..errors import ModelError, why
 
 Step = TypeVar("Step")
 
@@ -47,7 +47,7 @@ def build_empty(
                 config, dtype=dtype, trust_remote_code=trusted
             )
     except Exception as error:  # transformers raises bare ones for what it does not know
-        raise ModelError(f"cannot build a model from the config: {error}") from error
+        raise ModelError(f"cannot build a model from the config: {why(error)}") from error
     return model.eval()
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.saving import PROBE
-from ..errors import ModelError
+from ..errors import ModelError, why
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
@@ -52,15 +52,19 @@ def with_adapters(model: PreTrainedModel, adapters: Path) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
-        raise ModelError(f"cannot load the adapters in {adapters}: {error}") from error
+        raise ModelError(
+            f"cannot load the adapters in {adapters}: {why(error, adapters)}"
+        ) from error
 
 
-def adapted_logits(source: ModelSource, adapters: Path, *, healing: Healing) -> torch.Tensor:
+def adapted_logits(
+    source: ModelSource, adapters: Path, *, healing: Healing, progress: bool | None = None
+) -> torch.Tensor:
     """Load a cut with its adapters, and compute its (1, T, V) float32 logits on :data:`PROBE`.
 
     Raises ModelError for another model, or one that cannot be loaded.
     """
-    model, tokenizer = source.load()
+    model, tokenizer = source.load(progress)
     require_same_model(model, str(source), adapters, healing=healing)
     device = input_device(find_layers(model))
     return probe_logits(with_adapters(model, adapters), tokenizer, device)
@@ -78,14 +82,19 @@ def probe_logits(
 
 
 def merge_in_memory(
-    folder: Path, source: ModelSource, adapters: Path, *, healing: Healing
+    folder: Path,
+    source: ModelSource,
+    adapters: Path,
+    *,
+    healing: Healing,
+    progress: bool | None = None,
 ) -> torch.Tensor:
     """Fold adapters into a whole model, float32 sums each rounded once, and save it.
 
     ``source`` is the cut in the dtype that it is stored in. Returns the logits of the adapters on
     it, (1, T, V) float32. Raises ModelError if the adapters are another model's, or hold NaN.
     """
-    model, tokenizer = source.load()
+    model, tokenizer = source.load(progress)
     require_same_model(model, str(source), adapters, healing=healing)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     config_dtype = copy.copy(model.config.dtype)
@@ -96,7 +105,7 @@ def merge_in_memory(
         with exact_products():
             merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise ModelError(f"cannot merge the adapters in {adapters}: {error}") from error
+        raise ModelError(f"cannot merge the adapters in {adapters}: {why(error)}") from error
     for name, value in merged.state_dict().items():
         owner, _, key = name.rpartition(".")
         if value.dtype != dtypes[name]:

@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from ..cutting.cards import healed_card
 from ..cutting.exports import EXPORT_FILES
 from ..cutting.source import CARD_FILE, PLACEHOLDER, find_source
-from ..errors import MissingExtraError, ModelError, OutputError
+from ..errors import MissingExtraError, ModelError, OutputError, why
 from ..patching.saving import PATCH_FILE
 from ..reporting.charts.run import healing_chart
 from ..storage import check_apart, check_free, new_folder, write_file
+from ..values.counts import counted
 from ..values.files import PLAN_FILE
 from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing
 from ..values.recipe import GLOBAL_BATCH
@@ -80,7 +81,7 @@ def merge(
             )
             healing = write_merged(folder, merging)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {out}: {error}") from error
+            raise OutputError(f"cannot write {out}: {why(error, out)}") from error
         write_curve(folder, healing)
         write_file(folder / HEALING_FILE, healing.to_bytes())
     return healing
@@ -121,7 +122,7 @@ def healing_rows(healing: Healing) -> list[tuple[str, str]]:
     rows = [
         ("trained", f"step {healing.best_step} of {recipe.steps}, {GLOBAL_BATCH} sequences each"),
         ("objective", recipe.objective),
-        ("texts", f"{healing.texts.num_texts}, {kind} to {recipe.max_length} tokens"),
+        ("texts", f"{healing.texts.num_texts}, {kind} to {counted(recipe.max_length, 'token')}"),
         (
             "adapters",
             f"rank {recipe.rank} on {healing.adapted} linear maps of the feed-forward "

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from ..cutting.checkpoint_files import is_checkpoint
 from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
 from ..cutting.source import CARD_FILE
-from ..errors import ModelError
+from ..errors import ModelError, why
 from ..evaluation.loss import evaluate_loss
 from ..memory.placement import place_for
 from ..models.architecture import find_layers, input_device
@@ -103,13 +103,17 @@ class Merging:
             )
         if stored is None or changes is None:
             source = self._source(self.base, dtype, "cpu")
-            expected = merge_in_memory(folder, source, self.adapters, healing=self.healing)
+            expected = merge_in_memory(
+                folder, source, self.adapters, healing=self.healing, progress=self.progress
+            )
             return self._by_logits(folder, dtype, "cpu", expected)
         device_map = place_for(4 * stored.num_values)
         if device_map is None:
             return self._by_tensors(folder, dtype, stored, changes)
         source = self._source(self.base, "float32", device_map)
-        expected = adapted_logits(source, self.adapters, healing=self.healing)
+        expected = adapted_logits(
+            source, self.adapters, healing=self.healing, progress=self.progress
+        )
         with self._bar(stored.num_bytes) as report:
             rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
         return self._by_logits(folder, dtype, place_for(4 * stored.num_values) or "cpu", expected)
@@ -131,7 +135,7 @@ class Merging:
 
     def _by_logits(self, folder: Path, dtype: str, device_map: Any, expected: Any) -> Merge:
         """The check of a model that fits into memory."""
-        model, tokenizer = self._source(folder, "float32", device_map).load()
+        model, tokenizer = self._source(folder, "float32", device_map).load(self.progress)
         got = probe_logits(model, tokenizer, input_device(find_layers(model)))
         scale = float(expected.norm())
         difference = float((got - expected).norm()) / scale
@@ -152,7 +156,7 @@ class Merging:
         if not self.held_out or dtype == "float32":
             return self._with_loss(merge, model, tokenizer)
         del model
-        model, tokenizer = self._source(folder, dtype, device_map).load()
+        model, tokenizer = self._source(folder, dtype, device_map).load(self.progress)
         return self._with_loss(merge, model, tokenizer)
 
     def _by_tensors(
@@ -184,7 +188,7 @@ class Merging:
                 stacklevel=2,
             )
             return merge
-        model, tokenizer = self._source(folder, dtype, device_map).load()
+        model, tokenizer = self._source(folder, dtype, device_map).load(self.progress)
         return self._with_loss(merge, model, tokenizer)
 
     def _with_loss(
@@ -230,7 +234,7 @@ def fetched(base: str, trust_remote_code: bool = False) -> Path:
             fetch(name)
         AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {base}: {error}") from error
+        raise ModelError(f"cannot load {base}: {why(error, base)}") from error
     if config is None:
         raise ModelError(f"{base} holds no config.json: expected a checkpoint of transformers")
     return Path(config).parent

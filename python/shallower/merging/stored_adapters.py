@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from ..cutting.rewriting import StoredCheckpoint
-from ..errors import ModelError
+from ..errors import ModelError, why
 from ..models.loading import empty_model
 from .low_rank import DTYPES, LowRank
 
@@ -47,7 +47,7 @@ def read_adapter_config(adapters: Path) -> dict[str, Any]:
         config = json.loads((adapters / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{adapters} holds no adapters of peft: {error}") from error
+        raise ModelError(f"{adapters} holds no adapters of peft: {why(error, adapters)}") from error
     if kind != "LORA":
         raise ModelError(f"the adapters in {adapters} are {kind}: expected LORA, as heal makes")
     for name, plain in _NEVER_MADE.items():
@@ -129,7 +129,9 @@ def _adapted(model: PreTrainedModel, adapters: Path) -> Iterator[tuple[_Factors,
             )
         opened = safe_open(path, framework="pt")
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise ModelError(f"cannot load the adapters in {adapters}: {error}") from error
+        raise ModelError(
+            f"cannot load the adapters in {adapters}: {why(error, adapters)}"
+        ) from error
     with opened as file:
         yield _Factors(path, file, set(file.keys()), set()), built
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, TextsError
+from ..values.counts import counted
 from .layer_config import layer_counts
 from .offload import execution_device
 
@@ -252,6 +253,6 @@ def check_length(num_tokens: int, positions: int | None) -> None:
     """Raise TextsError for a text that is longer than a model's learned positions, if any."""
     if positions is not None and num_tokens > positions:
         raise TextsError(
-            f"a text has {num_tokens} tokens, and the model has learned {positions} positions: "
-            f"choose a max_length (--max-length) of {positions} at most"
+            f"a text has {counted(num_tokens, 'token')}, and the model has learned {positions} "
+            f"positions: choose a max_length (--max-length) of {positions} at most"
         )

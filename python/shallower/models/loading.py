@@ -1,6 +1,7 @@
 """Loading a causal language model: a folder, a hub id or a GGUF file."""
 
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import MissingExtraError, ModelError
+from ..errors import MissingExtraError, ModelError, why
+from ..processes import is_main_process
+from ..progress import hushed, track
+from ..values.identity import title_of
 from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
@@ -33,8 +37,11 @@ def load_model(
     *,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
+    progress: bool | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for inference.
+
+    What ``auto`` stands for here is said on standard error, where progress is shown.
 
     Args:
         path_or_id: a local folder, a hub id, or a ``.gguf`` file.
@@ -46,6 +53,8 @@ def load_model(
         gguf_file: the file's name in the folder or hub repository. Its weights are
             dequantised, then kept in ``dtype``.
         trust_remote_code: run code that comes with the model.
+        progress: True for a bar on standard error, False for silence; by default a bar on a
+            terminal, and lines in a log.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -65,13 +74,19 @@ def load_model(
     check_dtype(dtype)
     place, gguf_file = _locate(path_or_id, gguf_file)
     device_map = choose_device_map(device_map)
-    name = choose_dtype(device_map)[0] if dtype == "auto" else dtype
+    show = progress if is_main_process() else False
+    name: str = dtype
+    if dtype == "auto":
+        name, reason = choose_dtype(device_map)
+        if show is not False:
+            print(f"dtype {name}: {reason}", file=sys.stderr, flush=True)
     quantised = quantisation(name) if name in ("nf4", "int8") else None
     kept = torch.bfloat16 if quantised else getattr(torch, name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
         options["gguf_file"] = gguf_file
-    with _reading(gguf_file):
+    title = gguf_file or title_of(place)
+    with track(f"load {title}", show=show) as shown, hushed(shown), _reading(gguf_file):
         tokenizer = _call(AutoTokenizer.from_pretrained, place, **options)
         load = _load_gguf if gguf_file else load_weights
         model = load(place, kept, device_map, config=quantised, options=options)
@@ -119,7 +134,9 @@ def read_config(
     """
     source, gguf_file = _locate(path_or_id, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    with _reading(gguf_file):
+    is_far = is_main_process() and not Path(source).is_dir()  # which may take half a minute
+    asking = track(f"ask the hub for {source}", show=None if is_far else False)
+    with asking as shown, hushed(shown), _reading(gguf_file):
         config: PretrainedConfig = _call(
             AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
         )
@@ -202,7 +219,7 @@ def load_weights(
     options = options or {}
     if config is not None:
         options = {**options, "quantization_config": config}
-    with _report_unless_refused():
+    with hushed(), _report_unless_refused():
         model, info = _call(
             AutoModelForCausalLM.from_pretrained,
             source,
@@ -255,14 +272,10 @@ def _call(load: Any, source: str, **options: Any) -> Any:
             f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)"
         ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
-        message = f"cannot load {_name(source, options)}: {_first_lines(error)}"
+        absent = "" if Path(source).exists() else ", which is no folder here"
+        message = f"cannot load {_name(source, options)}{absent}: {why(error, source)}"
         raise ModelError(message) from error
 
 
 def _name(source: str, options: dict[str, Any]) -> str:
     return "/".join(filter(None, (source, options.get("gguf_file"))))
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__

@@ -59,7 +59,9 @@ class ModelSource:
         dtype = choose_dtype(device_map)[0] if self.dtype == "auto" else self.dtype
         return replace(self, dtype=dtype, device_map=device_map)
 
-    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    def load(
+        self, progress: bool | None = None
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load the model and its tokenizer, as :func:`shallower.load_model`."""
         from .loading import load_model
 
@@ -69,6 +71,7 @@ class ModelSource:
             self.device_map,
             gguf_file=self.gguf_file,
             trust_remote_code=self.trust_remote_code,
+            progress=progress,
         )
 
     def read_config(self) -> "PretrainedConfig":

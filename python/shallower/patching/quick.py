@@ -25,6 +25,7 @@ from ..models.layerwise import Layerwise
 from ..models.offload import resident
 from ..models.residual_writers import Writer, find_writers
 from ..texts.batches import Batch
+from ..values.counts import counted
 from ..values.layers import blocks_of
 from ..values.plan import Plan
 from .changes import Changes
@@ -234,7 +235,8 @@ def _divide(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
                 part.append(chosen)
     if not parts[1]:
         raise TextsError(
-            f"{next(numbers)} texts are too few to patch with: give at least 2, better 16 or more"
+            f"{counted(next(numbers), 'text')}, too few to patch with: give at least 2, better "
+            f"16 or more"
         )
     return parts
 

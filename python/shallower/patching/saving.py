@@ -27,6 +27,7 @@ from ..storage import (
     write_file,
 )
 from ..texts.sources import place_of_texts
+from ..values.counts import counted
 from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
 from ..values.patch import Patch
@@ -111,7 +112,7 @@ def _patch_rows(done: Patch) -> list[tuple[str, str]]:
         (
             "held-out loss, nats a token",
             f"{done.original:.4f} whole, {done.cut:.4f} cut, {done.patched:.4f} patched, on "
-            f"{done.num_held_out:,} tokens that choices were made on",
+            f"{counted(done.num_held_out, 'token')} that choices were made on",
         ),
         ("lost nats recovered", f"{100 * done.recovered:.0f} %"),
     ]

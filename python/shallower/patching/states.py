@@ -15,6 +15,7 @@ from ..errors import PatchError, TextsError
 from ..models.layerwise import Layerwise, rows
 from ..models.residual_writers import Writer
 from ..texts.batches import AnyTexts, Batch, TokenBatches, TokenisedText, tokenise
+from ..values.counts import counted
 from ..values.layers import Block
 from ..values.tokens import Tokens
 from .least_squares import HeldOut, NormalEquations
@@ -61,8 +62,8 @@ def divide(
     fitted, held_out = (list(TokenBatches(tokenizer, part, tokens, min_tokens=2)) for part in parts)
     if not fitted or not held_out:
         raise TextsError(
-            f"{len(parts[0]) + len(parts[1])} texts are too few to fit and to hold out: give at "
-            f"least 8 with two tokens each, better some thousand"
+            f"{counted(len(parts[0]) + len(parts[1]), 'text')}, too few to fit and to hold out: "
+            f"give at least 8 with two tokens each, better some thousand"
         )
     return fitted, held_out
 

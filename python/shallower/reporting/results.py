@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError, ShallowerError
+from ..errors import OutputError, ShallowerError, why
 from ..storage import sha256_of, write_file
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, RESULTS_FILE, SCAN_FILE
 from ..values.healing import Healing
@@ -159,7 +159,8 @@ class Run:
             )
             healed = values["healing"] is not None
         except (OSError, ValueError, KeyError, TypeError, RecursionError, ShallowerError) as error:
-            message = f"{out / RESULTS_FILE} is not of a run, or is damaged: {error}"
+            place = out / RESULTS_FILE
+            message = f"{place} is not of a run, or is damaged: {why(error, place)}"
             raise OutputError(message) from error
         return replace(results, healing=Healing.load(out / HEALED_FOLDER)) if healed else results
 

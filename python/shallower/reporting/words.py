@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..values.counts import counted
 from ..values.layers import blocks_of, ranges
 from ..values.loss import Loss
 from ..values.scores import Difference
@@ -33,17 +34,17 @@ def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
 
 def loss_fact(name: str, loss: Loss, place: str) -> Fact:
     """Give a loss with its error, what it was measured on, and file and key that it is from."""
-    source = f"{place}; {loss.num_tokens:,} tokens of {loss.num_texts:,} texts"
+    source = f"{place}; {counted(loss.num_tokens, 'token')} of {counted(loss.num_texts, 'text')}"
     return Fact(f"{name}, nats a token", Number.of(loss.nats, loss.stderr, 4), source)
 
 
 def loss_words(loss: Loss) -> str:
     """Say a loss in nats a token, by its vocabulary and in bits a byte, and of what it is."""
-    rejected = f", {loss.num_rejected} texts rejected" if loss.num_rejected else ""
+    rejected = f", {counted(loss.num_rejected, 'text')} rejected" if loss.num_rejected else ""
     bits = "" if loss.by_byte is None else f", {loss.by_byte.mean:.4f} bits a byte"
     return (
         f"{loss} nats a token ({loss.normalized:.4f} of ln vocabulary{bits}), "
-        f"{loss.num_tokens} tokens of {loss.num_texts} texts{rejected}"
+        f"{counted(loss.num_tokens, 'token')} of {counted(loss.num_texts, 'text')}{rejected}"
     )
 
 
@@ -51,7 +52,8 @@ def whole_words(whole: Loss) -> str:
     """Say the loss of a whole model, as a sentence."""
     return (
         f"The whole model loses {whole} nats a token, {whole.normalized:.3f} of ln V, on "
-        f"{whole.num_tokens:,} tokens of {whole.num_texts:,} texts; V = {whole.vocab_size:,}."
+        f"{counted(whole.num_tokens, 'token')} of {counted(whole.num_texts, 'text')}; "
+        f"V = {whole.vocab_size:,}."
     )
 
 
@@ -96,8 +98,8 @@ def few_texts(num_texts: int) -> list[str]:
     if num_texts >= FEW_TEXTS:
         return []
     return [
-        f"the losses are of {num_texts} texts: their errors are uncertain themselves, and other "
-        f"texts may give another picture"
+        f"the losses are of {counted(num_texts, 'text')}: their errors are uncertain themselves, "
+        f"and other texts may give another picture"
     ]
 
 
@@ -122,7 +124,9 @@ def differs(
     reasons.
     """
     length = (
-        f"at most {max_length:,} tokens" if max_length else "as many tokens as --max-length says"
+        f"at most {counted(max_length, 'token')}"
+        if max_length
+        else "as many tokens as --max-length says"
     )
     harness = versions.get("lm_eval") or versions.get("lm-eval")
     lines = (

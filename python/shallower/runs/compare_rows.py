@@ -69,7 +69,7 @@ def compare_on(
         ModelError: its layers cannot be run one by one, or a loss is not finite.
         TextsError: no text has two tokens.
     """
-    loaded, tokenizer = model.load()
+    loaded, tokenizer = model.load(study.progress)
     measuring = Measuring(study, loaded, tokenizer, store=store)
     check_sizes(study.settings.n, len(measuring.decoder))
     rows: list[Row] = []

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..progress import hushed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +22,6 @@ def continue_text(
 
     encoded = tokenizer(prompt, return_tensors="pt").to(Decoder.of(model).device)
     generate: Any = model.generate
-    with torch.inference_mode():
+    with torch.inference_mode(), hushed():
         output = generate(**encoded, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -197,7 +197,7 @@ class CurveStudy(Study[CurveSettings]):
         from .curve_points import CurvePoints
 
         _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading
-        loaded, tokenizer = self.model.load()
+        loaded, tokenizer = self.model.load(self.progress)
         points = CurvePoints(
             self,
             loaded,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import ModelError, TextsError
 from ..texts.sources import Texts
+from ..values.counts import counted
 
 PASSAGE = 900
 """Characters of a passage at least; around 200 tokens of English."""
@@ -51,8 +52,8 @@ def texts(
     held_out = [p for d in documents[3::4] for p in passages(d) if p not in seen]
     if not calibration or not held_out:
         raise TextsError(
-            f"{source}: {len(documents)} documents cannot be split into calibration and held-out "
-            f"text: at least 4 are needed"
+            f"{source}: {counted(len(documents), 'document')}, too few to split into calibration "
+            f"and held-out text: at least 4 are needed"
         )
     return calibration[:num_calibration], held_out[:num_held_out]
 

@@ -30,7 +30,9 @@ class InMemory:
     def __str__(self) -> str:
         return str(self.model.name_or_path) or type(self.model).__name__
 
-    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    def load(
+        self, _progress: bool | None = None
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Give the model, and its tokenizer."""
         return self.model, self.tokenizer
 

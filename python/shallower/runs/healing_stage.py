@@ -77,7 +77,7 @@ class HealingStage:
             return results
         dtype: Any = results.scan.model.dtype if results.scan.model else "auto"
         source = ModelSource(place, dtype, trust_remote_code=self.study.origin[1])
-        model, tokenizer = source.load()
+        model, tokenizer = source.load(self.study.progress)
         healed = self._loss(model, tokenizer)
         state_loss(place / CARD_FILE, (results.whole, healed))
         samples = tuple(

@@ -4,7 +4,6 @@
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
 from ..patching.quick import QuickPatch
+from ..progress import track
 from ..scanning.scan import Scan
 from ..texts.batches import tokenise
 from ..texts.splits import TokenisedSplits
@@ -171,8 +171,13 @@ class Measuring:
         )
 
     def whole(self) -> Loss:
-        """The loss of the whole model."""
-        return self.held_out.loss(self.scores((), "cut"))
+        """Measure the loss of the whole model, and show how far that is."""
+        trials = self.held_out.losses
+        with track("loss, whole", self.judge.num_items, self._study.progress) as advance:
+            for look in trials.first(None):
+                trials.scores((), look + 1)
+                advance(len(self.judge.batches[look]))
+        return self.held_out.loss(trials.scores(()))
 
     def scores(
         self,
@@ -207,16 +212,16 @@ class Measuring:
             ModelError, TextsError: a loss is not finite, or a task cannot be done.
             CacheError: what the store holds is damaged.
         """
-        key = dropped, state
+        key, clock = (dropped, state), self.held_out.losses.clock
         if key not in self._measured:
             inputs = self._inputs(dropped, state)
             known = inputs and self._store.get("measurement", inputs)
             if known:
                 found = recalled(Measured.from_json, known, "a measurement")
             else:
-                started = time.perf_counter()
+                started = clock()
                 found = self._measure(dropped, state)
-                found = replace(found, seconds=time.perf_counter() - started)
+                found = replace(found, seconds=clock() - started)
                 if inputs:
                     self._store.put("measurement", inputs, found.to_record())
             self._measured[key] = found
@@ -321,7 +326,7 @@ class Measuring:
                 trust_remote_code=trusted,
             )
         dtype: Any = self.decoder.identity.dtype
-        yield ModelSource(healed, dtype).load()
+        yield ModelSource(healed, dtype).load(progress=False)
         shutil.rmtree(folder, ignore_errors=True)
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()

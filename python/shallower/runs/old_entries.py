@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import CacheError
+from ..errors import CacheError, why
 
 _KIND = re.compile(r"[a-z_]{1,40}")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -36,7 +36,7 @@ def clear_old(folder: Path) -> int:
                 if not any(inside.iterdir()):
                     inside.rmdir()
     except OSError as error:
-        raise CacheError(f"cannot clear the cache: {error}; remove {folder}") from error
+        raise CacheError(f"cannot clear the cache: {why(error)}; remove {folder}") from error
     return freed
 
 

@@ -23,7 +23,7 @@ from ..models.layerwise import Layerwise
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
-from ..progress import track
+from ..progress import Advance, track
 from ..reporting.results import Continuations, Run, weights_mark
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
@@ -86,10 +86,11 @@ class Recommending:
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        self._measuring = measuring = Measuring(
-            study, model, tokenizer, store=store, scanned=lambda: self._scan
-        )
-        self._decoder, self._plans = measuring.decoder, measuring.plans
+        with track("prepare", show=study.progress):
+            self._measuring = measuring = Measuring(
+                study, model, tokenizer, store=store, scanned=lambda: self._scan
+            )
+            self._decoder, self._plans = measuring.decoder, measuring.plans
 
     def run(self, earlier: Run | None = None) -> Run:
         """Do all stages but a healing; ``results.json`` is written before each next step.
@@ -211,16 +212,21 @@ class Recommending:
         plan = verified.plan
         self._study.keep_choice("recommended", choice.n, plan.dropped)
         self._write_plan(plan)
-        cut = measuring.measure(plan.dropped, "cut").loss
-        samples = [
-            self._continued(Continuations(text, ""), "whole") for text in self._settings.prompts
-        ]
-        with without_layers(self._model, plan.blocks):
-            samples = [self._continued(one, "cut") for one in samples]
-        block = self._scan.best_block(choice.n)
-        worse = None
-        if set(block.layers) != set(plan.dropped):
-            worse = measuring.measure(tuple(block.layers), "cut").loss.minus(cut)
+        with track("measure the cut", 3, self._study.progress) as advance:
+            advance(0, "loss")
+            cut = measuring.measure(plan.dropped, "cut").loss
+            advance(1, "loss of the most similar block")
+            block = self._scan.best_block(choice.n)
+            worse = None
+            if set(block.layers) != set(plan.dropped):
+                worse = measuring.measure(tuple(block.layers), "cut").loss.minus(cut)
+            advance(1, "samples")
+            samples = [
+                self._continued(Continuations(text, ""), "whole") for text in self._settings.prompts
+            ]
+            with without_layers(self._model, plan.blocks):
+                samples = [self._continued(one, "cut") for one in samples]
+            advance(1)
         recommended = Recommended(
             verified,
             choice.reason,
@@ -272,12 +278,20 @@ class Recommending:
 
     def _saved(self, results: Run, plan: Plan, done: Patch | None) -> Run | None:
         """Save the model as it is now, and reload it by stock transformers."""
+        with track("measure and save", 4, self._study.progress) as advance:
+            return self._checked(results, plan, done, advance)
+
+    def _checked(
+        self, results: Run, plan: Plan, done: Patch | None, advance: Advance
+    ) -> Run | None:
+        advance(0, "loss")
         if not self._is_wanted():
             return None
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
         if done is None:
             losses = results.whole, recommended.cut
+            advance(2, "save")
             save_cut(
                 self._model,
                 self._tokenizer,
@@ -289,7 +303,9 @@ class Recommending:
             )
         else:
             losses = results.whole, self._measuring.loss_now(self._model)
+            advance(1, "samples")
             samples = tuple(self._continued(one, "patched") for one in results.continuations)
+            advance(1, "save")
             save_patched(
                 self._model,
                 self._tokenizer,
@@ -302,6 +318,7 @@ class Recommending:
             recommended = replace(recommended, patched=losses[1])
             results = replace(results, recommended=recommended, continuations=samples)
         results.save()
+        advance(1, "reload and compare")
         text = max(self._study.split.report, key=len)
         try:
             difference = verify_checkpoint(
@@ -310,6 +327,7 @@ class Recommending:
         except ModelError as error:
             all_else = self._out / RESULTS_FILE
             raise ModelError(f"{error}; all else is in {all_else}") from error
+        advance(1)
         marks = {**results.marks, "checkpoint": weights_mark(folder)}
         return replace(results, difference=difference, marks=marks)
 

@@ -1,12 +1,14 @@
 """Reports: the page of whatever a folder holds, a run, a comparison or a curve."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, ShallowerError
+from ..errors import OutputError, ShallowerError, why
+from ..progress import track
 from ..reporting.results import Run
 from ..reporting.story import Story
 from ..reporting.writers.page import write_page
@@ -17,7 +19,9 @@ from ..values.gain import Gain
 from ..values.schema import of_type
 
 
-def report(folder: str | Path, out: str | Path | None = None) -> Path:
+def report(
+    folder: str | Path, out: str | Path | None = None, *, progress: bool | None = None
+) -> Path:
     """Write the page of a run, of a comparison or of a curve.
 
     The page is one HTML file that needs no network: what was cut, how sure that is, what
@@ -28,6 +32,8 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     Args:
         folder: what :func:`run`, :func:`compare` or ``shallower curve`` has written.
         out: the place of the page; ``report.html`` in the folder by default.
+        progress: True for a bar on standard error, False for silence; by default a bar on a
+            terminal, and lines in a log.
 
     Returns:
         The place of the page.
@@ -42,16 +48,23 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         >>> sh.report("runs/page").name
         'report.html'
     """
-    return save_report(Path(folder), out)[0]
+    return save_report(Path(folder), out, progress)[0]
 
 
-def save_report(folder: Path, out: str | Path | None = None) -> tuple[Path, Story]:
+def save_report(
+    folder: Path, out: str | Path | None = None, progress: bool | None = None
+) -> tuple[Path, Story]:
     """Write the page as :func:`report`, and give its story too."""
     page = folder / REPORT_FILE if out is None else Path(out)
     if page.is_dir() or page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{page}: expected the place of a page, as page.html (out, --out)")
-    story = read_story(folder, drawn=find_spec("matplotlib") is not None)
-    write_page(story, page)
+    make = _read_results(folder)
+    with track("page", 2, progress) as advance:
+        advance(0, "figures")
+        story = make(drawn=find_spec("matplotlib") is not None)
+        advance(1, "files")
+        write_page(story, page)
+        advance(1)
     return page, story
 
 
@@ -59,6 +72,12 @@ def read_story(folder: Path, *, drawn: bool) -> Story:
     """Read the folder of a run, a comparison or a curve as a story, with figures if ``drawn``;
     raises as :func:`report`.
     """
+    return _read_results(folder)(drawn=drawn)
+
+
+def _read_results(folder: Path) -> Callable[..., Story]:
+    """Read what a folder holds; the story is made of it, with figures if ``drawn``."""
+    name = folder.resolve().name
     if (folder / RESULTS_FILE).is_file():
         from ..reporting.stories.run import run_story
 
@@ -68,23 +87,20 @@ def read_story(folder: Path, *, drawn: bool) -> Story:
                 f"{folder} holds a run that has not ended: call shallower run again, and it goes "
                 f"on where it was"
             )
-        return run_story(done, gain=_gain(folder), drawn=drawn)
+        return partial(run_story, done, gain=_gain(folder))
     if (folder / CURVE_FILE).is_file():
         from ..reporting.stories.curve import curve_story
 
         data = _read(folder / CURVE_FILE)
         curve = _parsed(Curve, data, folder / CURVE_FILE)
-        command = str(data.get("command", ""))
-        return curve_story(curve, command=command, folder=folder.resolve().name, drawn=drawn)
+        return partial(curve_story, curve, command=str(data.get("command", "")), folder=name)
     if (folder / COMPARISON_FILE).is_file():
         from ..reporting.stories.comparison import comparison_story
 
         data = _read(folder / COMPARISON_FILE)
         comparison = _parsed(CriteriaComparison, data, folder / COMPARISON_FILE)
         command = str(data.get("command", ""))
-        return comparison_story(
-            comparison, command=command, folder=folder.resolve().name, drawn=drawn
-        )
+        return partial(comparison_story, comparison, command=command, folder=name)
     raise OutputError(
         f"{folder} holds no results: expected the folder of a run ({RESULTS_FILE}), of a curve "
         f"({CURVE_FILE}) or of a comparison ({COMPARISON_FILE})"
@@ -95,15 +111,14 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         return of_type(dict, json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise OutputError(f"{path} cannot be read, or is damaged: {error}") from error
+        raise OutputError(f"{path} cannot be read, or is damaged: {why(error, path)}") from error
 
 
 def _parsed(kind: Any, data: Mapping[str, Any], path: Path) -> Any:
     try:
         return kind.from_json(data)
     except (ValueError, KeyError, TypeError, AttributeError, ShallowerError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise OutputError(f"{path} is damaged: {what}") from error
+        raise OutputError(f"{path} is damaged: {why(error)}") from error
 
 
 def _gain(folder: Path) -> Gain | None:

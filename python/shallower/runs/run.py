@@ -202,7 +202,7 @@ class RunStudy(Study[RunSettings]):
             for left in self.folder.glob(f".{CHECKPOINT_FOLDER}.*"):
                 shutil.rmtree(left, ignore_errors=True)
         _ = self.splits
-        loaded, tokenizer = self.model.load()
+        loaded, tokenizer = self.model.load(self.progress)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
         store: ResultStore = self.model_store(self.model)
         done = Recommending(self, loaded, tokenizer, store).run(self.earlier)

@@ -20,7 +20,7 @@ from threading import Lock
 from time import monotonic, sleep, time
 from typing import Any
 
-from ..errors import CacheError
+from ..errors import CacheError, why
 from ..values.hashing import hash_of
 from ..values.schema import of_type
 from .old_entries import clear_old
@@ -242,8 +242,9 @@ class _File:
             self._is_off = True  # rather than to wait for a lock again and again
             # From one line and in the same words, so that it is shown once.
             warnings.warn(
-                f"the store {self.path} cannot be used ({error}): the work goes on, and nothing is "
-                f"found or kept (shallower cache --clear empties it, --no-cache leaves it alone)",
+                f"the store {self.path} cannot be used ({why(error)}): the work goes on, and "
+                f"nothing is found or kept (shallower cache --clear empties it, --no-cache leaves "
+                f"it alone)",
                 stacklevel=1,
             )
             return []

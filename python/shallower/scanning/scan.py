@@ -13,6 +13,7 @@ from .._core import Cka
 from ..errors import LayersError, MetricError, ScanError
 from ..values.bootstrap import BootstrappedStart
 from ..values.costs import Costs
+from ..values.counts import counted
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection
@@ -211,7 +212,7 @@ class Scan:
         LayersError: the model has no such layers; else raises as :meth:`costs`.
         """
         if block.stop > self.num_layers:
-            raise LayersError(f"block {block}: the model has {self.num_layers} layers")
+            raise LayersError(f"block {block}: the model has {counted(self.num_layers, 'layer')}")
         blocks, stderr = self._scores(self._metric(metric))
         place = block.start, block.stop
         return Block(*place, float(blocks[place]), float(stderr[place]))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._core import Cka, Sums
-from ..errors import MetricError, PositionsError, ScanError, StatesError
+from ..errors import MetricError, PositionsError, ScanError, StatesError, why
 from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
@@ -146,7 +146,9 @@ def read_scan(path: str | Path) -> Contents:
             _check_version(path, file.metadata() or {})
             return _contents(file)
     except (SafetensorError, OSError) as error:
-        raise ScanError(f"{path} is truncated, or not a scan of shallower: {error}") from error
+        raise ScanError(
+            f"{path} is truncated, or not a scan of shallower: {why(error, path)}"
+        ) from error
     except (
         ValueError,
         KeyError,
@@ -158,7 +160,7 @@ def read_scan(path: str | Path) -> Contents:
         MetricError,
         PositionsError,
     ) as error:
-        raise ScanError(f"{path} is damaged, or not a scan of shallower: {error}") from error
+        raise ScanError(f"{path} is damaged, or not a scan of shallower: {why(error)}") from error
 
 
 def digest(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._core import parse_header
-from ..errors import PositionsError, StatesError
+from ..errors import PositionsError, StatesError, why
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import Rejection
 from ..values.positions import Positions
@@ -140,7 +140,7 @@ class StatesFile:
         try:
             self._file: BinaryIO = self.path.open("rb", buffering=0)
         except OSError as error:
-            raise StatesError(f"cannot read {path}: {error}") from error
+            raise StatesError(f"cannot read {path}: {why(error, path)}") from error
         try:
             self._stamp = self._stamp_now()
             self.shape, self.dtype, self._start = readers[self.path.suffix](tensor)
@@ -251,7 +251,7 @@ class StatesFile:
                     break
                 room = room[got:]
         except OSError as error:
-            raise StatesError(f"cannot read {self.path}: {error}") from error
+            raise StatesError(f"cannot read {self.path}: {why(error, self.path)}") from error
         if room:
             raise StatesError(
                 f"{self.path} ended early: expected {end} bytes at least, it holds "

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
+from ..values.counts import counted
 from ..values.identity import TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.tokens import Tokens
@@ -174,7 +175,7 @@ class TokenBatches:
                 self._hash = hashlib.sha256(self._hash + ids.tobytes()).digest()
                 is_empty = not (text.text if isinstance(text, TokenisedText) else text)
                 if is_empty or len(ids) < self._min_tokens or len(ids) <= self._num_special:
-                    self._reject("empty text" if is_empty else f"{len(ids)} tokens")
+                    self._reject("empty text" if is_empty else counted(len(ids), "token"))
                 else:
                     accepted.append((self.num_texts, ids))
                     if self._count_bytes:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
 
-from ..errors import TextsError
+from ..errors import TextsError, why
 from .sources import numbered_records
 
 _CONTEXT = ("context", "query", "question")
@@ -48,7 +48,7 @@ def read_options(source: str | Path, limit: int | None = None) -> list[OptionIte
         path = Path(source).expanduser()
         there = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise TextsError(f"cannot read options from {source}: {error}") from error
+        raise TextsError(f"cannot read options from {source}: {why(error, source)}") from error
     if not there:
         raise TextsError(f"there is no file of options {source}")
     records = islice(numbered_records(path, str(source)), limit)

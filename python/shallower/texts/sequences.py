@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
+from ..values.counts import counted
 from ..values.identity import TextsIdentity
 from ..values.plan import describe_rejections
 from ..values.recipe import GLOBAL_BATCH
@@ -150,10 +151,14 @@ def _too_few(batches: TokenBatches, count: int, max_length: int, packing: bool) 
         said = "; " + describe_rejections(
             batches.num_rejected, batches.num_texts, batches.rejections
         )
-    kind = f"sequences of {max_length} tokens" if packing else "texts of at least two tokens"
+    kind = (
+        f"sequences of {counted(max_length, 'token')}"
+        if packing
+        else "texts of at least two tokens"
+    )
     return TextsError(
-        f"{batches.num_texts} texts make {count} {kind}, and one step takes {GLOBAL_BATCH}: give "
-        f"more texts"
+        f"{counted(batches.num_texts, 'text')} make {count} {kind}, and one step takes "
+        f"{GLOBAL_BATCH}: give more texts"
         + (", or shorter sequences (max_length, heal --max-length)" if packing else "")
         + said
     )

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, TextsError
+from ..errors import MissingExtraError, TextsError, why
+from ..progress import hushed
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
@@ -47,9 +48,11 @@ class Texts:
             self._path = self._path.expanduser()
             exists, is_file = self._path.exists(), self._path.is_file()
         except (OSError, ValueError, RuntimeError) as error:
-            raise TextsError(f"cannot read texts from {source}: {error}") from error
+            raise TextsError(f"cannot read texts from {source}: {why(error, source)}") from error
         self._is_file = self._path.suffix in SUFFIXES
         if self._is_file and not is_file:
+            if exists:
+                raise TextsError(f"{source} is a folder: expected a text file")
             raise TextsError(f"there is no text file {source}")
         if not self._is_file and (exists or not HUB_DATASET.fullmatch(source)):
             raise TextsError(
@@ -120,7 +123,7 @@ class Texts:
         try:
             return ParquetFile(self._path)
         except (ArrowException, OSError) as error:
-            raise TextsError(f"cannot read {self.source}: {error}") from error
+            raise TextsError(f"cannot read {self.source}: {why(error, self.source)}") from error
 
     def _parquet(self) -> Iterator[str]:
         from pyarrow import ArrowException
@@ -135,7 +138,9 @@ class Texts:
                     yield self._text(record, f"row {number}")
                     number += 1
         except (ArrowException, OSError, UnicodeDecodeError) as error:
-            raise TextsError(f"cannot read {self.source}, row {number}: {error}") from error
+            raise TextsError(
+                f"cannot read {self.source}, row {number}: {why(error, self.source)}"
+            ) from error
 
     def _hub(self) -> Iterator[str]:
         from datasets import load_dataset
@@ -143,11 +148,12 @@ class Texts:
 
         name, *config, split = self.source.split(":")
         try:
-            dataset = load_dataset(name, *config, split=split, streaming=True)
+            with hushed():
+                dataset = load_dataset(name, *config, split=split, streaming=True)
             for number, record in enumerate(dataset):
                 yield self._text(record, f"row {number}")
         except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
-            raise TextsError(f"cannot read {self.source}: {error}") from error
+            raise TextsError(f"cannot read {self.source}: {why(error, self.source)}") from error
 
     def _text(self, record: object, place: str) -> str:
         text = record.get("text") if isinstance(record, dict) else None
@@ -164,11 +170,14 @@ def read_whole(path: str | Path) -> str:
     if Path(path).suffix in (".jsonl", ".parquet"):
         return "\n\n".join(Texts(str(path)).check())
     try:
-        return Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextsError(f"{path} is no text in UTF-8: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise TextsError(f"cannot read a text from {path}: {error}") from error
+        raise TextsError(f"cannot read a text from {path}: {why(error, path)}") from error
+    if not text.strip():
+        raise TextsError(f"there is no text in {path}")
+    return text
 
 
 def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
@@ -185,7 +194,7 @@ def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise TextsError(f"{source}, after line {number}: not UTF-8 ({error})") from error
     except OSError as error:
-        raise TextsError(f"cannot read {source}: {error}") from error
+        raise TextsError(f"cannot read {source}: {why(error, source)}") from error
 
 
 def numbered_records(path: Path, source: str) -> Iterator[tuple[int, object]]:

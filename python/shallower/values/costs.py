@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..errors import CostsError, LayersError, PlanError, ScanError
 from .bootstrap import BootstrappedStart, resampled_wins
+from .counts import counted
 from .identity import ChosenBy, ModelIdentity, TextsIdentity
 from .layers import MAX_LAYERS, Block, check_plan, check_size, layer_number
 from .plan import STRATEGIES, Plan
@@ -200,7 +201,7 @@ class Costs:
         LayersError if it is not there.
         """
         if block.stop > self.num_layers:
-            raise LayersError(f"block {block}: the model has {self.num_layers} layers")
+            raise LayersError(f"block {block}: the model has {counted(self.num_layers, 'layer')}")
         stderr = None if self.stderr is None else float(self.stderr[block.start, block.stop])
         score = float(self.blocks[block.start, block.stop])
         return Block(block.start, block.stop, score, stderr)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ModelError, ShallowerError
+from ..errors import ModelError, ShallowerError, why
 from .identity import ModelIdentity, TextsIdentity
 from .loss import Loss
 from .plan import Plan
@@ -184,9 +184,9 @@ class Healing:
         try:
             return cls._from_json(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise ModelError(f"cannot read the healing {path}: {error}") from error
+            raise ModelError(f"cannot read the healing {path}: {why(error, path)}") from error
         except _DAMAGED as error:
-            message = f"{path} is not a healing of shallower, or is damaged: {error}"
+            message = f"{path} is not a healing of shallower, or is damaged: {why(error)}"
             raise ModelError(message) from error
 
     @classmethod

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .counts import counted
 from .positions import Positions
 
 
@@ -27,7 +28,8 @@ class ModelIdentity:
     fingerprint: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.num_layers} layers, {self.dtype}, {self.fingerprint[:12]})"
+        layers = counted(self.num_layers, "layer")
+        return f"{self.name} ({layers}, {self.dtype}, {self.fingerprint[:12]})"
 
 
 def title_of(name: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 from ..errors import LayersError
+from .counts import counted
 from .identity import ChosenBy
 from .schema import finite, of_type
 
@@ -235,7 +236,7 @@ def drop_option(blocks: Iterable[Block]) -> str:
 
 def layer_count(count: int) -> str:
     """``1 layer``, ``4 layers``."""
-    return f"{count} layer{'' if count == 1 else 's'}"
+    return counted(count, "layer")
 
 
 def ranges(layers: Sequence[int]) -> str:

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LayersError, PlanError, PositionsError
+from ..errors import LayersError, PlanError, PositionsError, why
 from ..storage import write_file
+from .counts import counted
 from .identity import ModelIdentity, TextsIdentity
 from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers
 from .positions import Positions
@@ -37,7 +38,7 @@ def describe_rejections(num_rejected: int, total: int, rejections: Sequence[Reje
     """Count the rejected samples of ``total`` in one sentence, and name the first of them."""
     named = "; ".join(str(rejection) for rejection in rejections[:5])
     more = f"; and {num_rejected - 5} more" if num_rejected > 5 else ""
-    return f"{num_rejected} of {total} samples rejected: {named}{more}"
+    return f"{num_rejected} of {counted(total, 'sample')} rejected: {named}{more}"
 
 
 STRATEGIES = {
@@ -197,7 +198,7 @@ class Plan:
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from error
+            raise PlanError(f"cannot read the plan {path}: {why(error, path)}") from error
         except (
             ValueError,
             KeyError,
@@ -208,7 +209,9 @@ class Plan:
             PlanError,
             PositionsError,
         ) as error:
-            raise PlanError(f"{path} is not a plan of shallower, or is damaged: {error}") from error
+            raise PlanError(
+                f"{path} is not a plan of shallower, or is damaged: {why(error)}"
+            ) from error
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import LayersError
+from .counts import counted
 from .layers import check_size, layer_count
 from .memory import format_size
 
@@ -152,8 +153,8 @@ class Target:
         if self.latency is not None:
             where = f" on {self.device}" if self.device else ""
             left = f"a token in at most {self.latency:g} of the time"
-            return f"{left}, as forecast{where} at {self.context:,} tokens"
+            return f"{left}, as forecast{where} at {counted(self.context, 'token')}"
         if self.memory is not None:
             size = format_size(self.memory)
-            return f"at most {size} of weights and cache, at {self.context:,} tokens"
+            return f"at most {size} of weights and cache, at {counted(self.context, 'token')}"
         return "the knee of the curve of losses"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .counts import counted
 from .layers import ranges
 from .loss import with_error
 from .plan import Plan
@@ -112,7 +113,7 @@ class Verified:
         best = self.candidates[0]
         after = {"none": "as it is cut", "patch": "after a quick patch"}[self.after]
         said = (
-            f"{ranges(best.plan.dropped)} of {self.num_proposals} proposals: "
+            f"{ranges(best.plan.dropped)} of {counted(self.num_proposals, 'proposal')}: "
             f"{with_error(best.score, best.stderr, 2)} {self.unit} {after}"
         )
         if self.margin is not None:

@@ -17,6 +17,7 @@ from ...scanning.cka import MIN_BATCH
 from ...scanning.hidden_states import stream
 from ...scanning.scan import Scan
 from ...values.costs import Costs
+from ...values.counts import counted
 from ...values.positions import Positions
 from ..criterion import Criterion
 from ..kept_states import KeptTokens, kept_states
@@ -97,7 +98,8 @@ class LinearCka(Scanned):
         if scanned.num_samples < MIN_BATCH:
             raise CriterionError(
                 f"the criterion {self.name} compares how texts lie towards one another: "
-                f"{scanned.num_samples} texts are too few, give at least {MIN_BATCH} (--texts)"
+                f"{counted(scanned.num_samples, 'text')}, too few: give at least {MIN_BATCH} "
+                f"(--texts)"
             )
         return Costs.of_blocks(
             1 - np.triu(scanned.cka),

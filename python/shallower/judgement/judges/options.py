@@ -12,6 +12,7 @@ from ...evaluation.loss import summed_losses
 from ...models.head import Head
 from ...texts.batches import padded, untouched
 from ...texts.options import OptionItem
+from ...values.counts import counted
 from ...values.tokens import Tokens
 from .judge import Judge, looks, require_finite
 
@@ -99,8 +100,8 @@ def _encoded(
         if not ids or room < 0 or not (start or room):
             most = tokens.max_length - max(len(start), 1)
             raise TextsError(
-                f"{_place(item)}: option {index} has {len(ids)} tokens, expected 1 to {most} "
-                f"beside its context (max_length, --max-length)"
+                f"{_place(item)}: option {index} has {counted(len(ids), 'token')}, expected 1 to "
+                f"{most} beside its context (max_length, --max-length)"
             )
         before = [*start, *given[max(0, len(given) - room) :]]
         encoded.append((np.array([*before, *ids], np.int64), len(before)))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...errors import LayersError, MissingExtraError
 from ...scanning.scan import Scan
 from ...storage import write_file
+from ...values.counts import counted
 from .drawing import (
     SETTINGS,
     WIDTH,
@@ -83,7 +84,7 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
             "the scan is of one layer: expected two or more, so that a block can be dropped"
         )
     rows, starts = block_distances(scan.mean("angular")), _best_starts(scan)
-    samples = f"{scan.num_layers} layers, {scan.num_samples} samples"
+    samples = f"{counted(scan.num_layers, 'layer')}, {counted(scan.num_samples, 'sample')}"
     words = f"{title}: {samples}" if title else samples
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(2 * WIDTH, 0.95 * WIDTH), dpi=72, layout="constrained")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...values.counts import counted
 from ...values.curve import STATES, Curve, CurvePoint, State
 from ...values.files import CURVE_FILE
 from ...values.layers import layer_count, ranges
@@ -188,7 +189,7 @@ def _curves(curve: Curve, drawn: bool) -> Section:
     whole, settings = curve.whole.loss, curve.settings
     lines = [] if whole is None else [whole_words(whole)]
     if tokens := settings.get("patch_tokens"):
-        lines.append(f"Patches are fitted on {tokens:,} tokens at most.")
+        lines.append(f"Patches are fitted on {counted(tokens, 'token')} at most.")
     elif settings.get("patch"):
         lines.append("Patches are quick ones: one matrix a block.")
     states = [state for state in STATES if _cuts(curve, state)]
@@ -283,7 +284,8 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
         f"{task}, {_OF_STATE[state]}: {whole.metric} in %, whole model {_percent(whole).text}",
         ("n", "strategy", "drop", "score", "difference", ""),
         tuple(rows),
-        f"{len(whole.items)} items with {whole.num_shots} solved examples{chance}; difference and "
+        f"{counted(len(whole.items), 'item')} with "
+        f"{counted(whole.num_shots, 'solved example')}{chance}; difference and "
         f"tie: with the whole model",
         is_grouped=True,
     )
@@ -318,8 +320,8 @@ def _numbers(curve: Curve) -> Section:
         Fact(
             f"{one.task}, {one.metric}",
             Number(str(one), one.mean),
-            f"{CURVE_FILE}: points, the first; {len(one.items):,} items with {one.num_shots} "
-            f"solved examples",
+            f"{CURVE_FILE}: points, the first; {counted(len(one.items), 'item')} with "
+            f"{counted(one.num_shots, 'solved example')}",
         )
         for one in curve.whole.tasks
     ]

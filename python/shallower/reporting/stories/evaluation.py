@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ...values.counts import counted
 from ...values.perplexity import Perplexity
 from ...values.scores import Difference
 from ...values.task_scores import TaskScores
@@ -51,9 +52,9 @@ def evaluation_parts(values: Values, names: Mapping[str, str]) -> list[str | Tab
 def _perplexity_words(found: Perplexity) -> str:
     bos = "with" if found.bos else "without"
     return (
-        f"perplexity {found}, {len(found.by_window)} windows of {found.context} tokens, stride "
-        f"{found.stride}, {bos} a beginning-of-text token; {found.num_tokens} tokens predicted, "
-        f"{found.num_rest} left over"
+        f"perplexity {found}, {counted(len(found.by_window), 'window')} of {found.context:,} "
+        f"tokens, stride {found.stride}, {bos} a beginning-of-text token; "
+        f"{counted(found.num_tokens, 'token')} predicted, {found.num_rest} left over"
     )
 
 

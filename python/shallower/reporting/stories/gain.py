@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from statistics import median
 
+from ...values.counts import counted
 from ...values.gain import Forecast, Gain, Measured
 from ...values.layers import ranges
 from ..story import Table
@@ -13,7 +14,7 @@ Row = tuple[str, str, str, str]
 
 def gain_table(gain: Gain) -> Table:
     """Tabulate what a cut saves: sizes, two rows for every device, and what was measured."""
-    texts = "one text" if gain.batch == 1 else f"{gain.batch} texts"
+    texts = "one text" if gain.batch == 1 else counted(gain.batch, "text")
     rows = [*_sizes(gain)]
     for one in gain.forecasts:
         rows += _times(one)
@@ -23,7 +24,7 @@ def gain_table(gain: Gain) -> Table:
         note += " Measured: medians, and the range of the paired ratios."
     return Table(
         f"What it gains: {gain.model} without {ranges(gain.dropped)}, "
-        f"{texts} of {gain.context:,} tokens in {gain.dtype}",
+        f"{texts} of {counted(gain.context, 'token')} in {gain.dtype}",
         ("", "before", "after", "ratio"),
         tuple(rows),
         note,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...savings.weights import Weights, count_weights
+from ...values.counts import counted
 from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ...values.gain import Gain
 from ...values.layers import drop_option
@@ -89,8 +90,9 @@ def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
     chosen = [place for place, row in enumerate(rows) if row.dropped == best.plan.dropped]
     names = ("n", "drop", "parameters", "cut", "patched", "more than whole", "deepest, patched")
     note = (
-        f"Nats a token on {best.whole.num_tokens:,} tokens of the {best.whole.num_texts} texts "
-        f"that report; whole model {best.whole}. Patches here are quick ones, one matrix a block. "
+        f"Nats a token on {counted(best.whole.num_tokens, 'token')} of the "
+        f"{counted(best.whole.num_texts, 'text')} that report; whole model "
+        f"{best.whole}. Patches here are quick ones, one matrix a block. "
         f"Errors of 'more' are paired.{_estimated(rows, best.whole.num_texts)}"
     )
     return Table(
@@ -204,7 +206,7 @@ class _RunStory:
                     f"texts as you will use the model for"
                 )
         if run.scan.num_rejected:
-            found.append(f"{run.scan.num_rejected} samples were left out of the scan")
+            found.append(f"left out of the scan: {counted(run.scan.num_rejected, 'sample')}")
         return found
 
     @property
@@ -308,7 +310,8 @@ class _RunStory:
             for texts in scan.texts
         ]
         facts += made_by(best.plan.versions, PLAN_FILE)
-        line = f"Losses are of {best.whole.num_texts} texts; ± is one standard error, over texts."
+        of = counted(best.whole.num_texts, "text")
+        line = f"Losses are of {of}; ± is one standard error, over texts."
         return Section("Every number, and where it is from", (line,), tuple(facts))
 
     def _again(self) -> Section:

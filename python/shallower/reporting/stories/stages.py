@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ...scanning.scan import Scan
 from ...values.bootstrap import BootstrappedStart
+from ...values.counts import counted
 from ...values.healing import Healing
 from ...values.layers import Block, layer_count, ranges
 from ...values.patch import Patch
@@ -19,13 +20,15 @@ MOST_NAMES = 3
 
 def scan_table(scan: Scan) -> Table:
     """Tabulate the best block of every size, by the angle if that is among the metrics."""
-    samples = f"{scan.num_samples} samples"
+    samples = counted(scan.num_samples, "sample")
     if scan.num_sequences < scan.num_samples:
-        samples = f"{scan.num_samples} tokens of {scan.num_sequences} sequences"
+        samples = (
+            f"{counted(scan.num_samples, 'token')} of {counted(scan.num_sequences, 'sequence')}"
+        )
     found = [] if scan.distance is None else range(1, scan.num_layers)
     blocks = [scan.best_block(n) for n in found]
     return Table(
-        f"{scan.num_layers} layers, {samples}"
+        f"{layer_count(scan.num_layers)}, {samples}"
         + (f", {scan.num_rejected} rejected" if scan.num_rejected else "")
         + (f"; positions {scan.positions}" if scan.positions else ""),
         ("n", "drop", distance_name(scan.distance)),
@@ -117,7 +120,7 @@ def healing_table(healing: Healing) -> Table:
     if healing.original:
         whole = Number.of(healing.original.nats, healing.original.stderr)
         rows.append(("whole model", whole, Number("")))
-    title = f"healing: {len(healing.steps)} steps, step {healing.best_step} kept"
+    title = f"healing: {counted(len(healing.steps), 'step')}, step {healing.best_step} kept"
     if healing.recovered is not None:
         title += f", {100 * healing.recovered:.0f} % of the lost nats recovered"
     return Table(title, ("step", "held-out loss", "training loss"), tuple(rows))
@@ -164,7 +167,7 @@ def patch_table(patch: Patch) -> Table:
         f"patch by {patch.method}: {100 * patch.recovered:.0f} % of the lost nats recovered",
         ("after solving", "for", "R²", "nats a token"),
         tuple(rows),
-        f"held-out loss on {patch.num_held_out:,} tokens",
+        f"held-out loss on {counted(patch.num_held_out, 'token')}",
     )
 
 

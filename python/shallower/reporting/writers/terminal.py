@@ -17,6 +17,14 @@ Part = str | Table | Section | Story
 _AIRY = 7
 """Columns that have two spaces between them; more have one."""
 
+_NARROW = 9
+"""The width of ranges of layers where room is scarce: that of one range."""
+
+_LAYERS = "drop"
+"""The column of the layers: it and those before it are shown at any width."""
+
+_ARROW = "→ "
+
 
 def show(*parts: Part) -> None:
     """Print sentences, tables, sections and whole stories: of a story its tables and samples, then
@@ -89,24 +97,71 @@ def _sample_lines(sample: Sample) -> Iterator[str]:
 
 
 def _table_lines(table: Table) -> "Iterator[Text | rich_table.Table]":
-    """The headline, the table and its note, by which no column is made wider."""
+    """The headline, the table, what was left out and the note, by which no column is made wider."""
     from rich.text import Text
 
     if table.title:
         yield Text(f"\n{table.title}", "bold")
-    yield _drawn(table)
+    places, bare, is_airy = _fitting(table)
+    yield _drawn(table, places, bare, is_airy)
+    hidden = [
+        name
+        for place, name in enumerate(table.head)
+        if place not in places and name not in table.wide
+    ]
+    if hidden:
+        yield Text(f"Not shown at this width: {', '.join(hidden)}.", "dim")
     if table.note:
         yield Text(table.note, "dim")
 
 
-def _drawn(table: Table) -> "rich_table.Table":
+def _fitting(table: Table) -> tuple[list[int], set[int], bool]:
+    """The columns that fit, those of them without errors, and whether two spaces part them.
+
+    Where there is no room spaces go first, then errors, from the right, then columns, the widest
+    first. The layers and what stands before them stay, and verdicts, whose column has no name.
+    """
+    places = [place for place, name in enumerate(table.head) if name not in table.wide]
+    bare = {place for place in places if table.head[place] in table.bare}
+    room = get_terminal_size().columns
+
+    def fits(gap: int) -> bool:
+        return sum(_least(table, place, place in bare) + gap for place in places) <= room
+
+    if len(places) <= _AIRY and fits(2):
+        return places, bare, True
+    for place in reversed(places):
+        if fits(1):
+            break
+        if all(isinstance(row[place], Number) for row in table.rows):
+            bare.add(place)
+    first = table.head.index(_LAYERS) + 1 if _LAYERS in table.head else 1
+    others = [place for place in places if place >= first and table.head[place]]
+    widths = {place: _least(table, place, place in bare) for place in others}
+    for place in sorted(others, key=lambda place: (widths[place], place), reverse=True):
+        if fits(1):
+            break
+        places.remove(place)
+    return places, bare, False
+
+
+def _least(table: Table, place: int, is_bare: bool) -> int:
+    """The least width of a column: of its longest word, and of numbers and layers, whole."""
+    arrow = 0 if table.marked is None or place else len(_ARROW)
+    widths = [len(word) for word in table.head[place].split()]
+    for row in table.rows:
+        text = _plain(row[place], is_bare, _NARROW)
+        whole = isinstance(row[place], Number) or "\xa0" in text_of(row[place])
+        widths += [arrow + len(part) for part in (text.splitlines() if whole else text.split())]
+    return max(widths, default=0)
+
+
+def _drawn(table: Table, places: list[int], bare: set[int], is_airy: bool) -> "rich_table.Table":
     from rich import box
     from rich import table as rich_table
     from rich.text import Text
 
-    places = [place for place, name in enumerate(table.head) if name not in table.wide]
-    is_airy = len(places) <= _AIRY
-    width = 17 if is_airy or get_terminal_size().columns > 100 else 9
+    width = 17 if is_airy or get_terminal_size().columns > 100 else _NARROW
     drawn = rich_table.Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -117,10 +172,9 @@ def _drawn(table: Table) -> "rich_table.Table":
     columns = []
     for place in places:
         cells = [row[place] for row in table.rows]
-        is_bare = table.head[place] in table.bare
         is_number = bool(cells) and all(isinstance(cell, Number) for cell in cells)
         is_ranges = any("\xa0" in text_of(cell) for cell in cells)
-        columns.append([_plain(cell, is_bare, width) for cell in cells])
+        columns.append([_plain(cell, place in bare, width) for cell in cells])
         drawn.add_column(
             Text(_head(table.head[place], columns[-1])),
             justify="right" if is_number else "left",
@@ -130,7 +184,7 @@ def _drawn(table: Table) -> "rich_table.Table":
     for number, row in enumerate(table.rows):
         texts = [column[number] for column in columns]
         if number == table.marked:
-            texts[0] = f"→ {texts[0]}"
+            texts[0] = f"{_ARROW}{texts[0]}"
         following = table.rows[number + 1 : number + 2]
         ends = table.is_grouped and bool(following) and following[0][0] != row[0]
         drawn.add_row(*map(Text, texts), end_section=ends)
