@@ -225,8 +225,12 @@ class _TheirBars:
                     setattr(tqdm, name, method)
 
     def _replaced(self, name: str) -> Callable[..., Any]:
-        theirs = self._theirs[name]
-        ours: Callable[..., Any] = {"__init__": _begin, "__iter__": _loop, "update": _count}[name]
+        all_ours: dict[str, Callable[..., Any]] = {
+            "__init__": _begin,
+            "__iter__": _loop,
+            "update": _count,
+        }
+        theirs, ours = self._theirs[name], all_ours[name]
 
         def method(bar: Any, *arguments: Any, **options: Any) -> Any:
             is_hushed = _HUSHED.get() if name == "__init__" else hasattr(bar, "shown")

@@ -91,7 +91,7 @@ def counted(monkeypatch):
     done = []
     load, evaluate = loaded_models.ModelSource.load, healing.measure_loss
 
-    def load_counted(source):
+    def load_counted(source, _progress=None):
         done.append(f"load {Path(source.path).name.split('.')[-1]}")
         return load(source)
 

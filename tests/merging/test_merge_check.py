@@ -37,7 +37,7 @@ def too_large(monkeypatch):
 def test_a_model_that_fits_nowhere_is_compared_by_its_tensors(
     healed, cut, tmp_path, too_large, monkeypatch, shallower
 ):
-    monkeypatch.setattr(merging.ModelSource, "load", lambda _source: pytest.fail("loaded"))
+    monkeypatch.setattr(merging.ModelSource, "load", lambda *_: pytest.fail("loaded"))
     done = shallower("merge", healed[0], "--out", tmp_path / "merged", "--json")
     assert done.status == 0, done.err
     merge = done.json["merge"]

@@ -405,7 +405,7 @@ def test_a_run_is_refused_before_anything_is_loaded(
     stored, tmp_path, monkeypatch, options, error, message
 ):
     loaded = []
-    monkeypatch.setattr(ModelSource, "load", lambda source: loaded.append(source))
+    monkeypatch.setattr(ModelSource, "load", lambda source, _progress=None: loaded.append(source))
     with pytest.raises(error, match=message):
         sh.run(
             ModelSource(stored), texts=Unread(), eval_texts=Unread(), out=tmp_path / "out",
