@@ -1,7 +1,8 @@
 """Results on a terminal, in 80 columns: tables drawn by rich, sentences as they are."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
@@ -100,12 +101,46 @@ def _table_lines(table: Table) -> "Iterator[Text | rich_table.Table]":
 
 
 def _drawn(table: Table) -> "rich_table.Table":
+    """Draw a table, or of one that is too wide what is left of it."""
+    from rich.console import Console
+
+    console = Console()
+    unbounded = console.options.update(max_width=10_000)
+    is_airy = sum(name not in table.wide for name in table.head) <= _AIRY
+    drawn = _at_full_width(table, is_airy)
+    for narrowed in _narrowed(table):
+        if console.measure(drawn, options=unbounded).minimum <= console.width:
+            break
+        drawn = _at_full_width(narrowed, is_airy=False)
+    return drawn
+
+
+def _narrowed(table: Table) -> Iterator[Table]:
+    """Yield the table, then without errors, then without ever more columns of numbers: from the
+    right, those that stand without errors first. Names and layers stay.
+    """
+    yield table
+    numbers = [
+        name
+        for place, name in enumerate(table.head)
+        if name not in table.wide and _is_number([row[place] for row in table.rows])
+    ]
+    staying = sorted(numbers, key=lambda name: name in table.bare)
+    for count in range(len(staying), -1, -1):
+        wide = (*table.wide, *staying[count:])
+        yield replace(table, bare=(*table.bare, *numbers), wide=wide)
+
+
+def _is_number(cells: Sequence[Cell]) -> bool:
+    return bool(cells) and all(isinstance(cell, Number) for cell in cells)
+
+
+def _at_full_width(table: Table, is_airy: bool) -> "rich_table.Table":
     from rich import box
     from rich import table as rich_table
     from rich.text import Text
 
     places = [place for place, name in enumerate(table.head) if name not in table.wide]
-    is_airy = len(places) <= _AIRY
     width = 17 if is_airy or get_terminal_size().columns > 100 else 9
     drawn = rich_table.Table(
         box=box.SIMPLE_HEAD,
@@ -118,14 +153,17 @@ def _drawn(table: Table) -> "rich_table.Table":
     for place in places:
         cells = [row[place] for row in table.rows]
         is_bare = table.head[place] in table.bare
-        is_number = bool(cells) and all(isinstance(cell, Number) for cell in cells)
+        is_number = _is_number(cells)
         is_ranges = any("\xa0" in text_of(cell) for cell in cells)
         columns.append([_plain(cell, is_bare, width) for cell in cells])
+        is_whole = is_number or is_ranges
+        pieces = [cell.splitlines() if is_whole else cell.split() for cell in columns[-1]]
         drawn.add_column(
             Text(_head(table.head[place], columns[-1])),
             justify="right" if is_number else "left",
-            no_wrap=is_number or is_ranges,
+            no_wrap=is_whole,
             overflow="fold",
+            min_width=max((len(piece) for cell in pieces for piece in cell), default=None),
         )
     for number, row in enumerate(table.rows):
         texts = [column[number] for column in columns]
