@@ -122,6 +122,18 @@ def test_cuts_are_ranked_after_the_patch_where_there_is_one(shown):
     assert names.index("taylor") < names.index("greedy")
 
 
+def test_what_cannot_be_patched_is_named_beside_the_ranking():
+    found = turned()
+    (bare,) = rows_of(compared(), criteria=("deepest",), sizes=(4,))
+    nothing = {"patched": None, "patched_difference": None, "patched_regret": None}
+    bare = replace(bare, **nothing, unpatched="there is no layer before the block")
+    story = comparison_story(replace(found, rows=(*found.rows, bare)), drawn=False)
+    said = (
+        "greedy comes last, 0.20 ± 0.03 nats a token behind; the cut of deepest cannot be patched"
+    )
+    assert said in story.sentence
+
+
 @pytest.mark.parametrize("judge", ["kl", "options"])
 def test_another_judge_ranks_bare_cuts_and_says_so(judge):
     story = comparison_story(replace(turned(), judge=judge, unit="nats"), drawn=False)

@@ -93,10 +93,14 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
         f"more than whole"
     )
     if tied:
-        text += f"; {_listed(tied)} cannot be told from it"
+        leader = "it" if standing.regret == 0 else "the best of all calibration texts"
+        text += f"; {_listed(tied)} cannot be told from {leader}"
     worst, last = ranked[-1]
     if last.regret > 0 and not last.tied:
         text += f"; {worst.criterion} comes last, {_behind(last, group.unit)}"
+    bare = [row.criterion for row in group.rows if row.n == best.n and row.unpatched]
+    if group.by_patch and bare:
+        text += f"; the {'cuts' if len(bare) > 1 else 'cut'} of {_listed(bare)} cannot be patched"
     return f"{text}. {_in_the_other_state(group, best)}".strip()
 
 
