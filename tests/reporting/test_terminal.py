@@ -70,6 +70,33 @@ def test_columns_that_are_wide_or_have_errors_can_be_cut_down(printed):
     assert lines[4:] == [" → a   1.250  2.500 ± 0.250", "A note."]
 
 
+def test_a_narrow_terminal_loses_errors_then_numbers_and_never_layers(printed):
+    """First those columns that show no errors anyway, then from the right."""
+    layers = "[12,\xa020) [24,\xa025)"
+    row = (
+        "block_influence", layers, Number.of(1.25, 0.5), Number.of(2.5, 0.25), Number.count(9),
+        "tie",
+    )  # fmt: skip
+    table = Table("", ("name", "drop", "loss", "patch", "n", ""), (row,), bare=("loss",))
+    found = {}
+    for width in (80, 50, 44, 38, 32, 30, 20):
+        text = printed(table, width=width)
+        assert max(map(len, text.splitlines())) <= width
+        found[width] = [one for one in ("1.250", "2.500 ± 0.250", "2.500", " 9 ", "tie")
+                        if one in f"{text} "]  # fmt: skip
+        if width >= 30:
+            assert all(one in text for one in ("block_influence", "[12, 20)", "[24, 25)", "tie"))
+    assert found == {
+        80: ["1.250", "2.500 ± 0.250", "2.500", " 9 ", "tie"],
+        50: ["1.250", "2.500 ± 0.250", "2.500", " 9 ", "tie"],
+        44: ["1.250", "2.500", " 9 ", "tie"],
+        38: ["2.500", " 9 ", "tie"],
+        32: ["tie"],
+        30: ["tie"],
+        20: [],
+    }
+
+
 def test_layers_are_broken_between_ranges_only(printed):
     layers = ranges(range(0, 40, 2)).replace(", ", ",\xa0")
     text = printed(Table("", ("drop", "n"), ((layers, Number.count(20)),)))
