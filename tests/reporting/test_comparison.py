@@ -134,6 +134,17 @@ def test_what_cannot_be_patched_is_named_beside_the_ranking():
     assert said in story.sentence
 
 
+def test_the_same_order_in_both_states_is_said_with_its_ties():
+    found = turned()
+    rows = tuple(
+        replace(row, regret=0.0 if row.criterion == "taylor" else 0.1, tied=True)
+        for row in found.rows
+    )
+    story = comparison_story(replace(found, rows=rows), drawn=False)
+    said = "As bare cuts the same layers cost least; greedy cannot be told from them."
+    assert story.sentence.endswith(said)
+
+
 @pytest.mark.parametrize("judge", ["kl", "options"])
 def test_another_judge_ranks_bare_cuts_and_says_so(judge):
     story = comparison_story(replace(turned(), judge=judge, unit="nats"), drawn=False)

@@ -130,7 +130,9 @@ def _in_the_other_state(group: Group, best: Row) -> str:
         here = [row.criterion for row, _ in group.ranked(best.n)]
         there = [row.criterion for row, _ in others]
         rest = "" if here == there else ", and others come in another order"
-        return f"{where} the same layers cost least{rest}."
+        tied = [row.criterion for row, one in others if one.tied and row.dropped != best.dropped]
+        near = f"; {_listed(tied)} cannot be told from them" if tied else ""
+        return f"{where} the same layers cost least{rest}{near}."
     own = next((one for row, one in others if row.criterion == best.criterion), None)
     text = f"{where} the order is another one: {leader.criterion} loses least, "
     text += f"{Number.of(standing.difference, standing.difference_stderr, 2).text} more than whole"
