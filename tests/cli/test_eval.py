@@ -1,12 +1,13 @@
 """``shallower eval``: losses, perplexity and tasks, before and after a cut."""
 
 import json
+import shutil
+import weakref
 
 import pytest
 
 import shallower as sh
 from tests.cli.documents import documents
-from tests.conftest import tiny_llama, word_tokenizer
 from tests.evaluation.task_folders import CHOICE, SAID, choices, write_rows, write_tasks
 
 
@@ -110,14 +111,82 @@ def test_what_cannot_be_paired_is_refused(shallower, tiny, texts, folder, words)
     options = ("--texts", texts / "held_out.jsonl")
     error = shallower("eval", tiny, "--against", tiny, "--drop", "1", *options).error
     assert error == "--against compares two checkpoints: leave out --drop and --plan"
+
+
+@pytest.fixture
+def renamed(folder, tiny):
+    """The tiny model with a tokenizer of as many tokens a text, of which two are exchanged."""
     other = folder / "other"
-    tiny_llama(2).save_pretrained(other)
-    word_tokenizer().save_pretrained(other)
+    shutil.copytree(tiny, other)
     settings = json.loads((other / "tokenizer.json").read_text())
-    settings["pre_tokenizer"] = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated",
-                                 "invert": False}  # fmt: skip
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
     (other / "tokenizer.json").write_text(json.dumps(settings))
-    assert "another tokenizer" in shallower("eval", other, "--against", tiny, *options).error
+    return other
+
+
+@pytest.mark.parametrize("measure", ["loss", "perplexity"])
+def test_another_tokenizer_is_noticed_by_its_ids(shallower, tiny, texts, renamed, long, measure):
+    """Before a model is loaded; equal numbers of tokens are no proof."""
+    options = {
+        "loss": ("--texts", texts / "held_out.jsonl"),
+        "perplexity": ("--perplexity", long, "--context", "16"),
+    }[measure]
+    alone = [shallower("eval", one, *options, "--json").json for one in (tiny, renamed)]
+    first, second = (one["base"] if measure == "loss" else one[measure]["base"] for one in alone)
+    assert first["num_tokens"] == second["num_tokens"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("shallower.models.loading.load_weights", lambda *_, **__: 1 / 0)
+        error = shallower("eval", renamed, "--against", tiny, *options).error
+    assert f"{renamed} and {tiny} have different tokenizers" in error
+    assert "--tasks" in error
+    # known losses are no way around it
+    assert "different tokenizers" in shallower("eval", renamed, "--against", tiny, *options).error
+
+
+def test_tasks_are_paired_by_item_whatever_the_tokenizer(shallower, tiny, renamed, tasks):
+    pytest.importorskip("lm_eval")
+    options = ("--tasks", "pick", "--tasks-dir", tasks, "--max-items", "4", "--json")
+    assert shallower("eval", renamed, "--against", tiny, *options).json["tasks"][0]["difference"]
+
+
+def test_a_pair_that_was_checked_loads_no_tokenizer_again(shallower, tiny, texts, folder):
+    assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
+    options = ("cut", "--against", tiny, "--texts", texts / "held_out.jsonl")
+    assert shallower("eval", *options).status == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("shallower.models.loading.load_tokenizer", lambda *_: 1 / 0)
+        assert shallower("eval", *options).status == 0
+
+
+def test_memory_of_a_pair_is_that_of_the_larger(shallower, tiny, texts, folder):
+    """Both orders; the two are loaded one after the other."""
+    assert shallower("prune", tiny, "--drop", "1:4", "--out", "cut").status == 0
+    options = ("--texts", texts / "held_out.jsonl", "--dry-run", "--json")
+    alone = {one: shallower("eval", one, *options).json["memory"]["parts"] for one in ("cut", tiny)}
+    assert alone["cut"] != alone[tiny]
+    for first, second in (("cut", tiny), (tiny, "cut")):
+        found = shallower("eval", first, "--against", second, *options).json
+        assert found["memory"]["parts"] == alone[tiny]
+        assert found["loaded"] == f"one after the other; {tiny} needs more memory"
+
+
+def test_two_models_are_never_in_memory_together(shallower, tiny, texts, folder, monkeypatch):
+    from shallower.models import loading
+
+    assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
+    made, plain = [], loading.load_weights
+
+    def noted(*arguments, **options):
+        assert not any(one() is not None for one in made)
+        model = plain(*arguments, **options)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load_weights", noted)
+    options = ("--texts", texts / "held_out.jsonl", "--no-cache")
+    assert shallower("eval", "cut", "--against", tiny, *options).status == 0
+    assert len(made) == 2
 
 
 def test_a_folder_without_a_model_is_told_the_way_out(shallower, texts, folder):

@@ -45,18 +45,21 @@ def rows_of(model, texts="c4", criteria=COSTS, sizes=SIZES):
         if "cosine" in criteria and "angular" in chosen:
             chosen["cosine"] = chosen["angular"]
         least = min(loss for _, loss, _, _ in chosen.values())
+        patches = {
+            criterion: model.whole.nats
+            + (0.55 * (min(loss, 9) - model.whole.nats) * (0.8 + 0.3 * luck))
+            for criterion, (dropped, loss, _, luck) in chosen.items()
+            if dropped[0]
+        }
         for criterion in criteria:
             if criterion not in chosen:
                 continue
             dropped, loss, forwards, luck = chosen[criterion]
             regret = loss - least
             stderr = 0.0 if regret == 0 else 0.01 + 0.05 * regret
-            patched = (
-                None
-                if dropped[0] == 0
-                else model.whole.nats
-                + (0.55 * (min(loss, 9) - model.whole.nats) * (0.8 + 0.3 * luck))
-            )
+            patched = patches.get(criterion)
+            more = None if patched is None else patched - model.whole.nats
+            behind = None if patched is None else patched - min(patches.values())
             searches = criterion in ("greedy", "evolution", "exhaustive")
             found.append(
                 Row(
@@ -70,6 +73,10 @@ def rows_of(model, texts="c4", criteria=COSTS, sizes=SIZES):
                     seconds=0.2 + forwards / 900 * (0.8 + 0.4 * luck),
                     layer_forwards=forwards * (n if criterion == "greedy" else 1),
                     score=loss, score_stderr=0.03 + 0.01 * loss,
+                    patched_difference=more,
+                    patched_difference_stderr=more and 0.01 + 0.02 * more, patched_regret=behind,
+                    patched_regret_stderr=behind and 0.01 + 0.05 * behind,
+                    patched_tied=behind is not None and behind <= 0.02,
                 )
             )  # fmt: skip
     return found

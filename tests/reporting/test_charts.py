@@ -46,10 +46,23 @@ def test_marks_lie_on_their_points(tmp_path):
 def test_values_above_the_axis_stand_at_its_edge(tmp_path):
     drawing = line_chart("above", [line([0.2, 9.0, math.nan])], **WORDS, most=1.0)
     painted(drawing, tmp_path)
-    _, high = drawing.figure.axes[0].get_ylim()
-    assert high < 1.2
+    axes = drawing.figure.axes[0]
+    assert axes.get_ylim()[1] == 1.0
+    assert [text.get_text() for text in axes.texts] == ["900.0 %"]
+    legend = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+    assert legend == ["one", "value above axis"]
     assert drawing.marks[1].y < drawing.marks[0].y
     assert "900.0 ± 2.0 %" in drawing.marks[1].text
+
+
+def test_values_that_leave_the_axis_at_one_place_do_not_lie_on_one_another():
+    lines = [line([0.2, 3.0 + i], name=f"line {i}") for i in range(3)]
+    drawing = line_chart("above", lines, **WORDS, most=1.0)
+    labels = {text.get_text(): text.xyann[1] for text in drawing.figure.axes[0].texts}
+    assert labels == {"500.0 %": 0, "400.0 %": -9, "300.0 %": -18}
+    inside = line_chart("inside", [line([0.2, 0.4])], **WORDS, most=1.0)
+    assert not inside.figure.legends
+    assert "triangle" not in inside.text
 
 
 def test_levels_are_named_where_fewer_points_are():

@@ -11,6 +11,7 @@ from shallower import OutputError
 from shallower.reporting.stories.comparison import comparison_story, criteria_table
 from shallower.reporting.writers.csv import write_comparison
 from shallower.values.comparison import CriteriaComparison, Row
+from shallower.values.layers import ranges
 from tests.reporting.comparisons import COSTS, SIZES, compared, comparison, rows_of
 
 
@@ -51,7 +52,9 @@ def test_everything_fits_80_columns(whole, shown):
     assert "…" not in text
     for row in whole.rows:
         assert row.criterion in text
-        assert f"{row.loss:.3f} ± " in text or f"{row.loss:.2f} ± " in text
+        assert f" {row.loss:.3f} " in text or f" {row.loss:.2f} " in text
+        if row.patched is not None:
+            assert f"{row.patched_regret:.3f} ± {row.patched_regret_stderr:.3f}" in text
 
 
 def test_every_model_and_size_is_a_block_sorted_by_regret(whole, shown):
@@ -59,7 +62,7 @@ def test_every_model_and_size_is_a_block_sorted_by_regret(whole, shown):
     assert list(found) == [(m.name, n) for m in whole.models for n in SIZES]
     for (model, n), lines in found.items():
         rows = [row for row in whole.rows if (row.model, row.n) == (model, n)]
-        rows.sort(key=lambda row: row.regret)
+        rows.sort(key=lambda row: (row.patched is None, row.patched_regret, row.regret))
         start = next(place for place, line in enumerate(lines) if "─" in line) + 1
         names = [line.split()[0] for line in lines[start:] if line[0] != " "][: len(rows)]
         assert names == [row.criterion for row in rows]
@@ -69,15 +72,123 @@ def test_a_row_says_everything(whole, shown):
     found = blocks(shown(whole, 300))
     for row in whole.rows:
         line = next(line for line in found[row.model, row.n] if line.split()[0] == row.criterion)
-        for value, stderr in ((row.loss, row.stderr), (row.regret, row.regret_stderr)):
-            digits = 3 if value < 9.9995 else 2
-            assert f"{value:.{digits}f} ± {stderr:.{digits}f}" in line
-        assert ("tie" in line) == (row.tied and row.regret > 0)
-        assert ("best" in line) == (row.regret == 0)
+        for value in (row.loss, row.regret):
+            assert f" {value:.{3 if value < 9.9995 else 2}f} " in line
         if row.patched is None:
             assert " – " in line
-        else:
-            assert f" {row.patched:.3f} " in line
+            assert "best" not in line
+            continue
+        assert f" {row.patched:.3f} " in line
+        assert f"{row.patched_regret:.3f} ± {row.patched_regret_stderr:.3f}" in line
+        assert ("tie" in line) == (row.patched_tied and row.patched_regret > 0)
+        assert ("best" in line) == (row.patched_regret == 0)
+
+
+# By which state cuts are ranked
+def turned(**more):
+    """Two criteria of which the second is the best as cut, and the first after the patch."""
+    pair = [row for row in rows_of(compared(), sizes=(4,)) if row.criterion in ("greedy", "taylor")]
+    known = {
+        "taylor": {"loss": 4.9, "difference": 1.3, "regret": 0.3, "regret_stderr": 0.04,
+                   "tied": False, "patched": 3.9, "patched_difference": 0.3,
+                   "patched_regret": 0.0, "patched_regret_stderr": 0.0, "patched_tied": True},
+        "greedy": {"loss": 4.6, "difference": 1.0, "regret": 0.0, "regret_stderr": 0.0,
+                   "tied": True, "patched": 4.1, "patched_difference": 0.5,
+                   "patched_regret": 0.2, "patched_regret_stderr": 0.03, "patched_tied": False},
+    }  # fmt: skip
+    fixed = {"difference_stderr": 0.02, "patched_difference_stderr": 0.01}
+    rows = tuple(replace(row, **{**known[row.criterion], **fixed, **more}) for row in pair)
+    return CriteriaComparison((compared(),), rows)
+
+
+def test_cuts_are_ranked_after_the_patch_where_there_is_one(shown):
+    story = comparison_story(turned(), drawn=False)
+    assert story.sentence.startswith(
+        "With 4 of 30 layers gone, taylor loses least after a quick patch: without layers "
+    )
+    assert "the model loses 0.30 ± 0.01 nats a token more than whole" in story.sentence
+    assert "greedy comes last, 0.20 ± 0.03 nats a token behind." in story.sentence
+    assert story.sentence.endswith(
+        "As bare cuts the order is another one: greedy loses least, 1.00 ± 0.02 more than whole, "
+        "and taylor is 0.30 ± 0.04 nats a token behind."
+    )
+    assert [strip.name for strip in story.strips] == ["SmolLM2-135M without 4 layers, by taylor"]
+    assert [(step.name, step.loss.bare, step.more) for step in story.steps[1:]] == [
+        ("n = 4, patched", "3.900", "+0.300 ± 0.010")
+    ]
+    assert "1.35 times the perplexity of the whole model after a quick patch" in story.cost
+    lines = blocks(shown(turned()))["SmolLM2-135M", 4]
+    names = [line.split()[0] for line in lines]
+    assert names.index("taylor") < names.index("greedy")
+
+
+def test_what_cannot_be_patched_is_named_beside_the_ranking():
+    found = turned()
+    (bare,) = rows_of(compared(), criteria=("deepest",), sizes=(4,))
+    nothing = {"patched": None, "patched_difference": None, "patched_regret": None}
+    bare = replace(bare, **nothing, unpatched="there is no layer before the block")
+    story = comparison_story(replace(found, rows=(*found.rows, bare)), drawn=False)
+    said = (
+        "greedy comes last, 0.20 ± 0.03 nats a token behind; the cut of deepest cannot be patched"
+    )
+    assert said in story.sentence
+
+
+def test_the_same_order_in_both_states_is_said_with_its_ties():
+    found = turned()
+    rows = tuple(
+        replace(row, regret=0.0 if row.criterion == "taylor" else 0.1, tied=True)
+        for row in found.rows
+    )
+    story = comparison_story(replace(found, rows=rows), drawn=False)
+    said = "As bare cuts the same layers cost least; greedy cannot be told from them."
+    assert story.sentence.endswith(said)
+
+
+@pytest.mark.parametrize("judge", ["kl", "options"])
+def test_another_judge_ranks_bare_cuts_and_says_so(judge):
+    story = comparison_story(replace(turned(), judge=judge, unit="nats"), drawn=False)
+    assert f"greedy is best by {judge} as a bare cut: without layers" in story.sentence
+    assert "taylor comes last, 0.30 ± 0.04 nats behind." in story.sentence
+    assert story.sentence.endswith(
+        "After a quick patch the order is another one: taylor loses least, 0.30 ± 0.01 more than "
+        "whole, and greedy is 0.20 ± 0.03 nats a token behind."
+    )
+    assert "as a bare cut" in story.cost
+    assert story.steps[1].name == "n = 4"
+
+
+def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
+    nothing = {"patched": None, "patched_difference": None, "patched_regret": None}
+    story = comparison_story(turned(**nothing), drawn=False)
+    assert "greedy loses least as a bare cut" in story.sentence
+    assert story.sentence.endswith("How they compare after a patch is not known.")
+
+
+def test_a_comparison_of_an_older_version_is_read(shown):
+    data = turned().to_json()
+    for row in data["rows"]:
+        for name in [name for name in row if name.startswith("patched_")]:
+            if name != "patched_stderr":
+                del row[name]
+    found = CriteriaComparison.from_json(data)
+    assert [row.as_patched for row in found.rows] == [None, None]
+    assert "greedy loses least as a bare cut" in shown(found, 300)
+
+
+@pytest.mark.parametrize("judge", ["loss", "kl"])
+def test_a_narrow_terminal_keeps_criteria_and_layers(whole, shown, judge):
+    text = shown(replace(whole, judge=judge, models=whole.models[:1]), 40)
+    assert max(map(len, text.splitlines())) <= 40
+    for lines in blocks(text).values():
+        criteria = {line.split()[0] for line in lines}
+        assert criteria >= set(COSTS)
+        found = re.findall(r"\[\d+, \d+\)", "\n".join(lines))
+        assert len(found) >= len(COSTS)
+        assert "\n".join(lines).count("[") >= len(COSTS)
+    for row in whole.rows:
+        if row.model == whole.models[0].name:
+            assert all(one in text for one in re.findall(r"\[\d+, \d+\)", ranges(row.dropped)))
 
 
 def test_layers_are_ranges(shown):
@@ -162,7 +273,10 @@ def test_the_judge_of_options_shows_accuracy_and_chance(shown):
 def test_what_is_not_known_is_a_dash_and_comes_last(shown):
     nan = math.nan
     rows = rows_of(compared(), sizes=(4,))
-    rows[0] = replace(rows[0], regret=nan, regret_stderr=nan, loss=nan, stderr=nan, tied=False)
+    rows[0] = replace(
+        rows[0], regret=nan, regret_stderr=nan, loss=nan, stderr=nan, tied=False, patched=None,
+        patched_difference=None, patched_regret=None, patched_regret_stderr=None,
+    )  # fmt: skip
     text = shown(CriteriaComparison((compared(),), tuple(rows)))
     assert "nan" not in text
     lines = blocks(text)["SmolLM2-135M", 4]

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ def point(n, strategy, dropped, state, found, right=0):
 def curve():
     whole = point(0, "whole", (), "cut", loss(3), 36)
     alone = tuple(range(0, 30, 4))
-    splits, patch = {"fit": 80, "choose": 16, "report": 4}, {"patch_tokens": 16_384}
+    splits = {"fit": 80, "choose": 16, "report": 4}
+    patch = {"patch": "full", "patch_tokens": 16_384}
     return Curve("a/model", 30, (
         whole,
         point(1, "recommended", (9,), "cut", loss(3.0, 0.1), 35),
@@ -81,12 +83,12 @@ def test_everything_fits_80_columns(curve, shown):
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     words = " ".join(text.split())
-    for part in ("a/model", "30 layers", "of 4 texts; V = 50,000", "16,384 tokens at most"):
+    for part in ("a/model", "30 layers", "of 4 texts; V = 50,000", "16,384 tokens"):
         assert part in words
 
 
 def test_losses_have_errors_and_paired_differences(curve, shown):
-    found = rows(shown(curve, 120), "layers less, as they are cut")
+    found = rows(shown(curve, 120), "layers less, as cut")
     assert len(found) == 6
     for one in curve.points[1:]:
         if one.state == "cut":
@@ -102,7 +104,7 @@ def test_losses_have_errors_and_paired_differences(curve, shown):
 
 def test_ties_are_named(curve, shown):
     text = shown(curve, 300)
-    found = rows(text, "layers less, as they are cut")
+    found = rows(text, "layers less, as cut")
     assert {key: cells[4:] for key, cells in found.items()} == {
         (1, "recommended"): ["best"],
         (1, "block_influence"): ["best"],  # the same layers
@@ -116,12 +118,53 @@ def test_ties_are_named(curve, shown):
 
 def test_tasks_are_shown_beside_chance_and_the_whole(curve, shown):
     text = shown(curve, 120)
-    assert "boolq, as they are cut: acc in %, whole model 90.0 ± 4.8" in text
+    assert "boolq, as cut: acc in %, whole model 90.0 ± 4.8" in text
     assert "40 items with 2 solved examples; chance 50.0" in text
-    found = rows(text, "boolq, as they are cut")
+    found = rows(text, "boolq, as cut")
     assert found[1, "recommended"][1:] == ["87.5 ± 5.3", "-2.5 ± 2.5", "tie"]
     assert found[8, "recommended"][1:] == ["60.0 ± 7.8", "-30.0 ± 7.3", "at chance"]
     assert found[1, "deepest"][1:] == ["75.0 ± 6.9", "-15.0 ± 5.7"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "long", "short"),
+    [
+        ({"patch": "quick", "patch_tokens": None}, "quick patch (one matrix a block)",
+         "quick patch"),
+        ({"patch": "full", "patch_tokens": 16_384}, "full patch on at most 16,384 tokens",
+         "full patch"),
+    ],
+)  # fmt: skip
+def test_the_patch_is_named_wherever_its_losses_are(curve, shown, settings, long, short):
+    story = curve_story(replace(curve, settings=settings))
+    assert f"chosen by recommended, after a {long}, the model loses" in story.sentence
+    assert f"8 layers, after a {long}: its perplexity" in story.cost
+    assert [step.name for step in story.steps] == ["whole", "cut", short]
+    (losses,) = [table for one in story.sections for table in one.tables
+                 if table.title == f"layers less, after a {long}: nats a token"]  # fmt: skip
+    assert len(losses.rows) == 2
+    for drawing in story.drawings:
+        assert f"solid after a {long}" in drawing.text
+        legend = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+        assert f"recommended, {short}" in legend
+    text = " ".join(shown(replace(curve, settings=settings)).split())
+    assert f"What is patched has a {long}." in text
+    assert "What is recommended was chosen by losses after a quick patch." in text
+
+
+def test_a_loss_above_the_axis_is_seen_as_that(curve):
+    drawing = curve_story(curve).drawings[0]
+    axes = drawing.figure.axes[0]
+    assert axes.get_ylim()[1] == 1.0
+    worst = max(one.loss.normalized for one in curve.points if one.loss)
+    assert worst > 1.9
+    (label,) = [text for text in axes.texts if text.get_text() == f"{worst:.3f}"]
+    assert label.xy == (8 / 30, 1.0)
+    legend = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+    assert legend.count("value above axis") == 1
+    assert "A triangle at the upper edge" in drawing.text
+    (line,) = [one for one in axes.lines if one.get_label() == "deepest, cut"]
+    assert line.get_ydata()[-1] == worst  # leaves by the upper edge, where it goes
 
 
 def test_what_failed_is_shown_with_the_reason(curve, shown):

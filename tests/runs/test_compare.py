@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -156,6 +157,62 @@ def test_a_patched_loss_is_that_of_the_patched_model(compared, model, words):
         assert row.unpatched is None
     without = [row for row in compared.rows if 0 in row.dropped]
     assert all(row.patched is None and "no layer before" in row.unpatched for row in without)
+
+
+def by_text(model, words, dropped, patch=None):
+    """Nats and predicted tokens of every text that reports, one text at a time."""
+    with ExitStack() as entered:
+        if dropped:
+            if patch is not None:
+                entered.enter_context(patch.patched(sh.Plan.of(6, dropped)))
+            entered.enter_context(sh.without_layers(model, dropped))
+        losses = [sh.evaluate_loss(model, words, [text]) for text in HELD_OUT]
+    counts = np.array([loss.num_tokens for loss in losses], np.float64)
+    return np.array([loss.nats for loss in losses], np.float64) * counts, counts
+
+
+def paired(first, second, counts):
+    """Mean difference and its error, written out as the docstring of evaluate_loss has them."""
+    mean = sum(first - second) / sum(counts)
+    squares = sum((a - b - mean * n) ** 2 for a, b, n in zip(first, second, counts, strict=True))
+    return mean, math.sqrt(squares * len(counts) / (len(counts) - 1)) / sum(counts)
+
+
+@pytest.mark.parametrize("state", ["bare", "patched"])
+def test_regret_is_paired_by_text_in_both_states(compared, model, words, state):
+    """The slow twin: every cut anew, text by text, in float64."""
+    fit = three_splits(TEXTS, HELD_OUT).fit
+    quick = QuickPatch(Layerwise(model), list(TokenBatches(words, fit, Tokens(256, 8))))
+    patch = quick if state == "patched" else None
+    whole, counts = by_text(model, words, ())
+    for n in (1, 3):
+        rows = [row for row in compared.rows if row.n == n and (not patch or 0 not in row.dropped)]
+        sums = {row.dropped: by_text(model, words, row.dropped, patch)[0] for row in rows}
+        best = min(sums, key=lambda dropped: sum(sums[dropped]))
+        for row in rows:
+            standing = row.as_patched if patch else row.as_cut
+            regret, stderr = paired(sums[row.dropped], sums[best], counts)
+            assert standing.regret == pytest.approx(regret, abs=1e-6)
+            assert standing.regret_stderr == pytest.approx(stderr, rel=1e-3, abs=1e-7)
+            assert standing.tied == (abs(regret) <= 2 * stderr)
+            lost, stderr = paired(sums[row.dropped], whole, counts)
+            assert standing.difference == pytest.approx(lost, abs=1e-6)
+            assert standing.difference_stderr == pytest.approx(stderr, rel=1e-3)
+        assert [row.dropped for row in rows if (row.as_patched if patch else row.as_cut).regret == 0
+                ].count(best) == sum(row.dropped == best for row in rows)  # fmt: skip
+    unpatched = [row for row in compared.rows if 0 in row.dropped]
+    assert all(row.as_patched is None and not row.patched_tied for row in unpatched)
+
+
+def test_a_patched_regret_is_over_the_best_of_all_calibration_texts(model, words):
+    texts = {"one": TEXTS, "two": documents(24, seed=5)}
+    asked = {"n": [2], "criteria": ["deepest"], "cache": False}
+    rows = sh.compare(model, words, texts, HELD_OUT, **asked).rows
+    least = min(row.patched for row in rows)
+    assert len({row.patched for row in rows}) == 2  # the same layers, patched by other texts
+    for row in rows:
+        assert row.patched_regret == pytest.approx(row.patched - least, abs=1e-9)
+        assert (row.patched_regret_stderr == 0) == (row.patched == least)
 
 
 def test_work_is_counted_for_each_criterion_by_itself(compared, model, words):

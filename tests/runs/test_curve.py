@@ -11,6 +11,7 @@ from shallower.judgement.token_states import evenly
 from shallower.judgement.verifying import PATCH_TEXTS
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
+from shallower.reporting.stories.curve import curve_story
 from shallower.runs.curve_points import CurvePoints
 from shallower.runs.measuring import Measuring
 from shallower.runs.verified_plans import VERIFYING_TEXTS
@@ -60,6 +61,11 @@ def done(trained, words, tmp_path_factory):
     return curve, out
 
 
+def told(curve):
+    """The lines of all sections of its page."""
+    return [line for part in curve_story(curve, drawn=False).sections for line in part.lines]
+
+
 # The points.
 def test_there_is_a_point_for_every_size_strategy_and_state(done):
     curve, _ = done
@@ -75,6 +81,7 @@ def test_there_is_a_point_for_every_size_strategy_and_state(done):
     assert (curve.num_layers, curve.max_length, curve.dtype) == (6, 16, "float32")
     assert curve.splits == {"fit": 80, "choose": 39, "report": 12}
     assert (curve.settings["patch"], curve.settings["patch_tokens"]) == ("full", 512)
+    assert "What is patched has a full patch on at most 512 tokens." in told(curve)
 
 
 def test_a_cut_has_the_loss_of_the_model_without_its_layers(done, learned, words):
@@ -156,6 +163,9 @@ def test_a_quick_patch_is_that_of_a_verification(learned, words, tmp_path):
     (point,) = curve.points[1:]
     assert point.loss.nats == pytest.approx(loss.nats, abs=1e-6)
     assert (curve.settings["patch"], curve.settings["patch_tokens"]) == ("quick", None)
+    assert "What is patched has a quick patch (one matrix a block)." in told(curve)
+    cuts = {**options, "states": ["cut"], "out": tmp_path / "cuts"}
+    assert not any("patched" in line for line in told(sh.curve(learned, words, TEXTS, **cuts)))
 
 
 def test_cuts_that_strategies_have_in_common_are_measured_once(

@@ -93,7 +93,7 @@ def test_every_point_has_the_main_measure_of_every_task(learned, words, tmp_path
     assert len(patched) == 16
     story = curve_story(curve, drawn=False)
     titles = [table.title for section in story.sections for table in section.tables]
-    assert titles[2].startswith("next, as they are cut: acc_norm in %, whole model ")
+    assert titles[2].startswith("next, as cut: acc_norm in %, whole model ")
     header, *rows = (tmp_path / "out" / "curve.csv").read_text().splitlines()
     assert header.endswith("next,next_stderr,next_difference,next_difference_stderr")
     assert float(rows[0].split(",")[-4]) == curve.whole.task("next").mean

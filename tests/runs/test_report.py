@@ -177,9 +177,12 @@ def test_a_comparison_is_told_by_its_best_and_its_ties(tmp_path):
     assert story.kind == "comparison"
     model = compared.models[0]
     rows = [row for row in compared.rows if (row.model, row.n) == (model.name, 12)]
-    best = min(rows, key=lambda row: row.regret)
-    worst = max(rows, key=lambda row: row.regret)
-    assert story.sentence.startswith(f"With 12 of 30 layers gone, {best.criterion} ")
+    patched = [row for row in rows if row.patched is not None]
+    best = min(patched, key=lambda row: row.patched_regret)
+    worst = max(patched, key=lambda row: row.patched_regret)
+    assert story.sentence.startswith(
+        f"With 12 of 30 layers gone, {best.criterion} loses least after a quick patch"
+    )
     assert f"{worst.criterion} comes last" in story.sentence
     assert story.warnings[0] == "lost could not be compared: no such model"
     assert len(story.strips) == 2

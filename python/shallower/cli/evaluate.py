@@ -28,7 +28,7 @@ from .options import (
 from .output import print_json, say_dry_run, say_known, show
 
 if TYPE_CHECKING:
-    from ..runs.evaluate import EvalJob, Measure, Results
+    from ..runs.evaluate import EvalJob, EvalPair, Measure, Results
     from ..values.plan import Plan
 
 
@@ -114,7 +114,7 @@ def eval_command(
     Or of one checkpoint --against another, as a patched cut and its source.
     """
     from ..errors import PlanError
-    from ..runs.evaluate import EvalJob
+    from ..runs.evaluate import EvalJob, EvalPair
     from ..runs.store import open_store
     from ..values.tokens import Tokens, parse_batch_size
 
@@ -136,13 +136,16 @@ def eval_command(
         device_memory=device_memory,
         store=open_store(no_cache or dry_run),
     )
-    wanted = job.plan
+    wanted, pair = job.plan, None
+    if against is not None:
+        other = replace(job, source=replace(job.source, path=against, gguf_file=None))
+        pair = EvalPair(model=job, against=other)
     if dry_run:
         job.prepare()
         named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
-        say_dry_run(_described(job, wanted, named), as_json)
+        say_dry_run(_described(job, wanted, pair, named), as_json)
         return
-    if against is None:
+    if pair is None:
         from ..values.layers import ranges
 
         results, names = _results(job), {"base": "all layers"}
@@ -151,8 +154,8 @@ def eval_command(
         else:
             names["base"] = Path(model).name
     else:
-        other = replace(job, source=replace(job.source, path=against, gguf_file=None))
-        sides = {"against": _results(other), "model": _results(job)}
+        pair.check_tokens()
+        sides = {"against": _results(pair.against), "model": _results(job)}
         results = {
             kind: {side: found[kind]["base"] for side, found in sides.items()}
             for kind in sides["model"]
@@ -212,7 +215,10 @@ def _say_known(results: "Results") -> None:
 
 
 def _described(
-    job: "EvalJob", wanted: "Plan | None", named: dict[str, str | None]
+    job: "EvalJob",
+    wanted: "Plan | None",
+    pair: "EvalPair | None",
+    named: dict[str, str | None],
 ) -> dict[str, Any]:
     from ..values.layers import ranges
 
@@ -220,7 +226,11 @@ def _described(
     if wanted:
         described["drop"] = ranges(wanted.dropped)
     described |= {name: value for name, value in named.items() if value is not None}
-    return {**described, "memory": job.memory(job.source)}
+    if pair is None:
+        return {**described, "memory": job.memory(job.source)}
+    larger, memory = pair.larger()
+    loaded = f"one after the other; {larger.source} needs more memory"
+    return {**described, "loaded": loaded, "memory": memory}
 
 
 def _say(

@@ -74,6 +74,16 @@ class ModelSource:
             progress=progress,
         )
 
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the model's tokenizer, and nothing else.
+
+        Raises:
+            ModelError: as :meth:`load`.
+        """
+        from .loading import load_tokenizer
+
+        return load_tokenizer(self.path, self.gguf_file, self.trust_remote_code)
+
     def read_config(self) -> "PretrainedConfig":
         """Read the model's config, and nothing else.
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ..values.counts import counted
 from ..values.layers import blocks_of, ranges
@@ -74,6 +75,22 @@ def layer_words(layers: Sequence[int]) -> str:
         str(block.start) if len(block) == 1 else f"{block.start} to {block.stop - 1}"
         for block in blocks
     )
+
+
+def patch_words(settings: Mapping[str, Any]) -> str:
+    """Say which patch the points of a curve have, by its settings: quick, or full on so many
+    tokens; neither where an older version did not say.
+    """
+    if settings.get("patch") == "quick":
+        return "quick patch (one matrix a block)"
+    tokens = settings.get("patch_tokens")
+    return f"full patch on at most {tokens:,} tokens" if tokens else "patch"
+
+
+def patched_name(settings: Mapping[str, Any]) -> str:
+    """Name the state ``patched`` of a curve in two words at most, by the patch that it is."""
+    kind = settings.get("patch")
+    return f"{kind} patch" if kind else "patched"
 
 
 def megabytes(num_bytes: int) -> str:

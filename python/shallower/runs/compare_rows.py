@@ -26,6 +26,7 @@ from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
 from ..values.comparison import ComparedModel, Row
 from ..values.layers import check_sizes
 from ..values.plan import Plan
+from ..values.scores import Difference, Scores
 from ..values.settings import CompareSettings
 from .given_models import InMemory
 from .measuring import FittedPatch, Measuring
@@ -72,7 +73,7 @@ def compare_on(
     loaded, tokenizer = model.load(study.progress)
     measuring = Measuring(study, loaded, tokenizer, store=store)
     check_sizes(study.settings.n, len(measuring.decoder))
-    rows: list[Row] = []
+    measured: list[_Measured] = []
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
     for texts in study.splits:
@@ -80,14 +81,14 @@ def compare_on(
             study, measuring, store, criteria, choosing, model=str(model), texts=texts
         )
         with track(f"compare on {texts}", compared.steps, study.progress) as advance:
-            rows += compared.rows(compared.choices(advance), advance)
+            measured += compared.measured(compared.choices(advance), advance)
         several = f" on {texts}" if len(study.splits) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
         if not counts:  # those of the first texts
             counts = compared.counts
     return Outcome(
         measuring.held_out.compared(str(model)),
-        tuple(_with_regret(rows, measuring)),
+        tuple(_with_regrets(measured)),
         skipped,
         {**counts, "report": measuring.judge.num_items},
         measuring.held_out.is_complete and not skipped,
@@ -103,6 +104,15 @@ class _Choice:
     plan: Plan
     work: Work
     tau: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A row without regrets; the judge's scores of its bare cut, and its patched losses by text."""
+
+    row: Row
+    judged: Scores
+    patched: Scores | None
 
 
 @dataclass
@@ -203,8 +213,8 @@ class _Choosing:
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
 
-    def rows(self, choices: Sequence[_Choice], advance: Advance) -> Iterator[Row]:
-        """Measure what was chosen, on the texts that report; regret is not known yet."""
+    def measured(self, choices: Sequence[_Choice], advance: Advance) -> Iterator[_Measured]:
+        """Measure what was chosen, on the texts that report."""
         measuring, held_out = self.measuring, self.measuring.held_out
         whole = measuring.scores((), "cut")
         for choice in choices:
@@ -217,7 +227,8 @@ class _Choosing:
             except PatchError as error:
                 unpatched = str(error)
             difference = losses.minus(whole)
-            yield Row(
+            after = None if patched is None else patched.minus(whole)
+            row = Row(
                 model=self.model,
                 texts=self.texts,
                 criterion=choice.criterion.name,
@@ -241,7 +252,10 @@ class _Choosing:
                 score_stderr=judged.stderr,
                 accuracy=held_out.scores.judge.accuracy(judged.sums),
                 unpatched=unpatched,
+                patched_difference=None if after is None else after.mean,
+                patched_difference_stderr=None if after is None else after.stderr,
             )
+            yield _Measured(row, judged, patched)
 
 
 def _require_enough(subject: Subject, report: Judge) -> None:
@@ -273,16 +287,34 @@ def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float
     return tau if math.isfinite(tau) else None
 
 
-def _with_regret(rows: Sequence[Row], measuring: Measuring) -> list[Row]:
-    """Compare every row of one model with the best of its size: regret, its error, and ties."""
-    scores = measuring.held_out.scores.scores
-    best: dict[int, Row] = {}
-    for row in rows:
-        if row.n not in best or row.score < best[row.n].score:
-            best[row.n] = row
-    found = []
-    for row in rows:
-        regret = scores(row.dropped).minus(scores(best[row.n].dropped))
-        stderr = regret.stderr if row.dropped != best[row.n].dropped else 0.0
-        found.append(replace(row, regret=regret.mean, regret_stderr=stderr, tied=regret.tied))
-    return found
+def _with_regrets(measured: Sequence[_Measured]) -> Iterator[Row]:
+    """Compare every row of one model with the best of its size, as bare cuts and as patched."""
+    sizes = [one.row.n for one in measured]
+    bare = _regrets(sizes, [one.judged for one in measured])
+    patched = _regrets(sizes, [one.patched for one in measured])
+    for one, cut, after in zip(measured, bare, patched, strict=True):
+        assert cut is not None
+        row = replace(one.row, regret=cut.mean, regret_stderr=cut.stderr, tied=cut.tied)
+        yield (
+            row
+            if after is None
+            else replace(
+                row,
+                patched_regret=after.mean,
+                patched_regret_stderr=after.stderr,
+                patched_tied=after.tied,
+            )
+        )
+
+
+def _regrets(sizes: Sequence[int], scores: Sequence[Scores | None]) -> list[Difference | None]:
+    """Compare scores by item with the least mean of their size, paired; None where there are
+    none.
+    """
+    best: dict[int, Scores] = {}
+    for n, one in zip(sizes, scores, strict=True):
+        if one is not None and (n not in best or one.mean < best[n].mean):
+            best[n] = one
+    return [
+        None if one is None else one.minus(best[n]) for n, one in zip(sizes, scores, strict=True)
+    ]

@@ -1,15 +1,17 @@
 """What a model is measured by before and after a cut (loss, perplexity, tasks), each once."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..cutting.plans import agreed_plan
-from ..errors import CacheError
+from ..errors import CacheError, TextsError
 from ..evaluation.task_files import files_of
 from ..models.source import ModelSource
 from ..values.hashing import hash_of
@@ -26,6 +28,8 @@ from .inputs import hash_of_files, inputs_of, texts_inputs
 from .store import Store
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..evaluation.tasks import ChosenTasks
@@ -54,6 +58,12 @@ class Measure(ABC, Generic[T]):
 
     def prepare(self) -> None:
         """Find out what is wrong with it before a model is loaded."""
+
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every text or window, which results are paired by; of tasks none,
+        whose items are not known by their tokens.
+        """
+        yield from ()
 
     @abstractmethod
     def measure(
@@ -87,6 +97,12 @@ class LossOfTexts(Measure[Loss]):
         """Identify the texts by their content."""
         texts = texts_inputs(self.texts, store)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
+
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every text."""
+        from ..texts.batches import tokenise
+
+        yield from (one.ids for one in tokenise(tokenizer, self.texts, self.tokens.max_length))
 
     def measure(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
@@ -133,6 +149,13 @@ class PerplexityOfText(Measure[Perplexity]):
     def inputs(self, store: Store) -> Mapping[str, Any]:
         """Identify the text by its content."""
         return {"text": hash_of(self.text), "bos": self.bos, "tokens": asdict(self.tokens)}
+
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every window."""
+        from ..evaluation.perplexity import windows_of
+
+        windows, _ = windows_of(tokenizer, self.text, self.context, self.bos)
+        yield from (ids for _, ids in windows)
 
     def measure(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
@@ -386,3 +409,45 @@ class EvalJob:
         name = f" without {ranges(dropped)}" if dropped else ""
         value = measure.measure(*loaded, tokens=tokens, name=name)
         return self.results[measure.kind].keep(dropped, value, loaded[0].identity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPair:
+    """Two checkpoints of one tokenizer by the same measures, loaded one after the other.
+
+    Attributes:
+        model: that which is compared.
+        against: that which it is compared with, which is loaded first.
+    """
+
+    model: EvalJob
+    against: EvalJob
+
+    def check_tokens(self) -> None:
+        """Refuse tokenizers that read a text differently, before a model is loaded: TextsError."""
+        store = self.model.store
+        kinds = {one.kind: one.inputs(store) for one in self.model.measures}
+        models = {"model": self.model.source, "against": self.against.source}
+        inputs = None if None in kinds.values() else inputs_of(store, models, {}, measures=kinds)
+        if store.get("same_tokens", inputs) is None:
+            first, second = (source.load_tokenizer() for source in models.values())
+            for measure in self.model.measures:
+                pairs = zip_longest(measure.token_ids(first), measure.token_ids(second))
+                for index, (one, other) in enumerate(pairs):
+                    if one is None or other is None or one.tolist() != other.tolist():
+                        raise self._differ(measure.kind, index)
+            store.put("same_tokens", inputs, {"same": True})
+
+    def _differ(self, kind: str, index: int) -> TextsError:
+        what = "text" if kind == "loss" else "window"
+        return TextsError(
+            f"{self.model.source} and {self.against.source} have different tokenizers: {what} "
+            f"{index} becomes other tokens, so their {kind} cannot be paired by {what}. Compare "
+            f"checkpoints of one tokenizer, or by --tasks, whose items are paired (--against)"
+        )
+
+    def larger(self) -> tuple[EvalJob, MemoryPlan]:
+        """Find which of both needs more memory, or an unknown amount, and its plan."""
+        plans = [(job, job.memory(job.source)) for job in (self.model, self.against)]
+        sizes = [math.inf if plan.peak_bytes is None else plan.peak_bytes for _, plan in plans]
+        return plans[sizes.index(max(sizes))]

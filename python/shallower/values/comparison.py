@@ -1,5 +1,6 @@
 """CriteriaComparison: what each criterion removes, and what that costs, row by row."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -7,6 +8,29 @@ from typing import Any
 from .identity import title_of
 from .loss import Loss
 from .schema import fields_of, of_type, row_to_json
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a cut loses in one state, and how far it is behind the best of its size in that state.
+
+    Attributes:
+        loss: nats a token.
+        stderr: its standard error.
+        difference: ``loss`` less that of the whole model.
+        difference_stderr: its paired standard error.
+        regret: what the cut is behind the best; 0 for the best itself.
+        regret_stderr: its paired standard error.
+        tied: whether the cut cannot be told from the best.
+    """
+
+    loss: float
+    stderr: float | None
+    difference: float
+    difference_stderr: float | None
+    regret: float
+    regret_stderr: float | None
+    tied: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +52,10 @@ class Row:
         difference_stderr: paired standard error of ``difference``.
         patched: nats a token after the quick patch.
         patched_stderr: its standard error.
-        regret: judge's score of the cut less that of the best cut of ``n`` layers in the
-            comparison.
+        regret: judge's score of the bare cut less that of the best bare cut of ``n`` layers in
+            the comparison.
         regret_stderr: its paired standard error; 0 for the best itself.
-        tied: whether the cut cannot be told from the best of ``n`` layers.
+        tied: whether the bare cut cannot be told from the best of ``n`` layers.
         tau: Kendall's τ-b of the criterion's costs of single layers with the true losses without
             them.
         layers_share: ``n`` as a share of all layers.
@@ -43,6 +67,12 @@ class Row:
         score_stderr: its standard error.
         accuracy: share of right answers, of the judge ``options``.
         unpatched: why there is no ``patched``.
+        patched_difference: ``patched`` less the loss of the whole model.
+        patched_difference_stderr: paired standard error of ``patched_difference``.
+        patched_regret: ``patched`` less that of the best patched cut of ``n`` layers in the
+            comparison, nats a token whatever the judge.
+        patched_regret_stderr: its paired standard error; 0 for the best itself.
+        patched_tied: whether the patched cut cannot be told from the best patched one.
     """
 
     model: str
@@ -68,6 +98,43 @@ class Row:
     score_stderr: float
     accuracy: float | None = None
     unpatched: str | None = None
+    patched_difference: float | None = None
+    patched_difference_stderr: float | None = None
+    patched_regret: float | None = None
+    patched_regret_stderr: float | None = None
+    patched_tied: bool = False
+
+    @property
+    def as_cut(self) -> Standing | None:
+        """The bare cut, by the judge; None where its regret is not known."""
+        if not math.isfinite(self.regret):
+            return None
+        return Standing(
+            self.loss,
+            self.stderr,
+            self.difference,
+            self.difference_stderr,
+            self.regret,
+            self.regret_stderr,
+            self.tied,
+        )
+
+    @property
+    def as_patched(self) -> Standing | None:
+        """The cut after the quick patch, by its loss; None where it was not patched, or compared
+        with no other, as by an older version.
+        """
+        if self.patched is None or self.patched_difference is None or self.patched_regret is None:
+            return None
+        return Standing(
+            self.patched,
+            self.patched_stderr,
+            self.patched_difference,
+            self.patched_difference_stderr,
+            self.patched_regret,
+            self.patched_regret_stderr,
+            self.patched_tied,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give the row as plain JSON values; what is not finite is None."""
@@ -75,11 +142,16 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Any) -> "Row":
-        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
-        return cls(**fields_of(cls, data, nan=_FIGURES))
+        """Read what :meth:`to_json` gave; older versions wrote less. Raises KeyError, TypeError."""
+        return cls(**fields_of(cls, {**_older(cls), **of_type(dict, data)}, nan=_FIGURES))
 
 
 _FIGURES = tuple(one.name for one in fields(Row) if one.type is float)
+
+
+def _older(kind: Any) -> dict[str, Any]:
+    """The fields that older versions did not write, as they are then."""
+    return {one.name: one.default for one in fields(kind) if one.default is not MISSING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +199,8 @@ class ComparedModel:
     @classmethod
     def from_json(cls, data: Any) -> "ComparedModel":
         """Read what :meth:`to_json` gave; older versions wrote less."""
-        older = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
-        return cls(**fields_of(cls, {**older, "single_layers": [], **of_type(dict, data)}))
+        older = {**_older(cls), "single_layers": []}
+        return cls(**fields_of(cls, {**older, **of_type(dict, data)}))
 
 
 @dataclass(frozen=True, slots=True)

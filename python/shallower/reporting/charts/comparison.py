@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from ...values.comparison import ComparedModel, CriteriaComparison, Row
+from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
 from ...values.layers import ranges
 from .drawing import Drawing, require_matplotlib
 from .plots import Axis, Line, Point, dot_chart, front_chart, line_chart, series_colour
@@ -38,11 +36,35 @@ class Group:
         model: the whole model.
         title: of its figures and tables.
         rows: every choice.
+        by_patch: whether the cuts are ranked after the quick patch, as everyone uses them who
+            patches, and not as bare cuts: the judge is the loss, and of every size one was patched.
+        unit: of a regret.
     """
 
     model: ComparedModel
     title: str
     rows: Sequence[Row]
+    by_patch: bool
+    unit: str
+
+    @property
+    def when(self) -> str:
+        """The state by which the cuts are ranked, in words."""
+        return "after a quick patch" if self.by_patch else "as bare cuts"
+
+    def standing(self, row: Row) -> Standing | None:
+        """How a cut stands in the state by which cuts are ranked; None where it is not known."""
+        return row.as_patched if self.by_patch else row.as_cut
+
+    def ranked(self, n: int, *, by_patch: bool | None = None) -> list[tuple[Row, Standing]]:
+        """The cuts of a size whose standing is known, of least regret first.
+
+        In the state by which cuts are ranked, or in one that is named.
+        """
+        wanted = self if by_patch is None else replace(self, by_patch=by_patch)
+        found = [(row, wanted.standing(row)) for row in self.rows if row.n == n]
+        known = [(row, standing) for row, standing in found if standing is not None]
+        return sorted(known, key=lambda one: one[1].regret)
 
     def of(self, criterion: str) -> list[Row]:
         """The rows of a criterion, by the number of layers."""
@@ -55,10 +77,10 @@ class Group:
         found = {}
         for criterion in dict.fromkeys(row.criterion for row in self.rows):
             rows = self.of(criterion)
-            regrets = [row.regret for row in rows]
-            if {row.n for row in rows} == sizes and np.isfinite(regrets).all():
+            known = [one.regret for row in rows if (one := self.standing(row)) is not None]
+            if {row.n for row in rows} == sizes and len(known) == len(rows):
                 cost = sum(row.layer_forwards for row in rows) / len(rows)
-                found[criterion] = cost, sum(regrets) / len(rows)
+                found[criterion] = cost, sum(known) / len(rows)
         return found
 
     def by_regret(self) -> list[str]:
@@ -77,7 +99,10 @@ def groups_of(comparison: CriteriaComparison) -> list[Group]:
         for texts in dict.fromkeys(row.texts for row in of_model):
             title = f"{model.title}, chosen on {texts}" if several else model.title
             rows = [row for row in of_model if row.texts == texts]
-            found.append(Group(model, title, rows))
+            sizes = {row.n for row in rows}
+            patched = {row.n for row in rows if row.as_patched is not None}
+            by_patch = comparison.judge == "loss" and patched == sizes
+            found.append(Group(model, title, rows, by_patch, comparison.unit))
     return found
 
 
@@ -97,17 +122,17 @@ def draw_comparison(comparison: CriteriaComparison, folder: str | Path) -> list[
     require_matplotlib("drawing a comparison")
     written = []
     for place, group in enumerate(groups_of(comparison)):
-        for drawing in (*loss_charts(group, place), *cost_charts(group, place, comparison.unit)):
+        for drawing in (*loss_charts(group, place), *cost_charts(group, place)):
             written += drawing.save(Path(folder))
     return written
 
 
-def group_charts(group: Group, place: int, unit: str) -> list[Drawing]:
+def group_charts(group: Group, place: int) -> list[Drawing]:
     """Draw all figures of one model and text; their names end in its place from the second on."""
     return [
         _true_losses(group, place),
         *loss_charts(group, place),
-        *cost_charts(group, place, unit),
+        *cost_charts(group, place),
     ]
 
 
@@ -130,8 +155,7 @@ def loss_charts(group: Group, place: int) -> list[Drawing]:
                     title=f"Loss over the share of layers, {title}: {group.title}",
                     text=f"Loss in nats a token over the share of layers that a criterion drops, "
                     f"{when}, with bands of one standard error. Each line is a criterion, those "
-                    f"of least mean regret named first; what loses more than a uniform guess "
-                    f"stands at the upper edge.",
+                    f"of least mean regret {group.when} named first.",
                     x=Axis("layers dropped", is_share=True),
                     y=Axis("loss, nats a token"),
                     references=[(model.whole.nats, "whole model")],
@@ -141,7 +165,7 @@ def loss_charts(group: Group, place: int) -> list[Drawing]:
     return found
 
 
-def cost_charts(group: Group, place: int, unit: str) -> list[Drawing]:
+def cost_charts(group: Group, place: int) -> list[Drawing]:
     """Draw mean regret over what a choice costs, with the Pareto front; nothing where no criterion
     has chosen for all sizes.
     """
@@ -154,11 +178,12 @@ def cost_charts(group: Group, place: int, unit: str) -> list[Drawing]:
             _named("regret_over_cost", place),
             points,
             styles_of(list(points)),
-            title=f"Mean regret over n = {sizes}, against its cost: {group.title}",
-            text="Mean regret of each criterion over all sizes, against the layer-forwards that "
-            "its choices cost. A line joins those that no other beats in both.",
+            title=f"Mean regret {group.when} over n = {sizes}, against its cost: {group.title}",
+            text=f"Mean regret of each criterion over all sizes, {group.when}, against the "
+            f"layer-forwards that its choices cost. A line joins those that no other beats in "
+            f"both; a criterion without a regret of every size is left out.",
             x=Axis("cost of a choice, layer-forwards", digits=0),
-            y=Axis(f"regret, {unit}"),
+            y=Axis(f"regret {group.when}, {group.unit}"),
         )
     ]
 
@@ -185,21 +210,22 @@ def _true_losses(group: Group, place: int) -> Drawing:
         points = tuple(
             Point(
                 names.index(row.criterion),
-                row.difference,
-                row.difference_stderr,
+                standing.difference,
+                math.nan if standing.difference_stderr is None else standing.difference_stderr,
                 f"{row.criterion}, n = {n}, {ranges(row.dropped)}",
             )
-            for row in group.rows
-            if row.n == n and math.isfinite(row.difference)
+            for row, standing in group.ranked(n)
+            if math.isfinite(standing.difference)
         )
         series.append(Line(f"n = {n}", points, series_colour(number)))
     return dot_chart(
         _named("criteria_against_loss", place),
         names,
         series,
-        title=f"What each criterion's choice truly loses: {group.title}",
-        text="Each row is a criterion, the one of least mean regret above; each point the loss of "
-        "the cut that it chose, above the whole model, with one paired standard error.",
+        title=f"What each criterion's choice truly loses {group.when}: {group.title}",
+        text=f"Each row is a criterion, the one of least mean regret above; each point the loss of "
+        f"the cut that it chose, {group.when}, above the whole model, with one paired standard "
+        f"error.",
         x=Axis("more than the whole model, nats a token"),
         reference=(0.0, "whole model"),
     )

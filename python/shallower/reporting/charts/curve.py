@@ -5,6 +5,7 @@ from typing import Literal
 
 from ...values.curve import STATES, Curve, CurvePoint, State
 from ...values.layers import ranges
+from ..words import patch_words, patched_name
 from .drawing import Drawing
 from .plots import Axis, Line, Point, line_chart, series_colour
 
@@ -48,7 +49,8 @@ def _drawn(curve: Curve, placed: Placed) -> list[Line]:
         known = tuple(one for point in points if (one := placed(point)) is not None)
         colour = series_colour(curve.strategies.index(strategy))
         if len(points) > 1 and len(known) > 1:
-            found.append(Line(f"{strategy}, {state}", known, colour, _STYLE[state]))
+            name = f"{strategy}, {patched_name(curve.settings) if state == 'patched' else state}"
+            found.append(Line(name, known, colour, _STYLE[state]))
     return found
 
 
@@ -65,9 +67,9 @@ def _loss_charts(curve: Curve) -> list[Drawing]:
                 name,
                 lines,
                 title=f"Normalised loss over the share of {what} {verb}",
-                text="Loss divided by ln V, so that 1 is a uniform guess, with bands of one "
-                "standard error. A line is a strategy; dashed as it is cut, solid after a patch, "
-                "dotted after a healing.",
+                text=f"Loss divided by ln V, so that 1 is a uniform guess, with bands of one "
+                f"standard error. A line is a strategy; dashed as it is cut, solid after a "
+                f"{patch_words(curve.settings)}, dotted after a healing.",
                 x=Axis(f"{what} {verb}", is_share=True),
                 y=Axis("loss / ln V"),
                 most=1.0,
@@ -90,8 +92,9 @@ def _task_charts(curve: Curve) -> list[Drawing]:
                 f"task_{place}",
                 lines,
                 title=f"{task.task}, {task.metric}, over the share of layers that go",
-                text="Mean over items with bands of one standard error; dotted lines are the whole "
-                "model and chance.",
+                text="Mean over items with bands of one standard error; dotted level lines are the "
+                f"whole model and chance. Dashed as cut, solid after a "
+                f"{patch_words(curve.settings)}.",
                 x=Axis("layers dropped", is_share=True),
                 y=Axis(f"{task.task}, {task.metric}", is_share=True),
                 references=references,

@@ -112,22 +112,26 @@ def line_chart(
 ) -> Drawing:
     """Draw lines with bands of one standard error, and level lines of reference.
 
-    Values above ``most`` stand at the upper edge, as triangles. Every line has a point.
+    The axis ends at ``most``, where lines leave it; a value above stands at its edge, as a triangle
+    that the legend names, with the value beside it. Every line has a point.
     """
     require_matplotlib(_PURPOSE)
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):
+        above = [(line, p) for line in lines for p in line.points if p.y > most]
+        named = len(lines) + bool(above)
         columns = 2 if len(lines) <= 8 else 3
-        rows = math.ceil(len(lines) / columns)
-        figure, axes = new_figure(3.05 + 0.2 * rows * (len(lines) > 1))
+        rows = math.ceil(named / columns)
+        figure, axes = new_figure(3.05 + 0.2 * rows * (named > 1))
         _set_axes(axes, x, y)
         for place, line in enumerate(lines):
-            _draw_line(axes, line, line.marker or _MARKERS[place % len(_MARKERS)], most)
+            _draw_line(axes, line, line.marker or _MARKERS[place % len(_MARKERS)])
         _draw_references(axes, references, [p for line in lines for p in line.points])
         values = [*(p.y for line in lines for p in line.points), *(v for v, _ in references)]
         _limit(axes, values, most)
-        if len(lines) > 1:
+        _draw_above(axes, above, most, y)
+        if named > 1:
             size = 9 if columns == 2 else 8
             figure.legend(
                 loc="outside lower center",
@@ -146,6 +150,8 @@ def line_chart(
         for p in line.points
     )
     head = ("line", "point", x.label, y.label)
+    if above:
+        text += " A triangle at the upper edge is a value above it, which is written beside it."
     return Drawing(name, title, text, figure, marks, None, head, numbers)
 
 
@@ -344,17 +350,13 @@ def _set_axes(axes: "Axes", x: Axis, y: Axis) -> None:
             axis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g} %")
 
 
-def _draw_line(axes: "Axes", line: Line, marker: str, most: float) -> None:
+def _draw_line(axes: "Axes", line: Line, marker: str) -> None:
     colour = COLOURS[line.colour]
     x = np.array([p.x for p in line.points])
-    y = np.array([p.y for p in line.points])
+    y = np.array([p.y if math.isfinite(p.y) else math.nan for p in line.points])
     error = np.nan_to_num([p.stderr for p in line.points])
-    above = y > most
-    seen, style = np.where(above, np.nan, y), _STYLES[line.style]
-    axes.plot(x, seen, marker, linestyle=style, color=colour, label=line.name)
-    low, high = y - error, np.minimum(y + error, most)
-    axes.fill_between(x, low, high, where=~above, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(x[above], np.full(int(above.sum()), most), "^", color=colour, fillstyle="none")
+    axes.plot(x, y, marker, linestyle=_STYLES[line.style], color=colour, label=line.name)
+    axes.fill_between(x, y - error, y + error, color=colour, alpha=0.18, linewidth=0)
 
 
 def _draw_references(
@@ -385,9 +387,40 @@ def _draw_references(
         )
 
 
+def _draw_above(axes: "Axes", above: Sequence[tuple[Line, Point]], most: float, y: Axis) -> None:
+    """Draw triangles at the upper edge for values above it, and write the values beside them: of
+    one place below one another, the greatest first.
+    """
+    if not above:
+        return
+    middle = sum(axes.get_xlim()) / 2
+    by_place: dict[float, list[tuple[Line, Point]]] = {}
+    for line, point in sorted(above, key=lambda one: -one[1].y):
+        by_place.setdefault(point.x, []).append((line, point))
+    for x, points in by_place.items():
+        side = "right" if x > middle else "left"
+        for number, (line, point) in enumerate(points):
+            colour = COLOURS[line.colour]
+            axes.plot(x, most, "^", color=colour, fillstyle="none", clip_on=False)
+            axes.annotate(
+                y.show(point.y),
+                (x, most),
+                xytext=(-6 if side == "right" else 6, -9 * number),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=8,
+                color=colour,
+                bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            )
+    name = "value above axis"
+    axes.plot([], [], "^", color=COLOURS["muted"], fillstyle="none", label=name)
+
+
 def _limit(axes: "Axes", values: Sequence[float], most: float) -> None:
     """Set the height by the values in sight, with a margin, also where all are equal."""
     seen = [min(value, most) for value in values if math.isfinite(value)]
     low, high = min(seen, default=0.0), max(seen, default=1.0)
     margin = max(0.07 * (high - low), 0.01 * abs(high), 1e-6)
-    axes.set_ylim(low - 1.5 * margin, high + 1.6 * margin)
+    clipped = any(value > most for value in values)
+    axes.set_ylim(low - 1.5 * margin, most if clipped else high + 1.6 * margin)

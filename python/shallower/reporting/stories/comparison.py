@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ...values.comparison import ComparedModel, CriteriaComparison, Row
+from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
 from ..charts.comparison import Group, group_charts, groups_of
@@ -69,43 +69,81 @@ def _title(comparison: CriteriaComparison) -> str:
     return f"{criteria} criteria on {', '.join(model.title for model in comparison.models)}"
 
 
-def _largest(group: Group) -> list[Row]:
-    """The rows of the largest size, of least regret first; what is not known is left out."""
-    most = max(row.n for row in group.rows)
-    rows = [row for row in group.rows if row.n == most and math.isfinite(row.regret)]
-    return sorted(rows, key=lambda row: row.regret)
+def _largest(group: Group) -> int:
+    """The largest number of layers that go."""
+    return max(row.n for row in group.rows)
 
 
-def _best(group: Group) -> list[Row]:
+def _best(group: Group) -> list[tuple[Row, Standing]]:
     """The best choice of each size."""
-    found: dict[int, Row] = {}
-    for row in group.rows:
-        if math.isfinite(row.regret) and (row.n not in found or row.regret < found[row.n].regret):
-            found[row.n] = row
-    return [found[n] for n in sorted(found)]
+    sizes = sorted({row.n for row in group.rows})
+    return [ranked[0] for n in sizes if (ranked := group.ranked(n))]
 
 
 def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
-    rows = [] if group is None else _largest(group)
-    if group is None or not rows:
+    """Say whose cut is the best in the state by which cuts are ranked, and who in the other."""
+    ranked = [] if group is None else group.ranked(_largest(group))
+    if group is None or not ranked:
         return "No criterion could be compared."
-    best, total = rows[0], group.model.num_layers
-    tied = [row.criterion for row in rows[1:] if row.tied]
-    same = [row.criterion for row in rows[1:] if row.dropped == best.dropped]
-    others = [name for name in tied if name not in same]
+    (best, standing), total = ranked[0], group.model.num_layers
+    same = [row.criterion for row, _ in ranked[1:] if row.dropped == best.dropped]
+    tied = [row.criterion for row, one in ranked[1:] if one.tied and row.criterion not in same]
+    leads = _leads(comparison, [best.criterion, *same])
+    when = group.when if group.by_patch or same else "as a bare cut"
     text = (
-        f"With {best.n} of {total} layers gone, {_listed([best.criterion, *same])} "
-        f"{'lose' if same else 'loses'} least: without layers {ranges(best.dropped)} the model "
-        f"loses {Number.of(best.difference, best.difference_stderr, 2).text} nats a "
-        f"token before a patch"
+        f"With {best.n} of {total} layers gone, {leads} {when}: "
+        f"without layers {ranges(best.dropped)} the model loses "
+        f"{Number.of(standing.difference, standing.difference_stderr, 2).text} nats a token "
+        f"more than whole"
     )
-    if others:
-        text += f"; {_listed(others)} cannot be told from it"
-    worst = rows[-1]
-    if worst.regret > 0 and not worst.tied:
-        regret = Number.of(worst.regret, worst.regret_stderr, 2).text
-        text += f"; {worst.criterion} comes last, {regret} {comparison.unit} behind"
-    return f"{text}."
+    if tied:
+        leader = "it" if standing.regret == 0 else "the best of all calibration texts"
+        text += f"; {_listed(tied)} cannot be told from {leader}"
+    worst, last = ranked[-1]
+    if last.regret > 0 and not last.tied:
+        text += f"; {worst.criterion} comes last, {_behind(last, group.unit)}"
+    bare = [row.criterion for row in group.rows if row.n == best.n and row.unpatched]
+    if group.by_patch and bare:
+        text += f"; the {'cuts' if len(bare) > 1 else 'cut'} of {_listed(bare)} cannot be patched"
+    return f"{text}. {_in_the_other_state(group, best)}".strip()
+
+
+def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
+    """``angular and cosine lose least``; of a judge but the loss, that they are best by it."""
+    several = len(names) > 1
+    if comparison.judge == "loss":
+        return f"{_listed(names)} {'lose' if several else 'loses'} least"
+    return f"{_listed(names)} {'are' if several else 'is'} best by {comparison.judge}"
+
+
+def _behind(standing: Standing, unit: str) -> str:
+    return f"{Number.of(standing.regret, standing.regret_stderr, 2).text} {unit} behind"
+
+
+def _in_the_other_state(group: Group, best: Row) -> str:
+    """Say whether the order of the largest size is another one as bare cuts, or after the patch.
+
+    ``best`` is the first in the state by which cuts are ranked.
+    """
+    others = group.ranked(best.n, by_patch=not group.by_patch)
+    where = "As bare cuts" if group.by_patch else "After a quick patch"
+    if not others:
+        return "How they compare after a patch is not known."
+    leader, standing = others[0]
+    if leader.dropped == best.dropped:
+        here = [row.criterion for row, _ in group.ranked(best.n)]
+        there = [row.criterion for row, _ in others]
+        rest = "" if here == there else ", and others come in another order"
+        tied = [row.criterion for row, one in others if one.tied and row.dropped != best.dropped]
+        near = f"; {_listed(tied)} cannot be told from them" if tied else ""
+        return f"{where} the same layers cost least{rest}{near}."
+    own = next((one for row, one in others if row.criterion == best.criterion), None)
+    text = f"{where} the order is another one: {leader.criterion} loses least, "
+    text += f"{Number.of(standing.difference, standing.difference_stderr, 2).text} more than whole"
+    if own is None:
+        return f"{text}, and {best.criterion} could not be patched."
+    tie = ", a tie" if own.tied else ""
+    return f"{text}, and {best.criterion} is {_behind(own, 'nats a token')}{tie}."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -121,46 +159,46 @@ def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
             layer_words(row.dropped),
         )
         for group in groups[:3]
-        for row in _best(group)[-1:]
+        for row, _ in _best(group)[-1:]
     )
 
 
 def _steps(group: Group) -> tuple[Step, ...]:
-    rows, whole = _best(group), group.model.whole
-    most = max([row.difference for row in rows] or [1.0]) or 1.0
+    best, whole = _best(group), group.model.whole
+    most = max([one.difference for _, one in best] or [1.0]) or 1.0
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
-    for row in rows:
-        more = Number.of(row.difference, row.difference_stderr, sign=True).text
-        share = min(1.0, max(0.0, row.difference / most))
-        loss = Number.of(row.loss, row.stderr)
-        steps.append(Step(f"n = {row.n}", loss, more, share, row is rows[-1]))
+    for row, one in best:
+        more = Number.of(one.difference, one.difference_stderr, sign=True).text
+        share = min(1.0, max(0.0, one.difference / most))
+        name = f"n = {row.n}{', patched' if group.by_patch else ''}"
+        steps.append(Step(name, Number.of(one.loss, one.stderr), more, share, row is best[-1][0]))
     return tuple(steps)
 
 
 def _cost(group: Group) -> str:
-    rows = _best(group)
-    if not rows:
+    best = _best(group)
+    if not best:
         return ""
-    row = rows[-1]
-    ratio = math.exp(min(700.0, row.difference))
-    patched = (
-        ""
-        if row.patched is None
-        else (
-            f" A quick patch brings it to {Number.of(row.patched, row.patched_stderr).text} nats."
-        )
-    )
+    row, one = best[-1]
+    ratio = math.exp(min(700.0, one.difference))
+    other = ""
+    if group.by_patch:
+        other = f" As a bare cut it loses {Number.of(row.loss, row.stderr).text} nats a token."
+    elif row.patched is not None:
+        loss = Number.of(row.patched, row.patched_stderr).text
+        other = f" A quick patch brings it to {loss} nats a token."
     return (
         f"The best cut of {layer_count(row.n)} has {ratio:.2f} times the perplexity of the whole "
-        f"model, {100 * row.layers_share:.0f} % of its layers and "
-        f"{100 * row.parameters_share:.0f} % of its parameters gone.{patched}"
+        f"model {'after a quick patch' if group.by_patch else 'as a bare cut'}, "
+        f"{100 * row.layers_share:.0f} % of its layers and "
+        f"{100 * row.parameters_share:.0f} % of its parameters gone.{other}"
     )
 
 
 def _savings(group: Group) -> tuple[Fact, ...]:
     return tuple(
         Fact(name, Number.share(share), f"{COMPARISON_FILE}: rows, {row.criterion}, n = {row.n}")
-        for row in _best(group)[-1:]
+        for row, _ in _best(group)[-1:]
         for name, share in (("layers", row.layers_share), ("parameters", row.parameters_share))
     )
 
@@ -212,8 +250,8 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
         right = Number.share(model.accuracy, 1).text
         lines.append(f"Accuracy of the whole model {right}{chance}.")
     sizes = sorted({row.n for row in group.rows})
-    tables = [_choices(comparison, [row for row in group.rows if row.n == n]) for n in sizes]
-    drawings = group_charts(group, place, comparison.unit) if drawn else []
+    tables = [_choices(comparison, group, n) for n in sizes]
+    drawings = group_charts(group, place) if drawn else []
     return Section(
         f"{group.title}: criteria against true loss",
         tuple(lines),
@@ -222,26 +260,35 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
     )
 
 
-def _choices(comparison: CriteriaComparison, rows: Sequence[Row]) -> Table:
-    """Tabulate what the criteria drop of one model, a number of layers each, by regret."""
+def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
+    """Tabulate what the criteria drop of one model, a number of layers, by regret in the state by
+    which cuts are ranked; those without one last.
+    """
+    ranked = [row for row, _ in group.ranked(n)]
+    others = [row for row in group.rows if row.n == n and group.standing(row) is None]
+    rows = [*ranked, *sorted(others, key=lambda row: (math.isnan(row.regret), row.regret))]
     shares = sorted({round(100 * row.parameters_share) for row in rows})
     share = "–".join(dict.fromkeys(str(value) for value in (shares[0], shares[-1])))
     judged = "" if comparison.judge == "loss" else "score"
     if any(row.accuracy is not None for row in rows):
         judged = "accuracy"
-    ordered = sorted(rows, key=lambda row: (math.isnan(row.regret), row.regret))
-    head = ["criterion", "drop", "loss", "patch", "regret", "", "layer forwards", "time"]
+    cut, patched = ("cut", "") if group.by_patch else ("", "patched")
+    head = ["criterion", "drop", "loss", "regret", cut, "patch", "patch regret", patched,
+            "layer forwards", "time"]  # fmt: skip
     if judged:
         head.insert(3, judged)
+    state = "after the quick patch" if group.by_patch else "bare cuts"
     return Table(
-        f"n = {rows[0].n}: {100 * rows[0].layers_share:.0f} % of the layers, {share} % of the "
-        f"parameters",
+        f"n = {n}: {100 * rows[0].layers_share:.0f} % of the layers, {share} % of the parameters",
         tuple(head),
-        tuple(_choice(row, judged) for row in ordered),
+        tuple(_choice(row, judged) for row in rows),
         f"Loss, as cut and after a quick patch, in nats a token; regret in {comparison.unit}, "
-        f"paired with the best. Each criterion is charged what it costs by itself.",
-        bare=("patch", *(["loss"] if judged else [])),
-        wide=("time",) if judged else (),
+        f"of patched cuts in nats a token, each paired with the best of its kind. Order, best and "
+        f"tie: {state}. Each criterion is charged what it costs by itself.",
+        bare=("patch", *(["loss", "regret"] if group.by_patch else ["loss"] if judged else [])),
+        wide=("cut",)
+        if group.by_patch
+        else ("patched", "patch regret", *(["time"] if judged else [])),
     )
 
 
@@ -252,13 +299,21 @@ def _choice(row: Row, judged: str) -> tuple[Cell, ...]:
     elif judged:
         cells.append(Number.share(row.accuracy, 1))
     cells += [
-        _narrow(row.patched, row.patched_stderr),
         _narrow(row.regret, row.regret_stderr),
-        "best" if row.regret == 0 else "tie" if row.tied else "",
+        _verdict(row.as_cut),
+        _narrow(row.patched, row.patched_stderr),
+        _narrow(row.patched_regret, row.patched_regret_stderr),
+        _verdict(row.as_patched),
         Number(_count(row.layer_forwards), row.layer_forwards),
         Number(_duration(row.seconds), row.seconds),
     ]
     return tuple(cells)
+
+
+def _verdict(standing: Standing | None) -> str:
+    if standing is None:
+        return ""
+    return "best" if standing.regret == 0 else "tie" if standing.tied else ""
 
 
 def _narrow(value: float | None, stderr: float | None) -> Number:

@@ -18,14 +18,14 @@ from ..words import (
     layer_words,
     loss_fact,
     made_by,
+    patch_words,
+    patched_name,
     perplexity_words,
     range_cell,
     small_model,
     splits_words,
     whole_words,
 )
-
-_OF_STATE = {"cut": "as they are cut", "patched": "patched", "healed": "healed"}
 
 
 def curve_story(
@@ -43,7 +43,8 @@ def curve_story(
     lost = None if shown is None else curve.lost(shown)
     if shown is not None and lost and shown.loss and curve.whole.loss:
         words = perplexity_words(curve.whole.loss, shown.loss, lost)
-        cost = f"Without {layer_count(shown.n)}, {shown.state}: {words[0].lower()}{words[1:]}"
+        state = _of_state(curve, shown.state)
+        cost = f"Without {layer_count(shown.n)}, {state}: {words[0].lower()}{words[1:]}"
     return Story(
         "curve",
         f"{curve.model} with ever fewer of its {curve.num_layers} layers",
@@ -56,6 +57,14 @@ def curve_story(
         sections=tuple(sections),
         data=curve.to_json(),
     )
+
+
+def _of_state(curve: Curve, state: State) -> str:
+    """Say in which state cuts are, and after which patch."""
+    patch = patch_words(curve.settings)
+    return {"cut": "as cut", "patched": f"after a {patch}", "healed": f"healed after a {patch}"}[
+        state
+    ]
 
 
 def _shown(curve: Curve) -> CurvePoint | None:
@@ -77,7 +86,7 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
     if lost is not None and shown.loss is not None and curve.whole.loss is not None:
         parts.append(
             f"Without layers {ranges(shown.dropped)}, {100 * shown.layers_share:.0f} % of layers, "
-            f"chosen by {shown.strategy} and {shown.state}, the model loses "
+            f"chosen by {shown.strategy}, {_of_state(curve, shown.state)}, the model loses "
             f"{Number.of(lost.mean, lost.stderr).text} nats a token "
             f"({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
         )
@@ -126,7 +135,8 @@ def _steps(curve: Curve, shown: CurvePoint | None) -> tuple[Step, ...]:
     for one, loss, lost in found:
         share = max(0.0, lost.mean / most) if lost else 0.0
         number = Number.of(loss.nats, loss.stderr)
-        steps.append(Step(one.state, number, _signed(lost).text, share, one is shown))
+        name = patched_name(curve.settings) if one.state == "patched" else one.state
+        steps.append(Step(name, number, _signed(lost).text, share, one is shown))
     return tuple(steps)
 
 
@@ -180,6 +190,11 @@ def _settings(curve: Curve) -> Section:
         Fact("texts", splits_words(curve.splits), f"{place}: splits"),
         Fact("tokens of a text", f"at most {curve.max_length:,}", f"{place}: max_length"),
         Fact("strategies", ", ".join(curve.strategies) or "none", f"{place}: points"),
+        Fact(
+            "patch",
+            patch_words(curve.settings) if curve.settings.get("patch") else "none",
+            f"{place}: settings",
+        ),
         Fact("tasks", ", ".join(curve.tasks) or "none", f"{place}: points"),
     )
     return Section("Settings", facts=facts)
@@ -188,10 +203,10 @@ def _settings(curve: Curve) -> Section:
 def _curves(curve: Curve, drawn: bool) -> Section:
     whole, settings = curve.whole.loss, curve.settings
     lines = [] if whole is None else [whole_words(whole)]
-    if tokens := settings.get("patch_tokens"):
-        lines.append(f"Patches are fitted on {counted(tokens, 'token')} at most.")
-    elif settings.get("patch"):
-        lines.append("Patches are quick ones: one matrix a block.")
+    if settings.get("patch"):
+        lines.append(f"What is patched has a {patch_words(settings)}.")
+    if "recommended" in curve.strategies:
+        lines.append("What is recommended was chosen by losses after a quick patch.")
     states = [state for state in STATES if _cuts(curve, state)]
     tables = [_losses(curve, state) for state in states]
     tables += [_scores(curve, task, state) for task in curve.tasks for state in states]
@@ -223,7 +238,7 @@ def _losses(curve: Curve, state: State) -> Table:
     )
     head = ("n", "strategy", "drop", "loss", "of ln V", "more than whole", "", "seconds")
     return Table(
-        f"layers less, {_OF_STATE[state]}: nats a token",
+        f"layers less, {_of_state(curve, state)}: nats a token",
         head,
         rows,
         _losses_note(curve, points),
@@ -280,8 +295,9 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
         )
         rows.append(row)
     chance = "" if whole.chance is None else f"; chance {100 * whole.chance:.1f}"
+    measure = f"{whole.metric} in %, whole model {_percent(whole).text}"
     return Table(
-        f"{task}, {_OF_STATE[state]}: {whole.metric} in %, whole model {_percent(whole).text}",
+        f"{task}, {_of_state(curve, state)}: {measure}",
         ("n", "strategy", "drop", "score", "difference", ""),
         tuple(rows),
         f"{counted(len(whole.items), 'item')} with "
