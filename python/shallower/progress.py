@@ -147,9 +147,9 @@ class _Lines:
             _clock(now - self._began),
         ]
         # By what was done since the last line: before the first, a resumed work leaps.
-        if self._total and self._done_then is not None and self._done > self._done_then:
+        left = (self._total or 0) - self._done  # below 0 where an estimate was too low
+        if left >= 0 and self._done_then is not None and self._done > self._done_then:
             speed = (self._done - self._done_then) / (now - self._said)
-            left = max(0, self._total - self._done)  # a total may be an estimate
             parts.append(f"eta {_clock(left / speed)}")
         self._said, self._done_then = now, self._done
         self._say(*parts, self._note)
