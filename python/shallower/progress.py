@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Protocol
 
@@ -46,13 +47,40 @@ def track(
     Yields:
         A function that advances by so many steps.
     """
+    if show is False:
+        yield lambda _steps, _note="", /: None
+        return
     console = Console(stderr=True)
     if show is None and (console.is_dumb_terminal or not console.is_terminal):
         lines = _Lines(description, total)
         yield lines
         lines.end()
         return
-    bar = Progress(
+    with _bars(console) as bars:
+        task = bars.add_task(description, total=total, note="")
+
+        def advance(steps: int, note: str = "", /) -> None:
+            bars.advance(task, steps)
+            if note:
+                bars.update(task, note=note)
+
+        yield advance
+        if len(bars.tasks) > 1:  # it was a part of other work, whose bar goes on
+            bars.remove_task(task)
+
+
+_BARS: ContextVar[Progress | None] = ContextVar("_BARS", default=None)
+"""The bars that are on the terminal; work within other work has one more."""
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    """Open bars on a terminal, or give those that are there."""
+    there = _BARS.get()
+    if there is not None:
+        yield there
+        return
+    bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -61,18 +89,14 @@ def track(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
-        disable=show is False,
         refresh_per_second=4,
     )
-    with bar:
-        task = bar.add_task(description, total=total, note="")
-
-        def advance(steps: int, note: str = "", /) -> None:
-            bar.advance(task, steps)
-            if note:
-                bar.update(task, note=note)
-
-        yield advance
+    with bars:
+        opened = _BARS.set(bars)
+        try:
+            yield bars
+        finally:
+            _BARS.reset(opened)
 
 
 @contextmanager
@@ -93,6 +117,15 @@ def track_copy(progress: BytesProgress | bool | None, total: int) -> Iterator[By
             shown = done >> 20
 
         yield report
+
+
+def say_goes_on(where: str, show: bool | None = None) -> None:
+    """Say on standard error from where work goes on that was cut short, unless ``show`` is False.
+
+    ``where`` is what was done, in a few words.
+    """
+    if show is not False:
+        print(f"goes on: {where}", file=sys.stderr, flush=True)
 
 
 class _Lines:
