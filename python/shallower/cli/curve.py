@@ -24,7 +24,7 @@ from .options import (
     quiet,
     read_texts,
 )
-from .output import called, print_json, say_dry_run, say_known, show
+from .output import called, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
     from ..runs.curve import CurveStudy
@@ -158,11 +158,11 @@ def curve_command(
         store=open_store(no_cache, dry_run=dry_run),
         command=called(),
     )
+    quiet()
     if dry_run:
         study.check()
-        say_dry_run(_described(study), as_json)
+        say_dry_run_of(study, _described(study), as_json)
         return
-    quiet()
     _say(study.run(), study, as_json)
 
 
@@ -182,8 +182,6 @@ def _described(study: "CurveStudy") -> dict[str, Any]:
         "curve": str(study.model),
         "n": [0, *settings.n],
         **{name: ", ".join(names) for name, names in named.items() if names},
-        "measure": study.units(),
-        "write": [str(study.out)],
     }
 
 

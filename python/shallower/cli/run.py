@@ -26,7 +26,7 @@ from .options import (
     quiet,
     read_texts,
 )
-from .output import called, print_json, reuse, say_dry_run, show
+from .output import called, print_json, reuse, say_dry_run_of, show
 
 if TYPE_CHECKING:
     from ..reporting.results import Run
@@ -280,12 +280,11 @@ def _carry_out(
     if not dry_run and reuse(output, lambda _: _say_again(study.folder, as_json)):
         return
     study.check()
+    quiet()
     if dry_run:
         target = {"target": str(settings.target), "heal": bool(settings.heal)}
-        units = {"measure": study.units(), "write": [str(study.out)]}
-        say_dry_run({**described, **target, **units}, as_json)
+        say_dry_run_of(study, {**described, **target}, as_json)
         return
-    quiet()
     done = study.run(lambda so_far: _report(so_far, as_json))
     page, story = save_report(study.folder)
     output.keep({})  # behind the page: a run that was killed while it is drawn draws it anew

@@ -126,6 +126,23 @@ def read_config(
     return config
 
 
+def load_tokenizer(
+    path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model alone.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
+    source, gguf_file = _locate(path_or_id, gguf_file)
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    with _reading(gguf_file):
+        tokenizer: PreTrainedTokenizerBase = _call(
+            AutoTokenizer.from_pretrained, source, trust_remote_code=trust_remote_code, **options
+        )
+    return tokenizer
+
+
 def layers_of(config: PretrainedConfig) -> int | None:
     """Count the decoder layers that a config describes; None where it does not say."""
     decoder: Any = config.get_text_config(decoder=True)

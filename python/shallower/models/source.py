@@ -81,6 +81,16 @@ class ModelSource:
 
         return read_config(self.path, self.gguf_file, self.trust_remote_code)
 
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer alone.
+
+        Raises:
+            ModelError: as :meth:`load`.
+        """
+        from .loading import load_tokenizer
+
+        return load_tokenizer(self.path, self.gguf_file, self.trust_remote_code)
+
     def count_layers(self) -> int:
         """Count the decoder layers by the model's config alone.
 
