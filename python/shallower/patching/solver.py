@@ -129,7 +129,9 @@ class Solver:
             steps = num_steps(self.fitted.batches)
             say_goes_on(f"{taken:,} of {steps:,} steps of the patch were taken", progress)
         elif known:
-            say_goes_on(f"{known} of {layer_count(len(layers))} before a block solved", progress)
+            say_goes_on(
+                f"{known} of {layer_count(len(layers))} before a block are solved", progress
+            )
 
     def _embed(self) -> None:
         for states in (self.fitted, self.held_out):

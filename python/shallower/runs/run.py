@@ -233,11 +233,13 @@ def _reached(earlier: Run) -> str:
     """How far a run came that was cut short."""
     if earlier.healing is not None:
         return "the healed model is saved"
-    if earlier.table:
-        return f"the recommended cut is saved, rows of the table: {len(earlier.table)}"
+    reached = "the layers are compared"
+    if earlier.recommended is not None:
+        reached = "the layers are chosen"
     if "checkpoint" in earlier.marks:
-        return "the recommended cut is saved"
-    return "the layers are compared" if earlier.recommended is None else "the layers are chosen"
+        reached = "the recommended cut is saved"
+    rows = len(earlier.table)
+    return f"{reached}, and {rows} row{'s'[: rows > 1]} of the table measured" if rows else reached
 
 
 def _is_unhealed(done: Run) -> bool:
