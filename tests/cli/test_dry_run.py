@@ -84,6 +84,13 @@ def test_what_cannot_be_told_is_said_in_words(dry, monkeypatch):
     assert "memory: " in done.out
 
 
+def test_weights_that_are_quantised_are_not_timed(dry):
+    said = dry("run", "--json", "--dtype", "nf4").json
+    assert "nf4" in said["time"]["unknown"]
+    assert "nf4" in said["memory"]["unknown"]
+    assert said["disk"]["bytes"] > 0
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_too_few_texts_are_refused_by_the_dry_run_too(dry, study):
     assert "too few texts to fit and to choose" in dry(study, "--max-texts", 11).error

@@ -33,22 +33,21 @@ def verifying_forwards(
     patch_texts: int,
     after: str = "patch",
 ) -> Forwards:
-    """Bound what a verification takes, times texts: what is sure, and what a race may add to it.
+    """Bound what a verification takes, times texts, about: what is sure, and what it may add.
 
     ``looks`` are the items of each batch of those that choose; ``proposing`` the layers that
     criteria run, and ``patch_texts`` the texts of a quick patch.
     """
     left, items, first = num_layers - n, sum(looks), sum(looks[: looks_at(looks, FIRST_ITEMS)])
-    proposed = left + 1 + 2 * top * len(PROPOSERS)
-    screened, again = proposed * looks[0], 2 * top * (first - looks[0])
+    proposed = left + 1 + 2 * len(PROPOSERS)  # every block, and two sets of each criterion
+    screened = proposed * looks[0] + 2 * top * (first - looks[0])
     as_cut = sum(looks[: looks_at(looks, STAGES[-1])])
-    last = 2 * (items - first + as_cut)  # two cuts go on to the end
-    # Of what is screened, sorted by paths, half of the layers were run for another cut.
-    layers = proposing + screened * left / 2 + (again + last) * left
-    heads = screened + again + last
+    heads = screened + 2 * (items - first + as_cut)  # two cuts go on to the end
+    layers = proposing
     if after == "patch":
-        patched = top + 1
-        layers += num_layers * patch_texts + patched * (n * patch_texts + first * left)
-        heads += patched * first
+        heads += (top + 1) * first
+        layers += num_layers * patch_texts + (top + 1) * n * patch_texts
+    # Half of the layers of a cut were run for another one, or lie before its patch.
+    layers += heads * left / 2
     more = max(0.0, MOST * exhaustive(num_layers, n, items) - layers)
     return Forwards(layers + more, heads + 2 * more / max(1, left))

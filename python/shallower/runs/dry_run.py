@@ -4,15 +4,15 @@ The work is counted from the settings, as much as it can be at most; what each p
 measured on one layer of the model with random weights (``runs.speed``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import ShallowerError, one_sentence
+from ..errors import one_sentence
 from ..judgement.bounds import verifying_forwards
 from ..judgement.choosing_size import STEPS, curve_sizes, sizes_beside
 from ..judgement.criteria import criteria
@@ -149,17 +149,22 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     described: dict[str, Any] = {"split": Divided(counts)}
     if getattr(study, "entry", None) is not None:
         return {**described, "time": "none, for it was measured before"}
-    try:
-        models = [_Model(study, model) for model in study.models if isinstance(model, ModelSource)]
-        described["memory"] = max((one.memory() for one in models), key=_peak)
-        if study.out is not None:
-            size = max(one.disk() for one in models)
-            described["disk"] = Disk(size, free_bytes(study.folder))
-        tasks = "tasks" if getattr(study.settings, "tasks", ()) else ""
-        described["time"] = Time(sum(one.seconds() for one in models), tasks)
-    except ShallowerError as error:
-        for name in ("memory", "time"):
-            described.setdefault(name, Unknown(one_sentence(error)))
+    models = cache(
+        lambda: [_Model(study, model) for model in study.models if isinstance(model, ModelSource)]
+    )
+    tasks = "tasks" if getattr(study.settings, "tasks", ()) else ""
+    ways: dict[str, Callable[[], Any]] = {
+        "memory": lambda: max((one.memory() for one in models()), key=_peak),
+        "disk": lambda: Disk(max(one.disk() for one in models()), free_bytes(study.folder)),
+        "time": lambda: Time(sum(one.seconds() for one in models()), tasks),
+    }
+    if study.out is None:
+        del ways["disk"]
+    for name, way in ways.items():
+        try:
+            described[name] = way()
+        except Exception as error:  # whatever a family does without its weights
+            described[name] = Unknown(one_sentence(error))
     return described
 
 

@@ -28,8 +28,11 @@ from ..savings.timing import settle
 from ..texts.batches import Batch
 from .forecast import shortened
 
-ENOUGH = 0.2
-"""Seconds of a timing, about; it is made thrice at least."""
+ENOUGH, LEAST, MOST = 0.4, 3, 40
+"""Seconds of the repeats of a timing, about, and how many there are at least and at most."""
+
+SLICE = 0.02
+"""Seconds of one repeat, about: short ones are now and then not disturbed on a busy machine."""
 
 BLOCK = 1 << 16
 """Random values that fill the weights, again and again."""
@@ -110,7 +113,7 @@ def _timed(model: Layerwise, texts: int, length: int, kinds: Collection[str]) ->
     """The seconds of some kinds of work with a model of one layer."""
     one = _batch(1, length)
     took = _seconds(lambda: model.run(one, model.embed(one), (0,)), model.head.decoder.device)
-    batch = _batch(max(1, min(texts, int(ENOUGH / 4 / max(took, 1e-9)))), length)
+    batch = _batch(max(1, min(texts, int(SLICE / max(took, 1e-9)))), length)
     states, single = model.embed(batch), _batch(1, 1)
     tokens, decoding = batch.input_ids.size, model.embed(single)
     layer = model.modules[0]
@@ -167,7 +170,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     walls: list[float] = []
     alone: list[float] = []
-    while len(walls) < 3 or (sum(walls) < ENOUGH and len(walls) < 9):
+    while len(walls) < LEAST or (sum(walls) < ENOUGH and len(walls) < MOST):
         settle(device)
         started, busy = time.perf_counter(), time.process_time()
         work()
