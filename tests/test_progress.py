@@ -217,3 +217,24 @@ def test_bars_are_back_after_an_exception(capfd):
         raise KeyError
     bar_of_another()
     assert "4/4" in capfd.readouterr().err
+
+
+def test_work_within_other_work_has_a_bar_below_that_of_the_other(terminal):
+    with terminal.watched(), track("outside", 2) as advance:
+        with track("inside", 3) as within:
+            within(3)
+        with track("unseen", 3, show=False) as within:
+            within(3)
+        advance(2, "behind it")
+    assert "inside" in terminal.shown
+    assert "unseen" not in terminal.shown
+    last = terminal.shown.rpartition("outside")[2]
+    assert "2/2" in last
+    assert "behind it" in last
+    assert "inside" not in last
+
+
+def test_where_work_goes_on_is_a_line_unless_it_is_to_be_silent(capfd):
+    progress.say_goes_on("3 of 4 are there")
+    progress.say_goes_on("nothing is said", False)
+    assert capfd.readouterr().err == "goes on: 3 of 4 are there\n"

@@ -59,13 +59,34 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
     Yields:
         A function that advances by so many steps.
     """
+    if show is False:
+        yield _Silence()
+        return
     console = Console(stderr=True)
     if show is None and (console.is_dumb_terminal or not console.is_terminal):
         lines = _Lines(description, total)
         yield lines
         lines.end()
         return
-    bar = Progress(
+    with _bars(console) as bars:
+        bar = _Bar(bars, bars.add_task(description, total=total, note=""))
+        yield bar
+        if len(bars.tasks) > 1:  # it was a part of other work, whose bar goes on
+            bars.remove_task(bar.task)
+
+
+_BARS: ContextVar[Progress | None] = ContextVar("_BARS", default=None)
+"""The bars that are on the terminal; work within other work has one more."""
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    """Open bars on a terminal, or give those that are there."""
+    there = _BARS.get()
+    if there is not None:
+        yield there
+        return
+    bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -74,11 +95,14 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
-        disable=show is False,
         refresh_per_second=4,
     )
-    with bar:
-        yield _Bar(bar, bar.add_task(description, total=total, note=""))
+    with bars:
+        opened = _BARS.set(bars)
+        try:
+            yield bars
+        finally:
+            _BARS.reset(opened)
 
 
 @contextmanager
@@ -104,18 +128,37 @@ def track_copy(progress: BytesProgress | bool | None, total: int) -> Iterator[By
 class _Bar:
     """A bar of rich."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars, self.task = bars, task
 
     def __call__(self, steps: int, note: str = "", /) -> None:
-        self._progress.advance(self._task, steps)
+        self._bars.advance(self.task, steps)
         if note:
-            self._progress.update(self._task, note=note)
+            self._bars.update(self.task, note=note)
 
     def expect(self, steps: int) -> None:
         """As :class:`Shown`."""
-        (task,) = (one for one in self._progress.tasks if one.id == self._task)
-        self._progress.update(self._task, total=(task.total or 0) + steps)
+        (task,) = (one for one in self._bars.tasks if one.id == self.task)
+        self._bars.update(self.task, total=(task.total or 0) + steps)
+
+
+class _Silence:
+    """No bar."""
+
+    def __call__(self, _steps: int, _note: str = "", /) -> None:
+        pass
+
+    def expect(self, _steps: int) -> None:
+        """As :class:`Shown`."""
+
+
+def say_goes_on(where: str, show: bool | None = None) -> None:
+    """Say on standard error from where work goes on that was cut short, unless ``show`` is False.
+
+    ``where`` is what was done, in a few words.
+    """
+    if show is not False:
+        print(f"goes on: {where}", file=sys.stderr, flush=True)
 
 
 class _Lines:
@@ -183,7 +226,7 @@ def hushed(shown: Shown | None = None) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [one.level for one in loggers]
     mine = _HUSHED.set(True), _SHOWN.set(shown or _SHOWN.get())
-    with warnings.catch_warnings(), _BARS:
+    with warnings.catch_warnings(), _THEIRS:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
         for one in loggers:
             one.setLevel(logging.CRITICAL)
@@ -241,7 +284,7 @@ class _TheirBars:
         return method
 
 
-_BARS = _TheirBars()
+_THEIRS = _TheirBars()
 
 
 def _begin(bar: Any, theirs: Callable[..., None], *arguments: Any, **options: Any) -> None:

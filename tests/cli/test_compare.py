@@ -142,7 +142,8 @@ def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked)
     ],
 )
 def test_what_compare_cannot_do_is_one_sentence(shallower, folder, asked, more, named):
-    assert named in shallower(*asked, *more, "--out", "out").error
+    for option in ((), ("--dry-run",)):
+        assert named in shallower(*asked, *more, "--out", "out", *option).error
     assert tree(folder) == {}
 
 

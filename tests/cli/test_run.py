@@ -100,7 +100,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     places = {"out": "out", "checkpoint": "out/checkpoint", "page": "out/report.html"}
     assert again.json == {**results, **places}
     assert results["command"] == "shallower run tiny --texts texts.jsonl " + " ".join(
-        ["--eval-texts held_out.jsonl --out out --top 2 --n 3 --overwrite --json"]
+        ["--eval-texts held_out.jsonl --out out --top 2 --n 3"]
     )
     for path in ("report.html", "report.md", "report.json", "results.json"):
         assert str(tiny.parent) not in (folder / "out" / path).read_text()

@@ -39,6 +39,23 @@ def test_progress_is_told_and_can_stop_the_copy(source, tmp_path):
     assert heard[-1][0] == heard[-1][1] == sum(len(t.content) for t in stored(out).values())
 
 
+@pytest.mark.parametrize("progress", [None, False])
+def test_a_cut_that_was_stopped_says_where_it_goes_on(source, tmp_path, capfd, progress):
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sh.prune(source, DROPPED, tmp_path / "cut", max_shard_size=10_000, progress=stop)
+    there = len(list((partial_folder(tmp_path / "cut") / "folder").glob("model-*.safetensors")))
+    sh.prune(source, DROPPED, tmp_path / "cut", max_shard_size=10_000, progress=progress)
+    said = capfd.readouterr().err
+    of = len(list((tmp_path / "cut").glob("model-*.safetensors"))) + 1  # and their index
+    shown = f"goes on: {there} of {of} files of weights are there\n"
+    assert (shown in said) == (progress is None)
+    assert ("goes on" in said) == (progress is None)
+
+
 def test_other_threads_run_while_bytes_are_copied(source, tmp_path):
     job = checkpoint.prepare(source, DROPPED, max_shard_size=1000).job
     ticks, stop = [], threading.Event()

@@ -46,6 +46,29 @@ def counted(monkeypatch):
     return done, last
 
 
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ({"fit": 1}, "goes on: 1 of 2 layers before a block are solved\n"),
+        ({"step": 2}, "goes on: 2 of 6 steps of the patch were taken\n"),
+    ],
+)
+def test_a_patch_says_where_it_goes_on(learned, words, tmp_path, counted, capfd, limit, said):
+    _, last = counted
+    for progress in (None, False):
+        last.update(limit)
+        kept = tmp_path / str(progress)
+        with pytest.raises(KeyboardInterrupt):
+            patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept)
+        last.clear()
+        assert "goes on" not in capfd.readouterr().err
+        again = copy.deepcopy(learned)
+        patch(again, words, BLOCKS, texts=TEXTS, checkpoint=kept, progress=progress)
+        shown = capfd.readouterr().err
+        assert (said in shown) == (progress is None)
+        counted[0].clear()
+
+
 def weights_of(model):
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 

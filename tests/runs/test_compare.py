@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
+from shallower import progress
 from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
 from shallower.memory import budget
 from shallower.models.layerwise import Layerwise
@@ -413,3 +414,35 @@ def test_the_real_model(smol, data):
     by_name = {row.criterion: row for row in done.rows}
     assert by_name["exhaustive"].loss < by_name["angular"].loss < by_name["deepest"].loss
     assert all(row.patched < row.loss for row in done.rows)
+
+
+# What is shown of the work.
+def test_the_bar_counts_layers_up_to_what_they_can_be_at_most(model, words, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    chosen = ["angular", "one_shot", "mask_regression", "greedy", "exhaustive", "evolution", Odd()]
+    sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 3], criteria=chosen, cache=False)
+    lines = [line for line in capfd.readouterr().err.splitlines() if ", layers run " in line]
+    assert lines.pop().split(",")[1] == " layers run done"
+    shown = [
+        tuple(map(int, line.split("layers run ")[1].split(",")[0].split("/"))) for line in lines
+    ]
+    (total,) = {total for _, total in shown}
+    done = [done for done, _ in shown]
+    assert done == sorted(done)
+    assert done[-1] == total
+    for note in ("true losses", "angular", "greedy, n = 3", "losses of odd, n = 1"):
+        assert any(line.endswith(note) or f", {note}" in line for line in lines), note
+    searching = {
+        at for (at, _), line in zip(shown, lines, strict=True) if "exhaustive, n = 3" in line
+    }
+    assert len(searching) > 3
+
+
+def test_no_criterion_judges_more_than_its_bound(compared, model):
+    items = [sum(compared.splits[name] for name in ("choose",))]
+    for row in compared.rows:
+        if row.criterion in ("one_shot", "mask_regression", "greedy", "exhaustive", "evolution"):
+            criterion = sh.criteria[row.criterion]
+            bound = criterion.trial_forwards(len(model.model.layers), items, row.n).layers
+            plan = (len(model.model.layers) - row.n) * items[0]  # the score of what was found
+            assert 0 < row.layer_forwards <= bound + plan

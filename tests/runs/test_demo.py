@@ -130,6 +130,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
     names = ["n = 0, whole, cut", "n = 2, recommended, cut", "n = 2, recommended, patched"]
     assert [unit["name"] for unit in units] == names
     assert [unit["known"] for unit in units] == [True, False, False]
+    assert described.pop("split") == {"texts": {"fit": 11, "choose": 5, "report": 16}}
+    assert 10**8 < described.pop("disk")["bytes"] < described.pop("memory")["peak_bytes"]
+    assert described.pop("time")["seconds"] > 1
     assert described == {
         "dry_run": True,
         "demo": demo.model_path().name,

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,12 +263,8 @@ def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
         (8_030_261_248, "cuda", 196_608),
     ],
 )  # fmt: skip
-def test_a_large_model_is_patched_by_fewer_tokens_on_a_cpu(
-    monkeypatch, parameters, device, expected
-):
-    monkeypatch.setattr(recommending, "num_parameters", lambda _: parameters)
-    decoder = SimpleNamespace(device=torch.device(device), model=None)
-    assert recommending.patch_tokens(decoder) == expected
+def test_a_large_model_is_patched_by_fewer_tokens_on_a_cpu(parameters, device, expected):
+    assert recommending.patch_tokens(parameters, on_cpu=device == "cpu") == expected
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from .options import (
     TrustRemoteCode,
     read_texts,
 )
-from .output import called, print_json, say_dry_run, say_known, show
+from .output import called, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
     from ..runs.compare import CompareStudy
@@ -142,7 +142,7 @@ def compare_command(
         command=called(),
     )
     if dry_run:
-        say_dry_run(_described(study), as_json)
+        say_dry_run_of(study, _described(study), as_json)
         return 0
     comparison = study.run()
     _say(comparison, study, as_json)
@@ -178,15 +178,13 @@ def _names(criteria: str | None) -> list[str] | None:
 
 def _described(study: "CompareStudy") -> dict[str, Any]:
     names = study.settings.criteria
-    described = {
+    return {
         "compare": ", ".join(map(str, study.models)),
         "texts": ", ".join(study.splits),
         "n": list(study.settings.n),
         "criteria": "all" if names is None else ",".join(map(str, names)),
         "judge": study.settings.judge,
-        "measure": study.units(),
     }
-    return described if study.out is None else {**described, "write": [str(study.out)]}
 
 
 def _say(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool) -> None:

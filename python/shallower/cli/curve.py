@@ -23,7 +23,7 @@ from .options import (
     TrustRemoteCode,
     read_texts,
 )
-from .output import called, print_json, say_dry_run, say_known, show
+from .output import called, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
     from ..runs.curve import CurveStudy
@@ -159,7 +159,7 @@ def curve_command(
     )
     if dry_run:
         study.check()
-        say_dry_run(_described(study), as_json)
+        say_dry_run_of(study, _described(study), as_json)
         return
     _say(study.run(), study, as_json)
 
@@ -180,8 +180,6 @@ def _described(study: "CurveStudy") -> dict[str, Any]:
         "curve": str(study.model),
         "n": [0, *settings.n],
         **{name: ", ".join(names) for name, names in named.items() if names},
-        "measure": study.units(),
-        "write": [str(study.out)],
     }
 
 

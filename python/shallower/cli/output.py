@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ..reporting.writers.terminal import Part
     from ..runs.done import Output
+    from ..runs.study import Study
     from ..scanning.scan import Scan
 
 
@@ -82,6 +83,15 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
             show(*(f"would measure {unit.name}{known[unit.known]}" for unit in value))
         else:
             show(f"{name}: {value}")
+
+
+def say_dry_run_of(study: "Study[Any]", described: dict[str, Any], as_json: bool) -> None:
+    """Print what a study would do, and what it takes: texts, memory, disk and time."""
+    from ..runs.dry_run import describe
+
+    write = {} if study.out is None else {"write": [str(study.out)]}
+    units = {"measure": study.units(), **write}
+    say_dry_run({**described, **describe(study), **units}, as_json)
 
 
 def say_known(made: str, there: Path | None = None, *, what: str = "") -> None:

@@ -25,7 +25,7 @@ from .options import (
     TrustRemoteCode,
     read_texts,
 )
-from .output import called, print_json, reuse, say_dry_run, show
+from .output import called, print_json, reuse, say_dry_run_of, show
 
 if TYPE_CHECKING:
     from ..reporting.results import Run
@@ -281,8 +281,7 @@ def _carry_out(
     study.check()
     if dry_run:
         target = {"target": str(settings.target), "heal": bool(settings.heal)}
-        units = {"measure": study.units(), "write": [str(study.out)]}
-        say_dry_run({**described, **target, **units}, as_json)
+        say_dry_run_of(study, {**described, **target}, as_json)
         return
     done = study.run(lambda so_far: _report(so_far, as_json))
     page, story = save_report(study.folder)

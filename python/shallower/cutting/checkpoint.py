@@ -19,7 +19,7 @@ import numpy as np
 
 from .._core import Checkpoint, Job
 from ..errors import OutputError, why
-from ..progress import BytesProgress, track_copy
+from ..progress import BytesProgress, say_goes_on, track_copy
 from ..storage import partial_folder, resumable_folder
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity, fingerprint
@@ -109,6 +109,9 @@ class PreparedCut:
                 shutil.rmtree(left)
             elif left.name not in ours:
                 left.unlink()
+        there = sum(1 for _ in folder.iterdir())
+        if there and not callable(progress):
+            say_goes_on(f"{there} of {len(ours)} files of weights are there", progress)
         self._check_room(folder)
         for name, path in self.carried.items():
             (folder / name).parent.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from ..models.dtypes import computing
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
 from ..processes import is_main_process
-from ..progress import track
+from ..progress import say_goes_on, track
 from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, read_samples
@@ -51,6 +51,7 @@ from .job import (
 from .loaded_models import LoadedOnce, OriginalModel
 from .losses import Teacher
 from .ranks import agree, together
+from .trainer_checkpoints import last_step
 from .training import Trained, Training, add_adapters, train
 
 
@@ -288,6 +289,8 @@ class _Healer:
             held_out=loss if job.held_out else None,
             teacher=teacher,
         )
+        if taken := last_step(training.folder):
+            say_goes_on(f"{taken:,} of {recipe.steps:,} steps were taken", self._progress)
         with track("heal", recipe.steps, self._progress) as advance:
             trained = train(training, advance, job.adjustable)
         if job.original is not None:

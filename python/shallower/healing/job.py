@@ -20,6 +20,7 @@ from ..models.identity import stored_digest
 from ..patching.patch import with_patch
 from ..patching.saving import PATCH_FILE, save_patched
 from ..processes import is_main_process
+from ..progress import say_goes_on
 from ..storage import partial_folder, resumable_folder, write_file
 from ..texts.sequences import ReadOnce
 from ..values.files import PLAN_FILE
@@ -201,6 +202,7 @@ def patched_cut(job: Job, out: Path, dtype: str) -> Path:
     place = out.absolute().with_name(f".{out.name[:200]}.patched")
     for found in (place, partial_folder(out) / "folder" / PATCHED):
         if (found / _PATCH_JOB).is_file() and (found / _PATCH_JOB).read_bytes() == patch:
+            say_goes_on("the cut is patched", job.progress)
             return found
     model, tokenizer = job.original.load(dtype)
     length, progress = job.recipe.max_length, job.progress

@@ -44,6 +44,11 @@ def discard_incomplete(folder: Path) -> None:
             _delete(of_step(folder, step))
 
 
+def last_step(folder: Path) -> int:
+    """The step of the last checkpoint that is marked; 0 if there is none."""
+    return max((s for s in _steps(folder) if (of_step(folder, s) / COMPLETE).is_file()), default=0)
+
+
 def last(folder: Path) -> Path | None:
     """Find the checkpoint of the last step; None if there is no checkpoint."""
     steps = _steps(folder)

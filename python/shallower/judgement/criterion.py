@@ -1,13 +1,14 @@
 """Criterion: what says which layers to drop, by costs or by a search over sets of layers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 from ..errors import CostsError
 from ..progress import Advance, track
 from ..values.costs import Costs
+from ..values.forwards import Forwards
 from ..values.layers import blocks_of, check_sizes, dropped_layers
 from ..values.plan import Plan
 from .racing import ALPHA
@@ -81,6 +82,19 @@ class Criterion(ABC):
         """
         return 0
 
+    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
+        """Bound what the cuts take that the criterion judges by ``subject.trials`` for a size.
+
+        Args:
+            num_layers: L, of the whole model.
+            looks: the items of each batch of those that choose.
+            n: layers that are to go; without effect where costs serve all sizes.
+
+        Returns:
+            Layers and heads, times items; none by default.
+        """
+        return Forwards()
+
 
 class Search(Criterion):
     """A criterion that finds the layers to drop for one size at a time.
@@ -88,11 +102,13 @@ class Search(Criterion):
     Attributes:
         strategy: a row of ``STRATEGIES``.
         judged: whether the set that was found is judged on all items, for the score of its plan.
+        nested: whether a search for more layers begins with that for fewer.
         alpha: of races, as for :func:`race`.
     """
 
     strategy: ClassVar[str] = "search"
     judged: ClassVar[bool] = True
+    nested: ClassVar[bool] = False
     alpha: ClassVar[float] = ALPHA
 
     @abstractmethod

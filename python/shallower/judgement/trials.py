@@ -58,9 +58,11 @@ class Count:
 
     Attributes:
         layer_forwards: the sum so far. The embedding and the head are not counted.
+        report: receives what is added, as for a bar.
     """
 
     layer_forwards: int = 0
+    report: Callable[[int], object] | None = None
     _counted: set[Hashable] = field(default_factory=set)
     _paths: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
 
@@ -69,6 +71,8 @@ class Count:
         if what not in self._counted:
             self._counted.add(what)
             self.layer_forwards += layer_forwards
+            if self.report is not None:
+                self.report(layer_forwards)
 
     def run(self, what: Hashable, index: int, path: tuple[int, ...], *, texts: int) -> None:
         """Add the layers of a path on a batch, without the longest beginning that has run on it."""
@@ -112,6 +116,8 @@ class Trials:
     Attributes:
         count: layers of the open search or race; None outside :meth:`counted`.
         clock: the time that the work takes, or took.
+        report: receives what is added to a count.
+        num_recalled: trials of the journal.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class Trials:
         self.model, self.judge = model, judge
         self.count: Count | None = None
         self.clock = Clock()
+        self.report: Callable[[int], object] | None = None
         self._prefixes = Prefixes(model, judge.batches, memory=memory)
         self._prepares = type(judge).prepare is not Judge.prepare
         self._prepared: set[int] = set()
@@ -132,6 +139,7 @@ class Trials:
         self._judged: dict[tuple[frozenset[int], int], NDArray[np.float64]] = {}
         self._recalled: dict[tuple[frozenset[int], int], float] = {}
         recall(journal, self._recall, "trials")
+        self.num_recalled = len(self._judged)
 
     @property
     def num_looks(self) -> int:
@@ -141,7 +149,7 @@ class Trials:
     @contextmanager
     def counted(self) -> Iterator[Count]:
         """Count the layers of a search or a race, which is the body."""
-        before, self.count = self.count, Count()
+        before, self.count = self.count, Count(report=self.report)
         try:
             yield self.count
         finally:
@@ -170,8 +178,7 @@ class Trials:
 
     def looks_at(self, num_items: int) -> int:
         """Count the first batches that hold at least so many items; all if they hold fewer."""
-        seen = list(accumulate(len(items) for items in self.judge.items))
-        return min(1 + bisect_left(seen, num_items), self.num_looks)
+        return looks_at([len(items) for items in self.judge.items], num_items)
 
     def judge_changed(
         self, dropped: Iterable[int], index: int, *, unchanged: int
@@ -327,6 +334,11 @@ class PatchedTrials:
             raise ValueError("a look at a cut that cannot be patched")
         looked[index] = _sums_of(record, len(items[index]))
         self._recalled[gone, index] = _seconds_of(record)
+
+
+def looks_at(looks: Sequence[int], num_items: int) -> int:
+    """Count the first of looks of so many items each that hold ``num_items``; all if fewer."""
+    return min(1 + bisect_left(list(accumulate(looks)), num_items), len(looks))
 
 
 def patch_layers(dropped: Iterable[int]) -> int:

@@ -22,6 +22,7 @@ from ..values.plan import VERIFIED, Plan
 from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
 from ..values.verification import AFTER, Candidate, Verified
+from .bounds import FIRST_ITEMS, MOST, STAGES, exhaustive, verifying_forwards
 from .held_out_cuts import judge_inputs
 from .judges.judge import LossJudge, judged_batches
 from .proposals import (
@@ -42,18 +43,8 @@ from .trials import Count, PatchedTrials, ResultStore, Trials, recalled
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over those that fit."""
 
-FIRST_ITEMS = 4
-"""Items on which the search for neighbours judges, at least."""
-
-STAGES = (FIRST_ITEMS, 16)
-"""Items after which a race of patched cuts is thinned out."""
-
 SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
 """Share of the layers of an exhaustive search, beyond which no step of the search begins."""
-
-MOST = 0.24
-"""Share of them that a race takes at most, where two cuts do not take more; what it takes is
-estimated, and a quarter is the bound."""
 
 SEEDS = 3
 """Cuts that the search begins from, the best first."""
@@ -253,7 +244,16 @@ class _Verification:
 
         A ModelError says that no proposal can be judged; a PatchError, that none can be patched.
         """
-        most = round(MOST * self.exhaustive)
+        bound = verifying_forwards(
+            self.subject.num_layers,
+            self.n,
+            self._look_sizes,
+            top=self.top,
+            proposing=proposing_layers(self.subject),
+            patch_texts=self.patched.num_texts,
+            after=self.after,
+        )
+        most = round(bound.layers)
         bar = track(f"verify n = {self.n}, layers run", most, self.verifier.progress)
         with bar as self._bar:
             self._advance("criteria")
@@ -277,8 +277,7 @@ class _Verification:
     @property
     def exhaustive(self) -> int:
         """Layers that every contiguous block of this size takes, without any that are shared."""
-        left = self.subject.num_layers - self.n
-        return (left + 1) * left * self.trials.judge.num_items
+        return exhaustive(self.subject.num_layers, self.n, self.trials.judge.num_items)
 
     @property
     def _first_looks(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import OutputError
@@ -62,6 +62,16 @@ class PatchCheckpoint:
         weights = {name: stored_weight(module.get_submodule(name), "weight") for name in names}
         self._write(f"layer-{fit.layer}", asdict(fit), weights)
 
+    @property
+    def taken(self) -> int:
+        """The steps that were taken when their state was kept last."""
+        facts = self._facts("steps")
+        return 0 if facts is None else int(facts["taken"])
+
+    def solved(self, layers: Sequence[int]) -> list[int]:
+        """Those of some layers whose matrices were solved."""
+        return [layer for layer in layers if self._facts(f"layer-{layer}") is not None]
+
     def steps(self) -> tuple[dict[str, Any], Tensors] | None:
         """The state of the steps that was kept last."""
         return self._read("steps")
@@ -91,19 +101,26 @@ class PatchCheckpoint:
             self._folder = None
 
     def _read(self, name: str) -> tuple[dict[str, Any], Tensors] | None:
+        facts = self._facts(name)
+        if facts is None or self._folder is None:
+            return None
+        try:
+            return facts, load_file(self._folder / f"{name}.safetensors")
+        except (OSError, SafetensorError):
+            return None
+
+    def _facts(self, name: str) -> dict[str, Any] | None:
         if self._folder is None:
             return None
         try:
             with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
                 about = file.metadata() or {}
-                if about.get("job") != self._job:
-                    return None
-                return json.loads(about["facts"]), {
-                    key: file.get_tensor(key)
-                    for key in file.keys()  # noqa: SIM118  (it is no mapping)
-                }
         except (OSError, SafetensorError):
             return None
+        found: dict[str, Any] | None = None
+        if about.get("job") == self._job:
+            found = json.loads(about["facts"])
+        return found
 
 
 def _describe(plan: Plan, batches: Sequence[Sequence[Batch]], losses: tuple[float, float]) -> str:

@@ -12,8 +12,9 @@ from ..evaluation.loss import summed_losses
 from ..models.layerwise import Layerwise
 from ..models.offload import resident
 from ..models.residual_writers import Writer, find_writers
-from ..progress import Advance, track
+from ..progress import Advance, say_goes_on, track
 from ..texts.batches import Batch
+from ..values.layers import layer_count
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
@@ -91,6 +92,7 @@ class Solver:
             self._checkpoint = PatchCheckpoint(
                 self._kept, self.plan, self._batches, (original, cut)
             )
+            self._say_goes_on([layer for layer in solved if layer in after], progress)
             for layer in solved:
                 advance(0, f"layer {layer}")
                 target = after.get(layer, layer + 1)
@@ -119,6 +121,17 @@ class Solver:
             fits=tuple(fits),
             descent=descent,
         )
+
+    def _say_goes_on(self, layers: Sequence[int], progress: bool | None) -> None:
+        """Say what an earlier run has kept of this patch, of the layers before the blocks."""
+        taken, known = self._checkpoint.taken, len(self._checkpoint.solved(layers))
+        if taken:
+            steps = num_steps(self.fitted.batches)
+            say_goes_on(f"{taken:,} of {steps:,} steps of the patch were taken", progress)
+        elif known:
+            say_goes_on(
+                f"{known} of {layer_count(len(layers))} before a block are solved", progress
+            )
 
     def _embed(self) -> None:
         for states in (self.fitted, self.held_out):

@@ -21,6 +21,7 @@ from ..texts.options import OptionItem, options_fingerprint, read_options
 from ..values.comparison import CriteriaComparison
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.hashing import hash_of
+from ..values.layers import check_sizes
 from ..values.provenance import versions
 from ..values.settings import CompareSettings
 from .given_models import InMemory, ModelStore, given_models
@@ -130,6 +131,12 @@ class CompareStudy(Study[CompareSettings]):
         if self.entry is None:
             _ = self.criteria
         self.check()
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is loaded; of several models the others go on."""
+        super().check()
+        if len(self.models) == 1 and self.entry is None:
+            check_sizes(self.settings.n, self.model.count_layers())
 
     @cached_property
     def items(self) -> tuple[list[OptionItem], list[OptionItem]]:

@@ -2,16 +2,23 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CacheError, OutputError, PatchError, TextsError, one_sentence
+from ..errors import (
+    CacheError,
+    OutputError,
+    PatchError,
+    ShallowerError,
+    TextsError,
+    one_sentence,
+)
 from ..judgement.criterion import Criterion
-from ..judgement.held_out_cuts import judge_inputs
+from ..judgement.held_out_cuts import TRUTH_ITEMS, judge_inputs
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
 from ..judgement.stored_costs import Work, stored_choice, stored_costs
@@ -19,7 +26,7 @@ from ..judgement.subject import Subject
 from ..judgement.trials import ResultStore, Trials
 from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
-from ..progress import Advance, track
+from ..progress import Advance, say_goes_on, track
 from ..texts.batches import TokenBatches
 from ..texts.options import OptionItem
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
@@ -80,8 +87,10 @@ def compare_on(
         compared = _Choosing(
             study, measuring, store, criteria, choosing, model=str(model), texts=texts
         )
-        with track(f"compare on {texts}", compared.steps, study.progress) as advance:
-            measured += compared.measured(compared.choices(advance), advance)
+        compared.say_goes_on()
+        bar = track(f"compare on {texts}, layers run", compared.total, study.progress)
+        with bar as compared.advance:
+            measured += compared.measured(compared.choices())
         several = f" on {texts}" if len(study.splits) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
         if not counts:  # those of the first texts
@@ -119,7 +128,8 @@ class _Measured:
 class _Choosing:
     """Criteria on one model and calibration texts of one name.
 
-    ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
+    ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried;
+    ``advance`` is of a bar of ``total`` layers.
     """
 
     study: Study[CompareSettings]
@@ -130,6 +140,7 @@ class _Choosing:
     model: str
     texts: str
     skipped: dict[str, str] = field(default_factory=dict)
+    advance: Advance = field(init=False)
 
     def __post_init__(self) -> None:
         study, measuring, settings = self.study, self.measuring, self.study.settings
@@ -160,23 +171,96 @@ class _Choosing:
         self.counts = {"fit": self.subject.num_texts, "choose": judge.num_items}
         _require_enough(self.subject, measuring.judge)
 
-    @property
-    def steps(self) -> int:
-        """Steps of the progress: every choice, and the losses of what it chose."""
-        return 2 * len(self.criteria) * len(self.study.settings.n)
+    def say_goes_on(self) -> None:
+        """Say what is known of a comparison that was cut short."""
+        sizes, on = self.study.settings.n, {"model": self.model, "texts": self.texts}
+        names = [criterion.name for criterion in self.criteria]
+        units = [self.study.unit(name, n, "cut", **on) for name in names for n in sizes]
+        known, judged = sum(unit.known for unit in units), self.subject.trials.num_recalled
+        if known or judged:
+            where = f"{known} of {len(units)} choices and {judged:,} trials of cuts are known"
+            say_goes_on(where, self.study.progress)
 
-    def choices(self, advance: Advance) -> list[_Choice]:
+    # Layers that are run, times texts, at most.
+    @property
+    def total(self) -> int:
+        """All of them."""
+        sizes, choosing = self.study.settings.n, self.criteria
+        own = sum(self._own(one) + sum(self._searched(one, n) for n in sizes) for one in choosing)
+        measured = len(choosing) * sum(map(self._reported, sizes))
+        return own + measured + self._truth * any(_has_costs(one) for one in choosing)
+
+    def _own(self, criterion: Criterion) -> int:
+        """Those of a criterion for all sizes together."""
+        passes = 0
+        with suppress(Exception):  # of a criterion from outside, which says why in its turn
+            passes = int(criterion.layer_forwards(self.subject))
+        return passes + self._judged(criterion, 1) * _has_costs(criterion)
+
+    def _searched(self, criterion: Criterion, n: int) -> int:
+        """Those of a search for one size."""
+        return 0 if _has_costs(criterion) else self._judged(criterion, n)
+
+    def _judged(self, criterion: Criterion, n: int) -> int:
+        looks = [len(items) for items in self.subject.trials.judge.items]
+        return round(criterion.trial_forwards(self.subject.num_layers, looks, n).layers)
+
+    @property
+    def _truth(self) -> int:
+        """Those of the true losses without single layers."""
+        num_layers, losses = self.subject.num_layers, self.measuring.held_out.losses
+        items = sum(len(losses.judge.items[look]) for look in losses.first(self._truth_looks))
+        return num_layers * (num_layers + 1) // 2 * items
+
+    @property
+    def _truth_looks(self) -> int:
+        return self.measuring.held_out.losses.looks_at(TRUTH_ITEMS)
+
+    def _reported(self, n: int) -> int:
+        """Those of the losses of one choice, as it is cut and after a quick patch."""
+        num_layers, items = self.subject.num_layers, self.measuring.judge.num_items
+        return 2 * (num_layers - n) * items + n * self.subject.num_texts
+
+    @contextmanager
+    def _part(self, note: str, most: int, trials: Trials | None = None) -> Iterator[None]:
+        """Advance by so many layers with a part of the work, as those that judge run them."""
+        trials, shown = trials or self.subject.trials, 0
+
+        def report(layers: int) -> None:
+            nonlocal shown
+            shown += (step := min(layers, most - shown))
+            self.advance(step)
+
+        self.advance(0, note)
+        trials.report = report
+        try:
+            yield
+        finally:
+            trials.report = None
+            self.advance(most - shown)  # a search takes what it needs, and mostly less
+
+    def choices(self) -> list[_Choice]:
         """Let every criterion choose, for every size; one that cannot is noted in ``skipped``."""
         found = []
+        if any(map(_has_costs, self.criteria)):
+            losses, note = self.measuring.held_out.losses, "true losses without single layers"
+            with (
+                self._part(note, self._truth, losses),
+                losses.counted(),
+                suppress(ShallowerError),  # every criterion that needs them says why
+            ):
+                self.measuring.held_out.single_layers()
         for criterion in self.criteria:
             tau, own = None, Work()
-            with self._others_go_on(criterion.name):
+            name = criterion.name
+            with self._part(name, self._own(criterion)), self._others_go_on(name):
                 tau, own = self._measured(criterion)
             for n in self.study.settings.n:
-                advance(1, f"{criterion.name} {n}")
-                if criterion.name not in self.skipped:
-                    with self._others_go_on(f"{criterion.name}, n = {n}"):
-                        found.append(_Choice(criterion, n, *self._choice(criterion, n, own), tau))
+                name = f"{criterion.name}, n = {n}"
+                with self._part(name, self._searched(criterion, n)), self._others_go_on(name):
+                    if criterion.name not in self.skipped:
+                        choice = self._choice(criterion, n, own)
+                        found.append(_Choice(criterion, n, *choice, tau))
         return found
 
     @contextmanager
@@ -195,7 +279,7 @@ class _Choosing:
         And what the criterion takes for all sizes together; τ is None of one that searches.
         """
         passes = criterion.layer_forwards(self.subject)
-        if type(criterion).costs is Criterion.costs:
+        if not _has_costs(criterion):
             return None, Work(passes)
         inputs = self._inputs(criterion)
         costs, work = stored_costs(criterion, self.subject, self.store, inputs=inputs)
@@ -213,19 +297,20 @@ class _Choosing:
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
 
-    def measured(self, choices: Sequence[_Choice], advance: Advance) -> Iterator[_Measured]:
+    def measured(self, choices: Sequence[_Choice]) -> Iterator[_Measured]:
         """Measure what was chosen, on the texts that report."""
         measuring, held_out = self.measuring, self.measuring.held_out
         whole = measuring.scores((), "cut")
         for choice in choices:
             dropped = choice.plan.dropped
-            advance(1, f"loss of {choice.criterion.name} {choice.n}")
+            self.advance(0, f"losses of {choice.criterion.name}, n = {choice.n}")
             judged, losses = held_out.scores.scores(dropped), measuring.scores(dropped, "cut")
             patched, unpatched = None, None
             try:
                 patched = measuring.scores(dropped, "quick", patch=self.patch)
             except PatchError as error:
                 unpatched = str(error)
+            self.advance(self._reported(choice.n))
             difference = losses.minus(whole)
             after = None if patched is None else patched.minus(whole)
             row = Row(
@@ -256,6 +341,11 @@ class _Choosing:
                 patched_difference_stderr=None if after is None else after.stderr,
             )
             yield _Measured(row, judged, patched)
+
+
+def _has_costs(criterion: Criterion) -> bool:
+    """Whether a criterion costs blocks, for all sizes; else it searches for one at a time."""
+    return type(criterion).costs is not Criterion.costs
 
 
 def _require_enough(subject: Subject, report: Judge) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CriterionError
 from ..models.source import ModelSource
 from ..processes import refuse_several
+from ..progress import say_goes_on
 from ..reporting.writers.csv import write_curve
 from ..values.curve import OWN_STRATEGIES, Curve
 from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
@@ -194,6 +195,9 @@ class CurveStudy(Study[CurveSettings]):
         if not self.goes_on and self.out is not None:
             for name in (SCAN_FILE, PARTIAL_FILE):
                 (self.out / name).unlink(missing_ok=True)
+        if self.written is not None and self.goes_on:
+            there = f"{len(self.written['points'])} of {len(self.units())} points are there"
+            say_goes_on(there, self.progress)
         from .curve_points import CurvePoints
 
         _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading

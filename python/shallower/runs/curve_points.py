@@ -228,7 +228,7 @@ class CurvePoints:
             batch_size=measuring.tokens.batch_size,
             threads=study.settings.threads,
             checkpoint=partial,
-            progress=False,
+            progress=study.progress,
         )
         scanned.save(place)
         partial.unlink(missing_ok=True)

@@ -93,7 +93,7 @@ def memory_forecast(
     if total is None:
         raise ModelError("the config does not say how many layers the model has")
     if drop:
-        config = _shortened(config, drop)
+        config = shortened(config, drop)
     room = device_room(device_memory, processes)
     if what == "heal":
         given: dict[str, Any] = {
@@ -138,7 +138,7 @@ def _layers_of_uncut(path: str) -> int | None:
     return Plan.load(found).num_layers if found is not None else None
 
 
-def _shortened(config: "PretrainedConfig", drop: int) -> "PretrainedConfig":
+def shortened(config: "PretrainedConfig", drop: int) -> "PretrainedConfig":
     """The config without its deepest layers but the last; all layers are about as large."""
     from ..models.layer_config import shorten
     from ..models.loading import layers_of

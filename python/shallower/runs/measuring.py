@@ -295,7 +295,7 @@ class Measuring:
                 texts=self.split.fit,
                 max_length=self.tokens.max_length,
                 num_tokens=self._study.settings.patch_tokens,
-                progress=False,
+                progress=self._study.progress,
             ):
                 yield self.model, self.tokenizer
 
@@ -322,7 +322,7 @@ class Measuring:
                 eval_texts=study.split.choose,
                 original=None if recipe.objective == "lm" else name,
                 merge=True,
-                progress=False,
+                progress=study.progress,
                 trust_remote_code=trusted,
             )
         dtype: Any = self.decoder.identity.dtype

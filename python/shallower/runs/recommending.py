@@ -17,8 +17,6 @@ from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
-from ..memory.weights import num_parameters
-from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
@@ -244,6 +242,7 @@ class Recommending:
             return replace(results, recommended=recommended, continuations=tuple(samples))
         results = replace(results, recommended=recommended, continuations=tuple(samples))
         results.save()
+        on_cpu = self._decoder.device.type == "cpu"
         try:
             with with_patch(
                 self._model,
@@ -252,7 +251,7 @@ class Recommending:
                 texts=self._measuring.split.fit,
                 max_length=self._measuring.tokens.max_length,
                 progress=self._study.progress,
-                num_tokens=patch_tokens(self._decoder),
+                num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
             ) as done:
                 return self._saved(results, plan, done)
         except (PatchError, TextsError) as error:
@@ -420,13 +419,13 @@ def _estimated(scores: Scores | None, whole: Scores) -> tuple[float | None, floa
     return (None, None) if scores is None else scores.estimated_by(whole)
 
 
-def patch_tokens(decoder: Decoder) -> int:
+def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
     """Say how many tokens the patch of a run fits.
 
     ``PATCH_TOKENS``; on a CPU fewer for a model of more than some 150 million parameters, as many
     fewer as it is larger, but at least a sixth: as many as ``patch`` by default.
     """
-    if decoder.device.type != "cpu":
+    if not on_cpu:
         return PATCH_TOKENS
-    affordable = int(CPU_WORK / num_parameters(decoder.model))
+    affordable = int(CPU_WORK / parameters)
     return min(PATCH_TOKENS, max(CPU_TOKENS, affordable))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
 from ..processes import refuse_several
+from ..progress import say_goes_on
 from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
@@ -201,6 +202,8 @@ class RunStudy(Study[RunSettings]):
         if self.goes_on:  # what was being saved when it was killed
             for left in self.folder.glob(f".{CHECKPOINT_FOLDER}.*"):
                 shutil.rmtree(left, ignore_errors=True)
+        if self.earlier is not None and not self.earlier.marks.get("ended"):
+            say_goes_on(_reached(self.earlier), self.progress)
         _ = self.splits
         loaded, tokenizer = self.model.load(self.progress)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
@@ -224,6 +227,19 @@ class RunStudy(Study[RunSettings]):
         stage = HealingStage(self, recipe or choose_recipe(model, steps, self.settings.seed))
         stage.check(model, tokenizer)
         return stage
+
+
+def _reached(earlier: Run) -> str:
+    """How far a run came that was cut short."""
+    if earlier.healing is not None:
+        return "the healed model is saved"
+    reached = "the layers are compared"
+    if earlier.recommended is not None:
+        reached = "the layers are chosen"
+    if "checkpoint" in earlier.marks:
+        reached = "the recommended cut is saved"
+    rows = len(earlier.table)
+    return f"{reached}, and {rows} row{'s'[: rows > 1]} of the table measured" if rows else reached
 
 
 def _is_unhealed(done: Run) -> bool:

@@ -14,7 +14,7 @@ from ..memory.retry import Halving
 from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..processes import refuse_several
-from ..progress import track
+from ..progress import say_goes_on, track
 from ..storage import check_apart
 from ..texts.batches import AnyTexts, TokenBatches
 from ..texts.sources import place_of_texts
@@ -128,6 +128,8 @@ def scan(
             )
         if checkpoint and Path(checkpoint).exists():
             _resume(builder, batches, Path(checkpoint), kept)
+            of = f" of {total:,}" if total else ""
+            say_goes_on(f"{batches.num_texts:,}{of} texts were scanned", progress)
             advance(batches.num_texts)
         for window in batches.windows():
             states = stream(decoder, window, positions, copies=copies, halving=halving)

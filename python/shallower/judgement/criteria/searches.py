@@ -1,16 +1,17 @@
 """Criteria that judge cuts: one layer at a time, at random, greedily, all of them, by evolution."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...progress import Advance, track
 from ...values.costs import Costs
+from ...values.forwards import Forwards
 from ..criterion import Criterion, Search
 from ..racing import race
 from ..subject import Subject
-from ..trials import Trials
+from ..trials import Trials, looks_at
 
 Cut = frozenset[int]
 
@@ -67,6 +68,9 @@ class OneShot(Criterion):
             model=subject.decoder.identity,
         )
 
+    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
+        return Forwards(num_layers * (num_layers + 1) / 2, num_layers + 1) * sum(looks)
+
 
 class MaskRegression(Criterion):
     """The coefficients of a ridge regression of the judge's score on which layers are gone."""
@@ -80,14 +84,19 @@ class MaskRegression(Criterion):
         gone = draw_masks(subject.num_layers, subject.seed)
         cuts = [tuple(int(layer) for layer in np.flatnonzero(mask)) for mask in gone]
         scores = np.empty(len(cuts))
-        enough = np.searchsorted(np.cumsum([len(part) for part in trials.judge.items]), ITEMS)
+        enough = looks_at([len(part) for part in trials.judge.items], ITEMS)
         with track(self.name, len(cuts), subject.progress) as advance:
             for index in sorted(range(len(cuts)), key=lambda index: trials.path(cuts[index])):
-                scores[index] = trials.scores(cuts[index], looks=int(enough) + 1).mean
+                scores[index] = trials.scores(cuts[index], looks=enough).mean
                 advance(1)
         return Costs.of_layers(
             ridge_regression(gone, scores), metric=self.name, model=subject.decoder.identity
         )
+
+    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
+        masks = max(LEAST_MASKS, MASKS_PER_LAYER * num_layers)
+        each = Forwards(num_layers * masks, masks)
+        return each * sum(looks[: looks_at(looks, ITEMS)])
 
 
 class Greedy(Search):
@@ -99,6 +108,7 @@ class Greedy(Search):
     name = "greedy"
     summary = "One layer after the other, each the one whose removal costs the judge least."
     cost = "At most about n L²/2 layers a text, raced; the states of the paths that were tried."
+    nested = True
 
     def search(self, subject: Subject, n: int, advance: Advance) -> list[int]:
         gone: list[int] = []
@@ -111,6 +121,10 @@ class Greedy(Search):
 
     def steps(self, subject: Subject, n: int) -> int:
         return sum(subject.num_layers - k for k in range(n)) * subject.trials.num_looks
+
+    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
+        left = [num_layers - k for k in range(n)]
+        return Forwards(sum(one * (one + 1) / 2 for one in left), sum(left)) * sum(looks)
 
 
 class Exhaustive(Search):
@@ -127,6 +141,10 @@ class Exhaustive(Search):
 
     def steps(self, subject: Subject, n: int) -> int:
         return (subject.num_layers - n + 1) * subject.trials.num_looks
+
+    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
+        left = num_layers - n
+        return Forwards(left * (left + 3) / 2, left + 1) * sum(looks)
 
 
 class Evolution(Search):
@@ -165,6 +183,20 @@ class Evolution(Search):
 
     def steps(self, _subject: Subject, _n: int) -> int:
         return GENERATIONS
+
+    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
+        first = num_layers - n + 1 + OFFSPRING
+        cuts = _selected(first, looks) + GENERATIONS * _selected(OFFSPRING, looks)
+        return Forwards(cuts * (num_layers - n), cuts)
+
+
+def _selected(num_cuts: int, looks: Sequence[int]) -> int:
+    """The cuts times items that :func:`select` judges, at most."""
+    judged = 0
+    for items in looks:
+        judged += num_cuts * items
+        num_cuts = -(-num_cuts // SURVIVING)
+    return judged
 
 
 def draw_masks(num_layers: int, seed: int) -> NDArray[np.bool_]:

@@ -1,0 +1,53 @@
+"""What a verification takes at most: it is known before anything is run."""
+
+from collections.abc import Sequence
+
+from ..values.forwards import Forwards
+from .proposals import PROPOSERS
+from .trials import looks_at
+
+FIRST_ITEMS = 4
+"""Items on which the search for neighbours judges, at least."""
+
+STAGES = (FIRST_ITEMS, 16)
+"""Items after which a race of patched cuts is thinned out."""
+
+MOST = 0.24
+"""Share of them that a race takes at most, where two cuts do not take more; what it takes is
+estimated, and a quarter is the bound."""
+
+
+def exhaustive(num_layers: int, n: int, num_items: int) -> int:
+    """Count the layers, times items, of every contiguous block of a size, none of them shared."""
+    left = num_layers - n
+    return (left + 1) * left * num_items
+
+
+def verifying_forwards(
+    num_layers: int,
+    n: int,
+    looks: Sequence[int],
+    *,
+    top: int,
+    proposing: float,
+    patch_texts: int,
+    after: str = "patch",
+) -> Forwards:
+    """Bound what a verification takes, times texts, about: what is sure, and what it may add.
+
+    ``looks`` are the items of each batch of those that choose; ``proposing`` the layers that
+    criteria run, and ``patch_texts`` the texts of a quick patch.
+    """
+    left, items, first = num_layers - n, sum(looks), sum(looks[: looks_at(looks, FIRST_ITEMS)])
+    proposed = left + 1 + 2 * len(PROPOSERS)  # every block, and two sets of each criterion
+    screened = proposed * looks[0] + 2 * top * (first - looks[0])
+    as_cut = sum(looks[: looks_at(looks, STAGES[-1])])
+    heads = screened + 2 * (items - first + as_cut)  # two cuts go on to the end
+    layers = proposing
+    if after == "patch":
+        heads += (top + 1) * first
+        layers += num_layers * patch_texts + (top + 1) * n * patch_texts
+    # Half of the layers of a cut were run for another one, or lie before its patch.
+    layers += heads * left / 2
+    more = max(0.0, MOST * exhaustive(num_layers, n, items) - layers)
+    return Forwards(layers + more, heads + 2 * more / max(1, left))

@@ -1,0 +1,456 @@
+"""What a study would take, before anything is loaded: texts, memory, disk and time.
+
+The work is counted from the settings, as much as it can be at most; what each part of it takes is
+measured on one layer of the model with random weights (``runs.speed``).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import one_sentence
+from ..judgement.bounds import verifying_forwards
+from ..judgement.choosing_size import STEPS, curve_sizes, sizes_beside
+from ..judgement.criteria import criteria
+from ..judgement.criterion import Criterion, Search
+from ..judgement.held_out_cuts import TRUTH_ITEMS
+from ..judgement.judges.judge import looks
+from ..judgement.proposals import PROPOSING_TEXTS
+from ..judgement.subject import Subject
+from ..judgement.token_states import PROBED
+from ..judgement.verifying import PATCH_TEXTS
+from ..memory.device import main_device
+from ..memory.rehearsal import build_empty
+from ..memory.weights import num_parameters, weight_bytes
+from ..models.architecture import find_layers
+from ..models.decoder import Decoder
+from ..models.source import ModelSource
+from ..patching.descent import PASSES, STEP_TOKENS
+from ..patching.descent import STEPS as DESCENT_STEPS
+from ..patching.memory import writer_widths
+from ..patching.quick import RIDGES
+from ..patching.states import MAX_HELD_OUT
+from ..storage import free_bytes
+from ..texts.batches import TokenBatches
+from ..values.curve import OWN_STRATEGIES
+from ..values.forwards import Forwards
+from ..values.memory import MemoryPlan, format_size
+from ..values.recipe import GLOBAL_BATCH, Recipe
+from ..values.settings import CompareSettings, CurveSettings, RunSettings
+from .compare import CompareStudy
+from .forecast import Stage, memory_forecast
+from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
+from .speed import Work, measure_speed
+from .study import Study
+from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
+
+DECODED = 32
+"""Tokens by which a model continues a prompt."""
+
+SOLVES = 12
+"""Systems of equations that a full patch solves before each block, about."""
+
+
+QUICK_SOLVES = 1 + len(RIDGES) / 2
+"""Those of a quick patch, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A sentence that says why something cannot be told."""
+
+    why: str
+
+    def to_json(self) -> dict[str, str]:
+        """Give the sentence."""
+        return {"unknown": self.why}
+
+    def __str__(self) -> str:
+        return f"cannot be told before: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """How many texts fit, choose and report, by the name of the calibration texts."""
+
+    counts: dict[str, tuple[int, int, int]]
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        """Give the counts by name."""
+        words = ("fit", "choose", "report")
+        return {name: dict(zip(words, of, strict=True)) for name, of in self.counts.items()}
+
+    def __str__(self) -> str:
+        several = len(self.counts) > 1
+        return "; ".join(
+            f"{f'{name}: ' if several else ''}{fit:,} fit, {choose:,} choose, {report:,} report"
+            for name, (fit, choose, report) in self.counts.items()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes that a study leaves in its folder, at most, and those that are free there."""
+
+    bytes: int
+    free_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        """Give both numbers."""
+        return {"bytes": self.bytes, "free_bytes": self.free_bytes}
+
+    def __str__(self) -> str:
+        lacks = "" if self.bytes <= self.free_bytes else ", which is not enough"
+        size = f"at most {format_size(self.bytes)}" if self.bytes >= 10**7 else "a few MB"
+        return f"{size} of {format_size(self.free_bytes)} that are free{lacks}"
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Seconds that a study takes on this machine at most, about, and what is not in them."""
+
+    seconds: float
+    beside: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the seconds, and what is not in them."""
+        return {"seconds": round(self.seconds, 1), "beside": self.beside or None}
+
+    def __str__(self) -> str:
+        beside = f", beside {self.beside}" if self.beside else ""
+        return f"at most about {_rounded(self.seconds)} here, while nothing else runs{beside}"
+
+
+def _rounded(seconds: float) -> str:
+    """A time in two digits at most, of the largest unit that it has one of."""
+    units = (("s", 90.0), ("min", 90 * 60.0), ("hours", 48 * 3600.0), ("days", float("inf")))
+    sizes = {"s": 1.0, "min": 60.0, "hours": 3600.0, "days": 86400.0}
+    unit = next(name for name, most in units if seconds < most)
+    count = max(1.0, seconds / sizes[unit])
+    return f"{round(count / 10) * 10 if count >= 30 else round(count)} {unit}"
+
+
+def describe(study: Study[Any]) -> dict[str, Any]:
+    """Describe what a study of sources would take; what cannot be told says why.
+
+    The split of the texts, the memory of the stage that needs most, the disk and the time.
+
+    Raises:
+        TextsError: too few texts.
+    """
+    counts = {
+        name: (len(split.fit), len(split.choose), len(split.report))
+        for name, split in study.splits.items()
+    }
+    described: dict[str, Any] = {"split": Divided(counts)}
+    if getattr(study, "entry", None) is not None:
+        return {**described, "time": "none, for it was measured before"}
+    models = cache(
+        lambda: [_Model(study, model) for model in study.models if isinstance(model, ModelSource)]
+    )
+    tasks = "tasks" if getattr(study.settings, "tasks", ()) else ""
+    ways: dict[str, Callable[[], Any]] = {
+        "memory": lambda: max((one.memory() for one in models()), key=_peak),
+        "disk": lambda: Disk(max(one.disk() for one in models()), free_bytes(study.folder)),
+        "time": lambda: Time(sum(one.seconds() for one in models()), tasks),
+    }
+    if study.out is None:
+        del ways["disk"]
+    for name, way in ways.items():
+        try:
+            described[name] = way()
+        except Exception as error:  # whatever a family does without its weights
+            described[name] = Unknown(one_sentence(error))
+    return described
+
+
+def _peak(plan: MemoryPlan) -> int:
+    return plan.peak_bytes or 0
+
+
+class _Texts:
+    """The tokens of the texts of one split."""
+
+    def __init__(self, study: Study[Any], tokenizer: Any, name: str, texts_at_once: int) -> None:
+        tokens = replace(study.settings.tokens, batch_size=texts_at_once)
+        split = study.splits[name]
+        self.batches = list(TokenBatches(tokenizer, split.fit, tokens, min_tokens=2))
+        self.fit = np.array(
+            [length for batch in self.batches for length in batch.attention_mask.sum(axis=1)]
+        )
+        self.choose, self.report = (
+            np.array(
+                [
+                    len(ids)
+                    for ids in TokenBatches(tokenizer, some, tokens, min_tokens=2).token_ids()
+                ]
+            )
+            for some in (split.choose, split.report)
+        )
+        self.at_once = texts_at_once
+
+    def looks(self, num_choosing: int | None = None) -> list[int]:
+        """The items of each look at those that choose, or at the first of them."""
+        count = len(self.choose[:num_choosing])
+        return [part.stop - part.start for part in looks(count, self.at_once)]
+
+
+class _Model:
+    """What a study takes of one of its models."""
+
+    def __init__(self, study: Study[Any], source: ModelSource) -> None:
+        self.study, self.settings = study, study.settings
+        self.source = source.resolved()
+        self.config = source.read_config()
+        self.empty = build_empty(self.config, _plain(self.source.dtype))
+        self.decoder = Decoder.of(self.empty)
+        self.layers = len(self.decoder)
+        self.on_cpu = str(self.source.device_map) in ("None", "cpu")
+        self.forward = self._planned("eval")
+
+    # Memory and disk.
+    def memory(self) -> MemoryPlan:
+        """The memory of the stage that needs most."""
+        found = [self.forward, self._planned("scan")]
+        if fitted := self._patch_tokens:
+            found.append(self._planned("patch", num_tokens=fitted))
+        if self._recipe is not None:
+            found.append(memory_forecast(self.config, "heal", recipe=self._recipe))
+        return max(found, key=_peak)
+
+    def _planned(self, stage: Stage, **options: Any) -> MemoryPlan:
+        tokens = self.settings.tokens
+        return memory_forecast(
+            self.config,
+            stage,
+            dtype=self.source.dtype,
+            max_length=tokens.max_length,
+            batch_size=tokens.batch_size,
+            **options,
+        )
+
+    def disk(self) -> int:
+        """The bytes of the checkpoints and of the scan, at most."""
+        settings, n = self.settings, min(self._sizes)
+        if isinstance(settings, RunSettings):
+            saved = (not settings.plan_only) + bool(settings.heal)
+        else:  # a cut and the healed one lie there for as long as that is made and measured
+            saved = 2 if self._recipe is not None else 0
+        parts = [num_parameters(layer) for layer in find_layers(self.empty).modules]
+        left = 1 - n * min(parts) / num_parameters(self.empty)
+        samples = 8 * SCAN_TEXTS * self.layers * (self.layers + 1)
+        return round(saved * weight_bytes(self.empty, str(self.source.dtype)) * left) + samples
+
+    @property
+    def _sizes(self) -> list[int]:
+        """How many layers are to go; where that is not known, the sizes that are looked at."""
+        settings = self.settings
+        if not isinstance(settings, RunSettings):
+            return list(settings.n) or [0]
+        n, target = settings.target.size(self.layers), settings.target
+        if n is not None:
+            return [n]
+        if target.max_loss is not None:
+            return [size for size in STEPS if size < self.layers]
+        is_knee = target.params is target.latency is target.memory is None
+        return curve_sizes(self.layers) if is_knee else [1]
+
+    @cached_property
+    def _patch_tokens(self) -> int:
+        """Tokens that a full patch fits; 0 where there is none."""
+        settings = self.settings
+        if isinstance(settings, CurveSettings):
+            is_full = settings.patch == "full"
+            return settings.patch_tokens * is_full
+        if isinstance(settings, RunSettings) and not settings.plan_only:
+            return patch_tokens(num_parameters(self.empty), on_cpu=self.on_cpu)
+        return 0
+
+    @cached_property
+    def _recipe(self) -> Recipe | None:
+        """The settings of a healing, if there is one."""
+        settings = self.settings
+        heals = getattr(settings, "heal", None)
+        if isinstance(settings, CurveSettings) and "healed" not in settings.states:
+            return None
+        if isinstance(settings, CompareSettings) or heals is False:
+            return None
+        if isinstance(heals, Recipe):
+            return heals
+        dtype: Any = "bfloat16" if self.source.dtype == "float16" else self.source.dtype
+        return Recipe(dtype=dtype, steps=settings.heal_steps)
+
+    # Time.
+    def seconds(self) -> float:
+        """The seconds that all of the work takes at most, about."""
+        tokenizer = self.source.load_tokenizer()
+        at_once = self.forward.micro_batch
+        work = Work()
+        for name in self.study.splits:
+            self.texts = _Texts(self.study, tokenizer, name, at_once)
+            work += self._work()
+        lengths = self.texts.report
+        each = measure_speed(
+            self.config,
+            str(self.source.dtype),
+            torch.device("cpu") if self.on_cpu else main_device(),
+            texts=at_once,
+            length=int(lengths.mean()),
+            work=work,
+        )
+        return work.seconds(each)
+
+    def _work(self) -> Work:
+        if isinstance(self.settings, RunSettings):
+            return self._of_run()
+        if isinstance(self.settings, CurveSettings):
+            return self._of_curve()
+        return self._of_comparison()
+
+    def _of_run(self) -> Work:
+        settings, sizes = self.settings, self._sizes
+        n, models = min(sizes), 2 if settings.plan_only else 3
+        beside = sorted({more for size in sizes for more in sizes_beside(size, self.layers)})
+        beside = [size for size in beside if size not in sizes][: 2 * len(sizes)]
+        work = self._measured(0) + self._scan(SCAN_TEXTS) + self._measured(n) * 2
+        for size in sizes:
+            work += self._verified(size)
+        for size in beside:
+            work += self._verified(size, TABLE_TEXTS)
+        share = min(1.0, TABLE_REPORTS / len(self.texts.report))
+        for size in (*sizes, *beside):
+            of = 1.0 if size in sizes else share
+            # The winner and the deepest layers, of whose states half are known, and nearly all.
+            work += (self._measured(size) * 2 + self._quick(size) * 2) * of
+        decoded = models * DECODED * len(settings.prompts)
+        work += Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
+        if self._patch_tokens:
+            work += self._patched(n) + self._measured(n)
+        if self._recipe is not None:
+            work += self._healed(n)
+        return work
+
+    def _of_curve(self) -> Work:
+        settings, work = self.settings, self._measured(0)
+        strategies = settings.strategies
+        if {"similarity", "best_plan", "recommended"} & {*strategies}:
+            work += self._scan(len(self.texts.fit))
+        foreign = [criteria[name] for name in strategies if name not in OWN_STRATEGIES]
+        work += self._chosen(foreign, settings.n)
+        for n in settings.n:
+            work += self._verified(n) * ("recommended" in strategies)
+            for state in settings.states:
+                each = self._measured(n)
+                if state != "cut" and not settings.quick_patch:
+                    each += self._patched(n)
+                elif state != "cut":
+                    each += self._quick(n)
+                if state == "healed":
+                    each += self._healed(n)
+                work += each * len(strategies)
+        return work
+
+    def _of_comparison(self) -> Work:
+        study, texts = self.study, self.texts
+        assert isinstance(study, CompareStudy)
+        work, chosen = self._measured(0), study.criteria
+        truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
+        work += _run(truth, texts.report[:TRUTH_ITEMS])
+        work += self._chosen(chosen, self.settings.n)
+        work += _run(Forwards(self.layers), texts.fit)  # the states that all quick patches share
+        for n in self.settings.n:
+            work += (self._measured(n) * 2 + self._quick(n, len(texts.fit))) * len(chosen)
+        return work
+
+    # The parts of it.
+    def _measured(self, n: int) -> Work:
+        """The loss of a cut on the texts that report."""
+        return _run(Forwards(self.layers - n, 1), self.texts.report)
+
+    def _scan(self, most: int) -> Work:
+        return _run(Forwards(self.layers), self.texts.fit[:most])
+
+    def _verified(self, n: int, num_choosing: int | None = None) -> Work:
+        fit = self.texts.fit[:VERIFYING_TEXTS]
+        some, proposing = fit[:PATCH_TEXTS], min(PROPOSING_TEXTS, len(fit))
+        found = verifying_forwards(
+            self.layers,
+            n,
+            self.texts.looks(num_choosing),
+            top=self.settings.top,
+            proposing=self.layers * (2 * proposing + PROBED),
+            patch_texts=len(some),
+        )
+        solved = self._solved(n, some.sum(), QUICK_SOLVES) * (self.settings.top + 3)
+        return Work(found.layers, found.heads) * self.texts.choose.mean() + solved
+
+    def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
+        fit = self.texts.fit[:texts]
+        return _run(Forwards(n), fit) + self._solved(n, fit.sum(), QUICK_SOLVES)
+
+    def _solved(self, n: int, tokens: float, solves: float = SOLVES) -> Work:
+        """A matrix before each block, about every second layer that goes ending one."""
+        inputs, width = writer_widths(self.empty)
+        flops = 2 * tokens * inputs * (inputs + width)
+        flops += solves * (inputs**3 / 3 + 2 * inputs**2 * width)
+        return Work(flops=flops * (n + 1) / 2)
+
+    def _patched(self, n: int) -> Work:
+        """A full patch: both models side by side, the losses to choose by, and the descent.
+
+        These two begin at the first block, which lies in the middle, about.
+        """
+        left, fit = (self.layers - n) / 2, self.texts.fit
+        fitted = min(self._patch_tokens, 7 / 8 * fit.sum())
+        held = min(MAX_HELD_OUT, self._patch_tokens, fit.sum() / 8)
+        steps = min(DESCENT_STEPS, PASSES * np.ceil(fitted / STEP_TOKENS))
+        descended = steps * min(fitted, STEP_TOKENS)
+        blocks = (n + 1) / 2
+        losses = Work(left, 1) * (held * (4 + blocks))
+        states = Work((self.layers + 3 * blocks) * (fitted + held))
+        descent = Work(
+            layer_steps=descended * left, head_steps=descended, updates=float(steps * left)
+        )
+        return losses + states + descent + self._solved(n, 2 * (fitted + held))
+
+    def _healed(self, n: int) -> Work:
+        """A training of all layers that are left, its evaluations, and the loss afterwards."""
+        assert self._recipe is not None
+        from ..healing.checks import auto_dtype, facts
+
+        recipe = self._recipe.resolve(facts(self.config, self.layers), auto=auto_dtype())
+        left, length = self.layers - n, min(recipe.max_length, self.settings.max_length)
+        each = recipe.max_length if recipe.packing else min(length, self.texts.fit.mean())
+        tokens = recipe.steps * GLOBAL_BATCH * each
+        teacher = self.layers * tokens * (recipe.objective != "lm")
+        evaluated = (recipe.steps // recipe.eval_every + 2) * self.texts.choose.sum()
+        trained = Work(teacher, layer_steps=tokens * left, head_steps=tokens)
+        return trained + Work(left, 1) * evaluated + self._measured(n)
+
+    def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Work:
+        """What criteria run to choose so many layers; passes that several share are made once."""
+        trials: Any = None  # no passes look at them
+        subject = Subject(self.decoder, self.texts.batches, trials, sizes)
+        passes = {type(one).layer_forwards: one.layer_forwards(subject) for one in chosen}
+        work = Work(sum(passes.values())) * self.texts.fit.mean()
+        for one in chosen:
+            each = isinstance(one, Search) and not one.nested
+            counted = sizes if each else sizes[-1:]
+            for n in counted:
+                found = one.trial_forwards(self.layers, self.texts.looks(), n)
+                work += Work(found.layers, found.heads) * self.texts.choose.mean()
+        return work
+
+
+def _run(forwards: Forwards, lengths: Any) -> Work:
+    """Layers and heads run on texts of some lengths."""
+    return Work(forwards.layers, forwards.heads) * float(lengths.sum())
+
+
+def _plain(dtype: str) -> torch.dtype:
+    plain: torch.dtype = getattr(torch, "bfloat16" if dtype in ("nf4", "int8") else dtype)
+    return plain

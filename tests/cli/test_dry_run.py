@@ -1,0 +1,111 @@
+"""What a study would take is said before it: split, memory, disk and time."""
+
+import pytest
+
+from shallower.errors import ModelError
+from shallower.runs import dry_run, speed
+from shallower.runs.speed import Work
+
+STUDIES = {
+    "run": ("--n", 2),
+    "run --heal": ("--n", 2, "--heal", "--heal-steps", 4),
+    "curve": ("--n", "1,2", "--strategies", "recommended,similarity,greedy"),
+    "compare": ("--n", "1,2"),
+}
+
+
+@pytest.fixture
+def dry(shallower, tiny, texts):
+    """Run the dry run of a study."""
+
+    def call(study, *more, out="out"):
+        files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
+        words = (study.split()[0], tiny, *files, *STUDIES[study], "--out", out, "--dry-run")
+        return shallower(*words, *more)
+
+    return call
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_dry_run_says_split_memory_disk_and_time(dry, folder, study):
+    done = dry(study, "--json")
+    assert done.status == 0, done.err
+    said = done.json
+    assert said["split"] == {"texts": {"fit": 16, "choose": 8, "report": 8}} or study == "compare"
+    assert sum(next(iter(said["split"].values())).values()) == 32
+    assert said["memory"]["peak_bytes"] > 10_000
+    assert said["disk"]["free_bytes"] > said["disk"]["bytes"] > 0
+    assert 0 < said["time"]["seconds"] < 600
+    assert [*folder.iterdir()] == []
+    lines = dry(study).out.splitlines()
+    for name in ("split: ", "memory: ", "disk: ", "time: at most about "):
+        assert any(line.startswith(name) for line in lines), name
+
+
+def test_a_healing_takes_more_of_everything(dry):
+    plain, healed = dry("run", "--json").json, dry("run --heal", "--json").json
+    assert healed["disk"]["bytes"] > plain["disk"]["bytes"]
+    assert healed["memory"]["peak_bytes"] >= plain["memory"]["peak_bytes"]
+    only = dry("run", "--json", "--plan-only").json
+    assert only["disk"]["bytes"] < plain["disk"]["bytes"]
+
+
+@pytest.mark.slow
+def test_the_disk_is_what_the_checkpoint_takes(dry, shallower, tiny, texts, folder):
+    said = dry("run", "--json").json["disk"]["bytes"]
+    files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
+    assert shallower("run", tiny, *files, "--n", 2, "--out", "out").status == 0
+    weights = (folder / "out" / "checkpoint" / "model.safetensors").stat().st_size
+    assert weights <= said + 10_000 < 3 * weights + 10**6
+
+
+def test_more_work_takes_longer(dry, monkeypatch):
+    each = Work(layers=1e-3, heads=1e-3, layer_steps=2e-3, head_steps=2e-3, updates=0.1)
+    monkeypatch.setattr(dry_run, "measure_speed", lambda *_args, **_options: each)
+
+    def seconds(study, *more):
+        return dry(study, "--json", *more).json["time"]["seconds"]
+
+    assert seconds("curve", "--n", "1") < seconds("curve", "--n", "1,2")
+    assert seconds("curve", "--quick-patch") < seconds("curve")
+    assert seconds("compare", "--criteria", "angular") < seconds("compare")
+    assert seconds("run", "--plan-only") < seconds("run") < seconds("run --heal")
+    assert seconds("run --heal", "--heal-steps", "8") > seconds("run --heal")
+
+
+def test_what_cannot_be_told_is_said_in_words(dry, monkeypatch):
+    def refused(*_args, **_options):
+        raise ModelError("a layer of it cannot be built")
+
+    monkeypatch.setattr(speed, "build_empty", refused)
+    done = dry("run")
+    assert done.status == 0
+    assert "time: cannot be told before: a layer of it cannot be built" in done.out
+    assert "memory: " in done.out
+
+
+def test_weights_that_are_quantised_are_not_timed(dry):
+    said = dry("run", "--json", "--dtype", "nf4").json
+    assert "nf4" in said["time"]["unknown"]
+    assert "nf4" in said["memory"]["unknown"]
+    assert said["disk"]["bytes"] > 0
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_too_few_texts_are_refused_by_the_dry_run_too(dry, study):
+    assert "too few texts to fit and to choose" in dry(study, "--max-texts", 11).error
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "1 s"),
+        (42, "40 s"),
+        (118, "2 min"),
+        (2_500, "40 min"),
+        (7_300, "2 hours"),
+        (9e5, "10 days"),
+    ],
+)
+def test_a_time_is_rounded(seconds, said):
+    assert f"about {said} here" in str(dry_run.Time(seconds))

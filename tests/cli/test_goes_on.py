@@ -1,0 +1,78 @@
+"""A command that was cut short says where it goes on when it is called again."""
+
+import pytest
+
+from shallower.runs.compare_rows import _Choosing
+from shallower.runs.curve import CurveStudy
+from shallower.runs.recommending import Recommending
+from shallower.scanning import model as scanning
+
+
+@pytest.fixture
+def asked(tiny, texts):
+    """A model, and texts to choose by and to report on."""
+    files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
+    return (tiny, *files, "--max-length", 16, "--out", "out")
+
+
+@pytest.fixture
+def cut_short(shallower, monkeypatch, cache_folder):
+    """Interrupt a command at the call of a function behind the first few, and begin it again."""
+
+    def call(command, owner, name, calls):
+        work, made = getattr(owner, name), []
+
+        def interrupting(*args, **options):
+            if len(made) == calls:
+                raise KeyboardInterrupt
+            made.append(name)
+            return work(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupting)
+            first = shallower(*command)
+        assert first.status == 130
+        assert "goes on:" not in first.err
+        assert first.err.endswith("interrupted: the same command goes on from what is done\n")
+        again = shallower(*command)
+        assert again.status == 0, again.err
+        (said,) = [line for line in again.err.splitlines() if line.startswith("goes on")]
+        return said
+
+    return call
+
+
+def test_a_scan_says_how_many_texts_were_scanned(cut_short, monkeypatch, tiny, jsonl):
+    monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+    command = ("scan", tiny, "--texts", jsonl, "--batch-size", 1, "--out", "out")
+    said = cut_short(command, scanning, "_save", 1)
+    assert said.startswith("goes on: 16 ")
+    assert said.endswith(" texts were scanned")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_curve_says_how_many_points_are_there(cut_short, asked):
+    command = ("curve", *asked, "--n", "1,2", "--strategies", "deepest", "--states", "cut")
+    said = cut_short(command, CurveStudy, "write_curve", 2)
+    assert said == "goes on: 2 of 3 points are there"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_says_how_many_choices_are_known(cut_short, asked):
+    command = ("compare", *asked, "--n", "1,2", "--criteria", "greedy,deepest")
+    said = cut_short(command, _Choosing, "_choice", 3)
+    assert said.startswith("goes on: 3 of 4 choices and ")
+    assert said.endswith(" trials of cuts are known")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_says_how_far_it_came(cut_short, asked):
+    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only")
+    said = cut_short(command, Recommending, "_row", 1)
+    assert said.startswith("goes on: the layers are chosen")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_compared_the_layers_says_so(cut_short, asked):
+    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only")
+    assert cut_short(command, Recommending, "_recommended", 0) == "goes on: the layers are compared"
