@@ -1,6 +1,7 @@
 """The commands `eval` and `run`."""
 
 import json
+import re
 
 import pytest
 
@@ -82,6 +83,14 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
         "page: out/report.html",
     ):
         assert part in done.out
+    begun = [re.sub(r" (…|0/\d+)$", "", line) for line in done.err.splitlines()
+             if re.search(r" (…|0/\d+)$", line)]  # fmt: skip
+    assert begun[:7] == [
+        f"load {tiny.name}", "prepare", "loss, whole", "scan", "verify n = 2, layers run",
+        "measure the cut", "patch",
+    ]  # fmt: skip
+    assert [begun[7], begun[-1]] == ["measure and save", "page"]
+    assert len(done.err.splitlines()) <= 35
     results = json.loads((folder / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["recommended"]["dropped"] == list(plan.dropped)
     assert results["whole"]["num_texts"] == 8
