@@ -114,15 +114,15 @@ class Time:
     """Seconds that a study takes on this machine at most, about, and what is not in them."""
 
     seconds: float
-    beside: str = ""
+    beside: str = "loading"
 
     def to_json(self) -> dict[str, Any]:
         """Give the seconds, and what is not in them."""
-        return {"seconds": round(self.seconds, 1), "beside": self.beside or None}
+        return {"seconds": round(self.seconds, 1), "beside": self.beside}
 
     def __str__(self) -> str:
-        beside = f", beside {self.beside}" if self.beside else ""
-        return f"at most about {_rounded(self.seconds)} here, while nothing else runs{beside}"
+        rounded = _rounded(self.seconds)
+        return f"at most about {rounded} here, while nothing else runs, beside {self.beside}"
 
 
 def _rounded(seconds: float) -> str:
@@ -152,11 +152,11 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     models = cache(
         lambda: [_Model(study, model) for model in study.models if isinstance(model, ModelSource)]
     )
-    tasks = "tasks" if getattr(study.settings, "tasks", ()) else ""
+    beside = "loading and tasks" if getattr(study.settings, "tasks", ()) else "loading"
     ways: dict[str, Callable[[], Any]] = {
         "memory": lambda: max((one.memory() for one in models()), key=_peak),
         "disk": lambda: Disk(max(one.disk() for one in models()), free_bytes(study.folder)),
-        "time": lambda: Time(sum(one.seconds() for one in models()), tasks),
+        "time": lambda: Time(sum(one.seconds() for one in models()), beside),
     }
     if study.out is None:
         del ways["disk"]
