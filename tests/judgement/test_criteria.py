@@ -148,7 +148,7 @@ def test_the_layers_of_a_criterion_are_those_of_a_lone_run(words, name):
 
 def test_cka_of_three_texts_is_refused(words):
     subject = make_subject(tiny_llama(2), words, TEXTS[:3])
-    with pytest.raises(CriterionError, match="3 texts are too few, give at least 4"):
+    with pytest.raises(CriterionError, match="3 texts, too few: give at least 4"):
         criteria["cka"].costs(subject)
     assert criteria["angular"].costs(subject).best_block(1)
 

@@ -175,7 +175,7 @@ def test_both_share_one_pass(words):
 
 @pytest.mark.parametrize("name", ["linear_map", "reachable"])
 def test_too_few_texts_are_refused(words, name):
-    with pytest.raises(CriterionError, match="7 texts are too few to fit a map"):
+    with pytest.raises(CriterionError, match="7 texts, too few to fit a map"):
         criteria[name].costs(make_subject(tiny_llama(2), words, FEW[:7]))
 
 

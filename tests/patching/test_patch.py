@@ -236,8 +236,8 @@ def test_families_without_such_a_matrix_are_refused(words, name, reason):
     ("layers", "texts", "options", "reason"),
     [
         ([range(2)], TEXTS, {}, r"no layer before the block \[0, 2\)"),
-        ([range(3, 5)], TEXTS[:7], {}, "7 texts are too few"),
-        ([range(3, 5)], [], {}, "0 texts are too few"),
+        ([range(3, 5)], TEXTS[:7], {}, "7 texts, too few"),
+        ([range(3, 5)], [], {}, "0 texts, too few"),
         ([range(3, 5)], ["w1"] * 16, {}, "too few"),
         ([range(3, 5)], TEXTS, {"num_tokens": 0}, "num_tokens"),
         ([range(3, 9)], TEXTS, {}, "layer 8"),

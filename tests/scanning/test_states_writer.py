@@ -272,7 +272,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_marked(tmp_path, marks):
         [sys.executable, "-c", FULL, path, marks], capture_output=True, text=True, check=True
     )
     assert "cannot write" in done.stdout
-    assert "File too large" in done.stdout
+    assert "file too large" in done.stdout
     assert done.stderr == ""
     assert ("go on where it was" in done.stdout) == (marks == "marks")
     if marks == "none":

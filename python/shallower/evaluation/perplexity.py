@@ -57,7 +57,7 @@ def evaluate_perplexity(
         ModelError: the loss is not finite.
     """
     decoder = Decoder.of(model)
-    windows, num_rest = windows_of(tokenizer, text, context, bos)
+    windows, num_rest = windows_of(tokenizer, text, context, bos=bos)
     if decoder.positions is not None and context > decoder.positions:
         raise TextsError(
             f"a window has {counted(context, 'token')}, and the model has learned "
@@ -77,7 +77,7 @@ def evaluate_perplexity(
 
 
 def windows_of(
-    tokenizer: PreTrainedTokenizerBase, text: str, context: int, bos: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, context: int, *, bos: bool
 ) -> tuple[list[tuple[int, NDArray[np.int64]]], int]:
     """Every window's number and (context,) token ids; how many tokens are beyond them."""
     if context < 2:

@@ -154,7 +154,7 @@ class PerplexityOfText(Measure[Perplexity]):
         """Yield the token ids of every window."""
         from ..evaluation.perplexity import windows_of
 
-        windows, _ = windows_of(tokenizer, self.text, self.context, self.bos)
+        windows, _ = windows_of(tokenizer, self.text, self.context, bos=self.bos)
         yield from (ids for _, ids in windows)
 
     def measure(

@@ -84,7 +84,7 @@ class Recommending:
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        with track("prepare", show=study.progress):
+        with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
             )
