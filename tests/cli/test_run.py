@@ -86,8 +86,8 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     begun = [re.sub(r" (…|0/\d+)$", "", line) for line in done.err.splitlines()
              if re.search(r" (…|0/\d+)$", line)]  # fmt: skip
     assert begun[:7] == [
-        f"load {tiny.name}", "tokenise the texts", "loss, whole", "scan", "verify n = 2, layers run",
-        "measure the cut", "patch",
+        f"load {tiny.name}", "tokenise the texts", "loss, whole", "scan",
+        "verify n = 2, layers run", "measure the cut", "patch",
     ]  # fmt: skip
     assert [begun[7], begun[-1]] == ["measure and save", "page"]
     assert len(done.err.splitlines()) <= 35
