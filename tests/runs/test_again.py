@@ -70,13 +70,13 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
 ):
     done = shallower(
         "run", places / "tiny", "--texts", places / "fit.jsonl", "--eval-texts",
-        places / "eval.jsonl", "--out", tmp_path / "first", "--n", "2", "--top", "2",
+        places / "eval.jsonl", "--out", "../runs/first", "--n", "2", "--top", "2",
         "--max-texts", "50", "--max-eval-texts", "12", "--max-length", "10", "--dtype", dtype,
         "--no-cache", "--json",
     )  # fmt: skip
     assert done.status == 0, done.err
-    first = Run.load(tmp_path / "first")
-    commands = commands_of(tmp_path / "first")
+    first = Run.load(tmp_path / "runs" / "first")
+    commands = commands_of(tmp_path / "runs" / "first")
     assert commands[0].startswith("shallower run tiny --texts fit.jsonl --eval-texts eval.jsonl ")
     assert "--json" not in commands[0]
     assert str(tmp_path) not in " ".join(commands)
@@ -87,7 +87,7 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
         assert getattr(again.recommended, name) == getattr(first.recommended, name)
     assert (elsewhere / "first" / "report.html").is_file()
     assert sh.Plan.load("cut/shallower_plan.json").dropped == first.recommended.plan.dropped
-    card = (tmp_path / "first" / "checkpoint" / "README.md").read_text()
+    card = (tmp_path / "runs" / "first" / "checkpoint" / "README.md").read_text()
     assert one_line(blocks_of_code(card, "sh")[0]) == commands[0]
     assert f"| held-out loss | {first.whole} → {first.recommended.patched} nats" in card
     assert (elsewhere / "first" / "checkpoint" / "README.md").read_text() == card

@@ -34,11 +34,13 @@ def called() -> str:
 
     from ..cutting.source import place_name
 
-    def shown(word: str) -> str:
+    def shown(before: str, word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        return f"{option}{equals}{place_name(value)}"
+        is_out = "--out" in (before, option)
+        return f"{option}{equals}{Path(value).name if is_out else place_name(value)}"
 
-    return shlex.join(shown(word) for word in _called if word not in _SAID_ONCE)
+    words = [word for word in _called if word not in _SAID_ONCE]
+    return shlex.join(map(shown, ["", *words], words))
 
 
 def show(*parts: "Part") -> None:

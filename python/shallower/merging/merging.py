@@ -121,6 +121,12 @@ class Merging:
     def _source(self, path: str | Path, dtype: Any, device_map: Any) -> ModelSource:
         return ModelSource(path, dtype, device_map, trust_remote_code=self.trust_remote_code)
 
+    def _merged(
+        self, folder: Path, dtype: Any, device_map: Any
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        with track("load the merged model", show=self.progress):
+            return self._source(folder, dtype, device_map).load(progress=False)
+
     @contextmanager
     def _bar(self, total: int) -> Iterator[Callable[[int], None]]:
         done = 0
@@ -135,7 +141,7 @@ class Merging:
 
     def _by_logits(self, folder: Path, dtype: str, device_map: Any, expected: Any) -> Merge:
         """The check of a model that fits into memory."""
-        model, tokenizer = self._source(folder, "float32", device_map).load(self.progress)
+        model, tokenizer = self._merged(folder, "float32", device_map)
         got = probe_logits(model, tokenizer, input_device(find_layers(model)))
         scale = float(expected.norm())
         difference = float((got - expected).norm()) / scale
@@ -156,7 +162,7 @@ class Merging:
         if not self.held_out or dtype == "float32":
             return self._with_loss(merge, model, tokenizer)
         del model
-        model, tokenizer = self._source(folder, dtype, device_map).load(self.progress)
+        model, tokenizer = self._merged(folder, dtype, device_map)
         return self._with_loss(merge, model, tokenizer)
 
     def _by_tensors(
@@ -188,7 +194,7 @@ class Merging:
                 stacklevel=2,
             )
             return merge
-        model, tokenizer = self._source(folder, dtype, device_map).load(self.progress)
+        model, tokenizer = self._merged(folder, dtype, device_map)
         return self._with_loss(merge, model, tokenizer)
 
     def _with_loss(

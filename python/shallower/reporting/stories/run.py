@@ -330,7 +330,7 @@ class _RunStory:
             # What is stored in 4 or 8 bits is loaded as it is.
             options = run.evaluated if dtype in ("nf4", "int8") else options
             for name, loss in (
-                (CHECKPOINT_FOLDER, self._best.patched),
+                (CHECKPOINT_FOLDER, run.checkpoint),
                 (HEALED_FOLDER, run.healing),
             ):
                 if loss is not None:
