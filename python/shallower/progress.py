@@ -24,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -75,6 +76,9 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
             bars.remove_task(bar.task)
 
 
+_BESIDE_NAME = 30
+"""Columns of a terminal that the bar, its count and its times need beside the name of the work."""
+
 _BARS: ContextVar[Progress | None] = ContextVar("_BARS", default=None)
 """The bars that are on the terminal; work within other work has one more."""
 
@@ -86,8 +90,9 @@ def _bars(console: Console) -> Iterator[Progress]:
     if there is not None:
         yield there
         return
+    named = Column(no_wrap=True, max_width=max(10, console.width - _BESIDE_NAME))
     bars = Progress(
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=named),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

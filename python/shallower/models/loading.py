@@ -132,14 +132,7 @@ def read_config(
     Raises:
         ModelError: as :func:`load_model`.
     """
-    source, gguf_file = _locate(path_or_id, gguf_file)
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    is_far = is_main_process() and not Path(source).is_dir()  # which may take half a minute
-    asking = track(f"ask the hub for {source}", show=None if is_far else False)
-    with asking as shown, hushed(shown), _reading(gguf_file):
-        config: PretrainedConfig = _call(
-            AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code, **options
-        )
+    config: PretrainedConfig = _read(AutoConfig, path_or_id, gguf_file, trust_remote_code)
     return config
 
 
@@ -151,13 +144,20 @@ def load_tokenizer(
     Raises:
         ModelError: as :func:`load_model`.
     """
+    tokenizer: PreTrainedTokenizerBase = _read(
+        AutoTokenizer, path_or_id, gguf_file, trust_remote_code
+    )
+    return tokenizer
+
+
+def _read(kind: Any, path_or_id: str | Path, gguf_file: str | None, trust_remote_code: bool) -> Any:
+    """Read a part of a model that is small, and say so where the hub is asked for it."""
     source, gguf_file = _locate(path_or_id, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    with _reading(gguf_file):
-        tokenizer: PreTrainedTokenizerBase = _call(
-            AutoTokenizer.from_pretrained, source, trust_remote_code=trust_remote_code, **options
-        )
-    return tokenizer
+    is_far = is_main_process() and not Path(source).is_dir()  # which may take half a minute
+    asking = track(f"ask the hub for {source}", show=None if is_far else False)
+    with asking as shown, hushed(shown), _reading(gguf_file):
+        return _call(kind.from_pretrained, source, trust_remote_code=trust_remote_code, **options)
 
 
 def layers_of(config: PretrainedConfig) -> int | None:

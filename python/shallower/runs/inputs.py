@@ -18,7 +18,7 @@ from ..cutting.source import hub_id
 from ..errors import ShallowerError
 from ..models.processor import first_processor
 from ..models.source import ModelSource
-from ..progress import track
+from ..progress import hushed, track
 from ..storage import sha256_of
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
@@ -255,7 +255,8 @@ def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
 
     wanted = source.gguf_file or "config.json"
     try:
-        found = Path(hf_hub_download(name, wanted))
+        with track(f"ask the hub for {name}") as shown, hushed(shown):
+            found = Path(hf_hub_download(name, wanted))
     except HfHubHTTPError:
         return None
     commit = found.parents[wanted.count("/")].name
