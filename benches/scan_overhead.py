@@ -1,11 +1,13 @@
 """What a scan costs beyond the bare forward of the base model over the same batches.
 
 Usage: python benches/scan_overhead.py time [--samples 64 --max-length 256 --repeats 5]
+       python benches/scan_overhead.py stream [--samples 64 --max-length 256 --repeats 5]
        python benches/scan_overhead.py memory [--samples 100,10000 --max-length 16]
 
 `time` alternates bare forwards and scans in one process, asserts the scan against the
-float64 reference first, and prints every pair and the median ratio. `memory` runs each in a
-process of its own and prints the peak resident memory after loading (Linux).
+float64 reference first, and prints every pair and the median ratio. `stream` alternates scans of
+the model in memory and of the same with its layers on disk, and asserts that they are the same.
+`memory` runs each in a process of its own and prints the peak resident memory after loading.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import cycle, islice
 from pathlib import Path
@@ -85,6 +88,27 @@ def measure_time(options):
     }
 
 
+def measure_stream(options):
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = sh.load_model(demo.model_path(), dtype=options.dtype)
+        sh.save_model(model, tokenizer, f"{folder}/model")
+        streamed, _ = sh.load_model(f"{folder}/model", options.dtype, "stream")
+        given = texts(int(options.samples)), options.max_length, options.batch_size
+        ways = [(one, tokenizer, *given) for one in (model, streamed)]
+        plain, by_layer = (scan(*work) for work in ways)
+        assert np.array_equal(plain.mean("angular"), by_layer.mean("angular"))
+        pairs = []
+        for _ in range(options.repeats):
+            pairs.append([seconds(scan, *work) for work in ways])
+            print(f"plain {pairs[-1][0]:.2f} s, streamed {pairs[-1][1]:.2f} s", file=sys.stderr)
+    ratios = [slow / fast for fast, slow in pairs]
+    return {
+        "pairs_s": pairs,
+        "ratio_median": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
 def measure_memory(options):
     peaks = {}
     for samples in options.samples.split(","):
@@ -109,17 +133,20 @@ def measure_one(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=["time", "memory", "bare", "scan"])
+    parser.add_argument("mode", choices=["time", "stream", "memory", "bare", "scan"])
     parser.add_argument("--samples", default=None)
     parser.add_argument("--max-length", type=int, default=None)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    defaults = {"time": ("64", 256), "memory": ("100,10000", 16)}.get(options.mode, ("100", 16))
+    defaults = {"memory": ("100,10000", 16), "time": ("64", 256), "stream": ("64", 256)}.get(
+        options.mode, ("100", 16)
+    )
     options.samples = options.samples or defaults[0]
     options.max_length = options.max_length or defaults[1]
-    measure = {"time": measure_time, "memory": measure_memory}.get(options.mode, measure_one)
+    ways = {"time": measure_time, "stream": measure_stream, "memory": measure_memory}
+    measure = ways.get(options.mode, measure_one)
     result = measure(options)
     print(
         json.dumps(

@@ -211,6 +211,7 @@ def _clock(seconds: float) -> str:
 
 
 _LOGGERS = (
+    "accelerate.big_modeling",
     "bitsandbytes.backends.cpu.ops",
     "datasets",
     "huggingface_hub",

@@ -21,8 +21,10 @@ from .options import (
     Model,
     NoCache,
     PlanPath,
+    Stream,
     TrustRemoteCode,
     named_layers,
+    places,
     read_texts,
 )
 from .output import print_json, say_dry_run, say_known, show
@@ -102,6 +104,7 @@ def eval_command(
     batch_size: BatchSize = "auto",
     max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     gguf_file: GgufFile = None,
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -121,7 +124,9 @@ def eval_command(
     if against is not None and not (drop is None and plan is None):
         raise PlanError("--against compares two checkpoints: leave out --drop and --plan")
     job = EvalJob(
-        source=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
+        source=ModelSource(
+            model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
+        ),
         measures=_measures(
             Tokens(max_length, parse_batch_size(batch_size)),
             texts=None if texts is None else (texts, max_texts),

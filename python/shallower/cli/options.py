@@ -42,6 +42,14 @@ DeviceMap = Annotated[
         help="Devices, as transformers takes them; every GPU by default, without one the CPU.",
     ),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Let the layers wait on disk, and read each for many texts: for a model that does "
+        "not fit into memory.",
+    ),
+]
 GgufFile = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Name of a GGUF file in MODEL's folder or repository."),
@@ -152,3 +160,16 @@ def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":
     if (drop is None) == (plan is None):
         raise LayersError("name the layers to drop, either by --drop or by --plan")
     return load_plan(plan) if plan is not None else parse_layers(drop or "")
+
+
+def places(device_map: str | None, *, stream: bool) -> str | None:
+    """The device map by its option, or that of a model that is streamed."""
+    from ..errors import ModelError
+    from ..models.dtypes import STREAM
+
+    if stream and device_map not in (None, STREAM):
+        raise ModelError(
+            f"--stream beside --device-map {device_map}: what is streamed goes to the first GPU, "
+            f"or the CPU"
+        )
+    return STREAM if stream else device_map

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ..models.offload import Reading
     from ..reporting.writers.terminal import Part
     from ..runs.done import Output
     from ..runs.study import Study
@@ -128,18 +129,22 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def say_scan(scanned: "Scan", written: list[Path], as_json: bool) -> None:
-    """Print the best block of every size, what was rejected and what was written."""
+def say_scan(
+    scanned: "Scan", written: list[Path], as_json: bool, *, reading: "Reading | None" = None
+) -> None:
+    """Print the best block of every size, what was rejected, read from disk and written."""
     from ..reporting.stories.stages import rejected, scan_table
 
     if as_json:
-        print_json({**_described(scanned), "written": [str(path) for path in written]})
+        counts = {} if reading is None else asdict(reading)
+        print_json({**_described(scanned), **counts, "written": [str(path) for path in written]})
     else:
         weights = [f"weights: {scanned.model.dtype}"] if scanned.model else []
         wrote = (f"wrote {path}" for path in written)
         if scanned.distance is None:
             weights.append(f"{', '.join(scanned.metrics)} is no distance: it chooses no blocks")
-        show(scan_table(scanned), *weights, *rejected(scanned), *wrote)
+        read = [] if reading is None else [str(reading)]
+        show(scan_table(scanned), *weights, *rejected(scanned), *read, *wrote)
 
 
 def _described(scanned: "Scan") -> dict[str, Any]:

@@ -22,10 +22,12 @@ from .options import (
     NoCache,
     Out,
     Overwrite,
+    Stream,
     TextsSource,
     Threads,
     TrustRemoteCode,
     metric_names,
+    places,
     read_texts,
 )
 from .output import say_dry_run, say_known, say_scan
@@ -63,6 +65,7 @@ def scan_command(
         ),
     ] = None,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     gguf_file: GgufFile = None,
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -83,7 +86,9 @@ def scan_command(
     from ..values.tokens import Tokens, parse_batch_size
 
     job = ScanJob(
-        source=ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
+        source=ModelSource(
+            model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
+        ),
         texts=read_texts(texts, max_texts),
         out=out,
         tokens=Tokens(max_length, parse_batch_size(batch_size)),
@@ -102,4 +107,5 @@ def scan_command(
         say_scan(*job.reuse(), as_json)
         say_known(job.known.made, out)
     else:
-        say_scan(*job.run(*job.source.load()), as_json)
+        loaded = job.source.load()
+        say_scan(*job.run(*loaded), as_json, reading=job.reading(loaded[0]))

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError, TextsError
 from ..memory.plan import Forward, fitting
 from ..memory.retry import Halving
+from ..memory.streaming import Streamed
 from ..models.architecture import check_length, evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
+from ..models.layerwise import Layerwise, is_streamed
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss
@@ -108,9 +110,17 @@ def measure_loss(
     rank, size = rank_and_size(shared)
 
     def measure() -> tuple[list[tuple[int, float, int]], int]:
-        head, halving = Head.of(decoder), Halving()
+        streamed, halving = None, Halving()
+        if size == 1 and is_streamed(decoder):
+            streamed = Streamed(Layerwise(decoder), progress)
+        head = Head.of(decoder) if streamed is None else streamed.model.head
         found: list[tuple[int, float, int]] = []
         with track(description, total, progress) as advance, evaluating(decoder.model):
+            if streamed is not None:
+                for batch, losses in _by_layer(streamed, batches, halving):
+                    found += losses
+                    advance(len(batch))
+                return found, head.vocab_size
             for index, batch in enumerate(batches):
                 check_length(batch.input_ids.shape[1], decoder.positions)
                 mine = _parts(batch, head) if index % size == rank else []
@@ -137,6 +147,18 @@ def measure_loss(
         by_text,
         by_byte,
     )
+
+
+def _by_layer(
+    streamed: Streamed, batches: TokenBatches, halving: Halving
+) -> Iterator[tuple[Batch, list[tuple[int, float, int]]]]:
+    """Measure every batch by a model whose layers wait on disk, each read once a pass."""
+    model, head = streamed.model, streamed.model.head
+    for group in streamed.groups(batches.windows()):
+        parts = [part for batch in group for part in _parts(batch, head)]
+        for part, states in zip(parts, streamed.run(parts), strict=True):
+            with model.starting_from(states, ()):
+                yield part, list(text_losses(head, part, halving))
 
 
 def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[tuple[int, float, int]]:

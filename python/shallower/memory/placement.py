@@ -1,6 +1,6 @@
 """Where a model's weights go: to GPUs or the memory of the CPU, or some of them to each."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
-from ..models.architecture import find_layers
+from ..models.architecture import beside_layers, find_layers
 from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan
 from .device import available_bytes, free_memory
 from .rehearsal import build_empty
@@ -98,22 +98,10 @@ def map_within(
             f"{type(model).__name__} needs {total + largest:,} bytes on the device with all its "
             f"layers in the memory of the CPU, and there is room for {budget:,}"
         )
-    places: dict[str, int | str] = dict.fromkeys(_beside(model, layers.path), device)
+    places: dict[str, int | str] = dict.fromkeys(beside_layers(model, layers.path), device)
     return places | {
         f"{layers.path}.{index}": "cpu" if index in moved else device for index in range(len(sizes))
     }
-
-
-def _beside(module: nn.Module, path: str, prefix: str = "") -> Iterator[str]:
-    """The names of the largest parts of a module that have no part in the list at ``path``."""
-    for name, _ in module.named_parameters(recurse=False):
-        yield prefix + name
-    for name, child in module.named_children():
-        full = prefix + name
-        if path.startswith(full + "."):
-            yield from _beside(child, path, full + ".")
-        elif full != path:
-            yield full
 
 
 def _bytes_of(module: nn.Module, dtype: torch.dtype) -> int:

@@ -92,6 +92,18 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     return DecoderLayers(model.get_submodule(parent), name, path, _runner(model, parent))
 
 
+def beside_layers(module: nn.Module, path: str, prefix: str = "") -> Iterator[str]:
+    """The names of the largest parts of a module that have no part in the list at ``path``."""
+    for name, _ in module.named_parameters(recurse=False):
+        yield prefix + name
+    for name, child in module.named_children():
+        full = prefix + name
+        if path.startswith(full + "."):
+            yield from beside_layers(child, path, full + ".")
+        elif full != path:
+            yield full
+
+
 def _runner(model: nn.Module, path: str) -> nn.Module:
     """Find the innermost model of transformers around a module."""
     while path and not isinstance(model.get_submodule(path), PreTrainedModel):

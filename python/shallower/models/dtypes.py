@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
 
+STREAM = "stream"
+"""The device map of a model whose layers wait on disk."""
+
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "svebf16")
 """Instructions that multiply bfloat16, by the names that the kernel has for them. With AVX2 alone a
 forward in bfloat16 takes seven times as long as in float32."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ModelError
-from .architecture import evaluating
+from .architecture import DecoderLayers, evaluating
 from .decoder import Decoder
-from .offload import resident
+from .offload import is_on_disk, resident
 
 LOGITS_AT_ONCE = 1 << 26
 """Logits that are made at once: 256 MiB in float32."""
@@ -85,7 +85,7 @@ class Head:
             return outputs[-1]
 
         ids = torch.tensor(_PROBE, device=decoder.device)
-        with torch.no_grad(), evaluating(decoder.model):
+        with torch.no_grad(), evaluating(decoder.model), one_of_each(decoder.layers):
             if runner is decoder.model:
                 logits = _run(decoder.model, ids).logits
             else:
@@ -216,6 +216,35 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             vars(module).pop("forward", None)
         else:
             module.forward = kept
+
+
+@contextmanager
+def one_of_each(layers: DecoderLayers) -> Iterator[None]:
+    """Of layers that wait on disk let the first of each class work; others give what it gave.
+
+    For what a few tokens tell of a model, not all of it need be read.
+    """
+    given: dict[type, Any] = {}
+
+    def first(module: nn.Module) -> Callable[..., Any]:
+        work = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given[type(module)] = work(*args, **kwargs)
+            return given[type(module)]
+
+        return forward
+
+    def like_it(module: nn.Module) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: given[type(module)]
+
+    seen: set[type] = set()
+    with ExitStack() as stack:
+        for module in layers.modules if any(map(is_on_disk, layers.modules)) else ():
+            ways = like_it if type(module) in seen else first
+            seen.add(type(module))
+            stack.enter_context(replaced(module, ways(module)))
+        yield
 
 
 def _run(model: nn.Module, ids: torch.Tensor) -> Any:

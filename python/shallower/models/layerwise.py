@@ -21,8 +21,8 @@ from ..errors import ModelError
 from ..texts.batches import Batch
 from .architecture import check_length, evaluating
 from .decoder import Decoder
-from .head import Head, replaced
-from .offload import is_offloaded, resident
+from .head import Head, one_of_each, replaced
+from .offload import is_offloaded, is_on_disk, resident
 
 
 class _Reached(Exception):  # noqa: N818 - no error
@@ -90,6 +90,7 @@ class Layerwise:
         self._runner, self._path = decoder.layers.runner, decoder.layers.path
         self._positions = decoder.positions
         self._extras: list[int] = []
+        self._is_evaluating = False
         self._probe()
 
     def __len__(self) -> int:
@@ -232,8 +233,24 @@ class Layerwise:
                 work = module.forward if index in wanted else None
                 ends = stop and index == last
                 stack.enter_context(replaced(module, self._replacement(index, work, given, ends)))
-            stack.enter_context(evaluating(self._model))
+            stack.enter_context(self.evaluating())
             yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch the model to evaluation inside the ``with`` statement; at once for many runs.
+
+        To look at all modules takes as long as a small layer does.
+        """
+        if self._is_evaluating:
+            yield
+            return
+        with evaluating(self._model):
+            self._is_evaluating = True
+            try:
+                yield
+            finally:
+                self._is_evaluating = False
 
     def _replacement(
         self,
@@ -277,11 +294,16 @@ class Layerwise:
         handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(self.modules)]
         try:
             ids = torch.zeros((1, 2), dtype=torch.long, device=self._device)
-            with evaluating(self._model):
+            with evaluating(self._model), one_of_each(self.head.decoder.layers):
                 self._runner(input_ids=ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def is_streamed(model: nn.Module | Decoder) -> bool:
+    """Whether the layers of a model wait on disk, so that each should be read for many batches."""
+    return any(map(is_on_disk, Decoder.of(model).layers.modules))
 
 
 def token_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Loading a causal language model: a folder, a hub id or a GGUF file."""
 
 import logging
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -24,7 +26,8 @@ from ..errors import MissingExtraError, ModelError, why
 from ..processes import is_main_process
 from ..progress import hushed, track
 from ..values.identity import title_of
-from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
+from .architecture import beside_layers, find_layers
+from .dtypes import STREAM, DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
 from .quantised import clear_gguf_marks, keep_exact, quantisation
@@ -49,7 +52,8 @@ def load_model(
             AVX512-BF16, SVE-BF16), and float32 elsewhere. ``nf4`` (double quantisation, bfloat16
             compute) and ``int8`` are by bitsandbytes, on CPU and CUDA alike.
         device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there
-            is CUDA, and the CPU elsewhere.
+            is CUDA, and the CPU elsewhere. ``stream`` lets the layers wait on disk, in safetensors:
+            :func:`shallower.scan` and :func:`shallower.evaluate_loss` read each once a pass.
         gguf_file: the file's name in the folder or hub repository. Its weights are
             dequantised, then kept in ``dtype``.
         trust_remote_code: run code that comes with the model.
@@ -85,6 +89,8 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
         options["gguf_file"] = gguf_file
+    if device_map == STREAM:
+        device_map, options = _streaming(place, options, quantised=quantised is not None)
     title = gguf_file or title_of(place)
     with track(f"load {title}", show=show) as shown, hushed(shown), _reading(gguf_file):
         tokenizer = _call(AutoTokenizer.from_pretrained, place, **options)
@@ -97,7 +103,27 @@ def load_model(
             f"language model"
         )
     keep_exact(model)
+    if "offload_folder" in options:
+        weakref.finalize(model, shutil.rmtree, options["offload_folder"], ignore_errors=True)
     return model.eval(), tokenizer
+
+
+def _streaming(
+    place: str, options: dict[str, Any], *, quantised: bool
+) -> tuple[DeviceMap, dict[str, Any]]:
+    """The places of a model whose layers wait on disk, and the options that load it so."""
+    if quantised or "gguf_file" in options:
+        raise ModelError(
+            f"{_name(place, options)} cannot be streamed in this form: expected plain weights in "
+            f"safetensors, in float32, bfloat16 or float16 (device_map, --stream)"
+        )
+    model = empty_model(place, options["trust_remote_code"])
+    layers, device = find_layers(model), 0 if torch.cuda.is_available() else "cpu"
+    places: dict[str, Any] = dict.fromkeys(beside_layers(model, layers.path), device)
+    places |= {f"{layers.path}.{index}": "disk" for index in range(len(layers))}
+    # What transformers joins as it loads, such as experts, is written there.
+    folder = tempfile.mkdtemp(prefix="shallower-")
+    return places, {**options, "offload_folder": folder}
 
 
 def _load_gguf(
@@ -170,7 +196,7 @@ def layers_of(config: PretrainedConfig) -> int | None:
     return count
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the model that a folder's config describes, without weights, on the meta device.
 
     Raises:

@@ -4,9 +4,15 @@ Such a weight is on the meta device but for the forward of its module, whose hoo
 a map of stored tensors. To change it, change the stored tensor.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -14,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..values.counts import counted
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -27,6 +34,77 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether hooks bring weights of a module, or of a part of it, for a forward alone."""
     return any(hook.offload for part in module.modules() for hook in _hooks(part))
+
+
+@dataclass(slots=True)
+class Reading:
+    """What was read of a model whose layers wait on disk.
+
+    Attributes:
+        passes: passes over its layers.
+        bytes_read: bytes of weights in them, as they are stored.
+    """
+
+    passes: int = 0
+    bytes_read: int = 0
+
+    def __str__(self) -> str:
+        passes = counted(self.passes, "pass", "passes")
+        return f"read {self.bytes_read / 1e9:,.2f} GB of layers from disk, in {passes}"
+
+
+_READINGS: "WeakKeyDictionary[nn.Module, Reading]" = WeakKeyDictionary()
+
+
+def reading_of(model: nn.Module) -> Reading:
+    """Give what was read of a model so far, which goes on being counted there."""
+    return _READINGS.setdefault(model, Reading())
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether weights of a module, or of a part of it, wait in files."""
+    return next(_in_files(module), None) is not None
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Count the bytes of the weights of a module that wait in safetensors, as they are stored."""
+    return sum(stop - start for _, start, stop in _in_files(module))
+
+
+def fetch_ahead(module: nn.Module) -> None:
+    """Let the system read the weights of a module from disk while other work goes on."""
+    if not hasattr(os, "posix_fadvise"):  # not on Linux: they are read when they are needed
+        return
+    for path, start, stop in _in_files(module):
+        with Path(path).open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+
+
+def _in_files(module: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """The file, and the first byte and the one behind the last, of each weight on disk."""
+    for part in module.modules():
+        for hook in _hooks(part):
+            stored = hook.weights_map
+            index = getattr(getattr(stored, "dataset", None), "index", {})
+            for name, _ in part.named_parameters(recurse=False):
+                found = index.get(f"{getattr(stored, 'prefix', '')}{name}")
+                if found is not None and found.get("safetensors_file"):
+                    path = found["safetensors_file"]
+                    yield path, *_places_in(path)[found["weight_name"]]
+
+
+@lru_cache(maxsize=256)
+def _places_in(path: str) -> dict[str, tuple[int, int]]:
+    """Where the tensors of a file of safetensors begin and end, by name."""
+    with Path(path).open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, 100 << 20)))
+    header.pop("__metadata__", None)
+    begin = 8 + size
+    return {
+        name: (begin + tensor["data_offsets"][0], begin + tensor["data_offsets"][1])
+        for name, tensor in header.items()
+    }
 
 
 def stored_weight(module: nn.Module, name: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
-from ..models.dtypes import check_dtype, choose_device_map, choose_dtype
+from ..models.dtypes import STREAM, check_dtype, choose_device_map, choose_dtype
 from ..models.source import ModelSource
 from ..values.files import PLAN_FILE
 from ..values.layers import deepest_block
@@ -199,10 +199,15 @@ def forecast_source(
     dtype = source.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device_memory is not None else source.resolved().dtype
+    config = source.read_config()
+    drop = 0
+    if source.device_map == STREAM:  # two layers are there at once
+        drop = max(0, source.count_layers() - 2)
     return memory_forecast(
-        source.read_config(),
+        config,
         what,
         dtype=dtype,
+        drop=drop,
         max_length=tokens.max_length,
         batch_size=tokens.batch_size,
         positions=positions or "last",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, ScanError, StatesError
+from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
 from ..scanning.builder import check_metrics
@@ -26,6 +27,9 @@ from .store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..memory.streaming import StreamPlan
+    from ..models.offload import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +124,36 @@ class ScanJob:
             "positions": str(self.positions),
             "memory": self._memory(self.source),
         }
+        if self.source.device_map == STREAM:
+            described["stream"] = self._planned()
         if self.keep_states is not None:
             size = 4 if dtype == "float32" else 2
             each = width and num_states * width * size
             described.update(self._room(each))
         return {**described, "write": [str(path) for path in self.places]}
+
+    def _planned(self) -> "StreamPlan | str":
+        """What is read from disk, at most; a sentence where that cannot be told."""
+        import torch
+
+        from ..memory.streaming import plan_stream
+
+        files = sorted(Path(self.source.place).expanduser().glob("*.safetensors"))
+        count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
+        if not files or not count:
+            return "cannot be told before: the weights, or the number of texts, are not known here"
+        return plan_stream(
+            self.source.read_config(),
+            files,
+            getattr(torch, self.source.resolved().dtype),
+            num_tokens=count * self.tokens.max_length,
+        )
+
+    def reading(self, model: "PreTrainedModel") -> "Reading | None":
+        """What was read of a model whose layers wait on disk; None of one in memory."""
+        from ..models.offload import reading_of
+
+        return reading_of(model) if self.source.device_map == STREAM else None
 
     def _memory(self, source: ModelSource) -> MemoryPlan:
         from .forecast import forecast_source

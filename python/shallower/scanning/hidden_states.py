@@ -7,7 +7,7 @@ norm. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory 
 batch runs (``transfers``).
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import ModelError
 from ..memory.plan import Forward
 from ..memory.retry import Halving
+from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, check_length, evaluating
 from ..models.decoder import Decoder
 from ..texts.batches import Batch
@@ -107,6 +108,33 @@ def stream(
                 pending = copy, texts, len(part)
         if pending:
             yield _part(*pending, positions)
+
+
+def stream_by_layer(
+    streamed: Streamed, batches: Sequence[Batch], positions: Positions = LAST
+) -> Generator[Part, None, None]:
+    """Run batches through a model whose layers wait on disk, each read once.
+
+    Gives what :func:`stream` does, to the same bits on a CPU, when the last layer has run.
+    """
+    chosen = [chosen_tokens(batch, positions) for batch in batches]
+    places = [
+        torch.from_numpy(rows * batch.input_ids.shape[1] + columns)
+        for batch, (rows, columns) in zip(batches, chosen, strict=True)
+    ]
+    found: list[torch.Tensor] = []
+
+    def look(place: int, state: int, states: torch.Tensor) -> None:
+        if not state:
+            shape = len(streamed.model) + 1, len(places[place]), states.shape[-1]
+            found.append(torch.empty(shape, dtype=states.dtype))
+        torch.index_select(states.flatten(0, 1), 0, places[place], out=found[place][state])
+
+    streamed.run(batches, look=look)
+    for batch, (rows, _), states in zip(batches, chosen, found, strict=True):
+        texts = batch.samples[rows]
+        sequences = None if positions.one_a_text else texts
+        yield Part(states, texts, len(batch), state_first=True, sequences=sequences)
 
 
 def _part(copy: HostCopy, texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ScanError, TextsError
 from ..memory.plan import fitting
 from ..memory.retry import Halving
+from ..memory.streaming import Streamed
 from ..models.decoder import Decoder
+from ..models.layerwise import Layerwise, is_streamed
 from ..models.source import place_of
 from ..processes import refuse_several
 from ..progress import say_goes_on, track
@@ -21,7 +23,7 @@ from ..texts.sources import place_of_texts
 from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from .builder import ScanBuilder
-from .hidden_states import forward, stream
+from .hidden_states import forward, stream, stream_by_layer
 from .scan import Scan
 from .states_writer import StatesWriter, keep_states_in
 from .transfers import HostCopies
@@ -131,8 +133,13 @@ def scan(
             of = f" of {total:,}" if total else ""
             say_goes_on(f"{batches.num_texts:,}{of} texts were scanned", progress)
             advance(batches.num_texts)
-        for window in batches.windows():
-            states = stream(decoder, window, positions, copies=copies, halving=halving)
+        streamed = Streamed(Layerwise(decoder), progress) if is_streamed(decoder) else None
+        windows = batches.windows()
+        for window in windows if streamed is None else streamed.groups(windows):
+            if streamed is None:
+                states = stream(decoder, window, positions, copies=copies, halving=halving)
+            else:
+                states = stream_by_layer(streamed, window, positions)
             with closing(states) as parts:
                 builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())

@@ -1,0 +1,150 @@
+"""Streaming: a model whose layers wait on disk, run layer by layer over many batches.
+
+Transformers loads everything beside the layers; accelerate's hooks bring the weights of a layer
+from its safetensors when it runs. Layers are outside and batches inside: each layer is read once
+in a pass over as many batches as their states find room, and the next one is fetched meanwhile.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from ..models.architecture import find_layers
+from ..models.layerwise import Layerwise
+from ..models.offload import fetch_ahead, reading_of, resident, stored_bytes
+from ..progress import track
+from ..texts.batches import Batch
+from ..values.counts import counted
+from ..values.memory import format_size
+from .budget import BUDGET
+from .rehearsal import build_empty
+from .weights import num_parameters
+
+SAMPLE = 64 << 20
+"""Bytes of a file by which the speed of a disk is measured."""
+
+Look = Callable[[int, int, torch.Tensor], object]
+"""Receives the place of a batch, the index of a state and its (B, T, D) values."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """What streaming a model takes of the disk, at most.
+
+    Attributes:
+        passes: passes over its layers.
+        bytes_read: bytes of layers that are read in them.
+        states_bytes: bytes of the states between two layers, of the texts of one pass.
+        seconds: of reading, at the speed that this disk has now.
+    """
+
+    passes: int
+    bytes_read: int
+    states_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, float]:
+        """Give the fields as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{counted(self.passes, 'pass', 'passes')} over the layers, "
+            f"{format_size(self.bytes_read)} from disk, about {self.seconds:,.0f} s of reading; "
+            f"states of {format_size(self.states_bytes)} between two layers"
+        )
+
+
+def plan_stream(
+    config: PretrainedConfig, files: Sequence[Path], dtype: torch.dtype, *, num_tokens: int
+) -> StreamPlan:
+    """Plan a pass of so many tokens over a model in safetensors, on what is free now."""
+    model = build_empty(config, dtype)
+    share = sum(num_parameters(layer) for layer in find_layers(model).modules)
+    stored = sum(file.stat().st_size for file in files)
+    layers = round(stored * share / num_parameters(model))
+    width = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
+    states, room = num_tokens * width * dtype.itemsize, max(1, BUDGET.left // 2)
+    passes = max(1, math.ceil(states / room))
+    read = passes * layers
+    return StreamPlan(passes, read, min(states, room), read / disk_speed(files[0]))
+
+
+def disk_speed(file: Path) -> float:
+    """Measure how many bytes a second are read of a file that is not in memory."""
+    size = min(SAMPLE, file.stat().st_size)
+    with file.open("rb", buffering=0) as opened:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(opened.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        begun = time.perf_counter()
+        while opened.tell() < size and opened.read(1 << 20):
+            pass
+        return size / max(1e-9, time.perf_counter() - begun)
+
+
+class Streamed:
+    """A model whose layers are each read once a pass over many batches.
+
+    The states between two layers lie in the memory of the CPU, within a share of the process's
+    budget.
+    """
+
+    def __init__(self, model: Layerwise, progress: bool | None = None) -> None:
+        self.model, self._progress = model, progress
+        self.reading = reading_of(model.head.decoder.model)
+        self._room = BUDGET.share(self)
+        self._of_token = 0
+
+    def groups(self, windows: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+        """Join windows of batches whose states find room together: the batches of one pass.
+
+        None is read before those of the last pass were given away.
+        """
+        group: list[Batch] = []
+        left = self._room
+        for window in windows:
+            size = sum(map(self._bytes_of, window))
+            group, left = [*group, *window], left - size
+            if left < size:  # of the next one, which is about as large
+                yield group
+                group, left = [], self._room
+        if group:
+            yield group
+
+    def run(self, batches: Sequence[Batch], *, look: Look | None = None) -> list[torch.Tensor]:
+        """Run all layers on batches, and give the (B, T, D) states behind them, on the CPU.
+
+        ``look`` sees every state, from the embedding on.
+        """
+        modules = self.model.modules
+        states = [self.model.embed(batch).cpu() for batch in batches]
+        self.reading.passes += 1
+        bar = track("layers read", len(modules), self._progress)
+        with self.model.evaluating(), bar as advance:
+            for layer, module in enumerate(modules):
+                self.reading.bytes_read += stored_bytes(module)
+                with resident(module):
+                    if layer + 1 < len(modules):
+                        fetch_ahead(modules[layer + 1])
+                    for place, batch in enumerate(batches):
+                        if look is not None:
+                            look(place, layer, states[place])
+                        states[place] = self.model.run(batch, states[place], (layer,)).cpu()
+                advance(1)
+        if look is not None:
+            for place, behind in enumerate(states):
+                look(place, len(modules), behind)
+        return states
+
+    def _bytes_of(self, batch: Batch) -> int:
+        """The bytes of a state of a batch."""
+        if not self._of_token:
+            states = self.model.embed(batch.split(1)[0])
+            self._of_token = states.shape[-1] * states.element_size()
+        return batch.input_ids.size * self._of_token

@@ -1,0 +1,234 @@
+"""Models whose layers wait on disk: the same bits as in memory, each layer read once a pass."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import shallower as sh
+from shallower import ModelError
+from shallower.memory import budget
+from shallower.memory.streaming import plan_stream
+from shallower.models.offload import fetch_ahead, reading_of, stored_bytes
+from tests.conftest import mostly_slow, tiny_llama, write_jsonl
+from tests.documents import documents
+from tests.families import random_model
+
+FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen2_moe", "mamba2", "qwen3_next", "gpt_oss", "bloom"]
+"""Full and sliding attention, learned positions, experts, states of a recurrence, both, sinks, and
+biases by distance."""
+
+TEXTS = documents(150)
+
+
+def stored(folder, model, words):
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def both(folder, dtype="float32"):
+    """A model that is streamed, and the same in memory, with their tokenizer."""
+    streamed, tokenizer = sh.load_model(folder, dtype, "stream", progress=False)
+    whole, _ = sh.load_model(folder, dtype, progress=False)
+    assert all(parameter.is_meta for parameter in streamed.model.layers.parameters())
+    return streamed, whole, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, words):
+    return stored(tmp_path_factory.mktemp("stream") / "tiny", tiny_llama(6), words)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_streamed_scan_has_the_same_bytes(folder, tmp_path, dtype):
+    streamed, whole, tokenizer = both(folder, dtype)
+    for name, model in (("a", streamed), ("b", whole)):
+        options = {"keep_states": tmp_path / f"{name}.states.safetensors", "keep_samples": True}
+        done = sh.scan(model, tokenizer, TEXTS, positions="last:3", max_length=12, **options)
+        done.save(tmp_path / f"{name}.safetensors")
+    for kind in ("", ".states"):
+        first, second = (tmp_path / f"{name}{kind}.safetensors" for name in "ab")
+        assert first.read_bytes() == second.read_bytes()
+    reading = reading_of(streamed)
+    assert reading.passes == 1
+    assert reading.bytes_read == sum(map(stored_bytes, streamed.model.layers))
+    assert reading.bytes_read == sum(p.numel() for p in whole.model.layers.parameters()) * 4
+
+
+def test_a_streamed_loss_and_that_of_its_cuts_have_the_same_bits(folder):
+    streamed, whole, tokenizer = both(folder)
+    for dropped in ([], [1], [2, 3, 5]):
+        losses = []
+        for model in (streamed, whole):
+            with sh.without_layers(model, dropped) if dropped else nullcontext():
+                losses.append(sh.evaluate_loss(model, tokenizer, TEXTS, max_length=12))
+        first, second = losses
+        assert first == second
+        np.testing.assert_array_equal(first.by_text.sums, second.by_text.sums)
+
+
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gemma3_text", "qwen2_moe"]))
+def test_every_kind_of_layer_is_streamed_to_the_same_bits(family, tmp_path, words):
+    model = random_model(family)
+    folder = stored(tmp_path / family, model, words)
+    streamed, tokenizer = sh.load_model(folder, "float32", "stream", progress=False)
+    whole, _ = sh.load_model(folder, "float32", progress=False)
+    for name, one in (("a", streamed), ("b", whole)):
+        sh.scan(one, tokenizer, TEXTS[:20], max_length=12).save(tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    losses = [sh.evaluate_loss(one, tokenizer, TEXTS[:20]) for one in (streamed, whole)]
+    assert losses[0] == losses[1]
+
+
+def test_states_that_find_no_room_are_another_pass(folder, tmp_path, monkeypatch):
+    streamed, whole, tokenizer = both(folder)
+    whole_scan = sh.scan(whole, tokenizer, TEXTS, batch_size=2, max_length=12)
+    monkeypatch.setattr(budget.BUDGET, "bound", 40_000)
+    scanned = sh.scan(streamed, tokenizer, TEXTS, batch_size=2, max_length=12)
+    assert reading_of(streamed).passes == 5
+    np.testing.assert_array_equal(scanned.distance, whole_scan.distance)
+
+
+def test_an_interrupted_streamed_scan_goes_on(folder, tmp_path, monkeypatch):
+    streamed, whole, tokenizer = both(folder)
+    monkeypatch.setattr(budget.BUDGET, "bound", 40_000)
+    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    part = tmp_path / "part.safetensors"
+
+    def broken():
+        yield from TEXTS[:70]
+        raise KeyboardInterrupt
+
+    options = {"batch_size": 2, "max_length": 12, "checkpoint": part}
+    with pytest.raises(KeyboardInterrupt):
+        sh.scan(streamed, tokenizer, broken(), **options)
+    assert 0 < sh.Scan.load(part).num_samples < 70
+    sh.scan(streamed, tokenizer, TEXTS, **options)
+    sh.scan(whole, tokenizer, TEXTS, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
+    assert part.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_little_is_read_before_the_first_pass(folder, monkeypatch):
+    """A layer of each class, to learn what a model's parts return."""
+    from accelerate.utils.offload import OffloadedWeightsLoader
+
+    streamed, _, tokenizer = both(folder)
+    read, loaded = [], OffloadedWeightsLoader.__getitem__
+
+    def counting(self, key):
+        read.append(key)
+        return loaded(self, key)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counting)
+    sh.evaluate_loss(streamed, tokenizer, TEXTS[:8])
+    matrices = [key for key in read if key.endswith("mlp.down_proj.weight")]
+    assert sorted(matrices)[2:] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(6)]
+    assert set(matrices[:2]) == {"model.layers.0.mlp.down_proj.weight"}
+
+
+def test_what_cannot_be_streamed_is_refused(folder, tmp_path, shallower):
+    from tests.models.gguf_files import write_gguf
+
+    write_gguf(tmp_path / "tiny.gguf")
+    for place, dtype in ((tmp_path / "tiny.gguf", "float32"), (folder, "nf4")):
+        with pytest.raises(ModelError, match="cannot be streamed in this form: expected plain"):
+            sh.load_model(place, dtype, "stream", progress=False)
+    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    command = ["eval", folder, "--texts", texts, "--stream", "--device-map", "cpu"]
+    assert "--stream beside --device-map cpu" in shallower(*command).error
+
+
+def test_the_commands_say_what_was_read(folder, tmp_path, shallower):
+    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    common = ["--texts", texts, "--dtype", "float32", "--max-length", "12", "--no-cache"]
+    scan = ["scan", folder, *common, "--stream", "--out"]
+    done = shallower(*scan, tmp_path / "a", "--json").json
+    assert (done["passes"], done["bytes_read"]) == (1, 185_856)
+    assert "of layers from disk, in 1 pass\n" in shallower(*scan, tmp_path / "b").out
+    plain = shallower("scan", folder, *common, "--out", tmp_path / "c", "--json").json
+    assert "passes" not in plain
+    assert plain["blocks"] == done["blocks"]
+    planned = shallower(*scan, tmp_path / "d", "--dry-run", "--json").json
+    assert planned["stream"]["passes"] == 1
+    assert planned["stream"]["bytes_read"] == pytest.approx(185_856, rel=0.05)
+    streamed = shallower("eval", folder, *common, "--stream", "--json").json
+    assert streamed == shallower("eval", folder, *common, "--json").json
+
+
+def test_a_plan_counts_passes_by_what_is_free(folder, monkeypatch):
+    monkeypatch.setattr(budget.BUDGET, "bound", 1 << 20)
+    config = sh.ModelSource(folder).read_config()
+    files = [folder / "model.safetensors"]
+    width = config.hidden_size
+    plan = plan_stream(config, files, torch.float32, num_tokens=(1 << 20) // (4 * width))
+    assert plan.passes == 4
+    assert plan.states_bytes == 1 << 18
+    assert plan.bytes_read == pytest.approx(4 * 185_856, rel=0.05)
+    assert plan.seconds > 0
+
+
+def test_layers_are_fetched_ahead_where_the_system_can(folder, monkeypatch):
+    streamed, _, _ = both(folder)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append(call[1:3]), raising=False)
+    fetch_ahead(streamed.model.layers[1])
+    assert sum(size for _, size in asked) == stored_bytes(streamed.model.layers[1])
+    monkeypatch.delattr(os, "posix_fadvise")
+    fetch_ahead(streamed.model.layers[1])
+
+
+_PEAK = """
+import sys, threading, resource
+import shallower as sh
+import torch, transformers
+from tests.conftest import word_tokenizer
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+begun = resident()
+peak = [begun]
+stop = threading.Event()
+def watch():
+    while not stop.wait(0.005):
+        peak[0] = max(peak[0], resident())
+watcher = threading.Thread(target=watch)
+watcher.start()
+model, tokenizer = sh.load_model(sys.argv[1], "bfloat16", "stream", progress=False)
+texts = ["w1 w2 w3 w4 w5 w6 w7 w8"] * 16
+sh.scan(model, tokenizer, texts, progress=False)
+sh.evaluate_loss(model, tokenizer, texts, progress=False)
+stop.set()
+watcher.join()
+print(peak[0] - begun)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_two_layers(tmp_path, words):
+    config = LlamaConfig(
+        vocab_size=words.vocab_size, hidden_size=2048, intermediate_size=5632,
+        num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters()) * 2
+    assert 32 * layer > 3e9
+    stored(tmp_path / "large", model, words)
+    del model
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, tmp_path / "large"], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert int(done.stdout) < 2 * layer + 200e6, json.dumps(done.stdout)
