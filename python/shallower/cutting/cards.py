@@ -98,13 +98,16 @@ import shallower as sh
 _MADE_AGAIN = """\
 ## Making it again
 
-On the same texts it ends in this model, and in the numbers above.{placeholder} Other words in
-capitals are places of texts: those that it is fitted on, and those of the held-out loss.
+On the same texts it ends in this model, and in the numbers above.{placeholder} {names}
 
 ```sh
 {command}
 ```
 """
+
+_PLACES = """Other words in
+capitals are places of texts: those that it is fitted on, and those of the held-out loss."""
+_NAMES = "Names of files\nare those of the machine that made it."
 
 _HEALED_AGAIN = """\
 ## Healing it again
@@ -230,7 +233,9 @@ def _again(facts: CutFacts) -> str:
         source = shlex.join([facts.source.place, *option_words(_arguments(facts))])
         command = facts.command.replace("{source}", source)
         known = "" if PLACEHOLDER not in shlex.split(command) else placeholder
-        return _MADE_AGAIN.format(placeholder=known, command=shell_lines(command))
+        names = _PLACES if "TEXTS" in shlex.split(command) else _NAMES
+        lines = shell_lines(command)
+        return _MADE_AGAIN.format(placeholder=known, names=names, command=lines)
     drop = drop_option(facts.plan.blocks)
     words = ["shallower", "prune", facts.source.place, "--drop", drop]
     words += [*option_words(_arguments(facts)), "--out", facts.out]
