@@ -1,9 +1,11 @@
 """Models whose layers wait on disk: the same bits as in memory, each layer read once a pass."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 
 import numpy as np
@@ -141,8 +143,31 @@ def test_what_cannot_be_streamed_is_refused(folder, tmp_path, shallower):
         with pytest.raises(ModelError, match="cannot be streamed in this form: expected plain"):
             sh.load_model(place, dtype, "stream", progress=False)
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    for place, dtype in ((tmp_path / "tiny.gguf", "float32"), (folder, "nf4")):
+        command = ["scan", place, "--texts", texts, "--stream", "--dtype", dtype, "--out", "x"]
+        assert "cannot be streamed in this form" in shallower(*command, "--dry-run").error
     command = ["eval", folder, "--texts", texts, "--stream", "--device-map", "cpu"]
     assert "--stream beside --device-map cpu" in shallower(*command).error
+
+
+def test_a_streamed_model_leaves_no_folder_and_its_tokenizer_names_none(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, tokenizer = sh.load_model(folder, "float32", "stream", progress=False)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "offload" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    assert list(tmp_path.glob("shallower-*"))
+    del model
+    gc.collect()
+    assert not list(tmp_path.glob("shallower-*"))
+    (broken := tmp_path / "broken").mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError):
+        sh.load_model(broken, "float32", "stream", progress=False)
+    assert not list(tmp_path.glob("shallower-*"))
 
 
 def test_the_commands_say_what_was_read(folder, tmp_path, shallower):

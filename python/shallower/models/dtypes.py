@@ -39,6 +39,27 @@ def check_dtype(dtype: object) -> None:
         raise ModelError(f"unknown dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
 
 
+def plain_dtype(name: str) -> "torch.dtype":
+    """Give torch's dtype that weights of a name compute in: bfloat16 for those of 4 and 8 bits."""
+    import torch
+
+    plain: torch.dtype = getattr(torch, "bfloat16" if name in ("nf4", "int8") else name)
+    return plain
+
+
+def check_streamed(name: str, dtype: str, device_map: DeviceMap, *, is_gguf: bool) -> None:
+    """Refuse a model whose layers are to wait on disk, but in a form that is not read from there.
+
+    Raises:
+        ModelError: it is a GGUF file, or to be quantised.
+    """
+    if device_map == STREAM and (is_gguf or dtype in ("nf4", "int8")):
+        raise ModelError(
+            f"{name} cannot be streamed in this form: expected plain weights in safetensors, in "
+            f"float32, bfloat16 or float16 (device_map, --stream)"
+        )
+
+
 def choose_device_map(device_map: DeviceMap) -> DeviceMap:
     """Decide where a model goes.
 

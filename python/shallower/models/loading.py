@@ -1,12 +1,11 @@
 """Loading a causal language model: a folder, a hub id or a GGUF file."""
 
 import logging
-import shutil
 import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,15 @@ from ..processes import is_main_process
 from ..progress import hushed, track
 from ..values.identity import title_of
 from .architecture import beside_layers, find_layers
-from .dtypes import STREAM, DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
+from .dtypes import (
+    STREAM,
+    DeviceMap,
+    Dtype,
+    check_dtype,
+    check_streamed,
+    choose_device_map,
+    choose_dtype,
+)
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
 from .quantised import clear_gguf_marks, keep_exact, quantisation
@@ -77,6 +84,7 @@ def load_model(
     """
     check_dtype(dtype)
     place, gguf_file = _locate(path_or_id, gguf_file)
+    check_streamed(gguf_file or place, dtype, device_map, is_gguf=gguf_file is not None)
     device_map = choose_device_map(device_map)
     show = progress if is_main_process() else False
     name: str = dtype
@@ -89,13 +97,14 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
         options["gguf_file"] = gguf_file
-    if device_map == STREAM:
-        device_map, options = _streaming(place, options, quantised=quantised is not None)
     title = gguf_file or title_of(place)
     with track(f"load {title}", show=show) as shown, hushed(shown), _reading(gguf_file):
         tokenizer = _call(AutoTokenizer.from_pretrained, place, **options)
-        load = _load_gguf if gguf_file else load_weights
-        model = load(place, kept, device_map, config=quantised, options=options)
+        if device_map == STREAM:
+            model = _load_streamed(place, kept, options)
+        else:
+            load = _load_gguf if gguf_file else load_weights
+            model = load(place, kept, device_map, config=quantised, options=options)
     trained_as = getattr(model.config, "architectures", None) or []
     if any(name.endswith("MaskedLM") for name in trained_as):
         raise ModelError(
@@ -103,27 +112,23 @@ def load_model(
             f"language model"
         )
     keep_exact(model)
-    if "offload_folder" in options:
-        weakref.finalize(model, shutil.rmtree, options["offload_folder"], ignore_errors=True)
     return model.eval(), tokenizer
 
 
-def _streaming(
-    place: str, options: dict[str, Any], *, quantised: bool
-) -> tuple[DeviceMap, dict[str, Any]]:
-    """The places of a model whose layers wait on disk, and the options that load it so."""
-    if quantised or "gguf_file" in options:
-        raise ModelError(
-            f"{_name(place, options)} cannot be streamed in this form: expected plain weights in "
-            f"safetensors, in float32, bfloat16 or float16 (device_map, --stream)"
-        )
-    model = empty_model(place, options["trust_remote_code"])
-    layers, device = find_layers(model), 0 if torch.cuda.is_available() else "cpu"
-    places: dict[str, Any] = dict.fromkeys(beside_layers(model, layers.path), device)
+def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Load all but the layers, which wait on disk; what transformers joins is written there.
+
+    That is in a folder of its own, as experts, which goes with the model.
+    """
+    empty = empty_model(place, options["trust_remote_code"])
+    layers, device = find_layers(empty), 0 if torch.cuda.is_available() else "cpu"
+    places: dict[str, Any] = dict.fromkeys(beside_layers(empty, layers.path), device)
     places |= {f"{layers.path}.{index}": "disk" for index in range(len(layers))}
-    # What transformers joins as it loads, such as experts, is written there.
-    folder = tempfile.mkdtemp(prefix="shallower-")
-    return places, {**options, "offload_folder": folder}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-"))
+        model = load_weights(place, dtype, places, options={**options, "offload_folder": folder})
+        weakref.finalize(model, stack.pop_all().close)
+    return model
 
 
 def _load_gguf(

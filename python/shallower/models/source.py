@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from .dtypes import DeviceMap, Dtype, check_dtype, choose_device_map, choose_dtype
+from .dtypes import DeviceMap, Dtype, check_dtype, check_streamed, choose_device_map, choose_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class ModelSource:
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ModelError: there is no such dtype.
+        ModelError: there is no such dtype, or weights that cannot wait on disk are to.
     """
 
     path: str | Path
@@ -44,6 +44,8 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        is_gguf = self.place.suffix == ".gguf"
+        check_streamed(str(self), self.dtype, self.device_map, is_gguf=is_gguf)
 
     def __str__(self) -> str:
         return "/".join(filter(None, (str(self.path), self.gguf_file)))
