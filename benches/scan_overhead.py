@@ -71,6 +71,16 @@ def seconds(run, *args):
     return time.perf_counter() - start
 
 
+def compared(pairs):
+    """Pairs of seconds with the ratio of the second to the first."""
+    ratios = [second / first for first, second in pairs]
+    return {
+        "pairs_s": pairs,
+        "ratio_median": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
 def measure_time(options):
     model, tokenizer = sh.load_model(demo.model_path(), dtype=options.dtype)
     work = (model, tokenizer, texts(int(options.samples)), options.max_length, options.batch_size)
@@ -80,12 +90,7 @@ def measure_time(options):
     for _ in range(options.repeats):
         pairs.append((seconds(bare_forward, *work), seconds(scan, *work)))
         print(f"bare {pairs[-1][0]:.2f} s, scan {pairs[-1][1]:.2f} s", file=sys.stderr)
-    ratios = [scanning / bare for bare, scanning in pairs]
-    return {
-        "pairs_s": pairs,
-        "ratio_median": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-    }
+    return compared(pairs)
 
 
 def measure_stream(options):
@@ -101,12 +106,7 @@ def measure_stream(options):
         for _ in range(options.repeats):
             pairs.append([seconds(scan, *work) for work in ways])
             print(f"plain {pairs[-1][0]:.2f} s, streamed {pairs[-1][1]:.2f} s", file=sys.stderr)
-    ratios = [slow / fast for fast, slow in pairs]
-    return {
-        "pairs_s": pairs,
-        "ratio_median": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-    }
+    return compared(pairs)
 
 
 def measure_memory(options):

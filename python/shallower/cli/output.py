@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _called: list[str] = []
-_SAID_ONCE = frozenset({"--json", "--no-cache", "--overwrite"})
+_WITHOUT_EFFECT = frozenset({"--json", "--no-cache", "--overwrite"})
 
 
 def remember_call(name: str, arguments: "Sequence[str]") -> None:
@@ -40,7 +40,7 @@ def called() -> str:
         is_out = "--out" in (before, option)
         return f"{option}{equals}{Path(value).name if is_out else place_name(value)}"
 
-    words = [word for word in _called if word not in _SAID_ONCE]
+    words = [word for word in _called if word not in _WITHOUT_EFFECT]
     return shlex.join(map(shown, ["", *words], words))
 
 

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
+from ..models.dtypes import plain_dtype
 from ..models.identity import stored_dtype
 from ..models.layer_config import heads_of
 from ..texts.batches import Batch
@@ -128,8 +129,7 @@ class ForwardStep:
         loaded: bool = False,
         experts: str | None = None,
     ) -> None:
-        plain = torch.bfloat16 if dtype in ("nf4", "int8") else getattr(torch, dtype)
-        self.model = model = build_empty(config, plain, experts=experts)
+        self.model = model = build_empty(config, plain_dtype(dtype), experts=experts)
         self.weights = 0 if loaded else weight_bytes(model, dtype)
         self._dequantised = dequantised_bytes(model, dtype)
         self._rehearsal, self._forward = Rehearsal(model), forward

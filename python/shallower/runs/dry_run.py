@@ -28,6 +28,7 @@ from ..memory.rehearsal import build_empty
 from ..memory.weights import num_parameters, weight_bytes
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
+from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..patching.descent import PASSES, STEP_TOKENS
 from ..patching.descent import STEPS as DESCENT_STEPS
@@ -206,7 +207,7 @@ class _Model:
         self.study, self.settings = study, study.settings
         self.source = source.resolved()
         self.config = source.read_config()
-        self.empty = build_empty(self.config, _plain(self.source.dtype))
+        self.empty = build_empty(self.config, plain_dtype(self.source.dtype))
         self.decoder = Decoder.of(self.empty)
         self.layers = len(self.decoder)
         self.on_cpu = str(self.source.device_map) in ("None", "cpu")
@@ -449,8 +450,3 @@ class _Model:
 def _run(forwards: Forwards, lengths: Any) -> Work:
     """Layers and heads run on texts of some lengths."""
     return Work(forwards.layers, forwards.heads) * float(lengths.sum())
-
-
-def _plain(dtype: str) -> torch.dtype:
-    plain: torch.dtype = getattr(torch, "bfloat16" if dtype in ("nf4", "int8") else dtype)
-    return plain

@@ -6,7 +6,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -289,33 +289,24 @@ class Recommending:
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
         if done is None:
-            losses = results.whole, recommended.cut
-            advance(2, "save")
-            save_cut(
-                self._model,
-                self._tokenizer,
-                folder,
-                plan=plan,
-                overwrite=True,
-                losses=losses,
-                command=results.command,
-            )
+            losses, save = (results.whole, recommended.cut), partial(save_cut, plan=plan)
+            advance(1)
         else:
             losses = results.whole, self._measuring.loss_now(self._model)
+            save = partial(save_patched, done=done)
             advance(1, "samples")
             samples = tuple(self._continued(one, "patched") for one in results.continuations)
-            advance(1, "save")
-            save_patched(
-                self._model,
-                self._tokenizer,
-                folder,
-                done=done,
-                overwrite=True,
-                losses=losses,
-                command=results.command,
-            )
             recommended = replace(recommended, patched=losses[1])
             results = replace(results, recommended=recommended, continuations=samples)
+        advance(1, "save")
+        save(
+            self._model,
+            self._tokenizer,
+            folder,
+            overwrite=True,
+            losses=losses,
+            command=results.command,
+        )
         results.save()
         advance(1, "reload and compare")
         text = max(self._study.split.report, key=len)

@@ -28,6 +28,7 @@ from ..errors import ModelError
 from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..memory.weights import num_parameters, stored_bytes, weight_bytes
 from ..models.architecture import evaluating, find_layers, learned_positions, text_config
+from ..models.dtypes import plain_dtype
 
 _SUMMED: dict[str, Callable[[Sequence[torch.Tensor]], int]] = {
     "aten::mm": lambda given: given[0].shape[-1],
@@ -369,7 +370,7 @@ class _Subject:
 def _count(subject: _Subject) -> Account:
     """Count once: a run needs the whole model again beside each of its cuts."""
     config, dtype, context = subject.config, subject.dtype, subject.context
-    plain = torch.bfloat16 if dtype in ("nf4", "int8") else getattr(torch, dtype)
+    plain = plain_dtype(dtype)
     model = build_empty(config, plain)
     _check_positions(model, context)
 

@@ -104,10 +104,10 @@ def stream(
             for part, (gathered, texts) in halving.run(batch, forward):
                 copy = copies.start(gathered)
                 if pending:
-                    yield _part(*pending, positions)
+                    yield _part(pending[0].wait(), *pending[1:], positions)
                 pending = copy, texts, len(part)
         if pending:
-            yield _part(*pending, positions)
+            yield _part(pending[0].wait(), *pending[1:], positions)
 
 
 def stream_by_layer(
@@ -132,14 +132,12 @@ def stream_by_layer(
 
     streamed.run(batches, look=look)
     for batch, (rows, _), states in zip(batches, chosen, found, strict=True):
-        texts = batch.samples[rows]
-        sequences = None if positions.one_a_text else texts
-        yield Part(states, texts, len(batch), state_first=True, sequences=sequences)
+        yield _part(states, batch.samples[rows], len(batch), positions)
 
 
-def _part(copy: HostCopy, texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:
+def _part(states: torch.Tensor, texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:
     sequences = None if positions.one_a_text else texts
-    return Part(copy.wait(), texts, steps, state_first=True, sequences=sequences)
+    return Part(states, texts, steps, state_first=True, sequences=sequences)
 
 
 def _positions(batch: Batch) -> dict[str, torch.Tensor]:
