@@ -1,10 +1,11 @@
-"""The memory that work takes at its peak, as Linux tells it, in this process."""
+"""The memory that work takes at its peak in this process: as Linux tells it, or as torch does."""
 
 import ctypes
 import gc
 from pathlib import Path
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
 REFS = Path("/proc/self/clear_refs")
 _MMAP_THRESHOLD = -3
@@ -31,3 +32,18 @@ def peak_of(work):
         return _resident("VmHWM") - before
     finally:
         allocator.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where it goes by itself
+
+
+def tensors_peak(work):
+    """Bytes that the tensors of work on a CPU take at its peak, whatever the process held before.
+
+    What linear algebra keeps for itself isn't in it: it differs by processor and by what ran.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
