@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
+    from .scanning.shards import gather as gather
     from .values.bootstrap import BootstrappedStart as BootstrappedStart
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs

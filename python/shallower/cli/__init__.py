@@ -34,6 +34,11 @@ COMMANDS = {
         "Compare all layers of a model on texts, in one pass.",
         "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --out scans/smol",
     ),
+    "gather": Command(
+        "gather",
+        "Put the shards of a scan together.",
+        "scans/shards --out scans/smol",
+    ),
     "analyse": Command(
         "analyse",
         "Compare all layers by hidden states in a file, without a model.",

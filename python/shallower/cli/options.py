@@ -1,7 +1,7 @@
 """The options that several commands share, and what they ask for."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -108,6 +108,22 @@ DeviceMemory = Annotated[
 ]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
+]
+On = Annotated[
+    Literal["local", "ray"] | None,
+    typer.Option(
+        help="Share the work among processes of this machine (local), or on the Ray cluster that "
+        "RAY_ADDRESS names, or else one of this machine (ray)."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Processes that share the work, each with a model of its own; with ray as many as "
+        "there is room for by default.",
+        min=1,
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -147,6 +147,33 @@ def say_scan(
         show(scan_table(scanned), *weights, *rejected(scanned), *read, *wrote)
 
 
+def say_shard(place: Path, as_json: bool) -> None:
+    """Print which batches a shard has, and its file."""
+    from ..scanning.shards import ScannedShard
+    from ..values.counts import counted
+
+    done = ScannedShard.load(place)
+    of, sums = done.of, done.contents.sums
+    batches = of.shard.of(of.num_batches)
+    if as_json:
+        print_json(
+            {
+                "shard": str(of.shard),
+                "batches": [batches.start, batches.stop],
+                "num_batches": of.num_batches,
+                "num_samples": sums.count,
+                "num_rejected": sums.rejected,
+                "written": [str(place)],
+            }
+        )
+    else:
+        show(
+            f"shard {of.shard}: batches [{batches.start}, {batches.stop}) of {of.num_batches}, "
+            f"{counted(sums.count, 'sample')}",
+            f"wrote {place}",
+        )
+
+
 def _described(scanned: "Scan") -> dict[str, Any]:
     sizes = [] if scanned.distance is None else range(1, scanned.num_layers)
     blocks = [scanned.best_block(n) for n in sizes]

@@ -1,7 +1,7 @@
 """``shallower scan``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,17 +20,22 @@ from .options import (
     Metrics,
     Model,
     NoCache,
+    On,
     Out,
     Overwrite,
     Stream,
     TextsSource,
     Threads,
     TrustRemoteCode,
+    Workers,
     metric_names,
     places,
     read_texts,
 )
-from .output import say_dry_run, say_known, say_scan
+from .output import say_dry_run, say_known, say_scan, say_shard
+
+if TYPE_CHECKING:
+    from ..runs.scan import ScanJob
 
 
 def scan_command(
@@ -71,6 +76,16 @@ def scan_command(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     no_cache: NoCache = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Scan one of N equal parts alone, counted from 0, for gather; auto: that of RANK "
+            "or SLURM_ARRAY_TASK_ID.",
+        ),
+    ] = None,
+    on: On = None,
+    workers: Workers = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -80,12 +95,12 @@ def scan_command(
     and, where matplotlib is installed, heat_map.png. An interrupted scan, its kept states too,
     goes on where it was when the same command is given again.
     """
-    from ..runs.scan import ScanJob
     from ..runs.store import open_store
     from ..values.positions import Positions
     from ..values.tokens import Tokens, parse_batch_size
 
-    job = ScanJob(
+    kind, more = _kind(shard, on, workers)
+    job = kind(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
         ),
@@ -100,12 +115,45 @@ def scan_command(
         overwrite=overwrite,
         device_memory=device_memory,
         store=open_store(no_cache or dry_run),
+        **more,
     )
     if dry_run:
         say_dry_run(job.describe(), as_json)
+    else:
+        _carry_out(job, as_json)
+
+
+def _kind(shard: str | None, on: str | None, workers: int | None) -> "tuple[type[ScanJob], Any]":
+    """The scan that is asked for, and what it takes beside what all take."""
+    from ..errors import ScanError
+    from ..runs.scan import ScanJob
+
+    is_shared = on is not None or workers is not None
+    if shard is None and not is_shared:
+        return ScanJob, {}
+    from ..runs.scan_shards import ShardJob, SharedScanJob
+    from ..values.shard import Shard
+
+    if shard is None:
+        return SharedScanJob, {"on": on or "local", "workers": workers}
+    if is_shared:
+        raise ScanError("a shard is scanned by one process: leave out --workers and --on")
+    return ShardJob, {"shard": Shard.parse(shard)}
+
+
+def _carry_out(job: "ScanJob", as_json: bool) -> None:
+    from ..runs.scan_shards import ShardJob, SharedScanJob
+
+    if isinstance(job, ShardJob):
+        if job.known is None:
+            job.run_shard(*job.source.load())
+        say_shard(job.file, as_json)
     elif job.known is not None:
         say_scan(*job.reuse(), as_json)
-        say_known(job.known.made, out)
+    elif isinstance(job, SharedScanJob):
+        say_scan(*job.run_shared(), as_json)
     else:
         loaded = job.source.load()
         say_scan(*job.run(*loaded), as_json, reading=job.reading(loaded[0]))
+    if job.known is not None:
+        say_known(job.known.made, job.file if isinstance(job, ShardJob) else job.out)

@@ -68,6 +68,14 @@ def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> di
     }
 
 
+def model_content(source: ModelSource, store: Store) -> dict[str, Any] | None:
+    """Identify the files of a model, wherever they lie; None where that is not known."""
+    found = model_inputs(source, store)
+    if found is None:
+        return None
+    return {name: value for name, value in found["model"].items() if name != "names"}
+
+
 def texts_inputs(texts: Texts | Iterable[str] | None, store: Store) -> dict[str, Any] | None:
     """Identify texts by the strings that are read, whatever file they come from.
 

@@ -18,6 +18,7 @@ from ..scanning.states_writer import check_keepable
 from ..storage import check_apart, check_free, claimed, free_bytes
 from ..texts.sources import Texts, place_of_texts
 from ..values.files import PARTIAL_FILE, SCAN_FILE
+from ..values.hashing import hash_of
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.tokens import Tokens
@@ -81,7 +82,7 @@ class ScanJob:
             self.texts.check()
 
     def _check_places(self) -> None:
-        check_free(self.out / SCAN_FILE, self.overwrite)
+        check_free(self.file, self.overwrite)
         if self.keep_states is not None and self._kept is None:
             check_keepable(self.keep_states, overwrite=self.overwrite)
             for name in (SCAN_FILE, PARTIAL_FILE):
@@ -107,7 +108,17 @@ class ScanJob:
     @property
     def places(self) -> list[Path]:
         """The files that the job leaves."""
-        return [path for path in (self.out / SCAN_FILE, self.keep_states) if path]
+        return [path for path in (self.file, self.keep_states) if path]
+
+    @property
+    def file(self) -> Path:
+        """The file of the scan."""
+        return self.out / SCAN_FILE
+
+    @cached_property
+    def job(self) -> str | None:
+        """A hash of all that the scan depends on; None where that is not known."""
+        return None if self._inputs is None else hash_of(self._inputs)
 
     def describe(self) -> dict[str, Any]:
         """Describe what would be done, by the config of the model alone.
@@ -122,7 +133,7 @@ class ScanJob:
             "dtype": dtype,
             "texts": place_of_texts(self.texts) or "given",
             "positions": str(self.positions),
-            "memory": self._memory(self.source),
+            "memory": self.memory(self.source),
         }
         if self.source.device_map == STREAM:
             described["stream"] = self._planned()
@@ -155,7 +166,8 @@ class ScanJob:
 
         return reading_of(model) if self.source.device_map == STREAM else None
 
-    def _memory(self, source: ModelSource) -> MemoryPlan:
+    def memory(self, source: ModelSource) -> MemoryPlan:
+        """Forecast what a forward takes."""
         from .forecast import forecast_source
 
         return forecast_source(
@@ -225,10 +237,10 @@ class ScanJob:
         Returns the scan, and the files that were written. Raises ScanError if what was left is of
         another job, and ``overwrite`` is off, and else as :func:`shallower.scan`.
         """
-        with claimed(self.out / SCAN_FILE, overwrite=True):
-            return self._run(model, tokenizer)
+        with claimed(self.file, overwrite=True):
+            return self.finish(self._scanned(model, tokenizer))
 
-    def _run(self, model: Any, tokenizer: Any) -> tuple[Scan, list[Path]]:
+    def _scanned(self, model: Any, tokenizer: Any) -> Scan:
         partial = self.out / PARTIAL_FILE
         try:
             scanned = self._scan(model, tokenizer, partial)
@@ -242,6 +254,11 @@ class ScanJob:
                 f"{self.keep_states} exists already, and has the states of fewer texts: choose "
                 f"another place, or replace it (overwrite=True, --overwrite)"
             )
+        return scanned
+
+    def finish(self, scanned: Scan) -> tuple[Scan, list[Path]]:
+        """Write the scan and its heat map, and remember them; the scan and its files."""
+        partial = self.out / PARTIAL_FILE
         scanned.save(partial)
         done = self._written(scanned)
         partial.replace(self.out / SCAN_FILE)  # the last file: without it all is made anew
@@ -254,7 +271,7 @@ class ScanJob:
 
         batch_size = self.tokens.batch_size
         if self.device_memory is not None:
-            batch_size = self._memory(self.source.resolved()).micro_batch
+            batch_size = self.memory(self.source.resolved()).micro_batch
         return scan(
             model,
             tokenizer,

@@ -73,7 +73,9 @@ class ScanBuilder:
         self._accumulator = Accumulator(num_states, self._metrics)
         self._threads = Threads(threads)
         self._rejections: list[Rejection] = []
-        self._samples: list[Samples] = []
+        pairs = num_states * (num_states - 1) // 2
+        none_yet = {metric: np.zeros((0, pairs), np.float32) for metric in self._metrics}
+        self._samples: list[Samples] = [none_yet] if keep_samples else []
         self._keep_samples = keep_samples
         self._model = model
         self._positions = positions

@@ -1,7 +1,7 @@
 """The scan of a model: hidden states streamed from a forward into the comparison of all layers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from operator import length_hint
 from pathlib import Path
@@ -18,11 +18,11 @@ from ..models.source import place_of
 from ..processes import refuse_several
 from ..progress import say_goes_on, track
 from ..storage import check_apart
-from ..texts.batches import AnyTexts, TokenBatches
+from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
 from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
-from .builder import ScanBuilder
+from .builder import Part, ScanBuilder
 from .hidden_states import forward, stream, stream_by_layer
 from .scan import Scan
 from .states_writer import StatesWriter, keep_states_in
@@ -120,7 +120,7 @@ def scan(
     )
     if total is None:
         total = length_hint(texts) or None
-    saved, copies, halving = time.monotonic(), HostCopies(), Halving()
+    saved = time.monotonic()
     with ExitStack() as stack:
         advance = stack.enter_context(track("scan", total, progress))
         kept = None
@@ -133,13 +133,7 @@ def scan(
             of = f" of {total:,}" if total else ""
             say_goes_on(f"{batches.num_texts:,}{of} texts were scanned", progress)
             advance(batches.num_texts)
-        streamed = Streamed(Layerwise(decoder), progress) if is_streamed(decoder) else None
-        windows = batches.windows()
-        for window in windows if streamed is None else streamed.groups(windows):
-            if streamed is None:
-                states = stream(decoder, window, positions, copies=copies, halving=halving)
-            else:
-                states = stream_by_layer(streamed, window, positions)
+        for states in states_of(decoder, batches.windows(), positions, progress=progress):
             with closing(states) as parts:
                 builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())
@@ -154,6 +148,27 @@ def scan(
         if kept:
             kept.finish(batches.identity, batches.num_rejected, batches.rejections)
     return done
+
+
+def states_of(
+    decoder: Decoder,
+    windows: Iterable[list[Batch]],
+    positions: Positions,
+    *,
+    progress: bool | None = None,
+) -> Iterator[Generator[Part, None, None]]:
+    """The states of windows of batches; of a model whose layers wait on disk, of several at once.
+
+    Each is to be closed before the next is asked for.
+    """
+    copies, halving = HostCopies(), Halving()
+    if not is_streamed(decoder):
+        for window in windows:
+            yield stream(decoder, window, positions, copies=copies, halving=halving)
+        return
+    streamed = Streamed(Layerwise(decoder), progress)
+    for group in streamed.groups(windows):
+        yield stream_by_layer(streamed, group, positions)
 
 
 def _save(

@@ -1,6 +1,7 @@
 """Contents of a scan: merged, written to a file, and read without loss.
 
-The file is safetensors: the core's own bytes (``sums``, and ``cka`` if there is one), the values of
+A scan of some of the texts, a shard, is the same with an entry that says which it is. The file is
+safetensors: the core's own bytes (``sums``, and ``cka`` if there is one), the values of
 single samples if they are kept, and a header in JSON.
 """
 
@@ -22,9 +23,13 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 from ..values.schema import of_type, read
+from ..values.shard import ShardOfScan
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
+
+SHARD_FORMAT = "shallower.shard.1"
+"""The key of the metadata of a shard's file, which is a scan of some of its texts."""
 
 T = TypeVar("T", Sums, Cka)
 
@@ -115,6 +120,11 @@ def _added(num_states: int, parts: Sequence[Cka | None]) -> Cka | None:
 
 def write_scan(path: str | Path, contents: Contents) -> None:
     """Write a scan, whole or not at all, over what is at ``path``; OutputError if that fails."""
+    write_file(Path(path), scan_bytes(contents))
+
+
+def scan_bytes(contents: Contents, shard: ShardOfScan | None = None) -> bytes:
+    """The file of a scan, or of a shard of one."""
     from safetensors.numpy import save
 
     header: dict[str, Any] = {
@@ -128,8 +138,11 @@ def write_scan(path: str | Path, contents: Contents) -> None:
         arrays[CKA] = np.frombuffer(contents.cka.to_bytes(), np.uint8)
     for metric, values in (contents.samples or {}).items():
         arrays[_samples_name(metric)] = values
+    if shard is not None:
+        header["shard"] = asdict(shard)
     header["sha256"] = digest(header, arrays)
-    write_file(Path(path), save(arrays, metadata={FORMAT: json.dumps(header)}))
+    key = FORMAT if shard is None else SHARD_FORMAT
+    return save(arrays, metadata={key: json.dumps(header)})
 
 
 def read_scan(path: str | Path) -> Contents:
@@ -137,14 +150,25 @@ def read_scan(path: str | Path) -> Contents:
 
     ScanError: the file is not there, is truncated, damaged or of another version, or is not a scan.
     """
+    return _read(path, FORMAT)[0]
+
+
+def read_shard(path: str | Path) -> tuple[Contents, ShardOfScan]:
+    """Read a shard of a scan, and check it; raises as :func:`read_scan`."""
+    contents, shard = _read(path, SHARD_FORMAT)
+    assert shard is not None
+    return contents, shard
+
+
+def _read(path: str | Path, key: str) -> tuple[Contents, ShardOfScan | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
         if not Path(path).is_file():
             raise ScanError(f"there is no scan file {path}")
         with safe_open(str(path), framework="numpy") as file:
-            _check_version(path, file.metadata() or {})
-            return _contents(file)
+            _check_version(path, file.metadata() or {}, key)
+            return _contents(file, key)
     except (SafetensorError, OSError) as error:
         raise ScanError(
             f"{path} is truncated, or not a scan of shallower: {why(error, path)}"
@@ -175,11 +199,17 @@ def _samples_name(metric: str) -> str:
     return f"{metric}.samples"
 
 
-def _check_version(path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Refuse the scans of other versions in words of their own."""
-    if FORMAT in metadata:
+def _check_version(path: str | Path, metadata: Mapping[str, str], key: str) -> None:
+    """Refuse the scans of other versions in words of their own, and shards for whole scans."""
+    if key in metadata:
         return
-    kind, _, number = FORMAT.rpartition(".")
+    if SHARD_FORMAT in metadata:
+        raise ScanError(
+            f"{path} is a shard of a scan: put all of them together first (shallower gather)"
+        )
+    if FORMAT in metadata:
+        raise ScanError(f"{path} is a whole scan: expected shards of one, as scan --shard makes")
+    kind, _, number = key.rpartition(".")
     others = (re.fullmatch(re.escape(kind) + r"\.(\d{1,9})", key) for key in metadata)
     for found in filter(None, others):
         way = "scan again" if int(found[1]) < int(number) else "update shallower, or scan again"
@@ -187,11 +217,11 @@ def _check_version(path: str | Path, metadata: Mapping[str, str]) -> None:
             f"{path} is a scan file of version {found[1]}, and this shallower reads version "
             f"{number}: {way}"
         )
-    raise ValueError(f"its metadata has no {FORMAT}")
+    raise ValueError(f"its metadata has no {key}")
 
 
-def _contents(file: Any) -> Contents:
-    header = of_type(dict, json.loads(file.metadata()[FORMAT]))
+def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
+    header = of_type(dict, json.loads(file.metadata()[key]))
     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if header.pop("sha256") != digest(header, arrays):
         raise ValueError("its checksum does not fit its content")
@@ -204,7 +234,7 @@ def _contents(file: Any) -> Contents:
     model = read(ModelIdentity | None, header["model"])
     if model and model.num_layers != sums.num_states - 1:
         raise ValueError(f"it is of {sums.num_states - 1} layers, its model has {model.num_layers}")
-    return Contents(
+    contents = Contents(
         sums,
         read(tuple[Rejection, ...], header["rejections"]),
         model,
@@ -213,6 +243,7 @@ def _contents(file: Any) -> Contents:
         cka,
         read(Positions | None, header["positions"]),
     )
+    return contents, read(ShardOfScan, header["shard"]) if key == SHARD_FORMAT else None
 
 
 def _stored(kind: type[T], name: str, array: NDArray[Any]) -> T:

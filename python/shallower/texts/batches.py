@@ -70,6 +70,9 @@ class TokenisedText:
     max_length: int
 
 
+Unpadded = Sequence[tuple[int, NDArray[np.int64]]]
+"""Texts of a batch: the index of each among all, and its (T,) token ids."""
+
 AnyTexts = Iterable[str | TokenisedText]
 """Texts, or texts that are tokenised already."""
 
@@ -145,6 +148,11 @@ class TokenBatches:
 
     def windows(self) -> Iterator[list[Batch]]:
         """Yield the batches that were sorted by length together, longest first."""
+        for window in self.unpadded():
+            yield [padded(texts) for texts in window]
+
+    def unpadded(self) -> Iterator[list[Unpadded]]:
+        """Yield the texts of the batches that :meth:`windows` yields."""
         while texts := list(islice(self._texts, WINDOW * self._batch_size)):
             yield self._batches(self._tokenise(texts))
 
@@ -209,10 +217,10 @@ class TokenBatches:
         self._taken = self.num_rejected
         return taken
 
-    def _batches(self, accepted: list[tuple[int, NDArray[np.int64]]]) -> list[Batch]:
+    def _batches(self, accepted: list[tuple[int, NDArray[np.int64]]]) -> list[Unpadded]:
         accepted.sort(key=lambda item: (-len(item[1]), item[0]))
         starts = range(0, len(accepted), self._batch_size)
-        return [padded(accepted[start : start + self._batch_size]) for start in starts]
+        return [accepted[start : start + self._batch_size] for start in starts]
 
 
 def _encoded(
@@ -249,7 +257,7 @@ def _bytes_behind_first(text: str, places: Sequence[tuple[int, int]], *, whole: 
     return len(text[places[0][1] : end].encode())
 
 
-def padded(texts: Sequence[tuple[int, NDArray[np.int64]]]) -> Batch:
+def padded(texts: Unpadded) -> Batch:
     """Make a batch of at least one text, each its index among all and its (T,) token ids."""
     length = max(len(ids) for _, ids in texts)
     input_ids = np.zeros((len(texts), length), dtype=np.int64)

@@ -1,0 +1,299 @@
+"""Shards of a scan: whole batches of all texts, scanned apart and put together to the same bits.
+
+Every shard tokenises all texts, so that it knows the batches of the whole and their one hash, and
+runs its own. What shards have in common stands in each, and is compared when they are gathered.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ScanError, TextsError
+from ..progress import say_goes_on, track
+from ..storage import write_file
+from ..values.counts import counted
+from ..values.positions import Positions
+from ..values.provenance import versions
+from ..values.shard import Shard, ShardOfScan
+from ..values.tokens import Tokens
+from .builder import ScanBuilder
+from .scan import Scan
+from .scan_file import Contents, read_shard, scan_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..texts.batches import AnyTexts, Batch
+
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
+PLURAL = ("texts", "settings", "versions")
+"""What several shards have in common, of those that differ without an s."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedShard:
+    """What was found of a shard, and what it is of.
+
+    Attributes:
+        contents: sums over its batches; the texts are all of the scan.
+        of: which shard it is, and of what.
+    """
+
+    contents: Contents
+    of: ShardOfScan
+
+    def to_bytes(self) -> bytes:
+        """Give its file."""
+        return scan_bytes(self.contents, self.of)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ScannedShard":
+        """Read a shard from its file; ScanError as :meth:`Scan.load`."""
+        return cls(*read_shard(path))
+
+
+class Shards:
+    """A model, and all texts as token ids, of which any shard can be scanned.
+
+    Raises as :func:`shallower.scan`.
+
+    Attributes:
+        texts: the identity of all texts.
+        num_batches: the batches of all texts.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        texts: "AnyTexts",
+        tokens: Tokens,
+        *,
+        metrics: Sequence[str] = ("angular", "cosine"),
+        positions: Positions | None = None,
+        threads: int | None = None,
+        keep_samples: bool = False,
+        job: str | None = None,
+    ) -> None:
+        from ..models.decoder import Decoder
+        from ..texts.batches import TokenBatches
+
+        self._decoder = Decoder.of(model)
+        # Equal on all machines, whatever memory they have.
+        self._tokens = Tokens(tokens.max_length, tokens.texts)
+        self._positions = positions or Positions()
+        self._metrics, self._threads, self._keep = metrics, threads, keep_samples
+        self._job = job
+        batches = TokenBatches(tokenizer, texts, self._tokens)
+        self._batches = [batch for window in batches.unpadded() for batch in window]
+        if batches.num_texts == 0:
+            raise TextsError("there are no texts to scan")
+        self.texts = batches.identity
+        self._rejected = batches.take_rejections()
+
+    @property
+    def num_batches(self) -> int:
+        """The batches of all texts."""
+        return len(self._batches)
+
+    @property
+    def common(self) -> dict[str, object]:
+        """What is the same wherever the same scan is opened, by the words of an error."""
+        model, texts = self._decoder.identity, self.texts
+        return {
+            "dtype": model.dtype,
+            "model": model.fingerprint,
+            "texts": texts.fingerprint,
+            "number of batches": self.num_batches,
+        }
+
+    def texts_of(self, shard: Shard) -> list[int]:
+        """The first text of a shard and the one behind the last, counted from 0."""
+        texts = [index for batch in shard.of(self.num_batches) for index, _ in self._batches[batch]]
+        return [min(texts, default=0), max(texts, default=-1) + 1]
+
+    def scan(
+        self, shard: Shard, *, checkpoint: Path | None = None, progress: bool | None = None
+    ) -> ScannedShard:
+        """Scan one shard, going on from what an interrupted scan left at ``checkpoint``.
+
+        ScanError: what is at ``checkpoint`` is of other work.
+        """
+        builder = ScanBuilder(
+            len(self._decoder) + 1,
+            self._metrics,
+            threads=self._threads,
+            model=self._decoder.identity,
+            keep_samples=self._keep,
+            positions=self._positions,
+        )
+        mine, of = shard.of(self.num_batches), self._of(shard)
+        if checkpoint is not None and checkpoint.exists():
+            of = _resume(builder, of, checkpoint, self)
+            say_goes_on(f"{of.num_done:,} of {len(mine):,} batches were scanned", progress)
+        elif shard.index == 0:
+            builder.reject(*self._rejected)  # once, however many shards there are
+        saved = time.monotonic()
+        with track(f"scan, shard {shard}", self._num_texts(mine), progress) as advance:
+            advance(self._num_texts(mine[: of.num_done]))
+            for num_batches in self._take(builder, mine[of.num_done :], advance):
+                of = replace(of, num_done=of.num_done + num_batches)
+                if (
+                    checkpoint is not None
+                    and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+                ):
+                    write_file(checkpoint, self._so_far(builder, of).to_bytes())
+                    saved = time.monotonic()
+        return self._so_far(builder, of)
+
+    def _num_texts(self, batches: Iterable[int]) -> int:
+        return sum(len(self._batches[batch]) for batch in batches)
+
+    def _take(
+        self, builder: ScanBuilder, mine: range, advance: Callable[[int], None]
+    ) -> Iterator[int]:
+        """Add the states of batches; how many were added, each time work may be kept."""
+        from .model import states_of
+
+        given = 0
+
+        def windows() -> "Iterator[list[Batch]]":
+            from ..texts.batches import WINDOW, padded
+
+            nonlocal given
+            for start in range(0, len(mine), WINDOW):
+                window = mine[start : start + WINDOW]
+                given += len(window)
+                yield [padded(self._batches[batch]) for batch in window]
+
+        added = 0
+        for states in states_of(self._decoder, windows(), self._positions, progress=False):
+            with closing(states) as parts:
+                builder.take(parts, advance)
+            yield given - added
+            added = given
+
+    def _of(self, shard: Shard) -> ShardOfScan:
+        made_by = {name: versions()[name] for name in ("shallower", "torch", "transformers")}
+        batch_size = self._tokens.texts
+        return ShardOfScan(shard, self.num_batches, 0, batch_size, made_by, self._job)
+
+    def _so_far(self, builder: ScanBuilder, of: ShardOfScan) -> ScannedShard:
+        return ScannedShard(builder.so_far(self.texts).contents, of)
+
+
+def _resume(builder: ScanBuilder, of: ShardOfScan, checkpoint: Path, shards: Shards) -> ShardOfScan:
+    before = ScannedShard.load(checkpoint)
+    try:
+        if replace(before.of, num_done=0) != of:
+            raise ScanError("it is of other work, or of another version")
+        builder.resume(Scan(before.contents), shards.texts)
+    except ScanError as error:
+        raise ScanError(
+            f"cannot go on from {checkpoint}: {error}; delete it to start anew"
+        ) from error
+    return before.of
+
+
+def gather(parts: Iterable[str | Path]) -> Scan:
+    """Put the shards of a scan together, to the bytes of the scan that one process makes.
+
+    Args:
+        parts: files of shards, as ``shallower scan --shard`` writes them, or folders of such, in
+            any order. A shard that is there twice counts once.
+
+    Returns:
+        The scan.
+
+    Raises:
+        ScanError: shards are missing, incomplete or of different scans: of other models, texts,
+            settings or versions.
+        StatesError: no sample of all was accepted.
+    """
+    found: dict[Shard, tuple[Path, ScannedShard]] = {}
+    for path in shard_files(parts):
+        one = ScannedShard.load(path)
+        shard = one.of.shard
+        if shard in found and one.to_bytes() != found[shard][1].to_bytes():
+            raise ScanError(f"{found[shard][0]} and {path} are both shard {shard}, and differ")
+        found.setdefault(shard, (path, one))
+    (place, first), *others = (found[shard] for shard in sorted(found, key=lambda one: one.index))
+    for path, one in others:
+        _check_alike(place, first, path, one)
+    _check_complete([one.of for _, one in found.values()])
+    return _joined([first, *(one for _, one in others)])
+
+
+def shard_files(parts: Iterable[str | Path]) -> list[Path]:
+    """The files of shards that are given, or lie in folders that are given; ScanError for none."""
+    found = []
+    for part in map(Path, parts):
+        inside = sorted(part.glob("scan.*-of-*.safetensors")) if part.is_dir() else [part]
+        if not inside:
+            raise ScanError(f"there are no shards in {part}: expected scan.I-of-N.safetensors")
+        found += inside
+    if not found:
+        raise ScanError("there are no shards to gather: name their files, or their folders")
+    return found
+
+
+def _check_alike(place: Path, first: ScannedShard, path: Path, one: ScannedShard) -> None:
+    """Refuse shards of different scans, by what differs."""
+    pairs = [(name, value, one.of.common[name]) for name, value in first.of.common.items()]
+    for name, of in (("model", _model_of), ("texts", _texts_of), ("settings", _settings_of)):
+        pairs.append((name, of(first.contents), of(one.contents)))
+    for name, mine, theirs in pairs:
+        if mine != theirs:
+            raise ScanError(
+                f"{place} and {path} are shards of different scans: their {name} differ"
+                f"{'' if name in PLURAL else 's'} ({mine} and {theirs})"
+            )
+
+
+def _model_of(contents: Contents) -> str:
+    return str(contents.model and replace(contents.model, name="the model"))
+
+
+def _texts_of(contents: Contents) -> str:
+    return "; ".join(
+        f"{counted(texts.num_texts, 'text')} of at most {counted(texts.max_length, 'token')}, "
+        f"{texts.fingerprint[:12]}"
+        for texts in contents.texts
+    )
+
+
+def _settings_of(contents: Contents) -> str:
+    kept = "with" if contents.samples is not None else "without"
+    return f"{', '.join(contents.sums.metrics)} of {contents.positions}, {kept} samples"
+
+
+def _check_complete(shards: Sequence[ShardOfScan]) -> None:
+    """Refuse a scan of which shards are missing, or not done."""
+    count = shards[0].shard.count
+    done = {of.shard.index for of in shards if of.is_complete}
+    missing = [str(Shard(index, count)) for index in range(count) if index not in done]
+    if missing:
+        named = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        are = "is" if len(missing) == 1 else "are"
+        raise ScanError(f"{counted(len(missing), 'shard')} of {count} {are} missing: {named}")
+
+
+def _joined(shards: Sequence[ScannedShard]) -> Scan:
+    """The scan of all shards, in their order."""
+    first = shards[0].contents
+    assert first.positions is not None
+    builder = ScanBuilder(
+        first.sums.num_states,
+        first.sums.metrics,
+        threads=1,
+        model=first.model,
+        keep_samples=first.samples is not None,
+        positions=first.positions,
+    )
+    for shard in shards:
+        builder.resume(Scan(replace(shard.contents, model=first.model)), *first.texts)
+    return builder.finish(first.texts)

@@ -1,0 +1,66 @@
+"""Work for workers that needs no model: a unit is a number, its result the number's square."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from shallower.errors import TextsError
+from shallower.runs.scan_shards import OpenedScan
+from shallower.runs.units import Job
+
+OPENER = f"{__name__}:Counting"
+
+
+def job_of(folder, **described):
+    """A job whose workers write into a folder what they do."""
+    return Job(OPENER, {"folder": str(folder), **described}, 1)
+
+
+class Counting:
+    """What ``described`` says happens to its units."""
+
+    def __init__(self, described):
+        self._folder, self._described = Path(described["folder"]), described
+        if described.get("dies_opening"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if refusal := described.get("refuses"):
+            raise TextsError(refusal)
+        self.hello = {"process": os.getpid()}
+
+    def run(self, unit):
+        """The square of a number."""
+        with (self._folder / "done").open("a") as file:
+            file.write(f"{unit} {os.getpid()}\n")
+        if unit == self._described.get("poison"):
+            raise ValueError("poison")
+        if unit == self._described.get("kills_once") and self._first(unit):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if unit == self._described.get("waits_once") and self._first(unit):
+            time.sleep(600)
+        time.sleep(self._described.get("seconds", 0))
+        return str(int(unit) ** 2).encode()
+
+    def _first(self, unit):
+        """Whether no process was here before."""
+        try:
+            (self._folder / f"first-{unit}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+class PoisonedScan(OpenedScan):
+    """A scan of which no worker can do the eighth shard."""
+
+    def run(self, unit):
+        """A shard, or an error."""
+        if unit == "7/64":
+            raise ValueError("poison")
+        return super().run(unit)
+
+
+def done_in(folder):
+    """The units that were begun, in their order, and the processes that did."""
+    lines = (folder / "done").read_text().splitlines()
+    return [tuple(line.split()) for line in lines]

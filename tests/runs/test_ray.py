@@ -1,0 +1,177 @@
+"""Units shared on a Ray cluster of nodes that come, go and refuse; the tests stay below 120 s."""
+
+import logging
+import os
+import threading
+import time
+
+import pytest
+
+from shallower.errors import ProcessesError, TextsError
+from shallower.runs import ray_workers
+from shallower.runs.ray_workers import RayWorkers
+from shallower.runs.scan_shards import SharedScanJob
+from shallower.runs.units import Ledger, drive
+from shallower.texts.sources import Texts
+from shallower.values.tokens import Tokens
+from tests.conftest import tiny_llama, write_jsonl
+from tests.documents import documents
+from tests.runs.counting import done_in, job_of
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without CPUs, and two nodes of one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_workers.OWN_CLUSTER.items():
+            patch.setenv(name, value)
+        size = {"object_store_memory": 80 << 20}
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size})
+        for _ in range(2):
+            found.add_node(num_cpus=1, **size)
+        ray.init(found.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield found
+        ray.shutdown()
+        found.shutdown()
+
+
+def squares(folder, count=6, *, during=None, **described):
+    """The results that the cluster finds, and the ledger; something may happen meanwhile."""
+    found, ledger = {}, Ledger(map(str, range(count)))
+    engine = RayWorkers(job_of(folder, **described), None)
+    if during is not None:
+        threading.Thread(target=during).start()
+    drive(engine, ledger, found.__setitem__, ready=lambda _worker, _hello: None)
+    return found, ledger
+
+
+def all_of(count):
+    return {str(unit): str(unit**2).encode() for unit in range(count)}
+
+
+def wait_for(folder, count):
+    """Wait until so many units were begun."""
+    while not (folder / "done").exists() or len(done_in(folder)) < count:
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_nodes_share_the_units(tmp_path):
+    found, _ = squares(tmp_path, seconds=0.2)
+    assert found == all_of(6)
+    done = done_in(tmp_path)
+    assert sorted(unit for unit, _ in done) == [*"012345"]
+    assert len({process for _, process in done}) == 2
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_is_killed_is_replaced(tmp_path):
+    found, _ = squares(tmp_path, kills_once="2")
+    assert found == all_of(6)
+    assert sorted(unit for unit, _ in done_in(tmp_path)) == [*"0122345"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_fails_wherever_it_is_done_is_given_up(tmp_path):
+    found, ledger = squares(tmp_path, poison="2")
+    assert sorted(found) == [*"01345"]
+    assert [*ledger.given_up] == ["2"]
+    assert all("ValueError: poison (on worker" in error for error in ledger.given_up["2"])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_nodes_that_refuse_the_work_are_not_asked_again(tmp_path, capfd):
+    with pytest.raises(TextsError, match=r"^there are none$"):
+        squares(tmp_path, refuses="there are none")
+    assert capfd.readouterr().err.count("takes no part: there are none") == 2
+
+
+def test_a_node_that_comes_late_takes_work_and_one_that_goes_gives_it_back(tmp_path, cluster):
+    """The node that goes has a unit which waits for ever there, and ends at once elsewhere."""
+
+    def happens():
+        wait_for(tmp_path, 3)
+        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        wait_for(tmp_path, 10)
+        stuck = next(process for unit, process in done_in(tmp_path) if unit == "0")
+        cluster.remove_node(node_of(cluster, int(stuck)), allow_graceful=False)
+
+    found, _ = squares(tmp_path, 14, during=happens, waits_once="0", seconds=0.5)
+    assert found == all_of(14)
+    done = done_in(tmp_path)
+    assert [unit for unit, _ in done].count("0") == 2
+    assert len({process for _, process in done}) >= 3
+
+
+def node_of(cluster, process):
+    """The node whose child a worker is."""
+    import psutil
+
+    above = {one.pid for one in psutil.Process(process).parents()}
+    for node in cluster.list_all_nodes():
+        raylets = node.all_processes.get("raylet", [])
+        if any(info.process.pid in above for info in raylets):
+            return node
+    raise AssertionError("it is of no node")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_scans_to_the_bytes_of_one_process(tmp_path, words):
+    import shallower as sh
+
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    words.save_pretrained(tmp_path / "tiny")
+    texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
+    source = sh.ModelSource(tmp_path / "tiny")
+    tokens = Tokens(16, 1)
+    job = SharedScanJob(source=source, texts=texts, out=tmp_path / "out", tokens=tokens, on="ray")
+    job.run_shared()
+    sh.scan(*source.load(), texts, max_length=16, batch_size=1).save(tmp_path / "whole")
+    assert (tmp_path / "out" / "scan.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_another_version_on_a_node_is_refused(tmp_path, words, monkeypatch):
+    import shallower as sh
+
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    words.save_pretrained(tmp_path / "tiny")
+    texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(8))))
+    job = SharedScanJob(
+        source=sh.ModelSource(tmp_path / "tiny"), texts=texts, out=tmp_path / "out", on="ray"
+    )
+    monkeypatch.setattr("shallower.runs.scan_shards.made_by", lambda: {"shallower": "0.9.9"})
+    with pytest.raises(ProcessesError, match=r"this node has code .*, the driver none: install"):
+        job.run_shared()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_no_node_has_room_for_is_refused_at_once(tmp_path):
+    job = job_of(tmp_path)
+    with (
+        pytest.raises(ProcessesError, match=r"no node of the Ray cluster has 64 CPU for a worker"),
+        RayWorkers(type(job)(job.opener, job.described, 64), None),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", "no Ray cluster at RAY_ADDRESS=127.0.0.1:9: Connection refused"),
+        ("ray://127.0.0.1:10001", "expected HOST:PORT of the head of a cluster"),
+        ("somewhere", "expected HOST:PORT of the head of a cluster"),
+    ],
+)
+def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path, monkeypatch, address, said):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    began = time.monotonic()
+    with pytest.raises(ProcessesError, match=said), RayWorkers(job_of(tmp_path), None):
+        pass
+    assert time.monotonic() - began < 10
+    assert os.environ["RAY_ADDRESS"] == address
