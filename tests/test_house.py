@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "python" / "shallower"
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 MODULES = house.modules(SOURCE)
-OPTIONAL = {"peft", "bitsandbytes", "datasets", "matplotlib", "gguf", "lm_eval"}
+OPTIONAL = {"peft", "bitsandbytes", "datasets", "matplotlib", "gguf", "lm_eval", "ray"}
 
 
 def listed(word):

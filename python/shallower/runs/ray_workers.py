@@ -161,8 +161,8 @@ class RayWorkers(Engine):
         found = [self._heard(reference) for reference in done]
         self._fill()
         if not self._actors:
-            refused = [str(error) for error in self._refusals.values()]
-            raise ProcessesError(refused[0] if refused else f"no node has {self._needs()} any more")
+            lost = ProcessesError(f"no node of the Ray cluster has {self._needs()} any more")
+            raise next(iter(self._refusals.values()), lost)
         return found
 
     def _heard(self, reference: Any) -> Event:

@@ -57,6 +57,10 @@ class ShardJob(ScanJob):
         """The file of the shard."""
         return self.out / self.shard.file
 
+    def describe(self) -> dict[str, Any]:
+        """Describe what would be done, as :meth:`ScanJob.describe`."""
+        return {"shard": str(self.shard), **super().describe()}
+
     def _look_up(self) -> Known | None:
         """When the shard was scanned, if that very shard is there."""
         if not self.file.is_file() or self.job is None:
@@ -116,6 +120,10 @@ class SharedScanJob(ScanJob):
         if not isinstance(self.texts, Texts):
             raise ProcessesError("workers read texts themselves: name a file or a dataset")
         super().__post_init__()
+
+    def describe(self) -> dict[str, Any]:
+        """Describe what would be done, as :meth:`ScanJob.describe`."""
+        return {"on": self.on, "workers": self.workers, **super().describe()}
 
     def run_shared(self) -> tuple[Scan, list[Path]]:
         """Let workers scan, each with a model of its own, and put their shards together.
@@ -255,7 +263,7 @@ class OpenedScan:
         """Refuse what is not what the driver has."""
         store = open_store()
         mine, theirs = made_by(), expects["versions"]
-        for name in sorted({*mine, *theirs}):
+        for name in sorted({*mine, *theirs}, key=lambda one: (one != "shallower", one)):
             if mine.get(name) != theirs.get(name):
                 raise ProcessesError(
                     f"this node has {name} {_short(mine.get(name))}, the driver "
