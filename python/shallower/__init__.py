@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from .values.settings import CurveSettings as CurveSettings
     from .values.settings import RunSettings as RunSettings
     from .values.task_scores import TaskScores as TaskScores
+    from .values.until import Until as Until
     from .values.verification import Verified as Verified
 
 _HOMES = {
@@ -129,6 +130,7 @@ _HOMES = {
     "TextsIdentity": "values.identity",
     "ThreadsError": "errors",
     "TierError": "errors",
+    "Until": "values.until",
     "Verified": "values.verification",
     "__version__": "_core",
     "analyse_states": "scanning.analyse",

@@ -22,6 +22,7 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 from ..values.schema import of_type, read
+from ..values.until import Settled
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
@@ -49,6 +50,7 @@ class Contents:
         samples: the values of single samples, if they are kept.
         cka: the sums for CKA, if the scan has it.
         positions: which tokens of the texts were compared, if that is known.
+        settled: what a scan that stops when it is sure goes on with; only while it is not done.
     """
 
     sums: Sums
@@ -58,6 +60,7 @@ class Contents:
     samples: Samples | None = None
     cka: Cka | None = None
     positions: Positions | None = None
+    settled: Settled | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejections", tuple(self.rejections[:NAMED_REJECTIONS]))
@@ -123,6 +126,8 @@ def write_scan(path: str | Path, contents: Contents) -> None:
         "texts": [asdict(texts) for texts in contents.texts],
         "positions": asdict(contents.positions) if contents.positions else None,
     }
+    if contents.settled is not None:
+        header["settled"] = contents.settled.to_json()
     arrays: dict[str, NDArray[Any]] = {SUMS: np.frombuffer(contents.sums.to_bytes(), np.uint8)}
     if contents.cka is not None:
         arrays[CKA] = np.frombuffer(contents.cka.to_bytes(), np.uint8)
@@ -212,6 +217,7 @@ def _contents(file: Any) -> Contents:
         _samples(arrays, sums),
         cka,
         read(Positions | None, header["positions"]),
+        read(Settled | None, header.get("settled")),
     )
 
 
