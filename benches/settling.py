@@ -7,7 +7,8 @@ The texts of the scan stand for all that there are. Each repetition draws some o
 replacement, until the rule is settled or `--most` are drawn, for every size by itself with all of
 the error, and for all of them together; by the limit theorem and by bets (`--exact`). Asserted
 first: the rule says the same as plain loops. Then: a best block is worse than the best of the scan
-by more than the tolerance in at most 1 - P of the repetitions.
+by more than the tolerance in at most 1 - P of the repetitions. Beside it stands how often a single
+rival is missed that exceeds the best by just the tolerance, by the skewness of its differences.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import numpy as np
 
 from shallower import Scan, Until, _reference
-from shallower.scanning.settling import Settling
+from shallower.scanning.settling import Asymptotic, Betting, Settling
 from shallower.values.layers import parse_sizes
 
 WINDOW = 128
@@ -76,6 +77,35 @@ def simulated(pool, num_layers, until, *, repeats, window=WINDOW, most=2000):
     }  # fmt: skip
 
 
+def missed(pool, num_layers, n, *, exact, repeats, error=0.01, most=1024):
+    """How often each of the three next starts is ever shown to be within just its own excess.
+
+    The hardest case of one pair, which a rule should miss at a rate of ``error`` at the most.
+    """
+    values = pool[:, columns(num_layers, n)].astype(float)
+    means = values.mean(0)
+    best, *rivals = means.argsort()[:4]
+    rates = {}
+    for rival in rivals:
+        pair, excess = values[:, [rival, best]], means[rival] - means[best]
+        found = 0
+        for seed in range(repeats):
+            rule = (Betting if exact else Asymptotic)(2, error, excess)
+            drawn = np.random.default_rng(seed).integers(0, len(pair), (most // WINDOW, WINDOW))
+            for part in drawn:
+                rule.take(pair[part])
+                if rule.shown(0, 1.0)[1]:
+                    found += 1
+                    break
+        rates[int(rival)] = found / repeats
+    skewed = {int(one): skewness(values[:, one] - values[:, best]) for one in rivals}
+    return {"n": n, "exact": exact, "error": error, "missed": rates, "skewness": skewed}
+
+
+def skewness(values):
+    return float(((values - values.mean()) ** 3).mean() / values.std() ** 3)
+
+
 def rows_of(scanned, options):
     sizes = tuple(parse_sizes(options.n))
     for exact in (False, True):
@@ -87,6 +117,10 @@ def rows_of(scanned, options):
                     scanned.samples(), scanned.num_layers, until,
                     repeats=options.repeats, window=window, most=options.most,
                 )  # fmt: skip
+        for n in sizes:
+            yield missed(
+                scanned.samples(), scanned.num_layers, n, exact=exact, repeats=options.repeats
+            )
 
 
 def main():

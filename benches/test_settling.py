@@ -25,6 +25,11 @@ def test_in_miniature(pool, exact, most):
     assert 128 <= row["texts"][0] < most
 
 
+def test_bets_miss_no_rival(pool):
+    row = settling.missed(pool, NUM_LAYERS, 1, exact=True, repeats=20, most=512)
+    assert set(row["missed"].values()) == {0.0}
+
+
 def test_a_wrong_rule_is_found(pool, monkeypatch):
     monkeypatch.setattr("shallower.scanning.settling.width", lambda count, error: -1.0)
     until = Until(0.9, 0.0, (1,))
