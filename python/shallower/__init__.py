@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from .values.settings import CurveSettings as CurveSettings
     from .values.settings import RunSettings as RunSettings
     from .values.task_scores import TaskScores as TaskScores
+    from .values.until import Until as Until
     from .values.verification import Verified as Verified
 
 _HOMES = {
@@ -130,6 +131,7 @@ _HOMES = {
     "TextsIdentity": "values.identity",
     "ThreadsError": "errors",
     "TierError": "errors",
+    "Until": "values.until",
     "Verified": "values.verification",
     "__version__": "_core",
     "analyse_states": "scanning.analyse",

@@ -14,6 +14,7 @@ The angle is taken by its chord, 2·arcsin(|u - v| / 2) for unit vectors u and v
 formula than the core's.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations, groupby
@@ -103,6 +104,45 @@ def best_start(mean: Matrix, n: int) -> int:
     """``l*(n)`` from mean distances (L+1, L+1); the smallest of equals."""
     num_layers = len(mean) - 1
     return int(np.argmin([mean[start, start + n] for start in range(num_layers - n + 1)]))
+
+
+def is_settled(
+    values: Matrix, error: float, *, tolerance: float, exact: bool = False, most: float = 1.0
+) -> bool:
+    """Whether the leader of (S, K) distances is shown to exceed no rival beyond the tolerance.
+
+    From 64 samples on by the one-sided bound of 2103.06476; or ``exact`` by bets (2010.09686),
+    for distances that differ by ``most`` at the most.
+    """
+    leader = int(np.argmin([math.fsum(column) for column in values.T]))
+    error /= values.shape[1] - 1
+    rivals = np.delete(values, leader, axis=1).T
+    if exact:
+        return all(
+            _wealth([float(one) for one in values[:, leader] - rival], tolerance, most) >= 1 / error
+            for rival in rivals
+        )
+    return len(values) >= 64 and all(
+        _upper_bound(values[:, leader] - rival, error) <= tolerance for rival in rivals
+    )
+
+
+def _upper_bound(excess: Matrix, error: float) -> float:
+    """Of the mean of samples, at any number of them, narrowest around 256."""
+    count = len(excess)
+    rho2 = (-2 * math.log(error) + math.log(-2 * math.log(error) + 1)) / 256
+    inside = 2 * (count * rho2 + 1) / (count**2 * rho2)
+    margin = inside * math.log(1 + math.sqrt(count * rho2 + 1) / (2 * error))
+    return float(excess.mean() + excess.std(ddof=1) * math.sqrt(margin))
+
+
+def _wealth(excess: Sequence[float], tolerance: float, most: float) -> float:
+    """What six gamblers own who bet that the excess is less, with 1 in all to begin with."""
+    total = 0.0
+    for gambler, money in enumerate([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32]):
+        bet = 0.5**gambler / (most - tolerance)
+        total += money * math.prod(1 + bet * (tolerance - one) for one in excess)
+    return total
 
 
 def best_plan(

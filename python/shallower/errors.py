@@ -42,7 +42,7 @@ class CriterionError(ShallowerError):
 
 
 class SettingsError(ShallowerError):
-    """A setting that does not exist, or settings of another study."""
+    """A setting that does not exist or is out of range, or settings of another study."""
 
 
 class CacheError(ShallowerError):

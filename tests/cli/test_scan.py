@@ -49,6 +49,7 @@ def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
     scanned = Scan.load(scans / "tiny" / "scan.safetensors")
     blocks = [scanned.best_block(n) for n in range(1, 6)]
     assert done.json == {
+        "samples": 24,
         "num_layers": 6,
         "dtype": scanned.model.dtype,
         "positions": "last",
@@ -277,3 +278,39 @@ def test_a_scan_by_no_distance_ends_well(shallower, folder):
             assert done.json["blocks"] == []
         else:
             assert "norm_ratio is no distance: it chooses no blocks" in done.out
+
+
+# Stopping when it is sure.
+SURE = ["--until", 0.9, "--tolerance", 0.3, "--exact", "--batch-size", 1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_scan_stops_when_it_is_sure(shallower, folder, tiny, jsonl):
+    command = ["scan", tiny, "--texts", jsonl, "--out"]
+    done = shallower(*command, "sure", *SURE, "--json").json
+    assert done["samples"] == 16
+    assert done["settled"] == {"1": 16, "2": 16, "4": 16}
+    assert shallower(*command, "sure", *SURE, "--json").json == done
+    said = "sure by 0.9 within 0.3, by bets: n = 1 after 16 texts; n = 2 after 16 texts"
+    assert said in " ".join(shallower(*command, "sure", *SURE).out.split())
+    shallower(*command, "plain", "--batch-size", 1, "--max-texts", 16)
+    one, other = (folder / name / "scan.safetensors" for name in ("sure", "plain"))
+    assert one.read_bytes() == other.read_bytes()
+    assert tree(folder / "sure").keys() == tree(folder / "plain").keys()
+    again = shallower(*command, "sure", "--until", 0.9)
+    assert again.status == 2
+    assert "exists already" in again.err
+
+
+def test_a_dry_run_says_how_sure_a_scan_is_to_be(shallower, tiny, jsonl):
+    command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--until", 0.99, "--dry-run"]
+    assert "until: sure by 0.99 within 0.005 for n = 1, 2, 4" in shallower(*command).out
+
+
+def test_a_size_that_the_model_cannot_lose_is_refused_before_loading(
+    shallower, tiny, jsonl, monkeypatch
+):
+    monkeypatch.setattr("shallower.models.source.ModelSource.load", None)
+    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--until", 0.9, "--n", "1,6")
+    assert done.status == 2
+    assert done.err == "error: cannot drop n = 6 of 6 layers: expected 1 <= n <= 5\n"

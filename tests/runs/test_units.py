@@ -78,7 +78,7 @@ def run(seed, results, done=()):
         assert unit not in accepted
         accepted[unit] = content
 
-    drive(Fate(seed, results), ledger, accept, lambda _worker, _hello: None)
+    drive(Fate(seed, results), ledger, accept, ready=lambda _worker, _hello: None)
     return accepted, ledger
 
 
@@ -131,7 +131,7 @@ def squares(folder, count=6, workers=2, **described):
     """The results that processes find, by unit, and the ledger."""
     found, ledger = {}, Ledger(map(str, range(count)))
     engine = LocalWorkers(job_of(folder, **described), workers)
-    drive(engine, ledger, found.__setitem__, lambda _worker, _hello: None)
+    drive(engine, ledger, found.__setitem__, ready=lambda _worker, _hello: None)
     return found, ledger
 
 

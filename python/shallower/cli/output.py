@@ -143,8 +143,8 @@ def say_scan(
         wrote = (f"wrote {path}" for path in written)
         if scanned.distance is None:
             weights.append(f"{', '.join(scanned.metrics)} is no distance: it chooses no blocks")
-        read = [] if reading is None else [str(reading)]
-        show(scan_table(scanned), *weights, *rejected(scanned), *read, *wrote)
+        said = [str(one) for one in (scanned.settled, reading) if one is not None]
+        show(scan_table(scanned), *weights, *rejected(scanned), *said, *wrote)
 
 
 def say_shard(place: Path, as_json: bool) -> None:
@@ -177,7 +177,10 @@ def say_shard(place: Path, as_json: bool) -> None:
 def _described(scanned: "Scan") -> dict[str, Any]:
     sizes = [] if scanned.distance is None else range(1, scanned.num_layers)
     blocks = [scanned.best_block(n) for n in sizes]
+    settled = {} if scanned.settled is None else {"settled": scanned.settled.by_size}
     return {
+        "samples": sum(texts.num_texts for texts in scanned.texts) or scanned.num_sequences,
+        **settled,
         "num_layers": scanned.num_layers,
         "dtype": scanned.model and scanned.model.dtype,
         "positions": str(scanned.positions),

@@ -36,6 +36,7 @@ from .output import say_dry_run, say_known, say_scan, say_shard
 
 if TYPE_CHECKING:
     from ..runs.scan import ScanJob
+    from ..values.until import Until
 
 
 def scan_command(
@@ -69,6 +70,28 @@ def scan_command(
             "times compared tokens times layers and one times their width; --dry-run counts them.",
         ),
     ] = None,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Stop as soon as the best blocks are, with probability P, such as 0.99, no worse "
+            "than the best there are by more than --tolerance.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(metavar="DISTANCE", help="Tolerance of --until; 0.005 by default."),
+    ] = None,
+    n: Annotated[
+        str | None,
+        typer.Option(metavar="SIZES", help="Block sizes that --until is of; by default 1,2,4,8."),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Bet instead of trusting --until's limit theorem; takes more texts."
+        ),
+    ] = False,
     device_map: DeviceMap = None,
     stream: Stream = False,
     gguf_file: GgufFile = None,
@@ -112,6 +135,7 @@ def scan_command(
         threads=threads,
         keep_samples=keep_samples,
         keep_states=keep_states,
+        until=_until(until, tolerance, n, exact=exact),
         overwrite=overwrite,
         device_memory=device_memory,
         store=open_store(no_cache or dry_run),
@@ -157,3 +181,25 @@ def _carry_out(job: "ScanJob", as_json: bool) -> None:
         say_scan(*job.run(*loaded), as_json, reading=job.reading(loaded[0]))
     if job.known is not None:
         say_known(job.known.made, job.file if isinstance(job, ShardJob) else job.out)
+
+
+def _until(
+    confidence: float | None, tolerance: float | None, sizes: str | None, *, exact: bool
+) -> "Until | None":
+    """When to stop; SettingsError for what is set of it where nothing stops the scan."""
+    from ..errors import SettingsError
+    from ..values.layers import parse_sizes
+    from ..values.until import DEFAULT_TOLERANCE, Until
+
+    if confidence is None:
+        if exact or (tolerance, sizes) != (None, None):
+            raise SettingsError(
+                "--tolerance, --n and --exact say when a scan stops: add --until 0.99, say"
+            )
+        return None
+    return Until(
+        confidence,
+        DEFAULT_TOLERANCE if tolerance is None else tolerance,
+        () if sizes is None else tuple(parse_sizes(sizes)),
+        exact,
+    )

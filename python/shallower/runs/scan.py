@@ -12,7 +12,7 @@ from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
 from ..scanning.builder import check_metrics
-from ..scanning.scan import Scan
+from ..scanning.scan import Scan, deciding
 from ..scanning.states_file import Origin, StatesFile
 from ..scanning.states_writer import check_keepable
 from ..storage import check_apart, check_free, claimed, free_bytes
@@ -21,7 +21,9 @@ from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.hashing import hash_of
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
-from ..values.tokens import Tokens
+from ..values.schema import read
+from ..values.tokens import DEFAULT_BATCH, Tokens
+from ..values.until import Settled, Until
 from .done import Known, Output
 from .inputs import inputs_of
 from .store import Store
@@ -47,6 +49,7 @@ class ScanJob:
         threads: threads of the Rust core, all by default.
         keep_samples: keep the values of single samples.
         keep_states: a ``.safetensors`` file for the states, if they are to be kept.
+        until: stop as soon as the best blocks are as sure as it says.
         overwrite: replace what is there, once the new is complete.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
         store: what is remembered of earlier scans.
@@ -54,7 +57,7 @@ class ScanJob:
 
     Raises:
         OutputError: a place is taken, or is not one to write to.
-        MetricError, TextsError, PositionsError: an option that no scan has.
+        MetricError, TextsError, PositionsError, LayersError: an option that no scan has.
     """
 
     source: ModelSource
@@ -66,6 +69,7 @@ class ScanJob:
     threads: int | None = None
     keep_samples: bool = False
     keep_states: Path | None = None
+    until: Until | None = None
     overwrite: bool = False
     device_memory: str | None = None
     store: Store = field(default_factory=lambda: Store(None))
@@ -77,9 +81,15 @@ class ScanJob:
             check_apart(place, [self.source.place, place_of_texts(self.texts)])
         object.__setattr__(self, "known", self._look_up())
         if self.known is None:
+            self._check_until()
             self._check_places()
         if isinstance(self.texts, Texts):
             self.texts.check()
+
+    def _check_until(self) -> None:
+        if self.until is not None:
+            self.until.check(deciding(self.metrics), self.positions)
+            self.until.of(self.source.count_layers())
 
     def _check_places(self) -> None:
         check_free(self.file, self.overwrite)
@@ -135,6 +145,8 @@ class ScanJob:
             "positions": str(self.positions),
             "memory": self.memory(self.source),
         }
+        if self.until is not None:
+            described["until"] = str(self.until.of(num_states - 1))
         if self.source.device_map == STREAM:
             described["stream"] = self._planned()
         if self.keep_states is not None:
@@ -210,6 +222,7 @@ class ScanJob:
             metrics=list(self.metrics),
             positions=asdict(self.positions),
             keep_samples=self.keep_samples,
+            until=None if self.until is None else asdict(self.until),
             device_memory=self.device_memory,
         )
 
@@ -219,7 +232,10 @@ class ScanJob:
 
     def reuse(self) -> tuple[Scan, list[Path]]:
         """Read the scan that is there already, and name its files."""
-        return self._written(Scan.load(self.out / SCAN_FILE))
+        scanned = Scan.load(self.out / SCAN_FILE)
+        if self.known is not None:
+            scanned.settled = read(Settled | None, self.known.value.get("settled"))
+        return self._written(scanned)
 
     def _written(self, scanned: Scan) -> tuple[Scan, list[Path]]:
         """The scan and its files; the heat map is drawn where it is missing."""
@@ -258,12 +274,11 @@ class ScanJob:
 
     def finish(self, scanned: Scan) -> tuple[Scan, list[Path]]:
         """Write the scan and its heat map, and remember them; the scan and its files."""
-        partial = self.out / PARTIAL_FILE
-        scanned.save(partial)
         done = self._written(scanned)
-        partial.replace(self.out / SCAN_FILE)  # the last file: without it all is made anew
+        scanned.save(self.out / SCAN_FILE)  # the last file: without it all is made anew
+        (self.out / PARTIAL_FILE).unlink(missing_ok=True)
         for output in self._outputs:
-            output.keep({})
+            output.keep({"settled": scanned.settled and scanned.settled.to_json()})
         return done
 
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
@@ -272,6 +287,8 @@ class ScanJob:
         batch_size = self.tokens.batch_size
         if self.device_memory is not None:
             batch_size = self.memory(self.source.resolved()).micro_batch
+            if self.until is not None:
+                batch_size = min(batch_size, DEFAULT_BATCH)
         return scan(
             model,
             tokenizer,
@@ -285,4 +302,5 @@ class ScanJob:
             positions=self.positions,
             keep_states=None if self._kept else self.keep_states,
             overwrite=self.overwrite,
+            until=self.until,
         )

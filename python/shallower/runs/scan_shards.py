@@ -49,7 +49,7 @@ class ShardJob(ScanJob):
     shard: Shard
 
     def __post_init__(self) -> None:
-        _check_no_states(self)
+        _check_options(self)
         super().__post_init__()
 
     @property
@@ -112,7 +112,7 @@ class SharedScanJob(ScanJob):
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        _check_no_states(self)
+        _check_options(self)
         if self.workers is None and self.on == "local":
             raise ProcessesError("how many processes are to share the scan? (workers, --workers)")
         if self.workers is not None and self.workers < 1:
@@ -222,12 +222,14 @@ class SharedScanJob(ScanJob):
         return Job(OPENER, described, threads)
 
 
-def _check_no_states(job: ScanJob) -> None:
-    if job.keep_states is not None:
-        raise OutputError(
-            "states are kept by a scan of one process: leave out --keep-states, or --shard, "
-            "--workers and --on"
-        )
+def _check_options(job: ScanJob) -> None:
+    """Refuse what only a scan of one process can do."""
+    for option, given in (("--keep-states", job.keep_states), ("--until", job.until)):
+        if given is not None:
+            raise ScanError(
+                f"{option} is for a scan of one process, from the first text on: leave it out, or "
+                f"--shard, --workers and --on"
+            )
 
 
 def _absolute(place: str) -> str:

@@ -76,6 +76,7 @@ class ScanBuilder:
         pairs = num_states * (num_states - 1) // 2
         none_yet = {metric: np.zeros((0, pairs), np.float32) for metric in self._metrics}
         self._samples: list[Samples] = [none_yet] if keep_samples else []
+        self._taken = 0
         self._keep_samples = keep_samples
         self._model = model
         self._positions = positions
@@ -182,6 +183,18 @@ class ScanBuilder:
         """Count samples that never became states, the first of them by name."""
         self._accumulator.reject(count)
         self._rejections += rejections
+
+    def take_samples(self, metric: str) -> list[NDArray[np.float32]]:
+        """The kept values of the sequences since the last call, none of which may go on."""
+        parts = [part[metric] for part in self._samples[self._taken :]]
+        self._taken = len(self._samples)
+        return parts
+
+    @property
+    def tokens(self) -> float:
+        """Samples of a sequence, on average."""
+        sums = self._accumulator.sums()
+        return sums.count / max(1, sums.num_sequences)
 
     def so_far(self, texts: TextsIdentity) -> Scan:
         """The scan as it stands, to be saved and resumed.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
 from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
+from ..values.until import Until
 from .builder import Part, ScanBuilder
 from .hidden_states import forward, stream, stream_by_layer
-from .scan import Scan
+from .scan import Scan, deciding
+from .settling import Settling
 from .states_writer import StatesWriter, keep_states_in
 from .transfers import HostCopies
 
@@ -49,6 +52,7 @@ def scan(
     seed: int = 0,
     keep_states: str | Path | None = None,
     overwrite: bool = False,
+    until: Until | None = None,
 ) -> Scan:
     """Compare all L+1 states of a model, at one token of every text or more, in one pass.
 
@@ -60,7 +64,8 @@ def scan(
         max_length: tokens of a text at most.
         batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
             CPU 8 at most, and 8 with ``cka_batch``, whose minibatches follow the order of the
-            batches. No text's values depend on it but for rounding.
+            batches, and with ``until``, which is judged every 16 batches. No text's values
+            depend on it but for rounding.
         metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the Rust core, all by default.
         progress: a bar with ETA on standard error; by default if that is a terminal.
@@ -81,6 +86,9 @@ def scan(
         keep_states: a ``.safetensors`` file to write the states to, in the model's dtype: L+1
             times D values a compared token. :func:`analyse_states` makes the same scan of it.
         overwrite: replace what is at ``keep_states``, once the new file is complete.
+        until: stop as soon as the best blocks are as sure as it says; the scan is that of the
+            texts so far, and its :attr:`Scan.settled` says which sizes were sure, and when. The
+            values of single samples are kept meanwhile.
 
     Returns:
         The scan.
@@ -91,8 +99,10 @@ def scan(
         StatesError: no text could be compared. Single texts without a token, or whose
             states hold NaN, infinity or only zeros, are counted and named, with a warning.
         ModelError: the model has no list of decoder layers.
-        ScanError: ``checkpoint`` is of another model, of other texts or positions, or does not go
-            with ``cka_batch``, whose minibatches a file of sums cannot cut through.
+        LayersError, MetricError: ``until`` names sizes that the model cannot lose, or no metric
+            with bounds decides; with bets, PositionsError for several tokens of a text.
+        ScanError: ``checkpoint`` is of another model, of other texts or positions, stops otherwise,
+            or does not go with ``cka_batch``, whose minibatches a file of sums cannot cut through.
         OutputError: something is at ``keep_states`` already, or it cannot be written to.
         ProcessesError: this is one of several processes, as torchrun starts them.
     """
@@ -104,7 +114,12 @@ def scan(
     if isinstance(positions, str):
         positions = Positions.parse(positions, seed)
     decoder = Decoder.of(model)
-    if batch_size == "auto" and cka_batch is not None:
+    settling = None
+    if until is not None:
+        metric = deciding(metrics)
+        until.check(metric, positions)
+        settling = Settling(until.of(len(decoder)), len(decoder), str(metric))
+    if batch_size == "auto" and (cka_batch is not None or settling):
         batch_size = DEFAULT_BATCH
     tokens = fitting(decoder, Tokens(max_length, batch_size), forward(positions))
     batches = TokenBatches(tokenizer, texts, tokens)
@@ -114,7 +129,7 @@ def scan(
         metrics,
         threads=threads,
         model=identity,
-        keep_samples=keep_samples,
+        keep_samples=keep_samples or settling is not None,
         cka_batch=cka_batch,
         positions=positions,
     )
@@ -129,24 +144,33 @@ def scan(
                 keep_states_in(keep_states, identity, positions, overwrite=overwrite)
             )
         if checkpoint and Path(checkpoint).exists():
-            _resume(builder, batches, Path(checkpoint), kept)
+            _resume(builder, batches, Path(checkpoint), kept=kept, settling=settling)
             of = f" of {total:,}" if total else ""
             say_goes_on(f"{batches.num_texts:,}{of} texts were scanned", progress)
             advance(batches.num_texts)
-        for states in states_of(decoder, batches.windows(), positions, progress=progress):
+        for states in states_of(
+            decoder, _unsettled(batches.windows(), settling), positions, progress=progress
+        ):
             with closing(states) as parts:
                 builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())
+            if settling:
+                settling.take(builder.take_samples(settling.metric))
+                settling.judge(batches.num_texts, builder.tokens)
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                _save(builder.so_far(batches.identity), batches, Path(checkpoint), kept)
+                so_far = builder.so_far(batches.identity)
+                _save(so_far, batches, Path(checkpoint), kept=kept, settling=settling)
                 saved = time.monotonic()
         if batches.num_texts == 0:
             raise TextsError("there are no texts to scan")
         done = builder.finish((batches.identity,))
         if checkpoint:
-            _save(done, batches, Path(checkpoint), kept)
+            _save(done, batches, Path(checkpoint), kept=kept, settling=settling)
         if kept:
             kept.finish(batches.identity, batches.num_rejected, batches.rejections)
+    if settling:
+        samples = done.contents.samples if keep_samples else None
+        return Scan(replace(done.contents, samples=samples), settling.settled)
     return done
 
 
@@ -171,24 +195,48 @@ def states_of(
         yield stream_by_layer(streamed, group, positions)
 
 
+def _unsettled(windows: Iterator[list[Batch]], settling: Settling | None) -> Iterator[list[Batch]]:
+    """The windows before all sizes are settled; none is read behind."""
+    while not (settling and settling.settled.all) and (window := next(windows, None)) is not None:
+        yield window
+
+
 def _save(
-    scanned: Scan, batches: TokenBatches, checkpoint: Path, kept: StatesWriter | None
+    scanned: Scan,
+    batches: TokenBatches,
+    checkpoint: Path,
+    *,
+    kept: StatesWriter | None,
+    settling: Settling | None,
 ) -> None:
     """Save the work so far; the states first, so that a scan never knows more than they."""
     if kept:
         kept.mark(batches.identity)
+    if settling:
+        scanned = Scan(replace(scanned.contents, settled=settling.settled))
     scanned.save(checkpoint)
 
 
 def _resume(
-    builder: ScanBuilder, batches: TokenBatches, checkpoint: Path, kept: StatesWriter | None
+    builder: ScanBuilder,
+    batches: TokenBatches,
+    checkpoint: Path,
+    *,
+    kept: StatesWriter | None,
+    settling: Settling | None,
 ) -> None:
     before = Scan.load(checkpoint)
     try:
+        if settling:
+            settling.resume(before.contents.settled)
+        elif before.contents.settled is not None:
+            raise ScanError(f"it stops when {before.contents.settled.until}")
         builder.resume(before, batches.skip(sum(texts.num_texts for texts in before.texts)))
         if kept:
             kept.resume(batches.identity)
         batches.take_rejections()  # the scan before has them
+        if settling:
+            settling.take(builder.take_samples(settling.metric))
     except ScanError as error:
         raise ScanError(
             f"cannot go on from {checkpoint}: {error}; delete it to start anew"

@@ -3,7 +3,7 @@
 The core's sums are exact: the same bits at any number of threads and in any order of merging.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,18 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection
 from ..values.positions import Positions
+from ..values.until import Settled
 from .scan_file import Contents, merged, read_scan, write_scan
 
 NO_DISTANCE = "norm_ratio"
 """The one metric that does not tell how far apart two states are."""
+
+
+def deciding(metrics: Sequence[str]) -> str | None:
+    """The metric of several that blocks are chosen by: the angle, or else the first distance."""
+    if "angular" in metrics:
+        return "angular"
+    return next((name for name in metrics if name != NO_DISTANCE), None)
 
 
 class Scan:
@@ -32,10 +40,11 @@ class Scan:
 
     Attributes:
         contents: the sums, and what else a scan holds.
+        settled: when a scan that was told to stop was sure of its best blocks; no file has it.
     """
 
-    def __init__(self, contents: Contents) -> None:
-        self.contents = contents
+    def __init__(self, contents: Contents, settled: Settled | None = None) -> None:
+        self.contents, self.settled = contents, settled
 
     def __repr__(self) -> str:
         return (
@@ -163,9 +172,7 @@ class Scan:
     @property
     def distance(self) -> str | None:
         """The metric that blocks are chosen by: the angle, or else the first distance held."""
-        if "angular" in self.metrics:
-            return "angular"
-        return next((name for name in self.metrics if name != NO_DISTANCE), None)
+        return deciding(self.metrics)
 
     def costs(self, metric: str | None = None) -> Costs:
         """The cost of each block by a metric: the distance of the states that it joins.

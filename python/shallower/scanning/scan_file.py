@@ -24,6 +24,7 @@ from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 from ..values.schema import of_type, read
 from ..values.shard import ShardOfScan
+from ..values.until import Settled
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
@@ -54,6 +55,7 @@ class Contents:
         samples: the values of single samples, if they are kept.
         cka: the sums for CKA, if the scan has it.
         positions: which tokens of the texts were compared, if that is known.
+        settled: what a scan that stops when it is sure goes on with; only while it is not done.
     """
 
     sums: Sums
@@ -63,6 +65,7 @@ class Contents:
     samples: Samples | None = None
     cka: Cka | None = None
     positions: Positions | None = None
+    settled: Settled | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejections", tuple(self.rejections[:NAMED_REJECTIONS]))
@@ -133,6 +136,8 @@ def scan_bytes(contents: Contents, shard: ShardOfScan | None = None) -> bytes:
         "texts": [asdict(texts) for texts in contents.texts],
         "positions": asdict(contents.positions) if contents.positions else None,
     }
+    if contents.settled is not None:
+        header["settled"] = contents.settled.to_json()
     arrays: dict[str, NDArray[Any]] = {SUMS: np.frombuffer(contents.sums.to_bytes(), np.uint8)}
     if contents.cka is not None:
         arrays[CKA] = np.frombuffer(contents.cka.to_bytes(), np.uint8)
@@ -242,6 +247,7 @@ def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
         _samples(arrays, sums),
         cka,
         read(Positions | None, header["positions"]),
+        read(Settled | None, header.get("settled")),
     )
     return contents, read(ShardOfScan, header["shard"]) if key == SHARD_FORMAT else None
 
