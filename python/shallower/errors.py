@@ -42,7 +42,7 @@ class CriterionError(ShallowerError):
 
 
 class SettingsError(ShallowerError):
-    """A setting that does not exist, or settings of another study."""
+    """A setting that does not exist, settings of another study, or what no sweep's file has."""
 
 
 class CacheError(ShallowerError):
