@@ -100,10 +100,16 @@ def _title(sweep: Sweep, found: Sequence[Found]) -> str:
 
 
 def _sentence(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne]) -> str:
-    """Say what each model bears at one loss in the last state, and who chooses best."""
+    """Say what models bear at one loss in the last state that all have, and who chooses best."""
     if not bears:
         return "No job of the sweep is done yet."
-    state = bears[-1].state
+    models = {one.model for one in bears}
+    of_all = [
+        state
+        for state in sweep.states
+        if {one.model for one in bears if one.state == state} == models
+    ]
+    state = of_all[-1] if of_all else bears[-1].state
     shares = [one for one in bears if (one.loss, one.state) == (sweep.loss, state)]
     text = (
         f"For {sweep.loss:g} nats a token more than whole these shares of the layers can go, "
@@ -129,16 +135,17 @@ def _warnings(sweep: Sweep, found: Sequence[Found]) -> list[str]:
             f"the same command asks for them alone"
         )
     told += [f"{job.name} failed: {job.error} (see {job.log})" for job in sweep.failed]
-    models: list[ComparedModel] = []
+    models: list[tuple[float, str, ComparedModel]] = []
     for one in found:
         if one.comparison is not None:
             skipped = one.comparison.skipped.items()
             told += [f"{one.title}: {name} could not choose: {why}" for name, why in skipped]
-            models += one.comparison.models
+            for model in one.comparison.models:
+                models.append((model.parameters or math.inf, one.title, model))
     if models:
-        smallest = min(models, key=lambda model: model.parameters or math.inf)
-        told += [f"{smallest.title}: {words}" for words in small_model(smallest.parameters)]
-        told += few_texts(min(model.whole.num_texts for model in models))
+        _, title, smallest = min(models, key=lambda one: one[0])
+        told += [f"{title}: {words}" for words in small_model(smallest.parameters)]
+        told += few_texts(min(model.whole.num_texts for _, _, model in models))
     return told
 
 
