@@ -31,7 +31,7 @@ SHELL = [
 
 SLOW = {
     "docs/guide.md", "compare", "curve", "evaluate_loss", "heal", "load_model", "memory_forecast",
-    "patch", "report", "run",
+    "patch", "report", "run", "sweep",
 }  # fmt: skip
 
 SHORTER = {"README.md", "report", "run"}
@@ -94,10 +94,18 @@ def names(folder):
     }
 
 
+def write_files(folder, document):
+    """The files that a document shows, each named by its first line."""
+    for kind, _, code in BLOCKS[document]:
+        if kind == "yaml":
+            (folder / code.split()[1]).write_text(code)
+
+
 @pytest.mark.parametrize("document", in_turn(PYTHON))
 def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys, document):
     if document in SHORTER:
         examples.shorten(folder, words)
+    write_files(folder, document)
     bound = names(folder)
     for kind, line, code, printed in examples.with_output(BLOCKS[document]):
         if kind == "python":
@@ -113,6 +121,7 @@ def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys
 def test_commands_of_a_document_run(folder, words, shallower, document):
     if document in SHORTER:
         examples.shorten(folder, words)
+    write_files(folder, document)
     for kind, line, code in BLOCKS[document]:
         if kind == "python":
             continue

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .runs.gain import gain as gain
     from .runs.report import report as report
     from .runs.run import run as run
+    from .runs.sweep import sweep as sweep
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from .values.settings import CompareSettings as CompareSettings
     from .values.settings import CurveSettings as CurveSettings
     from .values.settings import RunSettings as RunSettings
+    from .values.sweep import Sweep as Sweep
     from .values.task_scores import TaskScores as TaskScores
     from .values.until import Until as Until
     from .values.verification import Verified as Verified
@@ -126,6 +128,7 @@ _HOMES = {
     "SettingsError": "errors",
     "ShallowerError": "errors",
     "StatesError": "errors",
+    "Sweep": "values.sweep",
     "TaskScores": "values.task_scores",
     "TextsError": "errors",
     "TextsIdentity": "values.identity",
@@ -157,6 +160,7 @@ _HOMES = {
     "save_model": "cutting.saving",
     "save_patched": "patching.saving",
     "scan": "scanning.model",
+    "sweep": "runs.sweep",
     "verify_checkpoint": "cutting.saving",
     "without_layers": "cutting.in_model",
 }

@@ -153,19 +153,26 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def check_alone(path: Path) -> None:
     """Refuse a path that another process holds, by :func:`claimed`: OutputError."""
+    if is_held(path):
+        raise _busy(path, partial_folder(path))
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds a path, by :func:`claimed`; OutputError where it cannot be."""
     work = partial_folder(path)
     with raise_output_error(path):
         if work in _CLAIMS.get() or not work.is_dir():
-            return
+            return False
         descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _busy(path, work) from error
+        except BlockingIOError:
+            return True
         except OSError:
             pass  # as in _lock
         finally:
             os.close(descriptor)
+    return False
 
 
 @contextmanager

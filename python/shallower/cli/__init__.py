@@ -61,6 +61,11 @@ COMMANDS = {
         "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 0,1,2,4,8 "
         "--strategies similarity,deepest --out curves/smol",
     ),
+    "sweep": Command(
+        "sweep",
+        "Compare criteria on models, texts and sizes from one file.",
+        "sweep.yaml --out sweeps/smol",
+    ),
     "prune": Command(
         "prune",
         "Drop layers, and save a standard checkpoint.",
@@ -104,7 +109,7 @@ COMMANDS = {
     ),
     "report": Command(
         "report",
-        "Write the page of a run, a comparison or a curve.",
+        "Write the page of a run, a comparison, a curve or a sweep.",
         "runs/smol",
     ),
     "cache": Command(
@@ -215,7 +220,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 INTERRUPTED = 130
 """The status of a program that Ctrl-C ended, as shells and typer have it."""
 
-GOING_ON = ("scan", "compare", "curve", "prune", "patch", "heal", "run", "demo")
+GOING_ON = ("scan", "compare", "curve", "sweep", "prune", "patch", "heal", "run", "demo")
 """The commands that go on where they were."""
 
 BY_THE_STORE = ("compare", "curve", "run", "demo")

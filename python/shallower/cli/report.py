@@ -11,7 +11,8 @@ from .output import print_json, show
 
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of a run, a comparison or a curve.")
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of a run, a comparison, a curve or a sweep."),
     ],
     *,
     out: Annotated[
@@ -20,7 +21,7 @@ def report_command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the page of a run, a comparison or a curve.
+    """Write the page of a run, a comparison, a curve or a sweep.
 
     One HTML file that needs no network; Markdown and JSON beside it, and the figures as SVG and
     PNG in figures/, where matplotlib is installed. What is there is replaced.

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, ShallowerError, why
 from ..storage import sha256_of, write_file
-from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, RESULTS_FILE, SCAN_FILE
+from ..values.comparison import CriteriaComparison
+from ..values.curve import Curve
+from ..values.files import (
+    CHECKPOINT_FOLDER,
+    COMPARISON_FILE,
+    CURVE_FILE,
+    HEALED_FOLDER,
+    RESULTS_FILE,
+    SCAN_FILE,
+    SWEEP_FILE,
+)
 from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recommendation import Recommended, SizeRow
 from ..values.schema import of_type
+from ..values.sweep import JobKind, Sweep, SweepJob
 from ..values.target import Target
 
 if TYPE_CHECKING:
@@ -172,6 +183,43 @@ class Run:
         """
         content = json.dumps(self.to_json(), indent=2) + "\n"
         write_file(self.out / RESULTS_FILE, content.encode())
+
+
+JOB_FILES: dict[JobKind, str] = {
+    "compare": COMPARISON_FILE,
+    "scan": SCAN_FILE,
+    "curve": CURVE_FILE,
+}
+"""The file of the results of a job of a sweep, by its command."""
+
+
+def read_job(out: Path, job: SweepJob) -> "CriteriaComparison | Curve | Scan | None":
+    """Read the results of a job of the sweep in a folder.
+
+    None where they are not there, are damaged, or are of a curve that has not ended.
+    """
+    from ..scanning.scan import Scan
+
+    place = out / job.folder / JOB_FILES[job.kind]
+    try:
+        if job.kind == "scan":
+            return Scan.load(place)
+        values = json.loads(place.read_bytes())
+        if job.kind == "compare":
+            return CriteriaComparison.from_json(values)
+        curve = Curve.from_json(values)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ShallowerError):
+        return None
+    return curve if len(curve.points) > curve.num_wanted else None
+
+
+def is_sweep(out: Path) -> bool:
+    """Whether a folder has the record of a sweep."""
+    try:
+        Sweep.from_json(json.loads((out / SWEEP_FILE).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def marks_in(out: Path) -> dict[str, Any]:

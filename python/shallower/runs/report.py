@@ -1,4 +1,4 @@
-"""Reports: the page of whatever a folder holds, a run, a comparison or a curve."""
+"""Reports: the page of whatever a folder holds, a run, a comparison, a curve or a sweep."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -14,15 +14,23 @@ from ..reporting.story import Story
 from ..reporting.writers.page import write_page
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
-from ..values.files import COMPARISON_FILE, CURVE_FILE, GAIN_FILE, REPORT_FILE, RESULTS_FILE
+from ..values.files import (
+    COMPARISON_FILE,
+    CURVE_FILE,
+    GAIN_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    SWEEP_FILE,
+)
 from ..values.gain import Gain
 from ..values.schema import of_type
+from ..values.sweep import Sweep
 
 
 def report(
     folder: str | Path, out: str | Path | None = None, *, progress: bool | None = None
 ) -> Path:
-    """Write the page of a run, of a comparison or of a curve.
+    """Write the page of a run, of a comparison, of a curve or of a sweep.
 
     The page is one HTML file that needs no network: what was cut, how sure that is, what
     it costs and gains, figures, every number with where it is from, and the commands to make it
@@ -30,7 +38,7 @@ def report(
     PNG, where matplotlib is installed; without it the page has none. What is there is replaced.
 
     Args:
-        folder: what :func:`run`, :func:`compare` or ``shallower curve`` has written.
+        folder: what :func:`run`, :func:`compare`, :func:`curve` or :func:`sweep` has written.
         out: the place of the page; ``report.html`` in the folder by default.
         progress: True for a bar on standard error, False for silence; by default a bar on a
             terminal, and lines in a log.
@@ -69,8 +77,8 @@ def save_report(
 
 
 def read_story(folder: Path, *, drawn: bool) -> Story:
-    """Read the folder of a run, a comparison or a curve as a story, with figures if ``drawn``;
-    raises as :func:`report`.
+    """Read the results in a folder as a story, with figures if ``drawn``; raises as
+    :func:`report`.
     """
     return _read_results(folder)(drawn=drawn)
 
@@ -101,9 +109,14 @@ def _read_results(folder: Path) -> Callable[..., Story]:
         comparison = _parsed(CriteriaComparison, data, folder / COMPARISON_FILE)
         command = str(data.get("command", ""))
         return partial(comparison_story, comparison, command=command, folder=name)
+    if (folder / SWEEP_FILE).is_file():
+        from ..reporting.stories.sweep import sweep_story
+
+        sweep = _parsed(Sweep, _read(folder / SWEEP_FILE), folder / SWEEP_FILE)
+        return partial(sweep_story, sweep, folder)
     raise OutputError(
         f"{folder} holds no results: expected the folder of a run ({RESULTS_FILE}), of a curve "
-        f"({CURVE_FILE}) or of a comparison ({COMPARISON_FILE})"
+        f"({CURVE_FILE}), of a comparison ({COMPARISON_FILE}) or of a sweep ({SWEEP_FILE})"
     )
 
 

@@ -13,6 +13,9 @@ from ..errors import ScanError
 
 MAX_RESAMPLES = 2**31
 
+NUM_RESAMPLES = 1000
+"""Resamples by which a page says how stable l* is."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BootstrappedStart:

@@ -119,6 +119,11 @@ class Curve:
         """The names of the tasks that the whole model has done."""
         return tuple(one.task for one in self.whole.tasks)
 
+    @property
+    def num_wanted(self) -> int:
+        """The number of points beside the whole model that the settings name."""
+        return math.prod(len(self.settings.get(name, ())) for name in ("n", "strategies", "states"))
+
     def line(self, strategy: str, state: State) -> tuple[CurvePoint, ...]:
         """The whole model, and the points of one strategy in one state, by size."""
         found = [one for one in self.points if (one.strategy, one.state) == (strategy, state)]

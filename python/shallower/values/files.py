@@ -22,5 +22,8 @@ COMPARISON_FILE = "comparison.json"
 COMPARISON_TABLE = "comparison.csv"
 """A comparison of criteria and its table; beside them lie its figures."""
 
+SWEEP_FILE = "sweep.json"
+"""The jobs of a sweep; what they found lies below ``jobs``."""
+
 REPORT_FILE = "report.html"
-"""The page of a run, a comparison or a curve; beside it lie ``report.md`` and ``report.json``."""
+"""The page of results; beside it lie ``report.md`` and ``report.json``."""

@@ -139,6 +139,8 @@ class RacingSettings(StudySettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_least("top", 1)
+        if self.heal_steps is not None:
+            self._check_least("heal_steps", 1, RecipeError)
 
 
 @dataclass(frozen=True, kw_only=True)

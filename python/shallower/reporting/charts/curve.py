@@ -16,7 +16,7 @@ _SIZES = (
 )
 """Figures of the loss by what goes: their names, what it is and how, and where it is known."""
 
-_STYLE: dict[str, Literal["solid", "dashed", "dotted"]] = {
+STATE_STYLES: dict[str, Literal["solid", "dashed", "dotted"]] = {
     "cut": "dashed",
     "patched": "solid",
     "healed": "dotted",
@@ -50,7 +50,7 @@ def _drawn(curve: Curve, placed: Placed) -> list[Line]:
         colour = series_colour(curve.strategies.index(strategy))
         if len(points) > 1 and len(known) > 1:
             name = f"{strategy}, {patched_name(curve.settings) if state == 'patched' else state}"
-            found.append(Line(name, known, colour, _STYLE[state]))
+            found.append(Line(name, known, colour, STATE_STYLES[state]))
     return found
 
 

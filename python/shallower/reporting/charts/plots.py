@@ -26,6 +26,9 @@ _PURPOSE = "drawing the figures of a report"
 _STYLES: dict[str, Any] = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1.2, 1.6))}
 _MARKERS = "osD^vP*X"
 
+_LONG_NAME = 27
+"""Letters from which on a legend has one column."""
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -121,7 +124,7 @@ def line_chart(
     with matplotlib.rc_context(SETTINGS):
         above = [(line, p) for line in lines for p in line.points if p.y > most]
         named = len(lines) + bool(above)
-        columns = 2 if len(lines) <= 8 else 3
+        columns = _columns(lines, 2 if len(lines) <= 8 else 3)
         rows = math.ceil(named / columns)
         figure, axes = new_figure(3.05 + 0.2 * rows * (named > 1))
         _set_axes(axes, x, y)
@@ -132,7 +135,7 @@ def line_chart(
         _limit(axes, values, most)
         _draw_above(axes, above, most, y)
         if named > 1:
-            size = 9 if columns == 2 else 8
+            size = 8 if columns == 3 else 9
             figure.legend(
                 loc="outside lower center",
                 ncols=columns,
@@ -174,7 +177,9 @@ def dot_chart(
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):
-        figure, axes = new_figure(0.85 + 0.21 * len(labels) + 0.2 * (len(series) > 1))
+        columns = _columns(series, min(4, len(series)))
+        legend = math.ceil(len(series) / max(1, columns)) * (len(series) > 1)
+        figure, axes = new_figure(0.85 + 0.21 * len(labels) + 0.2 * legend)
         axes.xaxis.set_major_formatter(lambda value, _: _tick(value, x))
         axes.set_xlabel(x.label)
         axes.set_yticks(range(len(labels)), labels, color=COLOURS["ink"])
@@ -205,7 +210,7 @@ def dot_chart(
                 for p in line.points
             ]
         if len(series) > 1:
-            figure.legend(loc="outside lower center", ncols=min(4, len(series)), handlelength=1)
+            figure.legend(loc="outside lower center", ncols=columns, handlelength=1)
         lay_out(figure)
         marks = marks_at(axes, placed)
     numbers = tuple(
@@ -331,6 +336,12 @@ def _name_front(
         )
 
 
+def _columns(lines: Sequence[Line], most: int) -> int:
+    """The columns of a legend, as many as the longest name leaves room for."""
+    longest = max((len(line.name) for line in lines), default=0)
+    return 1 if longest > _LONG_NAME else min(most, max(1, 2 * _LONG_NAME // max(1, longest)))
+
+
 def _words(line: Line, point: Point, y: Axis) -> str:
     return f"{line.name}, {point.name}: {y.show_with_error(point.y, point.stderr)}"
 
@@ -387,20 +398,24 @@ def _draw_references(
         )
 
 
+_PLACES = 8
+"""Places beside one another in which the values of triangles can stand."""
+
+
 def _draw_above(axes: "Axes", above: Sequence[tuple[Line, Point]], most: float, y: Axis) -> None:
     """Draw triangles at the upper edge for values above it, and write the values beside them: of
-    one place below one another, the greatest first.
+    places that are near below one another, the greatest first.
     """
     if not above:
         return
-    middle = sum(axes.get_xlim()) / 2
-    by_place: dict[float, list[tuple[Line, Point]]] = {}
+    left, right = axes.get_xlim()
+    by_place: dict[int, list[tuple[Line, Point]]] = {}
     for line, point in sorted(above, key=lambda one: -one[1].y):
-        by_place.setdefault(point.x, []).append((line, point))
-    for x, points in by_place.items():
-        side = "right" if x > middle else "left"
+        by_place.setdefault(round(_PLACES * point.x / (right - left)), []).append((line, point))
+    for points in by_place.values():
         for number, (line, point) in enumerate(points):
-            colour = COLOURS[line.colour]
+            x, colour = point.x, COLOURS[line.colour]
+            side = "right" if x > (left + right) / 2 else "left"
             axes.plot(x, most, "^", color=colour, fillstyle="none", clip_on=False)
             axes.annotate(
                 y.show(point.y),

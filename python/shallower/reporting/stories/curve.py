@@ -171,9 +171,7 @@ def _warnings(curve: Curve) -> list[str]:
 
 def _unfinished(curve: Curve) -> list[str]:
     """Warn where points of the settings are missing."""
-    sizes = [len(curve.settings.get(name, ())) for name in ("n", "strategies", "states")]
-    wanted = sizes[0] * sizes[1] * sizes[2]
-    there = len(curve.points) - 1
+    wanted, there = curve.num_wanted, len(curve.points) - 1
     if there >= wanted:
         return []
     return [

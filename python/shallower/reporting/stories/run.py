@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...savings.weights import Weights, count_weights
+from ...values.bootstrap import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ...values.gain import Gain
@@ -31,7 +32,6 @@ from ..words import (
 from .gain import gain_table
 from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
 
-NUM_RESAMPLES = 1000
 UNLIKE = 3.0
 """Standard errors from which on texts that chose and those that report are called unlike."""
 
