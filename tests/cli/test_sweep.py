@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Event, Timer
+from threading import Timer
 
 import pytest
 
@@ -19,7 +19,7 @@ import shallower as sh
 from shallower.errors import SettingsError
 from shallower.runs import demo, inputs
 from shallower.runs import sweep as sweeps
-from shallower.runs.sweep import SweepRun, run_job
+from shallower.runs.sweep import OpenedJobs, SweepRun, run_job
 from shallower.runs.sweep_file import read_sweep
 from tests.cli.documents import documents
 from tests.conftest import write_jsonl
@@ -232,9 +232,14 @@ def test_a_job_that_is_at_work_is_waited_for(here, shallower, monkeypatch):
         moved.rename(place / "scan.safetensors")
         os.close(lock)
 
-    monkeypatch.setattr(sweeps, "run_job", lambda *_: pytest.fail("another has done it"))
+    def run_job(*_):
+        assert (place / "scan.safetensors").exists()
+        return {"status": 0, "error": None, "seconds": 0.0}
+
+    monkeypatch.setattr(sweeps, "run_job", run_job)
     Timer(0.3, finish).start()
-    assert run._ended(job, Event()).state == "done"
+    outcome = json.loads(OpenedJobs(run._described([job]).described).run(job.name))
+    assert run._ended(job, outcome).state == "done"
 
 
 # All of it, in processes of their own.
@@ -257,7 +262,7 @@ def test_a_sweep_goes_on_after_failures_and_kills(here, shallower, models, cache
     out = here / "out"
     killed = begun()
     wait_for(lambda: [*out.glob("jobs/compare-tiny-*/log.txt")])
-    killed.kill()  # its job goes on alone
+    killed.kill()  # its job is ended
     killed.communicate()
     interrupted = begun("--workers", "2")
     wait_for(lambda: [*out.glob("jobs/scan-tiny-*/log.txt")])

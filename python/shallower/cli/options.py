@@ -120,8 +120,8 @@ Workers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Processes that share the work, each with a model of its own; with ray as many as "
-        "there is room for by default.",
+        help="Processes that share the work, each with models of its own; with ray by default as "
+        "many as there is room for.",
         min=1,
     ),
 ]

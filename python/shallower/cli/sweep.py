@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import DryRun, Json, Out
+from .options import DryRun, Json, On, Out, Workers
 from .output import print_json, show
 
 if TYPE_CHECKING:
@@ -19,10 +19,8 @@ def sweep_command(
     ],
     *,
     out: Out,
-    workers: Annotated[
-        int,
-        typer.Option(metavar="N", help="Jobs at once, which share the cores.", min=1),
-    ] = 1,
+    on: On = None,
+    workers: Workers = None,
     print_commands: Annotated[
         bool,
         typer.Option(
@@ -41,7 +39,7 @@ def sweep_command(
     from ..runs.sweep import SweepRun
     from ..runs.sweep_file import read_sweep
 
-    run = SweepRun(read_sweep(file), out, workers)
+    run = SweepRun(read_sweep(file), out, workers, on or "local")
     if print_commands or dry_run:
         _say_jobs(run, as_json, commands=print_commands)
         return 0

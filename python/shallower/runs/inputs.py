@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cutting.source import hub_id
-from ..errors import ShallowerError
+from ..errors import ProcessesError, ShallowerError
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..progress import hushed, track
@@ -205,6 +205,17 @@ def made_by() -> dict[str, str]:
     files = sorted([*package.rglob("*.py"), *package.glob("_core*")])
     code = hash_of([[str(path.relative_to(package)), sha256_of(path)] for path in files])
     return {**versions(), "code": code}
+
+
+def check_made_by(driver: Mapping[str, str]) -> None:
+    """Refuse to work for a driver that has other packages: ProcessesError."""
+    mine = made_by()
+    for name in sorted({*mine, *driver}, key=lambda one: (one != "shallower", one)):
+        if mine.get(name) != driver.get(name):
+            has, wanted = (found.get(name, "none")[:12] for found in (mine, driver))
+            raise ProcessesError(
+                f"this node has {name} {has}, the driver {wanted}: install the same on both"
+            )
 
 
 def _lines(path: Path) -> list[str]:

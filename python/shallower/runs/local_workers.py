@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
@@ -98,6 +99,7 @@ class LocalWorkers(Engine):
 def _serve(connection: Any, job: Job) -> None:
     """Work until the one who drives has no more, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it goes to all; the driver ends the others
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what a unit began is ended
     worker = Worker(job)
     try:
         connection.send(worker.open())

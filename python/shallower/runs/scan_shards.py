@@ -1,7 +1,6 @@
 """Shards of a scan: one by hand, or all of them by workers, into the folder of the scan."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,10 +19,11 @@ from ..values.positions import Positions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
 from .done import Known
-from .inputs import made_by, model_content, texts_inputs
+from .engines import workers_of
+from .inputs import check_made_by, made_by, model_content, texts_inputs
 from .scan import ScanJob
 from .store import open_store
-from .units import Engine, Job, Ledger, drive
+from .units import Engine, Job, Ledger, drive, threads_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -180,15 +180,7 @@ class SharedScanJob(ScanJob):
         return is_ours and found.is_complete
 
     def _engine(self) -> Engine:
-        described = self._described()
-        if self.on == "ray":
-            from .ray_workers import RayWorkers
-
-            return RayWorkers(described, self.workers, gpus=self._gpus())
-        from .local_workers import LocalWorkers
-
-        assert self.workers is not None
-        return LocalWorkers(described, self.workers)
+        return workers_of(self._described(), self.workers, on=self.on, gpus=self._gpus())
 
     def _gpus(self) -> int:
         """The GPUs of a replica, each of ``device_memory``; one where that was not given."""
@@ -200,9 +192,6 @@ class SharedScanJob(ScanJob):
     def _described(self) -> Job:
         """The scan as workers receive it: names, hashes and options, no weights and no texts."""
         assert isinstance(self.texts, Texts)
-        threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
-        if not threads:
-            threads = max(1, (os.cpu_count() or 1) // (self.workers or 1))
         described = {
             "source": {**asdict(self.source), "path": _absolute(str(self.source.path))},
             "texts": {"source": _absolute(self.texts.source), "limit": self.texts.limit},
@@ -219,7 +208,7 @@ class SharedScanJob(ScanJob):
                 "texts": texts_inputs(self.texts, self.store),
             },
         }
-        return Job(OPENER, described, threads)
+        return Job(OPENER, described, threads_of(self.workers))
 
 
 def _check_options(job: ScanJob) -> None:
@@ -264,13 +253,7 @@ class OpenedScan:
     def _check(expects: Mapping[str, Any], source: ModelSource, texts: Texts) -> None:
         """Refuse what is not what the driver has."""
         store = open_store()
-        mine, theirs = made_by(), expects["versions"]
-        for name in sorted({*mine, *theirs}, key=lambda one: (one != "shallower", one)):
-            if mine.get(name) != theirs.get(name):
-                raise ProcessesError(
-                    f"this node has {name} {_short(mine.get(name))}, the driver "
-                    f"{_short(theirs.get(name))}: install the same on both"
-                )
+        check_made_by(expects["versions"])
         for name, found in (
             ("model", lambda: model_content(source, store)),
             ("texts", lambda: texts_inputs(texts, store)),
@@ -282,10 +265,6 @@ class OpenedScan:
     def run(self, unit: str) -> bytes:
         """Scan one shard."""
         return self._shards.scan(Shard.parse(unit), progress=False).to_bytes()
-
-
-def _short(version: str | None) -> str:
-    return "none" if version is None else version[:12]
 
 
 class _Record:

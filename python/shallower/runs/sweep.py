@@ -11,13 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import (
     CriterionError,
@@ -38,16 +36,23 @@ from ..values.hashing import hash_of
 from ..values.layers import check_sizes
 from ..values.settings import option_words
 from ..values.sweep import JobKind, Sweep, SweepJob
-from .inputs import inputs_of
+from .engines import workers_of
+from .inputs import check_made_by, inputs_of, made_by
 from .store import Store, open_store
 from .sweep_file import SweepFile, read_sweep
+from .units import Job, Ledger, drive, threads_of
 
 _LOOKED_AT = 0.2
 """Seconds between two looks at a process that runs."""
 
 
 def sweep(
-    file: str | Path, out: str | Path, *, workers: int = 1, progress: bool | None = None
+    file: str | Path,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    on: Literal["local", "ray"] = "local",
+    progress: bool | None = None,
 ) -> Sweep:
     """Compare criteria on all models and texts of a file, and scan and heal as it says.
 
@@ -62,7 +67,10 @@ def sweep(
             ``dtype``, ``device_map``, ``trust_remote_code``, ``max_length``, ``batch_size``,
             ``max_texts``, ``max_eval_texts``, ``seed``. Places are seen from the current folder.
         out: the folder to write to: ``sweep.json``, and the jobs.
-        workers: jobs at once, which share the cores of this machine.
+        workers: jobs at once, one by default, which share the cores of this machine; on a cluster
+            as many as it has room for by default.
+        on: where jobs are carried out: by ``local`` processes, or on the ``ray`` cluster that
+            RAY_ADDRESS names, whose nodes see the same folders.
         progress: a bar with ETA on standard error; by default if that is a terminal.
 
     Returns:
@@ -86,7 +94,7 @@ def sweep(
         >>> sh.report("sweeps/smol").name
         'report.html'
     """
-    return SweepRun(read_sweep(Path(file)), Path(out), workers, progress).run()
+    return SweepRun(read_sweep(Path(file)), Path(out), workers, on, progress).run()
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class SweepRun:
         file: what it is of.
         out: the folder to write to.
         workers: jobs at once.
+        on: where they are carried out.
         progress: a bar on standard error; by default if that is a terminal.
         store: of what was measured before.
 
@@ -106,14 +115,15 @@ class SweepRun:
 
     file: SweepFile
     out: Path
-    workers: int = 1
+    workers: int | None = None
+    on: Literal["local", "ray"] = "local"
     progress: bool | None = None
     store: Store = field(default_factory=open_store)
     _known_content: dict[tuple[str, str, bool], Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         refuse_several("sweeps are")
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
+        if self.workers is not None and (type(self.workers) is not int or self.workers < 1):
             raise SettingsError(
                 f"workers = {self.workers!r}: expected a whole number, at least 1 (--workers)"
             )
@@ -256,10 +266,29 @@ class SweepRun:
             if 0 < len(left) < len(jobs):
                 say_goes_on(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done", self.progress)
             self._write(jobs)
-            for job in self._carried_out(left):
-                jobs[job.name] = job
-                self._write(jobs)
+            if left:
+                self._carry_out(jobs, left)
             return self._sweep(jobs)
+
+    def _carry_out(self, jobs: dict[str, SweepJob], left: Sequence[SweepJob]) -> None:
+        """Let workers carry out the jobs that are left; the record is written after each."""
+        ledger = Ledger(job.name for job in left)
+        with track("sweep, jobs", len(left), self.progress) as advance:
+
+            def end(name: str, outcome: Mapping[str, Any]) -> None:
+                jobs[name] = self._ended(jobs[name], outcome)
+                self._write(jobs)
+                advance(1, f"{name} {jobs[name].state}")
+
+            engine = workers_of(self._described(left), self.workers, on=self.on)
+            drive(
+                engine,
+                ledger,
+                lambda name, content: end(name, json.loads(content)),
+                ready=lambda _worker, _hello: None,
+            )
+            for name, errors in ledger.given_up.items():
+                end(name, {"status": 1, "error": errors[-1], "seconds": 0.0})
 
     def _sweep(self, jobs: Mapping[str, SweepJob]) -> Sweep:
         file, of = self.file, tuple(jobs.values())
@@ -269,43 +298,46 @@ class SweepRun:
         content = json.dumps(self._sweep(jobs).to_json(), indent=2) + "\n"
         write_file(self.out / SWEEP_FILE, content.encode())
 
-    def _carried_out(self, jobs: Sequence[SweepJob]) -> Iterator[SweepJob]:
-        """Carry out jobs, so many at once, and give each when it has ended."""
-        stop = Event()
-        bar = track("sweep, jobs", len(jobs), self.progress if jobs else False)
-        with bar as advance, ThreadPoolExecutor(self.workers) as pool:
-            try:
-                for ended in as_completed([pool.submit(self._ended, job, stop) for job in jobs]):
-                    advance(1, f"{ended.result().name} {ended.result().state}")
-                    yield ended.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _ended(self, job: SweepJob, stop: Event) -> SweepJob:
-        """Carry out a job; one that a killed sweep has left running is waited for."""
-        while is_held(self.out / job.folder / JOB_FILES[job.kind]):
-            if stop.wait(_LOOKED_AT):
-                return job
-        if self._looked_up(job).state == "done":
-            return self._looked_up(job)
-        log, cores = str(self.out / job.log), len(os.sched_getaffinity(0))
-        shared = {"OMP_NUM_THREADS": str(max(1, cores // self.workers))}
-        ended = run_job(
-            {
+    def _described(self, jobs: Sequence[SweepJob]) -> Job:
+        """The jobs as workers receive them."""
+        threads = threads_of(self.workers)
+        is_shared = self.on == "ray" or (self.workers or 1) > 1
+        described = {
+            job.name: {
                 "words": [*job.words],
                 "folder": str(Path.cwd()),
-                "log": log,
-                "environment": shared if self.workers > 1 else {},
-            },
-            stop.is_set,
-        )
-        found = replace(self._looked_up(job), seconds=round(ended["seconds"], 3))
-        if found.state == "waiting" or ended["status"]:
-            why = ended["error"] or "it left no results"
+                "log": str(self.out / job.log),
+                "results": str(self.out / job.folder / JOB_FILES[job.kind]),
+                "environment": {"OMP_NUM_THREADS": str(threads)} if is_shared else {},
+            }
+            for job in jobs
+        }
+        return Job(f"{__name__}:OpenedJobs", {"jobs": described, "versions": made_by()}, threads)
+
+    def _ended(self, job: SweepJob, outcome: Mapping[str, Any]) -> SweepJob:
+        """A job by what lies in its folder, and how its command ended."""
+        found = replace(self._looked_up(job), seconds=round(outcome["seconds"], 3))
+        if found.state == "waiting" or outcome["status"]:
+            why = outcome["error"] or "it left no results that are seen from here"
             return replace(found, state="failed", error=why)
         return found
+
+
+class OpenedJobs:
+    """The jobs of a sweep that a worker may carry out."""
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        check_made_by(described["versions"])
+        self._jobs, self._driver = described["jobs"], os.getppid()
+        self.hello: dict[str, Any] = {}
+
+    def run(self, unit: str) -> bytes:
+        """Carry out a job; one that a killed sweep has left running is waited for."""
+        job = self._jobs[unit]
+        while is_held(Path(job["folder"], job["results"])):
+            time.sleep(_LOOKED_AT)
+        ended = run_job(job, lambda: os.getppid() != self._driver)
+        return json.dumps(ended).encode()
 
 
 def run_job(job: Mapping[str, Any], stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:

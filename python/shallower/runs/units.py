@@ -5,6 +5,7 @@ it was lost goes back; nothing that comes out depends on who did what, or when.
 """
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -107,6 +108,12 @@ class Job:
     opener: str
     described: Mapping[str, Any]
     threads: int
+
+
+def threads_of(workers: int | None) -> int:
+    """The threads of each of some workers: ``OMP_NUM_THREADS``, or their share of this machine."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else max(1, (os.cpu_count() or 1) // (workers or 1))
 
 
 class Worker:
