@@ -24,9 +24,11 @@ from .options import (
     Overwrite,
     PatchBatchSize,
     PlanPath,
+    Stream,
     TextsSource,
     TrustRemoteCode,
     named_layers,
+    places,
     read_texts,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -65,6 +67,7 @@ def patch_command(
     batch_size: PatchBatchSize = 16,
     max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     gguf_file: GgufFile = None,
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -92,7 +95,8 @@ def patch_command(
     source = read_texts(texts, max_texts)
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
     named = named_layers(drop, plan)
-    place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
+    where = places(device_map, stream=stream)
+    place = ModelSource(model, dtype, where, gguf_file, trust_remote_code)
     check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts])
     output = output_of(
         open_store(no_cache or dry_run),

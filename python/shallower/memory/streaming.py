@@ -16,8 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..models.architecture import find_layers
-from ..models.layerwise import Layerwise
-from ..models.offload import fetch_ahead, reading_of, resident, stored_bytes
+from ..models.layerwise import Layerwise, is_streamed
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.counts import counted
@@ -97,7 +96,6 @@ class Streamed:
 
     def __init__(self, model: Layerwise, progress: bool | None = None) -> None:
         self.model, self._progress = model, progress
-        self.reading = reading_of(model.head.decoder.model)
         self._room = BUDGET.share(self)
         self._of_token = 0
 
@@ -122,24 +120,19 @@ class Streamed:
 
         ``look`` sees every state, from the embedding on.
         """
-        modules = self.model.modules
+        layers = range(len(self.model))
         states = [self.model.embed(batch).cpu() for batch in batches]
-        self.reading.passes += 1
-        bar = track("layers read", len(modules), self._progress)
+        bar = track("layers read", len(layers), self._progress)
         with self.model.evaluating(), bar as advance:
-            for layer, module in enumerate(modules):
-                self.reading.bytes_read += stored_bytes(module)
-                with resident(module):
-                    if layer + 1 < len(modules):
-                        fetch_ahead(modules[layer + 1])
-                    for place, batch in enumerate(batches):
-                        if look is not None:
-                            look(place, layer, states[place])
-                        states[place] = self.model.run(batch, states[place], (layer,)).cpu()
+            for layer in self.model.one_by_one(layers):
+                for place, batch in enumerate(batches):
+                    if look is not None:
+                        look(place, layer, states[place])
+                    states[place] = self.model.run(batch, states[place], (layer,)).cpu()
                 advance(1)
         if look is not None:
             for place, behind in enumerate(states):
-                look(place, len(modules), behind)
+                look(place, len(layers), behind)
         return states
 
     def _bytes_of(self, batch: Batch) -> int:
@@ -148,3 +141,22 @@ class Streamed:
             states = self.model.embed(batch.split(1)[0])
             self._of_token = states.shape[-1] * states.element_size()
         return batch.input_ids.size * self._of_token
+
+
+def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> None:
+    """Run a model layer by layer on batches; ``look`` sees every state, from the embedding on.
+
+    A batch at a time; all that find room, where the layers wait on disk.
+    """
+    if is_streamed(model.head.decoder):
+        first, streamed = 0, Streamed(model, progress=False)
+        for group in streamed.groups([batch] for batch in batches):
+            streamed.run(group, look=lambda place, *found, first=first: look(first + place, *found))
+            first += len(group)
+        return
+    for place, batch in enumerate(batches):
+        states = model.embed(batch)
+        look(place, 0, states)
+        for layer in range(len(model)):
+            states = model.run(batch, states, (layer,))
+            look(place, layer + 1, states)
