@@ -73,6 +73,7 @@ def test_every_kind_of_layer_is_run_to_the_same_model(family, tmp_path, words):
     ran(stored(tmp_path / family, random_model(family), words), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:the layers wait on disk")
 def test_the_command_streams_a_run(folder, tmp_path, shallower):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
@@ -97,3 +98,27 @@ def test_a_training_of_a_streamed_model_is_refused(folder, tmp_path, shallower):
     streamed, _, tokenizer = both(folder)
     with pytest.raises(sh.ModelError, match="leave out heal"):
         sh.run(streamed, tokenizer, TEXTS, out=tmp_path / "out", n=1, heal=True)
+
+
+@pytest.mark.slow
+def test_a_dry_run_bounds_what_is_read(folder, tmp_path, shallower):
+    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    common = ["--texts", texts, "--n", "1", "--top", "2", "--dtype", "float32", "--plan-only"]
+    command = ["run", folder, *common, "--max-length", "12", "--no-cache", "--stream"]
+    planned = shallower(*command, "--out", tmp_path / "a", "--dry-run", "--json").json["stream"]
+    streamed, _, tokenizer = both(folder)
+    options = {"n": 1, "top": 2, "plan_only": True, "max_length": 12, "prompts": ()}
+    sh.run(streamed, tokenizer, TEXTS, out=tmp_path / "a", cache=False, **options)
+    reading = reading_of(streamed)
+    assert reading.passes <= planned["passes"] <= 4 * reading.passes
+    assert planned["bytes_read"] == pytest.approx(planned["passes"] * reading.of, rel=0.05)
+
+
+def test_a_dry_run_of_a_patch_says_what_is_read(folder, tmp_path, shallower):
+    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    command = ["patch", folder, "--drop", "2,4", "--texts", texts, "--stream", "--no-cache"]
+    planned = shallower(*command, "--out", tmp_path / "a", "--dry-run", "--json").json["stream"]
+    streamed, _, tokenizer = both(folder)
+    with pytest.warns(UserWarning, match="leaves out the steps"):
+        sh.patch(streamed, tokenizer, [2, 4], texts=TEXTS * 4, num_tokens=2000)
+    assert planned["passes"] == reading_of(streamed).passes + 1  # and one to save it

@@ -61,18 +61,27 @@ class StreamPlan:
 
 
 def plan_stream(
-    config: PretrainedConfig, files: Sequence[Path], dtype: torch.dtype, *, num_tokens: int
+    config: PretrainedConfig,
+    files: Sequence[Path],
+    dtype: torch.dtype,
+    *,
+    num_tokens: float = 0,
+    passes: Sequence[tuple[float, float]] = (),
 ) -> StreamPlan:
-    """Plan a pass of so many tokens over a model in safetensors, on what is free now."""
+    """Plan a pass of so many tokens over a model in safetensors, on what is free now.
+
+    Or several ``passes``: how many there are of a kind, and the tokens of each.
+    """
     model = build_empty(config, dtype)
     share = sum(num_parameters(layer) for layer in find_layers(model).modules)
     stored = sum(file.stat().st_size for file in files)
     layers = round(stored * share / num_parameters(model))
     width = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
-    states, room = num_tokens * width * dtype.itemsize, max(1, BUDGET.left // 2)
-    passes = max(1, math.ceil(states / room))
-    read = passes * layers
-    return StreamPlan(passes, read, min(states, room), read / disk_speed(files[0]))
+    room, of_token = max(1, BUDGET.left // 2), width * dtype.itemsize
+    kinds = [(count, tokens * of_token) for count, tokens in passes or [(1, num_tokens)]]
+    total = math.ceil(sum(count * max(1, math.ceil(size / room)) for count, size in kinds))
+    states = round(min(room, max(size for _, size in kinds)))
+    return StreamPlan(total, total * layers, states, total * layers / disk_speed(files[0]))
 
 
 def disk_speed(file: Path) -> float:
