@@ -24,22 +24,23 @@ from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow
 from tests.documents import documents
 from tests.families import random_model
-from tests.judgement.test_verifying import MemoryStore
+from tests.judgement.test_verifying import Killed, MemoryStore
 from tests.memory.test_streaming import FAMILIES, both, folder, stored  # noqa: F401
 
 TEXTS = documents(40, seed=5)
 SPLITS = Splits(TEXTS[:16], TEXTS[16:], [], 0)
 
 
-def prepared(model, tokenizer, after="patch"):
+def prepared(model, tokenizer, after="patch", store=None):
+    store = store or MemoryStore()
     return verifier_of(
-        Decoder.of(model), tokenizer, SPLITS, store=MemoryStore(), texts="some", top=2,
+        Decoder.of(model), tokenizer, SPLITS, store=store, texts="some", top=2,
         tokens=Tokens(12, 4), after=after, progress=False,
     )  # fmt: skip
 
 
-def verified(model, tokenizer, n, *, after="patch"):
-    verifier = prepared(model, tokenizer, after)
+def verified(model, tokenizer, n, *, after="patch", store=None):
+    verifier = prepared(model, tokenizer, after, store)
     found = verifier.verify(n)
     return replace(found, seconds=0.0).to_json(), verifier
 
@@ -116,6 +117,39 @@ def test_a_layer_is_read_once_for_all_cuts_of_a_look(folder, reads):  # noqa: F8
     assert found[0].winner == found[1].winner
     for one, other in zip(found[0].scores, found[1].scores, strict=True):
         np.testing.assert_array_equal(one.sums, other.sums)
+
+
+def test_states_that_cuts_share_are_made_once(folder, monkeypatch):  # noqa: F811
+    streamed, _, tokenizer = both(folder)
+    judge = judge_of("loss", tokenizer, TEXTS, tokens=Tokens(12, 4))
+    trials, ran = Trials(Layerwise(streamed), judge, memory=10**6), []
+    run = trials.model.run
+
+    def counting(batch, states, layers):
+        ran.append(layers)
+        return run(batch, states, layers)
+
+    monkeypatch.setattr(trials.model, "run", counting)
+    cuts = [(), (1,), (1, 2), (0, 5), (3,), (3, 4)]
+    trials.judge_together(cuts, 1)
+    paths = map(trials.path, cuts)
+    assert len(ran) == len({path[:depth] for path in paths for depth in range(1, len(path) + 1)})
+    assert sorted(ran) == ran  # and each layer at one time
+
+
+def test_a_race_that_was_killed_goes_on_to_the_same_plan(folder):  # noqa: F811
+    streamed, whole, tokenizer = both(folder)
+    expected, _ = verified(whole, tokenizer, 2)
+    store, read = MemoryStore(), []
+    for _ in range(20):
+        store.left, before = 12, reading_of(streamed).bytes_read
+        try:
+            found, _ = verified(streamed, tokenizer, 2, store=store)
+            break
+        except Killed:
+            read.append(reading_of(streamed).bytes_read - before)
+    assert found == expected
+    assert len(read) > 1
 
 
 def test_looks_that_are_asked_for_together_are_one_pass(folder, reads):  # noqa: F811

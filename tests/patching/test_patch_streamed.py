@@ -75,6 +75,25 @@ def test_every_kind_of_layer_is_patched_to_the_same_bytes(family, tmp_path, word
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
+@quietly
+def test_a_streamed_patch_goes_on_from_the_matrices_it_solved(folder, tmp_path, monkeypatch):
+    streamed, _, tokenizer = both(folder)
+    options = {"texts": TEXTS, "progress": False, "checkpoint": tmp_path / "kept"}
+    (tmp_path / "kept").mkdir()
+    first = sh.patch(streamed, tokenizer, [2, 3, 5], **options)
+    solved = {
+        f"{index}.{name}": weight
+        for index, layer in enumerate(find_layers(streamed).modules)
+        for name, weight in changed_weights(layer).items()
+    }
+    again, _, tokenizer = both(folder)
+    monkeypatch.setattr(Solver, "_fit", lambda *_args: pytest.fail("it was solved before"))
+    assert sh.patch(again, tokenizer, [2, 3, 5], **options) == first
+    for name, weight in solved.items():
+        index, _, path = name.partition(".")
+        assert (changed_weights(find_layers(again).modules[int(index)])[path] == weight).all()
+
+
 def test_a_model_in_pieces_is_the_same(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("shallower.cutting.saving.PIECE", 1)
     streamed, whole, tokenizer = both(folder)
