@@ -20,7 +20,8 @@ from pathlib import Path
 import shallower as sh
 from shallower.evaluation.loss import fitting_tokens
 from shallower.judgement.judges.judge import LossJudge, judged_batches
-from shallower.judgement.trials import PatchedTrials, Trials
+from shallower.judgement.patched_trials import PatchedTrials
+from shallower.judgement.trials import Trials
 from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise

@@ -17,6 +17,7 @@ import shallower as sh
 from shallower import ModelError
 from shallower.memory import budget
 from shallower.memory.streaming import plan_stream
+from shallower.models.architecture import find_layers
 from shallower.models.offload import fetch_ahead, reading_of, stored_bytes
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.documents import documents
@@ -39,7 +40,7 @@ def both(folder, dtype="float32"):
     """A model that is streamed, and the same in memory, with their tokenizer."""
     streamed, tokenizer = sh.load_model(folder, dtype, "stream", progress=False)
     whole, _ = sh.load_model(folder, dtype, progress=False)
-    assert all(parameter.is_meta for parameter in streamed.model.layers.parameters())
+    assert all(p.is_meta for layer in find_layers(streamed).modules for p in layer.parameters())
     return streamed, whole, tokenizer
 
 

@@ -5,13 +5,11 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import shallower as sh
 from shallower.models.architecture import find_layers, input_device
 from shallower.models.layerwise import Layerwise
 from shallower.models.offload import (
     execution_device,
     is_offloaded,
-    require_no_disk,
     resident,
     stored_weight,
     write_weight,
@@ -86,14 +84,6 @@ def test_passes_take_offloaded_layers_one_by_one():
         assert len(layers) == 1
         states = layerwise.run(some, states, layers)
     assert torch.equal(states, layerwise.run(some, expected, (1, 2, 4)))
-
-
-def test_weights_on_disk_are_refused():
-    model = tiny_llama()
-    require_no_disk(model)
-    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.1": "disk"}
-    with pytest.raises(sh.ModelError, match=r"model.layers.1 of LlamaForCausalLM is .* to disk"):
-        require_no_disk(model)
 
 
 def test_a_weight_is_changed_on_both_devices():

@@ -67,10 +67,3 @@ def test_it_is_as_before_where_a_patch_does_not_help(learned, words, monkeypatch
     with pytest.raises(sh.PatchError, match="does not help"):
         sh.patch(model, words, [range(2, 6)], texts=TEXTS, progress=False)
     assert equal(weights(model), weights(learned))
-
-
-def test_weights_on_disk_are_refused(learned, words):
-    model = copy.deepcopy(learned)
-    model.hf_device_map = {"model.layers.1": "disk"}
-    with pytest.raises(sh.ModelError, match="a device map of GPUs and cpu alone"):
-        sh.patch(model, words, [range(2, 6)], texts=TEXTS)

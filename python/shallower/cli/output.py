@@ -136,7 +136,7 @@ def say_scan(
     from ..reporting.stories.stages import rejected, scan_table
 
     if as_json:
-        counts = {} if reading is None else asdict(reading)
+        counts = {} if reading is None else reading.to_json()
         print_json({**_described(scanned), **counts, "written": [str(path) for path in written]})
     else:
         weights = [f"weights: {scanned.model.dtype}"] if scanned.model else []

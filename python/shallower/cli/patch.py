@@ -24,9 +24,11 @@ from .options import (
     Overwrite,
     PatchBatchSize,
     PlanPath,
+    Stream,
     TextsSource,
     TrustRemoteCode,
     named_layers,
+    places,
     read_texts,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -65,6 +67,7 @@ def patch_command(
     batch_size: PatchBatchSize = 16,
     max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     gguf_file: GgufFile = None,
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -92,7 +95,8 @@ def patch_command(
     source = read_texts(texts, max_texts)
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
     named = named_layers(drop, plan)
-    place = ModelSource(model, dtype, device_map, gguf_file, trust_remote_code)
+    where = places(device_map, stream=stream)
+    place = ModelSource(model, dtype, where, gguf_file, trust_remote_code)
     check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts])
     output = output_of(
         open_store(no_cache or dry_run),
@@ -119,6 +123,7 @@ def patch_command(
     )
     if dry_run:
         planned = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
+        planned |= _streamed(place, wanted.dropped, measured=held_out is not None)
         say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
@@ -156,6 +161,20 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
         for name, loss in losses.items()
     ]
     show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
+
+
+def _streamed(place: ModelSource, dropped: Sequence[int], *, measured: bool) -> dict[str, Any]:
+    """What is read from disk, at most; a sentence where that cannot be told."""
+    if not place.waits_on_disk:
+        return {}
+    from ..runs.stream_plans import patched, plan_passes
+
+    losses = [(3.0, 0.0)] if measured else []
+    try:
+        passes = [*patched(place.count_layers(), dropped), *losses, (1, 0)]
+        return {"stream": plan_passes(place, passes)}
+    except FileNotFoundError as error:
+        return {"stream": f"cannot be told before: {error}"}
 
 
 def _placed(

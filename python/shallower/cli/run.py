@@ -20,9 +20,11 @@ from .options import (
     NoCache,
     Out,
     OverwriteParts,
+    Stream,
     TextsSource,
     Threads,
     TrustRemoteCode,
+    places,
     read_texts,
 )
 from .output import called, print_json, reuse, say_dry_run_of, show
@@ -130,6 +132,7 @@ def run_command(
     ] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: OverwriteParts = False,
@@ -170,7 +173,7 @@ def run_command(
     )
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
-        ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),
+        ModelSource(model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code),
         settings,
         {"run": model, "texts": texts, "eval_texts": eval_texts},
         dry_run=dry_run,

@@ -1,6 +1,7 @@
 """A model in memory as a standard checkpoint, and the check that it is the cut it should be."""
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +19,9 @@ from ..errors import ModelError, OutputError, PlanError, why
 from ..memory.weights import module_bytes
 from ..models.architecture import find_layers, require_weights, undo_rescaling
 from ..models.decoder import Decoder
+from ..models.dtypes import STREAM, Dtype
 from ..models.identity import stored_dtype
+from ..models.layerwise import is_streamed
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
@@ -36,6 +39,9 @@ from .source import Source, find_source
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again."
 """The text on which a cut is compared with its source where no other is named."""
+
+PIECE = 100 << 20
+"""Bytes of a file of weights at most, where layers wait on disk and none is larger."""
 
 _DTYPES = ("float32", "bfloat16", "float16", "nf4", "int8")
 
@@ -116,8 +122,9 @@ def _save(
     dtype = model.config.dtype
     with new_folder(path, overwrite, module_bytes(model)) as folder:
         try:
-            with hushed():
-                model.save_pretrained(folder)
+            with hushed(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Attempting to save a model with offloaded")
+                model.save_pretrained(folder, **_in_pieces(model))
             model.config.dtype = dtype  # which save_pretrained turns into a word
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -132,6 +139,16 @@ def _save(
             plan.save(folder / PLAN_FILE)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def _in_pieces(model: PreTrainedModel) -> dict[str, Any]:
+    """How transformers divides the weights of a model whose layers wait on disk among files.
+
+    It brings a file's into memory at once.
+    """
+    if not is_streamed(model):
+        return {}
+    return {"max_shard_size": max(PIECE, *map(module_bytes, find_layers(model).modules))}
 
 
 def _source_of(model: PreTrainedModel, plan: Plan) -> Source:
@@ -188,8 +205,8 @@ def logits_difference(
     ``input_ids`` are (B, T) int64; ``layers`` is None if the model is without them already. The
     checkpoint is loaded by stock transformers and both run on the device of the model, so that they
     round alike. On a GPU there is no need of room for a second model: the checkpoint lies in the
-    memory of the CPU, and its layers visit the GPU one after the other. ModelError: it cannot be
-    loaded, or lacks weights.
+    memory of the CPU, and its layers visit the GPU one after the other; or it waits on disk where
+    the layers of the model do. ModelError: it cannot be loaded, or lacks weights.
     """
     device = Decoder.of(model).device
     input_ids = input_ids.to(device)
@@ -197,8 +214,11 @@ def logits_difference(
     with torch.inference_mode(), skipped:
         expected = model(input_ids=input_ids, use_cache=False).logits
     reloaded: Any
-    if Path(path).suffix == ".gguf":
-        dtype: Any = stored_dtype(model)
+    streamed, dtype = is_streamed(model), cast("Dtype", stored_dtype(model))
+    if streamed:
+        trusted = _has_own_code(model)
+        reloaded, _ = load_model(path, dtype, STREAM, trust_remote_code=trusted, progress=False)
+    elif Path(path).suffix == ".gguf":
         reloaded, _ = load_model(path, dtype, "cpu")
     else:
         reloaded = load_weights(
@@ -207,7 +227,8 @@ def logits_difference(
             None if device.type == "cpu" else "cpu",
             options={"trust_remote_code": True} if _has_own_code(model) else None,
         )
-    lend_layers(reloaded, device)
+    if not streamed:
+        lend_layers(reloaded, device)
     with torch.no_grad():  # weights cannot move in inference mode
         got = reloaded(input_ids=input_ids, use_cache=False).logits
     expected = expected.to(device)  # that of a model on several GPUs may be on the last one

@@ -1,6 +1,5 @@
 """HeldOutCuts: cuts of one model on the texts that report, which no criterion has seen."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from ..values.plan import Plan
 from ..values.schema import finite
 from ..values.scores import Scores
 from .judges.judge import Judge, LossJudge
+from .patched_trials import judge_patched_together
 from .trials import ResultStore, Trials
 
 TRUTH_ITEMS = 32
@@ -92,6 +92,7 @@ class HeldOutCuts:
             return self._single_layers
         looks = self.losses.looks_at(TRUTH_ITEMS)
         layers = range(len(self.model))
+        self.losses.judge_together([(layer,) for layer in layers], looks)
         means = (self.losses.scores((layer,), looks).mean for layer in layers)
         self._single_layers = tuple(means)
         return self._single_layers
@@ -119,9 +120,7 @@ class HeldOutCuts:
         found = self.store.get("patched", inputs)
         if found is None:
             try:
-                with patch.patched(plan) as fits:
-                    unchanged = fits.layers[0]
-                    sums = self._judged(plan.dropped, looks, unchanged=unchanged)
+                sums = self._judged(patch, plan, looks)
                 found = {"sums": [finite(float(value)) for value in sums]}
             except PatchError as error:
                 if isinstance(error.__cause__, torch.OutOfMemoryError):
@@ -133,11 +132,21 @@ class HeldOutCuts:
             return str(found["why"])
         return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
 
-    def _judged(self, dropped: Sequence[int], looks: int, *, unchanged: int) -> NDArray[np.float64]:
-        """Judge a cut of a model whose first ``unchanged`` layers are those the trials know."""
-        judge, sums = self.losses.judge, np.full(self.losses.judge.num_items, np.nan)
-        for index, items in enumerate(judge.items[:looks]):
-            sums[items] = self.losses.judge_changed(dropped, index, unchanged=unchanged)
+    def _judged(self, patch: QuickPatch, plan: Plan, looks: int) -> NDArray[np.float64]:
+        """Judge a cut after a quick patch by the first looks."""
+        trials, sums = self.losses, np.full(self.losses.judge.num_items, np.nan)
+        if trials.is_streamed:
+            wanted = {frozenset(plan.dropped): range(looks)}
+            ((_, found),) = judge_patched_together(trials, patch, wanted)
+            if not isinstance(found, dict):
+                raise found
+            for index, judged in found.items():
+                sums[trials.judge.items[index]] = judged
+            return sums
+        with patch.patched(plan) as fits:
+            for index, items in enumerate(trials.judge.items[:looks]):
+                unchanged = fits.layers[0]
+                sums[items] = trials.judge_changed(plan.dropped, index, unchanged=unchanged)
         return sums
 
 

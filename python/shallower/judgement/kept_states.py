@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import CriterionError, ModelError
 from ..memory.budget import BUDGET
+from ..memory.streaming import look_at_states
 from ..models.layerwise import rows
 from ..patching.least_squares import NormalEquations
 from ..progress import track
@@ -17,7 +18,7 @@ from ..texts.batches import Batch
 from ..values.counts import counted
 from ..values.scores import Scores
 from .subject import Subject
-from .token_states import evenly, states_of
+from .token_states import evenly
 
 FIT_TOKENS = 4096
 HELD_OUT_TOKENS = 512
@@ -193,11 +194,14 @@ def _kept_states(subject: Subject) -> KeptStates:
         ([], []) for _ in range(len(model) + 1)
     ]
     with track("states", tokens.num_texts, subject.progress) as advance:
-        for index, batch in enumerate(tokens.batches):
-            for found, states in zip(parts, states_of(model, batch), strict=True):
-                for kept, masks in zip(found, (tokens.fitted, tokens.held_out), strict=True):
-                    kept.append(rows(states, masks[index]).to(subject.decoder.device))
-            advance(len(batch))
+
+        def look(index: int, state: int, states: torch.Tensor) -> None:
+            for kept, masks in zip(parts[state], (tokens.fitted, tokens.held_out), strict=True):
+                kept.append(rows(states, masks[index]).to(subject.decoder.device))
+            if state == len(model):
+                advance(len(tokens.batches[index]))
+
+        look_at_states(model, tokens.batches, look)
     fitted, held_out = ([torch.cat(found[i]) for found in parts] for i in range(2))
     plain, plain_held = _without_massive(fitted, held_out)
     tokens = tokens.only(plain, plain_held)

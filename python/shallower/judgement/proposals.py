@@ -1,6 +1,6 @@
 """Proposals: cuts of one size that several criteria and a search of neighbours would make."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -155,8 +155,8 @@ def _cheapest_sets(costs: Costs, n: int, *, max_blocks: int | None) -> Iterator[
 
 
 def exchanges(
-    score: Callable[[Cut], float],
-    guess: Callable[[Cut], float],
+    score: Callable[[Sequence[Cut]], list[float]],
+    guess: Callable[[Sequence[Cut]], list[float]],
     start: Cut,
     *,
     num_layers: int,
@@ -169,23 +169,23 @@ def exchanges(
     score with the one layer back and that without the other one too, L trials in all. The most
     promising are judged, and the search goes on from the best of them as long as it gains.
 
-    Yields every cut that was judged. ``score`` is of a cut, infinity for one that cannot be judged;
-    ``guess`` the same of fewer items; ``goes_on`` decides before each step.
+    Yields every cut that was judged. ``score`` is of several cuts, infinity for one that cannot be
+    judged; ``guess`` the same of fewer items; ``goes_on`` decides before each step.
     """
     best, tried = start, {start}
     while len(best) + 1 < num_layers and goes_on():
-        here = score(best)
-        back = {layer: guess(best - {layer}) for layer in sorted(best)}
-        stays = [layer for layer in range(num_layers) if layer not in best]
-        out = {layer: guess(best | {layer}) for layer in reversed(stays)}
-        guesses = sorted((back[i] + out[j], i, j) for i in back for j in out)
+        (here,) = score([best])
+        back = sorted(best)
+        out = [layer for layer in reversed(range(num_layers)) if layer not in best]
+        tries = [best - {layer} for layer in back] + [best | {layer} for layer in out]
+        halves = dict(zip((*back, *out), guess(tries), strict=True))
+        guesses = sorted((halves[i] + halves[j], i, j) for i in back for j in out)
         cuts = [best - {i} | {j} for _, i, j in guesses]
         cuts = [cut for cut in cuts if cut not in tried and allows(cut)][:TRIED]
-        for cut in cuts:
-            tried.add(cut)
-            score(cut)
-            yield cut
-        better = [cut for cut in cuts if score(cut) < here]
+        tried.update(cuts)
+        scores = dict(zip(cuts, score(cuts), strict=True))
+        yield from cuts
+        better = [cut for cut in cuts if scores[cut] < here]
         if not better:
             return
-        best = min(better, key=score)
+        best = min(better, key=scores.__getitem__)

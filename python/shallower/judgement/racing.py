@@ -52,7 +52,9 @@ def race(
     scores = [trials.scores((), looks=0)] * len(cuts)
     left = list(range(len(cuts)))
     for look in range(1, trials.num_looks + 1):
-        for number in [number for number in order if number in left]:
+        running = [number for number in order if number in left]
+        trials.judge_together([dropped[number] for number in running], look)
+        for number in running:
             scores[number] = trials.scores(dropped[number], looks=look)
             if advance:
                 advance(1)

@@ -1,7 +1,7 @@
 """All tokens of the texts that fit, state by state: what every layer does to them, as sums."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import RejectedSamplesWarning, StatesError
-from ..models.layerwise import Layerwise, token_rows
+from ..memory.streaming import look_at_states
+from ..models.layerwise import token_rows
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.costs import Costs
@@ -56,15 +57,6 @@ def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
     return found
 
 
-def states_of(model: Layerwise, batch: Batch) -> Iterator[torch.Tensor]:
-    """Run a model layer by layer: x^(0) and the states behind each layer, (B, T, D) each."""
-    states = model.embed(batch)
-    yield states
-    for layer in range(len(model)):
-        states = model.run(batch, states, (layer,))
-        yield states
-
-
 def layer_changes(subject: Subject) -> LayerChanges:
     """Sum what every layer does to all tokens, once for all criteria.
 
@@ -96,12 +88,16 @@ def layer_costs(
 def _layer_changes(subject: Subject) -> LayerChanges:
     model, batches = subject.layerwise, subject.batches
     model.check(batches[0].split(1)[0])
-    sums: list[NDArray[np.float64]] = []
+    changes = [_Changes(batch) for batch in batches]
     with track("all tokens", subject.num_texts, subject.progress) as advance:
-        for batch in batches:
-            sums.append(_changes_in(batch, states_of(model, batch)))
-            advance(len(batch))
-    cosines, magnitudes = np.concatenate(sums, axis=2)
+
+        def look(place: int, state: int, states: torch.Tensor) -> None:
+            changes[place].take(states)
+            if state == len(model):
+                advance(len(batches[place]))
+
+        look_at_states(model, batches, look)
+    cosines, magnitudes = np.concatenate([one.sums for one in changes], axis=2)
     tokens = np.concatenate([batch.attention_mask.sum(axis=1) for batch in batches]) * 1.0
     texts = np.concatenate([batch.samples for batch in batches])
     kept = np.isfinite(cosines + magnitudes).all(axis=0)
@@ -109,21 +105,31 @@ def _layer_changes(subject: Subject) -> LayerChanges:
     return LayerChanges(cosines[:, kept], magnitudes[:, kept], tokens[kept])
 
 
-def _changes_in(batch: Batch, run: Iterable[torch.Tensor]) -> NDArray[np.float64]:
-    """(2, L, B): the cosines and the magnitudes, summed over the tokens of every text."""
-    lengths = batch.attention_mask.sum(axis=1).tolist()
-    before: torch.Tensor | None = None
-    found = []
-    for states in run:
-        after = token_rows(batch, states).double()
-        if before is not None:
-            before = before.to(after.device)
-            cosines = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
-            magnitudes = (after - before).norm(dim=-1) / after.norm(dim=-1)
-            both = torch.stack([cosines, magnitudes])
-            found.append(torch.stack([part.sum(-1) for part in both.split(lengths, dim=1)], dim=1))
-        before = after
-    return np.stack([sums.cpu().numpy() for sums in found], axis=1)
+class _Changes:
+    """What every layer changes in a batch, summed over the tokens of every text."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._before: torch.Tensor | None = None
+        self._lengths = batch.attention_mask.sum(axis=1).tolist()
+        self._found: list[torch.Tensor] = []
+
+    def take(self, states: torch.Tensor) -> None:
+        """Compare (B, T, D) states with those that were taken before."""
+        taken, before = token_rows(self._batch, states), self._before
+        self._before = taken
+        if before is None:
+            return
+        after, before = taken.double(), before.to(taken.device).double()
+        cosines = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+        magnitudes = (after - before).norm(dim=-1) / after.norm(dim=-1)
+        both = torch.stack([cosines, magnitudes]).split(self._lengths, dim=1)
+        self._found.append(torch.stack([part.sum(-1) for part in both], dim=1))
+
+    @property
+    def sums(self) -> NDArray[np.float64]:
+        """(2, L, B): the cosines and the magnitudes."""
+        return np.stack([sums.cpu().numpy() for sums in self._found], axis=1)
 
 
 def _report(rejected: NDArray[np.int64], total: int) -> None:

@@ -4,21 +4,19 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CacheError, LayersError, PatchError, PlanError
-from ..memory.prefix_cache import Prefixes
-from ..models.layerwise import Layerwise
-from ..patching.quick import QuickPatch
-from ..values.layers import blocks_of, layer_count
-from ..values.plan import Plan
+from ..errors import CacheError, LayersError, ModelError, PlanError
+from ..memory.prefix_cache import Place, Prefixes
+from ..models.layerwise import Layerwise, is_streamed
+from ..values.layers import layer_count
 from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge
@@ -117,7 +115,9 @@ class Trials:
         count: layers of the open search or race; None outside :meth:`counted`.
         clock: the time that the work takes, or took.
         report: receives what is added to a count.
+        prefixes: runs cuts on the batches.
         num_recalled: trials of the journal.
+        is_streamed: whether the layers of the model wait on disk.
     """
 
     def __init__(
@@ -132,11 +132,13 @@ class Trials:
         self.count: Count | None = None
         self.clock = Clock()
         self.report: Callable[[int], object] | None = None
-        self._prefixes = Prefixes(model, judge.batches, memory=memory)
+        self.prefixes = Prefixes(model, judge.batches, memory=memory)
         self._prepares = type(judge).prepare is not Judge.prepare
         self._prepared: set[int] = set()
         self._journal = journal
+        self.is_streamed = is_streamed(model.head.decoder)
         self._judged: dict[tuple[frozenset[int], int], NDArray[np.float64]] = {}
+        self._failed: dict[tuple[frozenset[int], int], ModelError] = {}
         self._recalled: dict[tuple[frozenset[int], int], float] = {}
         recall(journal, self._recall, "trials")
         self.num_recalled = len(self._judged)
@@ -167,10 +169,30 @@ class Trials:
                 f"the model has no layer {min(foreign)}: its {layer_count(len(self.model))} are "
                 f"0 .. {len(self.model) - 1}"
             )
+        self.judge_together([gone], looks)
         sums = np.full(self.judge.num_items, np.nan)
         for index in self.first(looks):
             sums[self.judge.items[index]] = self._look(gone, index)
         return Scores(sums, self.judge.weights)
+
+    def judge_together(self, cuts: Iterable[Iterable[int]], looks: int | None = None) -> None:
+        """Judge cuts on the first batches at once, where each layer is read from disk for all.
+
+        :meth:`scores` gives what was found, or says that it is not finite. Cuts of a model in
+        memory are judged there, one after the other.
+        """
+        if not self.is_streamed:
+            return
+        gone = [frozenset(cut) for cut in cuts]
+        keys = dict.fromkeys((cut, index) for index in self.first(looks) for cut in gone)
+        unknown = self._judged.keys() | self._failed.keys()
+        self._run_together([key for key in keys if key not in unknown])
+
+    def prepare_together(self, indices: Iterable[int]) -> None:
+        """Pass the judge the whole model's states on batches, as :meth:`prepare` does, at once."""
+        if self._prepares:
+            missing = [index for index in indices if index not in self._prepared]
+            self._in_groups([(index, self.path(())) for index in missing], self._take_whole)
 
     def first(self, looks: int | None) -> range:
         """The first batches, ``looks`` of them or all."""
@@ -189,16 +211,15 @@ class Trials:
         A ModelError says that a score is not finite.
         """
         changed = [layer for layer in self.path(dropped) if layer >= unchanged]
-        known, _ = self._prefixes.run(index, tuple(range(unchanged)))
+        known, _ = self.prefixes.run(index, tuple(range(unchanged)))
         states = self.model.run(self.judge.batches[index], known, changed)
-        with self.model.starting_from(states, ()):
-            return self.judge.measure(self.model.head, index)
+        return self.measure_states(index, states)
 
     def prepare(self, index: int) -> None:
         """Pass the judge the whole model's states on a batch, once, if it needs them."""
         if not self._prepares or index in self._prepared:
             return
-        states, _ = self._prefixes.run(index, self.path(()))
+        states, _ = self.prefixes.run(index, self.path(()))
         self.judge.prepare(self.model, index, states)
         self._prepared.add(index)
 
@@ -210,15 +231,45 @@ class Trials:
         gone = frozenset(dropped)
         return tuple(layer for layer in range(len(self.model)) if layer not in gone)
 
+    def _take_whole(self, place: Place, states: torch.Tensor) -> None:
+        self.judge.prepare(self.model, place[0], states)
+        self._prepared.add(place[0])
+
+    def _in_groups(
+        self, places: Iterable[Place], take: Callable[[Place, torch.Tensor], None]
+    ) -> None:
+        """Run paths on batches, as many at a time as their states find room for."""
+        prefixes = self.prefixes
+        for group in prefixes.groups(places, lambda place: prefixes.bytes_of([place[0]])):
+            with self.model.evaluating():
+                self.model.in_step([prefixes.run_together(group, take)])
+
+    def _run_together(self, keys: Sequence[tuple[frozenset[int], int]]) -> None:
+        """Judge cuts on batches layer by layer; what they took is shared among them."""
+        self.prepare_together({index for _, index in keys})
+        started = self.clock()
+        trials = {(index, self.path(gone)): (gone, index) for gone, index in keys}
+
+        def take(place: Place, states: torch.Tensor) -> None:
+            nonlocal started
+            key = trials[place]
+            try:
+                self._note(key, self.measure_states(place[0], states), started)
+            except ModelError as error:
+                self._failed[key] = error
+            started = self.clock()
+
+        self._in_groups(trials, take)
+
     def _look(self, gone: frozenset[int], index: int) -> NDArray[np.float64]:
         key = gone, index
+        if key in self._failed:
+            raise self._failed[key]
         if key not in self._judged:
             started = self.clock()
-            self._judged[key] = sums = self._measure(gone, index)
-            if self._journal is not None:
-                took = self.clock() - started
-                record = {"look": index, "sums": sums.tolist(), "seconds": took}
-                self._journal.append({"dropped": sorted(gone), **record})
+            self.prepare(index)
+            states, _ = self.prefixes.run(index, self.path(gone))
+            self._note(key, self.measure_states(index, states), started)
         self.clock.recall(self._recalled.pop(key, 0.0))
         if self.count is not None:
             texts = len(self.judge.batches[index])
@@ -227,127 +278,30 @@ class Trials:
             self.count.run((gone, index), index, self.path(gone), texts=texts)
         return self._judged[key]
 
-    def _measure(self, gone: frozenset[int], index: int) -> NDArray[np.float64]:
-        self.prepare(index)
-        states, _ = self._prefixes.run(index, self.path(gone))
+    def _note(
+        self, key: tuple[frozenset[int], int], sums: NDArray[np.float64], started: float
+    ) -> None:
+        """Keep what a trial came to, and how long it took."""
+        self._judged[key] = sums
+        if self._journal is not None:
+            took = self.clock() - started
+            record = {"look": key[1], "sums": sums.tolist(), "seconds": took}
+            self._journal.append({"dropped": sorted(key[0]), **record})
+
+    def measure_states(self, index: int, states: torch.Tensor) -> NDArray[np.float64]:
+        """Judge a batch by the states behind a cut's last layer."""
         with self.model.starting_from(states, ()):
             return self.judge.measure(self.model.head, index)
 
     def _recall(self, record: dict[str, Any]) -> None:
-        key = _cut_of(record, len(self.model)), _look_of(record, self.num_looks)
-        self._judged[key] = _sums_of(record, len(self.judge.items[key[1]]))
-        self._recalled[key] = _seconds_of(record)
-
-
-class PatchedTrials:
-    """Cuts of one model, each judged after a quick patch on the items of its trials.
-
-    Args:
-        trials: of the same model as it is cut; they judge, know the states before a patch, and
-            count.
-        patch: on texts that fit.
-        num_texts: how many those are.
-        journal: records of looks that were made before; new ones are appended. A CacheError names
-            a record that is damaged.
-    """
-
-    def __init__(
-        self, trials: Trials, patch: QuickPatch, *, num_texts: int, journal: Journal | None = None
-    ) -> None:
-        self._trials, self._patch, self._journal = trials, patch, journal
-        self.num_texts = num_texts
-        self._looked: dict[frozenset[int], dict[int, NDArray[np.float64]] | str] = {}
-        self._recalled: dict[tuple[frozenset[int], int | None], float] = {}
-        recall(journal, self._recall, "patched trials")
-
-    def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
-        """Judge a cut after a quick patch, which is solved anew if looks are missing.
-
-        As :meth:`Trials.scores`; a PatchError says why a cut cannot be patched.
-        """
-        trials, gone = self._trials, frozenset(dropped)
-        looked = self._looked.get(gone, {})
-        if isinstance(looked, str):
-            trials.clock.recall(self._recalled.pop((gone, None), 0.0))
-            raise PatchError(looked)
-        missing = [index for index in trials.first(looks) if index not in looked]
-        if missing:
-            started = trials.clock()  # the patch belongs to the first look
-            with ExitStack() as stack:
-                self._solve(gone, stack)
-                for index in missing:
-                    looked[index] = trials.judge_changed(gone, index, unchanged=min(gone) - 1)
-                    self._note(gone, started, {"look": index, "sums": looked[index].tolist()})
-                    started = trials.clock()
-            self._looked[gone] = looked
-        sums = np.full(trials.judge.num_items, np.nan)
-        for index in trials.first(looks):
-            self._count(gone, index)
-            trials.clock.recall(self._recalled.pop((gone, index), 0.0))
-            sums[trials.judge.items[index]] = looked[index]
-        return Scores(sums, trials.judge.weights)
-
-    def _solve(self, gone: frozenset[int], stack: ExitStack) -> None:
-        """Patch the model until the stack is closed; why that cannot be is remembered."""
-        trials = self._trials
-        started = trials.clock()
-        for index in range(trials.num_looks):
-            trials.prepare(index)  # by the whole model, which there is none of from here on
-        try:
-            stack.enter_context(self._patch.patched(Plan.of(len(trials.model), sorted(gone))))
-        except PatchError as error:
-            if not isinstance(error.__cause__, torch.OutOfMemoryError):
-                self._looked[gone] = str(error)  # of memory there may be more another time
-                self._note(gone, started, {"why": str(error)})
-            raise
-
-    def _count(self, gone: frozenset[int], index: int) -> None:
-        """Count a look, and the patch before it."""
-        trials, unchanged = self._trials, min(gone) - 1
-        if trials.count is None:
-            return
-        texts = len(trials.judge.batches[index])
-        trials.count.once("patch", len(trials.model) * self.num_texts)
-        trials.count.once(("patch", gone), patch_layers(gone) * self.num_texts)
-        before = tuple(range(unchanged))
-        trials.count.run(("before", index, unchanged), index, before, texts=texts)
-        changed = sum(layer >= unchanged for layer in trials.path(gone))
-        trials.count.once(("patched", gone, index), changed * texts)
-
-    def _note(self, gone: frozenset[int], started: float, record: dict[str, Any]) -> None:
-        if self._journal is not None:
-            took = self._trials.clock() - started
-            self._journal.append({"dropped": sorted(gone), **record, "seconds": took})
-
-    def _recall(self, record: dict[str, Any]) -> None:
-        gone = _cut_of(record, len(self._trials.model))
-        if not gone:
-            raise ValueError("a patch of no cut")
-        if "why" in record:
-            self._looked[gone] = of_type(str, record["why"])
-            self._recalled[gone, None] = _seconds_of(record)
-            return
-        items = self._trials.judge.items
-        index = _look_of(record, len(items))
-        looked = self._looked.setdefault(gone, {})
-        if isinstance(looked, str):
-            raise ValueError("a look at a cut that cannot be patched")
-        looked[index] = _sums_of(record, len(items[index]))
-        self._recalled[gone, index] = _seconds_of(record)
+        key = cut_of(record, len(self.model)), look_of(record, self.num_looks)
+        self._judged[key] = sums_of(record, len(self.judge.items[key[1]]))
+        self._recalled[key] = seconds_of(record)
 
 
 def looks_at(looks: Sequence[int], num_items: int) -> int:
     """Count the first of looks of so many items each that hold ``num_items``; all if fewer."""
     return min(1 + bisect_left(list(accumulate(looks)), num_items), len(looks))
-
-
-def patch_layers(dropped: Iterable[int]) -> int:
-    """Count the layers that a quick patch of a cut runs on each text, the whole model made.
-
-    The layer before every block is solved; from one such layer to the next the cut runs once.
-    """
-    blocks = blocks_of(sorted(dropped))
-    return len(blocks) + sum(after.start - block.stop for block, after in pairwise(blocks))
 
 
 def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
@@ -377,28 +331,32 @@ def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], wha
         ) from error
 
 
-def _cut_of(record: Any, num_layers: int) -> frozenset[int]:
+def cut_of(record: Any, num_layers: int) -> frozenset[int]:
+    """Read the layers that a record drops; ValueError for what is none."""
     layers = [of_type(int, layer) for layer in of_type(list, of_type(dict, record)["dropped"])]
     if layers != sorted(set(layers) & set(range(num_layers))):
         raise ValueError(f"layers {layers} of {num_layers}")
     return frozenset(layers)
 
 
-def _look_of(record: dict[str, Any], num_looks: int) -> int:
+def look_of(record: dict[str, Any], num_looks: int) -> int:
+    """Read the batch of a record; ValueError for what is none."""
     index = of_type(int, record["look"])
     if not 0 <= index < num_looks:
         raise ValueError(f"look {index} of {num_looks}")
     return index
 
 
-def _seconds_of(record: dict[str, Any]) -> float:
+def seconds_of(record: dict[str, Any]) -> float:
+    """Read how long a record took; ValueError for what is no time."""
     seconds = of_type(float, record["seconds"])
     if not 0 <= seconds < math.inf:
         raise ValueError(f"it took {seconds} seconds")
     return seconds
 
 
-def _sums_of(record: dict[str, Any], num_items: int) -> NDArray[np.float64]:
+def sums_of(record: dict[str, Any], num_items: int) -> NDArray[np.float64]:
+    """Read the scores of a record, (B,); ValueError for others than are expected."""
     sums = [of_type(float, value) for value in of_type(list, record["sums"])]
     if len(sums) != num_items:
         raise ValueError(f"{len(sums)} scores of {num_items} items")

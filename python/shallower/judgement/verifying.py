@@ -25,6 +25,7 @@ from ..values.verification import AFTER, Candidate, Verified
 from .bounds import FIRST_ITEMS, MOST, STAGES, exhaustive, verifying_forwards
 from .held_out_cuts import judge_inputs
 from .judges.judge import LossJudge, judged_batches
+from .patched_trials import PatchedTrials
 from .proposals import (
     PROPOSERS,
     Cut,
@@ -38,7 +39,7 @@ from .proposals import (
 from .racing import ALPHA, lost
 from .subject import Subject
 from .token_states import evenly
-from .trials import Count, PatchedTrials, ResultStore, Trials, recalled
+from .trials import Count, ResultStore, Trials, recalled
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over those that fit."""
@@ -316,15 +317,22 @@ class _Verification:
         self._advance()
         return found
 
-    def _mean(self, cut: Cut, looks: int | None) -> float:
-        scores = self._score(cut, looks, self.trials)
-        return math.inf if scores is None else scores.mean
+    def _scores(
+        self, cuts: Sequence[Cut], looks: int, by: Trials | PatchedTrials
+    ) -> list[Scores | None]:
+        """Judge cuts by the first looks; None for one that cannot be."""
+        by.judge_together([cut for cut in cuts if _name(cut) not in self.proposals.failed], looks)
+        return [self._score(cut, looks, by) for cut in cuts]
+
+    def _means(self, cuts: Sequence[Cut], looks: int) -> list[float]:
+        found = self._scores(cuts, looks, self.trials)
+        return [math.inf if scores is None else scores.mean for scores in found]
 
     def _best(self, cuts: Iterable[Cut], looks: int, by: Trials | PatchedTrials) -> list[Cut]:
         """Sort cuts by the first looks, the best first; without those that cannot be judged."""
         ordered = sorted(cuts, key=self.trials.path)
-        found = {cut: self._score(cut, looks, by) for cut in ordered}
-        means = {cut: scores.mean for cut, scores in found.items() if scores is not None}
+        found = zip(ordered, self._scores(ordered, looks, by), strict=True)
+        means = {cut: scores.mean for cut, scores in found if scores is not None}
         return sorted(means, key=means.__getitem__)
 
     def _left(
@@ -355,8 +363,8 @@ class _Verification:
         seen = dict.fromkeys(field)
         for seed in field[:SEEDS]:
             for cut in exchanges(
-                lambda cut: self._mean(cut, looks),
-                lambda cut: self._mean(cut, 1),
+                lambda cuts: self._means(cuts, looks),
+                lambda cuts: self._means(cuts, 1),
                 seed,
                 num_layers=self.subject.num_layers,
                 allows=self.proposals.allows,
@@ -453,7 +461,8 @@ class _Verification:
         if self.after == "patch":
             near = [cut for cut in complete if _is_near(scores[cut].minus(scores[winner]))]
             looks = self.trials.looks_at(STAGES[-1])
-            winner = min(near, key=lambda cut: self._mean(cut, looks))
+            means = dict(zip(near, self._means(near, looks), strict=True))
+            winner = min(near, key=means.__getitem__)
         order = sorted(
             scores, key=lambda cut: (cut != winner, not scores[cut].complete, scores[cut].mean)
         )

@@ -7,18 +7,21 @@ and a cut starts from the longest beginning that is known. All paths together ar
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
-from ..models.layerwise import Layerwise
+from ..models.layerwise import Layerwise, is_streamed
 from ..texts.batches import Batch
 from .budget import BUDGET
 
 KEPT_PATHS = 2
 """Paths over all batches that are kept in any case, thinned to every k-th state if need be: that
 of the whole model, and that of the cut whose neighbours are tried."""
+
+Item = TypeVar("Item")
 
 Place = tuple[int, tuple[int, ...]]
 """A batch, and the layers that have run on it."""
@@ -84,13 +87,8 @@ class Prefixes:
 
         Gives (B, T, D), the states behind the last of them, and how many layers had to run.
         """
-        batch, known = self.batches[index], self._known.start(index, path)
-        if known is None:
-            states = self.model.embed(batch)
-            self._keep(index, (), states)
-        else:
-            states = self._states[index, path[:known]]
-        start = depth = known or 0
+        batch, (start, states) = self.batches[index], self._start(index, path)
+        depth = start
 
         def keep(found: torch.Tensor) -> None:
             nonlocal depth
@@ -99,6 +97,63 @@ class Prefixes:
                 self._keep(index, path[:depth], found)
 
         return self.model.run(batch, states, path[start:], each=keep), len(path) - start
+
+    def run_together(
+        self, places: Collection[Place], take: Callable[[Place, torch.Tensor], None]
+    ) -> Iterator[int]:
+        """Run the layers of several cuts on batches, one layer after the other for all of them.
+
+        A job of :meth:`Layerwise.in_step`. States that cuts share are made once; ``take`` receives
+        each place with the states behind its last layer, as soon as they are there.
+        """
+        done, states = {}, {}
+        for place in dict.fromkeys(places):
+            done[place], states[place] = self._start(*place)
+        while True:
+            for place in [place for place in states if done[place] == len(place[1])]:
+                take(place, states.pop(place))
+            if not states:
+                return
+            layer = min(path[done[index, path]] for index, path in states)
+            yield layer
+            made: dict[Place, torch.Tensor] = {}
+            for index, path in states:
+                depth = done[index, path]
+                if path[depth] != layer:
+                    continue
+                behind = index, path[: depth + 1]
+                if behind not in made:
+                    before = states[index, path]
+                    made[behind] = self.model.run(self.batches[index], before, (layer,)).cpu()
+                    if depth + 1 < len(path):
+                        self._keep(*behind, made[behind])
+                states[index, path], done[index, path] = made[behind], depth + 1
+
+    def groups(self, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+        """Divide items into those that are run together; ``size`` is the bytes that one takes."""
+        group: list[Item] = []
+        left = self._capacity
+        for item in items:
+            if group and size(item) > left:
+                yield group
+                group, left = [], self._capacity
+            group.append(item)
+            left -= size(item)
+        if group:
+            yield group
+
+    def bytes_of(self, indices: Iterable[int]) -> int:
+        """The bytes of the states of batches before and behind a layer that runs on them."""
+        return 2 * sum(self._sizes[index] for index in indices)
+
+    def _start(self, index: int, path: tuple[int, ...]) -> tuple[int, torch.Tensor]:
+        """How many layers of a path need not run again on a batch, and the states behind them."""
+        known = self._known.start(index, path)
+        if known is not None:
+            return known, self._states[index, path[:known]]
+        states = self.model.embed(self.batches[index])
+        self._keep(index, (), states)
+        return 0, states
 
     def _keep(self, index: int, path: tuple[int, ...], states: torch.Tensor) -> None:
         for place in self._known.keep(index, path):
@@ -121,7 +176,9 @@ class Prefixes:
 
     @cached_property
     def _capacity(self) -> int:
-        return BUDGET.share(self) if self._memory is None else self._memory
+        """Bytes to keep; where layers wait on disk, as many again are for what runs together."""
+        whole = BUDGET.share(self) if self._memory is None else self._memory
+        return whole // 2 if is_streamed(self.model.head.decoder) else whole
 
     @cached_property
     def _every(self) -> int:

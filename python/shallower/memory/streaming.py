@@ -16,8 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..models.architecture import find_layers
-from ..models.layerwise import Layerwise
-from ..models.offload import fetch_ahead, reading_of, resident, stored_bytes
+from ..models.layerwise import Layerwise, is_streamed
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.counts import counted
@@ -62,18 +61,27 @@ class StreamPlan:
 
 
 def plan_stream(
-    config: PretrainedConfig, files: Sequence[Path], dtype: torch.dtype, *, num_tokens: int
+    config: PretrainedConfig,
+    files: Sequence[Path],
+    dtype: torch.dtype,
+    *,
+    num_tokens: float = 0,
+    passes: Sequence[tuple[float, float]] = (),
 ) -> StreamPlan:
-    """Plan a pass of so many tokens over a model in safetensors, on what is free now."""
+    """Plan a pass of so many tokens over a model in safetensors, on what is free now.
+
+    Or several ``passes``: how many there are of a kind, and the tokens of each.
+    """
     model = build_empty(config, dtype)
     share = sum(num_parameters(layer) for layer in find_layers(model).modules)
     stored = sum(file.stat().st_size for file in files)
     layers = round(stored * share / num_parameters(model))
     width = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
-    states, room = num_tokens * width * dtype.itemsize, max(1, BUDGET.left // 2)
-    passes = max(1, math.ceil(states / room))
-    read = passes * layers
-    return StreamPlan(passes, read, min(states, room), read / disk_speed(files[0]))
+    room, of_token = max(1, BUDGET.left // 2), width * dtype.itemsize
+    kinds = [(count, tokens * of_token) for count, tokens in passes or [(1, num_tokens)]]
+    total = math.ceil(sum(count * max(1, math.ceil(size / room)) for count, size in kinds))
+    states = round(min(room, max(size for _, size in kinds)))
+    return StreamPlan(total, total * layers, states, total * layers / disk_speed(files[0]))
 
 
 def disk_speed(file: Path) -> float:
@@ -97,7 +105,6 @@ class Streamed:
 
     def __init__(self, model: Layerwise, progress: bool | None = None) -> None:
         self.model, self._progress = model, progress
-        self.reading = reading_of(model.head.decoder.model)
         self._room = BUDGET.share(self)
         self._of_token = 0
 
@@ -122,24 +129,19 @@ class Streamed:
 
         ``look`` sees every state, from the embedding on.
         """
-        modules = self.model.modules
+        layers = range(len(self.model))
         states = [self.model.embed(batch).cpu() for batch in batches]
-        self.reading.passes += 1
-        bar = track("layers read", len(modules), self._progress)
+        bar = track("layers read", len(layers), self._progress)
         with self.model.evaluating(), bar as advance:
-            for layer, module in enumerate(modules):
-                self.reading.bytes_read += stored_bytes(module)
-                with resident(module):
-                    if layer + 1 < len(modules):
-                        fetch_ahead(modules[layer + 1])
-                    for place, batch in enumerate(batches):
-                        if look is not None:
-                            look(place, layer, states[place])
-                        states[place] = self.model.run(batch, states[place], (layer,)).cpu()
+            for layer in self.model.one_by_one(layers):
+                for place, batch in enumerate(batches):
+                    if look is not None:
+                        look(place, layer, states[place])
+                    states[place] = self.model.run(batch, states[place], (layer,)).cpu()
                 advance(1)
         if look is not None:
             for place, behind in enumerate(states):
-                look(place, len(modules), behind)
+                look(place, len(layers), behind)
         return states
 
     def _bytes_of(self, batch: Batch) -> int:
@@ -148,3 +150,22 @@ class Streamed:
             states = self.model.embed(batch.split(1)[0])
             self._of_token = states.shape[-1] * states.element_size()
         return batch.input_ids.size * self._of_token
+
+
+def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> None:
+    """Run a model layer by layer on batches; ``look`` sees every state, from the embedding on.
+
+    A batch at a time; all that find room, where the layers wait on disk.
+    """
+    if is_streamed(model.head.decoder):
+        first, streamed = 0, Streamed(model, progress=False)
+        for group in streamed.groups([batch] for batch in batches):
+            streamed.run(group, look=lambda place, *found, first=first: look(first + place, *found))
+            first += len(group)
+        return
+    for place, batch in enumerate(batches):
+        states = model.embed(batch)
+        look(place, 0, states)
+        for layer in range(len(model)):
+            states = model.run(batch, states, (layer,))
+            look(place, layer + 1, states)

@@ -6,7 +6,7 @@ can be kept between layers, and a layer can be run again and again, in any famil
 are joined by the residual stream alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from ..texts.batches import Batch
 from .architecture import check_length, evaluating
 from .decoder import Decoder
 from .head import Head, one_of_each, replaced
-from .offload import is_offloaded, is_on_disk, resident
+from .offload import fetch_ahead, is_offloaded, is_on_disk, reading_of, resident, stored_bytes
 
 
 class _Reached(Exception):  # noqa: N818 - no error
@@ -90,7 +90,7 @@ class Layerwise:
         self._runner, self._path = decoder.layers.runner, decoder.layers.path
         self._positions = decoder.positions
         self._extras: list[int] = []
-        self._is_evaluating = False
+        self._is_evaluating = self._is_checked = False
         self._probe()
 
     def __len__(self) -> int:
@@ -148,9 +148,41 @@ class Layerwise:
         if not any(is_offloaded(self.modules[layer]) for layer in layers):
             yield layers
             return
-        for layer in layers:
-            with resident(self.modules[layer]):
-                yield (layer,)
+        for layer in self.one_by_one(layers):
+            yield (layer,)
+
+    def one_by_one(self, layers: Iterable[int]) -> Iterator[int]:
+        """Give layers, ascending, each with its weights on its device while it is looked at."""
+
+        def job() -> Iterator[int]:
+            yield from layers
+
+        yield from self._there([job()])
+
+    def in_step(self, jobs: Iterable[Iterator[int]]) -> None:
+        """Carry out jobs, each of which gives the layers that it needs, ascending.
+
+        A job goes on when its layer has its weights on its device, so that one that waits on disk
+        is read once for all jobs. Those that need the same layer take turns in their order.
+        """
+        for _ in self._there(jobs):
+            pass
+
+    def _there(self, jobs: Iterable[Iterator[int]]) -> Iterator[int]:
+        """Each layer that jobs need, while it is there; the next one is fetched meanwhile."""
+        needed = [(job, next(job, None)) for job in jobs]
+        reading = reading_of(self._model)
+        while waiting := [(job, layer) for job, layer in needed if layer is not None]:
+            layer = min(layer for _, layer in waiting)
+            module = self.modules[layer]
+            reading.bytes_read += stored_bytes(module)
+            with resident(module):
+                if layer + 1 < len(self):
+                    fetch_ahead(self.modules[layer + 1])
+                yield layer
+                needed = [
+                    (job, next(job, None) if wanted == layer else wanted) for job, wanted in waiting
+                ]
 
     @contextmanager
     def starting_from(self, states: torch.Tensor, layers: Sequence[int]) -> Iterator[None]:
@@ -167,10 +199,13 @@ class Layerwise:
 
         Raises ModelError where more than the residual stream goes from layer to layer.
         """
+        if self._is_checked:
+            return
         states = self.embed(batch)
         expected = self.run(batch, states, range(len(self)))
+        reading_of(self._model).bytes_read += sum(map(stored_bytes, self.modules))
         try:
-            for layer in range(len(self)):
+            for layer in self.one_by_one(range(len(self))):
                 states = self.run(batch, states, (layer,))
         except torch.OutOfMemoryError:
             raise
@@ -182,6 +217,7 @@ class Layerwise:
                 f"the layers of {type(self._model).__name__} cannot be run one by one: more than "
                 f"the residual stream goes from one to the next"
             )
+        self._is_checked = is_streamed(self.head.decoder)  # read twice for it
 
     @torch.enable_grad()
     def differentiable(self, batch: Batch, states: torch.Tensor, layer: int) -> torch.Tensor:

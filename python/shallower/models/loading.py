@@ -37,6 +37,7 @@ from .dtypes import (
 )
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
+from .offload import reading_of
 from .quantised import clear_gguf_marks, keep_exact, quantisation
 
 
@@ -128,6 +129,7 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-"))
         model = load_weights(place, dtype, places, options={**options, "offload_folder": folder})
         weakref.finalize(model, stack.pop_all().close)
+    reading_of(model)  # which counts its bytes while it has all of its layers
     return model
 
 

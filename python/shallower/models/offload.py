@@ -17,9 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..errors import ModelError
 from ..values.counts import counted
 
 
@@ -41,12 +39,21 @@ class Reading:
     """What was read of a model whose layers wait on disk.
 
     Attributes:
-        passes: passes over its layers.
-        bytes_read: bytes of weights in them, as they are stored.
+        of: bytes of all of its layers, as they are stored.
+        bytes_read: bytes of layers that were read.
     """
 
-    passes: int = 0
+    of: int
     bytes_read: int = 0
+
+    @property
+    def passes(self) -> int:
+        """As many passes over all layers as would read so much, a part of one counted whole."""
+        return -(-self.bytes_read // self.of) if self.of else 0
+
+    def to_json(self) -> dict[str, int]:
+        """Give the counts as plain JSON values."""
+        return {"passes": self.passes, "bytes_read": self.bytes_read}
 
     def __str__(self) -> str:
         passes = counted(self.passes, "pass", "passes")
@@ -58,7 +65,9 @@ _READINGS: "WeakKeyDictionary[nn.Module, Reading]" = WeakKeyDictionary()
 
 def reading_of(model: nn.Module) -> Reading:
     """Give what was read of a model so far, which goes on being counted there."""
-    return _READINGS.setdefault(model, Reading())
+    if model not in _READINGS:
+        _READINGS[model] = Reading(stored_bytes(model))
+    return _READINGS[model]
 
 
 def is_on_disk(module: nn.Module) -> bool:
@@ -108,24 +117,57 @@ def _places_in(path: str) -> dict[str, tuple[int, int]]:
 
 
 def stored_weight(module: nn.Module, name: str) -> torch.Tensor:
-    """Find the tensor in which a weight is stored, which its hook brings it from if it has one."""
+    """Find the tensor in which a weight is stored, which its hook brings it from if it has one.
+
+    Of a weight on disk it is what was read now, unless :func:`write_weight` has changed it.
+    """
+    parameter: torch.Tensor = getattr(module, name)
     for hook in _hooks(module):
         if hook.weights_map is not None and name in hook.weights_map:
             stored: torch.Tensor = hook.weights_map[name]
-            return stored
-    parameter: torch.Tensor = getattr(module, name)
+            return stored.to(parameter.dtype)
     return parameter
 
 
 def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
     """Change a weight where it is stored, and where a resident module has it now.
 
-    The new values may be of any dtype, on any device.
+    The new values may be of any dtype, on any device. A file is not changed: those of a weight on
+    disk are kept in memory, in front of it, until :func:`forget_change`.
     """
     stored, live = stored_weight(module, name), getattr(module, name)
+    for held, key in _in_front(module, name):
+        stored = held.setdefault(key, torch.empty_like(stored))
     stored.copy_(value)
     if live is not stored and not live.is_meta:
         live.copy_(value)
+
+
+def forget_change(module: nn.Module, name: str) -> None:
+    """Let a weight on disk be read from its file again from here on."""
+    for held, key in _in_front(module, name):
+        held.pop(key, None)
+
+
+def changed_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Give the weights on disk of a module and its parts that were changed, by their names."""
+    return {
+        f"{path}.{name}".lstrip("."): held[key]
+        for path, part in module.named_modules()
+        for name, _ in part.named_parameters(recurse=False)
+        for held, key in _in_front(part, name)
+        if key in held
+    }
+
+
+def _in_front(module: nn.Module, name: str) -> Iterator[tuple[dict[str, torch.Tensor], str]]:
+    """What is held in memory in front of the file of a weight on disk, and its name there."""
+    for hook in _hooks(module):
+        stored = hook.weights_map
+        loader: Any = getattr(stored, "dataset", None)
+        key = f"{getattr(stored, 'prefix', '')}{name}"
+        if key in getattr(loader, "index", {}):
+            yield loader.state_dict, key
 
 
 @contextmanager
@@ -148,20 +190,6 @@ def _held(module: nn.Module, hook: AlignDevicesHook) -> Iterator[None]:
     finally:
         hook.offload = True
         hook.post_forward(module, None)
-
-
-def require_no_disk(model: PreTrainedModel) -> None:
-    """Refuse a model with weights on disk, where they cannot be changed.
-
-    Raises:
-        ModelError: a part of it is offloaded to disk.
-    """
-    places = getattr(model, "hf_device_map", {})
-    if on_disk := [name for name, place in places.items() if str(place) == "disk"]:
-        raise ModelError(
-            f"{on_disk[0]} of {type(model).__name__} is offloaded to disk, where weights cannot be "
-            f"changed: load the model with a device map of GPUs and cpu alone"
-        )
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:

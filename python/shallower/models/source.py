@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from .dtypes import DeviceMap, Dtype, check_dtype, check_streamed, choose_device_map, choose_dtype
+from .dtypes import (
+    STREAM,
+    DeviceMap,
+    Dtype,
+    check_dtype,
+    check_streamed,
+    choose_device_map,
+    choose_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +62,11 @@ class ModelSource:
     def place(self) -> Path:
         """The folder or file that is read; there is none of a hub id."""
         return Path(self.path, self.gguf_file or "")
+
+    @property
+    def waits_on_disk(self) -> bool:
+        """Whether its layers are read from disk as they run."""
+        return self.device_map == STREAM
 
     def resolved(self) -> "ModelSource":
         """The same source with its dtype and device map decided for this machine."""

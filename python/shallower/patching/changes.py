@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..models.offload import stored_weight, write_weight
+from ..models.offload import forget_change, stored_weight, write_weight
 from ..models.residual_writers import Writer
 
 
@@ -11,7 +11,7 @@ class Changes:
     """Weights that were changed, the first value of each kept in the CPU's memory."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._undo: dict[tuple[nn.Module, str], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._undo)
@@ -26,17 +26,18 @@ class Changes:
 
     def change(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """Write a module's parameter where it is stored, from any dtype and device."""
-        stored = stored_weight(module, name)
-        if all(stored is not known for known, _ in self._undo):
-            self._undo.append((stored, stored.detach().to("cpu", copy=True)))
+        if (module, name) not in self._undo:
+            before = stored_weight(module, name).detach().to("cpu", copy=True)
+            self._undo[module, name] = before
         write_weight(module, name, value)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Restore all weights, the last first; none may be resident."""
+        """Restore all weights, the last first."""
         while self._undo:
-            stored, before = self._undo.pop()
-            stored.copy_(before)
+            (module, name), before = self._undo.popitem()
+            write_weight(module, name, before)
+            forget_change(module, name)
 
     def commit(self) -> None:
         """Keep the new weights: :meth:`undo` no longer restores the old ones."""

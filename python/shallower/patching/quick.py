@@ -8,7 +8,7 @@ for all cuts.
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -118,8 +118,7 @@ class QuickPatch:
                 for name, part in zip(("fitted", "held"), self._divided, strict=True)
             ]
         with torch.no_grad():
-            for part in parts:
-                self._run_whole(part)
+            self._run_whole(parts)
         return parts
 
     def _has_room(self, size: int) -> bool:
@@ -154,20 +153,64 @@ class QuickPatch:
                 with torch.no_grad():
                     fits = self._solve(Plan.of(len(self._model), plan), changes)
             except torch.OutOfMemoryError as error:
-                raise PatchError(
-                    "there is not enough memory to patch with so many texts in one forward: lower "
-                    "batch_size (--batch-size)"
-                ) from error
+                raise out_of_memory(error) from error
             yield fits
         finally:
             changes.undo()
 
-    def _run_whole(self, part: _Part) -> None:
-        for index, batch in enumerate(part.batches):
-            part.whole[0][index] = self._model.embed(batch)
-        for layer in range(len(self._model)):
-            before, after = part.whole[layer], part.whole[layer + 1]
-            self._advance(part, before, after, layers=(layer,))
+    def prepare(self) -> None:
+        """Run the whole model on the texts, unless that is done."""
+        _ = self._parts
+
+    @property
+    def bytes_of_cut(self) -> int:
+        """Bytes of a cut's states on the texts."""
+        return sum(part.cut.nbytes for part in self._parts)
+
+    @torch.no_grad()
+    def run_cut(
+        self, plan: Plan, batches: Sequence[Batch], starts: Callable[[], list[torch.Tensor]]
+    ) -> Generator[int, None, list[torch.Tensor]]:
+        """Run a patched cut on batches layer by layer, as a job of :meth:`Layerwise.in_step`.
+
+        ``starts`` gives the states of the batches before the first layer that changes. Returns
+        those behind the last layer. A weight is what it was before the next layer is asked for, so
+        that other cuts may use the same ones. Raises as :meth:`patched`.
+        """
+        first, after = _solved(plan)
+        last, states = max(after), []
+        for layer in (layer for layer in plan.survivors if layer >= first):
+            yield layer
+            if layer == first:
+                cuts, states = [part.whole[first] for part in self._parts], starts()
+            changes = Changes()
+            try:
+                if layer in after:
+                    sets = [
+                        StateSet(part.batches, part.whole[after[layer]], cut)
+                        for part, cut in zip(self._parts, cuts, strict=True)
+                    ]
+                    self._fit(layer, sets, changes)
+                if layer < last:
+                    moved = [part.cut.like() for part in self._parts] if layer == first else cuts
+                    for part, cut, behind in zip(self._parts, cuts, moved, strict=True):
+                        self._advance(part, cut, behind, layers=(layer,))
+                    cuts = moved
+                for index, batch in enumerate(batches):
+                    states[index] = self._model.run(batch, states[index], (layer,)).cpu()
+            finally:
+                changes.undo()
+        return states
+
+    def _run_whole(self, parts: Sequence[_Part]) -> None:
+        for part in parts:
+            for index, batch in enumerate(part.batches):
+                part.whole[0][index] = self._model.embed(batch)
+        for layer in self._model.one_by_one(range(len(self._model))):
+            for part in parts:
+                for index, batch in enumerate(part.batches):
+                    states = self._model.run(batch, part.whole[layer][index], (layer,))
+                    part.whole[layer + 1][index] = states
 
     def _advance(
         self, part: _Part, before: Stored, after: Stored, *, layers: Sequence[int]
@@ -178,10 +221,8 @@ class QuickPatch:
             before = after
 
     def _solve(self, plan: Plan, changes: Changes) -> QuickFits:
-        blocks = blocks_of(plan.dropped)
-        layers = tuple(block.start - 1 for block in blocks)
-        if layers[0] < 0:
-            raise no_layer_before(blocks[0])
+        blocks, (_, after) = blocks_of(plan.dropped), _solved(plan)
+        layers = tuple(after)
         states = [
             StateSet(part.batches, part.whole[blocks[0].stop], part.whole[layers[0]])
             for part in self._parts
@@ -216,6 +257,24 @@ class QuickPatch:
         if writer is None:
             raise no_writer(layer)
         return writer
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> PatchError:
+    """The error for texts whose forward finds no memory, with its cause."""
+    found = PatchError(
+        "there is not enough memory to patch with so many texts in one forward: lower batch_size "
+        "(--batch-size)"
+    )
+    found.__cause__ = error
+    return found
+
+
+def _solved(plan: Plan) -> tuple[int, dict[int, int]]:
+    """The first layer that is solved, and of each the state that it is to reach."""
+    blocks = blocks_of(plan.dropped)
+    if blocks[0].start == 0:
+        raise no_layer_before(blocks[0])
+    return blocks[0].start - 1, {block.start - 1: block.stop for block in blocks}
 
 
 def _divide(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:

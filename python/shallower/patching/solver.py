@@ -2,14 +2,14 @@
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from ..evaluation.loss import summed_losses
-from ..models.layerwise import Layerwise
+from ..models.layerwise import Layerwise, is_streamed
 from ..models.offload import resident
 from ..models.residual_writers import Writer, find_writers
 from ..progress import Advance, say_goes_on, track
@@ -34,6 +34,8 @@ change with it, is then solved for all that is left."""
 class Solver:
     """Both models' states on the batches, which advance layer by layer, side by side.
 
+    Where layers wait on disk, matrices are solved, and none takes a step behind them.
+
     Every weight that changes is noted in ``changes``. States lie in temporary files, which are
     there inside the ``with`` statement. What is done is kept in the folder ``checkpoint``, if any.
     """
@@ -50,6 +52,7 @@ class Solver:
         self.model, self.plan, self.changes = model, plan, changes
         self._batches = fitted, held_out
         self._kept = checkpoint
+        self._descends = not is_streamed(model.head.decoder)
         self.survivors = plan.survivors
         self.first_weight, self.ridge = FIRST_WEIGHTS[0], FIRST_RIDGE
 
@@ -82,11 +85,13 @@ class Solver:
         solved = [layer for layer in self.survivors if first <= layer <= max(after)]
         self._embed()
         fits = []
-        total = first + len(solved) + num_steps(self.fitted.batches)
+        total = first + len(solved)
+        total += num_steps(self.fitted.batches) if self._descends else 0
         with track("patch", total, progress) as advance:
             self._advance_whole(0, first)
             self._copy_whole()
-            self._keep_start()
+            if self._descends:
+                self._keep_start()
             advance(first)
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
             self._checkpoint = PatchCheckpoint(
@@ -105,8 +110,10 @@ class Solver:
                 if layer != solved[-1]:
                     self._advance_cut(layer)
                 advance(1)
-            advance(0, "all layers")
-            descent = self._descend(first, stop, fits[-1].nats, advance)
+            descent: tuple[float, ...] = ()
+            if self._descends:
+                advance(0, "all layers")
+                descent = self._descend(first, stop, fits[-1].nats, advance)
         num_tokens, num_held_out = (
             sum(int(batch.attention_mask.sum()) for batch in batches) for batches in self._batches
         )
@@ -144,24 +151,24 @@ class Solver:
                 states.cut[index] = states.whole[index]
 
     def _advance_whole(self, layer: int, target: int) -> None:
-        for states in (self.fitted, self.held_out):
-            self._advance(states, states.whole, range(layer, target))
+        sets = (self.fitted, self.held_out)
+        self._advance([(one.batches, one.whole) for one in sets], range(layer, target))
 
     def _advance_cut(self, layer: int) -> None:
-        for states in (self.fitted, self.held_out):
-            self._advance(states, states.cut, (layer,))
+        sets = (self.fitted, self.held_out)
+        self._advance([(one.batches, one.cut) for one in sets], (layer,))
 
     def _advance(
         self,
-        states: StateSet,
-        moved: Stored,
+        moved: Sequence[tuple[Sequence[Batch], Stored]],
         layers: Sequence[int],
-        indices: Iterable[int] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> None:
-        indices = range(len(states.batches)) if indices is None else list(indices)
+        """Run layers on batches and their states, of the batches ``indices`` alone or of all."""
         for some in self.model.passes(layers):
-            for index in indices:
-                moved[index] = self.model.run(states.batches[index], moved[index], some)
+            for batches, states in moved:
+                for index in range(len(batches)) if indices is None else indices:
+                    states[index] = self.model.run(batches[index], states[index], some)
 
     def _keep_start(self) -> None:
         """Keep the states before the first layer that changes: the descent begins there.
@@ -187,7 +194,7 @@ class Solver:
         if not self.model.head.by_rows:
             return ()
         whole = range(stop, len(self.model))
-        self._advance(self.fitted, self.fitted.whole, whole, self._descended)
+        self._advance([(self.fitted.batches, self.fitted.whole)], whole, self._descended)
         fitted, held_out = self._starts
         states = StateSet(self.fitted.batches, self.fitted.whole, fitted)
         layers = [layer for layer in self.survivors if layer >= first]

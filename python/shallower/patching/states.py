@@ -81,6 +81,7 @@ class Stored:
     def __init__(
         self, file: Path | None, batches: Sequence[Batch], width: int, dtype: torch.dtype
     ) -> None:
+        self._batches, self._width = batches, width
         sizes = [batch.input_ids.size * width for batch in batches]
         if file is None:
             whole = torch.empty(sum(sizes), dtype=dtype)
@@ -90,6 +91,15 @@ class Stored:
             part.view(*batch.input_ids.shape, width)
             for part, batch in zip(whole.split(sizes), batches, strict=True)
         ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(part.nbytes for part in self._parts)
+
+    def like(self) -> "Stored":
+        """Make room for other states of the same batches, in memory."""
+        return Stored(None, self._batches, self._width, self._parts[0].dtype)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._parts[index]

@@ -25,10 +25,11 @@ from ..judgement.token_states import PROBED
 from ..judgement.verifying import PATCH_TEXTS
 from ..memory.device import main_device
 from ..memory.rehearsal import build_empty
+from ..memory.streaming import StreamPlan
 from ..memory.weights import num_parameters, weight_bytes
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
-from ..models.dtypes import plain_dtype
+from ..models.dtypes import STREAM, plain_dtype
 from ..models.source import ModelSource
 from ..patching.descent import PASSES, STEP_TOKENS
 from ..patching.descent import STEPS as DESCENT_STEPS
@@ -46,6 +47,7 @@ from .compare import CompareStudy
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
 from .speed import Work, measure_speed
+from .stream_plans import CHECKED, TOGETHER, Pass, patched, plan_passes, verified
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
@@ -161,6 +163,8 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     }
     if study.out is None:
         del ways["disk"]
+    if isinstance(study.settings, RunSettings) and study.model.waits_on_disk:
+        ways["stream"] = lambda: models()[0].stream()
     for name, way in ways.items():
         try:
             described[name] = way()
@@ -210,7 +214,8 @@ class _Model:
         self.empty = build_empty(self.config, plain_dtype(self.source.dtype))
         self.decoder = Decoder.of(self.empty)
         self.layers = len(self.decoder)
-        self.on_cpu = str(self.source.device_map) in ("None", "cpu")
+        has_card = self.source.waits_on_disk and torch.cuda.is_available()
+        self.on_cpu = str(self.source.device_map) in ("None", "cpu", STREAM) and not has_card
         self.forward = self._planned("eval")
 
     # Memory and disk.
@@ -314,9 +319,7 @@ class _Model:
 
     def _of_run(self) -> Work:
         settings, sizes = self.settings, self._sizes
-        n, models = min(sizes), 2 if settings.plan_only else 3
-        beside = sorted({more for size in sizes for more in sizes_beside(size, self.layers)})
-        beside = [size for size in beside if size not in sizes][: 2 * len(sizes)]
+        n, models, beside = min(sizes), 2 if settings.plan_only else 3, self._beside
         work = self._measured(0) + self._scan(SCAN_TEXTS) + self._measured(n) * 2
         for size in sizes:
             work += self._verified(size)
@@ -327,13 +330,40 @@ class _Model:
             of = 1.0 if size in sizes else share
             # The winner and the deepest layers, of whose states half are known, and nearly all.
             work += (self._measured(size) * 2 + self._quick(size) * 2) * of
-        decoded = models * DECODED * len(settings.prompts)
+        decoded = models * DECODED * len(settings.prompts) * (not self.source.waits_on_disk)
         work += Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
         if self._patch_tokens:
             work += self._patched(n) + self._measured(n)
         if self._recipe is not None:
             work += self._healed(n)
         return work
+
+    @property
+    def _beside(self) -> list[int]:
+        """The sizes of the table of a run beside those that are decided."""
+        sizes = self._sizes
+        found = {more for size in sizes for more in sizes_beside(size, self.layers)}
+        return sorted(found - {*sizes})[: 2 * len(sizes)]
+
+    def stream(self) -> StreamPlan:
+        """What a run reads of a model whose layers wait on disk, at most, about."""
+        tokenizer, name = self.source.load_tokenizer(), next(iter(self.study.splits))
+        texts = _Texts(self.study, tokenizer, name, self.forward.micro_batch)
+        sizes, mean, report = self._sizes, texts.choose.mean(), texts.report.sum()
+        fit, n = texts.fit[:VERIFYING_TEXTS].sum(), min(sizes)
+        passes: list[Pass] = [(1, texts.fit[:SCAN_TEXTS].sum()), (4, report)]
+        some = [(size, None) for size in sizes] + [(size, TABLE_TEXTS) for size in self._beside]
+        for size, count in some:
+            looked, top = texts.looks(count), self.settings.top
+            passes += verified(self.layers, size, looks=looked, top=top, mean=mean)
+            passes.append((3, 2 * TOGETHER * report))  # bare together, each after a patch
+        # The model is checked, run by criteria that propose, and by a quick patch, for either set
+        # of texts that choose; checked once more for the losses.
+        passes += 2 * [CHECKED, (3, fit)] + [CHECKED]
+        if self._patch_tokens:
+            middle = (self.layers - n) // 2
+            passes += [*patched(self.layers, range(middle, middle + n)), (1, report), (2, 0)]
+        return plan_passes(self.source, passes)
 
     def _of_curve(self) -> Work:
         settings, work = self.settings, self._measured(0)
@@ -409,6 +439,7 @@ class _Model:
         fitted = min(self._patch_tokens, 7 / 8 * fit.sum())
         held = min(MAX_HELD_OUT, self._patch_tokens, fit.sum() / 8)
         steps = min(DESCENT_STEPS, PASSES * np.ceil(fitted / STEP_TOKENS))
+        steps *= not self.source.waits_on_disk
         descended = steps * min(fitted, STEP_TOKENS)
         blocks = (n + 1) / 2
         losses = Work(left, 1) * (held * (4 + blocks))

@@ -27,6 +27,13 @@ class InMemory:
         """The folder or file that it was loaded from, as far as it says."""
         return place_of(self.model)
 
+    @property
+    def waits_on_disk(self) -> bool:
+        """Whether its layers are read from disk as they run."""
+        from ..models.layerwise import is_streamed
+
+        return is_streamed(self.model)
+
     def __str__(self) -> str:
         return str(self.model.name_or_path) or type(self.model).__name__
 

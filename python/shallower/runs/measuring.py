@@ -174,6 +174,7 @@ class Measuring:
         """Measure the loss of the whole model, and show how far that is."""
         trials = self.held_out.losses
         with track("loss, whole", self.judge.num_items, self._study.progress) as advance:
+            trials.judge_together([()])
             for look in trials.first(None):
                 trials.scores((), look + 1)
                 advance(len(self.judge.batches[look]))

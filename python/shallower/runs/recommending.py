@@ -17,7 +17,7 @@ from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
-from ..models.layerwise import Layerwise
+from ..models.layerwise import Layerwise, is_streamed
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
@@ -61,6 +61,11 @@ CPU_WORK = 3e13
 
 PLAN_ONLY = "no model was wanted, but the plan alone (plan_only, --plan-only)"
 
+NO_PROMPTS = (
+    "the layers wait on disk: no prompt is continued, for which all of them would be read once a "
+    "token"
+)
+
 TABLE_REPORTS = 64
 """Texts of those that report on which cuts of the table are measured, at least; their losses on
 all are estimated by what the whole model loses on the others.
@@ -84,6 +89,10 @@ class Recommending:
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
+        self._prompts: Sequence[str] = study.settings.prompts
+        if self._prompts and is_streamed(model):
+            warnings.warn(NO_PROMPTS, stacklevel=2)
+            self._prompts = ()
         with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
@@ -219,9 +228,7 @@ class Recommending:
             if set(block.layers) != set(plan.dropped):
                 worse = measuring.measure(tuple(block.layers), "cut").loss.minus(cut)
             advance(1, "samples")
-            samples = [
-                self._continued(Continuations(text, ""), "whole") for text in self._settings.prompts
-            ]
+            samples = [self._continued(Continuations(text, ""), "whole") for text in self._prompts]
             with without_layers(self._model, plan.blocks):
                 samples = [self._continued(one, "cut") for one in samples]
             advance(1)
@@ -370,6 +377,7 @@ class Recommending:
         dropped = verified.plan.dropped
         bottom = deepest_block(num_layers, n).layers
         looks = self._measuring.held_out.losses.looks_at(TABLE_REPORTS) if in_passing else None
+        self._measuring.held_out.losses.judge_together([dropped, bottom], looks)
         cut, deepest = (self._measuring.scores(one, "cut", looks) for one in (dropped, bottom))
         patched, deepest_patched = (self._patched(one, looks) for one in (dropped, bottom))
         (cut_loss, cut_error), lost = cut.estimated_by(whole), cut.minus(whole)

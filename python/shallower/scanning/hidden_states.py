@@ -22,6 +22,7 @@ from ..memory.retry import Halving
 from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, check_length, evaluating
 from ..models.decoder import Decoder
+from ..models.layerwise import Layerwise, is_streamed
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .builder import Part
@@ -74,7 +75,8 @@ def stream(
 ) -> Generator[Part, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
 
-    A part is given while the next batch runs, so that two batches' states are in memory at most.
+    A part is given while the next batch runs, so that two batches' states are in memory at most;
+    where layers wait on disk, those of as many batches as find room, by :func:`stream_by_layer`.
     ``copies`` and ``halving`` of earlier calls bring buffers, and how many texts the device takes.
 
     Yields:
@@ -89,6 +91,11 @@ def stream(
         TextsError: a batch is longer than the positions that the model has learned.
     """
     decoder = Decoder.of(model)
+    if is_streamed(decoder):
+        streamed = Streamed(Layerwise(decoder), progress=False)
+        for group in streamed.groups([batch] for batch in batches):
+            yield from stream_by_layer(streamed, group, positions)
+        return
     copies, halving = copies or HostCopies(), halving or Halving()
     with ExitStack() as stack:
         stack.enter_context(evaluating(decoder.model))

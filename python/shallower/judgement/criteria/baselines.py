@@ -213,7 +213,7 @@ def _norms(model: Layerwise) -> list[float]:
     )
     model.check(batch)
     states, norms = model.embed(batch), []
-    for layer in range(len(model)):
+    for layer in model.one_by_one(range(len(model))):
         writers = find_writers(model, layer, batch=batch, states=states)
         squares = [
             (torch.linalg.matrix_norm(w.weight.float()).item() * w.scale) ** 2

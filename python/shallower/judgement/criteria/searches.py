@@ -55,6 +55,7 @@ class OneShot(Criterion):
 
     def costs(self, subject: Subject) -> Costs:
         trials, layers = subject.trials, range(subject.num_layers)
+        trials.judge_together([(), *((layer,) for layer in layers)])
         whole = trials.scores(())
         with track(self.name, len(layers), subject.progress) as advance:
             differences = {}
@@ -85,6 +86,7 @@ class MaskRegression(Criterion):
         cuts = [tuple(int(layer) for layer in np.flatnonzero(mask)) for mask in gone]
         scores = np.empty(len(cuts))
         enough = looks_at([len(part) for part in trials.judge.items], ITEMS)
+        trials.judge_together(cuts, enough)
         with track(self.name, len(cuts), subject.progress) as advance:
             for index in sorted(range(len(cuts)), key=lambda index: trials.path(cuts[index])):
                 scores[index] = trials.scores(cuts[index], looks=enough).mean
@@ -246,11 +248,13 @@ def select(trials: Trials, cuts: list[Cut]) -> Cut:
     """
     for look in range(1, trials.num_looks + 1):
         cuts = sorted(cuts, key=trials.path)
+        trials.judge_together(cuts, look)
         means = [trials.scores(cut, looks=look).mean for cut in cuts]
         kept = np.argsort(means, kind="stable")[: -(-len(cuts) // SURVIVING)]
         cuts = [cuts[int(number)] for number in kept]
         if len(cuts) == 1:
             break
+    trials.judge_together(cuts)
     means = [trials.scores(cut).mean for cut in cuts]
     return cuts[int(np.argmin(means))]
 

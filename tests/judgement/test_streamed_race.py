@@ -1,0 +1,221 @@
+"""The race of cuts of a model whose layers wait on disk: the same plan, each layer read for all."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shallower.errors import CriterionError, ModelError, PatchError
+from shallower.evaluation.loss import evaluate_loss
+from shallower.judgement.criteria import BUILT_IN
+from shallower.judgement.judges import judge_of
+from shallower.judgement.racing import race
+from shallower.judgement.trials import Trials
+from shallower.judgement.verifying import verifier_of
+from shallower.memory import budget
+from shallower.models.architecture import find_layers
+from shallower.models.decoder import Decoder
+from shallower.models.layerwise import Layerwise
+from shallower.models.offload import changed_weights, reading_of
+from shallower.texts.splits import Splits
+from shallower.values.plan import Plan
+from shallower.values.tokens import Tokens
+from tests.conftest import mostly_slow
+from tests.documents import documents
+from tests.families import random_model
+from tests.judgement.test_verifying import Killed, MemoryStore
+from tests.memory.test_streaming import FAMILIES, both, folder, stored  # noqa: F401
+
+TEXTS = documents(40, seed=5)
+SPLITS = Splits(TEXTS[:16], TEXTS[16:], [], 0)
+
+
+def prepared(model, tokenizer, after="patch", store=None):
+    store = store or MemoryStore()
+    return verifier_of(
+        Decoder.of(model), tokenizer, SPLITS, store=store, texts="some", top=2,
+        tokens=Tokens(12, 4), after=after, progress=False,
+    )  # fmt: skip
+
+
+def verified(model, tokenizer, n, *, after="patch", store=None):
+    verifier = prepared(model, tokenizer, after, store)
+    found = verifier.verify(n)
+    return replace(found, seconds=0.0).to_json(), verifier
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each matrix was read from disk."""
+    from accelerate.utils.offload import OffloadedWeightsLoader
+
+    counts, loaded = Counter(), OffloadedWeightsLoader.__getitem__
+
+    def counting(self, key):
+        counts[key] += 1
+        return loaded(self, key)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counting)
+    return counts
+
+
+@pytest.mark.parametrize("after", ["none", "patch"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_streamed_race_chooses_the_same_plan(folder, after, n):  # noqa: F811
+    streamed, whole, tokenizer = both(folder)
+    (first, one), (second, other) = (
+        verified(model, tokenizer, n, after=after) for model in (streamed, whole)
+    )
+    assert first == second
+    for cut in ([1], [2, 3], [1, 4]):
+        scores = [some.scores(cut, after=after) for some in (one, other)]
+        np.testing.assert_array_equal(*(one.sums for one in scores))
+
+
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gemma3_text", "qwen2_moe"]))
+def test_every_kind_of_layer_is_raced_to_the_same_plan(family, tmp_path, words):
+    streamed, whole, tokenizer = both(stored(tmp_path / family, random_model(family), words))
+    results = []
+    for model in (streamed, whole):
+        try:
+            results.append(verified(model, tokenizer, 2)[0])
+        except PatchError as error:
+            results.append((str(error), verified(model, tokenizer, 2, after="none")[0]))
+    assert results[0] == results[1]
+
+
+def test_states_that_find_no_room_are_more_reads_for_the_same_plan(folder, monkeypatch):  # noqa: F811
+    streamed, whole, tokenizer = both(folder)
+    expected, _ = verified(whole, tokenizer, 2)
+    read = []
+    for bound in (None, 60_000):
+        monkeypatch.setattr(budget.BUDGET, "bound", bound)
+        before = reading_of(streamed).bytes_read
+        assert verified(streamed, tokenizer, 2)[0] == expected
+        read.append(reading_of(streamed).bytes_read - before)
+    assert read[1] > 2 * read[0]
+
+
+def test_a_layer_is_read_once_for_all_cuts_of_a_look(folder, reads):  # noqa: F811
+    streamed, whole, tokenizer = both(folder)
+    tokens, cuts = Tokens(12, 4), [(), (1,), (1, 2), (0, 5), (3,)]
+    found = []
+    for model in (streamed, whole):
+        judge = judge_of("loss", tokenizer, TEXTS, tokens=tokens)
+        trials = Trials(Layerwise(model), judge, memory=10**6)
+        reads.clear()
+        found.append(race(trials, cuts, alpha=0.0))
+    looks = trials.num_looks
+    assert not reads  # of the model in memory
+    judge = judge_of("loss", tokenizer, TEXTS, tokens=tokens)
+    trials = Trials(Layerwise(streamed), judge, memory=10**6)
+    reads.clear()
+    race(trials, cuts, alpha=0.0)
+    matrices = [reads[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(6)]
+    assert matrices == [looks] * 6
+    assert found[0].winner == found[1].winner
+    for one, other in zip(found[0].scores, found[1].scores, strict=True):
+        np.testing.assert_array_equal(one.sums, other.sums)
+
+
+def test_states_that_cuts_share_are_made_once(folder, monkeypatch):  # noqa: F811
+    streamed, _, tokenizer = both(folder)
+    judge = judge_of("loss", tokenizer, TEXTS, tokens=Tokens(12, 4))
+    trials, ran = Trials(Layerwise(streamed), judge, memory=10**6), []
+    run = trials.model.run
+
+    def counting(batch, states, layers):
+        ran.append(layers)
+        return run(batch, states, layers)
+
+    monkeypatch.setattr(trials.model, "run", counting)
+    cuts = [(), (1,), (1, 2), (0, 5), (3,), (3, 4)]
+    trials.judge_together(cuts, 1)
+    paths = map(trials.path, cuts)
+    assert len(ran) == len({path[:depth] for path in paths for depth in range(1, len(path) + 1)})
+    assert sorted(ran) == ran  # and each layer at one time
+
+
+def test_a_race_that_was_killed_goes_on_to_the_same_plan(folder):  # noqa: F811
+    streamed, whole, tokenizer = both(folder)
+    expected, _ = verified(whole, tokenizer, 2)
+    store, read = MemoryStore(), []
+    for _ in range(20):
+        store.left, before = 12, reading_of(streamed).bytes_read
+        try:
+            found, _ = verified(streamed, tokenizer, 2, store=store)
+            break
+        except Killed:
+            read.append(reading_of(streamed).bytes_read - before)
+    assert found == expected
+    assert len(read) > 1
+
+
+def test_looks_that_are_asked_for_together_are_one_pass(folder, reads):  # noqa: F811
+    streamed, _, tokenizer = both(folder)
+    for name in ("loss", "kl"):
+        judge = judge_of(name, tokenizer, TEXTS, tokens=Tokens(12, 4))
+        trials = Trials(Layerwise(streamed), judge)
+        trials.judge_together([(1,), (2, 3)], 1)
+        reads.clear()
+        trials.scores((1,)), trials.scores((2, 3))
+        expected = 2 if name == "loss" else 4  # the whole model's states, for either
+        assert reads["model.layers.5.mlp.up_proj.weight"] == expected - (name == "kl")
+
+
+def test_a_cut_that_cannot_be_judged_stops_no_other(folder):  # noqa: F811
+    streamed, _, tokenizer = both(folder)
+    judge = judge_of("loss", tokenizer, TEXTS, tokens=Tokens(12, 4))
+    trials = Trials(Layerwise(streamed), judge)
+    measure, judged = trials.measure_states, []
+
+    def failing(index, states):
+        judged.append(index)
+        if len(judged) == 1:
+            raise ModelError("the score is not finite")
+        return measure(index, states)
+
+    trials.measure_states = failing
+    trials.judge_together([(1,), (2,)], 1)
+    with pytest.raises(ModelError, match="not finite"):
+        trials.scores((1,), 1)
+    assert np.isfinite(trials.scores((2,), 1).sums).any()
+    assert len(judged) == 2
+
+
+def test_a_cut_without_a_layer_before_it_stops_no_other(folder):  # noqa: F811
+    streamed, whole, tokenizer = both(folder)
+    _, verifier = verified(streamed, tokenizer, 2)
+    verifier.patched.judge_together([(0, 1), (2, 4)])
+    with pytest.raises(PatchError, match="no layer before the block"):
+        verifier.scores((0, 1), after="patch")
+    _, plain = verified(whole, tokenizer, 2)
+    sums = [one.scores((2, 4), after="patch").sums for one in (verifier, plain)]
+    np.testing.assert_array_equal(*sums)
+
+
+def test_a_patch_of_a_streamed_model_is_undone(folder):  # noqa: F811
+    streamed, _, tokenizer = both(folder)
+    before = evaluate_loss(streamed, tokenizer, TEXTS[:8], max_length=12)
+    _, verifier = verified(streamed, tokenizer, 2)
+    with verifier.patch.patched(Plan.of(6, [2, 4])):
+        changed = [list(changed_weights(layer)) for layer in find_layers(streamed).modules]
+        assert changed == [[], ["mlp.down_proj.weight"], [], ["mlp.down_proj.weight"], [], []]
+        assert evaluate_loss(streamed, tokenizer, TEXTS[:8], max_length=12) != before
+    assert not any(map(changed_weights, find_layers(streamed).modules))
+    assert evaluate_loss(streamed, tokenizer, TEXTS[:8], max_length=12) == before
+
+
+def test_criteria_of_a_streamed_model_choose_the_same(folder):  # noqa: F811
+    streamed, whole, tokenizer = both(folder)
+    subjects = [
+        replace(prepared(model, tokenizer, after="none").subject, sizes=(1, 2))
+        for model in (streamed, whole)
+    ]
+    for criterion in BUILT_IN:
+        if criterion.name == "taylor":
+            with pytest.raises(CriterionError, match=r"offloaded.*leave out taylor"):
+                criterion.plans(subjects[0])
+        else:
+            assert criterion.plans(subjects[0]) == criterion.plans(subjects[1])
