@@ -174,3 +174,23 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path, monkeypatch
         pass
     assert time.monotonic() - began < 10
     assert os.environ["RAY_ADDRESS"] == address
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_carries_out_the_jobs_of_a_sweep(tmp_path, words, monkeypatch):
+    import shallower as sh
+
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    words.save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("texts", 0), ("held_out", 1)):
+        write_jsonl(tmp_path / f"{name}.jsonl", documents(24, seed=seed))
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "models: [tiny]\ntexts: texts.jsonl\neval_texts: held_out.jsonl\n"
+        "criteria: [angular, deepest]\nn: [1]\nmax_length: 16\n"
+    )
+    done = sh.sweep(file, tmp_path / "out", on="ray", progress=False)
+    assert [job.state for job in done.jobs] == ["done", "done"]
+    assert sh.sweep(file, tmp_path / "out").is_complete
