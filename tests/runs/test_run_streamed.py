@@ -68,6 +68,7 @@ def test_a_streamed_run_makes_the_same_model(folder, tmp_path):
 
 @quietly
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the cut is not patched")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_layer_is_run_to_the_same_model(family, tmp_path, words):
     ran(stored(tmp_path / family, random_model(family), words), tmp_path)

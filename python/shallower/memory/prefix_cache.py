@@ -107,8 +107,12 @@ class Prefixes:
         each place with the states behind its last layer, as soon as they are there.
         """
         done, states = {}, {}
-        for place in dict.fromkeys(places):
-            done[place], states[place] = self._start(*place)
+        begun: dict[Place, torch.Tensor] = {}
+        for index, path in dict.fromkeys(places):
+            known, found = self._start(index, path)
+            states[index, path] = begun.setdefault((index, path[:known]), found.cpu())
+            done[index, path] = known
+        del begun
         while True:
             for place in [place for place in states if done[place] == len(place[1])]:
                 take(place, states.pop(place))

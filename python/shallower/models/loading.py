@@ -61,7 +61,7 @@ def load_model(
             compute) and ``int8`` are by bitsandbytes, on CPU and CUDA alike.
         device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there
             is CUDA, and the CPU elsewhere. ``stream`` lets the layers wait on disk, in safetensors:
-            :func:`shallower.scan` and :func:`shallower.evaluate_loss` read each once a pass.
+            scans, losses, races and patches read each once for all that it has to run.
         gguf_file: the file's name in the folder or hub repository. Its weights are
             dequantised, then kept in ``dtype``.
         trust_remote_code: run code that comes with the model.

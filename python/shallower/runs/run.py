@@ -70,7 +70,8 @@ def run(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from.
+            loaded from. If its layers wait on disk, the patch takes no steps behind its closed
+            form, and no prompt is continued; each is said by a warning.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once. With ``heal`` they are kept
             in memory.
@@ -98,8 +99,8 @@ def run(
         TextsError: no texts, or too few for three sets.
         StatesError: no text could be compared.
         ModelError: the model cannot be loaded, run or (for a target) counted, there is no such
-            ``device``, or the saved checkpoint is another model;
-            then ``results.json`` holds all that is known.
+            ``device``, ``heal`` of a model whose layers wait on disk, or the saved checkpoint is
+            another model; then ``results.json`` holds all that is known.
         CacheError: what the cache holds is damaged.
         MissingExtraError: ``heal`` without peft.
         ProcessesError: this is one of several processes, as torchrun starts them.
