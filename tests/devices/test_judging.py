@@ -4,12 +4,15 @@ import pytest
 
 from shallower.judgement.judges.judge import KLJudge, LossJudge, judged_batches
 from shallower.judgement.judges.options import OptionsJudge
+from shallower.judgement.patched_trials import judge_patched_together
 from shallower.judgement.trials import Trials
 from shallower.models.layerwise import Layerwise
+from shallower.patching.quick import QuickPatch
 from shallower.texts.options import OptionItem
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS
+from tests.devices.test_models import A_PLAIN_SUM
 
 WORDS = word_tokenizer()
 ITEMS = [OptionItem(text, ("w1 w2", "w3", "w4"), 1) for text in TEXTS]
@@ -27,3 +30,23 @@ def test_a_cut_is_judged(stage, judge):
         found = [trials.scores(dropped) for dropped in ([1, 2], [1, 3])]
     assert all(scores.complete for scores in found)
     assert all(len(scores) == len(TEXTS) for scores in found)
+
+
+def test_cuts_are_judged_together(stage):
+    with stage.open():
+        trials = Trials(Layerwise(stage.model()), LossJudge(judged_batches(WORDS, TEXTS, Tokens())))
+        trials.is_streamed = True  # as if its layers waited on disk
+        trials.judge_together([[1, 2], [1, 3], []])
+        found = [trials.scores(dropped) for dropped in ([1, 2], [1, 3])]
+    assert all(scores.complete for scores in found)
+
+
+@pytest.mark.slow
+def test_cuts_are_judged_together_after_a_patch(stage):
+    with stage.open(_scale=A_PLAIN_SUM):
+        model = Layerwise(stage.llama())
+        batches = judged_batches(WORDS, TEXTS, Tokens())
+        trials, patch = Trials(model, LossJudge(batches)), QuickPatch(model, batches)
+        cuts = {frozenset([1, 3]): [0]}
+        found = dict(judge_patched_together(trials, patch, cuts))
+    assert all(isinstance(one, dict) for one in found.values()), found

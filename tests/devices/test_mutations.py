@@ -45,6 +45,11 @@ HARMLESS = {
     "evaluation/task_model.py: TaskModel._continue: torch.from_numpy(padded).to(device)": _MOVED,
     "evaluation/task_model.py: TaskModel._predicted: "
     "torch.from_numpy(rows[here] - start).to(logits.device)": _INDEX,
+    "memory/prefix_cache.py: Prefixes.run_together: found.cpu()": _ROOM,
+    "memory/prefix_cache.py: Prefixes.run_together: "
+    "self.model.run(self.batches[index], before, (layer,)).cpu()": _ROOM,
+    "patching/quick.py: QuickPatch.run_cut: "
+    "self._model.run(batch, states[index], (layer,)).cpu()": _ROOM,
     "patching/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
     "patching/descent.py: Descent._step: self._model.run(*pair, (layer,)).cpu()": _ROOM,
     "patching/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,

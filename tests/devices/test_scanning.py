@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 
+from shallower.memory.streaming import Streamed
+from shallower.models.layerwise import Layerwise
 from shallower.scanning.builder import as_array
-from shallower.scanning.hidden_states import stream
+from shallower.scanning.hidden_states import stream, stream_by_layer
 from shallower.values.positions import Positions
 from tests.devices.batches import batch
+
+
+def test_states_come_layer_by_layer(stage):
+    with stage.open():
+        streamed = Streamed(Layerwise(stage.model()), progress=False)
+        for part in stream_by_layer(streamed, [batch(), batch()]):
+            assert as_array(part.states).shape == (5, 3, 4096)
 
 
 @pytest.mark.parametrize(
