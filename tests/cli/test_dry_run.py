@@ -59,6 +59,7 @@ def test_the_disk_is_what_the_checkpoint_takes(dry, shallower, tiny, texts, fold
     assert weights <= said + 10_000 < 3 * weights + 10**6
 
 
+@pytest.mark.slow
 def test_more_work_takes_longer(dry, monkeypatch):
     each = Work(layers=1e-3, heads=1e-3, layer_steps=2e-3, head_steps=2e-3, updates=0.1)
     monkeypatch.setattr(dry_run, "measure_speed", lambda *_args, **_options: each)

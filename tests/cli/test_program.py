@@ -16,7 +16,7 @@ from shallower._core import tiers
 from tests.commands import SHALLOWER, in_a_process, in_this_process
 
 COMMANDS = {name: cli.parser(name) for name in cli.COMMANDS}
-HEAVY = {"torch", "transformers", "matplotlib", "datasets", "numpy", "pyarrow"}
+HEAVY = {"torch", "transformers", "matplotlib", "datasets", "numpy", "pyarrow", "ray"}
 """Packages that no help needs."""
 
 DRAWN = {"rich", "rich.markdown", "typer.rich_utils"}
@@ -173,7 +173,7 @@ def test_importing_the_package_loads_nothing():
 def test_a_study_that_heals_nothing_loads_nothing_of_healing():
     code = (
         "import sys\nfrom shallower.runs import recommending, curve_points, compare_rows\n"
-        "print(*{'peft', 'bitsandbytes', 'datasets'} & set(sys.modules))"
+        "print(*{'peft', 'bitsandbytes', 'datasets', 'ray'} & set(sys.modules))"
     )
     assert in_a_process(sys.executable, "-c", code).out == "\n"
 

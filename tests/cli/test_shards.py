@@ -129,6 +129,7 @@ def test_a_killed_scan_asks_for_exactly_the_rest(folder, tiny, many, whole):
     assert (out / "scan.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_texts_that_no_worker_can_scan_are_named_and_the_others_are_scanned(
     shallower, folder, tiny, many, whole, monkeypatch
 ):

@@ -123,6 +123,7 @@ def run_demo(monkeypatch, capfd, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path):
     status, described = run_demo("--dry-run", "--max-texts", "16", "--n", "2")
     assert status == 0

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 NUM_SHARDS = 64
 """A scan that workers share falls into so many shards, whatever their number."""
 
+NUM_STREAMED = 8
+"""So many, where each reads the whole model, and the number of workers is not known."""
+
 OPENER = f"{__name__}:OpenedScan"
 """What a worker opens."""
 
@@ -145,7 +148,7 @@ class SharedScanJob(ScanJob):
     def _shards(self) -> list[Shard]:
         """All shards; each of a model that is streamed reads all of it."""
         is_streamed = self.source.device_map == STREAM
-        count = (self.workers or 1) if is_streamed else NUM_SHARDS
+        count = (self.workers or NUM_STREAMED) if is_streamed else NUM_SHARDS
         return [Shard(index, count) for index in range(count)]
 
     def _scan_shards(self) -> None:
