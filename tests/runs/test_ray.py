@@ -29,7 +29,9 @@ def cluster():
         for name, value in ray_workers.OWN_CLUSTER.items():
             patch.setenv(name, value)
         size = {"object_store_memory": 80 << 20}
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size})
+        found = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size}
+        )
         for _ in range(2):
             found.add_node(num_cpus=1, **size)
         ray.init(found.address, log_to_driver=False, logging_level=logging.ERROR)
