@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -80,12 +81,14 @@ def main():
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", default=",".join(WAYS), help="some of them, comma-separated")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     calibration, _ = demo.texts(None, 400, 1)
     texts = (calibration * (args.samples // len(calibration) + 1))[: args.samples]
-    found = {name: [] for name in WAYS}
-    starts = {name: [] for name in WAYS}
+    ways = {name: WAYS[name] for name in args.ways.split(",")}
+    found = {name: [] for name in ways}
+    starts = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as place:
         folder, file = Path(place), Path(place, "texts.jsonl")
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -93,7 +96,7 @@ def main():
         whole = sh.scan(model, tokenizer, texts, max_length=args.max_length, batch_size=8)
         del model
         for repeat in range(args.repeats):
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 done = Once(job_of(folder / "out", file, args.max_length, way))
                 bytes_of = gathered(done.parts, folder / f"{name} {repeat}")
                 assert bytes_of == scan_bytes(whole.contents), name
@@ -103,8 +106,8 @@ def main():
                     f"{name}: {done.seconds_a_shard:.3f} s a shard, start {starts[name][-1]:.1f} s"
                 )
     ratios = {
-        "two processes to one": [b / a for a, b in zip(*map(found.get, [*WAYS][:2]), strict=True)],
-        "ray to two processes": [b / a for a, b in zip(*map(found.get, [*WAYS][1:]), strict=True)],
+        f"{second} to {first}": [b / a for a, b in zip(found[first], found[second], strict=True)]
+        for first, second in pairwise(ways)
     }
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")

@@ -178,6 +178,7 @@ def test_without_the_cache_nothing_is_found_and_nothing_kept(
         assert "shallower cache" not in done.err
 
 
+@pytest.mark.slow
 def test_a_dry_run_asks_for_no_cache(shallower, place, cache_folder, monkeypatch):
     monkeypatch.setattr(inputs, "model_inputs", None)
     for name in ("scan", "run", "prune", "merge"):

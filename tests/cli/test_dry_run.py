@@ -42,6 +42,7 @@ def test_a_dry_run_says_split_memory_disk_and_time(dry, folder, study):
         assert any(line.startswith(name) for line in lines), name
 
 
+@pytest.mark.slow
 def test_a_healing_takes_more_of_everything(dry):
     plain, healed = dry("run", "--json").json, dry("run --heal", "--json").json
     assert healed["disk"]["bytes"] > plain["disk"]["bytes"]

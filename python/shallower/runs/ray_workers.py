@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections import Counter
 from importlib.util import find_spec
 from typing import Any
@@ -52,7 +53,7 @@ class RayWorkers(Engine):
         self._ready: set[str] = set()
         self._deaths: Counter[str] = Counter()
         self._refusals: dict[str, ShallowerError] = {}
-        self._started, self._is_ours = 0, False
+        self._started, self._is_ours, self._looked = 0, False, 0.0
 
     def __enter__(self) -> "RayWorkers":
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
@@ -123,6 +124,7 @@ class RayWorkers(Engine):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        self._looked = time.monotonic()
         has = Counter(node for _, node in self._actors.values())
         gpus = self._gpus if self._on_gpus else 0
         for node, resources in self._nodes.items():
@@ -159,10 +161,12 @@ class RayWorkers(Engine):
 
         done, _ = ray.wait(list(self._waiting), num_returns=1, timeout=SECONDS)
         found = [self._heard(reference) for reference in done]
-        self._fill()
+        lost = not self._actors or any(one.kind == "lost" for one in found)
+        if lost or time.monotonic() - self._looked > SECONDS:
+            self._fill()
         if not self._actors:
-            lost = ProcessesError(f"no node of the Ray cluster has {self._needs()} any more")
-            raise next(iter(self._refusals.values()), lost)
+            none = ProcessesError(f"no node of the Ray cluster has {self._needs()} any more")
+            raise next(iter(self._refusals.values()), none)
         return found
 
     def _heard(self, reference: Any) -> Event:
