@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import PatchError
@@ -16,7 +15,7 @@ from ..values.plan import Plan
 from ..values.schema import finite
 from ..values.scores import Scores
 from .judges.judge import Judge, LossJudge
-from .patched_trials import judge_patched_together
+from .patched_trials import judge_patched_together, stays
 from .trials import ResultStore, Trials
 
 TRUTH_ITEMS = 32
@@ -123,8 +122,8 @@ class HeldOutCuts:
                 sums = self._judged(patch, plan, looks)
                 found = {"sums": [finite(float(value)) for value in sums]}
             except PatchError as error:
-                if isinstance(error.__cause__, torch.OutOfMemoryError):
-                    self.is_complete = False  # there may be more of it another time
+                if not stays(error):
+                    self.is_complete = False
                     return str(error)
                 found = {"why": str(error)}
             self.store.put("patched", inputs, found)

@@ -95,7 +95,7 @@ class PatchedTrials:
                 for index, sums in found.items():
                     self._note(gone, started, {"look": index, "sums": sums.tolist()})
                     started = trials.clock()
-            elif _stays(found):
+            elif stays(found):
                 self._looked[gone] = str(found)
                 self._note(gone, started, {"why": str(found)})
             else:
@@ -111,7 +111,7 @@ class PatchedTrials:
         try:
             stack.enter_context(self._patch.patched(Plan.of(len(trials.model), sorted(gone))))
         except PatchError as error:
-            if _stays(error):
+            if stays(error):
                 self._looked[gone] = str(error)  # of memory there may be more another time
                 self._note(gone, started, {"why": str(error)})
             raise
@@ -212,7 +212,7 @@ def patch_layers(dropped: Iterable[int]) -> int:
     return len(blocks) + sum(after.start - block.stop for block, after in pairwise(blocks))
 
 
-def _stays(error: Exception) -> bool:
+def stays(error: Exception) -> bool:
     """Whether a cut can never be patched: of memory there may be more another time."""
     lacks = isinstance(error.__cause__, torch.OutOfMemoryError)
     return isinstance(error, PatchError) and not lacks

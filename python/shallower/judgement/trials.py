@@ -219,9 +219,8 @@ class Trials:
         """Pass the judge the whole model's states on a batch, once, if it needs them."""
         if not self._prepares or index in self._prepared:
             return
-        states, _ = self.prefixes.run(index, self.path(()))
-        self.judge.prepare(self.model, index, states)
-        self._prepared.add(index)
+        place = index, self.path(())
+        self._take_whole(place, self.prefixes.run(*place)[0])
 
     def path(self, dropped: Iterable[int]) -> tuple[int, ...]:
         """List the layers that a cut has left, ascending.

@@ -9,10 +9,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from ..errors import ProcessesError
-from .units import Engine, Event, Job, Worker
-
-SECONDS = 1.0
-"""How long workers are waited for at a time."""
+from .units import SECONDS, Engine, Event, Job, Worker
 
 LAST_SECONDS = 2.0
 """How long a worker may take to see that there is no more work, before it is ended."""
@@ -25,8 +22,6 @@ class LocalWorkers(Engine):
     """Processes that are started anew (spawn), so that none inherits threads or a device."""
 
     def __init__(self, job: Job, count: int) -> None:
-        if count < 1:
-            raise ProcessesError(f"workers (--workers) is {count}: expected at least 1")
         self._job, self._count = job, count
         self._workers: dict[str, tuple[Any, Any]] = {}
         self._ready: set[str] = set()

@@ -15,10 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MissingExtraError, ProcessesError, ShallowerError, why
-from .units import Engine, Event, Job, Message, Worker
-
-SECONDS = 1.0
-"""How long workers are waited for at a time."""
+from .units import SECONDS, Engine, Event, Job, Message, Worker
 
 CONNECT_SECONDS = 5.0
 

@@ -187,7 +187,8 @@ class SharedScanJob(ScanJob):
 
     def _gpus(self) -> int:
         """The GPUs of a replica, each of ``device_memory``; one where that was not given."""
-        if self.source.device_map == STREAM or self.device_memory is None:
+        is_one = self.on == "local" or self.source.device_map == STREAM
+        if is_one or self.device_memory is None:
             return 1
         plan = self.memory(self.source)
         return max(1, -(-(plan.peak_bytes or 0) // plan.device_bytes))

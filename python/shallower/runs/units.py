@@ -16,6 +16,9 @@ from typing import Any, Protocol
 from .. import errors
 from ..errors import ProcessesError, ShallowerError, one_sentence
 
+SECONDS = 1.0
+"""How long an engine waits for its workers at a time."""
+
 ATTEMPTS = 3
 """A unit that failed so often is given up."""
 

@@ -21,6 +21,8 @@ from .cka import CkaBatches, check_batch
 from .scan import Scan
 from .scan_file import Contents, Samples, joined
 
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+
 MANY_REJECTIONS = 10_000
 """Rejected samples that wait to be named, before all but the first are forgotten."""
 

@@ -24,14 +24,12 @@ from ..texts.sources import place_of_texts
 from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from ..values.until import Until
-from .builder import Part, ScanBuilder
+from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
 from .hidden_states import forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import Settling
 from .states_writer import StatesWriter, keep_states_in
 from .transfers import HostCopies
-
-SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 
 def scan(

@@ -19,7 +19,7 @@ from ..values.positions import Positions
 from ..values.provenance import versions
 from ..values.shard import Shard, ShardOfScan
 from ..values.tokens import Tokens
-from .builder import ScanBuilder
+from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
 from .scan import Scan
 from .scan_file import Contents, read_shard, scan_bytes
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..texts.batches import AnyTexts, Batch
-
-SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 PLURAL = ("texts", "settings", "versions")
 """What several shards have in common, of those that differ without an s."""
