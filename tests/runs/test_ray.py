@@ -59,7 +59,7 @@ def all_of(count):
 
 @pytest.mark.usefixtures("cluster")
 def test_nodes_share_the_units(tmp_path):
-    found, _ = squares(tmp_path, seconds=0.2)
+    found, _ = squares(tmp_path, at=2)
     assert found == all_of(6)
     done = done_in(tmp_path)
     assert sorted(unit for unit, _ in done) == [*"012345"]

@@ -136,7 +136,7 @@ def squares(folder, count=6, workers=2, **described):
 
 
 def test_processes_share_the_units(tmp_path):
-    found, _ = squares(tmp_path, seconds=0.3)
+    found, _ = squares(tmp_path, at=2)
     assert found == {str(unit): str(unit**2).encode() for unit in range(6)}
     done = done_in(tmp_path)
     assert sorted(unit for unit, _ in done) == [*"012345"]
