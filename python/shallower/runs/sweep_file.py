@@ -44,7 +44,6 @@ class SweepFile:
         healing: of the curves of healed cuts, without strategies and sizes; None without
             ``healed`` among the states.
         states: in which cuts are looked at.
-        states: in which cuts are looked at.
         losses: nats a token above the whole model, at which the share of layers is told.
         lines: of keys, and of single models and texts, by their names.
     """
