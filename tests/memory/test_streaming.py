@@ -21,11 +21,14 @@ from shallower.models.architecture import find_layers
 from shallower.models.offload import fetch_ahead, reading_of, stored_bytes
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.documents import documents
-from tests.families import random_model
+from tests.families import families, random_model
 
-FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen2_moe", "mamba2", "qwen3_next", "gpt_oss", "bloom"]
-"""Full and sliding attention, learned positions, experts, states of a recurrence, both, sinks, and
-biases by distance."""
+FAMILIES = [
+    *("llama", "gemma3_text", "gpt2", "qwen2_moe", "mamba2", "qwen3_next", "gpt_oss", "bloom"),
+    *("dbrx", "glm_moe_dsa"),
+]
+"""Full and sliding attention, learned positions, experts, states of a recurrence, both, sinks,
+biases by distance; weights that are read by others than their modules, and choices passed on."""
 
 TEXTS = documents(150)
 
@@ -79,15 +82,65 @@ def test_a_streamed_loss_and_that_of_its_cuts_have_the_same_bits(folder):
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gemma3_text", "qwen2_moe"]))
 def test_every_kind_of_layer_is_streamed_to_the_same_bits(family, tmp_path, words):
-    model = random_model(family)
-    folder = stored(tmp_path / family, model, words)
-    streamed, tokenizer = sh.load_model(folder, "float32", "stream", progress=False)
-    whole, _ = sh.load_model(folder, "float32", progress=False)
-    for name, one in (("a", streamed), ("b", whole)):
-        sh.scan(one, tokenizer, TEXTS[:20], max_length=12).save(tmp_path / f"{name}.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    losses = [sh.evaluate_loss(one, tokenizer, TEXTS[:20]) for one in (streamed, whole)]
-    assert losses[0] == losses[1]
+    streamed, whole = measured_both(family, tmp_path, words)
+    assert streamed == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+def test_no_family_is_streamed_to_other_bits(family, tmp_path, words):
+    try:
+        streamed, whole = measured_both(family, tmp_path, words)
+    except ModelError as error:
+        pytest.skip(str(error))
+    assert streamed == whole
+
+
+def measured_both(family, folder, words):
+    """The bytes of the scan and the losses of a streamed model, and of the same in memory."""
+    place = stored(folder / "stored", random_model(family), words)
+    streamed, _ = sh.load_model(place, "float32", "stream", progress=False)
+    whole, _ = sh.load_model(place, "float32", progress=False)
+    found = []
+    for one in (streamed, whole):
+        sh.scan(one, words, TEXTS[:20], max_length=12).save(folder / "scan.safetensors")
+        loss = sh.evaluate_loss(one, words, TEXTS[:20])
+        found.append(((folder / "scan.safetensors").read_bytes(), loss))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "passes"),
+    [
+        ("rwkv", 0),  # states are halved between layers
+        pytest.param("dory", 0, marks=pytest.mark.slow),  # layers run in a loop
+        ("zaya", 2),  # routers are given what the one before had; values tell that it counts
+        pytest.param("inkling2_text", 2, marks=pytest.mark.slow),  # so are states of blocks
+    ],
+)
+def test_layers_that_need_more_than_states_are_not_streamed(family, passes, tmp_path, words):
+    place = stored(tmp_path / family, random_model(family), words)
+    streamed, _ = sh.load_model(place, "float32", "stream", progress=False)
+    for measure in (sh.scan, sh.evaluate_loss):
+        with pytest.raises(ModelError, match=r"cannot be run one by one: .*without --stream$"):
+            measure(streamed, words, TEXTS[:4])
+    assert reading_of(streamed).passes == 2 * passes
+
+
+@pytest.mark.parametrize("texts", [["", *TEXTS[:30], *[""] * 200], [""] * 3])
+def test_texts_without_tokens_are_counted_wherever_they_are(folder, tmp_path, texts):
+    streamed, whole, tokenizer = both(folder)
+    found = []
+    for model in (streamed, whole):
+        with pytest.warns(UserWarning, match="rejected") if texts[1] else nullcontext():
+            try:
+                done = sh.scan(model, tokenizer, texts, batch_size=2, max_length=12)
+            except sh.StatesError as error:
+                found.append(str(error))
+                continue
+        done.save(tmp_path / "scan.safetensors")
+        found.append((done.num_rejected, (tmp_path / "scan.safetensors").read_bytes()))
+    assert found[0] == found[1]
 
 
 def test_states_that_find_no_room_are_another_pass(folder, tmp_path, monkeypatch):

@@ -100,11 +100,12 @@ class Streamed:
     """A model whose layers are each read once a pass over many batches.
 
     The states between two layers lie in the memory of the CPU, within a share of the process's
-    budget.
+    budget. Raises ModelError where more than those states goes from layer to layer.
     """
 
     def __init__(self, model: Layerwise, progress: bool | None = None) -> None:
         self.model, self._progress = model, progress
+        self._is_sure = model.check_joints()
         self._room = BUDGET.share(self)
         self._of_token = 0
 
@@ -129,6 +130,8 @@ class Streamed:
 
         ``look`` sees every state, from the embedding on.
         """
+        if not self._is_sure:
+            self.model.check(batches[0].split(1)[0])
         layers = range(len(self.model))
         states = [self.model.embed(batch).cpu() for batch in batches]
         bar = track("layers read", len(layers), self._progress)
@@ -137,7 +140,9 @@ class Streamed:
                 for place, batch in enumerate(batches):
                     if look is not None:
                         look(place, layer, states[place])
-                    states[place] = self.model.run(batch, states[place], (layer,)).cpu()
+                    with self.model.alone():
+                        behind = self.model.run(batch, states[place], (layer,))
+                    states[place] = behind.cpu()
                 advance(1)
         if look is not None:
             for place, behind in enumerate(states):

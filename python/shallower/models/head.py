@@ -230,7 +230,8 @@ def one_of_each(layers: DecoderLayers) -> Iterator[None]:
         work = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given[type(module)] = work(*args, **kwargs)
+            with resident(module):  # some read the weights of their parts themselves
+                given[type(module)] = work(*args, **kwargs)
             return given[type(module)]
 
         return forward

@@ -6,7 +6,7 @@ can be kept between layers, and a layer can be run again and again, in any famil
 are joined by the residual stream alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -204,20 +204,65 @@ class Layerwise:
         states = self.embed(batch)
         expected = self.run(batch, states, range(len(self)))
         reading_of(self._model).bytes_read += sum(map(stored_bytes, self.modules))
-        try:
+        with self.alone():
             for layer in self.one_by_one(range(len(self))):
                 states = self.run(batch, states, (layer,))
+        if not torch.equal(token_rows(batch, states), token_rows(batch, expected)):
+            raise self._joined_by_more()
+        self._is_checked = is_streamed(self.head.decoder)  # read twice for it
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Say in a ModelError that layers cannot be run one by one, where one fails by itself."""
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):
-            states = torch.full_like(expected, torch.nan)
-        whole = states.shape == expected.shape and states.ndim == batch.attention_mask.ndim + 1
-        if not whole or not torch.equal(token_rows(batch, states), token_rows(batch, expected)):
-            raise ModelError(
-                f"the layers of {type(self._model).__name__} cannot be run one by one: more than "
-                f"the residual stream goes from one to the next"
-            )
-        self._is_checked = is_streamed(self.head.decoder)  # read twice for it
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+            raise self._joined_by_more() from error
+
+    def _joined_by_more(self) -> ModelError:
+        instead = "; load it without --stream" if is_streamed(self.head.decoder) else ""
+        return ModelError(
+            f"the layers of {type(self._model).__name__} cannot be run one by one: more than the "
+            f"residual stream goes from one to the next{instead}"
+        )
+
+    @torch.enable_grad()
+    def check_joints(self) -> bool:
+        """Check by stand-ins for the layers, without their weights, that states go from each to the
+        next as they are.
+
+        What stand-ins make requires gradients, so it is known wherever it is given to another.
+        False where a layer is given more than the states: :meth:`check` tells whether that counts.
+        What layers pass on in secret is not found. Raises ModelError.
+        """
+        made: list[torch.Tensor] = []
+        is_more = False
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal is_more
+                states = args[0] if args else kwargs.pop("hidden_states")
+                if index != len(made) or (made and states is not made[-1]):
+                    raise self._joined_by_more()
+                is_more |= any(one.requires_grad for one in _tensors([args[1:], kwargs]))
+                made.append(states.detach().clone().requires_grad_())
+                extras = [states.new_zeros((), requires_grad=True)] * self._extras[index]
+                return (made[-1], *extras) if self._is_tuple[index] else made[-1]
+
+            return forward
+
+        with ExitStack() as stack:
+            for index, module in enumerate(self.modules):
+                stack.enter_context(replaced(module, stand_in(index)))
+            stack.enter_context(self.evaluating())
+            stack.enter_context(_frozen(self._model))
+            stack.enter_context(self.alone())
+            self._runner(**self._probed(), use_cache=False)
+        if len(made) < len(self):
+            raise self._joined_by_more()
+        return not is_more
 
     @torch.enable_grad()
     def differentiable(self, batch: Batch, states: torch.Tensor, layer: int) -> torch.Tensor:
@@ -246,6 +291,7 @@ class Layerwise:
             with self._only(layers if run_last else (), states, stop=True):
                 self._forward(self._runner, batch)
         except _Reached as reached:
+            check_states(batch, reached.states, layers[-1] + 1 if run_last else 0, path=self._path)
             return reached.states
         raise ModelError(f"{self._path}: the forward did not run the layers {list(layers)}")
 
@@ -329,12 +375,49 @@ class Layerwise:
 
         handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(self.modules)]
         try:
-            ids = torch.zeros((1, 2), dtype=torch.long, device=self._device)
             with evaluating(self._model), one_of_each(self.head.decoder.layers):
-                self._runner(input_ids=ids, use_cache=False)
+                self._runner(**self._probed(), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _probed(self) -> dict[str, torch.Tensor]:
+        """The inputs of a short forward."""
+        return {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=self._device)}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    free = [one for one in model.parameters() if one.requires_grad and not one.is_inference()]
+    try:
+        for weight in free:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in free:
+            weight.requires_grad_(True)
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+
+
+def check_states(batch: Batch, states: Any, index: int, *, path: str) -> None:
+    """Check that a state is of shape (B, T, D); ModelError names the layers and its index."""
+    expected = batch.input_ids.shape
+    if not isinstance(states, torch.Tensor) or states.shape[:-1] != expected:
+        shape = tuple(getattr(states, "shape", ()))
+        raise ModelError(
+            f"{path}: expected hidden states of shape (B, T, D) with (B, T) = {tuple(expected)} at "
+            f"layer {index}, got {shape}"
+        )
 
 
 def is_streamed(model: nn.Module | Decoder) -> bool:

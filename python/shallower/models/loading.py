@@ -3,6 +3,7 @@
 import logging
 import sys
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -127,7 +128,10 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
     places |= {f"{layers.path}.{index}": "disk" for index in range(len(layers))}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-"))
-        model = load_weights(place, dtype, places, options={**options, "offload_folder": folder})
+        options = {**options, "offload_folder": folder}
+        with warnings.catch_warnings():  # weights that are no module's have places, too
+            warnings.filterwarnings("ignore", "The following device_map keys do not match")
+            model = load_weights(place, dtype, places, options=options)
         weakref.finalize(model, stack.pop_all().close)
     reading_of(model)  # which counts its bytes while it has all of its layers
     return model

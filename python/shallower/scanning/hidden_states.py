@@ -22,7 +22,7 @@ from ..memory.retry import Halving
 from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, check_length, evaluating
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.layerwise import Layerwise, check_states, is_streamed
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .builder import Part
@@ -167,7 +167,7 @@ class _RowHooks:
         self.seen: set[int] = set()
         self.tokens = torch.empty(0)
         self.tokens_on: dict[torch.device, torch.Tensor] = {}
-        self.shape = torch.Size()
+        self.batch: Batch | None = None
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_RowHooks":
@@ -192,8 +192,8 @@ class _RowHooks:
     ) -> list[Gathered]:
         """One forward of the base model; the (N, D) rows of each of the L+1 states."""
         self.gathered, self.seen, self.tokens_on = {}, set(), {}
-        self.shape = torch.Size(batch.input_ids.shape)
-        self.tokens = torch.from_numpy(rows * self.shape[1] + columns)
+        self.batch = batch
+        self.tokens = torch.from_numpy(rows * batch.input_ids.shape[1] + columns)
         inputs = {
             "input_ids": torch.from_numpy(batch.input_ids),
             "attention_mask": torch.from_numpy(batch.attention_mask),
@@ -218,12 +218,8 @@ class _RowHooks:
         self._keep(len(self.layers), output[0] if isinstance(output, tuple) else output)
 
     def _keep(self, index: int, states: Any) -> None:
-        if not isinstance(states, torch.Tensor) or states.shape[:-1] != self.shape:
-            shape = tuple(getattr(states, "shape", ()))
-            raise ModelError(
-                f"{self.layers.path}: expected hidden states of shape (B, T, D) with (B, T) = "
-                f"{tuple(self.shape)} at layer {index}, got {shape}"
-            )
+        assert self.batch is not None
+        check_states(self.batch, states, index, path=self.layers.path)
         device = states.device
         if device not in self.tokens_on:
             self.tokens_on[device] = self.copies.send(self.tokens, device)

@@ -161,6 +161,7 @@ def scan(
                 saved = time.monotonic()
         if batches.num_texts == 0:
             raise TextsError("there are no texts to scan")
+        builder.reject(*batches.take_rejections())  # of texts behind the last states
         done = builder.finish((batches.identity,))
         if checkpoint:
             _save(done, batches, Path(checkpoint), kept=kept, settling=settling)
