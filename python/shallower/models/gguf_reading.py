@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -49,6 +50,12 @@ def faster_gguf() -> Iterator[None]:
         finally:
             for name, value in before.items():
                 setattr(gguf, name, value)
+
+
+def layer_bytes(file: Path) -> int:
+    """Count the bytes of the tensors of all layers in a GGUF file, as they are stored."""
+    tensors = _reader_class()(file).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name.startswith("blk."))
 
 
 REPLACED = ("GGUFReader", "get_tensor_name_map", "dequantize")

@@ -5,14 +5,12 @@ processors of tensors for most architectures, and conversions for the newer ones
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.offload import OffloadedWeightsLoader
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.gguf.reader import load_gguf_state_dict
@@ -29,35 +27,48 @@ from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 from .architecture import find_layers
 
 
-class GgufWeights(OffloadedWeightsLoader):
-    """The weights of the layers of a model that wait in a GGUF file, made anew at every look."""
+class GgufWeights(Mapping[str, torch.Tensor]):
+    """The weights of the layers of a model that wait in a GGUF file, made anew at every look.
+
+    Attributes:
+        index: where the tensors of each weight lie.
+        state_dict: weights that were changed, in front of the file.
+    """
 
     def __init__(self) -> None:
-        super().__init__(index={})
+        self.index: dict[str, dict[str, list[tuple[str, int, int]]]] = {}
+        self.state_dict: dict[str, torch.Tensor] = {}
         self._rules: _Processed | _Converted
 
-    def __getitem__(self, key: str) -> torch.Tensor:
-        if key in self.state_dict:  # changed, and kept in front of the file
-            changed: torch.Tensor = self.state_dict[key]
-            return changed
-        return self._rules.make(key)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.index:
+            raise KeyError(name)
+        return self.state_dict[name] if name in self.state_dict else self._rules.make(name)
 
-    def leave(self, quantizer: Any, file: str, model: PreTrainedModel) -> dict[str, Any]:
-        """Take over the weights of a model's layers, and give all that is to be loaded."""
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take_layers(self, quantizer: Any, file: str, model: PreTrainedModel) -> dict[str, Any]:
+        """Take over the weights of a model's layers that a file holds; give all else that it holds.
+
+        What is given is as transformers loads it.
+        """
         import gguf
 
         self._rules = (_Converted if quantizer.supported else _Processed)(quantizer, file, model)
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-        path = f"{find_layers(model).path}."
+        path, gone = f"{find_layers(model).path}.", set()
         for name, weight in model.named_parameters():
-            found = [tensors[source] for source in self._rules.sources.get(name, ())]
-            stored = sum(prod(map(int, tensor.shape)) for tensor in found)
-            if name.startswith(path) and stored == weight.numel():
-                places = [(t.data_offset, t.data_offset + t.n_bytes) for t in found]
-                self.index[name] = {"places": [(file, *place) for place in places]}
-                weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        self.all_keys = list(self.index)
-        gone = {source for name in self.index for source in self._rules.sources[name]}
+            sources = self._rules.sources.get(name, []) if name.startswith(path) else []
+            found = [tensors[source] for source in sources]
+            if sum(int(tensor.n_elements) for tensor in found) == weight.numel():
+                begins = [(int(t.data_offset), int(t.n_bytes)) for t in found]
+                self.index[name] = {"places": [(file, at, at + size) for at, size in begins]}
+                gone |= {*sources}
+                setattr(weight, "_is_hf_initialized", True)  # noqa: B010
         return self._rules.state_dict(name for name in tensors if name not in gone)
 
 
@@ -70,19 +81,19 @@ def layers_in_file() -> Iterator[GgufWeights]:
     weights, stock, handles = GgufWeights(), GgufHfQuantizer.get_state_dict, []
 
     def get_state_dict(quantizer: Any, file: str, model: PreTrainedModel) -> dict[str, Any]:
-        found = weights.leave(quantizer, file, model)
-        handles.append(model.register_state_dict_post_hook(_drop))  # else they count as missing
+        found = weights.take_layers(quantizer, file, model)
+        handles.append(model.register_state_dict_post_hook(drop))  # else they count as missing
         return found
 
-    def _drop(_model: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
-        for name in weights.index:
+    def drop(_model: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
+        for name in weights:
             state.pop(name, None)
 
-    GgufHfQuantizer.get_state_dict = get_state_dict
+    setattr(GgufHfQuantizer, "get_state_dict", get_state_dict)  # noqa: B010
     try:
         yield weights
     finally:
-        GgufHfQuantizer.get_state_dict = stock
+        setattr(GgufHfQuantizer, "get_state_dict", stock)  # noqa: B010
         for handle in handles:
             handle.remove()
 
@@ -101,7 +112,7 @@ class _Processed:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._dequantize, self._dtype = gguf.dequantize, quantizer.dtype
         self.sources: dict[str, list[str]] = defaultdict(list)
-        for name, tensor in self._tensors.items():
+        for name in self._tensors:
             # Experts are known without what their tensor's name ends on.
             target = self._names.get(name) or self._names.get(name.removesuffix(".weight"))
             if target is not None:
@@ -123,7 +134,7 @@ class _Processed:
                 parsed_parameters=parsed,
             )
             if done.name in self._names:
-                own = torch.from_numpy(np.require(done.weights, requirements=["C", "W"]))
+                own = torch.from_numpy(np.copy(done.weights))  # in its order: products need it
                 parsed["tensors"][self._names[done.name]] = own.to(self._dtype)
         return parsed["tensors"]
 

@@ -38,7 +38,6 @@ from .dtypes import (
     choose_dtype,
 )
 from .gguf_reading import faster_gguf
-from .gguf_streaming import layers_in_file
 from .layer_config import layer_counts
 from .offload import bring_from, reading_of
 from .quantised import clear_gguf_marks, keep_exact, quantisation
@@ -138,7 +137,9 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
 
 
 def _stream_gguf(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    """Load all of a GGUF file but the layers, which wait in it as accelerate lets weights wait."""
+    """Load all of a GGUF file but the layers, which wait in it."""
+    from .gguf_streaming import layers_in_file
+
     with layers_in_file() as weights:
         everywhere = {"": _streaming_device()}
         model = _load_gguf(place, dtype, everywhere, config=None, options=options)
