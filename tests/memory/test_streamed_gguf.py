@@ -52,7 +52,7 @@ def test_every_way_to_make_weights_of_tensors_gives_the_same_bits(family, dtype,
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     reading = reading_of(streamed)
     assert (reading.passes, reading.bytes_read) == (1, stored_in(file))
-    losses = [sh.evaluate_loss(model, tokenizer, TEXTS, max_length=12) for model in both(file)[:2]]
+    losses = [sh.evaluate_loss(one, tokenizer, TEXTS, max_length=12) for one in (streamed, whole)]
     assert losses[0] == losses[1]
 
 

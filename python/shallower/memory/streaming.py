@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from ..models.architecture import find_layers
 from ..models.gguf_reading import layer_bytes
 from ..models.layerwise import Layerwise, is_streamed
+from ..models.loading import layers_of
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.counts import counted
@@ -74,8 +75,10 @@ def plan_stream(
 
     Or several ``passes``: how many there are of a kind, and the tokens of each.
     """
-    is_gguf = files[0].suffix == ".gguf"
-    layers = layer_bytes(files[0]) if is_gguf else _layers_share(config, files, dtype)
+    if files[0].suffix == ".gguf":
+        layers = layer_bytes(files[0], layers_of(config) or 0)
+    else:
+        layers = _layers_share(config, files, dtype)
     width = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
     room, of_token = max(1, BUDGET.left // 2), width * dtype.itemsize
     kinds = [(count, tokens * of_token) for count, tokens in passes or [(1, num_tokens)]]

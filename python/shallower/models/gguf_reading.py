@@ -52,10 +52,13 @@ def faster_gguf() -> Iterator[None]:
                 setattr(gguf, name, value)
 
 
-def layer_bytes(file: Path) -> int:
-    """Count the bytes of the tensors of all layers in a GGUF file, as they are stored."""
-    tensors = _reader_class()(file).tensors
-    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name.startswith("blk."))
+def layer_bytes(file: Path, num_layers: int) -> int:
+    """Count the bytes of the tensors of all layers in a GGUF file, as they are stored.
+
+    Blocks behind them predict more tokens.
+    """
+    found = [(tensor.name.split("."), tensor.n_bytes) for tensor in _reader_class()(file).tensors]
+    return sum(int(n) for name, n in found if name[0] == "blk" and int(name[1]) < num_layers)
 
 
 REPLACED = ("GGUFReader", "get_tensor_name_map", "dequantize")
