@@ -23,6 +23,9 @@ from tests.models.gguf_files import FAMILIES, write_family, write_gguf
 from tests.patching.test_patch_streamed import quietly, without_steps  # noqa: F401
 from tests.peaks import tensors_peak
 
+QUICK = ["llama", "gpt2", "gemma2", "lfm2", "mamba", "qwen2moe"]
+"""Permuted rows, turned matrices, norms less one, conversions, wider states, experts joined."""
+
 TEXTS = ["héllo ab", "one more text of bytes", "ab ab ab and another one"] * 8
 
 
@@ -36,11 +39,8 @@ def stored_in(file, of="blk."):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "family", mostly_slow(["llama", *FAMILIES], ["llama", "gpt2", "gemma2", "lfm2", "qwen2moe"])
-)
+@pytest.mark.parametrize("family", mostly_slow(["llama", *FAMILIES], QUICK))
 def test_every_way_to_make_weights_of_tensors_gives_the_same_bits(family, dtype, tmp_path):
-    """Permuted rows, turned matrices, norms less one, conversions, and experts that are joined."""
     file = tmp_path / f"{family}.gguf"
     write_gguf(file) if family == "llama" else write_family(file, family)
     streamed, whole, tokenizer = both(file, dtype)
