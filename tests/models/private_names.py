@@ -109,6 +109,62 @@ _TRANSFORMERS = (
         "taken from gguf at every call, so that the table is made once",
     ),
     PrivateName(
+        "transformers.modeling_gguf_pytorch_utils", "TENSOR_PROCESSORS",
+        "makes the weights of a layer that waits in a GGUF file, for most architectures",
+    ),
+    PrivateName(
+        "transformers.modeling_gguf_pytorch_utils", "TensorProcessor.process",
+        "makes the weights of a layer that waits in a GGUF file, for most architectures",
+    ),
+    PrivateName(
+        "transformers.modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map",
+        "says which tensors of a GGUF file become which weights",
+    ),
+    PrivateName(
+        "transformers.integrations.gguf.utils", "add_gguf_load_ops",
+        "makes the weights of a layer that waits in a GGUF file, for newer architectures",
+    ),
+    PrivateName(
+        "transformers.integrations.gguf.utils", "get_gguf_conversion_mapping",
+        "makes the weights of a layer that waits in a GGUF file, for newer architectures",
+    ),
+    PrivateName(
+        "transformers.integrations.gguf.reader", "load_gguf_state_dict",
+        "reads a tensor of a GGUF file when its layer is needed, for newer architectures",
+    ),
+    PrivateName(
+        "transformers.core_model_loading", "rename_source_key",
+        "says which tensors of a GGUF file become which weights",
+    ),
+    PrivateName(
+        "transformers.core_model_loading", "WeightConverter.add_tensor",
+        "converts the tensors of a GGUF file when their layer is needed",
+    ),
+    PrivateName(
+        "transformers.core_model_loading", "WeightConverter.convert",
+        "converts the tensors of a GGUF file when their layer is needed",
+    ),
+    PrivateName(
+        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.get_state_dict",
+        "replaced while a GGUF file is loaded whose layers are to wait in it",
+    ),
+    PrivateName(
+        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.supported",
+        "tells the newer architectures of GGUF files",
+    ),
+    PrivateName(
+        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.quantized",
+        "which tensors of a GGUF file are blocks",
+    ),
+    PrivateName(
+        "transformers.modeling_utils", "PreTrainedModel._initialize_weights._is_hf_initialized",
+        "layers that wait in a GGUF file are not initialised",
+    ),
+    PrivateName(
+        "transformers.modeling_utils", "PreTrainedModel._skip_keys_device_placement",
+        "layers that wait in a GGUF file are given what transformers gives those on disk",
+    ),
+    PrivateName(
         "transformers.trainer", "Trainer.compute_loss_context_manager",
         "overridden, so that training computes in bfloat16 with float32 adapters",
     ),

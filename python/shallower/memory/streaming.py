@@ -1,8 +1,9 @@
 """Streaming: a model whose layers wait on disk, run layer by layer over many batches.
 
 Transformers loads everything beside the layers; accelerate's hooks bring the weights of a layer
-from its safetensors when it runs. Layers are outside and batches inside: each layer is read once
-in a pass over as many batches as their states find room, and the next one is fetched meanwhile.
+from its safetensors, or out of a GGUF file, when it runs. Layers are outside and batches inside:
+each layer is read once in a pass over as many batches as their states find room, and the next one
+is fetched meanwhile.
 """
 
 import math
@@ -16,7 +17,9 @@ import torch
 from transformers import PretrainedConfig
 
 from ..models.architecture import find_layers
+from ..models.gguf_reading import layer_bytes
 from ..models.layerwise import Layerwise, is_streamed
+from ..models.loading import layers_of
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.counts import counted
@@ -68,20 +71,27 @@ def plan_stream(
     num_tokens: float = 0,
     passes: Sequence[tuple[float, float]] = (),
 ) -> StreamPlan:
-    """Plan a pass of so many tokens over a model in safetensors, on what is free now.
+    """Plan a pass of so many tokens over a model in files, on what is free now.
 
     Or several ``passes``: how many there are of a kind, and the tokens of each.
     """
-    model = build_empty(config, dtype)
-    share = sum(num_parameters(layer) for layer in find_layers(model).modules)
-    stored = sum(file.stat().st_size for file in files)
-    layers = round(stored * share / num_parameters(model))
+    if files[0].suffix == ".gguf":
+        layers = layer_bytes(files[0], layers_of(config) or 0)
+    else:
+        layers = _layers_share(config, files, dtype)
     width = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
     room, of_token = max(1, BUDGET.left // 2), width * dtype.itemsize
     kinds = [(count, tokens * of_token) for count, tokens in passes or [(1, num_tokens)]]
     total = math.ceil(sum(count * max(1, math.ceil(size / room)) for count, size in kinds))
     states = round(min(room, max(size for _, size in kinds)))
     return StreamPlan(total, total * layers, states, total * layers / disk_speed(files[0]))
+
+
+def _layers_share(config: PretrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
+    """The bytes of files that are of layers, as far as all weights are stored alike."""
+    model = build_empty(config, dtype)
+    share = sum(num_parameters(layer) for layer in find_layers(model).modules)
+    return round(sum(file.stat().st_size for file in files) * share / num_parameters(model))
 
 
 def disk_speed(file: Path) -> float:

@@ -47,16 +47,33 @@ def plain_dtype(name: str) -> "torch.dtype":
     return plain
 
 
-def check_streamed(name: str, dtype: str, device_map: DeviceMap, *, is_gguf: bool) -> None:
-    """Refuse a model whose layers are to wait on disk, but in a form that is not read from there.
+def check_streamed(name: str, dtype: str, device_map: DeviceMap) -> None:
+    """Refuse to quantise a model whose layers are to wait on disk.
 
     Raises:
-        ModelError: it is a GGUF file, or to be quantised.
+        ModelError: it is to be quantised.
     """
-    if device_map == STREAM and (is_gguf or dtype in ("nf4", "int8")):
+    if device_map == STREAM and dtype in ("nf4", "int8"):
         raise ModelError(
-            f"{name} cannot be streamed in this form: expected plain weights in safetensors, in "
-            f"float32, bfloat16 or float16 (device_map, --stream)"
+            f"{name} cannot be both streamed and quantised to {dtype}, which saves nothing where a "
+            f"layer is held for its forward alone: expected float32, bfloat16 or float16 (dtype, "
+            f"--dtype), or another device map (device_map, without --stream)"
+        )
+
+
+def check_stored_plain(name: str, config: Any) -> None:
+    """Refuse to stream a model that is stored quantised otherwise than in a GGUF file.
+
+    Raises:
+        ModelError: its config says so.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        given = stored if isinstance(stored, dict) else vars(stored)
+        method = getattr(given.get("quant_method"), "value", given.get("quant_method"))
+        raise ModelError(
+            f"{name} is stored quantised, by {method}, and cannot be streamed: expected plain "
+            f"weights in safetensors, or a GGUF file (device_map, --stream)"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,13 +33,14 @@ from .dtypes import (
     DeviceMap,
     Dtype,
     check_dtype,
+    check_stored_plain,
     check_streamed,
     choose_device_map,
     choose_dtype,
 )
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
-from .offload import reading_of
+from .offload import bring_from, reading_of
 from .quantised import clear_gguf_marks, keep_exact, quantisation
 
 
@@ -61,8 +63,9 @@ def load_model(
             AVX512-BF16, SVE-BF16), and float32 elsewhere. ``nf4`` (double quantisation, bfloat16
             compute) and ``int8`` are by bitsandbytes, on CPU and CUDA alike.
         device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there
-            is CUDA, and the CPU elsewhere. ``stream`` lets the layers wait on disk, in safetensors:
-            scans, losses, races and patches read each once for all that it has to run.
+            is CUDA, and the CPU elsewhere. ``stream`` lets the layers wait on disk, in safetensors
+            or in a GGUF file, from which they are dequantised: scans, losses, races and patches
+            read each once for all that it has to run.
         gguf_file: the file's name in the folder or hub repository. Its weights are
             dequantised, then kept in ``dtype``.
         trust_remote_code: run code that comes with the model.
@@ -86,7 +89,7 @@ def load_model(
     """
     check_dtype(dtype)
     place, gguf_file = _locate(path_or_id, gguf_file)
-    check_streamed(gguf_file or place, dtype, device_map, is_gguf=gguf_file is not None)
+    check_streamed(gguf_file or place, dtype, device_map)
     device_map = choose_device_map(device_map)
     show = progress if is_main_process() else False
     name: str = dtype
@@ -103,7 +106,8 @@ def load_model(
     with track(f"load {title}", show=show) as shown, hushed(shown), _reading(gguf_file):
         tokenizer = _call(AutoTokenizer.from_pretrained, place, **options)
         if device_map == STREAM:
-            model = _load_streamed(place, kept, options)
+            stream = _stream_gguf if gguf_file else _load_streamed
+            model = stream(place, kept, options)
         else:
             load = _load_gguf if gguf_file else load_weights
             model = load(place, kept, device_map, config=quantised, options=options)
@@ -123,9 +127,8 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
     That is in a folder of its own, as experts, which goes with the model.
     """
     empty = empty_model(place, options["trust_remote_code"])
-    layers, device = find_layers(empty), 0 if torch.cuda.is_available() else "cpu"
-    places: dict[str, Any] = dict.fromkeys(beside_layers(empty, layers.path), device)
-    places |= {f"{layers.path}.{index}": "disk" for index in range(len(layers))}
+    check_stored_plain(place, empty.config)
+    places = _places(empty)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-"))
         options = {**options, "offload_folder": folder}
@@ -135,6 +138,35 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
         weakref.finalize(model, stack.pop_all().close)
     reading_of(model)  # which counts its bytes while it has all of its layers
     return model
+
+
+def _stream_gguf(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Load all of a GGUF file but the layers, which wait in it."""
+    from .gguf_streaming import layers_in_file
+
+    with layers_in_file() as weights:
+        everywhere = {"": _streaming_device()}
+        model = _load_gguf(place, dtype, everywhere, config=None, options=options)
+    dispatch_model(
+        model,
+        _places(model),
+        offload_index=weights.index,
+        skip_keys=model._skip_keys_device_placement,
+    )
+    bring_from(model, weights)
+    reading_of(model)
+    return model
+
+
+def _streaming_device() -> int | str:
+    return 0 if torch.cuda.is_available() else "cpu"
+
+
+def _places(model: PreTrainedModel) -> dict[str, Any]:
+    """The device map of a model whose layers wait on disk."""
+    layers = find_layers(model)
+    beside = dict.fromkeys(beside_layers(model, layers.path), _streaming_device())
+    return beside | {f"{layers.path}.{index}": "disk" for index in range(len(layers))}
 
 
 def _load_gguf(

@@ -6,8 +6,8 @@ a map of stored tensors. To change it, change the stored tensor.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,7 +76,7 @@ def is_on_disk(module: nn.Module) -> bool:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Count the bytes of the weights of a module that wait in safetensors, as they are stored."""
+    """Count the bytes of the weights of a module that wait in files, as they are stored."""
     return sum(stop - start for _, start, stop in _in_files(module))
 
 
@@ -96,10 +96,18 @@ def _in_files(module: nn.Module) -> Iterator[tuple[str, int, int]]:
             stored = hook.weights_map
             index = getattr(getattr(stored, "dataset", None), "index", {})
             for name, _ in part.named_parameters(recurse=False):
-                found = index.get(f"{getattr(stored, 'prefix', '')}{name}")
-                if found is not None and found.get("safetensors_file"):
-                    path = found["safetensors_file"]
+                found = index.get(f"{getattr(stored, 'prefix', '')}{name}", {})
+                yield from found.get("places", ())  # of a GGUF file
+                if path := found.get("safetensors_file"):
                     yield path, *_places_in(path)[found["weight_name"]]
+
+
+def bring_from(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Let the hooks of a model bring what waits on disk from other stored weights."""
+    for part in model.modules():
+        for hook in _hooks(part):
+            if hook.weights_map is not None:
+                hook.weights_map.dataset = weights
 
 
 @lru_cache(maxsize=256)
@@ -123,9 +131,10 @@ def stored_weight(module: nn.Module, name: str) -> torch.Tensor:
     """
     parameter: torch.Tensor = getattr(module, name)
     for hook in _hooks(module):
-        if hook.weights_map is not None and name in hook.weights_map:
-            stored: torch.Tensor = hook.weights_map[name]
-            return stored.to(parameter.dtype)
+        if hook.weights_map is not None:
+            with suppress(KeyError):  # to look for it first would read it twice
+                stored: torch.Tensor = hook.weights_map[name]
+                return stored.to(parameter.dtype)
     return parameter
 
 

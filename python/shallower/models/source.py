@@ -10,6 +10,7 @@ from .dtypes import (
     DeviceMap,
     Dtype,
     check_dtype,
+    check_stored_plain,
     check_streamed,
     choose_device_map,
     choose_dtype,
@@ -41,7 +42,7 @@ class ModelSource:
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ModelError: there is no such dtype, or weights that cannot wait on disk are to.
+        ModelError: there is no such dtype, or weights that wait on disk are to be quantised.
     """
 
     path: str | Path
@@ -52,8 +53,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
-        is_gguf = self.place.suffix == ".gguf"
-        check_streamed(str(self), self.dtype, self.device_map, is_gguf=is_gguf)
+        check_streamed(str(self), self.dtype, self.device_map)
 
     def __str__(self) -> str:
         return "/".join(filter(None, (str(self.path), self.gguf_file)))
@@ -62,6 +62,12 @@ class ModelSource:
     def place(self) -> Path:
         """The folder or file that is read; there is none of a hub id."""
         return Path(self.path, self.gguf_file or "")
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that its layers are read from as they run; none of a hub id."""
+        place = self.place.expanduser()
+        return [place] if place.is_file() else sorted(place.glob("*.safetensors"))
 
     @property
     def waits_on_disk(self) -> bool:
@@ -103,11 +109,14 @@ class ModelSource:
         """Read the model's config, and nothing else.
 
         Raises:
-            ModelError: as :meth:`load`.
+            ModelError: as :meth:`load`; of a model to be streamed, that is stored quantised.
         """
         from .loading import read_config
 
-        return read_config(self.path, self.gguf_file, self.trust_remote_code)
+        config = read_config(self.path, self.gguf_file, self.trust_remote_code)
+        if self.waits_on_disk:
+            check_stored_plain(str(self), config)
+        return config
 
     def count_layers(self) -> int:
         """Count the decoder layers by the model's config alone.

@@ -161,7 +161,7 @@ class ScanJob:
 
         from ..memory.streaming import plan_stream
 
-        files = sorted(Path(self.source.place).expanduser().glob("*.safetensors"))
+        files = self.source.weight_files
         count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
         if not files or not count:
             return "cannot be told before: the weights, or the number of texts, are not known here"

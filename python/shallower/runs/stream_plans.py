@@ -27,7 +27,7 @@ def plan_passes(source: ModelSource, passes: Sequence[Pass]) -> StreamPlan:
     Raises FileNotFoundError where its weights are not known here.
     """
     source = source.resolved()
-    files = sorted(source.place.expanduser().glob("*.safetensors"))
+    files = source.weight_files
     if not files:
         raise FileNotFoundError("the weights are not known here")
     return plan_stream(source.read_config(), files, plain_dtype(source.dtype), passes=passes)

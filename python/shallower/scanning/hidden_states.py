@@ -135,7 +135,9 @@ def stream_by_layer(
         if not state:
             shape = len(streamed.model) + 1, len(places[place]), states.shape[-1]
             found.append(torch.empty(shape, dtype=states.dtype))
-        torch.index_select(states.flatten(0, 1), 0, places[place], out=found[place][state])
+        kept = found[place].to(torch.promote_types(found[place].dtype, states.dtype))
+        kept[state] = states.flatten(0, 1)[places[place]]  # Mamba's are wider behind a layer
+        found[place] = kept
 
     streamed.run(batches, look=look)
     for batch, (rows, _), states in zip(batches, chosen, found, strict=True):
