@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "gather": Command(
         "gather",
-        "Put the shards of a scan together.",
+        "Put the shards of a scan or of a comparison together.",
         "scans/shards --out scans/smol",
     ),
     "analyse": Command(

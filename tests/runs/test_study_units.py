@@ -1,0 +1,119 @@
+"""Parts of a study shared by workers and by hand: the study of one process comes of it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from shallower.errors import CacheError, ProcessesError
+from shallower.judgement.trials import Trials
+from shallower.models.source import ModelSource
+from shallower.runs import study_units
+from shallower.runs.compare import CompareStudy
+from shallower.runs.curve import CurveStudy
+from shallower.runs.measuring import Measuring
+from shallower.runs.store import Store, open_store
+from shallower.runs.study_units import OpenedStudy, describe, share
+from shallower.texts.sources import Texts
+from shallower.values.settings import CompareSettings, CurveSettings
+from tests.conftest import tiny_llama, write_jsonl
+from tests.documents import documents
+
+CRITERIA = ("angular", "one_shot", "greedy", "deepest", "exhaustive")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, words):
+    """Two checkpoints, texts and held-out texts."""
+    folder = tmp_path_factory.mktemp("shared")
+    for seed, name in enumerate(("tiny", "twin")):
+        tiny_llama(seed=seed).save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    write_jsonl(folder / "texts.jsonl", documents(24))
+    write_jsonl(folder / "held_out.jsonl", documents(8, seed=1))
+    time.sleep(0.2)  # files that have just changed are read again
+    return folder
+
+
+def given(folder, *names):
+    return {
+        "models": tuple(ModelSource(folder / name) for name in names or ["tiny"]),
+        "texts": {"texts": Texts(str(folder / "texts.jsonl"))},
+        "eval_texts": Texts(str(folder / "held_out.jsonl")),
+        "progress": False,
+    }
+
+
+def comparison(folder, *names, store=None, out=None, criteria=CRITERIA, **more):
+    settings = CompareSettings(n=(1, 3), criteria=criteria, max_length=16)
+    store = store or open_store()
+    return CompareStudy(**{**given(folder, *names), **more}, settings=settings, out=out, store=store)
+
+
+def curve(folder, out, *, store=None, **options):
+    settings = CurveSettings(
+        **{"n": (0, 1, 2), "max_length": 16, "top": 2, "patch_tokens": 256, **options}
+    )
+    return CurveStudy(**given(folder), settings=settings, out=out, store=store or open_store())
+
+
+def rows(found):
+    """The rows without what a clock says, the models and what was skipped."""
+    return [asdict(row) | {"seconds": 0} for row in found.rows], found.models, found.skipped
+
+
+def points(found):
+    losses = [point.loss and point.loss.by_text.sums.tolist() for point in found.points]
+    return [replace(point, seconds=0.0) for point in found.points], losses
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What this process measures from now on."""
+    done = []
+    note, measure = Trials._note, Measuring._measure
+
+    def noted(self, key, *found):
+        done.append(key)
+        note(self, key, *found)
+
+    def made(self, *cut):
+        done.append(cut)
+        return measure(self, *cut)
+
+    monkeypatch.setattr(Trials, "_note", noted)
+    monkeypatch.setattr(Measuring, "_measure", made)
+    return done
+
+
+def in_this_process(study, store):
+    """Carry out the parts as a worker far away would; what it sends."""
+    described = json.loads(json.dumps(describe(study)))
+    worker = OpenedStudy(described)
+    return [json.loads(worker.run(unit)) for unit in described["parts"]]
+
+
+def test_a_comparison_finds_all_that_its_parts_sent(places, tmp_path, measured):
+    alone = comparison(places, "tiny", "twin", store=Store(tmp_path / "alone")).run()
+    study = comparison(places, "tiny", "twin")
+    for entries in in_this_process(study, study.store):
+        study.store.take(entries)
+    measured.clear()
+    assert rows(study.run()) == rows(alone)
+    assert measured == []
+
+
+def test_a_curve_finds_all_that_its_parts_sent(places, tmp_path, measured):
+    alone = curve(places, tmp_path / "alone", store=Store(tmp_path / "store")).run()
+    study = curve(places, tmp_path / "out")
+    for entries in in_this_process(study, study.store):
+        study.store.take(entries)
+    measured.clear()
+    assert points(study.run()) == points(alone)
+    assert measured == []
+    scans = [tmp_path / name / "scan.safetensors" for name in ("out", "alone")]
+    assert scans[0].read_bytes() == scans[1].read_bytes()
