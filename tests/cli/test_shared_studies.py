@@ -56,6 +56,7 @@ def test_shards_of_a_comparison_are_gathered_to_the_whole(shallower, folder, ask
     assert {usage.kind: usage.entries for usage in open_store().usage()} == kept
     of = [json.loads((folder / name / "comparison.json").read_text()) for name in ("out", "whole")]
     assert of[0]["job"] == of[1]["job"]
+    assert of[0]["command"].startswith("shallower compare tiny --texts texts.jsonl ")
 
 
 def test_gather_refuses_what_is_missing_changed_or_of_other_work(shallower, folder, asked):

@@ -76,7 +76,7 @@ class DyingStudy(OpenedStudy):
         """A part, or the end."""
         place, _, times = os.environ["DEATHS"].rpartition(":")
         died = len(Path(place).read_text()) if Path(place).exists() else 0
-        if unit == "greedy" and died < int(times):
+        if unit.startswith("greedy of") and died < int(times):
             Path(place).write_text("x" * (died + 1))
             os.kill(os.getpid(), signal.SIGKILL)
         return super().run(unit)

@@ -142,12 +142,14 @@ def test_a_worker_that_dies_loses_only_its_part(places, tmp_path, measured, monk
         assert rows(study.run()) == rows(alone)
         assert bool(measured) == (name == "always")
     said = capfd.readouterr().err
-    assert "greedy failed 3 times, by the process was ended by SIGKILL (on worker" in said
+    assert "on texts failed 3 times, by the process was ended by SIGKILL (on worker" in said
 
 
 def test_what_is_known_is_not_handed_out(places, tmp_path, monkeypatch):
     study = comparison(places)
-    sent = dict(zip(describe(study)["parts"], in_this_process(study), strict=True))
+    sent = {
+        part.what: sent for part, sent in zip(study.parts(), in_this_process(study), strict=True)
+    }
     study.store.take(sent["whole model"])
     drawn = []
     monkeypatch.setattr(

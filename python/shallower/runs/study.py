@@ -73,6 +73,9 @@ class Part(Generic[Settings]):
     texts: str
     settings: Settings
 
+    def __str__(self) -> str:
+        return f"{self.what} of {self.model} on {self.texts}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study(ABC, Generic[Settings]):

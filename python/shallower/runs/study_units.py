@@ -58,8 +58,8 @@ def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = 
     described = describe(study, store=study.store.folder if on == "local" else None)
     if study.entry is not None:
         return
-    parts = dict(zip(described["parts"], study.parts(), strict=True))
-    done = [name for name, part in parts.items() if is_known(study, part)]
+    parts = described["parts"]
+    done = [str(part) for part in study.parts() if is_known(study, part)]
     if done:
         say_goes_on(f"{len(done)} of {len(parts)} parts are known", study.progress)
     ledger, job = Ledger(parts, done), Job(OPENER, described, threads_of(workers))
@@ -99,11 +99,6 @@ def describe(study: Study[Any], *, store: Path | None = None) -> dict[str, Any]:
             "what is shared must be known by its content: models of whose files all is known, and "
             "criteria of this package"
         )
-    shown = [
-        ([part.model] if len(study.models) > 1 else [])
-        + ([part.texts] if len(study.named_texts) > 1 else [])
-        for part in study.parts()
-    ]
     settings = study.shared_settings()
     return {
         "kind": study.KIND,
@@ -113,10 +108,7 @@ def describe(study: Study[Any], *, store: Path | None = None) -> dict[str, Any]:
         "texts": [[name, _absolute(one.source), one.limit] for name, one in texts],
         "settings": {one.name: _plain(getattr(settings, one.name)) for one in fields(settings)},
         "identities": list(study.of_models.values()),
-        "parts": [
-            ", ".join([*beside, part.what])
-            for beside, part in zip(shown, study.parts(), strict=True)
-        ],
+        "parts": list(map(str, study.parts())),
         "store": None if store is None else str(store.absolute()),
         "expects": {
             "versions": made_by(),
@@ -182,7 +174,7 @@ class OpenedStudy:
 
     def __init__(self, described: Mapping[str, Any]) -> None:
         folder, shared = Path(mkdtemp(prefix="shallower-")), described["store"]
-        self._ends = finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.store = Store(Path(shared or folder / "store"))
         self._sends, self._sent = shared is None, dict[str, int]()
         self._study = opened(
