@@ -39,11 +39,15 @@ def test_shards_of_a_comparison_are_gathered_to_the_whole(shallower, folder, ask
     whole = shallower(*compared(asked), "--out", "whole", "--json").json
     for index in range(3):
         elsewhere(monkeypatch, folder, index)
-        command = [*compared(asked), "--out", "shards", "--shard", f"{index}/3"]
+        command = [*compared(asked), "--out", "shards", "--shard", "auto"]
+        monkeypatch.setenv("RANK", str(index))
+        monkeypatch.setenv("WORLD_SIZE", "3")
         done = shallower(*command, "--json").json
         assert done["written"] == [f"shards/compare.{index}-of-3.json"]
         assert (done["shard"], done["num_parts"]) == (f"{index}/3", 5)
         assert "shard" in shallower(*command).out
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
     assert sorted(path.name for path in (folder / "shards").iterdir()) == [
         f"compare.{index}-of-3.json" for index in range(3)
     ]
