@@ -83,6 +83,15 @@ def test_gather_refuses_what_is_missing_changed_or_of_other_work(shallower, fold
     assert not (folder / "out").exists()
 
 
+def test_gather_trusts_no_code_by_the_word_of_a_file(shallower, folder, asked, monkeypatch):
+    command = [*compared(asked, "deepest"), "--trust-remote-code"]
+    elsewhere(monkeypatch, folder, "there")
+    assert shallower(*command, "--out", "shards", "--shard", "0/1").status == 0
+    elsewhere(monkeypatch, folder, "here")
+    assert "gather runs no code" in shallower("gather", "shards", "--out", "out").error
+    assert "goes on: 2 of 2 choices" in shallower(*command).err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -238,7 +238,8 @@ def gather_study(
 
     Raises:
         ProcessesError: shards are damaged, missing or of different comparisons, or of other
-            packages, processors, models or texts than are here.
+            packages, processors, models or texts than are here; or of a model that runs its own
+            code, which is not trusted by the word of a file.
         ShallowerError: as :func:`shallower.compare`.
     """
     read = {file: _read(file) for file in files}
@@ -254,14 +255,19 @@ def gather_study(
     store, described = open_store(), shard["described"]
     if store.folder is None:
         raise ProcessesError("there is no cache to put shards into: name one (SHALLOWER_CACHE)")
-    given = [one["path"] for one in described["models"]]
-    is_here = described["places"] == list(map(_absolute, given))
-    study: Any = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)
     for file, one in read.items():
         try:
             store.take(one["entries"])
         except CacheError as error:
             raise ProcessesError(f"{file}: {error}") from error
+    if any(one["trust_remote_code"] for one in described["models"]):
+        raise ProcessesError(
+            "gather runs no code that comes with a model: what was measured is in the cache now, "
+            "and the same compare without --shard finds it"
+        )
+    given = [one["path"] for one in described["models"]]
+    is_here = described["places"] == list(map(_absolute, given))
+    study: Any = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)
     return study, study.run()
 
 
