@@ -157,7 +157,10 @@ def compare_command(
         from ..runs.study_units import share
 
         share(study, workers, on or "local")
-    return say_comparison(study.run(), study, as_json)
+    comparison = study.run()
+    if on or workers:
+        study.found.clear()  # the workers' results are of today
+    return say_comparison(comparison, study, as_json)
 
 
 def _shard(study: "CompareStudy", shard: str, *, shared: bool) -> dict[str, Any]:

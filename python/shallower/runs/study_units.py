@@ -268,7 +268,9 @@ def gather_study(
     given = [one["path"] for one in described["models"]]
     is_here = described["places"] == list(map(_absolute, given))
     study: Any = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)
-    return study, study.run()
+    done = study.run()
+    study.found.clear()  # of the shards
+    return study, done
 
 
 def _read(file: Path) -> dict[str, Any]:
