@@ -68,7 +68,7 @@ def test_a_comparison_goes_on_where_it_was_cut_short(model, words, measured, mon
     asked = {"n": [1, 2, 3], "criteria": ["greedy", "exhaustive", "evolution", "one_shot"]}
     whole = sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False)
     total = len(measured)
-    measure, left = Trials._measure, [0]
+    measure, left = Trials.measure_states, [0]
 
     class Killed(BaseException):
         pass
@@ -79,7 +79,7 @@ def test_a_comparison_goes_on_where_it_was_cut_short(model, words, measured, mon
             raise Killed
         return measure(self, *arguments)
 
-    monkeypatch.setattr(Trials, "_measure", until_killed)
+    monkeypatch.setattr(Trials, "measure_states", until_killed)
     measured.clear()
     for trials in (3, total // 8, total // 4, total // 3):
         left[0] = trials

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from shallower.errors import ProcessesError
 from shallower.models.source import ModelSource
 from shallower.runs import inputs
 from shallower.runs.inputs import file_inputs, made_by, model_inputs, texts_inputs
@@ -233,3 +234,32 @@ def test_keys_load_no_torch(model, tmp_path):
     command = [sys.executable, "-c", code, str(model), str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+# The machine.
+@pytest.mark.parametrize(
+    ("models", "seen", "counts"),
+    [
+        ([], "", False),
+        (["Model: A100", "Model: A100"], "1", False),
+        (["Model: A100", "Model: A100"], "", True),
+        (["Model: A100", "Model: L4"], "1", True),
+    ],
+)
+def test_which_of_like_cards_are_seen_does_not_count(monkeypatch, models, seen, counts):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    nodes = [f"nvidia{index}" for index in range(len(models))]
+    assert inputs._visible(models, nodes) == ({"CUDA_VISIBLE_DEVICES": seen} if counts else {})
+
+
+def test_like_machines_work_together_whichever_cards_they_were_given():
+    here = inputs.machine()
+    variables = {**here["variables"], "CUDA_VISIBLE_DEVICES": "7"}
+    inputs.check_machine({**here, "variables": variables})
+    for other in (
+        {"cpu": "another"},
+        {"gpus": ["Model: X"]},
+        {"variables": {"SHALLOWER_TIER": "x"}},
+    ):
+        with pytest.raises(ProcessesError, match="the processors here are not those"):
+            inputs.check_machine({**here, **other})

@@ -13,12 +13,16 @@ from shallower.errors import ProcessesError, TextsError
 from shallower.runs import ray_workers
 from shallower.runs.ray_workers import RayWorkers
 from shallower.runs.scan_shards import SharedScanJob
+from shallower.runs.store import Store
+from shallower.runs.study_units import share
 from shallower.runs.units import Ledger, drive
 from shallower.texts.sources import Texts
 from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 from tests.runs.counting import done_in, job_of
+from tests.runs.test_study_units import comparison, rows
+from tests.runs.test_study_units import measured as measured
 
 ray = pytest.importorskip("ray")
 
@@ -154,6 +158,21 @@ def test_a_cluster_scans_to_the_bytes_of_one_process(
     assert (tmp_path / "out" / "scan.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
     said = capfd.readouterr().err
     assert said.count("takes no part: this node has shallower 0.9.9, the driver 0.") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_sends_all_that_a_comparison_takes(tmp_path, words, measured):
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    words.save_pretrained(tmp_path / "tiny")
+    for name, seed in (("texts", 0), ("held_out", 1)):
+        write_jsonl(tmp_path / f"{name}.jsonl", documents(24, seed=seed))
+    alone = comparison(tmp_path, store=Store(tmp_path / "alone")).run()
+    study = comparison(tmp_path)
+    measured.clear()
+    share(study, None, "ray")
+    assert rows(study.run()) == rows(alone)
+    assert measured == []
 
 
 @pytest.mark.usefixtures("cluster")

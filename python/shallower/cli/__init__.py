@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "gather": Command(
         "gather",
-        "Put the shards of a scan together.",
+        "Put the shards of a scan or of a comparison together.",
         "scans/shards --out scans/smol",
     ),
     "analyse": Command(
@@ -197,7 +197,8 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     from ..processes import is_main_process
     from .output import quiet_bars, remember_call, warn
 
-    _refuse_several(name)
+    if not any(word.partition("=")[0] == "--shard" for word in arguments):
+        _refuse_several(name)
     quiet_bars()
     remember_call(name, arguments)
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))

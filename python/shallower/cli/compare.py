@@ -15,9 +15,12 @@ from .options import (
     Json,
     MaxLength,
     NoCache,
+    On,
     Overwrite,
+    ShardOption,
     Sizes,
     TrustRemoteCode,
+    Workers,
     read_texts,
 )
 from .output import called, print_json, say_dry_run_of, say_known, show
@@ -96,6 +99,9 @@ def compare_command(
     trust_remote_code: TrustRemoteCode = False,
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
+    shard: ShardOption = None,
+    on: On = None,
+    workers: Workers = None,
     list_criteria: Annotated[
         bool, typer.Option("--list", help="List the criteria with what they cost, and stop.")
     ] = False,
@@ -144,9 +150,38 @@ def compare_command(
     if dry_run:
         say_dry_run_of(study, _described(study), as_json)
         return 0
+    if shard is not None:
+        _say_shard(_shard(study, shard, shared=bool(on or workers)), as_json)
+        return 0
+    if on or workers:
+        from ..runs.study_units import share
+
+        share(study, workers, on or "local")
     comparison = study.run()
-    _say(comparison, study, as_json)
-    return 1 if comparison.failures else 0
+    if on or workers:
+        study.found.clear()  # the workers' results are of today
+    return say_comparison(comparison, study, as_json)
+
+
+def _shard(study: "CompareStudy", shard: str, *, shared: bool) -> dict[str, Any]:
+    from ..errors import ProcessesError
+    from ..runs.study_units import measure_shard
+    from ..values.shard import Shard
+
+    if shared or study.out is None:
+        raise ProcessesError(
+            "a shard is measured by one process, into a folder: leave out --workers and --on, and "
+            "name --out"
+        )
+    return measure_shard(study, Shard.parse(shard))
+
+
+def _say_shard(done: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(done)
+        return
+    parts = f"{len(done['parts'])} of {done['num_parts']} parts"
+    show(f"shard {done['shard']}: {parts}", f"wrote {done['written'][0]}")
 
 
 def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, Any], Any]:
@@ -187,7 +222,8 @@ def _described(study: "CompareStudy") -> dict[str, Any]:
     }
 
 
-def _say(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool) -> None:
+def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool) -> int:
+    """Print a comparison, and write its page; the exit status."""
     from ..reporting.stories.comparison import comparison_story
     from ..runs.report import save_report
 
@@ -201,10 +237,10 @@ def _say(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool)
         say_known(max(study.found), what=what)
     if as_json:
         print_json(comparison.to_json())
-        return
-    show(story or comparison_story(comparison, drawn=False))
-    if page is not None:
-        show(f"wrote {study.out}", f"page: {page}")
+    else:
+        show(story or comparison_story(comparison, drawn=False))
+        show(*() if page is None else (f"wrote {study.out}", f"page: {page}"))
+    return 1 if comparison.failures else 0
 
 
 def _list(as_json: bool) -> int:

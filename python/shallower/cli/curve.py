@@ -16,11 +16,13 @@ from .options import (
     MaxLength,
     Model,
     NoCache,
+    On,
     Out,
     OverwriteParts,
     TextsSource,
     Threads,
     TrustRemoteCode,
+    Workers,
     read_texts,
 )
 from .output import called, print_json, say_dry_run_of, say_known, show
@@ -111,6 +113,8 @@ def curve_command(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: OverwriteParts = False,
     no_cache: NoCache = False,
+    on: On = None,
+    workers: Workers = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -161,6 +165,10 @@ def curve_command(
         study.check()
         say_dry_run_of(study, _described(study), as_json)
         return
+    if on or workers:
+        from ..runs.study_units import share
+
+        share(study, workers, on or "local")
     _say(study.run(), study, as_json)
 
 

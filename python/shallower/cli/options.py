@@ -125,6 +125,15 @@ Workers = Annotated[
         min=1,
     ),
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
+        "SLURM_ARRAY_TASK_ID.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Drop = Annotated[

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _called: list[str] = []
 _WITHOUT_EFFECT = frozenset({"--json", "--no-cache", "--overwrite"})
+_SHARING = frozenset({"--workers", "--on", "--shard"})
+"""Options with a value that changes no result."""
 
 
 def remember_call(name: str, arguments: "Sequence[str]") -> None:
@@ -40,7 +42,11 @@ def called() -> str:
         is_out = "--out" in (before, option)
         return f"{option}{equals}{Path(value).name if is_out else place_name(value)}"
 
-    words = [word for word in _called if word not in _WITHOUT_EFFECT]
+    words = [
+        word
+        for before, word in zip(["", *_called], _called, strict=False)
+        if word not in _WITHOUT_EFFECT and not {before, word.partition("=")[0]} & _SHARING
+    ]
     return shlex.join(map(shown, ["", *words], words))
 
 

@@ -23,6 +23,7 @@ from .options import (
     On,
     Out,
     Overwrite,
+    ShardOption,
     Stream,
     TextsSource,
     Threads,
@@ -99,14 +100,7 @@ def scan_command(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     no_cache: NoCache = False,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Scan one of N equal parts alone, counted from 0, for gather; auto: that of RANK "
-            "or SLURM_ARRAY_TASK_ID.",
-        ),
-    ] = None,
+    shard: ShardOption = None,
     on: On = None,
     workers: Workers = None,
     dry_run: DryRun = False,

@@ -96,6 +96,11 @@ class Criterion(ABC):
         return Forwards()
 
 
+def has_costs(criterion: Criterion) -> bool:
+    """Whether a criterion costs blocks, for all sizes; else it searches for one at a time."""
+    return type(criterion).costs is not Criterion.costs
+
+
 class Search(Criterion):
     """A criterion that finds the layers to drop for one size at a time.
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +26,13 @@ from ..values.provenance import versions
 from ..values.settings import CompareSettings
 from .given_models import InMemory, ModelStore, given_models
 from .store import Entry, open_store
-from .study import Study, Unit
+from .study import SINGLE_LAYERS, WHOLE, Part, Study, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..judgement.criterion import Criterion
-    from .compare_rows import Outcome
+    from .compare_rows import Outcome, PartsMaker
 
 
 def compare(
@@ -114,7 +114,8 @@ class CompareStudy(Study[CompareSettings]):
     ``found`` is when each result was measured that the store had; filled by :meth:`run`.
     """
 
-    KIND = "comparison"
+    KIND = "compare"
+    SETTINGS = CompareSettings
     RESULTS = COMPARISON_FILE
     leaves = (COMPARISON_FILE, COMPARISON_TABLE)
 
@@ -207,6 +208,29 @@ class CompareStudy(Study[CompareSettings]):
             for n in self.settings.n
         ]
 
+    def parts(self) -> list[Part[CompareSettings]]:
+        """List the whole models, and the criteria on each with all their sizes: searches first."""
+        from ..judgement.criterion import has_costs
+
+        (first, *_), settings = self.splits, self.settings
+        whole = [WHOLE, SINGLE_LAYERS][: 1 + any(map(has_costs, self.criteria))]
+        bare = replace(settings, criteria=())
+        return [
+            *(Part(what, str(model), first, bare) for what in whole for model in self.models),
+            *(
+                Part(one.name, str(model), texts, replace(settings, criteria=(one.name,)))
+                for one in sorted(self.criteria, key=has_costs)
+                for model in self.models
+                for texts in self.splits
+            ),
+        ]
+
+    def maker(self) -> "PartsMaker":
+        """Give the function that measures a part."""
+        from .compare_rows import PartsMaker
+
+        return PartsMaker(self, self.criteria, self.items[0])
+
     def is_stock(self) -> bool:
         """Whether all criteria are of this package; a model that is not known has no results."""
         from ..judgement.criteria import BUILT_IN, criteria, is_built_in
@@ -220,10 +244,8 @@ class CompareStudy(Study[CompareSettings]):
 
     @cached_property
     def entry(self) -> Entry | None:
-        """The whole comparison in the store, if it was measured before."""
-        if None in self.of_models.values():
-            return None
-        return self.store.find(self.KIND, self.inputs)
+        """The whole comparison in the store; a model that is not known has none."""
+        return None if None in self.of_models.values() else super().entry
 
     def run(self) -> CriteriaComparison:
         """Compare, or give what is known already; the results are written as they are found.

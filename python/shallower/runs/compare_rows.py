@@ -17,13 +17,14 @@ from ..errors import (
     TextsError,
     one_sentence,
 )
-from ..judgement.criterion import Criterion
+from ..judgement.criterion import Criterion, has_costs
 from ..judgement.held_out_cuts import TRUTH_ITEMS, judge_inputs
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
 from ..judgement.stored_costs import Work, stored_choice, stored_costs
 from ..judgement.subject import Subject
 from ..judgement.trials import ResultStore, Trials
+from ..memory.budget import limit
 from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
 from ..progress import Advance, say_goes_on, track
@@ -37,7 +38,7 @@ from ..values.scores import Difference, Scores
 from ..values.settings import CompareSettings
 from .given_models import InMemory
 from .measuring import FittedPatch, Measuring
-from .study import Study
+from .study import SINGLE_LAYERS, WHOLE, Part, Study
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,18 +189,18 @@ class _Choosing:
         sizes, choosing = self.study.settings.n, self.criteria
         own = sum(self._own(one) + sum(self._searched(one, n) for n in sizes) for one in choosing)
         measured = len(choosing) * sum(map(self._reported, sizes))
-        return own + measured + self._truth * any(_has_costs(one) for one in choosing)
+        return own + measured + self._truth * any(has_costs(one) for one in choosing)
 
     def _own(self, criterion: Criterion) -> int:
         """Those of a criterion for all sizes together."""
         passes = 0
         with suppress(Exception):  # of a criterion from outside, which says why in its turn
             passes = int(criterion.layer_forwards(self.subject))
-        return passes + self._judged(criterion, 1) * _has_costs(criterion)
+        return passes + self._judged(criterion, 1) * has_costs(criterion)
 
     def _searched(self, criterion: Criterion, n: int) -> int:
         """Those of a search for one size."""
-        return 0 if _has_costs(criterion) else self._judged(criterion, n)
+        return 0 if has_costs(criterion) else self._judged(criterion, n)
 
     def _judged(self, criterion: Criterion, n: int) -> int:
         looks = [len(items) for items in self.subject.trials.judge.items]
@@ -242,7 +243,7 @@ class _Choosing:
     def choices(self) -> list[_Choice]:
         """Let every criterion choose, for every size; one that cannot is noted in ``skipped``."""
         found = []
-        if any(map(_has_costs, self.criteria)):
+        if any(map(has_costs, self.criteria)):
             losses, note = self.measuring.held_out.losses, "true losses without single layers"
             with (
                 self._part(note, self._truth, losses),
@@ -279,7 +280,7 @@ class _Choosing:
         And what the criterion takes for all sizes together; τ is None of one that searches.
         """
         passes = criterion.layer_forwards(self.subject)
-        if not _has_costs(criterion):
+        if not has_costs(criterion):
             return None, Work(passes)
         inputs = self._inputs(criterion)
         costs, work = stored_costs(criterion, self.subject, self.store, inputs=inputs)
@@ -304,12 +305,7 @@ class _Choosing:
         for choice in choices:
             dropped = choice.plan.dropped
             self.advance(0, f"losses of {choice.criterion.name}, n = {choice.n}")
-            judged, losses = held_out.scores.scores(dropped), measuring.scores(dropped, "cut")
-            patched, unpatched = None, None
-            try:
-                patched = measuring.scores(dropped, "quick", patch=self.patch)
-            except PatchError as error:
-                unpatched = str(error)
+            judged, losses, patched, unpatched = self._scores(dropped)
             self.advance(self._reported(choice.n))
             difference = losses.minus(whole)
             after = None if patched is None else patched.minus(whole)
@@ -342,10 +338,74 @@ class _Choosing:
             )
             yield _Measured(row, judged, patched)
 
+    def _scores(self, dropped: Sequence[int]) -> tuple[Scores, Scores, Scores | None, str | None]:
+        """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
+        measuring = self.measuring
+        judged, losses = measuring.held_out.scores.scores(dropped), measuring.scores(dropped, "cut")
+        try:
+            return judged, losses, measuring.scores(dropped, "quick", patch=self.patch), None
+        except PatchError as error:
+            return judged, losses, None, str(error)
 
-def _has_costs(criterion: Criterion) -> bool:
-    """Whether a criterion costs blocks, for all sizes; else it searches for one at a time."""
-    return type(criterion).costs is not Criterion.costs
+    def make(self, criterion: Criterion) -> None:
+        """Measure into the store what the rows of a criterion take; as much as it can be."""
+        if has_costs(criterion):
+            with self._others_go_on(criterion.name):
+                stored_costs(criterion, self.subject, self.store, inputs=self._inputs(criterion))
+        for n in self.study.settings.n:
+            with self._others_go_on(criterion.name):
+                if criterion.name not in self.skipped:
+                    self._scores(self._choice(criterion, n, Work())[0].dropped)
+
+
+class PartsMaker:
+    """Measures parts of a comparison into the store; the model of the last one stays loaded."""
+
+    def __init__(
+        self,
+        study: Study[CompareSettings],
+        criteria: Sequence[Criterion],
+        choosing: Sequence[OptionItem],
+    ) -> None:
+        self._study, self._choosing = study, choosing
+        self._criteria = {criterion.name: criterion for criterion in criteria}
+        self._models = {str(model): model for model in study.models}
+        self._open: dict[tuple[str, str], _Choosing] = {}
+
+    def __call__(self, part: Part[CompareSettings]) -> None:
+        """Measure a part."""
+        with limit(self._study.settings.device_memory):
+            opened = self._opened(part)
+            held_out = opened.measuring.held_out
+            if part.what == WHOLE:
+                held_out.compared(part.model)
+            elif part.what == SINGLE_LAYERS:
+                with suppress(ShallowerError):  # every criterion that needs them says why
+                    held_out.single_layers()
+            else:
+                opened.make(self._criteria[part.what])
+
+    def _opened(self, part: Part[CompareSettings]) -> _Choosing:
+        key = part.model, part.texts
+        if key not in self._open:
+            same = [one.measuring for (model, _), one in self._open.items() if model == part.model]
+            self._open.clear()
+            study, store = self._study, self._study.model_store(self._models[part.model])
+            if not same:
+                same = [
+                    Measuring(study, *self._models[part.model].load(study.progress), store=store)
+                ]
+            check_sizes(study.settings.n, len(same[0].decoder))
+            self._open[key] = _Choosing(
+                study,
+                same[0],
+                store,
+                list(self._criteria.values()),
+                self._choosing,
+                model=part.model,
+                texts=part.texts,
+            )
+        return self._open[key]
 
 
 def _require_enough(subject: Subject, report: Judge) -> None:

@@ -1,7 +1,7 @@
 """What a model loses over the number of layers that go, by strategy and state."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,15 @@ from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
 from ..values.layers import check_sizes
 from ..values.settings import CurveSettings
 from .given_models import given_model
-from .store import Entry, open_store
-from .study import Study, Unit
+from .store import open_store
+from .study import WHOLE, Part, Study, Unit
 from .tasks import StudyTasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..values.recipe import Recipe
+    from .curve_points import CurvePoints
 
 
 def curve(
@@ -112,6 +113,7 @@ class CurveStudy(Study[CurveSettings]):
     """A curve, which is checked when it is made."""
 
     KIND = "curve"
+    SETTINGS = CurveSettings
     RESULTS = CURVE_FILE
     leaves = (CURVE_FILE, CURVE_TABLE, SCAN_FILE, PARTIAL_FILE)
 
@@ -157,6 +159,26 @@ class CurveStudy(Study[CurveSettings]):
         ]
         return [self.unit("whole", 0, "cut"), *(self.unit(name, n, s) for s, n, name in wanted)]
 
+    def shared_settings(self) -> CurveSettings:
+        """The settings without what is trained, which is known by the whole curve alone."""
+        states = tuple(state for state in self.settings.states if state != "healed") or ("cut",)
+        return replace(self.settings, states=states, heal=None, heal_steps=None)
+
+    def parts(self) -> list[Part[CurveSettings]]:
+        """List the whole model, and every strategy with every size: the largest first."""
+        bare = self.shared_settings()
+        name, (texts,) = str(self.model), self.splits
+        found = [Part(WHOLE, name, texts, replace(bare, n=(), strategies=(), states=("cut",)))]
+        for n in sorted(bare.n, reverse=True):
+            for strategy in bare.strategies:
+                one = replace(bare, n=(n,), strategies=(strategy,))
+                found.append(Part(f"{strategy}, n = {n}", name, texts, one))
+        return found
+
+    def maker(self) -> "Callable[[Part[CurveSettings]], None]":
+        """Give the function that measures a part, on the model that it has loaded."""
+        return self._points().make
+
     def is_stock(self) -> bool:
         """Whether all strategies are of this package, and the model is known."""
         if self._foreign:
@@ -176,11 +198,6 @@ class CurveStudy(Study[CurveSettings]):
         """The tasks that every point is measured on."""
         return StudyTasks(self.settings)
 
-    @cached_property
-    def entry(self) -> Entry | None:
-        """The whole curve in the store, if it was measured before."""
-        return self.store.find(self.KIND, self.inputs)
-
     def run(self) -> Curve:
         """Measure, or give what is known already; raises as :func:`curve`."""
         self.check()
@@ -198,11 +215,19 @@ class CurveStudy(Study[CurveSettings]):
         if self.written is not None and self.goes_on:
             there = f"{len(self.written['points'])} of {len(self.units())} points are there"
             say_goes_on(there, self.progress)
+        points = self._points()
+        found = points.curve()
+        if points.is_complete:
+            self.store.put(self.KIND, self.inputs, found.to_json())
+        return found
+
+    def _points(self) -> "CurvePoints":
+        """The points, on the model that is loaded for them."""
         from .curve_points import CurvePoints
 
         _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading
         loaded, tokenizer = self.model.load(self.progress)
-        points = CurvePoints(
+        return CurvePoints(
             self,
             loaded,
             tokenizer,
@@ -210,10 +235,6 @@ class CurveStudy(Study[CurveSettings]):
             recipe=self._recipe(loaded, tokenizer),
             write=self.write_curve,
         )
-        found = points.curve()
-        if points.is_complete:
-            self.store.put(self.KIND, self.inputs, found.to_json())
-        return found
 
     def write_curve(self, curve: Curve) -> None:
         """Write the curve as far as it is known, and its table."""

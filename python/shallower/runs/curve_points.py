@@ -1,14 +1,25 @@
 """The points of a curve on one model that is loaded, each measured once."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import CacheError, ModelError, OutputError, ShallowerError, one_sentence
+from ..errors import (
+    CacheError,
+    ModelError,
+    OutputError,
+    PatchError,
+    ShallowerError,
+    TextsError,
+    one_sentence,
+)
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
 from ..judgement.held_out_cuts import judge_inputs
@@ -17,6 +28,7 @@ from ..judgement.trials import ResultStore
 from ..progress import track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
+from ..storage import write_file
 from ..values.curve import STATES, Curve, CurvePoint, State
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.identity import title_of
@@ -25,9 +37,12 @@ from ..values.plan import Plan
 from ..values.recipe import Recipe
 from ..values.settings import CurveSettings
 from .gain import GAIN_DEVICE, gain
-from .measuring import Measuring
-from .study import Study
+from .measuring import Measured, Measuring
+from .study import WHOLE, Part, Study
 from .tasks import StudyTasks
+
+SCANNED = ("recommended", "similarity", "best_plan")
+"""Strategies that look at a scan."""
 
 
 class CurvePoints:
@@ -133,8 +148,7 @@ class CurvePoints:
             return replace(found, dropped=plan.dropped, parameters_share=share, failed=failed)
 
     def _measured(self, dropped: tuple[int, ...], strategy: str, state: State) -> CurvePoint:
-        quick = state == "patched" and self._settings.quick_patch
-        measured = self._measuring.measure(dropped, "quick" if quick else state)
+        measured = self._measure(dropped, state)
         return CurvePoint(
             len(dropped),
             strategy,
@@ -147,6 +161,22 @@ class CurvePoints:
             measured.seconds,
             time_share=self._time_share(dropped),
         )
+
+    def _measure(self, dropped: tuple[int, ...], state: State) -> Measured:
+        quick = state == "patched" and self._settings.quick_patch
+        return self._measuring.measure(dropped, "quick" if quick else state)
+
+    def make(self, part: Part[CurveSettings]) -> None:
+        """Measure a part of a curve into the store; what cannot be is left out."""
+        if part.what == WHOLE:
+            self._measure((), "cut")
+        for n, strategy in product(part.settings.n, part.settings.strategies):
+            plan = self._plan(strategy, n)
+            if isinstance(plan, str):
+                continue
+            for state in part.settings.states:
+                with suppress(PatchError, ModelError, TextsError):
+                    self._measure(plan.dropped, state)
 
     def _sentence_of(self, error: Exception) -> str:
         """An error in one line; one that another time may not happen is remembered."""
@@ -174,6 +204,8 @@ class CurvePoints:
         if key not in self._plans:
             known = self._study.known_choice(strategy, n)
             if known is not None:
+                if strategy in SCANNED:
+                    self._recall_scan()
                 self._plans[key] = self._measuring.plan(known)
                 return self._plans[key]
             try:
@@ -218,7 +250,7 @@ class CurvePoints:
         """The comparison of all layers on the texts that fit, as it lies in the folder."""
         study, measuring = self._study, self._measuring
         place, partial = study.folder / SCAN_FILE, study.folder / PARTIAL_FILE
-        if study.goes_on and place.exists():
+        if self._recall_scan() or (study.goes_on and place.exists()):
             return Scan.load(place)
         scanned = scan(
             measuring.model,
@@ -232,4 +264,19 @@ class CurvePoints:
         )
         scanned.save(place)
         partial.unlink(missing_ok=True)
+        content = b64encode(place.read_bytes()).decode()
+        self._store.put("scan", self._scanned_on, {"content": content})
         return scanned
+
+    def _recall_scan(self) -> bool:
+        """Put the scan that was made before into the folder, unless it is there; False if none."""
+        known, place = self._store.get("scan", self._scanned_on), self._study.folder / SCAN_FILE
+        if known is not None and not place.exists():
+            write_file(place, b64decode(known["content"]))
+        return known is not None
+
+    @property
+    def _scanned_on(self) -> dict[str, Any]:
+        """What the scan depends on beside the model."""
+        measuring = self._measuring
+        return {"fitted": measuring.plans.fitted, "batch_size": measuring.tokens.batch_size}

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache as remembering
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ LARGE_BYTES = 1 << 30
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SEEN = "CUDA_VISIBLE_DEVICES"
 _DECIDING = (
     "SHALLOWER_TIER",
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA",
-    "CUDA_VISIBLE_DEVICES",
     "NVIDIA_TF32_OVERRIDE",
 )
 """Variables that choose the instructions or devices of a computation."""
@@ -193,9 +193,20 @@ def machine() -> dict[str, Any]:
     return {
         "architecture": platform.machine(),
         "cpu": hash_of(own),
-        "gpus": [*models, *sorted(nodes)],
-        "variables": {name: os.environ[name] for name in _DECIDING if name in os.environ},
+        "gpus": sorted({*models}) if models else sorted(nodes),
+        "variables": {name: os.environ[name] for name in _DECIDING if name in os.environ}
+        | _visible(models, nodes),
     }
+
+
+def _visible(models: Collection[str], nodes: Collection[str]) -> dict[str, str]:
+    """The variable that says which cards are seen, as far as it decides what computes.
+
+    Of cards that are alike any may; without cards it says nothing.
+    """
+    found = os.environ.get(_SEEN)
+    is_alike = bool(found) and len({*models}) == 1
+    return {} if found is None or is_alike or not (models or nodes) else {_SEEN: found}
 
 
 @remembering
@@ -205,6 +216,23 @@ def made_by() -> dict[str, str]:
     files = sorted([*package.rglob("*.py"), *package.glob("_core*")])
     code = hash_of([[str(path.relative_to(package)), sha256_of(path)] for path in files])
     return {**versions(), "code": code}
+
+
+def check_machine(driver: Mapping[str, Any]) -> None:
+    """Refuse to measure what other processors do: ProcessesError."""
+    for name, found in machine().items():
+        has, wanted = (
+            {key: value for key, value in one.items() if key != _SEEN}
+            if name == "variables"
+            else one
+            for one in (found, driver.get(name, {}))
+        )
+        if has != wanted:
+            raise ProcessesError(
+                f"the processors here are not those that the study began on, so that last bits "
+                f"would differ ({name}: {has or 'none'} and {wanted or 'none'}): use like "
+                f"machines, or share whole studies (shallower sweep)"
+            )
 
 
 def check_made_by(driver: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge, LossJudge, judged_batches
+from ..judgement.patched_trials import stays
 from ..judgement.trials import ResultStore, recalled
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
@@ -217,11 +218,18 @@ class Measuring:
         if key not in self._measured:
             inputs = self._inputs(dropped, state)
             known = inputs and self._store.get("measurement", inputs)
+            if known and "why" in known:
+                raise PatchError(str(known["why"]))
             if known:
                 found = recalled(Measured.from_json, known, "a measurement")
             else:
                 started = clock()
-                found = self._measure(dropped, state)
+                try:
+                    found = self._measure(dropped, state)
+                except PatchError as error:
+                    if inputs and stays(error):
+                        self._store.put("measurement", inputs, {"why": str(error)})
+                    raise
                 found = replace(found, seconds=clock() - started)
                 if inputs:
                     self._store.put("measurement", inputs, found.to_record())

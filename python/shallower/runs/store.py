@@ -49,6 +49,15 @@ _FIND = "SELECT made, value, checksum FROM measurements WHERE key = ?"
 _PUT = "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?)"
 _READ = "SELECT made, value, checksum FROM records WHERE key = ? ORDER BY number"
 _APPEND = "INSERT INTO records (key, kind, made, value, checksum) VALUES (?, ?, ?, ?, ?)"
+_GIVEN = (
+    "SELECT rowid, key, kind, made, value, checksum FROM {} WHERE rowid > ? AND kind <> 'hashes'"
+)
+_TAKEN = {
+    "measurements": "INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?)",
+    "records": "INSERT INTO records (key, kind, made, value, checksum) SELECT ?1, ?2, ?3, ?4, ?5"
+    " WHERE NOT EXISTS (SELECT * FROM records WHERE key = ?1 AND checksum = ?5)",
+}
+"""How entries of another store are kept, by their table; those that are there stay."""
 _USAGE = """
 SELECT kind, COUNT(*), SUM(LENGTH(value)), MIN(made), MAX(made) FROM (
     SELECT kind, made, value FROM measurements UNION ALL SELECT kind, made, value FROM records
@@ -106,6 +115,10 @@ def open_store(no_cache: bool = False, *, dry_run: bool = False) -> "Store":
     folder = None if no_cache else store_folder()
     is_there = folder is not None and (folder / STORE_FILE).is_file()
     return Store(folder if is_there or not dry_run else None)
+
+
+Entries = dict[str, list[list[Any]]]
+"""Rows by their table, as plain JSON values: key, kind, when it was made, value and checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +182,35 @@ class Store:
             return None
         return Journal(self._file, self.key(kind, inputs), kind)
 
+    def give(self, behind: dict[str, int]) -> Entries:
+        """Give the entries behind the rows that ``behind`` numbers, and number the last there.
+
+        Not those of the files of this machine.
+        """
+        found: Entries = {}
+        if self._file is None:
+            return found
+        for table in _TAKEN:
+            rows = self._file.rows(_GIVEN.format(table), behind.get(table, 0))
+            behind[table] = max([behind.get(table, 0), *(row[0] for row in rows)])
+            found[table] = [
+                [one.decode() if isinstance(one, bytes) else one for one in row[1:]] for row in rows
+            ]
+        return found
+
+    def take(self, entries: Any) -> None:
+        """Keep entries that another store gave; CacheError, and none is kept, if one is damaged."""
+        try:
+            rows = [(_TAKEN[table], row) for table, found in entries.items() for row in found]
+            whole = all(_checksum(*row[:4]) == row[4] and len(row) == 5 for _, row in rows)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise CacheError("these are no entries of a store") from error
+        if not whole:
+            raise CacheError("an entry is damaged: it has not the checksum that it was made with")
+        for query, row in rows:
+            if self._file is not None:
+                self._file.take(query, row)
+
     def usage(self) -> list[KindUsage]:
         """Count the entries and their bytes, by kind."""
         rows = [] if self._file is None else self._file.rows(_USAGE)
@@ -228,6 +270,10 @@ class _File:
         """Write one entry, whole or not at all."""
         text, made = json.dumps(value, separators=(",", ":")), int(time())
         self._run(query, key, kind, made, text, _checksum(key, kind, made, text))
+
+    def take(self, query: str, row: Sequence[Any]) -> None:
+        """Write an entry as it was written elsewhere."""
+        self._run(query, *row)
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Read rows; none where the file is not there or cannot be used."""

@@ -8,7 +8,7 @@ its own, what is refused before anything heavy, and how results are written befo
 import json
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,7 +27,7 @@ from ..values.hashing import hash_of
 from ..values.settings import StudySettings, option_words
 from .given_models import InMemory, ModelStore, inputs_of_one
 from .inputs import texts_inputs
-from .store import Store
+from .store import Entry, Store
 
 if TYPE_CHECKING:
     from ..texts.splits import Splits
@@ -53,6 +53,30 @@ class Unit:
     known: bool
 
 
+WHOLE, SINGLE_LAYERS = "whole model", "true losses without single layers"
+"""Parts of a study that belong to no criterion or strategy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[Settings]):
+    """Measurements of a study that one worker makes, and keeps in a store.
+
+    Attributes:
+        what: what is measured, in words.
+        model: the name of the model.
+        texts: the name of the calibration texts.
+        settings: those of the study, without what other parts measure.
+    """
+
+    what: str
+    model: str
+    texts: str
+    settings: Settings
+
+    def __str__(self) -> str:
+        return f"{self.what} of {self.model} on {self.texts}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study(ABC, Generic[Settings]):
     """Settings, models and texts, checked when the value is made.
@@ -67,6 +91,8 @@ class Study(ABC, Generic[Settings]):
         store: of what was measured before.
         command: the words of the command line, without places; empty for a call from Python.
         progress: bars with ETA on standard error; by default if that is a terminal.
+        identities: of the models, of a study that is measured for another process: what that one
+            finds them by in its store.
 
     Raises:
         TextsError: texts that are not text.
@@ -74,7 +100,9 @@ class Study(ABC, Generic[Settings]):
     """
 
     KIND: ClassVar[str]
-    """The name of the study, under which the store keeps it."""
+    """The command, under whose name the store keeps the study."""
+
+    SETTINGS: ClassVar[type[StudySettings]]
 
     RESULTS: ClassVar[str]
     """The file of the results, which says whose they are."""
@@ -88,9 +116,10 @@ class Study(ABC, Generic[Settings]):
     store: Store = field(default_factory=lambda: Store(None))
     command: str = ""
     progress: bool | None = None
+    identities: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        named = self._named_texts
+        named = self.named_texts
         if not named or not all(isinstance(name, str) and name for name in named):
             raise TextsError(f"texts by name: expected names that are not empty, got {[*named]}")
         for source in (*named.values(), self.eval_texts):
@@ -105,7 +134,7 @@ class Study(ABC, Generic[Settings]):
     @property
     def reads(self) -> list[object]:
         """The places that are read, by their text."""
-        texts = (*self._named_texts.values(), self.eval_texts)
+        texts = (*self.named_texts.values(), self.eval_texts)
         settings = ("options", "tasks_dir", "data")
         return [
             *(model.place for model in self.models),
@@ -140,13 +169,37 @@ class Study(ABC, Generic[Settings]):
         """List the measurements that the study makes, as far as they are known beforehand."""
         return []
 
+    def shared_settings(self) -> Settings:
+        """The settings by which workers measure."""
+        return self.settings
+
+    def parts(self) -> list[Part[Settings]]:
+        """List what workers can measure apart; what takes longest comes first."""
+        return []
+
+    def maker(self) -> Callable[[Part[Settings]], None]:
+        """Give the function that measures a part into the store; what cannot be is left out."""
+        raise NotImplementedError
+
+    def part_inputs(self, part: Part[Settings]) -> dict[str, Any]:
+        """All that the measurements of a part depend on, of a study whose inputs are known."""
+        assert self.inputs is not None
+        return {
+            **self.inputs,
+            "models": self.of_models[part.model],
+            "texts": self.fitted[part.texts],
+            "settings": part.settings.to_json(),
+            "trained_on": None,
+            "part": part.what,
+        }
+
     def unit(self, strategy: str, n: int, state: str, **on: str) -> Unit:
         """Name a measurement by what chooses, the number of layers that go and a state.
 
         ``on`` names the model and the texts of a study of several.
         """
         several = [on["model"]] if len(self.models) > 1 else []
-        several += [on["texts"]] if len(self._named_texts) > 1 else []
+        several += [on["texts"]] if len(self.named_texts) > 1 else []
         name = ", ".join([*several, f"n = {n}", strategy, state])
         inputs = self.choice_inputs(strategy, n, **on)
         known = not n or self.store.get("choice_of_study", inputs) is not None
@@ -160,12 +213,13 @@ class Study(ABC, Generic[Settings]):
         return self.models[0]
 
     @cached_property
-    def _named_texts(self) -> Mapping[str, Iterable[str]]:
+    def named_texts(self) -> Mapping[str, Iterable[str]]:
+        """The calibration texts by their names."""
         return self.texts if isinstance(self.texts, Mapping) else {"texts": self.texts}
 
     @cached_property
     def _read(self) -> dict[str, ReadOnce]:
-        return {name: ReadOnce(texts) for name, texts in self._named_texts.items()}
+        return {name: ReadOnce(texts) for name, texts in self.named_texts.items()}
 
     @cached_property
     def splits(self) -> "dict[str, Splits]":
@@ -209,7 +263,7 @@ class Study(ABC, Generic[Settings]):
             return self.command
         words = ["shallower", self.KIND]
         words += [word for model in self.models for word in model_words(model, dtype=True)]
-        for texts in self._named_texts.values():
+        for texts in self.named_texts.values():
             words += ["--texts", _texts_word(texts, "TEXTS")]
         if self.eval_texts is not None:
             words += ["--eval-texts", _texts_word(self.eval_texts, "EVAL_TEXTS")]
@@ -241,6 +295,8 @@ class Study(ABC, Generic[Settings]):
     @cached_property
     def of_models(self) -> dict[str, dict[str, Any] | None]:
         """All that results depend on of each model, by its name; the hub is queried once."""
+        if self.identities is not None:
+            return dict(zip(map(str, self.models), map(dict, self.identities), strict=True))
         if self.store.folder is None:
             return dict.fromkeys(map(str, self.models))
         return {str(model): inputs_of_one(model, self.store) for model in self.models}
@@ -325,6 +381,11 @@ class Study(ABC, Generic[Settings]):
     def job(self) -> str | None:
         """A hash of all that the study depends on; None where that is not known."""
         return None if self.inputs is None else self.store.key(self.KIND, self.inputs)
+
+    @cached_property
+    def entry(self) -> Entry | None:
+        """The whole study in the store, if it was measured before."""
+        return self.store.find(self.KIND, self.inputs)
 
     # What lies in its folder.
     @property

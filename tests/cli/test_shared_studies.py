@@ -1,0 +1,136 @@
+"""The commands `compare --shard`, `compare --workers`, `curve --workers` and `gather`."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from shallower.runs.store import open_store
+from tests.commands import SHALLOWER, in_a_process
+
+
+@pytest.fixture
+def asked(tiny, texts):
+    files = ["--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl"]
+    return [tiny, *files, "--n", "1,2", "--max-length", "16"]
+
+
+def compared(asked, *criteria):
+    return ["compare", *asked, "--criteria", ",".join(criteria or ["angular", "greedy", "deepest"])]
+
+
+def without_time(found):
+    """A comparison or a curve without what a clock says."""
+    rows = [{**row, "seconds": 0} for row in found.get("rows", found.get("points"))]
+    return {**found, "rows": rows, "points": [], "page": "", "out": ""}
+
+
+def elsewhere(monkeypatch, folder, name):
+    """Another machine of this kind, with a cache of its own."""
+    monkeypatch.setenv("SHALLOWER_CACHE", str(folder / f"cache-{name}"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_shards_of_a_comparison_are_gathered_to_the_whole(shallower, folder, asked, monkeypatch):
+    whole = shallower(*compared(asked), "--out", "whole", "--json").json
+    for index in range(3):
+        elsewhere(monkeypatch, folder, index)
+        command = [*compared(asked), "--out", "shards", "--shard", "auto"]
+        monkeypatch.setenv("RANK", str(index))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        done = shallower(*command, "--json").json
+        assert done["written"] == [f"shards/compare.{index}-of-3.json"]
+        assert (done["shard"], done["num_parts"]) == (f"{index}/3", 5)
+        assert "shard" in shallower(*command).out
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert sorted(path.name for path in (folder / "shards").iterdir()) == [
+        f"compare.{index}-of-3.json" for index in range(3)
+    ]
+    elsewhere(monkeypatch, folder, "gathering")
+    done = shallower("gather", "shards", "--out", "out", "--json")
+    assert without_time(done.json) == without_time(whole)
+    kept = {usage.kind: usage.entries for usage in open_store().usage()}
+    said = shallower(*compared(asked), "--out", "out")  # is in its folder, and in the cache
+    assert "measured before" in said.err
+    assert {usage.kind: usage.entries for usage in open_store().usage()} == kept
+    of = [json.loads((folder / name / "comparison.json").read_text()) for name in ("out", "whole")]
+    assert of[0]["job"] == of[1]["job"]
+    assert of[0]["command"].startswith("shallower compare tiny --texts texts.jsonl ")
+
+
+def test_gather_refuses_what_is_missing_changed_or_of_other_work(shallower, folder, asked):
+    for shard, criteria in (("0/2", "deepest"), ("1/2", "angular")):
+        command = [*compared(asked, criteria), "--out", f"{criteria}s", "--shard", shard]
+        assert shallower(*command).status == 0
+    assert shallower("gather", "deepests", "--out", "out").error == "shards are missing: 1/2"
+    done = shallower("gather", "deepests", "angulars", "--out", "out")
+    assert "are shards of different comparisons" in done.error
+    (file,) = (folder / "deepests").iterdir()
+    content = file.read_text()
+    for before, after in (
+        ("measurements", "measurement"),
+        ("[", "("),
+        ('"index": 0', '"index": 1'),
+    ):
+        file.write_text(content.replace(before, after, 1))
+        said = shallower("gather", "deepests", "--out", "out").error
+        assert "deepests/compare.0-of-2.json is" in said
+    assert not (folder / "out").exists()
+
+
+def test_gather_trusts_no_code_by_the_word_of_a_file(shallower, folder, asked, monkeypatch):
+    command = [*compared(asked, "deepest"), "--trust-remote-code"]
+    elsewhere(monkeypatch, folder, "there")
+    assert shallower(*command, "--out", "shards", "--shard", "0/1").status == 0
+    elsewhere(monkeypatch, folder, "here")
+    assert "gather runs no code" in shallower("gather", "shards", "--out", "out").error
+    assert "goes on: 2 of 2 choices" in shallower(*command).err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shard", "3/2", "--out", "out"], "there is no shard 3/2"),
+        (["--shard", "0/2"], "name --out"),
+        (["--shard", "0/2", "--out", "out", "--workers", "2"], "leave out --workers and --on"),
+        (["--shard", "0/2", "--out", "out", "--no-cache"], "leave out --no-cache"),
+        (["--workers", "2", "--no-cache"], "leave out --no-cache"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(shallower, folder, asked, options, said):
+    assert said in shallower(*compared(asked, "deepest"), *options).error
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["compare", "curve"])
+def test_a_killed_driver_goes_on_with_the_parts_that_are_missing(folder, asked, command):
+    """It is killed as soon as a part is done; what one process finds comes of it."""
+    options = ["--criteria", "angular,greedy,exhaustive"]
+    if command == "curve":
+        options = ["--strategies", "recommended,deepest", "--patch-tokens", "256"]
+    words = [command, *asked, *options, "--json"]
+    alone = {"SHALLOWER_CACHE": str(folder / "alone")}
+    whole = in_a_process(SHALLOWER, *words, "--out", folder / "whole", env=alone)
+    assert whole.status == 0, whole.err
+    words += ["--out", folder / "out", "--workers", "1"]
+    started = subprocess.Popen([SHALLOWER, *map(str, words)], env={**os.environ})
+    while parts() < 1:
+        assert started.poll() is None
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    ended = in_a_process(SHALLOWER, *words)
+    assert ended.status == 0, ended.err
+    assert re.search(r"goes on: [1-4] of 5 parts are known", ended.err), ended.err
+    assert without_time(ended.json) == without_time(whole.json)
+
+
+def parts():
+    """The parts that the cache has."""
+    return sum(usage.entries for usage in open_store().usage() if usage.kind == "part")
