@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from shallower.runs.scan_shards import NUM_SHARDS
+from shallower.runs.shards import NUM_SHARDS
 from shallower.scanning.shards import ScannedShard
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import write_jsonl

@@ -145,7 +145,7 @@ def test_another_version_on_a_node_is_refused(tmp_path, words, monkeypatch):
     job = SharedScanJob(
         source=sh.ModelSource(tmp_path / "tiny"), texts=texts, out=tmp_path / "out", on="ray"
     )
-    monkeypatch.setattr("shallower.runs.scan_shards.made_by", lambda: {"shallower": "0.9.9"})
+    monkeypatch.setattr("shallower.runs.shards.made_by", lambda: {"shallower": "0.9.9"})
     with pytest.raises(ProcessesError, match=r"has shallower 0\.\d+\.\d+, the driver 0\.9\.9:"):
         job.run_shared()
 
