@@ -70,7 +70,7 @@ def test_a_shard_that_is_there_is_not_scanned_again(shallower, folder, tiny, man
     [
         (["--shard", "9/8"], "there is no shard 9/8"),
         (["--shard", "one"], "expected I/N, as 3/64, or auto"),
-        (["--shard", "1/8", "--workers", "2"], "a shard is scanned by one process"),
+        (["--shard", "1/8", "--workers", "2"], "a shard is made by one process"),
         (
             ["--shard", "1/8", "--keep-states", "s.safetensors"],
             "is for a scan of one process",

@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "gather": Command(
         "gather",
-        "Put the shards of a scan together.",
+        "Put the shards of a scan or an eval together.",
         "scans/shards --out scans/smol",
     ),
     "analyse": Command(

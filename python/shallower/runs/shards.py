@@ -89,6 +89,7 @@ class SharedShards:
         workers: their number; on a cluster as many as it has room for by default.
         memory: forecasts what a forward takes; None where the memory of a device is not given.
         store: what is known of the content of files.
+        is_kept: whether the folder outlives the work.
     """
 
     kind: str
@@ -104,6 +105,7 @@ class SharedShards:
     workers: int | None
     memory: Callable[[ModelSource], MemoryPlan] | None
     store: Store
+    is_kept: bool = True
 
     @property
     def shards(self) -> list[Shard]:
@@ -124,7 +126,7 @@ class SharedShards:
         OutputError: a shard of other work is in the way.
         """
         done = [str(shard) for shard in self.shards if self._is_there(shard)]
-        ledger, record = Ledger(map(str, self.shards), done), _Record(self.out, self.kind)
+        ledger, record = Ledger(map(str, self.shards), done), _Record(self)
         total = len(self.shards)
         if done:
             say_goes_on(f"{len(done)} of {total} shards were {DONE[self.kind]}")
@@ -222,8 +224,8 @@ class OpenedShards(ABC):
 class _Record:
     """What workers have opened, and what was given up."""
 
-    def __init__(self, out: Path, kind: str) -> None:
-        self._place, self._kind = out / INCOMPLETE_FILE, kind
+    def __init__(self, of: SharedShards) -> None:
+        self._of, self._place = of, of.out / INCOMPLETE_FILE
         self._first: tuple[str, Any] | None = None
         self._texts: Mapping[str, Any] = {}
 
@@ -252,8 +254,9 @@ class _Record:
         ]
         write_file(self._place, (json.dumps(found, indent=2) + "\n").encode())
         unit, errors = next(iter(ledger.given_up.items()))
+        kept = "the others are kept, and the same command tries these again"
+        failed = f"{len(found)} of its shards failed {len(errors)} times each"
         raise ProcessesError(
-            f"the {self._kind} is incomplete: {len(found)} of its shards failed {len(errors)} "
-            f"times each ({self._place}), shard {unit} by {errors[-1]}; the others are kept, and "
-            f"the same command tries these again"
+            f"the {self._of.kind} is incomplete: {failed} ({self._place}), shard {unit} by "
+            f"{errors[-1]}; {kept if self._of.is_kept else 'name a folder to keep them (--out)'}"
         )
