@@ -8,7 +8,7 @@ import pytest
 
 import shallower as sh
 from shallower.values.measured import MeasuredShard, gather_evaluation
-from tests.conftest import write_jsonl
+from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 
 BOTH = ["--perplexity", "long.txt", "--context", "16"]
@@ -33,10 +33,10 @@ def command(tiny, many):
 def shards(shallower, command):
     """Measure shards by hand, in any order; the JSON of the last."""
 
-    def measure(count, *more, out="shards"):
-        order = random.Random(1).sample(range(count), count)
-        for index in order:
-            done = shallower(*command, "--out", out, "--shard", f"{index}/{count}", "--json", *more)
+    def measure(count, *more):
+        for index in random.Random(1).sample(range(count), count):
+            shard = ["--out", "shards", "--shard", f"{index}/{count}", "--json"]
+            done = shallower(*command, *shard, *more)
             assert done.status == 0, done.err
         return done.json
 
@@ -96,11 +96,9 @@ def test_batches_are_shared_out_and_not_texts(folder, tiny, many, shards):
 
 
 def test_shards_of_a_streamed_model_have_the_same_bits(shallower, command, shards):
-    whole = shallower(*command, "--no-cache", "--json").json
-    shards(2, "--stream", *BOTH, out="streamed")
-    found = shallower("gather", "streamed", "--out", "gathered", "--json").json
-    assert found.pop("perplexity")["base"]["num_windows"] > 0
-    assert found == whole
+    whole = shallower(*command, *BOTH, "--no-cache", "--json").json
+    shards(2, "--stream", *BOTH)
+    assert shallower("gather", "shards", "--out", "gathered", "--json").json == whole
 
 
 def test_a_shard_that_is_there_is_not_measured_again(shallower, folder, command, monkeypatch):
@@ -113,6 +111,8 @@ def test_a_shard_that_is_there_is_not_measured_again(shallower, folder, command,
     again = shallower(*command)
     assert again.out == first.out
     assert "out/eval.1-of-4.json is already there" in again.err
+    dry = shallower(*command, "--dry-run", "--json").json
+    assert (dry["shard"], dry["write"]) == ("1/4", ["out/eval.1-of-4.json"])
     other = shallower(*command, "--max-texts", "70")
     assert "eval.1-of-4.json exists already" in other.error
 
@@ -148,17 +148,13 @@ def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, com
     assert "shards of a scan and of an eval" in shallower(*gather).error
 
 
-def test_weights_that_only_their_files_tell_apart_are_refused(
-    shallower, folder, models, tiny, command
-):
+def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):
     """A fingerprint covers norms alone, which are ones in both."""
-    from tests.conftest import tiny_llama, word_tokenizer
-
     tiny_llama(seed=5).save_pretrained(folder / "tiny")
-    word_tokenizer().save_pretrained(folder / "tiny")
-    assert shallower(*command, "--out", "parts", "--shard", "0/2").status == 0
-    other = ["eval", "tiny", *command[2:], "--out", "parts", "--shard", "1/2"]
-    assert shallower(*other).status == 0
+    words.save_pretrained(folder / "tiny")
+    other = ["eval", "tiny", *command[2:]]
+    for index, words_of in enumerate((command, other)):
+        assert shallower(*words_of, "--out", "parts", "--shard", f"{index}/2").status == 0
     assert "their inputs differ" in shallower("gather", "parts", "--out", "out").error
 
 

@@ -160,7 +160,8 @@ def eval_command(
     if dry_run:
         job.prepare()
         named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
-        say_dry_run(_described(job, pair, named), as_json)
+        shared = part if shard is None else {"shard": str(part["shard"])}
+        say_dry_run({**shared, **_described(job, pair, named)}, as_json)
     elif shard is not None:
         _carry_out_shard(job, as_json)
     elif pair is None:

@@ -32,6 +32,7 @@ from .shards import (
 )
 
 if TYPE_CHECKING:
+    from ..evaluation.shards import AllBatches
     from ..models.source import ModelSource
 
 OPENER = f"{__name__}:OpenedEval"
@@ -55,7 +56,9 @@ class EvalShards:
         if self._plan:
             self._plan.check_model(self._decoder.identity)
         self._inputs, self._mark = inputs, mark
-        self._all = {one.kind: one.batches(tokenizer, job.fitted(one)) for one in job.measures}
+        self._all = {
+            one.kind: _batches(one, tokenizer, tokens=job.fitted(one)) for one in job.measures
+        }
 
     @property
     def common(self) -> dict[str, object]:
@@ -127,6 +130,16 @@ class EvalShards:
                 for side, (some, _) in sides.items()
             },
         )
+
+
+def _batches(measure: Measure[Any], tokenizer: Any, *, tokens: Tokens) -> "AllBatches":
+    """All batches of a measure that falls into shards."""
+    from ..evaluation.shards import batches_of_texts, batches_of_windows
+
+    if isinstance(measure, LossOfTexts):
+        return batches_of_texts(tokenizer, measure.texts, tokens)
+    assert isinstance(measure, PerplexityOfText)
+    return batches_of_windows(tokenizer, measure.text, tokens, bos=measure.bos)
 
 
 def _check_measures(job: EvalJob) -> None:

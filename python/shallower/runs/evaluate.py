@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation.shards import AllBatches
     from ..evaluation.tasks import ChosenTasks
     from ..models.decoder import Decoder
 
@@ -76,10 +75,6 @@ class Measure(ABC, Generic[T]):
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
     ) -> T:
         """Measure a model; ``name`` is that of the bar."""
-
-    def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
-        """Give all batches of a measure that falls into shards."""
-        raise NotImplementedError(f"{self.kind} falls into no shards")
 
     @abstractmethod
     def record(self, value: T) -> dict[str, Any]:
@@ -124,12 +119,6 @@ class LossOfTexts(Measure[Loss]):
         return measure_loss(
             decoder, tokenizer, self.texts, tokens=fitted, description=f"loss{name}"
         )
-
-    def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
-        """Give all batches of the texts."""
-        from ..evaluation.shards import batches_of_texts
-
-        return batches_of_texts(tokenizer, self.texts, tokens)
 
     def record(self, value: Loss) -> dict[str, Any]:
         """Give a loss."""
@@ -190,12 +179,6 @@ class PerplexityOfText(Measure[Perplexity]):
             batch_size=tokens.batch_size,
             description=f"perplexity{name}",
         )
-
-    def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
-        """Give all batches of windows."""
-        from ..evaluation.shards import batches_of_windows
-
-        return batches_of_windows(tokenizer, self.text, tokens, bos=self.bos)
 
     def record(self, value: Perplexity) -> dict[str, Any]:
         """Give a perplexity."""
