@@ -181,7 +181,8 @@ def test_texts_that_no_worker_can_measure_are_named_and_the_others_are_kept(
         unkept = shallower(*command[:-4], "--workers", "1")
     assert "the eval is incomplete: 1 of its shards failed 3 times each" in done.error
     assert "shard 7/64 by ValueError: poison" in done.error
-    assert "name a folder to keep them (--out)" in unkept.error
+    assert "each, shard 7/64 by ValueError: poison" in unkept.error
+    assert "name a folder to keep the others (--out)" in unkept.error
     (named,) = json.loads((folder / "out" / "incomplete.json").read_text())
     assert named["shard"] == "7/64"
     assert 0 <= named["texts"]["loss"][0] < named["texts"]["loss"][1] <= 76

@@ -254,9 +254,11 @@ class _Record:
         ]
         write_file(self._place, (json.dumps(found, indent=2) + "\n").encode())
         unit, errors = next(iter(ledger.given_up.items()))
-        kept = "the others are kept, and the same command tries these again"
-        failed = f"{len(found)} of its shards failed {len(errors)} times each"
+        place, way_out = "", "name a folder to keep the others (--out)"
+        if self._of.is_kept:
+            place = f" ({self._place})"
+            way_out = "the others are kept, and the same command tries these again"
         raise ProcessesError(
-            f"the {self._of.kind} is incomplete: {failed} ({self._place}), shard {unit} by "
-            f"{errors[-1]}; {kept if self._of.is_kept else 'name a folder to keep them (--out)'}"
+            f"the {self._of.kind} is incomplete: {len(found)} of its shards failed {len(errors)} "
+            f"times each{place}, shard {unit} by {errors[-1]}; {way_out}"
         )
