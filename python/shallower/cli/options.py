@@ -109,15 +109,6 @@ DeviceMemory = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
 ]
-ShardPlace = Annotated[
-    str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="Do one of N equal parts alone, counted from 0, for gather; auto: that of RANK or "
-        "SLURM_ARRAY_TASK_ID.",
-    ),
-]
 On = Annotated[
     Literal["local", "ray"] | None,
     typer.Option(
@@ -132,6 +123,15 @@ Workers = Annotated[
         help="Processes that share the work, each with models of its own; with ray by default as "
         "many as there is room for.",
         min=1,
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
+        "SLURM_ARRAY_TASK_ID.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
