@@ -92,6 +92,28 @@ def test_nodes_that_refuse_the_work_are_not_asked_again(tmp_path, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_measures_what_one_process_finds(tmp_path, words):
+    import shallower as sh
+
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    words.save_pretrained(tmp_path / "tiny")
+    texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
+    job = SharedEvalJob(
+        source=sh.ModelSource(tmp_path / "tiny"),
+        measures=[LossOfTexts(texts, Tokens(16, 2))],
+        layers=[sh.Block(1, 3)],
+        on="ray",
+    )
+    found = job.run_shared()["loss"]
+    model, tokenizer = job.source.load()
+    for side, cut in (("base", nullcontext()), ("cut", sh.without_layers(model, [1, 2]))):
+        with cut:
+            whole = sh.evaluate_loss(model, tokenizer, texts, max_length=16, batch_size=2)
+        assert found[side].value.to_record() == whole.to_record()
+
+
+@pytest.mark.slow
 def test_a_node_that_comes_late_takes_work_and_one_that_goes_gives_it_back(tmp_path, cluster):
     """The node that goes has a unit which waits for ever there, and ends at once elsewhere."""
 
@@ -136,28 +158,6 @@ def test_a_cluster_scans_to_the_bytes_of_one_process(tmp_path, words):
     job.run_shared()
     sh.scan(*source.load(), texts, max_length=16, batch_size=1).save(tmp_path / "whole")
     assert (tmp_path / "out" / "scan.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_cluster_measures_what_one_process_finds(tmp_path, words):
-    import shallower as sh
-
-    tiny_llama().save_pretrained(tmp_path / "tiny")
-    words.save_pretrained(tmp_path / "tiny")
-    texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
-    job = SharedEvalJob(
-        source=sh.ModelSource(tmp_path / "tiny"),
-        measures=[LossOfTexts(texts, Tokens(16, 2))],
-        layers=[sh.Block(1, 3)],
-        on="ray",
-    )
-    found = job.run_shared()["loss"]
-    model, tokenizer = job.source.load()
-    for side, cut in (("base", nullcontext()), ("cut", sh.without_layers(model, [1, 2]))):
-        with cut:
-            whole = sh.evaluate_loss(model, tokenizer, texts, max_length=16, batch_size=2)
-        assert found[side].value.to_record() == whole.to_record()
 
 
 @pytest.mark.usefixtures("cluster")
