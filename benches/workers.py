@@ -48,9 +48,9 @@ class Once:
 
     def __init__(self, job):
         self.begun, self.workers, self.parts = time.perf_counter(), 0, {}
-        units = [str(shard) for shard in job._shards]
+        units = [str(shard) for shard in job.shared().shards]
         self.wanted, self.ready, self.first = job.workers, None, None
-        drive(job._engine(), Ledger(units), self.accept, ready=self.opened)
+        drive(job.shared().engine(), Ledger(units), self.accept, ready=self.opened)
         self.ended = self.last
 
     def opened(self, _worker, _hello):

@@ -42,6 +42,15 @@ def test_a_command_under_torchrun_says_that_it_is_not_shared(name, second, shall
     assert (done.status, done.out, done.err) == (2, "", "")
 
 
+@pytest.mark.parametrize("command", ["scan", "eval"])
+def test_processes_under_torchrun_make_a_shard_each(command, second, shallower, tiny, jsonl):
+    for rank in (0, 1):
+        second(rank)
+        done = shallower(command, tiny, "--texts", jsonl, "--out", "out", "--shard", "auto")
+        assert done.status == 0, done.err
+        assert f"shard {rank}/2: " in done.out
+
+
 def test_of_several_processes_that_fail_the_others_wait_for_the_main_one(second, shallower):
     """What only they know they say, unless the main one ends first, and they with it."""
     second(1)

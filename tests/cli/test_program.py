@@ -122,6 +122,21 @@ def test_what_ctrl_c_ends_says_what_the_same_command_does(
     assert done.err.splitlines()[-1] == f"interrupted: the same command {does}"
 
 
+@pytest.mark.parametrize(
+    ("options", "does"),
+    [
+        (["--out=out", "--workers", "2"], "goes on from what is done"),
+        (["--out", "out", "--on=ray", "--no-cache"], "begins anew"),
+        (["--workers", "2"], "begins anew"),
+        (["--out", "out"], "begins anew"),
+    ],
+)
+def test_an_eval_that_workers_share_goes_on_in_its_folder(capsys, options, does):
+    with pytest.raises(SystemExit):
+        cli._end_interrupted("eval", options)
+    assert capsys.readouterr().err == f"interrupted: the same command {does}\n"
+
+
 def test_the_version_is_that_of_the_package(shallower):
     done = shallower("--version")
     assert (done.status, done.out, done.err) == (0, version("shallower") + "\n", "")

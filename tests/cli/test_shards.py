@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from shallower.runs.scan_shards import NUM_SHARDS
+from shallower.runs.shards import NUM_SHARDS
 from shallower.scanning.shards import ScannedShard
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import write_jsonl
@@ -70,7 +70,7 @@ def test_a_shard_that_is_there_is_not_scanned_again(shallower, folder, tiny, man
     [
         (["--shard", "9/8"], "there is no shard 9/8"),
         (["--shard", "one"], "expected I/N, as 3/64, or auto"),
-        (["--shard", "1/8", "--workers", "2"], "a shard is scanned by one process"),
+        (["--shard", "1/8", "--workers", "2"], "a shard is made by one process"),
         (
             ["--shard", "1/8", "--keep-states", "s.safetensors"],
             "is for a scan of one process",

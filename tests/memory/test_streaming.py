@@ -80,6 +80,20 @@ def test_a_streamed_loss_and_that_of_its_cuts_have_the_same_bits(folder):
         np.testing.assert_array_equal(first.by_text.sums, second.by_text.sums)
 
 
+def test_a_streamed_perplexity_reads_each_layer_once_to_the_same_bits(folder):
+    streamed, whole, tokenizer = both(folder)
+    options = {"context": 16, "batch_size": 2}
+    reading = reading_of(streamed)
+    before = reading.bytes_read
+    first, second = (
+        sh.evaluate_perplexity(one, tokenizer, " ".join(TEXTS), **options)
+        for one in (streamed, whole)
+    )
+    np.testing.assert_array_equal(first.by_window.sums, second.by_window.sums)
+    assert len(first.by_window) > 4
+    assert reading.bytes_read - before == sum(map(stored_bytes, streamed.model.layers))
+
+
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gemma3_text", "qwen2_moe"]))
 def test_every_kind_of_layer_is_streamed_to_the_same_bits(family, tmp_path, words):
     streamed, whole = measured_both(family, tmp_path, words)

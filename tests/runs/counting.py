@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from shallower.errors import TextsError
+from shallower.runs.eval_shards import OpenedEval
 from shallower.runs.scan_shards import OpenedScan
 from shallower.runs.study_units import OpenedStudy
 from shallower.runs.units import Job
@@ -53,14 +54,22 @@ class Counting:
         return True
 
 
-class PoisonedScan(OpenedScan):
-    """A scan of which no worker can do the eighth shard."""
+class _Poisoned:
+    """Shards of which no worker can make the eighth."""
 
     def run(self, unit):
         """A shard, or an error."""
         if unit == "7/64":
             raise ValueError("poison")
         return super().run(unit)
+
+
+class PoisonedScan(_Poisoned, OpenedScan):
+    """A scan."""
+
+
+class PoisonedEval(_Poisoned, OpenedEval):
+    """An evaluation."""
 
 
 def done_in(folder):

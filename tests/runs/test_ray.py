@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 import shallower
 from shallower.errors import ProcessesError, TextsError
 from shallower.runs import ray_workers
+from shallower.runs.eval_shards import SharedEvalJob
+from shallower.runs.evaluate import LossOfTexts
 from shallower.runs.ray_workers import RayWorkers
 from shallower.runs.scan_shards import SharedScanJob
 from shallower.runs.store import Store
@@ -93,6 +96,28 @@ def test_nodes_that_refuse_the_work_are_not_asked_again(tmp_path, capfd):
     with pytest.raises(TextsError, match=r"^there are none$"):
         squares(tmp_path, refuses="there are none")
     assert capfd.readouterr().err.count("takes no part: there are none") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_measures_what_one_process_finds(tmp_path, words):
+    import shallower as sh
+
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    words.save_pretrained(tmp_path / "tiny")
+    texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
+    job = SharedEvalJob(
+        source=sh.ModelSource(tmp_path / "tiny"),
+        measures=[LossOfTexts(texts, Tokens(16, 2))],
+        layers=[sh.Block(1, 3)],
+        on="ray",
+    )
+    found = job.run_shared()["loss"]
+    model, tokenizer = job.source.load()
+    for side, cut in (("base", nullcontext()), ("cut", sh.without_layers(model, [1, 2]))):
+        with cut:
+            whole = sh.evaluate_loss(model, tokenizer, texts, max_length=16, batch_size=2)
+        assert found[side].value.to_record() == whole.to_record()
 
 
 @pytest.mark.slow

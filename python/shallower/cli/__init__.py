@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "gather": Command(
         "gather",
-        "Put the shards of a scan or of a comparison together.",
+        "Put the shards of a scan, an eval or a comparison together.",
         "scans/shards --out scans/smol",
     ),
     "analyse": Command(
@@ -197,7 +197,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     from ..processes import is_main_process
     from .output import quiet_bars, remember_call, warn
 
-    if not any(word.partition("=")[0] == "--shard" for word in arguments):
+    if not _has(arguments, "--shard"):
         _refuse_several(name)
     quiet_bars()
     remember_call(name, arguments)
@@ -231,9 +231,16 @@ BY_THE_STORE = ("compare", "curve", "run", "demo")
 def _end_interrupted(name: str, arguments: Sequence[str]) -> NoReturn:
     """End as Ctrl-C does, and tell what the same command would do."""
     begins = name not in GOING_ON or (name in BY_THE_STORE and "--no-cache" in arguments)
+    if name == "eval" and _has(arguments, "--out"):
+        begins = not _has(arguments, "--workers", "--on") or "--no-cache" in arguments
     does = "begins anew" if begins else "goes on from what is done"
     print(f"interrupted: the same command {does}", file=sys.stderr, flush=True)
     raise SystemExit(INTERRUPTED)
+
+
+def _has(arguments: Sequence[str], *options: str) -> bool:
+    """Whether one of some options is given, with a value behind it or behind ``=``."""
+    return any(one.partition("=")[0] in options for one in arguments)
 
 
 def _usage_error() -> Any:
@@ -244,7 +251,7 @@ def _usage_error() -> Any:
 
 
 SHARED = ("heal", "info")
-"""The commands that several processes may be started for; no other shares its work."""
+"""The commands that several processes may be started for; others do, each a ``--shard`` of one."""
 
 SPREAD = ("scan", "eval", "compare", "curve", "patch", "run", "prune")
 """The commands of one process that have ``--device-map``."""

@@ -20,18 +20,23 @@ from .options import (
     MaxTexts,
     Model,
     NoCache,
+    On,
+    Overwrite,
     PlanPath,
+    ShardOption,
     Stream,
     TrustRemoteCode,
+    Workers,
     named_layers,
+    part_of,
     places,
     read_texts,
 )
-from .output import print_json, say_dry_run, say_known, show
+from .output import eval_names, say_dry_run, say_eval, say_eval_shard, say_known
 
 if TYPE_CHECKING:
     from ..runs.evaluate import EvalJob, EvalPair, Measure, Results
-    from ..values.plan import Plan
+    from ..texts.sources import Texts
 
 
 def eval_command(
@@ -108,7 +113,15 @@ def eval_command(
     gguf_file: GgufFile = None,
     device_memory: DeviceMemory = None,
     trust_remote_code: TrustRemoteCode = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for eval.json, which is what --json prints."),
+    ] = None,
+    overwrite: Overwrite = False,
     no_cache: NoCache = False,
+    shard: ShardOption = None,
+    on: On = None,
+    workers: Workers = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -116,20 +129,19 @@ def eval_command(
 
     Or of one checkpoint --against another, as a patched cut and its source.
     """
-    from ..errors import PlanError
-    from ..runs.evaluate import EvalJob, EvalPair
     from ..runs.store import open_store
     from ..values.tokens import Tokens, parse_batch_size
 
-    if against is not None and not (drop is None and plan is None):
-        raise PlanError("--against compares two checkpoints: leave out --drop and --plan")
-    job = EvalJob(
+    part = part_of(shard, on, workers)
+    if against is not None:
+        _check_against(is_cut=(drop, plan) != (None, None), is_shared=bool(part))
+    job = _kind(part)(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
         ),
         measures=_measures(
             Tokens(max_length, parse_batch_size(batch_size)),
-            texts=None if texts is None else (texts, max_texts),
+            texts=None if texts is None else _read(texts, max_texts, part),
             perplexity=None if perplexity is None else (perplexity, context, bos),
             tasks=None if tasks is None else (tasks, tasks_dir, data),
             max_items=max_items,
@@ -140,24 +152,20 @@ def eval_command(
         layers=None if drop is None and plan is None else named_layers(drop, plan),
         device_memory=device_memory,
         store=open_store(no_cache or dry_run),
+        out=out,
+        overwrite=overwrite,
+        **part,
     )
-    wanted, pair = job.plan, None
-    if against is not None:
-        other = replace(job, source=replace(job.source, path=against, gguf_file=None))
-        pair = EvalPair(model=job, against=other)
+    pair = None if against is None else _pair(job, against)
     if dry_run:
         job.prepare()
         named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
-        say_dry_run(_described(job, wanted, pair, named), as_json)
-        return
-    if pair is None:
-        from ..values.layers import ranges
-
-        results, names = _results(job), {"base": "all layers"}
-        if wanted:
-            names["cut"] = f"without {ranges(wanted.dropped)}"
-        else:
-            names["base"] = Path(model).name
+        shared = part if shard is None else {"shard": str(part["shard"])}
+        say_dry_run({**shared, **_described(job, pair, named)}, as_json)
+    elif shard is not None:
+        _carry_out_shard(job, as_json)
+    elif pair is None:
+        _say(job, _results(job), eval_names(model, job.plan), as_json=as_json)
     else:
         pair.check_tokens()
         sides = {"against": _results(pair.against), "model": _results(job)}
@@ -165,17 +173,70 @@ def eval_command(
             kind: {side: found[kind]["base"] for side, found in sides.items()}
             for kind in sides["model"]
         }
-        names = {"against": str(against), "model": str(model)}
-    _say(results, names, wanted, as_json=as_json)
-    _say_known(results)
+        _say(job, results, {"against": str(against), "model": str(model)}, as_json=as_json)
+
+
+def _kind(part: dict[str, Any]) -> "type[EvalJob]":
+    """The evaluation that is asked for: of one process, a shard, or shared by workers."""
+    if not part:
+        from ..runs.evaluate import EvalJob
+
+        return EvalJob
+    from ..runs.eval_shards import EvalShardJob, SharedEvalJob
+
+    return EvalShardJob if "shard" in part else SharedEvalJob
+
+
+def _check_against(*, is_cut: bool, is_shared: bool) -> None:
+    """Refuse what two checkpoints cannot have beside them."""
+    from ..errors import PlanError, SettingsError
+
+    if is_cut:
+        raise PlanError("--against compares two checkpoints: leave out --drop and --plan")
+    if is_shared:
+        raise SettingsError(
+            "--against compares two checkpoints, and shards are of one: measure each of the two "
+            "by shards first, and --against without them finds both in the cache"
+        )
+
+
+def _pair(job: "EvalJob", against: str) -> "EvalPair":
+    from ..runs.evaluate import EvalPair
+
+    other = replace(job, source=replace(job.source, path=against, gguf_file=None))
+    return EvalPair(model=job, against=other)
+
+
+def _read(texts: str, max_texts: int | None, part: dict[str, Any]) -> "Texts | list[str]":
+    """The texts, read once; workers read them themselves."""
+    found = read_texts(texts, max_texts)
+    return found if "workers" in part else list(found)
+
+
+def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:
+    from ..runs.eval_shards import EvalShardJob
+
+    assert isinstance(job, EvalShardJob)
+    if job.made is None:
+        job.run_shard()
+    say_eval_shard(job.file, as_json)
+    if job.made is not None:
+        say_known(job.made, job.file)
 
 
 def _results(job: "EvalJob") -> "Results":
     """What is known of a model, or is measured now; the model is given free then."""
+    from ..runs.eval_shards import SharedEvalJob
+    from ..storage import check_free
+
     known = job.known()
     if known is not None:
         return known
+    if job.file is not None:
+        check_free(job.file, job.overwrite)
     job.prepare()
+    if isinstance(job, SharedEvalJob):
+        return job.run_shared()
     return job.measure(*job.source.load())
 
 
@@ -189,10 +250,10 @@ def _measures(
 
     found: list[Measure[Any]] = []
     if texts is not None:
-        found.append(LossOfTexts(list(read_texts(*texts)), tokens))
+        found.append(LossOfTexts(texts, tokens))
     if perplexity is not None:
         path, context, bos = perplexity
-        found.append(PerplexityOfText(read_whole(path), context, bos, tokens.batch_size))
+        found.append(PerplexityOfText(read_whole(path), context, bos, tokens.batch_size, path))
     if tasks is not None:
         names, tasks_dir, data = tasks
         found.append(
@@ -209,8 +270,17 @@ def _measures(
     return found
 
 
-def _say_known(results: "Results") -> None:
-    """Say on standard error which results were measured before."""
+def _say(job: "EvalJob", results: "Results", names: dict[str, str], *, as_json: bool) -> None:
+    """Print what was found, and write it where it is to be; what was measured before is said."""
+    from ..runs.gather import write_evaluation
+
+    values = {
+        kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()
+    }
+    dtype = next(one.model.dtype for sides in results.values() for one in sides.values())
+    if job.out is not None:
+        write_evaluation(job.out, values, dtype, plan=job.plan, overwrite=job.overwrite)
+    say_eval(values, dtype, job.plan, names=names, written=job.file, as_json=as_json)
     every = [(kind, one) for kind, sides in results.items() for one in sides.values()]
     made = [one.made for _, one in every if one.made]
     if made:
@@ -220,35 +290,17 @@ def _say_known(results: "Results") -> None:
 
 
 def _described(
-    job: "EvalJob",
-    wanted: "Plan | None",
-    pair: "EvalPair | None",
-    named: dict[str, str | None],
+    job: "EvalJob", pair: "EvalPair | None", named: dict[str, str | None]
 ) -> dict[str, Any]:
     from ..values.layers import ranges
 
     described: dict[str, Any] = {"eval": str(job.source)}
-    if wanted:
-        described["drop"] = ranges(wanted.dropped)
+    if job.plan:
+        described["drop"] = ranges(job.plan.dropped)
     described |= {name: value for name, value in named.items() if value is not None}
+    write = {} if job.file is None else {"write": [str(job.file)]}
     if pair is None:
-        return {**described, "memory": job.memory(job.source)}
+        return {**described, "memory": job.memory(job.source), **write}
     larger, memory = pair.larger()
     loaded = f"one after the other; {larger.source} needs more memory"
-    return {**described, "loaded": loaded, "memory": memory}
-
-
-def _say(
-    results: "Results", names: dict[str, str], wanted: "Plan | None", *, as_json: bool
-) -> None:
-    from ..reporting.stories.evaluation import evaluation_json, evaluation_parts
-
-    values = {
-        kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()
-    }
-    dtype = next(one.model.dtype for sides in results.values() for one in sides.values())
-    if as_json:
-        drop = {"drop": [block.to_json() for block in wanted.blocks]} if wanted else {}
-        print_json({**evaluation_json(values), "dtype": dtype, **drop})
-    else:
-        show(*evaluation_parts(values, names), f"weights: {dtype}")
+    return {**described, "loaded": loaded, "memory": memory, **write}

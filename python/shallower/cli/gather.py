@@ -1,4 +1,4 @@
-"""``shallower gather``: the shards of a scan or of a comparison put together."""
+"""``shallower gather``: the shards of a scan, an evaluation or a comparison put together."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import Json, Out, Overwrite
-from .output import say_scan
+from .output import eval_names, say_eval, say_scan, warn
 
 
 def gather_command(
@@ -21,20 +21,37 @@ def gather_command(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> int:
-    """Put the shards of a scan or of a comparison together.
+    """Put the shards of a scan, an eval or a comparison together.
 
-    All must be there, and of the same work. Writes scan.safetensors, with the bytes of the scan
-    that one process makes, and, where matplotlib is installed, heat_map.png; or the comparison,
-    whose model is loaded for its shape, and measures nothing.
+    All must be there, and of the same work. Of a scan it writes scan.safetensors, with the bytes of
+    the scan that one process makes, and, where matplotlib is installed, heat_map.png; of an eval
+    eval.json, what eval --json prints, and eval finds the result in the cache; of a comparison all
+    that compare writes: its model is loaded for its shape, and nothing is measured.
     """
-    from ..runs.study_units import gather_study, shards_of_study
+    from ..runs.gather import gather_eval_into, gather_into
+    from ..runs.store import open_store
+    from ..values.files import EVAL_FILE
+    from ..values.shard import kind_of
 
-    if shards := shards_of_study(parts):
+    kind = kind_of(parts)
+    if kind == "scan":
+        say_scan(*gather_into(parts, out, overwrite=overwrite), as_json)
+        return 0
+    if kind == "compare":
+        from ..runs.study_units import gather_study
         from .compare import say_comparison
 
-        study, comparison = gather_study(shards, out, overwrite=overwrite)
+        study, comparison = gather_study(parts, out, overwrite=overwrite)
         return say_comparison(comparison, study, as_json)
-    from ..runs.gather import gather_into
-
-    say_scan(*gather_into(parts, out, overwrite=overwrite), as_json)
+    found = gather_eval_into(parts, out, store=open_store(), overwrite=overwrite)
+    names = eval_names(found.model.name, found.plan)
+    written = out / EVAL_FILE
+    say_eval(
+        found.values, found.model.dtype, found.plan, names=names, written=written, as_json=as_json
+    )
+    if None in found.inputs.values():
+        warn(
+            "eval will not find this in the cache: shards were measured on different machines, or "
+            "by --no-cache"
+        )
     return 0

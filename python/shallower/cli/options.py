@@ -1,7 +1,7 @@
 """The options that several commands share, and what they ask for."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -160,6 +160,22 @@ def read_texts(source: str, max_texts: int | None = None) -> "Texts":
     from ..texts.sources import Texts
 
     return Texts(source, max_texts).check()
+
+
+def part_of(shard: str | None, on: str | None, workers: int | None) -> dict[str, Any]:
+    """Read which part of a work is asked for: a ``shard``, or ``workers`` that share all of it.
+
+    Empty where one process does the work. ScanError: both, or a shard that is not there.
+    """
+    from ..errors import ScanError
+    from ..values.shard import Shard
+
+    is_shared = on is not None or workers is not None
+    if shard is None:
+        return {"on": on or "local", "workers": workers} if is_shared else {}
+    if is_shared:
+        raise ScanError("a shard is made by one process: leave out --workers and --on")
+    return {"shard": Shard.parse(shard)}
 
 
 def metric_names(metrics: str) -> list[str]:

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ..models.offload import Reading
+    from ..reporting.stories.evaluation import Values
     from ..reporting.writers.terminal import Part
     from ..runs.done import Output
     from ..runs.study import Study
     from ..scanning.scan import Scan
+    from ..values.plan import Plan
 
 
 _called: list[str] = []
@@ -178,6 +180,55 @@ def say_shard(place: Path, as_json: bool) -> None:
             f"{counted(sums.count, 'sample')}",
             f"wrote {place}",
         )
+
+
+def say_eval_shard(place: Path, as_json: bool) -> None:
+    """Print which batches a shard of an evaluation has, and its file."""
+    from ..values.counts import counted
+    from ..values.measured import MeasuredShard
+
+    done = MeasuredShard.load(place)
+    described: dict[str, Any] = {"shard": str(done.shard)}
+    lines = []
+    for kind, part in done.parts.items():
+        mine, count, total = done.shard.of(part.num_batches), len(part.items), part.num_batches
+        batches = [mine.start, mine.stop]
+        described[kind] = {"batches": batches, "num_batches": total, "num_measured": count}
+        texts = counted(count, "text" if kind == "loss" else "window")
+        of_all = f"batches [{mine.start}, {mine.stop}) of {total}"
+        lines.append(f"shard {done.shard}: {kind}, {of_all}, {texts}")
+    if as_json:
+        print_json({**described, "written": [str(place)]})
+    else:
+        show(*lines, f"wrote {place}")
+
+
+def eval_names(model: str, plan: "Plan | None") -> dict[str, str]:
+    """Name the sides of an evaluation in words: the model alone, or all its layers and the cut."""
+    from ..values.layers import ranges
+
+    if plan is None:
+        return {"base": Path(model).name}
+    return {"base": "all layers", "cut": f"without {ranges(plan.dropped)}"}
+
+
+def say_eval(
+    values: "Values",
+    dtype: str,
+    plan: "Plan | None",
+    *,
+    names: dict[str, str],
+    written: Path | None,
+    as_json: bool,
+) -> None:
+    """Print what was found of a model and of a cut, and the file, if there is one."""
+    from ..reporting.stories.evaluation import evaluation_parts, evaluation_record
+
+    if as_json:
+        print_json(evaluation_record(values, dtype, plan))
+    else:
+        wrote = [] if written is None else [f"wrote {written}"]
+        show(*evaluation_parts(values, names), f"weights: {dtype}", *wrote)
 
 
 def _described(scanned: "Scan") -> dict[str, Any]:

@@ -30,6 +30,7 @@ from .options import (
     TrustRemoteCode,
     Workers,
     metric_names,
+    part_of,
     places,
     read_texts,
 )
@@ -116,8 +117,8 @@ def scan_command(
     from ..values.positions import Positions
     from ..values.tokens import Tokens, parse_batch_size
 
-    kind, more = _kind(shard, on, workers)
-    job = kind(
+    part = part_of(shard, on, workers)
+    job = _kind(part)(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
         ),
@@ -133,7 +134,7 @@ def scan_command(
         overwrite=overwrite,
         device_memory=device_memory,
         store=open_store(no_cache or dry_run),
-        **more,
+        **part,
     )
     if dry_run:
         say_dry_run(job.describe(), as_json)
@@ -141,22 +142,15 @@ def scan_command(
         _carry_out(job, as_json)
 
 
-def _kind(shard: str | None, on: str | None, workers: int | None) -> "tuple[type[ScanJob], Any]":
-    """The scan that is asked for, and what it takes beside what all take."""
-    from ..errors import ScanError
-    from ..runs.scan import ScanJob
+def _kind(part: dict[str, Any]) -> "type[ScanJob]":
+    """The scan that is asked for: of one process, a shard, or shared by workers."""
+    if not part:
+        from ..runs.scan import ScanJob
 
-    is_shared = on is not None or workers is not None
-    if shard is None and not is_shared:
-        return ScanJob, {}
+        return ScanJob
     from ..runs.scan_shards import ShardJob, SharedScanJob
-    from ..values.shard import Shard
 
-    if shard is None:
-        return SharedScanJob, {"on": on or "local", "workers": workers}
-    if is_shared:
-        raise ScanError("a shard is scanned by one process: leave out --workers and --on")
-    return ShardJob, {"shard": Shard.parse(shard)}
+    return ShardJob if "shard" in part else SharedScanJob
 
 
 def _carry_out(job: "ScanJob", as_json: bool) -> None:

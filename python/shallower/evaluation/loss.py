@@ -3,6 +3,7 @@
 import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count
 from operator import length_hint
 from typing import Any, TypeVar
 
@@ -23,9 +24,8 @@ from ..models.head import LOGITS_AT_ONCE, Head
 from ..models.layerwise import Layerwise, is_streamed
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
-from ..values.loss import Loss
+from ..values.loss import Loss, TextLoss
 from ..values.plan import describe_rejections
-from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
 
 Share = TypeVar("Share")
@@ -109,60 +109,68 @@ def measure_loss(
     total = length_hint(texts) or None
     rank, size = rank_and_size(shared)
 
-    def measure() -> tuple[list[tuple[int, float, int]], int]:
-        streamed, halving = None, Halving()
-        if size == 1 and is_streamed(decoder):
-            streamed = Streamed(Layerwise(decoder), progress)
-        head = Head.of(decoder) if streamed is None else streamed.model.head
-        found: list[tuple[int, float, int]] = []
+    def measure() -> tuple[list[TextLoss], int]:
+        losses, index = TextLosses(decoder, progress), count()
+        found: list[TextLoss] = []
         with track(description, total, progress) as advance, evaluating(decoder.model):
-            if streamed is not None:
-                for batch, losses in _by_layer(streamed, batches, halving):
-                    found += losses
-                    advance(len(batch))
-                return found, head.vocab_size
-            for index, batch in enumerate(batches):
-                check_length(batch.input_ids.shape[1], decoder.positions)
-                mine = _parts(batch, head) if index % size == rank else []
-                for part in mine:
-                    found += text_losses(head, part, halving)
-                advance(len(batch))
-        return found, head.vocab_size
+
+            def mine() -> Iterator[list[Batch]]:
+                for window in batches.windows():
+                    own = [batch for batch in window if next(index) % size == rank]
+                    advance(sum(map(len, window)) - sum(map(len, own)))
+                    yield own
+
+            for part, some in losses.of(mine()):
+                found += some
+                advance(len(part))
+        return found, losses.head.vocab_size
 
     by_rank = gathered(measure, size)
-    by_sample = sorted(one for found, _ in by_rank for one in found)
-    if not by_sample:
-        raise _nothing_to_predict(batches)
-    samples, losses, counts = zip(*by_sample, strict=True)
-    by_text = Scores(np.array(losses, np.float64), np.array(counts, np.float64))
-    sizes = batches.predicted_bytes
-    by_byte = np.array([sizes[one] for one in samples], np.float64) if sizes else None
-    return Loss(
-        by_text.mean,
-        by_text.stderr,
-        sum(counts),
-        len(losses),
-        batches.num_rejected,
-        by_rank[0][1],
-        by_text,
-        by_byte,
+    found = [one for some, _ in by_rank for one in some]
+    if not found:
+        raise nothing_to_predict(batches)
+    return Loss.of_texts(
+        found,
+        batches.predicted_bytes,
+        num_rejected=batches.num_rejected,
+        vocab_size=by_rank[0][1],
     )
 
 
-def _by_layer(
-    streamed: Streamed, batches: TokenBatches, halving: Halving
-) -> Iterator[tuple[Batch, list[tuple[int, float, int]]]]:
-    """Measure every batch by a model whose layers wait on disk, each read once a pass."""
-    model, head = streamed.model, streamed.model.head
-    for group in streamed.groups(batches.windows()):
-        parts = [part for batch in group for part in _parts(batch, head)]
-        for part, states in zip(parts, streamed.run(parts), strict=True):
-            with model.starting_from(states, ()):
-                yield part, list(text_losses(head, part, halving))
+class TextLosses:
+    """A model that measures batches of texts; layers on disk are read once for many of them.
+
+    Attributes:
+        head: what makes logits of the final states.
+    """
+
+    def __init__(self, decoder: Decoder, progress: bool | None = None) -> None:
+        self._streamed = None
+        if is_streamed(decoder):
+            self._streamed = Streamed(Layerwise(decoder), progress)
+        self.head = Head.of(decoder) if self._streamed is None else self._streamed.model.head
+        self._halving = Halving()
+
+    def of(self, windows: Iterable[list[Batch]]) -> Iterator[tuple[Batch, list[TextLoss]]]:
+        """Yield batches, or parts of them, with the losses of their texts.
+
+        The model is to be evaluating meanwhile. Raises as :func:`text_losses`.
+        """
+        if self._streamed is None:
+            for batch in chain.from_iterable(windows):
+                check_length(batch.input_ids.shape[1], self.head.decoder.positions)
+                for part in _parts(batch, self.head):
+                    yield part, list(text_losses(self.head, part, self._halving))
+            return
+        for group in self._streamed.groups(windows):
+            parts = [part for batch in group for part in _parts(batch, self.head)]
+            for part, states in zip(parts, self._streamed.run(parts), strict=True):
+                with self._streamed.model.starting_from(states, ()):
+                    yield part, list(text_losses(self.head, part, self._halving))
 
 
-def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[tuple[int, float, int]]:
-    """Yield of every text its index, its nats over all tokens but the first, and their number.
+def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[TextLoss]:
+    """Yield the loss of every text.
 
     Raises ModelError where a loss is not finite, or there is no memory for a single text.
     """
@@ -251,10 +259,11 @@ def require_predictable(
     """Refuse texts of which none has two tokens, before any long work, by TextsError."""
     batches = TokenBatches(tokenizer, texts, Tokens(max_length, 1), min_tokens=2)
     if not any(True for _ in batches):
-        raise _nothing_to_predict(batches)
+        raise nothing_to_predict(batches)
 
 
-def _nothing_to_predict(batches: TokenBatches) -> TextsError:
+def nothing_to_predict(batches: TokenBatches) -> TextsError:
+    """The error of texts of which none has two tokens."""
     if not batches.num_texts:
         return TextsError("there are no texts to predict")
     return TextsError(

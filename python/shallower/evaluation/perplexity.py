@@ -5,17 +5,15 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import TextsError
-from ..memory.retry import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..models.head import Head
 from ..progress import track
 from ..texts.batches import padded, untouched
 from ..values.counts import counted
 from ..values.perplexity import Perplexity
 from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
-from .loss import fitting_tokens, text_losses
+from .loss import TextLosses, fitting_tokens
 
 
 def evaluate_perplexity(
@@ -64,16 +62,15 @@ def evaluate_perplexity(
             f"{decoder.positions} positions: take a shorter one (context, --context)"
         )
     texts = int(fitting_tokens(decoder, Tokens(context, batch_size)).batch_size)
-    head, halving = Head.of(decoder), Halving()
+    losses = TextLosses(decoder, progress)
+    batches = (windows[start : start + texts] for start in range(0, len(windows), texts))
     sums = np.zeros(len(windows))
     with track(description, len(windows), progress) as advance, evaluating(decoder.model):
-        for start in range(0, len(windows), texts):
-            some = windows[start : start + texts]
-            for window, nats, _ in text_losses(head, padded(some), halving):
+        for part, found in losses.of([padded(batch)] for batch in batches):
+            for window, nats, _ in found:
                 sums[window] = nats
-            advance(len(some))
-    scores = Scores(sums, np.full(len(windows), context - 1.0))
-    return Perplexity(context, bos, num_rest, scores)
+            advance(len(part))
+    return Perplexity(context, bos, num_rest, Scores(sums, np.full(len(sums), context - 1.0)))
 
 
 def windows_of(

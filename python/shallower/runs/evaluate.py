@@ -14,6 +14,9 @@ from ..cutting.plans import agreed_plan
 from ..errors import CacheError, TextsError
 from ..evaluation.task_files import files_of
 from ..models.source import ModelSource
+from ..storage import check_apart
+from ..texts.sources import Texts
+from ..values.files import EVAL_FILE
 from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
 from ..values.layers import Block, ranges
@@ -47,10 +50,12 @@ class Measure(ABC, Generic[T]):
     Attributes:
         kind: its name, also that of the entries in the store.
         tokens: how texts become batches.
+        source: the file that is read, if it is one and known.
     """
 
     kind: str
     tokens: Tokens
+    source: str | None = None
 
     @abstractmethod
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
@@ -85,11 +90,11 @@ class LossOfTexts(Measure[Loss]):
     """The next-token loss on texts.
 
     Attributes:
-        texts: held-out texts.
+        texts: held-out texts, which can be read again.
         tokens: how they become batches.
     """
 
-    texts: list[str]
+    texts: Texts | list[str]
     tokens: Tokens = field(default_factory=Tokens)
     kind = "loss"
 
@@ -133,12 +138,14 @@ class PerplexityOfText(Measure[Perplexity]):
         context: tokens of a window.
         bos: whether every window begins with the beginning-of-text token.
         batch_size: windows in one forward.
+        source: the file that it was read from.
     """
 
     text: str
     context: int = 2048
     bos: bool = False
     batch_size: BatchSize = "auto"
+    source: str | None = None
     kind = "perplexity"
 
     @property
@@ -267,7 +274,7 @@ class KnownResults:
     """
 
     def __init__(self, store: Store, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
-        self._store, self._measure, self._inputs = store, measure, inputs
+        self._store, self._measure, self.inputs = store, measure, inputs
 
     def get(self, dropped: Sequence[int]) -> Result | None:
         """Look a result up, by the layers that the model is without."""
@@ -288,7 +295,7 @@ class KnownResults:
         return Result(value, model)
 
     def _of(self, dropped: Sequence[int]) -> dict[str, Any] | None:
-        return None if self._inputs is None else {**self._inputs, "dropped": list(dropped)}
+        return None if self.inputs is None else {**self.inputs, "dropped": list(dropped)}
 
 
 Results = Mapping[str, Mapping[str, Result]]
@@ -305,6 +312,11 @@ class EvalJob:
         layers: the plan or the blocks that are cut; None for none.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
         store: where results are looked for and kept.
+        out: the folder for ``eval.json``, if there is to be one.
+        overwrite: replace what is there.
+
+    Raises:
+        OutputError: ``out`` holds what is read.
     """
 
     source: ModelSource
@@ -312,6 +324,34 @@ class EvalJob:
     layers: Plan | list[Block] | None = None
     device_memory: str | None = None
     store: Store = field(default_factory=lambda: Store(None))
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.file is not None:
+            check_apart(self.file, [self.source.place, *(one.source for one in self.measures)])
+
+    @property
+    def file(self) -> Path | None:
+        """The file that is written, if there is one."""
+        return None if self.out is None else self.out / EVAL_FILE
+
+    @cached_property
+    def inputs(self) -> dict[str, dict[str, Any] | None]:
+        """All that a measure's results depend on beside the layers, by its kind."""
+        return {kind: known.inputs for kind, known in self.results.items()}
+
+    @cached_property
+    def job(self) -> str | None:
+        """A hash of all that the results depend on but machine and places; None if not known."""
+        found = []
+        for inputs in self.inputs.values():
+            if inputs is None:
+                return None
+            model = {name: one for name, one in inputs["model"].items() if name != "machine"}
+            files = {name: one for name, one in model["model"].items() if name != "names"}
+            found.append({**inputs, "model": {**model, "model": files}})
+        return hash_of([found, list(self.plan.dropped) if self.plan else []])
 
     @cached_property
     def results(self) -> dict[str, KnownResults]:
@@ -402,13 +442,18 @@ class EvalJob:
         loaded: "tuple[Decoder, PreTrainedTokenizerBase]",
         dropped: Sequence[int],
     ) -> Result:
-        tokens = measure.tokens
-        if self.device_memory is not None:
-            planned = self.memory(self.source.resolved(), tokens)
-            tokens = Tokens(tokens.max_length, planned.micro_batch)
+        tokens = self.fitted(measure)
         name = f" without {ranges(dropped)}" if dropped else ""
         value = measure.measure(*loaded, tokens=tokens, name=name)
         return self.results[measure.kind].keep(dropped, value, loaded[0].identity)
+
+    def fitted(self, measure: Measure[Any]) -> Tokens:
+        """Give the tokens of a measure, of as many texts in a forward as the memory holds."""
+        tokens = measure.tokens
+        if self.device_memory is None:
+            return tokens
+        planned = self.memory(self.source.resolved(), tokens)
+        return Tokens(tokens.max_length, planned.micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)

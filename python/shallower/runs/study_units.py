@@ -8,7 +8,6 @@ costs of a criterion, by every worker that needs them.
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,9 +24,10 @@ from ..storage import check_apart, resumable_file, write_file
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.schema import of_type
-from ..values.shard import Shard
+from ..values.shard import Shard, shard_files
 from .engines import workers_of
 from .inputs import check_machine, check_made_by, machine, made_by, model_content
+from .shards import absolute
 from .store import Store, open_store
 from .study import Part, Study
 from .units import Job, Ledger, drive, threads_of
@@ -40,7 +40,6 @@ OPENER = f"{__name__}:OpenedStudy"
 """What a worker opens."""
 
 _SHARD = ("job", "index", "count", "described", "entries", "sha256")
-_SHARD_FILE = re.compile(r"compare\.\d+-of-\d+\.json")
 
 
 def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = "local") -> None:
@@ -104,8 +103,8 @@ def describe(study: Study[Any], *, store: Path | None = None) -> dict[str, Any]:
         "kind": study.KIND,
         "source": {"device_map": models[0].device_map},  # by which an engine takes GPUs
         "models": [{**asdict(one), "path": str(one.path)} for one in models],
-        "places": [_absolute(one.path) for one in models],
-        "texts": [[name, _absolute(one.source), one.limit] for name, one in texts],
+        "places": [absolute(str(one.path)) for one in models],
+        "texts": [[name, absolute(one.source), one.limit] for name, one in texts],
         "settings": {one.name: _plain(getattr(settings, one.name)) for one in fields(settings)},
         "identities": list(study.of_models.values()),
         "parts": list(map(str, study.parts())),
@@ -121,14 +120,8 @@ def describe(study: Study[Any], *, store: Path | None = None) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        return _absolute(value)
+        return absolute(str(value))
     return [getattr(one, "name", one) for one in value] if isinstance(value, tuple) else value
-
-
-def _absolute(place: str | Path) -> str:
-    """A place that another process finds, whatever folder it is in; a hub id as it is."""
-    path = Path(place).expanduser()
-    return str(path.absolute()) if path.exists() else str(place)
 
 
 def opened(
@@ -200,7 +193,7 @@ def measure_shard(study: "CompareStudy", shard: Shard) -> dict[str, Any]:
     Gives what is in the file, but measurements. Raises ProcessesError as :func:`share`, and
     OutputError.
     """
-    place = study.folder / f"{study.KIND}.{shard.index}-of-{shard.count}.json"
+    place = study.folder / shard.file_of(study.KIND)
     described = describe(study)
     check_apart(place, study.reads)
     mine = described["parts"][shard.index :: shard.count]
@@ -223,16 +216,8 @@ def measure_shard(study: "CompareStudy", shard: Shard) -> dict[str, Any]:
     return found
 
 
-def shards_of_study(parts: Iterable[Path]) -> list[Path]:
-    """The files of shards of a comparison that are given, or lie in folders that are given."""
-    inside = [
-        file for part in parts for file in (sorted(part.iterdir()) if part.is_dir() else [part])
-    ]
-    return [file for file in inside if _SHARD_FILE.fullmatch(file.name)]
-
-
 def gather_study(
-    files: Iterable[Path], out: Path, *, overwrite: bool = False
+    parts: Iterable[Path], out: Path, *, overwrite: bool = False
 ) -> "tuple[CompareStudy, CriteriaComparison]":
     """Put shards of a comparison into the cache, and carry the comparison out, which finds all.
 
@@ -242,7 +227,7 @@ def gather_study(
             code, which is not trusted by the word of a file.
         ShallowerError: as :func:`shallower.compare`.
     """
-    read = {file: _read(file) for file in files}
+    read = {file: _read(file) for file in shard_files(parts, "compare")}
     (first, shard), *others = read.items()
     check_made_by(shard["described"]["expects"]["versions"])
     for file, other in others:
@@ -266,7 +251,7 @@ def gather_study(
             "and the same compare without --shard finds it"
         )
     given = [one["path"] for one in described["models"]]
-    is_here = described["places"] == list(map(_absolute, given))
+    is_here = described["places"] == list(map(absolute, given))
     study: Any = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)
     done = study.run()
     study.found.clear()  # of the shards

@@ -17,7 +17,7 @@ from ..storage import write_file
 from ..values.counts import counted
 from ..values.positions import Positions
 from ..values.provenance import versions
-from ..values.shard import Shard, ShardOfScan
+from ..values.shard import Shard, ShardOfScan, read_shards
 from ..values.tokens import Tokens
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
 from .scan import Scan
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..texts.batches import AnyTexts, Batch
-
-PLURAL = ("texts", "settings", "versions")
-"""What several shards have in common, of those that differ without an s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +40,27 @@ class ScannedShard:
 
     contents: Contents
     of: ShardOfScan
+
+    @property
+    def shard(self) -> Shard:
+        """Which it is."""
+        return self.of.shard
+
+    @property
+    def job(self) -> str | None:
+        """A hash of all that the scan depends on."""
+        return self.of.job
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its batches are in it."""
+        return self.of.is_complete
+
+    @property
+    def common(self) -> dict[str, object]:
+        """What all shards of a scan have in common, by the words of an error."""
+        of = {"model": _model_of, "texts": _texts_of, "settings": _settings_of}
+        return {**self.of.common, **{name: one(self.contents) for name, one in of.items()}}
 
     def to_bytes(self) -> bytes:
         """Give its file."""
@@ -212,44 +230,7 @@ def gather(parts: Iterable[str | Path]) -> Scan:
             settings or versions.
         StatesError: no sample of all was accepted.
     """
-    found: dict[Shard, tuple[Path, ScannedShard]] = {}
-    for path in shard_files(parts):
-        one = ScannedShard.load(path)
-        shard = one.of.shard
-        if shard in found and one.to_bytes() != found[shard][1].to_bytes():
-            raise ScanError(f"{found[shard][0]} and {path} are both shard {shard}, and differ")
-        found.setdefault(shard, (path, one))
-    (place, first), *others = (found[shard] for shard in sorted(found, key=lambda one: one.index))
-    for path, one in others:
-        _check_alike(place, first, path, one)
-    _check_complete([one.of for _, one in found.values()])
-    return _joined([first, *(one for _, one in others)])
-
-
-def shard_files(parts: Iterable[str | Path]) -> list[Path]:
-    """The files of shards that are given, or lie in folders that are given; ScanError for none."""
-    found = []
-    for part in map(Path, parts):
-        inside = sorted(part.glob("scan.*-of-*.safetensors")) if part.is_dir() else [part]
-        if not inside:
-            raise ScanError(f"there are no shards in {part}: expected scan.I-of-N.safetensors")
-        found += inside
-    if not found:
-        raise ScanError("there are no shards to gather: name their files, or their folders")
-    return found
-
-
-def _check_alike(place: Path, first: ScannedShard, path: Path, one: ScannedShard) -> None:
-    """Refuse shards of different scans, by what differs."""
-    pairs = [(name, value, one.of.common[name]) for name, value in first.of.common.items()]
-    for name, of in (("model", _model_of), ("texts", _texts_of), ("settings", _settings_of)):
-        pairs.append((name, of(first.contents), of(one.contents)))
-    for name, mine, theirs in pairs:
-        if mine != theirs:
-            raise ScanError(
-                f"{place} and {path} are shards of different scans: their {name} differ"
-                f"{'' if name in PLURAL else 's'} ({mine} and {theirs})"
-            )
+    return _joined(read_shards(parts, ScannedShard.load, "scan"))
 
 
 def _model_of(contents: Contents) -> str:
@@ -267,17 +248,6 @@ def _texts_of(contents: Contents) -> str:
 def _settings_of(contents: Contents) -> str:
     kept = "with" if contents.samples is not None else "without"
     return f"{', '.join(contents.sums.metrics)} of {contents.positions}, {kept} samples"
-
-
-def _check_complete(shards: Sequence[ShardOfScan]) -> None:
-    """Refuse a scan of which shards are missing, or not done."""
-    count = shards[0].shard.count
-    done = {of.shard.index for of in shards if of.is_complete}
-    missing = [str(Shard(index, count)) for index in range(count) if index not in done]
-    if missing:
-        named = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        are = "is" if len(missing) == 1 else "are"
-        raise ScanError(f"{counted(len(missing), 'shard')} of {count} {are} missing: {named}")
 
 
 def _joined(shards: Sequence[ScannedShard]) -> Scan:

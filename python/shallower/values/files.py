@@ -8,6 +8,9 @@ PARTIAL_FILE = "scan.partial.safetensors"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoint"
 
+EVAL_FILE = "eval.json"
+"""What ``eval --json`` prints."""
+
 GAIN_FILE = "gain.json"
 """What the recommended cut saves, as counted and as forecast for one GPU."""
 

@@ -1,7 +1,7 @@
 """The held-out loss of a model, and of the cuts that were tried."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from ..errors import TextsError
 from .schema import fields_of, finite, of_type
 from .scores import Difference, Scores
+
+TextLoss = tuple[int, float, int]
+"""The index of a text, its nats over all tokens but the first, and their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,30 @@ class Loss:
     vocab_size: int
     by_text: Scores | None = field(default=None, compare=False, repr=False)
     bytes_by_text: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of_texts(
+        cls,
+        found: Sequence[TextLoss],
+        num_bytes: Mapping[int, float],
+        *,
+        num_rejected: int,
+        vocab_size: int,
+    ) -> "Loss":
+        """Put the losses of texts together, in any order; bytes by text, or none."""
+        texts, sums, counts = zip(*sorted(found), strict=True)
+        by_text = Scores(np.array(sums, np.float64), np.array(counts, np.float64))
+        by_byte = np.array([num_bytes[one] for one in texts], np.float64) if num_bytes else None
+        return cls(
+            by_text.mean,
+            by_text.stderr,
+            sum(counts),
+            len(texts),
+            num_rejected,
+            vocab_size,
+            by_text,
+            by_byte,
+        )
 
     @property
     def by_byte(self) -> Scores | None:

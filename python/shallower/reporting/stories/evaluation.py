@@ -6,6 +6,7 @@ from typing import Any
 
 from ...values.counts import counted
 from ...values.perplexity import Perplexity
+from ...values.plan import Plan
 from ...values.scores import Difference
 from ...values.task_scores import TaskScores
 from ..story import Cell, Number, Table
@@ -31,6 +32,12 @@ def evaluation_json(values: Values) -> dict[str, Any]:
         else:
             plain |= _compared(sides) if kind == "loss" else {kind: _compared(sides)}
     return plain
+
+
+def evaluation_record(values: Values, dtype: str, plan: Plan | None) -> dict[str, Any]:
+    """Give :func:`evaluation_json` with the dtype of the weights, and the blocks of a cut."""
+    drop = {} if plan is None else {"drop": [block.to_json() for block in plan.blocks]}
+    return {**evaluation_json(values), "dtype": dtype, **drop}
 
 
 def evaluation_parts(values: Values, names: Mapping[str, str]) -> list[str | Table]:

@@ -1,0 +1,313 @@
+"""Shards of an evaluation: one by hand, or all of them by workers."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ..errors import ProcessesError, SettingsError
+from ..storage import claimed, write_file
+from ..texts.sources import Texts, read_whole
+from ..values.files import EVAL_FILE
+from ..values.layers import ranges
+from ..values.measured import Evaluation, MeasuredShard, Part, gather_evaluation
+from ..values.plan import Plan
+from ..values.provenance import versions
+from ..values.shard import Shard
+from ..values.tokens import Tokens
+from .evaluate import EvalJob, LossOfTexts, Measure, PerplexityOfText, Result, Results
+from .gather import keep_evaluation
+from .shards import (
+    OpenedShards,
+    SharedShards,
+    absolute,
+    check_workers,
+    described_texts,
+    when_made,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.shards import AllBatches
+    from ..models.source import ModelSource
+
+OPENER = f"{__name__}:OpenedEval"
+"""What a worker opens."""
+
+
+class EvalShards:
+    """A model that is loaded, of which any shard of an evaluation can be measured.
+
+    ``inputs`` and ``mark`` are :attr:`EvalJob.inputs` and :attr:`EvalJob.job`, of whoever drives.
+    Raises PlanError for a plan of another model, and what the measures raise.
+    """
+
+    def __init__(
+        self, job: EvalJob, loaded: Any, *, inputs: Mapping[str, Any], mark: str | None
+    ) -> None:
+        from ..models.decoder import Decoder
+
+        model, tokenizer = loaded
+        self._decoder, self._plan = Decoder.of(model), job.plan
+        if self._plan:
+            self._plan.check_model(self._decoder.identity)
+        self._inputs, self._mark = inputs, mark
+        self._all = {
+            one.kind: _batches(one, tokenizer, tokens=job.fitted(one)) for one in job.measures
+        }
+
+    @property
+    def common(self) -> dict[str, object]:
+        """What is the same wherever the same evaluation is opened, by the words of an error."""
+        model = self._decoder.identity
+        return {
+            "dtype": model.dtype,
+            "model": model.fingerprint,
+            "texts": {kind: one.fingerprint for kind, one in self._all.items()},
+            "number of batches": {kind: len(one.batches) for kind, one in self._all.items()},
+        }
+
+    def texts_of(self, shard: Shard) -> dict[str, list[int]]:
+        """The first text, or window, of a shard and the one behind the last, by measure."""
+        found = {}
+        for kind, one in self._all.items():
+            indices = one.indices(shard.of(len(one.batches)))
+            found[kind] = [indices[0], indices[-1] + 1] if indices else [0, 0]
+        return found
+
+    def measure(self, shard: Shard, *, progress: bool | None = None) -> MeasuredShard:
+        """Measure one shard, of the model and of its cut."""
+        from ..cutting.in_model import without_layers
+
+        found = {"base": self._losses(shard, f"shard {shard}", progress)}
+        if self._plan:
+            name = f"without {ranges(self._plan.dropped)}, shard {shard}"
+            with without_layers(self._decoder.model, self._plan.blocks):
+                found["cut"] = self._losses(shard, name, progress)
+        made_by = {name: versions()[name] for name in ("shallower", "torch", "transformers")}
+        parts = {
+            kind: self._part(kind, {side: one[kind] for side, one in found.items()})
+            for kind in self._all
+        }
+        model = self._decoder.identity
+        return MeasuredShard(shard, self._mark, made_by, model, self._plan, parts)
+
+    def _losses(self, shard: Shard, name: str, progress: bool | None) -> dict[str, Any]:
+        """The losses of a shard by measure, each with the size of the vocabulary."""
+        from ..evaluation.shards import losses_of
+
+        return {
+            kind: losses_of(
+                self._decoder,
+                [one.batches[batch] for batch in shard.of(len(one.batches))],
+                description=f"{kind} {name}",
+                progress=progress,
+            )
+            for kind, one in self._all.items()
+        }
+
+    def _part(self, kind: str, sides: Mapping[str, Any]) -> Part:
+        every = self._all[kind]
+        losses, vocab_size = sides["base"]
+        items = tuple(item for item, _, _ in losses)
+        sizes = every.num_bytes
+        return Part(
+            num_batches=len(every.batches),
+            batch_size=every.batch_size,
+            num_items=every.num_items,
+            fingerprint=every.fingerprint,
+            settings={**every.settings, **({"vocab_size": vocab_size} if kind == "loss" else {})},
+            inputs=self._inputs[kind],
+            items=items,
+            counts=tuple(count for _, _, count in losses),
+            num_bytes=None if sizes is None else tuple(sizes[item] for item in items),
+            nats={
+                side: np.array([nats for _, nats, _ in some], np.float64)
+                for side, (some, _) in sides.items()
+            },
+        )
+
+
+def _batches(measure: Measure[Any], tokenizer: Any, *, tokens: Tokens) -> "AllBatches":
+    """All batches of a measure that falls into shards."""
+    from ..evaluation.shards import batches_of_texts, batches_of_windows
+
+    if isinstance(measure, LossOfTexts):
+        return batches_of_texts(tokenizer, measure.texts, tokens)
+    assert isinstance(measure, PerplexityOfText)
+    return batches_of_windows(tokenizer, measure.text, tokens, bos=measure.bos)
+
+
+def _check_measures(job: EvalJob) -> None:
+    """Refuse tasks, whose items do not fall into shards."""
+    if any(one.kind == "tasks" for one in job.measures):
+        raise SettingsError(
+            "--tasks are scored by one process: leave out --shard, --workers and --on, and share "
+            "them by naming one task a command"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalShardJob(EvalJob):
+    """One shard of an evaluation, into a file of its own.
+
+    Attributes:
+        shard: which part of all batches.
+    """
+
+    shard: Shard
+
+    def __post_init__(self) -> None:
+        _check_measures(self)
+        if self.out is None:
+            raise SettingsError("a shard is a file: name the folder to write it to (--out)")
+        super().__post_init__()
+
+    @property
+    def file(self) -> Path:
+        """The file of the shard."""
+        assert self.out is not None
+        return self.out / self.shard.file_of("eval")
+
+    @cached_property
+    def made(self) -> str | None:
+        """When the shard was measured, if that very shard is there."""
+        return when_made(self.file, self.shard, self.job, load=MeasuredShard.load)
+
+    def run_shard(self) -> None:
+        """Measure the shard into its file; OutputError if another one is there."""
+        with claimed(self.file, self.overwrite):
+            shards = EvalShards(self, self.source.load(), inputs=self.inputs, mark=self.job)
+            write_file(self.file, shards.measure(self.shard).to_bytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedEvalJob(EvalJob):
+    """An evaluation that workers share.
+
+    Attributes:
+        on: where the workers are: ``local`` processes, or those of a ``ray`` cluster.
+        workers: their number; on a cluster as many as it has room for by default.
+    """
+
+    on: Literal["local", "ray"] = "local"
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_measures(self)
+        check_workers(self.workers, self.on, "eval")
+        for measure in self.measures:
+            _described(measure)
+        super().__post_init__()
+
+    def run_shared(self) -> Results:
+        """Let workers measure, each with a model of its own, and put their shards together.
+
+        Shards that an interrupted evaluation left in the folder are not measured again. The
+        results have the bits that one process finds with as many threads as a worker has.
+        ProcessesError: there are no workers, or shards failed too often; the others stay for the
+        same command, where there is a folder.
+        """
+        with self._folder() as out:
+            shared = self.shared(out)
+            shared.make()
+            found = gather_evaluation(shared.files)
+            for place in shared.files:
+                place.unlink()
+        keep_evaluation(found, self.store)
+        return results_of(found)
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        if self.out is None:
+            with tempfile.TemporaryDirectory(prefix="shallower-eval-") as folder:
+                yield Path(folder)
+        else:
+            with claimed(self.out / EVAL_FILE, overwrite=True):
+                yield self.out
+
+    def shared(self, out: Path) -> SharedShards:
+        """The evaluation as workers receive it: names, hashes and options, no weights or texts."""
+        measures = {one.kind: _described(one) for one in self.measures}
+        return SharedShards(
+            kind="eval",
+            source=self.source,
+            out=out,
+            job=self.job,
+            overwrite=self.overwrite,
+            load=MeasuredShard.load,
+            opener=OPENER,
+            described={
+                "measures": measures,
+                "plan": self.plan and self.plan.to_json(),
+                "device_memory": self.device_memory,
+                "inputs": self.inputs,
+            },
+            expects={_NAMES[one.kind]: one.inputs(self.store) for one in self.measures},
+            on=self.on,
+            workers=self.workers,
+            memory=None if self.device_memory is None else self.memory,
+            store=self.store,
+            is_kept=self.out is not None,
+        )
+
+
+_NAMES = {"loss": "texts", "perplexity": "text"}
+"""What a measure is of, by its kind."""
+
+
+def _described(measure: Measure[Any]) -> dict[str, Any]:
+    """A measure as a worker makes it; ProcessesError where its texts were given."""
+    if isinstance(measure, LossOfTexts):
+        return {**described_texts(measure.texts), "tokens": asdict(measure.tokens)}
+    assert isinstance(measure, PerplexityOfText)
+    if measure.source is None:
+        raise ProcessesError("workers read a text themselves: name its file")
+    options = {"context": measure.context, "bos": measure.bos, "batch_size": measure.batch_size}
+    return {"source": absolute(measure.source), **options}
+
+
+def _measure_of(kind: str, described: Mapping[str, Any]) -> Measure[Any]:
+    """The measure that :func:`_described` described."""
+    options = dict(described)
+    if kind == "loss":
+        tokens = Tokens(**options.pop("tokens"))
+        return LossOfTexts(Texts(**options), tokens)
+    return PerplexityOfText(read_whole(options["source"]), **options)
+
+
+class OpenedEval(OpenedShards):
+    """An evaluation that a worker has opened."""
+
+    def open(self, source: "ModelSource", described: Mapping[str, Any]) -> EvalShards:
+        """Check the texts, and load the model."""
+        measures = described["measures"].items()
+        job = EvalJob(
+            source=source,
+            measures=[_measure_of(kind, one) for kind, one in measures],
+            layers=described["plan"] and Plan.from_json(described["plan"]),
+            device_memory=described["device_memory"],
+            store=self.store,
+        )
+        for one in job.measures:
+            place = described["measures"][one.kind]["source"]
+            self.check(_NAMES[one.kind], place, partial(one.inputs, self.store))
+        loaded, mark = source.load(progress=False), described["job"]
+        self._shards = EvalShards(job, loaded, inputs=described["inputs"], mark=mark)
+        return self._shards
+
+    def run(self, unit: str) -> bytes:
+        """Measure one shard."""
+        return self._shards.measure(Shard.parse(unit), progress=False).to_bytes()
+
+
+def results_of(found: Evaluation) -> Results:
+    """The results of shards, as those of one process."""
+    return {
+        kind: {side: Result(value, found.model) for side, value in sides.items()}
+        for kind, sides in found.values.items()
+    }

@@ -1,0 +1,250 @@
+"""A shard of an evaluation: the losses of whole batches of all texts or windows, a file of JSON.
+
+What shards have in common stands in each, and is compared when they are put together.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ScanError, ShallowerError, why
+from .counts import counted
+from .hashing import hash_of
+from .identity import ModelIdentity
+from .layers import ranges
+from .loss import Loss, TextLoss
+from .perplexity import Perplexity
+from .plan import Plan
+from .schema import of_type, read
+from .scores import Scores
+from .shard import Shard, read_shards
+
+FORMAT = "shallower.eval.shard.1"
+
+SIDES = ("base", "cut")
+"""The whole model, and that without layers."""
+
+LEAST = {
+    "loss": {"num_rejected": 0, "vocab_size": 2},
+    "perplexity": {"bos": 0, "context": 2, "num_rest": 0},
+}
+"""What a shard says of a measure beside its losses, and the least that it can be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a shard has of one measure.
+
+    Attributes:
+        num_batches: batches of all texts, or windows.
+        batch_size: texts in one forward.
+        num_items: texts, or windows, in all.
+        fingerprint: a hash of all token ids.
+        settings: what a result says beside its losses, by the names of ``LEAST``.
+        inputs: all that it depends on beside the layers, as the store takes it; None where that is
+            not known.
+        items: (S,) the indices of the shard's texts among all, ascending.
+        counts: (S,) the predicted tokens of each.
+        num_bytes: (S,) the bytes of what is predicted of each; None where they are not counted.
+        nats: (S,) float64, the summed losses of each, by side.
+    """
+
+    num_batches: int
+    batch_size: int
+    num_items: int
+    fingerprint: str
+    settings: Mapping[str, int]
+    inputs: Mapping[str, Any] | None
+    items: tuple[int, ...]
+    counts: tuple[int, ...]
+    num_bytes: tuple[int, ...] | None
+    nats: Mapping[str, NDArray[np.float64]]
+
+    def __post_init__(self) -> None:
+        of_each = [self.counts, *self.nats.values()]
+        of_each += [] if self.num_bytes is None else [self.num_bytes]
+        if any(len(one) != len(self.items) for one in of_each):
+            raise ValueError(f"it has not a value for each of {len(self.items)} texts")
+        if [*self.items] != sorted({*self.items}) or min(self.counts, default=1) < 1:
+            raise ValueError("its texts do not ascend, or have no tokens")
+        if min(self.num_batches, self.batch_size, self.num_items) < 1:
+            raise ValueError("it is of no texts")
+        if not all(np.isfinite(one).all() for one in self.nats.values()):
+            raise ValueError("a loss is not finite")
+
+    def losses(self, side: str) -> list[TextLoss]:
+        """Give the losses of the texts, or windows."""
+        return [*zip(self.items, self.nats[side].tolist(), self.counts, strict=True)]
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        measured = "nats" if self.num_bytes is None else "nats and bytes"
+        batches = counted(self.num_batches, "batch", "batches")
+        return f"{measured} of {batches} of {self.batch_size}, {settings}"
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredShard:
+    """A shard of an evaluation.
+
+    Attributes:
+        shard: which it is.
+        job: a hash of all that the evaluation depends on but the machine; None where that is not
+            known.
+        versions: of the packages that made it.
+        model: the whole model.
+        plan: of the layers that ``cut`` is without; None where there is no cut.
+        parts: what it has of each measure, ``loss`` or ``perplexity``.
+    """
+
+    shard: Shard
+    job: str | None
+    versions: Mapping[str, str]
+    model: ModelIdentity
+    plan: Plan | None
+    parts: Mapping[str, Part]
+
+    def __post_init__(self) -> None:
+        for kind, part in self.parts.items():
+            least = LEAST[kind]
+            found = part.settings
+            if {*found} != {*least} or any(found[one] < value for one, value in least.items()):
+                raise ValueError(f"{kind}: it says {dict(found)}: expected at least {least}")
+            if (*part.nats,) != SIDES[: 1 if self.plan is None else 2]:
+                raise ValueError(f"{kind}: it is of {', '.join(part.nats)}")
+        if not self.parts:
+            raise ValueError("it has no measure")
+
+    @property
+    def is_complete(self) -> bool:
+        """True: it is written when all of its batches are measured."""
+        return True
+
+    @property
+    def common(self) -> dict[str, object]:
+        """What all shards of an evaluation have in common, by the words of an error."""
+        parts = self.parts.items()
+        return {
+            "number of shards": self.shard.count,
+            "versions": dict(self.versions),
+            "model": str(replace(self.model, name="the model")),
+            "cut": "none" if self.plan is None else ranges(self.plan.dropped),
+            "measures": "; ".join(f"{kind}, {part}" for kind, part in parts),
+            "texts": "; ".join(f"{part.num_items:,}, {part.fingerprint[:12]}" for _, part in parts),
+            "inputs": self.job,
+        }
+
+    def to_bytes(self) -> bytes:
+        """Give its file."""
+        plain = {
+            "format": FORMAT,
+            "shard": asdict(self.shard),
+            "job": self.job,
+            "versions": dict(self.versions),
+            "model": asdict(self.model),
+            "plan": self.plan and self.plan.to_json(),
+            "parts": {
+                kind: {
+                    **{name: getattr(part, name) for name in Part.__dataclass_fields__},
+                    "nats": {side: nats.tolist() for side, nats in part.nats.items()},
+                }
+                for kind, part in self.parts.items()
+            },
+        }
+        return (json.dumps({**plain, "sha256": hash_of(plain)}) + "\n").encode()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "MeasuredShard":
+        """Read a shard, and check it.
+
+        ScanError: the file is not there, is truncated, damaged or of another version, or is no
+        shard of an evaluation.
+        """
+        try:
+            found = of_type(dict, json.loads(Path(path).read_bytes()))
+            if (kind := of_type(str, found.pop("format"))) != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, got {kind!r}: measure it again")
+            if found.pop("sha256") != hash_of({"format": FORMAT, **found}):
+                raise ValueError("its checksum does not fit its content")
+            shard: MeasuredShard = read(cls, found)
+        except OSError as error:
+            raise ScanError(f"cannot read the shard {path}: {why(error, path)}") from error
+        except (*_DAMAGES, ShallowerError) as error:
+            raise ScanError(f"{path} is damaged, or no shard of an eval: {why(error)}") from error
+        return shard
+
+
+_DAMAGES = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was found of a model, and of a cut of it.
+
+    Attributes:
+        values: by the measure and the side, a :class:`Loss` or :class:`Perplexity`.
+        model: the whole model.
+        plan: of the layers that ``cut`` is without; None where there is no cut.
+        inputs: all that each measure depends on beside the layers, as the store takes it; None
+            where that is not known, or the shards were measured on different machines.
+    """
+
+    values: Mapping[str, Mapping[str, Any]]
+    model: ModelIdentity
+    plan: Plan | None
+    inputs: Mapping[str, Mapping[str, Any] | None]
+
+    @property
+    def dropped(self) -> dict[str, tuple[int, ...]]:
+        """The layers that each side is without, ascending."""
+        return {"base": ()} if self.plan is None else {"base": (), "cut": self.plan.dropped}
+
+
+def gather_evaluation(parts: Iterable[str | Path]) -> Evaluation:
+    """Put the shards of an evaluation together, to the bits of one process.
+
+    ScanError: as :func:`shallower.gather`, or texts are missing in a shard.
+    """
+    shards = read_shards(parts, MeasuredShard.load, "eval")
+    first, values, inputs = shards[0], {}, {}
+    for kind, part in first.parts.items():
+        of_kind = [shard.parts[kind] for shard in shards]
+        items = [item for one in of_kind for item in one.items]
+        if len(items) != part.num_items or len({*items}) != len(items):
+            raise ScanError(
+                f"the shards have {len(items):,} losses of {part.num_items:,}, or one twice: "
+                f"measure them again"
+            )
+        values[kind] = {side: _VALUES[kind](of_kind, side) for side in part.nats}
+        inputs[kind] = part.inputs if all(one.inputs == part.inputs for one in of_kind) else None
+    return Evaluation(values, first.model, first.plan, inputs)
+
+
+def _loss(parts: Sequence[Part], side: str) -> Loss:
+    found = [loss for part in parts for loss in part.losses(side)]
+    sizes = {
+        item: size
+        for part in parts
+        for item, size in zip(part.items, part.num_bytes or (), strict=part.num_bytes is not None)
+    }
+    return Loss.of_texts(found, sizes, **parts[0].settings)
+
+
+def _perplexity(parts: Sequence[Part], side: str) -> Perplexity:
+    found = sorted(loss for part in parts for loss in part.losses(side))
+    _, nats, counts = (np.array(one, np.float64) for one in zip(*found, strict=True))
+    settings = parts[0].settings
+    return Perplexity(
+        settings["context"], bool(settings["bos"]), settings["num_rest"], Scores(nats, counts)
+    )
+
+
+_VALUES: Mapping[str, Callable[[Sequence[Part], str], Any]] = {
+    "loss": _loss,
+    "perplexity": _perplexity,
+}

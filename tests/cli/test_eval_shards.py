@@ -1,0 +1,209 @@
+"""The commands `eval --shard`, `eval --workers` and `gather` of evaluations."""
+
+import json
+import random
+from contextlib import nullcontext
+
+import pytest
+
+import shallower as sh
+from shallower.values.measured import MeasuredShard, gather_evaluation
+from tests.conftest import tiny_llama, write_jsonl
+from tests.documents import documents
+
+BOTH = ["--perplexity", "long.txt", "--context", "16"]
+
+
+@pytest.fixture
+def many(folder):
+    """76 texts in a file, of which two cannot be predicted, and one long text."""
+    texts = documents(76)
+    texts[3], texts[40] = "", "w1"
+    (folder / "long.txt").write_text(" ".join(documents(30, seed=2)))
+    return write_jsonl(folder / "many.jsonl", texts)
+
+
+@pytest.fixture
+def command(tiny, many):
+    """Losses of a model and of a cut, in batches of 3; some windows of them are not full."""
+    return ["eval", tiny, "--texts", many, "--max-length", 16, "--batch-size", 3, "--drop", "1:3"]
+
+
+@pytest.fixture
+def shards(shallower, command):
+    """Measure shards by hand, in any order; the JSON of the last."""
+
+    def measure(count, *more):
+        for index in random.Random(1).sample(range(count), count):
+            shard = ["--out", "shards", "--shard", f"{index}/{count}", "--json"]
+            done = shallower(*command, *shard, *more)
+            assert done.status == 0, done.err
+        return done.json
+
+    return measure
+
+
+# By hand.
+def test_eight_shards_are_gathered_to_what_one_process_finds(
+    shallower, folder, command, shards, monkeypatch
+):
+    whole = shallower(*command, *BOTH, "--no-cache", "--json")
+    assert whole.status == 0, whole.err
+    last = shards(8, *BOTH)
+    assert last["loss"]["num_batches"] == 26
+    assert last["written"] == [f"shards/eval.{last['shard'][0]}-of-8.json"]
+    jobs = {MeasuredShard.load(path).job for path in (folder / "shards").iterdir()}
+    assert len(jobs) == 1
+    assert None not in jobs
+    parts = random.Random(2).sample([*(folder / "shards").iterdir()], 8)
+    gathered = shallower("gather", *parts, "--out", "gathered", "--json")
+    assert gathered.json == whole.json
+    assert (folder / "gathered" / "eval.json").read_text() == gathered.out
+    told = shallower("gather", "shards", "--out", "again")
+    monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
+    known = shallower(*command, *BOTH)
+    assert "measured before" in known.err
+    assert told.out == f"{known.out}wrote again/eval.json\n"
+
+
+def test_losses_by_text_and_window_have_the_bits_of_one_process(folder, tiny, many, shards):
+    shards(5, *BOTH)
+    found = gather_evaluation([folder / "shards"]).values
+    model, tokenizer = sh.load_model(tiny)
+    texts = [json.loads(line)["text"] for line in many.read_text().splitlines()]
+    long = (folder / "long.txt").read_text()
+    for side, cut in (("base", nullcontext()), ("cut", sh.without_layers(model, [1, 2]))):
+        with cut:
+            loss = sh.evaluate_loss(model, tokenizer, texts, max_length=16, batch_size=3)
+            window = sh.evaluate_perplexity(model, tokenizer, long, context=16, batch_size=3)
+        assert found["loss"][side].to_record() == loss.to_record()
+        assert found["perplexity"][side].to_record() == window.to_record()
+
+
+def test_batches_are_shared_out_and_not_texts(folder, tiny, many, shards):
+    """A text that was in another batch would have other padding, and so other last bits."""
+    from shallower.texts.batches import TokenBatches
+    from shallower.values.tokens import Tokens
+
+    shards(5)
+    texts = [json.loads(line)["text"] for line in many.read_text().splitlines()]
+    batches = [*TokenBatches(sh.load_model(tiny)[1], texts, Tokens(16, 3), min_tokens=2)]
+    for index in range(5):
+        mine = MeasuredShard.load(folder / "shards" / f"eval.{index}-of-5.json")
+        own = batches[index * 26 // 5 : (index + 1) * 26 // 5]
+        expected = sorted(sample for batch in own for sample in batch.samples.tolist())
+        assert [*mine.parts["loss"].items] == expected
+
+
+def test_shards_of_a_streamed_model_have_the_same_bits(shallower, command, shards):
+    whole = shallower(*command, *BOTH, "--no-cache", "--json").json
+    shards(2, "--stream", *BOTH)
+    assert shallower("gather", "shards", "--out", "gathered", "--json").json == whole
+
+
+def test_a_shard_that_is_there_is_not_measured_again(shallower, folder, command, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    command = [*command, "--out", "out", "--shard", "auto"]
+    first = shallower(*command)
+    assert "shard 1/4: loss, batches [6, 13) of 26, 21 texts" in first.out
+    monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
+    again = shallower(*command)
+    assert again.out == first.out
+    assert "out/eval.1-of-4.json is already there" in again.err
+    dry = shallower(*command, "--dry-run", "--json").json
+    assert (dry["shard"], dry["write"]) == ("1/4", ["out/eval.1-of-4.json"])
+    other = shallower(*command, "--max-texts", "70")
+    assert "eval.1-of-4.json exists already" in other.error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shard", "9/8", "--out", "out"], "there is no shard 9/8"),
+        (["--shard", "1/8"], "a shard is a file: name the folder to write it to (--out)"),
+        (["--shard", "1/8", "--workers", "2", "--out", "out"], "made by one process"),
+        (["--on", "local"], "how many processes are to share the eval?"),
+        (["--tasks", "boolq", "--shard", "1/8", "--out", "out"], "--tasks are scored by one"),
+        (["--tasks", "boolq", "--workers", "2"], "by naming one task a command"),
+        (["--against", "other", "--workers", "2"], "finds both in the cache"),
+    ],
+)
+def test_what_falls_into_no_shards_is_refused(shallower, folder, tiny, jsonl, options, said):
+    assert said in shallower("eval", tiny, "--texts", jsonl, *options).error
+    assert not (folder / "out").exists()
+
+
+def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, command, shards):
+    assert shallower(*command, "--out", "parts", "--shard", "0/2").status == 0
+    gather = ["gather", "parts", "--out", "out"]
+    assert shallower(*gather).error == "1 shard of 2 is missing: 1/2"
+    assert shallower(*command, "--out", "parts", "--shard", "1/2", "--max-texts", "75").status == 0
+    assert "are shards of different evals: their " in shallower(*gather).error
+    overwritten = [*command, "--out", "parts", "--shard", "1/2", "--overwrite"]
+    assert shallower(*overwritten, "--drop", "2:4").status == 0
+    assert "their cut differs ([1, 3) and [2, 4))" in shallower(*gather).error
+    assert not (folder / "out").exists()
+    (folder / "parts" / "scan.0-of-2.safetensors").touch()
+    assert "shards of a scan and of an eval" in shallower(*gather).error
+
+
+def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):
+    """A fingerprint covers norms alone, which are ones in both."""
+    tiny_llama(seed=5).save_pretrained(folder / "tiny")
+    words.save_pretrained(folder / "tiny")
+    other = ["eval", "tiny", *command[2:]]
+    for index, words_of in enumerate((command, other)):
+        assert shallower(*words_of, "--out", "parts", "--shard", f"{index}/2").status == 0
+    assert "their inputs differ" in shallower("gather", "parts", "--out", "out").error
+
+
+# By workers.
+def test_workers_measure_what_one_process_finds(shallower, folder, command, monkeypatch):
+    whole = shallower(*command, *BOTH, "--no-cache", "--json").json
+    done = shallower(*command, *BOTH, "--workers", "2", "--out", "out", "--json")
+    assert done.json == whole
+    assert [path.name for path in (folder / "out").iterdir()] == ["eval.json"]
+    monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
+    again = shallower(*command, *BOTH, "--workers", "2", "--json")
+    assert again.json == whole
+    assert "measured before" in again.err
+
+
+@pytest.mark.slow
+def test_texts_that_no_worker_can_measure_are_named_and_the_others_are_kept(
+    shallower, folder, command, monkeypatch
+):
+    command = [*command, "--out", "out", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.runs.eval_shards.OPENER", "tests.runs.counting:PoisonedEval")
+        done = shallower(*command)
+        unkept = shallower(*command[:-4], "--workers", "1")
+    assert "the eval is incomplete: 1 of its shards failed 3 times each" in done.error
+    assert "shard 7/64 by ValueError: poison" in done.error
+    assert "each, shard 7/64 by ValueError: poison" in unkept.error
+    assert "name a folder to keep the others (--out)" in unkept.error
+    (named,) = json.loads((folder / "out" / "incomplete.json").read_text())
+    assert named["shard"] == "7/64"
+    assert 0 <= named["texts"]["loss"][0] < named["texts"]["loss"][1] <= 76
+    again = shallower(*command, "--json")
+    assert "goes on: 63 of 64 shards were measured" in again.err
+    assert again.json == shallower(*command[:-4], "--no-cache", "--json").json
+    assert [path.name for path in (folder / "out").iterdir()] == ["eval.json"]
+
+
+# Into a folder.
+def test_what_is_printed_is_written_and_not_over_something_else(shallower, folder, tiny, jsonl):
+    command = ["eval", tiny, "--texts", jsonl, "--out", "out"]
+    done = shallower(*command)
+    assert done.out.endswith("wrote out/eval.json\n")
+    written = (folder / "out" / "eval.json").read_text()
+    assert shallower(*command, "--json").out == written
+    assert "out/eval.json exists already" in shallower(*command, "--drop", "1").error
+    assert (folder / "out" / "eval.json").read_text() == written
+    dry = shallower(*command, "--drop", "1", "--dry-run", "--json").json
+    assert dry["write"] == ["out/eval.json"]
+    cut = shallower(*command, "--drop", "1", "--overwrite", "--json")
+    assert (folder / "out" / "eval.json").read_text() == cut.out != written
+    inside = shallower("eval", tiny, "--texts", jsonl, "--out", tiny / "out")
+    assert "it lies in" in inside.error
