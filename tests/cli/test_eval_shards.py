@@ -145,7 +145,7 @@ def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, com
     assert "their cut differs ([1, 3) and [2, 4))" in shallower(*gather).error
     assert not (folder / "out").exists()
     (folder / "parts" / "scan.0-of-2.safetensors").touch()
-    assert "shards of a scan and of an eval" in shallower(*gather).error
+    assert "of several kinds (eval, scan)" in shallower(*gather).error
 
 
 def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):

@@ -207,7 +207,9 @@ def test_the_kind_of_shards_is_told_by_their_names(parts, tmp_path):
     (tmp_path / "scans" / "scan.0-of-1.safetensors").touch()
     assert kind_of([parts]) == kind_of([parts / "eval.0-of-3.json"]) == "eval"
     assert kind_of([tmp_path / "scans"]) == "scan"
-    with pytest.raises(ScanError, match="of a scan and of an eval: gather the two one after"):
-        kind_of([parts / "eval.0-of-3.json", tmp_path / "scans"])
-    with pytest.raises(ScanError, match=r"scan\.I-of-N\.safetensors or eval\.I-of-N\.json"):
+    assert kind_of([parts / "renamed.json"]) == "eval"
+    assert kind_of([tmp_path / "compare.1-of-2.json"]) == "compare"
+    with pytest.raises(ScanError, match=r"of several kinds \(compare, eval, scan\): gather them"):
+        kind_of([parts / "eval.0-of-3.json", tmp_path / "scans", tmp_path / "compare.0-of-1.json"])
+    with pytest.raises(ScanError, match=r"scan\.I-of-N\.safetensors or eval\.I-of-N\.json or"):
         gather_evaluation([tmp_path])
