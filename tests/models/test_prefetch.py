@@ -5,12 +5,14 @@ import torch
 
 import shallower as sh
 from shallower.models import prefetch, transfers
+from shallower.models.architecture import find_layers
 from shallower.models.layerwise import Layerwise
 from shallower.models.offload import write_weight
 from shallower.models.prefetch import Ahead
 from tests.conftest import tiny_llama
 from tests.documents import documents
 from tests.models.batches import batch
+from tests.models.gguf_files import write_family
 from tests.models.late_streams import LateStreams
 from tests.models.offloaded import offloaded
 
@@ -28,20 +30,32 @@ def late(monkeypatch):
     return streams
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_comes_late_is_what_does_not_travel(dtype, tmp_path, words, request):
-    tiny_llama(6).save_pretrained(tmp_path / "tiny")
-    words.save_pretrained(tmp_path / "tiny")
-    whole, tokenizer = sh.load_model(tmp_path / "tiny", dtype, progress=False)
+def model_of(kind, folder, words):
+    """The place of a model of six layers in safetensors, or of one in a GGUF file."""
+    if kind != "safetensors":
+        return write_family(folder / "tiny.gguf", kind)
+    tiny_llama(6).save_pretrained(folder / "tiny")
+    words.save_pretrained(folder / "tiny")
+    return folder / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("safetensors", "float32"), ("safetensors", "bfloat16"), ("lfm2", "float32")],
+)
+def test_what_comes_late_is_what_does_not_travel(kind, dtype, tmp_path, words, request):
+    place = model_of(kind, tmp_path, words)
+    whole, tokenizer = sh.load_model(place, dtype, progress=False)
     options = {"batch_size": 8, "max_length": 12, "progress": False}
     sh.scan(whole, tokenizer, TEXTS, **options).save(tmp_path / "whole.safetensors")
     loss = sh.evaluate_loss(whole, tokenizer, TEXTS, **options)
     late = request.getfixturevalue("late")
-    streamed, _ = sh.load_model(tmp_path / "tiny", dtype, "stream", progress=False)
+    streamed, _ = sh.load_model(place, dtype, "stream", progress=False)
     sh.scan(streamed, tokenizer, TEXTS, **options).save(tmp_path / "streamed.safetensors")
     scans = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "streamed")]
     assert scans[0] == scans[1]
-    assert late.brought == 5 + 6 * 5  # layers behind the first, and five batches before each
+    layers = len(find_layers(streamed))
+    assert late.brought == (layers - 1) + 5 * layers  # five batches before each layer
     assert sh.evaluate_loss(streamed, tokenizer, TEXTS, **options) == loss
     assert late.waiting == []
 
