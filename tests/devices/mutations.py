@@ -73,7 +73,7 @@ def stayed(call):
         return call.func.value
     if call.func.attr in ORDERS:
         return ast.Constant(None)
-    if is_order(call):
+    if is_order(call) and not is_move(call):
         kept = [word for word in call.keywords if word.arg != "non_blocking"]
         return ast.Call(call.func, call.args, kept)
     if call.func.attr != "to":
