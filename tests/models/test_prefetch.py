@@ -160,3 +160,13 @@ def test_an_error_of_reading_is_that_of_a_layer_that_was_not_fetched(late, monke
     ahead.fetch(layer)
     with pytest.raises(OSError, match="the disk is gone"), ahead.resident(layer):
         pass
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3), (3, 2, 0)])
+def test_the_layer_that_is_fetched_is_that_which_is_needed_next(late, order, monkeypatch):
+    model, fetched = Layerwise(offloaded(tiny_llama(4))), []
+    monkeypatch.setattr(model._ahead, "fetch", fetched.append)
+    assert tuple(model.one_by_one(order)) == order
+    assert fetched == [model.modules[layer] for layer in order[1:]]
+    model.in_step([iter((0, 3))], {3, 0})
+    assert fetched[2:] == [model.modules[3]]

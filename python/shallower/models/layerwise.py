@@ -9,6 +9,7 @@ are joined by the residual stream alone.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -155,9 +156,9 @@ class Layerwise:
             yield (layer,)
 
     def one_by_one(self, layers: Iterable[int]) -> Iterator[int]:
-        """Give layers, ascending, each with its weights on its device while it is looked at."""
+        """Give layers in their order, each with its weights on its device while it is looked at."""
         order = list(layers)
-        yield from self._there([iter(order)], order)
+        yield from self._there([iter(order)], dict(pairwise(order)).get)
 
     def in_step(self, jobs: Iterable[Iterator[int]], order: Iterable[int] | None = None) -> None:
         """Carry out jobs, each of which gives the layers that it needs, ascending.
@@ -166,11 +167,14 @@ class Layerwise:
         is read once for all jobs. Those that need the same layer take turns in their order. Which
         layers jobs need at all, ``order``, helps to fetch the next one; by default all.
         """
-        for _ in self._there(jobs, sorted(range(len(self)) if order is None else order)):
+        needed = sorted(range(len(self)) if order is None else order)
+        for _ in self._there(jobs, dict(pairwise(needed)).get):
             pass
 
-    def _there(self, jobs: Iterable[Iterator[int]], order: Sequence[int]) -> Iterator[int]:
-        """Each layer that jobs need, while it is there; the next in order is fetched meanwhile."""
+    def _there(
+        self, jobs: Iterable[Iterator[int]], ahead: Callable[[int], int | None]
+    ) -> Iterator[int]:
+        """Each layer that jobs need, while it is there; the one ``ahead`` is fetched meanwhile."""
         needed = [(job, next(job, None)) for job in jobs]
         reading = reading_of(self._model)
         try:
@@ -179,7 +183,7 @@ class Layerwise:
                 module = self.modules[layer]
                 reading.bytes_read += stored_bytes(module)
                 with self._ahead.resident(module):
-                    following = next((index for index in order if index > layer), None)
+                    following = ahead(layer)
                     if following is not None:
                         self._ahead.fetch(self.modules[following])
                     yield layer
