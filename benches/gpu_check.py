@@ -39,6 +39,7 @@ STEPS = {
     "g": ("merge", "heals.merge", 4),
     "h": ("loss at a large vocabulary", "patches.loss", 3),
     "i": ("torchrun", "heals.several", 4),
+    "j": ("scan and loss with layers on disk", "scans.streamed", 5),
 }
 
 

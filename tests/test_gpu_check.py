@@ -43,6 +43,10 @@ FIGURES = {
         "tokens_per_second", "bytes_of_all_logits", "memory", "planned",
     },
     "i": {"ranks", "seconds", "held_out", "tokens_per_second", "difference_of_logits"},
+    "j": {
+        "batch_size", "num_texts", "max_length", "layer_bytes", "difference_of_distances",
+        "difference_of_losses", "plain", "streamed",
+    },
 }  # fmt: skip
 
 
@@ -90,7 +94,7 @@ def test_every_step_leaves_a_complete_record(tmp_path):
     errors = {name: step.get("error") for name, step in record["steps"].items()}
     assert set(errors.values()) == {None}, done.stderr[-4000:]
     assert done.returncode == 0
-    assert list(record["steps"]) == list("abcdefghi")
+    assert list(record["steps"]) == list("abcdefghij")
     assert record["card"] is None
     assert record["miniature"]
     assert record["packages"]["torch"]

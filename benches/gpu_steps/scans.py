@@ -143,6 +143,48 @@ def _against_pruneme(setting, model):
     }
 
 
+def streamed(setting):
+    """A scan and a loss of a 7B whose layers come from disk, against those of it on the device."""
+    max_length, size = setting.pick(256, 16), setting.pick(16, 2)
+    texts = setting.texts(setting.pick(256, 8), max_length)
+    found, work = {}, (texts, size, max_length)
+    for way, place in (("plain", str(setting.device)), ("streamed", "stream")):
+        model, _ = sh.load_model(setting.stored("7b"), setting.plain, place, progress=False)
+        found[way] = _with_memory(setting, model, *work)
+        layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+        del model
+        setting.forget()
+    plain, layers = found["plain"], found["streamed"]
+    difference = float(np.abs(plain.pop("mean") - layers.pop("mean")).max())
+    assert difference < TOLERANCE[setting.plain], f"streaming is off by {difference:.2g}"
+    nats = abs(plain["nats"] - layers["nats"])
+    assert nats < TOLERANCE[setting.plain], f"the streamed loss is off by {nats:.2g}"
+    more = layers["memory"]["above_bytes"] - plain["memory"]["above_bytes"]
+    if setting.cuda:
+        assert more < 3 * layer, f"streaming holds {more:,} bytes more, and a layer has {layer:,}"
+    return {
+        "batch_size": size,
+        "num_texts": len(texts),
+        "max_length": max_length,
+        "layer_bytes": layer,
+        "difference_of_distances": difference,
+        "difference_of_losses": nats,
+        **found,
+    }
+
+
+def _with_memory(setting, model, texts, size, max_length):
+    """A scan's mean distances and seconds, all but the first of them, its memory, and the loss."""
+    work = setting, model, texts, size, max_length
+    with setting.peak() as memory:
+        mean = _scan(*work).mean("angular")
+    loss = sh.evaluate_loss(
+        model, setting.tokenizer, texts, max_length=max_length, batch_size=size, progress=False
+    )
+    seconds = [setting.seconds(_scan, *work) for _ in range(setting.pick(3, 2))]
+    return {"mean": mean, "nats": loss.nats, "scan_s": spread(seconds), "memory": memory}
+
+
 @torch.inference_mode()
 def _angular(setting, model, texts, size, max_length, n):
     """(L+1-n,) mean distances, as compute_block_similarity of PruneMe computes them."""

@@ -4,7 +4,7 @@ A move is ``x.to(where)`` where ``where`` is no dtype, ``x.cpu()``, or ``device=
 makes a tensor; not a copy that is kept in the CPU's memory, nor one made there. Without it, ``x``
 stays where it is (in the dtype that it is moved to), and a new tensor is made on the CPU. A
 function is changed in place, by the code of its changed source, so that whoever knows it meets the
-change.
+change. Streams are taken out of their order in the same way.
 """
 
 import ast
@@ -58,10 +58,24 @@ def is_move(call):
     return made and "device" in named and not isinstance(named["device"], ast.Constant)
 
 
+def is_order(call):
+    """Whether a call lets streams or the host wait for others, or lets a copy wait for nobody."""
+    name = getattr(call.func, "attr", "")
+    return name in ORDERS or any(word.arg == "non_blocking" for word in call.keywords)
+
+
+ORDERS = ("record", "wait_event", "synchronize", "pin_memory")
+
+
 def stayed(call):
-    """The call without its move: what it was called on, or the CPU."""
-    if call.func.attr == "cpu":
+    """The call without its move: what it was called on, or the CPU; or without its order."""
+    if call.func.attr in ("cpu", "pin_memory"):
         return call.func.value
+    if call.func.attr in ORDERS:
+        return ast.Constant(None)
+    if is_order(call) and not is_move(call):
+        kept = [word for word in call.keywords if word.arg != "non_blocking"]
+        return ast.Call(call.func, call.args, kept)
     if call.func.attr != "to":
         changed = copy.copy(call)
         changed.keywords = [word for word in call.keywords if word.arg != "device"]
@@ -75,8 +89,8 @@ def stayed(call):
     return ast.Call(call.func, rest, kept) if rest or kept else call.func.value
 
 
-def moves():
-    """All moves of the package."""
+def moves(wanted=is_move):
+    """All moves of the package, or other calls."""
     found = []
     for file in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -86,7 +100,7 @@ def moves():
             found += [
                 Move(name, function, numbers[id(call)], ast.unparse(call))
                 for call in _calls(node)
-                if is_move(call)
+                if wanted(call)
             ]
     return found
 

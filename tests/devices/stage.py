@@ -9,11 +9,17 @@ Where a value is read, it gives an answer, so that code that reads a loss or a n
 
 import functools
 import itertools
+import json
+import os
 import sys
+import tempfile
 import warnings
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from pathlib import Path
 
 import accelerate.hooks
+import accelerate.utils.offload
 import numpy as np
 import pytest
 import torch
@@ -23,6 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from shallower.models import prefetch
+from tests.devices.timeline import Timeline
 
 aten = torch.ops.aten
 
@@ -43,11 +52,20 @@ class _Answers(TorchDispatchMode):
         super().__init__()
         self.by_reader = {}
         self.falling = 1.0
+        self.timeline = Timeline()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function.overloadpacket in (aten._local_scalar_dense, aten.item, aten.is_nonzero):
+            if args[0].is_cuda:
+                self.timeline.wait_for(args[0].device)
+            self.timeline.host_reads(args[0])
             return self._value(args[0].dtype)
+        output = self._call(function, args, kwargs)
+        self.timeline.saw(function, args, kwargs, output)
+        return self.timeline.pin(output) if kwargs.get("pin_memory") else output
+
+    def _call(self, function, args, kwargs):
         if function in (aten.equal.default, aten.allclose.default):
             aten.eq.Tensor(*args[:2])  # which refuses two devices
             return True
@@ -102,44 +120,37 @@ def _require_one_device(function, tensors):
         raise DeviceError(f"{function}: tensors on the devices {sorted(map(str, devices))}")
 
 
-class Event:
-    """Stands for an event of CUDA, which needs a card."""
+class _AtOnce(Executor):
+    """Stands for a thread, in which tensors would not be fake: work is done when it is given."""
 
     def __init__(self, *_args, **_options):
-        self.recorded = self.awaited = False
-
-    def record(self, stream=None):
-        self.recorded = True
-
-    def wait(self, stream=None):
-        self.awaited = True
-
-    def query(self):
-        return True
-
-    def synchronize(self):
-        assert self.recorded
-        self.awaited = True
-
-
-class Stream(Event):
-    """Stands for a stream of CUDA, on which nothing has to wait."""
-
-    def wait_stream(self, stream):
         pass
 
-    def wait_event(self, event):
-        assert event.recorded
+    def submit(self, work, /, *args, **kwargs):
+        done = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
-    def record_event(self, event=None):
-        event = event or Event()
-        event.record(self)
-        return event
 
+class _Opened:
+    """Stands for an open file of safetensors, whose tensors have no values."""
 
-@contextmanager
-def _stream(_stream):
-    yield
+    def __init__(self, path, **_options):
+        with Path(path).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            self.header = json.loads(file.read(size))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        pass
+
+    def get_tensor(self, name):
+        return torch.empty(self.header[name]["shape"], dtype=torch.bfloat16)
 
 
 def _apply(module, change, recurse=True):
@@ -179,20 +190,24 @@ def _grad(plain):
     return grad
 
 
-def _pinned(tensor, _device=None):
-    """Stands for pinned memory, into which the CPU's tensors alone are copied."""
-    if tensor.device.type != "cpu":
-        raise DeviceError(f"a tensor on device {tensor.device} cannot be pinned")
-    return tensor
+def _pinning(timeline):
+    def pinned(tensor, _device=None):
+        """Stands for pinned memory, into which the CPU's tensors alone are copied."""
+        if tensor.device.type != "cpu":
+            raise DeviceError(f"a tensor on device {tensor.device} cannot be pinned")
+        return timeline.pin(tensor.clone())
+
+    return pinned
 
 
-def _numpy(plain):
+def _numpy(plain, timeline):
     @functools.wraps(plain)
     def numpy(self, *, force=False):
         if not isinstance(self, FakeTensor):
             return plain(self, force=force)
         if self.device.type != "cpu":
             raise TypeError(f"can't convert {self.device} device type tensor to numpy")
+        timeline.host_reads(self)
         kind = torch.empty(0, dtype=self.dtype, device="meta")
         return np.zeros(self.shape, str(kind.dtype).removeprefix("torch."))
 
@@ -205,10 +220,11 @@ class Stage:
     Args:
         devices: one or two; none is the CPU, on which backward can be rehearsed, too.
         offloading: whether half of the layers wait in the CPU's memory.
+        streaming: whether all layers wait on disk, in a file that has no blocks there.
     """
 
-    def __init__(self, devices=1, *, offloading=False):
-        self.devices, self.offloading = devices, offloading
+    def __init__(self, devices=1, *, offloading=False, streaming=False):
+        self.devices, self.offloading, self.streaming = devices, offloading, streaming
         self.first = torch.device("cuda:0" if devices else "cpu")
         self.last = torch.device("cuda", devices - 1) if devices else self.first
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -218,8 +234,11 @@ class Stage:
     def open(self, **by_reader):
         """Everything is fake in the body; functions named in ``by_reader`` read those values."""
         self.answers.by_reader = {name: itertools.cycle(v) for name, v in by_reader.items()}
-        with _standing_in(), self.mode, self.answers:
+        self.answers.timeline = self.timeline = Timeline()
+        with _standing_in(self.timeline), self.mode, self.answers:
             yield self
+        if self.timeline.early:
+            raise DeviceError(f"a device gets back {self.timeline.early[0]}")
 
     @functools.cache  # noqa: B019 - as long as the stage
     def model(self, layers=4):
@@ -241,32 +260,56 @@ class Stage:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         for part in (model, model.model):
             part.register_forward_pre_hook(_require_inputs, with_kwargs=True)
-        return self.spread(model) if self.devices == 2 or self.offloading else model
+        apart = self.devices == 2 or self.offloading or self.streaming
+        return self.spread(model) if apart else model
 
     def spread(self, model):
-        """The second half of the layers on the second device, or offloaded, by accelerate."""
-        half, other = len(model.model.layers) // 2, "cpu" if self.offloading else 1
+        """Half of the layers on the second device, or offloaded, or all on disk, by accelerate."""
+        first = 0 if self.streaming else len(model.model.layers) // 2
+        other = "disk" if self.streaming else "cpu" if self.offloading else 1
         places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb"), 0)
         for index in range(len(model.model.layers)):
-            places[f"model.layers.{index}"] = 0 if index < half else other
+            places[f"model.layers.{index}"] = 0 if index < first else other
         places |= dict.fromkeys(("model.norm", "lm_head"), self.last.index)
-        with self.mode, _standing_in():
-            return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
+        options = {"skip_keys": model._skip_keys_device_placement}
+        if self.streaming:
+            self.folder = tempfile.TemporaryDirectory(prefix="stage-")
+            options["offload_index"] = _stored(model.model.layers, Path(self.folder.name))
+        with self.mode, _standing_in(Timeline()):
+            return dispatch_model(model, places, **options)
+
+
+def _stored(layers, folder):
+    """Where the weights of layers would lie, in a file of safetensors that has only room."""
+    path, end, header = folder / "layers.safetensors", 0, {}
+    for name, weight in layers.named_parameters(prefix="model.layers"):
+        begin, end = end, end + 2 * weight.numel()
+        places = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [begin, end]}
+        header[name] = places
+    written = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.truncate(8 + len(written) + end)
+    return {name: {"safetensors_file": str(path), "weight_name": name} for name in header}
 
 
 @contextmanager
-def _standing_in():
+def _standing_in(timeline):
     """What fake tensors and fake devices cannot do, done otherwise in the body."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         patch.setattr(accelerate.hooks, "set_module_tensor_to_device", _set)
         patch.setattr(nn.Module, "_apply", _apply)
-        patch.setattr(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy))
-        patch.setattr(torch.Tensor, "pin_memory", _pinned)
+        patch.delattr(os, "posix_fadvise", raising=False)  # no file has anything to fetch
+        patch.setattr(accelerate.utils.offload, "safe_open", _Opened)
+        patch.setattr(prefetch, "ThreadPoolExecutor", _AtOnce)
+        patch.setattr(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy, timeline))
+        patch.setattr(torch.Tensor, "pin_memory", _pinning(timeline))
         patch.setattr(torch.autograd, "grad", _grad(torch.autograd.grad))
-        for name, value in (("Event", Event), ("Stream", Stream), ("stream", _stream)):
+        for name, value in (("Event", timeline.Event), ("Stream", timeline.Stream)):
             patch.setattr(torch.cuda, name, value)
-        patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(torch.cuda, "stream", timeline.within)
+        patch.setattr(torch.cuda, "current_stream", timeline.current_stream)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         yield

@@ -9,8 +9,8 @@ import torch
 import shallower as sh
 from shallower.memory.retry import Halving
 from shallower.models.architecture import find_layers
+from shallower.models.transfers import HostCopies
 from shallower.scanning.hidden_states import _RowHooks, chosen_tokens
-from shallower.scanning.transfers import HostCopies
 from shallower.texts.batches import Batch, TokenBatches
 from shallower.values.positions import Positions
 from shallower.values.tokens import Tokens

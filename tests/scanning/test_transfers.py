@@ -8,46 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from shallower.scanning import transfers
+from shallower.models import transfers
+from shallower.models.transfers import Gathered, HostCopies, SideStreams
 from shallower.scanning.hidden_states import stream
-from shallower.scanning.transfers import Gathered, HostCopies, SideStreams
 from shallower.values.positions import Positions
 from tests.conftest import tiny_llama
+from tests.models.late_streams import LateStreams
 from tests.scanning.test_hidden_states import SEQUENCES, batched
 
 ALL = Positions.parse("all")
 
 
-class LateStreams:
-    """Side streams that copy only when somebody waits."""
-
-    def __init__(self):
-        self.pinned, self.waiting, self.most_waiting, self.sent = [], [], 0, 0
-
-    def pin(self, num_bytes):
-        self.pinned.append(num_bytes)
-        return torch.full((num_bytes,), 255, dtype=torch.uint8)
-
-    def send(self, tensor, device):
-        self.sent += 1
-        return tensor.clone().to(device)
-
-    def receive(self, rows, target):
-        copy = SimpleNamespace(rows=rows, target=target)
-
-        def synchronize():
-            copy.target.copy_(copy.rows)
-            self.waiting.remove(copy)
-
-        self.waiting.append(copy)
-        self.most_waiting = max(self.most_waiting, len(self.waiting))
-        return SimpleNamespace(synchronize=synchronize)
-
-
 @pytest.fixture
 def late(monkeypatch):
     """The stand-in, to which every device is one apart from the CPU."""
-    monkeypatch.setattr(transfers, "_apart", lambda _device: True)
+    monkeypatch.setattr(transfers, "is_apart", lambda _device: True)
     return LateStreams()
 
 
@@ -116,7 +91,7 @@ def test_token_ids_are_sent_and_rows_leave_at_once(late, llama):
 # States in several dtypes.
 @pytest.mark.parametrize("apart", [False, True])
 def test_states_of_several_dtypes_are_joined_in_order(late, apart, monkeypatch):
-    monkeypatch.setattr(transfers, "_apart", lambda _device: apart)
+    monkeypatch.setattr(transfers, "is_apart", lambda _device: apart)
     three = torch.arange(3 * 2 * 4.0).view(3, 2, 4)
     rows = [
         Gathered(torch.cat([three, three]).bfloat16(), [0, 3, 4]),

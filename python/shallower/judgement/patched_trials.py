@@ -194,7 +194,8 @@ def _run_patched(
     places = [_before(cut, index) for cut, indices in cuts.items() for index in indices]
     with model.evaluating():
         before = trials.prefixes.run_together(places, befores.__setitem__)
-        model.in_step([before, *(job(*one) for one in cuts.items())])
+        order = {layer for cut in cuts for layer in trials.path(cut)}
+        model.in_step([before, *(job(*one) for one in cuts.items())], order)
     yield from found.items()
 
 

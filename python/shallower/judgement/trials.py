@@ -241,7 +241,8 @@ class Trials:
         prefixes = self.prefixes
         for group in prefixes.groups(places, lambda place: prefixes.bytes_of([place[0]])):
             with self.model.evaluating():
-                self.model.in_step([prefixes.run_together(group, take)])
+                order = {layer for _, path in group for layer in path}
+                self.model.in_step([prefixes.run_together(group, take)], order)
 
     def _run_together(self, keys: Sequence[tuple[frozenset[int], int]]) -> None:
         """Judge cuts on batches layer by layer; what they took is shared among them."""

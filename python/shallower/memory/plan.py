@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from ..models.architecture import evaluating
@@ -19,6 +20,8 @@ from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.identity import stored_dtype
 from ..models.layer_config import heads_of
+from ..models.layerwise import is_streamed
+from ..models.offload import is_offloaded
 from ..texts.batches import Batch
 from ..values.memory import OFFLOADED, MemoryPlan, usable
 from ..values.tokens import DEFAULT_BATCH, Tokens
@@ -213,7 +216,8 @@ def _sizes(tokens: Tokens, card: bool) -> Iterator[int]:
 def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
     """Decide how many texts make a forward of a model that is loaded, where that is ``auto``.
 
-    On a CPU 8, unless memory is short; on a GPU as many as fit, of 32,768 tokens at most.
+    On a CPU 8, unless memory is short; on a GPU as many as fit, of 32,768 tokens at most, beside
+    two layers where layers come there only to run.
     """
     if tokens.batch_size != "auto":
         return tokens
@@ -221,6 +225,9 @@ def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
     cards = {device for device in devices if device.type == "cuda"}
     free = min(available_bytes(device) for device in cards or {torch.device("cpu")})
     room = Room(free if BUDGET.bound is None else min(free, BUDGET.bound), bool(cards))
+    if room.card and (layers := list(filter(is_offloaded, decoder.layers.modules))):
+        room = Room(max(0, room.size - 2 * max(map(_bytes_of, layers))), card=True)
+        forward = _travelling(forward) if is_streamed(decoder) else forward
     if not room.card and _plainly_fits(decoder, tokens.max_length, forward, room.size):
         return replace(tokens, batch_size=DEFAULT_BATCH)
     plan = plan_forward(
@@ -232,6 +239,21 @@ def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
         loaded=True,
     )
     return replace(tokens, batch_size=plan.micro_batch)
+
+
+def _travelling(forward: Forward) -> Forward:
+    """A forward beside which states come and leave, those of three batches at once."""
+
+    def beside(decoder: Decoder, length: int) -> int:
+        width = int(getattr(decoder.config, "hidden_size", 0))
+        return 3 * length * width * decoder.model.dtype.itemsize
+
+    return replace(forward, beside=beside)
+
+
+def _bytes_of(layer: nn.Module) -> int:
+    """The bytes of the weights of a layer on its device, where it runs or is on its way."""
+    return sum(weight.nbytes for weight in layer.parameters())
 
 
 def _plainly_fits(decoder: Decoder, length: int, forward: Forward, room: int) -> bool:

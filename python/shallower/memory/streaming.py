@@ -20,6 +20,7 @@ from ..models.architecture import find_layers
 from ..models.gguf_reading import layer_bytes
 from ..models.layerwise import Layerwise, is_streamed
 from ..models.loading import layers_of
+from ..models.transfers import Gathered, HostCopies, HostCopy, is_apart
 from ..progress import track
 from ..texts.batches import Batch
 from ..values.counts import counted
@@ -106,6 +107,47 @@ def disk_speed(file: Path) -> float:
         return size / max(1e-9, time.perf_counter() - begun)
 
 
+class _Travelling:
+    """(B, T, D) states of batches in the CPU's memory, sent to a device and back.
+
+    On CUDA they travel while it computes: the next ones come, and those of the batch before leave.
+    """
+
+    def __init__(self, device: torch.device, num_batches: int) -> None:
+        self._device, self._copies = device, HostCopies()
+        self._places = range(num_batches)
+        self._there: dict[int, torch.Tensor] = {}
+        self._leaving: tuple[int, HostCopy] | None = None
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        if self._leaving and self._leaving[0] == place:
+            self._settle()
+        return self._there[place]
+
+    def __setitem__(self, place: int, states: torch.Tensor) -> None:
+        if not is_apart(states.device):
+            self._there[place] = states.cpu()
+            return
+        self._settle()
+        self._leaving = place, self._copies.start([Gathered(states[None], [0])])
+
+    def on_device(self) -> Iterator[torch.Tensor]:
+        """Give the states of each batch, where the model begins."""
+        return self._copies.bring(map(self.__getitem__, self._places), self._device)
+
+    def all(self) -> list[torch.Tensor]:
+        """Give the states of all batches, on the CPU."""
+        self._settle()
+        return [self._there[place] for place in self._places]
+
+    def _settle(self) -> None:
+        """Wait for what leaves, and take it from the buffer, which another will need."""
+        if self._leaving:
+            place, copy = self._leaving
+            self._there[place] = copy.wait()[0].clone()
+            self._leaving = None
+
+
 class Streamed:
     """A model whose layers are each read once a pass over many batches.
 
@@ -143,21 +185,25 @@ class Streamed:
         if not self._is_sure:
             self.model.check(batches[0].split(1)[0])
         layers = range(len(self.model))
-        states = [self.model.embed(batch).cpu() for batch in batches]
+        states = _Travelling(self.model.head.decoder.device, len(batches))
+        for place, batch in enumerate(batches):
+            states[place] = self.model.embed(batch)
         bar = track("layers read", len(layers), self._progress)
         with self.model.evaluating(), bar as advance:
             for layer in self.model.one_by_one(layers):
-                for place, batch in enumerate(batches):
+                for place, given in enumerate(states.on_device()):
                     if look is not None:
                         look(place, layer, states[place])
                     with self.model.alone():
-                        behind = self.model.run(batch, states[place], (layer,))
-                    states[place] = behind.cpu()
+                        reached = self.model.run(batches[place], given, (layer,))
+                    states[place] = reached
+                    del given, reached
                 advance(1)
+        behind = states.all()
         if look is not None:
-            for place, behind in enumerate(states):
-                look(place, len(layers), behind)
-        return states
+            for place, one in enumerate(behind):
+                look(place, len(layers), one)
+        return behind
 
     def _bytes_of(self, batch: Batch) -> int:
         """The bytes of a state of a batch."""

@@ -9,6 +9,7 @@ are joined by the residual stream alone.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from ..texts.batches import Batch
 from .architecture import check_length, evaluating
 from .decoder import Decoder
 from .head import Head, one_of_each, replaced
-from .offload import fetch_ahead, is_offloaded, is_on_disk, reading_of, resident, stored_bytes
+from .offload import is_offloaded, is_on_disk, read_to_cpu, reading_of, stored_bytes
+from .prefetch import Ahead
 
 
 class _Reached(Exception):  # noqa: N818 - no error
@@ -91,6 +93,8 @@ class Layerwise:
         self._positions = decoder.positions
         self._extras: list[int] = []
         self._is_evaluating = self._is_checked = False
+        self._ahead = Ahead()
+        read_to_cpu(self._model)
         self._probe()
 
     def __len__(self) -> int:
@@ -152,37 +156,43 @@ class Layerwise:
             yield (layer,)
 
     def one_by_one(self, layers: Iterable[int]) -> Iterator[int]:
-        """Give layers, ascending, each with its weights on its device while it is looked at."""
+        """Give layers in their order, each with its weights on its device while it is looked at."""
+        order = list(layers)
+        yield from self._there([iter(order)], dict(pairwise(order)).get)
 
-        def job() -> Iterator[int]:
-            yield from layers
-
-        yield from self._there([job()])
-
-    def in_step(self, jobs: Iterable[Iterator[int]]) -> None:
+    def in_step(self, jobs: Iterable[Iterator[int]], order: Iterable[int] | None = None) -> None:
         """Carry out jobs, each of which gives the layers that it needs, ascending.
 
         A job goes on when its layer has its weights on its device, so that one that waits on disk
-        is read once for all jobs. Those that need the same layer take turns in their order.
+        is read once for all jobs. Those that need the same layer take turns in their order. Which
+        layers jobs need at all, ``order``, helps to fetch the next one; by default all.
         """
-        for _ in self._there(jobs):
+        needed = sorted(range(len(self)) if order is None else order)
+        for _ in self._there(jobs, dict(pairwise(needed)).get):
             pass
 
-    def _there(self, jobs: Iterable[Iterator[int]]) -> Iterator[int]:
-        """Each layer that jobs need, while it is there; the next one is fetched meanwhile."""
+    def _there(
+        self, jobs: Iterable[Iterator[int]], ahead: Callable[[int], int | None]
+    ) -> Iterator[int]:
+        """Each layer that jobs need, while it is there; the one ``ahead`` is fetched meanwhile."""
         needed = [(job, next(job, None)) for job in jobs]
         reading = reading_of(self._model)
-        while waiting := [(job, layer) for job, layer in needed if layer is not None]:
-            layer = min(layer for _, layer in waiting)
-            module = self.modules[layer]
-            reading.bytes_read += stored_bytes(module)
-            with resident(module):
-                if layer + 1 < len(self):
-                    fetch_ahead(self.modules[layer + 1])
-                yield layer
-                needed = [
-                    (job, next(job, None) if wanted == layer else wanted) for job, wanted in waiting
-                ]
+        try:
+            while waiting := [(job, layer) for job, layer in needed if layer is not None]:
+                layer = min(layer for _, layer in waiting)
+                module = self.modules[layer]
+                reading.bytes_read += stored_bytes(module)
+                with self._ahead.resident(module):
+                    following = ahead(layer)
+                    if following is not None:
+                        self._ahead.fetch(self.modules[following])
+                    yield layer
+                    needed = [
+                        (job, next(job, None) if wanted == layer else wanted)
+                        for job, wanted in waiting
+                    ]
+        finally:
+            self._ahead.drop()
 
     @contextmanager
     def starting_from(self, states: torch.Tensor, layers: Sequence[int]) -> Iterator[None]:
@@ -290,10 +300,14 @@ class Layerwise:
         try:
             with self._only(layers if run_last else (), states, stop=True):
                 self._forward(self._runner, batch)
+            raise ModelError(f"{self._path}: the forward did not run the layers {list(layers)}")
         except _Reached as reached:
             check_states(batch, reached.states, layers[-1] + 1 if run_last else 0, path=self._path)
             return reached.states
-        raise ModelError(f"{self._path}: the forward did not run the layers {list(layers)}")
+        except torch.OutOfMemoryError:  # whose traceback would hold the tensors of what failed
+            if len(layers) > 1 or not self._ahead.give_way():
+                raise
+        return self._ended(batch, states, layers, run_last)
 
     def _forward(self, module: nn.Module, batch: Batch) -> Any:
         return module(

@@ -11,11 +11,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate import hooks as accelerate_hooks
 from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils.offload import OffloadedWeightsLoader
 from torch import nn
 
 from ..values.counts import counted
@@ -80,6 +84,18 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(stop - start for _, start, stop in _in_files(module))
 
 
+def read_to_cpu(model: nn.Module) -> None:
+    """Let weights on disk be read into the CPU's memory; accelerate would send each to its card.
+
+    From there they travel while the card computes, and there a changed one stays.
+    """
+    for part in model.modules():
+        for hook in _hooks(part):
+            loader = getattr(hook.weights_map, "dataset", None)
+            if isinstance(loader, OffloadedWeightsLoader):
+                loader.device = "cpu"
+
+
 def fetch_ahead(module: nn.Module) -> None:
     """Let the system read the weights of a module from disk while other work goes on."""
     if not hasattr(os, "posix_fadvise"):  # not on Linux: they are read when they are needed
@@ -133,9 +149,21 @@ def stored_weight(module: nn.Module, name: str) -> torch.Tensor:
     for hook in _hooks(module):
         if hook.weights_map is not None:
             with suppress(KeyError):  # to look for it first would read it twice
-                stored: torch.Tensor = hook.weights_map[name]
-                return stored.to(parameter.dtype)
+                return read_weight(hook, name).to(parameter.dtype)
     return parameter
+
+
+def read_weight(hook: AlignDevicesHook, name: str) -> torch.Tensor:
+    """Read the tensor that a hook brings a weight from; one thread at a time, as loaders need it.
+
+    Raises KeyError where the hook brings no such weight.
+    """
+    with _READING:
+        stored: torch.Tensor = hook.weights_map[name]
+        return stored
+
+
+_READING = Lock()
 
 
 def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -150,12 +178,22 @@ def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
     stored.copy_(value)
     if live is not stored and not live.is_meta:
         live.copy_(value)
+    _CHANGES[module] = changes_of(module) + 1
+
+
+_CHANGES: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+
+
+def changes_of(module: nn.Module) -> int:
+    """How often weights of a module were changed; whoever has read them knows them no more."""
+    return _CHANGES.get(module, 0)
 
 
 def forget_change(module: nn.Module, name: str) -> None:
     """Let a weight on disk be read from its file again from here on."""
     for held, key in _in_front(module, name):
         held.pop(key, None)
+    _CHANGES[module] = changes_of(module) + 1
 
 
 def changed_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -179,26 +217,43 @@ def _in_front(module: nn.Module, name: str) -> Iterator[tuple[dict[str, torch.Te
             yield loader.state_dict, key
 
 
+Brought = Mapping[AlignDevicesHook, Mapping[str, torch.Tensor]]
+"""Weights that are on their device already, by the hook that would bring them, and by name."""
+
+
 @contextmanager
-def resident(module: nn.Module) -> Iterator[None]:
+def resident(module: nn.Module, brought: Brought = MappingProxyType({})) -> Iterator[None]:
     """Keep the offloaded weights of a module on its device for as long as the body runs."""
     with ExitStack() as stack:
-        for part in module.modules():
-            for hook in _hooks(part):
-                if hook.offload:
-                    stack.enter_context(_held(part, hook))
+        for part, hook in bringing(module):
+            stack.enter_context(_held(part, hook, brought.get(hook)))
         yield
 
 
 @contextmanager
-def _held(module: nn.Module, hook: AlignDevicesHook) -> Iterator[None]:
-    hook.pre_forward(module)
+def _held(
+    module: nn.Module, hook: AlignDevicesHook, brought: Mapping[str, torch.Tensor] | None
+) -> Iterator[None]:
+    if brought is None:
+        hook.pre_forward(module)
+    else:  # as the hook, which would empty torch's cache after each, and so wait for the device
+        for name, value in brought.items():
+            accelerate_hooks.set_module_tensor_to_device(
+                module, name, value.device, value=value, clear_cache=False
+            )
+        hook.tied_pointers_to_remove = set()
     hook.offload = False
     try:
         yield
     finally:
         hook.offload = True
         hook.post_forward(module, None)
+
+
+def bringing(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
+    """List the parts of a module whose own weights a hook brings for a forward, and the hooks."""
+    found = ((part, hook) for part in module.modules() for hook in _hooks(part))
+    return [(part, hook) for part, hook in found if hook.offload]
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:

@@ -4,7 +4,7 @@ For every batch: the base model runs once, without its head and without a cache;
 every layer keeps the rows of the chosen tokens (the last that is no padding, by default) of
 x^(l), the layer's input, and one more those of x^(L), the last layer's output before the final
 norm. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory while the next
-batch runs (``transfers``).
+batch runs (``models.transfers``).
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -23,10 +23,10 @@ from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, check_length, evaluating
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise, check_states, is_streamed
+from ..models.transfers import Gathered, HostCopies, HostCopy
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .builder import Part
-from .transfers import Gathered, HostCopies, HostCopy
 
 LAST = Positions()
 

@@ -16,6 +16,7 @@ from ..memory.streaming import Streamed
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise, is_streamed
 from ..models.source import place_of
+from ..models.transfers import HostCopies
 from ..processes import refuse_several
 from ..progress import say_goes_on, track
 from ..storage import check_apart
@@ -29,7 +30,6 @@ from .hidden_states import forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import Settling
 from .states_writer import StatesWriter, keep_states_in
-from .transfers import HostCopies
 
 
 def scan(

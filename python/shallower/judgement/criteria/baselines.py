@@ -14,8 +14,8 @@ from ...models.architecture import evaluating
 from ...models.decoder import Decoder
 from ...models.layerwise import Layerwise
 from ...models.residual_writers import find_writers
+from ...models.transfers import HostCopies
 from ...progress import Advance, track
-from ...scanning.transfers import HostCopies
 from ...texts.batches import Batch
 from ...values.costs import Costs
 from ...values.layers import deepest_block

@@ -1,10 +1,13 @@
-"""States on their way to the CPU, and token ids on theirs to the device.
+"""States on their way to the CPU; states, weights and token ids on theirs to the device.
 
-On CUDA both travel while the model computes: token ids leave pinned memory, and the states of a
-batch leave on a stream of their own, into one of two pinned buffers, while the next batch runs.
+On CUDA all of them travel while the model computes: token ids leave pinned memory, the states of a
+batch leave on a stream of their own, into one of two pinned buffers, while the next batch runs, and
+what is needed next comes on such a stream into memory that is its own from the beginning.
 :class:`SideStreams` makes all the calls to CUDA; without CUDA, nothing here calls it.
 """
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,10 +45,19 @@ class Event(Protocol):
         """Wait for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A copy to a CUDA device: where the device had to be for it, and its end."""
+
+    device: torch.device
+    begun: torch.cuda.Event
+    copied: torch.cuda.Event
+
+
 class SideStreams:
     """A stream on each device beside the one that computes.
 
-    The only calls to CUDA of a scan are here, so that a fake can take their place.
+    The only calls to CUDA of a scan and of streaming are here, so that a fake can take their place.
     """
 
     def __init__(self) -> None:
@@ -70,9 +82,7 @@ class SideStreams:
         uses until then.
         """
         device = rows.device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        side = self._streams[device]
+        side = self._beside(device)
         computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(device))
         side.wait_event(computed)
@@ -82,9 +92,42 @@ class SideStreams:
         copied.record(side)
         return copied
 
+    def begin(self, device: torch.device) -> Upload:
+        """Begin a copy to a CUDA device, into tensors that were just made there.
+
+        What has been asked of the device until now may still use their memory.
+        """
+        begun = torch.cuda.Event()
+        begun.record(torch.cuda.current_stream(device))
+        return Upload(device, begun, torch.cuda.Event())
+
+    def bring(self, upload: Upload, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy tensors of the CPU, each into its target, while the device computes; any thread may.
+
+        PyTorch keeps the pinned copies until they have been sent. The caller keeps the targets
+        until :meth:`arrive`: only then may the device use their memory for something else.
+        """
+        side = self._beside(upload.device)
+        side.wait_event(upload.begun)
+        try:
+            with torch.cuda.stream(side):
+                for source, target in pairs:
+                    target.copy_(source.pin_memory(), non_blocking=True)
+        finally:
+            upload.copied.record(side)
+
+    def arrive(self, upload: Upload) -> None:
+        """Let all that is asked of the device from now on wait for the end of a copy."""
+        torch.cuda.current_stream(upload.device).wait_event(upload.copied)
+
+    def _beside(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
 
 class HostCopies:
-    """Copies of states to the CPU, at most two at a time."""
+    """Copies of states to the CPU, at most two at a time, and to a device, one ahead of its use."""
 
     def __init__(self, streams: SideStreams | None = None) -> None:
         self._streams = streams or SideStreams()
@@ -93,7 +136,32 @@ class HostCopies:
 
     def send(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Send a tensor on the CPU to a device of any kind, beside its computing if it can."""
-        return self._streams.send(tensor, device) if _apart(device) else tensor.to(device)
+        return self._streams.send(tensor, device) if is_apart(device) else tensor.to(device)
+
+    def bring(
+        self, tensors: Iterable[torch.Tensor], device: torch.device
+    ) -> Iterator[torch.Tensor]:
+        """Give tensors on a device; on CUDA each comes while that before it is worked on."""
+        if not is_apart(device):
+            yield from tensors
+            return
+        coming: deque[tuple[torch.Tensor, Upload]] = deque()
+        try:
+            for tensor in tensors:
+                target = torch.empty_like(tensor, device=device)
+                coming.append((target, self._streams.begin(device)))
+                self._streams.bring(coming[-1][1], [(tensor, target)])
+                if len(coming) > 1:
+                    yield self._arrived(*coming.popleft())
+            while coming:
+                yield self._arrived(*coming.popleft())
+        finally:
+            while coming:  # what nobody waits for any more
+                self._arrived(*coming.popleft())
+
+    def _arrived(self, target: torch.Tensor, upload: Upload) -> torch.Tensor:
+        self._streams.arrive(upload)
+        return target
 
     def start(self, gathered: list[Gathered]) -> "HostCopy":
         """Start the copy of all states of a batch; nobody else may keep the gathered rows.
@@ -106,7 +174,7 @@ class HostCopies:
         dtype = gathered[0].rows.dtype
         for one in gathered[1:]:
             dtype = torch.promote_types(dtype, one.rows.dtype)
-        apart = any(_apart(one.rows.device) for one in gathered)
+        apart = any(is_apart(one.rows.device) for one in gathered)
         if not apart and len(gathered) == 1 and gathered[0].runs == [(0, 0, shape[0])]:
             return HostCopy(gathered[0].rows.cpu(), [], [])
         states = self._buffer(shape, dtype) if apart else torch.empty(shape, dtype=dtype)
@@ -114,7 +182,7 @@ class HostCopies:
         for one in gathered:
             for place, state, length in one.runs:
                 rows, target = one.rows[place : place + length], states[state : state + length]
-                if _apart(rows.device):
+                if is_apart(rows.device):
                     events.append(self._streams.receive(rows, target))
                 else:
                     target.copy_(rows)
@@ -132,7 +200,8 @@ class HostCopies:
         return buffer[:num_bytes].view(dtype).view(shape)
 
 
-def _apart(device: torch.device) -> bool:
+def is_apart(device: torch.device) -> bool:
+    """Whether copies to a device, and from it, go on while it computes."""
     return device.type == "cuda"
 
 
