@@ -122,8 +122,18 @@ def patch_command(
         device_memory=device_memory,
     )
     if dry_run:
-        planned = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
-        planned |= _streamed(place, wanted.dropped, measured=held_out is not None)
+        planned: dict[str, Any] = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
+        if place.waits_on_disk:
+            from ..runs.stream_plans import plan_patch
+
+            planned |= plan_patch(
+                place,
+                wanted.dropped,
+                source,
+                tokens=Tokens(max_length, batch_size),
+                num_tokens=num_tokens,
+                measured=held_out is not None,
+            )
         say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
@@ -161,20 +171,6 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
         for name, loss in losses.items()
     ]
     show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
-
-
-def _streamed(place: ModelSource, dropped: Sequence[int], *, measured: bool) -> dict[str, Any]:
-    """What is read from disk, at most; a sentence where that cannot be told."""
-    if not place.waits_on_disk:
-        return {}
-    from ..runs.stream_plans import patched, plan_passes
-
-    losses = [(3.0, 0.0)] if measured else []
-    try:
-        passes = [*patched(place.count_layers(), dropped), *losses, (1, 0)]
-        return {"stream": plan_passes(place, passes)}
-    except FileNotFoundError as error:
-        return {"stream": f"cannot be told before: {error}"}
 
 
 def _placed(

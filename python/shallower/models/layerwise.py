@@ -9,6 +9,7 @@ are joined by the residual stream alone.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -152,12 +153,9 @@ class Layerwise:
             yield (layer,)
 
     def one_by_one(self, layers: Iterable[int]) -> Iterator[int]:
-        """Give layers, ascending, each with its weights on its device while it is looked at."""
-
-        def job() -> Iterator[int]:
-            yield from layers
-
-        yield from self._there([job()])
+        """Give layers in their order, each with its weights on its device while it is looked at."""
+        order = list(layers)
+        yield from self._there([iter(order)], dict(pairwise(order)).get)
 
     def in_step(self, jobs: Iterable[Iterator[int]]) -> None:
         """Carry out jobs, each of which gives the layers that it needs, ascending.
@@ -168,8 +166,12 @@ class Layerwise:
         for _ in self._there(jobs):
             pass
 
-    def _there(self, jobs: Iterable[Iterator[int]]) -> Iterator[int]:
-        """Each layer that jobs need, while it is there; the next one is fetched meanwhile."""
+    def _there(
+        self,
+        jobs: Iterable[Iterator[int]],
+        ahead: Callable[[int], int | None] = lambda layer: layer + 1,
+    ) -> Iterator[int]:
+        """Each layer that jobs need, while it is there; the one ``ahead`` is fetched meanwhile."""
         needed = [(job, next(job, None)) for job in jobs]
         reading = reading_of(self._model)
         while waiting := [(job, layer) for job, layer in needed if layer is not None]:
@@ -177,8 +179,9 @@ class Layerwise:
             module = self.modules[layer]
             reading.bytes_read += stored_bytes(module)
             with resident(module):
-                if layer + 1 < len(self):
-                    fetch_ahead(self.modules[layer + 1])
+                following = ahead(layer)
+                if following is not None and following < len(self):
+                    fetch_ahead(self.modules[following])
                 yield layer
                 needed = [
                     (job, next(job, None) if wanted == layer else wanted) for job, wanted in waiting

@@ -31,8 +31,7 @@ from ..models.architecture import find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import STREAM, plain_dtype
 from ..models.source import ModelSource
-from ..patching.descent import PASSES, STEP_TOKENS
-from ..patching.descent import STEPS as DESCENT_STEPS
+from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.memory import writer_widths
 from ..patching.quick import RIDGES
 from ..patching.states import MAX_HELD_OUT
@@ -47,7 +46,7 @@ from .compare import CompareStudy
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
 from .speed import Work, measure_speed
-from .stream_plans import CHECKED, TOGETHER, Pass, patched, plan_passes, verified
+from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
@@ -165,6 +164,8 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         del ways["disk"]
     if isinstance(study.settings, RunSettings) and study.model.waits_on_disk:
         ways["stream"] = lambda: models()[0].stream()
+        if not study.settings.plan_only:
+            ways["steps"] = lambda: models()[0].steps()
     for name, way in ways.items():
         try:
             described[name] = way()
@@ -347,23 +348,32 @@ class _Model:
 
     def stream(self) -> StreamPlan:
         """What a run reads of a model whose layers wait on disk, at most, about."""
-        tokenizer, name = self.source.load_tokenizer(), next(iter(self.study.splits))
-        texts = _Texts(self.study, tokenizer, name, self.forward.micro_batch)
-        sizes, mean, report = self._sizes, texts.choose.mean(), texts.report.sum()
-        fit, n = texts.fit[:VERIFYING_TEXTS].sum(), min(sizes)
-        passes: list[Pass] = [(1, texts.fit[:SCAN_TEXTS].sum()), (4, report)]
-        some = [(size, None) for size in sizes] + [(size, TABLE_TEXTS) for size in self._beside]
-        for size, count in some:
-            looked, top = texts.looks(count), self.settings.top
-            passes += verified(self.layers, size, looks=looked, top=top, mean=mean)
-            passes.append((3, 2 * TOGETHER * report))  # bare together, each after a patch
-        # The model is checked, run by criteria that propose, and by a quick patch, for either set
-        # of texts that choose; checked once more for the losses.
-        passes += 2 * [CHECKED, (3, fit)] + [CHECKED]
+        found = StudyPasses(self.layers, self.settings, self._first_texts)
+        passes = found.of_run(self._sizes, self._beside)
         if self._patch_tokens:
-            middle = (self.layers - n) // 2
-            passes += [*patched(self.layers, range(middle, middle + n)), (1, report), (2, 0)]
+            passes += found.patched(self._middle, self._num_steps)
         return plan_passes(self.source, passes)
+
+    def steps(self) -> StepsPlan:
+        """What the steps of a full patch take of the disk, of a block in the middle."""
+        return plan_steps(self.empty, self._middle, self._num_steps)
+
+    @property
+    def _middle(self) -> range:
+        """The block in the middle, of the fewest layers that go."""
+        n = min(size for size in self._sizes if size) if any(self._sizes) else 1
+        begin = max(1, (self.layers - n) // 2)
+        return range(begin, begin + n)
+
+    @property
+    def _num_steps(self) -> int:
+        """The steps of a full patch, at most."""
+        return most_steps(min(self._patch_tokens, 7 / 8 * self._first_texts.fit.sum()))
+
+    @cached_property
+    def _first_texts(self) -> _Texts:
+        tokenizer, name = self.source.load_tokenizer(), next(iter(self.study.splits))
+        return _Texts(self.study, tokenizer, name, self.forward.micro_batch)
 
     def _of_curve(self) -> Work:
         settings, work = self.settings, self._measured(0)
@@ -438,8 +448,7 @@ class _Model:
         left, fit = (self.layers - n) / 2, self.texts.fit
         fitted = min(self._patch_tokens, 7 / 8 * fit.sum())
         held = min(MAX_HELD_OUT, self._patch_tokens, fit.sum() / 8)
-        steps = min(DESCENT_STEPS, PASSES * np.ceil(fitted / STEP_TOKENS))
-        steps *= not self.source.waits_on_disk
+        steps = most_steps(fitted)
         descended = steps * min(fitted, STEP_TOKENS)
         blocks = (n + 1) / 2
         losses = Work(left, 1) * (held * (4 + blocks))

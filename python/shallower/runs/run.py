@@ -70,8 +70,7 @@ def run(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from. If its layers wait on disk, the patch takes no steps behind its closed
-            form, and no prompt is continued; each is said by a warning.
+            loaded from. If its layers wait on disk, no prompt is continued, which a warning says.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once. With ``heal`` they are kept
             in memory.
