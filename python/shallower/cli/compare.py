@@ -17,7 +17,9 @@ from .options import (
     NoCache,
     Overwrite,
     Sizes,
+    Stream,
     TrustRemoteCode,
+    places,
     read_texts,
 )
 from .output import called, print_json, say_dry_run_of, say_known, show
@@ -93,6 +95,7 @@ def compare_command(
     ] = 64,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     trust_remote_code: TrustRemoteCode = False,
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
@@ -128,9 +131,10 @@ def compare_command(
         device_memory=device_memory,
     )
     named, held_out = _read(texts, eval_texts)
+    place = places(device_map, stream=stream)
     study = CompareStudy(
         models=[
-            ModelSource(model, dtype, device_map, trust_remote_code=trust_remote_code)
+            ModelSource(model, dtype, place, trust_remote_code=trust_remote_code)
             for model in models or ()
         ],
         texts=named,
@@ -200,7 +204,7 @@ def _say(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool)
         what = f"{len(study.found)} results of this comparison: "
         say_known(max(study.found), what=what)
     if as_json:
-        print_json(comparison.to_json())
+        print_json({**comparison.to_json(), **study.read})
         return
     show(story or comparison_story(comparison, drawn=False))
     if page is not None:

@@ -1,6 +1,6 @@
 """``shallower patch``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -123,17 +123,14 @@ def patch_command(
     )
     if dry_run:
         planned: dict[str, Any] = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
-        if place.waits_on_disk:
-            from ..runs.stream_plans import plan_patch
-
-            planned |= plan_patch(
-                place,
-                wanted.dropped,
-                source,
-                tokens=Tokens(max_length, batch_size),
-                num_tokens=num_tokens,
-                measured=held_out is not None,
-            )
+        planned |= _streamed(
+            place,
+            wanted.dropped,
+            source,
+            tokens=Tokens(max_length, batch_size),
+            num_tokens=num_tokens,
+            measured=held_out is not None,
+        )
         say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
@@ -171,6 +168,17 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
         for name, loss in losses.items()
     ]
     show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
+
+
+def _streamed(
+    place: ModelSource, dropped: Sequence[int], texts: "Iterable[str]", **settings: Any
+) -> dict[str, Any]:
+    """What a patch reads of layers on disk, and what its steps take there."""
+    if not place.waits_on_disk:
+        return {}
+    from ..runs.stream_plans import plan_patch
+
+    return plan_patch(place, dropped, texts, **settings)
 
 
 def _placed(

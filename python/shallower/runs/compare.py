@@ -233,6 +233,7 @@ class CompareStudy(Study[CompareSettings]):
         """
         with self.alone():
             comparison = self._measure() if self.entry is None else _read(self.entry)
+            self.say_read()
             self.write_comparison(comparison)
         return comparison
 

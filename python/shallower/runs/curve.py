@@ -137,7 +137,11 @@ class CurveStudy(Study[CurveSettings]):
     def check(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`curve`."""
         super().check()
+        if self.settings.tasks:
+            self.refuse_on_disk("a task, for every few items", "leave out tasks (tasks, --tasks)")
         if "healed" in self.settings.states:
+            way_out = "leave out the state healed (states, --states), and heal a cut of it"
+            self.refuse_on_disk("a training, at every step", way_out)
             from ..healing.checks import require_peft
 
             require_peft()
@@ -201,7 +205,7 @@ class CurveStudy(Study[CurveSettings]):
         from .curve_points import CurvePoints
 
         _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading
-        loaded, tokenizer = self.model.load(self.progress)
+        loaded, tokenizer = self.load(self.model)
         points = CurvePoints(
             self,
             loaded,
@@ -211,6 +215,7 @@ class CurveStudy(Study[CurveSettings]):
             write=self.write_curve,
         )
         found = points.curve()
+        self.say_read()
         if points.is_complete:
             self.store.put(self.KIND, self.inputs, found.to_json())
         return found

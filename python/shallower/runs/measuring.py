@@ -170,6 +170,24 @@ class Measuring:
             store=self._store,
         )
 
+    def judge_together(
+        self, cuts: Sequence[tuple[int, ...]], patch: "FittedPatch | None" = None
+    ) -> None:
+        """Judge the whole model and cuts at once, where each layer is read from disk for all.
+
+        As they are, and after a quick ``patch`` if there is one.
+        """
+        for trials in dict.fromkeys((self.held_out.losses, self.held_out.scores)):
+            trials.judge_together([(), *cuts])
+        if patch is not None:
+            plans = map(self.plan, cuts)
+            self.held_out.patch_together(patch.patch, plans, fitted=patch.fitted)
+
+    @property
+    def patch(self) -> "FittedPatch":
+        """The quick patch of the verified plans."""
+        return FittedPatch(self.plans.verifier.patch, self.plans.fitted)
+
     def whole(self) -> Loss:
         """Measure the loss of the whole model, and show how far that is."""
         trials = self.held_out.losses
@@ -198,8 +216,7 @@ class Measuring:
         """
         if state == "cut":
             return self.held_out.losses.scores(dropped, looks)
-        quick = patch or FittedPatch(self.plans.verifier.patch, self.plans.fitted)
-        plan = self.plan(dropped)
+        quick, plan = patch or self.patch, self.plan(dropped)
         found = self.held_out.patched(quick.patch, plan, fitted=quick.fitted, looks=looks)
         if isinstance(found, str):
             raise PatchError(found)
@@ -247,10 +264,10 @@ class Measuring:
         }
 
     def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
+        if state in ("cut", "quick") and not self._tasks.settings.tasks:
+            return Measured(self.held_out.loss(self.scores(dropped, state)))
         if state == "cut":
             loss = self.held_out.loss(self.scores(dropped, state))
-            if not self._tasks.settings.tasks:
-                return Measured(loss)
             with without_layers(self.model, dropped) if dropped else nullcontext():
                 return Measured(loss, self._tasks.scores(self.model, self.tokenizer))
         with self._in_state(self.plan(dropped), state) as (model, tokenizer):

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..judgement.bounds import FIRST_ITEMS, STAGES, exhaustive
+from ..judgement.criterion import Criterion, Search
+from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.proposals import PROPOSERS
+from ..judgement.subject import Subject
 from ..judgement.trials import looks_at
-from ..judgement.verifying import SEARCHED, SEEDS
+from ..judgement.verifying import PATCH_TEXTS, SEARCHED, SEEDS
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import StreamPlan, plan_stream
 from ..models.architecture import find_layers
@@ -88,10 +91,55 @@ class StudyPasses:
             passes.append((3, 2 * TOGETHER * report))  # bare together, each after a patch
         return passes + 2 * [CHECKED, (3, fit)] + [CHECKED]
 
+    def of_curve(self, subject: Subject, chosen: Sequence[Criterion]) -> list[Pass]:
+        """Bound the passes of a curve but for its full patches; ``chosen`` are its criteria."""
+        settings, texts, report = self.settings, self.texts, self.texts.report.sum()
+        fit = texts.fit[:VERIFYING_TEXTS].sum()
+        passes = [CHECKED, (1, report), CHECKED, (3, fit), (1, texts.fit.sum())]
+        passes += self._chosen(subject, chosen)
+        if "recommended" in settings.strategies:
+            passes += [one for n in settings.n if n for one in self._verified(n)]
+        quick = texts.fit[:PATCH_TEXTS].sum() if settings.quick_patch else None
+        cuts = len(settings.n) * len(settings.strategies)
+        return passes + self._together(cuts, quick)
+
+    def of_comparison(self, subject: Subject, chosen: Sequence[Criterion]) -> list[Pass]:
+        """Bound the passes of a comparison on calibration texts of one name."""
+        settings, texts = self.settings, self.texts
+        fit, report, choose = (x.sum() for x in (texts.fit, texts.report, texts.choose))
+        single = TOGETHER * self.num_layers * texts.report[:TRUTH_ITEMS].sum()
+        passes = [CHECKED, (1, report), (1, single), CHECKED, (1, fit)]
+        passes += self._chosen(subject, chosen)
+        together = self._together(len(settings.n) * len(chosen), fit)
+        if settings.judge != "loss":  # which looks at the whole model, and at the cuts by itself
+            passes += [(1, report), (1, choose), together[0]]
+        return passes + together
+
     def patched(self, dropped: Sequence[int], steps: int) -> list[Pass]:
-        """Count those of a full patch, its loss, and its checkpoint, saved and compared."""
-        done = patched(self.num_layers, dropped, steps)
-        return [*done, (1, self.texts.report.sum()), (2, 0)]
+        """Count those of a full patch and of its loss."""
+        return [*patched(self.num_layers, dropped, steps), (1, self.texts.report.sum())]
+
+    def _chosen(self, subject: Subject, chosen: Sequence[Criterion]) -> list[Pass]:
+        """Bound those of criteria, for all sizes."""
+        texts, looks = self.texts, self.texts.looks()
+        mean, sizes = texts.choose.mean(), [n for n in subject.sizes if n]
+        passes: list[Pass] = []
+        for one in chosen:
+            own = one.layer_forwards(subject) / (self.num_layers * max(1, subject.num_texts))
+            passes.append((1 + ceil(own), texts.fit.sum()))
+            each = isinstance(one, Search) and not one.nested
+            for n in sizes if each else sizes[-1:]:
+                count = one.trial_passes(looks, n)
+                heads = one.trial_forwards(self.num_layers, looks, n).heads
+                if heads:
+                    passes.append((count, TOGETHER * mean * heads / count))
+        return passes
+
+    def _together(self, cuts: int, quick: float | None) -> list[Pass]:
+        """Those of the losses of cuts, and after quick patches on so many tokens, if any."""
+        report = self.texts.report.sum()
+        after = [] if quick is None else [(1.0, TOGETHER * cuts * (report + quick))]
+        return [(1, TOGETHER * cuts * report), *after]
 
     def _verified(self, n: int, num_choosing: int | None = None) -> list[Pass]:
         looks, mean = self.texts.looks(num_choosing), self.texts.choose.mean()
