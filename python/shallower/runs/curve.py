@@ -54,7 +54,7 @@ def curve(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from.
+            loaded from. If its layers wait on disk, all cuts are measured in the same passes.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once.
         eval_texts: held-out texts, which report. Calibration texts that are among them are left
@@ -78,7 +78,8 @@ def curve(
         RecipeError: ``heal_steps`` without the state ``healed``, or settings that do not fit.
         TextsError: no texts, or too few for three sets; no such task.
         OutputError: ``out`` holds another curve, or cannot be written to.
-        ModelError: the model cannot be loaded or run.
+        ModelError: the model cannot be loaded or run; or its layers wait on disk, and there are
+            tasks or the state ``healed``.
         CacheError: what the cache holds is damaged.
         MissingExtraError: the state ``healed`` without peft, or tasks without lm-eval.
         ProcessesError: this is one of several processes, as torchrun starts them.

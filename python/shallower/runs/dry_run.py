@@ -292,8 +292,7 @@ class _Model:
             subject, chosen = self._subject(self._first_texts, settings.n), self._foreign
             passes += found.of_curve(subject, chosen)
             if self._patch_tokens:
-                cuts = len(settings.n) * len(settings.strategies)
-                passes += cuts * found.patched(self._middle, self._num_steps)
+                passes += self._num_patches * found.patched(self._middle, self._num_steps)
         else:
             assert isinstance(self.study, CompareStudy)
             for name in self.study.splits:
@@ -303,8 +302,16 @@ class _Model:
         return plan_passes(self.source, passes)
 
     def steps(self) -> StepsPlan:
-        """What the steps of a full patch take of the disk, of a block in the middle."""
-        return plan_steps(self.empty, self._middle, self._num_steps)
+        """What the steps of all full patches take of the disk, of blocks in the middle."""
+        each, count = plan_steps(self.empty, self._middle, self._num_steps), self._num_patches
+        return replace(each, steps=count * each.steps, passes=count * each.passes)
+
+    @property
+    def _num_patches(self) -> int:
+        """The full patches of a run or a curve."""
+        settings = self.settings
+        is_curve = isinstance(settings, CurveSettings)
+        return len(settings.n) * len(settings.strategies) if is_curve else 1
 
     @property
     def _middle(self) -> range:
