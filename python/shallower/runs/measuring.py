@@ -130,6 +130,7 @@ class Measuring:
             num_rejected=self.num_rejected,
         )
         self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
+        self._shares: dict[tuple[int, ...], float] = {}  # of the seconds of cuts judged together
 
     def _tokenised(self) -> dict[str, TokenisedSplits]:
         """All texts of the study, tokenised once; those that report are the same of every name."""
@@ -177,11 +178,14 @@ class Measuring:
 
         As they are, and after a quick ``patch`` if there is one.
         """
+        clock = self.held_out.losses.clock
+        started = clock()
         for trials in dict.fromkeys((self.held_out.losses, self.held_out.scores)):
             trials.judge_together([(), *cuts])
         if patch is not None:
             plans = map(self.plan, cuts)
             self.held_out.patch_together(patch.patch, plans, fitted=patch.fitted)
+        self._shares = dict.fromkeys(cuts, (clock() - started) / max(1, len(cuts)))
 
     @property
     def patch(self) -> "FittedPatch":
@@ -239,7 +243,8 @@ class Measuring:
             else:
                 started = clock()
                 found = self._measure(dropped, state)
-                found = replace(found, seconds=clock() - started)
+                shared = self._shares.pop(dropped, 0.0)
+                found = replace(found, seconds=clock() - started + shared)
                 if inputs:
                     self._store.put("measurement", inputs, found.to_record())
             self._measured[key] = found
