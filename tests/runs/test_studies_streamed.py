@@ -119,11 +119,12 @@ def test_only_what_needs_gradients_is_skipped(folder, words):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # losses that hardly differ
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_layer_gives_the_same_figures(family, tmp_path, words):
     place = stored(tmp_path / family, random_model(family), words)
     curves(place, tmp_path / "curve", strategies=["similarity", "deepest"], n=[1])
-    compared(place, tmp_path / "comparison", criteria=["angular", "deepest"], n=[1])
+    compared(place, tmp_path / "comparison", criteria=["angular", "deepest"])
 
 
 @pytest.mark.slow
