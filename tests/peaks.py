@@ -13,8 +13,8 @@ _MMAP_THRESHOLD = -3
 needs_linux = pytest.mark.skipif(not REFS.exists(), reason="peaks are read as Linux tells them")
 
 
-def _resident(key):
-    """Bytes of this process in memory, now (`VmRSS`) or at most (`VmHWM`)."""
+def resident(key):
+    """Bytes of this process in memory, now (`VmRSS`, `RssAnon`) or at most (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
@@ -27,9 +27,9 @@ def peak_of(work):
     allocator.mallopt(_MMAP_THRESHOLD, 1 << 18)  # so that what is freed meanwhile is given back
     try:
         REFS.write_text("5", encoding="utf-8")  # the peak so far is forgotten
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         work()
-        return _resident("VmHWM") - before
+        return resident("VmHWM") - before
     finally:
         allocator.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where it goes by itself
 

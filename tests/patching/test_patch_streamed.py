@@ -1,24 +1,29 @@
-"""A model whose layers wait on disk is patched in closed form as one in memory, byte for byte."""
+"""A model whose layers wait on disk is patched as one in memory, byte for byte."""
 
 import copy
+import errno
+import tempfile
 
 import pytest
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import shallower as sh
+from shallower.models import layerwise
 from shallower.models.architecture import find_layers
-from shallower.models.offload import changed_weights, reading_of
-from shallower.patching import least_squares
+from shallower.models.offload import changed_weights
+from shallower.patching import checkpoint, descent, least_squares, solver
+from shallower.patching.descent import Descent, MovingMatrix
 from shallower.patching.solver import Solver
 from tests.conftest import mostly_slow, write_jsonl
 from tests.documents import documents
 from tests.examples import sentences
 from tests.families import random_model
 from tests.memory.test_streaming import FAMILIES, both, stored
+from tests.patching.test_descent import batches_of, gone
+from tests.peaks import needs_linux, peak_of, resident
 
 TEXTS = sentences(120, seed=1)
-
-quietly = pytest.mark.filterwarnings("ignore:the layers wait on disk")
 
 
 @pytest.fixture(scope="module")
@@ -26,40 +31,31 @@ def folder(tmp_path_factory, learned, words):
     return stored(tmp_path_factory.mktemp("stream") / "learned", copy.deepcopy(learned), words)
 
 
-@pytest.fixture
-def without_steps(monkeypatch):
-    monkeypatch.setattr(Solver, "_descend", lambda *_args: ())
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(descent, "STEP_TOKENS", 200)
+    monkeypatch.setattr(descent, "STEPS", 4)
 
 
 def files(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@quietly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_streamed_patch_is_saved_with_the_same_bytes(folder, tmp_path, dtype, without_steps):
+def test_a_streamed_patch_is_saved_with_the_same_bytes(folder, tmp_path, dtype):
     streamed, whole, tokenizer = both(folder, dtype)
     for name, model in (("a", streamed), ("b", whole)):
         done = sh.patch(model, tokenizer, [2, 3, 5], texts=TEXTS, progress=False)
         sh.save_patched(model, tokenizer, tmp_path / name, done=done)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert done.patched < done.cut
-    changed = [sorted(changed_weights(layer)) for layer in find_layers(streamed).modules]
-    solved = ["mlp.down_proj.weight", "self_attn.o_proj.weight"]
-    assert changed == [[], solved, solved, [], []]
-    assert reading_of(streamed).passes <= 6
+    assert done.descent
+    changed = [len(changed_weights(layer)) for layer in find_layers(streamed).modules]
+    assert changed == [0, 7, 7, 7, 7]  # all matrices from the first that was solved on
 
 
-def test_a_streamed_patch_says_that_it_takes_no_steps(folder):
-    streamed, _, tokenizer = both(folder)
-    with pytest.warns(UserWarning, match="leaves out the steps"):
-        done = sh.patch(streamed, tokenizer, [3], texts=TEXTS, progress=False)
-    assert not done.descent
-
-
-@quietly
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gemma3_text", "gpt2"]))
-def test_every_kind_of_layer_is_patched_to_the_same_bytes(family, tmp_path, words, without_steps):
+def test_every_kind_of_layer_is_patched_to_the_same_bytes(family, tmp_path, words):
     streamed, whole, tokenizer = both(stored(tmp_path / family, random_model(family), words))
     results = []
     for name, model in (("a", streamed), ("b", whole)):
@@ -75,7 +71,6 @@ def test_every_kind_of_layer_is_patched_to_the_same_bytes(family, tmp_path, word
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-@quietly
 def test_a_streamed_patch_goes_on_from_the_matrices_it_solved(folder, tmp_path, monkeypatch):
     streamed, _, tokenizer = both(folder)
     options = {"texts": TEXTS, "progress": False, "checkpoint": tmp_path / "kept"}
@@ -94,6 +89,107 @@ def test_a_streamed_patch_goes_on_from_the_matrices_it_solved(folder, tmp_path, 
         assert (changed_weights(find_layers(again).modules[int(index)])[path] == weight).all()
 
 
+def test_a_streamed_patch_goes_on_from_the_steps_it_took(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SECONDS", 0)
+    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
+    streamed, whole, tokenizer = both(folder)
+    options = {"texts": TEXTS, "progress": False}
+    expected = sh.patch(whole, tokenizer, [2, 3, 5], **options)
+    options["checkpoint"] = tmp_path / "kept"
+    step, left = Descent._step, [2]
+
+    def stepping(*args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        step(*args)
+
+    monkeypatch.setattr(Descent, "_step", stepping)
+    with pytest.raises(KeyboardInterrupt):
+        sh.patch(streamed, tokenizer, [2, 3, 5], **options)
+    assert not any(map(changed_weights, find_layers(streamed).modules))
+    left[0] = 2  # of four
+    assert sh.patch(streamed, tokenizer, [2, 3, 5], **options) == expected
+    for one, other in zip(*(find_layers(m).modules for m in (streamed, whole)), strict=True):
+        for name, weight in changed_weights(one).items():
+            assert (weight == other.get_parameter(name)).all()
+
+
+def test_a_streamed_patch_reads_layers_forwards_and_backwards(folder, tmp_path, monkeypatch):
+    streamed, _, tokenizer = both(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    step, fetched = Descent._step, []
+
+    def stepping(*args):
+        fetched.clear()
+        step(*args)
+
+    layers = [*find_layers(streamed).modules]
+    fetch = layerwise.fetch_ahead
+    monkeypatch.setattr(Descent, "_step", stepping)
+    monkeypatch.setattr(
+        layerwise, "fetch_ahead", lambda one: fetched.append(layers.index(one)) or fetch(one)
+    )
+    monkeypatch.setattr(Descent, "put", lambda *_args: fetched.append("put"))
+    sh.patch(streamed, tokenizer, [2, 3, 5], texts=TEXTS, progress=False)
+    assert fetched[: fetched.index("put")] == [4, 6, 7, 6, 4, 1]
+    assert list(tmp_path.iterdir()) == []  # files of matrices have no names
+
+
+@needs_linux
+@pytest.mark.slow
+def test_the_steps_of_layers_on_disk_hold_two_of_them(tmp_path, words, monkeypatch):
+    monkeypatch.setattr(descent, "STEP_TOKENS", 1)
+    monkeypatch.setattr(descent, "STEPS", 2)
+    sizes = {"hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100, num_hidden_layers=8))
+    streamed, whole, tokenizer = both(stored(tmp_path / "wide", model, words))
+    layer = sum(p.nbytes for p in whole.model.layers[0].parameters())
+    batches, step, held = batches_of(tokenizer, TEXTS[:8]), MovingMatrix.step, []
+    monkeypatch.setattr(
+        MovingMatrix, "step", lambda *args: held.append(resident("RssAnon")) or step(*args)
+    )
+    peaks = []
+    for model in (streamed, whole):
+        held.clear()
+        before = resident("RssAnon")
+        peak_of(lambda model=model: gone(model, batches, layers=range(1, 8)))
+        peaks.append((max(held) - before) / layer)
+    assert peaks[0] < 5  # the weights and gradients of one, the step of a matrix, and the logits
+    assert peaks[1] > 4 * 7
+
+
+def test_a_folder_of_temporary_files_without_room_is_said(folder, tmp_path, monkeypatch):
+    streamed, _, tokenizer = both(folder)
+    options = {"texts": TEXTS, "progress": False}
+    monkeypatch.setattr(solver, "free_bytes", lambda _: 1000)
+    with pytest.raises(sh.PatchError, match=r"of temporary files, and 0.0 MB are free in .*TMPDIR"):
+        sh.patch(streamed, tokenizer, [2, 3], **options)
+    monkeypatch.undo()
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(sh.OutputError, match="cannot write"):
+        sh.patch(streamed, tokenizer, [2, 3], **options)
+    assert not any(map(changed_weights, find_layers(streamed).modules))
+
+
+def test_a_second_patch_that_fails_leaves_the_first(folder, monkeypatch):
+    streamed, _, tokenizer = both(folder)
+    sh.patch(streamed, tokenizer, [3], texts=TEXTS, progress=False)
+    modules = find_layers(streamed).modules
+    first = [{k: w.clone() for k, w in changed_weights(one).items()} for one in modules]
+    monkeypatch.setattr(Solver, "_loss", lambda *_args, **_options: 1.0)
+    with pytest.raises(sh.PatchError, match="does not help"):
+        sh.patch(streamed, tokenizer, [4], texts=TEXTS, progress=False)
+    for before, module in zip(first, modules, strict=True):
+        after = changed_weights(module)
+        assert before.keys() == after.keys()
+        assert all((before[name] == after[name]).all() for name in before)
+
+
 def test_a_model_in_pieces_is_the_same(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("shallower.cutting.saving.PIECE", 1)
     streamed, whole, tokenizer = both(folder)
@@ -108,9 +204,9 @@ def test_a_model_in_pieces_is_the_same(folder, tmp_path, monkeypatch):
     assert all((joined[name] == weight).all() for name, weight in expected.items())
 
 
-@quietly
 def test_a_streamed_model_is_as_before_where_a_patch_does_not_help(folder, monkeypatch):
     monkeypatch.setattr(least_squares, "RIDGES", (1e12,))
+    monkeypatch.setattr(descent, "RATE", 0.0)
     streamed, whole, tokenizer = both(folder)
     with pytest.raises(sh.PatchError, match="does not help"):
         sh.patch(streamed, tokenizer, [range(2, 6)], texts=TEXTS, progress=False)
@@ -118,14 +214,12 @@ def test_a_streamed_model_is_as_before_where_a_patch_does_not_help(folder, monke
     assert sh.evaluate_loss(streamed, tokenizer, TEXTS) == sh.evaluate_loss(whole, tokenizer, TEXTS)
 
 
-@pytest.mark.filterwarnings("default:the layers wait on disk")
-def test_the_command_streams_a_patch(folder, tmp_path, shallower, without_steps):
+def test_the_command_streams_a_patch(folder, tmp_path, shallower):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     common = ["--drop", "2,3", "--texts", texts, "--eval-texts", texts, "--dtype", "float32"]
     found = []
     for name, more in (("a", ["--stream"]), ("b", [])):
         done = shallower("patch", folder, *common, *more, "--out", tmp_path / name, "--json")
         found.append({**done.json, "written": ""})
-        assert ("leaves out the steps" in done.err) == (name == "a")
     assert found[0] == found[1]
     assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 
 import shallower as sh
 from shallower.models.offload import reading_of
-from shallower.patching.solver import Solver
 from shallower.values.files import PLAN_FILE, SCAN_FILE
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
@@ -22,11 +21,6 @@ quietly = pytest.mark.filterwarnings("ignore:the layers wait on disk")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, words):
     return stored(tmp_path_factory.mktemp("stream") / "tiny", tiny_llama(6), words)
-
-
-@pytest.fixture(autouse=True)
-def without_steps(monkeypatch):
-    monkeypatch.setattr(Solver, "_descend", lambda *_args: ())
 
 
 def alike(one, other):
@@ -120,6 +114,5 @@ def test_a_dry_run_of_a_patch_says_what_is_read(folder, tmp_path, shallower):
     command = ["patch", folder, "--drop", "2,4", "--texts", texts, "--stream", "--no-cache"]
     planned = shallower(*command, "--out", tmp_path / "a", "--dry-run", "--json").json["stream"]
     streamed, _, tokenizer = both(folder)
-    with pytest.warns(UserWarning, match="leaves out the steps"):
-        sh.patch(streamed, tokenizer, [2, 4], texts=TEXTS * 4, num_tokens=2000)
+    sh.patch(streamed, tokenizer, [2, 4], texts=TEXTS)
     assert planned["passes"] == reading_of(streamed).passes + 1  # and one to save it

@@ -19,8 +19,10 @@ from .options import (
     Overwrite,
     ShardOption,
     Sizes,
+    Stream,
     TrustRemoteCode,
     Workers,
+    places,
     read_texts,
 )
 from .output import called, print_json, say_dry_run_of, say_known, show
@@ -96,6 +98,7 @@ def compare_command(
     ] = 64,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     trust_remote_code: TrustRemoteCode = False,
     no_cache: NoCache = False,
     overwrite: Overwrite = False,
@@ -134,9 +137,10 @@ def compare_command(
         device_memory=device_memory,
     )
     named, held_out = _read(texts, eval_texts)
+    place = places(device_map, stream=stream)
     study = CompareStudy(
         models=[
-            ModelSource(model, dtype, device_map, trust_remote_code=trust_remote_code)
+            ModelSource(model, dtype, place, trust_remote_code=trust_remote_code)
             for model in models or ()
         ],
         texts=named,
@@ -236,7 +240,7 @@ def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_j
         what = f"{len(study.found)} results of this comparison: "
         say_known(max(study.found), what=what)
     if as_json:
-        print_json(comparison.to_json())
+        print_json({**comparison.to_json(), **study.read})
     else:
         show(story or comparison_story(comparison, drawn=False))
         show(*() if page is None else (f"wrote {study.out}", f"page: {page}"))

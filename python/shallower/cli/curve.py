@@ -19,10 +19,12 @@ from .options import (
     On,
     Out,
     OverwriteParts,
+    Stream,
     TextsSource,
     Threads,
     TrustRemoteCode,
     Workers,
+    places,
     read_texts,
 )
 from .output import called, print_json, say_dry_run_of, say_known, show
@@ -109,6 +111,7 @@ def curve_command(
     threads: Threads = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: OverwriteParts = False,
@@ -152,7 +155,11 @@ def curve_command(
         seed=seed,
     )
     study = CurveStudy(
-        models=(ModelSource(model, dtype, device_map, gguf_file, trust_remote_code),),
+        models=(
+            ModelSource(
+                model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
+            ),
+        ),
         texts=read_texts(texts),
         eval_texts=read_texts(eval_texts),
         settings=settings,
@@ -198,6 +205,6 @@ def _say(curve: "Curve", study: "CurveStudy", as_json: bool) -> None:
     if study.entry is not None:
         say_known(study.entry.made)
     if as_json:
-        print_json({**curve.to_json(), "out": str(study.out), "page": str(page)})
+        print_json({**curve.to_json(), **study.read, "out": str(study.out), "page": str(page)})
         return
     show(story, f"wrote {study.out}", f"page: {page}")

@@ -1,6 +1,6 @@
 """``shallower patch``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -122,8 +122,15 @@ def patch_command(
         device_memory=device_memory,
     )
     if dry_run:
-        planned = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
-        planned |= _streamed(place, wanted.dropped, measured=held_out is not None)
+        planned: dict[str, Any] = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
+        planned |= _streamed(
+            place,
+            wanted.dropped,
+            source,
+            tokens=Tokens(max_length, batch_size),
+            num_tokens=num_tokens,
+            measured=held_out is not None,
+        )
         say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
@@ -163,18 +170,15 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
     show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
 
 
-def _streamed(place: ModelSource, dropped: Sequence[int], *, measured: bool) -> dict[str, Any]:
-    """What is read from disk, at most; a sentence where that cannot be told."""
+def _streamed(
+    place: ModelSource, dropped: Sequence[int], texts: "Iterable[str]", **settings: Any
+) -> dict[str, Any]:
+    """What a patch reads of layers on disk, and what its steps take there."""
     if not place.waits_on_disk:
         return {}
-    from ..runs.stream_plans import patched, plan_passes
+    from ..runs.stream_plans import plan_patch
 
-    losses = [(3.0, 0.0)] if measured else []
-    try:
-        passes = [*patched(place.count_layers(), dropped), *losses, (1, 0)]
-        return {"stream": plan_passes(place, passes)}
-    except FileNotFoundError as error:
-        return {"stream": f"cannot be told before: {error}"}
+    return plan_patch(place, dropped, texts, **settings)
 
 
 def _placed(

@@ -1,11 +1,11 @@
 """HeldOutCuts: cuts of one model on the texts that report, which no criterion has seen."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..errors import PatchError
+from ..errors import ModelError, PatchError
 from ..memory.weights import num_parameters
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
@@ -15,7 +15,7 @@ from ..values.plan import Plan
 from ..values.schema import finite
 from ..values.scores import Scores
 from .judges.judge import Judge, LossJudge
-from .patched_trials import judge_patched_together, stays
+from .patched_trials import Judged, judge_patched_together, stays
 from .trials import ResultStore, Trials
 
 TRUTH_ITEMS = 32
@@ -56,7 +56,7 @@ class HeldOutCuts:
         self._num_rejected = num_rejected
         self.is_complete = True
         self._single_layers: tuple[float, ...] | None = None
-        self._patched: dict[tuple[str, tuple[int, ...], int], Scores | str] = {}
+        self._patched: dict[tuple[str, tuple[int, ...], int], Scores | str | ModelError] = {}
         self.losses = self._trials(losses)
         self.scores = self.losses if judge is losses else self._trials(judge)
 
@@ -105,48 +105,81 @@ class HeldOutCuts:
         the scores by text, NaN for those that were not looked at; a sentence that says why where
         the cut cannot be patched.
         """
-        looks = len(self.losses.first(looks))
-        key = fitted, plan.dropped, looks
-        if key not in self._patched:
-            self._patched[key] = self._measure_patched(patch, plan, fitted, looks)
-        return self._patched[key]
+        self._patch_all(patch, [plan], fitted, looks)
+        found = self._patched[fitted, plan.dropped, len(self.losses.first(looks))]
+        if isinstance(found, ModelError):
+            raise found
+        return found
 
-    def _measure_patched(
-        self, patch: QuickPatch, plan: Plan, fitted: str, looks: int
-    ) -> Scores | str:
-        texts = {"fitted": fitted, "items": self.texts, "looks": looks}
-        inputs = {"dropped": list(plan.dropped), **texts, **patch.settings}
-        found = self.store.get("patched", inputs)
-        if found is None:
-            try:
-                sums = self._judged(patch, plan, looks)
-                found = {"sums": [finite(float(value)) for value in sums]}
-            except PatchError as error:
-                if not stays(error):
-                    self.is_complete = False
-                    return str(error)
-                found = {"why": str(error)}
-            self.store.put("patched", inputs, found)
-        if "why" in found:
-            return str(found["why"])
-        return Scores(np.array(found["sums"], np.float64), self.losses.judge.weights)
+    def patch_together(self, patch: QuickPatch, plans: Iterable[Plan], *, fitted: str) -> None:
+        """Judge cuts after their quick patches at once, where each layer is read for all of them.
 
-    def _judged(self, patch: QuickPatch, plan: Plan, looks: int) -> NDArray[np.float64]:
-        """Judge a cut after a quick patch by the first looks."""
-        trials, sums = self.losses, np.full(self.losses.judge.num_items, np.nan)
+        As :meth:`Trials.judge_together`; :meth:`patched` gives what was found.
+        """
+        if self.losses.is_streamed:
+            self._patch_all(patch, plans, fitted, None)
+
+    def _patch_all(
+        self, patch: QuickPatch, plans: Iterable[Plan], fitted: str, looks: int | None
+    ) -> None:
+        """Note what is known of cuts after a quick patch, and judge the others."""
+        count = len(self.losses.first(looks))
+        texts = {"fitted": fitted, "items": self.texts, "looks": count, **patch.settings}
+        missing: dict[frozenset[int], Plan] = {}
+        for plan in plans:
+            key = fitted, plan.dropped, count
+            if key not in self._patched:
+                known = self.store.get("patched", {"dropped": list(plan.dropped), **texts})
+                if known is None:
+                    missing[frozenset(plan.dropped)] = plan
+                else:
+                    self._patched[key] = self._read(known)
+        for cut, judged in self._judged(patch, missing, range(count)):
+            dropped = missing[cut].dropped
+            found = self._noted(judged, {"dropped": list(dropped), **texts})
+            self._patched[fitted, dropped, count] = found
+
+    def _noted(self, judged: Judged, inputs: dict[str, Any]) -> Scores | str | ModelError:
+        """Keep what a cut came to after a quick patch, unless it may be otherwise next time."""
+        if isinstance(judged, ModelError):
+            return judged
+        if isinstance(judged, PatchError):
+            if not stays(judged):
+                self.is_complete = False
+                return str(judged)
+            record: dict[str, Any] = {"why": str(judged)}
+        else:
+            sums = np.full(self.losses.judge.num_items, np.nan)
+            for index, part in judged.items():
+                sums[self.losses.judge.items[index]] = part
+            record = {"sums": [finite(float(value)) for value in sums]}
+        self.store.put("patched", inputs, record)
+        return self._read(record)
+
+    def _read(self, record: Mapping[str, Any]) -> Scores | str:
+        if "why" in record:
+            return str(record["why"])
+        return Scores(np.array(record["sums"], np.float64), self.losses.judge.weights)
+
+    def _judged(
+        self, patch: QuickPatch, plans: Mapping[frozenset[int], Plan], looks: range
+    ) -> Iterator[tuple[frozenset[int], Judged]]:
+        """Judge cuts after a quick patch by some looks."""
+        trials = self.losses
         if trials.is_streamed:
-            wanted = {frozenset(plan.dropped): range(looks)}
-            ((_, found),) = judge_patched_together(trials, patch, wanted)
-            if not isinstance(found, dict):
-                raise found
-            for index, judged in found.items():
-                sums[trials.judge.items[index]] = judged
-            return sums
-        with patch.patched(plan) as fits:
-            for index, items in enumerate(trials.judge.items[:looks]):
-                unchanged = fits.layers[0]
-                sums[items] = trials.judge_changed(plan.dropped, index, unchanged=unchanged)
-        return sums
+            yield from judge_patched_together(trials, patch, dict.fromkeys(plans, looks))
+            return
+        for cut, plan in plans.items():
+            try:
+                with patch.patched(plan) as fits:
+                    first = fits.layers[0]
+                    found: Judged = {
+                        index: trials.judge_changed(plan.dropped, index, unchanged=first)
+                        for index in looks
+                    }
+            except (PatchError, ModelError) as error:
+                found = error
+            yield cut, found
 
 
 def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:

@@ -4,8 +4,11 @@ Such a weight is on the meta device but for the forward of its module, whose hoo
 a map of stored tensors. To change it, change the stored tensor.
 """
 
+import ctypes
 import json
+import mmap
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils.offload import OffloadedWeightsLoader
 from torch import nn
 
+from ..storage import raise_output_error
 from ..values.counts import counted
 
 
@@ -100,19 +104,47 @@ def fetch_ahead(module: nn.Module) -> None:
     """Let the system read the weights of a module from disk while other work goes on."""
     if not hasattr(os, "posix_fadvise"):  # not on Linux: they are read when they are needed
         return
-    for path, start, stop in _in_files(module):
+    will_need(*changed_weights(module).values())
+    for path, start, stop in _in_files(module, unchanged=True):
         with Path(path).open("rb") as file:
             os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
-def _in_files(module: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """The file, and the first byte and the one behind the last, of each weight on disk."""
+def will_need(*tensors: torch.Tensor) -> None:
+    """Let the system read tensors of :func:`in_file` while other work goes on."""
+    for tensor in tensors:
+        place, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        ctypes.CDLL(None).madvise(place, size, mmap.MADV_WILLNEED)
+
+
+def in_file(like: torch.Tensor) -> torch.Tensor:
+    """Make zeros of a tensor's shape and dtype in a temporary file, which goes when they do.
+
+    Raises OutputError where the folder of temporary files has no room.
+    """
+    with (
+        raise_output_error(Path(tempfile.gettempdir())),
+        tempfile.NamedTemporaryFile(prefix="shallower-") as file,
+    ):
+        os.posix_fallocate(file.fileno(), 0, like.nbytes)
+        whole = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+    return whole.view(like.shape)
+
+
+def _in_files(module: nn.Module, unchanged: bool = False) -> Iterator[tuple[str, int, int]]:
+    """The file, and the first byte and the one behind the last, of each weight on disk.
+
+    Of all, or of those alone that no change stands in front of.
+    """
     for part in module.modules():
         for hook in _hooks(part):
             stored = hook.weights_map
-            index = getattr(getattr(stored, "dataset", None), "index", {})
+            loader: Any = getattr(stored, "dataset", None)
             for name, _ in part.named_parameters(recurse=False):
-                found = index.get(f"{getattr(stored, 'prefix', '')}{name}", {})
+                key = f"{getattr(stored, 'prefix', '')}{name}"
+                found = getattr(loader, "index", {}).get(key)
+                if found is None or (unchanged and key in loader.state_dict):
+                    continue
                 yield from found.get("places", ())  # of a GGUF file
                 if path := found.get("safetensors_file"):
                     yield path, *_places_in(path)[found["weight_name"]]
@@ -169,12 +201,14 @@ _READING = Lock()
 def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
     """Change a weight where it is stored, and where a resident module has it now.
 
-    The new values may be of any dtype, on any device. A file is not changed: those of a weight on
-    disk are kept in memory, in front of it, until :func:`forget_change`.
+    The new values may be of any dtype, on any device. A file of weights is not changed: those of a
+    weight on disk are kept in front of it, :func:`in_file`, until :func:`forget_change`.
     """
-    stored, live = stored_weight(module, name), getattr(module, name)
+    live = getattr(module, name)
     for held, key in _in_front(module, name):
-        stored = held.setdefault(key, torch.empty_like(stored))
+        if key not in held:
+            held[key] = in_file(live)
+    stored = stored_weight(module, name)
     stored.copy_(value)
     if live is not stored and not live.is_meta:
         live.copy_(value)
@@ -191,9 +225,19 @@ def changes_of(module: nn.Module) -> int:
 
 def forget_change(module: nn.Module, name: str) -> None:
     """Let a weight on disk be read from its file again from here on."""
+    live = getattr(module, name)
     for held, key in _in_front(module, name):
-        held.pop(key, None)
+        if held.pop(key, None) is not None and not live.is_meta:
+            live.copy_(stored_weight(module, name))
     _CHANGES[module] = changes_of(module) + 1
+
+
+def copy_weight(module: nn.Module, name: str) -> torch.Tensor | None:
+    """Copy a weight as it is, beside the card; None of one on disk that no change stands before."""
+    held = [changed.get(key) for changed, key in _in_front(module, name)]
+    if held and held[0] is not None:
+        return in_file(held[0]).copy_(held[0])
+    return None if held else stored_weight(module, name).detach().to("cpu", copy=True)
 
 
 def changed_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -208,7 +252,7 @@ def changed_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _in_front(module: nn.Module, name: str) -> Iterator[tuple[dict[str, torch.Tensor], str]]:
-    """What is held in memory in front of the file of a weight on disk, and its name there."""
+    """What is held in front of the file of a weight on disk, and its name there."""
     for hook in _hooks(module):
         stored = hook.weights_map
         loader: Any = getattr(stored, "dataset", None)

@@ -3,15 +3,15 @@
 import torch
 from torch import nn
 
-from ..models.offload import forget_change, stored_weight, write_weight
+from ..models.offload import copy_weight, forget_change, write_weight
 from ..models.residual_writers import Writer
 
 
 class Changes:
-    """Weights that were changed, the first value of each kept in the CPU's memory."""
+    """Weights that were changed; the first value of each is kept where no file has it."""
 
     def __init__(self) -> None:
-        self._undo: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        self._undo: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
 
     def __len__(self) -> int:
         return len(self._undo)
@@ -27,8 +27,7 @@ class Changes:
     def change(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """Write a module's parameter where it is stored, from any dtype and device."""
         if (module, name) not in self._undo:
-            before = stored_weight(module, name).detach().to("cpu", copy=True)
-            self._undo[module, name] = before
+            self._undo[module, name] = copy_weight(module, name)
         write_weight(module, name, value)
 
     @torch.no_grad()
@@ -36,8 +35,10 @@ class Changes:
         """Restore all weights, the last first."""
         while self._undo:
             (module, name), before = self._undo.popitem()
-            write_weight(module, name, before)
-            forget_change(module, name)
+            if before is None:
+                forget_change(module, name)
+            else:
+                write_weight(module, name, before)
 
     def commit(self) -> None:
         """Keep the new weights: :meth:`undo` no longer restores the old ones."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import OutputError
@@ -53,8 +53,8 @@ class PatchCheckpoint:
         if found is None:
             return None
         facts, weights = found
-        for name, weight in weights.items():
-            changes.change(module.get_submodule(name), "weight", weight)
+        for name in weights.keys():  # noqa: SIM118 - it is no mapping
+            changes.change(module.get_submodule(name), "weight", weights.get_tensor(name))
         return Fit(**fields_of(Fit, facts))
 
     def keep_fit(self, fit: Fit, module: nn.Module, names: Sequence[str]) -> None:
@@ -72,8 +72,8 @@ class PatchCheckpoint:
         """Those of some layers whose matrices were solved."""
         return [layer for layer in layers if self._facts(f"layer-{layer}") is not None]
 
-    def steps(self) -> tuple[dict[str, Any], Tensors] | None:
-        """The state of the steps that was kept last."""
+    def steps(self) -> tuple[dict[str, Any], Any] | None:
+        """The state of the steps that was kept last; its file is open, and read by name."""
         return self._read("steps")
 
     @property
@@ -100,12 +100,12 @@ class PatchCheckpoint:
         except (OutputError, SafetensorError):
             self._folder = None
 
-    def _read(self, name: str) -> tuple[dict[str, Any], Tensors] | None:
+    def _read(self, name: str) -> tuple[dict[str, Any], Any] | None:
         facts = self._facts(name)
         if facts is None or self._folder is None:
             return None
         try:
-            return facts, load_file(self._folder / f"{name}.safetensors")
+            return facts, safe_open(self._folder / f"{name}.safetensors", framework="pt")
         except (OSError, SafetensorError):
             return None
 

@@ -7,11 +7,15 @@ whose memory has room for the graphs of more. Every matrix takes steps of Adam (
 second moments of rows and columns alone (Adafactor, 1804.04235), each a share of the root mean
 square of its own entries: one rate does for matrices of any width. Moves are kept beside the old
 values, so that steps below a dtype's grain add up.
+
+Where the layers wait on disk, each step reads them forwards once and backwards once, and all that
+is kept of a matrix lies in temporary files.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -19,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..memory.budget import BUDGET
 from ..models.head import Head, part_sizes
-from ..models.layerwise import Layerwise, Trace, token_rows
-from ..models.offload import is_offloaded, resident, stored_weight
+from ..models.layerwise import Layerwise, Trace, is_streamed, token_rows
+from ..models.offload import in_file, is_offloaded, is_on_disk, stored_weight, will_need
 from ..texts.batches import Batch
 from .changes import Changes
 from .checkpoint import PatchCheckpoint
@@ -71,22 +75,31 @@ def num_steps(batches: Sequence[Batch]) -> int:
     return min(STEPS, PASSES * len(draw_steps(batches)))
 
 
+def most_steps(num_tokens: float) -> int:
+    """Steps that a descent on so many tokens takes, at most."""
+    return min(STEPS, PASSES * math.ceil(num_tokens / STEP_TOKENS))
+
+
 def rate_at(step: int, steps: int) -> float:
     """The rate of a step, counted from 0: a linear warm-up, a plateau, and a linear decay."""
     return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
 class MovingMatrix:
-    """One matrix that descends, or several of a kind in one tensor, in the memory of the CPU."""
+    """One matrix that descends, or several of a kind in one tensor.
+
+    What is kept of it lies in the memory of the CPU; in files, if the matrix waits on disk.
+    """
 
     STATE = ("_move", "_momentum", "_rows", "_columns")
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
-        self._base = stored_weight(module, name).detach().to("cpu", copy=True)
+        self._on_disk, stored = is_on_disk(module), stored_weight(module, name).detach().cpu()
+        room = in_file if self._on_disk else torch.zeros_like
+        self._base = room(stored).copy_(stored)
         self._size = float(self._base.float().square().mean().sqrt())
-        self._move = torch.zeros_like(self._base)
-        self._momentum = torch.zeros_like(self._base)
+        self._move, self._momentum = room(stored), room(stored)
         self._rows = torch.zeros(self._base.shape[:-1])
         self._columns = torch.zeros(*self._base.shape[:-2], self._base.shape[-1])
         self.steps = 0
@@ -102,6 +115,11 @@ class MovingMatrix:
         for name in self.STATE:
             getattr(self, name).copy_(state[name])
         changes.change(self.module, self.name, state["weight"])
+
+    def fetch_ahead(self) -> None:
+        """Let the system read from files what the next step needs, while other work goes on."""
+        if self._on_disk:
+            will_need(self._base, self._move, self._momentum)
 
     @property
     def is_stacked(self) -> bool:
@@ -144,11 +162,17 @@ def matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Find the matrices of a layer, each once: its module, and its name there."""
     seen: set[int] = set()
     for module in layer.modules():
-        for name, _ in module.named_parameters(recurse=False):
-            stored = stored_weight(module, name)
+        for name, parameter in module.named_parameters(recurse=False):
+            stored = parameter if is_on_disk(module) else stored_weight(module, name)
             if stored.ndim > 1 and stored.is_floating_point() and id(stored) not in seen:
                 seen.add(id(stored))
                 yield module, name
+
+
+def kept_bytes(layers: Iterable[nn.Module]) -> int:
+    """Count what is kept of all matrices of layers: old and new values, moves and momenta."""
+    moving = (found for layer in layers for found in matrices(layer))
+    return 4 * sum(getattr(module, name).nbytes for module, name in moving)
 
 
 def graph_bytes(layer: nn.Module, tokens: int) -> int:
@@ -179,8 +203,9 @@ class Descent:
         self._model, self._states, self._changes = model, states, changes
         self._moving = {
             layer: [MovingMatrix(*found) for found in matrices(model.modules[layer])]
-            for layer in layers
+            for layer in model.one_by_one(layers)
         }
+        self._on_disk = is_streamed(model.head.decoder)
         self._scale = 0.0
         device = model.head.decoder.device
         # A card runs a layer again in less time than its memory is worth.
@@ -210,7 +235,8 @@ class Descent:
             return 0
         facts, tensors = found
         for name, one in self._named():
-            kept = {key: tensors[f"{name}.{key}"] for key in (*MovingMatrix.STATE, "weight")}
+            names = (*MovingMatrix.STATE, "weight")
+            kept = {key: tensors.get_tensor(f"{name}.{key}") for key in names}
             one.resume(facts["steps"][name], kept, self._changes)
         self._scale = float(facts["scale"])
         return int(facts["taken"])
@@ -238,19 +264,23 @@ class Descent:
         batches = [self._states.batches[index] for index in chosen]
         states = [self._states.cut[index] for index in chosen]
         kept, passed = self._kept(batches), []
-        for layer, moving in self._moving.items():
-            with resident(self._model.modules[layer]):
-                entered = [
-                    self._entered(*pair, layer, moving if layer in kept else None)
-                    for pair in zip(batches, states, strict=True)
-                ]
+        for layer in self._model.one_by_one(self._moving):
+            moving = self._moving[layer] if layer in kept else None
+            entered = [
+                self._entered(*pair, layer, moving) for pair in zip(batches, states, strict=True)
+            ]
             passed.append([run for run, _ in entered])
             states = [reached for _, reached in entered]
+            if self._on_disk:
+                states = [in_file(reached).copy_(reached) for reached in states]
         gradients = [
             self._behind_last(batch, last, self._states.whole[index])
             for batch, last, index in zip(batches, states, chosen, strict=True)
         ]
-        for layer in reversed(self._moving):
+        ahead = dict(pairwise(reversed(self._moving)))
+        for layer in self._model.one_by_one(reversed(self._moving)):
+            for one in self._moving.get(ahead.get(layer, -1), ()):
+                one.fetch_ahead()
             self._step_layer(layer, batches, passed.pop(), gradients, rate)
 
     def _kept(self, batches: Sequence[Batch]) -> set[int]:
@@ -293,19 +323,18 @@ class Descent:
         """Move the matrices of a layer; the gradients go back to the states before it."""
         moving = self._moving[layer]
         sums: list[torch.Tensor | None] = [None] * len(moving)
-        with resident(self._model.modules[layer]):
-            for index, batch in enumerate(batches):
-                run = passed.pop(0)
-                if isinstance(run, torch.Tensor):
-                    run = self._traced(batch, run, layer, moving)
-                gradients[index], found = run.gradients(gradients[index])
-                for place, part in enumerate(found):
-                    total = sums[place]
-                    if part is not None:
-                        sums[place] = part.float() if total is None else total.add_(part)
-            for one, total in zip(moving, sums, strict=True):
-                if total is not None:  # experts that no token was sent to have none
-                    one.step(total, rate, self._changes)
+        for index, batch in enumerate(batches):
+            run = passed.pop(0)
+            if isinstance(run, torch.Tensor):
+                run = self._traced(batch, run, layer, moving)
+            gradients[index], found = run.gradients(gradients[index])
+            for place, part in enumerate(found):
+                total = sums[place]
+                if part is not None:
+                    sums[place] = part.float() if total is None else total.add_(part)
+        for one, total in zip(moving, sums, strict=True):
+            if total is not None:  # experts that no token was sent to have none
+                one.step(total, rate, self._changes)
 
     def _behind_last(self, batch: Batch, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """(B, T, D): gradients in the states before the final norm, times one number.

@@ -16,7 +16,7 @@ from ..models.feed_forward import Targets, feed_forward_targets
 from ..texts.batches import Batch
 from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, usable
 from ..values.tokens import Tokens
-from .descent import graph_bytes, matrices
+from .descent import graph_bytes, kept_bytes, matrices
 from .least_squares import solver_bytes
 from .states import MAX_HELD_OUT
 
@@ -113,14 +113,12 @@ def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
     momenta. And those on the device of the widest layer: the graph of its forward, by the inputs
     and outputs of its linear maps, its slopes, and the step of its largest matrix.
     """
-    size = getattr(model, "dtype", torch.float32).itemsize
-    moving = most = 0
-    for layer in find_layers(model).modules:
+    size, layers, most = getattr(model, "dtype", torch.float32).itemsize, find_layers(model), 0
+    for layer in layers.modules:
         weights = [getattr(module, name).numel() for module, name in matrices(layer)]
-        moving += 4 * size * sum(weights)
         working = (size + 4) * sum(weights) + 20 * max(weights, default=0)
         most = max(most, graph_bytes(layer, batch_tokens) + working)
-    return moving, most
+    return kept_bytes(layers.modules), most
 
 
 def writer_widths(model: nn.Module) -> tuple[int, int]:

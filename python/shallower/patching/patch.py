@@ -6,7 +6,6 @@ whole model. Then all matrices from there on take a few steps towards the whole 
 distributions. No parameter is added, and the checkpoint stays standard.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.in_model import drop_layers, without_layers
 from ..errors import PatchError
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.layerwise import Layerwise
 from ..texts.batches import AnyTexts
 from ..values.layers import Layers
 from ..values.patch import Patch
@@ -27,11 +26,6 @@ from ..values.tokens import Tokens
 from .changes import Changes
 from .solver import Solver
 from .states import divide, no_layer_before
-
-CLOSED_FORM_ALONE = (
-    "the layers wait on disk: the patch solves the matrices before the cut, and leaves out the "
-    "steps of all others"
-)
 
 NUM_TOKENS, CPU_TOKENS = 131_072, 32_768
 """Tokens to fit by default, at most, on a GPU and on a CPU."""
@@ -52,9 +46,9 @@ def patch(
     """Drop layers and heal the cut in minutes, in place.
 
     Args:
-        model: the whole model, in float32, bfloat16 or float16. If its layers wait on disk, the
-            matrices before the cut are solved, with a warning that no other takes a step; the
-            new ones are kept in memory.
+        model: the whole model, in float32, bfloat16 or float16. If its layers wait on disk, they
+            are read twice a step, and what is held of the matrices that move lies in temporary
+            files.
         tokenizer: its tokenizer.
         layers: a plan, whose score, metric, texts and strategy are kept; or blocks, ranges or
             indices to drop, 0-based.
@@ -152,8 +146,6 @@ def _solved(
     Yields the patch and the weights that changed: unless the body commits, the old ones return.
     """
     plan = _plan_of(model, layers)
-    if is_streamed(model):
-        warnings.warn(CLOSED_FORM_ALONE, stacklevel=4)
     most = _num_tokens(model, num_tokens)
     fitted, held_out = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
     changes = Changes()

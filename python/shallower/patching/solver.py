@@ -8,18 +8,21 @@ from pathlib import Path
 
 import torch
 
+from ..errors import PatchError
 from ..evaluation.loss import summed_losses
-from ..models.layerwise import Layerwise, is_streamed
-from ..models.offload import resident
+from ..models.layerwise import Layerwise
+from ..models.offload import is_on_disk, resident
 from ..models.residual_writers import Writer, find_writers
 from ..progress import Advance, say_goes_on, track
+from ..storage import free_bytes
 from ..texts.batches import Batch
 from ..values.layers import layer_count
+from ..values.memory import format_size
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
 from .checkpoint import PatchCheckpoint
-from .descent import Descent, draw_steps, keep_best, num_steps
+from .descent import Descent, draw_steps, keep_best, kept_bytes, num_steps
 from .least_squares import FIRST_RIDGE, Choice, HeldOut, NormalEquations, choose
 from .states import StateSet, Stored, missing_equations, missing_rows, no_writer, not_finite
 
@@ -33,8 +36,6 @@ change with it, is then solved for all that is left."""
 
 class Solver:
     """Both models' states on the batches, which advance layer by layer, side by side.
-
-    Where layers wait on disk, matrices are solved, and none takes a step behind them.
 
     Every weight that changes is noted in ``changes``. States lie in temporary files, which are
     there inside the ``with`` statement. What is done is kept in the folder ``checkpoint``, if any.
@@ -52,12 +53,12 @@ class Solver:
         self.model, self.plan, self.changes = model, plan, changes
         self._batches = fitted, held_out
         self._kept = checkpoint
-        self._descends = not is_streamed(model.head.decoder)
         self.survivors = plan.survivors
         self.first_weight, self.ridge = FIRST_WEIGHTS[0], FIRST_RIDGE
 
     def __enter__(self) -> "Solver":
         self.model.check(self._batches[1][0])
+        self._check_room(Path(tempfile.gettempdir()))
         self._folder = tempfile.TemporaryDirectory(prefix="shallower-")
         self._path = Path(self._folder.name)
         sample = self.model.embed(self._batches[0][0])
@@ -72,6 +73,18 @@ class Solver:
         )
         return self
 
+    def _check_room(self, folder: Path) -> None:
+        """Refuse the steps of layers on disk whose files find no room."""
+        first = self.plan.blocks[0].start - 1
+        left = [self.model.modules[layer] for layer in self.survivors if layer >= first]
+        free, needed = free_bytes(folder), kept_bytes(filter(is_on_disk, left))
+        if needed > free:
+            raise PatchError(
+                f"the steps of a patch of layers on disk take {format_size(needed)} of temporary "
+                f"files, and {format_size(free)} are free in {folder}: name another "
+                f"folder (TMPDIR)"
+            )
+
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
@@ -85,13 +98,11 @@ class Solver:
         solved = [layer for layer in self.survivors if first <= layer <= max(after)]
         self._embed()
         fits = []
-        total = first + len(solved)
-        total += num_steps(self.fitted.batches) if self._descends else 0
+        total = first + len(solved) + num_steps(self.fitted.batches)
         with track("patch", total, progress) as advance:
             self._advance_whole(0, first)
             self._copy_whole()
-            if self._descends:
-                self._keep_start()
+            self._keep_start()
             advance(first)
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
             self._checkpoint = PatchCheckpoint(
@@ -110,10 +121,8 @@ class Solver:
                 if layer != solved[-1]:
                     self._advance_cut(layer)
                 advance(1)
-            descent: tuple[float, ...] = ()
-            if self._descends:
-                advance(0, "all layers")
-                descent = self._descend(first, stop, fits[-1].nats, advance)
+            advance(0, "all layers")
+            descent = self._descend(first, stop, fits[-1].nats, advance)
         num_tokens, num_held_out = (
             sum(int(batch.attention_mask.sum()) for batch in batches) for batches in self._batches
         )

@@ -62,7 +62,8 @@ def compare(
     Args:
         model: a causal language model of transformers; or the source or the place that it is
             loaded from; or several such, which are compared one after the other. The failure of
-            one of several is recorded, and the others go on.
+            one of several is recorded, and the others go on. If its layers wait on disk, all cuts
+            are measured in the same passes.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts; or several such by name, each of which chooses for itself.
         eval_texts: held-out texts. Calibration texts that are among them are left out.
@@ -255,6 +256,7 @@ class CompareStudy(Study[CompareSettings]):
         """
         with self.alone():
             comparison = self._measure() if self.entry is None else _read(self.entry)
+            self.say_read()
             self.write_comparison(comparison)
         return comparison
 

@@ -78,7 +78,7 @@ def compare_on(
         ModelError: its layers cannot be run one by one, or a loss is not finite.
         TextsError: no text has two tokens.
     """
-    loaded, tokenizer = model.load(study.progress)
+    loaded, tokenizer = study.load(model)
     measuring = Measuring(study, loaded, tokenizer, store=store)
     check_sizes(study.settings.n, len(measuring.decoder))
     measured: list[_Measured] = []
@@ -301,6 +301,7 @@ class _Choosing:
     def measured(self, choices: Sequence[_Choice]) -> Iterator[_Measured]:
         """Measure what was chosen, on the texts that report."""
         measuring, held_out = self.measuring, self.measuring.held_out
+        measuring.judge_together([choice.plan.dropped for choice in choices], self.patch)
         whole = measuring.scores((), "cut")
         for choice in choices:
             dropped = choice.plan.dropped

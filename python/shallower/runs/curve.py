@@ -55,7 +55,7 @@ def curve(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from.
+            loaded from. If its layers wait on disk, all cuts are measured in the same passes.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once.
         eval_texts: held-out texts, which report. Calibration texts that are among them are left
@@ -79,7 +79,8 @@ def curve(
         RecipeError: ``heal_steps`` without the state ``healed``, or settings that do not fit.
         TextsError: no texts, or too few for three sets; no such task.
         OutputError: ``out`` holds another curve, or cannot be written to.
-        ModelError: the model cannot be loaded or run.
+        ModelError: the model cannot be loaded or run; or its layers wait on disk, and there are
+            tasks or the state ``healed``.
         CacheError: what the cache holds is damaged.
         MissingExtraError: the state ``healed`` without peft, or tasks without lm-eval.
         ProcessesError: this is one of several processes, as torchrun starts them.
@@ -139,7 +140,11 @@ class CurveStudy(Study[CurveSettings]):
     def check(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`curve`."""
         super().check()
+        if self.settings.tasks:
+            self.refuse_on_disk("a task, for every few items", "leave out tasks (tasks, --tasks)")
         if "healed" in self.settings.states:
+            way_out = "leave out the state healed (states, --states), and heal a cut of it"
+            self.refuse_on_disk("a training, at every step", way_out)
             from ..healing.checks import require_peft
 
             require_peft()
@@ -217,6 +222,7 @@ class CurveStudy(Study[CurveSettings]):
             say_goes_on(there, self.progress)
         points = self._points()
         found = points.curve()
+        self.say_read()
         if points.is_complete:
             self.store.put(self.KIND, self.inputs, found.to_json())
         return found
@@ -226,7 +232,7 @@ class CurveStudy(Study[CurveSettings]):
         from .curve_points import CurvePoints
 
         _ = self.splits, self.tasks.identity  # what is wrong there is said before the loading
-        loaded, tokenizer = self.model.load(self.progress)
+        loaded, tokenizer = self.load(self.model)
         return CurvePoints(
             self,
             loaded,

@@ -84,6 +84,8 @@ class CurvePoints:
         settings = self._settings
         found = [self._measured((), "whole", "cut")]
         self._write(self._joined(found))
+        if self._study.model.waits_on_disk:
+            self._judge_together()
         wanted = [
             (s, n, name)
             for s in settings.states
@@ -97,6 +99,14 @@ class CurvePoints:
                 self._write(self._joined(found))
                 advance(1)
         return self._joined(found)
+
+    def _judge_together(self) -> None:
+        """Judge all cuts at once, which read each layer from disk for all of them."""
+        settings = self._settings
+        plans = [self._plan(name, n) for n in settings.n for name in settings.strategies]
+        cuts = [plan.dropped for plan in plans if isinstance(plan, Plan)]
+        quick = settings.quick_patch and "patched" in settings.states
+        self._measuring.judge_together(cuts, self._measuring.patch if quick else None)
 
     def _joined(self, found: Sequence[CurvePoint]) -> Curve:
         """What is known so far, by size, strategy and state."""

@@ -5,7 +5,7 @@ measured on one layer of the model with random weights (``runs.speed``).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -31,23 +31,23 @@ from ..models.architecture import find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import STREAM, plain_dtype
 from ..models.source import ModelSource
-from ..patching.descent import PASSES, STEP_TOKENS
-from ..patching.descent import STEPS as DESCENT_STEPS
+from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.memory import writer_widths
 from ..patching.quick import RIDGES
 from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
 from ..values.curve import OWN_STRATEGIES
+from ..values.estimates import Disk, Divided, Time, Unknown
 from ..values.forwards import Forwards
-from ..values.memory import MemoryPlan, format_size
+from ..values.memory import MemoryPlan
 from ..values.recipe import GLOBAL_BATCH, Recipe
 from ..values.settings import CompareSettings, CurveSettings, RunSettings
 from .compare import CompareStudy
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
 from .speed import Work, measure_speed
-from .stream_plans import CHECKED, TOGETHER, Pass, patched, plan_passes, verified
+from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
@@ -60,81 +60,6 @@ SOLVES = 12
 
 QUICK_SOLVES = 1 + len(RIDGES) / 2
 """Those of a quick patch, about."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unknown:
-    """A sentence that says why something cannot be told."""
-
-    why: str
-
-    def to_json(self) -> dict[str, str]:
-        """Give the sentence."""
-        return {"unknown": self.why}
-
-    def __str__(self) -> str:
-        return f"cannot be told before: {self.why}"
-
-
-@dataclass(frozen=True, slots=True)
-class Divided:
-    """How many texts fit, choose and report, by the name of the calibration texts."""
-
-    counts: dict[str, tuple[int, int, int]]
-
-    def to_json(self) -> dict[str, dict[str, int]]:
-        """Give the counts by name."""
-        words = ("fit", "choose", "report")
-        return {name: dict(zip(words, of, strict=True)) for name, of in self.counts.items()}
-
-    def __str__(self) -> str:
-        several = len(self.counts) > 1
-        return "; ".join(
-            f"{f'{name}: ' if several else ''}{fit:,} fit, {choose:,} choose, {report:,} report"
-            for name, (fit, choose, report) in self.counts.items()
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """Bytes that a study leaves in its folder, at most, and those that are free there."""
-
-    bytes: int
-    free_bytes: int
-
-    def to_json(self) -> dict[str, int]:
-        """Give both numbers."""
-        return {"bytes": self.bytes, "free_bytes": self.free_bytes}
-
-    def __str__(self) -> str:
-        lacks = "" if self.bytes <= self.free_bytes else ", which is not enough"
-        size = f"at most {format_size(self.bytes)}" if self.bytes >= 10**7 else "a few MB"
-        return f"{size} of {format_size(self.free_bytes)} that are free{lacks}"
-
-
-@dataclass(frozen=True, slots=True)
-class Time:
-    """Seconds that a study takes on this machine at most, about, and what is not in them."""
-
-    seconds: float
-    beside: str = "loading"
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the seconds, and what is not in them."""
-        return {"seconds": round(self.seconds, 1), "beside": self.beside}
-
-    def __str__(self) -> str:
-        rounded = _rounded(self.seconds)
-        return f"at most about {rounded} here, while nothing else runs, beside {self.beside}"
-
-
-def _rounded(seconds: float) -> str:
-    """A time in two digits at most, of the largest unit that it has one of."""
-    units = (("s", 90.0), ("min", 90 * 60.0), ("hours", 48 * 3600.0), ("days", float("inf")))
-    sizes = {"s": 1.0, "min": 60.0, "hours": 3600.0, "days": 86400.0}
-    unit = next(name for name, most in units if seconds < most)
-    count = max(1.0, seconds / sizes[unit])
-    return f"{round(count / 10) * 10 if count >= 30 else round(count)} {unit}"
 
 
 def describe(study: Study[Any]) -> dict[str, Any]:
@@ -163,14 +88,27 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     }
     if study.out is None:
         del ways["disk"]
-    if isinstance(study.settings, RunSettings) and study.model.waits_on_disk:
-        ways["stream"] = lambda: models()[0].stream()
+    if any(model.waits_on_disk for model in study.models):
+        ways["stream"] = lambda: max((one.stream() for one in models()), key=_read)
+        if _patches(study.settings):
+            ways["steps"] = lambda: models()[0].steps()
     for name, way in ways.items():
         try:
             described[name] = way()
         except Exception as error:  # whatever a family does without its weights
             described[name] = Unknown(one_sentence(error))
     return described
+
+
+def _read(plan: StreamPlan) -> int:
+    return plan.bytes_read
+
+
+def _patches(settings: Any) -> bool:
+    """Whether cuts are patched in full."""
+    if isinstance(settings, CurveSettings):
+        return settings.patch == "full"
+    return isinstance(settings, RunSettings) and not settings.plan_only
 
 
 def _peak(plan: MemoryPlan) -> int:
@@ -234,6 +172,7 @@ class _Model:
             self.config,
             stage,
             dtype=self.source.dtype,
+            drop=max(0, self.layers - 2) * self.source.waits_on_disk,  # two are there at once
             max_length=tokens.max_length,
             batch_size=tokens.batch_size,
             **options,
@@ -268,13 +207,11 @@ class _Model:
     @cached_property
     def _patch_tokens(self) -> int:
         """Tokens that a full patch fits; 0 where there is none."""
-        settings = self.settings
-        if isinstance(settings, CurveSettings):
-            is_full = settings.patch == "full"
-            return settings.patch_tokens * is_full
-        if isinstance(settings, RunSettings) and not settings.plan_only:
-            return patch_tokens(num_parameters(self.empty), on_cpu=self.on_cpu)
-        return 0
+        if not _patches(self.settings):
+            return 0
+        if isinstance(self.settings, CurveSettings):
+            return self.settings.patch_tokens
+        return patch_tokens(num_parameters(self.empty), on_cpu=self.on_cpu)
 
     @cached_property
     def _recipe(self) -> Recipe | None:
@@ -293,18 +230,16 @@ class _Model:
     # Time.
     def seconds(self) -> float:
         """The seconds that all of the work takes at most, about."""
-        tokenizer = self.source.load_tokenizer()
-        at_once = self.forward.micro_batch
         work = Work()
         for name in self.study.splits:
-            self.texts = _Texts(self.study, tokenizer, name, at_once)
+            self.texts = self._texts(name)
             work += self._work()
         lengths = self.texts.report
         each = measure_speed(
             self.config,
             str(self.source.dtype),
             torch.device("cpu") if self.on_cpu else main_device(),
-            texts=at_once,
+            texts=self.texts.at_once,
             length=int(lengths.mean()),
             work=work,
         )
@@ -346,32 +281,73 @@ class _Model:
         return sorted(found - {*sizes})[: 2 * len(sizes)]
 
     def stream(self) -> StreamPlan:
-        """What a run reads of a model whose layers wait on disk, at most, about."""
-        tokenizer, name = self.source.load_tokenizer(), next(iter(self.study.splits))
-        texts = _Texts(self.study, tokenizer, name, self.forward.micro_batch)
-        sizes, mean, report = self._sizes, texts.choose.mean(), texts.report.sum()
-        fit, n = texts.fit[:VERIFYING_TEXTS].sum(), min(sizes)
-        passes: list[Pass] = [(1, texts.fit[:SCAN_TEXTS].sum()), (4, report)]
-        some = [(size, None) for size in sizes] + [(size, TABLE_TEXTS) for size in self._beside]
-        for size, count in some:
-            looked, top = texts.looks(count), self.settings.top
-            passes += verified(self.layers, size, looks=looked, top=top, mean=mean)
-            passes.append((3, 2 * TOGETHER * report))  # bare together, each after a patch
-        # The model is checked, run by criteria that propose, and by a quick patch, for either set
-        # of texts that choose; checked once more for the losses.
-        passes += 2 * [CHECKED, (3, fit)] + [CHECKED]
-        if self._patch_tokens:
-            middle = (self.layers - n) // 2
-            passes += [*patched(self.layers, range(middle, middle + n)), (1, report), (2, 0)]
+        """What is read of a model whose layers wait on disk, at most, about."""
+        settings, passes = self.settings, []
+        found = StudyPasses(self.layers, settings, self._first_texts)
+        if isinstance(settings, RunSettings):
+            passes += found.of_run(self._sizes, self._beside)
+            if self._patch_tokens:  # and its checkpoint, saved and compared
+                passes += [*found.patched(self._middle, self._num_steps), (2, 0)]
+        elif isinstance(settings, CurveSettings):
+            subject, chosen = self._subject(self._first_texts, settings.n), self._foreign
+            passes += found.of_curve(subject, chosen)
+            if self._patch_tokens:
+                passes += self._num_patches * found.patched(self._middle, self._num_steps)
+        else:
+            assert isinstance(self.study, CompareStudy)
+            for name in self.study.splits:
+                found = replace(found, texts=self._texts(name))
+                subject = self._subject(self._texts(name), settings.n)
+                passes += found.of_comparison(subject, self.study.criteria)
         return plan_passes(self.source, passes)
+
+    def steps(self) -> StepsPlan:
+        """What the steps of all full patches take of the disk, of blocks in the middle."""
+        each, count = plan_steps(self.empty, self._middle, self._num_steps), self._num_patches
+        return replace(each, steps=count * each.steps, passes=count * each.passes)
+
+    @property
+    def _num_patches(self) -> int:
+        """The full patches of a run or a curve."""
+        settings = self.settings
+        is_curve = isinstance(settings, CurveSettings)
+        return len(settings.n) * len(settings.strategies) if is_curve else 1
+
+    @property
+    def _middle(self) -> range:
+        """The block in the middle, of the fewest layers that go."""
+        n = min(size for size in self._sizes if size) if any(self._sizes) else 1
+        begin = max(1, (self.layers - n) // 2)
+        return range(begin, begin + n)
+
+    @property
+    def _num_steps(self) -> int:
+        """The steps of a full patch, at most."""
+        return most_steps(min(self._patch_tokens, 7 / 8 * self._first_texts.fit.sum()))
+
+    @cached_property
+    def _first_texts(self) -> _Texts:
+        return self._texts(next(iter(self.study.splits)))
+
+    def _texts(self, name: str) -> _Texts:
+        tokenizer = self.source.load_tokenizer()
+        return _Texts(self.study, tokenizer, name, self.forward.micro_batch)
+
+    def _subject(self, texts: _Texts, sizes: Sequence[int]) -> Subject:
+        trials: Any = None  # no passes look at them
+        return Subject(self.decoder, texts.batches, trials, sizes)
+
+    @property
+    def _foreign(self) -> list[Criterion]:
+        """The strategies of a curve that are criteria."""
+        return [criteria[one] for one in self.settings.strategies if one not in OWN_STRATEGIES]
 
     def _of_curve(self) -> Work:
         settings, work = self.settings, self._measured(0)
         strategies = settings.strategies
         if {"similarity", "best_plan", "recommended"} & {*strategies}:
             work += self._scan(len(self.texts.fit))
-        foreign = [criteria[name] for name in strategies if name not in OWN_STRATEGIES]
-        work += self._chosen(foreign, settings.n)
+        work += self._chosen(self._foreign, settings.n)
         for n in settings.n:
             work += self._verified(n) * ("recommended" in strategies)
             for state in settings.states:
@@ -438,8 +414,7 @@ class _Model:
         left, fit = (self.layers - n) / 2, self.texts.fit
         fitted = min(self._patch_tokens, 7 / 8 * fit.sum())
         held = min(MAX_HELD_OUT, self._patch_tokens, fit.sum() / 8)
-        steps = min(DESCENT_STEPS, PASSES * np.ceil(fitted / STEP_TOKENS))
-        steps *= not self.source.waits_on_disk
+        steps = most_steps(fitted)
         descended = steps * min(fitted, STEP_TOKENS)
         blocks = (n + 1) / 2
         losses = Work(left, 1) * (held * (4 + blocks))
@@ -465,8 +440,7 @@ class _Model:
 
     def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Work:
         """What criteria run to choose so many layers; passes that several share are made once."""
-        trials: Any = None  # no passes look at them
-        subject = Subject(self.decoder, self.texts.batches, trials, sizes)
+        subject = self._subject(self.texts, sizes)
         passes = {type(one).layer_forwards: one.layer_forwards(subject) for one in chosen}
         work = Work(sum(passes.values())) * self.texts.fit.mean()
         for one in chosen:

@@ -131,6 +131,7 @@ class Measuring:
             num_rejected=self.num_rejected,
         )
         self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
+        self._shares: dict[tuple[int, ...], float] = {}  # of the seconds of cuts judged together
 
     def _tokenised(self) -> dict[str, TokenisedSplits]:
         """All texts of the study, tokenised once; those that report are the same of every name."""
@@ -171,6 +172,27 @@ class Measuring:
             store=self._store,
         )
 
+    def judge_together(
+        self, cuts: Sequence[tuple[int, ...]], patch: "FittedPatch | None" = None
+    ) -> None:
+        """Judge the whole model and cuts at once, where each layer is read from disk for all.
+
+        As they are, and after a quick ``patch`` if there is one.
+        """
+        clock = self.held_out.losses.clock
+        started = clock()
+        for trials in dict.fromkeys((self.held_out.losses, self.held_out.scores)):
+            trials.judge_together([(), *cuts])
+        if patch is not None:
+            plans = map(self.plan, cuts)
+            self.held_out.patch_together(patch.patch, plans, fitted=patch.fitted)
+        self._shares = dict.fromkeys(cuts, (clock() - started) / max(1, len(cuts)))
+
+    @property
+    def patch(self) -> "FittedPatch":
+        """The quick patch of the verified plans."""
+        return FittedPatch(self.plans.verifier.patch, self.plans.fitted)
+
     def whole(self) -> Loss:
         """Measure the loss of the whole model, and show how far that is."""
         trials = self.held_out.losses
@@ -199,8 +221,7 @@ class Measuring:
         """
         if state == "cut":
             return self.held_out.losses.scores(dropped, looks)
-        quick = patch or FittedPatch(self.plans.verifier.patch, self.plans.fitted)
-        plan = self.plan(dropped)
+        quick, plan = patch or self.patch, self.plan(dropped)
         found = self.held_out.patched(quick.patch, plan, fitted=quick.fitted, looks=looks)
         if isinstance(found, str):
             raise PatchError(found)
@@ -230,7 +251,8 @@ class Measuring:
                     if inputs and stays(error):
                         self._store.put("measurement", inputs, {"why": str(error)})
                     raise
-                found = replace(found, seconds=clock() - started)
+                shared = self._shares.pop(dropped, 0.0)
+                found = replace(found, seconds=clock() - started + shared)
                 if inputs:
                     self._store.put("measurement", inputs, found.to_record())
             self._measured[key] = found
@@ -255,10 +277,10 @@ class Measuring:
         }
 
     def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
+        if state in ("cut", "quick") and not self._tasks.settings.tasks:
+            return Measured(self.held_out.loss(self.scores(dropped, state)))
         if state == "cut":
             loss = self.held_out.loss(self.scores(dropped, state))
-            if not self._tasks.settings.tasks:
-                return Measured(loss)
             with without_layers(self.model, dropped) if dropped else nullcontext():
                 return Measured(loss, self._tasks.scores(self.model, self.tokenizer))
         with self._in_state(self.plan(dropped), state) as (model, tokenizer):

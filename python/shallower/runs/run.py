@@ -1,7 +1,6 @@
 """The whole way: from a model to the best shallower one, saved."""
 
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -70,8 +69,7 @@ def run(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from. If its layers wait on disk, the patch takes no steps behind its closed
-            form, and no prompt is continued; each is said by a warning.
+            loaded from. If its layers wait on disk, no prompt is continued, which a warning says.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once. With ``heal`` they are kept
             in memory.
@@ -148,12 +146,9 @@ class RunStudy(Study[RunSettings]):
         if isinstance(heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.
             heal.check(original=isinstance(self.model, ModelSource))
-        if heal and self.model.waits_on_disk:
-            raise ModelError(
-                "the layers of the model wait on disk (--stream), and a training reads all of them "
-                "at every step: leave out heal (--heal), and heal OUT/checkpoint, which is smaller"
-            )
         if heal:
+            way_out = "leave out heal (--heal), and heal OUT/checkpoint, which is smaller"
+            self.refuse_on_disk("a training, at every step", way_out)
             from ..healing.checks import require_peft
 
             require_peft()
@@ -202,7 +197,6 @@ class RunStudy(Study[RunSettings]):
             return self._run(report)
 
     def _run(self, report: Callable[[Run], None] | None) -> Run:
-        from ..models.offload import reading_of
         from .recommending import Recommending
 
         if self.overwrite:
@@ -213,7 +207,7 @@ class RunStudy(Study[RunSettings]):
         if self.earlier is not None and not self.earlier.marks.get("ended"):
             say_goes_on(_reached(self.earlier), self.progress)
         _ = self.splits
-        loaded, tokenizer = self.model.load(self.progress)
+        loaded, tokenizer = self.load(self.model)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
         store: ResultStore = self.model_store(self.model)
         done = Recommending(self, loaded, tokenizer, store).run(self.earlier)
@@ -222,8 +216,7 @@ class RunStudy(Study[RunSettings]):
         if stage is not None and done.healing is None and not _is_unhealed(done):
             del loaded  # nothing needs it any more, and the training needs its memory
             done = stage.heal(done)
-        elif self.model.waits_on_disk and self.progress is not False:
-            print(reading_of(loaded), file=sys.stderr, flush=True)
+        self.say_read()
         done = replace(done, marks={**done.marks, "ended": "yes"})
         done.save()
         return done

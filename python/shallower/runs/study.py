@@ -7,6 +7,7 @@ its own, what is refused before anything heavy, and how results are written befo
 
 import json
 import shlex
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ..cutting.source import place_name
-from ..errors import TextsError
+from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..storage import check_alone, check_apart, check_free, claimed, write_file
 from ..texts.options import OptionItem
@@ -30,6 +31,8 @@ from .inputs import texts_inputs
 from .store import Entry, Store
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..texts.splits import Splits
 
 Settings = TypeVar("Settings", bound=StudySettings)
@@ -93,6 +96,7 @@ class Study(ABC, Generic[Settings]):
         progress: bars with ETA on standard error; by default if that is a terminal.
         identities: of the models, of a study that is measured for another process: what that one
             finds them by in its store.
+        readings: what was read of each model whose layers wait on disk.
 
     Raises:
         TextsError: texts that are not text.
@@ -117,6 +121,7 @@ class Study(ABC, Generic[Settings]):
     command: str = ""
     progress: bool | None = None
     identities: Sequence[Mapping[str, Any]] | None = None
+    readings: list[Any] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         named = self.named_texts
@@ -205,6 +210,36 @@ class Study(ABC, Generic[Settings]):
         known = not n or self.store.get("choice_of_study", inputs) is not None
         key = None if inputs is None else self.store.key("unit", {**inputs, "state": state})
         return Unit(name, key, known)
+
+    def refuse_on_disk(self, work: str, way_out: str) -> None:
+        """Refuse work that reads all layers often, where they wait on disk: ModelError."""
+        if any(model.waits_on_disk for model in self.models):
+            raise ModelError(
+                f"the layers of the model wait on disk (--stream), and all would be read by "
+                f"{work}: {way_out}"
+            )
+
+    def load(
+        self, model: ModelSource | InMemory
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load a model; what is read of layers on disk from here on is counted."""
+        loaded, tokenizer = model.load(self.progress)
+        if model.waits_on_disk:
+            from ..models.offload import reading_of
+
+            self.readings.append(reading_of(loaded))
+        return loaded, tokenizer
+
+    def say_read(self) -> None:
+        """Say on standard error what was read of layers on disk."""
+        for reading in self.readings if self.progress is not False else ():
+            print(reading, file=sys.stderr, flush=True)
+
+    @property
+    def read(self) -> dict[str, int]:
+        """The passes over layers on disk, and the bytes of them; nothing of models in memory."""
+        found = [reading.to_json() for reading in self.readings]
+        return {key: sum(one[key] for one in found) for key in (found[0] if found else ())}
 
     # What the study is of.
     @property
@@ -430,9 +465,10 @@ def model_words(model: ModelSource | InMemory, *, dtype: bool = False) -> list[s
     With the options that load it, but its ``dtype`` only on demand.
     """
     if not isinstance(model, ModelSource):
-        return ["MODEL"]
+        return ["MODEL", *option_words({"stream": model.waits_on_disk})]
     options: dict[str, Any] = {"dtype": model.dtype if dtype and model.dtype != "auto" else None}
     options |= {"gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
+    options |= {"stream": model.waits_on_disk}
     return [place_name(model.path), *option_words(options)]
 
 

@@ -124,6 +124,9 @@ class Greedy(Search):
     def steps(self, subject: Subject, n: int) -> int:
         return sum(subject.num_layers - k for k in range(n)) * subject.trials.num_looks
 
+    def trial_passes(self, looks: Sequence[int], n: int) -> int:
+        return n * len(looks)
+
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         left = [num_layers - k for k in range(n)]
         return Forwards(sum(one * (one + 1) / 2 for one in left), sum(left)) * sum(looks)
@@ -185,6 +188,9 @@ class Evolution(Search):
 
     def steps(self, _subject: Subject, _n: int) -> int:
         return GENERATIONS
+
+    def trial_passes(self, looks: Sequence[int], n: int) -> int:
+        return (GENERATIONS + 1) * (len(looks) + 1)
 
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         first = num_layers - n + 1 + OFFSPRING

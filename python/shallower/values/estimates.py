@@ -1,0 +1,81 @@
+"""What a dry run tells of a study: its texts, disk and time, and what cannot be told."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .memory import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A sentence that says why something cannot be told."""
+
+    why: str
+
+    def to_json(self) -> dict[str, str]:
+        """Give the sentence."""
+        return {"unknown": self.why}
+
+    def __str__(self) -> str:
+        return f"cannot be told before: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """How many texts fit, choose and report, by the name of the calibration texts."""
+
+    counts: dict[str, tuple[int, int, int]]
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        """Give the counts by name."""
+        words = ("fit", "choose", "report")
+        return {name: dict(zip(words, of, strict=True)) for name, of in self.counts.items()}
+
+    def __str__(self) -> str:
+        several = len(self.counts) > 1
+        return "; ".join(
+            f"{f'{name}: ' if several else ''}{fit:,} fit, {choose:,} choose, {report:,} report"
+            for name, (fit, choose, report) in self.counts.items()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes that a study leaves in its folder, at most, and those that are free there."""
+
+    bytes: int
+    free_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        """Give both numbers."""
+        return {"bytes": self.bytes, "free_bytes": self.free_bytes}
+
+    def __str__(self) -> str:
+        lacks = "" if self.bytes <= self.free_bytes else ", which is not enough"
+        size = f"at most {format_size(self.bytes)}" if self.bytes >= 10**7 else "a few MB"
+        return f"{size} of {format_size(self.free_bytes)} that are free{lacks}"
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Seconds that a study takes on this machine at most, about, and what is not in them."""
+
+    seconds: float
+    beside: str = "loading"
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the seconds, and what is not in them."""
+        return {"seconds": round(self.seconds, 1), "beside": self.beside}
+
+    def __str__(self) -> str:
+        rounded = _rounded(self.seconds)
+        return f"at most about {rounded} here, while nothing else runs, beside {self.beside}"
+
+
+def _rounded(seconds: float) -> str:
+    """A time in two digits at most, of the largest unit that it has one of."""
+    units = (("s", 90.0), ("min", 90 * 60.0), ("hours", 48 * 3600.0), ("days", float("inf")))
+    sizes = {"s": 1.0, "min": 60.0, "hours": 3600.0, "days": 86400.0}
+    unit = next(name for name, most in units if seconds < most)
+    count = max(1.0, seconds / sizes[unit])
+    return f"{round(count / 10) * 10 if count >= 30 else round(count)} {unit}"
