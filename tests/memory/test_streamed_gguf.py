@@ -20,7 +20,6 @@ from tests.conftest import mostly_slow, write_jsonl
 from tests.judgement.test_streamed_race import verified
 from tests.memory.test_streaming import both
 from tests.models.gguf_files import FAMILIES, write_family, write_gguf
-from tests.patching.test_patch_streamed import quietly, without_steps  # noqa: F401
 from tests.peaks import tensors_peak
 
 QUICK = ["llama", "gpt2", "gemma2", "lfm2", "mamba", "qwen2moe"]
@@ -56,11 +55,7 @@ def test_every_way_to_make_weights_of_tensors_gives_the_same_bits(family, dtype,
     assert losses[0] == losses[1]
 
 
-@quietly
-def test_a_streamed_gguf_model_is_raced_and_patched_as_one_in_memory(
-    file,
-    without_steps,  # noqa: F811
-):
+def test_a_streamed_gguf_model_is_raced_and_patched_as_one_in_memory(file):
     streamed, whole, tokenizer = both(file)
     assert verified(streamed, tokenizer, 1)[0] == verified(whole, tokenizer, 1)[0]
     losses = []

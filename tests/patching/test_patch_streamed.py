@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shallower as sh
-from shallower.models import layerwise
+from shallower.models import prefetch
 from shallower.models.architecture import find_layers
 from shallower.models.offload import changed_weights
 from shallower.patching import checkpoint, descent, least_squares, solver
@@ -125,10 +125,10 @@ def test_a_streamed_patch_reads_layers_forwards_and_backwards(folder, tmp_path, 
         step(*args)
 
     layers = [*find_layers(streamed).modules]
-    fetch = layerwise.fetch_ahead
+    fetch = prefetch.fetch_ahead
     monkeypatch.setattr(Descent, "_step", stepping)
     monkeypatch.setattr(
-        layerwise, "fetch_ahead", lambda one: fetched.append(layers.index(one)) or fetch(one)
+        prefetch, "fetch_ahead", lambda one: fetched.append(layers.index(one)) or fetch(one)
     )
     monkeypatch.setattr(Descent, "put", lambda *_args: fetched.append("put"))
     sh.patch(streamed, tokenizer, [2, 3, 5], texts=TEXTS, progress=False)

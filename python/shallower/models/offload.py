@@ -112,7 +112,7 @@ def fetch_ahead(module: nn.Module) -> None:
 
 def will_need(*tensors: torch.Tensor) -> None:
     """Let the system read tensors of :func:`in_file` while other work goes on."""
-    for tensor in tensors:
+    for tensor in tensors if hasattr(mmap, "MADV_WILLNEED") else ():
         place, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
         ctypes.CDLL(None).madvise(place, size, mmap.MADV_WILLNEED)
 
@@ -126,7 +126,8 @@ def in_file(like: torch.Tensor) -> torch.Tensor:
         raise_output_error(Path(tempfile.gettempdir())),
         tempfile.NamedTemporaryFile(prefix="shallower-") as file,
     ):
-        os.posix_fallocate(file.fileno(), 0, like.nbytes)
+        if hasattr(os, "posix_fallocate"):  # on Linux: a disk that is full is said here
+            os.posix_fallocate(file.fileno(), 0, like.nbytes)
         whole = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
     return whole.view(like.shape)
 
