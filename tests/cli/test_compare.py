@@ -34,6 +34,7 @@ def test_compare_prints_a_row_for_every_criterion_and_size(shallower, folder, as
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.slow
 def test_compare_says_what_was_measured_before(shallower, folder, asked):
     first = shallower(*asked, "--out", "out")
     assert "measured before" not in first.err + first.out

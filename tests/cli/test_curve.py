@@ -65,6 +65,7 @@ def test_what_cannot_be_is_one_sentence(shallower, folder, asked, options, messa
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done(shallower, folder, asked):
     shown = shallower(*asked, "--dry-run", "--json").json
     assert shown["n"] == [0, 1, 2]

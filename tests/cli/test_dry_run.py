@@ -5,6 +5,7 @@ import pytest
 from shallower.errors import ModelError
 from shallower.runs import dry_run, speed
 from shallower.runs.speed import Work
+from tests.conftest import mostly_slow
 
 STUDIES = {
     "run": ("--n", 2),
@@ -26,7 +27,7 @@ def dry(shallower, tiny, texts):
     return call
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", mostly_slow(STUDIES, ["run", "compare"]))
 def test_a_dry_run_says_split_memory_disk_and_time(dry, folder, study):
     done = dry(study, "--json")
     assert done.status == 0, done.err

@@ -14,7 +14,10 @@ DRY = [
     "plan {scan} --n 2 --out out",
     "prune {tiny} --drop 1:3 --out out",
     "prune {tiny} --plan {plan} --out out",
-    "run {tiny} --texts {texts} --eval-texts {held_out} --out out --n 1",
+    pytest.param(
+        "run {tiny} --texts {texts} --eval-texts {held_out} --out out --n 1",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

@@ -159,6 +159,7 @@ def test_a_pair_that_was_checked_loads_no_tokenizer_again(shallower, tiny, texts
         assert shallower("eval", *options).status == 0
 
 
+@pytest.mark.slow
 def test_memory_of_a_pair_is_that_of_the_larger(shallower, tiny, texts, folder):
     """Both orders; the two are loaded one after the other."""
     assert shallower("prune", tiny, "--drop", "1:4", "--out", "cut").status == 0

@@ -111,6 +111,7 @@ def test_workers_scan_to_the_bytes_of_the_whole(shallower, folder, tiny, many, w
     assert "is already there" in shallower(*command).err
 
 
+@pytest.mark.slow
 def test_a_killed_scan_asks_for_exactly_the_rest(folder, tiny, many, whole):
     out = folder / "out"
     command = ["scan", tiny, "--texts", many, "--out", out, *SMALL, "--workers", "1"]

@@ -16,6 +16,7 @@ from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
 
 # From a patch
+@pytest.mark.slow
 def test_healing_starts_from_the_patch(patchable, tmp_path):
     whole, cut = patchable
     texts = documents(MANY, 5)

@@ -147,6 +147,7 @@ def test_what_needs_least_is_chosen_where_nothing_fits(step):
         require_room(plan, step.recipe)
 
 
+@pytest.mark.slow
 def test_settings_that_are_given_are_kept(step):
     assert chosen(step, 4, False, 2.0, batch_size=2) == (2, False, True)
     assert chosen(step, 4, False, 2.0, recompute=True) == (8, True, True)

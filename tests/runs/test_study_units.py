@@ -106,6 +106,7 @@ def test_a_comparison_finds_all_that_its_parts_sent(places, tmp_path, measured):
     assert measured == []
 
 
+@pytest.mark.slow
 def test_a_curve_finds_all_that_its_parts_sent(places, tmp_path, measured):
     alone = curve(places, tmp_path / "alone", store=Store(tmp_path / "store")).run()
     study = curve(places, tmp_path / "out")

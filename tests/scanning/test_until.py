@@ -101,6 +101,7 @@ def interrupted(scan, path, count, monkeypatch, until=SURE):
 
 
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.slow
 def test_a_resumed_scan_stops_at_the_same_text(scan, tmp_path, monkeypatch, exact):
     until = replace(SURE, exact=exact, tolerance=0.05 if exact else SURE.tolerance)
     whole = scan(until=until)
@@ -125,6 +126,7 @@ def test_a_scan_that_stops_otherwise_is_not_gone_on_with(scan, tmp_path, monkeyp
         scan(checkpoint=tmp_path / "plain", until=SURE)
 
 
+@pytest.mark.slow
 def test_states_are_kept_of_the_texts_so_far(scan, stopped, tmp_path):
     done = scan(until=SURE, keep_states=tmp_path / "done.safetensors")
     scan(TEXTS[: done.num_samples], keep_states=tmp_path / "plain.safetensors")
