@@ -15,6 +15,8 @@ from tests.memory.test_streaming import FAMILIES, both, stored
 
 TEXTS = documents(150)
 
+quietly = pytest.mark.filterwarnings("ignore:the layers wait on disk")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, words):
@@ -49,6 +51,7 @@ def ran(place, out, *more):
     return streamed, done
 
 
+@quietly
 @pytest.mark.slow
 def test_a_streamed_run_makes_the_same_model(folder, tmp_path):
     streamed, done = ran(folder, tmp_path)
@@ -57,6 +60,7 @@ def test_a_streamed_run_makes_the_same_model(folder, tmp_path):
     assert reading_of(streamed).passes < 60
 
 
+@quietly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the cut is not patched")
 @pytest.mark.parametrize("family", FAMILIES)

@@ -230,8 +230,7 @@ def one_of_each(layers: DecoderLayers) -> Iterator[None]:
         work = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with resident(module):  # some read the weights of their parts themselves
-                given[type(module)] = work(*args, **kwargs)
+            given[type(module)] = work(*args, **kwargs)
             return given[type(module)]
 
         return forward

@@ -40,7 +40,7 @@ from .dtypes import (
 )
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
-from .offload import bring_from, reading_of
+from .offload import bring_from, reading_of, run_resident
 from .quantised import clear_gguf_marks, keep_exact, quantisation
 
 
@@ -136,7 +136,7 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
             warnings.filterwarnings("ignore", "The following device_map keys do not match")
             model = load_weights(place, dtype, places, options=options)
         weakref.finalize(model, stack.pop_all().close)
-    reading_of(model)  # which counts its bytes while it has all of its layers
+    _begin_streaming(model)
     return model
 
 
@@ -154,8 +154,15 @@ def _stream_gguf(place: str, dtype: torch.dtype, options: dict[str, Any]) -> Pre
         skip_keys=model._skip_keys_device_placement,
     )
     bring_from(model, weights)
-    reading_of(model)
+    _begin_streaming(model)
     return model
+
+
+def _begin_streaming(model: PreTrainedModel) -> None:
+    """Bring layers as a whole, and count what is read while the model has all of them."""
+    for layer in find_layers(model).modules:
+        run_resident(layer)
+    reading_of(model)
 
 
 def _streaming_device() -> int | str:

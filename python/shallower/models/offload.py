@@ -275,6 +275,20 @@ def resident(module: nn.Module, brought: Brought = MappingProxyType({})) -> Iter
         yield
 
 
+def run_resident(module: nn.Module) -> None:
+    """Let all weights of a module be on its device for its forward, once and for all.
+
+    It may read those of its parts itself, whose hooks do not know.
+    """
+    work = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with resident(module):
+            return work(*args, **kwargs)
+
+    module.forward = forward
+
+
 @contextmanager
 def _held(
     module: nn.Module, hook: AlignDevicesHook, brought: Mapping[str, torch.Tensor] | None
