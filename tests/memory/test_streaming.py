@@ -103,11 +103,23 @@ def test_every_kind_of_layer_is_streamed_to_the_same_bits(family, tmp_path, word
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families())
 def test_no_family_is_streamed_to_other_bits(family, tmp_path, words):
-    try:
-        streamed, whole = measured_both(family, tmp_path, words)
-    except ModelError as error:
-        pytest.skip(str(error))
+    if family in NOT_STREAMED:
+        with pytest.raises(ModelError):
+            measured_both(family, tmp_path, words)
+        return
+    streamed, whole = measured_both(family, tmp_path, words)
     assert streamed == whole
+
+
+NOT_STREAMED = {
+    # Layers are given more than states, or states are changed between them.
+    *("dory", "gemma4_text, shared keys and values", "inkling2_loop_text", "inkling2_text"),
+    *("rwkv", "zaya"),
+    # Their states are of other shapes, or the model does not run: no scan in memory, either.
+    *("bailing_hybrid", "cpmant", "deepseek_v4", "gemma3n_text", "hy_v4", "openai-gpt", "xlnet"),
+    # No causal model of transformers.
+    *("emu3", "mllama"),
+}
 
 
 def measured_both(family, folder, words):
