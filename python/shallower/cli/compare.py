@@ -22,6 +22,7 @@ from .options import (
     Stream,
     TrustRemoteCode,
     Workers,
+    part_of,
     places,
     read_texts,
 )
@@ -30,6 +31,7 @@ from .output import called, print_json, say_dry_run_of, say_known, show
 if TYPE_CHECKING:
     from ..runs.compare import CompareStudy
     from ..values.comparison import CriteriaComparison
+    from ..values.shard import Shard
 
 Models = Annotated[
     list[str] | None,
@@ -137,7 +139,7 @@ def compare_command(
         device_memory=device_memory,
     )
     named, held_out = _read(texts, eval_texts)
-    place = places(device_map, stream=stream)
+    place, part = places(device_map, stream=stream), part_of(shard, on, workers)
     study = CompareStudy(
         models=[
             ModelSource(model, dtype, place, trust_remote_code=trust_remote_code)
@@ -154,30 +156,26 @@ def compare_command(
     if dry_run:
         say_dry_run_of(study, _described(study), as_json)
         return 0
-    if shard is not None:
-        _say_shard(_shard(study, shard, shared=bool(on or workers)), as_json)
+    if "shard" in part:
+        _say_shard(_measure_shard(study, part["shard"]), as_json)
         return 0
-    if on or workers:
+    if part:
         from ..runs.study_units import share
 
-        share(study, workers, on or "local")
+        share(study, **part)
     comparison = study.run()
-    if on or workers:
+    if part:
         study.found.clear()  # the workers' results are of today
     return say_comparison(comparison, study, as_json)
 
 
-def _shard(study: "CompareStudy", shard: str, *, shared: bool) -> dict[str, Any]:
+def _measure_shard(study: "CompareStudy", shard: "Shard") -> dict[str, Any]:
     from ..errors import ProcessesError
     from ..runs.study_units import measure_shard
-    from ..values.shard import Shard
 
-    if shared or study.out is None:
-        raise ProcessesError(
-            "a shard is measured by one process, into a folder: leave out --workers and --on, and "
-            "name --out"
-        )
-    return measure_shard(study, Shard.parse(shard))
+    if study.out is None:
+        raise ProcessesError("a shard is a file in a folder: name --out")
+    return measure_shard(study, shard)
 
 
 def _say_shard(done: dict[str, Any], as_json: bool) -> None:

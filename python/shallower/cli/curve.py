@@ -24,6 +24,7 @@ from .options import (
     Threads,
     TrustRemoteCode,
     Workers,
+    part_of,
     places,
     read_texts,
 )
@@ -172,10 +173,10 @@ def curve_command(
         study.check()
         say_dry_run_of(study, _described(study), as_json)
         return
-    if on or workers:
+    if part := part_of(None, on, workers):
         from ..runs.study_units import share
 
-        share(study, workers, on or "local")
+        share(study, **part)
     _say(study.run(), study, as_json)
 
 

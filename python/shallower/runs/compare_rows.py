@@ -393,9 +393,8 @@ class PartsMaker:
             self._open.clear()
             study, store = self._study, self._study.model_store(self._models[part.model])
             if not same:
-                same = [
-                    Measuring(study, *self._models[part.model].load(study.progress), store=store)
-                ]
+                loaded = study.load(self._models[part.model])
+                same = [Measuring(study, *loaded, store=store)]
             check_sizes(study.settings.n, len(same[0].decoder))
             self._open[key] = _Choosing(
                 study,

@@ -29,7 +29,7 @@ from ..progress import track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
-from ..values.curve import STATES, Curve, CurvePoint, State
+from ..values.curve import SCANNED, STATES, Curve, CurvePoint, State
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.identity import title_of
 from ..values.layers import deepest_block, layer_count
@@ -40,9 +40,6 @@ from .gain import GAIN_DEVICE, gain
 from .measuring import Measured, Measuring
 from .study import WHOLE, Part, Study
 from .tasks import StudyTasks
-
-SCANNED = ("recommended", "similarity", "best_plan")
-"""Strategies that look at a scan."""
 
 
 class CurvePoints:

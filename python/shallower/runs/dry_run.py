@@ -37,7 +37,7 @@ from ..patching.quick import RIDGES
 from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
-from ..values.curve import OWN_STRATEGIES
+from ..values.curve import OWN_STRATEGIES, SCANNED
 from ..values.estimates import Disk, Divided, Time, Unknown
 from ..values.forwards import Forwards
 from ..values.memory import MemoryPlan
@@ -345,7 +345,7 @@ class _Model:
     def _of_curve(self) -> Work:
         settings, work = self.settings, self._measured(0)
         strategies = settings.strategies
-        if {"similarity", "best_plan", "recommended"} & {*strategies}:
+        if {*SCANNED} & {*strategies}:
             work += self._scan(len(self.texts.fit))
         work += self._chosen(self._foreign, settings.n)
         for n in settings.n:

@@ -17,7 +17,7 @@ from ..values.files import EVAL_FILE
 from ..values.layers import ranges
 from ..values.measured import Evaluation, MeasuredShard, Part, gather_evaluation
 from ..values.plan import Plan
-from ..values.provenance import versions
+from ..values.provenance import forward_versions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
 from .evaluate import EvalJob, LossOfTexts, Measure, PerplexityOfText, Result, Results
@@ -88,7 +88,7 @@ class EvalShards:
             name = f"without {ranges(self._plan.dropped)}, shard {shard}"
             with without_layers(self._decoder.model, self._plan.blocks):
                 found["cut"] = self._losses(shard, name, progress)
-        made_by = {name: versions()[name] for name in ("shallower", "torch", "transformers")}
+        made_by = forward_versions()
         parts = {
             kind: self._part(kind, {side: one[kind] for side, one in found.items()})
             for kind in self._all

@@ -27,7 +27,7 @@ from ..values.schema import of_type
 from ..values.shard import Shard, shard_files
 from .engines import workers_of
 from .inputs import check_machine, check_made_by, machine, made_by, model_content
-from .shards import absolute
+from .shards import absolute, check_workers
 from .store import Store, open_store
 from .study import Part, Study
 from .units import Job, Ledger, drive, threads_of
@@ -51,8 +51,7 @@ def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = 
         ProcessesError: the study cannot be shared, or there are no workers.
         ShallowerError: as :meth:`Study.check`.
     """
-    if workers is None and on == "local":
-        raise ProcessesError("how many processes are to share the work? (--workers)")
+    check_workers(workers, on, "work")
     study.check()
     described = describe(study, store=study.store.folder if on == "local" else None)
     if study.entry is not None:

@@ -16,7 +16,7 @@ from ..progress import say_goes_on, track
 from ..storage import write_file
 from ..values.counts import counted
 from ..values.positions import Positions
-from ..values.provenance import versions
+from ..values.provenance import forward_versions
 from ..values.shard import Shard, ShardOfScan, read_shards
 from ..values.tokens import Tokens
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
@@ -194,7 +194,7 @@ class Shards:
             added = given
 
     def _of(self, shard: Shard) -> ShardOfScan:
-        made_by = {name: versions()[name] for name in ("shallower", "torch", "transformers")}
+        made_by = forward_versions()
         batch_size = self._tokens.texts
         return ShardOfScan(shard, self.num_batches, 0, batch_size, made_by, self._job)
 

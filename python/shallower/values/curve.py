@@ -19,6 +19,9 @@ OWN_STRATEGIES = ("recommended", "similarity", "best_plan", "deepest")
 """The strategies beside the criteria, which are strategies by their names: the verified plan, the
 most similar block, the most similar blocks together, the deepest layers but the last."""
 
+SCANNED = ("recommended", "similarity", "best_plan")
+"""Those of them that look at a scan."""
+
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
