@@ -1,0 +1,18 @@
+"""Answers of a model to prompts, as the token ids that it was given and that it wrote."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt, and how a model went on from it.
+
+    Attributes:
+        given: token ids of the prompt, at least one.
+        written: token ids of the answer, that which ends it among them.
+        ended: whether it ended by itself, not because it had as many tokens as were allowed.
+    """
+
+    given: tuple[int, ...]
+    written: tuple[int, ...]
+    ended: bool
