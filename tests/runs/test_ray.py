@@ -13,7 +13,7 @@ import shallower
 from shallower.errors import ProcessesError, TextsError
 from shallower.runs import ray_workers
 from shallower.runs.eval_shards import SharedEvalJob
-from shallower.runs.evaluate import LossOfTexts
+from shallower.runs.measures import LossOfTexts
 from shallower.runs.ray_workers import RayWorkers
 from shallower.runs.scan_shards import SharedScanJob
 from shallower.runs.store import Store

@@ -207,7 +207,8 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     command = parser(name)
     usage_error = _usage_error()
     try:
-        called = command.main(list(arguments), prog_name=f"shallower {name}", standalone_mode=False)
+        words = _with_values(arguments)
+        called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
     except ShallowerError as error:
         _fail(" ".join(str(error).split()))
     except usage_error as error:
@@ -236,6 +237,19 @@ def _end_interrupted(name: str, arguments: Sequence[str]) -> NoReturn:
     does = "begins anew" if begins else "goes on from what is done"
     print(f"interrupted: the same command {does}", file=sys.stderr, flush=True)
     raise SystemExit(INTERRUPTED)
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """Give options that may stand alone an empty value where they do, since typer wants one."""
+    behind = [*arguments[1:], "--"]
+    return [
+        f"{word}=" if word in ALONE and after.startswith("-") else word
+        for word, after in zip(arguments, behind, strict=True)
+    ]
+
+
+ALONE = ("--speech", "--answers")
+"""Options with a value that may be left out."""
 
 
 def _has(arguments: Sequence[str], *options: str) -> bool:

@@ -35,7 +35,8 @@ from .options import (
 from .output import eval_names, say_dry_run, say_eval, say_eval_shard, say_known
 
 if TYPE_CHECKING:
-    from ..runs.evaluate import EvalJob, EvalPair, Measure, Results
+    from ..runs.evaluate import EvalJob, EvalPair, Results
+    from ..runs.measures import Measure
     from ..texts.sources import Texts
 
 
@@ -65,6 +66,17 @@ def eval_command(
             "other.",
         ),
     ] = None,
+    speech: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PROMPTS]",
+            help="How it speaks beside the whole model, on prompts: a .jsonl file with prompt or "
+            "messages; without one prompts of our own.",
+        ),
+    ] = None,
+    speech_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of an answer of --speech at most.", min=1)
+    ] = 64,
     drop: Drop = None,
     plan: PlanPath = None,
     against: Annotated[
@@ -125,7 +137,7 @@ def eval_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure loss, perplexity and tasks, before and after a cut.
+    """Measure loss, perplexity, tasks and speech, before and after a cut.
 
     Or of one checkpoint --against another, as a patched cut and its source.
     """
@@ -144,6 +156,7 @@ def eval_command(
             texts=None if texts is None else _read(texts, max_texts, part),
             perplexity=None if perplexity is None else (perplexity, context, bos),
             tasks=None if tasks is None else (tasks, tasks_dir, data),
+            speech=None if speech is None else (speech, speech_tokens),
             max_items=max_items,
             num_shots=num_shots,
             pass_at=pass_at,
@@ -156,10 +169,15 @@ def eval_command(
         overwrite=overwrite,
         **part,
     )
-    pair = None if against is None else _pair(job, against)
+    pair = None
+    if against is not None:
+        from ..runs.evaluate import EvalPair
+
+        pair = EvalPair.of(job, against)
     if dry_run:
         job.prepare()
         named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
+        named |= {"speech": speech if speech != "" else "prompts of our own"}
         shared = part if shard is None else {"shard": str(part["shard"])}
         say_dry_run({**shared, **_described(job, pair, named)}, as_json)
     elif shard is not None:
@@ -168,7 +186,7 @@ def eval_command(
         _say(job, _results(job), eval_names(model, job.plan), as_json=as_json)
     else:
         pair.check_tokens()
-        sides = {"against": _results(pair.against), "model": _results(job)}
+        sides = {"against": _results(pair.against), "model": _results(pair.model)}
         results = {
             kind: {side: found[kind]["base"] for side, found in sides.items()}
             for kind in sides["model"]
@@ -198,13 +216,6 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
             "--against compares two checkpoints, and shards are of one: measure each of the two "
             "by shards first, and --against without them finds both in the cache"
         )
-
-
-def _pair(job: "EvalJob", against: str) -> "EvalPair":
-    from ..runs.evaluate import EvalPair
-
-    other = replace(job, source=replace(job.source, path=against, gguf_file=None))
-    return EvalPair(model=job, against=other)
 
 
 def _read(texts: str, max_texts: int | None, part: dict[str, Any]) -> "Texts | list[str]":
@@ -241,11 +252,12 @@ def _results(job: "EvalJob") -> "Results":
 
 
 def _measures(
-    tokens: Any, *, texts: Any, perplexity: Any, tasks: Any, **settings: int | None
+    tokens: Any, *, texts: Any, perplexity: Any, tasks: Any, speech: Any, **settings: Any
 ) -> "list[Measure[Any]]":
     """What is measured, in the order in which it is printed."""
     from ..errors import TextsError
-    from ..runs.evaluate import LossOfTexts, PerplexityOfText, ScoresOnTasks
+    from ..runs.measures import LossOfTexts, PerplexityOfText, ScoresOnTasks, SpeechOnPrompts
+    from ..texts.prompts import read_prompts
     from ..texts.sources import read_whole
 
     found: list[Measure[Any]] = []
@@ -265,8 +277,12 @@ def _measures(
                 tokens.batch_size,
             )
         )
+    if speech is not None:
+        (place, num_tokens), size = speech, tokens.batch_size
+        prompts, source = read_prompts(place or None), place or None
+        found.append(SpeechOnPrompts(prompts, num_tokens, settings["seed"], size, source=source))
     if not found:
-        raise TextsError("name what to measure: --texts, --perplexity or --tasks")
+        raise TextsError("name what to measure: --texts, --perplexity, --tasks or --speech")
     return found
 
 

@@ -175,9 +175,26 @@ class Head:
         if len(tokens) < FEWEST_ROWS:
             yield self.logits(states)[torch.from_numpy(tokens)]
             return
+        yield from self.logits_from(states[torch.from_numpy(tokens).to(states.device)])
+
+    def states_at(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: NDArray[np.int64]
+    ) -> torch.Tensor:
+        """Give what the logits of some tokens are made of by :meth:`logits_from`, (R, ...).
+
+        Their final states, or the logits themselves where the head needs the whole model; tokens
+        and mask as for :meth:`logits_of`.
+        """
+        if not self.by_rows:
+            return torch.cat([*self.logits_of(input_ids, attention_mask, tokens)])
+        states = self.states(input_ids, attention_mask).flatten(0, 1)
+        return states[torch.from_numpy(tokens).to(states.device)]
+
+    def logits_from(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Make logits of what :meth:`states_at` gave, in parts of (R, V)."""
         with self._resident():
-            for part in self._parts(tokens):
-                yield self.logits(states[part.to(states.device)])
+            for part in rows.split(part_sizes(len(rows), self.vocab_size)):
+                yield self.logits(part) if self.by_rows else part
 
     @contextmanager
     def _resident(self) -> Iterator[None]:

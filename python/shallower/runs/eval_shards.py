@@ -20,8 +20,9 @@ from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
-from .evaluate import EvalJob, LossOfTexts, Measure, PerplexityOfText, Result, Results
+from .evaluate import EvalJob, Result, Results
 from .gather import keep_evaluation
+from .measures import LossOfTexts, Measure, PerplexityOfText
 from .shards import (
     OpenedShards,
     SharedShards,
@@ -143,12 +144,14 @@ def _batches(measure: Measure[Any], tokenizer: Any, *, tokens: Tokens) -> "AllBa
 
 
 def _check_measures(job: EvalJob) -> None:
-    """Refuse tasks, whose items do not fall into shards."""
-    if any(one.kind == "tasks" for one in job.measures):
-        raise SettingsError(
-            "--tasks are scored by one process: leave out --shard, --workers and --on, and share "
-            "them by naming one task a command"
-        )
+    """Refuse tasks and speech, whose items do not fall into shards."""
+    ways_out = {"tasks": "share them by naming one task a command", "speech": "measure it apart"}
+    for one in job.measures:
+        if one.kind in ways_out:
+            raise SettingsError(
+                f"--{one.kind} is measured by one process: leave out --shard, --workers and --on, "
+                f"and {ways_out[one.kind]}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,261 +1,35 @@
-"""What a model is measured by before and after a cut (loss, perplexity, tasks), each once."""
+"""Evaluations: models before and after a cut, and two checkpoints, each measured once."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..cutting.plans import agreed_plan
 from ..errors import CacheError, TextsError
-from ..evaluation.task_files import files_of
 from ..models.source import ModelSource
 from ..storage import check_apart
-from ..texts.sources import Texts
 from ..values.files import EVAL_FILE
 from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
 from ..values.layers import Block, ranges
-from ..values.loss import Loss
 from ..values.memory import MemoryPlan
-from ..values.perplexity import Perplexity
 from ..values.plan import Plan
 from ..values.schema import read
-from ..values.task_scores import TaskScores
-from ..values.tokens import BatchSize, Tokens
-from .inputs import hash_of_files, inputs_of, texts_inputs
+from ..values.tokens import Tokens
+from .given_models import ModelStore
+from .inputs import inputs_of, model_inputs
+from .measures import Measure, SpeechOnPrompts
 from .store import Store
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation.tasks import ChosenTasks
     from ..models.decoder import Decoder
-
-T = TypeVar("T")
-
-PROMPT_TOKENS = 2048
-"""Tokens of a task's prompt that memory is planned for."""
-
-
-class Measure(ABC, Generic[T]):
-    """A measure of a model, whose results are kept.
-
-    Attributes:
-        kind: its name, also that of the entries in the store.
-        tokens: how texts become batches.
-        source: the file that is read, if it is one and known.
-    """
-
-    kind: str
-    tokens: Tokens
-    source: str | None = None
-
-    @abstractmethod
-    def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Name all that it depends on beside the model; None where that is not known."""
-
-    def prepare(self) -> None:
-        """Find out what is wrong with it before a model is loaded."""
-
-    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
-        """Yield the token ids of every text or window, which results are paired by; of tasks none,
-        whose items are not known by their tokens.
-        """
-        yield from ()
-
-    @abstractmethod
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> T:
-        """Measure a model; ``name`` is that of the bar."""
-
-    @abstractmethod
-    def record(self, value: T) -> dict[str, Any]:
-        """Give a result as plain JSON values."""
-
-    @abstractmethod
-    def read(self, record: Mapping[str, Any]) -> T:
-        """Read a result; raises KeyError, TypeError, ValueError."""
-
-
-@dataclass
-class LossOfTexts(Measure[Loss]):
-    """The next-token loss on texts.
-
-    Attributes:
-        texts: held-out texts, which can be read again.
-        tokens: how they become batches.
-    """
-
-    texts: Texts | list[str]
-    tokens: Tokens = field(default_factory=Tokens)
-    kind = "loss"
-
-    def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Identify the texts by their content."""
-        texts = texts_inputs(self.texts, store)
-        return texts and {"texts": texts, "tokens": asdict(self.tokens)}
-
-    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
-        """Yield the token ids of every text."""
-        from ..texts.batches import tokenise
-
-        yield from (one.ids for one in tokenise(tokenizer, self.texts, self.tokens.max_length))
-
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> Loss:
-        """Measure the loss."""
-        from ..evaluation.loss import fitting_tokens, measure_loss
-
-        fitted = fitting_tokens(decoder, tokens)
-        return measure_loss(
-            decoder, tokenizer, self.texts, tokens=fitted, description=f"loss{name}"
-        )
-
-    def record(self, value: Loss) -> dict[str, Any]:
-        """Give a loss."""
-        return {"loss": value.to_record()}
-
-    def read(self, record: Mapping[str, Any]) -> Loss:
-        """Read a loss."""
-        return Loss.from_json(record["loss"])
-
-
-@dataclass
-class PerplexityOfText(Measure[Perplexity]):
-    """The perplexity of one text, in windows.
-
-    Attributes:
-        text: the text.
-        context: tokens of a window.
-        bos: whether every window begins with the beginning-of-text token.
-        batch_size: windows in one forward.
-        source: the file that it was read from.
-    """
-
-    text: str
-    context: int = 2048
-    bos: bool = False
-    batch_size: BatchSize = "auto"
-    source: str | None = None
-    kind = "perplexity"
-
-    @property
-    def tokens(self) -> Tokens:  # type: ignore[override]
-        """The length of a window."""
-        return Tokens(self.context, self.batch_size)
-
-    def inputs(self, store: Store) -> Mapping[str, Any]:
-        """Identify the text by its content."""
-        return {"text": hash_of(self.text), "bos": self.bos, "tokens": asdict(self.tokens)}
-
-    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
-        """Yield the token ids of every window."""
-        from ..evaluation.perplexity import windows_of
-
-        windows, _ = windows_of(tokenizer, self.text, self.context, bos=self.bos)
-        yield from (ids for _, ids in windows)
-
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> Perplexity:
-        """Measure the perplexity."""
-        from ..evaluation.perplexity import evaluate_perplexity
-
-        return evaluate_perplexity(
-            decoder,
-            tokenizer,
-            self.text,
-            context=self.context,
-            bos=self.bos,
-            batch_size=tokens.batch_size,
-            description=f"perplexity{name}",
-        )
-
-    def record(self, value: Perplexity) -> dict[str, Any]:
-        """Give a perplexity."""
-        return {"perplexity": value.to_record()}
-
-    def read(self, record: Mapping[str, Any]) -> Perplexity:
-        """Read a perplexity."""
-        return Perplexity.from_json(record["perplexity"])
-
-
-@dataclass
-class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
-    """The scores on tasks of lm-eval.
-
-    Attributes:
-        names: of the tasks.
-        tasks_dir: a folder of task files.
-        data: the folder of their data.
-        settings: ``max_items``, ``num_shots``, ``pass_at`` and ``seed``.
-        batch_size: texts in one forward.
-    """
-
-    names: Sequence[str]
-    tasks_dir: Path | None = None
-    data: Path | None = None
-    settings: Mapping[str, int | None] = field(default_factory=dict)
-    batch_size: BatchSize = "auto"
-    kind = "tasks"
-
-    @property
-    def tokens(self) -> Tokens:  # type: ignore[override]
-        """The length of a prompt that memory is planned for."""
-        return Tokens(PROMPT_TOKENS, self.batch_size)
-
-    def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Identify task files and their data by content; None for tasks from elsewhere."""
-        files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
-        try:
-            if store.folder is None or files is None:
-                return None
-            return {
-                "tasks": list(self.names),
-                "files": hash_of_files(files, store),
-                "settings": dict(self.settings),
-                "batch_size": self.batch_size,
-                "lm_eval": version("lm_eval"),
-            }
-        except (OSError, PackageNotFoundError):  # loading them says what is wrong
-            return None
-
-    @cached_property
-    def chosen(self) -> "ChosenTasks":
-        """The tasks, loaded, with their items."""
-        from ..evaluation.tasks import ChosenTasks
-
-        settings: dict[str, Any] = dict(self.settings)
-        return ChosenTasks.of(self.names, tasks_dir=self.tasks_dir, data=self.data, **settings)
-
-    def prepare(self) -> None:
-        """Load the tasks and draw their items."""
-        self.chosen  # noqa: B018 - it is kept
-
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> tuple[TaskScores, ...]:
-        """Score the model."""
-        return self.chosen.evaluate(
-            decoder, tokenizer, batch_size=tokens.batch_size, description=f"tasks{name}"
-        )
-
-    def record(self, value: tuple[TaskScores, ...]) -> dict[str, Any]:
-        """Give scores."""
-        return {"tasks": [one.to_record() for one in value]}
-
-    def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
-        """Read scores."""
-        return tuple(TaskScores.from_json(one) for one in record["tasks"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,28 +198,44 @@ class EvalJob:
         decoder, plan = Decoder.of(model), self.plan
         if plan:
             plan.check_model(decoder.identity)
-        found = {}
+        sides = {"base": ()} if plan is None else {"base": (), "cut": plan.dropped}
+        found: dict[str, dict[str, Result]] = {}
+        waiting: list[tuple[Measure[Any], str, Any]] = []  # until all layers are back
         for one in self.measures:
-            known = self.whole[one.kind]
-            found[one.kind] = {"base": known or self._measured(one, (decoder, tokenizer), ())}
-        if plan:
-            with without_layers(model, plan.blocks):
+            known = {side: self.results[one.kind].get(layers) for side, layers in sides.items()}
+            found[one.kind] = {side: result for side, result in known.items() if result}
+            if len(found[one.kind]) < len(sides):
+                kept = ModelStore(self.store, model_inputs(self.source, self.store), [])
+                one.meet(decoder, tokenizer, tokens=self.fitted(one), store=kept)
+        for side, layers in sides.items():
+            with without_layers(model, plan.blocks) if plan and layers else nullcontext():
                 for one in self.measures:
-                    known = self.results[one.kind].get(plan.dropped)
-                    loaded = decoder, tokenizer
-                    found[one.kind]["cut"] = known or self._measured(one, loaded, plan.dropped)
-        return found
+                    if side not in found[one.kind]:
+                        value = self._measured(one, (decoder, tokenizer), layers)
+                        if layers and one.needs_whole:
+                            waiting.append((one, side, value))
+                        else:
+                            found[one.kind][side] = self._kept(one, value, decoder, layers)
+        for one, side, value in waiting:
+            found[one.kind][side] = self._kept(one, value, decoder, sides[side])
+        return {kind: {side: some[side] for side in sides} for kind, some in found.items()}
 
     def _measured(
         self,
         measure: Measure[Any],
         loaded: "tuple[Decoder, PreTrainedTokenizerBase]",
         dropped: Sequence[int],
-    ) -> Result:
+    ) -> Any:
         tokens = self.fitted(measure)
         name = f" without {ranges(dropped)}" if dropped else ""
-        value = measure.measure(*loaded, tokens=tokens, name=name)
-        return self.results[measure.kind].keep(dropped, value, loaded[0].identity)
+        return measure.measure(*loaded, tokens=tokens, name=name)
+
+    def _kept(
+        self, measure: Measure[Any], value: Any, whole: "Decoder", dropped: Sequence[int]
+    ) -> Result:
+        """Complete a result, with the whole model, and keep it."""
+        completed = measure.complete(value, whole)
+        return self.results[measure.kind].keep(dropped, completed, whole.identity)
 
     def fitted(self, measure: Measure[Any]) -> Tokens:
         """Give the tokens of a measure, of as many texts in a forward as the memory holds."""
@@ -468,6 +258,16 @@ class EvalPair:
     model: EvalJob
     against: EvalJob
 
+    @classmethod
+    def of(cls, job: EvalJob, against: str | Path) -> "EvalPair":
+        """Pair a job with that of another checkpoint, which ``job`` is to speak like."""
+        other = replace(job, source=replace(job.source, path=against, gguf_file=None))
+        measures = [
+            replace(one, whole=other.source) if isinstance(one, SpeechOnPrompts) else one
+            for one in job.measures
+        ]
+        return cls(model=replace(job, measures=measures), against=other)
+
     def check_tokens(self) -> None:
         """Refuse tokenizers that read a text differently, before a model is loaded: TextsError."""
         store = self.model.store
@@ -484,7 +284,7 @@ class EvalPair:
             store.put("same_tokens", inputs, {"same": True})
 
     def _differ(self, kind: str, index: int) -> TextsError:
-        what = "text" if kind == "loss" else "window"
+        what = {"loss": "text", "speech": "prompt"}.get(kind, "window")
         return TextsError(
             f"{self.model.source} and {self.against.source} have different tokenizers: {what} "
             f"{index} becomes other tokens, so their {kind} cannot be paired by {what}. Compare "

@@ -80,6 +80,29 @@ def read_prompts(source: str | Path | None = None, limit: int | None = None) -> 
     return prompts
 
 
+def given_prompts(
+    prompts: "str | Path | Iterable[str | Mapping[str, Any] | Prompt] | None",
+) -> list[Prompt]:
+    """Take prompts as they are given: a file, or an iterable of texts, objects and prompts.
+
+    An object has the fields of a line of a file; by default the prompts are
+    :data:`SPEECH_PROMPTS`. Raises TextsError as :func:`read_prompts`.
+    """
+    if prompts is None or isinstance(prompts, str | Path):
+        return read_prompts(prompts)
+    if not isinstance(prompts, Iterable):
+        raise TextsError(f"prompts must be a file or an iterable, got {type(prompts).__name__}")
+    found = [
+        one
+        if isinstance(one, Prompt)
+        else _prompt({"prompt": one} if isinstance(one, str) else one, 0, f"prompt {index}")
+        for index, one in enumerate(prompts)
+    ]
+    if not found:
+        raise TextsError("there are no prompts")
+    return found
+
+
 def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
     """SHA-256 of all that prompts say, whatever file they are in."""
     digest = hashlib.sha256()

@@ -91,10 +91,23 @@ class Scores:
         return _ratio(self.sums, self.weights)[1]
 
     def minus(self, other: "Scores") -> Difference:
-        """Compare with scores of the same items and weights, paired."""
+        """Compare with scores of the same items, paired.
+
+        Where the weights differ the error is that of the difference of two ratios, to first order.
+        """
         difference = self.sums - other.sums
-        mean, stderr = _ratio(difference, self.weights)
-        return Difference(mean, stderr, int(np.isfinite(difference).sum()))
+        count = int(np.isfinite(difference).sum())
+        if np.array_equal(self.weights, other.weights):
+            return Difference(*_ratio(difference, self.weights), count)
+        there = np.isfinite(difference)
+        parts, means = [], []
+        for one in (self, other):
+            sums, weights = one.sums[there], one.weights[there]
+            means.append(_ratio(sums, weights)[0])
+            parts.append((sums - means[-1] * weights) / math.fsum(weights))
+        squares = math.fsum((parts[0] - parts[1]) ** 2)
+        stderr = math.sqrt(squares * count / (count - 1)) if count > 1 else math.nan
+        return Difference(means[0] - means[1], stderr, count)
 
     def estimated_by(self, whole: "Scores") -> tuple[float, float]:
         """Estimate the mean over all items from some, by the scores of all by something else.

@@ -11,6 +11,7 @@ from ...values.scores import Difference
 from ...values.task_scores import TaskScores
 from ..story import Cell, Number, Table
 from ..words import loss_words
+from .speech import speech_json, speech_table
 
 Values = Mapping[str, Mapping[str, Any]]
 """By ``loss``, ``perplexity`` and ``tasks`` what was found of one model, or of two: that which the
@@ -19,11 +20,14 @@ other is compared with first."""
 
 def evaluation_json(values: Values) -> dict[str, Any]:
     """Give the loss of every side by its name, and of two their ``difference``; the same under
-    ``perplexity``, and for every task and measure in the list ``tasks``.
+    ``perplexity``, and for every task and measure in the list ``tasks``; under ``speech`` that of
+    the cut, or of the model where there is none, with its ``difference``.
     """
     plain: dict[str, Any] = {}
     for kind, sides in values.items():
-        if kind == "tasks":
+        if kind == "speech":
+            plain[kind] = speech_json([*sides.values()])
+        elif kind == "tasks":
             plain[kind] = [
                 {"task": first.task, "metric": first.metric, **_compared(one)}
                 for one in _by_measure(sides)
@@ -41,12 +45,13 @@ def evaluation_record(values: Values, dtype: str, plan: Plan | None) -> dict[str
 
 
 def evaluation_parts(values: Values, names: Mapping[str, str]) -> list[str | Table]:
-    """Give lines and the table of tasks; ``names`` are of the sides, in words."""
+    """Give lines, and the tables of tasks and of speech; ``names`` are of the sides, in words."""
     parts: list[str | Table] = []
     words: dict[str, Callable[[Any], str]] = {"loss": loss_words, "perplexity": _perplexity_words}
     for kind, sides in values.items():
-        if kind == "tasks":
-            parts.append(tasks_table({names[side]: one for side, one in sides.items()}))
+        if kind in ("tasks", "speech"):
+            table = tasks_table if kind == "tasks" else speech_table
+            parts.append(table({names[side]: one for side, one in sides.items()}))
             continue
         parts += [f"{names[side]}: {words[kind](one)}" for side, one in sides.items()]
         if len(sides) > 1:

@@ -1,0 +1,191 @@
+"""Answers: what a model says to prompts, greedily or drawn, whatever else runs beside it."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import ModelError, TextsError
+from ..memory.retry import Halving
+from ..models.architecture import evaluating
+from ..models.decoder import Decoder
+from ..models.layerwise import is_streamed
+from ..progress import hushed, track
+from ..texts.batches import Batch, padded
+from ..values.answers import Answer
+from ..values.counts import counted
+from ..values.tokens import BatchSize
+
+AT_ONCE = 32
+"""Prompts that are answered at once: the weights are read once a token for all of them."""
+
+
+def write_answers(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[NDArray[np.int64]],
+    *,
+    num_tokens: int,
+    seed: int | None = None,
+    batch_size: BatchSize = "auto",
+    progress: bool | None = None,
+    description: str = "answers",
+) -> list[Answer]:
+    """Let a model go on from prompts, (P,) int64 token ids each, as far as it wants to.
+
+    The likeliest token is taken each time, or, with a ``seed``, one drawn by the probabilities as
+    they are: no temperature, cut-off or penalty, whatever the model's settings prefer. What is
+    drawn depends on the seed and on the tokens of the prompt, and not on the prompts beside it.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer, whose end of text ends an answer, as what the model's own
+            settings name does.
+        prompts: token ids.
+        num_tokens: tokens of an answer at most.
+        seed: of what is drawn; None for the likeliest.
+        batch_size: prompts at once.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        description: the name of the bar.
+
+    Raises:
+        ModelError: the model cannot generate text, or its layers wait on disk.
+        TextsError: a prompt and its answer are longer than the positions that it has learned.
+    """
+    check_speaks(decoder)
+    check_prompts(decoder, prompts, num_tokens)
+    ends = _ends(decoder.model, tokenizer)
+    size = AT_ONCE if batch_size == "auto" else batch_size
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    found: dict[int, Answer] = {}
+    halving = Halving()
+    with (
+        track(description, len(prompts), progress) as advance,
+        evaluating(decoder.model),
+        _plain_settings(decoder.model),
+    ):
+        for start in range(0, len(order), size):
+            batch = padded([(index, prompts[index]) for index in order[start : start + size]])
+            for part, answers in halving.run(
+                batch, lambda some: _answered(decoder, some, ends, num_tokens, seed)
+            ):
+                found.update(zip(part.samples.tolist(), answers, strict=True))
+                advance(len(part))
+    return [found[index] for index in range(len(prompts))]
+
+
+def check_speaks(decoder: Decoder) -> None:
+    """Refuse, by ModelError, a model that cannot be let to speak."""
+    if is_streamed(decoder):
+        raise ModelError(
+            "the layers wait on disk, and all of them would be read once a token of every answer: "
+            "leave out --stream, or what the model is to say (speech, --speech)"
+        )
+    if not decoder.model.can_generate():
+        raise ModelError(
+            f"{type(decoder.model).__name__} cannot generate text: leave out what it is to say "
+            f"(speech, --speech)"
+        )
+
+
+def check_prompts(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], num_tokens: int) -> None:
+    """Refuse prompts that have no token, or leave no room for an answer, by TextsError."""
+    if not len(prompts):
+        raise TextsError("there are no prompts to answer")
+    for index, ids in enumerate(prompts):
+        if not len(ids):
+            raise TextsError(f"prompt {index} has no token: write a longer one")
+        if decoder.positions is not None and len(ids) + num_tokens > decoder.positions:
+            raise TextsError(
+                f"prompt {index} has {counted(len(ids), 'token')}, and an answer up to "
+                f"{num_tokens}: the model has learned {decoder.positions} positions, so shorten "
+                f"it, or the answers (num_tokens)"
+            )
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer, ascending."""
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    several = own if isinstance(own, list) else [own]
+    found = {*several, tokenizer.eos_token_id}
+    return sorted(one for one in found if isinstance(one, int))
+
+
+@contextmanager
+def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model generate by no settings of its own, which change its probabilities."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@torch.inference_mode()
+def _answered(
+    decoder: Decoder, batch: Batch, ends: list[int], num_tokens: int, seed: int | None
+) -> list[Answer]:
+    """Answer the prompts of a batch, which are padded on the left for it."""
+    lengths = batch.attention_mask.sum(axis=1)
+    prompts = [row[:length] for row, length in zip(batch.input_ids, lengths, strict=True)]
+    width = batch.input_ids.shape[1]
+    ids, mask = np.zeros_like(batch.input_ids), np.zeros_like(batch.attention_mask)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    drawing = LogitsProcessorList([] if seed is None else [_Drawing(prompts, seed)])
+    generate: Any = decoder.model.generate
+    with hushed():
+        output = generate(
+            input_ids=torch.from_numpy(ids).to(decoder.device),
+            attention_mask=torch.from_numpy(mask).to(decoder.device),
+            logits_processor=drawing,
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=ends or None,
+        )
+    return [
+        _up_to_end(prompt, row, {*ends})
+        for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True)
+    ]
+
+
+def _up_to_end(prompt: NDArray[np.int64], row: list[int], ends: set[int]) -> Answer:
+    """An answer with the token that ends it; behind that a batch may have anything."""
+    stop = next((place for place, token in enumerate(row) if token in ends), None)
+    written = row if stop is None else row[: stop + 1]
+    return Answer(tuple(prompt.tolist()), tuple(written), stop is not None)
+
+
+class _Drawing(LogitsProcessor):
+    """Leaves of every row the token alone that its own random numbers draw.
+
+    The inverse of the cumulative distribution in float64, in the order of the token ids.
+    """
+
+    def __init__(self, prompts: Sequence[NDArray[np.int64]], seed: int) -> None:
+        self._random = [np.random.default_rng(_stream(prompt, seed)) for prompt in prompts]
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        drawn = torch.tensor([one.random() for one in self._random], dtype=torch.float64)
+        sums = scores.double().softmax(-1).cumsum(-1)
+        places = torch.searchsorted(sums, drawn.to(sums.device)[:, None] * sums[:, -1:], right=True)
+        chosen = places.clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+
+def _stream(prompt: NDArray[np.int64], seed: int) -> list[int]:
+    """The seed of a prompt's own random numbers."""
+    digest = hashlib.sha256(prompt.astype("<i8").tobytes()).digest()
+    return [seed, *np.frombuffer(digest[:16], "<u4").tolist()]

@@ -1,0 +1,378 @@
+"""Speech: how a cut goes on from prompts beside the whole model, on its words and on their own."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ModelError, TextsError
+from ..memory.plan import Forward, fitting
+from ..memory.retry import Halving
+from ..models.architecture import evaluating
+from ..models.decoder import Decoder
+from ..models.head import Head
+from ..progress import track
+from ..texts.batches import Batch, padded
+from ..texts.prompts import Prompt, given_prompts, prompt_ids
+from ..values.answers import Answer
+from ..values.scores import Scores
+from ..values.speech import ON_WORDS, WAYS, Speech, repeated
+from ..values.tokens import BatchSize, Tokens
+from .answers import write_answers
+from .loss import FORWARD, LOGITS_PER_CHUNK, predicting_tokens, summed_losses
+
+SPEECH_TOKENS = 64
+"""Tokens of an answer at most, by default."""
+
+Words = Mapping[str, Sequence[Answer]]
+"""By way, the answers to all prompts, in their order."""
+
+_BY_TOKEN = ON_WORDS[:-1]
+_PROBED = 4
+"""Rows by whose logits two heads are told apart."""
+
+
+def evaluate_speech(
+    model: PreTrainedModel | Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Path | Iterable[str | Mapping[str, Any] | Prompt] | None = None,
+    *,
+    whole: PreTrainedModel | Decoder,
+    num_tokens: int = SPEECH_TOKENS,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    progress: bool | None = None,
+) -> Speech:
+    """Measure how a model speaks beside the whole one.
+
+    The whole model answers every prompt twice, by its likeliest tokens and by tokens that are
+    drawn; on these words both are compared token by token. Then the model answers them itself, and
+    the whole one judges its words. See :class:`shallower.Speech` for the measures.
+
+    Args:
+        model: a causal language model of transformers, as a cut, patched or healed.
+        tokenizer: the tokenizer of both.
+        prompts: a file of JSON lines with ``prompt`` or ``messages``, or an iterable of texts, of
+            such objects or of both; by default prompts of our own, of four kinds.
+        whole: the model that it is compared with; itself gives agreement and acceptance of 1.
+        num_tokens: tokens of an answer at most.
+        seed: of what is drawn.
+        batch_size: texts in one forward; by default 32 prompts are answered at once.
+        progress: bars with ETA on standard error; by default if that is a terminal.
+
+    Returns:
+        Every measure by prompt, with its mean and its error.
+
+    Raises:
+        TextsError: there are no prompts, or what is none; a chat without a template; a prompt that
+            leaves no room for an answer.
+        ModelError: a model cannot generate text, has its layers on disk, or logits that are not
+            finite; or the two do not share a vocabulary.
+
+    Example:
+        >>> plan = scan.plan(4)
+        >>> cut = sh.prune(model, plan)
+    """
+    of_whole, of_model = Decoder.of(whole), Decoder.of(model)
+    ids = prompt_ids(tokenizer, given_prompts(prompts))
+    speaking = Speaking(tokenizer, ids, num_tokens, seed, batch_size, progress)
+    reference = Reference.of(speaking, of_whole)
+    spoken = reference.compare(of_model, whole=of_whole)
+    return reference.judged(spoken, of_whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Speaking:
+    """Models that speak on the same prompts, of which no two need be in memory together.
+
+    Attributes:
+        tokenizer: of all of them.
+        prompts: (P,) int64 token ids each.
+        num_tokens: tokens of an answer at most.
+        seed: of what is drawn.
+        batch_size: texts in one forward.
+        progress: whether to show bars; by default if standard error is a terminal.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[NDArray[np.int64]]
+    num_tokens: int = SPEECH_TOKENS
+    seed: int = 0
+    batch_size: BatchSize = "auto"
+    progress: bool | None = None
+
+    def words(
+        self, decoder: Decoder, name: str, write: Callable[..., list[Answer]] = write_answers
+    ) -> Words:
+        """Let a model speak in each of the ways; ``write`` may look its words up."""
+        found = {}
+        for way, seed in zip(WAYS, (None, self.seed), strict=True):
+            found[way] = write(
+                decoder,
+                self.tokenizer,
+                self.prompts,
+                num_tokens=self.num_tokens,
+                seed=seed,
+                batch_size=self.batch_size,
+                progress=self.progress,
+                description=f"{name}, {way} words",
+            )
+        return found
+
+    def batches(self, decoder: Decoder, words: Words) -> list["_Spans"]:
+        """Make batches of all words behind their prompts, each as many as one forward holds."""
+        every = [one for way in WAYS for one in words[way]]
+        rows = [np.array(one.given + one.written, np.int64) for one in every]
+        tokens = Tokens(max(map(len, rows)), self.batch_size)
+        size = fitting(decoder, tokens, FORWARD).texts
+        order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]), index))
+        found = []
+        for start in range(0, len(order), size):
+            some = order[start : start + size]
+            given = np.array([len(every[index].given) for index in some])
+            found.append(_Spans(padded([(index, rows[index]) for index in some]), given))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """Prompts with what was said, (B, T), and the (B,) tokens of each that were given."""
+
+    batch: Batch
+    given: NDArray[np.int64]
+
+    def part(self, batch: Batch) -> "_Spans":
+        """The same of some of its texts."""
+        places = {sample: place for place, sample in enumerate(self.batch.samples.tolist())}
+        return _Spans(batch, self.given[[places[one] for one in batch.samples.tolist()]])
+
+    @property
+    def predicting(self) -> NDArray[np.bool_]:
+        """(B, T), true at the tokens that words are predicted from."""
+        return predicting_tokens(self.batch, self.given)
+
+    @property
+    def expected(self) -> NDArray[np.int64]:
+        """(R,) the words, text by text."""
+        return np.roll(self.batch.input_ids, -1, axis=1)[self.predicting]
+
+    @torch.inference_mode()
+    def states(self, head: Head) -> torch.Tensor:
+        """What a model's logits at the words are made of, (R, ...)."""
+        device = head.decoder.device
+        ids = torch.from_numpy(self.batch.input_ids).to(device)
+        mask = torch.from_numpy(self.batch.attention_mask).to(device)
+        return head.states_at(ids, mask, np.flatnonzero(self.predicting))
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """How a model speaks, as long as the whole model has not judged its own words."""
+
+    speech: Speech
+    own: Words
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The words of the whole model and its states at them, which outlive the model itself.
+
+    Attributes:
+        speaking: how it was let to speak.
+        words: what it said.
+        parts: the words in batches, each with the states on the CPU.
+        probe: the first logits of the first batch, by which another head is told from its own.
+    """
+
+    speaking: Speaking
+    words: Words
+    parts: Sequence[tuple[_Spans, torch.Tensor]]
+    probe: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        speaking: Speaking,
+        decoder: Decoder,
+        write: Callable[..., list[Answer]] = write_answers,
+    ) -> "Reference":
+        """Let the whole model speak, and run it on its words; ``write`` may look them up."""
+        words = speaking.words(decoder, "whole model", write)
+        head, parts = Head.of(decoder), []
+        with evaluating(decoder.model):
+            for part, states in _run(
+                speaking.batches(decoder, words),
+                lambda one: one.states(head).cpu(),
+                ("whole model on its words", speaking.progress),
+            ):
+                parts.append((part, states))
+            probe = _probe(head, parts[0][1])
+        return cls(speaking, words, parts, probe)
+
+    @torch.inference_mode()
+    def compare(self, decoder: Decoder, whole: Decoder | None = None, name: str = "cut") -> Spoken:
+        """Measure a model on the words, and let it speak.
+
+        ``whole`` makes the whole model's logits, if it is in memory; by default the head of this
+        very model does, which must be the same.
+
+        Raises:
+            ModelError: it is not the same, or logits are not finite.
+        """
+        head = Head.of(decoder)
+        its_head = None if whole is None else Head.of(whole)
+        found: dict[int, NDArray[np.float64]] = {}
+        total = sum(len(spans.batch) for spans, _ in self.parts)
+        bar = track(f"{name} on those words", total, self.speaking.progress)
+        with bar as advance, evaluating(decoder.model):
+            self._check(head, its_head)
+            for spans, kept in self.parts:
+                rows = self._rows(spans, kept, head, its_head or head)
+                pieces = np.split(rows, np.cumsum(spans.predicting.sum(axis=1))[:-1])
+                found.update(zip(spans.batch.samples.tolist(), pieces, strict=True))
+                advance(len(spans.batch))
+        is_itself = whole is not None and whole.model is decoder.model
+        own = self.words if is_itself else self.speaking.words(decoder, name)
+        return Spoken(self._speech(found, own), own)
+
+    def judged(self, spoken: Spoken, decoder: Decoder) -> Speech:
+        """Let the whole model judge what another one said, by its loss; raises as an evaluation."""
+        head = Head.of(decoder)
+        found: dict[int, float] = {}
+        with evaluating(decoder.model):
+            for part, sums in _run(
+                self.speaking.batches(decoder, spoken.own),
+                lambda one: summed_losses(head, one.batch, one.given).tolist(),
+                ("whole model judges", self.speaking.progress),
+            ):
+                found.update(zip(part.batch.samples.tolist(), sums, strict=True))
+        scores = {}
+        for place, way in enumerate(WAYS):
+            own = spoken.own[way]
+            nats = np.array([found[place * len(own) + index] for index in range(len(own))])
+            tokens = np.array([len(one.written) for one in own], np.float64)
+            scores[way] = {**spoken.speech.scores[way], "loss_under_whole": Scores(nats, tokens)}
+        return replace(spoken.speech, scores=scores)
+
+    def _check(self, head: Head, whole: Head | None) -> None:
+        """Refuse a model of another vocabulary, or, without the whole one, of another head."""
+        size = self.probe.shape[1]
+        if head.vocab_size != size:
+            raise ModelError(
+                f"{type(head.decoder.model).__name__} predicts over {head.vocab_size:,} tokens, "
+                f"and the whole model over {size:,}: compare models of one tokenizer"
+            )
+        if whole is None and not torch.equal(_probe(head, self.parts[0][1]), self.probe):
+            raise ModelError(
+                "the model has another head, or another dtype, than the whole one, so that both "
+                "are needed in memory to compare their words: load both in the same dtype, or "
+                "compare them by evaluate_speech(model, tokenizer, whole=...)"
+            )
+
+    def _rows(
+        self, spans: _Spans, kept: torch.Tensor, head: Head, whole: Head
+    ) -> NDArray[np.float64]:
+        """(R, M) the measures of every token."""
+        expected = torch.from_numpy(spans.expected)
+        own = spans.states(head)
+        device, there = own.device, whole.decoder.device
+        rows: list[torch.Tensor] = []
+        start = 0
+        with ExitStack() as stack:
+            if whole.decoder is not head.decoder:
+                stack.enter_context(evaluating(whole.decoder.model))
+            pairs = zip(whole.logits_from(kept.to(there)), head.logits_from(own), strict=True)
+            for of_whole, of_model in pairs:
+                words = expected[start : (start := start + len(of_model))]
+                rows.append(_measures(of_whole.to(of_model.device), of_model, words))
+        found = torch.cat(rows).to("cpu").numpy()
+        if not np.isfinite(found).all():
+            raise ModelError(
+                f"a model's logits overflow or are NaN in {head.dtype} on {device}: load it as "
+                f"bfloat16 or float32 (dtype, --dtype)"
+            )
+        return found
+
+    def _speech(self, found: Mapping[int, NDArray[np.float64]], own: Words) -> Speech:
+        scores: dict[str, dict[str, Scores]] = {}
+        by_token: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
+        count = len(self.words[WAYS[0]])
+        for place, way in enumerate(WAYS):
+            rows = [found[place * count + index] for index in range(count)]
+            tokens = np.array([len(one) for one in rows], np.float64)
+            by_token[way] = {
+                name: [one[:, column] for one in rows] for column, name in enumerate(_BY_TOKEN)
+            }
+            scores[way] = {
+                name: Scores(np.array([one.sum() for one in values]), tokens)
+                for name, values in by_token[way].items()
+            }
+            scores[way]["departure"] = _each([_departure(one[:, 0]) for one in rows])
+            scores[way] |= _of_own(own[way])
+            pairs = zip(self.words[way], own[way], strict=True)
+            scores[way]["ends"] = _each([one.ended == other.ended for one, other in pairs])
+        whole = {way: _of_own(self.words[way]) for way in WAYS}
+        return Speech(self.speaking.num_tokens, self.speaking.seed, scores, whole, by_token)
+
+
+def _run(
+    spans: Sequence[_Spans], work: Callable[[_Spans], Any], bar: tuple[str, bool | None]
+) -> Iterator[tuple[_Spans, Any]]:
+    """Do work on batches, in parts where memory is short, and yield the parts with its results."""
+    halving = Halving()
+    with track(bar[0], sum(len(one.batch) for one in spans), bar[1]) as advance:
+        for one in spans:
+            of_part = one.part
+            for part, done in halving.run(one.batch, lambda some: work(of_part(some))):  # noqa: B023
+                yield of_part(part), done
+                advance(len(part))
+
+
+@torch.inference_mode()
+def _probe(head: Head, states: torch.Tensor) -> torch.Tensor:
+    """The logits that a head makes of the first states."""
+    return next(head.logits_from(states[:_PROBED].to(head.decoder.device))).float().cpu()
+
+
+def _measures(whole: torch.Tensor, model: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """(R, M) float64 measures of every token from (R, V) logits of both, a few rows at a time."""
+    size = len(whole) if whole.is_cuda else max(1, LOGITS_PER_CHUNK // whole.shape[1])
+    words = words.to(whole.device)
+    pieces = zip(whole.split(size), model.split(size), words.split(size), strict=True)
+    return torch.cat([_of_rows(*piece) for piece in pieces])
+
+
+def _of_rows(whole: torch.Tensor, model: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    log_p, log_q = whole.double().log_softmax(-1), model.double().log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    agreement = (whole.argmax(-1) == model.argmax(-1)).double()
+    acceptance = 1 - (p - q).abs().sum(-1) / 2
+    divergence = (p * (log_p - log_q)).masked_fill(p == 0, 0).sum(-1)
+    loss = -log_q.gather(1, words[:, None])[:, 0]
+    return torch.stack([agreement, acceptance, divergence, loss], dim=1)
+
+
+def _departure(agreement: NDArray[np.float64]) -> int:
+    """The tokens before the first at which two models do not agree, or all of them."""
+    apart = np.flatnonzero(agreement == 0)
+    return int(apart[0]) if len(apart) else len(agreement)
+
+
+def _of_own(own: Sequence[Answer]) -> dict[str, Scores]:
+    """The repetition and the length of what was said, by prompt."""
+    grams = [repeated(one.written) for one in own]
+    found = Scores(*(np.array(one, np.float64) for one in zip(*grams, strict=True)))
+    return {"repetition": found, "length": _each([len(one.written) for one in own])}
+
+
+def _each(values: Iterable[float]) -> Scores:
+    """Values by prompt, which count alike."""
+    sums = np.array([*values], np.float64)
+    return Scores(sums, np.ones_like(sums))
