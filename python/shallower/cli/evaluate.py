@@ -1,6 +1,5 @@
 """``shallower eval``."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 

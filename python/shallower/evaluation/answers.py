@@ -177,7 +177,7 @@ class _Drawing(LogitsProcessor):
     def __init__(self, prompts: Sequence[NDArray[np.int64]], seed: int) -> None:
         self._random = [np.random.default_rng(_stream(prompt, seed)) for prompt in prompts]
 
-    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         drawn = torch.tensor([one.random() for one in self._random], dtype=torch.float64)
         sums = scores.double().softmax(-1).cumsum(-1)
         places = torch.searchsorted(sums, drawn.to(sums.device)[:, None] * sums[:, -1:], right=True)

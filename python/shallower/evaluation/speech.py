@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError, TextsError
-from ..memory.plan import Forward, fitting
+from ..errors import ModelError
+from ..memory.plan import fitting
 from ..memory.retry import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder

@@ -1,4 +1,4 @@
-"""Measures of a model before and after a cut (loss, perplexity, tasks, speech), as they are kept."""
+"""Measures of a model before and after a cut, as they are kept: loss, perplexity, tasks, speech."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +69,7 @@ class Measure(ABC, Generic[T]):
         """
         yield from ()
 
-    def meet(  # noqa: B027
+    def meet(
         self,
         decoder: "Decoder",
         tokenizer: "PreTrainedTokenizerBase",

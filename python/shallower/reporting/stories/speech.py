@@ -57,8 +57,8 @@ def repeats_warning(name: str, speech: Speech) -> str:
     """Say that a model repeats itself more than twice as much as the whole one."""
     own, whole = speech.of("repetition"), speech.of_whole("repetition")
     return (
-        f"the {name} model repeats itself: {100 * own.mean:.1f} % of its 4-grams were there before, "
-        f"and {100 * whole.mean:.1f} % of those of the whole model"
+        f"the {name} model repeats itself: {100 * own.mean:.1f} % of its 4-grams were there "
+        f"before, and {100 * whole.mean:.1f} % of those of the whole model"
     )
 
 
