@@ -13,6 +13,7 @@ from .options import (
     DryRun,
     Dtype,
     Json,
+    JudgePrompts,
     MaxLength,
     NoCache,
     On,
@@ -59,10 +60,11 @@ Criteria = Annotated[
     typer.Option(metavar="NAMES", help="Criteria, comma-separated; all by default (see --list)."),
 ]
 Judge = Annotated[
-    Literal["loss", "kl", "options"],
+    Literal["loss", "kl", "options", "speech"],
     typer.Option(
         help="Judge of a cut. loss: of the next token; kl: divergence from the whole model's "
-        "next-token distributions; options: margin of the right option over the others."
+        "next-token distributions; options: margin of the right option over the others; speech: "
+        "divergence from the whole model on its own words."
     ),
 ]
 Options = Annotated[
@@ -84,6 +86,7 @@ def compare_command(
     criteria: Criteria = None,
     judge: Judge = "loss",
     options: Options = None,
+    prompts: JudgePrompts = None,
     device_memory: DeviceMemory = None,
     out: Annotated[
         Path | None,
@@ -131,6 +134,7 @@ def compare_command(
         criteria=_names(criteria),
         judge=judge,
         options=options,
+        prompts=prompts,
         max_length=max_length,
         batch_size=parse_batch_size(batch_size),
         max_texts=max_texts,

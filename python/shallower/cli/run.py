@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from .options import (
     Dtype,
     GgufFile,
     Json,
+    JudgePrompts,
     MaxLength,
     Model,
     NoCache,
@@ -52,7 +53,7 @@ MaxLoss = Annotated[
     typer.Option(
         metavar="X",
         help="Nats a token that may be lost, after the patch. Without any of these "
-        "and of the targets: the knee of the curve of losses.",
+        "and of the targets: the knee of the curve of what is lost.",
     ),
 ]
 TargetLatency = Annotated[
@@ -108,6 +109,14 @@ def run_command(
     ] = 2048,
     blocks: Blocks = None,
     top: Annotated[int, typer.Option(metavar="K", help="Proposals of every criterion.", min=1)] = 4,
+    judge: Annotated[
+        Literal["loss", "speech"],
+        typer.Option(
+            help="Judge that the proposals are raced by. loss: of the next token; speech: "
+            "divergence from the whole model on its own words."
+        ),
+    ] = "loss",
+    prompts: JudgePrompts = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = "auto",
@@ -142,10 +151,10 @@ def run_command(
 ) -> None:
     """Recommend one shallower model, and make it.
 
-    Proposals of several criteria are raced by their loss after a quick patch; the winner is
-    patched, saved in OUT/checkpoint and reloaded by stock transformers; with --heal adapters are
-    trained on it, merged into OUT/healed. A run that was cut short goes on where it was, unless
-    the cache is off.
+    Proposals of several criteria are raced by --judge after a quick patch; the winner is patched,
+    saved in OUT/checkpoint and reloaded by stock transformers; with --heal adapters are trained on
+    it, merged into OUT/healed. A run that was cut short goes on where it was, unless the cache is
+    off.
     """
     from ..values.settings import RunSettings
     from ..values.tokens import parse_batch_size
@@ -161,6 +170,8 @@ def run_command(
         context=context,
         blocks=blocks,
         top=top,
+        judge=judge,
+        speech_prompts=prompts,
         max_length=max_length,
         batch_size=parse_batch_size(batch_size),
         max_texts=max_texts,
@@ -283,8 +294,9 @@ def _carry_out(
         return
     study.check()
     if dry_run:
-        target = {"target": str(settings.target), "heal": bool(settings.heal)}
-        say_dry_run_of(study, {**described, **target}, as_json)
+        target, heals = str(settings.target), bool(settings.heal)
+        asked = {"target": target, "judge": settings.judge, "heal": heals}
+        say_dry_run_of(study, {**described, **asked}, as_json)
         return
     done = study.run(lambda so_far: _report(so_far, as_json))
     page, story = save_report(study.folder)

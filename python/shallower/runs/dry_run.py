@@ -7,12 +7,14 @@ measured on one layer of the model with random weights (``runs.speed``).
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import one_sentence
+from ..evaluation.speech import SPEECH_TOKENS
 from ..judgement.bounds import verifying_forwards
 from ..judgement.choosing_size import STEPS, curve_sizes, sizes_beside
 from ..judgement.criteria import criteria
@@ -37,12 +39,15 @@ from ..patching.quick import RIDGES
 from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
+from ..texts.prompts import prompt_ids
 from ..values.curve import OWN_STRATEGIES, SCANNED
 from ..values.estimates import Disk, Divided, Time, Unknown
 from ..values.forwards import Forwards
 from ..values.memory import MemoryPlan
 from ..values.recipe import GLOBAL_BATCH, Recipe
 from ..values.settings import CompareSettings, CurveSettings, RunSettings
+from ..values.speech import WAYS
+from .answers import AT_ONCE
 from .compare import CompareStudy
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
@@ -116,7 +121,10 @@ def _peak(plan: MemoryPlan) -> int:
 
 
 class _Texts:
-    """The tokens of the texts of one split."""
+    """The tokens of the texts of one split, and of the items of its judge.
+
+    Where that is of speech, they are ``judged``, and ``num_spoken`` prompts are answered for it.
+    """
 
     def __init__(self, study: Study[Any], tokenizer: Any, name: str, texts_at_once: int) -> None:
         tokens = replace(study.settings.tokens, batch_size=texts_at_once)
@@ -134,11 +142,18 @@ class _Texts:
             )
             for some in (split.choose, split.report)
         )
+        self.judged, self.num_spoken = self.choose, 0
+        if study.judge == "speech":
+            halves: Any = study.items
+            found = prompt_ids(tokenizer, halves[0])
+            self.judged = np.array([len(WAYS) * (len(ids) + SPEECH_TOKENS) for ids in found])
+            both = 1 + (study.reporting_judge == "speech")
+            self.num_spoken = sum(map(len, halves[:both]))
         self.at_once = texts_at_once
 
     def looks(self, num_choosing: int | None = None) -> list[int]:
         """The items of each look at those that choose, or at the first of them."""
-        count = len(self.choose[:num_choosing])
+        count = len(self.judged[:num_choosing])
         return [part.stop - part.start for part in looks(count, self.at_once)]
 
 
@@ -255,7 +270,7 @@ class _Model:
     def _of_run(self) -> Work:
         settings, sizes = self.settings, self._sizes
         n, models, beside = min(sizes), 2 if settings.plan_only else 3, self._beside
-        work = self._measured(0) + self._scan(SCAN_TEXTS) + self._measured(n) * 2
+        work = self._measured(0) + self._scan(SCAN_TEXTS) + self._measured(n) * 2 + self._spoken
         for size in sizes:
             work += self._verified(size)
         for size in beside:
@@ -364,16 +379,28 @@ class _Model:
     def _of_comparison(self) -> Work:
         study, texts = self.study, self.texts
         assert isinstance(study, CompareStudy)
-        work, chosen = self._measured(0), study.criteria
+        work, chosen = self._measured(0) + self._spoken, study.criteria
         truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
         work += _run(truth, texts.report[:TRUTH_ITEMS])
         work += self._chosen(chosen, self.settings.n)
         work += _run(Forwards(self.layers), texts.fit)  # the states that all quick patches share
         for n in self.settings.n:
-            work += (self._measured(n) * 2 + self._quick(n, len(texts.fit))) * len(chosen)
+            each = self._measured(n) * 2 + self._quick(n, len(texts.fit))
+            if texts.num_spoken:  # as many tokens report as choose, about
+                each += _run(Forwards(self.layers - n, 1), texts.judged)
+            work += each * len(chosen)
         return work
 
     # The parts of it.
+    @property
+    def _spoken(self) -> Work:
+        """What the whole model says, some prompts at once, and its run on that."""
+        texts = self.texts
+        steps = len(WAYS) * SPEECH_TOKENS * ceil(texts.num_spoken / AT_ONCE)
+        share = texts.num_spoken / len(texts.judged)
+        read = _run(Forwards(self.layers, 1), texts.judged) * share
+        return Work(decoded_layers=steps * self.layers, decoded_heads=steps) + read
+
     def _measured(self, n: int) -> Work:
         """The loss of a cut on the texts that report."""
         return _run(Forwards(self.layers - n, 1), self.texts.report)
@@ -393,7 +420,7 @@ class _Model:
             patch_texts=len(some),
         )
         solved = self._solved(n, some.sum(), QUICK_SOLVES) * (self.settings.top + 3)
-        return Work(found.layers, found.heads) * self.texts.choose.mean() + solved
+        return Work(found.layers, found.heads) * self.texts.judged.mean() + solved
 
     def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
         fit = self.texts.fit[:texts]
@@ -448,7 +475,7 @@ class _Model:
             counted = sizes if each else sizes[-1:]
             for n in counted:
                 found = one.trial_forwards(self.layers, self.texts.looks(), n)
-                work += Work(found.layers, found.heads) * self.texts.choose.mean()
+                work += Work(found.layers, found.heads) * self.texts.judged.mean()
         return work
 
 

@@ -18,8 +18,7 @@ from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
-from ..judgement.judges import judge_of
-from ..judgement.judges.judge import Judge, LossJudge, judged_batches
+from ..judgement.judges.judge import LossJudge, judged_batches
 from ..judgement.patched_trials import stays
 from ..judgement.trials import ResultStore, recalled
 from ..memory.weights import num_parameters
@@ -39,6 +38,7 @@ from ..values.recipe import Recipe
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
 from ..values.task_scores import TaskScores
+from .judging import Judges
 from .study import Study
 from .tasks import StudyTasks
 from .verified_plans import VerifiedPlans
@@ -89,12 +89,13 @@ class Measuring:
         tokens: length of texts, and how many make one forward.
         texts: the texts of the study, tokenised once, by their name.
         judge: the loss on the texts that report.
+        judges: makes judges of what chooses.
         held_out: cuts as they are and after a quick patch, from states that they share.
         num_rejected: texts that report with fewer than two tokens.
 
     Raises:
-        TextsError: no text that reports has two tokens.
-        ModelError: the layers of the model cannot be run one by one.
+        TextsError: no text that reports has two tokens; or a prompt cannot be answered.
+        ModelError: the layers of the model cannot be run one by one; or it cannot speak, and is to.
     """
 
     def __init__(
@@ -120,12 +121,13 @@ class Measuring:
         self.report = next(iter(self.texts.values())).report
         self.judge = LossJudge(judged_batches(tokenizer, self.report, self.tokens))
         self.num_rejected = len(self.report) - self.judge.num_items
+        self.judges = Judges(study, self.decoder, tokenizer, tokens=self.tokens, store=store)
         layerwise = Layerwise(self.decoder)
         layerwise.check(self.judge.batches[0])
         self.held_out = HeldOutCuts(
             layerwise,
             self.judge,
-            self._chooses(),
+            self.judge if study.reporting_judge == "loss" else self.judges.reporting(self.report),
             store=store,
             texts=study.reported,
             num_rejected=self.num_rejected,
@@ -150,14 +152,6 @@ class Measuring:
         """The tokenised texts of a study on one kind of texts."""
         return next(iter(self.texts.values()))
 
-    def _chooses(self) -> Judge:
-        """The judge that cuts are chosen by, on what reports; the loss by default."""
-        study, name = self._study, getattr(self._study.settings, "judge", "loss")
-        if name == "loss":
-            return self.judge
-        items = study.reporting_items
-        return judge_of(name, self.tokenizer, self.report, items=items, tokens=self.tokens)
-
     @cached_property
     def plans(self) -> VerifiedPlans:
         """The verified plan of every size, and the quick patch that they are raced after."""
@@ -168,6 +162,7 @@ class Measuring:
             self.tokenizer,
             self.split,
             scanned=self._scanned,
+            judges=self.judges,
             tokens=self.tokens,
             store=self._store,
         )

@@ -26,6 +26,7 @@ from ..values.files import (
 from ..values.recipe import Recipe
 from ..values.settings import RunSettings
 from .given_models import given_model
+from .items import Items, items_fingerprint, judged_items
 from .store import open_store
 from .study import Study, Unit
 
@@ -55,17 +56,19 @@ def run(
 ) -> Run:
     """Recommend one shallower model, and make it.
 
-    The layers are compared by a scan; proposals of several criteria are raced by their loss
-    after a quick patch; the winner is patched, saved, reloaded by stock
-    transformers and, with ``heal``, trained. Some of the texts fit, some choose, and others
-    report: no figure in the result is of a text that anything was chosen by.
+    The layers are compared by a scan; proposals of several criteria are raced after a quick patch,
+    by their loss or (``judge="speech"``) by their divergence from the whole model on its own words;
+    the winner is patched, saved, reloaded by stock transformers and, with ``heal``, trained. Some
+    of the texts fit, some choose, and others report: no figure in the result is of a text that
+    anything was chosen by. Of prompts one half chooses, and the other half is left for reports;
+    losses are of texts, whatever the judge.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
-    ``target_memory``; by none of them it is the knee of the curve of losses. Leaves in ``out`` the
-    scan, the plan, ``results.json``, which is written before each next step, and ``checkpoint/``;
-    with ``heal`` also ``healed/``, with ``plan_only`` no model. A run that was cut short goes on
-    when it is called again with the same arguments, unless the cache is off. The model is as
-    before afterwards.
+    ``target_memory``; by none of them it is the knee of the curve of losses, or of divergences.
+    Leaves in ``out`` the scan, the plan, ``results.json``, which is written before each next step,
+    and ``checkpoint/``; with ``heal`` also ``healed/``, with ``plan_only`` no model. A run that was
+    cut short goes on when it is called again with the same arguments, unless the cache is off. The
+    model is as before afterwards.
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
@@ -92,13 +95,15 @@ def run(
         SettingsError: there is no such setting.
         PlanError: no cut reaches the target.
         OutputError: ``out`` holds another run, or cannot be written to.
-        LayersError: a size that the model cannot lose, or more than one target.
+        LayersError: a size that the model cannot lose, or more than one target; or ``max_loss`` by
+            the judge ``speech``.
+        CriterionError: there is no such judge, or prompts are given to another one.
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
-        TextsError: no texts, or too few for three sets.
+        TextsError: no texts, or too few for three sets; too few prompts, or broken ones.
         StatesError: no text could be compared.
         ModelError: the model cannot be loaded, run or (for a target) counted, there is no such
-            ``device``, ``heal`` of a model whose layers wait on disk, or the saved checkpoint is
-            another model; then ``results.json`` holds all that is known.
+            ``device``, ``heal`` or the judge ``speech`` of a model whose layers wait on disk, or
+            the saved checkpoint is another model; then ``results.json`` holds all that is known.
         CacheError: what the cache holds is damaged.
         MissingExtraError: ``heal`` without peft.
         ProcessesError: this is one of several processes, as torchrun starts them.
@@ -162,9 +167,18 @@ class RunStudy(Study[RunSettings]):
         known = [] if n is None else [self.unit("recommended", n, s) for s in ("cut", "patched")]
         return [self.unit("whole", 0, "cut"), *known]
 
+    @cached_property
+    def items(self) -> tuple[Items, Items]:
+        """The prompts that choose and those that report, of the judge ``speech``."""
+        prompts, seed = self.settings.speech_prompts, self.settings.seed
+        return judged_items(self.judge, prompts=prompts, seed=seed)
+
     def more_inputs(self) -> dict[str, Any]:
-        """The texts that are trained on."""
-        return {"trained_on": self.trained_on() if self.settings.heal else None}
+        """The texts that are trained on, and all prompts."""
+        found: dict[str, Any] = {"trained_on": self.trained_on() if self.settings.heal else None}
+        if self.judge == "speech":
+            found["prompts"] = [items_fingerprint(self.judge, half) for half in self.items]
+        return found
 
     @staticmethod
     def _job_in(values: Any) -> Any:

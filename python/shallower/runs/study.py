@@ -21,13 +21,13 @@ from ..cutting.source import place_name
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..storage import check_alone, check_apart, check_free, claimed, write_file
-from ..texts.options import OptionItem
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
 from ..values.hashing import hash_of
 from ..values.settings import StudySettings, option_words
 from .given_models import InMemory, ModelStore, inputs_of_one
 from .inputs import texts_inputs
+from .items import Items, items_fingerprint
 from .store import Entry, Store
 
 if TYPE_CHECKING:
@@ -140,11 +140,12 @@ class Study(ABC, Generic[Settings]):
     def reads(self) -> list[object]:
         """The places that are read, by their text."""
         texts = (*self.named_texts.values(), self.eval_texts)
-        settings = ("options", "tasks_dir", "data")
+        settings = ("options", "prompts", "speech_prompts", "tasks_dir", "data")
+        named = (getattr(self.settings, name, None) for name in settings)
         return [
             *(model.place for model in self.models),
             *map(place_of_texts, texts),
-            *(getattr(self.settings, name, None) for name in settings),
+            *(place for place in named if isinstance(place, str | Path)),
         ]
 
     @property
@@ -158,6 +159,10 @@ class Study(ABC, Generic[Settings]):
         Raises:
             ShallowerError: of every kind that the study names.
         """
+        if self.judge == "speech":
+            way_out = "leave out --stream, or the judge speech (judge, --judge)"
+            self.refuse_on_disk("every token of an answer", way_out)
+        _ = self.items
         if self.out is None:
             return
         check_alone(self.out / self.RESULTS)
@@ -282,9 +287,19 @@ class Study(ABC, Generic[Settings]):
         return next(iter(self.splits.values()))
 
     @property
-    def reporting_items(self) -> Sequence[OptionItem]:
-        """The items of a task that report, of a study that judges by options."""
-        return ()
+    def judge(self) -> str:
+        """The judge that cuts are chosen by, by its name."""
+        return getattr(self.settings, "judge", "loss")
+
+    @property
+    def reporting_judge(self) -> str:
+        """The judge that scores what was chosen on what reports, beside its loss."""
+        return "loss"
+
+    @cached_property
+    def items(self) -> tuple[Items, Items]:
+        """The items that choose and those that report, of a judge that has its own; else none."""
+        return (), ()
 
     def training_texts(self) -> ReadOnce:
         """All texts but those that choose or report, as many as a training takes."""
@@ -409,8 +424,10 @@ class Study(ABC, Generic[Settings]):
 
     def _chooses_by(self) -> dict[str, Any]:
         """The settings that a choice of layers depends on."""
-        names = ("seed", "top", "blocks", "judge", "num_choosing")
-        return {name: getattr(self.settings, name, None) for name in names}
+        names = ("seed", "top", "blocks", "num_choosing")
+        found = {name: getattr(self.settings, name, None) for name in names}
+        items = {"items": items_fingerprint(self.judge, self.items[0])} if self.items[0] else {}
+        return {**found, "judge": self.judge, **items}
 
     @cached_property
     def job(self) -> str | None:

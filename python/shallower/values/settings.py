@@ -23,8 +23,14 @@ PROMPTS = (
 )
 """Texts that the models of a run continue, by default."""
 
+RACED_BY = ("loss", "speech")
+"""The judges by which a run races proposals."""
+
 _NO_OPTION = {"num_choosing", "prompts"}
-"""Settings that the command line has not."""
+"""Settings that the command line has not, but for a file."""
+
+_OPTIONS = {"speech_prompts": "prompts"}
+"""Settings whose option has another name."""
 
 _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory"}
 """Settings that change no result, but by the texts that are read, which are known by content."""
@@ -102,16 +108,23 @@ class StudySettings:
         changed: dict[str, Any] = {}
         for one in fields(self):
             value = getattr(self, one.name)
-            if value == getattr(default, one.name) or one.name in _NO_OPTION:
+            is_file = isinstance(value, Path)
+            if value == getattr(default, one.name) or (one.name in _NO_OPTION and not is_file):
                 continue
-            if isinstance(value, Path):
+            if is_file:
                 value = value.name
             elif not isinstance(value, str | int | float):
                 value = (
                     ",".join(map(str, plain)) if isinstance(plain := _plain(value), list) else None
                 )
-            changed[one.name] = value
+            changed[_OPTIONS.get(one.name, one.name)] = value
         return option_words(changed)
+
+    def _take_places(self, *names: str) -> None:
+        """Make paths of the files and folders that settings name."""
+        for name in names:
+            place = getattr(self, name)
+            object.__setattr__(self, name, None if place is None else Path(place))
 
     def _check_least(self, name: str, least: int, error: type[Exception] = LayersError) -> None:
         value = getattr(self, name)
@@ -148,7 +161,7 @@ class RunSettings(RacingSettings):
     """Settings of :func:`shallower.run`.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
-    ``target_memory``; by none of them it is the knee of the curve of losses.
+    ``target_memory``; by none of them it is the knee of the curve of what is lost.
 
     Attributes:
         n: layers that are to go.
@@ -165,11 +178,16 @@ class RunSettings(RacingSettings):
         blocks: blocks at most; any number by default.
         plan_only: choose and measure, and patch and save nothing.
         prompts: texts for the models to continue.
+        judge: what the proposals are raced by: ``loss``, the next-token loss; ``speech``, the
+            divergence from the whole model on its own words.
+        speech_prompts: a file of JSON lines with ``prompt`` or ``messages``, of the judge
+            ``speech``; one half chooses. By default prompts of our own.
         heal: train on the patched cut: True, or the settings. True trains in the dtype of the
             model, float16 in bfloat16.
 
     Raises:
-        LayersError, RecipeError, TextsError: a setting that is out of range or contradicts another.
+        LayersError, CriterionError, RecipeError, TextsError: a setting that is out of range or
+            contradicts another.
     """
 
     n: int | None = None
@@ -183,6 +201,8 @@ class RunSettings(RacingSettings):
     blocks: int | None = None
     plan_only: bool = False
     prompts: Sequence[str] = PROMPTS
+    judge: str = "loss"
+    speech_prompts: str | Path | None = None
     heal: bool | Recipe = False
 
     def __post_init__(self) -> None:
@@ -190,6 +210,8 @@ class RunSettings(RacingSettings):
             object.__setattr__(self, "target_memory", parse_size(self.target_memory))
         super().__post_init__()
         _ = self.target
+        self._take_places("speech_prompts")
+        self._check_judge()
         if self.blocks is not None:
             self._check_least("blocks", 1)
         if isinstance(self.prompts, str) or not all(
@@ -205,6 +227,19 @@ class RunSettings(RacingSettings):
             )
         if self.plan_only and self.heal:
             raise RecipeError("plan_only beside heal (--plan-only, --heal): only a cut is healed")
+
+    def _check_judge(self) -> None:
+        if self.judge not in RACED_BY:
+            raise CriterionError(
+                f"unknown judge {self.judge!r}: a run races proposals by {' or '.join(RACED_BY)} "
+                f"(judge, --judge)"
+            )
+        _refuse_prompts(self.judge, self.speech_prompts)
+        if self.judge == "speech" and self.max_loss is not None:
+            raise LayersError(
+                "max_loss beside the judge speech (--max-loss, --judge speech), which measures no "
+                "loss: name another target, or race by the loss (--judge loss)"
+            )
 
     @property
     def target(self) -> Target:
@@ -271,9 +306,7 @@ class CurveSettings(RacingSettings):
         object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
         for name in ("strategies", "states", "tasks"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
-        for name in ("tasks_dir", "data"):
-            place = getattr(self, name)
-            object.__setattr__(self, name, None if place is None else Path(place))
+        self._take_places("tasks_dir", "data")
         self._check_least("patch_tokens", 1)
         unknown: list[str] = [name for name in self.states if name not in STATES]
         if unknown or not self.states:
@@ -308,9 +341,12 @@ class CompareSettings(StudySettings):
         criteria: names of the table ``shallower.criteria``, or criteria of your own; all by
             default.
         judge: what chooses: ``loss``, the next-token loss; ``kl``, the divergence from the whole
-            model's next-token distributions; ``options``, the margin of right options.
+            model's next-token distributions; ``options``, the margin of right options;
+            ``speech``, the divergence from the whole model on its own words.
         options: a file of JSON lines with ``context``, ``options`` and ``answer``, of the judge
             ``options``; one half chooses, the other one reports.
+        prompts: a file of JSON lines with ``prompt`` or ``messages``, of the judge ``speech``,
+            likewise; by default prompts of our own.
         device_memory: bytes for the states that cuts share, as a number or as ``4GB``; by default
             what the device has free.
 
@@ -326,11 +362,13 @@ class CompareSettings(StudySettings):
     criteria: Sequence[Any] | None = None
     judge: str = "loss"
     options: str | Path | None = None
+    prompts: str | Path | None = None
     device_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", _sizes(self.n, least=1))
+        self._take_places("options", "prompts")
         if not self.n:
             raise LayersError("expected sizes, as 1,2,4, got none (n, --n)")
         if isinstance(self.criteria, str):
@@ -343,6 +381,7 @@ class CompareSettings(StudySettings):
                 "the judge options needs a file of items, and no other judge takes one "
                 "(judge and options, --judge options and --options)"
             )
+        _refuse_prompts(self.judge, self.prompts)
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:
@@ -386,6 +425,15 @@ def _names(what: str, names: Any) -> tuple[str, ...]:
         raise CriterionError(f"{what}: expected names, got {[*found]} {option}")
     _refuse_twice(what, found)
     return found
+
+
+def _refuse_prompts(judge: str, prompts: object) -> None:
+    """Refuse prompts beside a judge that has no use for them."""
+    if prompts is not None and judge != "speech":
+        raise CriterionError(
+            f"prompts beside the judge {judge}: only the judge speech takes them (--judge speech, "
+            f"or no --prompts)"
+        )
 
 
 def _refuse_twice(what: str, names: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from ..words import (
     again,
     differs,
     few_texts,
+    judge_words,
     layer_words,
     loss_fact,
     made_by,
@@ -222,14 +223,27 @@ class _RunStory:
         return [*sections, self._numbers(), self._again(), self._differs()]
 
     def _settings(self) -> Section:
-        run, scan = self._run, self._run.scan
+        run, scan, verified = self._run, self._run.scan, self._best.verified
         texts = scan.texts[0] if scan.texts else None
         facts = [
             Fact("model", self._name, f"{SCAN_FILE}: model"),
             Fact("dtype", scan.model.dtype if scan.model else "not known", f"{SCAN_FILE}: model"),
             Fact("target", str(run.target), f"{RESULTS_FILE}: wish"),
             Fact("texts", splits_words(run.splits), f"{RESULTS_FILE}: splits"),
+            Fact(
+                "judge",
+                judge_words(verified.judge, verified.unit),
+                f"{RESULTS_FILE}: recommended.verified",
+            ),
         ]
+        if verified.judge == "speech":
+            facts.append(
+                Fact(
+                    "prompts that choose",
+                    Number.count(verified.num_items),
+                    f"{RESULTS_FILE}: recommended.verified",
+                )
+            )
         if texts is not None:
             facts.append(
                 Fact("tokens of a text", f"at most {texts.max_length:,}", f"{SCAN_FILE}: texts")
