@@ -130,6 +130,17 @@ def run_command(
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Choose and measure; patch and save no model.")
     ] = False,
+    speech: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPTS",
+            help="Prompts on which the models speak, a .jsonl file with prompt or messages; 24 of "
+            "our own by default.",
+        ),
+    ] = None,
+    no_speech: Annotated[
+        bool, typer.Option("--no-speech", help="Do not measure how the models speak.")
+    ] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     stream: Stream = False,
@@ -169,6 +180,7 @@ def run_command(
         heal=heal,
         heal_steps=heal_steps,
         plan_only=plan_only,
+        prompts=() if no_speech else speech or None,
         seed=seed,
     )
     held_out = None if eval_texts is None else read_texts(eval_texts)
@@ -212,6 +224,7 @@ def demo_command(
     another target is given.
     """
     from ..runs import demo
+    from ..texts.prompts import read_prompts
     from ..values.settings import RunSettings
 
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
@@ -226,6 +239,7 @@ def demo_command(
         top=demo.TOP,
         num_choosing=demo.NUM_CHOOSING,
         max_length=demo.MAX_LENGTH,
+        prompts=read_prompts(limit=demo.NUM_PROMPTS),
         **(target or {"n": demo.NUM_LAYERS}),
     )
     path = demo.model_path()
@@ -345,7 +359,7 @@ def say_results(done: "Run", as_json: bool) -> None:
 
 def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
     """Print the end of a run: how the models speak, and the recommendation in a sentence."""
-    from ..reporting.stories.run import samples_section
+    from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
     from ..values.files import HEALED_FOLDER
 
@@ -356,7 +370,7 @@ def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
     if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)
     if done.continuations:
-        show(samples_section(done.continuations))
+        show(speech_section(done))
     if done.recommended is not None:
         show("", f"{done.recommended.reason[:1].upper()}{done.recommended.reason[1:]}.")
     if done.checkpoint is not None:

@@ -51,8 +51,10 @@ from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
-DECODED = 32
-"""Tokens by which a model continues a prompt."""
+DECODED = 2 * 64 / 4
+"""Steps of one token that a model takes for a prompt, twice 64 tokens: a prompt among many takes a
+quarter of one alone, at most.
+"""
 
 SOLVES = 12
 """Systems of equations that a full patch solves before each block, about."""
@@ -265,7 +267,8 @@ class _Model:
             of = 1.0 if size in sizes else share
             # The winner and the deepest layers, of whose states half are known, and nearly all.
             work += (self._measured(size) * 2 + self._quick(size) * 2) * of
-        decoded = models * DECODED * len(settings.prompts) * (not self.source.waits_on_disk)
+        models += self._recipe is not None
+        decoded = models * DECODED * len(self.study.prompts) * (not self.source.waits_on_disk)
         work += Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
         if self._patch_tokens:
             work += self._patched(n) + self._measured(n)

@@ -14,6 +14,7 @@ from ..progress import say_goes_on
 from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
+from ..texts.prompts import prompts_fingerprint
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -69,7 +70,7 @@ def run(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from. If its layers wait on disk, no prompt is continued, which a warning says.
+            loaded from. If its layers wait on disk, no speech is measured, which a warning says.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once. With ``heal`` they are kept
             in memory.
@@ -142,6 +143,7 @@ class RunStudy(Study[RunSettings]):
     def check(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         super().check()
+        _ = self.prompts
         heal, device = self.settings.heal, self.settings.device
         if isinstance(heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.
@@ -163,8 +165,11 @@ class RunStudy(Study[RunSettings]):
         return [self.unit("whole", 0, "cut"), *known]
 
     def more_inputs(self) -> dict[str, Any]:
-        """The texts that are trained on."""
-        return {"trained_on": self.trained_on() if self.settings.heal else None}
+        """The texts that are trained on, and the prompts that models speak on."""
+        return {
+            "trained_on": self.trained_on() if self.settings.heal else None,
+            "prompts": prompts_fingerprint(self.prompts),
+        }
 
     @staticmethod
     def _job_in(values: Any) -> Any:
@@ -210,12 +215,14 @@ class RunStudy(Study[RunSettings]):
         loaded, tokenizer = self.load(self.model)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
         store: ResultStore = self.model_store(self.model)
-        done = Recommending(self, loaded, tokenizer, store).run(self.earlier)
+        recommending = Recommending(self, loaded, tokenizer, store)
+        done = recommending.run(self.earlier)
         if report is not None:
             report(done)
         if stage is not None and done.healing is None and not _is_unhealed(done):
-            del loaded  # nothing needs it any more, and the training needs its memory
-            done = stage.heal(done)
+            speech = recommending.speech
+            del loaded, recommending  # nothing needs them, and the training needs their memory
+            done = stage.heal(done, speech)
         self.say_read()
         done = replace(done, marks={**done.marks, "ended": "yes"})
         done.save()

@@ -22,6 +22,7 @@ from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..storage import check_alone, check_apart, check_free, claimed, write_file
 from ..texts.options import OptionItem
+from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
 from ..values.hashing import hash_of
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from ..texts.splits import Splits
 
 Settings = TypeVar("Settings", bound=StudySettings)
+
+NUM_PROMPTS = 24
+"""Prompts of our own that models speak on: as many of each kind."""
 
 HELD_OUT_EVERY = 4
 """Every fourth text reports, where no held-out texts are given."""
@@ -285,6 +289,14 @@ class Study(ABC, Generic[Settings]):
     def reporting_items(self) -> Sequence[OptionItem]:
         """The items of a task that report, of a study that judges by options."""
         return ()
+
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts that models speak on; none where no speech is measured."""
+        given = getattr(self.settings, "prompts", ())
+        if given is None:
+            return read_prompts(limit=NUM_PROMPTS)
+        return given_prompts(given) if isinstance(given, Path) or given else ()
 
     def training_texts(self) -> ReadOnce:
         """All texts but those that choose or report, as many as a training takes."""

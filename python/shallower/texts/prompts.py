@@ -47,6 +47,14 @@ class Prompt:
     model: str | None = None
     line: int = field(default=0, compare=False)
 
+    def shown(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """Give what a person reads of it: the text, or the last message of the chat."""
+        return self.messages[-1]["content"] if self.is_chat(tokenizer) else self.text or ""
+
+    def is_chat(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether a model with this tokenizer is given the messages, and not the text."""
+        return bool(self.messages) and (has_template(tokenizer) or self.text is None)
+
 
 def read_prompts(source: str | Path | None = None, limit: int | None = None) -> list[Prompt]:
     """Read a file of prompts, a JSON object a line; the first ``limit`` only.
@@ -142,7 +150,7 @@ def has_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 def _ids(tokenizer: Any, prompt: Prompt, index: int) -> NDArray[np.int64]:
     place = f"line {prompt.line}" if prompt.line else f"prompt {index}"
-    chat = bool(prompt.messages) and (has_template(tokenizer) or prompt.text is None)
+    chat = prompt.is_chat(tokenizer)
     if chat and not has_template(tokenizer):
         raise TextsError(
             f"{place} is a chat (`messages`), and the tokenizer has no chat template: write "

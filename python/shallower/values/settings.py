@@ -17,17 +17,14 @@ from .recipe import Recipe
 from .target import Target
 from .tokens import BatchSize, Tokens
 
-PROMPTS = (
-    "The most important thing about a good plan is",
-    "Once upon a time, in a village by the sea, there lived",
-)
-"""Texts that the models of a run continue, by default."""
+Prompts = Path | Sequence[Any] | None
+"""A file of prompts, or texts, objects and prompts themselves; None for some of our own."""
 
-_NO_OPTION = {"num_choosing", "prompts"}
+_NO_OPTION = {"num_choosing"}
 """Settings that the command line has not."""
 
-_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory"}
-"""Settings that change no result, but by the texts that are read, which are known by content."""
+_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts"}
+"""Settings that change no result, but by what is read, which is known by content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +101,10 @@ class StudySettings:
             value = getattr(self, one.name)
             if value == getattr(default, one.name) or one.name in _NO_OPTION:
                 continue
+            if one.name == "prompts":
+                changed["speech"] = value.name if isinstance(value, Path) else None
+                changed["no_speech"] = value == ()
+                continue
             if isinstance(value, Path):
                 value = value.name
             elif not isinstance(value, str | int | float):
@@ -164,7 +165,8 @@ class RunSettings(RacingSettings):
         context: tokens of a text before it is continued, of both targets.
         blocks: blocks at most; any number by default.
         plan_only: choose and measure, and patch and save nothing.
-        prompts: texts for the models to continue.
+        prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default 24
+            of our own, and an empty sequence for none.
         heal: train on the patched cut: True, or the settings. True trains in the dtype of the
             model, float16 in bfloat16.
 
@@ -182,7 +184,7 @@ class RunSettings(RacingSettings):
     context: int = 2048
     blocks: int | None = None
     plan_only: bool = False
-    prompts: Sequence[str] = PROMPTS
+    prompts: Prompts = None
     heal: bool | Recipe = False
 
     def __post_init__(self) -> None:
@@ -192,10 +194,7 @@ class RunSettings(RacingSettings):
         _ = self.target
         if self.blocks is not None:
             self._check_least("blocks", 1)
-        if isinstance(self.prompts, str) or not all(
-            isinstance(prompt, str) and prompt.strip() for prompt in self.prompts
-        ):
-            raise TextsError("prompts must be a sequence of strings that are not empty (prompts)")
+        object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not isinstance(self.heal, bool | Recipe):
             raise RecipeError(f"heal = {self.heal!r}: expected True, False or a Recipe (--heal)")
         if self.heal_steps is not None and self.heal is not True:
@@ -365,6 +364,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [one if isinstance(one, str | int) else one.name for one in value]
     return value
+
+
+def _prompts(given: Any) -> Prompts:
+    """A file of prompts, the prompts themselves, or None."""
+    if given is None or isinstance(given, Path):
+        return given
+    if isinstance(given, str):
+        return Path(given)
+    if not isinstance(given, Iterable):
+        raise TextsError(
+            f"prompts must be a file or a sequence, got {type(given).__name__} (prompts, --speech)"
+        )
+    return tuple(given)
 
 
 def _sizes(sizes: Any, *, least: int) -> tuple[int, ...]:
