@@ -90,9 +90,7 @@ class Recommending:
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        self._store = store
-        self._speaks = bool(study.prompts) and not is_streamed(model)
-        if study.prompts and not self._speaks:
+        if study.prompts and is_streamed(model):
             warnings.warn(NO_PROMPTS, stacklevel=2)
         with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
@@ -268,18 +266,15 @@ class Recommending:
             found = self._saved(replace(results, recommended=recommended), plan, None)
         return self._with_speech(found, plan, None)
 
-    @cached_property
+    @property
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
-        if not self._speaks:
-            return None
-        return StudySpeech.of(self._study, self._decoder, self._tokenizer, store=self._store)
+        return self._measuring.speech
 
     def _heard(self, name: str, results: Run | None) -> Spoken | None:
         """Let the model as it is now speak, if its results are wanted."""
-        if results is None or not self._speaks:
+        if results is None or self.speech is None:
             return None
-        assert self.speech is not None
         return self.speech.hear(self._model, name)
 
     def _with_speech(self, results: Run | None, plan: Plan, patched: Spoken | None) -> Run | None:

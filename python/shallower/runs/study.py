@@ -144,11 +144,12 @@ class Study(ABC, Generic[Settings]):
     def reads(self) -> list[object]:
         """The places that are read, by their text."""
         texts = (*self.named_texts.values(), self.eval_texts)
-        settings = ("options", "tasks_dir", "data")
+        settings = ("options", "tasks_dir", "data", "prompts")
+        places = (getattr(self.settings, name, None) for name in settings)
         return [
             *(model.place for model in self.models),
             *map(place_of_texts, texts),
-            *(getattr(self.settings, name, None) for name in settings),
+            *(place for place in places if isinstance(place, str | Path)),
         ]
 
     @property

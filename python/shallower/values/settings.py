@@ -102,7 +102,7 @@ class StudySettings:
             if value == getattr(default, one.name) or one.name in _NO_OPTION:
                 continue
             if one.name == "prompts":
-                changed["speech"] = value.name if isinstance(value, Path) else None
+                changed["speech"] = value.name if isinstance(value, Path) else value is None
                 changed["no_speech"] = value == ()
                 continue
             if isinstance(value, Path):
@@ -246,6 +246,8 @@ class CurveSettings(RacingSettings):
         pass_at: for tasks that are answered in text also sample so many answers to each item, and
             keep ``pass@K`` of them as a task of its own, ``TASK sampled``.
         heal: settings of the healing of each cut; by default ours in the dtype of the model.
+        prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default
+            they are not let to, and None is 24 prompts of our own.
 
     Raises:
         LayersError, CriterionError, PatchError, RecipeError, TextsError: a setting that is out of
@@ -264,10 +266,12 @@ class CurveSettings(RacingSettings):
     num_shots: int | None = None
     pass_at: int | None = None
     heal: Recipe | None = None
+    prompts: Prompts = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
+        object.__setattr__(self, "prompts", _prompts(self.prompts))
         for name in ("strategies", "states", "tasks"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("tasks_dir", "data"):
