@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = 5_000_000
 MAX_GLIBC = (2, 17)  # manylinux2014
 CORE = "shallower/_core.abi3.so"
-COMPANIONS = ("shallower/_core.pyi", "shallower/py.typed")
+COMPANIONS = (
+    "shallower/_core.pyi",
+    "shallower/py.typed",
+    "shallower/texts/speech.jsonl",
+    "shallower/texts/training.json",
+)
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "ld", "zig", "cargo", "rustc")
 
 

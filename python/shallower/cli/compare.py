@@ -13,7 +13,6 @@ from .options import (
     DryRun,
     Dtype,
     Json,
-    JudgePrompts,
     MaxLength,
     NoCache,
     On,
@@ -75,6 +74,14 @@ Options = Annotated[
         "half chooses, the other half reports.",
     ),
 ]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON lines with prompt or messages, of the judge speech; one half chooses, the other "
+        "half reports. Without it prompts of our own.",
+    ),
+]
 
 
 def compare_command(
@@ -86,7 +93,7 @@ def compare_command(
     criteria: Criteria = None,
     judge: Judge = "loss",
     options: Options = None,
-    prompts: JudgePrompts = None,
+    prompts: Prompts = None,
     device_memory: DeviceMemory = None,
     out: Annotated[
         Path | None,

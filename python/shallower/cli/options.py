@@ -70,15 +70,6 @@ PatchBatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in one for
 MaxTexts = Annotated[
     int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
 ]
-JudgePrompts = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help="JSON lines with prompt or messages, for the judge speech; one half chooses, the "
-        "other half reports. Without it prompts of our own.",
-    ),
-]
 Metrics = Annotated[
     str,
     typer.Option(

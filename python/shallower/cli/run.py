@@ -15,7 +15,6 @@ from .options import (
     Dtype,
     GgufFile,
     Json,
-    JudgePrompts,
     MaxLength,
     Model,
     NoCache,
@@ -116,7 +115,6 @@ def run_command(
             "divergence from the whole model on its own words."
         ),
     ] = "loss",
-    prompts: JudgePrompts = None,
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = "auto",
@@ -138,6 +136,17 @@ def run_command(
     ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Choose and measure; patch and save no model.")
+    ] = False,
+    speech: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPTS",
+            help="Prompts on which the models speak, a .jsonl file with prompt or messages; 24 of "
+            "our own by default. By --judge speech one half of them, or of 120, chooses.",
+        ),
+    ] = None,
+    no_speech: Annotated[
+        bool, typer.Option("--no-speech", help="Do not measure how the models speak.")
     ] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
@@ -171,7 +180,6 @@ def run_command(
         blocks=blocks,
         top=top,
         judge=judge,
-        speech_prompts=prompts,
         max_length=max_length,
         batch_size=parse_batch_size(batch_size),
         max_texts=max_texts,
@@ -180,6 +188,7 @@ def run_command(
         heal=heal,
         heal_steps=heal_steps,
         plan_only=plan_only,
+        prompts=() if no_speech else speech or None,
         seed=seed,
     )
     held_out = None if eval_texts is None else read_texts(eval_texts)
@@ -223,6 +232,7 @@ def demo_command(
     another target is given.
     """
     from ..runs import demo
+    from ..texts.prompts import read_prompts
     from ..values.settings import RunSettings
 
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
@@ -237,6 +247,7 @@ def demo_command(
         top=demo.TOP,
         num_choosing=demo.NUM_CHOOSING,
         max_length=demo.MAX_LENGTH,
+        prompts=read_prompts(limit=demo.NUM_PROMPTS),
         **(target or {"n": demo.NUM_LAYERS}),
     )
     path = demo.model_path()
@@ -357,7 +368,7 @@ def say_results(done: "Run", as_json: bool) -> None:
 
 def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
     """Print the end of a run: how the models speak, and the recommendation in a sentence."""
-    from ..reporting.stories.run import samples_section
+    from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
     from ..values.files import HEALED_FOLDER
 
@@ -368,7 +379,7 @@ def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
     if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)
     if done.continuations:
-        show(samples_section(done.continuations))
+        show(speech_section(done))
     if done.recommended is not None:
         show("", f"{done.recommended.reason[:1].upper()}{done.recommended.reason[1:]}.")
     if done.checkpoint is not None:

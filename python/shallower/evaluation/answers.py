@@ -23,6 +23,7 @@ from ..models.decoder import Decoder
 from ..models.layerwise import is_streamed
 from ..progress import hushed, track
 from ..texts.batches import Batch, padded
+from ..texts.prompts import ends_of_answers
 from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.tokens import BatchSize
@@ -50,8 +51,8 @@ def write_answers(
 
     Args:
         decoder: the model.
-        tokenizer: its tokenizer, whose end of text ends an answer, as what the model's own
-            settings name does.
+        tokenizer: its tokenizer. What ends a text or an answer by it ends one here, and what the
+            model's own settings name.
         prompts: token ids.
         num_tokens: tokens of an answer at most.
         seed: of what is drawn; None for the likeliest.
@@ -118,8 +119,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     """The tokens that end an answer, ascending."""
     own: Any = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list) else [own]
-    found = {*several, tokenizer.eos_token_id}
-    return sorted(one for one in found if isinstance(one, int))
+    return sorted({one for one in several if isinstance(one, int)} | ends_of_answers(tokenizer))
 
 
 @contextmanager

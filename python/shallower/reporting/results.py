@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recommendation import Recommended, SizeRow
 from ..values.schema import of_type
+from ..values.speech import Speech
 from ..values.sweep import JobKind, Sweep, SweepJob
 from ..values.target import Target
 
@@ -33,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """One prompt continued greedily by the models of a run; None by those that are not there.
+    """One prompt answered greedily by the models of a run; None by those that are not there.
 
     Attributes:
-        prompt: the text that is continued.
-        whole: with its continuation, by the whole model.
+        prompt: what was asked, or the text that is continued.
+        whole: what the whole model said.
         cut: by the bare cut.
         patched: by the patched cut.
         healed: by the healed model.
@@ -62,7 +64,9 @@ class Run:
         splits: how many texts fit, choose and report.
         recommended: the cut that the run ends in; None until it is known.
         table: what other sizes cost, by the number of layers, as far as it is known.
-        continuations: prompts continued before the cut, after it and after the patch.
+        continuations: what the models said to the first prompts.
+        speech: how each of them speaks beside the whole one, by ``whole``, ``cut``, ``patched`` and
+            ``healed``; empty where that was not measured.
         difference: the greatest absolute difference between the logits of the saved checkpoint,
             reloaded by stock transformers, and those of the model in memory. NaN until it is
             known, which is null in JSON.
@@ -85,6 +89,7 @@ class Run:
     recommended: Recommended | None = None
     table: tuple[SizeRow, ...] = ()
     continuations: tuple[Continuations, ...] = ()
+    speech: Mapping[str, Speech] = field(default_factory=dict)
     difference: float = math.nan
     healing: Healing | None = None
     command: str = ""
@@ -122,6 +127,7 @@ class Run:
             "num_rejected": self.scan.num_rejected,
             "dtype": self.scan.model and self.scan.model.dtype,
             "continuations": [asdict(one) for one in self.continuations],
+            "speech": {name: one.to_record() for name, one in self.speech.items()},
             "max_logits_difference": None if math.isnan(self.difference) else self.difference,
             "healing": self.healing and self.healing.to_json(),
             "command": self.command,
@@ -161,6 +167,7 @@ class Run:
                 None if done is None else Recommended.from_json(done),
                 tuple(map(SizeRow.from_json, values["table"])),
                 tuple(Continuations(**one) for one in values["continuations"]),
+                {name: Speech.from_json(one) for name, one in values.get("speech", {}).items()},
                 math.nan if difference is None else of_type(float, difference),
                 command=of_type(str, values.get("command", "")),
                 loaded=of_type(str, values.get("loaded", "MODEL")),

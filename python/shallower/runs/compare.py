@@ -148,14 +148,14 @@ class CompareStudy(Study[CompareSettings]):
         return judged_items(of.judge, options=of.options, prompts=of.prompts, seed=of.seed)
 
     @property
-    def reporting_judge(self) -> str:
-        """The judge that chooses scores, too."""
-        return self.judge
+    def judges(self) -> tuple[str, str]:
+        """The judge that is asked for chooses and scores."""
+        return self.settings.judge, self.settings.judge
 
     @cached_property
     def fitted(self) -> dict[str, str]:
         """Hashes of the texts that fit and choose, and of the items that choose, by their name."""
-        items = items_fingerprint(self.judge, self.items[0])
+        items = items_fingerprint(self.settings.judge, self.items[0])
         tokens = asdict(self.settings.tokens)
         return {
             name: hash_of([splits.fit, splits.choose, tokens, items])
@@ -166,7 +166,7 @@ class CompareStudy(Study[CompareSettings]):
     def reported(self) -> str:
         """A hash of the texts and of the items that report."""
         tokens = asdict(self.settings.tokens)
-        items = items_fingerprint(self.judge, self.items[1])
+        items = items_fingerprint(self.settings.judge, self.items[1])
         return hash_of([self.split.report, tokens, items])
 
     @cached_property

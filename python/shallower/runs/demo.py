@@ -20,6 +20,9 @@ TOP = 2
 NUM_CHOOSING = 8
 """Passages that choose in the demo."""
 
+NUM_PROMPTS = 8
+"""Prompts on which the models of the demo speak."""
+
 MAX_LENGTH = 128
 """Tokens of a passage in the demo, at most."""
 

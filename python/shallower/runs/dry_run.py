@@ -7,7 +7,6 @@ measured on one layer of the model with random weights (``runs.speed``).
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,6 @@ from ..values.memory import MemoryPlan
 from ..values.recipe import GLOBAL_BATCH, Recipe
 from ..values.settings import CompareSettings, CurveSettings, RunSettings
 from ..values.speech import WAYS
-from .answers import AT_ONCE
 from .compare import CompareStudy
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
@@ -56,8 +54,10 @@ from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
-DECODED = 32
-"""Tokens by which a model continues a prompt."""
+DECODED = 2 * 64 / 4
+"""Steps of one token that a model takes for a prompt, twice 64 tokens: a prompt among many takes a
+quarter of one alone, at most.
+"""
 
 SOLVES = 12
 """Systems of equations that a full patch solves before each block, about."""
@@ -143,12 +143,11 @@ class _Texts:
             for some in (split.choose, split.report)
         )
         self.judged, self.num_spoken = self.choose, 0
-        if study.judge == "speech":
+        if study.judges[0] == "speech":
             halves: Any = study.items
             found = prompt_ids(tokenizer, halves[0])
             self.judged = np.array([len(WAYS) * (len(ids) + SPEECH_TOKENS) for ids in found])
-            both = 1 + (study.reporting_judge == "speech")
-            self.num_spoken = sum(map(len, halves[:both]))
+            self.num_spoken = sum(map(len, halves[: study.judges.count("speech")]))
         self.at_once = texts_at_once
 
     def looks(self, num_choosing: int | None = None) -> list[int]:
@@ -280,7 +279,8 @@ class _Model:
             of = 1.0 if size in sizes else share
             # The winner and the deepest layers, of whose states half are known, and nearly all.
             work += (self._measured(size) * 2 + self._quick(size) * 2) * of
-        decoded = models * DECODED * len(settings.prompts) * (not self.source.waits_on_disk)
+        models += self._recipe is not None
+        decoded = models * DECODED * len(self.study.prompts) * (not self.source.waits_on_disk)
         work += Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
         if self._patch_tokens:
             work += self._patched(n) + self._measured(n)
@@ -394,12 +394,9 @@ class _Model:
     # The parts of it.
     @property
     def _spoken(self) -> Work:
-        """What the whole model says, some prompts at once, and its run on that."""
-        texts = self.texts
-        steps = len(WAYS) * SPEECH_TOKENS * ceil(texts.num_spoken / AT_ONCE)
-        share = texts.num_spoken / len(texts.judged)
-        read = _run(Forwards(self.layers, 1), texts.judged) * share
-        return Work(decoded_layers=steps * self.layers, decoded_heads=steps) + read
+        """What the whole model says by which others are judged."""
+        decoded = DECODED * self.texts.num_spoken
+        return Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
 
     def _measured(self, n: int) -> Work:
         """The loss of a cut on the texts that report."""

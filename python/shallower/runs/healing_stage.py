@@ -13,6 +13,7 @@ from ..healing.checks import require_healable
 from ..healing.heal import heal
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge, judged_batches
+from ..memory.device import free_memory
 from ..models.decoder import Decoder
 from ..models.identity import stored_digest, stored_dtype
 from ..models.layerwise import Layerwise
@@ -23,7 +24,7 @@ from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
 from ..values.settings import RunSettings
-from .continuing import continue_text
+from .speaking import StudySpeech
 from .study import Study
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class HealingStage:
         """
         require_healable(model, tokenizer, self.texts, recipe=self.recipe)
 
-    def heal(self, results: Run) -> Run:
-        """Train on the checkpoint, and measure the healed model, reloaded.
+    def heal(self, results: Run, speech: StudySpeech | None) -> Run:
+        """Train on the checkpoint, and measure the healed model, reloaded; also how it speaks.
 
         Where the training makes it no better, a warning says so, and the checkpoint stays what is
         recommended.
@@ -80,12 +81,20 @@ class HealingStage:
         model, tokenizer = source.load(self.study.progress)
         healed = self._loss(model, tokenizer)
         state_loss(place / CARD_FILE, (results.whole, healed))
-        samples = tuple(
-            replace(one, healed=continue_text(model, tokenizer, one.prompt))
-            for one in results.continuations
-        )
         recommended = replace(recommended, healed=healed)
-        results = replace(results, recommended=recommended, continuations=samples, healing=healing)
+        results = replace(results, recommended=recommended, healing=healing)
+        if speech is not None:
+            said = speech.hear(model, "healed")
+            del model  # the whole one needs its memory
+            free_memory()
+            spoken = speech.judged(said, self.study.load(self.study.model)[0])
+            texts = [one.healed for one in speech.samples({"healed": said})]
+            samples = zip(results.continuations, texts, strict=True)
+            results = replace(
+                results,
+                speech={**results.speech, "healed": spoken},
+                continuations=tuple(replace(one, healed=text) for one, text in samples),
+            )
         results.save()
         return results
 

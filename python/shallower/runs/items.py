@@ -6,29 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from ..texts.options import OptionItem, options_fingerprint, read_options
-from ..texts.prompts import Prompt, prompts_fingerprint, read_prompts
+from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
 from ..texts.splits import two_splits
+from ..values.settings import Prompts
 
 Items = Sequence[OptionItem] | Sequence[Prompt]
 
 
 def judged_items(
-    judge: str,
-    *,
-    options: str | Path | None = None,
-    prompts: str | Path | None = None,
-    seed: int,
+    judge: str, *, options: str | Path | None = None, prompts: Prompts = None, seed: int
 ) -> tuple[Items, Items]:
     """Read the items that choose and those that report; none of a judge of texts.
 
-    Prompts of the judge ``speech`` are by default our own. Raises TextsError for a file that is
-    none, and for fewer than 8 items.
+    Prompts of the judge ``speech`` are by default our own. Raises TextsError for what is none, and
+    for fewer than 8 items.
     """
     if judge == "options" and options is not None:
         return two_splits(read_options(options), seed=seed)
     if judge == "speech":
-        read, named = read_prompts(prompts), ("prompts", "--prompts")
-        return two_splits(read, key=_asked, what=named, seed=seed)
+        named = ("prompts", "prompts, --prompts, --speech")
+        return two_splits(given_prompts(prompts), key=_asked, what=named, seed=seed)
     return (), ()
 
 

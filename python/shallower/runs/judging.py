@@ -6,16 +6,16 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.loss import fitting_tokens
-from ..evaluation.speech import Speaking
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
 from ..texts.batches import TokenisedText
-from ..texts.prompts import Prompt, prompt_ids
+from ..texts.prompts import Prompt
 from ..values.answers import Answer
 from ..values.tokens import Tokens
 from .answers import KeptAnswers
+from .speaking import speaking_on
 from .study import Study
 
 
@@ -43,15 +43,14 @@ class Judges:
         """The judge that cuts are chosen by, on the texts or items that choose: the first
         ``most`` of them, or all.
         """
-        return self._judge(self._study.judge, texts[:most], 0, most)
+        return self._judge(texts[:most], 0, most)
 
     def reporting(self, texts: Sequence[TokenisedText]) -> Judge:
         """The judge that scores cuts beside their loss, on the texts or items that report."""
-        return self._judge(self._study.reporting_judge, texts, 1, None)
+        return self._judge(texts, 1, None)
 
-    def _judge(
-        self, name: str, texts: Sequence[TokenisedText], half: int, most: int | None
-    ) -> Judge:
+    def _judge(self, texts: Sequence[TokenisedText], half: int, most: int | None) -> Judge:
+        name = self._study.judges[half]
         if name != "speech":
             items = self._study.items[half][:most]
             return judge_of(name, self._tokenizer, texts, tokens=self._tokens, items=items)
@@ -64,13 +63,7 @@ class Judges:
         """What the whole model says to each of the prompts that choose, or of those that report."""
         if half not in self._said:
             prompts = cast(Sequence[Prompt], self._study.items[half])
-            speaking = Speaking(
-                self._tokenizer,
-                prompt_ids(self._tokenizer, prompts),
-                seed=self._study.settings.seed,
-                batch_size=self._study.settings.batch_size,
-                progress=self._study.progress,
-            )
+            speaking = speaking_on(self._study, self._tokenizer, prompts)
             write = KeptAnswers(self._store).write
             words = speaking.words(self._decoder, "whole model", write)
             self._said[half] = list(zip(*words.values(), strict=True))

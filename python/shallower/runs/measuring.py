@@ -17,19 +17,21 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
+from ..evaluation.speech import Spoken
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
 from ..judgement.judges.judge import LossJudge, judged_batches
 from ..judgement.patched_trials import stays
 from ..judgement.trials import ResultStore, recalled
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise
+from ..models.layerwise import Layerwise, is_streamed
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
 from ..patching.quick import QuickPatch
 from ..progress import track
 from ..scanning.scan import Scan
 from ..texts.batches import tokenise
+from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
 from ..values.hashing import hash_of
 from ..values.loss import Loss
@@ -37,8 +39,10 @@ from ..values.plan import Plan
 from ..values.recipe import Recipe
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
+from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
+from .speaking import StudySpeech
 from .study import Study
 from .tasks import StudyTasks
 from .verified_plans import VerifiedPlans
@@ -60,11 +64,14 @@ class FittedPatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A cut in one of its states: its loss, its scores by task, and the wall time they took."""
+    """A cut in one of its states: its loss, its scores by task, how it speaks where that is asked
+    for, and the wall time they took.
+    """
 
     loss: Loss
     tasks: tuple[TaskScores, ...] = ()
     seconds: float = 0.0
+    speech: Speech | None = None
 
     def to_record(self) -> dict[str, Any]:
         """Give the values from which it can be read again, as JSON has them."""
@@ -72,13 +79,15 @@ class Measured:
             "loss": self.loss.to_record(),
             "tasks": [one.to_record() for one in self.tasks],
             "seconds": self.seconds,
+            "speech": self.speech and self.speech.to_record(),
         }
 
     @classmethod
     def from_json(cls, data: Any) -> "Measured":
         """Read what :meth:`to_record` gave; raises KeyError, TypeError or ValueError."""
         tasks = tuple(map(TaskScores.from_json, data["tasks"]))
-        return cls(Loss.from_json(data["loss"]), tasks, float(data["seconds"]))
+        speech = data["speech"] and Speech.from_json(data["speech"])
+        return cls(Loss.from_json(data["loss"]), tasks, float(data["seconds"]), speech or None)
 
 
 class Measuring:
@@ -127,7 +136,7 @@ class Measuring:
         self.held_out = HeldOutCuts(
             layerwise,
             self.judge,
-            self.judge if study.reporting_judge == "loss" else self.judges.reporting(self.report),
+            self.judge if study.judges[1] == "loss" else self.judges.reporting(self.report),
             store=store,
             texts=study.reported,
             num_rejected=self.num_rejected,
@@ -269,17 +278,39 @@ class Measuring:
             "items": self._study.reported,
             "tasks": self._tasks.identity,
             "seed": settings.seed,
+            "prompts": prompts_fingerprint(self._study.prompts),
         }
 
     def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
-        if state in ("cut", "quick") and not self._tasks.settings.tasks:
+        is_told_by_loss = not self._tasks.settings.tasks and self.speech is None
+        if state in ("cut", "quick") and is_told_by_loss:
             return Measured(self.held_out.loss(self.scores(dropped, state)))
         if state == "cut":
             loss = self.held_out.loss(self.scores(dropped, state))
             with without_layers(self.model, dropped) if dropped else nullcontext():
-                return Measured(loss, self._tasks.scores(self.model, self.tokenizer))
-        with self._in_state(self.plan(dropped), state) as (model, tokenizer):
-            return Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
+                tasks = self._tasks.scores(self.model, self.tokenizer)
+                said = self._heard(self.model, "cut") if dropped else None
+        else:
+            with self._in_state(self.plan(dropped), state) as (model, tokenizer):
+                loss, tasks = self.loss_now(model), self._tasks.scores(model, tokenizer)
+                said = self._heard(model, state)
+        found = Measured(loss, tasks)
+        if self.speech is None:
+            return found
+        speech = self.speech.judged(said, self.model) if said else self.speech.whole
+        return replace(found, speech=speech)
+
+    @cached_property
+    def speech(self) -> StudySpeech | None:
+        """How the whole model speaks; None where no speech is measured."""
+        study = self._study
+        if not study.prompts or is_streamed(self.decoder):
+            return None
+        return StudySpeech.of(study, self.decoder, self.tokenizer, store=self._store)
+
+    def _heard(self, model: PreTrainedModel, name: str) -> Spoken | None:
+        """Let a model speak, if that is asked for."""
+        return None if self.speech is None else self.speech.hear(model, name)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
+from ..evaluation.speech import Spoken
 from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
@@ -22,7 +23,7 @@ from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
 from ..progress import Advance, track
-from ..reporting.results import Continuations, Run, weights_mark
+from ..reporting.results import Run, weights_mark
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
 from ..scanning.model import scan
@@ -42,9 +43,9 @@ from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Scores
 from ..values.settings import RunSettings
-from .continuing import continue_text
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
+from .speaking import StudySpeech
 from .study import Study, model_words
 
 SCAN_TEXTS = 256
@@ -62,7 +63,7 @@ CPU_WORK = 3e13
 PLAN_ONLY = "no model was wanted, but the plan alone (plan_only, --plan-only)"
 
 NO_PROMPTS = (
-    "the layers wait on disk: no prompt is continued, for which all of them would be read once a "
+    "the layers wait on disk: no speech is measured, for which all of them would be read once a "
     "token"
 )
 
@@ -89,10 +90,8 @@ class Recommending:
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        self._prompts: Sequence[str] = study.settings.prompts
-        if self._prompts and is_streamed(model):
+        if study.prompts and is_streamed(model):
             warnings.warn(NO_PROMPTS, stacklevel=2)
-            self._prompts = ()
         with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
@@ -219,7 +218,7 @@ class Recommending:
         plan = verified.plan
         self._study.keep_choice("recommended", choice.n, plan.dropped)
         self._write_plan(plan)
-        with track("measure the cut", 3, self._study.progress) as advance:
+        with track("measure the cut", 2, self._study.progress) as advance:
             advance(0, "loss")
             cut = measuring.measure(plan.dropped, "cut").loss
             advance(1, "loss of the most similar block")
@@ -227,10 +226,6 @@ class Recommending:
             worse = None
             if set(block.layers) != set(plan.dropped):
                 worse = measuring.measure(tuple(block.layers), "cut").loss.minus(cut)
-            advance(1, "samples")
-            samples = [self._continued(Continuations(text, ""), "whole") for text in self._prompts]
-            with without_layers(self._model, plan.blocks):
-                samples = [self._continued(one, "cut") for one in samples]
             advance(1)
         recommended = Recommended(
             verified,
@@ -246,8 +241,8 @@ class Recommending:
         )
         if self._settings.plan_only:
             recommended = replace(recommended, unpatched=PLAN_ONLY)
-            return replace(results, recommended=recommended, continuations=tuple(samples))
-        results = replace(results, recommended=recommended, continuations=tuple(samples))
+            return self._with_speech(replace(results, recommended=recommended), plan, None)
+        results = replace(results, recommended=recommended)
         results.save()
         on_cpu = self._decoder.device.type == "cpu"
         try:
@@ -260,13 +255,38 @@ class Recommending:
                 progress=self._study.progress,
                 num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
             ) as done:
-                return self._saved(results, plan, done)
+                found = self._saved(results, plan, done)
+                patched = self._heard("patched", found)
+            return self._with_speech(found, plan, patched)
         except (PatchError, TextsError) as error:
             why = f"the cut is not patched: {error}"
             warnings.warn(why, stacklevel=2)
         recommended = replace(recommended, unpatched=why)
         with without_layers(self._model, plan.blocks):
-            return self._saved(replace(results, recommended=recommended), plan, None)
+            found = self._saved(replace(results, recommended=recommended), plan, None)
+        return self._with_speech(found, plan, None)
+
+    @property
+    def speech(self) -> StudySpeech | None:
+        """How the whole model speaks; None where no speech is measured."""
+        return self._measuring.speech
+
+    def _heard(self, name: str, results: Run | None) -> Spoken | None:
+        """Let the model as it is now speak, if its results are wanted."""
+        if results is None or self.speech is None:
+            return None
+        return self.speech.hear(self._model, name)
+
+    def _with_speech(self, results: Run | None, plan: Plan, patched: Spoken | None) -> Run | None:
+        """Add how the models speak: the whole one, the bare cut and the patched one."""
+        if results is None or self.speech is None:
+            return results
+        with without_layers(self._model, plan.blocks):
+            cut = self.speech.hear(self._model, "cut")
+        said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
+        judged = {name: self.speech.judged(one, self._model) for name, one in said.items()}
+        speech = {"whole": self.speech.whole, **judged}
+        return replace(results, speech=speech, continuations=self.speech.samples(said))
 
     def _write_plan(self, plan: Plan) -> None:
         """Write the plan, and what its cut saves where its config can tell, for the page."""
@@ -301,10 +321,9 @@ class Recommending:
         else:
             losses = results.whole, self._measuring.loss_now(self._model)
             save = partial(save_patched, done=done)
-            advance(1, "samples")
-            samples = tuple(self._continued(one, "patched") for one in results.continuations)
             recommended = replace(recommended, patched=losses[1])
-            results = replace(results, recommended=recommended, continuations=samples)
+            results = replace(results, recommended=recommended)
+            advance(1)
         advance(1, "save")
         save(
             self._model,
@@ -341,11 +360,6 @@ class Recommending:
         self._kept = now.minus(verifier.scores((), after="none"))
         error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
         return self._kept.mean + error <= most
-
-    def _continued(self, sample: Continuations, name: str) -> Continuations:
-        """Let the model as it is now continue a prompt."""
-        text = continue_text(self._model, self._tokenizer, sample.prompt)
-        return replace(sample, **{name: text})
 
     def _with_table(self, results: Run, sizes: set[int]) -> Run:
         """Measure every size of the table, that of the recommended cut first."""

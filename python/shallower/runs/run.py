@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
@@ -14,6 +14,7 @@ from ..progress import say_goes_on
 from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
+from ..texts.prompts import Prompt, prompts_fingerprint
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -28,7 +29,7 @@ from ..values.settings import RunSettings
 from .given_models import given_model
 from .items import Items, items_fingerprint, judged_items
 from .store import open_store
-from .study import Study, Unit
+from .study import NUM_PROMPTS, Study, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,8 +61,8 @@ def run(
     by their loss or (``judge="speech"``) by their divergence from the whole model on its own words;
     the winner is patched, saved, reloaded by stock transformers and, with ``heal``, trained. Some
     of the texts fit, some choose, and others report: no figure in the result is of a text that
-    anything was chosen by. Of prompts one half chooses, and the other half is left for reports;
-    losses are of texts, whatever the judge.
+    anything was chosen by. By the judge of speech one half of the prompts chooses, and the models
+    speak on the other half; losses are of texts, whatever the judge.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
     ``target_memory``; by none of them it is the knee of the curve of losses, or of divergences.
@@ -72,7 +73,7 @@ def run(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from. If its layers wait on disk, no prompt is continued, which a warning says.
+            loaded from. If its layers wait on disk, no speech is measured, which a warning says.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once. With ``heal`` they are kept
             in memory.
@@ -97,7 +98,7 @@ def run(
         OutputError: ``out`` holds another run, or cannot be written to.
         LayersError: a size that the model cannot lose, or more than one target; or ``max_loss`` by
             the judge ``speech``.
-        CriterionError: there is no such judge, or prompts are given to another one.
+        CriterionError: there is no such judge.
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
         TextsError: no texts, or too few for three sets; too few prompts, or broken ones.
         StatesError: no text could be compared.
@@ -147,6 +148,7 @@ class RunStudy(Study[RunSettings]):
     def check(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         super().check()
+        _ = self.items, self.prompts
         heal, device = self.settings.heal, self.settings.device
         if isinstance(heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.
@@ -170,15 +172,34 @@ class RunStudy(Study[RunSettings]):
     @cached_property
     def items(self) -> tuple[Items, Items]:
         """The prompts that choose and those that report, of the judge ``speech``."""
-        prompts, seed = self.settings.speech_prompts, self.settings.seed
-        return judged_items(self.judge, prompts=prompts, seed=seed)
+        prompts, seed = self.settings.prompts or None, self.settings.seed
+        return judged_items(self.judges[0], prompts=prompts, seed=seed)
+
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts that models speak on; of the judge ``speech`` those that report."""
+        given = self.settings.prompts
+        if self.judges[0] != "speech" or given == ():
+            return super().prompts
+        report = cast(Sequence[Prompt], self.items[1])
+        return report[:NUM_PROMPTS] if given is None else report
 
     def more_inputs(self) -> dict[str, Any]:
-        """The texts that are trained on, and all prompts."""
-        found: dict[str, Any] = {"trained_on": self.trained_on() if self.settings.heal else None}
-        if self.judge == "speech":
-            found["prompts"] = [items_fingerprint(self.judge, half) for half in self.items]
-        return found
+        """The texts that are trained on, and the prompts that choose, and that models speak on."""
+        return {
+            "trained_on": self.trained_on() if self.settings.heal else None,
+            "items": self._choosing_items,
+            "prompts": prompts_fingerprint(self.prompts),
+        }
+
+    @property
+    def _choosing_items(self) -> str:
+        """A hash of the prompts that choose; of nothing where texts do."""
+        return items_fingerprint(self.judges[0], self.items[0])
+
+    def _chooses_by(self) -> dict[str, Any]:
+        items = {"items": self._choosing_items} if self.items[0] else {}
+        return {**super()._chooses_by(), **items}
 
     @staticmethod
     def _job_in(values: Any) -> Any:
@@ -224,12 +245,14 @@ class RunStudy(Study[RunSettings]):
         loaded, tokenizer = self.load(self.model)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
         store: ResultStore = self.model_store(self.model)
-        done = Recommending(self, loaded, tokenizer, store).run(self.earlier)
+        recommending = Recommending(self, loaded, tokenizer, store)
+        done = recommending.run(self.earlier)
         if report is not None:
             report(done)
         if stage is not None and done.healing is None and not _is_unhealed(done):
-            del loaded  # nothing needs it any more, and the training needs its memory
-            done = stage.heal(done)
+            speech = recommending.speech
+            del loaded, recommending  # nothing needs them, and the training needs their memory
+            done = stage.heal(done, speech)
         self.say_read()
         done = replace(done, marks={**done.marks, "ended": "yes"})
         done.save()

@@ -21,13 +21,14 @@ from ..cutting.source import place_name
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..storage import check_alone, check_apart, check_free, claimed, write_file
+from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
 from ..values.hashing import hash_of
 from ..values.settings import StudySettings, option_words
 from .given_models import InMemory, ModelStore, inputs_of_one
 from .inputs import texts_inputs
-from .items import Items, items_fingerprint
+from .items import Items
 from .store import Entry, Store
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from ..texts.splits import Splits
 
 Settings = TypeVar("Settings", bound=StudySettings)
+
+NUM_PROMPTS = 24
+"""Prompts of our own that models speak on: as many of each kind."""
 
 HELD_OUT_EVERY = 4
 """Every fourth text reports, where no held-out texts are given."""
@@ -140,12 +144,12 @@ class Study(ABC, Generic[Settings]):
     def reads(self) -> list[object]:
         """The places that are read, by their text."""
         texts = (*self.named_texts.values(), self.eval_texts)
-        settings = ("options", "prompts", "speech_prompts", "tasks_dir", "data")
-        named = (getattr(self.settings, name, None) for name in settings)
+        settings = ("options", "tasks_dir", "data", "prompts")
+        places = (getattr(self.settings, name, None) for name in settings)
         return [
             *(model.place for model in self.models),
             *map(place_of_texts, texts),
-            *(place for place in named if isinstance(place, str | Path)),
+            *(place for place in places if isinstance(place, str | Path)),
         ]
 
     @property
@@ -159,10 +163,9 @@ class Study(ABC, Generic[Settings]):
         Raises:
             ShallowerError: of every kind that the study names.
         """
-        if self.judge == "speech":
+        if "speech" in self.judges:
             way_out = "leave out --stream, or the judge speech (judge, --judge)"
             self.refuse_on_disk("every token of an answer", way_out)
-        _ = self.items
         if self.out is None:
             return
         check_alone(self.out / self.RESULTS)
@@ -287,19 +290,22 @@ class Study(ABC, Generic[Settings]):
         return next(iter(self.splits.values()))
 
     @property
-    def judge(self) -> str:
-        """The judge that cuts are chosen by, by its name."""
-        return getattr(self.settings, "judge", "loss")
-
-    @property
-    def reporting_judge(self) -> str:
-        """The judge that scores what was chosen on what reports, beside its loss."""
-        return "loss"
+    def judges(self) -> tuple[str, str]:
+        """The judge by which cuts are chosen, and that which scores them on what reports."""
+        return getattr(self.settings, "judge", "loss"), "loss"
 
     @cached_property
     def items(self) -> tuple[Items, Items]:
         """The items that choose and those that report, of a judge that has its own; else none."""
         return (), ()
+
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts that models speak on; none where no speech is measured."""
+        given = getattr(self.settings, "prompts", ())
+        if given is None:
+            return read_prompts(limit=NUM_PROMPTS)
+        return given_prompts(given) if isinstance(given, Path) or given else ()
 
     def training_texts(self) -> ReadOnce:
         """All texts but those that choose or report, as many as a training takes."""
@@ -426,8 +432,7 @@ class Study(ABC, Generic[Settings]):
         """The settings that a choice of layers depends on."""
         names = ("seed", "top", "blocks", "num_choosing")
         found = {name: getattr(self.settings, name, None) for name in names}
-        items = {"items": items_fingerprint(self.judge, self.items[0])} if self.items[0] else {}
-        return {**found, "judge": self.judge, **items}
+        return {**found, "judge": self.judges[0]}
 
     @cached_property
     def job(self) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, SettingsError, TextsError
 from .curve import STATES, State
@@ -17,23 +17,17 @@ from .recipe import Recipe
 from .target import Target
 from .tokens import BatchSize, Tokens
 
-PROMPTS = (
-    "The most important thing about a good plan is",
-    "Once upon a time, in a village by the sea, there lived",
-)
-"""Texts that the models of a run continue, by default."""
+Prompts = Path | Sequence[Any] | None
+"""A file of prompts, or texts, objects and prompts themselves; None for some of our own."""
 
 RACED_BY = ("loss", "speech")
 """The judges by which a run races proposals."""
 
-_NO_OPTION = {"num_choosing", "prompts"}
-"""Settings that the command line has not, but for a file."""
+_NO_OPTION = {"num_choosing"}
+"""Settings that the command line has not."""
 
-_OPTIONS = {"speech_prompts": "prompts"}
-"""Settings whose option has another name."""
-
-_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory"}
-"""Settings that change no result, but by the texts that are read, which are known by content."""
+_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts"}
+"""Settings that change no result, but by what is read, which is known by content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +46,9 @@ class StudySettings:
     Raises:
         LayersError, TextsError: a number that is out of range.
     """
+
+    PROMPTS_OPTION: ClassVar[str] = "speech"
+    """The option that names a file of prompts."""
 
     max_length: int = 256
     batch_size: BatchSize = "auto"
@@ -108,16 +105,20 @@ class StudySettings:
         changed: dict[str, Any] = {}
         for one in fields(self):
             value = getattr(self, one.name)
-            is_file = isinstance(value, Path)
-            if value == getattr(default, one.name) or (one.name in _NO_OPTION and not is_file):
+            if value == getattr(default, one.name) or one.name in _NO_OPTION:
                 continue
-            if is_file:
+            if one.name == "prompts":
+                file = value.name if isinstance(value, Path) else None
+                changed[self.PROMPTS_OPTION] = file or value is None
+                changed["no_speech"] = value == ()
+                continue
+            if isinstance(value, Path):
                 value = value.name
             elif not isinstance(value, str | int | float):
                 value = (
                     ",".join(map(str, plain)) if isinstance(plain := _plain(value), list) else None
                 )
-            changed[_OPTIONS.get(one.name, one.name)] = value
+            changed[one.name] = value
         return option_words(changed)
 
     def _take_places(self, *names: str) -> None:
@@ -177,11 +178,11 @@ class RunSettings(RacingSettings):
         context: tokens of a text before it is continued, of both targets.
         blocks: blocks at most; any number by default.
         plan_only: choose and measure, and patch and save nothing.
-        prompts: texts for the models to continue.
+        prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default 24
+            of our own, and an empty sequence for none.
         judge: what the proposals are raced by: ``loss``, the next-token loss; ``speech``, the
-            divergence from the whole model on its own words.
-        speech_prompts: a file of JSON lines with ``prompt`` or ``messages``, of the judge
-            ``speech``; one half chooses. By default prompts of our own.
+            divergence from the whole model on its own words. For that one half of ``prompts``
+            chooses, by default of 120 of our own, and the models speak on prompts of the other.
         heal: train on the patched cut: True, or the settings. True trains in the dtype of the
             model, float16 in bfloat16.
 
@@ -200,9 +201,8 @@ class RunSettings(RacingSettings):
     context: int = 2048
     blocks: int | None = None
     plan_only: bool = False
-    prompts: Sequence[str] = PROMPTS
+    prompts: Prompts = None
     judge: str = "loss"
-    speech_prompts: str | Path | None = None
     heal: bool | Recipe = False
 
     def __post_init__(self) -> None:
@@ -210,14 +210,10 @@ class RunSettings(RacingSettings):
             object.__setattr__(self, "target_memory", parse_size(self.target_memory))
         super().__post_init__()
         _ = self.target
-        self._take_places("speech_prompts")
         self._check_judge()
         if self.blocks is not None:
             self._check_least("blocks", 1)
-        if isinstance(self.prompts, str) or not all(
-            isinstance(prompt, str) and prompt.strip() for prompt in self.prompts
-        ):
-            raise TextsError("prompts must be a sequence of strings that are not empty (prompts)")
+        object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not isinstance(self.heal, bool | Recipe):
             raise RecipeError(f"heal = {self.heal!r}: expected True, False or a Recipe (--heal)")
         if self.heal_steps is not None and self.heal is not True:
@@ -234,7 +230,6 @@ class RunSettings(RacingSettings):
                 f"unknown judge {self.judge!r}: a run races proposals by {' or '.join(RACED_BY)} "
                 f"(judge, --judge)"
             )
-        _refuse_prompts(self.judge, self.speech_prompts)
         if self.judge == "speech" and self.max_loss is not None:
             raise LayersError(
                 "max_loss beside the judge speech (--max-loss, --judge speech), which measures no "
@@ -282,6 +277,8 @@ class CurveSettings(RacingSettings):
         pass_at: for tasks that are answered in text also sample so many answers to each item, and
             keep ``pass@K`` of them as a task of its own, ``TASK sampled``.
         heal: settings of the healing of each cut; by default ours in the dtype of the model.
+        prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default
+            they are not let to, and None is 24 prompts of our own.
 
     Raises:
         LayersError, CriterionError, PatchError, RecipeError, TextsError: a setting that is out of
@@ -300,10 +297,12 @@ class CurveSettings(RacingSettings):
     num_shots: int | None = None
     pass_at: int | None = None
     heal: Recipe | None = None
+    prompts: Prompts = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
+        object.__setattr__(self, "prompts", _prompts(self.prompts))
         for name in ("strategies", "states", "tasks"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         self._take_places("tasks_dir", "data")
@@ -345,8 +344,8 @@ class CompareSettings(StudySettings):
             ``speech``, the divergence from the whole model on its own words.
         options: a file of JSON lines with ``context``, ``options`` and ``answer``, of the judge
             ``options``; one half chooses, the other one reports.
-        prompts: a file of JSON lines with ``prompt`` or ``messages``, of the judge ``speech``,
-            likewise; by default prompts of our own.
+        prompts: of the judge ``speech``, as for :func:`shallower.evaluate_speech`; one half
+            chooses, the other one reports. By default prompts of our own.
         device_memory: bytes for the states that cuts share, as a number or as ``4GB``; by default
             what the device has free.
 
@@ -355,6 +354,8 @@ class CompareSettings(StudySettings):
             contradicts another.
     """
 
+    PROMPTS_OPTION: ClassVar[str] = "prompts"
+
     max_texts: int = 80
     max_eval_texts: int = 64
     num_choosing: int = 16
@@ -362,13 +363,14 @@ class CompareSettings(StudySettings):
     criteria: Sequence[Any] | None = None
     judge: str = "loss"
     options: str | Path | None = None
-    prompts: str | Path | None = None
+    prompts: Prompts = None
     device_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", _sizes(self.n, least=1))
-        self._take_places("options", "prompts")
+        self._take_places("options")
+        object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not self.n:
             raise LayersError("expected sizes, as 1,2,4, got none (n, --n)")
         if isinstance(self.criteria, str):
@@ -381,7 +383,11 @@ class CompareSettings(StudySettings):
                 "the judge options needs a file of items, and no other judge takes one "
                 "(judge and options, --judge options and --options)"
             )
-        _refuse_prompts(self.judge, self.prompts)
+        if self.prompts is not None and self.judge != "speech":
+            raise CriterionError(
+                f"prompts beside the judge {self.judge}: only the judge speech takes them "
+                f"(--judge speech, or no --prompts)"
+            )
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:
@@ -406,6 +412,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _prompts(given: Any) -> Prompts:
+    """A file of prompts, the prompts themselves, or None."""
+    if given is None or isinstance(given, Path):
+        return given
+    if isinstance(given, str):
+        return Path(given)
+    if not isinstance(given, Iterable):
+        raise TextsError(
+            f"prompts must be a file or a sequence, got {type(given).__name__} (prompts, --speech)"
+        )
+    return tuple(given)
+
+
 def _sizes(sizes: Any, *, least: int) -> tuple[int, ...]:
     if isinstance(sizes, str) or not isinstance(sizes, Iterable):
         raise LayersError(f"expected numbers of layers, as 1,2,4, got {sizes!r} (n, --n)")
@@ -425,15 +444,6 @@ def _names(what: str, names: Any) -> tuple[str, ...]:
         raise CriterionError(f"{what}: expected names, got {[*found]} {option}")
     _refuse_twice(what, found)
     return found
-
-
-def _refuse_prompts(judge: str, prompts: object) -> None:
-    """Refuse prompts beside a judge that has no use for them."""
-    if prompts is not None and judge != "speech":
-        raise CriterionError(
-            f"prompts beside the judge {judge}: only the judge speech takes them (--judge speech, "
-            f"or no --prompts)"
-        )
 
 
 def _refuse_twice(what: str, names: Sequence[str]) -> None:

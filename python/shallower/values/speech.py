@@ -1,6 +1,5 @@
 """Speech: how near a cut speaks to the whole model, on that one's own words and on its own."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,10 +80,9 @@ class Speech:
 
     @property
     def repeats(self) -> bool:
-        """Whether it repeats more than twice as much as the whole model, beyond its error."""
+        """Whether it repeats itself more than twice as much as the whole model, and no tie."""
         own, whole = self.of("repetition"), self.of_whole("repetition")
-        error = own.stderr if math.isfinite(own.stderr) else 0.0
-        return own.mean - 2 * whole.mean > 2 * error and own.mean > 2 * whole.mean
+        return own.mean > 2 * whole.mean and not own.minus(whole).tied
 
     def minus(self, other: "Speech") -> dict[str, Difference]:
         """The difference of every measure to another model on the same words, paired by prompt.
@@ -125,18 +123,15 @@ class Speech:
         }
 
     def to_record(self) -> dict[str, Any]:
-        """Give the values from which it can be read again."""
-        return {
-            "num_tokens": self.num_tokens,
-            "seed": self.seed,
-            "scores": _plain(self.scores),
-            "whole": _plain(self.whole),
-        }
+        """Give :meth:`to_json` with ``by_prompt``, from which it can be read again."""
+        by_prompt = {"scores": _plain(self.scores), "whole": _plain(self.whole)}
+        return {**self.to_json(), "by_prompt": by_prompt}
 
     @classmethod
     def from_json(cls, data: Any) -> "Speech":
         """Read what :meth:`to_record` gave; raises KeyError, TypeError, ValueError."""
-        speech = cls(**fields_of(cls, {**of_type(dict, data), "by_token": None}))
+        known = of_type(dict, of_type(dict, data)["by_prompt"])
+        speech = cls(**fields_of(cls, {**data, **known, "by_token": None}))
         for found, names in ((speech.scores, MEASURES), (speech.whole, OF_WHOLE)):
             if {*found} != {*WAYS} or any({*one} != {*names} for one in found.values()):
                 raise ValueError(f"expected {', '.join(names)} of {' and '.join(WAYS)}")

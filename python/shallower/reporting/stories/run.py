@@ -31,6 +31,7 @@ from ..words import (
     splits_words,
 )
 from .gain import gain_table
+from .speech import repeats_warning, speech_table
 from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
 
 UNLIKE = 3.0
@@ -64,13 +65,28 @@ def choice_parts(run: Run) -> list[str | Table]:
     return parts
 
 
-def samples_section(continuations: Sequence[Continuations]) -> Section:
-    """Show how the models of a run go on from prompts."""
-    line = (
-        "Each model goes on by its likeliest token, 32 tokens at most. A sample shows what a loss "
-        "cannot; it proves nothing."
+def speech_section(run: Run) -> Section:
+    """Show how the models of a run speak beside the whole one, by figures and by samples."""
+    lines = ["Samples are of the likeliest tokens; the figures are of all prompts."]
+    best = run.recommended
+    speech = {name: run.speech[name] for name in _STATES if name in run.speech}
+    if best is not None and best.state in speech and best.state != "whole":
+        lost = speech[best.state].minus(speech["whole"])
+        acceptance, departure = (
+            speech[best.state].of("acceptance"),
+            speech[best.state].of("departure"),
+        )
+        lines.insert(
+            0,
+            f"Of the whole model's own words the {best.state} model would accept "
+            f"{100 * acceptance.mean:.0f} %, and depart after {departure.mean:.1f} tokens; of its "
+            f"own words the whole model loses {_signed(lost['loss_under_whole'])} nats a token "
+            f"more than of those that it says itself.",
+        )
+    tables = (speech_table(speech),) if speech else ()
+    return Section(
+        "How it speaks", tuple(lines), tables=tables, samples=tuple(map(_sample, run.continuations))
     )
-    return Section("How it speaks", (line,), samples=tuple(map(_sample, continuations)))
 
 
 def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
@@ -206,6 +222,8 @@ class _RunStory:
                     f"token on the texts that chose it, {loss:.2f} on those that report; choose on "
                     f"texts as you will use the model for"
                 )
+        if best.state in run.speech and run.speech[best.state].repeats:
+            found.append(repeats_warning(best.state, run.speech[best.state]))
         if run.scan.num_rejected:
             found.append(f"left out of the scan: {counted(run.scan.num_rejected, 'sample')}")
         return found
@@ -219,7 +237,7 @@ class _RunStory:
     def _sections(self) -> list[Section]:
         sections = [self._settings(), self._sure(), self._costs()]
         if self._run.continuations:
-            sections.append(samples_section(self._run.continuations))
+            sections.append(speech_section(self._run))
         return [*sections, self._numbers(), self._again(), self._differs()]
 
     def _settings(self) -> Section:
