@@ -271,7 +271,8 @@ class _Healer:
         decoder = Decoder.of(model)
         teacher = None
         if job.original is not None and recipe.has_teacher:
-            teacher = Teacher(job.original.load(recipe.dtype)[0])
+            original = job.original.load(recipe.dtype)[0]
+            teacher = Teacher(original, by_entropy=recipe.by_entropy)
         targets = feed_forward_targets(model, recipe.attention)
 
         def measure() -> Loss:
