@@ -94,7 +94,7 @@ class HealingStep:
             for parameter in self._adapted.parameters():
                 parameter.grad = None
 
-        return self._rehearsal.run(step, padded=not self.recipe.packing)
+        return self._rehearsal.run(step, padded=self.recipe.is_padded)
 
 
 def plan_healing(
