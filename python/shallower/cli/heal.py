@@ -112,10 +112,10 @@ def heal_command(
         typer.Option(metavar="MODEL", help="The uncut model: measured, and the teacher of kd."),
     ] = None,
     objective: Annotated[
-        Literal["lm", "kd"],
+        Literal["lm", "kd", "kd-entropy"],
         typer.Option(
             help="What is minimised: the loss of the next token, or the divergence from the uncut "
-            "model, which needs --original."
+            "model, each token alike or weighed by its entropy, which needs --original."
         ),
     ] = "lm",
     eval_every: Annotated[

@@ -120,6 +120,11 @@ def two_splits(items: Sequence[Item], *, seed: int = 0) -> tuple[list[Item], lis
     return different[::2], different[1::2]
 
 
+def is_held_out(index: int) -> bool:
+    """Whether a patch holds the text of this index out: every eighth."""
+    return index % 8 == 7
+
+
 def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
     """List items in a random order, which is the same on every machine."""
     order = list(items)
