@@ -22,7 +22,7 @@ from ..values.identity import AnswersIdentity, ModelIdentity, TextsIdentity
 from ..values.plan import Rejection, describe_rejections
 from ..values.recipe import GLOBAL_BATCH
 from ..values.tokens import Tokens
-from .batches import TokenBatches, TokenisedText, tokenise
+from .batches import AnyTexts, TokenBatches, TokenisedText, tokenise
 from .prompts import Prompt, answer_ids, prompt_ids
 from .splits import is_held_out
 
@@ -326,7 +326,7 @@ def _is_name_of(name: str, model: ModelIdentity) -> bool:
 
 def mixed(
     tokenizer: "PreTrainedTokenizerBase",
-    texts: Iterable[str],
+    texts: AnyTexts,
     answers: Iterable[Answer],
     *,
     share: float,

@@ -23,7 +23,7 @@ Prompts = Path | Sequence[Any] | None
 _NO_OPTION = {"num_choosing"}
 """Settings that the command line has not."""
 
-_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts"}
+_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts", "answers"}
 """Settings that change no result, but by what is read, which is known by content."""
 
 
@@ -105,6 +105,8 @@ class StudySettings:
                 changed["speech"] = value.name if isinstance(value, Path) else value is None
                 changed["no_speech"] = value == ()
                 continue
+            if one.name == "answers" and isinstance(value, tuple):
+                continue
             if isinstance(value, Path):
                 value = value.name
             elif not isinstance(value, str | int | float):
@@ -169,6 +171,9 @@ class RunSettings(RacingSettings):
             of our own, and an empty sequence for none.
         heal: train on the patched cut: True, or the settings. True trains in the dtype of the
             model, float16 in bfloat16.
+        answers: patch and train on what the whole model says as well: True for prompts of our own,
+            or prompts as of ``prompts``, which may have their answers.
+        share: the share of answers among texts and answers.
 
     Raises:
         LayersError, RecipeError, TextsError: a setting that is out of range or contradicts another.
@@ -186,8 +191,12 @@ class RunSettings(RacingSettings):
     plan_only: bool = False
     prompts: Prompts = None
     heal: bool | Recipe = False
+    answers: bool | Prompts = False
+    share: float = 0.5
 
     def __post_init__(self) -> None:
+        if not isinstance(self.answers, bool):
+            object.__setattr__(self, "answers", _prompts(self.answers))
         if isinstance(self.target_memory, str):
             object.__setattr__(self, "target_memory", parse_size(self.target_memory))
         super().__post_init__()
