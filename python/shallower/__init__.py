@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
     from .scanning.shards import gather as gather
+    from .values.answers import Answer as Answer
     from .values.bootstrap import BootstrappedStart as BootstrappedStart
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .values.verification import Verified as Verified
 
 _HOMES = {
+    "Answer": "values.answers",
     "Block": "values.layers",
     "BootstrappedStart": "values.bootstrap",
     "CacheError": "errors",

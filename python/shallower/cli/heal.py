@@ -8,6 +8,8 @@ import typer
 
 from ..models.source import ModelSource
 from .options import (
+    Answers,
+    AnswerTokens,
     DeviceMemory,
     DryRun,
     Json,
@@ -15,13 +17,18 @@ from .options import (
     NoCache,
     Out,
     Overwrite,
-    TextsSource,
+    Share,
     TrustRemoteCode,
     read_texts,
+    wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..runs.answers import WantedAnswers
+    from ..values.answers import Answer
     from ..values.healing import Healing
     from ..values.recipe import Recipe
 
@@ -31,8 +38,14 @@ def heal_command(
         str, typer.Argument(metavar="CUT", help="A cut: a folder or hub id with its plan.")
     ],
     *,
-    texts: TextsSource,
+    texts: Annotated[
+        str | None,
+        typer.Option(metavar="TEXTS", help="Texts to train on, as of scan; none with --share 1."),
+    ] = None,
     out: Out,
+    answers: Answers = None,
+    share: Share = 0.5,
+    answer_tokens: AnswerTokens = 256,
     eval_texts: Annotated[
         str | None,
         typer.Option(
@@ -112,10 +125,10 @@ def heal_command(
         typer.Option(metavar="MODEL", help="The uncut model: measured, and the teacher of kd."),
     ] = None,
     objective: Annotated[
-        Literal["lm", "kd"],
+        Literal["lm", "kd", "kd-entropy"],
         typer.Option(
             help="What is minimised: the loss of the next token, or the divergence from the uncut "
-            "model, which needs --original."
+            "model, each token alike or weighed by its entropy, which needs --original."
         ),
     ] = "lm",
     eval_every: Annotated[
@@ -163,10 +176,11 @@ def heal_command(
     from ..runs.done import output_of
     from ..runs.store import Store, open_store
     from ..storage import check_apart, check_free
-    from ..values.recipe import Recipe
+    from ..values.recipe import STEPS, Recipe
 
-    source = read_texts(texts, max_texts)
+    source: Iterable[str] = [] if texts is None else read_texts(texts, max_texts)
     held_out = read_texts(eval_texts, max_eval_texts) if eval_texts is not None else None
+    wanted = wanted_answers(answers, steps or STEPS, num_tokens=answer_tokens, seed=seed)
     recipe = Recipe(
         preset,
         steps=steps,
@@ -180,12 +194,14 @@ def heal_command(
         packing=packing,
         attention=attention,
         objective=objective,
+        share=share,
         eval_every=eval_every,
         seed=seed,
         recompute=gradient_checkpointing,
     )
     recipe.check(original=original is not None, from_patch=from_patch)
-    check_apart(out, [model, original, texts, eval_texts])
+    _check_texts(texts, wanted, share, original=original)
+    check_apart(out, [model, original, texts, eval_texts, answers or None])
     code, folder = trust_remote_code, Path(model).expanduser()
     output = output_of(
         open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
@@ -197,6 +213,7 @@ def heal_command(
         },
         texts={"texts": source, "eval_texts": held_out},
         recipe=asdict(recipe),
+        answers=None if wanted is None else wanted.inputs,
         merge=merge,
         from_patch=from_patch,
         device_memory=device_memory,
@@ -207,16 +224,21 @@ def heal_command(
         return
     check_free(out, overwrite)
     if dry_run:
-        described = _planned(model, recipe, device_memory, trust_remote_code)
+        described = _planned(model, recipe, device_memory, trust_remote_code, answers=wanted)
         say_dry_run({**described, "write": [str(out)]}, as_json)
         return
     from ..healing.heal import heal
 
-    recipe = _fit_to_memory(model, recipe, device_memory, trust_remote_code, as_json)
+    recipe = _fit_to_memory(model, recipe, device_memory, trust_remote_code, as_json, wanted)
+    said = None
+    if wanted is not None:
+        whole = None if original is None else ModelSource(original, dtype, trust_remote_code=code)
+        said = _answers(wanted, model, whole, source, no_cache=no_cache)
     done = heal(
         model,
         source,
         out,
+        answers=said,
         recipe=recipe,
         eval_texts=held_out,
         original=original,
@@ -230,8 +252,69 @@ def heal_command(
         say_healing(done, out, as_json)
 
 
+def _check_texts(
+    texts: str | None, wanted: "WantedAnswers | None", share: float, *, original: str | None
+) -> None:
+    """Refuse what there is nothing to train on of, or nobody to write."""
+    from ..errors import RecipeError, TextsError
+    from ..processes import num_processes
+
+    if texts is None and (wanted is None or share < 1):
+        raise TextsError("name texts to train on (--texts), or answers alone (--answers --share 1)")
+    if wanted is None or wanted.are_there:
+        return
+    if original is None:
+        raise RecipeError(
+            "--answers are written by the uncut model: name it (--original), or give a file that "
+            "has the answers"
+        )
+    if num_processes() > 1:
+        raise RecipeError(
+            "--answers are written by one process: give a file that has the answers, or heal in "
+            "one process"
+        )
+
+
+def _answers(
+    wanted: "WantedAnswers",
+    cut: str,
+    whole: ModelSource | None,
+    texts: "Iterable[str]",
+    *,
+    no_cache: bool,
+) -> "list[Answer]":
+    """The answers of a file, or those that the uncut model writes, which is free again then."""
+    from ..healing.checks import read_plan
+    from ..texts.sequences import answered
+
+    if wanted.are_there:
+        tokenizer = ModelSource(cut).load_tokenizer()
+        plan = read_plan(cut)
+        assert plan.model is not None
+        return answered(tokenizer, wanted.prompts or (), model=plan.model)
+    from ..memory.device import free_memory
+    from ..models.decoder import Decoder
+    from ..runs.given_models import ModelStore
+    from ..runs.inputs import model_inputs
+    from ..runs.store import open_store
+
+    assert whole is not None
+    store = open_store(no_cache)
+    kept = ModelStore(store, model_inputs(whole, store), [])
+    model, tokenizer = whole.load()
+    found = wanted.by(Decoder.of(model), tokenizer, texts, store=kept)
+    del model
+    free_memory()
+    return found
+
+
 def _fit_to_memory(
-    model: str, recipe: "Recipe", device_memory: str | None, trust_remote_code: bool, as_json: bool
+    model: str,
+    recipe: "Recipe",
+    device_memory: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    answers: "WantedAnswers | None",
 ) -> "Recipe":
     """Print the settings, and fix those that a given device memory decides."""
     from ..healing.checks import read_plan, resolve
@@ -242,6 +325,7 @@ def _fit_to_memory(
         model,
         read_plan(model),
         recipe,
+        answers=answers is not None,
         device_memory=device_memory,
         trust_remote_code=trust_remote_code,
     )
@@ -264,7 +348,12 @@ def _say_again(out: Path, as_json: bool) -> None:
 
 
 def _planned(
-    model: str, recipe: "Recipe", device_memory: str | None, trust_remote_code: bool
+    model: str,
+    recipe: "Recipe",
+    device_memory: str | None,
+    trust_remote_code: bool,
+    *,
+    answers: "WantedAnswers | None",
 ) -> dict[str, Any]:
     """The settings of a healing, and the memory that it will need."""
     from ..healing.checks import read_plan, resolve
@@ -283,7 +372,8 @@ def _planned(
     chosen = replace(
         recipe, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
     )
-    resolved = resolve(model, plan, chosen, trust_remote_code=trust_remote_code)
+    there = answers is not None
+    resolved = resolve(model, plan, chosen, answers=there, trust_remote_code=trust_remote_code)
     return {"heal": model, **resolved.to_json(), "memory": memory}
 
 

@@ -10,6 +10,8 @@ import typer
 
 from ..models.source import ModelSource
 from .options import (
+    Answers,
+    AnswerTokens,
     DeviceMap,
     DeviceMemory,
     Drop,
@@ -24,16 +26,20 @@ from .options import (
     Overwrite,
     PatchBatchSize,
     PlanPath,
+    Share,
     Stream,
     TextsSource,
     TrustRemoteCode,
     named_layers,
     places,
     read_texts,
+    wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from ..runs.answers import WantedAnswers
+    from ..values.answers import Answer
     from ..values.memory import MemoryPlan
 
 
@@ -48,6 +54,9 @@ def patch_command(
         str | None,
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
     ] = None,
+    answers: Answers = None,
+    share: Share = 0.5,
+    answer_tokens: AnswerTokens = 256,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
@@ -97,7 +106,9 @@ def patch_command(
     named = named_layers(drop, plan)
     where = places(device_map, stream=stream)
     place = ModelSource(model, dtype, where, gguf_file, trust_remote_code)
-    check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts])
+    wanted_of = wanted_answers(answers, num_tokens=answer_tokens)
+    _check_answers(wanted_of, place)
+    check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
     output = output_of(
         open_store(no_cache or dry_run),
         "patch",
@@ -107,6 +118,7 @@ def patch_command(
         layers=named,
         num_tokens=num_tokens,
         tokens=[max_length, batch_size],
+        answers=None if wanted_of is None else {**wanted_of.inputs, "share": share},
         device_memory=device_memory,
     )
     if reuse(output, lambda value: _say(value, out, as_json)):
@@ -137,6 +149,7 @@ def patch_command(
     from ..patching.saving import patch_to_folder
 
     loaded, tokenizer = place.load()
+    said = _answers(wanted_of, place, source, (loaded, tokenizer), no_cache=no_cache)
     done, losses = patch_to_folder(
         loaded,
         tokenizer,
@@ -144,6 +157,8 @@ def patch_command(
         texts=source,
         out=out,
         eval_texts=held_out,
+        answers=said,
+        share=share,
         max_length=max_length,
         batch_size=batch_size,
         num_tokens=num_tokens,
@@ -151,6 +166,37 @@ def patch_command(
     )
     evaluated = {name: loss.to_json() for name, loss in losses.items()}
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
+
+
+def _check_answers(wanted: "WantedAnswers | None", place: ModelSource) -> None:
+    from ..errors import ModelError
+
+    if wanted is not None and not wanted.are_there and place.waits_on_disk:
+        raise ModelError(
+            "--answers beside --stream: all layers would be read once a token of every answer; "
+            "give a file that has the answers, or leave one of the two out"
+        )
+
+
+def _answers(
+    wanted: "WantedAnswers | None",
+    place: ModelSource,
+    texts: "Iterable[str]",
+    loaded: "tuple[Any, Any]",
+    *,
+    no_cache: bool,
+) -> "Sequence[Answer]":
+    """What the whole model, which is loaded, says to the prompts."""
+    if wanted is None:
+        return ()
+    from ..models.decoder import Decoder
+    from ..runs.given_models import ModelStore
+    from ..runs.inputs import model_inputs
+    from ..runs.store import open_store
+
+    store = open_store(no_cache)
+    kept = ModelStore(store, model_inputs(place, store), [])
+    return wanted.by(Decoder.of(loaded[0]), loaded[1], texts, store=kept)
 
 
 def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:

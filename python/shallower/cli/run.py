@@ -9,6 +9,7 @@ import typer
 from ..models.source import ModelSource
 from .heal import say_healing
 from .options import (
+    Answers,
     BatchSize,
     DeviceMap,
     DryRun,
@@ -20,6 +21,7 @@ from .options import (
     NoCache,
     Out,
     OverwriteParts,
+    Share,
     Stream,
     TextsSource,
     Threads,
@@ -134,6 +136,8 @@ def run_command(
             metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
         ),
     ] = None,
+    answers: Answers = None,
+    share: Share = 0.5,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Choose and measure; patch and save no model.")
     ] = False,
@@ -189,6 +193,8 @@ def run_command(
         heal_steps=heal_steps,
         plan_only=plan_only,
         prompts=() if no_speech else speech or None,
+        answers=False if answers is None else answers or True,
+        share=share,
         seed=seed,
     )
     held_out = None if eval_texts is None else read_texts(eval_texts)

@@ -6,7 +6,7 @@ whole model. Then all matrices from there on take a few steps towards the whole 
 distributions. No parameter is added, and the checkpoint stays standard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from ..errors import PatchError
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..texts.batches import AnyTexts
+from ..texts.sequences import mixed
+from ..values.answers import Answer
 from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
@@ -37,6 +39,8 @@ def patch(
     layers: Plan | Layers,
     *,
     texts: AnyTexts,
+    answers: Sequence[Answer] = (),
+    share: float = 0.5,
     max_length: int = 256,
     batch_size: int = 16,
     num_tokens: int | None = None,
@@ -54,6 +58,8 @@ def patch(
             indices to drop, 0-based.
         texts: calibration texts, read once; every eighth is held out, to choose by and to
             report on.
+        answers: what the whole model said to prompts, to fit and choose on beside the texts.
+        share: the share of answers among texts and answers.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
         num_tokens: tokens to fit, at most; by default 131,072, on a CPU 32,768. Their states lie
@@ -90,7 +96,7 @@ def patch(
         model,
         tokenizer,
         layers,
-        texts=texts,
+        texts=_mixed(tokenizer, texts, answers, share=share, max_length=max_length),
         tokens=tokens,
         num_tokens=num_tokens,
         checkpoint=checkpoint,
@@ -108,6 +114,8 @@ def with_patch(
     layers: Plan | Layers,
     *,
     texts: AnyTexts,
+    answers: Sequence[Answer] = (),
+    share: float = 0.5,
     max_length: int = 256,
     num_tokens: int | None = None,
     progress: bool | None = None,
@@ -119,7 +127,7 @@ def with_patch(
             model,
             tokenizer,
             layers,
-            texts=texts,
+            texts=_mixed(tokenizer, texts, answers, share=share, max_length=max_length),
             tokens=tokens,
             num_tokens=num_tokens,
             progress=progress,
@@ -173,6 +181,22 @@ def _solved(
         yield done, changes
     finally:
         changes.undo()
+
+
+def _mixed(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: AnyTexts,
+    answers: Sequence[Answer],
+    *,
+    share: float,
+    max_length: int,
+) -> AnyTexts:
+    """Texts with answers among them, if there are any."""
+    if not answers:
+        return texts
+    if not 0 < share <= 1:
+        raise PatchError(f"share = {share!r}: expected above 0, and 1 at most (share, --share)")
+    return mixed(tokenizer, texts, answers, share=share, max_length=max_length)
 
 
 def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:

@@ -1,6 +1,7 @@
 """The healing of a run's checkpoint, and what it is worth on the texts that report."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ..models.identity import stored_digest, stored_dtype
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..reporting.results import Run
+from ..values.answers import Answer
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from ..values.healing import Healing
 from ..values.loss import Loss
@@ -60,8 +62,12 @@ class HealingStage:
         """
         require_healable(model, tokenizer, self.texts, recipe=self.recipe)
 
-    def heal(self, results: Run, speech: StudySpeech | None) -> Run:
+    def heal(
+        self, results: Run, speech: StudySpeech | None, answers: Sequence[Answer] | None = None
+    ) -> Run:
         """Train on the checkpoint, and measure the healed model, reloaded; also how it speaks.
+
+        Trained on are the texts, and ``answers`` of the whole model if there are any.
 
         Where the training makes it no better, a warning says so, and the checkpoint stays what is
         recommended.
@@ -69,7 +75,7 @@ class HealingStage:
         assert results.recommended is not None
         recommended, place = results.recommended, results.out / HEALED_FOLDER
         try:
-            healing = self._trained(results.out / CHECKPOINT_FOLDER, place)
+            healing = self._trained(results.out / CHECKPOINT_FOLDER, place, answers)
         except ModelError as error:
             why = f"the {recommended.state} model is not healed: {error}"
             warnings.warn(why, stacklevel=3)
@@ -98,7 +104,7 @@ class HealingStage:
         results.save()
         return results
 
-    def _trained(self, checkpoint: Path, place: Path) -> Healing:
+    def _trained(self, checkpoint: Path, place: Path, answers: Sequence[Answer] | None) -> Healing:
         """Train, unless that was done before the run was cut short."""
         study, goes_on = self.study, self.study.goes_on and place.exists()
         if goes_on:
@@ -111,6 +117,7 @@ class HealingStage:
             checkpoint,
             self.texts,
             place,
+            answers=answers,
             recipe=self.recipe,
             eval_texts=study.split.choose,
             original=original,

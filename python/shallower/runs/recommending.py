@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from ..savings.weights import stored_bytes
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
+from ..values.answers import Answer
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -42,11 +44,13 @@ from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Scores
-from ..values.settings import RunSettings
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
 from .speaking import StudySpeech
-from .study import Study, model_words
+from .study import model_words
+
+if TYPE_CHECKING:
+    from .run import RunStudy
 
 SCAN_TEXTS = 256
 """Texts by which layers are compared, at most: errors of distances are small long before those
@@ -83,13 +87,14 @@ class Recommending:
 
     def __init__(
         self,
-        study: Study[RunSettings],
+        study: "RunStudy",
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: ResultStore,
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
+        self._store = store
         if study.prompts and is_streamed(model):
             warnings.warn(NO_PROMPTS, stacklevel=2)
         with track("tokenise the texts", show=study.progress):
@@ -244,13 +249,15 @@ class Recommending:
             return self._with_speech(replace(results, recommended=recommended), plan, None)
         results = replace(results, recommended=recommended)
         results.save()
-        on_cpu = self._decoder.device.type == "cpu"
+        on_cpu, share = self._decoder.device.type == "cpu", self._settings.share
         try:
             with with_patch(
                 self._model,
                 self._tokenizer,
                 plan,
                 texts=self._measuring.split.fit,
+                answers=self.answers or (),
+                share=share,
                 max_length=self._measuring.tokens.max_length,
                 progress=self._study.progress,
                 num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
@@ -265,6 +272,20 @@ class Recommending:
         with without_layers(self._model, plan.blocks):
             found = self._saved(replace(results, recommended=recommended), plan, None)
         return self._with_speech(found, plan, None)
+
+    @cached_property
+    def answers(self) -> Sequence[Answer] | None:
+        """What the whole model says, to patch and to train on; None where that is not asked for."""
+        wanted = self._study.wanted_answers
+        if wanted is None:
+            return None
+        return wanted.by(
+            self._decoder,
+            self._tokenizer,
+            [text.text for text in self._measuring.split.fit],
+            store=self._store,
+            progress=self._study.progress,
+        )
 
     @property
     def speech(self) -> StudySpeech | None:

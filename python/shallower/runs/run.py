@@ -14,7 +14,7 @@ from ..progress import say_goes_on
 from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
-from ..texts.prompts import Prompt, prompts_fingerprint
+from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -24,8 +24,9 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.recipe import Recipe
+from ..values.recipe import STEPS, Recipe
 from ..values.settings import RunSettings
+from .answers import WantedAnswers, answers_for
 from .given_models import given_model
 from .items import Items, items_fingerprint, judged_items
 from .store import open_store
@@ -149,6 +150,9 @@ class RunStudy(Study[RunSettings]):
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         super().check()
         _ = self.items, self.prompts
+        if self.wanted_answers is not None and not self.wanted_answers.are_there:
+            way_out = "leave out the answers (answers, --answers), or give a file that has them"
+            self.refuse_on_disk("an answer, for every token", way_out)
         heal, device = self.settings.heal, self.settings.device
         if isinstance(heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.
@@ -190,6 +194,7 @@ class RunStudy(Study[RunSettings]):
             "trained_on": self.trained_on() if self.settings.heal else None,
             "items": self._choosing_items,
             "prompts": prompts_fingerprint(self.prompts),
+            "answers": self.wanted_answers and self.wanted_answers.inputs,
         }
 
     @property
@@ -200,6 +205,17 @@ class RunStudy(Study[RunSettings]):
     def _chooses_by(self) -> dict[str, Any]:
         items = {"items": self._choosing_items} if self.items[0] else {}
         return {**super()._chooses_by(), **items}
+
+    @cached_property
+    def wanted_answers(self) -> WantedAnswers | None:
+        """What the whole model is to say, to patch and to train on; None for nothing."""
+        given, heal = self.settings.answers, self.settings.heal
+        if given is False or given == ():
+            return None
+        recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
+        count = answers_for(recipe.steps or STEPS if heal else None)
+        prompts = None if given is True else given_prompts(given)
+        return WantedAnswers(prompts, count, seed=self.settings.seed)
 
     @staticmethod
     def _job_in(values: Any) -> Any:
@@ -250,9 +266,9 @@ class RunStudy(Study[RunSettings]):
         if report is not None:
             report(done)
         if stage is not None and done.healing is None and not _is_unhealed(done):
-            speech = recommending.speech
+            speech, answers = recommending.speech, recommending.answers
             del loaded, recommending  # nothing needs them, and the training needs their memory
-            done = stage.heal(done, speech)
+            done = stage.heal(done, speech, answers)
         self.say_read()
         done = replace(done, marks={**done.marks, "ended": "yes"})
         done.save()
@@ -264,7 +280,8 @@ class RunStudy(Study[RunSettings]):
 
         heal, steps = self.settings.heal, self.settings.heal_steps
         recipe = heal if isinstance(heal, Recipe) else None
-        stage = HealingStage(self, recipe or choose_recipe(model, steps, self.settings.seed))
+        chosen = recipe or choose_recipe(model, steps, self.settings.seed)
+        stage = HealingStage(self, replace(chosen, share=self.settings.share))
         stage.check(model, tokenizer)
         return stage
 

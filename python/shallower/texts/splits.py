@@ -131,6 +131,11 @@ def two_splits(
     return different[::2], different[1::2]
 
 
+def is_held_out(index: int) -> bool:
+    """Whether a patch holds the text of this index out: every eighth."""
+    return index % 8 == 7
+
+
 def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
     """List items in a random order, which is the same on every machine."""
     order = list(items)

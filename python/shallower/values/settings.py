@@ -26,7 +26,7 @@ RACED_BY = ("loss", "speech")
 _NO_OPTION = {"num_choosing"}
 """Settings that the command line has not."""
 
-_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts"}
+_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts", "answers"}
 """Settings that change no result, but by what is read, which is known by content."""
 
 
@@ -112,6 +112,8 @@ class StudySettings:
                 changed[self.PROMPTS_OPTION] = file or value is None
                 changed["no_speech"] = value == ()
                 continue
+            if one.name == "answers" and isinstance(value, tuple):
+                continue
             if isinstance(value, Path):
                 value = value.name
             elif not isinstance(value, str | int | float):
@@ -185,6 +187,9 @@ class RunSettings(RacingSettings):
             chooses, by default of 120 of our own, and the models speak on prompts of the other.
         heal: train on the patched cut: True, or the settings. True trains in the dtype of the
             model, float16 in bfloat16.
+        answers: patch and train on what the whole model says as well: True for prompts of our own,
+            or prompts as of ``prompts``, which may have their answers.
+        share: the share of answers among texts and answers.
 
     Raises:
         LayersError, CriterionError, RecipeError, TextsError: a setting that is out of range or
@@ -204,8 +209,12 @@ class RunSettings(RacingSettings):
     prompts: Prompts = None
     judge: str = "loss"
     heal: bool | Recipe = False
+    answers: bool | Prompts = False
+    share: float = 0.5
 
     def __post_init__(self) -> None:
+        if not isinstance(self.answers, bool):
+            object.__setattr__(self, "answers", _prompts(self.answers))
         if isinstance(self.target_memory, str):
             object.__setattr__(self, "target_memory", parse_size(self.target_memory))
         super().__post_init__()
