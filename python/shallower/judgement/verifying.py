@@ -174,7 +174,7 @@ def verifier_of(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Verifier:
-    """Prepare to verify plans of a model that is loaded by a judge, its loss if there is none.
+    """Prepare to verify plans of a model that is loaded, by its loss or by a ``judge``.
 
     Texts of ``splits`` that report are not looked at. ``texts`` is the identity of the others, for
     the store; ``tokens`` the length of texts, and how many make one forward.
