@@ -29,7 +29,7 @@ from ..words import (
     small_model,
     splits_words,
 )
-from .gain import gain_table
+from .gain import draft_lines, draft_table, gain_table
 from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
 
 UNLIKE = 3.0
@@ -262,15 +262,16 @@ class _RunStory:
         )
 
     def _costs(self) -> Section:
-        run, drawings = self._run, []
-        tables = [] if self._gain is None else [gain_table(self._gain)]
+        run, gain, drawings = self._run, self._gain, []
+        tables = [] if gain is None else [gain_table(gain), draft_table(gain)]
         tables += [sizes_table(self._best, run.table)] if run.table else []
         tables += [] if run.healing is None else [healing_table(run.healing)]
         if self._drawn:
             drawings += size_charts(run.table, self._best.whole)
             drawings += [healing_chart(run.healing)] if run.healing and run.healing.steps else []
         title = "What it costs and gains"
-        return Section(title, tables=tuple(tables), drawings=tuple(drawings))
+        commands = () if gain is None else draft_lines(gain)
+        return Section(title, tables=tuple(tables), drawings=tuple(drawings), commands=commands)
 
     def _numbers(self) -> Section:
         best, run, scan = self._best, self._run, self._run.scan
