@@ -225,7 +225,7 @@ def cuts(options, model, tokenizer):
             except sh.PatchError as error:
                 print(f"{state} without {n}: {error}", file=sys.stderr)
                 continue
-            yield f"{state}-{n}", cut
+            yield place.name if state == "patched" else f"bare-{n}", cut
 
 
 def line(row):
