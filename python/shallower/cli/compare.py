@@ -94,6 +94,14 @@ def compare_command(
     judge: Judge = "loss",
     options: Options = None,
     prompts: Prompts = None,
+    speech: Annotated[
+        bool,
+        typer.Option(
+            "--speech",
+            help="Also how the bare cuts speak, on the half of the prompts that reports; beside "
+            "another judge on --prompts, or 24 of our own.",
+        ),
+    ] = False,
     device_memory: DeviceMemory = None,
     out: Annotated[
         Path | None,
@@ -142,6 +150,7 @@ def compare_command(
         judge=judge,
         options=options,
         prompts=prompts,
+        speech=speech,
         max_length=max_length,
         batch_size=parse_batch_size(batch_size),
         max_texts=max_texts,

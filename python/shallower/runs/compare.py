@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import (
     CacheError,
@@ -17,6 +17,7 @@ from ..errors import (
 )
 from ..models.source import ModelSource
 from ..processes import refuse_several
+from ..texts.prompts import Prompt, prompts_fingerprint
 from ..values.comparison import CriteriaComparison
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.hashing import hash_of
@@ -138,6 +139,9 @@ class CompareStudy(Study[CompareSettings]):
     def check(self) -> None:
         """Refuse what cannot be, before anything is loaded; of several models the others go on."""
         super().check()
+        if self.prompts:
+            way_out = "leave out how the cuts speak (speech, --speech)"
+            self.refuse_on_disk("every token of an answer", way_out)
         if len(self.models) == 1 and self.entry is None:
             check_sizes(self.settings.n, self.model.count_layers())
 
@@ -146,6 +150,19 @@ class CompareStudy(Study[CompareSettings]):
         """The items that choose and those that report, of the judges ``options`` and ``speech``."""
         of = self.settings
         return judged_items(of.judge, options=of.options, prompts=of.prompts, seed=of.seed)
+
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts on which bare cuts speak; those that report of the judge ``speech``."""
+        if not self.settings.speech:
+            return ()
+        if self.settings.judge == "speech":
+            return cast(Sequence[Prompt], self.items[1])
+        return super().prompts
+
+    def more_inputs(self) -> dict[str, Any]:
+        """The prompts on which cuts speak."""
+        return {"prompts": prompts_fingerprint(self.prompts)}
 
     @property
     def judges(self) -> tuple[str, str]:

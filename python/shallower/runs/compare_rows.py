@@ -325,7 +325,7 @@ class _Choosing:
                 patched_difference=None if after is None else after.mean,
                 patched_difference_stderr=None if after is None else after.stderr,
             )
-            yield _Measured(row, judged, patched)
+            yield _Measured(replace(row, **self._speech(dropped)), judged, patched)
 
     def _scores(self, dropped: Sequence[int]) -> tuple[Scores, Scores, Scores | None, str | None]:
         """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
@@ -336,6 +336,15 @@ class _Choosing:
         except PatchError as error:
             return judged, losses, None, str(error)
 
+    def _speech(self, dropped: Sequence[int]) -> dict[str, Any]:
+        """How a bare cut speaks, by the names of a row's fields; nothing where it is not asked."""
+        speech = self.measuring.speech_of_cut(tuple(dropped))
+        if speech is None:
+            return {}
+        found = {name: speech.of(name) for name in ("acceptance", "repetition")}
+        errors = {f"{name}_stderr": one.stderr for name, one in found.items()}
+        return {**{name: one.mean for name, one in found.items()}, **errors}
+
     def make(self, criterion: Criterion) -> None:
         """Measure into the store what the rows of a criterion take; as much as it can be."""
         if has_costs(criterion):
@@ -344,7 +353,9 @@ class _Choosing:
         for n in self.study.settings.n:
             with self._others_go_on(criterion.name):
                 if criterion.name not in self.skipped:
-                    self._scores(self._choice(criterion, n, Work())[0].dropped)
+                    dropped = self._choice(criterion, n, Work())[0].dropped
+                    self._scores(dropped)
+                    self._speech(dropped)
 
 
 class PartsMaker:

@@ -145,7 +145,7 @@ class CurveStudy(Study[CurveSettings]):
             self.refuse_on_disk("a task, for every few items", "leave out tasks (tasks, --tasks)")
         if self.prompts:
             way_out = "leave out what it is to say (prompts, --speech)"
-            self.refuse_on_disk("an answer, for every token", way_out)
+            self.refuse_on_disk("every token of an answer", way_out)
         if "healed" in self.settings.states:
             way_out = "leave out the state healed (states, --states), and heal a cut of it"
             self.refuse_on_disk("a training, at every step", way_out)

@@ -34,6 +34,7 @@ from ..texts.batches import tokenise
 from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
 from ..values.hashing import hash_of
+from ..values.layers import ranges
 from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.recipe import Recipe
@@ -307,6 +308,22 @@ class Measuring:
         if not study.prompts or is_streamed(self.decoder):
             return None
         return StudySpeech.of(study, self.decoder, self.tokenizer, store=self._store)
+
+    def speech_of_cut(self, dropped: tuple[int, ...]) -> Speech | None:
+        """Measure how a bare cut speaks, or recall it; None where no speech is measured."""
+        if not self._study.prompts:
+            return None
+        prompts = prompts_fingerprint(self._study.prompts)
+        inputs = {"dropped": list(dropped), "prompts": prompts, "seed": self._study.settings.seed}
+        known = self._store.get("speech_of_cut", inputs)
+        if known is not None:
+            return recalled(Speech.from_json, known, "a speech")
+        assert self.speech is not None
+        with without_layers(self.model, dropped):
+            said = self.speech.hear(self.model, f"cut without {ranges(dropped)}")
+        found = self.speech.judged(said, self.model)
+        self._store.put("speech_of_cut", inputs, found.to_record())
+        return found
 
     def _heard(self, model: PreTrainedModel, name: str) -> Spoken | None:
         """Let a model speak, if that is asked for."""

@@ -152,7 +152,7 @@ class RunStudy(Study[RunSettings]):
         _ = self.items, self.prompts
         if self.wanted_answers is not None and not self.wanted_answers.are_there:
             way_out = "leave out the answers (answers, --answers), or give a file that has them"
-            self.refuse_on_disk("an answer, for every token", way_out)
+            self.refuse_on_disk("every token of an answer", way_out)
         heal, device = self.settings.heal, self.settings.device
         if isinstance(heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.

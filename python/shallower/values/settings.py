@@ -355,6 +355,8 @@ class CompareSettings(StudySettings):
             ``options``; one half chooses, the other one reports.
         prompts: of the judge ``speech``, as for :func:`shallower.evaluate_speech`; one half
             chooses, the other one reports. By default prompts of our own.
+        speech: also measure how the bare cuts speak, on the prompts that report, or on ``prompts``
+            beside another judge: by default 24 of our own.
         device_memory: bytes for the states that cuts share, as a number or as ``4GB``; by default
             what the device has free.
 
@@ -373,6 +375,7 @@ class CompareSettings(StudySettings):
     judge: str = "loss"
     options: str | Path | None = None
     prompts: Prompts = None
+    speech: bool = False
     device_memory: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -392,10 +395,10 @@ class CompareSettings(StudySettings):
                 "the judge options needs a file of items, and no other judge takes one "
                 "(judge and options, --judge options and --options)"
             )
-        if self.prompts is not None and self.judge != "speech":
+        if self.prompts is not None and self.judge != "speech" and not self.speech:
             raise CriterionError(
-                f"prompts beside the judge {self.judge}: only the judge speech takes them "
-                f"(--judge speech, or no --prompts)"
+                f"prompts beside the judge {self.judge}: only the judge speech takes them, and "
+                f"speech (--judge speech, --speech, or no --prompts)"
             )
 
 

@@ -260,7 +260,7 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
     return Section(
         f"{group.title}: criteria against true loss",
         tuple(lines),
-        tables=(*tables, *_taus(group)),
+        tables=(*tables, *_spoken(group), *_taus(group)),
         drawings=tuple(drawings),
     )
 
@@ -296,6 +296,34 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
         if group.by_patch
         else ("patched", "patch regret", *(["time"] if judged else [])),
     )
+
+
+def _spoken(group: Group) -> list[Table]:
+    """Tabulate how the bare cuts speak, those that would be accepted most first."""
+    known = [row for row in group.rows if row.acceptance is not None]
+    known.sort(key=lambda row: (row.n, -(row.acceptance or 0.0)))
+    rows = tuple(
+        (
+            Number.count(row.n),
+            row.criterion,
+            range_cell(row.dropped),
+            _per_cent(row.acceptance, row.acceptance_stderr),
+            _per_cent(row.repetition, row.repetition_stderr),
+        )
+        for row in known
+    )
+    head = ("n", "criterion", "drop", "acceptance, %", "repeated, %")
+    note = (
+        "Acceptance: of the whole model's own words, by speculative decoding; repeated: of the "
+        "4-grams of the cut's own. Bare cuts; errors are over prompts."
+    )
+    return [Table("how the cuts speak", head, rows, note, is_grouped=True)] if rows else []
+
+
+def _per_cent(value: float | None, stderr: float | None) -> Number:
+    if value is None:
+        return Number.of(None)
+    return Number.of(100 * value, None if stderr is None else 100 * stderr, 1)
 
 
 def _choice(row: Row, judged: str) -> tuple[Cell, ...]:
