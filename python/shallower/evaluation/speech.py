@@ -295,12 +295,21 @@ class Reference:
                 f"{type(head.decoder.model).__name__} predicts over {head.vocab_size:,} tokens, "
                 f"and the whole model over {size:,}: compare models of one tokenizer"
             )
-        if whole is None and not torch.equal(_probe(head, self.parts[0]), self.probe):
+        if whole is None and not self._is_head(head):
             raise ModelError(
                 "the model has another head, or another dtype, than the whole one, so that both "
                 "are needed in memory to compare their words: load both in the same dtype, or "
                 "compare them by evaluate_speech(model, tokenizer, whole=...)"
             )
+
+    def _is_head(self, head: Head) -> bool:
+        """Whether a head makes the whole model's logits."""
+        try:
+            return torch.equal(_probe(head, self.parts[0]), self.probe)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # of another dtype or size
+            return False
 
     def _speech(self, found: Mapping[int, NDArray[np.float64]], own: Words) -> Speech:
         scores: dict[str, dict[str, Scores]] = {}
