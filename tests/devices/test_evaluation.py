@@ -1,7 +1,8 @@
 """Losses of models on fake CUDA devices, and the texts that they continue."""
 
-from shallower.evaluation.loss import evaluate_loss
 from shallower.runs.continuing import continue_text
+
+from shallower.evaluation.loss import evaluate_loss
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS
 

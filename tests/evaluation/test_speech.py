@@ -80,7 +80,10 @@ def plain_prompt(whole, cut, ids, seed):
         "loss_under_whole": (sum(nats), len(nats)),
         "repetition": plain_repetition(own.written),
         "length": (len(own.written), 1),
-        "whole": {"repetition": plain_repetition(words.written), "length": (len(text) - len(ids), 1)},
+        "whole": {
+            "repetition": plain_repetition(words.written),
+            "length": (len(text) - len(ids), 1),
+        },
     }
 
 

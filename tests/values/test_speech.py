@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,27 +10,9 @@ from hypothesis import strategies as st
 
 from shallower import Speech, TextsError
 from shallower.values.scores import Scores
-from shallower.values.speech import MEASURES, OF_WHOLE, WAYS, repeated
+from shallower.values.speech import MEASURES, WAYS, repeated
 from tests.values.damage import damaged
-
-
-def made(prompts=5, seed=0, **changed):
-    """Speech of random numbers; the tokens of the whole model's words are those of any seed."""
-    tokens = np.random.default_rng(0).integers(4, 30, (2, prompts)).astype(float)
-    generator = np.random.default_rng(seed)
-
-    def some(name, weights):
-        own = name not in ("agreement", "acceptance", "divergence", "loss")
-        weights = generator.integers(4, 30, prompts).astype(float) if own else weights
-        weights = np.ones(prompts) if name in ("departure", "length", "ends") else weights
-        return Scores(generator.random(prompts) * weights, weights)
-
-    scores = {
-        way: {name: some(name, of_way) for name in MEASURES}
-        for way, of_way in zip(WAYS, tokens, strict=True)
-    }
-    whole = {way: {name: some(name, tokens[0]) for name in OF_WHOLE} for way in WAYS}
-    return replace(Speech(16, 0, "0" * 64, scores, whole), **changed)
+from tests.values.speeches import made
 
 
 def test_a_mean_is_over_both_ways_and_its_error_over_prompts():
