@@ -285,7 +285,7 @@ def test_positions_that_were_not_learned_are_refused():
 def test_layers_on_disk_are_refused(spread, tmp_path):
     sh.save_model(spread, WORDS, tmp_path / "tiny")
     streamed, tokenizer = sh.load_model(tmp_path / "tiny", "float32", "stream", progress=False)
-    with pytest.raises(sh.ModelError, match="layers wait on disk.* leave out --stream, or what"):
+    with pytest.raises(sh.ModelError, match=r"layers wait on disk.* leave out --stream, or what"):
         said(streamed, tokenizer=tokenizer)
 
 

@@ -371,7 +371,7 @@ def test_logits_that_are_no_numbers_are_refused(llama, value, which):
     models = {"model": copy.deepcopy(llama), "whole": llama}
     with torch.no_grad():
         models[which].model.norm.weight.fill_(value)
-    with pytest.raises(sh.ModelError, match="overflow or are NaN in torch.float32: load both as"):
+    with pytest.raises(sh.ModelError, match=r"overflow or are NaN in torch.float32: load both as"):
         sh.evaluate_speech(models["model"], WORDS, PROMPTS, whole=models["whole"], **OPTIONS)
 
 
@@ -401,7 +401,7 @@ def test_positions_that_were_not_learned_are_refused():
         model, WORDS, ["w1 w2 w3", "w1 " * 8], whole=model, num_tokens=12, progress=False
     )
     assert speech.mean("acceptance") == 1
-    with pytest.raises(sh.TextsError, match="prompt 1 has 8 tokens.* has learned 20 positions"):
+    with pytest.raises(sh.TextsError, match=r"prompt 1 has 8 tokens.* has learned 20 positions"):
         sh.evaluate_speech(
             model, WORDS, ["w1 w2 w3", "w1 " * 8], whole=model, num_tokens=13, progress=False
         )
