@@ -146,8 +146,9 @@ def _answers_together(decoder: Decoder, prompts: Sequence[NDArray[np.int64]]) ->
         beside = [one[:1] for one in _generated(decoder, [shortest, longest], **options).logits]
     except RuntimeError:  # of memory, too
         return False
-    goes_on = torch.equal(beside[0].argmax(-1), alone[0].argmax(-1))  # from the same token
-    return agree(beside[0], alone[0]) and (not goes_on or agree(beside[1], alone[1]))
+    steps = [agree(*logits) for logits in zip(beside, alone, strict=True)]
+    same = torch.equal(beside[0].argmax(-1), alone[0].argmax(-1))  # else the rest is of others
+    return all(steps if same else steps[:1])
 
 
 @torch.inference_mode()
