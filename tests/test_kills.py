@@ -19,8 +19,8 @@ HEAL = (
 COMMANDS = {
     "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out/scan "
     "--keep-states out/states.safetensors",
-    "run": f"run {ON_TEXTS} --n 2 --top 2",
-    "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --texts many.jsonl --max-texts 60 --heal "
+    "run": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl",
+    "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl --texts many.jsonl --max-texts 60 --heal "
     "--heal-steps 4",
     "curve": f"curve {ON_TEXTS} --n 1,2 --strategies similarity,deepest",
     "compare": f"compare {ON_TEXTS} --n 1,2 --criteria angular,greedy,one_shot",
@@ -67,6 +67,8 @@ def place(tmp_path_factory, words):
     write_jsonl(folder / "texts.jsonl", documents(60, 0))
     write_jsonl(folder / "many.jsonl", documents(400, 0))
     write_jsonl(folder / "held_out.jsonl", documents(8, 1))
+    asked = [json.dumps({"prompt": one}) for one in documents(6, 2)]
+    (folder / "asked.jsonl").write_text("\n".join(asked))
     for command in ("prune tiny --drop 2:4 --out cut", HEAL + "adapters"):
         done(command, folder)
     return folder
@@ -75,7 +77,8 @@ def place(tmp_path_factory, words):
 def begun(place, folder):
     """A folder of its own with what the commands are given."""
     folder.mkdir()
-    for name in ("tiny", "cut", "adapters", "texts.jsonl", "many.jsonl", "held_out.jsonl"):
+    files = [f"{name}.jsonl" for name in ("texts", "many", "held_out", "asked")]
+    for name in ("tiny", "cut", "adapters", *files):
         (folder / name).symlink_to(place / name)
     return folder
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .errors import TierError as TierError
     from .evaluation.loss import evaluate_loss as evaluate_loss
     from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+    from .evaluation.speech import evaluate_speech as evaluate_speech
     from .evaluation.tasks import evaluate_tasks as evaluate_tasks
     from .healing.heal import heal as heal
     from .judgement.criterion import Criterion as Criterion
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from .values.settings import CompareSettings as CompareSettings
     from .values.settings import CurveSettings as CurveSettings
     from .values.settings import RunSettings as RunSettings
+    from .values.speech import Speech as Speech
     from .values.sweep import Sweep as Sweep
     from .values.task_scores import TaskScores as TaskScores
     from .values.until import Until as Until
@@ -129,6 +131,7 @@ _HOMES = {
     "ScanError": "errors",
     "SettingsError": "errors",
     "ShallowerError": "errors",
+    "Speech": "values.speech",
     "StatesError": "errors",
     "Sweep": "values.sweep",
     "TaskScores": "values.task_scores",
@@ -147,6 +150,7 @@ _HOMES = {
     "drop_layers": "cutting.in_model",
     "evaluate_loss": "evaluation.loss",
     "evaluate_perplexity": "evaluation.perplexity",
+    "evaluate_speech": "evaluation.speech",
     "evaluate_tasks": "evaluation.tasks",
     "gain": "runs.gain",
     "heal": "healing.heal",

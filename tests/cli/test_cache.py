@@ -29,7 +29,8 @@ COMMANDS = {
     "scan samples": "scan {tiny} --texts {texts} --out {out} --keep-samples --positions last:2",
     "scan states": "scan {tiny} --texts {texts} --out {out} --keep-states {out}.safetensors",
     "analyse": "analyse {states} --out {out} --cka-batch 8",
-    "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 1 --top 2 --out {out}",
+    "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 1 --top 2 --no-speech "
+    "--out {out}",
     "patch": "patch {trained} --texts {counting} --drop 2:4 --eval-texts {counted} --out {out} "
     "--dtype float32 --max-length 16",
     "prune": "prune {tiny} --drop 2:4 --dtype bfloat16 --verify --out {out}",
@@ -222,8 +223,10 @@ def test_a_hit_loads_no_torch(shallower, folder, place, cache_folder):
         "finally:\n    print({'torch', 'transformers', 'matplotlib'} & set(sys.modules),"
         " file=sys.stderr)"
     )
+    (folder / "asked.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
     commands = [
         ["eval", place["tiny"], "--texts", place["held_out"], "--drop", "1"],
+        ["eval", place["tiny"], "--speech", "asked.jsonl", "--speech-tokens", "4", "--drop", "1"],
         words(COMMANDS["run"], place),
     ]
     for command in commands:

@@ -72,7 +72,7 @@ def test_mistakes_are_told_in_a_sentence(shallower, tiny, tasks, long, tmp_path,
     def error(*options):
         return shallower("eval", tiny, *options).error
 
-    assert error() == "name what to measure: --texts, --perplexity or --tasks"
+    assert error() == "name what to measure: --texts, --perplexity, --tasks or --speech"
     assert "no folder" in error("--tasks", "pick", "--tasks-dir", tmp_path / "nowhere")
     assert "cannot read a text" in error("--perplexity", tmp_path / "nowhere.txt")
     assert "fills no window of 9999" in error("--perplexity", long, "--context", "9999")

@@ -67,12 +67,12 @@ def test_a_comparison_says_how_many_choices_are_known(cut_short, asked):
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_says_how_far_it_came(cut_short, asked):
-    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only")
+    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only", "--no-speech")
     said = cut_short(command, Recommending, "_row", 1)
     assert said.startswith("goes on: the layers are chosen")
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_that_compared_the_layers_says_so(cut_short, asked):
-    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only")
+    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only", "--no-speech")
     assert cut_short(command, Recommending, "_recommended", 0) == "goes on: the layers are compared"

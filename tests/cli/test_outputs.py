@@ -163,7 +163,9 @@ FUNCTIONS = {
     ),
     "run": (
         "model",
-        lambda out, loaded: sh.run(*loaded, documents(60, 0), out=out, n=1, overwrite=True),
+        lambda out, loaded: sh.run(
+            *loaded, documents(60, 0), out=out, n=1, overwrite=True, prompts=()
+        ),
     ),
     "curve": (
         "model",

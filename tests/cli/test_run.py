@@ -52,7 +52,7 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
 # The whole way.
 @pytest.mark.filterwarnings("default:the cut is not patched")
 def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, request):
-    command = ["run", tiny, "--texts", texts / "texts.jsonl"]
+    command = ["run", tiny, "--texts", texts / "texts.jsonl", "--no-speech"]
     command += ["--eval-texts", texts / "held_out.jsonl", "--out", "out", "--top", "2", "--n", "2"]
     done = shallower(*command)
     assert done.status == 0

@@ -151,7 +151,7 @@ def test_a_run_writes_the_losses_that_it_measured(source, words, tmp_path):
     model, tokenizer = sh.load_model(source, dtype="float32")
     done = sh.run(
         model, tokenizer, documents(24), eval_texts=documents(8, seed=1), out=tmp_path / "out", n=1,
-        top=2,
+        top=2, prompts=(),
     )  # fmt: skip
     card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
     assert f"| held-out loss | {done.whole} → {done.recommended.loss} nats a token" in card

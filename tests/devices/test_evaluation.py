@@ -1,11 +1,19 @@
-"""Losses of models on fake CUDA devices, and the texts that they continue."""
+"""Losses of models on fake CUDA devices, and how they speak."""
 
+import pytest
+
+import shallower as sh
+from shallower.evaluation.answers import write_answers
 from shallower.evaluation.loss import evaluate_loss
-from shallower.runs.continuing import continue_text
+from shallower.evaluation.speech import Reference, Speaking, evaluate_speech
+from shallower.models.decoder import Decoder
+from shallower.texts.prompts import Prompt, prompt_ids
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS
 
 WORDS = word_tokenizer()
+PROMPTS = ["w3 w4", "w5 w6 w7"]
+OPTIONS = {"num_tokens": 2, "batch_size": 2, "progress": False}
 
 
 def test_the_loss(stage):
@@ -15,6 +23,25 @@ def test_the_loss(stage):
     assert loss.vocab_size == 32000
 
 
-def test_a_text_is_continued(stage):
+@pytest.mark.parametrize("seed", [None, 0])
+def test_prompts_are_answered(stage, seed):
+    prompts = prompt_ids(WORDS, [Prompt(one) for one in PROMPTS])
     with stage.open():
-        assert continue_text(stage.model(), WORDS, "w3 w4").startswith("w1")
+        found = write_answers(Decoder.of(stage.model()), WORDS, prompts, seed=seed, **OPTIONS)
+    assert [one.written for one in found] == [(1,), (1,)]  # all that is read is true, as an end
+
+
+def test_two_models_speak(stage):
+    with stage.open():
+        found = evaluate_speech(stage.model(), WORDS, PROMPTS, whole=stage.model(), **OPTIONS)
+    assert found.num_prompts == 2
+
+
+def test_a_cut_speaks_in_the_place_of_the_whole_model(stage):
+    prompts = prompt_ids(WORDS, [Prompt(one) for one in PROMPTS])
+    with stage.open():
+        model = stage.model()
+        reference = Reference.of(Speaking(WORDS, prompts, **OPTIONS), Decoder.of(model))
+        with sh.without_layers(model, [1]):
+            spoken = reference.compare(Decoder.of(model))
+        assert reference.judged(spoken, Decoder.of(model)).num_prompts == 2

@@ -60,10 +60,9 @@ HARMLESS = {
     "patching/solver.py: Solver._best_fit: "
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
-    "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
+    "models/head.py: Head.logits_of: torch.from_numpy(tokens).to(states.device)": _INDEX,
+    "models/head.py: Head.states_at: torch.from_numpy(tokens).to(states.device)": _INDEX,
     "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
-    "runs/continuing.py: continue_text: "
-    "tokenizer(prompt, return_tensors='pt').to(Decoder.of(model).device)": _MOVED,
     "models/transfers.py: HostCopies.send: tensor.to(device)": _HOST,
     "models/transfers.py: HostCopies.start: gathered[0].rows.cpu()": _HOST,
 }

@@ -14,6 +14,7 @@ from shallower.values.scores import Scores
 from shallower.values.target import Target
 from shallower.values.task_scores import TaskScores
 from shallower.values.verification import Candidate, Verified
+from tests.values.speeches import made
 
 HOSTILE = '<script>window.struck = true</script>"\'&<img src=x onerror="window.struck=1">'
 """What nobody should call a model."""
@@ -74,14 +75,13 @@ def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", 
         verified(num_layers), "4 layers less, as asked for", loss(), loss(0.5),
         loss(patched), None, loss(0.7).minus(loss(0.5)), 4 / num_layers, 3.2 / num_layers,
     )  # fmt: skip
-    told = Continuations(
-        prompt, f"{prompt} good.\n\nAnd more.", f"{prompt} a a a", f"{prompt} fine"
-    )
+    told = Continuations(prompt, f"{prompt} good.\n\nAnd more.", "a a a", "fine")
+    speech = {name: made(9, seed) for seed, name in enumerate(("whole", "cut", "patched"))}
     scanned = scan(num_layers, name)
     table = tuple(row(n, num_layers) for n in (2, 4, 6, 8))
     splits = {"fit": 24, "choose": 16, "report": 40}
     done = Run(
-        folder, Target(n=4), scanned, loss(), splits, best, table, (told,), 0.0,
+        folder, Target(n=4), scanned, loss(), splits, best, table, (told,), speech, 0.0,
         command="shallower run SmolLM2-135M --texts c4.jsonl --n 4 --out runs/smol",
         marks={"job": None, "ended": "yes"},
     )  # fmt: skip

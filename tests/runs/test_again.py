@@ -1,6 +1,7 @@
 """What a page says of making it again ends in the numbers that it prints."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
         "run", places / "tiny", "--texts", places / "fit.jsonl", "--eval-texts",
         places / "eval.jsonl", "--out", "../runs/first", "--n", "2", "--top", "2",
         "--max-texts", "50", "--max-eval-texts", "12", "--max-length", "10", "--dtype", dtype,
-        "--no-cache", "--json",
+        "--no-cache", "--no-speech", "--json",
     )  # fmt: skip
     assert done.status == 0, done.err
     first = Run.load(tmp_path / "runs" / "first")
@@ -96,7 +97,7 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
 @pytest.mark.slow
 def test_a_run_by_python_is_made_again_by_a_command(places, elsewhere, tmp_path, shallower):
     texts, held_out = examples.sentences(60, seed=1), examples.sentences(20, seed=2)
-    settings = RunSettings(n=2, top=2, max_texts=50, max_eval_texts=12, max_length=10)
+    settings = RunSettings(n=2, top=2, max_texts=50, max_eval_texts=12, max_length=10, prompts=())
     source = sh.ModelSource(places / "tiny", "float32")
     done = sh.run(
         source, texts=texts, eval_texts=held_out, out=tmp_path / "first", settings=settings
@@ -115,7 +116,7 @@ def test_texts_that_are_no_file_of_their_own_are_measured_by_the_run_alone(
 ):
     done = shallower(
         "run", places / "tiny", "--texts", places / "fit.jsonl", "--out", tmp_path / "first",
-        "--n", "1", "--top", "1", "--plan-only",
+        "--n", "1", "--top", "1", "--plan-only", "--no-speech",
     )  # fmt: skip
     assert done.status == 0, done.err
     names = [command.split()[1] for command in commands_of(tmp_path / "first")]
@@ -149,6 +150,9 @@ def test_the_pages_of_a_curve_and_a_comparison_end_in_their_numbers(elsewhere, t
         (RunSettings(), ""),
         (RunSettings(n=4, heal=True, heal_steps=9), "--heal-steps 9 --n 4 --heal"),
         (RunSettings(target_latency=0.8, prompts=["a"]), "--target-latency 0.8"),
+        (RunSettings(prompts="far/away/asked.jsonl"), "--speech asked.jsonl"),
+        (RunSettings(prompts=Path("asked.jsonl"), seed=2), "--seed 2 --speech asked.jsonl"),
+        (RunSettings(prompts=[]), "--no-speech"),
         (RunSettings(target_memory="12GB", num_choosing=8), "--target-memory 12000000000"),
         (CurveSettings(n=[2, 4], quick_patch=True), "--n 2,4 --quick-patch"),
         (CompareSettings(criteria=["deepest", "cka"]), "--criteria deepest,cka"),

@@ -123,7 +123,7 @@ def test_the_strategies_are_those_of_the_other_commands(done, learned, words, tm
     curve, _ = done
     scanned = sh.scan(learned, words, FIT, max_length=16)
     run = sh.run(
-        learned, words, TEXTS, eval_texts=REPORT, max_length=16, top=2, n=2, prompts=[],
+        learned, words, TEXTS, eval_texts=REPORT, max_length=16, top=2, n=2, prompts=(),
         out=tmp_path / "run",
     )  # fmt: skip
     for strategy, dropped in (

@@ -15,7 +15,6 @@ from shallower.models.source import ModelSource
 from shallower.reporting.results import Run
 from shallower.reporting.stories.run import sizes_table
 from shallower.runs import recommending
-from shallower.runs.continuing import continue_text
 from shallower.values.scores import Difference
 from tests.conftest import tiny_llama
 from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
@@ -24,7 +23,7 @@ from tests.healing.cuts import documents as progressions
 
 FILES = {"scan.safetensors", "shallower_plan.json", "gain.json", "results.json", "checkpoint"}
 TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
-TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "prompts": ["w5 w7 w11"]}
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "prompts": ()}
 
 
 def read_results(folder):
@@ -130,16 +129,6 @@ def test_the_next_best_is_no_tie_where_one_behind_it_is(done):
     ):
         raced = replace(verified, candidates=(verified.candidates[0], *others))
         assert replace(done.recommended, verified=raced).sentence().endswith(end)
-
-
-def test_a_run_continues_prompts_before_the_cut_after_it_and_after_the_patch(done, learned, words):
-    (told,) = done.continuations
-    assert told.whole == continue_text(learned, words, "w5 w7 w11")
-    with sh.without_layers(learned, done.recommended.plan.blocks):
-        assert told.cut == continue_text(learned, words, "w5 w7 w11")
-    patched = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
-    assert told.patched == continue_text(patched, words, "w5 w7 w11")
-    assert told.healed is None
 
 
 @pytest.mark.slow
@@ -391,9 +380,10 @@ def stored(learned, words, tmp_path):
         ({"blocks": 0}, sh.LayersError, "blocks = 0.*--blocks"),
         ({"tops": 3}, sh.SettingsError, "no setting 'tops': did you mean top?"),
         ({"top": 0}, sh.LayersError, "--top"),
-        ({"prompts": "w1 w2"}, sh.TextsError, "prompts must be a sequence of strings"),
-        ({"prompts": ["w1", " "]}, sh.TextsError, "prompts must be a sequence of strings"),
-        ({"prompts": [3]}, sh.TextsError, "prompts must be a sequence of strings"),
+        ({"prompts": "w1 w2"}, sh.TextsError, "there is no file of prompts w1 w2"),
+        ({"prompts": ["w1", " "]}, sh.TextsError, "prompt 1: the field `prompt` is blank"),
+        ({"prompts": [3]}, sh.TextsError, "prompt 0: expected a JSON object with the field"),
+        ({"prompts": 3}, sh.TextsError, "prompts must be a file or a sequence, got int .*--speech"),
     ],
 )
 def test_a_run_is_refused_before_anything_is_loaded(
@@ -413,20 +403,3 @@ def test_a_run_is_refused_before_anything_is_loaded(
 def test_a_model_in_memory_needs_its_tokenizer(learned, tmp_path):
     with pytest.raises(sh.ModelError, match="needs its tokenizer"):
         sh.run(learned, texts=TEXTS, out=tmp_path / "out")
-
-
-# Continuing a text.
-def test_a_continuation_is_greedy(llama, words):
-    ids = words("w3 w1 w4", return_tensors="pt")["input_ids"]
-    for _ in range(5):
-        with torch.inference_mode():
-            following = llama(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, following], 1)
-    expected = words.decode(ids[0], skip_special_tokens=True)
-    assert continue_text(llama, words, "w3 w1 w4", num_tokens=5) == expected
-
-
-def test_a_continuation_is_greedy_whatever_the_model_prefers(llama, words):
-    expected = continue_text(llama, words, "w3 w1 w4")
-    llama.generation_config.update(do_sample=True, temperature=5.0, top_k=3)
-    assert {continue_text(llama, words, "w3 w1 w4") for _ in range(3)} == {expected}

@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "evaluate",
-        "Measure loss, perplexity and tasks, before and after a cut.",
+        "Measure loss, perplexity, tasks and speech, before and after a cut.",
         "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
     ),
     "gain": Command(
@@ -241,7 +241,7 @@ def _end_interrupted(name: str, arguments: Sequence[str]) -> NoReturn:
 
 def _with_values(arguments: Sequence[str]) -> list[str]:
     """Give options that may stand alone an empty value where they do, since typer wants one."""
-    behind = [*arguments[1:], "--"]
+    behind = [*arguments, "--"][1:]
     return [
         f"{word}=" if word in ALONE and after.startswith("-") else word
         for word, after in zip(arguments, behind, strict=True)

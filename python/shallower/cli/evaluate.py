@@ -247,7 +247,7 @@ def _results(job: "EvalJob") -> "Results":
     job.prepare()
     if isinstance(job, SharedEvalJob):
         return job.run_shared()
-    return job.measure(*job.source.load())
+    return job.measure()
 
 
 def _measures(

@@ -20,6 +20,7 @@ from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
+from ..models.head import agree
 from ..models.layerwise import is_streamed
 from ..progress import hushed, track
 from ..texts.batches import Batch, padded
@@ -66,8 +67,7 @@ def write_answers(
     """
     check_speaks(decoder)
     check_prompts(decoder, prompts, num_tokens)
-    ends = _ends(decoder.model, tokenizer)
-    size = AT_ONCE if batch_size == "auto" else batch_size
+    ends = ends_of(decoder.model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     found: dict[int, Answer] = {}
     halving = Halving()
@@ -76,6 +76,8 @@ def write_answers(
         evaluating(decoder.model),
         _plain_settings(decoder.model),
     ):
+        size = AT_ONCE if batch_size == "auto" else batch_size
+        size = size if size == 1 or _answers_together(decoder, prompts) else 1
         for start in range(0, len(order), size):
             batch = padded([(index, prompts[index]) for index in order[start : start + size]])
             for part, answers in halving.run(
@@ -115,7 +117,7 @@ def check_prompts(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], num_to
             )
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer, ascending."""
     own: Any = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list) else [own]
@@ -132,29 +134,56 @@ def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = kept
 
 
+def _answers_together(decoder: Decoder, prompts: Sequence[NDArray[np.int64]]) -> bool:
+    """Whether a model says to the shortest prompt beside the longest what it says to it alone.
+
+    Some families count positions from the padding on, or mix the states of texts.
+    """
+    shortest, longest = min(prompts, key=len), max(prompts, key=len)
+    options = {"max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    try:
+        alone = _generated(decoder, [shortest], **options).logits
+        beside = [one[:1] for one in _generated(decoder, [shortest, longest], **options).logits]
+    except RuntimeError:  # of memory, too
+        return False
+    steps = [agree(*logits) for logits in zip(beside, alone, strict=True)]
+    same = torch.equal(beside[0].argmax(-1), alone[0].argmax(-1))  # else the rest is of others
+    return all(steps if same else steps[:1])
+
+
 @torch.inference_mode()
+def _generated(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], **options: Any) -> Any:
+    """What ``generate`` gives of prompts, which are padded on the left."""
+    width = max(map(len, prompts))
+    ids = np.zeros((len(prompts), width), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    generate: Any = decoder.model.generate
+    with hushed():
+        return generate(
+            input_ids=torch.from_numpy(ids).to(decoder.device),
+            attention_mask=torch.from_numpy(mask).to(decoder.device),
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+
+
 def _answered(
     decoder: Decoder, batch: Batch, ends: list[int], num_tokens: int, seed: int | None
 ) -> list[Answer]:
-    """Answer the prompts of a batch, which are padded on the left for it."""
+    """Answer the prompts of a batch."""
     lengths = batch.attention_mask.sum(axis=1)
     prompts = [row[:length] for row, length in zip(batch.input_ids, lengths, strict=True)]
-    width = batch.input_ids.shape[1]
-    ids, mask = np.zeros_like(batch.input_ids), np.zeros_like(batch.attention_mask)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    drawing = LogitsProcessorList([] if seed is None else [_Drawing(prompts, seed)])
-    generate: Any = decoder.model.generate
-    with hushed():
-        output = generate(
-            input_ids=torch.from_numpy(ids).to(decoder.device),
-            attention_mask=torch.from_numpy(mask).to(decoder.device),
-            logits_processor=drawing,
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=ends or None,
-        )
+    output = _generated(
+        decoder,
+        prompts,
+        logits_processor=LogitsProcessorList([] if seed is None else [_Drawing(prompts, seed)]),
+        max_new_tokens=num_tokens,
+        eos_token_id=ends or None,
+    )
+    width = int(lengths.max())
     return [
         _up_to_end(prompt, row, {*ends})
         for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True)

@@ -1,8 +1,7 @@
 """Speech: how a cut goes on from prompts beside the whole model, on its words and on their own."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError
+from ..errors import ModelError, TextsError
 from ..memory.plan import fitting
 from ..memory.retry import Halving
 from ..models.architecture import evaluating
@@ -21,6 +20,7 @@ from ..progress import track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import Prompt, given_prompts, prompt_ids
 from ..values.answers import Answer
+from ..values.hashing import hash_of
 from ..values.scores import Scores
 from ..values.speech import ON_WORDS, WAYS, Speech, repeated
 from ..values.tokens import BatchSize, Tokens
@@ -36,6 +36,9 @@ Words = Mapping[str, Sequence[Answer]]
 _BY_TOKEN = ON_WORDS[:-1]
 _PROBED = 4
 """Rows by whose logits two heads are told apart."""
+
+_ON_CARDS = 1 << 23
+"""Logits of each of two models that a card compares at once, in float64: some 64 MiB an array."""
 
 
 def evaluate_speech(
@@ -76,8 +79,12 @@ def evaluate_speech(
             finite; or the two do not share a vocabulary.
 
     Example:
-        >>> plan = scan.plan(4)
-        >>> cut = sh.prune(model, plan)
+        >>> import copy
+        >>> cut = copy.deepcopy(model)
+        >>> plan = sh.drop_layers(cut, [range(12, 20)])
+        >>> speech = sh.evaluate_speech(cut, tokenizer, ["Once"], whole=model, num_tokens=8)
+        >>> print(f"{speech.mean('acceptance'):.0%} of the whole model's tokens are accepted")
+        ...% of the whole model's tokens are accepted
     """
     of_whole, of_model = Decoder.of(whole), Decoder.of(model)
     ids = prompt_ids(tokenizer, given_prompts(prompts))
@@ -98,6 +105,9 @@ class Speaking:
         seed: of what is drawn.
         batch_size: texts in one forward.
         progress: whether to show bars; by default if standard error is a terminal.
+
+    Raises:
+        TextsError: a number that is out of range.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -106,6 +116,12 @@ class Speaking:
     seed: int = 0
     batch_size: BatchSize = "auto"
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        Tokens(batch_size=self.batch_size)
+        for name, value, least in (("num_tokens", self.num_tokens, 1), ("seed", self.seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise TextsError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def words(
         self, decoder: Decoder, name: str, write: Callable[..., list[Answer]] = write_answers
@@ -142,15 +158,26 @@ class Speaking:
 
 @dataclass(frozen=True, slots=True)
 class _Spans:
-    """Prompts with what was said, (B, T), and the (B,) tokens of each that were given."""
+    """Prompts with what was said, (B, T), and the (B,) tokens of each that were given.
+
+    ``kept`` are the whole model's states at what was said, on the CPU, if it said that.
+    """
 
     batch: Batch
     given: NDArray[np.int64]
+    kept: torch.Tensor | None = None
 
     def part(self, batch: Batch) -> "_Spans":
         """The same of some of its texts."""
+        if batch is self.batch:
+            return self
         places = {sample: place for place, sample in enumerate(self.batch.samples.tolist())}
-        return _Spans(batch, self.given[[places[one] for one in batch.samples.tolist()]])
+        rows = [places[one] for one in batch.samples.tolist()]
+        kept = self.kept
+        if kept is not None:
+            pieces = kept.split(self.predicting.sum(axis=1).tolist())
+            kept = torch.cat([pieces[row] for row in rows])
+        return _Spans(batch, self.given[rows], kept)
 
     @property
     def predicting(self) -> NDArray[np.bool_]:
@@ -186,13 +213,13 @@ class Reference:
     Attributes:
         speaking: how it was let to speak.
         words: what it said.
-        parts: the words in batches, each with the states on the CPU.
+        parts: the words in batches, with the states.
         probe: the first logits of the first batch, by which another head is told from its own.
     """
 
     speaking: Speaking
     words: Words
-    parts: Sequence[tuple[_Spans, torch.Tensor]]
+    parts: Sequence[_Spans]
     probe: torch.Tensor
 
     @classmethod
@@ -211,8 +238,8 @@ class Reference:
                 lambda one: one.states(head).cpu(),
                 ("whole model on its words", speaking.progress),
             ):
-                parts.append((part, states))
-            probe = _probe(head, parts[0][1])
+                parts.append(replace(part, kept=states))
+            probe = _probe(head, parts[0])
         return cls(speaking, words, parts, probe)
 
     @torch.inference_mode()
@@ -228,27 +255,27 @@ class Reference:
         head = Head.of(decoder)
         its_head = None if whole is None else Head.of(whole)
         found: dict[int, NDArray[np.float64]] = {}
-        total = sum(len(spans.batch) for spans, _ in self.parts)
-        bar = track(f"{name} on those words", total, self.speaking.progress)
-        with bar as advance, evaluating(decoder.model):
+        with evaluating(decoder.model), evaluating((whole or decoder).model):
             self._check(head, its_head)
-            for spans, kept in self.parts:
-                rows = self._rows(spans, kept, head, its_head or head)
-                pieces = np.split(rows, np.cumsum(spans.predicting.sum(axis=1))[:-1])
-                found.update(zip(spans.batch.samples.tolist(), pieces, strict=True))
-                advance(len(spans.batch))
+            for part, rows in _run(
+                self.parts,
+                lambda one: _rows(one, head, its_head or head),
+                (f"{name} on those words", self.speaking.progress),
+            ):
+                pieces = np.split(rows, np.cumsum(part.predicting.sum(axis=1))[:-1])
+                found.update(zip(part.batch.samples.tolist(), pieces, strict=True))
         is_itself = whole is not None and whole.model is decoder.model
         own = self.words if is_itself else self.speaking.words(decoder, name)
         return Spoken(self._speech(found, own), own)
 
     def judged(self, spoken: Spoken, decoder: Decoder) -> Speech:
-        """Let the whole model judge what another one said, by its loss; raises as an evaluation."""
+        """Let the whole model judge what another one said, by its loss; ModelError as above."""
         head = Head.of(decoder)
         found: dict[int, float] = {}
         with evaluating(decoder.model):
             for part, sums in _run(
                 self.speaking.batches(decoder, spoken.own),
-                lambda one: summed_losses(head, one.batch, one.given).tolist(),
+                lambda one: _finite(summed_losses(head, one.batch, one.given), head).tolist(),
                 ("whole model judges", self.speaking.progress),
             ):
                 found.update(zip(part.batch.samples.tolist(), sums, strict=True))
@@ -268,36 +295,21 @@ class Reference:
                 f"{type(head.decoder.model).__name__} predicts over {head.vocab_size:,} tokens, "
                 f"and the whole model over {size:,}: compare models of one tokenizer"
             )
-        if whole is None and not torch.equal(_probe(head, self.parts[0][1]), self.probe):
+        if whole is None and not self._is_head(head):
             raise ModelError(
                 "the model has another head, or another dtype, than the whole one, so that both "
                 "are needed in memory to compare their words: load both in the same dtype, or "
                 "compare them by evaluate_speech(model, tokenizer, whole=...)"
             )
 
-    def _rows(
-        self, spans: _Spans, kept: torch.Tensor, head: Head, whole: Head
-    ) -> NDArray[np.float64]:
-        """(R, M) the measures of every token."""
-        expected = torch.from_numpy(spans.expected)
-        own = spans.states(head)
-        device, there = own.device, whole.decoder.device
-        rows: list[torch.Tensor] = []
-        start = 0
-        with ExitStack() as stack:
-            if whole.decoder is not head.decoder:
-                stack.enter_context(evaluating(whole.decoder.model))
-            pairs = zip(whole.logits_from(kept.to(there)), head.logits_from(own), strict=True)
-            for of_whole, of_model in pairs:
-                words = expected[start : (start := start + len(of_model))]
-                rows.append(_measures(of_whole.to(of_model.device), of_model, words))
-        found = torch.cat(rows).to("cpu").numpy()
-        if not np.isfinite(found).all():
-            raise ModelError(
-                f"a model's logits overflow or are NaN in {head.dtype} on {device}: load it as "
-                f"bfloat16 or float32 (dtype, --dtype)"
-            )
-        return found
+    def _is_head(self, head: Head) -> bool:
+        """Whether a head makes the whole model's logits."""
+        try:
+            return torch.equal(_probe(head, self.parts[0]), self.probe)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # of another dtype or size
+            return False
 
     def _speech(self, found: Mapping[int, NDArray[np.float64]], own: Words) -> Speech:
         scores: dict[str, dict[str, Scores]] = {}
@@ -317,8 +329,9 @@ class Reference:
             scores[way] |= _of_own(own[way])
             pairs = zip(self.words[way], own[way], strict=True)
             scores[way]["ends"] = _each([one.ended == other.ended for one, other in pairs])
-        whole = {way: _of_own(self.words[way]) for way in WAYS}
-        return Speech(self.speaking.num_tokens, self.speaking.seed, scores, whole, by_token)
+        whole, speaking = {way: _of_own(self.words[way]) for way in WAYS}, self.speaking
+        mark = hash_of({way: list(map(astuple, self.words[way])) for way in WAYS})
+        return Speech(speaking.num_tokens, speaking.seed, mark, scores, whole, by_token)
 
 
 def _run(
@@ -335,14 +348,42 @@ def _run(
 
 
 @torch.inference_mode()
-def _probe(head: Head, states: torch.Tensor) -> torch.Tensor:
+def _probe(head: Head, spans: _Spans) -> torch.Tensor:
     """The logits that a head makes of the first states."""
-    return next(head.logits_from(states[:_PROBED].to(head.decoder.device))).float().cpu()
+    assert spans.kept is not None
+    return next(head.logits_from(spans.kept[:_PROBED].to(head.decoder.device))).float().cpu()
+
+
+def _rows(spans: _Spans, head: Head, whole: Head) -> NDArray[np.float64]:
+    """(R, M) the measures of every token."""
+    assert spans.kept is not None
+    expected, kept = torch.from_numpy(spans.expected), spans.kept.to(whole.decoder.device)
+    rows: list[torch.Tensor] = []
+    start = 0
+    for of_whole, of_model in zip(
+        whole.logits_from(kept), head.logits_from(spans.states(head)), strict=True
+    ):
+        words = expected[start : (start := start + len(of_model))]
+        rows.append(_measures(of_whole.to(of_model.device), of_model, words))
+    found: NDArray[np.float64] = _finite(torch.cat(rows), head).numpy()
+    return found
+
+
+def _finite(found: torch.Tensor, head: Head) -> torch.Tensor:
+    """Measures on the CPU; ModelError where they are no numbers."""
+    found = found.to("cpu")
+    if not found.isfinite().all():
+        raise ModelError(
+            f"logits of {type(head.decoder.model).__name__}, or of what it is compared with, "
+            f"overflow or are NaN in {head.dtype}: load both as bfloat16 or float32 "
+            f"(dtype, --dtype)"
+        )
+    return found
 
 
 def _measures(whole: torch.Tensor, model: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """(R, M) float64 measures of every token from (R, V) logits of both, a few rows at a time."""
-    size = len(whole) if whole.is_cuda else max(1, LOGITS_PER_CHUNK // whole.shape[1])
+    size = max(1, (_ON_CARDS if whole.is_cuda else LOGITS_PER_CHUNK) // whole.shape[1])
     words = words.to(whole.device)
     pieces = zip(whole.split(size), model.split(size), words.split(size), strict=True)
     return torch.cat([_of_rows(*piece) for piece in pieces])

@@ -157,7 +157,7 @@ class Run:
         try:
             values = of_type(dict, json.loads((out / RESULTS_FILE).read_bytes()))
             done, difference = values["recommended"], values["max_logits_difference"]
-            source = values.get("source")
+            source, speech = values.get("source"), of_type(dict, values.get("speech", {}))
             results = cls(
                 out,
                 Target(**values["wish"]),
@@ -167,7 +167,7 @@ class Run:
                 None if done is None else Recommended.from_json(done),
                 tuple(map(SizeRow.from_json, values["table"])),
                 tuple(Continuations(**one) for one in values["continuations"]),
-                {name: Speech.from_json(one) for name, one in values.get("speech", {}).items()},
+                {name: Speech.from_json(one) for name, one in speech.items()},
                 math.nan if difference is None else of_type(float, difference),
                 command=of_type(str, values.get("command", "")),
                 loaded=of_type(str, values.get("loaded", "MODEL")),

@@ -17,7 +17,7 @@ from ..texts.prompts import (
 from ..texts.sequences import answered
 from ..values.answers import Answer
 from ..values.hashing import hash_of
-from ..values.schema import read
+from ..values.schema import of_type, read
 from ..values.tokens import BatchSize
 
 if TYPE_CHECKING:
@@ -63,15 +63,22 @@ class KeptAnswers:
         description: str = "answers",
     ) -> list[Answer]:
         """Answer prompts as :func:`write_answers`; CacheError where the store is damaged."""
-        from ..evaluation.answers import check_prompts, check_speaks, write_answers
+        from ..evaluation.answers import check_prompts, check_speaks, ends_of, write_answers
 
         check_speaks(decoder)
         check_prompts(decoder, prompts, num_tokens)
         found: list[Answer] = []
+        settings = {
+            "num_tokens": num_tokens,
+            "seed": seed,
+            "batch_size": batch_size,
+            "ends": ends_of(decoder.model, tokenizer),
+        }
         with track(description, len(prompts), progress) as advance:
             for start in range(0, len(prompts), AT_ONCE):
                 some = prompts[start : start + AT_ONCE]
-                inputs = _inputs(some, num_tokens, seed, batch_size)
+                ids = [one.tolist() for one in some]
+                inputs = {"prompts": hash_of(ids), **settings}
                 known = self.store.get("answers", inputs)
                 if known is None:
                     answers = write_answers(
@@ -85,24 +92,18 @@ class KeptAnswers:
                     )
                     self.store.put("answers", inputs, {"answers": [asdict(one) for one in answers]})
                 else:
-                    answers = _read(known, len(some))
+                    answers = _read(known, ids)
                 found += answers
                 advance(len(some))
         return found
 
 
-def _inputs(
-    prompts: "Sequence[NDArray[np.int64]]", num_tokens: int, seed: int | None, batch: BatchSize
-) -> dict[str, Any]:
-    ids = hash_of([one.tolist() for one in prompts])
-    return {"prompts": ids, "num_tokens": num_tokens, "seed": seed, "batch_size": batch}
-
-
-def _read(known: dict[str, Any], count: int) -> list[Answer]:
+def _read(known: dict[str, Any], prompts: list[list[int]]) -> list[Answer]:
+    """The answers to prompts, as they were kept."""
     try:
-        answers = [read(Answer, one) for one in known["answers"]]
-        if len(answers) != count:
-            raise ValueError(f"{len(answers)} answers to {count} prompts")
+        answers = [read(Answer, one) for one in of_type(list, known["answers"])]
+        if [[*one.given] for one in answers] != prompts or not all(one.written for one in answers):
+            raise ValueError("expected an answer to each of the prompts")
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"an entry of the cache is no answers: {error}") from error
     return answers

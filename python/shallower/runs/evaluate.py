@@ -27,7 +27,7 @@ from .measures import Measure, SpeechOnPrompts
 from .store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from ..models.decoder import Decoder
 
@@ -185,57 +185,78 @@ class EvalJob:
         for measure in self.measures:
             measure.prepare()
 
-    def measure(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
-    ) -> dict[str, dict[str, Result]]:
-        """Measure what is not known, on a model as ``source`` loads it, and leave it as it was.
+    def measure(self) -> Results:
+        """Load the model, and measure what is not known of it.
 
-        Raises PlanError for a plan of another model, and what the measures raise.
+        The whole model of a measure, where it is another one, is loaded before it and after it: no
+        two are in memory together. Raises PlanError for a plan of another model, and what the
+        measures raise.
         """
-        from ..cutting.in_model import without_layers
-        from ..models.decoder import Decoder
+        found = {
+            kind: {side: one for side, layers in self.sides.items() if (one := known.get(layers))}
+            for kind, known in self.results.items()
+        }
+        missing = [one for one in self.measures if len(found[one.kind]) < len(self.sides)]
+        for measure in missing:
+            if measure.whole is not None:
+                self._meet(measure, _loaded(measure.whole), measure.whole)
+        identity, waiting = self._measured(missing, found)
+        for measure, side, value in waiting:
+            assert measure.whole is not None
+            completed = measure.complete(value, _loaded(measure.whole)[0])
+            found[measure.kind][side] = self._kept(measure, side, completed, identity)
+        return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
 
-        decoder, plan = Decoder.of(model), self.plan
-        if plan:
-            plan.check_model(decoder.identity)
-        sides = {"base": ()} if plan is None else {"base": (), "cut": plan.dropped}
-        found: dict[str, dict[str, Result]] = {}
-        waiting: list[tuple[Measure[Any], str, Any]] = []  # until all layers are back
-        for one in self.measures:
-            known = {side: self.results[one.kind].get(layers) for side, layers in sides.items()}
-            found[one.kind] = {side: result for side, result in known.items() if result}
-            if len(found[one.kind]) < len(sides):
-                kept = ModelStore(self.store, model_inputs(self.source, self.store), [])
-                one.meet(decoder, tokenizer, tokens=self.fitted(one), store=kept)
-        for side, layers in sides.items():
-            with without_layers(model, plan.blocks) if plan and layers else nullcontext():
-                for one in self.measures:
-                    if side not in found[one.kind]:
-                        value = self._measured(one, (decoder, tokenizer), layers)
-                        if layers and one.needs_whole:
-                            waiting.append((one, side, value))
-                        else:
-                            found[one.kind][side] = self._kept(one, value, decoder, layers)
-        for one, side, value in waiting:
-            found[one.kind][side] = self._kept(one, value, decoder, sides[side])
-        return {kind: {side: some[side] for side in sides} for kind, some in found.items()}
+    @property
+    def sides(self) -> dict[str, Sequence[int]]:
+        """The layers that are missing of what is measured, by its name."""
+        return {"base": ()} if self.plan is None else {"base": (), "cut": self.plan.dropped}
 
     def _measured(
+        self, missing: Sequence[Measure[Any]], found: dict[str, dict[str, Result]]
+    ) -> tuple[ModelIdentity, list[tuple[Measure[Any], str, Any]]]:
+        """Measure the model; what waits for another whole model comes back beside ``found``."""
+        from ..cutting.in_model import without_layers
+
+        decoder, tokenizer = loaded = _loaded(self.source)
+        plan = self.plan
+        if plan:
+            plan.check_model(decoder.identity)
+        for measure in missing:
+            if measure.whole is None:
+                self._meet(measure, loaded, self.source)
+        waiting = []  # until all layers are back, or the other model is loaded
+        for side, layers in self.sides.items():
+            name = f" without {ranges(layers)}" if layers else ""
+            with without_layers(decoder.model, plan.blocks) if plan and layers else nullcontext():
+                for measure in missing:
+                    if side in found[measure.kind]:
+                        continue
+                    tokens = self.fitted(measure)
+                    value = measure.measure(decoder, tokenizer, tokens=tokens, name=name)
+                    if measure.needs_whole:
+                        waiting.append((measure, side, value))
+                    else:
+                        kept = self._kept(measure, side, value, decoder.identity)
+                        found[measure.kind][side] = kept
+        for measure, side, value in waiting:
+            if measure.whole is None:
+                completed = measure.complete(value, decoder)
+                found[measure.kind][side] = self._kept(measure, side, completed, decoder.identity)
+        return decoder.identity, [one for one in waiting if one[0].whole is not None]
+
+    def _meet(
         self,
         measure: Measure[Any],
         loaded: "tuple[Decoder, PreTrainedTokenizerBase]",
-        dropped: Sequence[int],
-    ) -> Any:
-        tokens = self.fitted(measure)
-        name = f" without {ranges(dropped)}" if dropped else ""
-        return measure.measure(*loaded, tokens=tokens, name=name)
+        source: ModelSource,
+    ) -> None:
+        """Let a measure see the whole model, which ``source`` names."""
+        store = ModelStore(self.store, model_inputs(source, self.store), [])
+        measure.meet(*loaded, tokens=self.fitted(measure), store=store)
 
-    def _kept(
-        self, measure: Measure[Any], value: Any, whole: "Decoder", dropped: Sequence[int]
-    ) -> Result:
-        """Complete a result, with the whole model, and keep it."""
-        completed = measure.complete(value, whole)
-        return self.results[measure.kind].keep(dropped, completed, whole.identity)
+    def _kept(self, measure: Measure[Any], side: str, value: Any, model: ModelIdentity) -> Result:
+        return self.results[measure.kind].keep(self.sides[side], value, model)
 
     def fitted(self, measure: Measure[Any]) -> Tokens:
         """Give the tokens of a measure, of as many texts in a forward as the memory holds."""
@@ -244,6 +265,16 @@ class EvalJob:
             return tokens
         planned = self.memory(self.source.resolved(), tokens)
         return Tokens(tokens.max_length, planned.micro_batch)
+
+
+def _loaded(source: ModelSource) -> "tuple[Decoder, PreTrainedTokenizerBase]":
+    """A model and its tokenizer; the memory of one before it is free."""
+    from ..memory.device import free_memory
+    from ..models.decoder import Decoder
+
+    free_memory()
+    model, tokenizer = source.load()
+    return Decoder.of(model), tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from ..cutting.cards import state_loss
 from ..cutting.source import CARD_FILE
 from ..errors import ModelError
 from ..evaluation.loss import fitting_tokens
+from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable
 from ..healing.heal import heal
 from ..judgement.held_out_cuts import loss_as_it_is
@@ -90,19 +91,28 @@ class HealingStage:
         recommended = replace(recommended, healed=healed)
         results = replace(results, recommended=recommended, healing=healing)
         if speech is not None:
-            said = speech.hear(model, "healed")
-            del model  # the whole one needs its memory
-            free_memory()
-            spoken = speech.judged(said, self.study.load(self.study.model)[0])
-            texts = [one.healed for one in speech.samples({"healed": said})]
-            samples = zip(results.continuations, texts, strict=True)
-            results = replace(
-                results,
-                speech={**results.speech, "healed": spoken},
-                continuations=tuple(replace(one, healed=text) for one, text in samples),
-            )
+            try:
+                said = speech.hear(model, "healed")
+            except ModelError as error:  # of another dtype than the whole one
+                why = f"the speech of the healed model is not measured: {error}"
+                warnings.warn(why, stacklevel=3)
+            else:
+                del model  # the whole one needs its memory
+                results = self._with_speech(results, speech, said)
         results.save()
         return results
+
+    def _with_speech(self, results: Run, speech: StudySpeech, said: Spoken) -> Run:
+        """Add how the healed model speaks, judged by the whole one, which is loaded for it."""
+        free_memory()
+        spoken = speech.judged(said, self.study.load(self.study.model)[0])
+        texts = [one.healed for one in speech.samples({"healed": said})]
+        samples = zip(results.continuations, texts, strict=True)
+        return replace(
+            results,
+            speech={**results.speech, "healed": spoken},
+            continuations=tuple(replace(one, healed=text) for one, text in samples),
+        )
 
     def _trained(self, checkpoint: Path, place: Path, answers: Sequence[Answer] | None) -> Healing:
         """Train, unless that was done before the run was cut short."""

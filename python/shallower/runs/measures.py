@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -48,13 +47,15 @@ class Measure(ABC, Generic[T]):
         kind: its name, also that of the entries in the store.
         tokens: how texts become batches.
         source: the file that is read, if it is one and known.
-        needs_whole: whether what was measured of a cut is completed by the whole model.
+        needs_whole: whether what was measured is completed by the whole model.
+        whole: that one, where it is another checkpoint than what is measured.
     """
 
     kind: str
     needs_whole: bool = False
     tokens: Tokens
     source: str | None = None
+    whole: ModelSource | None = None
 
     @abstractmethod
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
@@ -77,7 +78,7 @@ class Measure(ABC, Generic[T]):
         tokens: Tokens,
         store: "ResultStore",
     ) -> None:
-        """See the whole model before anything is measured; ``store`` has its results."""
+        """See the whole model before anything is measured; ``store`` has that one's results."""
 
     @abstractmethod
     def measure(
@@ -86,7 +87,7 @@ class Measure(ABC, Generic[T]):
         """Measure a model; ``name`` is that of the bar."""
 
     def complete(self, value: Any, decoder: "Decoder") -> T:
-        """Complete what was measured of a cut, when the whole model is back."""
+        """Complete what was measured, when the whole model is there."""
         found: T = value
         return found
 
@@ -281,8 +282,8 @@ class SpeechOnPrompts(Measure[Speech]):
         num_tokens: tokens of an answer at most.
         seed: of what is drawn.
         batch_size: texts in one forward.
-        whole: the whole model where it is another checkpoint, which is loaded for it twice; by
-            default what is measured without layers.
+        whole: the whole model where it is another checkpoint; by default what is measured without
+            layers.
         source: the file that the prompts were read from, if it is one.
     """
 
@@ -330,36 +331,20 @@ class SpeechOnPrompts(Measure[Speech]):
 
         ids = [*self.token_ids(tokenizer)]
         speaking = Speaking(tokenizer, ids, self.num_tokens, self.seed, tokens.batch_size)
-        with self._whole_model(decoder) as whole:
-            write = KeptAnswers(store).write
-            self._reference = Reference.of(speaking, whole, write)
-            self._num_layers = len(whole) if self.whole is None else None
+        self._reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
+        self._num_layers = len(decoder)
 
     def measure(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
     ) -> Any:
         """Compare a model with the whole one, and let it speak."""
-        whole = decoder if len(decoder) == self._num_layers else None
+        is_whole = self.whole is None and len(decoder) == self._num_layers
+        whole = decoder if is_whole else None
         return self._reference.compare(decoder, whole, name=f"model{name}")
 
     def complete(self, value: Any, decoder: "Decoder") -> Speech:
         """Let the whole model judge what was said."""
-        with self._whole_model(decoder) as whole:
-            return self._reference.judged(value, whole)
-
-    @contextmanager
-    def _whole_model(self, decoder: "Decoder") -> "Iterator[Decoder]":
-        """The whole model, loaded for the body where it is another checkpoint."""
-        if self.whole is None:
-            yield decoder
-            return
-        from ..memory.device import free_memory
-        from ..models.decoder import Decoder
-
-        whole = Decoder.of(self.whole.load()[0])
-        yield whole
-        del whole
-        free_memory()
+        return self._reference.judged(value, decoder)
 
     def record(self, value: Speech) -> dict[str, Any]:
         """Give a speech."""

@@ -24,7 +24,7 @@ from ..judgement.patched_trials import stays
 from ..judgement.trials import ResultStore, recalled
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
 from ..patching.quick import QuickPatch
@@ -142,6 +142,7 @@ class Measuring:
             texts=study.reported,
             num_rejected=self.num_rejected,
         )
+        self._speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
         self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
         self._shares: dict[tuple[int, ...], float] = {}  # of the seconds of cuts judged together
 
@@ -304,14 +305,13 @@ class Measuring:
     @cached_property
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
-        study = self._study
-        if not study.prompts or is_streamed(self.decoder):
+        if not self._speaks:
             return None
-        return StudySpeech.of(study, self.decoder, self.tokenizer, store=self._store)
+        return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
 
     def speech_of_cut(self, dropped: tuple[int, ...]) -> Speech | None:
         """Measure how a bare cut speaks, or recall it; None where no speech is measured."""
-        if not self._study.prompts:
+        if not self._speaks:
             return None
         prompts = prompts_fingerprint(self._study.prompts)
         inputs = {"dropped": list(dropped), "prompts": prompts, "seed": self._study.settings.seed}

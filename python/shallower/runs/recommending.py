@@ -19,7 +19,7 @@ from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.layerwise import Layerwise
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
@@ -66,11 +66,6 @@ CPU_WORK = 3e13
 
 PLAN_ONLY = "no model was wanted, but the plan alone (plan_only, --plan-only)"
 
-NO_PROMPTS = (
-    "the layers wait on disk: no speech is measured, for which all of them would be read once a "
-    "token"
-)
-
 TABLE_REPORTS = 64
 """Texts of those that report on which cuts of the table are measured, at least; their losses on
 all are estimated by what the whole model loses on the others.
@@ -81,8 +76,9 @@ class Recommending:
     """A run on one model that is loaded, which is as before afterwards.
 
     Raises:
-        TextsError: no text that reports has two tokens.
-        ModelError: the layers of the model cannot be run one by one.
+        TextsError: no text that reports has two tokens, or a given prompt is too long.
+        ModelError: the layers of the model cannot be run one by one, or prompts are given, and it
+            cannot answer.
     """
 
     def __init__(
@@ -95,8 +91,6 @@ class Recommending:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
         self._store = store
-        if study.prompts and is_streamed(model):
-            warnings.warn(NO_PROMPTS, stacklevel=2)
         with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
@@ -249,6 +243,7 @@ class Recommending:
             return self._with_speech(replace(results, recommended=recommended), plan, None)
         results = replace(results, recommended=recommended)
         results.save()
+        speech = self.speech  # of the whole model, before it is changed
         on_cpu, share = self._decoder.device.type == "cpu", self._settings.share
         try:
             with with_patch(
@@ -263,7 +258,9 @@ class Recommending:
                 num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
             ) as done:
                 found = self._saved(results, plan, done)
-                patched = self._heard("patched", found)
+                patched = None
+                if found is not None and speech is not None:
+                    patched = speech.hear(self._model, "patched")
             return self._with_speech(found, plan, patched)
         except (PatchError, TextsError) as error:
             why = f"the cut is not patched: {error}"
@@ -291,12 +288,6 @@ class Recommending:
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
         return self._measuring.speech
-
-    def _heard(self, name: str, results: Run | None) -> Spoken | None:
-        """Let the model as it is now speak, if its results are wanted."""
-        if results is None or self.speech is None:
-            return None
-        return self.speech.hear(self._model, name)
 
     def _with_speech(self, results: Run | None, plan: Plan, patched: Spoken | None) -> Run | None:
         """Add how the models speak: the whole one, the bare cut and the patched one."""

@@ -1,12 +1,15 @@
 """How the models of a study speak beside the whole one, and samples of what they say."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.speech import Reference, Speaking, Spoken
+from ..errors import ModelError, TextsError
+from ..evaluation.answers import check_prompts, check_speaks
+from ..evaluation.speech import SPEECH_TOKENS, Reference, Speaking, Spoken
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
 from ..reporting.results import Continuations
@@ -47,6 +50,26 @@ class StudySpeech:
     tokenizer: PreTrainedTokenizerBase
     reference: Reference
     whole: Speech
+
+    @staticmethod
+    def is_possible(
+        study: Study[Any], decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+    ) -> bool:
+        """Whether the model of a study can answer its prompts.
+
+        A warning says why it cannot answer our own; ModelError or TextsError why given ones.
+        """
+        if not study.prompts:
+            return False
+        try:
+            check_speaks(decoder)
+            check_prompts(decoder, prompt_ids(tokenizer, study.prompts), SPEECH_TOKENS)
+        except (ModelError, TextsError) as error:
+            if study.settings.prompts is not None:
+                raise
+            warnings.warn(f"no speech is measured: {error}", stacklevel=2)
+            return False
+        return True
 
     @classmethod
     def of(

@@ -18,7 +18,7 @@ class Difference:
     """The mean difference of two scores of the same items.
 
     Attributes:
-        mean: the first less the second, in the unit of the scores.
+        mean: the first less the second, in the unit of the scores; NaN where nothing counts.
         stderr: its standard error, from the differences of single items; NaN for one item.
         num_items: items that both have.
     """
@@ -34,13 +34,13 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Give ``mean``, ``stderr`` (None where there is none), ``num_items`` and ``tied``."""
-        figures = {"mean": self.mean, "stderr": finite(self.stderr), "num_items": self.num_items}
-        return {**figures, "tied": self.tied}
+        found = {"mean": finite(self.mean), "stderr": finite(self.stderr)}
+        return {**found, "num_items": self.num_items, "tied": self.tied}
 
     @classmethod
     def from_json(cls, data: Any) -> "Difference":
         """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
-        return cls(**fields_of(cls, data, nan=("stderr",)))
+        return cls(**fields_of(cls, data, nan=("mean", "stderr")))
 
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
@@ -103,8 +103,11 @@ class Scores:
         parts, means = [], []
         for one in (self, other):
             sums, weights = one.sums[there], one.weights[there]
+            total = math.fsum(weights)
+            if not total:
+                return Difference(math.nan, math.nan, count)
             means.append(_ratio(sums, weights)[0])
-            parts.append((sums - means[-1] * weights) / math.fsum(weights))
+            parts.append((sums - means[-1] * weights) / total)
         squares = math.fsum((parts[0] - parts[1]) ** 2)
         stderr = math.sqrt(squares * count / (count - 1)) if count > 1 else math.nan
         return Difference(means[0] - means[1], stderr, count)

@@ -31,7 +31,7 @@ GRAM = 4
 
 @dataclass(frozen=True, slots=True)
 class Speech:
-    """How a model speaks beside the whole one, on prompts.
+    """The words of a model beside those of the whole one, on prompts, as measures of how near.
 
     Every measure is known by prompt, of words that were chosen in each of two ways; a mean is
     over both, and its error over prompts.
@@ -47,6 +47,7 @@ class Speech:
     Attributes:
         num_tokens: tokens of an answer at most.
         seed: of what is drawn.
+        words: SHA-256 of what the whole model said, and of the prompts.
         scores: by way, and by measure; ``loss_under_whole`` is missing as long as the whole model
             has not judged the words.
         whole: by way, ``repetition`` and ``length`` of the words of the whole model.
@@ -55,6 +56,7 @@ class Speech:
 
     num_tokens: int
     seed: int
+    words: str
     scores: Mapping[str, Mapping[str, Scores]]
     whole: Mapping[str, Mapping[str, Scores]]
     by_token: Mapping[str, Mapping[str, Sequence[NDArray[np.float64]]]] | None = field(
@@ -89,12 +91,7 @@ class Speech:
 
         TextsError: they are of different words.
         """
-        if not all(
-            np.array_equal(
-                self.scores[way]["agreement"].weights, other.scores[way]["agreement"].weights
-            )
-            for way in WAYS
-        ):
+        if self.words != other.words:
             raise TextsError(
                 "speech of different words cannot be paired: measure both on the same prompts, "
                 "against the same whole model, with the same seed"
@@ -118,6 +115,7 @@ class Speech:
             "tokens": int(self.of("agreement").weights.sum()),
             "num_tokens": self.num_tokens,
             "seed": self.seed,
+            "words": self.words,
             **ways,
             "whole": _figures(whole),
         }
@@ -135,6 +133,10 @@ class Speech:
         for found, names in ((speech.scores, MEASURES), (speech.whole, OF_WHOLE)):
             if {*found} != {*WAYS} or any({*one} != {*names} for one in found.values()):
                 raise ValueError(f"expected {', '.join(names)} of {' and '.join(WAYS)}")
+            if {len(one.sums) for of_way in found.values() for one in of_way.values()} != {
+                speech.num_prompts
+            }:
+                raise ValueError("measures of different numbers of prompts")
         return speech
 
 

@@ -86,9 +86,8 @@ def speech_section(run: Run) -> Section:
             f"more than of those that it says itself.",
         )
     tables = (speech_table(speech),) if speech else ()
-    return Section(
-        "How it speaks", tuple(lines), tables=tables, samples=tuple(map(_sample, run.continuations))
-    )
+    samples = tuple(_sample(one, answered=bool(speech)) for one in run.continuations)
+    return Section("How it speaks", tuple(lines), tables=tables, samples=samples)
 
 
 def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
@@ -390,13 +389,12 @@ def _with_acceptance(gain: Gain | None, speech: Speech | None) -> Gain | None:
     return replace(gain, acceptance=found.mean, acceptance_stderr=stderr)
 
 
-def _sample(one: Continuations) -> Sample:
-    names = [name for name in _STATES if getattr(one, name) is not None]
-    return Sample(one.prompt, {name: _behind(one.prompt, getattr(one, name)) for name in names})
-
-
-def _behind(prompt: str, text: str) -> str:
-    return text[len(prompt) :].strip() if text.startswith(prompt) else text
+def _sample(one: Continuations, *, answered: bool) -> Sample:
+    """A sample; where no speech was measured, in older runs, texts begin with the prompt."""
+    texts = {name: text for name in _STATES if (text := getattr(one, name)) is not None}
+    if not answered:
+        texts = {name: text.removeprefix(one.prompt).strip() for name, text in texts.items()}
+    return Sample(one.prompt, texts)
 
 
 def _cost(best: Recommended) -> str:

@@ -1,6 +1,8 @@
 """How a model speaks beside the whole one: a table for people, plain JSON values for machines."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...values.counts import counted
@@ -41,7 +43,8 @@ def speech_table(found: Mapping[str, Speech]) -> Table:
             scale = 100 if name in _SHARES else 1
             digits = 1 if name in _SHARES else 3
             number = Number.of(scale * lost.mean, scale * lost.stderr, digits, sign=True)
-            row.append(Number(f"{'= ' if lost.tied else ''}{number.text}", lost.mean))
+            is_tie = lost.tied and math.isfinite(lost.mean)
+            row.append(replace(number, text=f"= {number.text}") if is_tie else number)
         rows.append(tuple(row))
     tied = "; = a tie" if len(found) == 2 else ""
     note = (

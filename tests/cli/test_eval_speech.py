@@ -1,0 +1,264 @@
+"""``shallower eval --speech``: how a cut, or another checkpoint, speaks beside the whole model."""
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+import shallower as sh
+from shallower.cli import main
+from shallower.values.speech import MEASURES
+
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10 w11", "w3 w1"]
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory):
+    """A file of prompts."""
+    path = tmp_path_factory.mktemp("asked") / "asked.jsonl"
+    path.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The models that are loaded, by name; no two may be in memory together."""
+    from shallower.models import loading
+
+    names, alive, plain = [], [], loading.load_weights
+
+    def noted(place, *arguments, **options):
+        assert not any(one() is not None for one in alive)
+        model = plain(place, *arguments, **options)
+        alive.append(weakref.ref(model))
+        names.append(str(place).rpartition("/")[2])
+        return model
+
+    monkeypatch.setattr(loading, "load_weights", noted)
+    return names
+
+
+@pytest.fixture
+def at_rest(monkeypatch):
+    """No model may be loaded, and no forward run."""
+    monkeypatch.setattr("shallower.models.loading.load_weights", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: 1 / 0)
+
+
+def evaluated(tiny, asked, layers, **options):
+    """What Python says of a cut of the tiny model, which lies there without the layers."""
+    whole, tokenizer = sh.load_model(tiny, progress=False)
+    cut, _ = sh.load_model(tiny, progress=False)
+    if layers:
+        sh.drop_layers(cut, layers)
+    return sh.evaluate_speech(cut, tokenizer, asked, whole=whole, progress=False, **options)
+
+
+def test_json_has_all_measures_of_the_cut_and_their_differences(shallower, tiny, asked):
+    command = ("eval", tiny, "--speech", asked, "--speech-tokens", 9, "--seed", 4, "--drop", "1:3")
+    done = shallower(*command, "--json")
+    assert done.status == 0, done.err
+    assert set(done.json) == {"speech", "dtype", "drop"}
+    found = done.json["speech"]
+    assert {
+        "agreement", "acceptance", "divergence", "loss", "departure", "repetition", "length",
+        "loss_under_whole", "ends", "stderr", "prompts", "whole", "greedy", "sampled",
+        "difference",
+    } <= set(found)  # fmt: skip
+    expected = evaluated(tiny, asked, [1, 2], num_tokens=9, seed=4)
+    itself = evaluated(tiny, asked, [], num_tokens=9, seed=4)
+    assert found["words"] == expected.words
+    lost = expected.minus(itself)
+    for name in MEASURES:
+        assert found[name] == pytest.approx(expected.mean(name), rel=1e-6)
+        assert found["stderr"][name] == pytest.approx(expected.of(name).stderr, rel=1e-5, abs=1e-9)
+        for way in ("greedy", "sampled"):
+            assert found[way][name] == pytest.approx(expected.of(name, way).mean, rel=1e-6)
+        assert found["difference"][name]["mean"] == pytest.approx(lost[name].mean, abs=1e-6)
+    assert found["prompts"] == len(PROMPTS)
+    assert (found["num_tokens"], found["seed"]) == (9, 4)
+    assert found["whole"]["length"] == expected.of_whole("length").mean
+
+
+def test_what_was_measured_runs_no_forward_again(shallower, tiny, asked, request):
+    command = ("eval", tiny, "--speech", asked, "--speech-tokens", 5, "--drop", "2")
+    first = shallower(*command, "--json")
+    assert first.status == 0, first.err
+    request.getfixturevalue("at_rest")
+    again = shallower(*command, "--json")
+    assert again.json == first.json
+    assert "measured before" in again.err
+    for more in ((), ("--out", "out")):
+        told = shallower(*command, *more)
+        assert told.status == 0, told.err
+        for part in ("likeliest token agrees, %", "all layers", "without [2,", "= a tie"):
+            assert part in told.out
+    assert json.loads(Path("out/eval.json").read_text())["speech"] == first.json["speech"]
+    alone = shallower("eval", tiny, "--speech", asked, "--speech-tokens", 5, "--json").json
+    assert alone["speech"]["acceptance"] == 1
+    assert "difference" not in alone["speech"]
+
+
+def test_another_cut_finds_the_words_of_the_whole_model(shallower, tiny, asked, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    command = ("eval", tiny, "--speech", asked, "--speech-tokens", 5, "--json", "--drop")
+    assert shallower(*command, "2").status == 0
+    generated, plain = [], LlamaForCausalLM.generate
+
+    def noted(model, **options):
+        generated.append(len(model.model.layers))
+        return plain(model, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
+    found = shallower(*command, "1:3").json["speech"]
+    assert {*generated} == {4}
+    assert found["acceptance"] == pytest.approx(
+        evaluated(tiny, asked, [1, 2], num_tokens=5).mean("acceptance"), rel=1e-6
+    )
+
+
+# The prompts.
+@pytest.mark.parametrize("behind", [False, True])
+def test_prompts_of_our_own_need_no_value(shallower, tiny, asked, behind, monkeypatch):
+    monkeypatch.setattr("shallower.texts.prompts.SPEECH_PROMPTS", asked)  # which are fewer
+    options = ("--drop", "1", "--speech-tokens", 2, "--json")
+    command = (*options, "--speech") if behind else ("--speech", *options)
+    found = shallower("eval", tiny, *command)
+    assert found.status == 0, found.err
+    assert found.json["speech"]["prompts"] == len(PROMPTS)
+    dry = shallower("eval", tiny, *command, "--dry-run").json
+    assert dry["speech"] == "prompts of our own"
+
+
+def test_a_file_is_named_behind_the_option_or_in_it(shallower, tiny, asked):
+    options = ("--speech-tokens", 2, "--json")
+    one = shallower("eval", tiny, "--speech", asked, *options)
+    other = shallower("eval", tiny, f"--speech={asked}", *options)
+    assert one.json == other.json
+    assert one.json["speech"]["prompts"] == len(PROMPTS)
+    dry = shallower("eval", tiny, f"--speech={asked}", "--dry-run", "--json").json
+    assert dry["speech"] == str(asked)
+    assert dry["memory"]["peak_bytes"] > 0
+
+
+CHAT = {"messages": [{"role": "user", "content": "w1"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no file of prompts asked.jsonl: expected JSON lines"),
+        ("", "there are no prompts in asked.jsonl"),
+        ('{"text": "w1"}', "asked.jsonl, line 1: no field `prompt` that holds a string, nor"),
+        ('{"prompt": "w1"}\n{', "asked.jsonl, line 2: not JSON"),
+        (json.dumps(CHAT), "line 1 is a chat (`messages`), and the tokenizer has no chat template"),
+    ],
+)
+def test_prompts_that_are_none_are_one_sentence(shallower, tiny, folder, content, said):
+    if content is not None:
+        (folder / "asked.jsonl").write_text(content)
+    for more in ((), ("--drop", "1")):
+        assert said in shallower("eval", tiny, "--speech", "asked.jsonl", *more).error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--shard", "1/2", "--out", "out"), "--speech is measured by one process: leave out"),
+        (("--workers", "2"), "--speech is measured by one process: leave out --shard, --workers"),
+        (("--speech-tokens", "0"), "'--speech-tokens': Input should be greater than or equal"),
+        (("--stream",), "the layers wait on disk"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(shallower, tiny, asked, options, said):
+    assert said in shallower("eval", tiny, "--speech", asked, *options).error
+
+
+def test_a_model_that_cannot_generate_is_one_sentence(shallower, tiny, asked, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.can_generate", classmethod(lambda _: False))
+    assert (
+        "LlamaForCausalLM cannot generate text" in shallower("eval", tiny, "--speech", asked).error
+    )
+
+
+# Another checkpoint.
+def test_a_cut_on_disk_speaks_as_in_memory(shallower, tiny, asked, folder, loaded):
+    assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
+    options = ("--speech", asked, "--speech-tokens", 6)
+    in_memory = shallower("eval", tiny, "--drop", "1:3", *options, "--json", "--no-cache").json
+    del loaded[:]
+    done = shallower("eval", "cut", "--against", tiny, *options, "--no-cache", "--json")
+    assert done.status == 0, done.err
+    assert loaded == ["tiny", "tiny", "cut", "tiny"]
+    assert done.json["speech"] == in_memory["speech"]
+
+
+def test_two_checkpoints_are_measured_once(shallower, tiny, asked, folder, request):
+    assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
+    command = ("eval", "cut", "--against", tiny, "--speech", asked, "--speech-tokens", 6)
+    first = shallower(*command)
+    assert first.status == 0, first.err
+    head = next(line for line in first.out.splitlines() if "difference" in line)
+    assert head.split() == [str(tiny), "cut", "difference"]
+    request.getfixturevalue("at_rest")
+    again = shallower(*command, "--json")
+    assert again.status == 0, again.err
+    assert again.json["speech"]["acceptance"] < 1
+
+
+def test_each_checkpoint_keeps_its_own_words(shallower, tiny, models, asked, folder):
+    """What one said as the whole model beside another is not taken for the other's."""
+    options = ("--speech", asked, "--speech-tokens", 6, "--json")
+    other = folder / "other"
+    model, tokenizer = sh.load_model(tiny, progress=False)
+    torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.weight)
+    sh.save_model(model, tokenizer, other)
+    against = {}
+    for first, second in ((other, tiny), (tiny, other)):
+        done = shallower("eval", first, "--against", second, *options)
+        assert done.status == 0, done.err
+        against[first] = done.json["speech"]
+    assert against[other]["words"] != against[tiny]["words"]
+    for place in (other, tiny):
+        fresh = shallower("eval", place, *options, "--no-cache").json["speech"]
+        assert shallower("eval", place, *options).json["speech"] == fresh
+    torch.nn.init.normal_(model.model.layers[1].mlp.down_proj.weight)
+    sh.save_model(model, tokenizer, folder / "third")
+    found = shallower("eval", other, "--against", folder / "third", *options).json["speech"]
+    assert found["words"] not in (against[other]["words"], against[tiny]["words"])
+
+
+def test_another_head_is_one_sentence(shallower, tiny, asked, folder):
+    model, tokenizer = sh.load_model(tiny, progress=False)
+    torch.nn.init.normal_(model.lm_head.weight)
+    sh.save_model(model, tokenizer, folder / "other")
+    said = shallower("eval", "other", "--against", tiny, "--speech", asked).error
+    assert "another head, or another dtype, than the whole one" in said
+
+
+def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder, loaded):
+    shutil.copytree(tiny, folder / "other")
+    settings = json.loads((folder / "other" / "tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (folder / "other" / "tokenizer.json").write_text(json.dumps(settings))
+    said = shallower("eval", "other", "--against", tiny, "--speech", asked).error
+    assert "different tokenizers: prompt 0 becomes other tokens, so their speech" in said
+    assert not loaded
+
+
+def test_a_kill_keeps_what_was_measured(shallower, tiny, asked, texts, monkeypatch):
+    from shallower.runs.measures import SpeechOnPrompts
+
+    command = ("eval", tiny, "--texts", texts / "held_out.jsonl", "--speech", asked)
+    command += ("--speech-tokens", 3, "--drop", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(SpeechOnPrompts, "complete", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(list(map(str, command)))
+    done = shallower(*command)
+    assert "2 of 4 results were measured before" in done.err
