@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,13 +43,12 @@ from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Scores
+from ..values.settings import RunSettings
+from .answers import WantedAnswers
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
 from .speaking import StudySpeech
-from .study import model_words
-
-if TYPE_CHECKING:
-    from .run import RunStudy
+from .study import Study, model_words
 
 SCAN_TEXTS = 256
 """Texts by which layers are compared, at most: errors of distances are small long before those
@@ -83,11 +81,14 @@ class Recommending:
 
     def __init__(
         self,
-        study: "RunStudy",
+        study: Study[RunSettings],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: ResultStore,
+        *,
+        wanted: WantedAnswers | None = None,
     ) -> None:
+        self._wanted = wanted
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
         self._store = store
@@ -273,10 +274,9 @@ class Recommending:
     @cached_property
     def answers(self) -> Sequence[Answer] | None:
         """What the whole model says, to patch and to train on; None where that is not asked for."""
-        wanted = self._study.wanted_answers
-        if wanted is None:
+        if self._wanted is None:
             return None
-        return wanted.by(
+        return self._wanted.by(
             self._decoder,
             self._tokenizer,
             [text.text for text in self._measuring.split.fit],

@@ -261,7 +261,7 @@ class RunStudy(Study[RunSettings]):
         loaded, tokenizer = self.load(self.model)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
         store: ResultStore = self.model_store(self.model)
-        recommending = Recommending(self, loaded, tokenizer, store)
+        recommending = Recommending(self, loaded, tokenizer, store, wanted=self.wanted_answers)
         done = recommending.run(self.earlier)
         if report is not None:
             report(done)
