@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,13 +43,12 @@ from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Scores
+from ..values.settings import RunSettings
+from .answers import WantedAnswers
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
 from .speaking import StudySpeech
-from .study import model_words
-
-if TYPE_CHECKING:
-    from .run import RunStudy
+from .study import Study, model_words
 
 SCAN_TEXTS = 256
 """Texts by which layers are compared, at most: errors of distances are small long before those
@@ -81,20 +79,21 @@ class Recommending:
     """A run on one model that is loaded, which is as before afterwards.
 
     Raises:
-        TextsError: no text that reports has two tokens.
-        ModelError: the layers of the model cannot be run one by one.
+        TextsError: no text that reports has two tokens, or prompts that cannot be answered.
+        ModelError: the layers of the model cannot be run one by one, or it cannot answer.
     """
 
     def __init__(
         self,
-        study: "RunStudy",
+        study: Study[RunSettings],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: ResultStore,
+        answers: WantedAnswers | None = None,
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        self._store = store
+        self._store, self._wanted_answers = store, answers
         if study.prompts and is_streamed(model):
             warnings.warn(NO_PROMPTS, stacklevel=2)
         with track("tokenise the texts", show=study.progress):
@@ -102,6 +101,8 @@ class Recommending:
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
             )
             self._decoder, self._plans = measuring.decoder, measuring.plans
+        if answers is not None:
+            answers.check(self._decoder, tokenizer, self._fitted)
 
     def run(self, earlier: Run | None = None) -> Run:
         """Do all stages but a healing; ``results.json`` is written before each next step.
@@ -249,15 +250,16 @@ class Recommending:
             return self._with_speech(replace(results, recommended=recommended), plan, None)
         results = replace(results, recommended=recommended)
         results.save()
-        on_cpu, share = self._decoder.device.type == "cpu", self._settings.share
+        answers = self.answers or ()  # of the whole model, and refused if they cannot be
+        on_cpu = self._decoder.device.type == "cpu"
         try:
             with with_patch(
                 self._model,
                 self._tokenizer,
                 plan,
                 texts=self._measuring.split.fit,
-                answers=self.answers or (),
-                share=share,
+                answers=answers,
+                share=self._settings.share,
                 max_length=self._measuring.tokens.max_length,
                 progress=self._study.progress,
                 num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
@@ -276,16 +278,20 @@ class Recommending:
     @cached_property
     def answers(self) -> Sequence[Answer] | None:
         """What the whole model says, to patch and to train on; None where that is not asked for."""
-        wanted = self._study.wanted_answers
-        if wanted is None:
+        if self._wanted_answers is None:
             return None
-        return wanted.by(
+        return self._wanted_answers.by(
             self._decoder,
             self._tokenizer,
-            [text.text for text in self._measuring.split.fit],
+            self._fitted,
             store=self._store,
             progress=self._study.progress,
         )
+
+    @property
+    def _fitted(self) -> list[str]:
+        """The texts that fit."""
+        return [text.text for text in self._measuring.split.fit]
 
     @property
     def speech(self) -> StudySpeech | None:
