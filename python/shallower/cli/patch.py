@@ -108,8 +108,7 @@ def patch_command(
     place = ModelSource(
         model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
     )
-    asked = wanted_answers(answers, num_tokens=answer_tokens)
-    _check_answers(asked, share, place)
+    asked = _asked(answers, answer_tokens, share, place)
     check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
     output = output_of(
         open_store(no_cache or dry_run),
@@ -173,17 +172,21 @@ def patch_command(
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
 
 
-def _check_answers(wanted: "WantedAnswers | None", share: float, place: ModelSource) -> None:
-    """Refuse a share that cannot be, and answers that would read a model on disk for each token."""
+def _asked(
+    answers: str | None, num_tokens: int | None, share: float, place: ModelSource
+) -> "WantedAnswers | None":
+    """The answers that are wanted; a model on disk is not read for each of their tokens."""
     from ..errors import ModelError
     from ..values.recipe import check_share
 
     check_share(share)
+    wanted = wanted_answers(answers, num_tokens=num_tokens)
     if wanted is not None and not wanted.are_there and place.waits_on_disk:
         raise ModelError(
             "--answers beside --stream: all layers would be read once a token of every answer; "
             "give a file that has the answers, or leave one of the two out"
         )
+    return wanted
 
 
 def _answers(
