@@ -45,7 +45,7 @@ def heal_command(
     out: Out,
     answers: Answers = None,
     share: Share = 0.5,
-    answer_tokens: AnswerTokens = None,
+    answer_tokens: AnswerTokens = 256,
     eval_texts: Annotated[
         str | None,
         typer.Option(

@@ -144,13 +144,7 @@ Answers = Annotated[
     ),
 ]
 AnswerTokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Tokens of an answer that is written, at most; by default 256, or half of MODEL's "
-        "positions if that is less.",
-        min=1,
-    ),
+    int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
 ]
 Share = Annotated[
     float, typer.Option(metavar="X", help="Share of --answers among texts and answers, up to 1.")
@@ -184,7 +178,7 @@ def read_texts(source: str, max_texts: int | None = None) -> "Texts":
 
 
 def wanted_answers(
-    answers: str | None, steps: int | None = None, *, num_tokens: int | None, seed: int = 0
+    answers: str | None, steps: int | None = None, *, num_tokens: int, seed: int = 0
 ) -> "WantedAnswers | None":
     """Read what ``--answers`` names, for a patch or ``steps`` of a training; None where it is not
     given.

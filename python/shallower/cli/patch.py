@@ -57,7 +57,7 @@ def patch_command(
     ] = None,
     answers: Answers = None,
     share: Share = 0.5,
-    answer_tokens: AnswerTokens = None,
+    answer_tokens: AnswerTokens = 256,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
@@ -173,7 +173,7 @@ def patch_command(
 
 
 def _asked(
-    answers: str | None, num_tokens: int | None, share: float, place: ModelSource
+    answers: str | None, num_tokens: int, share: float, place: ModelSource
 ) -> "WantedAnswers | None":
     """The answers that are wanted; a model on disk is not read for each of their tokens."""
     from ..errors import ModelError

@@ -33,9 +33,7 @@ AT_ONCE = 32
 """Prompts that are answered together, and kept."""
 
 ANSWER_TOKENS = 256
-"""Tokens of an answer to train on, at most; of a model of fewer than twice as many positions half
-of those.
-"""
+"""Tokens of an answer to train on, at most."""
 
 PATCH_ANSWERS = 512
 """Prompts of our own that are answered for a patch."""
@@ -129,13 +127,13 @@ class WantedAnswers:
         prompts: what is answered, or has its answers already; None for prompts of our own, of which
             a model without a template for chats gets the beginnings of the texts.
         count: prompts of our own at most.
-        num_tokens: tokens of an answer at most; by default :data:`ANSWER_TOKENS`.
+        num_tokens: tokens of an answer at most.
         seed: of what is drawn.
     """
 
     prompts: Sequence[Prompt] | None
     count: int
-    num_tokens: int | None = None
+    num_tokens: int = ANSWER_TOKENS
     seed: int = 0
 
     def __str__(self) -> str:
@@ -154,7 +152,7 @@ class WantedAnswers:
     def num_written(self) -> int:
         """The tokens that are written at most."""
         prompts = self.count if self.prompts is None else len(self.prompts)
-        return 0 if self.are_there else prompts * (self.num_tokens or ANSWER_TOKENS)
+        return 0 if self.are_there else prompts * self.num_tokens
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -191,12 +189,11 @@ class WantedAnswers:
         """
         if self.are_there:
             return self._read(decoder, tokenizer)
-        ids, num_tokens = self._asked(decoder, tokenizer, texts)
         return KeptAnswers(store).write(
             decoder,
             tokenizer,
-            ids,
-            num_tokens=num_tokens,
+            self._asked(decoder, tokenizer, texts),
+            num_tokens=self.num_tokens,
             seed=self.seed,
             progress=progress,
             description="answers to train on",
@@ -207,16 +204,14 @@ class WantedAnswers:
 
     def _asked(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
-    ) -> "tuple[list[NDArray[np.int64]], int]":
-        """The token ids of the prompts, and the tokens of an answer at most."""
+    ) -> "list[NDArray[np.int64]]":
+        """The token ids of the prompts."""
         from ..evaluation.answers import check_prompts, check_speaks
 
         check_speaks(decoder)
         ids = prompt_ids(tokenizer, self._prompts(tokenizer, texts))
-        half = max(1, (decoder.positions or 2 * ANSWER_TOKENS) // 2)
-        num_tokens = self.num_tokens or min(ANSWER_TOKENS, half)
-        check_prompts(decoder, ids, num_tokens)
-        return ids, num_tokens
+        check_prompts(decoder, ids, self.num_tokens)
+        return ids
 
     def _prompts(
         self, tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
