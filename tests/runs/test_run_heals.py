@@ -44,7 +44,8 @@ def test_a_run_heals_what_it_patched(learned, words, tmp_path):
     assert len(healed.model.layers) == 4
     loss = sh.evaluate_loss(healed, words, REPORT, max_length=16)
     assert loss.nats == pytest.approx(recommended.healed.nats, abs=1e-6)
-    assert done.continuations[0].healed.startswith("w5 w7")
+    assert done.continuations[0].prompt == "w5 w7"
+    assert done.continuations[0].healed
     assert (done.checkpoint / "shallower_patch.json").is_file()
     results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["recommended"]["healed"] == recommended.healed.nats
@@ -60,7 +61,7 @@ def test_texts_that_fit_are_trained_on_last_and_those_that_choose_or_report_neve
 ):
     seen = {}
 
-    def note(stage, results):
+    def note(stage, results, *_said):
         split = stage.study.split
         seen.update(texts=list(stage.texts), choosing=split.choose, report=split.report)
         return results
@@ -89,7 +90,7 @@ def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
 def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
     told = []
 
-    def killed(_stage, results):
+    def killed(_stage, results, *_said):
         assert json.loads((results.out / "results.json").read_text()) == json.loads(
             json.dumps(results.to_json())
         )
