@@ -242,17 +242,30 @@ def test_answers_that_cannot_be_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_streamed_model_is_not_asked_and_takes_what_it_said(learned, words, tmp_path, written):
+@pytest.fixture
+def streamed(learned, words, tmp_path):
+    """A run of a model whose layers wait on disk."""
     sh.save_model(learned, words, tmp_path / "stored")
     source = sh.ModelSource(tmp_path / "stored", "float32", "stream")
-    options = {**TAKEN, "out": tmp_path / "out", "n": 1}
+    return lambda **options: sh.run(
+        source, None, TEXTS, **{**TAKEN, "n": 1}, out=tmp_path / "out", **options
+    )
+
+
+def test_a_model_on_disk_is_not_read_for_each_token(streamed, tmp_path):
     with pytest.raises(sh.ModelError, match=r"wait on disk .* leave out the answers \(answers"):
-        sh.run(source, None, TEXTS, **options, answers=True)
+        streamed(answers=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_on_disk_is_patched_on_answers_of_a_file(
+    streamed, learned, words, tmp_path, written
+):
     said = [one for one in said_by(learned, words) if len(one.written) > 1]
     del written[:]
     write_answered(tmp_path / "said.jsonl", words, said, model="a/stored")
-    done = sh.run(source, None, TEXTS, **options, answers=tmp_path / "said.jsonl")
-    assert done.recommended.state == "patched"
+    assert streamed(answers=tmp_path / "said.jsonl").recommended.state == "patched"
     assert written == []
 
 
