@@ -25,12 +25,12 @@ from .options import (
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ..runs.answers import WantedAnswers
     from ..values.answers import Answer
     from ..values.healing import Healing
-    from ..values.recipe import Recipe
+    from ..values.recipe import HealingDtype, Recipe
 
 
 def heal_command(
@@ -200,17 +200,18 @@ def heal_command(
         recompute=gradient_checkpointing,
     )
     recipe.check(original=original is not None, from_patch=from_patch)
-    _check_texts(texts, wanted, share, original=original)
+    _check_data(wanted, recipe, texts=texts, original=original, from_patch=from_patch)
     check_apart(out, [model, original, texts, eval_texts, answers or None])
     code, folder = trust_remote_code, Path(model).expanduser()
+    models = {
+        "cut": ModelSource(model, trust_remote_code=code),
+        "original": None if original is None else ModelSource(original, trust_remote_code=code),
+    }
     output = output_of(
         open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
         "heal",
         out,
-        models={
-            "cut": ModelSource(model, trust_remote_code=code),
-            "original": None if original is None else ModelSource(original, trust_remote_code=code),
-        },
+        models=models,
         texts={"texts": source, "eval_texts": held_out},
         recipe=asdict(recipe),
         answers=None if wanted is None else wanted.inputs,
@@ -230,15 +231,11 @@ def heal_command(
     from ..healing.heal import heal
 
     recipe = _fit_to_memory(model, recipe, device_memory, trust_remote_code, as_json, wanted)
-    said = None
-    if wanted is not None:
-        whole = None if original is None else ModelSource(original, dtype, trust_remote_code=code)
-        said = _answers(wanted, model, whole, source, no_cache=no_cache)
     done = heal(
         model,
         source,
         out,
-        answers=said,
+        answers=_answers(wanted, models, source, dtype=dtype, no_cache=no_cache),
         recipe=recipe,
         eval_texts=held_out,
         original=original,
@@ -252,14 +249,21 @@ def heal_command(
         say_healing(done, out, as_json)
 
 
-def _check_texts(
-    texts: str | None, wanted: "WantedAnswers | None", share: float, *, original: str | None
+def _check_data(
+    wanted: "WantedAnswers | None",
+    recipe: "Recipe",
+    *,
+    texts: str | None,
+    original: str | None,
+    from_patch: bool,
 ) -> None:
-    """Refuse what there is nothing to train on of, or nobody to write."""
+    """Refuse to train on nothing, and on answers that nobody writes."""
     from ..errors import RecipeError, TextsError
     from ..processes import num_processes
 
-    if texts is None and (wanted is None or share < 1):
+    if texts is None and from_patch:
+        raise TextsError("name texts to patch on (--texts), or leave out --from-patch")
+    if texts is None and (wanted is None or recipe.share < 1):
         raise TextsError("name texts to train on (--texts), or answers alone (--answers --share 1)")
     if wanted is None or wanted.are_there:
         return
@@ -276,36 +280,34 @@ def _check_texts(
 
 
 def _answers(
-    wanted: "WantedAnswers",
-    cut: str,
-    whole: ModelSource | None,
+    wanted: "WantedAnswers | None",
+    models: "Mapping[str, ModelSource | None]",
     texts: "Iterable[str]",
     *,
+    dtype: "HealingDtype",
     no_cache: bool,
-) -> "list[Answer]":
-    """The answers of a file, or those that the uncut model writes, which is free again then."""
-    from ..healing.checks import read_plan
-    from ..texts.sequences import answered
-
-    if wanted.are_there:
-        tokenizer = ModelSource(cut).load_tokenizer()
-        plan = read_plan(cut)
-        assert plan.model is not None
-        return answered(tokenizer, wanted.prompts or (), model=plan.model)
-    from ..memory.device import free_memory
+) -> "list[Answer] | None":
+    """The answers of a file, or those that the uncut model writes, which is then let go of."""
+    from ..healing.checks import read_plan, require_peft
     from ..models.decoder import Decoder
     from ..runs.given_models import ModelStore
-    from ..runs.inputs import model_inputs
     from ..runs.store import open_store
+    from ..texts.sequences import answered
 
-    assert whole is not None
-    store = open_store(no_cache)
-    kept = ModelStore(store, model_inputs(whole, store), [])
+    if wanted is None:
+        return None
+    require_peft()  # before much work
+    cut, original = models["cut"], models["original"]
+    assert cut is not None
+    plan = read_plan(str(cut))
+    if wanted.are_there:
+        return answered(cut.load_tokenizer(), wanted.prompts or (), model=plan.model)
+    assert original is not None
+    whole = replace(original, dtype=dtype)
     model, tokenizer = whole.load()
-    found = wanted.by(Decoder.of(model), tokenizer, texts, store=kept)
-    del model
-    free_memory()
-    return found
+    decoder = Decoder.of(model)
+    plan.check_model(decoder.identity)
+    return wanted.by(decoder, tokenizer, texts, store=ModelStore.of(whole, open_store(no_cache)))
 
 
 def _fit_to_memory(
@@ -360,11 +362,12 @@ def _planned(
     from ..processes import num_processes
     from ..runs.forecast import memory_forecast
 
-    plan = read_plan(model)
+    plan, there = read_plan(model), answers is not None
     memory = memory_forecast(
         model,
         "heal",
         recipe=recipe,
+        answers=there,
         device_memory=device_memory,
         processes=num_processes(),
         trust_remote_code=trust_remote_code,
@@ -372,9 +375,9 @@ def _planned(
     chosen = replace(
         recipe, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
     )
-    there = answers is not None
     resolved = resolve(model, plan, chosen, answers=there, trust_remote_code=trust_remote_code)
-    return {"heal": model, **resolved.to_json(), "memory": memory}
+    said = {"answers": str(answers)} if there else {}
+    return {"heal": model, **resolved.to_json(), **said, "memory": memory}
 
 
 def merge_command(

@@ -100,10 +100,11 @@ def require_healable(
     texts: Iterable[str],
     *,
     recipe: Recipe,
+    answers: bool = False,
 ) -> Resolved:
     """Refuse what can be known before the uncut ``model`` is cut, patched and healed.
 
-    Of the texts as many are read as one step takes.
+    Of the texts as many are read as one step takes, beside ``answers`` if there will be some.
 
     Raises:
         RecipeError: settings that do not fit the model, or weights of 4 or 8 bits, into which
@@ -118,13 +119,15 @@ def require_healable(
             f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
             f"--dtype bfloat16)"
         )
-    resolved = recipe.resolve(facts(model.config, len(find_layers(model))), auto=auto_dtype())
+    of_model = facts(model.config, len(find_layers(model)))
+    resolved = recipe.resolve(of_model, auto=auto_dtype(), answers=answers)
     read_samples(
         tokenizer,
         texts,
         max_length=resolved.max_length,
         packing=resolved.packing,
         num_samples=GLOBAL_BATCH,
+        share=resolved.share,
     )
     return resolved
 

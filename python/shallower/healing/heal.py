@@ -28,7 +28,7 @@ from ..processes import is_main_process
 from ..progress import say_goes_on, track
 from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
-from ..texts.sequences import ReadOnce, Samples, read_samples, usable_answers
+from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
 from ..texts.sources import place_of_texts
 from ..values.answers import Answer
 from ..values.counts import counted
@@ -86,8 +86,9 @@ def heal(
         out: a folder that does not exist yet, or is empty.
         recipe: the settings; by default those of the paper where it healed this model, else
             ours.
-        answers: answers of the uncut model to train on beside the texts, the recipe's ``share`` of
-            the sequences of every step: of an answer what was written is predicted, not its
+        answers: answers of the uncut model to train on beside the texts, as
+            :func:`shallower.answer_prompts` gives them, the recipe's ``share`` of the sequences of
+            every step: of an answer what was written is predicted, not its
             prompt. Those without a token, or behind a prompt that fills a sequence, are left out
             with a warning.
         eval_texts: held-out texts; the adapters of the least loss on them are kept.
@@ -270,7 +271,7 @@ class _Healer:
             answers=job.answers,
             share=recipe.share,
         )
-        _require_known_tokens(samples, text_config(model).vocab_size)
+        check_answers(job.answers, text_config(model).vocab_size)
         targets = feed_forward_targets(model, recipe.attention)
         healing = Healing(
             model=decoder.identity,
@@ -454,16 +455,6 @@ class _Healer:
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write the healed model: {why(error)}") from error
         return healing
-
-
-def _require_known_tokens(samples: Samples, vocab_size: int) -> None:
-    """Refuse answers in tokens that the model does not have, by a TextsError."""
-    most = max((int(row.ids.max()) for row in samples.rows[samples.num_text_rows :]), default=0)
-    if most >= vocab_size:
-        raise TextsError(
-            f"the answers hold token {most}, and the model has {vocab_size}: they are of another "
-            f"model"
-        )
 
 
 def _is_better(healing: Healing) -> bool:

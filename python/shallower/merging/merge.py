@@ -161,11 +161,12 @@ def healing_command(healing: Healing) -> str:
         del recipe[name]
     for name in ("packing", "attention"):
         recipe[f"no_{name}"] = not recipe[name]
+    has_original = healing.original or healing.recipe.has_teacher or healing.answers
     options = {
         "texts": "TEXTS" if healing.texts.num_texts or not healing.answers else None,
         "answers": "ANSWERS" if healing.answers else None,
         "eval_texts": "EVAL_TEXTS" if healing.held_out else None,
-        "original": PLACEHOLDER if healing.original or healing.recipe.has_teacher else None,
+        "original": PLACEHOLDER if has_original else None,
         **recipe,
         "merge": True,
         "out": "healed",

@@ -97,6 +97,8 @@ def _command(done: Patch, *, measured: bool) -> str:
     options = {
         "drop": drop_option(done.plan.blocks),
         "texts": "TEXTS",
+        "answers": None if done.share is None else "ANSWERS",
+        "share": done.share,
         "eval_texts": "EVAL_TEXTS" if measured else None,
         "max_length": done.max_length or None,
         "batch_size": done.batch_size or None,
@@ -109,7 +111,7 @@ def _command(done: Patch, *, measured: bool) -> str:
 def _patch_rows(done: Patch) -> list[tuple[str, str]]:
     rows = [
         ("method", done.method),
-        ("tokens fitted", f"{done.num_tokens:,}"),
+        ("tokens fitted", f"{done.num_tokens:,}{_among(done)}"),
         (
             "held-out loss, nats a token",
             f"{done.original:.4f} whole, {done.cut:.4f} cut, {done.patched:.4f} patched, on "
@@ -124,6 +126,11 @@ def _patch_rows(done: Patch) -> list[tuple[str, str]]:
         behind = f"all matrices of the source layers from {done.fits[0].layer} on that are left"
         rows.append(("took steps down the divergence from the source", behind))
     return rows
+
+
+def _among(done: Patch) -> str:
+    """How many of what was fitted are answers, if any are."""
+    return "" if done.share is None else f", {100 * done.share:g} % of the texts answers"
 
 
 def patch_to_folder(

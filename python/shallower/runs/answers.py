@@ -16,6 +16,7 @@ from ..texts.prompts import (
 )
 from ..texts.sequences import answered
 from ..values.answers import Answer
+from ..values.counts import counted
 from ..values.hashing import hash_of
 from ..values.schema import of_type, read
 from ..values.tokens import BatchSize
@@ -110,8 +111,13 @@ def _read(known: dict[str, Any], prompts: list[list[int]]) -> list[Answer]:
 
 
 def answers_for(steps: int | None) -> int:
-    """Say how many prompts of our own are answered for so many steps, or for a patch."""
-    return PATCH_ANSWERS if steps is None else min(MOST_ANSWERS, ANSWERS_A_STEP * steps)
+    """Say how many prompts of our own are answered for so many steps, or for a patch.
+
+    Whole parts, so that other steps find those that there are.
+    """
+    if steps is None:
+        return PATCH_ANSWERS
+    return min(MOST_ANSWERS, -(-ANSWERS_A_STEP * steps // AT_ONCE) * AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +137,23 @@ class WantedAnswers:
     num_tokens: int = ANSWER_TOKENS
     seed: int = 0
 
+    def __str__(self) -> str:
+        if self.are_there:
+            return f"{len(self.prompts or ())} of a file"
+        if self.prompts is None:
+            return f"to {self.count} prompts of our own, or beginnings of texts"
+        return f"to {counted(len(self.prompts), 'prompt')}"
+
     @property
     def are_there(self) -> bool:
         """Whether a file has the answers already, so that nothing is to be written."""
         return any(one.answer is not None for one in self.prompts or ())
+
+    @property
+    def num_written(self) -> int:
+        """The tokens that are written at most."""
+        prompts = self.count if self.prompts is None else len(self.prompts)
+        return 0 if self.are_there else prompts * self.num_tokens
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -146,6 +165,15 @@ class WantedAnswers:
             "num_tokens": self.num_tokens,
             "seed": self.seed,
         }
+
+    def check(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
+    ) -> None:
+        """Refuse what :meth:`by` would, before any long work; raises as it does."""
+        if self.are_there:
+            self._read(decoder, tokenizer)
+        else:
+            self._asked(decoder, tokenizer, texts)
 
     def by(
         self,
@@ -161,16 +189,30 @@ class WantedAnswers:
         Raises TextsError and ModelError as :func:`write_answers` and :func:`answered`.
         """
         if self.are_there:
-            return answered(tokenizer, self.prompts or (), model=decoder.identity)
+            return self._read(decoder, tokenizer)
         return KeptAnswers(store).write(
             decoder,
             tokenizer,
-            prompt_ids(tokenizer, self._prompts(tokenizer, texts)),
+            self._asked(decoder, tokenizer, texts),
             num_tokens=self.num_tokens,
             seed=self.seed,
             progress=progress,
             description="answers to train on",
         )
+
+    def _read(self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase") -> list[Answer]:
+        return answered(tokenizer, self.prompts or (), model=decoder.identity)
+
+    def _asked(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
+    ) -> "list[NDArray[np.int64]]":
+        """The token ids of the prompts."""
+        from ..evaluation.answers import check_prompts, check_speaks
+
+        check_speaks(decoder)
+        ids = prompt_ids(tokenizer, self._prompts(tokenizer, texts))
+        check_prompts(decoder, ids, self.num_tokens)
+        return ids
 
     def _prompts(
         self, tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
@@ -179,9 +221,14 @@ class WantedAnswers:
             return self.prompts
         if has_template(tokenizer):
             return training_prompts(self.count, self.seed)
-        found = [_beginning(text) for text in islice(texts, self.count) if text.strip()]
+        written = (text for text in texts if text.strip())
+        found = [_beginning(text) for text in islice(written, self.count)]
         if not found:
-            raise TextsError("there are no texts whose beginnings the model could go on from")
+            raise TextsError(
+                "the tokenizer has no chat template for prompts of our own, and there are no texts "
+                "whose beginnings the model could go on from: give some, or prompts (answers, "
+                "--answers PROMPTS)"
+            )
         return [Prompt(text=text) for text in found]
 
 

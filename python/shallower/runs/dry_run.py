@@ -46,6 +46,7 @@ from ..values.memory import MemoryPlan
 from ..values.recipe import GLOBAL_BATCH, Recipe
 from ..values.settings import CompareSettings, CurveSettings, RunSettings
 from ..values.speech import WAYS
+from .answers import WantedAnswers
 from .compare import CompareStudy
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
@@ -54,10 +55,11 @@ from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
-DECODED = 2 * 64 / 4
-"""Steps of one token that a model takes for a prompt, twice 64 tokens: a prompt among many takes a
-quarter of one alone, at most.
-"""
+AT_A_TIME = 4
+"""A token of a text among many takes a model a quarter of the time of one alone, at most."""
+
+DECODED = 2 * 64 / AT_A_TIME
+"""Steps of one token that a model takes for a prompt, twice 64 tokens."""
 
 SOLVES = 12
 """Systems of equations that a full patch solves before each block, about."""
@@ -177,7 +179,8 @@ class _Model:
         if fitted := self._patch_tokens:
             found.append(self._planned("patch", num_tokens=fitted))
         if self._recipe is not None:
-            found.append(memory_forecast(self.config, "heal", recipe=self._recipe))
+            answers = self._answers is not None
+            found.append(memory_forecast(self.config, "heal", recipe=self._recipe, answers=answers))
         return max(found, key=_peak)
 
     def _planned(self, stage: Stage, **options: Any) -> MemoryPlan:
@@ -241,6 +244,13 @@ class _Model:
         dtype: Any = "bfloat16" if self.source.dtype == "float16" else self.source.dtype
         return Recipe(dtype=dtype, steps=settings.heal_steps)
 
+    @property
+    def _answers(self) -> WantedAnswers | None:
+        """What the model is to say, for a patch or a healing; None for nothing."""
+        found = getattr(self.study, "wanted_answers", None) if self._patch_tokens else None
+        assert found is None or isinstance(found, WantedAnswers)
+        return found
+
     # Time.
     def seconds(self) -> float:
         """The seconds that all of the work takes at most, about."""
@@ -281,6 +291,8 @@ class _Model:
             work += (self._measured(size) * 2 + self._quick(size) * 2) * of
         models += self._recipe is not None
         decoded = models * DECODED * len(self.study.prompts) * (not self.source.waits_on_disk)
+        if self._answers is not None:
+            decoded += self._answers.num_written / AT_A_TIME
         work += Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
         if self._patch_tokens:
             work += self._patched(n) + self._measured(n)

@@ -61,7 +61,8 @@ class HealingStage:
         Raises:
             RecipeError, TextsError, MissingExtraError: as :func:`require_healable`.
         """
-        require_healable(model, tokenizer, self.texts, recipe=self.recipe)
+        answers = self.study.settings.answers is not False
+        require_healable(model, tokenizer, self.texts, recipe=self.recipe, answers=answers)
 
     def heal(
         self, results: Run, speech: StudySpeech | None, answers: Sequence[Answer] | None = None

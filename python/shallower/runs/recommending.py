@@ -85,18 +85,18 @@ class Recommending:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: ResultStore,
-        *,
-        wanted: WantedAnswers | None = None,
+        answers: WantedAnswers | None = None,
     ) -> None:
-        self._wanted = wanted
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        self._store = store
+        self._store, self._wanted_answers = store, answers
         with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
             )
             self._decoder, self._plans = measuring.decoder, measuring.plans
+        if answers is not None:
+            answers.check(self._decoder, tokenizer, self._fitted)
 
     def run(self, earlier: Run | None = None) -> Run:
         """Do all stages but a healing; ``results.json`` is written before each next step.
@@ -245,15 +245,16 @@ class Recommending:
         results = replace(results, recommended=recommended)
         results.save()
         speech = self.speech  # of the whole model, before it is changed
-        on_cpu, share = self._decoder.device.type == "cpu", self._settings.share
+        answers = self.answers or ()  # likewise, and refused if they cannot be
+        on_cpu = self._decoder.device.type == "cpu"
         try:
             with with_patch(
                 self._model,
                 self._tokenizer,
                 plan,
                 texts=self._measuring.split.fit,
-                answers=self.answers or (),
-                share=share,
+                answers=answers,
+                share=self._settings.share,
                 max_length=self._measuring.tokens.max_length,
                 progress=self._study.progress,
                 num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
@@ -274,15 +275,20 @@ class Recommending:
     @cached_property
     def answers(self) -> Sequence[Answer] | None:
         """What the whole model says, to patch and to train on; None where that is not asked for."""
-        if self._wanted is None:
+        if self._wanted_answers is None:
             return None
-        return self._wanted.by(
+        return self._wanted_answers.by(
             self._decoder,
             self._tokenizer,
-            [text.text for text in self._measuring.split.fit],
+            self._fitted,
             store=self._store,
             progress=self._study.progress,
         )
+
+    @property
+    def _fitted(self) -> list[str]:
+        """The texts that fit."""
+        return [text.text for text in self._measuring.split.fit]
 
     @property
     def speech(self) -> StudySpeech | None:

@@ -101,11 +101,12 @@ def run(
             the judge ``speech``.
         CriterionError: there is no such judge.
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
-        TextsError: no texts, or too few for three sets; too few prompts, or broken ones.
+        TextsError: no texts, or too few for three sets; too few prompts or answers, or broken ones.
         StatesError: no text could be compared.
         ModelError: the model cannot be loaded, run or (for a target) counted, there is no such
-            ``device``, ``heal`` or the judge ``speech`` of a model whose layers wait on disk, or
-            the saved checkpoint is another model; then ``results.json`` holds all that is known.
+            ``device``; ``heal``, answers or the judge ``speech`` of a model whose layers wait on
+            disk; or the saved checkpoint is another model; then ``results.json`` holds all that is
+            known.
         CacheError: what the cache holds is damaged.
         MissingExtraError: ``heal`` without peft.
         ProcessesError: this is one of several processes, as torchrun starts them.
@@ -210,7 +211,7 @@ class RunStudy(Study[RunSettings]):
     def wanted_answers(self) -> WantedAnswers | None:
         """What the whole model is to say, to patch and to train on; None for nothing."""
         given, heal = self.settings.answers, self.settings.heal
-        if given is False or given == ():
+        if given is False:
             return None
         recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
         count = answers_for(recipe.steps or STEPS if heal else None)
@@ -261,7 +262,7 @@ class RunStudy(Study[RunSettings]):
         loaded, tokenizer = self.load(self.model)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
         store: ResultStore = self.model_store(self.model)
-        recommending = Recommending(self, loaded, tokenizer, store, wanted=self.wanted_answers)
+        recommending = Recommending(self, loaded, tokenizer, store, self.wanted_answers)
         done = recommending.run(self.earlier)
         if report is not None:
             report(done)

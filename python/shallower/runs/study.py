@@ -144,7 +144,7 @@ class Study(ABC, Generic[Settings]):
     def reads(self) -> list[object]:
         """The places that are read, by their text."""
         texts = (*self.named_texts.values(), self.eval_texts)
-        settings = ("options", "tasks_dir", "data", "prompts")
+        settings = ("options", "tasks_dir", "data", "prompts", "answers")
         places = (getattr(self.settings, name, None) for name in settings)
         return [
             *(model.place for model in self.models),

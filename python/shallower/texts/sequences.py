@@ -217,10 +217,9 @@ def usable_answers(answers: Sequence[Answer], max_length: int) -> list[Answer]:
 
     Warns of those that are left out; raises TextsError where none is left.
     """
+    check_answers(answers)
     kept, left_out = [], []
     for index, one in enumerate(answers):
-        if not isinstance(one, Answer):
-            raise TextsError(f"answer {index} is of type {type(one).__name__}: expected Answer")
         if reason := _unusable(one, max_length):
             left_out.append(Rejection(index, reason))
         else:
@@ -237,6 +236,19 @@ def usable_answers(answers: Sequence[Answer], max_length: int) -> list[Answer]:
     if left_out and is_main_process():
         warnings.warn(f"answers are left out{said}", RejectedSamplesWarning, stacklevel=3)
     return kept
+
+
+def check_answers(answers: Iterable[object], vocab_size: int | None = None) -> None:
+    """Refuse, by a TextsError, what is no answer, or holds tokens that the model does not have."""
+    for index, one in enumerate(answers):
+        if not isinstance(one, Answer):
+            raise TextsError(f"answer {index} is of type {type(one).__name__}: expected Answer")
+        unknown = [t for t in (*one.given, *one.written) if vocab_size and not 0 <= t < vocab_size]
+        if unknown:
+            raise TextsError(
+                f"the answers hold token {unknown[0]}, and the model has {vocab_size}: they are of "
+                f"another model"
+            )
 
 
 def _unusable(answer: Answer, max_length: int) -> str | None:
@@ -292,9 +304,9 @@ def _identity(answers: Sequence[Answer], max_length: int) -> AnswersIdentity:
 
 
 def answered(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], *, model: ModelIdentity
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], *, model: ModelIdentity | None
 ) -> list[Answer]:
-    """Take the answers of a file's prompts, which are of the uncut ``model``.
+    """Take the answers of a file's prompts, which are of the uncut ``model``, if it is known.
 
     A prompt that does not name whose its answer is, is taken to be right. Raises TextsError, which
     names the line, where there is no answer, or one of another model.
@@ -306,7 +318,7 @@ def answered(
                 f"{place} has no answer: write the field `answer`, or leave it out of all lines, "
                 f"so that the uncut model answers"
             )
-        if one.model is not None and not _is_name_of(one.model, model):
+        if model is not None and one.model is not None and not _is_name_of(one.model, model):
             raise TextsError(
                 f"{place} is an answer of {one.model}, and the uncut model is {model.name} "
                 f"({model.fingerprint[:12]}): give answers of that one, or name it so in the "

@@ -162,12 +162,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and type(value) is not bool:
                 raise RecipeError(f"{name} must be True or False, got {value!r}")
-        share: object = self.share
-        if isinstance(share, bool) or not (isinstance(share, int | float) and 0 < share <= 1):
-            raise RecipeError(
-                f"share must be above 0 and at most 1, the share of answers among the sequences, "
-                f"got {share!r}"
-            )
+        check_share(self.share)
         if self.learning_rate == 0:
             raise RecipeError("a learning_rate of 0 trains nothing")
         if self.max_length is not None and self.max_length < 2:
@@ -250,6 +245,15 @@ class Resolved:
         """
         known = {"share": None, **of_type(dict, data), "objective": _objective(data)}
         return cls(**fields_of(cls, known))
+
+
+def check_share(share: object) -> None:
+    """Refuse, by a RecipeError, what is no share of answers among texts and answers."""
+    if isinstance(share, bool) or not (isinstance(share, int | float) and 0 < share <= 1):
+        raise RecipeError(
+            f"share must be above 0 and at most 1, the share of answers among texts and answers, "
+            f"got {share!r} (share, --share)"
+        )
 
 
 def _objective(data: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from ..errors import CriterionError, LayersError, PatchError, RecipeError, Setti
 from .curve import STATES, State
 from .layers import layer_number
 from .memory import parse_size
-from .recipe import Recipe
+from .recipe import Recipe, check_share
 from .target import Target
 from .tokens import BatchSize, Tokens
 
@@ -189,7 +189,7 @@ class RunSettings(RacingSettings):
             model, float16 in bfloat16.
         answers: patch and train on what the whole model says as well: True for prompts of our own,
             or prompts as of ``prompts``, which may have their answers.
-        share: the share of answers among texts and answers.
+        share: the share of answers among texts and answers, of the patch and of the training.
 
     Raises:
         LayersError, CriterionError, RecipeError, TextsError: a setting that is out of range or
@@ -214,7 +214,8 @@ class RunSettings(RacingSettings):
 
     def __post_init__(self) -> None:
         if not isinstance(self.answers, bool):
-            object.__setattr__(self, "answers", _prompts(self.answers))
+            object.__setattr__(self, "answers", _prompts(self.answers, "answers") or False)
+        check_share(self.share)
         if isinstance(self.target_memory, str):
             object.__setattr__(self, "target_memory", parse_size(self.target_memory))
         super().__post_init__()
@@ -225,6 +226,12 @@ class RunSettings(RacingSettings):
         object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not isinstance(self.heal, bool | Recipe):
             raise RecipeError(f"heal = {self.heal!r}: expected True, False or a Recipe (--heal)")
+        own = getattr(self.heal, "share", self.share)
+        if self.answers is not False and own not in (self.share, Recipe().share):
+            raise RecipeError(
+                f"heal has a share of {own:g}, and share is {self.share:g}: name the one of both, "
+                f"the patch and the training (share, --share)"
+            )
         if self.heal_steps is not None and self.heal is not True:
             raise RecipeError(
                 "heal_steps without heal=True (--heal-steps without --heal): a Recipe has its own "
@@ -424,7 +431,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _prompts(given: Any) -> Prompts:
+def _prompts(given: Any, option: str = "speech") -> Prompts:
     """A file of prompts, the prompts themselves, or None."""
     if given is None or isinstance(given, Path):
         return given
@@ -432,7 +439,7 @@ def _prompts(given: Any) -> Prompts:
         return Path(given)
     if not isinstance(given, Iterable):
         raise TextsError(
-            f"prompts must be a file or a sequence, got {type(given).__name__} (prompts, --speech)"
+            f"prompts must be a file or a sequence, got {type(given).__name__} (--{option})"
         )
     return tuple(given)
 
