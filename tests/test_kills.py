@@ -20,8 +20,8 @@ COMMANDS = {
     "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out/scan "
     "--keep-states out/states.safetensors",
     "run": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl",
-    "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl --texts many.jsonl --max-texts 60 --heal "
-    "--heal-steps 4",
+    "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl --texts many.jsonl "
+    "--max-texts 60 --heal --heal-steps 4",
     "curve": f"curve {ON_TEXTS} --n 1,2 --strategies similarity,deepest",
     "compare": f"compare {ON_TEXTS} --n 1,2 --criteria angular,greedy,one_shot",
     "heal": HEAL + "out",

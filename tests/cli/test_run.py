@@ -52,7 +52,8 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
 # The whole way.
 @pytest.mark.filterwarnings("default:the cut is not patched")
 def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, request):
-    command = ["run", tiny, "--texts", texts / "texts.jsonl", "--no-speech"]
+    (folder / "asked.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
+    command = ["run", tiny, "--texts", texts / "texts.jsonl", "--speech", "asked.jsonl"]
     command += ["--eval-texts", texts / "held_out.jsonl", "--out", "out", "--top", "2", "--n", "2"]
     done = shallower(*command)
     assert done.status == 0
@@ -74,6 +75,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     for part in (
         "6 layers, 16 samples",
         "What other sizes would cost",
+        "likeliest token agrees, %",
         "whole: ",
         "cut: ",
         "2 layers less, as asked for",
@@ -85,12 +87,15 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
         assert part in done.out
     begun = [re.sub(r" (…|0/\d+)$", "", line) for line in done.err.splitlines()
              if re.search(r" (…|0/\d+)$", line)]  # fmt: skip
-    assert begun[:7] == [
+    assert begun[:8] == [
         f"load {tiny.name}", "tokenise the texts", "loss, whole", "scan",
-        "verify n = 2, layers run", "measure the cut", "patch",
+        "verify n = 2, layers run", "measure the cut", "whole model, greedy words",
+        "whole model, sampled words",
     ]  # fmt: skip
-    assert [begun[7], begun[-1]] == ["measure and save", "page"]
-    assert len(done.err.splitlines()) <= 35
+    saved = begun.index("patch") + 1
+    assert begun[saved : saved + 2] == ["measure and save", "patched on those words"]
+    assert begun[-1] == "page"
+    assert len(done.err.splitlines()) <= 70
     results = json.loads((folder / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["recommended"]["dropped"] == list(plan.dropped)
     assert results["whole"]["num_texts"] == 8
@@ -108,7 +113,9 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     results = json.loads((folder / "out" / "results.json").read_text())
     places = {"out": "out", "checkpoint": "out/checkpoint", "page": "out/report.html"}
     assert again.json == {**results, **places}
-    assert results["command"] == "shallower run tiny --texts texts.jsonl " + " ".join(
+    assert results[
+        "command"
+    ] == "shallower run tiny --texts texts.jsonl --speech asked.jsonl " + " ".join(
         ["--eval-texts held_out.jsonl --out out --top 2 --n 3"]
     )
     for path in ("report.html", "report.md", "report.json", "results.json"):

@@ -38,12 +38,16 @@ ROOMS = (
 
 _ROOM = "it only takes room on the device"
 _LAYER = "both are of one layer, and so on one device"
+_HEAD = "the head of another device is another one"
 _INDEX = "an index may lie on the CPU"
 _HOST = "no CUDA device gets here"
 _MOVED = "generate moves tokens"
 HARMLESS = {
     "cutting/saving.py: lend_layers: layer.to('cpu')": _ROOM,
     "cutting/saving.py: logits_difference: expected.to(device)": "accelerate brings logits back",
+    "evaluation/speech.py: Reference.of: one.states(head).cpu()": _ROOM,
+    "evaluation/speech.py: _probe: "
+    "next(head.logits_from(spans.kept[:_PROBED].to(head.decoder.device))).float().cpu()": _HEAD,
     "evaluation/task_model.py: TaskModel._continue: torch.from_numpy(padded).to(device)": _MOVED,
     "evaluation/task_model.py: TaskModel._predicted: "
     "torch.from_numpy(rows[here] - start).to(logits.device)": _INDEX,

@@ -78,8 +78,8 @@ def test_an_answer_ends_where_its_turn_does(spread):
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['content'] }} w7 {% endfor %}"
     )
-    expected = [plain_answer(spread, one, 40, ends=[7, EOS], seed=0) for one in PROMPTS]
-    found = said(spread, tokenizer=tokenizer, num_tokens=40, seed=0)
+    expected = [plain_answer(spread, one, 25, ends=[7, EOS], seed=0) for one in PROMPTS]
+    found = said(spread, tokenizer=tokenizer, num_tokens=25, seed=0)
     assert found == expected
     assert {7, EOS} <= {one.written[-1] for one in found}
 

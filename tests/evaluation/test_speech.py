@@ -16,12 +16,12 @@ from shallower.evaluation.speech import Reference, Speaking
 from shallower.models.decoder import Decoder
 from shallower.texts.prompts import given_prompts, prompt_ids, read_prompts
 from shallower.values.speech import MEASURES, OF_WHOLE, WAYS
-from tests.conftest import tiny_llama, word_tokenizer
+from tests.conftest import mostly_slow, tiny_llama, word_tokenizer
 from tests.evaluation.answering import log_softmax, plain_answer, plain_logits
 
 PROMPTS = [" ".join(f"w{(5 * i + 11 * j) % 97}" for j in range(2 + 3 * i % 11)) for i in range(20)]
 ENDS = [*range(0, 97, 9), 99]
-NUM_TOKENS, SEED = 12, 5
+NUM_TOKENS, SEED = 10, 5
 WORDS = word_tokenizer()
 OPTIONS = {"num_tokens": NUM_TOKENS, "seed": SEED, "progress": False}
 BY_TOKEN = ("agreement", "acceptance", "divergence", "loss")
@@ -147,9 +147,9 @@ def test_a_mean_is_a_ratio_over_both_ways_and_its_error_over_prompts(measured, p
 
 
 def test_no_measure_depends_on_batches_or_on_the_order(sharp, cut, measured):
-    alone = sh.evaluate_speech(cut, WORDS, PROMPTS, whole=sharp, batch_size=1, **OPTIONS)
-    assert alone.words == measured.words
-    assert_near(alone, measured)
+    alone = sh.evaluate_speech(cut, WORDS, PROMPTS[:4], whole=sharp, batch_size=1, **OPTIONS)
+    for name in MEASURES:
+        np.testing.assert_allclose(alone.of(name).sums, measured.of(name).sums[:4], rtol=1e-3)
     back = sh.evaluate_speech(cut, WORDS, PROMPTS[::-1], whole=sharp, batch_size=7, **OPTIONS)
     assert back.words != measured.words
     for name in MEASURES:
@@ -211,7 +211,7 @@ def in_place(model, layers, **options):
     return reference.judged(spoken, decoder)
 
 
-@pytest.mark.parametrize("batch_size", ["auto", 3])
+@pytest.mark.parametrize("batch_size", mostly_slow(["auto", 3], ["auto"]))
 def test_a_cut_in_place_speaks_as_one_beside_the_whole_model(sharp, cut, batch_size):
     together = sh.evaluate_speech(
         cut, WORDS, PROMPTS, whole=sharp, batch_size=batch_size, **OPTIONS

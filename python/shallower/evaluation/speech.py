@@ -83,8 +83,8 @@ def evaluate_speech(
         >>> cut = copy.deepcopy(model)
         >>> plan = sh.drop_layers(cut, [range(12, 20)])
         >>> speech = sh.evaluate_speech(cut, tokenizer, ["Once"], whole=model, num_tokens=8)
-        >>> print(f"{speech.mean('acceptance'):.0%} of the whole model's tokens are accepted")
-        ...% of the whole model's tokens are accepted
+        >>> print(f"accepted: {speech.mean('acceptance'):.0%}")
+        accepted: ...%
     """
     of_whole, of_model = Decoder.of(whole), Decoder.of(model)
     ids = prompt_ids(tokenizer, given_prompts(prompts))

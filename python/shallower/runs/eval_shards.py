@@ -145,12 +145,16 @@ def _batches(measure: Measure[Any], tokenizer: Any, *, tokens: Tokens) -> "AllBa
 
 def _check_measures(job: EvalJob) -> None:
     """Refuse tasks and speech, whose items do not fall into shards."""
-    ways_out = {"tasks": "share them by naming one task a command", "speech": "measure it apart"}
+    whole = {
+        "tasks": ("are scored", "share them by naming one task a command"),
+        "speech": ("is measured", "measure it apart"),
+    }
     for one in job.measures:
-        if one.kind in ways_out:
+        if one.kind in whole:
+            done, way_out = whole[one.kind]
             raise SettingsError(
-                f"--{one.kind} is measured by one process: leave out --shard, --workers and --on, "
-                f"and {ways_out[one.kind]}"
+                f"--{one.kind} {done} by one process: leave out --shard, --workers and --on, and "
+                f"{way_out}"
             )
 
 
