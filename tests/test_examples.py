@@ -117,7 +117,7 @@ def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys
             assert printed is None or checks(f"{printed}\n", got, doctest.ELLIPSIS), got
 
 
-@pytest.mark.filterwarnings("default:the layers wait on disk:UserWarning")
+@pytest.mark.filterwarnings("default:no speech is measured:UserWarning")
 @pytest.mark.parametrize("document", in_turn(SHELL))
 def test_commands_of_a_document_run(folder, words, shallower, document):
     if document in SHORTER:

@@ -232,3 +232,40 @@ def test_a_head_without_memory_is_no_head_of_another_kind(llama, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         Head.of(Decoder.of(llama))
     assert not any("forward" in vars(module) for module in llama.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", mostly_slow(families(), FAST))
+def test_states_that_were_kept_make_the_same_logits(monkeypatch, name):
+    model = random_model(name)
+    head = Head.of(Decoder.of(model))
+    monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", 5 * head.vocab_size)
+    some = batch(vocabulary=60)
+    if name in WITHOUT_PADDING:
+        some.attention_mask[:] = 1
+    ids, mask = tensors(some)
+    tokens = np.flatnonzero(some.attention_mask)[1::2]
+    for one in (head, head.whole()):
+        kept = one.states_at(ids, mask, tokens)
+        assert len(kept) == len(tokens)
+        parts = list(one.logits_from(kept.clone()))
+        assert len(parts) > 1
+        made = torch.cat(list(one.logits_of(ids, mask, tokens)))
+        torch.testing.assert_close(torch.cat(parts), made, rtol=0, atol=0)
+        assert list(map(len, one.logits_from(kept[:1]))) == [1]
+
+
+@torch.no_grad()
+def test_two_heads_of_one_model_take_turns_where_its_weights_are_offloaded():
+    model = cpu_offload(tiny_llama(2), execution_device="cpu")
+    places = {name: one.device for name, one in model.named_parameters()}
+    some = batch()
+    ids, mask = tensors(some)
+    tokens = np.flatnonzero(some.attention_mask)
+    for _ in range(2):
+        one, other = Head.of(Decoder.of(model)), Head.of(Decoder.of(model))
+        kept = one.states_at(ids, mask, tokens)
+        for pair in zip(one.logits_from(kept), other.logits_from(kept), strict=True):
+            torch.testing.assert_close(*pair, rtol=0, atol=0)
+        assert {name: one.device for name, one in model.named_parameters()} == places
+    assert_same(model, one, some)
