@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import tiny_llama, write_jsonl
 from tests.forks import Fork, command_with_checkpoints
 from tests.healing.cuts import documents
+from tests.written import MANY, write_prompts
 
 ON_TEXTS = "tiny --texts texts.jsonl --eval-texts held_out.jsonl --max-length 16 --out out"
 HEAL = (
@@ -26,12 +27,15 @@ COMMANDS = {
     "compare": f"compare {ON_TEXTS} --n 1,2 --criteria angular,greedy,one_shot",
     "heal": HEAL + "out",
     "heal --objective kd": HEAL + "out --objective kd --original tiny",
+    "heal --answers": HEAL + "out --answers prompts.jsonl --answer-tokens 8 --original tiny",
     "merge": "merge adapters --out out",
     "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
 }
 """Commands that go on where they were."""
 
-RARE = ("run", "run --heal", "curve", "heal --objective kd", "compare", "merge")
+RARE = (
+    "run", "run --heal", "curve", "heal --objective kd", "heal --answers", "compare", "merge"
+)  # fmt: skip
 
 MOMENTS = [
     pytest.param(name, seed, marks=pytest.mark.slow if seed or name in RARE else ())
@@ -67,6 +71,7 @@ def place(tmp_path_factory, words):
     write_jsonl(folder / "texts.jsonl", documents(60, 0))
     write_jsonl(folder / "many.jsonl", documents(400, 0))
     write_jsonl(folder / "held_out.jsonl", documents(8, 1))
+    write_prompts(folder / "prompts.jsonl", *MANY, *MANY[::-1])
     for command in ("prune tiny --drop 2:4 --out cut", HEAL + "adapters"):
         done(command, folder)
     return folder
@@ -75,7 +80,8 @@ def place(tmp_path_factory, words):
 def begun(place, folder):
     """A folder of its own with what the commands are given."""
     folder.mkdir()
-    for name in ("tiny", "cut", "adapters", "texts.jsonl", "many.jsonl", "held_out.jsonl"):
+    files = ("texts.jsonl", "many.jsonl", "held_out.jsonl", "prompts.jsonl")
+    for name in ("tiny", "cut", "adapters", *files):
         (folder / name).symlink_to(place / name)
     return folder
 
