@@ -8,7 +8,7 @@ import torch
 import shallower as sh
 from shallower.evaluation import answers as evaluation
 from shallower.healing import trainer_checkpoints
-from tests.conftest import tiny_llama, write_jsonl
+from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by, one_line
 from tests.healing.cuts import QUICK, TEXTS
 from tests.written import MANY, write_answered, write_prompts
@@ -134,7 +134,15 @@ def test_a_chat_is_written_by_the_template_of_the_tokenizer(heal, given, both, f
     assert record.num_tokens == sum(len(one.written) for one in expected)
 
 
-@pytest.mark.parametrize("share", [0.25, 1])
+@pytest.mark.slow
+def test_a_quantised_model_answers_and_can_be_trained(heal, both):
+    for dtype in ("nf4", "int8"):
+        done = heal(dtype, "--dtype", dtype)
+        assert done.status == 0, done.err
+        assert "trained on 40 answers of " in done.out
+
+
+@pytest.mark.parametrize("share", mostly_slow([0.25, 1], quick=[1]))
 def test_the_card_makes_the_healing_again_from_answers_and_from_prompts(
     heal, both, given, folder, shallower, share
 ):
@@ -172,7 +180,9 @@ def test_the_same_command_is_known_and_another_one_is_not(heal, given, folder, w
     assert written == [32, 8]
 
 
-def test_a_dry_run_tells_of_answers_and_loads_nothing(heal, given, folder, monkeypatch):
+def test_a_dry_run_tells_of_answers_and_loads_nothing(
+    heal, given, folder, monkeypatch, no_rehearsal
+):
     monkeypatch.setattr("shallower.models.loading.load_model", lambda *_, **__: 1 / 0)
     done = heal("out", "--dry-run", "--share", 0.25, "--json").json
     assert (done["answers"], done["share"]) == ("to 40 prompts", 0.25)

@@ -235,3 +235,19 @@ def test_answers_are_rehearsed_with_the_mask_of_their_padding(monkeypatch, packi
     monkeypatch.setattr(step._rehearsal, "run", lambda _, *, padded: seen.append(padded) or 1)
     step.run(1, recompute=False)
     assert seen == [padded]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_forecast_rehearses_what_a_healing_on_answers_does(monkeypatch, answers):
+    seen, make = [], HealingStep.__init__
+
+    def watched(step, config, recipe, **options):
+        seen.append(recipe.is_padded)
+        make(step, config, recipe, **options)
+
+    monkeypatch.setattr(HealingStep, "__init__", watched)
+    monkeypatch.setattr(memory, "_LAST", {})
+    sh.memory_forecast(
+        LLAMA, recipe=Recipe(packing=True, max_length=64), answers=answers, device_memory="16GB"
+    )  # fmt: skip
+    assert seen == [answers]

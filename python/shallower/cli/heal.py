@@ -289,6 +289,7 @@ def _answers(
 ) -> "list[Answer] | None":
     """The answers of a file, or those that the uncut model writes, which is then let go of."""
     from ..healing.checks import read_plan, require_peft
+    from ..healing.loaded_models import OriginalModel
     from ..models.decoder import Decoder
     from ..runs.given_models import ModelStore
     from ..runs.store import open_store
@@ -304,10 +305,10 @@ def _answers(
         return answered(cut.load_tokenizer(), wanted.prompts or (), model=plan.model)
     assert original is not None
     whole = replace(original, dtype=dtype)
-    model, tokenizer = whole.load()
-    decoder = Decoder.of(model)
-    plan.check_model(decoder.identity)
-    return wanted.by(decoder, tokenizer, texts, store=ModelStore.of(whole, open_store(no_cache)))
+    uncut = OriginalModel(str(whole), plan, trust_remote_code=whole.trust_remote_code)
+    model, tokenizer = uncut.load(dtype)
+    store = ModelStore.of(whole, open_store(no_cache))
+    return wanted.by(Decoder.of(model), tokenizer, texts, store=store)
 
 
 def _fit_to_memory(
