@@ -17,7 +17,7 @@ from tests.healing.cuts import MANY, QUICK, documents
 from tests.runs.test_again import commands_of
 
 TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
-TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ["w5 w7"]}
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ()}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,8 +44,6 @@ def test_a_run_heals_what_it_patched(learned, words, tmp_path):
     assert len(healed.model.layers) == 4
     loss = sh.evaluate_loss(healed, words, REPORT, max_length=16)
     assert loss.nats == pytest.approx(recommended.healed.nats, abs=1e-6)
-    assert done.continuations[0].prompt == "w5 w7"
-    assert done.continuations[0].healed
     assert (done.checkpoint / "shallower_patch.json").is_file()
     results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["recommended"]["healed"] == recommended.healed.nats
