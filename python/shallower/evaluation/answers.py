@@ -20,7 +20,6 @@ from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..models.head import agree
 from ..models.layerwise import is_streamed
 from ..progress import hushed, track
 from ..texts.batches import Batch, padded
@@ -146,9 +145,17 @@ def _answers_together(decoder: Decoder, prompts: Sequence[NDArray[np.int64]]) ->
         beside = [one[:1] for one in _generated(decoder, [shortest, longest], **options).logits]
     except RuntimeError:  # of memory, too
         return False
-    steps = [agree(*logits) for logits in zip(beside, alone, strict=True)]
+    rounding = max(1e-3, 16 * torch.finfo(decoder.model.dtype).eps)  # of all layers, by far
+    steps = [_apart(*logits) <= rounding for logits in zip(beside, alone, strict=True)]
     same = torch.equal(beside[0].argmax(-1), alone[0].argmax(-1))  # else the rest is of others
     return all(steps if same else steps[:1])
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far logits are apart, as a share of how far they are from their mean."""
+    found, expected = (one.double().nan_to_num(0, 0, 0) for one in (found, expected))
+    spread = (expected - expected.mean()).norm()
+    return float((found - expected).norm() / spread.clamp(min=1e-30))
 
 
 @torch.inference_mode()

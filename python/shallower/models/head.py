@@ -68,7 +68,7 @@ class Head:
     def of(cls, decoder: Decoder) -> "Head":
         """Find the head of a model, which runs once, on six tokens."""
         head, expected, found = cls.probe(decoder)
-        return head if found is not None and agree(found, expected) else head.whole()
+        return head if found is not None and _agree(found, expected) else head.whole()
 
     @classmethod
     def probe(cls, decoder: Decoder) -> tuple["Head", torch.Tensor, torch.Tensor | None]:
@@ -282,7 +282,7 @@ def _with_states(output: Any, states: torch.Tensor) -> Any:
     return type(output)(**{next(iter(output)): states})
 
 
-def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """True if logits are the same but for rounding."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
