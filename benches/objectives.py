@@ -1,13 +1,16 @@
-"""Objectives and settings of a healing, from the patch of one cut, at equal wall time.
+"""Objectives, settings and texts of a healing, from the patch of one cut, at equal wall time.
 
     python benches/objectives.py [--drop 12:20] [--steps 60] [--recipes NAME,...] [--held-out 64]
-        [--texts c4.jsonl] [--eval-texts c4_eval.jsonl] [--work FOLDER] [--json FILE]
+        [--texts c4.jsonl] [--eval-texts c4_eval.jsonl] [--answers 1024] [--speech]
+        [--work FOLDER] [--json FILE]
 
 On SmolLM2-135M in bfloat16. The patch is made once, and kept in `--work`. The first recipe trains
 for `--steps` steps of 16 sequences; every other for as many as its speed allows in the same time,
-told by two steps before. Losses are of the merged checkpoints, on two sets that no recipe was
+told by a few steps before. Losses are of the merged checkpoints, on two sets that no recipe was
 trained on: the last `--held-out` of the texts, to choose a recipe by, and `--eval-texts`, to report
-alone; differences to the patch are paired by text.
+alone; differences to the patch are paired by text. Recipes with answers train on what the whole
+model says to `--answers` prompts of our own, which it writes once; with `--speech` every row tells
+how the model speaks on the package's own prompts, of other kinds, paired with the first recipe.
 """
 
 import argparse
@@ -24,8 +27,14 @@ from patches import judged, read_texts
 from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
+from shallower.models.source import ModelSource
 from shallower.runs import demo
-from shallower.values.recipe import GLOBAL_BATCH
+from shallower.runs.answers import WantedAnswers
+from shallower.runs.given_models import ModelStore
+from shallower.runs.inputs import model_inputs
+from shallower.runs.store import open_store
+from shallower.texts.prompts import read_prompts
+from shallower.values.layers import parse_layers
 from shallower.values.tokens import Tokens
 
 RECIPES = {
@@ -36,6 +45,12 @@ RECIPES = {
     "lm no attention": {"attention": False},
     "lm rank 128": {"rank": 128},
     "lm no dropout": {"dropout": 0.0},
+    "lm answers": {"share": 1.0},
+    "lm half": {"share": 0.5},
+    "lm quarter": {"share": 0.25},
+    "kd answers": {"objective": "kd", "share": 1.0},
+    "kd half": {"objective": "kd", "share": 0.5},
+    "kd-entropy half": {"objective": "kd-entropy", "share": 0.5},
 }
 """What differs from our recipe for small models."""
 
@@ -62,21 +77,36 @@ class Bench:
             name: LossJudge(judged_batches(tokenizer, some, tokens))
             for name, some in (("choose", held_out), ("report", reports))
         }
-        self.scores = self.judged(self.patched)
+        self.scores, self.first = self.judged(self.patched), None
+        self.spoken = self.speech(self.patched) if options.speech else None
 
     def _patch(self):
         """Save the whole model and the patched cut, unless an earlier run did."""
         options = self.options
         place = options.model or demo.model_path()
         model, tokenizer = sh.load_model(place, dtype=options.dtype)
+        source = ModelSource(place, options.dtype)
+        store = open_store(False)
+        kept = ModelStore(store, model_inputs(source, store), [])
+        wanted = WantedAnswers(None, options.answers, options.answer_tokens)
+        self.answers, self.source = None, source
+        if any("share" in RECIPES[name] for name in options.recipes):
+            begun = time.perf_counter()
+            self.answers = wanted.by(Decoder.of(model), tokenizer, self.texts, store=kept)
+            self.writing = time.perf_counter() - begun
         if not self.patched.exists():
             sh.save_model(model, tokenizer, self.whole, overwrite=True)
-            start, stop = map(int, options.drop.split(":"))
-            done = sh.patch(
-                model, tokenizer, [range(start, stop)], texts=self.texts, num_tokens=options.tokens
-            )
+            layers = parse_layers(options.drop)
+            done = sh.patch(model, tokenizer, layers, texts=self.texts, num_tokens=options.tokens)
             sh.save_patched(model, tokenizer, self.patched, done=done)
         return tokenizer
+
+    def speech(self, place):
+        """How a checkpoint speaks beside the whole model, on prompts of our own."""
+        whole, tokenizer = self.source.load()
+        model, _ = sh.load_model(place, dtype=self.options.dtype)
+        prompts = read_prompts(limit=self.options.prompts)
+        return sh.evaluate_speech(model, tokenizer, prompts, whole=whole)
 
     def judged(self, place):
         """The scores of a checkpoint, by what the texts are for."""
@@ -84,40 +114,50 @@ class Bench:
         layerwise = Layerwise(Decoder.of(model))
         return {name: judged(layerwise, judge) for name, judge in self.judges.items()}
 
-    def heal(self, recipe, *, cut=None, name="healed"):
-        """The record of a healing, its seconds of training, and its place."""
+    def heal(self, recipe, *, cut=None, name="healed", with_answers=False):
+        """The record of a healing, its seconds, and its place."""
         out = self.work / name
         for leftover in (out, self.work / f".{name}.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
         recipe = replace(recipe, eval_every=max(1, recipe.steps or 1))
+        answers = self.answers if with_answers else None
         begun = time.perf_counter()
         record = sh.heal(
-            cut or self.patched, self.texts, out, recipe=recipe, merge=True,
+            cut or self.patched, self.texts, out, recipe=recipe, merge=True, answers=answers,
             original=self.whole if recipe.objective != "lm" else None, progress=False,
         )  # fmt: skip
-        seconds = time.perf_counter() - begun
-        if record.tokens_per_second:
-            tokens = record.recipe.steps * GLOBAL_BATCH * record.recipe.max_length
-            seconds = tokens / record.tokens_per_second
-        return record, seconds, out
+        return record, time.perf_counter() - begun, out
 
     def row(self, name, seconds):
         """What a recipe is worth in so many seconds; None for the first, which sets them."""
         changes = RECIPES[name]
-        recipe = replace(self.recipe, **changes)
+        recipe, answers = replace(self.recipe, **changes), "share" in changes
+        of_step = self._of_step(recipe, answers)
         if seconds is not None:
-            recipe = replace(recipe, steps=self._steps_in(recipe, seconds))
-        record, took, out = self.heal(recipe)
-        row = {"recipe": name, "changes": changes, "steps": len(record.steps), "seconds": took}
+            recipe = replace(recipe, steps=max(2, round(seconds / of_step)))
+        record, _, out = self.heal(recipe, with_answers=answers)
+        steps = len(record.steps)
+        row = {"recipe": name, "changes": changes, "steps": steps, "seconds": steps * of_step}
         for kind, scores in self.judged(out).items():
             less = scores.minus(self.scores[kind])
             row[kind] = {"loss": scores.mean, "stderr": scores.stderr, "less": less.to_json()}
+        if self.options.speech:
+            row["speech"] = self._speech_row(out)
         return row
 
-    def _steps_in(self, recipe, seconds):
-        """The steps that take so many seconds."""
-        _, took, _ = self.heal(replace(recipe, steps=2), name="probe")
-        return max(2, round(2 * seconds / took))
+    def _speech_row(self, place):
+        speech = self.speech(place)
+        self.first = self.first or speech
+        less = {key: one.to_json() for key, one in speech.minus(self.first).items()}
+        return {**speech.to_json(), "less_than_first": less}
+
+    def _of_step(self, recipe, answers):
+        """The seconds of a step: of five less two."""
+        few, more = (
+            self.heal(replace(recipe, steps=steps), name="probe", with_answers=answers)[1]
+            for steps in (2, 5)
+        )
+        return (more - few) / 3
 
 
 def line(row):
@@ -126,6 +166,12 @@ def line(row):
         f"{row[kind]['less']['stderr']:.4f})"
         for kind in ("choose", "report")
     ]
+    if speech := row.get("speech"):
+        told += [
+            f"{name} {speech[name]:.3f} ({speech['less_than_first'][name]['mean']:+.3f} ± "
+            f"{speech['less_than_first'][name]['stderr'] or 0:.3f})"
+            for name in ("acceptance", "divergence", "repetition")
+        ]
     return f"{row['recipe']:<24} {row['steps']:>9} steps {row['seconds']:6.0f} s  {'  '.join(told)}"
 
 
@@ -144,6 +190,10 @@ def parse():
     parser.add_argument("--tokens", type=int, default=131_072, help="of the patch")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--items", type=int, help="the first so many texts report; all by default")
+    parser.add_argument("--answers", type=int, default=1024, help="prompts that are answered")
+    parser.add_argument("--answer-tokens", type=int, default=192, help="of an answer, at most")
+    parser.add_argument("--speech", action="store_true", help="measure how each speaks")
+    parser.add_argument("--prompts", type=int, default=120, help="of our own that it speaks on")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
     parser.add_argument("--work", type=Path, default=Path("target") / "objectives")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, as found")
@@ -168,6 +218,8 @@ def main():
                 kind: {"loss": scores.mean, "stderr": scores.stderr}
                 for kind, scores in bench.scores.items()
             }
+            if bench.spoken is not None:
+                patched["speech"] = bench.spoken.to_json()
             record = {"command": command, "dtype": options.dtype, "patched": patched, "rows": rows}
             options.json.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -15,7 +15,11 @@ MODEL = "HuggingFaceTB/SmolLM2-135M"
 NUM_TEXTS, NUM_HELD_OUT = 120, 32
 CUT = "smol-22-layers"
 # What would take minutes.
-QUICKER = {"--steps 200": "--steps 2", "steps=200": "steps=2"}
+QUICKER = {
+    "--steps 200": "--steps 2",
+    "steps=200": "steps=2",
+    "--answers --": "--answers --answer-tokens 8 --",
+}
 
 
 def sentences(count, seed=0, length=24):

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import tiny_llama, write_jsonl
 from tests.forks import Fork, command_with_checkpoints
 from tests.healing.cuts import documents
+from tests.written import MANY, write_prompts
 
 ON_TEXTS = "tiny --texts texts.jsonl --eval-texts held_out.jsonl --max-length 16 --out out"
 HEAL = (
@@ -26,12 +27,15 @@ COMMANDS = {
     "compare": f"compare {ON_TEXTS} --n 1,2 --criteria angular,greedy,one_shot",
     "heal": HEAL + "out",
     "heal --objective kd": HEAL + "out --objective kd --original tiny",
+    "heal --answers": HEAL + "out --answers prompts.jsonl --answer-tokens 8 --original tiny",
     "merge": "merge adapters --out out",
     "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
 }
 """Commands that go on where they were."""
 
-RARE = ("run", "run --heal", "curve", "heal --objective kd", "compare", "merge")
+RARE = (
+    "run", "run --heal", "curve", "heal --objective kd", "heal --answers", "compare", "merge"
+)  # fmt: skip
 
 MOMENTS = [
     pytest.param(name, seed, marks=pytest.mark.slow if seed or name in RARE else ())
@@ -69,6 +73,7 @@ def place(tmp_path_factory, words):
     write_jsonl(folder / "held_out.jsonl", documents(8, 1))
     asked = [json.dumps({"prompt": one}) for one in documents(6, 2)]
     (folder / "asked.jsonl").write_text("\n".join(asked))
+    write_prompts(folder / "prompts.jsonl", *MANY, *MANY[::-1])
     for command in ("prune tiny --drop 2:4 --out cut", HEAL + "adapters"):
         done(command, folder)
     return folder
@@ -77,7 +82,7 @@ def place(tmp_path_factory, words):
 def begun(place, folder):
     """A folder of its own with what the commands are given."""
     folder.mkdir()
-    files = [f"{name}.jsonl" for name in ("texts", "many", "held_out", "asked")]
+    files = [f"{name}.jsonl" for name in ("texts", "many", "held_out", "asked", "prompts")]
     for name in ("tiny", "cut", "adapters", *files):
         (folder / name).symlink_to(place / name)
     return folder

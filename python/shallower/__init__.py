@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .errors import TextsError as TextsError
     from .errors import ThreadsError as ThreadsError
     from .errors import TierError as TierError
+    from .evaluation.answers import answer_prompts as answer_prompts
     from .evaluation.loss import evaluate_loss as evaluate_loss
     from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
     from .evaluation.speech import evaluate_speech as evaluate_speech
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
     from .scanning.shards import gather as gather
+    from .values.answers import Answer as Answer
     from .values.bootstrap import BootstrappedStart as BootstrappedStart
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from .values.verification import Verified as Verified
 
 _HOMES = {
+    "Answer": "values.answers",
     "Block": "values.layers",
     "BootstrappedStart": "values.bootstrap",
     "CacheError": "errors",
@@ -141,6 +144,7 @@ _HOMES = {
     "Verified": "values.verification",
     "__version__": "_core",
     "analyse_states": "scanning.analyse",
+    "answer_prompts": "evaluation.answers",
     "compare": "runs.compare",
     "criteria": "judgement.criteria",
     "curve": "runs.curve",

@@ -122,6 +122,22 @@ def test_compare_judges_by_options(shallower, folder, asked):
     assert "answer" in error
 
 
+def test_compare_judges_by_the_words_of_the_whole_model(shallower, folder, asked):
+    lines = [{"prompt": f"w{i} w{i + 1}"} for i in range(12)]
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    speech = ["--judge", "speech", "--prompts", "asked.jsonl"]
+    done = shallower(*asked, *speech, "--json")
+    assert (done.json["judge"], done.json["splits"]["choose"]) == ("speech", 6)
+    assert all(row["score"] > 0 for row in done.json["rows"])
+    shown = shallower(*asked, *speech)
+    assert "speech, the divergence from the whole model on its own words, nats a" in shown.out
+    assert "divergence" in shown.out
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"prompt": " "}])))
+    assert "line 13" in shallower(*asked, *speech).error
+    refused = shallower(*asked, *speech[:2], "--stream").error
+    assert "leave out --stream, or the judge speech" in refused
+
+
 def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked):
     done = shallower(*asked, "--out", "out", "--dry-run")
     assert done.status == 0
@@ -135,6 +151,9 @@ def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked)
         (["--criteria", "angular,cosine,angular"], "twice: angular"),
         (["--criteria", "angles"], "'angles'"),
         (["--judge", "options"], "--options"),
+        (["--prompts", "x.jsonl"], "only the judge speech takes them (--judge speech, or"),
+        (["--judge", "speech", "--prompts", "x.jsonl"], "no file of prompts x.jsonl"),
+        (["--judge", "speech", "--options", "x.jsonl"], "no other judge takes one"),
         (["--n", "0"], "'0'"),
         (["--n", "6"], "6"),
         (["--seed", "-1"], "--seed"),

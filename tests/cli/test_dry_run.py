@@ -74,6 +74,8 @@ def test_more_work_takes_longer(dry, monkeypatch):
     assert seconds("compare", "--criteria", "angular") < seconds("compare")
     assert seconds("run", "--plan-only") < seconds("run") < seconds("run --heal")
     assert seconds("run --heal", "--heal-steps", "8") > seconds("run --heal")
+    for study in ("run", "compare"):
+        assert seconds(study, "--judge", "speech") > seconds(study)
 
 
 def test_what_cannot_be_told_is_said_in_words(dry, monkeypatch):

@@ -127,6 +127,22 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     assert len(Plan.load(folder / "out" / "shallower_plan.json").dropped) == 3
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_run_races_by_the_words_of_the_whole_model(shallower, folder, tiny, texts):
+    lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(12)]
+    (folder / "asked.jsonl").write_text("\n".join(lines))
+    command = ["run", tiny, "--texts", texts / "texts.jsonl", "--out", "out", "--top", "2"]
+    command += ["--n", "1", "--judge", "speech", "--speech", "asked.jsonl", "--plan-only"]
+    done = shallower(*command)
+    assert done.status == 0, done.err
+    assert "6 prompts that" in done.out
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["recommended"]["verified"]["judge"] == "speech"
+    assert results["command"].endswith("--judge speech --speech asked.jsonl --plan-only")
+    (folder / "asked.jsonl").write_text("\n".join(lines[:-1]))
+    assert "exists already" in shallower(*command).error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,6 +150,8 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
         (["--params", "many"], "'many' is no number of parameters"),
         (["--fraction", "2"], "expected a share above 0 and below 1"),
         (["--max-loss", "0"], "expected nats a token above 0"),
+        (["--max-loss", "1", "--judge", "speech"], "max_loss beside the judge speech"),
+        (["--n", "2", "--judge", "speech", "--stream"], "leave out --stream, or the judge speech"),
         (["--target-latency", "fast"], "'fast' is no share: expected one as 0.8x"),
         (["--target-latency", "1.2x"], "latency = 1.2: expected a share above 0 and below 1"),
         (["--target-memory", "little"], "unknown size 'little'"),

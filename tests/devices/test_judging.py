@@ -4,24 +4,30 @@ import pytest
 
 from shallower.judgement.judges.judge import KLJudge, LossJudge, judged_batches
 from shallower.judgement.judges.options import OptionsJudge
+from shallower.judgement.judges.speech import SpeechJudge
 from shallower.judgement.patched_trials import judge_patched_together
 from shallower.judgement.trials import Trials
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.texts.options import OptionItem
+from shallower.values.answers import Answer
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS
 from tests.devices.test_models import A_PLAIN_SUM
 
 WORDS = word_tokenizer()
+SAID = [[Answer((1, 2), (3, 4, place), False), Answer((1, 2), (5,), True)]
+        for place in range(len(TEXTS))]  # fmt: skip
 ITEMS = [OptionItem(text, ("w1 w2", "w3", "w4"), 1) for text in TEXTS]
 
 
-@pytest.mark.parametrize("judge", ["loss", "kl", "options"])
+@pytest.mark.parametrize("judge", ["loss", "kl", "options", "speech"])
 def test_a_cut_is_judged(stage, judge):
     if judge == "options":
         made = OptionsJudge(ITEMS, WORDS, tokens=Tokens(16, 6))
+    elif judge == "speech":
+        made = SpeechJudge(SAID, tokens=Tokens(16, 6))
     else:
         made = {"loss": LossJudge, "kl": KLJudge}[judge](judged_batches(WORDS, TEXTS, Tokens()))
     with stage.open():

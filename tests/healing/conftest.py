@@ -58,3 +58,12 @@ def smol_cut(passages, tmp_path_factory):
     sh.save_model(model, tokenizer, path, plan=plan)
     yield path, passages[0]
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def no_rehearsal(monkeypatch):
+    """Dry runs that plan no memory, which takes a second for every recipe."""
+    from shallower.healing import memory
+
+    monkeypatch.setattr(memory, "first_that_runs", lambda _rehearsed: None)
+    monkeypatch.setattr(memory, "_LAST", {})

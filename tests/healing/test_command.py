@@ -10,15 +10,6 @@ from tests.conftest import write_jsonl
 from tests.healing.cuts import HELD_OUT, TEXTS
 
 
-@pytest.fixture
-def no_rehearsal(monkeypatch):
-    """Dry runs that plan no memory, which takes a second for every recipe."""
-    from shallower.healing import memory
-
-    monkeypatch.setattr(memory, "first_that_runs", lambda _rehearsed: None)
-    monkeypatch.setattr(memory, "_LAST", {})
-
-
 # The command line
 def test_the_command_heals_and_merges(shallower, cut, folder):
     texts, held_out = (

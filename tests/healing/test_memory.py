@@ -217,6 +217,37 @@ def test_an_objective_with_a_teacher_has_it_beside_the_cut():
     parts = plan_healing(LLAMA, replace(recipe, objective="kd"), **options, uncut_layers=6).parts
     assert "uncut model" not in alone
     assert parts["uncut model"] == 2 * parts["weights"] == 2 * alone["weights"]
-    assert "uncut model" not in alone
     states = 4 * recipe.max_length * LLAMA.hidden_size * 2
     assert parts[memory.PARTS[-1]] - alone[memory.PARTS[-1]] >= states
+    weighed = plan_healing(
+        LLAMA, replace(recipe, objective="kd-entropy"), **options, uncut_layers=6
+    ).parts
+    assert weighed["uncut model"] == parts["uncut model"]
+    assert weighed[memory.PARTS[-1]] >= parts[memory.PARTS[-1]]
+
+
+@pytest.mark.parametrize(("packing", "share", "padded"), [
+    (True, None, False), (False, None, True), (True, 0.5, True), (True, 1.0, True),
+])  # fmt: skip
+def test_answers_are_rehearsed_with_the_mask_of_their_padding(monkeypatch, packing, share, padded):
+    step = HealingStep(LLAMA, replace(resolved(LLAMA, 64, packing=packing), share=share))
+    seen = []
+    monkeypatch.setattr(step._rehearsal, "run", lambda _, *, padded: seen.append(padded) or 1)
+    step.run(1, recompute=False)
+    assert seen == [padded]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_forecast_rehearses_what_a_healing_on_answers_does(monkeypatch, answers):
+    seen, make = [], HealingStep.__init__
+
+    def watched(step, config, recipe, **options):
+        seen.append(recipe.is_padded)
+        make(step, config, recipe, **options)
+
+    monkeypatch.setattr(HealingStep, "__init__", watched)
+    monkeypatch.setattr(memory, "_LAST", {})
+    sh.memory_forecast(
+        LLAMA, recipe=Recipe(packing=True, max_length=64), answers=answers, device_memory="16GB"
+    )  # fmt: skip
+    assert seen == [answers]

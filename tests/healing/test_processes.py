@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ import shallower as sh
 from tests.commands import Done, beside_progress, in_a_process, in_this_process
 from tests.conftest import ROOT, write_jsonl
 from tests.forks import Fork, command
-from tests.healing.cuts import HELD_OUT, TEXTS
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS
+from tests.healing.test_answers import ANSWERS
 
 
 @dataclass
@@ -139,6 +140,26 @@ def test_two_processes_that_were_killed_end_with_the_same_bits(together, healing
         del each["tokens_per_second"]
     assert one == other
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def heal_on_answers(cut, out):
+    """Heal on texts and answers, few of whose tokens are predicted."""
+    recipe = replace(QUICK, share=0.5, dropout=0.0, steps=3, batch_size=4)
+    sh.heal(cut, TEXTS, out, recipe=recipe, answers=ANSWERS)
+
+
+@pytest.mark.slow
+def test_two_processes_heal_on_answers_as_one_does(cut, tmp_path):
+    """A step is one mean over the tokens that are predicted, whoever has which of them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    heal_on_answers(cut, one)
+    done = Two.start(tmp_path / "said", heal_on_answers, cut, two).end()
+    assert done.status == [0, 0], done.err
+    single, shared = (load_file(path / "adapter_model.safetensors") for path in (one, two))
+    for name, value in single.items():
+        assert np.abs(value - shared[name]).max() < 2e-4 * max(1, np.abs(value).max())
+    losses = [[step["loss"] for step in record(path)["steps"]] for path in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_processes_that_cannot_find_one_another_say_so(healing, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def test_the_knee_does_not_depend_on_the_unit(scale, steps):
 @pytest.mark.parametrize("curve", [{1: 0.5, 2: 0.9, 4: 1.0}, {1: 0.1, 2: 0.2}, {1: 0.3}])
 def test_a_curve_without_a_knee_gives_its_least_size(curve):
     found = knee({n: Difference(value, 0.0, 8) for n, value in curve.items()})
-    assert (found.n, found.reason) == (1, "the least size, as the curve of losses has no knee")
+    assert (found.n, found.reason) == (1, "the least size, as the curve has no knee")
 
 
 def test_sizes_of_a_curve_and_beside_a_size():

@@ -84,7 +84,7 @@ def cut(model, dropped=DROPPED):
 
 
 def test_every_judge_is_in_the_table():
-    assert list(JUDGES) == ["loss", "kl", "options"]
+    assert list(JUDGES) == ["loss", "kl", "options", "speech"]
     assert all(JUDGES[name].name == name for name in JUDGES)
 
 

@@ -149,13 +149,25 @@ def test_the_same_order_in_both_states_is_said_with_its_ties():
 def test_another_judge_ranks_bare_cuts_and_says_so(judge):
     story = comparison_story(replace(turned(), judge=judge, unit="nats"), drawn=False)
     assert f"greedy is best by {judge} as a bare cut: without layers" in story.sentence
-    assert "taylor comes last, 0.30 ± 0.04 nats behind." in story.sentence
+    unit = "nats of divergence" if judge == "kl" else "nats"
+    assert f"taylor comes last, 0.30 ± 0.04 {unit} behind." in story.sentence
     assert story.sentence.endswith(
         "After a quick patch the order is another one: taylor loses least, 0.30 ± 0.01 more than "
         "whole, and greedy is 0.20 ± 0.03 nats a token behind."
     )
     assert "as a bare cut" in story.cost
     assert story.steps[1].name == "n = 4"
+
+
+def test_the_judge_of_speech_is_said_in_plain_words(shown):
+    found = replace(turned(), judge="speech", unit="nats a token")
+    story = comparison_story(found, drawn=False)
+    said = "greedy diverges least from the whole model on its own words as a bare cut: without"
+    assert said in story.sentence
+    assert "taylor comes last, 0.30 ± 0.04 nats a token of divergence behind." in story.sentence
+    text = " ".join(shown(found, 300).split())
+    assert "Judge: speech, the divergence from the whole model on its own words, nats a" in text
+    assert " loss divergence regret " in text
 
 
 def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
@@ -254,7 +266,7 @@ def test_another_judge_has_its_score_beside_the_loss(shown):
         replace(row, score=0.1 * row.loss, score_stderr=0.0123) for row in rows_of(compared())
     )
     text = shown(CriteriaComparison((compared(),), rows, judge="kl", unit="nats a token"))
-    assert "Judge: kl" in text
+    assert "Judge: kl, the divergence from the whole model's next-token" in text
     assert max(map(len, text.splitlines())) <= 80
     for row in rows:
         assert f"{row.score:.3f} ± 0.012" in text

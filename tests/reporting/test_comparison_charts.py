@@ -207,7 +207,8 @@ def test_figures_are_ranked_as_the_headline(small):
     turned = tuple(
         replace(row, regret=9 - row.patched_regret, patched_tied=False) for row in small.rows
     )
-    for judge, state in (("loss", "after a quick patch"), ("kl", "as bare cuts")):
+    ranked = ("loss", "after a quick patch", ""), ("kl", "as bare cuts", " of divergence")
+    for judge, state, of in ranked:
         group = groups_of(replace(small, rows=turned, judge=judge))[0]
         means = {
             name: sum(row.patched_regret for row in group.of(name)) for name in group.by_regret()
@@ -215,7 +216,7 @@ def test_figures_are_ranked_as_the_headline(small):
         assert sorted(means, key=means.get, reverse=judge == "kl") == list(means)
         dots, *_, costs = group_charts(group, 0)
         assert dots.title.startswith(f"What each criterion's choice truly loses {state}")
-        assert costs.head[2] == f"regret {state}, nats a token"
+        assert costs.head[2] == f"regret {state}, nats a token{of}"
         for row in small.rows:
             shown = row.patched_difference if judge == "loss" else row.difference
             (told,) = [cells[-1] for cells in dots.numbers

@@ -59,7 +59,7 @@ def test_texts_that_fit_are_trained_on_last_and_those_that_choose_or_report_neve
 ):
     seen = {}
 
-    def note(stage, results, _speech):
+    def note(stage, results, *_said):
         split = stage.study.split
         seen.update(texts=list(stage.texts), choosing=split.choose, report=split.report)
         return results
@@ -88,7 +88,7 @@ def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
 def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
     told = []
 
-    def killed(_stage, results, _speech):
+    def killed(_stage, results, *_said):
         assert json.loads((results.out / "results.json").read_text()) == json.loads(
             json.dumps(results.to_json())
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.texts.sequences import ReadOnce, collate, order, read_samples
+from shallower.texts.sequences import ReadOnce, Sample, collate, order, read_samples
 from tests.healing.cuts import TEXTS
 
 
@@ -34,7 +34,7 @@ def test_packed_sequences_begin_with_a_document(words):
     assert len(rows) > 16
     assert len(rest) > 16
     rows += [rest[i : i + 16] for i in range(0, len(rest) - 15, 16)]
-    assert [row.tolist() for row in samples.rows] == rows
+    assert [row.ids.tolist() for row in samples.rows] == rows
     assert samples.identity.num_texts == len(TEXTS)
     assert samples.identity.max_length == 16
 
@@ -43,7 +43,7 @@ def test_rests_are_taken_where_texts_are_too_few(words):
     rows, rest = packed_slowly(documents(words, TEXTS), 16)
     for wanted in (len(rows) - 1, len(rows), len(rows) + 1):
         samples = read_samples(words, TEXTS, max_length=16, packing=True, num_samples=wanted)
-        assert [row.tolist() for row in samples.rows] == [*rows, rest[:16]][:wanted]
+        assert [row.ids.tolist() for row in samples.rows] == [*rows, rest[:16]][:wanted]
 
 
 def test_a_long_document_makes_many_sequences(words):
@@ -52,7 +52,10 @@ def test_a_long_document_makes_many_sequences(words):
     for wanted in (20, 10**6):
         samples = read_samples(words, [text], max_length=16, packing=True, num_samples=wanted)
         assert len(samples) == min(wanted, 1001 // 16)
-        assert np.concatenate(samples.rows).tolist() == document[: 16 * len(samples)]
+        assert (
+            np.concatenate([row.ids for row in samples.rows]).tolist()
+            == document[: 16 * len(samples)]
+        )
 
 
 def test_no_more_texts_are_read_than_are_needed(words):
@@ -65,7 +68,7 @@ def test_truncated_sequences_are_texts(words):
     texts = ["w1", "", *TEXTS]
     samples = read_samples(words, texts, max_length=8, packing=False, num_samples=10**6)
     expected = [words(text)["input_ids"][:8] for text in TEXTS]
-    assert [row.tolist() for row in samples.rows] == expected
+    assert [row.ids.tolist() for row in samples.rows] == expected
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,9 @@ def test_every_sample_is_taken_once_before_any_is_taken_again():
 
 
 def test_padding_and_first_tokens_are_not_predicted():
-    batch = dict(collate([np.array([5, 6, 7], np.uint32), np.array([8, 9], np.uint32)]))
+    batch = dict(
+        collate([Sample(np.array([5, 6, 7], np.uint32)), Sample(np.array([8, 9], np.uint32))])
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]

@@ -135,6 +135,11 @@ def test_names_are_the_papers_however_they_are_written():
         ),
         (Recipe(steps=5, warmup_steps=5), r"a warm-up of 5 steps leaves nothing of 5"),
         (Recipe(dtype="nf8"), r"unknown dtype 'nf8': expected one of auto, nf4, int8"),
+        (Recipe(share=0), r"share must be above 0 and at most 1, .*, got 0"),
+        (Recipe(share=1.01), r"share must be above 0 and at most 1, .*, got 1.01"),
+        (Recipe(share=math.nan), r"share must be above 0 and at most 1, .*, got nan"),
+        (Recipe(share=True), r"share must be above 0 and at most 1, .*, got True"),
+        (Recipe(share="half"), r"share must be above 0 and at most 1, .*, got 'half'"),
         (Recipe(seed=-1), r"seed must be an integer of at least 0"),
         (Recipe(packing=1), r"packing must be True or False, got 1"),
         (Recipe(recompute="yes"), r"recompute must be True or False, got 'yes'"),
@@ -143,6 +148,27 @@ def test_names_are_the_papers_however_they_are_written():
 def test_settings_that_do_not_fit_are_refused(recipe, message):
     with pytest.raises(sh.RecipeError, match=message):
         recipe.resolve(FACTS)
+
+
+def test_a_share_of_answers_is_told_only_where_there_are_some():
+    without, both = (Recipe(share=0.25).resolve(FACTS, answers=there) for there in (False, True))
+    assert (without.share, both.share) == (None, 0.25)
+    assert without == Recipe().resolve(FACTS)
+    assert "share" not in without.to_json()
+    assert "answers" not in str(without)
+    assert "packed, 25 % of them answers;" in str(both)
+    for resolved in (without, both):
+        assert Resolved.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
+    assert Recipe(share=1).resolve(FACTS, answers=True).share == 1.0
+
+
+@pytest.mark.parametrize(
+    ("objective", "taught", "weighed"),
+    [("lm", False, False), ("kd", True, False), ("kd-entropy", True, True)],
+)
+def test_objectives_that_have_a_teacher(objective, taught, weighed):
+    resolved = Recipe(objective=objective).resolve(FACTS)
+    assert (resolved.has_teacher, resolved.by_entropy) == (taught, weighed)
 
 
 def test_what_is_named_goes_before_the_preset():

@@ -59,10 +59,11 @@ Criteria = Annotated[
     typer.Option(metavar="NAMES", help="Criteria, comma-separated; all by default (see --list)."),
 ]
 Judge = Annotated[
-    Literal["loss", "kl", "options"],
+    Literal["loss", "kl", "options", "speech"],
     typer.Option(
         help="Judge of a cut. loss: of the next token; kl: divergence from the whole model's "
-        "next-token distributions; options: margin of the right option over the others."
+        "next-token distributions; options: margin of the right option over the others; speech: "
+        "divergence from the whole model on its own words."
     ),
 ]
 Options = Annotated[
@@ -71,6 +72,14 @@ Options = Annotated[
         metavar="FILE",
         help="JSON lines with context, options and answer (an index), of the judge options; one "
         "half chooses, the other half reports.",
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON lines with prompt or messages, of the judge speech; one half chooses, the other "
+        "half reports. Without it prompts of our own.",
     ),
 ]
 
@@ -84,6 +93,15 @@ def compare_command(
     criteria: Criteria = None,
     judge: Judge = "loss",
     options: Options = None,
+    prompts: Prompts = None,
+    speech: Annotated[
+        bool,
+        typer.Option(
+            "--speech",
+            help="Also how the bare cuts speak, on the half of the prompts that reports; beside "
+            "another judge on --prompts, or 24 of our own.",
+        ),
+    ] = False,
     device_memory: DeviceMemory = None,
     out: Annotated[
         Path | None,
@@ -131,6 +149,8 @@ def compare_command(
         criteria=_names(criteria),
         judge=judge,
         options=options,
+        prompts=prompts,
+        speech=speech,
         max_length=max_length,
         batch_size=parse_batch_size(batch_size),
         max_texts=max_texts,

@@ -90,6 +90,14 @@ def curve_command(
             metavar="K", help="Also sample K answers where text is asked for: pass@K.", min=1
         ),
     ] = None,
+    speech: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PROMPTS]",
+            help="Also how it speaks beside the whole model, on prompts: a .jsonl file with prompt "
+            "or messages; without one 24 of our own.",
+        ),
+    ] = None,
     heal_steps: Annotated[
         int | None,
         typer.Option(
@@ -147,6 +155,7 @@ def curve_command(
         num_shots=num_shots,
         pass_at=pass_at,
         heal_steps=heal_steps,
+        prompts=() if speech is None else speech or None,
         top=top,
         max_length=max_length,
         batch_size=parse_batch_size(batch_size),
@@ -191,6 +200,7 @@ def _described(study: "CurveStudy") -> dict[str, Any]:
         "strategies": settings.strategies,
         "states": settings.states,
         "tasks": settings.tasks,
+        "speech": [f"{len(study.prompts)} prompts"] if study.prompts else (),
     }
     return {
         "curve": str(study.model),

@@ -8,6 +8,8 @@ import typer
 
 from ..models.source import ModelSource
 from .options import (
+    Answers,
+    AnswerTokens,
     DeviceMemory,
     DryRun,
     Json,
@@ -15,15 +17,20 @@ from .options import (
     NoCache,
     Out,
     Overwrite,
-    TextsSource,
+    Share,
     TrustRemoteCode,
     read_texts,
+    wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ..runs.answers import WantedAnswers
+    from ..values.answers import Answer
     from ..values.healing import Healing
-    from ..values.recipe import Recipe
+    from ..values.recipe import HealingDtype, Recipe
 
 
 def heal_command(
@@ -31,8 +38,14 @@ def heal_command(
         str, typer.Argument(metavar="CUT", help="A cut: a folder or hub id with its plan.")
     ],
     *,
-    texts: TextsSource,
+    texts: Annotated[
+        str | None,
+        typer.Option(metavar="TEXTS", help="Texts to train on, as of scan; none with --share 1."),
+    ] = None,
     out: Out,
+    answers: Answers = None,
+    share: Share = 0.5,
+    answer_tokens: AnswerTokens = 256,
     eval_texts: Annotated[
         str | None,
         typer.Option(
@@ -112,10 +125,10 @@ def heal_command(
         typer.Option(metavar="MODEL", help="The uncut model: measured, and the teacher of kd."),
     ] = None,
     objective: Annotated[
-        Literal["lm", "kd"],
+        Literal["lm", "kd", "kd-entropy"],
         typer.Option(
             help="What is minimised: the loss of the next token, or the divergence from the uncut "
-            "model, which needs --original."
+            "model, each token alike or weighed by its entropy, which needs --original."
         ),
     ] = "lm",
     eval_every: Annotated[
@@ -163,10 +176,11 @@ def heal_command(
     from ..runs.done import output_of
     from ..runs.store import Store, open_store
     from ..storage import check_apart, check_free
-    from ..values.recipe import Recipe
+    from ..values.recipe import STEPS, Recipe
 
-    source = read_texts(texts, max_texts)
+    source: Iterable[str] = [] if texts is None else read_texts(texts, max_texts)
     held_out = read_texts(eval_texts, max_eval_texts) if eval_texts is not None else None
+    wanted = wanted_answers(answers, steps or STEPS, num_tokens=answer_tokens, seed=seed)
     recipe = Recipe(
         preset,
         steps=steps,
@@ -180,23 +194,27 @@ def heal_command(
         packing=packing,
         attention=attention,
         objective=objective,
+        share=share,
         eval_every=eval_every,
         seed=seed,
         recompute=gradient_checkpointing,
     )
     recipe.check(original=original is not None, from_patch=from_patch)
-    check_apart(out, [model, original, texts, eval_texts])
+    _check_data(wanted, recipe, texts=texts, original=original, from_patch=from_patch)
+    check_apart(out, [model, original, texts, eval_texts, answers or None])
     code, folder = trust_remote_code, Path(model).expanduser()
+    models = {
+        "cut": ModelSource(model, trust_remote_code=code),
+        "original": None if original is None else ModelSource(original, trust_remote_code=code),
+    }
     output = output_of(
         open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
         "heal",
         out,
-        models={
-            "cut": ModelSource(model, trust_remote_code=code),
-            "original": None if original is None else ModelSource(original, trust_remote_code=code),
-        },
+        models=models,
         texts={"texts": source, "eval_texts": held_out},
         recipe=asdict(recipe),
+        answers=None if wanted is None else wanted.inputs,
         merge=merge,
         from_patch=from_patch,
         device_memory=device_memory,
@@ -207,16 +225,17 @@ def heal_command(
         return
     check_free(out, overwrite)
     if dry_run:
-        described = _planned(model, recipe, device_memory, trust_remote_code)
+        described = _planned(model, recipe, device_memory, trust_remote_code, answers=wanted)
         say_dry_run({**described, "write": [str(out)]}, as_json)
         return
     from ..healing.heal import heal
 
-    recipe = _fit_to_memory(model, recipe, device_memory, trust_remote_code, as_json)
+    recipe = _fit_to_memory(model, recipe, device_memory, trust_remote_code, as_json, wanted)
     done = heal(
         model,
         source,
         out,
+        answers=_answers(wanted, models, source, dtype=dtype, no_cache=no_cache),
         recipe=recipe,
         eval_texts=held_out,
         original=original,
@@ -230,8 +249,75 @@ def heal_command(
         say_healing(done, out, as_json)
 
 
+def _check_data(
+    wanted: "WantedAnswers | None",
+    recipe: "Recipe",
+    *,
+    texts: str | None,
+    original: str | None,
+    from_patch: bool,
+) -> None:
+    """Refuse to train on nothing, and on answers that nobody writes."""
+    from ..errors import RecipeError, TextsError
+    from ..processes import num_processes
+
+    if texts is None and from_patch:
+        raise TextsError("name texts to patch on (--texts), or leave out --from-patch")
+    if texts is None and (wanted is None or recipe.share < 1):
+        raise TextsError("name texts to train on (--texts), or answers alone (--answers --share 1)")
+    if wanted is None or wanted.are_there:
+        return
+    if original is None:
+        raise RecipeError(
+            "--answers are written by the uncut model: name it (--original), or give a file that "
+            "has the answers"
+        )
+    if num_processes() > 1:
+        raise RecipeError(
+            "--answers are written by one process: give a file that has the answers, or heal in "
+            "one process"
+        )
+
+
+def _answers(
+    wanted: "WantedAnswers | None",
+    models: "Mapping[str, ModelSource | None]",
+    texts: "Iterable[str]",
+    *,
+    dtype: "HealingDtype",
+    no_cache: bool,
+) -> "list[Answer] | None":
+    """The answers of a file, or those that the uncut model writes, which is then let go of."""
+    from ..healing.checks import read_plan, require_peft
+    from ..healing.loaded_models import OriginalModel
+    from ..models.decoder import Decoder
+    from ..runs.given_models import ModelStore
+    from ..runs.store import open_store
+    from ..texts.sequences import answered
+
+    if wanted is None:
+        return None
+    require_peft()  # before much work
+    cut, original = models["cut"], models["original"]
+    assert cut is not None
+    plan = read_plan(str(cut))
+    if wanted.are_there:
+        return answered(cut.load_tokenizer(), wanted.prompts or (), model=plan.model)
+    assert original is not None
+    whole = replace(original, dtype=dtype)
+    uncut = OriginalModel(str(whole), plan, trust_remote_code=whole.trust_remote_code)
+    model, tokenizer = uncut.load(dtype)
+    store = ModelStore.of(whole, open_store(no_cache))
+    return wanted.by(Decoder.of(model), tokenizer, texts, store=store)
+
+
 def _fit_to_memory(
-    model: str, recipe: "Recipe", device_memory: str | None, trust_remote_code: bool, as_json: bool
+    model: str,
+    recipe: "Recipe",
+    device_memory: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    answers: "WantedAnswers | None",
 ) -> "Recipe":
     """Print the settings, and fix those that a given device memory decides."""
     from ..healing.checks import read_plan, resolve
@@ -242,6 +328,7 @@ def _fit_to_memory(
         model,
         read_plan(model),
         recipe,
+        answers=answers is not None,
         device_memory=device_memory,
         trust_remote_code=trust_remote_code,
     )
@@ -264,18 +351,24 @@ def _say_again(out: Path, as_json: bool) -> None:
 
 
 def _planned(
-    model: str, recipe: "Recipe", device_memory: str | None, trust_remote_code: bool
+    model: str,
+    recipe: "Recipe",
+    device_memory: str | None,
+    trust_remote_code: bool,
+    *,
+    answers: "WantedAnswers | None",
 ) -> dict[str, Any]:
     """The settings of a healing, and the memory that it will need."""
     from ..healing.checks import read_plan, resolve
     from ..processes import num_processes
     from ..runs.forecast import memory_forecast
 
-    plan = read_plan(model)
+    plan, there = read_plan(model), answers is not None
     memory = memory_forecast(
         model,
         "heal",
         recipe=recipe,
+        answers=there,
         device_memory=device_memory,
         processes=num_processes(),
         trust_remote_code=trust_remote_code,
@@ -283,8 +376,9 @@ def _planned(
     chosen = replace(
         recipe, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
     )
-    resolved = resolve(model, plan, chosen, trust_remote_code=trust_remote_code)
-    return {"heal": model, **resolved.to_json(), "memory": memory}
+    resolved = resolve(model, plan, chosen, answers=there, trust_remote_code=trust_remote_code)
+    said = {"answers": str(answers)} if there else {}
+    return {"heal": model, **resolved.to_json(), **said, "memory": memory}
 
 
 def merge_command(

@@ -8,6 +8,7 @@ import typer
 from ..models.dtypes import Dtype as DtypeName
 
 if TYPE_CHECKING:
+    from ..runs.answers import WantedAnswers
     from ..texts.sources import Texts
     from ..values.layers import Block
     from ..values.plan import Plan
@@ -134,6 +135,20 @@ ShardOption = Annotated[
         "SLURM_ARRAY_TASK_ID.",
     ),
 ]
+Answers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[PROMPTS]",
+        help="Also learn from what the uncut model says to prompts: a .jsonl file with prompt or "
+        "messages, and with answer where it has answered already; without one, prompts of our own.",
+    ),
+]
+AnswerTokens = Annotated[
+    int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
+]
+Share = Annotated[
+    float, typer.Option(metavar="X", help="Share of --answers among texts and answers, up to 1.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Drop = Annotated[
@@ -160,6 +175,23 @@ def read_texts(source: str, max_texts: int | None = None) -> "Texts":
     from ..texts.sources import Texts
 
     return Texts(source, max_texts).check()
+
+
+def wanted_answers(
+    answers: str | None, steps: int | None = None, *, num_tokens: int, seed: int = 0
+) -> "WantedAnswers | None":
+    """Read what ``--answers`` names, for a patch or ``steps`` of a training; None where it is not
+    given.
+
+    TextsError: there are no prompts in the file.
+    """
+    from ..runs.answers import WantedAnswers, answers_for
+    from ..texts.prompts import read_prompts
+
+    if answers is None:
+        return None
+    prompts = read_prompts(answers) if answers else None
+    return WantedAnswers(prompts, answers_for(steps), num_tokens, seed)
 
 
 def part_of(shard: str | None, on: str | None, workers: int | None) -> dict[str, Any]:

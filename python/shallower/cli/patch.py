@@ -10,6 +10,8 @@ import typer
 
 from ..models.source import ModelSource
 from .options import (
+    Answers,
+    AnswerTokens,
     DeviceMap,
     DeviceMemory,
     Drop,
@@ -24,17 +26,22 @@ from .options import (
     Overwrite,
     PatchBatchSize,
     PlanPath,
+    Share,
     Stream,
     TextsSource,
     TrustRemoteCode,
     named_layers,
     places,
     read_texts,
+    wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from ..runs.answers import WantedAnswers
+    from ..values.answers import Answer
     from ..values.memory import MemoryPlan
+    from ..values.plan import Plan
 
 
 def patch_command(
@@ -48,6 +55,9 @@ def patch_command(
         str | None,
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
     ] = None,
+    answers: Answers = None,
+    share: Share = 0.5,
+    answer_tokens: AnswerTokens = 256,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
@@ -95,9 +105,11 @@ def patch_command(
     source = read_texts(texts, max_texts)
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
     named = named_layers(drop, plan)
-    where = places(device_map, stream=stream)
-    place = ModelSource(model, dtype, where, gguf_file, trust_remote_code)
-    check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts])
+    place = ModelSource(
+        model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
+    )
+    asked = _asked(answers, answer_tokens, share, place)
+    check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
     output = output_of(
         open_store(no_cache or dry_run),
         "patch",
@@ -107,6 +119,7 @@ def patch_command(
         layers=named,
         num_tokens=num_tokens,
         tokens=[max_length, batch_size],
+        answers=None if asked is None else {**asked.inputs, "share": share},
         device_memory=device_memory,
     )
     if reuse(output, lambda value: _say(value, out, as_json)):
@@ -122,7 +135,12 @@ def patch_command(
         device_memory=device_memory,
     )
     if dry_run:
-        planned: dict[str, Any] = {"patch": model, "drop": ranges(wanted.dropped), "texts": texts}
+        planned: dict[str, Any] = {
+            "patch": model,
+            "drop": ranges(wanted.dropped),
+            "texts": texts,
+            **({} if asked is None else {"answers": str(asked), "share": share}),
+        }
         planned |= _streamed(
             place,
             wanted.dropped,
@@ -136,14 +154,15 @@ def patch_command(
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.saving import patch_to_folder
 
-    loaded, tokenizer = place.load()
+    loaded = place.load()
     done, losses = patch_to_folder(
-        loaded,
-        tokenizer,
+        *loaded,
         wanted,
         texts=source,
         out=out,
         eval_texts=held_out,
+        answers=_answers(asked, place, wanted, texts=source, loaded=loaded, no_cache=no_cache),
+        share=share,
         max_length=max_length,
         batch_size=batch_size,
         num_tokens=num_tokens,
@@ -151,6 +170,45 @@ def patch_command(
     )
     evaluated = {name: loss.to_json() for name, loss in losses.items()}
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
+
+
+def _asked(
+    answers: str | None, num_tokens: int, share: float, place: ModelSource
+) -> "WantedAnswers | None":
+    """The answers that are wanted; a model on disk is not read for each of their tokens."""
+    from ..errors import ModelError
+    from ..values.recipe import check_share
+
+    check_share(share)
+    wanted = wanted_answers(answers, num_tokens=num_tokens)
+    if wanted is not None and not wanted.are_there and place.waits_on_disk:
+        raise ModelError(
+            "--answers beside --stream: all layers would be read once a token of every answer; "
+            "give a file that has the answers, or leave one of the two out"
+        )
+    return wanted
+
+
+def _answers(
+    wanted: "WantedAnswers | None",
+    place: ModelSource,
+    plan: "Plan",
+    *,
+    texts: "Iterable[str]",
+    loaded: "tuple[Any, Any]",
+    no_cache: bool,
+) -> "Sequence[Answer]":
+    """What the whole model, which is loaded, says to the prompts; PlanError if it is another."""
+    if wanted is None:
+        return ()
+    from ..models.decoder import Decoder
+    from ..runs.given_models import ModelStore
+    from ..runs.store import open_store
+
+    decoder, tokenizer = Decoder.of(loaded[0]), loaded[1]
+    plan.check_model(decoder.identity)
+    kept = ModelStore.of(place, open_store(no_cache))
+    return wanted.by(decoder, tokenizer, texts, store=kept)
 
 
 def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:

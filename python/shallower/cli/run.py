@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..models.source import ModelSource
 from .heal import say_healing
 from .options import (
+    Answers,
     BatchSize,
     DeviceMap,
     DryRun,
@@ -20,6 +21,7 @@ from .options import (
     NoCache,
     Out,
     OverwriteParts,
+    Share,
     Stream,
     TextsSource,
     Threads,
@@ -52,7 +54,7 @@ MaxLoss = Annotated[
     typer.Option(
         metavar="X",
         help="Nats a token that may be lost, after the patch. Without any of these "
-        "and of the targets: the knee of the curve of losses.",
+        "and of the targets: the knee of the curve of what is lost.",
     ),
 ]
 TargetLatency = Annotated[
@@ -108,6 +110,13 @@ def run_command(
     ] = 2048,
     blocks: Blocks = None,
     top: Annotated[int, typer.Option(metavar="K", help="Proposals of every criterion.", min=1)] = 4,
+    judge: Annotated[
+        Literal["loss", "speech"],
+        typer.Option(
+            help="Judge that the proposals are raced by. loss: of the next token; speech: "
+            "divergence from the whole model on its own words."
+        ),
+    ] = "loss",
     dtype: Dtype = "auto",
     max_length: MaxLength = 256,
     batch_size: BatchSize = "auto",
@@ -127,6 +136,8 @@ def run_command(
             metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
         ),
     ] = None,
+    answers: Answers = None,
+    share: Share = 0.5,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Choose and measure; patch and save no model.")
     ] = False,
@@ -135,7 +146,7 @@ def run_command(
         typer.Option(
             metavar="PROMPTS",
             help="Prompts on which the models speak, a .jsonl file with prompt or messages; 24 of "
-            "our own by default.",
+            "our own by default. By --judge speech one half of them, or of 120, chooses.",
         ),
     ] = None,
     no_speech: Annotated[
@@ -153,10 +164,10 @@ def run_command(
 ) -> None:
     """Recommend one shallower model, and make it.
 
-    Proposals of several criteria are raced by their loss after a quick patch; the winner is
-    patched, saved in OUT/checkpoint and reloaded by stock transformers; with --heal adapters are
-    trained on it, merged into OUT/healed. A run that was cut short goes on where it was, unless
-    the cache is off.
+    Proposals of several criteria are raced by --judge after a quick patch; the winner is patched,
+    saved in OUT/checkpoint and reloaded by stock transformers; with --heal adapters are trained on
+    it, merged into OUT/healed. A run that was cut short goes on where it was, unless the cache is
+    off.
     """
     from ..values.settings import RunSettings
     from ..values.tokens import parse_batch_size
@@ -172,6 +183,7 @@ def run_command(
         context=context,
         blocks=blocks,
         top=top,
+        judge=judge,
         max_length=max_length,
         batch_size=parse_batch_size(batch_size),
         max_texts=max_texts,
@@ -181,6 +193,8 @@ def run_command(
         heal_steps=heal_steps,
         plan_only=plan_only,
         prompts=() if no_speech else speech or None,
+        answers=False if answers is None else answers or True,
+        share=share,
         seed=seed,
     )
     held_out = None if eval_texts is None else read_texts(eval_texts)
@@ -297,8 +311,9 @@ def _carry_out(
         return
     study.check()
     if dry_run:
-        target = {"target": str(settings.target), "heal": bool(settings.heal)}
-        say_dry_run_of(study, {**described, **target}, as_json)
+        target, heals = str(settings.target), bool(settings.heal)
+        asked = {"target": target, "judge": settings.judge, "heal": heals}
+        say_dry_run_of(study, {**described, **asked}, as_json)
         return
     done = study.run(lambda so_far: _report(so_far, as_json))
     page, story = save_report(study.folder)

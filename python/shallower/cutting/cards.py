@@ -107,13 +107,15 @@ On the same texts it ends in this model, and in the numbers above.{placeholder} 
 
 _PLACES = """Other words in
 capitals are places of texts: those that it is fitted on, and those of the held-out loss."""
+_ANSWERS = """ `ANSWERS` are prompts,
+each with what the source said to it."""
 _NAMES = "Names of files\nare those of the machine that made it."
 
 _HEALED_AGAIN = """\
 ## Healing it again
 
 Of the cut in `cut`: `TEXTS` are those that are trained on, `EVAL_TEXTS` choose the step,
-`SOURCE` is the uncut model.
+`SOURCE` is the uncut model.{answers}
 
 ```sh
 {command}
@@ -234,6 +236,7 @@ def _again(facts: CutFacts) -> str:
         command = facts.command.replace("{source}", source)
         known = "" if PLACEHOLDER not in shlex.split(command) else placeholder
         names = _PLACES if "TEXTS" in shlex.split(command) else _NAMES
+        names += _about_answers(command)
         lines = shell_lines(command)
         return _MADE_AGAIN.format(placeholder=known, names=names, command=lines)
     drop = drop_option(facts.plan.blocks)
@@ -242,6 +245,11 @@ def _again(facts: CutFacts) -> str:
     return _CUT_AGAIN.format(
         placeholder=placeholder, command=shlex.join(words), python=_python(facts)
     )
+
+
+def _about_answers(command: str) -> str:
+    """What stands for answers in a command, if it has some."""
+    return _ANSWERS if "ANSWERS" in shlex.split(command) else ""
 
 
 def _python(facts: CutFacts) -> str:
@@ -355,7 +363,8 @@ def healed_card(
     if command:
         text = _LOSS.sub(r"| held-out loss, before the healing | \1 |", text, count=1)
         if not re.search(r"^shallower (run|demo) [^`]*--heal\b", text, re.MULTILINE):
-            section = _HEALED_AGAIN.format(command=shell_lines(command))
+            answers, lines = _about_answers(command), shell_lines(command)
+            section = _HEALED_AGAIN.format(answers=answers, command=lines)
             before, heading, behind = text.partition(_LOADING)
             text = f"{before}{section}{heading}{behind}" if heading else f"{text}\n{section}"
     if _NOT_HEALED in text:

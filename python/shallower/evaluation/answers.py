@@ -1,8 +1,9 @@
 """Answers: what a model says to prompts, greedily or drawn, whatever else runs beside it."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,85 @@ from ..models.decoder import Decoder
 from ..models.layerwise import is_streamed
 from ..progress import hushed, track
 from ..texts.batches import Batch, padded
-from ..texts.prompts import ends_of_answers
+from ..texts.prompts import (
+    Prompt,
+    ends_of_answers,
+    given_prompts,
+    has_template,
+    prompt_ids,
+    training_prompts,
+)
 from ..values.answers import Answer
 from ..values.counts import counted
-from ..values.tokens import BatchSize
+from ..values.tokens import BatchSize, Tokens
 
 AT_ONCE = 32
 """Prompts that are answered at once: the weights are read once a token for all of them."""
+
+
+def answer_prompts(
+    model: PreTrainedModel | Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Path | Iterable[str | Mapping[str, Any] | Prompt] | None = None,
+    *,
+    num_prompts: int = 1024,
+    num_tokens: int = 256,
+    seed: int | None = 0,
+    batch_size: BatchSize = "auto",
+    progress: bool | None = None,
+) -> list[Answer]:
+    """Let a model answer prompts, so that its cut can be patched and trained on what it says.
+
+    Every answer is drawn by the model's probabilities as they are, with no temperature, cut-off or
+    penalty, whatever its settings prefer; it depends on the seed and on the tokens of its prompt.
+    It ends where the model ends a text or an answer.
+
+    Args:
+        model: a causal language model of transformers, before the cut.
+        tokenizer: its tokenizer.
+        prompts: a file of JSON lines with ``prompt`` or ``messages``, or an iterable of texts, of
+            such objects or of both; by default prompts of our own, for models that chat.
+        num_prompts: how many of our own.
+        num_tokens: tokens of an answer at most.
+        seed: of what is drawn, and of which prompts of our own; None for the likeliest tokens.
+        batch_size: prompts at once; by default 32.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+
+    Returns:
+        An answer to every prompt, in their order, for ``answers`` of :func:`shallower.patch` and
+        :func:`shallower.heal`.
+
+    Raises:
+        TextsError: there are no prompts, or what is none; more of our own than there are; a chat,
+            or no prompts, without a template for chats; a prompt that leaves no room for an answer.
+        ModelError: the model cannot generate text, or its layers wait on disk.
+
+    Example:
+        >>> begun = [text[:40] for text in texts]  # of a model that does not chat
+        >>> answers = sh.answer_prompts(model, tokenizer, begun[:32], num_tokens=16)
+        >>> len(answers), max(len(one.written) for one in answers) <= 16
+        (32, True)
+        >>> done = sh.patch(model, tokenizer, [range(12, 20)], texts=texts, answers=answers)
+        >>> done.share
+        0.5
+    """
+    decoder = Decoder.of(model)
+    _ = Tokens(batch_size=batch_size)
+    if prompts is None and not has_template(tokenizer):
+        raise TextsError(
+            "the tokenizer has no chat template, and prompts of our own are chats: give the "
+            "beginnings of some texts (prompts)"
+        )
+    given = given_prompts(prompts) if prompts is not None else None
+    return write_answers(
+        decoder,
+        tokenizer,
+        prompt_ids(tokenizer, given or training_prompts(num_prompts, seed or 0)),
+        num_tokens=num_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
 
 
 def write_answers(
@@ -105,6 +178,11 @@ def check_prompts(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], num_to
     """Refuse prompts that have no token, or leave no room for an answer, by TextsError."""
     if not len(prompts):
         raise TextsError("there are no prompts to answer")
+    if num_tokens < 1:
+        raise TextsError(
+            f"answers of at most {num_tokens} tokens: expected 1 at least (num_tokens, "
+            f"--answer-tokens)"
+        )
     for index, ids in enumerate(prompts):
         if not len(ids):
             raise TextsError(f"prompt {index} has no token: write a longer one")
@@ -112,7 +190,7 @@ def check_prompts(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], num_to
             raise TextsError(
                 f"prompt {index} has {counted(len(ids), 'token')}, and an answer up to "
                 f"{num_tokens}: the model has learned {decoder.positions} positions, so shorten "
-                f"it, or the answers (num_tokens)"
+                f"it, or the answers (num_tokens, --answer-tokens)"
             )
 
 
@@ -145,17 +223,17 @@ def _answers_together(decoder: Decoder, prompts: Sequence[NDArray[np.int64]]) ->
         beside = [one[:1] for one in _generated(decoder, [shortest, longest], **options).logits]
     except RuntimeError:  # of memory, too
         return False
-    rounding = max(1e-3, 16 * torch.finfo(decoder.model.dtype).eps)  # of all layers, by far
-    steps = [_apart(*logits) <= rounding for logits in zip(beside, alone, strict=True)]
+    most = 1e-3 if decoder.model.dtype == torch.float32 else 0.15
+    steps = [_unlike(*logits) <= most for logits in zip(beside, alone, strict=True)]
     same = torch.equal(beside[0].argmax(-1), alone[0].argmax(-1))  # else the rest is of others
     return all(steps if same else steps[:1])
 
 
-def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far logits are apart, as a share of how far they are from their mean."""
-    found, expected = (one.double().nan_to_num(0, 0, 0) for one in (found, expected))
-    spread = (expected - expected.mean()).norm()
-    return float((found - expected).norm() / spread.clamp(min=1e-30))
+def _unlike(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How far logits are from others, by how far these are from their mean."""
+    apart = (one - other).nan_to_num(0, 0, 0).double().square().mean().sqrt()
+    spread = other.nan_to_num(0, 0, 0).double().std()
+    return float(apart / spread.clamp(min=1e-12))
 
 
 @torch.inference_mode()

@@ -58,18 +58,22 @@ def resolve(
     *,
     trust_remote_code: bool = False,
     device_memory: str | int | None = None,
+    answers: bool = False,
 ) -> Resolved:
     """Resolve the settings for a cut, by its config and the memory of the device alone.
 
     A batch size and recomputation that are named are taken as they are. ``device_memory`` is in
-    bytes or as ``16GB``, by default what the device has free.
+    bytes or as ``16GB``, by default what the device has free. ``answers`` says whether there are
+    answers to train on.
 
     Raises:
         RecipeError: settings that do not fit the model, the number of processes or the device.
         ModelError: the config cannot be read.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
-    resolved = recipe.resolve(facts(config, plan.num_layers), num_processes(), auto=auto_dtype())
+    resolved = recipe.resolve(
+        facts(config, plan.num_layers), num_processes(), auto=auto_dtype(), answers=answers
+    )
     if recipe.batch_size is not None and recipe.recompute is not None:
         return resolved
     room = device_room(device_memory, num_processes())
@@ -96,10 +100,11 @@ def require_healable(
     texts: Iterable[str],
     *,
     recipe: Recipe,
+    answers: bool = False,
 ) -> Resolved:
     """Refuse what can be known before the uncut ``model`` is cut, patched and healed.
 
-    Of the texts as many are read as one step takes.
+    Of the texts as many are read as one step takes, beside ``answers`` if there will be some.
 
     Raises:
         RecipeError: settings that do not fit the model, or weights of 4 or 8 bits, into which
@@ -114,13 +119,15 @@ def require_healable(
             f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
             f"--dtype bfloat16)"
         )
-    resolved = recipe.resolve(facts(model.config, len(find_layers(model))), auto=auto_dtype())
+    of_model = facts(model.config, len(find_layers(model)))
+    resolved = recipe.resolve(of_model, auto=auto_dtype(), answers=answers)
     read_samples(
         tokenizer,
         texts,
         max_length=resolved.max_length,
         packing=resolved.packing,
         num_samples=GLOBAL_BATCH,
+        share=resolved.share,
     )
     return resolved
 

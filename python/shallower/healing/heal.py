@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
 from ..merging.merge import write_curve, write_merged
 from ..merging.merging import Merging, stored_plainly, trained_logits
+from ..models.architecture import text_config
 from ..models.decoder import Decoder
 from ..models.dtypes import computing
 from ..models.feed_forward import feed_forward_targets
@@ -27,8 +28,9 @@ from ..processes import is_main_process
 from ..progress import say_goes_on, track
 from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
-from ..texts.sequences import ReadOnce, Samples, read_samples
+from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
 from ..texts.sources import place_of_texts
+from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.healing import HEALING_FILE, Healing
 from ..values.identity import TextsIdentity
@@ -61,6 +63,7 @@ def heal(
     out: str | Path,
     *,
     recipe: Recipe | None = None,
+    answers: Sequence[Answer] | None = None,
     eval_texts: Iterable[str] | None = None,
     original: str | Path | None = None,
     merge: bool = False,
@@ -78,10 +81,16 @@ def heal(
 
     Args:
         path: the cut: a folder or hub id with a plan beside the weights.
-        texts: texts to train on, read once, and only as many as the steps take.
+        texts: texts to train on, read once, and only as many as the steps take; none are needed
+            for answers alone.
         out: a folder that does not exist yet, or is empty.
         recipe: the settings; by default those of the paper where it healed this model, else
             ours.
+        answers: answers of the uncut model to train on beside the texts, as
+            :func:`shallower.answer_prompts` gives them, the recipe's ``share`` of the sequences of
+            every step: of an answer what was written is predicted, not its
+            prompt. Those without a token, or behind a prompt that fills a sequence, are left out
+            with a warning.
         eval_texts: held-out texts; the adapters of the least loss on them are kept.
         original: the uncut model: its held-out loss is measured, and it teaches if the recipe
             compares with it.
@@ -104,7 +113,7 @@ def heal(
     Raises:
         PlanError: the model was not cut, or not out of ``original``.
         RecipeError: settings that do not fit.
-        TextsError: too few texts, or none that are held out.
+        TextsError: too few texts, no answer that can be trained on, or no text that is held out.
         PatchError: ``from_patch``, and the patch does not help.
         ModelError: nothing to adapt, weights that cannot be merged into, a loss that is not
             finite or at no step below that before healing.
@@ -130,8 +139,9 @@ def heal(
         raise RecipeError("losses without eval_texts: give the texts that they were measured on")
     held_out = None if eval_texts is None else list(eval_texts)
     source = ReadOnce(texts)
-    if not any(True for _ in source):
-        raise TextsError("there are no texts to heal with")
+    alone = answers is not None and recipe.share == 1 and not from_patch
+    if not alone and not any(True for _ in source):
+        raise TextsError("there are no texts to heal with" + _instead_of_texts(answers, from_patch))
     plan = read_plan(path)
     free_memory()  # so that what is planned with is what there is, after a run's scan too
     source_model = None
@@ -139,11 +149,19 @@ def heal(
         source_model = OriginalModel(
             str(original), plan, trust_remote_code=trust_remote_code, progress=progress
         )
+    resolved = resolve(
+        path,
+        plan,
+        recipe,
+        trust_remote_code=trust_remote_code,
+        answers=answers is not None,
+    )
     job = Job(
         cut=path,
         plan=plan,
-        recipe=resolve(path, plan, recipe, trust_remote_code=trust_remote_code),
+        recipe=resolved,
         texts=source,
+        answers=[] if answers is None else usable_answers(answers, resolved.max_length),
         held_out=held_out,
         original=source_model,
         merge=merge,
@@ -168,6 +186,15 @@ def heal(
                 stacklevel=2,
             )
     return done
+
+
+def _instead_of_texts(answers: Sequence[Answer] | None, from_patch: bool) -> str:
+    """What else there is to do where there are no texts, beside giving some."""
+    if answers is None:
+        return ""
+    if from_patch:
+        return ": a patch is fitted on some (from_patch, --from-patch)"
+    return ": give some, or train on answers alone (share=1, --share 1)"
 
 
 class _Healer:
@@ -241,7 +268,10 @@ class _Healer:
             max_length=recipe.max_length,
             packing=recipe.packing,
             num_samples=recipe.steps * GLOBAL_BATCH,
+            answers=job.answers,
+            share=recipe.share,
         )
+        check_answers(job.answers, text_config(model).vocab_size)
         targets = feed_forward_targets(model, recipe.attention)
         healing = Healing(
             model=decoder.identity,
@@ -253,6 +283,7 @@ class _Healer:
             steps=(),
             held_out=(),
             best_step=0,
+            answers=samples.answers,
         )
         return healing, samples
 
@@ -271,7 +302,8 @@ class _Healer:
         decoder = Decoder.of(model)
         teacher = None
         if job.original is not None and recipe.has_teacher:
-            teacher = Teacher(job.original.load(recipe.dtype)[0])
+            original = job.original.load(recipe.dtype)[0]
+            teacher = Teacher(original, by_entropy=recipe.by_entropy)
         targets = feed_forward_targets(model, recipe.attention)
 
         def measure() -> Loss:

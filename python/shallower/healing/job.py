@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +23,7 @@ from ..processes import is_main_process
 from ..progress import say_goes_on
 from ..storage import partial_folder, resumable_folder, write_file
 from ..texts.sequences import ReadOnce
+from ..values.answers import Answer
 from ..values.files import PLAN_FILE
 from ..values.hashing import hash_of
 from ..values.healing import HEALING_FILE, Healing
@@ -53,6 +54,7 @@ class Job:
         plan: its plan.
         recipe: the settings.
         texts: texts to train on.
+        answers: answers to train on beside them, those that can be; none without any.
         held_out: held-out texts, if there are any.
         original: the uncut model, if it is named.
         merge: fold the adapters into the cut.
@@ -67,6 +69,7 @@ class Job:
     plan: Plan
     recipe: Resolved
     texts: ReadOnce
+    answers: Sequence[Answer]
     held_out: list[str] | None
     original: OriginalModel | None
     merge: bool
@@ -135,6 +138,8 @@ def describe_job(healing: Healing, evaluated: TextsIdentity | None, *, merge: bo
         "eval_texts": evaluated and evaluated.fingerprint,
         "merge": merge,
     }
+    if healing.answers is not None:
+        described["answers"] = healing.answers.fingerprint
     return json.dumps(described, sort_keys=True)
 
 

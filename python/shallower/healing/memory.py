@@ -84,7 +84,8 @@ class HealingStep:
             mask, lesson = torch.ones_like(ids), None
             with computing(self.recipe, ids.device):
                 if self.recipe.has_teacher:
-                    lesson = Teacher(self._model).lesson(ids, mask)  # of its own kind
+                    teacher = Teacher(self._model, by_entropy=self.recipe.by_entropy)
+                    lesson = teacher.lesson(ids, mask)  # of its own kind
                 made = TrainingLoss(self._model)
                 with made.made_inside(ids, ids.numel(), lesson):
                     outputs = self._adapted(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -93,7 +94,7 @@ class HealingStep:
             for parameter in self._adapted.parameters():
                 parameter.grad = None
 
-        return self._rehearsal.run(step, padded=not self.recipe.packing)
+        return self._rehearsal.run(step, padded=self.recipe.is_padded)
 
 
 def plan_healing(

@@ -28,7 +28,7 @@ from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
 from ..progress import Advance, hushed
-from ..texts.sequences import Samples, collate, order
+from ..texts.sequences import Sample, Samples, collate, mixed_order
 from ..values.healing import Measured, Step
 from ..values.loss import FIGURES, Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
@@ -176,7 +176,8 @@ def train(training: Training, advance: Advance, adjustable: Collection[str] = ()
 def _train(training: Training, report: "StepsOnce") -> Trained:
     """Train by these very settings."""
     samples, recipe = training.samples, training.recipe
-    taken = order(len(samples), recipe.steps * GLOBAL_BATCH, recipe.seed)
+    total = recipe.steps * GLOBAL_BATCH
+    taken = mixed_order(samples, total, share=recipe.share, seed=recipe.seed)
     lengths = np.array([len(row) for row in samples.rows])
     throughput = Throughput(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), report)
     trainer = _Trainer(
@@ -234,7 +235,7 @@ def _quiet_trainer() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class OrderedDataset(torch.utils.data.Dataset[NDArray[np.uint32]]):
+class OrderedDataset(torch.utils.data.Dataset[Sample]):
     """The samples in the order that they are taken, all steps one after the other."""
 
     def __init__(self, samples: Samples, taken: NDArray[np.int64]) -> None:
@@ -243,11 +244,11 @@ class OrderedDataset(torch.utils.data.Dataset[NDArray[np.uint32]]):
     def __len__(self) -> int:
         return len(self._taken)
 
-    def __getitem__(self, index: int) -> NDArray[np.uint32]:
+    def __getitem__(self, index: int) -> Sample:
         return self._samples.rows[self._taken[index]]
 
 
-def _collate(rows: Sequence[NDArray[np.uint32]]) -> dict[str, torch.Tensor]:
+def _collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(values) for name, values in collate(rows)}
 
 

@@ -17,10 +17,10 @@ MOST = 0.24
 estimated, and a quarter is the bound."""
 
 
-def exhaustive(num_layers: int, n: int, num_items: int) -> int:
-    """Count the layers, times items, of every contiguous block of a size, none of them shared."""
+def exhaustive(num_layers: int, n: int, num_texts: int) -> int:
+    """Count the layers, times texts, of every contiguous block of a size, none of them shared."""
     left = num_layers - n
-    return (left + 1) * left * num_items
+    return (left + 1) * left * num_texts
 
 
 def verifying_forwards(
@@ -31,23 +31,26 @@ def verifying_forwards(
     top: int,
     proposing: float,
     patch_texts: int,
+    texts_of_item: float = 1,
     after: str = "patch",
 ) -> Forwards:
     """Bound what a verification takes, times texts, about: what is sure, and what it may add.
 
-    ``looks`` are the items of each batch of those that choose; ``proposing`` the layers that
-    criteria run, and ``patch_texts`` the texts of a quick patch.
+    ``looks`` are the items of each batch of those that choose, and ``texts_of_item`` the texts
+    that run for each; ``proposing`` are the layers that criteria run, and ``patch_texts`` the texts
+    of a quick patch.
     """
     left, items, first = num_layers - n, sum(looks), sum(looks[: looks_at(looks, FIRST_ITEMS)])
     proposed = left + 1 + 2 * len(PROPOSERS)  # every block, and two sets of each criterion
     screened = proposed * looks[0] + 2 * top * (first - looks[0])
     as_cut = sum(looks[: looks_at(looks, STAGES[-1])])
-    heads = screened + 2 * (items - first + as_cut)  # two cuts go on to the end
+    heads = 1.0 * screened + 2 * (items - first + as_cut)  # two cuts go on to the end
     layers = proposing
     if after == "patch":
         heads += (top + 1) * first
         layers += num_layers * patch_texts + (top + 1) * n * patch_texts
+    heads *= texts_of_item
     # Half of the layers of a cut were run for another one, or lie before its patch.
     layers += heads * left / 2
-    more = max(0.0, MOST * exhaustive(num_layers, n, items) - layers)
+    more = max(0.0, MOST * texts_of_item * exhaustive(num_layers, n, items) - layers)
     return Forwards(layers + more, heads + 2 * more / max(1, left))

@@ -177,7 +177,7 @@ def knee(lost: Mapping[int, Difference]) -> SizeChoice:
     below = {n: slope * n - lost[n].mean for n in sizes} | {end: 0.0}
     n = max(sizes, key=lambda size: (below[size], -size))
     if not below[n] > 0:
-        return SizeChoice(sizes[0], "the least size, as the curve of losses has no knee")
+        return SizeChoice(sizes[0], "the least size, as the curve has no knee")
     before = lost[n].mean / n
     behind = (lost[end].mean - lost[n].mean) / (end - n)
     return SizeChoice(

@@ -24,7 +24,8 @@ TRUTH_ITEMS = 32
 
 def judge_inputs(judge: Judge) -> dict[str, Any]:
     """What the records of a judge's trials depend on beside the model and the items."""
-    return {"judge": judge.name, "looks": [len(items) for items in judge.items]}
+    content = {"content": judge.content} if judge.content else {}
+    return {"judge": judge.name, "looks": [len(items) for items in judge.items], **content}
 
 
 class HeldOutCuts:

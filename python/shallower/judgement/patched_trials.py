@@ -117,11 +117,12 @@ class PatchedTrials:
             raise
 
     def _count(self, gone: Cut, index: int) -> None:
-        """Count a look, and the patch before it."""
+        """Count a look, and the patch before it, and before that the whole model on every look."""
         trials, unchanged = self._trials, min(gone) - 1
         if trials.count is None:
             return
         texts = len(trials.judge.batches[index])
+        trials.count_prepared(trials.first(None))
         trials.count.once("patch", len(trials.model) * self.num_texts)
         trials.count.once(("patch", gone), patch_layers(gone) * self.num_texts)
         before = tuple(range(unchanged))

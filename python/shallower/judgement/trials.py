@@ -273,10 +273,17 @@ class Trials:
         self.clock.recall(self._recalled.pop(key, 0.0))
         if self.count is not None:
             texts = len(self.judge.batches[index])
-            if self._prepares:
-                self.count.run(("whole", index), index, self.path(()), texts=texts)
+            self.count_prepared([index])
             self.count.run((gone, index), index, self.path(gone), texts=texts)
         return self._judged[key]
+
+    def count_prepared(self, indices: Iterable[int]) -> None:
+        """Count the whole model on batches, in an open count, if the judge needs it there."""
+        if self.count is None or not self._prepares:
+            return
+        for index in indices:
+            texts = len(self.judge.batches[index])
+            self.count.run(("whole", index), index, self.path(()), texts=texts)
 
     def _note(
         self, key: tuple[frozenset[int], int], sums: NDArray[np.float64], started: float

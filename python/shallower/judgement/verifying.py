@@ -24,7 +24,7 @@ from ..values.tokens import Tokens
 from ..values.verification import AFTER, Candidate, Verified
 from .bounds import FIRST_ITEMS, MOST, STAGES, exhaustive, verifying_forwards
 from .held_out_cuts import judge_inputs
-from .judges.judge import LossJudge, judged_batches
+from .judges.judge import Judge, LossJudge, judged_batches
 from .patched_trials import PatchedTrials
 from .proposals import (
     PROPOSERS,
@@ -49,6 +49,8 @@ SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
 
 SEEDS = 3
 """Cuts that the search begins from, the best first."""
+
+_By = Trials | PatchedTrials
 
 
 @dataclass
@@ -162,6 +164,7 @@ def verifier_of(
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits | TokenisedSplits,
     *,
+    judge: Judge | None = None,
     store: ResultStore,
     texts: str,
     tokens: Tokens,
@@ -171,7 +174,7 @@ def verifier_of(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Verifier:
-    """Prepare to verify plans of a model that is loaded, by its loss; nothing is run yet.
+    """Prepare to verify plans of a model that is loaded, by its loss or by a ``judge``.
 
     Texts of ``splits`` that report are not looked at. ``texts`` is the identity of the others, for
     the store; ``tokens`` the length of texts, and how many make one forward.
@@ -189,7 +192,7 @@ def verifier_of(
     tokens, model = fitting_tokens(decoder, tokens), Layerwise(decoder)
     fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
     batches = list(fitted)
-    judge = LossJudge(judged_batches(tokenizer, splits.choose, tokens))
+    judge = judge or LossJudge(judged_batches(tokenizer, splits.choose, tokens))
     _require_enough(sum(map(len, batches)), judge.num_items)
     items = {"items": texts, **judge_inputs(judge)}
     trials = Trials(model, judge, journal=store.journal("trials", items))
@@ -248,10 +251,11 @@ class _Verification:
         bound = verifying_forwards(
             self.subject.num_layers,
             self.n,
-            self._look_sizes,
+            [len(items) for items in self.trials.judge.items],
             top=self.top,
             proposing=proposing_layers(self.subject),
             patch_texts=self.patched.num_texts,
+            texts_of_item=self.trials.judge.texts_of_item,
             after=self.after,
         )
         most = round(bound.layers)
@@ -278,7 +282,7 @@ class _Verification:
     @property
     def exhaustive(self) -> int:
         """Layers that every contiguous block of this size takes, without any that are shared."""
-        return exhaustive(self.subject.num_layers, self.n, self.trials.judge.num_items)
+        return exhaustive(self.subject.num_layers, self.n, sum(self._look_sizes))
 
     @property
     def _first_looks(self) -> int:
@@ -287,8 +291,8 @@ class _Verification:
 
     @cached_property
     def _look_sizes(self) -> list[int]:
-        """The items of every look."""
-        return [len(items) for items in self.trials.judge.items]
+        """The texts that run in every look: one for each item, or several."""
+        return [len(batch) for batch in self.trials.judge.batches]
 
     @property
     def _as_cut(self) -> int:
@@ -305,7 +309,7 @@ class _Verification:
         for cut in contiguous(self.subject.num_layers, self.n):
             self.proposals.add(cut, "contiguous")
 
-    def _score(self, cut: Cut, looks: int | None, by: Trials | PatchedTrials) -> Scores | None:
+    def _score(self, cut: Cut, looks: int | None, by: _By) -> Scores | None:
         """Judge a cut; None, and a note why, where it cannot be."""
         if _name(cut) in self.proposals.failed:
             return None
@@ -317,9 +321,7 @@ class _Verification:
         self._advance()
         return found
 
-    def _scores(
-        self, cuts: Sequence[Cut], looks: int, by: Trials | PatchedTrials
-    ) -> list[Scores | None]:
+    def _scores(self, cuts: Sequence[Cut], looks: int, by: _By) -> list[Scores | None]:
         """Judge cuts by the first looks; None for one that cannot be."""
         by.judge_together([cut for cut in cuts if _name(cut) not in self.proposals.failed], looks)
         return [self._score(cut, looks, by) for cut in cuts]
@@ -328,16 +330,14 @@ class _Verification:
         found = self._scores(cuts, looks, self.trials)
         return [math.inf if scores is None else scores.mean for scores in found]
 
-    def _best(self, cuts: Iterable[Cut], looks: int, by: Trials | PatchedTrials) -> list[Cut]:
+    def _best(self, cuts: Iterable[Cut], looks: int, by: _By) -> list[Cut]:
         """Sort cuts by the first looks, the best first; without those that cannot be judged."""
         ordered = sorted(cuts, key=self.trials.path)
         found = zip(ordered, self._scores(ordered, looks, by), strict=True)
         means = {cut: scores.mean for cut, scores in found if scores is not None}
         return sorted(means, key=means.__getitem__)
 
-    def _left(
-        self, field: Sequence[Cut], look: int, most: int, by: Trials | PatchedTrials
-    ) -> list[Cut]:
+    def _left(self, field: Sequence[Cut], look: int, most: int, by: _By) -> list[Cut]:
         """The first ``most`` cuts that are not worse than another by more than chance."""
         if look == self.trials.num_looks or len(field) < 2:
             return list(field[:most])
@@ -380,7 +380,7 @@ class _Verification:
         After a patch there are few stages, for each solves those that are left anew.
         """
         looks: Sequence[int] = range(self._first_looks, self.trials.num_looks + 1)
-        by: Trials | PatchedTrials = self.trials
+        by: _By = self.trials
         racing = list(field[: 2 * self.top])
         if self.after == "patch":
             by, racing = self.patched, self._entering(field)
@@ -443,8 +443,8 @@ class _Verification:
         inside = np.array(
             [sum(min(cut) <= one + 1 <= max(cut) for one in self.trials.path(cut)) for cut in order]
         )
-        whole = self.subject.num_layers * texts
-        rest = MOST * self.exhaustive - self.count.layer_forwards - whole
+        self.trials.count_prepared(self.trials.first(None))  # as the first patch needs it
+        rest = MOST * self.exhaustive - self.count.layer_forwards - self.subject.num_layers * texts
         rest -= 2 * (layers.mean() * sum(sizes[first:]) + self._as_cut)
         patched = np.array([0 not in cut for cut in order])
         each = patched * (inside * texts + layers * sum(sizes[:first]))

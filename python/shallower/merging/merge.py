@@ -2,7 +2,7 @@
 
 import shlex
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -118,11 +118,10 @@ def write_merged(folder: Path, merging: Merging) -> Healing:
 def healing_rows(healing: Healing) -> list[tuple[str, str]]:
     """The rows of a model card that describe a healing."""
     recipe = healing.recipe
-    kind = "packed" if recipe.packing else "truncated"
     rows = [
         ("trained", f"step {healing.best_step} of {recipe.steps}, {GLOBAL_BATCH} sequences each"),
         ("objective", recipe.objective),
-        ("texts", f"{healing.texts.num_texts}, {kind} to {counted(recipe.max_length, 'token')}"),
+        *_trained_on(healing),
         (
             "adapters",
             f"rank {recipe.rank} on {healing.adapted} linear maps of the feed-forward "
@@ -143,6 +142,18 @@ def healing_rows(healing: Healing) -> list[tuple[str, str]]:
     return rows
 
 
+def _trained_on(healing: Healing) -> Iterator[tuple[str, str]]:
+    """The rows of texts and of answers."""
+    recipe, answers = healing.recipe, healing.answers
+    kind = "packed" if recipe.packing else "truncated"
+    length = f"{kind} to {counted(recipe.max_length, 'token')}"
+    if healing.texts.num_texts or answers is None:
+        yield "texts", f"{healing.texts.num_texts}, {length}"
+    if answers is not None and recipe.share is not None:
+        share = f"{100 * recipe.share:g} % of the sequences"
+        yield "answers of the uncut model", f"{answers}, {share}, {length}"
+
+
 def healing_command(healing: Healing) -> str:
     """Write the command that heals a cut again, with all that its result depends on."""
     recipe = asdict(healing.recipe)
@@ -150,10 +161,12 @@ def healing_command(healing: Healing) -> str:
         del recipe[name]
     for name in ("packing", "attention"):
         recipe[f"no_{name}"] = not recipe[name]
+    has_original = healing.original or healing.recipe.has_teacher or healing.answers
     options = {
-        "texts": "TEXTS",
+        "texts": "TEXTS" if healing.texts.num_texts or not healing.answers else None,
+        "answers": "ANSWERS" if healing.answers else None,
         "eval_texts": "EVAL_TEXTS" if healing.held_out else None,
-        "original": PLACEHOLDER if healing.original or healing.recipe.has_teacher else None,
+        "original": PLACEHOLDER if has_original else None,
         **recipe,
         "merge": True,
         "out": "healed",

@@ -6,7 +6,7 @@ whole model. Then all matrices from there on take a few steps towards the whole 
 distributions. No parameter is added, and the checkpoint stays standard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import drop_layers, without_layers
 from ..errors import PatchError
+from ..models.architecture import text_config
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..texts.batches import AnyTexts
+from ..texts.sequences import check_answers, mixed
+from ..values.answers import Answer
 from ..values.layers import Layers
 from ..values.patch import Patch
 from ..values.plan import Plan
+from ..values.recipe import check_share
 from ..values.tokens import Tokens
 from .changes import Changes
 from .solver import Solver
@@ -37,6 +41,8 @@ def patch(
     layers: Plan | Layers,
     *,
     texts: AnyTexts,
+    answers: Sequence[Answer] = (),
+    share: float = 0.5,
     max_length: int = 256,
     batch_size: int = 16,
     num_tokens: int | None = None,
@@ -54,6 +60,10 @@ def patch(
             indices to drop, 0-based.
         texts: calibration texts, read once; every eighth is held out, to choose by and to
             report on.
+        answers: what the whole model said to prompts, to fit and choose on beside the texts, as
+            :func:`shallower.answer_prompts` gives it; each once, with its prompt.
+        share: the share of answers among texts and answers, above 0, up to 1; where either are at
+            their end, the others go on.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
         num_tokens: tokens to fit, at most; by default 131,072, on a CPU 32,768. Their states lie
@@ -74,7 +84,8 @@ def patch(
             block; a layer does not write by a plain linear map (mixtures of experts, norms
             behind the feed-forward, quantised weights); there is not enough memory. The model
             is then as it was.
-        TextsError: there are too few texts.
+        TextsError: there are too few texts, or answers that are none of this model.
+        RecipeError: ``share`` is out of range.
         PlanError: the plan is for another model.
         LayersError, ModelError: as :func:`shallower.drop_layers`.
 
@@ -91,6 +102,8 @@ def patch(
         tokenizer,
         layers,
         texts=texts,
+        answers=answers,
+        share=share,
         tokens=tokens,
         num_tokens=num_tokens,
         checkpoint=checkpoint,
@@ -108,6 +121,8 @@ def with_patch(
     layers: Plan | Layers,
     *,
     texts: AnyTexts,
+    answers: Sequence[Answer] = (),
+    share: float = 0.5,
     max_length: int = 256,
     num_tokens: int | None = None,
     progress: bool | None = None,
@@ -120,6 +135,8 @@ def with_patch(
             tokenizer,
             layers,
             texts=texts,
+            answers=answers,
+            share=share,
             tokens=tokens,
             num_tokens=num_tokens,
             progress=progress,
@@ -136,6 +153,8 @@ def _solved(
     layers: Plan | Layers,
     *,
     texts: AnyTexts,
+    answers: Sequence[Answer],
+    share: float,
     tokens: Tokens,
     num_tokens: int | None,
     progress: bool | None,
@@ -147,6 +166,11 @@ def _solved(
     """
     plan = _plan_of(model, layers)
     most = _num_tokens(model, num_tokens)
+    check_share(share)
+    answers = tuple(answers)
+    if answers:
+        check_answers(answers, text_config(model).vocab_size)
+        texts = mixed(tokenizer, texts, answers, share=share, max_length=tokens.max_length)
     fitted, held_out = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
     changes = Changes()
     try:
@@ -168,7 +192,11 @@ def _solved(
                 f"{done.original:.4f} before the cut; give more texts, or drop other layers"
             )
         done = replace(
-            done, max_length=tokens.max_length, batch_size=tokens.texts, most_tokens=most
+            done,
+            max_length=tokens.max_length,
+            batch_size=tokens.texts,
+            most_tokens=most,
+            share=share if answers else None,
         )
         yield done, changes
     finally:

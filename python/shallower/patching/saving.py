@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ from ..storage import (
     write_file,
 )
 from ..texts.sources import place_of_texts
+from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
@@ -96,6 +97,8 @@ def _command(done: Patch, *, measured: bool) -> str:
     options = {
         "drop": drop_option(done.plan.blocks),
         "texts": "TEXTS",
+        "answers": None if done.share is None else "ANSWERS",
+        "share": done.share,
         "eval_texts": "EVAL_TEXTS" if measured else None,
         "max_length": done.max_length or None,
         "batch_size": done.batch_size or None,
@@ -108,7 +111,7 @@ def _command(done: Patch, *, measured: bool) -> str:
 def _patch_rows(done: Patch) -> list[tuple[str, str]]:
     rows = [
         ("method", done.method),
-        ("tokens fitted", f"{done.num_tokens:,}"),
+        ("tokens fitted", f"{done.num_tokens:,}{_among(done)}"),
         (
             "held-out loss, nats a token",
             f"{done.original:.4f} whole, {done.cut:.4f} cut, {done.patched:.4f} patched, on "
@@ -125,6 +128,11 @@ def _patch_rows(done: Patch) -> list[tuple[str, str]]:
     return rows
 
 
+def _among(done: Patch) -> str:
+    """How many of what was fitted are answers, if any are."""
+    return "" if done.share is None else f", {100 * done.share:g} % of the texts answers"
+
+
 def patch_to_folder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,6 +141,8 @@ def patch_to_folder(
     texts: Iterable[str],
     out: str | Path,
     eval_texts: Iterable[str] | None = None,
+    answers: Sequence[Answer] = (),
+    share: float = 0.5,
     max_length: int = 256,
     batch_size: int = 16,
     num_tokens: int | None = None,
@@ -141,7 +151,7 @@ def patch_to_folder(
 ) -> tuple[Patch, dict[str, Loss]]:
     """Patch a model in place, save it, and measure it on text that no choice was made on.
 
-    ``texts`` are calibration texts, as for :func:`shallower.patch`; without ``eval_texts`` nothing
+    ``texts`` and ``answers`` are as for :func:`shallower.patch`; without ``eval_texts`` nothing
     is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``. One that
     was cut short goes on where it was. Raises as :func:`shallower.patch`, and OutputError if
     ``out`` is in use or cannot be written to.
@@ -183,6 +193,8 @@ def patch_to_folder(
                 tokenizer,
                 plan,
                 texts=texts,
+                answers=answers,
+                share=share,
                 max_length=max_length,
                 batch_size=batch_size,
                 num_tokens=num_tokens,

@@ -15,6 +15,7 @@ from ..errors import PatchError, TextsError
 from ..models.layerwise import Layerwise, rows
 from ..models.residual_writers import Writer
 from ..texts.batches import AnyTexts, Batch, TokenBatches, TokenisedText, tokenise
+from ..texts.splits import is_held_out
 from ..values.counts import counted
 from ..values.layers import Block
 from ..values.tokens import Tokens
@@ -50,7 +51,7 @@ def divide(
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
     parts: tuple[list[TokenisedText], list[TokenisedText]] = ([], [])
     for index, text in enumerate(texts):
-        held = index % 8 == 7
+        held = is_held_out(index)
         if counts[0] >= enough[0] and counts[1] >= enough[1]:
             break
         if counts[held] < enough[held]:

@@ -58,6 +58,18 @@ def whole_words(whole: Loss) -> str:
     )
 
 
+_JUDGES = {
+    "kl": "the divergence from the whole model's next-token distributions",
+    "options": "the margin of the right option over the others",
+    "speech": "the divergence from the whole model on its own words",
+}
+
+
+def judge_words(judge: str, unit: str) -> str:
+    """Say what a judge measures, where its name does not, and in which unit."""
+    return ", ".join([judge, *filter(None, [_JUDGES.get(judge)]), unit])
+
+
 def splits_words(splits: Mapping[str, int]) -> str:
     """Say how many texts fit, choose and report: ``64 fit, 16 choose, 64 report``."""
     return ", ".join(f"{number:,} {name}" for name, number in splits.items()) or "not known"

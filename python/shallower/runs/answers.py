@@ -1,12 +1,22 @@
 """What models said to prompts, kept by content: a part that was written once is not again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CacheError
+from ..errors import CacheError, TextsError
 from ..progress import track
+from ..texts.prompts import (
+    Prompt,
+    has_template,
+    prompt_ids,
+    prompts_fingerprint,
+    training_prompts,
+)
+from ..texts.sequences import answered
 from ..values.answers import Answer
+from ..values.counts import counted
 from ..values.hashing import hash_of
 from ..values.schema import of_type, read
 from ..values.tokens import BatchSize
@@ -21,6 +31,18 @@ if TYPE_CHECKING:
 
 AT_ONCE = 32
 """Prompts that are answered together, and kept."""
+
+ANSWER_TOKENS = 256
+"""Tokens of an answer to train on, at most."""
+
+PATCH_ANSWERS = 512
+"""Prompts of our own that are answered for a patch."""
+
+MOST_ANSWERS, ANSWERS_A_STEP = 2048, 8
+"""Prompts of our own that are answered for a training, at most, and for a step of it."""
+
+BEGINNING = 120
+"""Characters of a text that a model without a template for chats goes on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +108,131 @@ def _read(known: dict[str, Any], prompts: list[list[int]]) -> list[Answer]:
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"an entry of the cache is no answers: {error}") from error
     return answers
+
+
+def answers_for(steps: int | None) -> int:
+    """Say how many prompts of our own are answered for so many steps, or for a patch.
+
+    Whole parts, so that other steps find those that there are.
+    """
+    if steps is None:
+        return PATCH_ANSWERS
+    return min(MOST_ANSWERS, -(-ANSWERS_A_STEP * steps // AT_ONCE) * AT_ONCE)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedAnswers:
+    """Answers that a cut is to be patched or trained on, beside texts.
+
+    Attributes:
+        prompts: what is answered, or has its answers already; None for prompts of our own, of which
+            a model without a template for chats gets the beginnings of the texts.
+        count: prompts of our own at most.
+        num_tokens: tokens of an answer at most.
+        seed: of what is drawn.
+    """
+
+    prompts: Sequence[Prompt] | None
+    count: int
+    num_tokens: int = ANSWER_TOKENS
+    seed: int = 0
+
+    def __str__(self) -> str:
+        if self.are_there:
+            return f"{len(self.prompts or ())} of a file"
+        if self.prompts is None:
+            return f"to {self.count} prompts of our own, or beginnings of texts"
+        return f"to {counted(len(self.prompts), 'prompt')}"
+
+    @property
+    def are_there(self) -> bool:
+        """Whether a file has the answers already, so that nothing is to be written."""
+        return any(one.answer is not None for one in self.prompts or ())
+
+    @property
+    def num_written(self) -> int:
+        """The tokens that are written at most."""
+        prompts = self.count if self.prompts is None else len(self.prompts)
+        return 0 if self.are_there else prompts * self.num_tokens
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that they depend on beside the model and the texts."""
+        prompts = None if self.prompts is None else prompts_fingerprint(self.prompts)
+        return {
+            "prompts": prompts,
+            "count": self.count,
+            "num_tokens": self.num_tokens,
+            "seed": self.seed,
+        }
+
+    def check(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
+    ) -> None:
+        """Refuse what :meth:`by` would, before any long work; raises as it does."""
+        if self.are_there:
+            self._read(decoder, tokenizer)
+        else:
+            self._asked(decoder, tokenizer, texts)
+
+    def by(
+        self,
+        decoder: "Decoder",
+        tokenizer: "PreTrainedTokenizerBase",
+        texts: Iterable[str],
+        *,
+        store: "ResultStore",
+        progress: bool | None = None,
+    ) -> list[Answer]:
+        """Let the whole model answer, or look up what it said; read what is there already.
+
+        Raises TextsError and ModelError as :func:`write_answers` and :func:`answered`.
+        """
+        if self.are_there:
+            return self._read(decoder, tokenizer)
+        return KeptAnswers(store).write(
+            decoder,
+            tokenizer,
+            self._asked(decoder, tokenizer, texts),
+            num_tokens=self.num_tokens,
+            seed=self.seed,
+            progress=progress,
+            description="answers to train on",
+        )
+
+    def _read(self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase") -> list[Answer]:
+        return answered(tokenizer, self.prompts or (), model=decoder.identity)
+
+    def _asked(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
+    ) -> "list[NDArray[np.int64]]":
+        """The token ids of the prompts."""
+        from ..evaluation.answers import check_prompts, check_speaks
+
+        check_speaks(decoder)
+        ids = prompt_ids(tokenizer, self._prompts(tokenizer, texts))
+        check_prompts(decoder, ids, self.num_tokens)
+        return ids
+
+    def _prompts(
+        self, tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
+    ) -> Sequence[Prompt]:
+        if self.prompts is not None:
+            return self.prompts
+        if has_template(tokenizer):
+            return training_prompts(self.count, self.seed)
+        written = (text for text in texts if text.strip())
+        found = [_beginning(text) for text in islice(written, self.count)]
+        if not found:
+            raise TextsError(
+                "the tokenizer has no chat template for prompts of our own, and there are no texts "
+                "whose beginnings the model could go on from: give some, or prompts (answers, "
+                "--answers PROMPTS)"
+            )
+        return [Prompt(text=text) for text in found]
+
+
+def _beginning(text: str) -> str:
+    """The first words of a text."""
+    begun = text.strip()[:BEGINNING]
+    return begun.rsplit(maxsplit=1)[0] if len(begun) == BEGINNING else begun

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import (
     CacheError,
@@ -17,7 +17,7 @@ from ..errors import (
 )
 from ..models.source import ModelSource
 from ..processes import refuse_several
-from ..texts.options import OptionItem, options_fingerprint, read_options
+from ..texts.prompts import Prompt, prompts_fingerprint
 from ..values.comparison import CriteriaComparison
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.hashing import hash_of
@@ -25,6 +25,7 @@ from ..values.layers import check_sizes
 from ..values.provenance import versions
 from ..values.settings import CompareSettings
 from .given_models import InMemory, ModelStore, given_models
+from .items import Items, items_fingerprint, judged_items
 from .store import Entry, open_store
 from .study import SINGLE_LAYERS, WHOLE, Part, Study, Unit
 
@@ -81,8 +82,9 @@ def compare(
         SettingsError: there is no such setting.
         CriterionError: a criterion or judge that does not exist, or is named twice.
         LayersError: a size that the model cannot lose.
-        TextsError: too few texts for three sets, or broken ones.
-        ModelError: the one model that there is cannot be loaded or run.
+        TextsError: too few texts for three sets, too few items or prompts, or broken ones.
+        ModelError: the one model that there is cannot be loaded or run; or, by the judge
+            ``speech``, cannot generate text, or has its layers on disk.
         OutputError: ``out`` holds another comparison, or cannot be written to.
         CacheError: what the cache holds is damaged.
         ProcessesError: this is one of several processes, as torchrun starts them.
@@ -137,27 +139,40 @@ class CompareStudy(Study[CompareSettings]):
     def check(self) -> None:
         """Refuse what cannot be, before anything is loaded; of several models the others go on."""
         super().check()
+        if self.prompts:
+            way_out = "leave out how the cuts speak (speech, --speech)"
+            self.refuse_on_disk("every token of an answer", way_out)
         if len(self.models) == 1 and self.entry is None:
             check_sizes(self.settings.n, self.model.count_layers())
 
     @cached_property
-    def items(self) -> tuple[list[OptionItem], list[OptionItem]]:
-        """The items that choose and those that report; none but for the judge ``options``."""
-        from ..texts.splits import two_splits
+    def items(self) -> tuple[Items, Items]:
+        """The items that choose and those that report, of the judges ``options`` and ``speech``."""
+        of = self.settings
+        return judged_items(of.judge, options=of.options, prompts=of.prompts, seed=of.seed)
 
-        if self.settings.options is None:
-            return [], []
-        return two_splits(read_options(self.settings.options), seed=self.settings.seed)
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts on which bare cuts speak; those that report of the judge ``speech``."""
+        if not self.settings.speech:
+            return ()
+        if self.settings.judge == "speech":
+            return cast(Sequence[Prompt], self.items[1])
+        return super().prompts
+
+    def more_inputs(self) -> dict[str, Any]:
+        """The prompts on which cuts speak."""
+        return {"prompts": prompts_fingerprint(self.prompts)}
 
     @property
-    def reporting_items(self) -> Sequence[OptionItem]:
-        """The items that report, of the judge ``options``."""
-        return self.items[1]
+    def judges(self) -> tuple[str, str]:
+        """The judge that is asked for chooses and scores."""
+        return self.settings.judge, self.settings.judge
 
     @cached_property
     def fitted(self) -> dict[str, str]:
         """Hashes of the texts that fit and choose, and of the items that choose, by their name."""
-        items = options_fingerprint(self.items[0])
+        items = items_fingerprint(self.settings.judge, self.items[0])
         tokens = asdict(self.settings.tokens)
         return {
             name: hash_of([splits.fit, splits.choose, tokens, items])
@@ -168,7 +183,8 @@ class CompareStudy(Study[CompareSettings]):
     def reported(self) -> str:
         """A hash of the texts and of the items that report."""
         tokens = asdict(self.settings.tokens)
-        return hash_of([self.split.report, tokens, options_fingerprint(self.items[1])])
+        items = items_fingerprint(self.settings.judge, self.items[1])
+        return hash_of([self.split.report, tokens, items])
 
     @cached_property
     def criteria(self) -> "tuple[Criterion, ...]":
@@ -230,7 +246,7 @@ class CompareStudy(Study[CompareSettings]):
         """Give the function that measures a part."""
         from .compare_rows import PartsMaker
 
-        return PartsMaker(self, self.criteria, self.items[0])
+        return PartsMaker(self, self.criteria)
 
     def is_stock(self) -> bool:
         """Whether all criteria are of this package; a model that is not known has no results."""
@@ -285,9 +301,7 @@ class CompareStudy(Study[CompareSettings]):
 
         store = ModelStore(self.store, self.of_models[str(model)], self.found)
         with limit(self.settings.device_memory):
-            return compare_on(
-                self, model, criteria=self.criteria, choosing=self.items[0], store=store
-            )
+            return compare_on(self, model, criteria=self.criteria, store=store)
 
     def _joined(
         self, outcomes: "Sequence[Outcome]", failures: Mapping[str, str]

@@ -19,7 +19,6 @@ from ..errors import (
 )
 from ..judgement.criterion import Criterion, has_costs
 from ..judgement.held_out_cuts import TRUTH_ITEMS, judge_inputs
-from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
 from ..judgement.stored_costs import Work, stored_choice, stored_costs
 from ..judgement.subject import Subject
@@ -29,7 +28,6 @@ from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
 from ..progress import Advance, say_goes_on, track
 from ..texts.batches import TokenBatches
-from ..texts.options import OptionItem
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
 from ..values.comparison import ComparedModel, Row
 from ..values.layers import check_sizes
@@ -66,12 +64,9 @@ def compare_on(
     model: ModelSource | InMemory,
     *,
     criteria: Sequence[Criterion],
-    choosing: Sequence[OptionItem],
     store: ResultStore,
 ) -> Outcome:
     """Compare criteria on one model, and give the rows with their regret.
-
-    Items of a task that are ``choosing`` are those of the judge ``options``.
 
     Raises:
         LayersError: a size that the model cannot lose.
@@ -85,9 +80,7 @@ def compare_on(
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
     for texts in study.splits:
-        compared = _Choosing(
-            study, measuring, store, criteria, choosing, model=str(model), texts=texts
-        )
+        compared = _Choosing(study, measuring, store, criteria, model=str(model), texts=texts)
         compared.say_goes_on()
         bar = track(f"compare on {texts}, layers run", compared.total, study.progress)
         with bar as compared.advance:
@@ -137,7 +130,6 @@ class _Choosing:
     measuring: Measuring
     store: ResultStore
     criteria: Sequence[Criterion]
-    choosing: Sequence[OptionItem]
     model: str
     texts: str
     skipped: dict[str, str] = field(default_factory=dict)
@@ -148,13 +140,7 @@ class _Choosing:
         split, fitted = measuring.texts[self.texts], study.fitted[self.texts]
         read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
         batches = list(read)
-        judge = judge_of(
-            settings.judge,
-            measuring.tokenizer,
-            split.choose,
-            items=self.choosing,
-            tokens=measuring.tokens,
-        )
+        judge = measuring.judges.choosing(split.choose)
         inputs = judge_inputs(judge)
         journal = self.store.journal("trials", {"items": fitted, **inputs})
         layerwise = measuring.held_out.model
@@ -203,8 +189,10 @@ class _Choosing:
         return 0 if has_costs(criterion) else self._judged(criterion, n)
 
     def _judged(self, criterion: Criterion, n: int) -> int:
-        looks = [len(items) for items in self.subject.trials.judge.items]
-        return round(criterion.trial_forwards(self.subject.num_layers, looks, n).layers)
+        judge = self.subject.trials.judge
+        looks = [len(items) for items in judge.items]
+        items = criterion.trial_forwards(self.subject.num_layers, looks, n).layers
+        return round(items * judge.texts_of_item)
 
     @property
     def _truth(self) -> int:
@@ -337,7 +325,7 @@ class _Choosing:
                 patched_difference=None if after is None else after.mean,
                 patched_difference_stderr=None if after is None else after.stderr,
             )
-            yield _Measured(row, judged, patched)
+            yield _Measured(replace(row, **self._speech(dropped)), judged, patched)
 
     def _scores(self, dropped: Sequence[int]) -> tuple[Scores, Scores, Scores | None, str | None]:
         """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
@@ -348,6 +336,15 @@ class _Choosing:
         except PatchError as error:
             return judged, losses, None, str(error)
 
+    def _speech(self, dropped: Sequence[int]) -> dict[str, Any]:
+        """How a bare cut speaks, by the names of a row's fields; nothing where it is not asked."""
+        speech = self.measuring.speech_of_cut(tuple(dropped))
+        if speech is None:
+            return {}
+        found = {name: speech.of(name) for name in ("acceptance", "repetition")}
+        errors = {f"{name}_stderr": one.stderr for name, one in found.items()}
+        return {**{name: one.mean for name, one in found.items()}, **errors}
+
     def make(self, criterion: Criterion) -> None:
         """Measure into the store what the rows of a criterion take; as much as it can be."""
         if has_costs(criterion):
@@ -356,19 +353,16 @@ class _Choosing:
         for n in self.study.settings.n:
             with self._others_go_on(criterion.name):
                 if criterion.name not in self.skipped:
-                    self._scores(self._choice(criterion, n, Work())[0].dropped)
+                    dropped = self._choice(criterion, n, Work())[0].dropped
+                    self._scores(dropped)
+                    self._speech(dropped)
 
 
 class PartsMaker:
     """Measures parts of a comparison into the store; the model of the last one stays loaded."""
 
-    def __init__(
-        self,
-        study: Study[CompareSettings],
-        criteria: Sequence[Criterion],
-        choosing: Sequence[OptionItem],
-    ) -> None:
-        self._study, self._choosing = study, choosing
+    def __init__(self, study: Study[CompareSettings], criteria: Sequence[Criterion]) -> None:
+        self._study = study
         self._criteria = {criterion.name: criterion for criterion in criteria}
         self._models = {str(model): model for model in study.models}
         self._open: dict[tuple[str, str], _Choosing] = {}
@@ -401,7 +395,6 @@ class PartsMaker:
                 same[0],
                 store,
                 list(self._criteria.values()),
-                self._choosing,
                 model=part.model,
                 texts=part.texts,
             )

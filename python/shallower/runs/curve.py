@@ -11,6 +11,7 @@ from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..progress import say_goes_on
 from ..reporting.writers.csv import write_curve
+from ..texts.prompts import prompts_fingerprint
 from ..values.curve import OWN_STRATEGIES, Curve
 from ..values.files import CURVE_FILE, CURVE_TABLE, PARTIAL_FILE, SCAN_FILE
 from ..values.layers import check_sizes
@@ -142,6 +143,9 @@ class CurveStudy(Study[CurveSettings]):
         super().check()
         if self.settings.tasks:
             self.refuse_on_disk("a task, for every few items", "leave out tasks (tasks, --tasks)")
+        if self.prompts:
+            way_out = "leave out what it is to say (prompts, --speech)"
+            self.refuse_on_disk("every token of an answer", way_out)
         if "healed" in self.settings.states:
             way_out = "leave out the state healed (states, --states), and heal a cut of it"
             self.refuse_on_disk("a training, at every step", way_out)
@@ -194,9 +198,13 @@ class CurveStudy(Study[CurveSettings]):
         return super().is_stock()
 
     def more_inputs(self) -> dict[str, Any]:
-        """The items of the tasks, and the texts that are trained on."""
+        """The items of the tasks, the prompts, and the texts that are trained on."""
         healed = "healed" in self.settings.states
-        return {"tasks": self.tasks.identity, "trained_on": self.trained_on() if healed else None}
+        return {
+            "tasks": self.tasks.identity,
+            "prompts": prompts_fingerprint(self.prompts),
+            "trained_on": self.trained_on() if healed else None,
+        }
 
     @cached_property
     def tasks(self) -> StudyTasks:

@@ -167,6 +167,7 @@ class CurvePoints:
             measured.tasks,
             measured.seconds,
             time_share=self._time_share(dropped),
+            speech=measured.speech,
         )
 
     def _measure(self, dropped: tuple[int, ...], state: State) -> Measured:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import one_sentence
+from ..evaluation.speech import SPEECH_TOKENS
 from ..judgement.bounds import verifying_forwards
 from ..judgement.choosing_size import STEPS, curve_sizes, sizes_beside
 from ..judgement.criteria import criteria
@@ -37,12 +38,15 @@ from ..patching.quick import RIDGES
 from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
+from ..texts.prompts import prompt_ids
 from ..values.curve import OWN_STRATEGIES, SCANNED
 from ..values.estimates import Disk, Divided, Time, Unknown
 from ..values.forwards import Forwards
 from ..values.memory import MemoryPlan
 from ..values.recipe import GLOBAL_BATCH, Recipe
 from ..values.settings import CompareSettings, CurveSettings, RunSettings
+from ..values.speech import WAYS
+from .answers import WantedAnswers
 from .compare import CompareStudy
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
@@ -51,10 +55,11 @@ from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
-DECODED = 2 * 64 / 4
-"""Steps of one token that a model takes for a prompt, twice 64 tokens: a prompt among many takes a
-quarter of one alone, at most.
-"""
+AT_A_TIME = 4
+"""A token of a text among many takes a model a quarter of the time of one alone, at most."""
+
+DECODED = 2 * 64 / AT_A_TIME
+"""Steps of one token that a model takes for a prompt, twice 64 tokens."""
 
 SOLVES = 12
 """Systems of equations that a full patch solves before each block, about."""
@@ -118,7 +123,10 @@ def _peak(plan: MemoryPlan) -> int:
 
 
 class _Texts:
-    """The tokens of the texts of one split."""
+    """The tokens of the texts of one split, and of the items of its judge.
+
+    Where that is of speech, they are ``judged``, and ``num_spoken`` prompts are answered for it.
+    """
 
     def __init__(self, study: Study[Any], tokenizer: Any, name: str, texts_at_once: int) -> None:
         tokens = replace(study.settings.tokens, batch_size=texts_at_once)
@@ -136,11 +144,17 @@ class _Texts:
             )
             for some in (split.choose, split.report)
         )
+        self.judged, self.num_spoken = self.choose, 0
+        if study.judges[0] == "speech":
+            halves: Any = study.items
+            found = prompt_ids(tokenizer, halves[0])
+            self.judged = np.array([len(WAYS) * (len(ids) + SPEECH_TOKENS) for ids in found])
+            self.num_spoken = sum(map(len, halves[: study.judges.count("speech")]))
         self.at_once = texts_at_once
 
     def looks(self, num_choosing: int | None = None) -> list[int]:
         """The items of each look at those that choose, or at the first of them."""
-        count = len(self.choose[:num_choosing])
+        count = len(self.judged[:num_choosing])
         return [part.stop - part.start for part in looks(count, self.at_once)]
 
 
@@ -165,7 +179,8 @@ class _Model:
         if fitted := self._patch_tokens:
             found.append(self._planned("patch", num_tokens=fitted))
         if self._recipe is not None:
-            found.append(memory_forecast(self.config, "heal", recipe=self._recipe))
+            answers = self._answers is not None
+            found.append(memory_forecast(self.config, "heal", recipe=self._recipe, answers=answers))
         return max(found, key=_peak)
 
     def _planned(self, stage: Stage, **options: Any) -> MemoryPlan:
@@ -229,6 +244,13 @@ class _Model:
         dtype: Any = "bfloat16" if self.source.dtype == "float16" else self.source.dtype
         return Recipe(dtype=dtype, steps=settings.heal_steps)
 
+    @property
+    def _answers(self) -> WantedAnswers | None:
+        """What the model is to say, for a patch or a healing; None for nothing."""
+        found = getattr(self.study, "wanted_answers", None) if self._patch_tokens else None
+        assert found is None or isinstance(found, WantedAnswers)
+        return found
+
     # Time.
     def seconds(self) -> float:
         """The seconds that all of the work takes at most, about."""
@@ -257,7 +279,7 @@ class _Model:
     def _of_run(self) -> Work:
         settings, sizes = self.settings, self._sizes
         n, models, beside = min(sizes), 2 if settings.plan_only else 3, self._beside
-        work = self._measured(0) + self._scan(SCAN_TEXTS) + self._measured(n) * 2
+        work = self._measured(0) + self._scan(SCAN_TEXTS) + self._measured(n) * 2 + self._spoken
         for size in sizes:
             work += self._verified(size)
         for size in beside:
@@ -269,6 +291,8 @@ class _Model:
             work += (self._measured(size) * 2 + self._quick(size) * 2) * of
         models += self._recipe is not None
         decoded = models * DECODED * len(self.study.prompts) * (not self.source.waits_on_disk)
+        if self._answers is not None:
+            decoded += self._answers.num_written / AT_A_TIME
         work += Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
         if self._patch_tokens:
             work += self._patched(n) + self._measured(n)
@@ -367,16 +391,25 @@ class _Model:
     def _of_comparison(self) -> Work:
         study, texts = self.study, self.texts
         assert isinstance(study, CompareStudy)
-        work, chosen = self._measured(0), study.criteria
+        work, chosen = self._measured(0) + self._spoken, study.criteria
         truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
         work += _run(truth, texts.report[:TRUTH_ITEMS])
         work += self._chosen(chosen, self.settings.n)
         work += _run(Forwards(self.layers), texts.fit)  # the states that all quick patches share
         for n in self.settings.n:
-            work += (self._measured(n) * 2 + self._quick(n, len(texts.fit))) * len(chosen)
+            each = self._measured(n) * 2 + self._quick(n, len(texts.fit))
+            if texts.num_spoken:  # as many tokens report as choose, about
+                each += _run(Forwards(self.layers - n, 1), texts.judged)
+            work += each * len(chosen)
         return work
 
     # The parts of it.
+    @property
+    def _spoken(self) -> Work:
+        """What the whole model says by which others are judged."""
+        decoded = DECODED * self.texts.num_spoken
+        return Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
+
     def _measured(self, n: int) -> Work:
         """The loss of a cut on the texts that report."""
         return _run(Forwards(self.layers - n, 1), self.texts.report)
@@ -396,7 +429,7 @@ class _Model:
             patch_texts=len(some),
         )
         solved = self._solved(n, some.sum(), QUICK_SOLVES) * (self.settings.top + 3)
-        return Work(found.layers, found.heads) * self.texts.choose.mean() + solved
+        return Work(found.layers, found.heads) * self.texts.judged.mean() + solved
 
     def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
         fit = self.texts.fit[:texts]
@@ -451,7 +484,7 @@ class _Model:
             counted = sizes if each else sizes[-1:]
             for n in counted:
                 found = one.trial_forwards(self.layers, self.texts.looks(), n)
-                work += Work(found.layers, found.heads) * self.texts.choose.mean()
+                work += Work(found.layers, found.heads) * self.texts.judged.mean()
         return work
 
 

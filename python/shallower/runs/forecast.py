@@ -34,6 +34,7 @@ def memory_forecast(
     batch_size: int | Literal["auto"] = "auto",
     rank: int | None = None,
     recipe: Recipe | None = None,
+    answers: bool = False,
     gradient_checkpointing: bool | None = None,
     drop: int = 0,
     num_tokens: int = 131_072,
@@ -56,6 +57,7 @@ def memory_forecast(
         batch_size: texts in one forward; ``auto`` is what the device has memory for.
         rank: rank of the adapters of a healing; by default the preset's.
         recipe: the other settings of a healing.
+        answers: whether a healing trains on answers, too.
         gradient_checkpointing: recomputation in a healing; by default where it must be.
         drop: decoder layers of ``config`` that will have been dropped.
         num_tokens: tokens that a patch fits, at most.
@@ -104,7 +106,8 @@ def memory_forecast(
             "recompute": gradient_checkpointing,
         }
         named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return _healing(config, total, replace(recipe or Recipe(), **named), room, processes)
+        chosen = replace(recipe or Recipe(), **named)
+        return _healing(config, total, chosen, room=room, processes=processes, answers=answers)
     tokens, dtype = Tokens(max_length or 256, batch_size), _decided(dtype, what, card=room.card)
     if what == "patch":
         from ..patching.memory import plan_patch
@@ -152,14 +155,20 @@ def shortened(config: "PretrainedConfig", drop: int) -> "PretrainedConfig":
 
 
 def _healing(
-    config: "PretrainedConfig", num_layers: int, recipe: Recipe, room: "Room", processes: int
+    config: "PretrainedConfig",
+    num_layers: int,
+    recipe: Recipe,
+    *,
+    room: "Room",
+    processes: int,
+    answers: bool,
 ) -> MemoryPlan:
     from ..healing.checks import auto_dtype, facts, require_peft
     from ..healing.memory import plan_healing
 
     require_peft("the forecast of a healing")
     auto: Any = "bfloat16" if room.card else auto_dtype()
-    resolved = recipe.resolve(facts(config, num_layers), processes, auto=auto)
+    resolved = recipe.resolve(facts(config, num_layers), processes, auto=auto, answers=answers)
     return plan_healing(
         config,
         resolved,

@@ -81,6 +81,11 @@ class ModelStore:
     model: Mapping[str, Any] | None
     found: list[str]
 
+    @classmethod
+    def of(cls, source: ModelSource, cache: Store) -> "ModelStore":
+        """The results of a model by its source."""
+        return cls(cache, model_inputs(source, cache), [])
+
     def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Look a result up, as :meth:`Store.get`, by what it depends on beside the model."""
         entry = self.cache.find(kind, self._all(inputs))

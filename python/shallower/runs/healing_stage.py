@@ -1,6 +1,7 @@
 """The healing of a run's checkpoint, and what it is worth on the texts that report."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from ..models.identity import stored_digest, stored_dtype
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..reporting.results import Run
+from ..values.answers import Answer
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from ..values.healing import Healing
 from ..values.loss import Loss
@@ -59,10 +61,15 @@ class HealingStage:
         Raises:
             RecipeError, TextsError, MissingExtraError: as :func:`require_healable`.
         """
-        require_healable(model, tokenizer, self.texts, recipe=self.recipe)
+        answers = self.study.settings.answers is not False
+        require_healable(model, tokenizer, self.texts, recipe=self.recipe, answers=answers)
 
-    def heal(self, results: Run, speech: StudySpeech | None) -> Run:
+    def heal(
+        self, results: Run, speech: StudySpeech | None, answers: Sequence[Answer] | None = None
+    ) -> Run:
         """Train on the checkpoint, and measure the healed model, reloaded; also how it speaks.
+
+        Trained on are the texts, and ``answers`` of the whole model if there are any.
 
         Where the training makes it no better, a warning says so, and the checkpoint stays what is
         recommended.
@@ -70,7 +77,7 @@ class HealingStage:
         assert results.recommended is not None
         recommended, place = results.recommended, results.out / HEALED_FOLDER
         try:
-            healing = self._trained(results.out / CHECKPOINT_FOLDER, place)
+            healing = self._trained(results.out / CHECKPOINT_FOLDER, place, answers)
         except ModelError as error:
             why = f"the {recommended.state} model is not healed: {error}"
             warnings.warn(why, stacklevel=3)
@@ -108,7 +115,7 @@ class HealingStage:
             continuations=tuple(replace(one, healed=text) for one, text in samples),
         )
 
-    def _trained(self, checkpoint: Path, place: Path) -> Healing:
+    def _trained(self, checkpoint: Path, place: Path, answers: Sequence[Answer] | None) -> Healing:
         """Train, unless that was done before the run was cut short."""
         study, goes_on = self.study, self.study.goes_on and place.exists()
         if goes_on:
@@ -121,6 +128,7 @@ class HealingStage:
             checkpoint,
             self.texts,
             place,
+            answers=answers,
             recipe=self.recipe,
             eval_texts=study.split.choose,
             original=original,

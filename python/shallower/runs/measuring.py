@@ -17,9 +17,9 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
+from ..evaluation.speech import Spoken
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
-from ..judgement.judges import judge_of
-from ..judgement.judges.judge import Judge, LossJudge, judged_batches
+from ..judgement.judges.judge import LossJudge, judged_batches
 from ..judgement.patched_trials import stays
 from ..judgement.trials import ResultStore, recalled
 from ..memory.weights import num_parameters
@@ -31,14 +31,19 @@ from ..patching.quick import QuickPatch
 from ..progress import track
 from ..scanning.scan import Scan
 from ..texts.batches import tokenise
+from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
 from ..values.hashing import hash_of
+from ..values.layers import ranges
 from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.recipe import Recipe
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
+from ..values.speech import Speech
 from ..values.task_scores import TaskScores
+from .judging import Judges
+from .speaking import StudySpeech
 from .study import Study
 from .tasks import StudyTasks
 from .verified_plans import VerifiedPlans
@@ -60,11 +65,14 @@ class FittedPatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A cut in one of its states: its loss, its scores by task, and the wall time they took."""
+    """A cut in one of its states: its loss, its scores by task, how it speaks where that is asked
+    for, and the wall time they took.
+    """
 
     loss: Loss
     tasks: tuple[TaskScores, ...] = ()
     seconds: float = 0.0
+    speech: Speech | None = None
 
     def to_record(self) -> dict[str, Any]:
         """Give the values from which it can be read again, as JSON has them."""
@@ -72,13 +80,15 @@ class Measured:
             "loss": self.loss.to_record(),
             "tasks": [one.to_record() for one in self.tasks],
             "seconds": self.seconds,
+            "speech": self.speech and self.speech.to_record(),
         }
 
     @classmethod
     def from_json(cls, data: Any) -> "Measured":
         """Read what :meth:`to_record` gave; raises KeyError, TypeError or ValueError."""
         tasks = tuple(map(TaskScores.from_json, data["tasks"]))
-        return cls(Loss.from_json(data["loss"]), tasks, float(data["seconds"]))
+        speech = data["speech"] and Speech.from_json(data["speech"])
+        return cls(Loss.from_json(data["loss"]), tasks, float(data["seconds"]), speech or None)
 
 
 class Measuring:
@@ -89,12 +99,13 @@ class Measuring:
         tokens: length of texts, and how many make one forward.
         texts: the texts of the study, tokenised once, by their name.
         judge: the loss on the texts that report.
+        judges: makes judges of what chooses.
         held_out: cuts as they are and after a quick patch, from states that they share.
         num_rejected: texts that report with fewer than two tokens.
 
     Raises:
-        TextsError: no text that reports has two tokens.
-        ModelError: the layers of the model cannot be run one by one.
+        TextsError: no text that reports has two tokens; or a prompt cannot be answered.
+        ModelError: the layers of the model cannot be run one by one; or it cannot speak, and is to.
     """
 
     def __init__(
@@ -120,16 +131,18 @@ class Measuring:
         self.report = next(iter(self.texts.values())).report
         self.judge = LossJudge(judged_batches(tokenizer, self.report, self.tokens))
         self.num_rejected = len(self.report) - self.judge.num_items
+        self.judges = Judges(study, self.decoder, tokenizer, tokens=self.tokens, store=store)
         layerwise = Layerwise(self.decoder)
         layerwise.check(self.judge.batches[0])
         self.held_out = HeldOutCuts(
             layerwise,
             self.judge,
-            self._chooses(),
+            self.judge if study.judges[1] == "loss" else self.judges.reporting(self.report),
             store=store,
             texts=study.reported,
             num_rejected=self.num_rejected,
         )
+        self._speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
         self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
         self._shares: dict[tuple[int, ...], float] = {}  # of the seconds of cuts judged together
 
@@ -150,14 +163,6 @@ class Measuring:
         """The tokenised texts of a study on one kind of texts."""
         return next(iter(self.texts.values()))
 
-    def _chooses(self) -> Judge:
-        """The judge that cuts are chosen by, on what reports; the loss by default."""
-        study, name = self._study, getattr(self._study.settings, "judge", "loss")
-        if name == "loss":
-            return self.judge
-        items = study.reporting_items
-        return judge_of(name, self.tokenizer, self.report, items=items, tokens=self.tokens)
-
     @cached_property
     def plans(self) -> VerifiedPlans:
         """The verified plan of every size, and the quick patch that they are raced after."""
@@ -168,6 +173,7 @@ class Measuring:
             self.tokenizer,
             self.split,
             scanned=self._scanned,
+            judges=self.judges,
             tokens=self.tokens,
             store=self._store,
         )
@@ -274,17 +280,54 @@ class Measuring:
             "items": self._study.reported,
             "tasks": self._tasks.identity,
             "seed": settings.seed,
+            "prompts": prompts_fingerprint(self._study.prompts),
         }
 
     def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
-        if state in ("cut", "quick") and not self._tasks.settings.tasks:
+        is_told_by_loss = not self._tasks.settings.tasks and self.speech is None
+        if state in ("cut", "quick") and is_told_by_loss:
             return Measured(self.held_out.loss(self.scores(dropped, state)))
         if state == "cut":
             loss = self.held_out.loss(self.scores(dropped, state))
             with without_layers(self.model, dropped) if dropped else nullcontext():
-                return Measured(loss, self._tasks.scores(self.model, self.tokenizer))
-        with self._in_state(self.plan(dropped), state) as (model, tokenizer):
-            return Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
+                tasks = self._tasks.scores(self.model, self.tokenizer)
+                said = self._heard(self.model, "cut") if dropped else None
+        else:
+            with self._in_state(self.plan(dropped), state) as (model, tokenizer):
+                loss, tasks = self.loss_now(model), self._tasks.scores(model, tokenizer)
+                said = self._heard(model, state)
+        found = Measured(loss, tasks)
+        if self.speech is None:
+            return found
+        speech = self.speech.judged(said, self.model) if said else self.speech.whole
+        return replace(found, speech=speech)
+
+    @cached_property
+    def speech(self) -> StudySpeech | None:
+        """How the whole model speaks; None where no speech is measured."""
+        if not self._speaks:
+            return None
+        return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
+
+    def speech_of_cut(self, dropped: tuple[int, ...]) -> Speech | None:
+        """Measure how a bare cut speaks, or recall it; None where no speech is measured."""
+        if not self._speaks:
+            return None
+        prompts = prompts_fingerprint(self._study.prompts)
+        inputs = {"dropped": list(dropped), "prompts": prompts, "seed": self._study.settings.seed}
+        known = self._store.get("speech_of_cut", inputs)
+        if known is not None:
+            return recalled(Speech.from_json, known, "a speech")
+        assert self.speech is not None
+        with without_layers(self.model, dropped):
+            said = self.speech.hear(self.model, f"cut without {ranges(dropped)}")
+        found = self.speech.judged(said, self.model)
+        self._store.put("speech_of_cut", inputs, found.to_record())
+        return found
+
+    def _heard(self, model: PreTrainedModel, name: str) -> Spoken | None:
+        """Let a model speak, if that is asked for."""
+        return None if self.speech is None else self.speech.hear(model, name)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""

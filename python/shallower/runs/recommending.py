@@ -29,6 +29,7 @@ from ..savings.weights import stored_bytes
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
+from ..values.answers import Answer
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -43,6 +44,7 @@ from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
 from ..values.scores import Scores
 from ..values.settings import RunSettings
+from .answers import WantedAnswers
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measuring
 from .speaking import StudySpeech
@@ -83,16 +85,18 @@ class Recommending:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: ResultStore,
+        answers: WantedAnswers | None = None,
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        self._store = store
+        self._store, self._wanted_answers = store, answers
         with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
             )
             self._decoder, self._plans = measuring.decoder, measuring.plans
-        self._speaks = StudySpeech.is_possible(study, self._decoder, tokenizer)
+        if answers is not None:
+            answers.check(self._decoder, tokenizer, self._fitted)
 
     def run(self, earlier: Run | None = None) -> Run:
         """Do all stages but a healing; ``results.json`` is written before each next step.
@@ -241,6 +245,7 @@ class Recommending:
         results = replace(results, recommended=recommended)
         results.save()
         speech = self.speech  # of the whole model, before it is changed
+        answers = self.answers or ()  # likewise, and refused if they cannot be
         on_cpu = self._decoder.device.type == "cpu"
         try:
             with with_patch(
@@ -248,6 +253,8 @@ class Recommending:
                 self._tokenizer,
                 plan,
                 texts=self._measuring.split.fit,
+                answers=answers,
+                share=self._settings.share,
                 max_length=self._measuring.tokens.max_length,
                 progress=self._study.progress,
                 num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
@@ -266,11 +273,27 @@ class Recommending:
         return self._with_speech(found, plan, None)
 
     @cached_property
+    def answers(self) -> Sequence[Answer] | None:
+        """What the whole model says, to patch and to train on; None where that is not asked for."""
+        if self._wanted_answers is None:
+            return None
+        return self._wanted_answers.by(
+            self._decoder,
+            self._tokenizer,
+            self._fitted,
+            store=self._store,
+            progress=self._study.progress,
+        )
+
+    @property
+    def _fitted(self) -> list[str]:
+        """The texts that fit."""
+        return [text.text for text in self._measuring.split.fit]
+
+    @property
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
-        if not self._speaks:
-            return None
-        return StudySpeech.of(self._study, self._decoder, self._tokenizer, store=self._store)
+        return self._measuring.speech
 
     def _with_speech(self, results: Run | None, plan: Plan, patched: Spoken | None) -> Run | None:
         """Add how the models speak: the whole one, the bare cut and the patched one."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
@@ -14,7 +14,7 @@ from ..progress import say_goes_on
 from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
-from ..texts.prompts import prompts_fingerprint
+from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -24,11 +24,13 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.recipe import Recipe
+from ..values.recipe import STEPS, Recipe
 from ..values.settings import RunSettings
+from .answers import WantedAnswers, answers_for
 from .given_models import given_model
+from .items import Items, items_fingerprint, judged_items
 from .store import open_store
-from .study import Study, Unit
+from .study import NUM_PROMPTS, Study, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,17 +58,19 @@ def run(
 ) -> Run:
     """Recommend one shallower model, and make it.
 
-    The layers are compared by a scan; proposals of several criteria are raced by their loss
-    after a quick patch; the winner is patched, saved, reloaded by stock
-    transformers and, with ``heal``, trained. Some of the texts fit, some choose, and others
-    report: no figure in the result is of a text that anything was chosen by.
+    The layers are compared by a scan; proposals of several criteria are raced after a quick patch,
+    by their loss or (``judge="speech"``) by their divergence from the whole model on its own words;
+    the winner is patched, saved, reloaded by stock transformers and, with ``heal``, trained. Some
+    of the texts fit, some choose, and others report: no figure in the result is of a text that
+    anything was chosen by. By the judge of speech one half of the prompts chooses, and the models
+    speak on the other half; losses are of texts, whatever the judge.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
-    ``target_memory``; by none of them it is the knee of the curve of losses. Leaves in ``out`` the
-    scan, the plan, ``results.json``, which is written before each next step, and ``checkpoint/``;
-    with ``heal`` also ``healed/``, with ``plan_only`` no model. A run that was cut short goes on
-    when it is called again with the same arguments, unless the cache is off. The model is as
-    before afterwards.
+    ``target_memory``; by none of them it is the knee of the curve of losses, or of divergences.
+    Leaves in ``out`` the scan, the plan, ``results.json``, which is written before each next step,
+    and ``checkpoint/``; with ``heal`` also ``healed/``, with ``plan_only`` no model. A run that was
+    cut short goes on when it is called again with the same arguments, unless the cache is off. The
+    model is as before afterwards.
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
@@ -93,13 +97,16 @@ def run(
         SettingsError: there is no such setting.
         PlanError: no cut reaches the target.
         OutputError: ``out`` holds another run, or cannot be written to.
-        LayersError: a size that the model cannot lose, or more than one target.
+        LayersError: a size that the model cannot lose, or more than one target; or ``max_loss`` by
+            the judge ``speech``.
+        CriterionError: there is no such judge.
         RecipeError: ``heal_steps`` without ``heal``, or settings that do not fit.
-        TextsError: no texts, or too few for three sets.
+        TextsError: no texts, or too few for three sets; too few prompts or answers, or broken ones.
         StatesError: no text could be compared.
         ModelError: the model cannot be loaded, run or (for a target) counted, there is no such
-            ``device``, ``heal`` of a model whose layers wait on disk, or the saved checkpoint is
-            another model; then ``results.json`` holds all that is known.
+            ``device``; ``heal``, answers or the judge ``speech`` of a model whose layers wait on
+            disk; or the saved checkpoint is another model; then ``results.json`` holds all that is
+            known.
         CacheError: what the cache holds is damaged.
         MissingExtraError: ``heal`` without peft.
         ProcessesError: this is one of several processes, as torchrun starts them.
@@ -143,7 +150,10 @@ class RunStudy(Study[RunSettings]):
     def check(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         super().check()
-        _ = self.prompts
+        _ = self.items, self.prompts
+        if self.wanted_answers is not None and not self.wanted_answers.are_there:
+            way_out = "leave out the answers (answers, --answers), or give a file that has them"
+            self.refuse_on_disk("every token of an answer", way_out)
         heal, device = self.settings.heal, self.settings.device
         if isinstance(heal, Recipe):
             # A teacher is loaded by its name, which a model in memory need not have.
@@ -164,12 +174,49 @@ class RunStudy(Study[RunSettings]):
         known = [] if n is None else [self.unit("recommended", n, s) for s in ("cut", "patched")]
         return [self.unit("whole", 0, "cut"), *known]
 
+    @cached_property
+    def items(self) -> tuple[Items, Items]:
+        """The prompts that choose and those that report, of the judge ``speech``."""
+        prompts, seed = self.settings.prompts or None, self.settings.seed
+        return judged_items(self.judges[0], prompts=prompts, seed=seed)
+
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts that models speak on; of the judge ``speech`` those that report."""
+        given = self.settings.prompts
+        if self.judges[0] != "speech" or given == ():
+            return super().prompts
+        report = cast(Sequence[Prompt], self.items[1])
+        return report[:NUM_PROMPTS] if given is None else report
+
     def more_inputs(self) -> dict[str, Any]:
-        """The texts that are trained on, and the prompts that models speak on."""
+        """The texts that are trained on, and the prompts that choose, and that models speak on."""
         return {
             "trained_on": self.trained_on() if self.settings.heal else None,
+            "items": self._choosing_items,
             "prompts": prompts_fingerprint(self.prompts),
+            "answers": self.wanted_answers and self.wanted_answers.inputs,
         }
+
+    @property
+    def _choosing_items(self) -> str:
+        """A hash of the prompts that choose; of nothing where texts do."""
+        return items_fingerprint(self.judges[0], self.items[0])
+
+    def _chooses_by(self) -> dict[str, Any]:
+        items = {"items": self._choosing_items} if self.items[0] else {}
+        return {**super()._chooses_by(), **items}
+
+    @cached_property
+    def wanted_answers(self) -> WantedAnswers | None:
+        """What the whole model is to say, to patch and to train on; None for nothing."""
+        given, heal = self.settings.answers, self.settings.heal
+        if given is False:
+            return None
+        recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
+        count = answers_for(recipe.steps or STEPS if heal else None)
+        prompts = None if given is True else given_prompts(given)
+        return WantedAnswers(prompts, count, seed=self.settings.seed)
 
     @staticmethod
     def _job_in(values: Any) -> Any:
@@ -215,14 +262,14 @@ class RunStudy(Study[RunSettings]):
         loaded, tokenizer = self.load(self.model)
         stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
         store: ResultStore = self.model_store(self.model)
-        recommending = Recommending(self, loaded, tokenizer, store)
+        recommending = Recommending(self, loaded, tokenizer, store, self.wanted_answers)
         done = recommending.run(self.earlier)
         if report is not None:
             report(done)
         if stage is not None and done.healing is None and not _is_unhealed(done):
-            speech = recommending.speech
+            speech, answers = recommending.speech, recommending.answers
             del loaded, recommending  # nothing needs them, and the training needs their memory
-            done = stage.heal(done, speech)
+            done = stage.heal(done, speech, answers)
         self.say_read()
         done = replace(done, marks={**done.marks, "ended": "yes"})
         done.save()
@@ -234,7 +281,8 @@ class RunStudy(Study[RunSettings]):
 
         heal, steps = self.settings.heal, self.settings.heal_steps
         recipe = heal if isinstance(heal, Recipe) else None
-        stage = HealingStage(self, recipe or choose_recipe(model, steps, self.settings.seed))
+        chosen = recipe or choose_recipe(model, steps, self.settings.seed)
+        stage = HealingStage(self, replace(chosen, share=self.settings.share))
         stage.check(model, tokenizer)
         return stage
 

@@ -13,13 +13,26 @@ from ..evaluation.speech import SPEECH_TOKENS, Reference, Speaking, Spoken
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
 from ..reporting.results import Continuations
-from ..texts.prompts import prompt_ids
+from ..texts.prompts import Prompt, prompt_ids
 from ..values.speech import Speech
 from .answers import KeptAnswers
 from .study import Study
 
 NUM_SAMPLES = 4
 """Prompts whose answers are shown."""
+
+
+def speaking_on(
+    study: Study[Any], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> Speaking:
+    """How models speak in a study on some prompts; raises as :func:`prompt_ids`."""
+    return Speaking(
+        tokenizer,
+        prompt_ids(tokenizer, prompts),
+        seed=study.settings.seed,
+        batch_size=study.settings.batch_size,
+        progress=study.progress,
+    )
 
 
 @dataclass
@@ -68,13 +81,7 @@ class StudySpeech:
         store: ResultStore,
     ) -> "StudySpeech":
         """Let the whole model speak; what it said before is looked up."""
-        speaking = Speaking(
-            tokenizer,
-            prompt_ids(tokenizer, study.prompts),
-            seed=study.settings.seed,
-            batch_size=study.settings.batch_size,
-            progress=study.progress,
-        )
+        speaking = speaking_on(study, tokenizer, study.prompts)
         reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
         itself = reference.compare(decoder, decoder, name="whole model")
         return cls(study, tokenizer, reference, reference.judged(itself, decoder))

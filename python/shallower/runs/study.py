@@ -21,7 +21,6 @@ from ..cutting.source import place_name
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..storage import check_alone, check_apart, check_free, claimed, write_file
-from ..texts.options import OptionItem
 from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
@@ -29,6 +28,7 @@ from ..values.hashing import hash_of
 from ..values.settings import StudySettings, option_words
 from .given_models import InMemory, ModelStore, inputs_of_one
 from .inputs import texts_inputs
+from .items import Items
 from .store import Entry, Store
 
 if TYPE_CHECKING:
@@ -144,11 +144,12 @@ class Study(ABC, Generic[Settings]):
     def reads(self) -> list[object]:
         """The places that are read, by their text."""
         texts = (*self.named_texts.values(), self.eval_texts)
-        settings = ("options", "tasks_dir", "data")
+        settings = ("options", "tasks_dir", "data", "prompts", "answers")
+        places = (getattr(self.settings, name, None) for name in settings)
         return [
             *(model.place for model in self.models),
             *map(place_of_texts, texts),
-            *(getattr(self.settings, name, None) for name in settings),
+            *(place for place in places if isinstance(place, str | Path)),
         ]
 
     @property
@@ -162,6 +163,9 @@ class Study(ABC, Generic[Settings]):
         Raises:
             ShallowerError: of every kind that the study names.
         """
+        if "speech" in self.judges:
+            way_out = "leave out --stream, or the judge speech (judge, --judge)"
+            self.refuse_on_disk("every token of an answer", way_out)
         if self.out is None:
             return
         check_alone(self.out / self.RESULTS)
@@ -286,9 +290,14 @@ class Study(ABC, Generic[Settings]):
         return next(iter(self.splits.values()))
 
     @property
-    def reporting_items(self) -> Sequence[OptionItem]:
-        """The items of a task that report, of a study that judges by options."""
-        return ()
+    def judges(self) -> tuple[str, str]:
+        """The judge by which cuts are chosen, and that which scores them on what reports."""
+        return getattr(self.settings, "judge", "loss"), "loss"
+
+    @cached_property
+    def items(self) -> tuple[Items, Items]:
+        """The items that choose and those that report, of a judge that has its own; else none."""
+        return (), ()
 
     @cached_property
     def prompts(self) -> Sequence[Prompt]:
@@ -421,8 +430,9 @@ class Study(ABC, Generic[Settings]):
 
     def _chooses_by(self) -> dict[str, Any]:
         """The settings that a choice of layers depends on."""
-        names = ("seed", "top", "blocks", "judge", "num_choosing")
-        return {name: getattr(self.settings, name, None) for name in names}
+        names = ("seed", "top", "blocks", "num_choosing")
+        found = {name: getattr(self.settings, name, None) for name in names}
+        return {**found, "judge": self.judges[0]}
 
     @cached_property
     def job(self) -> str | None:

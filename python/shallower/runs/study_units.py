@@ -3,8 +3,9 @@
 What a part finds is known by its content alone (``runs.store``): the study, which is carried out
 last and in one process, finds all of it, chooses as it would alone, and measures nothing again.
 Done more than once are: loading, and tokenising, by every worker; a cut that several criteria or
-strategies choose at the same time; trials that several searches make; of a curve, its scan and the
-costs of a criterion, by every worker that needs them.
+strategies choose at the same time; trials that several searches make; what the whole model says for
+a judge of speech, by workers that begin together; of a curve, its scan and the costs of a
+criterion, by every worker that needs them.
 """
 
 import json

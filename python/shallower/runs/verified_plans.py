@@ -21,13 +21,14 @@ from ..values.scores import Difference
 from ..values.target import Target
 from ..values.tokens import Tokens
 from ..values.verification import Verified
+from .judging import Judges
 from .study import Study
 
 VERIFYING_TEXTS = 64
 """Texts that proposals are measured and quick patches are solved on, at most."""
 
 TABLE_TEXTS = 32
-"""Texts that choose the cuts of the table beside the recommended one."""
+"""Texts or prompts that choose the cuts of the table beside the recommended one."""
 
 
 class VerifiedPlans:
@@ -44,15 +45,18 @@ class VerifiedPlans:
         splits: TokenisedSplits,
         *,
         scanned: Callable[[], Scan],
+        judges: Judges,
         tokens: Tokens,
         store: ResultStore,
     ) -> None:
         self._decoder, self._scanned, self._settings = decoder, scanned, study.settings
+        self._judges, self._choose = judges, splits.choose
         self.fitted = next(iter(study.fitted.values()))
         self._verifier_of = partial(
             verifier_of,
             decoder,
             tokenizer,
+            replace(splits, fit=splits.fit[:VERIFYING_TEXTS]),
             store=store,
             texts=self.fitted,
             tokens=tokens,
@@ -62,8 +66,7 @@ class VerifiedPlans:
             seed=self._settings.seed,
             progress=study.progress,
         )
-        self._splits = replace(splits, fit=splits.fit[:VERIFYING_TEXTS])
-        self.verifier: Verifier = self._verifier_of(self._splits)
+        self.verifier: Verifier = self._verifier_of(judge=judges.choosing(splits.choose))
         self.found: dict[int, Verified] = {}
         self._counted: dict[Target, tuple[float, Sequence[float]]] = {}
 
@@ -74,14 +77,14 @@ class VerifiedPlans:
         return self.found[n]
 
     def verify_in_passing(self, n: int) -> Verified:
-        """Race the proposals of one size on fewer texts, where nothing is decided by it."""
+        """Race the proposals of one size on fewer items, where nothing is decided by it."""
         return self._best(self._in_passing, n)
 
     @cached_property
     def _in_passing(self) -> Verifier:
-        if len(self._splits.choose) <= TABLE_TEXTS:
+        if self.verifier.trials.judge.num_items <= TABLE_TEXTS:
             return self.verifier
-        return self._verifier_of(replace(self._splits, choose=self._splits.choose[:TABLE_TEXTS]))
+        return self._verifier_of(judge=self._judges.choosing(self._choose, TABLE_TEXTS))
 
     def _best(self, verifier: Verifier, n: int) -> Verified:
         best = self._scanned().best_blocks(n, self._settings.top)
@@ -92,7 +95,7 @@ class VerifiedPlans:
             return replace(verifier, after="none").verify(n, more=more)
 
     def lost(self, n: int) -> Difference:
-        """Compare ``n`` layers less with the whole model, on the texts that choose.
+        """Compare ``n`` layers less with the whole model, on what chooses.
 
         After a quick patch; of the bare cut where it cannot be patched.
         """

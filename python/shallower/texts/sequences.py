@@ -1,21 +1,30 @@
-"""Texts to training sequences: packed or truncated, in an order that the seed alone decides."""
+"""Texts and answers to training sequences: packed or truncated, in an order that the seed decides.
 
+Of texts all tokens but the first are predicted, of answers those that were written.
+"""
+
+import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from operator import length_hint
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TextsError
+from ..errors import RejectedSamplesWarning, TextsError
+from ..processes import is_main_process
+from ..values.answers import Answer
 from ..values.counts import counted
-from ..values.identity import TextsIdentity
-from ..values.plan import describe_rejections
+from ..values.identity import AnswersIdentity, ModelIdentity, TextsIdentity
+from ..values.plan import Rejection, describe_rejections
 from ..values.recipe import GLOBAL_BATCH
 from ..values.tokens import Tokens
-from .batches import TokenBatches
+from .batches import AnyTexts, TokenBatches, TokenisedText, tokenise
+from .prompts import Prompt, answer_ids, prompt_ids
+from .splits import is_held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,16 +66,37 @@ class ReadOnce:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
-    """Sequences of token ids.
+class Sample:
+    """A sequence of tokens.
 
     Attributes:
-        rows: token ids, (T,) uint32 each.
-        identity: the identity of the texts that were read for them.
+        ids: token ids, (T,) uint32.
+        predicted: (T,) bool, which of them are predicted; by default all but the first, which
+            never is.
     """
 
-    rows: Sequence[NDArray[np.uint32]]
+    ids: NDArray[np.uint32]
+    predicted: NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Sequences of tokens.
+
+    Attributes:
+        rows: those of texts, then those of answers.
+        identity: the identity of the texts that were read for them.
+        num_text_rows: how many rows are of texts.
+        answers: the identity of the answers, if there are any.
+    """
+
+    rows: Sequence[Sample]
     identity: TextsIdentity
+    num_text_rows: int
+    answers: AnswersIdentity | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,34 +109,51 @@ def read_samples(
     max_length: int,
     packing: bool,
     num_samples: int,
+    answers: Sequence[Answer] = (),
+    share: float | None = None,
 ) -> Samples:
     """Read texts until they make ``num_samples`` sequences, or end.
+
+    With answers, which :func:`usable_answers` gave, a ``share`` of the sequences is left to them;
+    all of them are taken, however many that is.
 
     Packed: every sequence begins where a document does, and is filled up to ``max_length`` with
     the next ones, each with the end-of-text token behind it. What does not fit of the last is set
     aside; where the texts end too early, the rests are one stream, cut into the sequences that are
     missing, and what is left of it is left out. Else every text of at least two tokens is one
-    sequence, truncated.
+    sequence, truncated. An answer is one sequence with its prompt, truncated; packed, it goes into
+    the first sequence that has room for all of it, behind the end-of-text token if the answer
+    before it has no end of its own.
 
     Raises:
         TextsError: there are too few tokens for one step, a text is not a string, or the
             tokenizer has no end-of-text token to pack with.
     """
-    limit = _WHOLE if packing else max_length
+    turns = answers_turns(num_samples, share)
+    wanted = int(np.count_nonzero(~turns))
+    least = int(np.count_nonzero(~turns[:GLOBAL_BATCH]))
+    texts = texts if wanted else ()
+    end, limit = tokenizer.eos_token_id, _WHOLE if packing else max_length
     batches = TokenBatches(tokenizer, texts, Tokens(limit, 64), min_tokens=1 if packing else 2)
     if packing:
-        end = tokenizer.eos_token_id
         if not isinstance(end, int):
             raise TextsError(
                 "the tokenizer has no end-of-text token to pack documents with: truncate them "
                 "instead (packing=False, --no-packing)"
             )
-        rows = _packed(batches, end, max_length, num_samples)
+        rows = _packed(batches, end, max_length, wanted)
     else:
-        rows = _truncated(batches, num_samples)
-    if len(rows) < GLOBAL_BATCH:
-        raise _too_few(batches, len(rows), max_length, packing)
-    return Samples(rows, replace(batches.identity, max_length=max_length))
+        rows = _truncated(batches, wanted)
+    if len(rows) < least:
+        raise _too_few(batches, len(rows), least, max_length if packing else None)
+    samples = Samples(
+        [Sample(ids) for ids in rows], replace(batches.identity, max_length=max_length), len(rows)
+    )
+    if share is None:
+        return samples
+    rests = _joined(answers, max_length, end) if packing else _apart(answers, max_length)
+    known = _identity(answers, max_length)
+    return replace(samples, rows=[*samples.rows, *rests], answers=known)
 
 
 def _packed(
@@ -143,7 +190,7 @@ def _truncated(batches: TokenBatches, num_samples: int) -> list[NDArray[np.uint3
     return rows
 
 
-def _too_few(batches: TokenBatches, count: int, max_length: int, packing: bool) -> TextsError:
+def _too_few(batches: TokenBatches, number: int, least: int, packed_to: int | None) -> TextsError:
     if not batches.num_texts:
         return TextsError("there are no texts to heal with")
     said = ""
@@ -152,23 +199,186 @@ def _too_few(batches: TokenBatches, count: int, max_length: int, packing: bool) 
             batches.num_rejected, batches.num_texts, batches.rejections
         )
     kind = (
-        f"sequences of {counted(max_length, 'token')}"
-        if packing
+        f"sequences of {counted(packed_to, 'token')}"
+        if packed_to
         else "texts of at least two tokens"
     )
     return TextsError(
-        f"{counted(batches.num_texts, 'text')} make {count} {kind}, and one step takes "
-        f"{GLOBAL_BATCH}: give more texts"
-        + (", or shorter sequences (max_length, heal --max-length)" if packing else "")
+        f"{counted(batches.num_texts, 'text')} make {number} {kind}, and one step takes "
+        f"{least}: give more texts"
+        + (", or shorter sequences (max_length, heal --max-length)" if packed_to else "")
         + said
     )
 
 
+# Answers
+def usable_answers(answers: Sequence[Answer], max_length: int) -> list[Answer]:
+    """List the answers of which a sequence of ``max_length`` has a token to predict.
+
+    Warns of those that are left out; raises TextsError where none is left.
+    """
+    check_answers(answers)
+    kept, left_out = [], []
+    for index, one in enumerate(answers):
+        if reason := _unusable(one, max_length):
+            left_out.append(Rejection(index, reason))
+        else:
+            kept.append(one)
+    said = ""
+    if left_out:
+        said = ": " + describe_rejections(len(left_out), len(answers), left_out)
+    if not kept:
+        raise TextsError(
+            f"there are no answers to heal with{said}; give some with tokens, behind prompts that "
+            f"are shorter than a sequence of {counted(max_length, 'token')} (max_length, heal "
+            f"--max-length)"
+        )
+    if left_out and is_main_process():
+        warnings.warn(f"answers are left out{said}", RejectedSamplesWarning, stacklevel=3)
+    return kept
+
+
+def check_answers(answers: Iterable[object], vocab_size: int | None = None) -> None:
+    """Refuse, by a TextsError, what is no answer, or holds tokens that the model does not have."""
+    for index, one in enumerate(answers):
+        if not isinstance(one, Answer):
+            raise TextsError(f"answer {index} is of type {type(one).__name__}: expected Answer")
+        unknown = [t for t in (*one.given, *one.written) if vocab_size and not 0 <= t < vocab_size]
+        if unknown:
+            raise TextsError(
+                f"the answers hold token {unknown[0]}, and the model has {vocab_size}: they are of "
+                f"another model"
+            )
+
+
+def _unusable(answer: Answer, max_length: int) -> str | None:
+    """Why nothing of an answer can be predicted; None if something can."""
+    if not answer.given or not answer.written:
+        return "no token of the answer" if answer.given else "no token of the prompt"
+    if len(answer.given) >= max_length:
+        return f"a prompt of {counted(len(answer.given), 'token')}"
+    return None
+
+
+def _apart(answers: Iterable[Answer], max_length: int, end: int | None = None) -> list[Sample]:
+    """A sequence of each answer; if it has no end of its own, with ``end`` behind it."""
+    found = []
+    for one in answers:
+        ids = np.array([*one.given, *one.written], np.int64)
+        predicted = np.arange(len(ids)) >= len(one.given)
+        if end is not None and not one.ended:
+            ids, predicted = np.append(ids, end), np.append(predicted, False)
+        found.append(Sample(ids[:max_length].astype(np.uint32), predicted[:max_length]))
+    return found
+
+
+def _joined(answers: Iterable[Answer], max_length: int, end: int | None) -> list[Sample]:
+    """Sequences of several answers, each in the first one that has room for it."""
+    found = _apart(answers, max_length, end)
+    rows: list[list[Sample]] = []
+    rooms = np.full(len(found), max_length)
+    for one in found:
+        place = int(np.argmax(rooms[: len(rows) + 1] >= len(one)))
+        rooms[place] -= len(one)
+        if place == len(rows):
+            rows.append([])
+        rows[place].append(one)
+    return [
+        Sample(
+            np.concatenate([one.ids for one in row]),
+            np.concatenate([np.asarray(one.predicted) for one in row]),
+        )
+        for row in rows
+    ]
+
+
+def _identity(answers: Sequence[Answer], max_length: int) -> AnswersIdentity:
+    """Count the tokens that are predicted; hash all of them, their prompts, and how they ended."""
+    digest, num_tokens = hashlib.sha256(), 0
+    for one in answers:
+        given, written = len(one.given), len(one.written)
+        digest.update(repr((given, written, bool(one.ended))).encode())
+        digest.update(np.array([*one.given, *one.written], np.int64).tobytes())
+        num_tokens += min(written, max_length - given)
+    return AnswersIdentity(len(answers), num_tokens, digest.hexdigest())
+
+
+def answered(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], *, model: ModelIdentity | None
+) -> list[Answer]:
+    """Take the answers of a file's prompts, which are of the uncut ``model``, if it is known.
+
+    A prompt that does not name whose its answer is, is taken to be right. Raises TextsError, which
+    names the line, where there is no answer, or one of another model.
+    """
+    for index, one in enumerate(prompts):
+        place = f"line {one.line}" if one.line else f"prompt {index}"
+        if one.answer is None:
+            raise TextsError(
+                f"{place} has no answer: write the field `answer`, or leave it out of all lines, "
+                f"so that the uncut model answers"
+            )
+        if model is not None and one.model is not None and not _is_name_of(one.model, model):
+            raise TextsError(
+                f"{place} is an answer of {one.model}, and the uncut model is {model.name} "
+                f"({model.fingerprint[:12]}): give answers of that one, or name it so in the "
+                f"field `model` if it is the same"
+            )
+    return [
+        Answer(tuple(given.tolist()), tuple(answer_ids(tokenizer, one).tolist()), one.ended)
+        for one, given in zip(prompts, prompt_ids(tokenizer, prompts), strict=True)
+    ]
+
+
+def _is_name_of(name: str, model: ModelIdentity) -> bool:
+    """Whether a model is meant: by its fingerprint, or the last part of its name or path."""
+    last, expected = (one.rstrip("/").split("/")[-1].casefold() for one in (name, model.name))
+    return name == model.fingerprint or last == expected
+
+
+def mixed(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: AnyTexts,
+    answers: Iterable[Answer],
+    *,
+    share: float,
+    max_length: int,
+) -> Iterator[TokenisedText]:
+    """Yield texts and answers with their prompts, to fit a patch on; none of them twice.
+
+    Of what the patch holds out the ``share`` of answers is that of the rest. Where either are at
+    their end, the others go on.
+    """
+    kinds = tokenise(tokenizer, texts, max_length), _as_texts(tokenizer, answers, max_length)
+    taken = [0, 0]  # of the rest, and held out
+    for index in count():
+        held = is_held_out(index)
+        turn = bool(answers_turns(1, share, first=taken[held])[0])
+        found = next(kinds[turn], None) or next(kinds[not turn], None)
+        if found is None:
+            return
+        taken[held] += 1
+        yield found
+
+
+def _as_texts(
+    tokenizer: "PreTrainedTokenizerBase", answers: Iterable[Answer], max_length: int
+) -> Iterator[TokenisedText]:
+    """Answers behind their prompts, as texts; without those of which nothing was written."""
+    for one in answers:
+        if one.written:
+            ids = np.array([*one.given, *one.written], np.int64)[:max_length]
+            yield TokenisedText(str(tokenizer.decode(ids)), ids, max_length)
+
+
+# The order
 def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
     """Draw (total,) indices below ``count``, the order in which samples are taken.
 
     All samples are taken once, shuffled, before any is taken again, shuffled anew.
     """
+    if not total:
+        return np.empty(0, np.int64)
     passes = -(-total // count)
     shuffled = [
         np.random.default_rng((seed, number)).permutation(count) for number in range(passes)
@@ -176,8 +386,35 @@ def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
     return np.concatenate(shuffled)[:total].astype(np.int64)
 
 
-def collate(rows: Iterable[NDArray[np.uint32]]) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """Pad (T,) token ids to ``input_ids``, ``attention_mask`` and ``labels``, (B, T) int64 each.
+def answers_turns(total: int, share: float | None, first: int = 0) -> NDArray[np.bool_]:
+    """Which of (total,) sequences from the ``first`` on are answers; none without a ``share``.
+
+    The k-th is one where (k + 1) share and k share differ when they are rounded down.
+    """
+    floors = np.floor(np.arange(first, first + total + 1) * (share or 0.0))
+    turns: NDArray[np.bool_] = floors[1:] > floors[:-1]
+    return turns
+
+
+def mixed_order(
+    samples: Samples, total: int, *, share: float | None, seed: int
+) -> NDArray[np.int64]:
+    """Draw the order of texts and of answers, (total,) indices of rows, each kind by :func:`order`.
+
+    The ``share`` of answers is that of every step, however many there are of either kind.
+    """
+    turns = answers_turns(total, share)
+    texts, answers = int(np.count_nonzero(~turns)), int(np.count_nonzero(turns))
+    taken = np.empty(total, np.int64)
+    taken[~turns] = order(samples.num_text_rows, texts, seed)
+    taken[turns] = samples.num_text_rows + order(
+        len(samples) - samples.num_text_rows, answers, seed
+    )
+    return taken
+
+
+def collate(rows: Iterable[Sample]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Pad sequences to ``input_ids``, ``attention_mask`` and ``labels``, (B, T) int64 each.
 
     Padded on the right with token 0, which is never predicted; nor is the first token, so that
     labels count what is predicted, whether they are shifted or not.
@@ -186,9 +423,11 @@ def collate(rows: Iterable[NDArray[np.uint32]]) -> Iterator[tuple[str, NDArray[n
     shape = len(rows), max(len(row) for row in rows)
     ids = np.zeros(shape, np.int64)
     mask = np.zeros(shape, np.int64)
+    predicted = np.zeros(shape, np.bool_)
     for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
+        ids[index, : len(row)] = row.ids
         mask[index, : len(row)] = 1
-    labels = np.where(mask == 1, ids, IGNORED)
+        predicted[index, : len(row)] = True if row.predicted is None else row.predicted
+    labels = np.where(predicted, ids, IGNORED)
     labels[:, 0] = IGNORED
     return iter((("input_ids", ids), ("attention_mask", mask), ("labels", labels)))

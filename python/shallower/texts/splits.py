@@ -1,7 +1,7 @@
 """Three sets of texts: those that fit, those that choose, and those that report."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -106,18 +106,34 @@ def three_splits(
     return Splits(fit, shuffled([own[i] for i in chosen], seed), report, num_shared, num_repeated)
 
 
-def two_splits(items: Sequence[Item], *, seed: int = 0) -> tuple[list[Item], list[Item]]:
+def two_splits(
+    items: Sequence[Item],
+    *,
+    key: Callable[[Item], Hashable] = lambda item: item,
+    what: tuple[str, str] = ("items", "--options"),
+    seed: int = 0,
+) -> tuple[list[Item], list[Item]]:
     """Divide the items of a task at random into halves: those that choose, those that report.
 
-    An item that was there before is left out. A TextsError refuses fewer than 8 that differ.
+    An item whose ``key`` was there before is left out. A TextsError refuses fewer than 8 that
+    differ; ``what`` names them, and the option of their file.
     """
-    different = shuffled(list(dict.fromkeys(items)), seed)
+    found: dict[Hashable, Item] = {}
+    for item in items:
+        found.setdefault(key(item), item)
+    different = shuffled(found.values(), seed)
     if len(different) < 2 * FEWEST_CHOOSING:
+        name, option = what
         raise TextsError(
-            f"too few items to choose and to report: {len(different)} that differ, expected at "
-            f"least {2 * FEWEST_CHOOSING}; name a file of more items (--options)"
+            f"too few {name} to choose and to report: {len(different)} that differ, expected at "
+            f"least {2 * FEWEST_CHOOSING}; name a file of more {name} ({option})"
         )
     return different[::2], different[1::2]
+
+
+def is_held_out(index: int) -> bool:
+    """Whether a patch holds the text of this index out: every eighth."""
+    return index % 8 == 7
 
 
 def shuffled(items: Iterable[Item], seed: int) -> list[Item]:

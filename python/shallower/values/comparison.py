@@ -73,6 +73,11 @@ class Row:
             comparison, nats a token whatever the judge.
         patched_regret_stderr: its paired standard error; 0 for the best itself.
         patched_tied: whether the patched cut cannot be told from the best patched one.
+        acceptance: share of the whole model's own words that the bare cut would accept; None where
+            speech was not measured, as for what follows.
+        acceptance_stderr: its standard error.
+        repetition: share of repeated 4-grams in its own words.
+        repetition_stderr: its standard error.
     """
 
     model: str
@@ -103,6 +108,10 @@ class Row:
     patched_regret: float | None = None
     patched_regret_stderr: float | None = None
     patched_tied: bool = False
+    acceptance: float | None = None
+    acceptance_stderr: float | None = None
+    repetition: float | None = None
+    repetition_stderr: float | None = None
 
     @property
     def as_cut(self) -> Standing | None:

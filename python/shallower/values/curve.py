@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from .loss import Loss
 from .schema import fields_of, of_type
 from .scores import Difference
+from .speech import Speech
 from .task_scores import TaskScores
 
 State = Literal["cut", "patched", "healed"]
@@ -41,6 +42,7 @@ class CurvePoint:
         failed: why there is no loss.
         time_share: the time of a token that is saved as a share of the whole model's, as it is
             forecast for an A100; None where the config of the model does not allow one.
+        speech: how it speaks beside the whole model; None where that was not measured.
     """
 
     n: int
@@ -54,6 +56,7 @@ class CurvePoint:
     seconds: float = 0.0
     failed: str | None = None
     time_share: float | None = None
+    speech: Speech | None = None
 
     def task(self, name: str) -> TaskScores | None:
         """Find the scores of a task; None where it was not done."""
@@ -73,12 +76,16 @@ class CurvePoint:
             "seconds": self.seconds,
             "failed": self.failed,
             "time_share": self.time_share,
+            "speech": self.speech and self.speech.to_record(),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "CurvePoint":
-        """Read what :meth:`to_record` gave; raises KeyError, TypeError, ValueError."""
-        return cls(**fields_of(cls, data))
+        """Read what :meth:`to_record` gave; older versions wrote no speech.
+
+        Raises KeyError, TypeError, ValueError.
+        """
+        return cls(**fields_of(cls, {"speech": None, **of_type(dict, data)}))
 
 
 @dataclass(frozen=True, slots=True)

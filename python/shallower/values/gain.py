@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from .draft import Draft
 from .schema import fields_of, of_type
 
 
@@ -167,6 +168,9 @@ class Gain:
         forecasts: for one device or several.
         measured: on this machine, if it was.
         versions: of the packages that made the figures.
+        acceptance: the share of the cut's tokens that the whole model accepts, above 0, 1 at most,
+            if that is known.
+        acceptance_stderr: its standard error, if that is known.
     """
 
     model: str
@@ -180,6 +184,8 @@ class Gain:
     forecasts: tuple[Forecast, ...]
     measured: Measured | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    acceptance: float | None = None
+    acceptance_stderr: float | None = None
 
     def on(self, device: str) -> Forecast:
         """The forecast for a device, as ``a100-80``; KeyError if there is none."""
@@ -193,8 +199,16 @@ class Gain:
         before, after = asdict(self.before), asdict(self.after)
         return {name: after[name] / value for name, value in before.items() if value}
 
+    def drafts(self) -> dict[str, Draft]:
+        """The cut as a draft of its parent: by the name of each device, and as ``measured``."""
+        costs = {one.device: one.decode_ratio for one in self.forecasts}
+        if self.measured is not None:
+            costs["measured"] = self.measured.decode_ratio[0]
+        known = self.acceptance, self.acceptance_stderr
+        return {name: Draft(cost, *known) for name, cost in costs.items()}
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values, with the ratios beside them."""
+        """The fields as plain JSON values, with the ratios and the drafts beside them."""
         return {
             "format": "shallower.gain",
             "version": 1,
@@ -210,11 +224,26 @@ class Gain:
             "forecasts": [asdict(one) for one in self.forecasts],
             "measured": self.measured and self.measured.to_json(),
             "versions": dict(self.versions),
+            "acceptance": self.acceptance,
+            "acceptance_stderr": self.acceptance_stderr,
+            "drafts": {name: draft.to_json() for name, draft in self.drafts().items()},
         }
 
     @classmethod
     def from_json(cls, data: Any) -> "Gain":
-        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
+        """Read what :meth:`to_json` gave; older versions wrote no acceptance.
+
+        Raises KeyError, TypeError, ValueError.
+        """
         if of_type(dict, data).get("format") != "shallower.gain" or data["version"] != 1:
             raise ValueError("expected a gain of version 1")
-        return cls(**fields_of(cls, data))
+        unknown = {"acceptance": None, "acceptance_stderr": None}
+        gain = cls(**fields_of(cls, {**unknown, **data}))
+        tokens = [time for one in gain.forecasts for time in (one.decode_before, one.decode_after)]
+        if not all(0 < time < math.inf for time in tokens):
+            raise ValueError("expected times above 0")
+        if not (gain.acceptance is None or 0 < gain.acceptance <= 1):
+            raise ValueError("expected an acceptance above 0, 1 at most")
+        if not (gain.acceptance_stderr is None or 0 <= gain.acceptance_stderr < math.inf):
+            raise ValueError("expected an error of the acceptance of at least 0")
+        return gain

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ModelError, ShallowerError, why
-from .identity import ModelIdentity, TextsIdentity
+from .identity import AnswersIdentity, ModelIdentity, TextsIdentity
 from .loss import Loss
 from .plan import Plan
 from .provenance import versions
@@ -103,6 +103,7 @@ class Healing:
             known.
         tokens_per_second: speed of the training in the process that ended it.
         merge: the comparison of the merged checkpoint, if the adapters were merged.
+        answers: identity of the uncut model's answers, if there were any to train on.
         versions: versions of the packages that made it.
     """
 
@@ -119,6 +120,7 @@ class Healing:
     cut: Loss | None = None
     tokens_per_second: float | None = None
     merge: Merge | None = None
+    answers: AnswersIdentity | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property
@@ -151,6 +153,7 @@ class Healing:
             "recipe": self.recipe.to_json(),
             "adapted": self.adapted,
             "texts": asdict(self.texts),
+            **({"answers": asdict(self.answers)} if self.answers else {}),
             "best_step": self.best_step,
             "recovered": self.recovered,
             "original": self.original.to_figures() if self.original else None,
@@ -193,4 +196,4 @@ class Healing:
     def _from_json(cls, data: Any) -> "Healing":
         if (of_type(dict, data).get("format"), data.get("version")) != ("shallower.healing", 1):
             raise ValueError("expected format shallower.healing version 1")
-        return cls(**fields_of(cls, {"cut": None, **data}))
+        return cls(**fields_of(cls, {"cut": None, "answers": None, **data}))

@@ -61,6 +61,21 @@ class TextsIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswersIdentity:
+    """Identity of the answers of a healing: how many, their tokens that are predicted, their hash.
+
+    Without the answers that were left out; the hash is of all tokens, those of the prompts too.
+    """
+
+    num_answers: int
+    num_tokens: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{counted(self.num_answers, 'answer')} of {counted(self.num_tokens, 'token')}"
+
+
+@dataclass(frozen=True, slots=True)
 class ChosenBy:
     """The criterion behind a choice of layers, and what it was applied to.
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .plan import Plan
-from .schema import fields_of
+from .schema import fields_of, of_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,8 @@ class Patch:
         max_length: tokens of a text at most; 0 in a record of an earlier version.
         batch_size: texts in one forward; 0 in one.
         most_tokens: tokens that were to be fitted, at most; 0 in one.
+        share: the share of answers that was asked for among texts and answers; None where there
+            were none.
     """
 
     plan: Plan
@@ -69,6 +71,7 @@ class Patch:
     max_length: int = 0
     batch_size: int = 0
     most_tokens: int = 0
+    share: float | None = None
 
     @property
     def recovered(self) -> float:
@@ -91,9 +94,10 @@ class Patch:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Patch":
-        """Read what :meth:`to_json` gave.
+        """Read what :meth:`to_json` gave, in this version or an earlier one.
 
         KeyError, TypeError, ValueError: they are no patch. LayersError, PlanError, PositionsError:
         its plan cannot be.
         """
-        return cls(**fields_of(cls, data))
+        earlier = {"max_length": 0, "batch_size": 0, "most_tokens": 0, "share": None}
+        return cls(**fields_of(cls, {**earlier, **of_type(dict, data)}))

@@ -14,7 +14,7 @@ GLOBAL_BATCH = 16
 
 HealingDtype = Literal["auto", "nf4", "int8", "bfloat16", "float32"]
 
-Objective = Literal["lm", "kd"]
+Objective = Literal["lm", "kd", "kd-entropy"]
 
 STEPS = 5000
 """Those of the paper."""
@@ -45,7 +45,10 @@ class Recipe:
             ``small`` does; the paper's do not, nor does ``general``.
         objective: the loss that is minimised: ``lm`` of the next token, as in the paper; ``kd``
             the divergence KL(p ‖ q) of the cut's next-token distribution q from the uncut
-            model's p, on the same texts.
+            model's p, on the same texts; ``kd-entropy`` the same, each token weighed by the
+            entropy of p in nats, so that the tokens where the uncut model has a choice count most.
+        share: the share of answers among the sequences, 1 for answers alone; without effect
+            where none are given.
         eval_every: steps between two measurements and checkpoints, by default an eighth of
             ``steps``.
         seed: seed of the order of sequences, the adapters and dropout.
@@ -67,18 +70,25 @@ class Recipe:
     packing: bool | None = None
     attention: bool | None = None
     objective: Objective = "lm"
+    share: float = 0.5
     eval_every: int | None = None
     seed: int = 0
     recompute: bool | None = None
 
     def resolve(
-        self, facts: ModelFacts, processes: int = 1, *, auto: HealingDtype = "bfloat16"
+        self,
+        facts: ModelFacts,
+        processes: int = 1,
+        *,
+        auto: HealingDtype = "bfloat16",
+        answers: bool = False,
     ) -> "Resolved":
         """Fill in what is not named, and refuse what does not fit.
 
         A batch size and recomputation that are not named are 4 at most and none; what a device
         has memory for is decided by :mod:`shallower.healing.memory`. Of several processes each
         trains on its own device. ``auto`` is the dtype that ``auto`` stands for on this machine.
+        ``answers`` says whether there are answers to train on.
 
         Raises:
             RecipeError: a preset that is unknown or of another family, a sequence longer than
@@ -117,12 +127,13 @@ class Recipe:
             eval_every=self.eval_every or max(1, steps // 8),
             seed=self.seed,
             recompute=bool(self.recompute),
+            share=float(self.share) if answers else None,
         )
 
     def check(self, *, original: bool = True, from_patch: bool = False) -> None:
         """Refuse settings that fit no model, before any is loaded, by a RecipeError.
 
-        ``original`` says whether the uncut model is named, which ``kd`` and a patch need.
+        ``original`` says whether the uncut model is named, which a teacher and a patch need.
         """
         if self.objective not in get_args(Objective):
             known = ", ".join(get_args(Objective))
@@ -151,6 +162,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and type(value) is not bool:
                 raise RecipeError(f"{name} must be True or False, got {value!r}")
+        check_share(self.share)
         if self.learning_rate == 0:
             raise RecipeError("a learning_rate of 0 trains nothing")
         if self.max_length is not None and self.max_length < 2:
@@ -164,7 +176,8 @@ class Recipe:
 class Resolved:
     """A :class:`Recipe` with nothing left open; the attributes are the same.
 
-    In a record of an earlier version the objective may be one that is gone.
+    ``share`` is None where there are no answers to train on. In a record of an earlier version the
+    objective may be one that is gone.
     """
 
     preset: str
@@ -182,9 +195,12 @@ class Resolved:
     eval_every: int
     seed: int
     recompute: bool
+    share: float | None = None
 
     def __str__(self) -> str:
         kind = "packed" if self.packing else "truncated"
+        if self.share is not None:
+            kind += f", {100 * self.share:g} % of them answers"
         return (
             f"preset {self.preset}: rank {self.rank}, peak rate {self.learning_rate:g}, "
             f"{self.steps} steps of {GLOBAL_BATCH} sequences of {self.max_length} tokens, {kind}; "
@@ -194,7 +210,17 @@ class Resolved:
     @property
     def has_teacher(self) -> bool:
         """Whether the uncut model runs beside the cut in the training."""
-        return self.objective == "kd"
+        return self.objective in ("kd", "kd-entropy")
+
+    @property
+    def by_entropy(self) -> bool:
+        """Whether the uncut model's tokens are weighed by the entropy of what it says next."""
+        return self.objective == "kd-entropy"
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether sequences of a forward may be of different lengths: answers are kept whole."""
+        return not self.packing or self.share is not None
 
     def accumulation(self, processes: int = 1) -> int:
         """The forwards that each of the processes accumulates in one step of the optimiser."""
@@ -205,8 +231,11 @@ class Resolved:
         return replace(self, dropout=0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return {**asdict(self), "global_batch": GLOBAL_BATCH}
+        """The settings as plain JSON values; ``share`` only where there are answers."""
+        values = {**asdict(self), "global_batch": GLOBAL_BATCH}
+        if self.share is None:
+            del values["share"]
+        return values
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Resolved":
@@ -214,7 +243,17 @@ class Resolved:
 
         Raises KeyError, TypeError, ValueError.
         """
-        return cls(**fields_of(cls, {**of_type(dict, data), "objective": _objective(data)}))
+        known = {"share": None, **of_type(dict, data), "objective": _objective(data)}
+        return cls(**fields_of(cls, known))
+
+
+def check_share(share: object) -> None:
+    """Refuse, by a RecipeError, what is no share of answers among texts and answers."""
+    if isinstance(share, bool) or not (isinstance(share, int | float) and 0 < share <= 1):
+        raise RecipeError(
+            f"share must be above 0 and at most 1, the share of answers among texts and answers, "
+            f"got {share!r} (share, --share)"
+        )
 
 
 def _objective(data: Mapping[str, Any]) -> Any:

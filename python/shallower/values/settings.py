@@ -7,23 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, SettingsError, TextsError
 from .curve import STATES, State
 from .layers import layer_number
 from .memory import parse_size
-from .recipe import Recipe
+from .recipe import Recipe, check_share
 from .target import Target
 from .tokens import BatchSize, Tokens
 
 Prompts = Path | Sequence[Any] | None
 """A file of prompts, or texts, objects and prompts themselves; None for some of our own."""
 
+RACED_BY = ("loss", "speech")
+"""The judges by which a run races proposals."""
+
 _NO_OPTION = {"num_choosing"}
 """Settings that the command line has not."""
 
-_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts"}
+_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts", "answers"}
 """Settings that change no result, but by what is read, which is known by content."""
 
 
@@ -43,6 +46,9 @@ class StudySettings:
     Raises:
         LayersError, TextsError: a number that is out of range.
     """
+
+    PROMPTS_OPTION: ClassVar[str] = "speech"
+    """The option that names a file of prompts."""
 
     max_length: int = 256
     batch_size: BatchSize = "auto"
@@ -102,8 +108,11 @@ class StudySettings:
             if value == getattr(default, one.name) or one.name in _NO_OPTION:
                 continue
             if one.name == "prompts":
-                changed["speech"] = value.name if isinstance(value, Path) else None
+                file = value.name if isinstance(value, Path) else None
+                changed[self.PROMPTS_OPTION] = file or value is None
                 changed["no_speech"] = value == ()
+                continue
+            if one.name == "answers" and isinstance(value, tuple):
                 continue
             if isinstance(value, Path):
                 value = value.name
@@ -113,6 +122,12 @@ class StudySettings:
                 )
             changed[one.name] = value
         return option_words(changed)
+
+    def _take_places(self, *names: str) -> None:
+        """Make paths of the files and folders that settings name."""
+        for name in names:
+            place = getattr(self, name)
+            object.__setattr__(self, name, None if place is None else Path(place))
 
     def _check_least(self, name: str, least: int, error: type[Exception] = LayersError) -> None:
         value = getattr(self, name)
@@ -149,7 +164,7 @@ class RunSettings(RacingSettings):
     """Settings of :func:`shallower.run`.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
-    ``target_memory``; by none of them it is the knee of the curve of losses.
+    ``target_memory``; by none of them it is the knee of the curve of what is lost.
 
     Attributes:
         n: layers that are to go.
@@ -167,11 +182,18 @@ class RunSettings(RacingSettings):
         plan_only: choose and measure, and patch and save nothing.
         prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default 24
             of our own, and an empty sequence for none.
+        judge: what the proposals are raced by: ``loss``, the next-token loss; ``speech``, the
+            divergence from the whole model on its own words. For that one half of ``prompts``
+            chooses, by default of 120 of our own, and the models speak on prompts of the other.
         heal: train on the patched cut: True, or the settings. True trains in the dtype of the
             model, float16 in bfloat16.
+        answers: patch and train on what the whole model says as well: True for prompts of our own,
+            or prompts as of ``prompts``, which may have their answers.
+        share: the share of answers among texts and answers, of the patch and of the training.
 
     Raises:
-        LayersError, RecipeError, TextsError: a setting that is out of range or contradicts another.
+        LayersError, CriterionError, RecipeError, TextsError: a setting that is out of range or
+            contradicts another.
     """
 
     n: int | None = None
@@ -185,18 +207,31 @@ class RunSettings(RacingSettings):
     blocks: int | None = None
     plan_only: bool = False
     prompts: Prompts = None
+    judge: str = "loss"
     heal: bool | Recipe = False
+    answers: bool | Prompts = False
+    share: float = 0.5
 
     def __post_init__(self) -> None:
+        if not isinstance(self.answers, bool):
+            object.__setattr__(self, "answers", _prompts(self.answers, "answers") or False)
+        check_share(self.share)
         if isinstance(self.target_memory, str):
             object.__setattr__(self, "target_memory", parse_size(self.target_memory))
         super().__post_init__()
         _ = self.target
+        self._check_judge()
         if self.blocks is not None:
             self._check_least("blocks", 1)
         object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not isinstance(self.heal, bool | Recipe):
             raise RecipeError(f"heal = {self.heal!r}: expected True, False or a Recipe (--heal)")
+        own = getattr(self.heal, "share", self.share)
+        if self.answers is not False and own not in (self.share, Recipe().share):
+            raise RecipeError(
+                f"heal has a share of {own:g}, and share is {self.share:g}: name the one of both, "
+                f"the patch and the training (share, --share)"
+            )
         if self.heal_steps is not None and self.heal is not True:
             raise RecipeError(
                 "heal_steps without heal=True (--heal-steps without --heal): a Recipe has its own "
@@ -204,6 +239,18 @@ class RunSettings(RacingSettings):
             )
         if self.plan_only and self.heal:
             raise RecipeError("plan_only beside heal (--plan-only, --heal): only a cut is healed")
+
+    def _check_judge(self) -> None:
+        if self.judge not in RACED_BY:
+            raise CriterionError(
+                f"unknown judge {self.judge!r}: a run races proposals by {' or '.join(RACED_BY)} "
+                f"(judge, --judge)"
+            )
+        if self.judge == "speech" and self.max_loss is not None:
+            raise LayersError(
+                "max_loss beside the judge speech (--max-loss, --judge speech), which measures no "
+                "loss: name another target, or race by the loss (--judge loss)"
+            )
 
     @property
     def target(self) -> Target:
@@ -246,6 +293,8 @@ class CurveSettings(RacingSettings):
         pass_at: for tasks that are answered in text also sample so many answers to each item, and
             keep ``pass@K`` of them as a task of its own, ``TASK sampled``.
         heal: settings of the healing of each cut; by default ours in the dtype of the model.
+        prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default
+            they are not let to, and None is 24 prompts of our own.
 
     Raises:
         LayersError, CriterionError, PatchError, RecipeError, TextsError: a setting that is out of
@@ -264,15 +313,15 @@ class CurveSettings(RacingSettings):
     num_shots: int | None = None
     pass_at: int | None = None
     heal: Recipe | None = None
+    prompts: Prompts = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
+        object.__setattr__(self, "prompts", _prompts(self.prompts))
         for name in ("strategies", "states", "tasks"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
-        for name in ("tasks_dir", "data"):
-            place = getattr(self, name)
-            object.__setattr__(self, name, None if place is None else Path(place))
+        self._take_places("tasks_dir", "data")
         self._check_least("patch_tokens", 1)
         unknown: list[str] = [name for name in self.states if name not in STATES]
         if unknown or not self.states:
@@ -307,9 +356,14 @@ class CompareSettings(StudySettings):
         criteria: names of the table ``shallower.criteria``, or criteria of your own; all by
             default.
         judge: what chooses: ``loss``, the next-token loss; ``kl``, the divergence from the whole
-            model's next-token distributions; ``options``, the margin of right options.
+            model's next-token distributions; ``options``, the margin of right options;
+            ``speech``, the divergence from the whole model on its own words.
         options: a file of JSON lines with ``context``, ``options`` and ``answer``, of the judge
             ``options``; one half chooses, the other one reports.
+        prompts: of the judge ``speech``, as for :func:`shallower.evaluate_speech`; one half
+            chooses, the other one reports. By default prompts of our own.
+        speech: also measure how the bare cuts speak, on the prompts that report, or on ``prompts``
+            beside another judge: by default 24 of our own.
         device_memory: bytes for the states that cuts share, as a number or as ``4GB``; by default
             what the device has free.
 
@@ -318,6 +372,8 @@ class CompareSettings(StudySettings):
             contradicts another.
     """
 
+    PROMPTS_OPTION: ClassVar[str] = "prompts"
+
     max_texts: int = 80
     max_eval_texts: int = 64
     num_choosing: int = 16
@@ -325,11 +381,15 @@ class CompareSettings(StudySettings):
     criteria: Sequence[Any] | None = None
     judge: str = "loss"
     options: str | Path | None = None
+    prompts: Prompts = None
+    speech: bool = False
     device_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", _sizes(self.n, least=1))
+        self._take_places("options")
+        object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not self.n:
             raise LayersError("expected sizes, as 1,2,4, got none (n, --n)")
         if isinstance(self.criteria, str):
@@ -341,6 +401,11 @@ class CompareSettings(StudySettings):
             raise CriterionError(
                 "the judge options needs a file of items, and no other judge takes one "
                 "(judge and options, --judge options and --options)"
+            )
+        if self.prompts is not None and self.judge != "speech" and not self.speech:
+            raise CriterionError(
+                f"prompts beside the judge {self.judge}: only the judge speech takes them, and "
+                f"speech (--judge speech, --speech, or no --prompts)"
             )
 
 
@@ -366,7 +431,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _prompts(given: Any) -> Prompts:
+def _prompts(given: Any, option: str = "speech") -> Prompts:
     """A file of prompts, the prompts themselves, or None."""
     if given is None or isinstance(given, Path):
         return given
@@ -374,7 +439,7 @@ def _prompts(given: Any) -> Prompts:
         return Path(given)
     if not isinstance(given, Iterable):
         raise TextsError(
-            f"prompts must be a file or a sequence, got {type(given).__name__} (prompts, --speech)"
+            f"prompts must be a file or a sequence, got {type(given).__name__} (--{option})"
         )
     return tuple(given)
 

@@ -94,6 +94,22 @@ class Verified:
     failed: Mapping[str, str]
 
     @property
+    def measure(self) -> str:
+        """What the judge measures, in a word: a divergence from the whole model, or a loss."""
+        return "divergence" if self.judge == "speech" else self.judge
+
+    @property
+    def measured_in(self) -> str:
+        """The unit of scores, and of what they are where that is no loss."""
+        more = " of divergence from the whole model on its own words"
+        return self.unit + (more if self.judge == "speech" else "")
+
+    @property
+    def what_chooses(self) -> str:
+        """What the items are."""
+        return "prompts" if self.judge == "speech" else "texts"
+
+    @property
     def plan(self) -> Plan:
         """The winner."""
         return self.candidates[0].plan
@@ -114,8 +130,9 @@ class Verified:
         after = {"none": "as it is cut", "patch": "after a quick patch"}[self.after]
         said = (
             f"{ranges(best.plan.dropped)} of {counted(self.num_proposals, 'proposal')}: "
-            f"{with_error(best.score, best.stderr, 2)} {self.unit} {after}"
+            f"{with_error(best.score, best.stderr, 2)} {self.measured_in} {after}"
         )
+
         if self.margin is not None:
             amount = with_error(abs(self.margin.mean), self.margin.stderr, 3)
             said += f", {amount} {'more' if self.margin.mean < 0 else 'less'} than the next"

@@ -1,16 +1,19 @@
 """Judges: what a cut is worth, item by item. ``JUDGES`` is the table of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ...texts.batches import AnyTexts
-from ...texts.options import OptionItem
 from ...values.tokens import Tokens
 from .judge import Judge, KLJudge, LossJudge, judged_batches
 from .options import OptionsJudge
+from .speech import SpeechJudge
 
-JUDGES: dict[str, type[Judge]] = {judge.name: judge for judge in (LossJudge, KLJudge, OptionsJudge)}
+JUDGES: dict[str, type[Judge]] = {
+    judge.name: judge for judge in (LossJudge, KLJudge, OptionsJudge, SpeechJudge)
+}
 """Every judge by its name, as ``--judge`` names it."""
 
 
@@ -20,13 +23,16 @@ def judge_of(
     texts: AnyTexts,
     *,
     tokens: Tokens,
-    items: Sequence[OptionItem] = (),
+    items: Sequence[Any] = (),
 ) -> Judge:
-    """Make a judge of texts; that of ``options`` judges on items.
+    """Make a judge of texts; those of ``options`` and ``speech`` judge on items.
 
-    A TextsError says that no text has two tokens.
+    Items of ``options`` are as in a file of them, those of ``speech`` the whole model's answers by
+    prompt. A TextsError says that no text has two tokens, or that there are no items.
     """
     if name == "options":
         return OptionsJudge(items, tokenizer, tokens=tokens)
+    if name == "speech":
+        return SpeechJudge(items, tokens=tokens)
     batches = judged_batches(tokenizer, texts, tokens)
     return LossJudge(batches) if name == "loss" else KLJudge(batches)

@@ -30,6 +30,7 @@ class Judge(ABC):
         name: as ``--judge`` names it.
         unit: of a mean score, as tables print it.
         chance: the accuracy of a guess; None where nothing is right or wrong.
+        content: a hash of the items, where a study does not know them before a model is loaded.
         batches: the items as token batches, in the order in which they are looked at.
         items: for every batch the indices of its items, ascending and consecutive: the first
             batch has the items ``0 .. a-1``, the next ``a .. b-1``.
@@ -39,6 +40,7 @@ class Judge(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     chance: float | None = None
+    content: str = ""
     batches: Sequence[Batch]
     items: Sequence[NDArray[np.int64]]
     weights: NDArray[np.float64]
@@ -47,6 +49,11 @@ class Judge(ABC):
     def num_items(self) -> int:
         """S, the items."""
         return len(self.weights)
+
+    @property
+    def texts_of_item(self) -> float:
+        """The texts that run for an item, on average."""
+        return sum(map(len, self.batches)) / self.num_items
 
     def prepare(self, model: Layerwise, index: int, states: torch.Tensor) -> None:  # noqa: B027
         """Take the whole model's final states on a batch, (B, T, D), before any cut is judged."""
@@ -68,28 +75,45 @@ class Judge(ABC):
 
 
 class TextJudge(Judge):
-    """A judge of whole texts by what their tokens are predicted with: all of a text but the first.
+    """A judge of texts by what their tokens are predicted with: all of a text but those given.
 
     Args:
-        batches: of :func:`judged_batches`, texts of at least two tokens.
+        batches: texts of at least two tokens, as of :func:`judged_batches`; those of an item, one
+            or several, one behind the other.
+        given: by batch, how many of the first tokens of its texts are given, (B,) or of all; by
+            default the first of each.
     """
 
     unit = "nats a token"
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], given: Sequence[NDArray[np.int64] | int] | None = None
+    ) -> None:
         self.batches = batches
-        self.items = [batch.samples for batch in batches]
-        self.weights = np.concatenate([predicting_tokens(b).sum(axis=1) for b in batches]) * 1.0
+        self._given = [1] * len(batches) if given is None else given
+        self.items = [np.unique(batch.samples) for batch in batches]
+        counts = [self.predicting(index).sum(axis=1) for index in range(len(batches))]
+        self.weights = np.concatenate([self.by_item(i, one * 1.0) for i, one in enumerate(counts)])
+
+    def predicting(self, index: int) -> NDArray[np.bool_]:
+        """(B, T), true at the tokens of a batch that others are predicted from."""
+        return predicting_tokens(self.batches[index], self._given[index])
+
+    def by_item(self, index: int, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum (B,) values of the texts of a batch over each of its items."""
+        starts = np.searchsorted(self.batches[index].samples, self.items[index])
+        sums: NDArray[np.float64] = np.add.reduceat(values, starts)
+        return sums
 
 
 class LossJudge(TextJudge):
-    """The next-token loss: nats summed over the tokens of a text but the first."""
+    """The next-token loss: nats summed over the tokens of a text that are predicted."""
 
     name = "loss"
 
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
-        sums = np.array(summed_losses(head, self.batches[index]).tolist())
-        return require_finite(sums, self.items[index], head)
+        nats = np.array(summed_losses(head, self.batches[index], self._given[index]).tolist())
+        return require_finite(self.by_item(index, nats), self.items[index], head)
 
 
 class KLJudge(TextJudge):
@@ -102,8 +126,10 @@ class KLJudge(TextJudge):
 
     name = "kl"
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        super().__init__(batches)
+    def __init__(
+        self, batches: Sequence[Batch], given: Sequence[NDArray[np.int64] | int] | None = None
+    ) -> None:
+        super().__init__(batches, given)
         self._whole: dict[int, tuple[Layerwise, torch.Tensor]] = {}
 
     def prepare(self, model: Layerwise, index: int, states: torch.Tensor) -> None:
@@ -115,12 +141,11 @@ class KLJudge(TextJudge):
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
         if index not in self._whole:
             raise CriterionError(
-                f"the judge kl compares with the whole model, whose states on batch {index} it "
-                "was not given: call prepare before measure"
+                f"the judge {self.name} compares with the whole model, whose states on batch "
+                f"{index} it was not given: call prepare before measure"
             )
         model, states = self._whole[index]
-        batch = self.batches[index]
-        predicting = predicting_tokens(batch)
+        batch, predicting = self.batches[index], self.predicting(index)
         cut = logits_at(head, batch, predicting)
         first = [next(cut)]  # and with it the cut's final states, which the others are made of
         with model.starting_from(states, ()):
@@ -129,8 +154,8 @@ class KLJudge(TextJudge):
                 for pair in zip(logits_at(head, batch, predicting), chain(first, cut), strict=True)
             ]
         of_texts = torch.cat(parts).split(predicting.sum(axis=1).tolist())
-        sums = np.array(torch.stack([some.sum() for some in of_texts]).tolist())
-        return require_finite(sums, self.items[index], head)
+        nats = np.array(torch.stack([some.sum() for some in of_texts]).tolist())
+        return require_finite(self.by_item(index, nats), self.items[index], head)
 
 
 def divergences(whole: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:

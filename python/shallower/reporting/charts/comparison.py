@@ -28,6 +28,10 @@ _OTHERS = tuple((colour, marker) for marker in "P*h<>dp8" for colour in ("olive"
 """Styles of criteria that are not known here, in the order in which they come."""
 
 
+DIVERGENCES = ("kl", "speech")
+"""Judges whose scores are divergences from the whole model."""
+
+
 @dataclass(frozen=True)
 class Group:
     """The rows of one model and one calibration text.
@@ -102,7 +106,8 @@ def groups_of(comparison: CriteriaComparison) -> list[Group]:
             sizes = {row.n for row in rows}
             patched = {row.n for row in rows if row.as_patched is not None}
             by_patch = comparison.judge == "loss" and patched == sizes
-            found.append(Group(model, title, rows, by_patch, comparison.unit))
+            of = " of divergence" if comparison.judge in DIVERGENCES else ""
+            found.append(Group(model, title, rows, by_patch, f"{comparison.unit}{of}"))
     return found
 
 

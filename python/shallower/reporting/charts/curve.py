@@ -27,10 +27,10 @@ Placed = Callable[[CurvePoint], Point | None]
 
 
 def curve_charts(curve: Curve) -> list[Drawing]:
-    """Draw the loss over layers, parameters and time, and each task over layers."""
+    """Draw the loss over layers, parameters and time; tasks and acceptance over layers."""
     if not any(len(points) > 1 for _, _, points in _lines(curve)):
         return []
-    return [*_loss_charts(curve), *_task_charts(curve)]
+    return [*_loss_charts(curve), *_task_charts(curve), *_speech_charts(curve)]
 
 
 def _lines(curve: Curve) -> list[tuple[str, State, tuple[CurvePoint, ...]]]:
@@ -101,6 +101,31 @@ def _task_charts(curve: Curve) -> list[Drawing]:
             )
         )
     return drawings
+
+
+def _speech_charts(curve: Curve) -> list[Drawing]:
+    lines = _drawn(curve, _speech_point)
+    if not lines:
+        return []
+    return [
+        line_chart(
+            "acceptance",
+            lines,
+            title="Acceptance over the share of layers that go",
+            text="The share of its own words that the whole model would accept from a cut, by "
+            "speculative decoding, with bands of one standard error. Dashed as cut, solid after a "
+            f"{patch_words(curve.settings)}.",
+            x=Axis("layers dropped", is_share=True),
+            y=Axis("acceptance", is_share=True),
+        )
+    ]
+
+
+def _speech_point(point: CurvePoint) -> Point | None:
+    if point.speech is None:
+        return None
+    found = point.speech.of("acceptance")
+    return Point(point.layers_share, found.mean, found.stderr, _named(point))
 
 
 def _loss_point(point: CurvePoint, size: str) -> Point | None:

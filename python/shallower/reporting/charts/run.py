@@ -37,16 +37,17 @@ def race_charts(verified: Verified) -> list[Drawing]:
         )
         for place, one in enumerate(ended)
     )
+    diverge = verified.measure == "divergence"
     return [
         dot_chart(
             "proposals",
             [_shortened(ranges(one.plan.dropped)) for one in ended],
             [Line("difference", points, "blue", marker="o")],
-            title="What other proposals lose more than the winner",
+            title=f"What other proposals {'diverge' if diverge else 'lose'} more than the winner",
             text="Each row is a set of layers that could have gone, with the paired difference "
-            "of its score to the winner's and one standard error. What reaches the dotted "
-            "line within two errors cannot be told from the winner.",
-            x=Axis(f"more than the winner, {verified.unit}"),
+            f"of its score to the winner's and one standard error, in {verified.measured_in}. What "
+            "reaches the dotted line within two errors cannot be told from the winner.",
+            x=Axis(f"more than the winner, {verified.unit}{' of divergence' if diverge else ''}"),
             reference=(0.0, "the winner"),
         )
     ]

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
-from ..charts.comparison import Group, group_charts, groups_of
+from ..charts.comparison import DIVERGENCES, Group, group_charts, groups_of
 from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
     again,
     differs,
     few_texts,
+    judge_words,
     layer_words,
     loss_fact,
     made_by,
@@ -110,10 +111,13 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
 
 def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
     """``angular and cosine lose least``; of a judge but the loss, that they are best by it."""
-    several = len(names) > 1
-    if comparison.judge == "loss":
+    several, judge = len(names) > 1, comparison.judge
+    if judge == "loss":
         return f"{_listed(names)} {'lose' if several else 'loses'} least"
-    return f"{_listed(names)} {'are' if several else 'is'} best by {comparison.judge}"
+    if judge == "speech":
+        end = "least from the whole model on its own words"
+        return f"{_listed(names)} {'diverge' if several else 'diverges'} {end}"
+    return f"{_listed(names)} {'are' if several else 'is'} best by {judge}"
 
 
 def _behind(standing: Standing, unit: str) -> str:
@@ -227,7 +231,7 @@ def _settings(comparison: CriteriaComparison) -> Section:
     facts = (
         Fact("models", ", ".join(model.title for model in comparison.models), f"{place}: models"),
         Fact("dtype", _dtypes(comparison) or "not known", f"{place}: models"),
-        Fact("judge", f"{comparison.judge}, {comparison.unit}", f"{place}: judge"),
+        Fact("judge", judge_words(comparison.judge, comparison.unit), f"{place}: judge"),
         Fact("texts", splits_words(comparison.splits), f"{place}: splits"),
         Fact(
             "sizes",
@@ -243,7 +247,8 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
     model = group.model
     lines = [
         f"{whole_words(model.whole)} It has {model.num_layers} layers.",
-        f"Judge: {comparison.judge}, {comparison.unit}; texts: {splits_words(comparison.splits)}.",
+        f"Judge: {judge_words(comparison.judge, comparison.unit)}; texts: "
+        f"{splits_words(comparison.splits)}.",
     ]
     if model.accuracy is not None:
         chance = "" if model.chance is None else f"; chance {Number.share(model.chance, 1).text}"
@@ -255,7 +260,7 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
     return Section(
         f"{group.title}: criteria against true loss",
         tuple(lines),
-        tables=(*tables, *_taus(group)),
+        tables=(*tables, *_spoken(group), *_taus(group)),
         drawings=tuple(drawings),
     )
 
@@ -276,13 +281,14 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
     head = ["criterion", "drop", "loss", "regret", cut, "patch", "patch regret", patched,
             "layer forwards", "time"]  # fmt: skip
     if judged:
-        head.insert(3, judged)
+        diverges = judged == "score" and comparison.judge in DIVERGENCES
+        head.insert(3, "divergence" if diverges else judged)
     state = "after the quick patch" if group.by_patch else "bare cuts"
     return Table(
         f"n = {n}: {100 * rows[0].layers_share:.0f} % of the layers, {share} % of the parameters",
         tuple(head),
         tuple(_choice(row, judged) for row in rows),
-        f"Loss, as cut and after a quick patch, in nats a token; regret in {comparison.unit}, "
+        f"Loss, as cut and after a quick patch, in nats a token; regret in {group.unit}, "
         f"of patched cuts in nats a token, each paired with the best of its kind. Order, best and "
         f"tie: {state}. Each criterion is charged what it costs by itself.",
         bare=("patch", *(["loss", "regret"] if group.by_patch else ["loss"] if judged else [])),
@@ -290,6 +296,34 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
         if group.by_patch
         else ("patched", "patch regret", *(["time"] if judged else [])),
     )
+
+
+def _spoken(group: Group) -> list[Table]:
+    """Tabulate how the bare cuts speak, those that would be accepted most first."""
+    known = [row for row in group.rows if row.acceptance is not None]
+    known.sort(key=lambda row: (row.n, -(row.acceptance or 0.0)))
+    rows = tuple(
+        (
+            Number.count(row.n),
+            row.criterion,
+            range_cell(row.dropped),
+            _per_cent(row.acceptance, row.acceptance_stderr),
+            _per_cent(row.repetition, row.repetition_stderr),
+        )
+        for row in known
+    )
+    head = ("n", "criterion", "drop", "acceptance, %", "repeated, %")
+    note = (
+        "Acceptance: of the whole model's own words, by speculative decoding; repeated: of the "
+        "4-grams of the cut's own. Bare cuts; errors are over prompts."
+    )
+    return [Table("how the cuts speak", head, rows, note, is_grouped=True)] if rows else []
+
+
+def _per_cent(value: float | None, stderr: float | None) -> Number:
+    if value is None:
+        return Number.of(None)
+    return Number.of(100 * value, None if stderr is None else 100 * stderr, 1)
 
 
 def _choice(row: Row, judged: str) -> tuple[Cell, ...]:

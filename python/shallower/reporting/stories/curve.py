@@ -8,6 +8,7 @@ from ...values.files import CURVE_FILE
 from ...values.layers import layer_count, ranges
 from ...values.loss import Loss
 from ...values.scores import TIE, Difference
+from ...values.speech import Speech
 from ...values.task_scores import TaskScores
 from ..charts.curve import curve_charts
 from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
@@ -26,6 +27,7 @@ from ..words import (
     splits_words,
     whole_words,
 )
+from .speech import CURVE_MEASURES, speech_cell
 
 
 def curve_story(
@@ -194,8 +196,13 @@ def _settings(curve: Curve) -> Section:
             f"{place}: settings",
         ),
         Fact("tasks", ", ".join(curve.tasks) or "none", f"{place}: points"),
+        *([] if curve.whole.speech is None else [_prompts(curve.whole.speech)]),
     )
     return Section("Settings", facts=facts)
+
+
+def _prompts(speech: Speech) -> Fact:
+    return Fact("prompts of speech", f"{speech.num_prompts:,}", f"{CURVE_FILE}: points")
 
 
 def _curves(curve: Curve, drawn: bool) -> Section:
@@ -208,6 +215,7 @@ def _curves(curve: Curve, drawn: bool) -> Section:
     states = [state for state in STATES if _cuts(curve, state)]
     tables = [_losses(curve, state) for state in states]
     tables += [_scores(curve, task, state) for task in curve.tasks for state in states]
+    tables += [_speech(curve, state) for state in states if curve.whole.speech is not None]
     failed = [point for point in curve.points if point.failed]
     tables += [_failures(failed)] if failed else []
     drawings = tuple(curve_charts(curve)) if drawn else ()
@@ -301,6 +309,29 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
         f"{counted(len(whole.items), 'item')} with "
         f"{counted(whole.num_shots, 'solved example')}{chance}; difference and "
         f"tie: with the whole model",
+        is_grouped=True,
+    )
+
+
+def _speech(curve: Curve, state: State) -> Table:
+    """Tabulate how all cuts in one state speak beside the whole model."""
+    whole = curve.whole.speech
+    assert whole is not None
+    rows: list[tuple[Cell, ...]] = []
+    for point in _cuts(curve, state):
+        cells: list[Cell] = [speech_cell(name, point.speech) for name in CURVE_MEASURES]
+        repeats = point.speech is not None and point.speech.repeats
+        layers = range_cell(point.dropped) or "–"
+        verdict = "repeats itself" if repeats else ""
+        rows.append((Number.count(point.n), point.strategy, layers, *cells, verdict))
+    repetition = speech_cell("repetition", whole).text
+    return Table(
+        f"speech, {_of_state(curve, state)}: on the words of the whole model, and on its own",
+        ("n", "strategy", "drop", *CURVE_MEASURES.values(), ""),
+        tuple(rows),
+        f"{counted(whole.num_prompts, 'prompt')}, answers of {whole.num_tokens} tokens at most; of "
+        f"the whole model's 4-grams {repetition} % are repeated. Repeats itself: more than twice "
+        f"as much. Errors are over prompts.",
         is_grouped=True,
     )
 

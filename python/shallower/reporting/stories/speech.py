@@ -20,6 +20,14 @@ _ROWS = {
     "length": "its own words: tokens",
     "ends": "its own words: end as those of the whole model, %",
 }
+CURVE_MEASURES = {
+    "acceptance": "acceptance, %",
+    "divergence": "divergence",
+    "repetition": "repeated, %",
+    "loss_under_whole": "loss under whole",
+}
+"""Measures that a table of many models has, and their columns."""
+
 _SHARES = ("agreement", "acceptance", "repetition", "ends")
 
 
@@ -29,7 +37,7 @@ def speech_table(found: Mapping[str, Speech]) -> Table:
     head = ["", *found, *(["difference"] if len(found) == 2 else [])]
     rows: list[tuple[Cell, ...]] = []
     for name, title in _ROWS.items():
-        row: list[Cell] = [title, *(_mean(name, one) for one in found.values())]
+        row: list[Cell] = [title, *(speech_cell(name, one) for one in found.values())]
         if len(found) == 2:
             lost = others[0].minus(first)[name]
             scale = 100 if name in _SHARES else 1
@@ -65,7 +73,10 @@ def repeats_warning(name: str, speech: Speech) -> str:
     )
 
 
-def _mean(name: str, speech: Speech) -> Number:
+def speech_cell(name: str, speech: Speech | None) -> Number:
+    """Write a measure with its error, shares in per cent; a dash where there is none."""
+    if speech is None:
+        return Number.of(None)
     one = speech.of(name)
     scale, digits = (100, 1) if name in _SHARES else (1, 3)
     return Number.of(scale * one.mean, scale * one.stderr, digits)

@@ -78,6 +78,7 @@ def starts_table(
 
 def candidates_table(verified: Verified) -> Table:
     """Tabulate the candidates of a race, the winner first."""
+    items = verified.what_chooses
     after = {"none": "as they are cut", "patch": "after a quick patch"}[verified.after]
     rows = tuple(
         (
@@ -92,11 +93,11 @@ def candidates_table(verified: Verified) -> Table:
     )
     return Table(
         f"Proposals that came into the last race, {after}",
-        ("drop", "proposed by", "texts", verified.judge, "more than the winner", ""),
+        ("drop", "proposed by", items, verified.measure, "more than the winner", ""),
         rows,
-        f"{verified.num_proposals} proposals were judged on up to {verified.num_items} texts that "
-        f"choose, in {verified.unit}: a cut that was behind early on fewer. Cuts are compared "
-        f"on the texts of both; a tie is within two standard errors of this difference.",
+        f"{verified.num_proposals} proposals were judged on up to {verified.num_items} {items} "
+        f"that choose, in {verified.measured_in}: a cut that was behind early on fewer. Cuts are "
+        f"compared on the {items} of both; a tie is within two standard errors of this difference.",
         0,
     )
 
@@ -127,8 +128,10 @@ def healing_table(healing: Healing) -> Table:
 
 
 def healing_parts(healing: Healing) -> list[str | Table]:
-    """Give the table of a healing, its speed, and what merging changed."""
+    """Give the table of a healing, its answers, its speed, and what merging changed."""
     parts: list[str | Table] = [healing_table(healing)]
+    if healing.answers:
+        parts.append(f"trained on {healing.answers} of the uncut model")
     if healing.tokens_per_second:
         parts.append(f"{healing.tokens_per_second:,.0f} tokens a second")
     if merged := healing.merge:

@@ -10,6 +10,7 @@ from typing import Any
 from ...storage import write_file
 from ...values.comparison import CriteriaComparison, Row
 from ...values.curve import Curve, CurvePoint
+from ...values.speech import MEASURES
 
 
 def write_comparison(comparison: CriteriaComparison, path: str | Path) -> None:
@@ -20,7 +21,9 @@ def write_comparison(comparison: CriteriaComparison, path: str | Path) -> None:
 
 
 def write_curve(curve: Curve, path: str | Path) -> None:
-    """Write the points of a curve; behind the losses are four columns for every task."""
+    """Write the points of a curve; behind the losses are four columns for every task, and two for
+    every measure of speech, as ``speech_acceptance``.
+    """
     rows = [_curve_row(curve, point) for point in curve.points]
     _write(path, list(rows[0]), (row.values() for row in rows))
 
@@ -66,4 +69,8 @@ def _curve_row(curve: Curve, point: CurvePoint) -> dict[str, Any]:
             f"{name}_difference": less and less.mean,
             f"{name}_difference_stderr": less and less.stderr,
         }
+    for name in MEASURES if curve.whole.speech is not None else ():
+        means = None if point.speech is None else point.speech.of(name)
+        column = f"speech_{name}"
+        found |= {column: means and means.mean, f"{column}_stderr": means and means.stderr}
     return found

@@ -1,0 +1,44 @@
+"""The divergence from the whole model on its own words as a judge."""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import numpy as np
+
+from ...errors import TextsError
+from ...texts.batches import padded
+from ...values.answers import Answer
+from ...values.hashing import hash_of
+from ...values.tokens import Tokens
+from .judge import KLJudge, looks
+
+
+class SpeechJudge(KLJudge):
+    """KL(p ‖ q) on what the whole model says, p its next-token distribution and q the cut's.
+
+    As :class:`KLJudge`, summed over the tokens of answers alone: those of prompts are given. An
+    item is a prompt with its answers, which weighs as many tokens as they have.
+
+    Args:
+        said: by prompt the answers of the whole model to it, as its likeliest words and words that
+            were drawn; of each prompt as many, one at least.
+        tokens: answers with their prompts in one forward, unless one prompt has more.
+
+    Raises:
+        TextsError: there are no prompts.
+    """
+
+    name = "speech"
+
+    def __init__(self, said: Sequence[Sequence[Answer]], *, tokens: Tokens) -> None:
+        if not said:
+            raise TextsError("there are no prompts that a cut could be judged on")
+        batches, given = [], []
+        for look in looks(len(said), max(1, tokens.texts // len(said[0]))):
+            numbered = range(look.start, look.stop)
+            rows = [(index, answer) for index in numbered for answer in said[index]]
+            ids = [(index, np.array(one.given + one.written, np.int64)) for index, one in rows]
+            batches.append(padded(ids))
+            given.append(np.array([len(one.given) for _, one in rows]))
+        super().__init__(batches, given)
+        self.content = hash_of([[astuple(one) for one in answers] for answers in said])

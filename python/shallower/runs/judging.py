@@ -1,0 +1,70 @@
+"""The judges of a study on one model that is loaded: of its texts, or of items of its own."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.loss import fitting_tokens
+from ..judgement.judges import judge_of
+from ..judgement.judges.judge import Judge
+from ..judgement.trials import ResultStore
+from ..models.decoder import Decoder
+from ..texts.batches import TokenisedText
+from ..texts.prompts import Prompt
+from ..values.answers import Answer
+from ..values.tokens import Tokens
+from .answers import KeptAnswers
+from .speaking import speaking_on
+from .study import Study
+
+
+class Judges:
+    """Makes judges of what chooses and of what reports; the whole model speaks once for them.
+
+    Making one of speech raises as :func:`shallower.texts.prompts.prompt_ids` and
+    :func:`shallower.evaluation.answers.write_answers`.
+    """
+
+    def __init__(
+        self,
+        study: Study[Any],
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tokens: Tokens,
+        store: ResultStore,
+    ) -> None:
+        self._study, self._decoder, self._tokenizer = study, decoder, tokenizer
+        self._tokens, self._store = tokens, store
+        self._said: dict[int, list[tuple[Answer, ...]]] = {}
+
+    def choosing(self, texts: Sequence[TokenisedText], most: int | None = None) -> Judge:
+        """The judge that cuts are chosen by, on the texts or items that choose: the first
+        ``most`` of them, or all.
+        """
+        return self._judge(texts[:most], 0, most)
+
+    def reporting(self, texts: Sequence[TokenisedText]) -> Judge:
+        """The judge that scores cuts beside their loss, on the texts or items that report."""
+        return self._judge(texts, 1, None)
+
+    def _judge(self, texts: Sequence[TokenisedText], half: int, most: int | None) -> Judge:
+        name = self._study.judges[half]
+        if name != "speech":
+            items = self._study.items[half][:most]
+            return judge_of(name, self._tokenizer, texts, tokens=self._tokens, items=items)
+        said = self._answers(half)[:most]
+        longest = max(len(one.given + one.written) for answers in said for one in answers)
+        tokens = fitting_tokens(self._decoder, Tokens(longest, self._study.settings.batch_size))
+        return judge_of(name, self._tokenizer, texts, tokens=tokens, items=said)
+
+    def _answers(self, half: int) -> list[tuple[Answer, ...]]:
+        """What the whole model says to each of the prompts that choose, or of those that report."""
+        if half not in self._said:
+            prompts = cast(Sequence[Prompt], self._study.items[half])
+            speaking = speaking_on(self._study, self._tokenizer, prompts)
+            write = KeptAnswers(self._store).write
+            words = speaking.words(self._decoder, "whole model", write)
+            self._said[half] = list(zip(*words.values(), strict=True))
+        return self._said[half]

@@ -1,0 +1,88 @@
+"""Answers that a model writes for the patch and the training of its cut."""
+
+import numpy as np
+import pytest
+import torch
+
+import shallower as sh
+from shallower.texts.prompts import Prompt, training_prompts
+from tests.conftest import tiny_llama
+from tests.written import MANY, write_prompts
+
+
+def likeliest(model, given, num_tokens, ends):
+    """The likeliest tokens, one after the other."""
+    ids = list(given)
+    for _ in range(num_tokens):
+        with torch.inference_mode():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    return tuple(ids[len(given) :])
+
+
+def test_every_prompt_is_answered_in_its_order(llama, words):
+    found = sh.answer_prompts(llama, words, MANY[:5], num_tokens=6, seed=None)
+    ends = {words.eos_token_id, llama.generation_config.eos_token_id}
+    for prompt, one in zip(MANY, found, strict=False):
+        assert one.given == tuple(words(prompt)["input_ids"])
+        assert one.written == likeliest(llama, one.given, 6, ends)
+        assert one.ended == (one.written[-1] in ends)
+
+
+def test_what_is_drawn_is_of_the_seed_and_the_prompt(llama, words):
+    found = sh.answer_prompts(llama, words, MANY, num_tokens=6)
+    turned = sh.answer_prompts(llama, words, MANY[::-1], num_tokens=6, batch_size=7)
+    assert turned[::-1] == found
+    others = sh.answer_prompts(llama, words, MANY, num_tokens=6, seed=1)
+    assert sum(a != b for a, b in zip(found, others, strict=True)) > 30
+    first = np.array([one.written[0] for one in found])
+    assert len({*first}) > 15  # a random model is sure of nothing
+
+
+def test_prompts_are_a_file_texts_or_objects(llama, words, tmp_path):
+    file = write_prompts(tmp_path / "prompts.jsonl", *MANY[:3])
+    found = sh.answer_prompts(llama, words, file, num_tokens=4)
+    for prompts in (str(file), MANY[:3], iter(MANY[:3]), [{"prompt": one} for one in MANY[:3]]):
+        assert sh.answer_prompts(llama, words, prompts, num_tokens=4) == found
+    asked = [Prompt(one, answer="w1") for one in MANY[:3]]  # is not looked at
+    assert sh.answer_prompts(llama, words, asked, num_tokens=4) == found
+
+
+def test_by_default_they_are_chats_of_our_own(llama, words):
+    chats = words.__class__(tokenizer_object=words.backend_tokenizer, eos_token="<eos>")
+    chats.chat_template = "{% for one in messages %}w1 {{ one.content }} w2{% endfor %}"
+    found = sh.answer_prompts(llama, chats, num_prompts=5, num_tokens=2, seed=3)
+    asked = [f"w1 {one.messages[0]['content']} w2" for one in training_prompts(5, 3)]
+    assert [list(one.given) for one in found] == [chats(one)["input_ids"] for one in asked]
+    likeliest = sh.answer_prompts(llama, chats, num_prompts=5, num_tokens=2, seed=None)
+    assert [len(one.given) for one in likeliest] == [
+        len(chats(f"w1 {one.messages[0]['content']} w2")["input_ids"])
+        for one in training_prompts(5, 0)
+    ]
+    with pytest.raises(sh.TextsError, match=r"there are \d+ prompts to train on, got 999999: ask"):
+        sh.answer_prompts(llama, chats, num_prompts=999_999)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (None, {}, r"no chat template, and prompts of our own are chats: give the beginnings of"),
+        ([], {}, "there are no prompts"),
+        (["w1", 2], {}, "prompt 1: expected a JSON object"),
+        ([{"messages": [{"role": "user", "content": "w1"}]}], {}, "prompt 0 is a chat"),
+        (["w1"], {"num_tokens": 0}, r"answers of at most 0 tokens: expected 1 at least \(num_tok"),
+        (["w1"], {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ("nowhere.jsonl", {}, "there is no file of prompts nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(words, prompts, options, message):
+    with pytest.raises(sh.TextsError, match=message):
+        sh.answer_prompts(tiny_llama(2), words, prompts, **options)
+
+
+def test_a_model_on_disk_is_not_read_for_each_token(llama, words, tmp_path):
+    sh.save_model(llama, words, tmp_path / "stored")
+    model, tokenizer = sh.load_model(tmp_path / "stored", device_map="stream")
+    with pytest.raises(sh.ModelError, match="the layers wait on disk"):
+        sh.answer_prompts(model, tokenizer, MANY)

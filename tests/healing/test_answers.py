@@ -1,0 +1,329 @@
+"""Healings on answers of the uncut model, beside texts or alone."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+import shallower as sh
+from shallower.healing import heal as healing
+from shallower.healing import trainer_checkpoints, training
+from shallower.healing.job import describe_job
+from shallower.healing.losses import TrainingLoss
+from shallower.merging.merge import healing_command
+from shallower.models.decoder import Decoder
+from shallower.models.head import Head
+from shallower.reporting.stories.stages import healing_parts
+from shallower.texts.sequences import Sample, collate, mixed_order, read_samples
+from shallower.values.answers import Answer
+from tests.conftest import mostly_slow, tiny_llama
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS
+
+ALONE = replace(QUICK, share=1.0, dropout=0.0)
+BOTH = replace(QUICK, share=0.5, dropout=0.0)
+
+
+PROMPTS = 90
+"""The first of the words that prompts are made of."""
+
+
+def said(count, seed):
+    """Answers, and prompts of few words: both would be learnt soon."""
+    source = random.Random(seed)
+    found = []
+    for _ in range(count):
+        given = tuple(source.randint(PROMPTS, PROMPTS + 4) for _ in range(source.randint(2, 6)))
+        start = source.randrange(8)
+        written = tuple(range(start, start + source.randint(3, 8)))
+        found.append(Answer(given, written, False))
+    return found
+
+
+ANSWERS = said(60, 0)
+
+
+def losses_by_token(model, answers):
+    """The mean losses of the prompts' tokens and of those written, each answer alone."""
+    found = ([], [])
+    for one in answers:
+        ids = torch.tensor([[*one.given, *one.written]])
+        with torch.inference_mode():
+            log_q = torch.log_softmax(model(ids).logits[0, :-1].double(), -1)
+        losses = -log_q.gather(1, ids[0, 1:, None])[:, 0]
+        for index, loss in enumerate(losses.tolist(), 1):
+            found[index >= len(one.given)].append(loss)
+    return [float(np.mean(losses)) for losses in found]
+
+
+def first_step(cut, recipe, texts=()):
+    """The token ids and labels of the first step, as the recipe divides them."""
+    _, tokenizer = sh.load_model(cut, dtype="float32")
+    samples = read_samples(
+        tokenizer, texts, max_length=16, packing=recipe.packing, num_samples=16 * recipe.steps,
+        answers=ANSWERS, share=recipe.share,
+    )  # fmt: skip
+    taken = mixed_order(samples, 16 * recipe.steps, share=recipe.share, seed=recipe.seed)[:16]
+    batch = dict(collate(samples.rows[index] for index in taken))
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+# What is learnt
+def test_answers_are_learnt_and_their_prompts_are_not(cut, tmp_path):
+    recipe = replace(ALONE, steps=12, packing=False, rank=16, attention=True)
+    record = sh.heal(cut, [], tmp_path / "out", recipe=recipe, answers=ANSWERS)
+    assert record.texts.num_texts == 0
+    model, _ = sh.load_model(cut, dtype="float32")
+    others = said(20, 1)
+    of_prompts, of_answers = losses_by_token(model, others)
+    adapted = PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    prompts_after, answers_after = losses_by_token(adapted, others)
+    assert answers_after < of_answers - 0.3
+    assert prompts_after > of_prompts
+
+
+def test_what_a_prompts_labels_would_be_changes_nothing(cut, tmp_path, monkeypatch):
+    """Of the same inputs, the labels are those of answers to other prompts."""
+
+    def of_other_prompts(rows):
+        batch = dict(collate(rows))
+        others = [Sample(np.where(row.ids >= PROMPTS, 7, row.ids), row.predicted) for row in rows]
+        batch["labels"] = dict(collate(others))["labels"]
+        return iter(batch.items())
+
+    recipe = replace(ALONE, steps=2)
+    for name in ("as they are", "of others"):
+        sh.heal(cut, [], tmp_path / name, recipe=recipe, answers=ANSWERS)
+        monkeypatch.setattr(training, "collate", of_other_prompts)
+    one, other = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("as they are", "of others")
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_the_gradient_is_that_of_written_tokens_alone(by_rows):
+    model = tiny_llama(3)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("layers" in name)
+    rows = [Sample(np.array([*one.given, *one.written], np.uint32),
+                   np.arange(len(one.given) + len(one.written)) >= len(one.given))
+            for one in ANSWERS[:5]]  # fmt: skip
+    batch = {name: torch.from_numpy(values) for name, values in collate(rows)}
+    labels = batch.pop("labels")
+    count = sum(len(one.written) for one in ANSWERS[:5])
+    assert (labels >= 0).sum() == count
+    loss_of = TrainingLoss(model)
+    if not by_rows:
+        loss_of._head = Head.of(Decoder.of(model)).whole()
+    with loss_of.made_inside(labels, count):
+        outputs = model(**batch, use_cache=False)
+    loss = TrainingLoss.of(outputs, labels, count)
+    loss.backward()
+    exact = tiny_llama(3).double()
+    expected = 0.0
+    for one in ANSWERS[:5]:
+        logits = exact(torch.tensor([[*one.given, *one.written]])).logits[0, len(one.given) - 1 :]
+        for row, token in zip(logits, one.written, strict=False):
+            expected = expected - torch.log_softmax(row, -1)[token]
+    (expected / count).backward()
+    assert loss.item() == pytest.approx(expected.item() / count, rel=1e-5)
+    for name, weight in exact.named_parameters():
+        if "layers" in name:
+            found = model.get_parameter(name).grad
+            assert (found - weight.grad).abs().max() < 1e-5 * weight.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("objective", ["lm", "kd", "kd-entropy"])
+def test_the_first_loss_is_the_mean_over_written_tokens(both, tmp_path, objective):
+    whole, cut = both
+    recipe = replace(ALONE, steps=1, warmup_steps=0, objective=objective)
+    original = None if objective == "lm" else whole
+    record = sh.heal(cut, [], tmp_path / "out", recipe=recipe, answers=ANSWERS, original=original)
+    batch = first_step(cut, recipe)
+    models = [sh.load_model(path, dtype="float32")[0] for path in (cut, whole)]
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        log_q, log_p = (torch.log_softmax(m(**given).logits.double(), -1) for m in models)
+    labels = batch["labels"][:, 1:]
+    log_q, log_p = (of[:, :-1][labels >= 0] for of in (log_q, log_p))
+    p = log_p.exp()
+    expected = {
+        "lm": -log_q.gather(1, labels[labels >= 0][:, None])[:, 0],
+        "kd": (p * (log_p - log_q)).sum(-1),
+        "kd-entropy": -(p * log_p).sum(-1) * (p * (log_p - log_q)).sum(-1),
+    }
+    assert record.steps[0].loss == pytest.approx(float(expected[objective].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "packing"),
+    mostly_slow(
+        [("lm", True), ("lm", False), ("kd-entropy", True)], quick=[("lm", True)],
+    ),
+)  # fmt: skip
+def test_the_forward_may_be_of_any_size(both, tmp_path, objective, packing):
+    """However few tokens of a forward are predicted, a step is one mean over all of them."""
+    whole, cut = both
+    recipe = replace(BOTH, objective=objective, packing=packing, steps=2)
+    original = None if objective == "lm" else whole
+    results = []
+    for size in (1, 16):
+        out = tmp_path / str(size)
+        record = sh.heal(
+            cut, TEXTS, out, recipe=replace(recipe, batch_size=size), answers=ANSWERS,
+            original=original,
+        )  # fmt: skip
+        results.append((load_file(out / "adapter_model.safetensors"), record))
+    (first, record), (weights, other) = results
+    assert [s.loss for s in other.steps] == pytest.approx([s.loss for s in record.steps], 1e-4)
+    for name, value in weights.items():
+        assert np.abs(value - first[name]).max() < 2e-4 * max(1, np.abs(value).max())
+
+
+def test_each_step_has_texts_and_answers(cut, tmp_path, monkeypatch):
+    taken = []
+
+    def watched(rows):
+        rows = list(rows)
+        taken.extend(row.predicted is not None for row in rows)
+        return collate(rows)
+
+    monkeypatch.setattr(training, "collate", watched)
+    recipe = replace(BOTH, share=0.25, steps=3)
+    sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, answers=ANSWERS)
+    assert taken == [False, False, False, True] * 12
+
+
+# The record
+def test_the_record_and_the_card_tell_of_answers(cut, tmp_path):
+    out = tmp_path / "out"
+    recipe = replace(BOTH, steps=2)
+    record = sh.heal(cut, TEXTS, out, recipe=recipe, answers=ANSWERS, eval_texts=HELD_OUT)
+    known = record.answers
+    assert known.num_answers == len(ANSWERS)
+    assert known.num_tokens == sum(min(16 - len(a.given), len(a.written)) for a in ANSWERS)
+    assert record.recipe.share == 0.5
+    assert sh.Healing.load(out) == record
+    card = (out / "README.md").read_text()
+    row = f"60 answers of {known.num_tokens} tokens, 50 % of the sequences, packed to 16 tokens"
+    assert f"| answers of the uncut model | {row} |" in card
+    assert "| texts | " in card
+    (line,) = [one for one in healing_parts(record) if str(one).startswith("trained on")]
+    assert line == f"trained on 60 answers of {known.num_tokens} tokens of the uncut model"
+    assert "--texts TEXTS --answers ANSWERS" in healing_command(record)
+    assert " --share 0.5 " in healing_command(record)
+    again = json.loads((out / "healing.json").read_text())
+    again["answers"]["num_answers"] = "60"
+    with pytest.raises(TypeError, match="num_answers: expected int"):
+        sh.Healing._from_json(again)
+
+
+def test_of_answers_alone_no_text_is_told(cut, tmp_path):
+    endless = (TEXTS[i % len(TEXTS)] for i in iter(int, 1))
+    recipe = replace(ALONE, steps=1)
+    record = sh.heal(cut, endless, tmp_path / "out", recipe=recipe, answers=ANSWERS)
+    assert record.texts.num_texts == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| texts | " not in card
+    assert "100 % of the sequences" in card
+    assert "--texts" not in healing_command(record)
+
+
+def test_a_healing_of_texts_tells_of_none(healed):
+    out, record = healed
+    data = json.loads((out / "healing.json").read_text())
+    assert (record.answers, record.recipe.share) == (None, None)
+    assert "answers" not in data
+    assert "share" not in data["recipe"]
+    assert "answers" not in (out / "README.md").read_text()
+    assert not {"--answers", "--share"} & set(healing_command(record).split())
+    assert "answers" not in json.loads(describe_job(record, None, merge=False))
+
+
+# Killed
+def test_a_killed_healing_goes_on_to_the_same_bits(cut, tmp_path, monkeypatch, capfd):
+    recipe = replace(QUICK, share=0.4, steps=3)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    sh.heal(cut, TEXTS, whole, recipe=recipe, answers=ANSWERS)
+    kill_after_two_steps(monkeypatch, cut, out, recipe=recipe, answers=ANSWERS)
+    capfd.readouterr()
+    sh.heal(cut, TEXTS, out, recipe=recipe, answers=ANSWERS)
+    assert "goes on: 2 of 3 steps were taken\n" in capfd.readouterr().err
+    for name in ("adapter_model.safetensors", "README.md"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def kill_after_two_steps(monkeypatch, cut, out, **options):
+    def interrupted(checkpoint):
+        mark(checkpoint)
+        if checkpoint.name == "checkpoint-2":
+            raise KeyboardInterrupt
+
+    mark = trainer_checkpoints.mark_complete
+    monkeypatch.setattr(trainer_checkpoints, "mark_complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sh.heal(cut, TEXTS, out, **options)
+    monkeypatch.setattr(trainer_checkpoints, "mark_complete", mark)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "answers"),
+    [(BOTH, [*ANSWERS[:-1], replace(ANSWERS[-1], ended=True)]), (replace(BOTH, share=0.25), None)],
+    ids=["other answers", "another share"],
+)
+def test_with_other_answers_it_starts_anew(cut, tmp_path, monkeypatch, recipe, answers):
+    first, again = (replace(one, steps=3) for one in (BOTH, recipe))
+    kill_after_two_steps(monkeypatch, cut, tmp_path / "out", recipe=first, answers=ANSWERS)
+    began = []
+    train = healing.train
+
+    def watched(training, *args):
+        began.append(list(training.folder.glob("*")))
+        return train(training, *args)
+
+    monkeypatch.setattr(healing, "train", watched)
+    sh.heal(cut, TEXTS, tmp_path / "out", recipe=again, answers=answers or ANSWERS)
+    assert began == [[]]
+
+
+# Refusals
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"recipe": BOTH}, sh.TextsError, r"no texts to heal with: give some, or .* alone \(share"),
+        (
+            {"recipe": ALONE, "original": "whole", "from_patch": True}, sh.TextsError,
+            r"no texts to heal with: a patch is fitted on some \(from_patch, --from-patch\)",
+        ),
+        ({"recipe": ALONE, "answers": []}, sh.TextsError, r"no answers to heal with; give some"),
+        (
+            {"recipe": ALONE, "answers": [Answer((1,), (), True)]}, sh.TextsError,
+            r"no answers to heal with: 1 of 1 sample rejected: sample 0: no token of the answer",
+        ),
+        (
+            {"recipe": ALONE, "answers": [Answer((1,), (100,), True)]}, sh.TextsError,
+            r"the answers hold token 100, and the model has 100: they are of another model",
+        ),
+        ({"recipe": replace(ALONE, share=2)}, sh.RecipeError, r"share must be above 0"),
+        ({"recipe": ALONE, "answers": None}, sh.TextsError, r"no texts to heal with$"),
+    ],
+    ids=["no texts", "from a patch", "none", "no token", "unknown", "share", "neither"],
+)  # fmt: skip
+def test_what_cannot_be_trained_on_is_refused(cut, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        sh.heal(cut, [], tmp_path / "out", **{"answers": ANSWERS, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_are_left_out_are_told(cut, tmp_path):
+    answers = [*ANSWERS, Answer((1, 2), (), False)]
+    recipe = replace(ALONE, steps=1)
+    with pytest.warns(sh.RejectedSamplesWarning, match="1 of 61 samples rejected: sample 60: no t"):
+        record = sh.heal(cut, [], tmp_path / "out", recipe=recipe, answers=answers)
+    assert record.answers.num_answers == 60

@@ -1,0 +1,299 @@
+"""The command `heal` on answers that the uncut model writes, or that lie in a file."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import shallower as sh
+from shallower.evaluation import answers as evaluation
+from shallower.healing import trainer_checkpoints
+from tests.conftest import mostly_slow, tiny_llama, write_jsonl
+from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by, one_line
+from tests.healing.cuts import QUICK, TEXTS
+from tests.written import MANY, write_answered, write_prompts
+from tests.written import written as written
+
+SETTINGS = "--dtype float32 --max-length 16 --batch-size 8 --rank 4 --learning-rate 0.01 --packing"
+SETTINGS = [*SETTINGS.split(), "--no-attention", "--eval-every", "2", "--steps"]
+
+
+@pytest.fixture
+def given(both, folder):
+    """Texts, prompts and the uncut model for a healing in ``folder``, as options."""
+    write_jsonl(folder / "texts.jsonl", TEXTS)
+    write_prompts(folder / "prompts.jsonl", *MANY)
+    return {
+        "texts": ("--texts", "texts.jsonl"),
+        "answers": ("--answers", "prompts.jsonl", "--answer-tokens", 6),
+        "original": ("--original", both[0]),
+    }
+
+
+@pytest.fixture
+def heal(shallower, cut, given):
+    """Heal the cut in so many steps, with what is given and more."""
+
+    def call(out, *options, steps=2, using=("texts", "answers", "original")):
+        words = [word for name in using for word in given[name]]
+        return shallower("heal", cut, *words, *SETTINGS, steps, "--out", out, *options)
+
+    return call
+
+
+def refused(done):
+    """The sentence of a healing that was refused, behind its settings if they were printed."""
+    (said,) = (line for line in done.said if not line.startswith("warning: "))
+    assert (done.status, "Traceback" in done.err) == (2, False)
+    return said
+
+
+def adapters(out):
+    return (out / "adapter_model.safetensors").read_bytes()
+
+
+def said_by(whole, prompts=MANY):
+    """What the uncut model says, and its tokenizer."""
+    model, tokenizer = sh.load_model(whole, dtype="float32")
+    return sh.answer_prompts(model, tokenizer, prompts, num_tokens=6), tokenizer
+
+
+# Who answers
+def test_it_is_trained_on_what_the_uncut_model_says(heal, both, cut, folder):
+    done = heal("out")
+    assert done.status == 0, done.err
+    assert "steps of 16 sequences of 16 tokens, packed, 50 % of them answers" in done.out
+    said, _ = said_by(both[0])
+    tokens = sum(len(one.written) for one in said)
+    assert f"trained on 40 answers of {tokens} tokens of the uncut model" in done.out
+    recipe = replace(QUICK, steps=2)
+    record = sh.heal(cut, TEXTS, folder / "again", recipe=recipe, answers=said)
+    assert sh.Healing.load(folder / "out").answers == record.answers
+    assert adapters(folder / "again") == adapters(folder / "out")
+
+
+def test_answers_are_written_once_whatever_is_trained(heal, written):
+    for out, options in (("a", {}), ("b", {"steps": 3})):
+        assert heal(out, **options).status == 0
+    assert heal("c", "--share", 0.25).status == 0
+    assert written == [32, 8]
+    assert heal("d", "--no-cache").status == 0
+    assert written == [32, 8, 32, 8]
+
+
+def test_of_prompts_of_our_own_only_those_are_written_that_more_steps_take(
+    heal, given, written, both, folder
+):
+    """By a tokenizer without a template they are the beginnings of texts."""
+    given["answers"] = ("--answers", "--answer-tokens", 6)
+    short = [" ".join(text.split()[:9]) for text in TEXTS]
+    write_jsonl(folder / "texts.jsonl", ["", " ", *short])
+    assert heal("a").status == 0
+    assert heal("b", steps=3).status == 0
+    assert written == [32]
+    assert heal("c", steps=5).status == 0
+    assert written == [32, 32]
+    said, _ = said_by(both[0], short[:64])
+    expected = sum(len(one.written) for one in said)
+    assert sh.Healing.load(folder / "c").answers.num_tokens == expected
+
+
+def test_a_file_that_has_answers_needs_no_uncut_model(heal, both, given, folder, written):
+    said, tokenizer = said_by(both[0])
+    said = [one for one in said if one.written[-1] != 2]  # of the model's config, as an end
+    write_prompts(folder / "prompts.jsonl", *(tokenizer.decode(one.given) for one in said))
+    assert heal("out").status == 0
+    del written[:]
+    write_answered(folder / "answers.jsonl", tokenizer, said, model="someone/Whole")
+    given["answers"] = ("--answers", "answers.jsonl")
+    done = heal("again", "--json", using=("texts", "answers"))
+    assert done.json["answers"]["num_answers"] == len(said)
+    assert done.json["recipe"]["share"] == 0.5
+    assert written == []
+    assert adapters(folder / "again") == adapters(folder / "out")
+
+
+def test_answers_alone_need_no_texts(heal, folder):
+    done = heal("out", "--share", 1, "--json", using=("answers", "original")).json
+    assert (done["texts"]["num_texts"], done["answers"]["num_answers"]) == (0, 40)
+    assert heal("texts", "--share", 1).status == 0  # which are not read then
+    assert adapters(folder / "texts") == adapters(folder / "out")
+
+
+def test_a_chat_is_written_by_the_template_of_the_tokenizer(heal, given, both, folder, words):
+    given["answers"] = ("--answers", "--answer-tokens", 6)
+    whole, _ = sh.load_model(both[0], dtype="float32")
+    chats = words.__class__(tokenizer_object=words.backend_tokenizer, eos_token="<eos>")
+    chats.chat_template = "{% for one in messages %}w1 {{ one.content[:9] }} w2{% endfor %}"
+    sh.save_model(whole, chats, folder / "whole")
+    given["original"] = ("--original", folder / "whole")
+    assert heal("out", "--share", 1, using=("answers", "original")).status == 0
+    expected = sh.answer_prompts(whole, chats, num_prompts=32, num_tokens=6)
+    record = sh.Healing.load(folder / "out").answers
+    assert record.num_answers == 32
+    assert record.num_tokens == sum(len(one.written) for one in expected)
+
+
+@pytest.mark.slow
+def test_a_quantised_model_answers_and_can_be_trained(heal, both):
+    for dtype in ("nf4", "int8"):
+        done = heal(dtype, "--dtype", dtype)
+        assert done.status == 0, done.err
+        assert "trained on 40 answers of " in done.out
+
+
+@pytest.mark.parametrize("share", mostly_slow([0.25, 1], quick=[1]))
+def test_the_card_makes_the_healing_again_from_answers_and_from_prompts(
+    heal, both, given, folder, shallower, share
+):
+    said, tokenizer = said_by(both[0])
+    said = [one for one in said if one.written[-1] != 2]
+    answers = write_answered(folder / "answers.jsonl", tokenizer, said)
+    given["answers"] = ("--answers", "answers.jsonl")
+    done = heal("first", "--share", share, "--merge", using=("texts", "answers"))
+    assert done.status == 0, done.err
+    card = (folder / "first" / "README.md").read_text()
+    assert "`ANSWERS` are prompts,\neach with what the source said to it." in card
+    cutting, healing = map(one_line, blocks_of_code(card, "sh")[:2])
+    assert " --answers ANSWERS --original SOURCE --preset small " in healing
+    assert ("--texts TEXTS" in healing) == (share < 1)
+    prompts = write_prompts(folder / "asked.jsonl", *(tokenizer.decode(a.given) for a in said))
+    places = {"SOURCE": both[0], "TEXTS": folder / "texts.jsonl"}
+    cut_by(cutting, shallower, **places)
+    for name, file in (("answers", answers), ("prompts", prompts)):
+        more = " --batch-size 8" + " --answer-tokens 6" * (file is prompts)
+        cut_by(healing + more, shallower, ANSWERS=file, **places, healed=name)
+        assert_same_weights(name, "first")
+
+
+# What is known
+def test_the_same_command_is_known_and_another_one_is_not(heal, given, folder, written):
+    assert heal("out").status == 0
+    again = heal("out")
+    assert again.status == 0
+    assert "out is already there" in again.err
+    for options in (("--share", 0.25), ("--answer-tokens", 5)):
+        assert "out exists already" in heal("out", *options).error
+    write_prompts(folder / "prompts.jsonl", *MANY[:-1])
+    assert "out exists already" in heal("out").error
+    assert "out exists already" in heal("out", using=("texts", "original")).error
+    assert written == [32, 8]
+
+
+def test_a_dry_run_tells_of_answers_and_loads_nothing(
+    heal, given, folder, monkeypatch, no_rehearsal
+):
+    monkeypatch.setattr("shallower.models.loading.load_model", lambda *_, **__: 1 / 0)
+    done = heal("out", "--dry-run", "--share", 0.25, "--json").json
+    assert (done["answers"], done["share"]) == ("to 40 prompts", 0.25)
+    assert "answers: to 40 prompts\n" in heal("out", "--dry-run").out
+    given["answers"] = ("--answers",)
+    done = heal("out", "--dry-run").out
+    assert "answers: to 32 prompts of our own, or beginnings of texts\n" in done
+    write_prompts(folder / "answers.jsonl", {"prompt": "w1", "answer": "w2"})
+    given["answers"] = ("--answers", "answers.jsonl")
+    alone = heal("out", "--dry-run", "--share", 1, "--json", using=("answers",)).json
+    assert (alone["answers"], alone["share"]) == ("1 of a file", 1.0)
+    plain = heal("out", "--dry-run", "--json", using=("texts",)).json
+    assert not {"answers", "share"} & {*plain}
+    assert {path.suffix for path in folder.iterdir()} == {".jsonl"}
+
+
+# Killed
+def test_answers_that_were_written_before_a_kill_are_not_written_again(
+    heal, folder, written, monkeypatch
+):
+    write = evaluation.write_answers
+
+    def killed(*args, **options):
+        if written:
+            raise KeyboardInterrupt
+        return write(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "write_answers", killed)
+        done = heal("out")
+    assert done.status == 130
+    assert done.err.splitlines()[-1].endswith("the same command goes on from what is done")
+    assert heal("out").status == 0
+    assert written == [32, 8]
+    assert heal("whole", "--no-cache").status == 0
+    assert adapters(folder / "out") == adapters(folder / "whole")
+
+
+def test_a_training_that_was_killed_goes_on(heal, folder, written, monkeypatch):
+    mark = trainer_checkpoints.mark_complete
+
+    def killed(checkpoint):
+        mark(checkpoint)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_checkpoints, "mark_complete", killed)
+        assert heal("out", steps=3).status == 130
+    done = heal("out", steps=3)
+    assert "goes on: 2 of 3 steps were taken\n" in done.err
+    assert written == [32, 8]
+    assert heal("whole", steps=3).status == 0
+    assert adapters(folder / "out") == adapters(folder / "whole")
+
+
+# Refusals
+CHAT = {"messages": [{"role": "user", "content": "w1"}]}
+
+
+@pytest.mark.parametrize(
+    ("using", "options", "message"),
+    [
+        ("answers original", (), r"name texts to train on (--texts), or answers alone (--answers "),
+        ("answers", ("--share", 1), "are written by the uncut model: name it (--original), or giv"),
+        ("texts answers", (), "--answers are written by the uncut model: name it (--original)"),
+        (
+            "answers original", ("--share", 1, "--from-patch"),
+            "name texts to patch on (--texts), or leave out --from-patch",
+        ),
+        ("original", ("--share", 1), "name texts to train on (--texts), or answers alone"),
+        ("texts answers original", ("--share", 0), "share must be above 0 and at most 1"),
+        ("texts answers original", ("--share", 1.5), "share must be above 0 and at most 1"),
+        (
+            "texts original", ("--answers", "nowhere.jsonl"),
+            "there is no file of prompts nowhere.jsonl: expected JSON lines",
+        ),
+        ("texts original", ("--answers", "empty.jsonl"), "there are no prompts in empty.jsonl"),
+        ("texts original", ("--answers", "texts.jsonl"), "line 1: no field `prompt` that holds a"),
+        ("texts original", ("--answers", "chats.jsonl"), "has no chat template: write `prompt`"),
+        ("texts", ("--answers", "other.jsonl"), "is an answer of a/other, and the uncut model is"),
+        ("texts", ("--answers", "some.jsonl"), "line 2 has no answer: write the field `answer`"),
+        ("texts", ("--answers", "short.jsonl", "--original", "twin"), "was made for whole ("),
+        ("answers", ("--share", 1, "--original", "."), "it lies in ., which is read: choose ano"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
+    heal, folder, words, using, options, message, written
+):
+    if "twin" in options:
+        twin = tiny_llama(6)
+        torch.nn.init.uniform_(twin.model.norm.weight)
+        sh.save_model(twin, words, folder / "twin")
+    write_prompts(folder / "chats.jsonl", CHAT)
+    write_prompts(folder / "empty.jsonl")
+    answered = {"prompt": "w1", "answer": "w2"}
+    write_prompts(folder / "other.jsonl", {**answered, "model": "a/other"})
+    write_prompts(folder / "some.jsonl", answered, "w3")
+    write_prompts(folder / "short.jsonl", "w3")
+    before = {*folder.iterdir()}
+    done = heal("out", *options, using=using.split())
+    assert message in refused(done)
+    assert written == []
+    assert {*folder.iterdir()} == before
+
+
+def test_several_processes_write_no_answers(heal, given, monkeypatch, folder):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "--answers are written by one process: give a file that has the" in heal("out").error
+    write_prompts(folder / "answers.jsonl", {"prompt": "w1", "answer": "w2"})
+    given["answers"] = ("--answers", "answers.jsonl")
+    dry = heal("out", "--dry-run", "--json", using=("texts", "answers"))
+    assert dry.json["answers"] == "1 of a file"

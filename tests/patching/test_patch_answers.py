@@ -1,0 +1,230 @@
+"""Patches that are fitted on what the whole model says, beside texts."""
+
+import copy
+import json
+from fractions import Fraction
+from math import floor
+
+import pytest
+
+import shallower as sh
+from shallower.evaluation import answers as evaluation
+from shallower.models.decoder import Decoder
+from shallower.patching import descent
+from shallower.patching.saving import PATCH_FILE
+from shallower.values.answers import Answer
+from shallower.values.patch import Patch
+from tests.conftest import write_jsonl
+from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by
+from tests.documents import assert_same, state_of
+from tests.examples import sentences
+from tests.written import MANY, write_answered, write_prompts
+from tests.written import written as written
+
+TEXTS = sentences(120, seed=1)
+BLOCK = [range(3, 5)]
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(descent, "STEP_TOKENS", 200)
+    monkeypatch.setattr(descent, "STEPS", 4)
+
+
+@pytest.fixture
+def model(learned):
+    return copy.deepcopy(learned)
+
+
+@pytest.fixture(scope="module")
+def said(learned, words):
+    """What the model says; not the token of its config that ends a text, which is none of words."""
+    found = sh.answer_prompts(learned, words, MANY, num_tokens=12)
+    return [one for one in found if one.written[-1] != 2]
+
+
+def mixed_slowly(texts, answers, share):
+    """Texts and answers in turns, those that are held out by turns of their own."""
+    kinds, taken, found = [[*texts], [*answers]], [0, 0], []
+    while any(kinds):
+        held = len(found) % 8 == 7
+        k, share = taken[held], Fraction(share)
+        kind = floor((k + 1) * share) > floor(k * share)
+        found.append(kinds[kind if kinds[kind] else not kind].pop(0))
+        taken[held] += 1
+    return found
+
+
+# In Python
+@pytest.mark.parametrize("share", [0.25, 1])
+def test_it_is_fitted_on_texts_and_answers_in_turns(model, learned, words, said, share):
+    done = sh.patch(model, words, BLOCK, texts=TEXTS, answers=said, share=share, max_length=16)
+    plain = [words.decode([*one.given, *one.written]) for one in said]
+    twin = copy.deepcopy(learned)
+    expected = sh.patch(
+        twin, words, BLOCK, texts=mixed_slowly(TEXTS, plain, share), max_length=16
+    )  # fmt: skip
+    assert (done.share, expected.share) == (share, None)
+    assert (done.num_tokens, done.num_held_out) == (expected.num_tokens, expected.num_held_out)
+    assert done.patched == expected.patched < done.cut
+    for name, weight in twin.state_dict().items():
+        assert (model.state_dict()[name] == weight).all(), name
+
+
+def test_the_record_and_the_card_tell_of_answers(model, words, said, tmp_path):
+    done = sh.patch(model, words, BLOCK, texts=TEXTS, answers=iter(said), share=0.25)
+    sh.save_patched(model, words, tmp_path / "patched", done=done)
+    card = (tmp_path / "patched" / "README.md").read_text()
+    assert f"| tokens fitted | {done.num_tokens:,}, 25 % of the texts answers |" in card
+    assert "--texts TEXTS --answers ANSWERS --share 0.25" in card.replace(" \\\n    ", " ")
+    assert "`ANSWERS` are prompts,\neach with what the source said to it." in card
+    record = json.loads((tmp_path / "patched" / PATCH_FILE).read_text())
+    assert Patch.from_json(record) == done
+    del record["share"]
+    assert Patch.from_json(record).share is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"share": 1.5}, sh.RecipeError, "share must be above 0 and at most 1"),
+        ({"share": 0, "answers": ()}, sh.RecipeError, r"got 0 \(share, --share\)"),
+        ({"answers": ["w1 w2"]}, sh.TextsError, "answer 0 is of type str: expected Answer"),
+        ({"answers": "w1"}, sh.TextsError, "answer 0 is of type str: expected Answer"),
+        (
+            {"answers": [Answer((1,), (2,), False), Answer((1,), (100,), False)]}, sh.TextsError,
+            "the answers hold token 100, and the model has 100: they are of another model",
+        ),
+    ],
+    ids=["share", "none", "texts", "text", "unknown"],
+)  # fmt: skip
+def test_what_cannot_be_fitted_on_is_refused(model, words, said, options, error, message):
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        sh.patch(model, words, BLOCK, texts=TEXTS, **{"answers": said, **options})
+    assert_same(before, state_of(model))
+
+
+# The command
+@pytest.fixture
+def given(shallower, folder, learned, words):
+    """The command on a model in ``folder``, with texts and prompts beside it."""
+    learned.save_pretrained(folder / "whole")
+    words.save_pretrained(folder / "whole")
+    write_jsonl(folder / "texts.jsonl", TEXTS)
+    write_prompts(folder / "prompts.jsonl", *MANY)
+
+    def call(
+        out, *options, answers=("prompts.jsonl", "--answer-tokens", 12), layers=("--drop", "3:5")
+    ):
+        words = ["--texts", "texts.jsonl", *layers, "--dtype", "float32"]
+        words += [] if answers is None else ["--answers", *answers]
+        return shallower("patch", "whole", *words, "--out", out, *options)
+
+    return call
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_the_whole_model_answers_once(given, folder, learned, words, written):
+    done = given("out", "--share", 0.25, "--json")
+    assert done.json["share"] == 0.25
+    assert written == [32, 8]
+    model = copy.deepcopy(learned)
+    said = sh.answer_prompts(model, words, MANY, num_tokens=12)
+    sh.patch(model, words, BLOCK, texts=TEXTS, answers=said, share=0.25)
+    sh.save_model(model, words, folder / "again")
+    assert_same_weights("again", "out")
+    del written[:]
+    assert "out is already there" in given("out", "--share", 0.25).err
+    assert "out exists already" in given("out").error
+    assert "out exists already" in given("out", "--share", 0.25, answers=None).error
+    assert given("half").status == 0
+    assert written == []
+    assert weights(folder / "half") != weights(folder / "out")
+
+
+def test_prompts_of_our_own_are_beginnings_of_texts_without_a_template(given, folder, written):
+    assert given("out", answers=("--answer-tokens", 4)).status == 0
+    assert written == [32, 32, 32, 24]
+    assert json.loads((folder / "out" / PATCH_FILE).read_text())["share"] == 0.5
+
+
+def test_answers_of_a_file_are_not_written_and_may_be_streamed(
+    given, folder, learned, said, words, written, shallower
+):
+    whole = Decoder.of(learned).identity.fingerprint
+    file = write_answered(folder / "answers.jsonl", words, said, model=whole)
+    assert given("out", answers=("answers.jsonl",)).status == 0
+    assert given("streamed", "--stream", answers=("answers.jsonl",)).status == 0
+    assert written == []
+    assert weights(folder / "streamed") == weights(folder / "out")
+    card = (folder / "out" / "README.md").read_text()
+    (folder / "SOURCE").symlink_to("whole")
+    block = blocks_of_code(card, "sh")[0] + " --dtype float32"
+    cut_by(block, shallower, TEXTS="texts.jsonl", ANSWERS=file, cut="again")
+    assert weights(folder / "again") == weights(folder / "out")
+
+
+def test_a_dry_run_tells_of_answers_and_loads_nothing(given, folder, monkeypatch):
+    monkeypatch.setattr("shallower.models.loading.load_model", lambda *_, **__: 1 / 0)
+    done = given("out", "--dry-run", "--json", "--share", 0.25).json
+    assert (done["answers"], done["share"]) == ("to 40 prompts", 0.25)
+    said = given("out", "--dry-run", answers=()).out
+    assert "answers: to 512 prompts of our own, or beginnings of texts\n" in said
+    assert not {"answers", "share"} & {*given("out", "--dry-run", "--json", answers=None).json}
+    assert not (folder / "out").exists()
+
+
+def test_what_was_answered_before_a_kill_is_not_answered_again(given, folder, written, monkeypatch):
+    write = evaluation.write_answers
+
+    def killed(*args, **options):
+        if written:
+            raise KeyboardInterrupt
+        return write(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "write_answers", killed)
+        assert given("out").status == 130
+    assert given("out").status == 0
+    assert written == [32, 8]
+    assert given("whole-way", "--no-cache").status == 0
+    assert weights(folder / "whole-way") == weights(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "message"),
+    [
+        (("--share", 0), None, "share must be above 0 and at most 1"),
+        (("--share", 1.5), ("prompts.jsonl",), "share must be above 0 and at most 1"),
+        (("--stream",), ("prompts.jsonl",), "--answers beside --stream: all layers would be read"),
+        (("--stream",), (), "give a file that has the answers, or leave one of the two out"),
+        ((), ("nowhere.jsonl",), "there is no file of prompts nowhere.jsonl"),
+        ((), ("chats.jsonl",), "has no chat template: write `prompt`"),
+        ((), ("other.jsonl",), "line 1 is an answer of a/other, and the uncut model is "),
+        (("--out", "prompts.jsonl", "--overwrite"), ("prompts.jsonl",), "prompts.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
+    given, folder, written, options, answers, message
+):
+    chat = {"messages": [{"role": "user", "content": "w1"}]}
+    write_prompts(folder / "chats.jsonl", chat)
+    write_prompts(folder / "other.jsonl", {"prompt": "w1", "answer": "w2", "model": "a/other"})
+    before = {*folder.iterdir()}
+    assert message in given("out", *options, answers=answers).error
+    assert written == []
+    assert {*folder.iterdir()} == before
+
+
+def test_a_plan_of_another_model_is_refused_before_it_answers(given, folder, learned, written):
+    other = copy.deepcopy(learned)
+    other.model.norm.weight.data *= 2
+    plan = sh.drop_layers(other, BLOCK)
+    plan.save(folder / "plan.json")
+    assert "was made for " in given("out", layers=("--plan", "plan.json")).error
+    assert written == []
+    assert not (folder / "out").exists()

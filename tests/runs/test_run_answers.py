@@ -1,0 +1,310 @@
+"""A run that patches and heals on what the whole model says, beside its texts."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import shallower as sh
+from shallower.evaluation import answers as evaluation
+from shallower.healing.checks import require_healable
+from shallower.reporting.results import Run
+from shallower.runs import recommending
+from shallower.runs.answers import WantedAnswers
+from shallower.runs.given_models import InMemory
+from shallower.runs.healing_stage import HealingStage
+from shallower.runs.run import RunStudy
+from shallower.runs.store import open_store
+from shallower.texts.prompts import Prompt
+from shallower.values.settings import RunSettings
+from tests.conftest import write_jsonl
+from tests.cutting.card_tools import assert_same_weights
+from tests.documents import assert_same, state_of
+from tests.healing.cuts import MANY, QUICK, documents
+from tests.written import MANY as PROMPTS
+from tests.written import write_answered, write_prompts
+from tests.written import written as written
+
+TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ()}
+HEAL = replace(QUICK, steps=4, share=0.25)
+CHAT = {"messages": [{"role": "user", "content": "w1"}]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured(tmp_path_factory):
+    """A folder of what was measured: these runs have it in common, up to their patch."""
+    return tmp_path_factory.mktemp("measured")
+
+
+@pytest.fixture(autouse=True)
+def one_cache(measured, cache_folder, monkeypatch):
+    monkeypatch.setenv("SHALLOWER_CACHE", str(measured))
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    """Answers of eight tokens at most."""
+    monkeypatch.setattr("shallower.runs.run.WantedAnswers", partial(WantedAnswers, num_tokens=8))
+
+
+@pytest.fixture
+def run(learned, words, tmp_path):
+    def call(out="out", **options):
+        return sh.run(learned, words, TEXTS, **{**TAKEN, **options}, out=tmp_path / out)
+
+    return call
+
+
+@pytest.fixture
+def study(learned, words, tmp_path):
+    """A run as a value, which is not carried out."""
+
+    def made(**options):
+        taken = {**TAKEN, **options}
+        return RunStudy(
+            models=(InMemory(learned, words),), texts=TEXTS, eval_texts=taken.pop("eval_texts"),
+            settings=RunSettings.of(None, taken), out=tmp_path / "out", store=open_store(),
+        )  # fmt: skip
+
+    return made
+
+
+def said_by(model, words):
+    return sh.answer_prompts(model, words, PROMPTS, num_tokens=8)
+
+
+def patched_on(monkeypatch):
+    """What the patches of runs are fitted on from here on."""
+    found, real = [], recommending.with_patch
+
+    def watched(*args, **options):
+        found.append(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(recommending, "with_patch", watched)
+    return found
+
+
+# The whole way
+def test_it_is_patched_and_healed_on_what_the_whole_model_says(
+    run, learned, words, tmp_path, written, monkeypatch
+):
+    before, patches = state_of(learned), patched_on(monkeypatch)
+    done = run(answers=PROMPTS, share=0.25, heal=HEAL)
+    assert_same(before, state_of(learned))
+    assert written == [32, 8]
+    said = said_by(learned, words)
+    (patch,) = patches
+    assert (patch["answers"], patch["share"]) == (said, 0.25)
+    checkpoint = tmp_path / "out" / "checkpoint"
+    assert json.loads((checkpoint / "shallower_patch.json").read_text())["share"] == 0.25
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    healing = results["healing"]
+    assert healing["recipe"]["share"] == 0.25
+    assert healing["answers"]["num_answers"] == 40
+    assert healing["answers"]["num_tokens"] == sum(len(one.written) for one in said)
+    assert done.recommended.healed.nats < done.recommended.cut.nats
+    card = (tmp_path / "out" / "healed" / "README.md").read_text()
+    assert "| answers of the uncut model | 40 answers of " in card
+    assert "25 % of the texts answers" in card or "25 % of the sequences" in card
+    del written[:]
+    assert run(answers=PROMPTS, share=0.25, heal=HEAL).recommended == done.recommended
+    assert written == []
+
+
+def test_answers_of_a_file_are_those_of_its_model(run, learned, words, tmp_path, written):
+    said = [one for one in said_by(learned, words) if one.written[-1] != 2]
+    write_prompts(tmp_path / "asked.jsonl", *(words.decode(one.given) for one in said))
+    write_answered(tmp_path / "said.jsonl", words, said)
+    run("asked", answers=tmp_path / "asked.jsonl")
+    del written[:]
+    run("said", answers=str(tmp_path / "said.jsonl"))
+    assert written == []
+    assert_same_weights(tmp_path / "asked" / "checkpoint", tmp_path / "said" / "checkpoint")
+    write_answered(tmp_path / "other.jsonl", words, said, model="a/other")
+    with pytest.raises(sh.TextsError, match="line 1 is an answer of a/other"):
+        run("other", answers=tmp_path / "other.jsonl")
+    assert not (tmp_path / "other").exists()
+
+
+def test_of_prompts_of_our_own_the_texts_that_fit_are_begun(run, study, words, written):
+    done = run(answers=True)
+    assert sum(written) == min(512, len(study().split.fit)) < len(TEXTS)
+    assert done.recommended.state == "patched"
+
+
+def test_a_plan_alone_needs_no_answers(run, written):
+    plain, asked = run("a", plan_only=True), run("b", plan_only=True, answers=True)
+    assert asked.recommended.plan == plain.recommended.plan
+    assert written == []
+
+
+# What a run is known by
+def test_other_answers_are_another_run(study, tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", *PROMPTS)
+    write_prompts(tmp_path / "more.jsonl", *PROMPTS, "w9")
+    jobs = [
+        study(**options).job
+        for options in (
+            {},
+            {"answers": True},
+            {"answers": PROMPTS},
+            {"answers": tmp_path / "more.jsonl"},
+            {"answers": PROMPTS, "share": 0.25},
+            {"answers": PROMPTS, "seed": 1},
+            {"answers": True, "heal": True, "heal_steps": 4},
+            {"answers": True, "heal": True, "heal_steps": 400},
+            {"answers": [{"prompt": one, "answer": "w1"} for one in PROMPTS]},
+        )
+    ]
+    assert None not in jobs
+    assert len({*jobs}) == len(jobs)
+    assert study(answers=str(tmp_path / "prompts.jsonl")).job == jobs[2]
+    assert study(answers=[Prompt(one) for one in PROMPTS]).job == jobs[2]
+    for nothing in (False, None, ()):
+        assert study(answers=nothing).job == jobs[0]
+        assert study(answers=nothing).wanted_answers is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"answers": True}, ["--answers"]),
+        ({"answers": Path("there/p.jsonl"), "share": 0.25}, "--answers p.jsonl --share 0.25"),
+        ({"answers": PROMPTS}, []),
+        ({"answers": None}, []),
+        ({"answers": True, "share": 1, "heal": True}, "--heal --answers --share 1"),
+    ],
+)
+def test_the_settings_are_words_of_the_command_line(options, words):
+    assert RunSettings(**options).to_words() == (words.split() if isinstance(words, str) else words)
+
+
+# Killed
+@pytest.mark.slow
+def test_a_run_that_was_killed_answers_nothing_again(run, tmp_path, written, monkeypatch):
+    write = evaluation.write_answers
+    wanted = {"answers": PROMPTS[::-1], "share": 0.5, "heal": replace(HEAL, share=0.5)}
+
+    def killed(*args, **options):
+        if written:
+            raise KeyboardInterrupt
+        return write(*args, **options)
+
+    def interrupted(*_said):
+        raise KeyboardInterrupt
+
+    stops = ((evaluation, "write_answers", killed), (HealingStage, "heal", interrupted))
+    for target, name, stop in stops:
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(**wanted)
+    assert written == [32, 8]
+    done = run(**wanted)
+    assert written == [32, 8]
+    whole = run("whole", cache=False, **wanted)
+    assert written == [32, 8, 32, 8]
+    assert whole.recommended.healed == done.recommended.healed
+    assert whole.healing.answers == done.healing.answers
+    assert_same_weights(tmp_path / "whole" / "healed", tmp_path / "out" / "healed")
+
+
+# Refusals
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"share": 0}, sh.RecipeError, "share must be above 0 and at most 1"),
+        ({"answers": True, "share": "half"}, sh.RecipeError, "got 'half' "),
+        (
+            {"answers": True, "heal": HEAL}, sh.RecipeError,
+            "heal has a share of 0.25, and share is 0.5: name the one of both",
+        ),
+        ({"answers": 3}, sh.TextsError, r"be a file or a sequence, got int \(--answers\)"),
+        ({"answers": Path("nowhere.jsonl")}, sh.TextsError, "there is no file of prompts nowhere"),
+        ({"answers": [CHAT]}, sh.TextsError, "prompt 0 is a chat .* has no chat template"),
+        ({"answers": [""]}, sh.TextsError, "prompt 0: the field `prompt` is blank"),
+        (
+            {"answers": [{"prompt": "w1", "answer": "w2"}, "w3"]}, sh.TextsError,
+            "prompt 1 has no answer",
+        ),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_answers_that_cannot_be_are_refused_before_anything_is_written(
+    run, tmp_path, options, error, message
+):
+    with pytest.raises(error, match=message):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def streamed(learned, words, tmp_path):
+    """A run of a model whose layers wait on disk."""
+    sh.save_model(learned, words, tmp_path / "stored")
+    source = sh.ModelSource(tmp_path / "stored", "float32", "stream")
+    return lambda **options: sh.run(
+        source, None, TEXTS, **{**TAKEN, "n": 1}, out=tmp_path / "out", **options
+    )
+
+
+def test_a_model_on_disk_is_not_read_for_each_token(streamed, tmp_path):
+    with pytest.raises(sh.ModelError, match=r"wait on disk .* leave out the answers \(answers"):
+        streamed(answers=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_on_disk_is_patched_on_answers_of_a_file(
+    streamed, learned, words, tmp_path, written
+):
+    said = [one for one in said_by(learned, words) if len(one.written) > 1]
+    del written[:]
+    write_answered(tmp_path / "said.jsonl", words, said, model="a/stored")
+    assert streamed(answers=tmp_path / "said.jsonl").recommended.state == "patched"
+    assert written == []
+
+
+def test_nothing_is_written_into_the_file_of_answers(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    inside = write_prompts(tmp_path / "out" / "results.json", *PROMPTS)
+    with pytest.raises(sh.OutputError, match=r"results\.json"):
+        run(answers=inside, overwrite=True)
+    assert inside.read_text().startswith('{"prompt"')
+
+
+def test_texts_for_a_step_are_enough_beside_answers(learned, words):
+    few = TEXTS[:3]
+    with pytest.raises(sh.TextsError, match="one step takes 16"):
+        require_healable(learned, words, few, recipe=replace(HEAL, packing=False))
+    recipe = replace(HEAL, packing=False, share=0.9)
+    assert require_healable(learned, words, few, recipe=recipe, answers=True).share == 0.9
+
+
+# The command
+@pytest.mark.slow
+def test_the_command_takes_answers(learned, words, shallower, folder, written):
+    sh.save_model(learned, words, folder / "stored")
+    for name, texts in (("texts", TEXTS), ("held_out", REPORT)):
+        write_jsonl(folder / f"{name}.jsonl", texts)
+    write_prompts(folder / "prompts.jsonl", *PROMPTS)
+    command = ["run", "stored", "--texts", "texts.jsonl", "--eval-texts", "held_out.jsonl"]
+    command += ["--n", "2", "--top", "2", "--max-length", "16", "--dtype", "float32", "--out"]
+    more = ("--answers", "prompts.jsonl", "--share", "0.25", "--heal", "--heal-steps", "2")
+    dry = shallower(*command, "out", *more, "--dry-run", "--json").json
+    assert dry["time"]["seconds"] > shallower(*command, "out", "--dry-run", "--json").json["time"][
+        "seconds"
+    ]  # fmt: skip
+    done = shallower(*command, "out", *more, "--no-speech", "--json")
+    assert done.json["healing"]["answers"]["num_answers"] == 40
+    assert done.json["healing"]["recipe"]["share"] == 0.25
+    assert written == [32, 8]
+    assert "--answers prompts.jsonl --share 0.25 " in Run.load(folder / "out").command
+    assert "2 \\\n" not in done.err
+    own = shallower(*command, "own", "--no-speech", "--answers")
+    assert own.status == 0, own.err
+    assert Run.load(folder / "own").command.endswith("--no-speech --answers")
