@@ -178,21 +178,42 @@ def test_no_family_hears_the_padding(family):
     assert said(model, prompts, 5, tokenizer) == expected
 
 
-def test_prompts_that_can_be_are_answered_together(spread, monkeypatch):
-    sizes = []
-    plain = spread.generate
+def noting_sizes(model):
+    """The prompts in each call by which a model answers, as a list that grows."""
+    sizes, plain = [], model.generate
 
     def noted(input_ids, **options):
-        if options["max_new_tokens"] > 2:
+        if options["max_new_tokens"] > 2:  # else it is tried
             sizes.append(len(input_ids))
         return plain(input_ids=input_ids, **options)
 
-    monkeypatch.setattr(spread, "generate", noted, raising=False)
-    said(spread, PROMPTS * 2)
+    model.generate = noted
+    return sizes
+
+
+def test_prompts_that_can_be_are_answered_together(spread):
+    model = copy.deepcopy(spread)
+    sizes = noting_sizes(model)
+    said(model, PROMPTS * 2)
     assert sizes == [32, 8]
     sizes.clear()
-    said(spread, batch_size=7)
+    said(model, batch_size=7)
     assert sizes == [7, 7, 6]
+
+
+@pytest.mark.parametrize(("dtype", "together"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_rounding_is_told_from_the_influence_of_neighbours(spread, dtype, together):
+    """Two per cent of the logits are rounding in bfloat16, and no rounding in float32."""
+    model = copy.deepcopy(spread).to(dtype)
+    sizes = noting_sizes(model)
+
+    def disturb(_module, _inputs, logits):
+        return logits + 0.02 * logits.std() * torch.randn_like(logits) * (len(logits) > 1)
+
+    model.lm_head.register_forward_hook(disturb)
+    torch.manual_seed(0)
+    said(model, PROMPTS[:3])
+    assert sizes == ([3] if together else [1, 1, 1])
 
 
 # What the model's settings are.

@@ -267,7 +267,7 @@ def test_logits_are_the_models_own(monkeypatch, words, in_parts):
 
 def test_a_model_that_runs_as_a_whole_does_so_in_few_texts(monkeypatch, sharp, words):
     expected = sh.evaluate_loss(sharp, words, TEXTS, batch_size=8)
-    monkeypatch.setattr("shallower.models.head.agree", lambda *_: False)
+    monkeypatch.setattr("shallower.models.head._agree", lambda *_: False)
     assert sh.evaluate_loss(sharp, words, TEXTS, batch_size=8) == expected
     monkeypatch.setattr("shallower.evaluation.loss.LOGITS_AT_ONCE", 3 * 10 * 100)
     sizes = []

@@ -147,9 +147,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
 
 
 @pytest.mark.slow
-def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(run_demo, tmp_path):
+@pytest.mark.timeout(900)
+def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(
+    run_demo, tmp_path, monkeypatch
+):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    monkeypatch.setattr(demo, "NUM_PROMPTS", 2)
     status, printed = run_demo("--max-texts", "24", "--n", "1")
     assert status == 0
     out = tmp_path / "shallower-demo"
@@ -163,6 +167,12 @@ def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(run
     recommended = results["recommended"]
     assert 2 < recommended["whole"] < recommended["patched"] < 4
     assert recommended["patched"] < results["table"][0]["deepest"]
+    whole, cut, patched = (results["speech"][name] for name in ("whole", "cut", "patched"))
+    assert whole["agreement"] == whole["acceptance"] == 1
+    assert 0.5 < cut["acceptance"] < 1
+    assert 0.7 < patched["acceptance"] < 1
+    assert patched["whole"]["length"] > 20
+    assert len(results["continuations"]) == 2
     plan = Plan.load(out / "shallower_plan.json")
     assert len(plan.dropped) == 1
     model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
