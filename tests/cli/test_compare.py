@@ -151,7 +151,7 @@ def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked)
         (["--criteria", "angular,cosine,angular"], "twice: angular"),
         (["--criteria", "angles"], "'angles'"),
         (["--judge", "options"], "--options"),
-        (["--prompts", "x.jsonl"], "only the judge speech takes them (--judge speech, or"),
+        (["--prompts", "x.jsonl"], "only the judge speech takes them, and"),
         (["--judge", "speech", "--prompts", "x.jsonl"], "no file of prompts x.jsonl"),
         (["--judge", "speech", "--options", "x.jsonl"], "no other judge takes one"),
         (["--n", "0"], "'0'"),

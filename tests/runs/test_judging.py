@@ -194,7 +194,7 @@ def test_a_prompt_that_is_there_twice_is_one():
 @pytest.mark.parametrize(
     ("asked", "error", "named"),
     [
-        ({"judge": "kl"}, CriterionError, "only the judge speech takes them .*--judge speech"),
+        ({"judge": "kl"}, CriterionError, "only the judge speech takes them, and .*--judge speech"),
         ({"judge": "options"}, CriterionError, "judge options needs a file"),
         ({"options": "x.jsonl"}, CriterionError, "no other judge takes one"),
         ({"prompts": ()}, TextsError, "no prompts"),
