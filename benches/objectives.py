@@ -24,6 +24,7 @@ from pathlib import Path
 
 import shallower as sh
 from patches import judged, read_texts
+from shallower.evaluation.speech import Reference, Speaking
 from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
@@ -33,7 +34,7 @@ from shallower.runs.answers import WantedAnswers
 from shallower.runs.given_models import ModelStore
 from shallower.runs.inputs import model_inputs
 from shallower.runs.store import open_store
-from shallower.texts.prompts import read_prompts
+from shallower.texts.prompts import prompt_ids, read_prompts
 from shallower.values.layers import parse_layers
 from shallower.values.tokens import Tokens
 
@@ -78,6 +79,7 @@ class Bench:
             for name, some in (("choose", held_out), ("report", reports))
         }
         self.scores, self.first = self.judged(self.patched), None
+        self.reference = None
         self.spoken = self.speech(self.patched) if options.speech else None
 
     def _patch(self):
@@ -104,9 +106,13 @@ class Bench:
     def speech(self, place):
         """How a checkpoint speaks beside the whole model, on prompts of our own."""
         whole, tokenizer = self.source.load()
+        decoder = Decoder.of(whole)
+        if self.reference is None:
+            ids = prompt_ids(tokenizer, read_prompts(limit=self.options.prompts))
+            self.reference = Reference.of(Speaking(tokenizer, ids), decoder)
         model, _ = sh.load_model(place, dtype=self.options.dtype)
-        prompts = read_prompts(limit=self.options.prompts)
-        return sh.evaluate_speech(model, tokenizer, prompts, whole=whole)
+        spoken = self.reference.compare(Decoder.of(model), decoder)
+        return self.reference.judged(spoken, decoder)
 
     def judged(self, place):
         """The scores of a checkpoint, by what the texts are for."""
