@@ -175,7 +175,9 @@ class Head:
         if len(tokens) < FEWEST_ROWS:
             yield self.logits(states)[torch.from_numpy(tokens)]
             return
-        yield from self.logits_from(states[torch.from_numpy(tokens).to(states.device)])
+        with self._resident():
+            for part in self._parts(tokens):
+                yield self.logits(states[part.to(states.device)])
 
     def states_at(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: NDArray[np.int64]
