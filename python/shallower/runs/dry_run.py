@@ -58,8 +58,8 @@ from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 AT_A_TIME = 4
 """A token of a text among many takes a model a quarter of the time of one alone, at most."""
 
-DECODED = 2 * 64 / AT_A_TIME
-"""Steps of one token that a model takes for a prompt, twice 64 tokens."""
+DECODED = len(WAYS) * SPEECH_TOKENS / AT_A_TIME
+"""Steps of one token that a model takes for a prompt."""
 
 SOLVES = 12
 """Systems of equations that a full patch solves before each block, about."""

@@ -17,7 +17,6 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
-from ..evaluation.speech import Spoken
 from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
 from ..judgement.judges.judge import LossJudge, judged_batches
 from ..judgement.patched_trials import stays
@@ -291,16 +290,13 @@ class Measuring:
             loss = self.held_out.loss(self.scores(dropped, state))
             with without_layers(self.model, dropped) if dropped else nullcontext():
                 tasks = self._tasks.scores(self.model, self.tokenizer)
-                said = self._heard(self.model, "cut") if dropped else None
-        else:
-            with self._in_state(self.plan(dropped), state) as (model, tokenizer):
-                loss, tasks = self.loss_now(model), self._tasks.scores(model, tokenizer)
-                said = self._heard(model, state)
-        found = Measured(loss, tasks)
-        if self.speech is None:
+            return Measured(loss, tasks, speech=self.speech_of_cut(dropped))
+        with self._in_state(self.plan(dropped), state) as (model, tokenizer):
+            found = Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
+            said = None if self.speech is None else self.speech.hear(model, state)
+        if self.speech is None or said is None:
             return found
-        speech = self.speech.judged(said, self.model) if said else self.speech.whole
-        return replace(found, speech=speech)
+        return replace(found, speech=self.speech.judged(said, self.model))
 
     @cached_property
     def speech(self) -> StudySpeech | None:
@@ -310,24 +306,29 @@ class Measuring:
         return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
 
     def speech_of_cut(self, dropped: tuple[int, ...]) -> Speech | None:
-        """Measure how a bare cut speaks, or recall it; None where no speech is measured."""
+        """Measure how a bare cut or the whole model speaks, or recall it; None where no speech is
+        measured.
+        """
         if not self._speaks:
             return None
-        prompts = prompts_fingerprint(self._study.prompts)
-        inputs = {"dropped": list(dropped), "prompts": prompts, "seed": self._study.settings.seed}
+        settings = self._study.settings
+        inputs = {
+            "dropped": list(dropped),
+            "prompts": prompts_fingerprint(self._study.prompts),
+            "seed": settings.seed,
+            "batch_size": settings.batch_size,
+        }
         known = self._store.get("speech_of_cut", inputs)
         if known is not None:
             return recalled(Speech.from_json, known, "a speech")
         assert self.speech is not None
+        if not dropped:
+            return self.speech.whole
         with without_layers(self.model, dropped):
             said = self.speech.hear(self.model, f"cut without {ranges(dropped)}")
         found = self.speech.judged(said, self.model)
         self._store.put("speech_of_cut", inputs, found.to_record())
         return found
-
-    def _heard(self, model: PreTrainedModel, name: str) -> Spoken | None:
-        """Let a model speak, if that is asked for."""
-        return None if self.speech is None else self.speech.hear(model, name)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""
