@@ -144,7 +144,7 @@ class Speaking:
     def batches(self, decoder: Decoder, words: Words) -> list["_Spans"]:
         """Make batches of all words behind their prompts, each as many as one forward holds."""
         every = [one for way in WAYS for one in words[way]]
-        rows = [np.array(one.given + one.written, np.int64) for one in every]
+        rows = [np.array(one.ids, np.int64) for one in every]
         tokens = Tokens(max(map(len, rows)), self.batch_size)
         size = fitting(decoder, tokens, FORWARD).texts
         order = sorted(range(len(rows)), key=lambda index: (-len(rows[index]), index))

@@ -55,7 +55,7 @@ class Judges:
             items = self._study.items[half][:most]
             return judge_of(name, self._tokenizer, texts, tokens=self._tokens, items=items)
         said = self._answers(half)[:most]
-        longest = max(len(one.given + one.written) for answers in said for one in answers)
+        longest = max(len(one.ids) for answers in said for one in answers)
         tokens = fitting_tokens(self._decoder, Tokens(longest, self._study.settings.batch_size))
         return judge_of(name, self._tokenizer, texts, tokens=tokens, items=said)
 

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
 
-from ..errors import TextsError, why
-from .sources import numbered_records
+from ..errors import TextsError
+from .sources import looked_up, numbered_records
 
 _CONTEXT = ("context", "query", "question")
 _OPTIONS = ("options", "choices")
@@ -44,12 +44,8 @@ def read_options(source: str | Path, limit: int | None = None) -> list[OptionIte
     """
     if limit is not None and limit < 1:
         raise TextsError(f"the number of items must be at least 1, got {limit}")
-    try:
-        path = Path(source).expanduser()
-        there = path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TextsError(f"cannot read options from {source}: {why(error, source)}") from error
-    if not there:
+    path, _, is_file = looked_up(source, "options")
+    if not is_file:
         raise TextsError(f"there is no file of options {source}")
     records = islice(numbered_records(path, str(source)), limit)
     items = [_item(record, number, f"{source}, line {number}") for number, record in records]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import TextsError, why
 from .batches import untouched
-from .sources import numbered_records
+from .sources import looked_up, numbered_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Prompt:
 
     def is_chat(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Whether a model with this tokenizer is given the messages, and not the text."""
-        return bool(self.messages) and (has_template(tokenizer) or self.text is None)
+        return bool(self.messages) and has_template(tokenizer)
 
 
 def read_prompts(source: str | Path | None = None, limit: int | None = None) -> list[Prompt]:
@@ -84,11 +84,7 @@ def read_prompts(source: str | Path | None = None, limit: int | None = None) -> 
     if limit is not None:
         _check_number(limit)
     source = SPEECH_PROMPTS if source is None else source
-    try:
-        path = Path(source).expanduser()
-        exists, is_file = path.exists(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TextsError(f"cannot read prompts from {source}: {why(error, source)}") from error
+    path, exists, is_file = looked_up(source, "prompts")
     if not is_file:
         found = f"{source} is a folder" if exists else f"there is no file of prompts {source}"
         raise TextsError(f"{found}: expected JSON lines with the field `prompt`, or `messages`")
@@ -205,7 +201,7 @@ def has_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _ids(tokenizer: Any, prompt: Prompt, place: str) -> NDArray[np.int64]:
-    if has_template(tokenizer) and prompt.messages:
+    if prompt.is_chat(tokenizer):
         chat = _written(tokenizer, prompt.messages, place, answered=False)
         found = _tokenised(tokenizer, chat, place, special=False)
     elif prompt.text is None:
@@ -253,8 +249,10 @@ def _written(
 
 def _end(tokenizer: Any, prompt: Prompt, place: str) -> int | None:
     """The token that ends an answer; of chats it is often another one than that of texts."""
-    is_chat = prompt.messages and has_template(tokenizer)
-    return _end_of_chats(tokenizer, place) if is_chat else tokenizer.eos_token_id
+    if prompt.is_chat(tokenizer):
+        return _end_of_chats(tokenizer, place)
+    end: int | None = tokenizer.eos_token_id
+    return end
 
 
 def _end_of_chats(tokenizer: Any, place: str) -> int | None:

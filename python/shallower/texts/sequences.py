@@ -243,7 +243,7 @@ def check_answers(answers: Iterable[object], vocab_size: int | None = None) -> N
     for index, one in enumerate(answers):
         if not isinstance(one, Answer):
             raise TextsError(f"answer {index} is of type {type(one).__name__}: expected Answer")
-        unknown = [t for t in (*one.given, *one.written) if vocab_size and not 0 <= t < vocab_size]
+        unknown = [t for t in one.ids if vocab_size and not 0 <= t < vocab_size]
         if unknown:
             raise TextsError(
                 f"the answers hold token {unknown[0]}, and the model has {vocab_size}: they are of "
@@ -264,7 +264,7 @@ def _apart(answers: Iterable[Answer], max_length: int, end: int | None = None) -
     """A sequence of each answer; if it has no end of its own, with ``end`` behind it."""
     found = []
     for one in answers:
-        ids = np.array([*one.given, *one.written], np.int64)
+        ids = np.array(one.ids, np.int64)
         predicted = np.arange(len(ids)) >= len(one.given)
         if end is not None and not one.ended:
             ids, predicted = np.append(ids, end), np.append(predicted, False)
@@ -298,7 +298,7 @@ def _identity(answers: Sequence[Answer], max_length: int) -> AnswersIdentity:
     for one in answers:
         given, written = len(one.given), len(one.written)
         digest.update(repr((given, written, bool(one.ended))).encode())
-        digest.update(np.array([*one.given, *one.written], np.int64).tobytes())
+        digest.update(np.array(one.ids, np.int64).tobytes())
         num_tokens += min(written, max_length - given)
     return AnswersIdentity(len(answers), num_tokens, digest.hexdigest())
 
@@ -367,7 +367,7 @@ def _as_texts(
     """Answers behind their prompts, as texts; without those of which nothing was written."""
     for one in answers:
         if one.written:
-            ids = np.array([*one.given, *one.written], np.int64)[:max_length]
+            ids = np.array(one.ids, np.int64)[:max_length]
             yield TokenisedText(str(tokenizer.decode(ids)), ids, max_length)
 
 

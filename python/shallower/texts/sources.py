@@ -43,12 +43,7 @@ class Texts:
         self.limit = limit
         self._counted: int | None = None
         self._checked = False
-        self._path = Path(source)
-        try:
-            self._path = self._path.expanduser()
-            exists, is_file = self._path.exists(), self._path.is_file()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise TextsError(f"cannot read texts from {source}: {why(error, source)}") from error
+        self._path, exists, is_file = looked_up(source, "texts")
         self._is_file = self._path.suffix in SUFFIXES
         if self._is_file and not is_file:
             if exists:
@@ -160,6 +155,18 @@ class Texts:
         if not isinstance(text, str):
             raise TextsError(f"{self.source}, {place}: no field `text` that holds a string")
         return text
+
+
+def looked_up(source: str | Path, what: str) -> tuple[Path, bool, bool]:
+    """Look for a file of ``what``: its place, whether anything is there, and whether a file is.
+
+    A TextsError says that the place cannot be looked at.
+    """
+    try:
+        path = Path(source).expanduser()
+        return path, path.exists(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TextsError(f"cannot read {what} from {source}: {why(error, source)}") from error
 
 
 def read_whole(path: str | Path) -> str:

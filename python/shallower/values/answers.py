@@ -16,3 +16,8 @@ class Answer:
     given: tuple[int, ...]
     written: tuple[int, ...]
     ended: bool
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt with the answer behind it."""
+        return self.given + self.written

@@ -37,7 +37,7 @@ class SpeechJudge(KLJudge):
         for look in looks(len(said), max(1, tokens.texts // len(said[0]))):
             numbered = range(look.start, look.stop)
             rows = [(index, answer) for index in numbered for answer in said[index]]
-            ids = [(index, np.array(one.given + one.written, np.int64)) for index, one in rows]
+            ids = [(index, np.array(one.ids, np.int64)) for index, one in rows]
             batches.append(padded(ids))
             given.append(np.array([len(one.given) for _, one in rows]))
         super().__init__(batches, given)
