@@ -51,7 +51,6 @@ RECIPES = {
     "lm quarter": {"share": 0.25},
     "kd answers": {"objective": "kd", "share": 1.0},
     "kd half": {"objective": "kd", "share": 0.5},
-    "kd-entropy half": {"objective": "kd-entropy", "share": 0.5},
 }
 """What differs from our recipe for small models."""
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from shallower.cutting.in_model import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
-from shallower.healing.losses import Lesson, Teacher, TrainingLoss, mean_loss, summed_loss
+from shallower.healing.losses import Teacher, TrainingLoss, mean_loss, summed_loss
 from shallower.healing.training import add_adapters
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
@@ -108,8 +108,8 @@ def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
         head = Head.of(Decoder.of(cut))
         states = torch.empty(3, 9, cut.config.hidden_size, device=stage.last, dtype=cut.dtype)
         for place in {torch.device("cuda:0"), stage.last}:
-            elsewhere = Lesson(
-                lambda rows, place=place: torch.empty(len(range(27)[rows]), size, device=place)
+            elsewhere = lambda rows, place=place: torch.empty(  # noqa: E731
+                len(range(27)[rows]), size, device=place
             )
             assert summed_loss(logits, given["labels"], elsewhere).device == stage.last
             loss = mean_loss(head, states, given["labels"], divisor=9, lesson=elsewhere)

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 import shallower as sh
-from shallower.healing.losses import Lesson, Teacher, TrainingLoss, summed_loss
+from shallower.healing.losses import Teacher, TrainingLoss, summed_loss
 from shallower.models.decoder import Decoder
 from shallower.models.head import Head
 from tests.conftest import tiny_llama
@@ -22,32 +22,29 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-def expected_losses(student, teacher, labels, by_entropy=False):
+def expected_losses(student, teacher, labels):
     """The summed loss and its gradient to the student's logits, in float64."""
     log_q, log_p = (log_softmax(np.asarray(z.double())) for z in (student, teacher))
     p, q = np.exp(log_p), np.exp(log_q)
     total, gradient = 0.0, np.zeros_like(q)
     for text, position in np.argwhere(labels[:, 1:] >= 0):
         here = text, position
-        weight = -(p[here] * log_p[here]).sum() if by_entropy else 1.0
-        total += weight * (p[here] * (log_p[here] - log_q[here])).sum()
-        gradient[here] = weight * (q[here] - p[here])
+        total += (p[here] * (log_p[here] - log_q[here])).sum()
+        gradient[here] = q[here] - p[here]
     return total, gradient
 
 
-@pytest.mark.parametrize("by_entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_divergence_and_its_gradient_are_those_of_numpy(dtype, by_entropy):
+def test_the_divergence_and_its_gradient_are_those_of_numpy(dtype):
     generator = torch.Generator().manual_seed(0)
     student = (4 * torch.randn(3, 70, 50, generator=generator)).to(dtype).requires_grad_()
     teacher = (4 * torch.randn(3, 70, 50, generator=generator)).to(dtype)
     labels = torch.randint(0, 50, (3, 70), generator=generator)
     labels[1, 40:] = labels[:, 0] = -100
     given = teacher.clone()
-    lesson = Lesson(lambda tokens: teacher.flatten(0, 1)[tokens], by_entropy)
-    loss = summed_loss(student, labels, lesson)
+    loss = summed_loss(student, labels, lambda tokens: teacher.flatten(0, 1)[tokens])
     (0.25 * loss).backward()
-    total, gradient = expected_losses(student.detach(), teacher, labels.numpy(), by_entropy)
+    total, gradient = expected_losses(student.detach(), teacher, labels.numpy())
     assert loss.item() == pytest.approx(total, rel=1e-6)
     tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
     found = student.grad.double().numpy()
@@ -56,33 +53,10 @@ def test_the_divergence_and_its_gradient_are_those_of_numpy(dtype, by_entropy):
     assert not student.grad[1, 39:].any()
 
 
-def test_entropies_weigh_and_are_not_learnt_from():
-    """As autograd has it in float64, with the teacher's share of the graph cut off."""
-    generator = torch.Generator().manual_seed(5)
-    student, teacher = (
-        (3 * torch.randn(2, 40, 30, generator=generator)).requires_grad_() for _ in range(2)
-    )
-    labels = torch.randint(0, 30, (2, 40), generator=generator)
-    labels[:, :7] = -100
-    lesson = Lesson(lambda tokens: teacher.flatten(0, 1)[tokens], by_entropy=True)
-    loss = summed_loss(student, labels, lesson)
-    loss.backward()
-    exact = student.detach().double().requires_grad_()
-    log_p = torch.log_softmax(teacher.detach().double(), -1)
-    weights = torch.distributions.Categorical(logits=log_p).entropy()
-    log_q = torch.log_softmax(exact, -1)
-    apart = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    expected = (weights * apart)[:, :-1][labels[:, 1:] >= 0].sum()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert (student.grad - exact.grad).abs().max() < 1e-6 * exact.grad.abs().max()
-    assert teacher.grad is None
-
-
 def test_a_teacher_that_agrees_teaches_nothing():
     logits = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(1)).requires_grad_()
     labels = torch.ones(2, 9, dtype=torch.long)
-    loss = summed_loss(logits, labels, Lesson(lambda rows: logits.detach().flatten(0, 1)[rows]))
+    loss = summed_loss(logits, labels, lambda tokens: logits.detach().flatten(0, 1)[tokens])
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.abs().max() < 1e-7
@@ -92,7 +66,7 @@ def test_what_a_teacher_excludes_is_no_divergence():
     """A logit of -inf is a probability of 0, which adds nothing."""
     student = torch.zeros(1, 2, 3, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, -torch.inf]])
-    loss = summed_loss(student, torch.tensor([[0, 1]]), Lesson(lambda _: teacher.expand(2, 3)))
+    loss = summed_loss(student, torch.tensor([[0, 1]]), lambda _: teacher.expand(2, 3))
     loss.backward()
     assert loss.item() == pytest.approx(np.log(3 / 2), rel=1e-6)
     assert student.grad[0, 0].tolist() == pytest.approx([-1 / 6, -1 / 6, 1 / 3], rel=1e-5)
@@ -100,11 +74,7 @@ def test_what_a_teacher_excludes_is_no_divergence():
 
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("whole_teacher", [True, False])
-@pytest.mark.parametrize("by_entropy", [False, True])
-def test_the_loss_inside_the_forward_is_that_of_all_logits(
-    monkeypatch, by_rows, whole_teacher, by_entropy
-):
-    monkeypatch.setattr("shallower.models.head.LOGITS_AT_ONCE", 3 * 13 * 100)
+def test_the_loss_inside_the_forward_is_that_of_all_logits(by_rows, whole_teacher):
     student, teacher = tiny_llama(3, seed=1), tiny_llama(5, seed=2)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 90, (3, 21), generator=generator)
@@ -113,7 +83,7 @@ def test_the_loss_inside_the_forward_is_that_of_all_logits(
     labels = ids.where(mask.bool(), -100)
     for name, weight in student.named_parameters():
         weight.requires_grad_("layers" in name)
-    teaching = Teacher(teacher, by_entropy=by_entropy)
+    teaching = Teacher(teacher)
     if whole_teacher:
         teaching._head = teaching._head.whole()
     loss_of = TrainingLoss(student)
@@ -129,7 +99,7 @@ def test_the_loss_inside_the_forward_is_that_of_all_logits(
     with torch.no_grad():
         wanted = teacher(input_ids=ids, attention_mask=mask).logits
     logits = student(input_ids=ids, attention_mask=mask).logits
-    total, gradient = expected_losses(logits.detach(), wanted, labels.numpy(), by_entropy)
+    total, gradient = expected_losses(logits.detach(), wanted, labels.numpy())
     assert outputs["loss"].item() == pytest.approx(total / 50, rel=1e-5)
     logits.backward(torch.from_numpy(gradient / 50).float())
     assert (found - weight.grad).abs().max() < 1e-5 * weight.grad.abs().max()
@@ -197,7 +167,7 @@ def test_without_the_uncut_model_it_is_refused(cut, tmp_path):
 
 @pytest.mark.parametrize("objective", ["KD", "", None, 1, ["kd"], "lm+kd", "reconstruct"])
 def test_an_unknown_objective_is_refused(objective):
-    with pytest.raises(sh.RecipeError, match=r"unknown objective .*: expected one of lm, kd, kd-e"):
+    with pytest.raises(sh.RecipeError, match=r"unknown objective .*: expected one of lm, kd"):
         replace(KD, objective=objective).check()
 
 

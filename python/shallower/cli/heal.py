@@ -125,10 +125,10 @@ def heal_command(
         typer.Option(metavar="MODEL", help="The uncut model: measured, and the teacher of kd."),
     ] = None,
     objective: Annotated[
-        Literal["lm", "kd", "kd-entropy"],
+        Literal["lm", "kd"],
         typer.Option(
             help="What is minimised: the loss of the next token, or the divergence from the uncut "
-            "model, each token alike or weighed by its entropy, which needs --original."
+            "model, which needs --original."
         ),
     ] = "lm",
     eval_every: Annotated[

@@ -302,8 +302,7 @@ class _Healer:
         decoder = Decoder.of(model)
         teacher = None
         if job.original is not None and recipe.has_teacher:
-            original = job.original.load(recipe.dtype)[0]
-            teacher = Teacher(original, by_entropy=recipe.by_entropy)
+            teacher = Teacher(job.original.load(recipe.dtype)[0])
         targets = feed_forward_targets(model, recipe.attention)
 
         def measure() -> Loss:

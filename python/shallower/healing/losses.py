@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,36 +19,22 @@ _LOGITS = 1 << 23
 """Logits that are in float32 at a time, at most, if that leaves as many rows as keep the bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What a teacher says of a forward's tokens.
-
-    Attributes:
-        logits: gives its (R, V) logits for a range of the tokens, counted over all sequences.
-        by_entropy: weigh each token by the entropy of the teacher's distribution, in nats.
-    """
-
-    logits: Callable[[slice], torch.Tensor]
-    by_entropy: bool = False
+Lesson = Callable[[slice], torch.Tensor]
+"""Gives a teacher's (R, V) logits for a range of a forward's tokens, counted over all sequences."""
 
 
 def _row_losses(
     logits: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
-    lesson: Lesson | None,
-    first: int = 0,
+    teacher: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take the loss of every row in float32, a few rows at a time.
 
-    It is logsumexp z − z[target], or KL(p ‖ q) where there is a lesson of p, times H(p) if that
-    weighs; 0 where the target is negative. The ``first`` row is that of the lesson. The gradient
-    of ``scale`` times their sum is of the logits' dtype, so that no float32 copy of all logits
-    exists.
+    It is logsumexp z − z[target], or KL(p ‖ q) where ``teacher`` are the logits of p; 0 where the
+    target is negative. The gradient of ``scale`` times their sum is of the logits' dtype, so that
+    no float32 copy of all logits exists.
     """
-    teacher = None
-    if lesson is not None:
-        teacher = lesson.logits(slice(first, first + len(logits))).to(logits.device)
     gradient = torch.empty_like(logits)
     losses = logits.new_empty(len(targets), dtype=torch.float32)
     size = min(_ROWS, max(FEWEST_ROWS, _LOGITS // logits.shape[1]))
@@ -58,33 +43,24 @@ def _row_losses(
         rows = logits[part].to(torch.float32, copy=True)
         counts = targets[part, None] >= 0
         log_sum = rows.logsumexp(-1, keepdim=True)
-        if lesson is None or teacher is None:
+        if teacher is None:
             expected = targets[part, None].clamp(min=0)
             of_rows = log_sum - rows.gather(1, expected)
             errors = rows.sub_(log_sum).exp_()
             errors.scatter_add_(1, expected, torch.full_like(log_sum, -1))
         else:
-            of_rows, errors = _divergence(teacher[part], rows.sub_(log_sum), lesson.by_entropy)
+            of_rows, errors = _divergence(teacher[part], rows.sub_(log_sum))
         losses[part] = (of_rows * counts).squeeze(1)
         gradient[part] = errors.mul_(counts).mul_(scale)
     return losses, gradient
 
 
-def _divergence(
-    teacher: torch.Tensor, log_q: torch.Tensor, by_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p ‖ q) of rows, (R, 1), and its gradient q − p, into which ``log_q`` is turned.
-
-    Both are times H(p) = −Σ p log p in nats if they are weighed ``by_entropy``.
-    """
+def _divergence(teacher: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p ‖ q) of rows, (R, 1), and its gradient q − p, into which ``log_q`` is turned."""
     log_p = teacher.to(torch.float32, copy=True)
     log_p.sub_(log_p.logsumexp(-1, keepdim=True))  # as q is made: equal logits give 0 exactly
     terms, p, q = divergence_terms(log_p, log_q)
-    divergence, errors = terms.sum(-1, keepdim=True), q.sub_(p)
-    if by_entropy:
-        weight = torch.special.entr(p).sum(-1, keepdim=True)
-        divergence, errors = divergence * weight, errors.mul_(weight)
-    return divergence, errors
+    return terms.sum(-1, keepdim=True), q.sub_(p)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -94,7 +70,8 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, lesson: Lesson | None
     ) -> torch.Tensor:
-        losses, gradient = _row_losses(logits, targets, 1.0, lesson)
+        teacher = None if lesson is None else lesson(slice(0, len(logits))).to(logits.device)
+        losses, gradient = _row_losses(logits, targets, 1.0, teacher)
         ctx.save_for_backward(gradient)
         return losses.double().sum().float()
 
@@ -130,9 +107,13 @@ class _MeanLoss(torch.autograd.Function):
             with torch.enable_grad():
                 given = rows.detach().requires_grad_()
                 logits = head.logits(given)
-            here = expected.to(logits.device), scale.to(logits.device)
-            of_rows, errors = _row_losses(logits.detach(), *here, lesson, start)
-            start += len(rows)
+            teacher = None
+            if lesson is not None:
+                here = slice(start, start := start + len(rows))
+                teacher = lesson(here).to(logits.device)
+            of_rows, errors = _row_losses(
+                logits.detach(), expected.to(logits.device), scale.to(logits.device), teacher
+            )
             losses.append(of_rows.to(states.device))
             found.copy_(torch.autograd.grad(logits, given, errors)[0])
             del logits, errors
@@ -189,12 +170,11 @@ class Teacher:
     """The uncut model beside its cut, for the divergence of next-token distributions.
 
     It runs on the tokens of every forward, and keeps its final states, (B, T, D); logits are made
-    of a few of them at a time. When it is made the model runs once, on a few tokens. Its lessons
-    weigh the tokens ``by_entropy``, or alike.
+    of a few of them at a time. When it is made the model runs once, on a few tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, *, by_entropy: bool = False) -> None:
-        self._head, self._by_entropy = Head.of(Decoder.of(model)), by_entropy
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._head = Head.of(Decoder.of(model))
 
     @torch.no_grad()
     def lesson(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Lesson:
@@ -204,14 +184,14 @@ class Teacher:
             if not head.by_rows:
                 whole = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
                 known = whole.logits.flatten(0, 1)
-                return Lesson(lambda tokens: known[tokens], self._by_entropy)
+                return lambda tokens: known[tokens]
             states = head.states(input_ids, attention_mask).flatten(0, 1)
 
         @torch.no_grad()
         def logits(tokens: slice) -> torch.Tensor:
             return head.logits(states[tokens])
 
-        return Lesson(logits, self._by_entropy)
+        return logits
 
 
 class TrainingLoss:

@@ -84,8 +84,7 @@ class HealingStep:
             mask, lesson = torch.ones_like(ids), None
             with computing(self.recipe, ids.device):
                 if self.recipe.has_teacher:
-                    teacher = Teacher(self._model, by_entropy=self.recipe.by_entropy)
-                    lesson = teacher.lesson(ids, mask)  # of its own kind
+                    lesson = Teacher(self._model).lesson(ids, mask)  # of its own kind
                 made = TrainingLoss(self._model)
                 with made.made_inside(ids, ids.numel(), lesson):
                     outputs = self._adapted(input_ids=ids, attention_mask=mask, use_cache=False)

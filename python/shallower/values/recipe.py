@@ -14,7 +14,7 @@ GLOBAL_BATCH = 16
 
 HealingDtype = Literal["auto", "nf4", "int8", "bfloat16", "float32"]
 
-Objective = Literal["lm", "kd", "kd-entropy"]
+Objective = Literal["lm", "kd"]
 
 STEPS = 5000
 """Those of the paper."""
@@ -45,8 +45,7 @@ class Recipe:
             ``small`` does; the paper's do not, nor does ``general``.
         objective: the loss that is minimised: ``lm`` of the next token, as in the paper; ``kd``
             the divergence KL(p ‖ q) of the cut's next-token distribution q from the uncut
-            model's p, on the same texts; ``kd-entropy`` the same, each token weighed by the
-            entropy of p in nats, so that the tokens where the uncut model has a choice count most.
+            model's p, on the same texts.
         share: the share of answers among the sequences, 1 for answers alone; without effect
             where none are given.
         eval_every: steps between two measurements and checkpoints, by default an eighth of
@@ -133,7 +132,7 @@ class Recipe:
     def check(self, *, original: bool = True, from_patch: bool = False) -> None:
         """Refuse settings that fit no model, before any is loaded, by a RecipeError.
 
-        ``original`` says whether the uncut model is named, which a teacher and a patch need.
+        ``original`` says whether the uncut model is named, which ``kd`` and a patch need.
         """
         if self.objective not in get_args(Objective):
             known = ", ".join(get_args(Objective))
@@ -210,12 +209,7 @@ class Resolved:
     @property
     def has_teacher(self) -> bool:
         """Whether the uncut model runs beside the cut in the training."""
-        return self.objective in ("kd", "kd-entropy")
-
-    @property
-    def by_entropy(self) -> bool:
-        """Whether the uncut model's tokens are weighed by the entropy of what it says next."""
-        return self.objective == "kd-entropy"
+        return self.objective == "kd"
 
     @property
     def is_padded(self) -> bool:
