@@ -4,13 +4,14 @@
         [--texts c4.jsonl] [--eval-texts c4_eval.jsonl] [--answers 1024] [--speech]
         [--work FOLDER] [--json FILE]
 
-On SmolLM2-135M in bfloat16. The patch is made once, and kept in `--work`. The first recipe trains
-for `--steps` steps of 16 sequences; every other for as many as its speed allows in the same time,
-told by a few steps before. Losses are of the merged checkpoints, on two sets that no recipe was
-trained on: the last `--held-out` of the texts, to choose a recipe by, and `--eval-texts`, to report
-alone; differences to the patch are paired by text. Recipes with answers train on what the whole
-model says to `--answers` prompts of our own, which it writes once; with `--speech` every row tells
-how the model speaks on the package's own prompts, of other kinds, paired with the first recipe.
+On SmolLM2-135M in bfloat16. The patch is made once, and kept in `--work`, as the healed models are.
+The first recipe trains for `--steps` steps of 16 sequences; every other for as many as its speed
+allows in the same time, told by a few steps before. Losses are of the merged checkpoints, on two
+sets that no recipe was trained on: the last `--held-out` of the texts, to choose a recipe by, and
+`--eval-texts`, to report alone; differences to the patch are paired by text. Recipes with answers
+train on what the whole model says to `--answers` prompts of our own, which it writes once; with
+`--speech` every row tells how the model speaks on the package's own prompts, of other kinds, paired
+with the first recipe.
 """
 
 import argparse
@@ -18,13 +19,15 @@ import json
 import os
 import shutil
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import ClassVar
 
 import shallower as sh
 from patches import judged, read_texts
 from shallower.evaluation.speech import Reference, Speaking
+from shallower.healing import training
 from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
@@ -45,7 +48,7 @@ RECIPES = {
     "lm rate 4e-3": {"learning_rate": 4e-3},
     "lm no attention": {"attention": False},
     "lm rank 128": {"rank": 128},
-    "lm no dropout": {"dropout": 0.0},
+    "lm dropout": {"dropout": 0.05},
     "lm answers": {"share": 1.0},
     "lm half": {"share": 0.5},
     "lm quarter": {"share": 0.25},
@@ -53,6 +56,24 @@ RECIPES = {
     "kd half": {"objective": "kd", "share": 0.5},
 }
 """What differs from our recipe for small models."""
+
+
+FEW = 4
+"""Steps by which the time of a step is told; the first ones of a training are slower."""
+
+
+class Clock(training.Throughput):
+    """Keeps the seconds of every step of the training that was last."""
+
+    took: ClassVar[list[float]] = []
+
+    def on_step_end(self, args, state, control, **options):
+        before = self._seconds
+        super().on_step_end(args, state, control, **options)
+        Clock.took.append(self._seconds - before)
+
+
+training.Throughput = Clock
 
 
 @dataclass
@@ -92,9 +113,7 @@ class Bench:
         wanted = WantedAnswers(None, options.answers, options.answer_tokens)
         self.answers, self.source = None, source
         if any("share" in RECIPES[name] for name in options.recipes):
-            begun = time.perf_counter()
             self.answers = wanted.by(Decoder.of(model), tokenizer, self.texts, store=kept)
-            self.writing = time.perf_counter() - begun
         if not self.patched.exists():
             sh.save_model(model, tokenizer, self.whole, overwrite=True)
             layers = parse_layers(options.drop)
@@ -119,30 +138,31 @@ class Bench:
         layerwise = Layerwise(Decoder.of(model))
         return {name: judged(layerwise, judge) for name, judge in self.judges.items()}
 
-    def heal(self, recipe, *, cut=None, name="healed", with_answers=False):
-        """The record of a healing, its seconds, and its place."""
+    def heal(self, recipe, name, *, with_answers=False):
+        """The seconds of the steps of a healing, and its place."""
         out = self.work / name
         for leftover in (out, self.work / f".{name}.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
         recipe = replace(recipe, eval_every=max(1, recipe.steps or 1))
         answers = self.answers if with_answers else None
-        begun = time.perf_counter()
-        record = sh.heal(
-            cut or self.patched, self.texts, out, recipe=recipe, merge=True, answers=answers,
+        Clock.took = []
+        sh.heal(
+            self.patched, self.texts, out, recipe=recipe, merge=True, answers=answers,
             original=self.whole if recipe.objective != "lm" else None, progress=False,
         )  # fmt: skip
-        return record, time.perf_counter() - begun, out
+        return Clock.took, out
 
     def row(self, name, seconds):
-        """What a recipe is worth in so many seconds; None for the first, which sets them."""
+        """The row of a recipe in so many seconds, told by a few steps; the first one sets them."""
         changes = RECIPES[name]
         recipe, answers = replace(self.recipe, **changes), "share" in changes
-        of_step = self._of_step(recipe, answers)
         if seconds is not None:
+            few = replace(recipe, steps=FEW)
+            of_step = median(self.heal(few, "probe", with_answers=answers)[0])
             recipe = replace(recipe, steps=max(2, round(seconds / of_step)))
-        record, _, out = self.heal(recipe, with_answers=answers)
-        steps = len(record.steps)
-        row = {"recipe": name, "changes": changes, "steps": steps, "seconds": steps * of_step}
+        took, out = self.heal(recipe, name.replace(" ", "-"), with_answers=answers)
+        row = {"recipe": name, "changes": changes, "steps": len(took), "seconds": sum(took)}
+        row["as_probed"] = len(took) * median(took[:FEW])
         for kind, scores in self.judged(out).items():
             less = scores.minus(self.scores[kind])
             row[kind] = {"loss": scores.mean, "stderr": scores.stderr, "less": less.to_json()}
@@ -155,14 +175,6 @@ class Bench:
         self.first = self.first or speech
         less = {key: one.to_json() for key, one in speech.minus(self.first).items()}
         return {**speech.to_json(), "less_than_first": less}
-
-    def _of_step(self, recipe, answers):
-        """The seconds of a step: of five less two."""
-        few, more = (
-            self.heal(replace(recipe, steps=steps), name="probe", with_answers=answers)[1]
-            for steps in (2, 5)
-        )
-        return (more - few) / 3
 
 
 def line(row):
@@ -214,7 +226,7 @@ def main():
     bench, rows, seconds = Bench(options), [], None
     for name in options.recipes:
         row = bench.row(name, seconds)
-        seconds = row["seconds"] if seconds is None else seconds
+        seconds = row["as_probed"] if seconds is None else seconds
         rows.append(row)
         print(line(row), flush=True, file=sys.stderr)
         if options.json:

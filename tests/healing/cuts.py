@@ -10,7 +10,7 @@ from tests.conftest import WORDS
 BLOCK = sh.Block(2, 4)
 QUICK = Recipe(
     steps=6, rank=4, learning_rate=1e-2, max_length=16, dtype="float32", eval_every=2, batch_size=8,
-    packing=True, attention=False,
+    packing=True, attention=False, dropout=0.05,
 )  # fmt: skip
 FACTS = ModelFacts("llama", 576, 30, 2048)
 

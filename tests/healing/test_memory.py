@@ -32,7 +32,7 @@ def step_of(name, layers=None, *, length=2048, rank=2, dtype="bfloat16", **optio
 
 
 def resolved(config, length, rank=2, dtype="nf4", **options):
-    options = {"packing": True, "attention": False, **options}
+    options = {"packing": True, "attention": False, "dropout": 0.05, **options}
     recipe = Recipe(rank=rank, max_length=length, dtype=dtype, **options)
     return recipe.resolve(facts(config, layers_of(config)))
 

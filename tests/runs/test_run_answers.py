@@ -1,5 +1,6 @@
 """A run that patches and heals on what the whole model says, beside its texts."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import pytest
 import shallower as sh
 from shallower.evaluation import answers as evaluation
 from shallower.healing.checks import require_healable
+from shallower.models.decoder import Decoder
 from shallower.reporting.results import Run
 from shallower.runs import recommending
 from shallower.runs.answers import WantedAnswers
@@ -22,6 +24,7 @@ from shallower.values.settings import RunSettings
 from tests.conftest import write_jsonl
 from tests.cutting.card_tools import assert_same_weights
 from tests.documents import assert_same, state_of
+from tests.families import random_model
 from tests.healing.cuts import MANY, QUICK, documents
 from tests.written import MANY as PROMPTS
 from tests.written import write_answered, write_prompts
@@ -136,6 +139,41 @@ def test_of_prompts_of_our_own_the_texts_that_fit_are_begun(run, study, words, w
     assert done.recommended.state == "patched"
 
 
+@pytest.fixture
+def chats(words):
+    """The tokenizer with a template for chats, whose texts are short."""
+    found = copy.deepcopy(words)
+    found.chat_template = "{% for one in messages %}w1 {{ one.content[:9] }} w2{% endfor %}"
+    return found
+
+
+def test_a_model_that_chats_is_healed_on_answers_by_default(
+    learned, chats, tmp_path, written, monkeypatch
+):
+    patches, taken = patched_on(monkeypatch), {**TAKEN, "heal": replace(HEAL, share=0.5)}
+    done = sh.run(learned, chats, TEXTS, **taken, out=tmp_path / "out")
+    assert sum(written) == 32  # eight a step
+    assert done.healing.answers.num_answers == len(patches[0]["answers"]) == 32
+    on_texts = sh.run(learned, chats, TEXTS, **taken, answers=False, out=tmp_path / "texts")
+    assert (on_texts.healing.answers, [*patches[1]["answers"]]) == (None, [])
+    assert sum(written) == 32
+
+
+def test_by_default_no_other_model_is_asked(run, written):
+    assert run(heal=QUICK).healing.answers is None
+    assert written == []
+
+
+def test_by_default_a_model_without_room_is_asked_for_no_answers(chats):
+    decoder, wanted = Decoder.of(random_model("opt")), WantedAnswers(None, 32, chats_only=True)
+    with pytest.warns(UserWarning, match="no answers are learned from: prompt 0 has .* tokens"):
+        assert wanted.of(decoder, chats) is None
+    with pytest.raises(sh.TextsError, match="prompt 0 has"):
+        replace(wanted, chats_only=False).check(decoder, chats, ())
+    few = replace(wanted, num_tokens=2)
+    assert few.of(decoder, chats) is few
+
+
 def test_a_plan_alone_needs_no_answers(run, written):
     plain, asked = run("a", plan_only=True), run("b", plan_only=True, answers=True)
     assert asked.recommended.plan == plain.recommended.plan
@@ -155,6 +193,8 @@ def test_other_answers_are_another_run(study, tmp_path):
             {"answers": tmp_path / "more.jsonl"},
             {"answers": PROMPTS, "share": 0.25},
             {"answers": PROMPTS, "seed": 1},
+            {"heal": True, "heal_steps": 4},
+            {"answers": False, "heal": True, "heal_steps": 4},
             {"answers": True, "heal": True, "heal_steps": 4},
             {"answers": True, "heal": True, "heal_steps": 400},
             {"answers": [{"prompt": one, "answer": "w1"} for one in PROMPTS]},
@@ -176,6 +216,7 @@ def test_other_answers_are_another_run(study, tmp_path):
         ({"answers": Path("there/p.jsonl"), "share": 0.25}, "--answers p.jsonl --share 0.25"),
         ({"answers": PROMPTS}, []),
         ({"answers": None}, []),
+        ({"answers": False, "heal": True}, "--heal --no-answers"),
         ({"answers": True, "share": 1, "heal": True}, "--heal --answers --share 1"),
     ],
 )

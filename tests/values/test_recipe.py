@@ -47,6 +47,14 @@ def test_auto_finds_the_row_of_a_model_of_the_table(preset):
     assert resolved.batch_size * resolved.accumulation() == 16
 
 
+@pytest.mark.parametrize("width", [576, 4096])
+def test_ours_have_dropout_only_where_it_was_not_found_to_gain_nothing(width):
+    facts = ModelFacts("qwen3", width, 36, 40960)
+    assert Recipe().resolve(facts).dropout == (0.0 if width < 2048 else 0.05)
+    assert Recipe(dropout=0.2).resolve(facts).dropout == 0.2
+    assert Recipe(dropout=0.0).resolve(facts).dropout == 0.0
+
+
 def test_auto_is_ours_for_other_models():
     assert find_preset("auto", FACTS) == SMALL
     assert find_preset("auto", ModelFacts("qwen3", 4096, 36, 40960)) == GENERAL

@@ -89,8 +89,9 @@ def heal_command(
         ),
     ] = None,
     dropout: Annotated[
-        float, typer.Option(metavar="X", help="Dropout before the adapters.")
-    ] = 0.05,
+        float | None,
+        typer.Option(metavar="X", help="Dropout before the adapters; by default the preset's."),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(

@@ -9,7 +9,6 @@ import typer
 from ..models.source import ModelSource
 from .heal import say_healing
 from .options import (
-    Answers,
     BatchSize,
     DeviceMap,
     DryRun,
@@ -136,7 +135,18 @@ def run_command(
             metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
         ),
     ] = None,
-    answers: Answers = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PROMPTS]",
+            help="Also learn from what the uncut model says to prompts, as by default with --heal "
+            "if it chats: a .jsonl file with prompt or messages, and with answer where it has "
+            "answered already; without one, prompts of our own.",
+        ),
+    ] = None,
+    no_answers: Annotated[
+        bool, typer.Option("--no-answers", help="Learn from the texts alone.")
+    ] = False,
     share: Share = 0.5,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Choose and measure; patch and save no model.")
@@ -193,7 +203,7 @@ def run_command(
         heal_steps=heal_steps,
         plan_only=plan_only,
         prompts=() if no_speech else speech or None,
-        answers=False if answers is None else answers or True,
+        answers=False if no_answers else answers if answers is None else answers or True,
         share=share,
         seed=seed,
     )

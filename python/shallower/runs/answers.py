@@ -1,11 +1,12 @@
 """What models said to prompts, kept by content: a part that was written once is not again."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CacheError, TextsError
+from ..errors import CacheError, ModelError, TextsError
 from ..progress import track
 from ..texts.prompts import (
     Prompt,
@@ -130,12 +131,15 @@ class WantedAnswers:
         count: prompts of our own at most.
         num_tokens: tokens of an answer at most.
         seed: of what is drawn.
+        chats_only: whether a model without a template for chats, or without room for the answers,
+            is asked for none.
     """
 
     prompts: Sequence[Prompt] | None
     count: int
     num_tokens: int = ANSWER_TOKENS
     seed: int = 0
+    chats_only: bool = False
 
     def __str__(self) -> str:
         if self.are_there:
@@ -164,7 +168,25 @@ class WantedAnswers:
             "count": self.count,
             "num_tokens": self.num_tokens,
             "seed": self.seed,
+            "chats_only": self.chats_only,
         }
+
+    def of(
+        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "WantedAnswers | None":
+        """The same for a model; None where it is asked for none, of which a warning says why if it
+        chats.
+        """
+        if not self.chats_only:
+            return self
+        if not has_template(tokenizer):
+            return None
+        try:
+            self.check(decoder, tokenizer, ())
+        except (ModelError, TextsError) as error:
+            warnings.warn(f"no answers are learned from: {error}", stacklevel=2)
+            return None
+        return self
 
     def check(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]

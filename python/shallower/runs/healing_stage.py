@@ -55,13 +55,16 @@ class HealingStage:
     def __post_init__(self) -> None:
         self.texts = self.study.training_texts()
 
-    def check(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    def check(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, answers: bool
+    ) -> None:
         """Refuse what the healing would refuse after all the work of the run.
+
+        ``answers`` says whether there will be some to train on.
 
         Raises:
             RecipeError, TextsError, MissingExtraError: as :func:`require_healable`.
         """
-        answers = self.study.settings.answers is not False
         require_healable(model, tokenizer, self.texts, recipe=self.recipe, answers=answers)
 
     def heal(

@@ -211,12 +211,14 @@ class RunStudy(Study[RunSettings]):
     def wanted_answers(self) -> WantedAnswers | None:
         """What the whole model is to say, to patch and to train on; None for nothing."""
         given, heal = self.settings.answers, self.settings.heal
-        if given is False:
+        if given is False or (given is None and not heal):
             return None
         recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
         count = answers_for(recipe.steps or STEPS if heal else None)
-        prompts = None if given is True else given_prompts(given)
-        return WantedAnswers(prompts, count, seed=self.settings.seed)
+        prompts = None if given is True or given is None else given_prompts(given)
+        return WantedAnswers(
+            prompts, count, seed=self.settings.seed, chats_only=self.settings.answers is None
+        )
 
     @staticmethod
     def _job_in(values: Any) -> Any:
@@ -249,6 +251,7 @@ class RunStudy(Study[RunSettings]):
             return self._run(report)
 
     def _run(self, report: Callable[[Run], None] | None) -> Run:
+        from ..models.decoder import Decoder
         from .recommending import Recommending
 
         if self.overwrite:
@@ -260,9 +263,12 @@ class RunStudy(Study[RunSettings]):
             say_goes_on(_reached(self.earlier), self.progress)
         _ = self.splits
         loaded, tokenizer = self.load(self.model)
-        stage = self._healing_stage(loaded, tokenizer) if self.settings.heal else None
+        wanted = self.wanted_answers and self.wanted_answers.of(Decoder.of(loaded), tokenizer)
+        stage = None
+        if self.settings.heal:
+            stage = self._healing_stage(loaded, tokenizer, answers=wanted is not None)
         store: ResultStore = self.model_store(self.model)
-        recommending = Recommending(self, loaded, tokenizer, store, self.wanted_answers)
+        recommending = Recommending(self, loaded, tokenizer, store, wanted)
         done = recommending.run(self.earlier)
         if report is not None:
             report(done)
@@ -275,7 +281,7 @@ class RunStudy(Study[RunSettings]):
         done.save()
         return done
 
-    def _healing_stage(self, model: Any, tokenizer: Any) -> "HealingStage":
+    def _healing_stage(self, model: Any, tokenizer: Any, *, answers: bool) -> "HealingStage":
         """The healing, which is refused before any long work where it cannot be."""
         from .healing_stage import HealingStage, choose_recipe
 
@@ -283,7 +289,7 @@ class RunStudy(Study[RunSettings]):
         recipe = heal if isinstance(heal, Recipe) else None
         chosen = recipe or choose_recipe(model, steps, self.settings.seed)
         stage = HealingStage(self, replace(chosen, share=self.settings.share))
-        stage.check(model, tokenizer)
+        stage.check(model, tokenizer, answers=answers)
         return stage
 
 

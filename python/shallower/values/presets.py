@@ -21,6 +21,7 @@ class Preset:
         packing: whether documents are joined into full sequences; the paper truncates each to
             one sequence.
         attention: whether the attention is adapted, too; the paper adapts the feed-forward alone.
+        dropout: dropout before the adapters.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Preset:
     vocab_size: int | None = None
     packing: bool = False
     attention: bool = False
+    dropout: float = 0.05
 
 
 PAPER_PRESETS = (
@@ -46,7 +48,7 @@ PAPER_PRESETS = (
 )
 """2403.17887, appendix A; layers are those of the uncut model."""
 
-SMALL = Preset("small", 256, 1e-3, 64, packing=True, attention=True)
+SMALL = Preset("small", 256, 1e-3, 64, packing=True, attention=True, dropout=0.0)
 GENERAL = Preset("general", 2048, 3e-4, 64, packing=True)
 """Ours, for models that the paper did not heal: ``small`` below 2,048 channels."""
 

@@ -114,6 +114,9 @@ class StudySettings:
                 continue
             if one.name == "answers" and isinstance(value, tuple):
                 continue
+            if one.name == "answers" and value is False:
+                changed["no_answers"] = True
+                continue
             if isinstance(value, Path):
                 value = value.name
             elif not isinstance(value, str | int | float):
@@ -188,7 +191,8 @@ class RunSettings(RacingSettings):
         heal: train on the patched cut: True, or the settings. True trains in the dtype of the
             model, float16 in bfloat16.
         answers: patch and train on what the whole model says as well: True for prompts of our own,
-            or prompts as of ``prompts``, which may have their answers.
+            or prompts as of ``prompts``, which may have their answers; False for texts alone. By
+            default with ``heal``, to prompts of our own, if the model chats.
         share: the share of answers among texts and answers, of the patch and of the training.
 
     Raises:
@@ -209,11 +213,11 @@ class RunSettings(RacingSettings):
     prompts: Prompts = None
     judge: str = "loss"
     heal: bool | Recipe = False
-    answers: bool | Prompts = False
+    answers: bool | Prompts = None
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.answers, bool):
+        if not isinstance(self.answers, bool | None):
             object.__setattr__(self, "answers", _prompts(self.answers, "answers") or False)
         check_share(self.share)
         if isinstance(self.target_memory, str):
