@@ -66,7 +66,7 @@ def test_it_is_trained_on_what_the_uncut_model_says(heal, both, cut, folder):
     said, _ = said_by(both[0])
     tokens = sum(len(one.written) for one in said)
     assert f"trained on 40 answers of {tokens} tokens of the uncut model" in done.out
-    recipe = replace(QUICK, steps=2)
+    recipe = replace(QUICK, steps=2, dropout=0.0)  # as the preset small
     record = sh.heal(cut, TEXTS, folder / "again", recipe=recipe, answers=said)
     assert sh.Healing.load(folder / "out").answers == record.answers
     assert adapters(folder / "again") == adapters(folder / "out")

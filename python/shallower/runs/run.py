@@ -151,7 +151,8 @@ class RunStudy(Study[RunSettings]):
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         super().check()
         _ = self.items, self.prompts
-        if self.wanted_answers is not None and not self.wanted_answers.are_there:
+        wanted = self.wanted_answers
+        if wanted is not None and not (wanted.are_there or wanted.chats_only):
             way_out = "leave out the answers (answers, --answers), or give a file that has them"
             self.refuse_on_disk("every token of an answer", way_out)
         heal, device = self.settings.heal, self.settings.device
