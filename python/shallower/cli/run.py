@@ -9,6 +9,7 @@ import typer
 from ..models.source import ModelSource
 from .heal import say_healing
 from .options import (
+    Answers,
     BatchSize,
     DeviceMap,
     DryRun,
@@ -135,17 +136,13 @@ def run_command(
             metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
         ),
     ] = None,
-    answers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[PROMPTS]",
-            help="Also learn from what the uncut model says to prompts, as by default with --heal "
-            "if it chats: a .jsonl file with prompt or messages, and with answer where it has "
-            "answered already; without one, prompts of our own.",
-        ),
-    ] = None,
+    answers: Answers = None,
     no_answers: Annotated[
-        bool, typer.Option("--no-answers", help="Learn from the texts alone.")
+        bool,
+        typer.Option(
+            "--no-answers",
+            help="Learn from the texts alone: --heal takes answers by default if the model chats.",
+        ),
     ] = False,
     share: Share = 0.5,
     plan_only: Annotated[
@@ -203,7 +200,7 @@ def run_command(
         heal_steps=heal_steps,
         plan_only=plan_only,
         prompts=() if no_speech else speech or None,
-        answers=False if no_answers else answers if answers is None else answers or True,
+        answers=False if no_answers else True if answers == "" else answers,
         share=share,
         seed=seed,
     )

@@ -27,14 +27,18 @@ def _row_losses(
     logits: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
-    teacher: torch.Tensor | None,
+    lesson: Lesson | None,
+    first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take the loss of every row in float32, a few rows at a time.
 
-    It is logsumexp z − z[target], or KL(p ‖ q) where ``teacher`` are the logits of p; 0 where the
-    target is negative. The gradient of ``scale`` times their sum is of the logits' dtype, so that
-    no float32 copy of all logits exists.
+    It is logsumexp z − z[target], or KL(p ‖ q) where there is a lesson of p; 0 where the target is
+    negative. The ``first`` row is that of the lesson. The gradient of ``scale`` times their sum is
+    of the logits' dtype, so that no float32 copy of all logits exists.
     """
+    teacher = None
+    if lesson is not None:
+        teacher = lesson(slice(first, first + len(logits))).to(logits.device)
     gradient = torch.empty_like(logits)
     losses = logits.new_empty(len(targets), dtype=torch.float32)
     size = min(_ROWS, max(FEWEST_ROWS, _LOGITS // logits.shape[1]))
@@ -70,8 +74,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, lesson: Lesson | None
     ) -> torch.Tensor:
-        teacher = None if lesson is None else lesson(slice(0, len(logits))).to(logits.device)
-        losses, gradient = _row_losses(logits, targets, 1.0, teacher)
+        losses, gradient = _row_losses(logits, targets, 1.0, lesson)
         ctx.save_for_backward(gradient)
         return losses.double().sum().float()
 
@@ -107,13 +110,9 @@ class _MeanLoss(torch.autograd.Function):
             with torch.enable_grad():
                 given = rows.detach().requires_grad_()
                 logits = head.logits(given)
-            teacher = None
-            if lesson is not None:
-                here = slice(start, start := start + len(rows))
-                teacher = lesson(here).to(logits.device)
-            of_rows, errors = _row_losses(
-                logits.detach(), expected.to(logits.device), scale.to(logits.device), teacher
-            )
+            here = expected.to(logits.device), scale.to(logits.device)
+            of_rows, errors = _row_losses(logits.detach(), *here, lesson, start)
+            start += len(rows)
             losses.append(of_rows.to(states.device))
             found.copy_(torch.autograd.grad(logits, given, errors)[0])
             del logits, errors

@@ -216,10 +216,8 @@ class RunStudy(Study[RunSettings]):
             return None
         recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
         count = answers_for(recipe.steps or STEPS if heal else None)
-        prompts = None if given is True or given is None else given_prompts(given)
-        return WantedAnswers(
-            prompts, count, seed=self.settings.seed, chats_only=self.settings.answers is None
-        )
+        prompts = None if isinstance(given, bool | None) else given_prompts(given)
+        return WantedAnswers(prompts, count, seed=self.settings.seed, chats_only=given is None)
 
     @staticmethod
     def _job_in(values: Any) -> Any:
