@@ -135,7 +135,7 @@ def line_chart(
         _limit(axes, values, most)
         _draw_above(axes, above, most, y)
         if named > 1:
-            size = 8 if columns == 3 else 9
+            size = 8.5 if columns == 3 else 9
             figure.legend(
                 loc="outside lower center",
                 ncols=columns,
@@ -261,7 +261,7 @@ def front_chart(
                 markeredgewidth=0.5,
             )
         _name_front(axes, points, front)
-        figure.legend(loc="outside lower center", ncols=3, handlelength=1, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, handlelength=1, fontsize=8.5)
         lay_out(figure)
         words = {one: f"{one}: {y.show(b)} at {x.show(a)}" for one, (a, b) in points.items()}
         marks = marks_at(axes, [(*points[one], words[one]) for one in points])
@@ -424,7 +424,7 @@ def _draw_above(axes: "Axes", above: Sequence[tuple[Line, Point]], most: float, 
                 textcoords="offset points",
                 ha=side,
                 va="center",
-                fontsize=8,
+                fontsize=8.5,
                 color=colour,
                 bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
