@@ -30,7 +30,7 @@ from ..models.loading import empty_model
 from ..values.layers import blocks_of
 from .tensor_names import edit_config, same_config
 
-_BUILDING_ERRORS = (
+BUILDING_ERRORS = (
     ValueError,
     TypeError,
     IndexError,
@@ -168,7 +168,7 @@ def _twin(
         with torch.device("meta"):
             twin = type(model)(type(config).from_dict(config.to_dict()))
         layers = find_layers(twin).modules
-    except _BUILDING_ERRORS as error:
+    except BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
             f"{' '.join(str(error).split())}"
@@ -270,7 +270,7 @@ def _difference(layer: nn.Module, twin: nn.Module, sharing: bool) -> str | None:
         other = twins[path]
         if type(module) is not type(other) and not isinstance(other, nn.Linear):
             return f"{path or 'the layer'} a {type(other).__name__}, not a {type(module).__name__}"
-        for name, value in _plain_attributes(module).items():
+        for name, value in plain_attributes(module).items():
             built = getattr(other, name, value)
             may_differ = name in PLACES and not (sharing and name == "store_full_length_kv")
             may_differ |= (type(module).__name__, name) in INITIAL
@@ -290,7 +290,7 @@ def _close(built: Any, expected: Any) -> bool:
     return both and math.isclose(built, expected, rel_tol=1e-12)
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
