@@ -47,7 +47,9 @@ def mixture(name, num_experts=NUM_EXPERTS, **changes):
     for key, value in changes.items():
         setattr(decoder, key, value)
     torch.manual_seed(0)
-    model = small_weights(AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict())))
+    model = small_weights(
+        AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()))
+    )
     generator = torch.Generator().manual_seed(3)
     for key, buffer in model.named_buffers():
         if "bias" in key and buffer.is_floating_point():

@@ -205,11 +205,10 @@ def say_eval_shard(place: Path, as_json: bool) -> None:
 
 def eval_names(model: str, plan: "Plan | None") -> dict[str, str]:
     """Name the sides of an evaluation in words: the model alone, or all its layers and the cut."""
-    from ..values.layers import ranges
-
     if plan is None:
         return {"base": Path(model).name}
-    return {"base": "all layers", "cut": f"without {ranges(plan.dropped)}"}
+    whole = "all layers" if plan.experts is None else "whole model"
+    return {"base": whole, "cut": f"without {plan.words}"}
 
 
 def say_eval(

@@ -83,19 +83,22 @@ def cut_experts(
 
 
 def check_dropped(
-    model: nn.Module, experts: Sequence[RoutedExperts], dropped: DroppedExperts, gone: Sequence[int] = ()
+    model: nn.Module,
+    experts: Sequence[RoutedExperts],
+    dropped: DroppedExperts,
+    gone: Sequence[int] = (),
 ) -> None:
     """Refuse experts that the model has not, or cannot do without; ``gone`` are whole layers."""
     number = experts[0].num_experts
     if dropped.num_experts != number:
         raise ExpertsError(
-            f"the plan is for {dropped.num_experts} experts a layer, and {type(model).__name__} has "
-            f"{number}: plan again, or name the experts yourself"
+            f"the plan is for {dropped.num_experts} experts a layer, and {type(model).__name__} "
+            f"has {number}: plan again, or name the experts yourself"
         )
     layers = {one.layer for one in experts} - set(gone)
     if more := sorted(dropped.by_layer.keys() - layers):
         raise ExpertsError(
-            f"layer {more[0]} has no routed experts: those with experts are {ranges(sorted(layers))}"
+            f"layer {more[0]} has no routed experts: those that have are {ranges(sorted(layers))}"
         )
     if missing := sorted(layers - dropped.by_layer.keys()):
         raise ExpertsError(
@@ -107,7 +110,9 @@ def check_dropped(
         routing.check(dropped.kept(layer), layer)
 
 
-def checked_changes(model: PreTrainedModel, found: DecoderLayers, num_kept: int) -> dict[int, ExpertLayer]:
+def checked_changes(
+    model: PreTrainedModel, found: DecoderLayers, num_kept: int
+) -> dict[int, ExpertLayer]:
     """What has to change in every layer for a stock loader to build it; ModelError if it cannot."""
     number = find_experts(model, found)[0].num_experts
     config = copy.deepcopy(model.config)
@@ -166,10 +171,14 @@ def _changes(
             before = before_of.get(name, value)
             if before == value:
                 continue
-            if type(before) is not int or type(value) is not int or before * num_kept != value * number:
+            if (
+                type(before) is not int
+                or type(value) is not int
+                or before * num_kept != value * number
+            ):
                 raise ModelError(
-                    f"layer {one.layer}: {path}.{name} is {before!r}, and a stock loader would make "
-                    f"it {value!r} with {num_kept} experts: no expert can go"
+                    f"layer {one.layer}: {path}.{name} is {before!r}, and a stock loader would "
+                    f"make it {value!r} with {num_kept} experts: no expert can go"
                 )
             numbers[path, name] = value
     return ExpertLayer(tuple(slices), numbers)

@@ -291,6 +291,7 @@ def _close(built: Any, expected: Any) -> bool:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The numbers, words and switches that a module holds beside its weights."""
     return {
         name: value
         for name, value in vars(module).items()

@@ -111,7 +111,9 @@ class Routing:
             )
 
 
-def find_experts(model: nn.Module, layers: DecoderLayers | None = None) -> tuple[RoutedExperts, ...]:
+def find_experts(
+    model: nn.Module, layers: DecoderLayers | None = None
+) -> tuple[RoutedExperts, ...]:
     """Find the routed experts of a model, with weights or on the meta device, by layer.
 
     ModelError: no layer has any; several parts of a layer have; a module for each expert instead of

@@ -69,7 +69,9 @@ class DroppedExperts:
             raise ExpertsError(f"layer {layer}: {said.replace('the model', 'it')}") from error
 
     @classmethod
-    def of(cls, num_experts: int, experts: "DroppedExperts | Experts | str | Path") -> "DroppedExperts":
+    def of(
+        cls, num_experts: int, experts: "DroppedExperts | Experts | str | Path"
+    ) -> "DroppedExperts":
         """Make it of anything that names experts.
 
         Args:
@@ -129,7 +131,7 @@ class DroppedExperts:
 
     @classmethod
     def from_json(cls, data: Any) -> "DroppedExperts":
-        """Read what :meth:`to_json` gave; KeyError, TypeError, ValueError or ExpertsError if not."""
+        """Read what :meth:`to_json` gave; KeyError, TypeError, ValueError or ExpertsError."""
         drop = of_type(dict, of_type(dict, data)["drop"])
         by_layer = {
             _number(layer): tuple(of_type(int, expert) for expert in of_type(list, experts))

@@ -14,7 +14,7 @@ from ..storage import write_file
 from .counts import counted
 from .experts import DroppedExperts
 from .identity import ModelIdentity, TextsIdentity
-from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers
+from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers, ranges
 from .positions import Positions
 from .provenance import versions
 from .schema import fields_of, of_type
@@ -85,9 +85,9 @@ class Plan:
     def __post_init__(self) -> None:
         if not 1 <= self.num_layers <= MAX_LAYERS:
             raise LayersError(f"a plan is for 1 to {MAX_LAYERS} layers, not for {self.num_layers}")
-        if self.blocks or self.experts is None:
-            if dropped_layers(self.num_layers, self.blocks) != self.dropped:
-                raise LayersError("the blocks of a plan must be ascending")
+        named = self.blocks or self.experts is None
+        if named and dropped_layers(self.num_layers, self.blocks) != self.dropped:
+            raise LayersError("the blocks of a plan must be ascending")
         if self.experts is not None:
             self._check_experts(self.experts)
         if self.strategy not in STRATEGIES:
@@ -153,6 +153,21 @@ class Plan:
         """The indices of the layers that stay."""
         gone = set(self.dropped)
         return tuple(layer for layer in range(self.num_layers) if layer not in gone)
+
+    @property
+    def words(self) -> str:
+        """What goes, in words: ``[12, 20)``, ``2 of 8 experts a layer``, or both."""
+        parts = [ranges(self.dropped)] if self.blocks else []
+        if self.experts is not None:
+            parts.append(f"{self.experts.count} of {self.experts.num_experts} experts a layer")
+        return " and ".join(parts)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What goes, as a part of the key of a result."""
+        return {"dropped": list(self.dropped)} | (
+            {} if self.experts is None else {"experts": self.experts.to_json()}
+        )
 
     @property
     def why(self) -> str:
@@ -266,3 +281,8 @@ class Plan:
                 f"{model.name} is another model ({model.fingerprint[:12]}): plan again, or name "
                 f"the layers yourself"
             )
+
+
+def key_of(plan: Plan | None) -> dict[str, Any]:
+    """What goes by a plan, as a part of the key of a result; nothing without one."""
+    return {"dropped": []} if plan is None else plan.key
