@@ -78,6 +78,8 @@ class Row:
         acceptance_stderr: its standard error.
         repetition: share of repeated 4-grams in its own words.
         repetition_stderr: its standard error.
+        experts: of a comparison of experts those that go, as ``--drop-experts`` has them; ``n`` of
+            each layer. None for layers.
     """
 
     model: str
@@ -112,6 +114,7 @@ class Row:
     acceptance_stderr: float | None = None
     repetition: float | None = None
     repetition_stderr: float | None = None
+    experts: str | None = None
 
     @property
     def as_cut(self) -> Standing | None:
@@ -176,6 +179,7 @@ class ComparedModel:
         accuracy: that of the whole model.
         dtype: of its weights; empty where it is not known.
         parameters: their number; None where it is not known.
+        num_experts: routed experts of a layer, of a comparison of experts; None for one of layers.
     """
 
     name: str
@@ -186,6 +190,7 @@ class ComparedModel:
     accuracy: float | None = None
     dtype: str = ""
     parameters: int | None = None
+    num_experts: int | None = None
 
     @property
     def title(self) -> str:
@@ -203,6 +208,7 @@ class ComparedModel:
             "accuracy": self.accuracy,
             "dtype": self.dtype,
             "parameters": self.parameters,
+            "num_experts": self.num_experts,
         }
 
     @classmethod
