@@ -165,6 +165,14 @@ impl ExpertSums {
         Ok(())
     }
 
+    /// Forgets what was summed of one value, as if it had been zero.
+    pub fn clear(&mut self, value: usize) {
+        let of_value = self.values.iter_mut().skip(value).step_by(self.num_values);
+        if value < self.num_values {
+            of_value.for_each(|sums| *sums = Value::default());
+        }
+    }
+
     /// `Σ n_t` of every expert, by layer.
     pub fn counts(&self) -> Vec<u64> {
         self.counts.iter().map(|count| count.sum).collect()

@@ -60,6 +60,10 @@ impl PyExpertSums {
         Ok(self.0.merge(&other.0)?)
     }
 
+    fn clear(&mut self, value: usize) {
+        self.0.clear(value);
+    }
+
     fn counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArrayDyn<u64>>> {
         shaped(py, self.0.counts(), &self.0.shape()[..2])
     }

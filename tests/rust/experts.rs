@@ -77,6 +77,20 @@ proptest! {
     }
 
     #[test]
+    fn a_value_is_cleared_as_if_it_had_been_zero(
+        texts in prop::collection::vec(text(), 0..4),
+        value in 0..VALUES,
+    ) {
+        let mut cleared = sums(&texts);
+        cleared.clear(value);
+        let mut zeroed = texts.clone();
+        zeroed.iter_mut().flatten().for_each(|(_, values)| values[value] = 0.0);
+        prop_assert_eq!(&cleared, &sums(&zeroed));
+        cleared.clear(VALUES);
+        prop_assert_eq!(cleared, sums(&zeroed));
+    }
+
+    #[test]
     fn damaged_bytes_are_refused_or_possible(
         texts in prop::collection::vec(text(), 0..4),
         word in any::<prop::sample::Index>(),

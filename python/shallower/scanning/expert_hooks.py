@@ -203,7 +203,7 @@ class _Layer:
             return
         self._is_checked = True
         if wanted.shape != states.shape or not torch.equal(wanted, states.to(wanted.device)):
-            self._hooks.statistics.has_stream = False
+            self._hooks.statistics.lose_stream()
 
     def _after_part(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._hooks.is_watching and args and isinstance(output, torch.Tensor):
@@ -280,8 +280,9 @@ class _Layer:
         """
         routed = routed.reshape(-1, routed.shape[-1])
         statistics, before = self._hooks.statistics, self._before
-        if before is None or before.shape[-1] != routed.shape[-1]:
-            statistics.has_stream = False
+        is_found = before is not None and before.shape[-1] == routed.shape[-1]
+        if statistics.has_stream and not is_found:
+            statistics.lose_stream()
         if before is None or not statistics.has_stream:
             return torch.zeros(len(tokens), dtype=torch.float64, device=routed.device)
         before = before.flatten(0, -2)

@@ -44,7 +44,7 @@ class ExpertStatistics:
         routing: how tokens are sent to experts.
         sums: the core's sums, of M layers.
         left_out: experts' parts of texts that held NaN or infinity.
-        has_stream: whether s is known; ``moved`` is 0 otherwise.
+        has_stream: whether s is known, see :meth:`lose_stream`.
         aimer: (M, E) float64, of every expert the mean of its weights' magnitudes over their root
             mean square (2603.18492); NaN where the weights have not been seen.
     """
@@ -135,8 +135,15 @@ class ExpertStatistics:
         ``counts`` are (B, E), the tokens of each text that each expert was sent; ``values``
         (B, E, 6), the sums of ``VALUES`` over them.
         """
-        whole = np.ascontiguousarray(counts, np.uint64), np.ascontiguousarray(values, np.float64)
-        self.left_out += self.sums.update(place, *whole)
+        whole = np.array(values, np.float64, order="C")
+        if not self.has_stream:
+            whole[..., MOVED] = 0
+        self.left_out += self.sums.update(place, np.ascontiguousarray(counts, np.uint64), whole)
+
+    def lose_stream(self) -> None:
+        """Give up s, which is not known of this model: ``moved`` is 0 from the beginning."""
+        self.has_stream = False
+        self.sums.clear(MOVED)
 
     def merge(self, other: "ExpertStatistics") -> None:
         """Add the texts of another scan of the same model; ScanError if it is of other experts."""
@@ -144,7 +151,8 @@ class ExpertStatistics:
             raise ScanError("cannot merge statistics of experts of other layers or another router")
         self.sums.merge(other.sums)
         self.left_out += other.left_out
-        self.has_stream &= other.has_stream
+        if not (self.has_stream and other.has_stream):
+            self.lose_stream()
         self.aimer = np.fmin(self.aimer, other.aimer)
 
     def copy(self) -> "ExpertStatistics":
@@ -171,6 +179,9 @@ class ExpertStatistics:
         layers, routing = read(tuple[int, ...], header["layers"]), read(Routing, header["routing"])
         if sums.shape != (len(layers), routing.num_experts, len(VALUES)):
             raise ValueError(f"its sums of experts are {sums.shape}")
+        least = min(routing.chosen, routing.num_groups, routing.groups_chosen)
+        if least < 1 or routing.num_experts % routing.num_groups:
+            raise ValueError(f"{routing} is no router")
         if list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ValueError("its layers with experts are not ascending")
         if aimer.dtype != np.float64 or aimer.shape != sums.shape[:2] or not _are_ratios(aimer):
