@@ -34,6 +34,8 @@ impl From<Error> for PyErr {
             | Error::CkaBatch(_)
             | Error::NoCkaBatch
             | Error::CkaOverflow
+            | Error::ExpertSizes { .. }
+            | Error::ExpertUpdate { .. }
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
             Error::UnknownMetric { .. }
             | Error::MetricList(_)
@@ -45,6 +47,7 @@ impl From<Error> for PyErr {
             Error::Unmergeable { .. }
             | Error::DamagedSums { .. }
             | Error::DamagedCka
+            | Error::DamagedExperts
             | Error::DamagedNorms
             | Error::DamagedLengths
             | Error::StoredMark(_)

@@ -141,6 +141,7 @@ def say_scan(
     scanned: "Scan", written: list[Path], as_json: bool, *, reading: "Reading | None" = None
 ) -> None:
     """Print the best block of every size, what was rejected, read from disk and written."""
+    from ..reporting.stories.experts import gathered
     from ..reporting.stories.stages import rejected, scan_table
 
     if as_json:
@@ -152,6 +153,7 @@ def say_scan(
         if scanned.distance is None:
             weights.append(f"{', '.join(scanned.metrics)} is no distance: it chooses no blocks")
         said = [str(one) for one in (scanned.settled, reading) if one is not None]
+        said += gathered(scanned.contents.experts)
         show(scan_table(scanned), *weights, *rejected(scanned), *said, *wrote)
 
 

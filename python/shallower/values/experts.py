@@ -35,10 +35,12 @@ class DroppedExperts:
     Attributes:
         num_experts: routed experts of a layer before the cut.
         by_layer: by layer of the whole model, ascending, the indices of those that go, ascending.
+        criterion: by which they were chosen, if by one.
     """
 
     num_experts: int
     by_layer: Mapping[int, tuple[int, ...]]
+    criterion: str | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_experts <= MAX_EXPERTS:
@@ -95,7 +97,8 @@ class DroppedExperts:
             return experts
         if isinstance(experts, str | Path):
             experts = parse_experts(experts)
-        return cls(num_experts, {layer: tuple(some) for layer, some in experts.items()})  # type: ignore[misc]
+        named = {layer: tuple(some) for layer, some in experts.items()}
+        return cls(num_experts, named)  # type: ignore[arg-type]  # checked there
 
     @property
     def count(self) -> int:
@@ -116,7 +119,7 @@ class DroppedExperts:
         """The same of fewer layers; those that go whole lose no single experts."""
         gone = set(layers)
         left = {layer: some for layer, some in self.by_layer.items() if layer not in gone}
-        return DroppedExperts(self.num_experts, left)
+        return DroppedExperts(self.num_experts, left, self.criterion)
 
     def __str__(self) -> str:
         """As ``--drop-experts`` takes it: ``0:3,5;1:2,7``."""
@@ -127,7 +130,8 @@ class DroppedExperts:
     def to_json(self) -> dict[str, Any]:
         """Give plain JSON values, which :meth:`from_json` reads."""
         by_layer = {str(layer): list(experts) for layer, experts in self.by_layer.items()}
-        return {"num_experts": self.num_experts, "drop": by_layer}
+        chosen = {} if self.criterion is None else {"criterion": self.criterion}
+        return {"num_experts": self.num_experts, "drop": by_layer, **chosen}
 
     @classmethod
     def from_json(cls, data: Any) -> "DroppedExperts":
@@ -137,7 +141,9 @@ class DroppedExperts:
             _number(layer): tuple(of_type(int, expert) for expert in of_type(list, experts))
             for layer, experts in drop.items()
         }
-        return cls(of_type(int, data["num_experts"]), by_layer)
+        criterion = data.get("criterion")
+        by = None if criterion is None else of_type(str, criterion)
+        return cls(of_type(int, data["num_experts"]), by_layer, by)
 
 
 def _number(text: str) -> int:

@@ -48,6 +48,7 @@ STRATEGIES = {
     "search": "the best that the search named has found",
     "random": "drawn at random",
     "deepest": "the deepest layers but the last",
+    "experts": "experts go and no layer, those first that the criterion named thinks least of",
     "manual": "named by hand",
 }
 """Every way to choose layers, and what a card says of it."""
