@@ -69,7 +69,9 @@ class DroppedExperts:
             raise ExpertsError(f"layer {layer}: {said.replace('the model', 'it')}") from error
 
     @classmethod
-    def of(cls, num_experts: int, experts: "DroppedExperts | Experts | str | Path") -> "DroppedExperts":
+    def of(
+        cls, num_experts: int, experts: "DroppedExperts | Experts | str | Path"
+    ) -> "DroppedExperts":
         """Make it of anything that names experts.
 
         Args:
@@ -104,6 +106,11 @@ class DroppedExperts:
     def num_kept(self) -> int:
         """Experts that stay in each layer."""
         return self.num_experts - self.count
+
+    @property
+    def share(self) -> str:
+        """How many go of how many: ``2 of 8 experts``."""
+        return f"{self.count} of {counted(self.num_experts, 'expert')}"
 
     def kept(self, layer: int) -> tuple[int, ...]:
         """The indices of a layer's experts that stay, ascending; KeyError for another layer."""
