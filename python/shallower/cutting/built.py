@@ -1,5 +1,6 @@
 """Any model as its class builds it from a folder's config, without weights."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,9 @@ class BuiltModel:
                 f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "
                 f"which is cut in memory only: use prune, or load_model, drop_layers and save_model"
             )
-        shortened = shortened_config(self._model, plan.survivors)
+        shortened = copy.deepcopy(self._model.config)
+        if plan.blocks:
+            shortened = shortened_config(self._model, plan.survivors)
         decoder = shortened.get_text_config(decoder=True)
         if plan.experts is not None:
             for config, name in count_keys(decoder, plan.experts.num_experts):

@@ -142,24 +142,37 @@ def find_stacks(
     """
     stacks = []
     for layer in dropped.by_layer:
-        found = {
-            int(match[1]) for one in layers[layer] if (match := SINGLE_EXPERT.search(one.name))
-        }
-        for tensor in layers[layer]:
-            if SINGLE_EXPERT.search(tensor.name):
-                continue
-            try:
-                if stored[layer].is_stack(tensor, dropped.num_experts):
-                    stacks.append((layer, tensor.name))
-            except ModelError as error:
-                raise ModelError(f"layer {layer}: {error}") from error
-        wrong = sorted(found ^ set(range(dropped.num_experts))) if found else []
-        if wrong:
+        single = _single_experts(layers[layer])
+        if wrong := sorted(single ^ set(range(dropped.num_experts))) if single else []:
             raise ModelError(
-                f"the checkpoint {'also has' if wrong[0] in found else 'lacks'} expert {wrong[0]} "
+                f"the checkpoint {'also has' if wrong[0] in single else 'lacks'} expert {wrong[0]} "
                 f"of layer {layer}, and its config counts {dropped.num_experts}: fetch it again"
             )
+        named = _stacks(layer, stored[layer], layers[layer], num_experts=dropped.num_experts)
+        if not named or (not single and len(named) < 2):  # a router beside the experts at least
+            raise ModelError(
+                f"the checkpoint does not hold the experts of layer {layer} under names that "
+                f"transformers knows: save it by transformers first"
+            )
+        stacks += [(layer, name) for name in named]
     return stacks
+
+
+def _single_experts(tensors: Iterable[StoredTensor]) -> set[int]:
+    """The experts that have tensors of their own."""
+    matches = (SINGLE_EXPERT.search(tensor.name) for tensor in tensors)
+    return {int(match[1]) for match in matches if match}
+
+
+def _stacks(
+    layer: int, stored: StoredLayer, tensors: Iterable[StoredTensor], *, num_experts: int
+) -> list[str]:
+    """The tensors of a layer that hold a part for every expert."""
+    rest = [tensor for tensor in tensors if not SINGLE_EXPERT.search(tensor.name)]
+    try:
+        return [one.name for one in rest if stored.is_stack(one, num_experts)]
+    except ModelError as error:
+        raise ModelError(f"layer {layer}: {error}") from error
 
 
 def compare_stored(

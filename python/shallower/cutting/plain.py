@@ -139,7 +139,8 @@ class PlainModel:
         before = {**self.defaults, **raw}
         after = SimpleNamespace(**before)
         try:
-            shorten(after, self.shape[1], plan.survivors)
+            if plan.blocks:
+                shorten(after, self.shape[1], plan.survivors)
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ModelError(
                 f"the config cannot describe the layers {list(plan.survivors)} alone: {error}"
@@ -183,8 +184,7 @@ def plain_model(
 def _routing(family: str, raw: Mapping[str, Any], names: Iterable[str]) -> Routing | None:
     """How tokens are sent to experts; None if these are stored or counted in an unusual way."""
     key, *stacks = _MIXTURES[family]
-    head = stacks[0].partition(".")[0]
-    inner = re.compile(rf"(?:^|\.)layers\.\d+\.({re.escape(head)}\..*)")
+    inner = re.compile(r"(?:^|\.)layers\.\d+\.(?!self_attn\.|\w*layernorm\.)(.*)")
     parts = {match[1] for name in names if (match := inner.search(name))}
     if any(part not in stacks and not SINGLE_EXPERT.search(part) for part in parts):
         return None
