@@ -279,6 +279,8 @@ def _again(facts: CutFacts) -> str:
     else:
         words += ["--plan", facts.file(PLAN_FILE)]
     words += [*option_words(_arguments(facts)), "--out", facts.out]
+    if facts.plan.experts is not None:
+        placeholder += f"\n`{facts.file(PLAN_FILE)}` lies beside this card."
     return _CUT_AGAIN.format(
         placeholder=placeholder, command=shlex.join(words), python=_python(facts)
     )
