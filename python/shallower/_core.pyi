@@ -146,6 +146,7 @@ class Checkpoint:
         num_layers: int,
         survivors: list[int],
         max_shard_size: int,
+        experts: tuple[int, dict[int, list[int]], set[str]] | None = None,
     ) -> Job: ...
 
 @final

@@ -7,8 +7,8 @@ import pytest
 
 import shallower as sh
 from shallower.values.experts import DroppedExperts
-from tests.cutting.mixtures import mixture, some_experts
 from tests.conftest import word_tokenizer
+from tests.cutting.mixtures import mixture, some_experts
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ def test_a_plan_with_experts_is_measured_and_found_again(shallower, folder, text
     other = sh.Plan(8, (), experts=DroppedExperts.of(6, some_experts(model, seed=1)))
     plan.save(tmp_path / "plan.json")
     other.save(tmp_path / "other.json")
-    held_out = [json.loads(line)["text"] for line in (texts / "held_out.jsonl").read_text().splitlines()]
+    held_out = [
+        json.loads(line)["text"] for line in (texts / "held_out.jsonl").read_text().splitlines()
+    ]
     command = ["eval", folder, "--texts", texts / "held_out.jsonl", "--dtype", "float32", "--plan"]
     first = shallower(*command, tmp_path / "plan.json", "--json")
     assert first.status == 0, first.err

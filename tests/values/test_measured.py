@@ -73,7 +73,8 @@ def test_shards_in_any_order_are_the_losses_of_all_texts_in_theirs(parts):
     assert window.by_window.sums.tolist() == loss.by_text.sums.tolist()
     assert found.inputs == {kind: {"model": {"machine": "here"}} for kind in SETTINGS}
     assert {side: plan and plan.dropped for side, plan in found.cuts.items()} == {
-        "base": None, "cut": (1, 2),
+        "base": None,
+        "cut": (1, 2),
     }
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ExpertsError, ModelError
+from ..errors import ModelError
 from ..models.architecture import DecoderLayers, find_layers, text_config
 from ..models.experts import RoutedExperts, count_keys, find_experts, routing_of
 from ..values.experts import DroppedExperts
-from ..values.layers import ranges
+from .mixture import Mixture
 from .twin import BUILDING_ERRORS, plain_attributes
 
 
@@ -65,7 +65,7 @@ def cut_experts(
     """
     found = find_layers(model)
     experts = find_experts(model, found)
-    check_dropped(model, experts, dropped, gone)
+    mixture_of(model, experts).check(dropped, gone)
     changes = checked_changes(model, found, dropped.num_kept)
     undo: list[Callable[[], None]] = []
     for one in experts:
@@ -82,50 +82,40 @@ def cut_experts(
     return restore
 
 
-def check_dropped(
-    model: nn.Module,
-    experts: Sequence[RoutedExperts],
-    dropped: DroppedExperts,
-    gone: Sequence[int] = (),
-) -> None:
-    """Refuse experts that the model has not, or cannot do without; ``gone`` are whole layers."""
-    number = experts[0].num_experts
-    if dropped.num_experts != number:
-        raise ExpertsError(
-            f"the plan is for {dropped.num_experts} experts a layer, and {type(model).__name__} "
-            f"has {number}: plan again, or name the experts yourself"
-        )
-    layers = {one.layer for one in experts} - set(gone)
-    if more := sorted(dropped.by_layer.keys() - layers):
-        raise ExpertsError(
-            f"layer {more[0]} has no routed experts: those that have are {ranges(sorted(layers))}"
-        )
-    if missing := sorted(layers - dropped.by_layer.keys()):
-        raise ExpertsError(
-            f"layer {missing[0]} would keep all of its {number} experts, and a config has one "
-            f"number for all layers: name {dropped.count} of each of {ranges(sorted(layers))}"
-        )
-    routing = routing_of(model, number)
-    for layer in dropped.by_layer:
-        routing.check(dropped.kept(layer), layer)
+def mixture_of(model: nn.Module, experts: Sequence[RoutedExperts]) -> Mixture:
+    """The routed experts of a model, with weights or without, for the checks of a cut."""
+    routing = routing_of(model, experts[0].num_experts)
+    return Mixture(type(model).__name__, routing, frozenset(one.layer for one in experts))
 
 
 def checked_changes(
     model: PreTrainedModel, found: DecoderLayers, num_kept: int
 ) -> dict[int, ExpertLayer]:
     """What has to change in every layer for a stock loader to build it; ModelError if it cannot."""
-    number = find_experts(model, found)[0].num_experts
+    return compare_layers(model, found, with_fewer_experts(model, num_kept), num_kept=num_kept)
+
+
+def with_fewer_experts(model: PreTrainedModel, num_kept: int) -> PreTrainedModel:
+    """Build the model with so many experts a layer, without weights; ModelError if it cannot be."""
+    number = find_experts(model)[0].num_experts
     config = copy.deepcopy(model.config)
     for part, name in count_keys(config.get_text_config(decoder=True), number):
         setattr(part, name, num_kept)
     try:
         with torch.device("meta"):
-            twin = type(model)(type(config).from_dict(config.to_dict()))
+            return type(model)(type(config).from_dict(config.to_dict()))
     except BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with {num_kept} experts a layer: "
             f"{' '.join(str(error).split())}"
         ) from error
+
+
+def compare_layers(
+    model: PreTrainedModel, found: DecoderLayers, twin: PreTrainedModel, *, num_kept: int
+) -> dict[int, ExpertLayer]:
+    """What a twin of fewer experts has otherwise in every layer; ModelError if that is too much."""
+    number = find_experts(model, found)[0].num_experts
     built = find_layers(twin)
     changes = {}
     for one in find_experts(twin, built):

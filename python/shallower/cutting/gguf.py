@@ -121,6 +121,13 @@ def read_metadata(source: Path) -> dict[str, Any]:
         return {}
 
 
+def count_parts(source: Path) -> tuple[int, int]:
+    """The layers of a GGUF file, and the routed experts of each; 0 where it counts none."""
+    file = Gguf(source)
+    count = file.metadata([key := f"{file.architecture}.expert_count"]).get(key)
+    return file.num_layers, count if type(count) is int else 0
+
+
 def plan_path(out: str | Path) -> Path:
     """The plan beside a GGUF file: ``model.shallower_plan.json`` beside ``model.gguf``."""
     return export_path(Path(out), PLAN_FILE)

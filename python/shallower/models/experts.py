@@ -88,6 +88,18 @@ def count_keys(config: Any, num_experts: int) -> list[tuple[Any, str]]:
     return [(config, name) for name in names if getattr(config, name, None) == num_experts]
 
 
+def counted_experts(config: Any) -> int:
+    """Count the routed experts of a layer by a model's config; ModelError if it counts none."""
+    decoder = config.get_text_config(decoder=True)
+    inner = getattr(decoder, "ffn_config", decoder)
+    for name in COUNTS:
+        if type(count := getattr(inner, name, None)) is int and count > 1:
+            return count
+    raise ModelError(
+        f"the config of {decoder.model_type} counts no routed experts: drop whole layers instead"
+    )
+
+
 def routing_of(model: nn.Module, num_experts: int) -> Routing:
     """Read from a model's config how tokens are sent to experts; ModelError as :class:`Routing`."""
     return Routing.of(text_config(model), num_experts)

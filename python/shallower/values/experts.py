@@ -110,6 +110,11 @@ class DroppedExperts:
         """Experts that stay in each layer."""
         return self.num_experts - self.count
 
+    @property
+    def share(self) -> str:
+        """How many go of how many: ``2 of 8 experts``."""
+        return f"{self.count} of {counted(self.num_experts, 'expert')}"
+
     def kept(self, layer: int) -> tuple[int, ...]:
         """The indices of a layer's experts that stay, ascending; KeyError for another layer."""
         gone = set(self.by_layer[layer])
