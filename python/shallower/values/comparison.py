@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from .counts import counted
 from .identity import title_of
+from .layers import ranges
 from .loss import Loss
 from .schema import fields_of, of_type, row_to_json
 
@@ -115,6 +117,18 @@ class Row:
     repetition: float | None = None
     repetition_stderr: float | None = None
     experts: str | None = None
+
+    @property
+    def cut(self) -> tuple[tuple[int, ...], str | None]:
+        """What goes, to tell cuts apart."""
+        return self.dropped, self.experts
+
+    @property
+    def words(self) -> str:
+        """What goes, in words: ``[12, 20)``, or how many experts of each layer."""
+        if self.experts is None:
+            return ranges(self.dropped)
+        return f"{counted(self.n, 'expert')} a layer"
 
     @property
     def as_cut(self) -> Standing | None:
