@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
     from .values.curve import Curve as Curve
+    from .values.experts import DroppedExperts as DroppedExperts
     from .values.gain import Gain as Gain
     from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
@@ -105,6 +106,7 @@ _HOMES = {
     "CriterionError": "errors",
     "Curve": "values.curve",
     "CurveSettings": "values.settings",
+    "DroppedExperts": "values.experts",
     "ExpertsError": "errors",
     "Gain": "values.gain",
     "Healing": "values.healing",
