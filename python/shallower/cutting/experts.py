@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ExpertsError, ModelError
+from ..errors import ModelError
 from ..models.architecture import DecoderLayers, find_layers, text_config
 from ..models.experts import RoutedExperts, count_keys, find_experts, routing_of
 from ..values.experts import DroppedExperts
-from ..values.layers import ranges
 from .twin import BUILDING_ERRORS, plain_attributes
 
 
@@ -86,25 +85,9 @@ def check_dropped(
     model: nn.Module, experts: Sequence[RoutedExperts], dropped: DroppedExperts, gone: Sequence[int] = ()
 ) -> None:
     """Refuse experts that the model has not, or cannot do without; ``gone`` are whole layers."""
-    number = experts[0].num_experts
-    if dropped.num_experts != number:
-        raise ExpertsError(
-            f"the plan is for {dropped.num_experts} experts a layer, and {type(model).__name__} has "
-            f"{number}: plan again, or name the experts yourself"
-        )
     layers = {one.layer for one in experts} - set(gone)
-    if more := sorted(dropped.by_layer.keys() - layers):
-        raise ExpertsError(
-            f"layer {more[0]} has no routed experts: those with experts are {ranges(sorted(layers))}"
-        )
-    if missing := sorted(layers - dropped.by_layer.keys()):
-        raise ExpertsError(
-            f"layer {missing[0]} would keep all of its {number} experts, and a config has one "
-            f"number for all layers: name {dropped.count} of each of {ranges(sorted(layers))}"
-        )
-    routing = routing_of(model, number)
-    for layer in dropped.by_layer:
-        routing.check(dropped.kept(layer), layer)
+    routing = routing_of(model, experts[0].num_experts)
+    dropped.check(layers, routing, named=type(model).__name__)
 
 
 def checked_changes(model: PreTrainedModel, found: DecoderLayers, num_kept: int) -> dict[int, ExpertLayer]:

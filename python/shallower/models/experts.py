@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ExpertsError, ModelError
+from ..errors import ModelError
+from ..values.experts import Routing
 from .architecture import DecoderLayers, find_layers, text_config
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -43,72 +44,6 @@ class RoutedExperts:
     def block(self) -> str:
         """The path of the module around router and experts; empty for the layer itself."""
         return self.path.rpartition(".")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How a token is sent to experts, as far as the config says it.
-
-    Attributes:
-        num_experts: of a layer.
-        chosen: experts that a token is sent to.
-        num_groups: contiguous groups of as many experts, of which some are chosen first; or 1.
-        groups_chosen: how many of them.
-        two_decide: whether a group is chosen by its two best experts together.
-    """
-
-    num_experts: int
-    chosen: int
-    num_groups: int = 1
-    groups_chosen: int = 1
-    two_decide: bool = False
-
-    @classmethod
-    def of(cls, config: Any, num_experts: int) -> "Routing":
-        """Read it from the config of a decoder.
-
-        ModelError: the config does not say how many experts a token is sent to.
-        """
-        config = getattr(config, "ffn_config", config)
-        found = (getattr(config, name, None) for name in CHOSEN)
-        chosen = next((one for one in found if isinstance(one, int)), None)
-        if chosen is None:
-            raise ModelError(
-                f"the config of {getattr(config, 'model_type', 'the model')} does not say how many "
-                f"experts a token is sent to: expected {', '.join(CHOSEN)}"
-            )
-        groups, most = getattr(config, "n_group", None), getattr(config, "topk_group", None)
-        method = getattr(config, "topk_method", None)
-        if groups is None or method == "greedy":
-            return cls(num_experts, chosen)
-        return cls(num_experts, chosen, groups, most or groups, method != "group_limited_greedy")
-
-    def check(self, kept: tuple[int, ...], layer: int) -> None:
-        """Refuse experts among which the router could not choose: ExpertsError says why."""
-        if len(kept) < self.chosen:
-            raise ExpertsError(
-                f"{len(kept)} experts would be left in layer {layer}, and its router sends a token "
-                f"to {self.chosen}: keep at least {self.chosen}"
-            )
-        size = self.num_experts // self.num_groups
-        groups = [sum(e // size == group for e in kept) for group in range(self.num_groups)]
-        if len(set(groups)) > 1:  # of one group there is one number
-            raise ExpertsError(
-                f"layer {layer} would keep {', '.join(map(str, groups))} experts of its "
-                f"{self.num_groups} groups: its router chooses groups first, which must stay as "
-                f"large as one another"
-            )
-        if self.two_decide and groups[0] < 2:
-            raise ExpertsError(
-                f"layer {layer} would keep {groups[0]} expert of each of its {self.num_groups} "
-                f"groups, and the two best of a group decide about it: keep at least 2 of each"
-            )
-        if groups[0] * self.groups_chosen < self.chosen:
-            raise ExpertsError(
-                f"layer {layer} would keep {groups[0]} experts of a group, and its router sends a "
-                f"token to {self.chosen} experts of {self.groups_chosen} groups: keep at least "
-                f"{-(-self.chosen // self.groups_chosen)} of each"
-            )
 
 
 def find_experts(model: nn.Module, layers: DecoderLayers | None = None) -> tuple[RoutedExperts, ...]:
@@ -162,5 +97,21 @@ def count_keys(config: Any, num_experts: int) -> list[tuple[Any, str]]:
 
 
 def routing_of(model: nn.Module, num_experts: int) -> Routing:
-    """Read from a model's config how tokens are sent to experts; ModelError as :class:`Routing`."""
-    return Routing.of(text_config(model), num_experts)
+    """Read from a model's config how tokens are sent to experts.
+
+    ModelError: the config does not say how many experts a token is sent to.
+    """
+    config = text_config(model)
+    config = getattr(config, "ffn_config", config)
+    found = (getattr(config, name, None) for name in CHOSEN)
+    chosen = next((one for one in found if isinstance(one, int)), None)
+    if chosen is None:
+        raise ModelError(
+            f"the config of {getattr(config, 'model_type', 'the model')} does not say how many "
+            f"experts a token is sent to: expected {', '.join(CHOSEN)}"
+        )
+    groups, most = getattr(config, "n_group", None), getattr(config, "topk_group", None)
+    method = getattr(config, "topk_method", None)
+    if groups is None or method == "greedy":
+        return Routing(num_experts, chosen)
+    return Routing(num_experts, chosen, groups, most or groups, method != "group_limited_greedy")

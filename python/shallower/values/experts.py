@@ -1,4 +1,4 @@
-"""Experts to drop: of every layer that has routed experts as many, named by layer.
+"""Experts to drop: of every layer that has routed experts as many, named by layer; and routing.
 
 Indices are 0-based. Knows no model; layers are those of the whole model.
 """
@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 
 from ..errors import ExpertsError, LayersError, why
 from .counts import counted
-from .layers import MAX_LAYERS, drop_option, dropped_layers, parse_layers
+from .layers import MAX_LAYERS, drop_option, dropped_layers, parse_layers, ranges
 from .layers import blocks_of as ranges_of
 from .schema import of_type
 
@@ -23,6 +23,52 @@ MAX_FILE_BYTES = 64 << 20
 
 Experts = Mapping[int, Iterable[SupportsIndex]]
 """By layer of the whole model, the indices of the experts that go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a token is sent to experts, as far as the config says it.
+
+    Attributes:
+        num_experts: of a layer.
+        chosen: experts that a token is sent to.
+        num_groups: contiguous groups of as many experts, of which some are chosen first; or 1.
+        groups_chosen: how many of them.
+        two_decide: whether a group is chosen by its two best experts together.
+    """
+
+    num_experts: int
+    chosen: int
+    num_groups: int = 1
+    groups_chosen: int = 1
+    two_decide: bool = False
+
+    def check(self, kept: tuple[int, ...], layer: int) -> None:
+        """Refuse experts among which the router could not choose: ExpertsError says why."""
+        if len(kept) < self.chosen:
+            raise ExpertsError(
+                f"{len(kept)} experts would be left in layer {layer}, and its router sends a token "
+                f"to {self.chosen}: keep at least {self.chosen}"
+            )
+        size = self.num_experts // self.num_groups
+        groups = [sum(e // size == group for e in kept) for group in range(self.num_groups)]
+        if len(set(groups)) > 1:  # of one group there is one number
+            raise ExpertsError(
+                f"layer {layer} would keep {', '.join(map(str, groups))} experts of its "
+                f"{self.num_groups} groups: its router chooses groups first, which must stay as "
+                f"large as one another"
+            )
+        if self.two_decide and groups[0] < 2:
+            raise ExpertsError(
+                f"layer {layer} would keep {groups[0]} expert of each of its {self.num_groups} "
+                f"groups, and the two best of a group decide about it: keep at least 2 of each"
+            )
+        if groups[0] * self.groups_chosen < self.chosen:
+            raise ExpertsError(
+                f"layer {layer} would keep {groups[0]} experts of a group, and its router sends a "
+                f"token to {self.chosen} experts of {self.groups_chosen} groups: keep at least "
+                f"{-(-self.chosen // self.groups_chosen)} of each"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +155,30 @@ class DroppedExperts:
         """The indices of a layer's experts that stay, ascending; KeyError for another layer."""
         gone = set(self.by_layer[layer])
         return tuple(expert for expert in range(self.num_experts) if expert not in gone)
+
+    def check(self, layers: Iterable[int], routing: Routing, *, named: str) -> None:
+        """Refuse experts that a model has not, or cannot do without: ExpertsError says why.
+
+        ``layers`` are those with experts that stay, ``named`` is the model in the sentence.
+        """
+        number, layers = routing.num_experts, sorted(layers)
+        if self.num_experts != number:
+            raise ExpertsError(
+                f"the plan is for {self.num_experts} experts a layer, and {named} has {number}: "
+                f"plan again, or name the experts yourself"
+            )
+        if more := sorted(self.by_layer.keys() - set(layers)):
+            raise ExpertsError(
+                f"layer {more[0]} has no routed experts: those with experts are "
+                f"{ranges(layers) or 'none that stays'}"
+            )
+        if missing := sorted(set(layers) - self.by_layer.keys()):
+            raise ExpertsError(
+                f"layer {missing[0]} would keep all of its {number} experts, and a config has one "
+                f"number for all layers: name {self.count} of each of {ranges(layers)}"
+            )
+        for layer in self.by_layer:
+            routing.check(self.kept(layer), layer)
 
     def without(self, layers: Iterable[int]) -> "DroppedExperts":
         """The same of fewer layers; those that go whole lose no single experts."""
