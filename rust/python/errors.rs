@@ -12,6 +12,7 @@ pub(super) mod raised {
     import_exception!(shallower.errors, StatesError);
     import_exception!(shallower.errors, MetricError);
     import_exception!(shallower.errors, LayersError);
+    import_exception!(shallower.errors, ExpertsError);
     import_exception!(shallower.errors, CostsError);
     import_exception!(shallower.errors, ScanError);
     import_exception!(shallower.errors, ThreadsError);
