@@ -119,7 +119,8 @@ pub fn gguf() -> impl Strategy<Value = (Tokens, usize, Vec<u8>)> {
         let entry = (select(KEYS[1..].to_vec()), gguf_value(blocks));
         let entries = prop::collection::btree_map(entry.0, entry.1, 0..4);
         let tensors = prop::collection::vec((0..blocks, 1_u64..5, any::<u8>()), 0..6);
-        (entries, tensors).prop_map(move |(entries, tensors)| {
+        let with_experts = any::<bool>();
+        (entries, tensors, with_experts).prop_map(move |(entries, tensors, with_experts)| {
             let alignment = 1_usize << log;
             let number = |value: u32| value.to_le_bytes().to_vec();
             let mut tokens = vec![b"GGUF".to_vec(), number(3)];
@@ -157,9 +158,14 @@ pub fn gguf() -> impl Strategy<Value = (Tokens, usize, Vec<u8>)> {
                 tokens.extend(value);
             }
             let mut data = Vec::new();
-            let every = (0..blocks).map(|block| (block, 2, 7));
+            let every = (0..blocks).map(|block| (block, 3, 7));
             for (i, (block, len, byte)) in every.chain(tensors).enumerate() {
-                tokens.extend([gguf_text(&format!("blk.{block}.t{i}")), number(1)]);
+                let name = if with_experts && i < blocks as usize {
+                    "exp_probs_b.bias".into()
+                } else {
+                    format!("t{i}")
+                };
+                tokens.extend([gguf_text(&format!("blk.{block}.{name}")), number(1)]);
                 tokens.push(len.to_le_bytes().to_vec());
                 tokens.extend([number(0), (data.len() as u64).to_le_bytes().to_vec()]);
                 data.resize(data.len() + 4 * len as usize, byte);
