@@ -121,7 +121,7 @@ class Mixture:
         if more := sorted(dropped.by_layer.keys() - layers):
             raise ExpertsError(
                 f"layer {more[0]} has no routed experts: those with experts are "
-                f"{ranges(sorted(layers))}"
+                f"{ranges(sorted(layers)) or 'none that stays'}"
             )
         if missing := sorted(layers - dropped.by_layer.keys()):
             raise ExpertsError(
