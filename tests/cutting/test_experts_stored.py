@@ -15,6 +15,7 @@ from tests.cutting.test_checkpoint_formats import FORMATS
 from tests.cutting.test_experts_on_disk import TOKENS, stock
 from tests.cutting.test_families import logits
 from tests.folders import tree
+from tests.models.gguf_files import write_gguf
 
 DROPPED = {layer: [1, 4] for layer in range(8)}
 KEPT = [0, 2, 3, 5]
@@ -271,3 +272,12 @@ def test_two_plans_do_not_name_the_same(source):
     assert (done.dropped, sorted(done.experts.by_layer)) == ((2,), [0, 1, 3, 4, 5, 6, 7])
     words = r"drops the layers .* already"
     assert_refused(sh.PlanError, words, source, [3], experts=done)
+
+
+def test_a_gguf_file_without_experts_loses_none(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    words = "tiny.gguf counts no routed experts: drop whole layers instead"
+    with pytest.raises(sh.ModelError, match=words):
+        sh.prune(path, (), tmp_path / "cut.gguf", experts={0: [1]})
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]

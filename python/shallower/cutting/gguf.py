@@ -23,7 +23,7 @@ from ..values.routing import Routing
 from .cards import exports
 from .exports import CutFacts, export_path
 from .mixture import Mixture
-from .plans import agreed_plan
+from .plans import NamedExperts, agreed_plan
 from .source import GGUF_KEYS, find_source
 
 EXPERT_KEYS = ("count", "used_count", "group_count", "group_used_count")
@@ -168,11 +168,20 @@ def read_metadata(source: Path) -> dict[str, Any]:
         return {}
 
 
-def count_parts(source: Path) -> tuple[int, int]:
-    """The layers of a GGUF file, and the routed experts of each; 0 where it counts none."""
+def plan_gguf(source: Path, layers: Plan | Layers, experts: NamedExperts) -> Plan:
+    """The plan that drops experts of a GGUF file, beside layers or alone.
+
+    ModelError: the file counts no experts. Else raises as :func:`.plans.agreed_plan`.
+    """
     file = Gguf(source)
-    count = file.metadata([key := f"{file.architecture}.expert_count"]).get(key)
-    return file.num_layers, count if type(count) is int else 0
+
+    def count() -> int:
+        number = file.metadata([key := f"{file.architecture}.expert_count"]).get(key)
+        if type(number) is not int or number < 2:
+            raise ModelError(f"{source} counts no routed experts: drop whole layers instead")
+        return number
+
+    return agreed_plan(str(source), file.num_layers, layers, experts=experts, count_experts=count)
 
 
 def plan_path(out: str | Path) -> Path:

@@ -22,7 +22,7 @@ from ..values.plan import Plan
 from .checkpoint import PreparedCut, prepare
 from .checkpoint_files import is_checkpoint, stored_dtype
 from .exports import export_files
-from .gguf import count_parts, prepare_gguf, read_metadata
+from .gguf import plan_gguf, prepare_gguf, read_metadata
 from .plans import NamedExperts, agreed_plan, load_plan, made_for, plan_file
 from .source import Source, find_source, hub_id
 
@@ -420,10 +420,7 @@ def _plan_gguf(
                 f"is cut without being loaded: leave it out, or name a folder as out"
             )
     if experts is not None:
-        num_layers, num_experts = count_parts(path)
-        layers = agreed_plan(
-            request.named, num_layers, layers, experts=experts, count_experts=lambda: num_experts
-        )
+        layers = plan_gguf(path, layers, experts)
     cut = prepare_gguf(path, layers, request.out)
     cut.check_free(request.overwrite)
     return PlannedPrune("gguf", cut.plan, tuple(cut.files), cut.num_bytes, request, cut.write)
