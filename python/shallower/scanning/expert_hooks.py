@@ -273,14 +273,14 @@ class _Layer:
         """What experts do whose outputs are multiplied by their weights."""
         states, chosen, weights = (one.reshape(-1, one.shape[-1]) for one in given)
         tokens = self._hooks.tokens(states, self._one.path)
-        chosen, gates = chosen[tokens], weights[tokens]
-        each = states[tokens].repeat_interleave(chosen.shape[1], 0)
+        chosen, gates = chosen.index_select(0, tokens), weights.index_select(0, tokens)
+        each = states.index_select(0, tokens).repeat_interleave(chosen.shape[1], 0)
         if given[0].ndim > 2:  # DBRX's are given (B, T, D)
             each = each[None]
         alone = module.forward(each, chosen.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1))
         alone = alone.reshape(*chosen.shape, -1)
-        products = self._products(alone * gates[..., None])
-        return Sent(chosen, gates, _norms(alone), self._turned(tokens, output), True, products)
+        turned, products = self._turned(tokens, output), self._products(alone, gates)
+        return Sent(chosen, gates, _norms(alone), turned, True, products)
 
     def _of_inputs(self, given: torch.Tensor, output: torch.Tensor) -> Sent:
         """What experts do whose inputs are: all of them run on all tokens, most on zeros."""
@@ -289,20 +289,26 @@ class _Layer:
         scores = self._scores.reshape(-1, experts)
         by_expert = output.view(experts, -1, output.shape[-1])
         tokens = self._hooks.tokens(by_expert[0], self._one.path)
-        gates, chosen = scores[tokens].topk(self._hooks.statistics.routing.chosen)
+        gates, chosen = scores.index_select(0, tokens).topk(self._hooks.statistics.routing.chosen)
         alone = by_expert[chosen, tokens[:, None]]
-        chosen, turned = (
-            torch.where(gates > 0, chosen, experts),
-            self._turned(tokens, by_expert.sum(0)),
-        )
-        return Sent(chosen, gates, _norms(alone), turned, False, self._products(alone))
+        turned, products = self._turned(tokens, by_expert.sum(0)), self._products(alone)
+        chosen = torch.where(gates > 0, chosen, experts)
+        return Sent(chosen, gates, _norms(alone), turned, False, products)
 
-    def _products(self, added: torch.Tensor) -> torch.Tensor | None:
-        """The inner products of what experts add to each token, of (n, k, D), if they are kept."""
+    def _products(
+        self, alone: torch.Tensor, gates: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The inner products of what experts add to each token, (n, k, k), if they are kept.
+
+        Of (n, k, D) outputs, and what they are multiplied by.
+        """
         if self._hooks.statistics.pairs is None:
             return None
-        parts = added.split(max(1, ENOUGH // added[:1].numel()))
-        return torch.cat([part.double() @ part.double().mT for part in parts])
+        size = max(1, ENOUGH // alone[:1].numel())
+        products = [part.double() @ part.double().mT for part in alone.split(size)]
+        if gates is None:
+            return torch.cat(products)
+        return torch.cat(products) * gates.double()[:, :, None] * gates.double()[:, None, :]
 
     def _turned(self, tokens: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
         """One minus the cosine of the stream before and behind the routed experts, (n,) float64.
@@ -315,12 +321,12 @@ class _Layer:
         if statistics.has_stream and not is_found:
             statistics.lose_stream()
         if before is None or not statistics.has_stream:
-            return torch.zeros(len(tokens), dtype=torch.float64, device=routed.device)
+            return torch.zeros(len(tokens), dtype=torch.float64)
         before = before.flatten(0, -2)
         found = []
         for some in tokens.split(max(1, ENOUGH // before.shape[-1])):
-            entered = before[some].double()
-            left = entered + routed[some].double()
+            entered = before.index_select(0, some).double()
+            left = entered + routed.index_select(0, some).double()
             found.append(1 - torch.cosine_similarity(entered, left, dim=-1))
         return torch.cat(found).clamp(min=0)
 
