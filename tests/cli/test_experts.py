@@ -76,7 +76,7 @@ def test_plan_of_layers_and_experts(shallower, scanned, folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "said"),
     [
         ((), "name a number of layers (--n), or of experts"),
         (("--experts", 5), "keep at least 2"),
@@ -84,10 +84,10 @@ def test_plan_of_layers_and_experts(shallower, scanned, folder):
         (("--experts", 2, "--max-blocks", 2), "name their number (n, --n)"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(shallower, scanned, options, words):
+def test_what_cannot_be_planned_is_refused(shallower, scanned, options, said):
     done = shallower("plan", scanned, *options)
     assert done.status == 2
-    assert words in done.error
+    assert said in done.error
 
 
 def test_experts_of_a_scan_without_them_are_refused(shallower, scans):

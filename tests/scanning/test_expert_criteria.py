@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,8 @@ from tests.cutting.mixtures import mixture
 from tests.documents import documents
 
 TEXTS = documents(20)
-OF_ACTIVATIONS = ["ean", "man", "msan", "reap", "easy-ep"]
+OF_ACTIVATIONS = ["ean", "man", "msan", "reap", "easy-ep", "reconstruction"]
+BY_SCORE = [name for name, row in CRITERIA.items() if row.kind != "set"]
 
 
 def statistics(tokens, num_experts=6, layers=(1, 3), **routing):
@@ -70,7 +72,7 @@ def test_scores_are_those_of_a_slow_twin(tokens, criterion):
     np.testing.assert_allclose(found, slow_scores(tokens, criterion), rtol=1e-12)
 
 
-@given(st.lists(token, min_size=1, max_size=60), st.sampled_from(list(CRITERIA)), st.integers(1, 4))
+@given(st.lists(token, min_size=1, max_size=60), st.sampled_from(BY_SCORE), st.integers(1, 4))
 def test_the_lowest_go_and_those_without_evidence_last(tokens, criterion, count):
     found = statistics(tokens)
     dropped = experts_to_drop(found, count, criterion=criterion, seed=3)
@@ -180,6 +182,83 @@ def test_a_draw_depends_on_seed_and_layer_alone():
     assert (
         expert_scores(one, "random", 5)[0].tolist() != expert_scores(one, "random", 6)[0].tolist()
     )
+
+
+def planted_products(seed, num_experts, **routing):
+    """Statistics with the products of made-up outputs, and those products."""
+    added = np.random.default_rng(seed).normal(size=(num_experts, 3)) + 0.5
+    products = added @ added.T
+    found = statistics([(0, 0, 0, 1, 1, 1)], num_experts, (0,), **routing)
+    pairs = products[np.triu_indices(num_experts)]
+    found.pairs.update(0, np.ones((1, len(pairs)), np.uint64), pairs[None, :, None])
+    np.testing.assert_allclose(found.products()[0], products, rtol=1e-12)
+    return found, products
+
+
+@given(st.integers(0, 999), st.integers(3, 8), st.integers(1, 6))
+def test_reconstruction_finds_the_best_set_of_a_few(seed, num_experts, count):
+    found, products = planted_products(seed, num_experts, chosen=1)
+    count = min(count, num_experts - 1)
+    gone = experts_to_drop(found, count, criterion="reconstruction").by_layer[0]
+    errors = {
+        some: products[np.ix_(some, some)].sum()
+        for some in itertools.combinations(range(num_experts), count)
+    }
+    assert errors[gone] <= min(errors.values()) + 1e-9
+
+
+@given(st.integers(0, 999), st.integers(1, 8), st.sampled_from([1, 2]))
+def test_reconstruction_of_many_takes_one_after_the_other(seed, count, num_groups):
+    found, products = planted_products(seed, 12, chosen=1, num_groups=num_groups)
+    count *= num_groups if count <= 5 else 1
+    if count % num_groups:
+        return
+    gone = []
+    while len(gone) < count:
+        free = [
+            expert
+            for expert in range(12)
+            if expert not in gone
+            and sum(one * num_groups // 12 == expert * num_groups // 12 for one in gone)
+            < count // num_groups
+        ]
+        gone.append(min(free, key=lambda e: products[np.ix_([*gone, e], [*gone, e])].sum()))
+    wanted = tuple(sorted(gone))
+    assert experts_to_drop(found, count, criterion="reconstruction").by_layer[0] == wanted
+
+
+def test_products_of_too_many_pairs_are_not_kept():
+    found = ExpertStatistics(range(20), Routing(128, 2))
+    assert found.pairs is None
+    with pytest.raises(sh.ExpertsError, match="choose another criterion than reconstruction"):
+        experts_to_drop(found, 2, criterion="reconstruction")
+    assert found.copy().pairs is None
+
+
+def test_what_a_set_adds_is_what_the_layers_output_loses(words):
+    """In a model: the experts' outputs are set to zero, and the last layer's block is compared."""
+    model = mixture("mixtral")
+    texts = [text for text in TEXTS if len(text.split()) > 3]
+    scanned = sh.scan(model, words, texts, experts=True, batch_size=1)
+    one, dropped = find_experts(model)[-1], scanned.plan(experts=2, criterion="reconstruction")
+    gone = list(dropped.experts.by_layer[one.layer])
+    outputs = {}
+
+    def keep(name):
+        seen = outputs.setdefault(name, [])
+        handle = one.module.register_forward_hook(lambda *hooked: seen.append(hooked[-1]))
+        for text in texts:
+            model(**words(text, return_tensors="pt", return_token_type_ids=False))
+        handle.remove()
+        return torch.cat(seen).detach().double()
+
+    before = keep("before")
+    one.module.down_proj.data[gone] = 0
+    lost = float((before - keep("after")).square().sum())
+    products = scanned.experts.products()[-1]
+    np.testing.assert_allclose(products[np.ix_(gone, gone)].sum(), lost, rtol=1e-4)
+    least = min(products[np.ix_(some, some)].sum() for some in itertools.combinations(range(6), 2))
+    np.testing.assert_allclose(lost, least, rtol=1e-4)
 
 
 # In models.

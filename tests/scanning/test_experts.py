@@ -1,6 +1,7 @@
 """Statistics of experts, against a float64 twin of what the experts' own call was given."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -170,6 +171,44 @@ def test_statistics_are_those_of_a_float64_twin(name, side):
 
 
 @pytest.mark.parametrize("name", FAST)
+def test_products_are_those_of_what_experts_add(name):
+    """By plain loops over tokens; and of an expert with itself the squares that are kept beside."""
+    model, seen = mixture(name), batch()
+    found = observed(model, seen)
+    products = found.products()
+    assert np.array_equal(products, products.transpose(0, 2, 1))
+    np.testing.assert_allclose(
+        np.diagonal(products, axis1=1, axis2=2), found.total("gated_square"), rtol=1e-5, atol=1e-12
+    )
+    one = find_experts(model)[-1]
+    dump = Dump(model)
+    with torch.inference_mode():
+        model(
+            input_ids=torch.from_numpy(seen.input_ids),
+            attention_mask=torch.from_numpy(seen.attention_mask),
+            use_cache=False,
+        )
+    states, output = dump.calls[one.layer]
+    tokens, width = np.flatnonzero(seen.attention_mask), output.shape[-1]
+    added = np.zeros((seen.attention_mask.size, one.num_experts, width))
+    if len(states) == 1:
+        by_expert = states[0].view(one.num_experts, -1, width).double()
+        for expert, token in itertools.product(range(one.num_experts), tokens):
+            if by_expert[expert, token].any():
+                added[token, expert] = output_of(one.module, expert, by_expert[expert, token])
+        output = output.view(one.num_experts, -1, width).sum(0)
+    else:
+        rows, chosen, weights = (one.reshape(-1, one.shape[-1]) for one in states)
+        for token, place in itertools.product(tokens, range(chosen.shape[1])):
+            alone = output_of(one.module, int(chosen[token, place]), rows[token].double())
+            added[token, chosen[token, place]] = float(weights[token, place]) * alone
+    wanted = np.einsum("tid,tjd->ij", added, added)
+    np.testing.assert_allclose(products[-1], wanted, rtol=2e-5, atol=1e-6 * wanted.max())
+    whole = output.reshape(-1, width)[tokens].double().numpy()  # all left out: nothing stays
+    np.testing.assert_allclose(products[-1].sum(), (whole**2).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_how_far_the_stream_is_turned(name):
     """By hooks on the norm before a block alone, and plain loops."""
     model, seen = mixture(name), batch()
@@ -237,7 +276,8 @@ def test_every_mixture_can_be_observed(name):
 
 
 def same_bits(one, other):
-    return one.header() == other.header() and one.sums.to_bytes() == other.sums.to_bytes()
+    sums = ((found.sums.to_bytes(), found.pairs.to_bytes()) for found in (one, other))
+    return one.header() == other.header() and len({*sums}) == 1
 
 
 def test_texts_in_any_order_and_merged_in_any_parts_have_the_same_bits():
@@ -266,8 +306,10 @@ def test_the_same_outputs_have_the_same_bits_however_texts_are_batched(data):
             some = [texts[text] for text in order[start : start + size]]
             rows = np.repeat(np.arange(len(some)), [len(one.experts) for one in some])
             values = (torch.cat([getattr(one, name) for one in some]) for name in PARTS)
-            sent = Sent(*values, multiplies=True)
-            statistics.add(0, *sent.sums(rows, len(some), 4))
+            products = torch.cat([one.products for one in some])
+            sent = Sent(*values, multiplies=True, products=products)
+            of = rows, len(some), 4
+            statistics.add(0, *sent.sums(*of), pairs=sent.pairs(*of))
         found.append(statistics)
     assert same_bits(*found)
     assert found[0].counts.sum() == 2 * sum(lengths)
@@ -280,7 +322,8 @@ def _sent(generator, tokens):
     """Made-up outputs of two of four experts at every token of a text."""
     chosen = np.argsort(generator.random((tokens, 4)))[:, :2]
     values = (generator.lognormal(size=shape) for shape in ((tokens, 2), (tokens, 2), tokens))
-    return Sent(*map(torch.from_numpy, (chosen, *values)), multiplies=True)
+    products = torch.from_numpy(generator.normal(size=(tokens, 2, 2)))
+    return Sent(*map(torch.from_numpy, (chosen, *values)), multiplies=True, products=products)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -72,7 +72,7 @@ _PARTS = (slice(16), slice(16, 30), slice(30, 40))
 
 
 def _bytes(scan):
-    return scan.experts.sums.to_bytes()
+    return scan.experts.sums.to_bytes(), scan.experts.pairs.to_bytes()
 
 
 def test_shards_make_the_bytes_of_the_whole(mixtral, words, whole, tmp_path):
@@ -153,6 +153,8 @@ DAMAGES = {
     "no truth": _header(lambda of: of.update(has_stream=1)),
     "no entry": lambda header, arrays: header.pop("experts"),
     "no ratios": lambda header, arrays: arrays.pop("experts.aimer"),
+    "no pairs": lambda header, arrays: arrays.pop("experts.pairs"),
+    "pairs": lambda header, arrays: arrays.update({"experts.pairs": arrays["experts"]}),
     "ratios": lambda header, arrays: arrays["experts.aimer"].fill(2),
     "sums": lambda header, arrays: arrays["experts"].put(3, 7),
     "size": lambda header, arrays: arrays["experts"].put(range(8, 24), 255),

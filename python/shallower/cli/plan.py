@@ -63,7 +63,7 @@ def plan_command(
         typer.Option(
             metavar="NAME",
             help="Criterion that lets experts go: frequency, soft-frequency, ean, man, msan, reap, "
-            "easy-ep, aimer or random.",
+            "easy-ep, reconstruction, aimer or random.",
         ),
     ] = "reap",
     out: Annotated[

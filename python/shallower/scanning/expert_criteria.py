@@ -5,6 +5,7 @@ One table; a row says how its score is made of the sums, so that each has an err
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, combinations, product
 from typing import Any, Literal
 
 import numpy as np
@@ -26,15 +27,16 @@ class ExpertCriterion:
     Attributes:
         what: the score in words.
         kind: a ``total`` over tokens, by which an expert that no token is sent to goes first; a
-            ``mean`` over them, of which such an expert has none, so that it goes last; of the
-            ``weights``, or ``drawn``.
+            ``mean`` over them, of which such an expert has none, so that it goes last; a total of
+            which a whole ``set`` has another than its experts one by one; of the ``weights``, or
+            ``drawn``.
         value: what is summed, as :class:`ExpertStatistics` names it.
         paper: where it comes from.
         highest_go: whether the highest scores go first instead.
     """
 
     what: str
-    kind: Literal["total", "mean", "weights", "drawn"]
+    kind: Literal["total", "mean", "set", "weights", "drawn"]
     value: str = ""
     paper: str = ""
     highest_go: bool = False
@@ -48,10 +50,21 @@ CRITERIA = {
     "msan": ExpertCriterion("mean ‖f‖²", "mean", "square", "2606.15716"),
     "reap": ExpertCriterion("mean g‖f‖", "mean", "gated", "2510.13999"),
     "easy-ep": ExpertCriterion("Σ s g‖f‖", "total", "moved", "2504.06792"),
+    "reconstruction": ExpertCriterion(
+        "Σ ‖what they add‖², alone", "set", "gated_square", "2402.14800"
+    ),
     "aimer": ExpertCriterion("mean |w| / rms w", "weights", paper="2603.18492", highest_go=True),
     "random": ExpertCriterion("drawn", "drawn"),
 }
-"""Every criterion of experts, by name."""
+"""Every criterion of experts, by name.
+
+``reconstruction`` is the change of the layer's output, as a squared norm summed over tokens, when a
+set of experts adds nothing, the others as before: the paper's distance without its new choice among
+those that stay and their new weights, which take a forward for every set.
+"""
+
+ALL_SETS = 8
+"""Experts of a layer up to which ``reconstruction`` looks at every set, as its paper does."""
 
 DEFAULT = "reap"
 
@@ -69,7 +82,7 @@ def expert_scores(statistics: ExpertStatistics, criterion: str, seed: int = 0) -
     ``seed`` is of ``random``. ExpertsError: the scan lacks what the criterion takes.
     """
     row = criterion_of(criterion)
-    if row.kind == "total":
+    if row.kind in ("total", "set"):
         return statistics.total(row.value)
     if row.kind == "mean":
         return statistics.mean(row.value)
@@ -86,7 +99,7 @@ def expert_scores(statistics: ExpertStatistics, criterion: str, seed: int = 0) -
 def expert_stderr(statistics: ExpertStatistics, criterion: str) -> Array:
     """The standard error of every score, (M, E), by text; NaN for criteria without texts."""
     row = criterion_of(criterion)
-    if row.kind == "total":
+    if row.kind in ("total", "set"):
         return statistics.total_stderr(row.value)
     if row.kind == "mean":
         return statistics.mean_stderr(row.value)
@@ -121,11 +134,14 @@ def experts_to_drop(
     """
     routing = statistics.routing
     _check_count(routing, count)
-    scores = expert_scores(statistics, criterion, seed)
+    together = criterion_of(criterion).kind == "set"
+    scores = None if together else expert_scores(statistics, criterion, seed)
+    rows = statistics.products() if scores is None else _keys(scores, criterion)
+    choose = _least_together if together else _lowest
     left = set(statistics.layers) - set(gone)
     by_layer = {
-        layer: _lowest(row, count, routing.num_groups)
-        for layer, row in zip(statistics.layers, _keys(scores, criterion), strict=True)
+        layer: choose(row, count, routing.num_groups)
+        for layer, row in zip(statistics.layers, rows, strict=True)
         if layer in left
     }
     dropped = DroppedExperts(routing.num_experts, by_layer, criterion)
@@ -206,3 +222,26 @@ def _lowest(row: Array, count: int, num_groups: int) -> tuple[int, ...]:
     order = np.argsort(groups, axis=1, kind="stable")[:, : count // num_groups]
     starts = np.arange(num_groups)[:, None] * groups.shape[1]
     return tuple(sorted((order + starts).ravel().tolist()))
+
+
+def _least_together(products: Array, count: int, num_groups: int) -> tuple[int, ...]:
+    """The experts of a layer that add least together, as many of each group.
+
+    By (E, E) inner products of what they add: the best of all sets, or one expert after the other.
+    """
+    size = len(products) // num_groups
+    each = count // num_groups
+    if len(products) <= ALL_SETS:
+        parts = (combinations(range(g * size, (g + 1) * size), each) for g in range(num_groups))
+        sets = [tuple(chain(*some)) for some in product(*parts)]
+        return min(sets, key=lambda some: float(products[np.ix_(some, some)].sum()))
+    more, groups = products.diagonal().copy(), np.arange(len(products)) // size
+    gone: list[int] = []
+    while len(gone) < count:
+        expert = int(np.argmin(more))
+        gone.append(expert)
+        more += 2 * products[expert]
+        more[gone] = np.inf
+        if sum(groups[one] == groups[expert] for one in gone) == each:
+            more[groups == groups[expert]] = np.inf
+    return tuple(sorted(gone))

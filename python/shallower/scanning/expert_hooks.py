@@ -21,7 +21,7 @@ from ..errors import ModelError
 from ..models.decoder import Decoder
 from ..models.experts import RoutedExperts, find_experts, routing_of
 from ..texts.batches import Batch
-from .expert_statistics import ExpertStatistics
+from .expert_statistics import ExpertStatistics, pair_places
 
 ENOUGH = 1 << 22
 """Values of float64 that are made at once."""
@@ -37,6 +37,7 @@ class Sent:
         norms: (n, k) float64, those of the outputs.
         turned: (n,) float64, one minus the cosine of the stream before and behind all experts.
         multiplies: whether the gates multiply the outputs.
+        products: (n, k, k) float64, the inner products of what the experts add; or None.
     """
 
     experts: torch.Tensor
@@ -44,6 +45,24 @@ class Sent:
     norms: torch.Tensor
     turned: torch.Tensor
     multiplies: bool
+    products: torch.Tensor | None = None
+
+    def pairs(
+        self, rows: NDArray[np.int64], num_texts: int, num_experts: int
+    ) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Sums by text and pair of experts: (B, P) tokens, and (B, P, 1) products."""
+        if self.products is None:
+            return None
+        experts, products = self.experts.cpu().numpy(), self.products.cpu().numpy()
+        first, second = np.triu_indices(experts.shape[1])
+        one, other = experts[:, first], experts[:, second]
+        there = (np.minimum(one, other) >= 0) & (np.maximum(one, other) < num_experts)
+        num_pairs = num_experts * (num_experts + 1) // 2
+        places = rows[:, None] * num_pairs + pair_places(one, other, num_experts)
+        cells, size = places[there], num_texts * num_pairs
+        counts = np.bincount(cells, minlength=size).reshape(num_texts, num_pairs)
+        values = np.bincount(cells, products[:, first, second][there], size)
+        return counts, values.reshape(num_texts, num_pairs, 1)
 
     def sums(
         self, rows: NDArray[np.int64], num_texts: int, num_experts: int
@@ -121,7 +140,8 @@ class ExpertHooks:
             rows = np.nonzero(self._batch.attention_mask)[0]
             experts = self.statistics.routing.num_experts
             for place, sent in self._found.items():
-                self.statistics.add(place, *sent.sums(rows, len(self._batch), experts))
+                of = rows, len(self._batch), experts
+                self.statistics.add(place, *sent.sums(*of), pairs=sent.pairs(*of))
         self._forget()
         self._batch = batch
 
@@ -253,13 +273,14 @@ class _Layer:
         """What experts do whose outputs are multiplied by their weights."""
         states, chosen, weights = (one.reshape(-1, one.shape[-1]) for one in given)
         tokens = self._hooks.tokens(states, self._one.path)
-        chosen, gates = chosen[tokens], weights[tokens]
-        each = states[tokens].repeat_interleave(chosen.shape[1], 0)
+        chosen, gates = chosen.index_select(0, tokens), weights.index_select(0, tokens)
+        each = states.index_select(0, tokens).repeat_interleave(chosen.shape[1], 0)
         if given[0].ndim > 2:  # DBRX's are given (B, T, D)
             each = each[None]
         alone = module.forward(each, chosen.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1))
-        norms = _norms(alone.reshape(-1, alone.shape[-1])).view(chosen.shape)
-        return Sent(chosen, gates, norms, self._turned(tokens, output), True)
+        alone = alone.reshape(*chosen.shape, -1)
+        turned, products = self._turned(tokens, output), self._products(alone, gates)
+        return Sent(chosen, gates, _norms(alone), turned, True, products)
 
     def _of_inputs(self, given: torch.Tensor, output: torch.Tensor) -> Sent:
         """What experts do whose inputs are: all of them run on all tokens, most on zeros."""
@@ -268,10 +289,26 @@ class _Layer:
         scores = self._scores.reshape(-1, experts)
         by_expert = output.view(experts, -1, output.shape[-1])
         tokens = self._hooks.tokens(by_expert[0], self._one.path)
-        gates, chosen = scores[tokens].topk(self._hooks.statistics.routing.chosen)
-        norms = _norms(by_expert[chosen, tokens[:, None]].flatten(0, 1)).view(chosen.shape)
+        gates, chosen = scores.index_select(0, tokens).topk(self._hooks.statistics.routing.chosen)
+        alone = by_expert[chosen, tokens[:, None]]
+        turned, products = self._turned(tokens, by_expert.sum(0)), self._products(alone)
         chosen = torch.where(gates > 0, chosen, experts)
-        return Sent(chosen, gates, norms, self._turned(tokens, by_expert.sum(0)), False)
+        return Sent(chosen, gates, _norms(alone), turned, False, products)
+
+    def _products(
+        self, alone: torch.Tensor, gates: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The inner products of what experts add to each token, (n, k, k), if they are kept.
+
+        Of (n, k, D) outputs, and what they are multiplied by.
+        """
+        if self._hooks.statistics.pairs is None:
+            return None
+        size = max(1, ENOUGH // alone[:1].numel())
+        products = [part.double() @ part.double().mT for part in alone.split(size)]
+        if gates is None:
+            return torch.cat(products)
+        return torch.cat(products) * gates.double()[:, :, None] * gates.double()[:, None, :]
 
     def _turned(self, tokens: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
         """One minus the cosine of the stream before and behind the routed experts, (n,) float64.
@@ -284,19 +321,19 @@ class _Layer:
         if statistics.has_stream and not is_found:
             statistics.lose_stream()
         if before is None or not statistics.has_stream:
-            return torch.zeros(len(tokens), dtype=torch.float64, device=routed.device)
+            return torch.zeros(len(tokens), dtype=torch.float64)
         before = before.flatten(0, -2)
         found = []
         for some in tokens.split(max(1, ENOUGH // before.shape[-1])):
-            entered = before[some].double()
-            left = entered + routed[some].double()
+            entered = before.index_select(0, some).double()
+            left = entered + routed.index_select(0, some).double()
             found.append(1 - torch.cosine_similarity(entered, left, dim=-1))
         return torch.cat(found).clamp(min=0)
 
 
 def _norms(states: torch.Tensor) -> torch.Tensor:
-    """The norms of (n, D) states, (n,) float64."""
-    parts = states.split(max(1, ENOUGH // states.shape[-1]))
+    """The norms of (n, k, D) states, (n, k) float64."""
+    parts = states.split(max(1, ENOUGH // states[:1].numel()))
     return torch.cat([torch.linalg.vector_norm(part.double(), dim=-1) for part in parts])
 
 

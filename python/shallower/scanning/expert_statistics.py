@@ -20,7 +20,11 @@ VALUES = ("gate", "norm", "square", "gated", "gated_square", "moved")
 
 MOVED = VALUES.index("moved")
 
+MOST_PAIRS = 65_536
+"""Pairs of experts of all layers whose products are summed; of a model with more none are."""
+
 Array = NDArray[np.float64]
+Pairs = tuple[NDArray[Any], NDArray[Any]]
 
 
 class ExpertStatistics:
@@ -43,6 +47,9 @@ class ExpertStatistics:
         layers: those that have experts, ascending, M of them.
         routing: how tokens are sent to experts.
         sums: the core's sums, of M layers.
+        pairs: the core's sums of the inner product of what two experts add to a token that both
+            were sent, for all pairs of a layer as ``pair_places`` orders them; None where there
+            are more than ``MOST_PAIRS``. See :meth:`products`.
         left_out: experts' parts of texts that held NaN or infinity.
         has_stream: whether s is known, see :meth:`lose_stream`.
         aimer: (M, E) float64, of every expert the mean of its weights' magnitudes over their root
@@ -52,6 +59,9 @@ class ExpertStatistics:
     def __init__(self, layers: Sequence[int], routing: Routing) -> None:
         self.layers, self.routing = tuple(layers), routing
         self.sums = ExpertSums(len(self.layers), routing.num_experts, len(VALUES))
+        num_pairs = routing.num_experts * (routing.num_experts + 1) // 2
+        fits = len(self.layers) * num_pairs <= MOST_PAIRS
+        self.pairs = ExpertSums(len(self.layers), num_pairs, 1) if fits else None
         self.left_out = 0
         self.has_stream = True
         self.aimer = np.full((len(self.layers), routing.num_experts), np.nan)
@@ -116,6 +126,23 @@ class ExpertStatistics:
             spread = square - 2 * mean * product + mean**2 * self.sums.count_squares()
             return np.sqrt(np.maximum(spread, 0) * _bessel(texts)) / self.counts
 
+    def products(self) -> Array:
+        """The inner products of what experts add, summed over tokens, (M, E, E), symmetric.
+
+        Leaving out a set of experts of a layer, and changing nothing else, changes the layer's
+        output by the sum of its square of the products, summed over tokens as a squared norm.
+        ExpertsError: the model has too many pairs of experts.
+        """
+        if self.pairs is None:
+            raise ExpertsError(
+                f"the scan has no products of pairs of experts, which are kept of at most "
+                f"{MOST_PAIRS:,} in all layers: choose another criterion than reconstruction"
+            )
+        size = self.routing.num_experts
+        found, (rows, columns) = np.zeros((len(self.layers), size, size)), np.triu_indices(size)
+        found[:, rows, columns] = found[:, columns, rows] = self.pairs.sums()[..., 0]
+        return found
+
     def _texts(self) -> Array:
         return np.array(self.sums.texts, np.float64)[:, None]
 
@@ -129,16 +156,21 @@ class ExpertStatistics:
             )
         return VALUES.index(value)
 
-    def add(self, place: int, counts: NDArray[np.int64], values: Array) -> None:
+    def add(
+        self, place: int, counts: NDArray[np.int64], values: Array, *, pairs: Pairs | None = None
+    ) -> None:
         """Add texts to the layer at a place in ``layers``.
 
         ``counts`` are (B, E), the tokens of each text that each expert was sent; ``values``
-        (B, E, 6), the sums of ``VALUES`` over them.
+        (B, E, 6), the sums of ``VALUES`` over them; ``pairs`` the same of pairs of experts, (B, P)
+        and (B, P, 1).
         """
         whole = np.array(values, np.float64, order="C")
         if not self.has_stream:
             whole[..., MOVED] = 0
         self.left_out += self.sums.update(place, np.ascontiguousarray(counts, np.uint64), whole)
+        if self.pairs is not None and pairs is not None:
+            self.pairs.update(place, np.ascontiguousarray(pairs[0], np.uint64), pairs[1])
 
     def lose_stream(self) -> None:
         """Give up s, which is not known of this model: ``moved`` is 0 from the beginning."""
@@ -150,6 +182,8 @@ class ExpertStatistics:
         if (self.layers, self.routing) != (other.layers, other.routing):
             raise ScanError("cannot merge statistics of experts of other layers or another router")
         self.sums.merge(other.sums)
+        if self.pairs is not None and other.pairs is not None:
+            self.pairs.merge(other.pairs)
         self.left_out += other.left_out
         if not (self.has_stream and other.has_stream):
             self.lose_stream()
@@ -171,7 +205,9 @@ class ExpertStatistics:
         }
 
     @classmethod
-    def read(cls, header: Any, sums: ExpertSums, aimer: NDArray[Any]) -> "ExpertStatistics":
+    def read(
+        cls, header: Any, sums: ExpertSums, *, pairs: ExpertSums | None, aimer: NDArray[Any]
+    ) -> "ExpertStatistics":
         """What :meth:`header` and a file's arrays say.
 
         ValueError, KeyError or TypeError for what no scan has written.
@@ -187,12 +223,23 @@ class ExpertStatistics:
         if aimer.dtype != np.float64 or aimer.shape != sums.shape[:2] or not _are_ratios(aimer):
             raise ValueError("its ratios of weights are damaged")
         this = cls(layers, routing)
-        this.sums, this.aimer = sums, aimer
+        if (pairs and pairs.shape) != (this.pairs and this.pairs.shape):
+            raise ValueError("its sums of pairs of experts are not of its experts")
+        this.sums, this.pairs, this.aimer = sums, pairs, aimer
         this.left_out = of_type(int, header["left_out"])
         this.has_stream = of_type(bool, header["has_stream"])
         if this.left_out < 0:
             raise ValueError("a number of experts that were left out is negative")
         return this
+
+
+def pair_places(
+    one: NDArray[np.int64], other: NDArray[np.int64], num_experts: int
+) -> NDArray[np.int64]:
+    """The places of pairs of experts among all, (0, 0), (0, 1) .. (1, 1) .., row by row."""
+    low, high = np.minimum(one, other), np.maximum(one, other)
+    places: NDArray[np.int64] = low * num_experts - low * (low - 1) // 2 + high - low
+    return places
 
 
 def _bessel(texts: Array) -> Array:

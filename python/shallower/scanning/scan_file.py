@@ -39,8 +39,8 @@ T = TypeVar("T", Sums, Cka, ExpertSums)
 SUMS, CKA, EXPERTS = "sums", "cka", "experts"
 """The names of the core's bytes."""
 
-AIMER = "experts.aimer"
-"""The name of what the weights of experts say."""
+AIMER, PAIRS = "experts.aimer", "experts.pairs"
+"""The names of what the weights of experts say, and of the core's bytes of pairs of experts."""
 
 
 Samples = Mapping[str, NDArray[np.float32]]
@@ -164,6 +164,8 @@ def scan_bytes(contents: Contents, shard: ShardOfScan | None = None) -> bytes:
         header["experts"] = contents.experts.header()
         arrays[EXPERTS] = np.frombuffer(contents.experts.sums.to_bytes(), np.uint8)
         arrays[AIMER] = contents.experts.aimer
+        if contents.experts.pairs is not None:
+            arrays[PAIRS] = np.frombuffer(contents.experts.pairs.to_bytes(), np.uint8)
     for metric, values in (contents.samples or {}).items():
         arrays[_samples_name(metric)] = values
     if shard is not None:
@@ -263,7 +265,13 @@ def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
     experts = None
     if EXPERTS in arrays:
         stored = _stored(ExpertSums, EXPERTS, arrays.pop(EXPERTS))
-        experts = ExpertStatistics.read(header["experts"], stored, arrays.pop(AIMER))
+        pairs = arrays.pop(PAIRS, None)
+        experts = ExpertStatistics.read(
+            header["experts"],
+            stored,
+            pairs=None if pairs is None else _stored(ExpertSums, PAIRS, pairs),
+            aimer=arrays.pop(AIMER),
+        )
         if experts.layers[-1] >= sums.num_states - 1:
             raise ValueError(f"it has experts of layer {experts.layers[-1]}, which it has not")
     model = read(ModelIdentity | None, header["model"])
