@@ -55,6 +55,13 @@ def test_shards_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
     assert (folder / "whole" / "scan.safetensors").read_bytes() == scanned.read_bytes()
 
 
+@pytest.mark.slow
+def test_workers_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
+    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
+    assert shallower("scan", mixtral, *options, "--threads", 1, "--workers", 2).status == 0
+    assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
+
+
 def test_plan_chooses_experts(shallower, scanned, folder):
     done = shallower("plan", scanned, "--experts", 2, "--out", "out")
     assert done.status == 0
