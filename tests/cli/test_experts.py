@@ -33,6 +33,14 @@ def test_scan_gathers_statistics_of_experts(shallower, mixtral, jsonl, folder, s
     assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
 
 
+def test_scan_describes_them_in_json(shallower, mixtral, jsonl, scanned):
+    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts", "--json")
+    found = shallower("scan", mixtral, *options).json["experts"]
+    assert (found["num_experts"], found["layers"]) == (6, [*range(8)])
+    unrouted = sh.Scan.load(scanned).experts.unrouted
+    assert found["unrouted"] == {str(layer): list(some) for layer, some in unrouted.items()}
+
+
 def test_a_dry_run_says_so(shallower, mixtral, jsonl):
     options = ("--texts", jsonl, "--out", "out", "--dry-run", "--json")
     assert shallower("scan", mixtral, *options, "--experts").json["experts"] is True
@@ -45,6 +53,13 @@ def test_shards_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
         assert shallower("scan", mixtral, *options, "--shard", shard).status == 0
     assert shallower("gather", "out", "--out", "whole").status == 0
     assert (folder / "whole" / "scan.safetensors").read_bytes() == scanned.read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
+    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
+    assert shallower("scan", mixtral, *options, "--threads", 1, "--workers", 2).status == 0
+    assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
 
 
 def test_plan_chooses_experts(shallower, scanned, folder):

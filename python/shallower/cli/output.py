@@ -239,6 +239,7 @@ def _described(scanned: "Scan") -> dict[str, Any]:
     return {
         "samples": sum(texts.num_texts for texts in scanned.texts) or scanned.num_sequences,
         **settled,
+        **_experts(scanned),
         "num_layers": scanned.num_layers,
         "dtype": scanned.model and scanned.model.dtype,
         "positions": str(scanned.positions),
@@ -248,6 +249,16 @@ def _described(scanned: "Scan") -> dict[str, Any]:
         "rejections": [str(rejection) for rejection in scanned.rejections],
         "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
     }
+
+
+def _experts(scanned: "Scan") -> dict[str, Any]:
+    """What a scan has of experts, if it has."""
+    found = scanned.contents.experts
+    if found is None:
+        return {}
+    unrouted = {str(layer): list(experts) for layer, experts in found.unrouted.items()}
+    of = {"num_experts": found.routing.num_experts, "layers": list(found.layers)}
+    return {"experts": {**of, "unrouted": unrouted, "left_out": found.left_out}}
 
 
 def quiet_bars() -> None:

@@ -4,8 +4,8 @@ from ...scanning.choice import ScanChoice
 from ...scanning.expert_criteria import CRITERIA
 from ...scanning.expert_statistics import ExpertStatistics
 from ...values.counts import counted
+from ...values.layers import blocks_of, drop_option
 from ..story import Number, Table
-from ..words import range_cell
 
 MOST_UNROUTED = 5
 """Layers whose experts without tokens are named; the others are only counted."""
@@ -19,7 +19,7 @@ def experts_table(chosen: ScanChoice) -> Table:
     rows = tuple(
         (
             Number.count(one.layer),
-            range_cell(one.experts),
+            _named(one.experts),
             Number.of(*one.last, digits=4),
             Number.of(*one.next, digits=4),
         )
@@ -39,13 +39,14 @@ def unrouted(chosen: ScanChoice) -> list[str]:
         return []
     num = sum(map(len, chosen.unrouted.values()))
     named = [
-        f"layer {layer}: {range_cell(some)}"
-        for layer, some in list(chosen.unrouted.items())[:MOST_UNROUTED]
+        f"{layer}: {_named(some)}" for layer, some in list(chosen.unrouted.items())[:MOST_UNROUTED]
     ]
     more = len(chosen.unrouted) - len(named)
     and_more = f"; and of {counted(more, 'more layer')}" if more > 0 else ""
     said = "was sent no token" if num == 1 else "were sent no tokens"
-    return [f"{counted(num, 'expert')} {said} by these texts ({'; '.join(named)}{and_more})"]
+    return [
+        f"{counted(num, 'expert')} {said} by these texts (by layer {'; '.join(named)}{and_more})"
+    ]
 
 
 def gathered(statistics: ExpertStatistics | None) -> list[str]:
@@ -63,3 +64,8 @@ def gathered(statistics: ExpertStatistics | None) -> list[str]:
         f"experts: {experts} in each of {layers}, {num} of which were sent no token{left_out}; "
         f"choose by plan --experts K"
     ]
+
+
+def _named(experts: tuple[int, ...]) -> str:
+    """Experts as ``--drop-experts`` names those of a layer."""
+    return drop_option(blocks_of(experts))
