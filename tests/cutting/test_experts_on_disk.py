@@ -3,6 +3,10 @@
 Two oracles: the tensors of the cut in memory, bit by bit; and the logits of the uncut model in
 which dropped experts cannot be chosen."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +19,7 @@ from shallower.models.experts import find_experts
 from shallower.models.identity import identify
 from tests.cutting.checkpoints import read_json, stored
 from tests.cutting.mixtures import MIXTURES, NUM_EXPERTS, mixture, some_experts, unchosen
+from tests.cutting.test_checkpoint import FRESH
 from tests.cutting.test_experts import FAST
 from tests.cutting.test_families import logits
 from tests.families import SCALES
@@ -189,3 +194,17 @@ def test_a_cut_on_disk_is_verified(tmp_path, words):
     dropped = _without(some_experts(model), 2)
     plan = sh.prune(tmp_path / "whole", [2], tmp_path / "cut", experts=dropped, verify=True)
     assert plan.dropped == (2,)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_mixture_is_cut_without_torch_and_in_little_memory(name, tmp_path):
+    mixture(name).save_pretrained(tmp_path / "whole")
+    folders = f"{str(tmp_path / 'whole')!r}, (), {str(tmp_path / 'cut')!r}"
+    experts = {layer: [1, 4] for layer in range(8)}
+    call = f"import shallower; shallower.prune({folders}, experts={experts})"
+    code = textwrap.dedent(FRESH.replace("{}", call, 1))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, *heavy = done.stderr.splitlines()[-1].split()
+    assert heavy == []
+    assert float(peak) < 64
+    assert read_json(tmp_path / "cut" / "config.json")["hidden_size"] == 32

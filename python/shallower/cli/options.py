@@ -165,7 +165,8 @@ DropExperts = Annotated[
     str | None,
     typer.Option(
         metavar="EXPERTS",
-        help="Experts to drop, by layer, as 0:3,5;1:2,8:10; or a file, a layer a line.",
+        help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
+        "of such lines.",
     ),
 ]
 ExpertsPlan = Annotated[
