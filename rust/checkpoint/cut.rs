@@ -1,9 +1,9 @@
 //! The tensors that go, and the names of the others afterwards.
 
-use std::ops::Range;
+use std::iter;
 
 use super::error::Error;
-use super::experts::Experts;
+use super::experts::{Experts, Stays};
 use super::header::Tensor;
 
 /// The layers to keep of a checkpoint, and where their numbers are in the names.
@@ -91,18 +91,20 @@ impl Cut {
         Ok(tail.map(|tail| format!("{prefix}{new}{tail}")))
     }
 
-    /// Of a tensor that stays, its new shape and the bytes of it that stay, counted from its
-    /// first one.
+    /// What stays of a tensor that does not go.
     ///
     /// # Errors
     /// [`Error::NoSuchLayer`]; [`Error::Stack`] for a stack of experts that does not divide.
-    pub(super) fn parts(&self, tensor: &Tensor) -> Result<(Vec<u64>, Vec<Range<u64>>), Error> {
-        let located = self.locate(&tensor.name)?;
-        let parts = match &self.experts {
-            Some(experts) => experts.parts(tensor, located.map(|(_, layer, _)| layer))?,
+    pub(super) fn stays(&self, tensor: &Tensor) -> Result<Stays, Error> {
+        let layer = self.locate(&tensor.name)?.map(|(_, layer, _)| layer);
+        let stack = match &self.experts {
+            Some(experts) => experts.parts(tensor, layer)?,
             None => None,
         };
-        Ok(parts.unwrap_or_else(|| (tensor.shape.clone(), vec![0..tensor.len()])))
+        Ok(stack.unwrap_or_else(|| Stays {
+            shape: tensor.shape.clone(),
+            parts: iter::once(0..tensor.len()).collect(),
+        }))
     }
 
     /// The prefix of a name, the number of its layer, and what follows; `None` of no layer.

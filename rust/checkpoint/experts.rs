@@ -11,6 +11,14 @@ use super::header::Tensor;
 /// What comes before the number of a single expert in the name of its tensor.
 const SINGLE: &str = ".experts.";
 
+/// What stays of a tensor.
+pub(super) struct Stays {
+    /// Its new shape.
+    pub shape: Vec<u64>,
+    /// The bytes of it that stay, counted from its first one.
+    pub parts: Vec<Range<u64>>,
+}
+
 /// The routed experts to keep, by layer, and the tensors that hold a part for each of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Experts {
@@ -92,13 +100,12 @@ impl Experts {
         Ok(place.map(|new| format!("{head}{new}{rest}")))
     }
 
-    /// Of a stack, its shape afterwards and the bytes of it that stay, counted from its first;
-    /// `None` of any other tensor.
+    /// What stays of a stack in a layer; `None` of any other tensor.
     pub(super) fn parts(
         &self,
         tensor: &Tensor,
         layer: Option<u64>,
-    ) -> Result<Option<(Vec<u64>, Vec<Range<u64>>)>, Error> {
+    ) -> Result<Option<Stays>, Error> {
         if !self.stacks.contains(&tensor.name) {
             return Ok(None);
         }
@@ -118,6 +125,9 @@ impl Experts {
         shape[axis] = size / self.num_experts * kept.len() as u64;
         let part = len / self.num_experts;
         let parts = kept.iter().map(|expert| expert * part..(expert + 1) * part);
-        Ok(Some((shape, parts.collect())))
+        Ok(Some(Stays {
+            shape,
+            parts: parts.collect(),
+        }))
     }
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::copy::{self, Piece, Progress};
 use super::cut::Cut;
 use super::error::Error;
-use super::experts::Experts;
+use super::experts::{Experts, Stays};
 use super::header::{Header, MAX_HEADER_BYTES, Tensor};
 use super::source::{Checkpoint, INDEX_FILE, SINGLE_FILE, Shard};
 
@@ -197,7 +197,7 @@ fn kept(checkpoint: &Checkpoint, cut: &Cut) -> Result<Vec<Kept>, Error> {
             let Some(name) = cut.rename(&tensor.name)? else {
                 continue;
             };
-            let (shape, parts) = cut.parts(tensor)?;
+            let Stays { shape, parts } = cut.stays(tensor)?;
             let first = source.position(tensor);
             let pieces: Vec<_> = parts
                 .into_iter()
