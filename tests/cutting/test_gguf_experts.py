@@ -10,11 +10,12 @@ from gguf.constants import GGML_QUANT_SIZES
 
 import shallower as sh
 from shallower._core import Gguf
+from shallower.cutting.exports import CARD_FILE, export_path
 from shallower.cutting.gguf import plan_path, prepare_gguf
 from shallower.models.experts import find_experts
 from shallower.values.experts import DroppedExperts
 from tests.conftest import ROOT
-from tests.cutting.gguf_files import files_of_cut, write
+from tests.cutting.gguf_files import write
 from tests.cutting.test_gguf import check_like_llama_cpp, fields, renamed, scalar
 from tests.models.gguf_files import write_family
 
@@ -152,7 +153,7 @@ def test_the_experts_that_stay_keep_their_bytes(arch, layers, tmp_path):
     }
     assert Gguf(out).expert_layers == ([0, 1] if layers else [1, 2, 3])
     assert sh.Plan.load(plan_path(out)) == plan
-    assert set(tmp_path.iterdir()) == {source, *files_of_cut(out)}
+    assert set(tmp_path.iterdir()) == {source, out, plan_path(out), export_path(out, CARD_FILE)}
 
 
 def loaded(path):

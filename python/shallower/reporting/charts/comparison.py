@@ -144,6 +144,8 @@ def loss_charts(group: Group, place: int) -> list[Drawing]:
     """Draw losses as cut, and after a quick patch, over the share of layers."""
     styles, model = styles_of([row.criterion for row in group.rows]), group.model
     what = "layers" if model.num_experts is None else "parameters"
+    guess = math.log(model.whole.vocab_size)
+    most = guess if model.whole.nats < guess else math.inf
     states = (
         ("loss_over_dropped", "as cut", "before a patch", False),
         ("loss_over_dropped_patched", "after a quick patch", "after a quick patch", True),
@@ -164,7 +166,7 @@ def loss_charts(group: Group, place: int) -> list[Drawing]:
                     x=Axis(f"{what} dropped", is_share=True),
                     y=Axis("loss, nats a token"),
                     references=[(model.whole.nats, "whole model")],
-                    most=math.log(model.whole.vocab_size),
+                    most=most,
                 )
             )
     return found
