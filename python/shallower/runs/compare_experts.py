@@ -165,7 +165,9 @@ class _Choosing:
                 f"there are {math.comb(number, n):,} sets for each of {len(layers)} layers, and "
                 f"at most {MOST_SETS:,} sets in all are tried one by one"
             )
-        started, best = time.perf_counter(), (math.inf, None)
+        started = time.perf_counter()
+        best: Plan | None = None
+        least = math.inf
         for sets in product(combinations(range(number), n), repeat=len(layers)):
             dropped = DroppedExperts(number, dict(zip(layers, sets, strict=True)))
             try:
@@ -174,11 +176,13 @@ class _Choosing:
             except ExpertsError:
                 continue  # of groups that are not alike
             plan = Plan(self.scanned.num_layers, (), experts=dropped)
-            best = min(best, (self._scores(plan, self.judge).mean, plan), key=lambda one: one[0])
-        if best[1] is None:
+            loss = self._scores(plan, self.judge).mean
+            if loss < least:
+                least, best = loss, plan
+        if best is None:
             raise ExpertsError(f"no set of {n} experts can go")
         forwards = count * self.scanned.num_layers * self.judge.num_items
-        return best[1], time.perf_counter() - started, forwards
+        return best, time.perf_counter() - started, forwards
 
     def _scores(self, plan: Plan, judge: Judge) -> Scores:
         """The scores of a bare cut; the model is as before afterwards."""
