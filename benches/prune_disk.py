@@ -1,15 +1,16 @@
 """What a cut on disk costs: time against ``cp`` of the bytes that stay, memory, kills.
 
-    python benches/prune_disk.py [--gb 6] [--rounds 5] [--kills 20] [--folder /tmp]
+    python benches/prune_disk.py [--model llama] [--gb 6] [--rounds 5] [--kills 20] [--folder /tmp]
 
 Makes a Llama of random bytes in 4 shards, cuts a quarter of its layers by the command
-``shallower prune``, and compares the hash of every tensor with what should be left, before it
-times anything. Times are those of whole commands, start of Python included, until the bytes
-are on disk (the cut flushes its files itself, those of ``cp`` are flushed after it). Every
-round does both, in turns first, and drops what it reads from the page cache before. Then the
-command is killed (SIGKILL) at random moments of its time: nothing may be at ``--out``, or all
-of it; and one more run must leave the files of the first one and nothing else. Everything is
-deleted afterwards.
+``shallower prune``, or two of the 8 experts of every layer of a ``mixtral``, which has a tensor
+for each, or a ``granitemoe``, which has stacks of them; and compares the hash of every tensor with
+what should be left, before it times anything. Times are those of whole commands, start of Python
+included, until the bytes are on disk (the cut flushes its files itself, those of ``cp`` are
+flushed after it). Every round does both, in turns first, and drops what it reads from the page
+cache before. Then the command is killed (SIGKILL) at random moments of its time: nothing may be
+at ``--out``, or all of it; and one more run must leave the files of the first one and nothing
+else. Everything is deleted afterwards.
 """
 
 import argparse
@@ -28,16 +29,50 @@ import time
 from pathlib import Path
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
-LAYER = {
+EXPERTS, EXPERT_SIZE, DROPPED = 8, 1024, (2, 5)
+KEPT = [expert for expert in range(EXPERTS) if expert not in DROPPED]
+ATTENTION = {
     "input_layernorm.weight": (HIDDEN,),
-    "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-    "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
     "post_attention_layernorm.weight": (HIDDEN,),
     "self_attn.k_proj.weight": (HIDDEN, HIDDEN),
     "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
     "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
     "self_attn.v_proj.weight": (HIDDEN, HIDDEN),
+}
+MIXTURE = "block_sparse_moe"
+LAYERS = {
+    "llama": {
+        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        **ATTENTION,
+    },
+    "mixtral": {
+        f"{MIXTURE}.gate.weight": (EXPERTS, HIDDEN),
+        **{
+            f"{MIXTURE}.experts.{expert}.{name}.weight": shape
+            for expert in range(EXPERTS)
+            for name, shape in (
+                ("w1", (EXPERT_SIZE, HIDDEN)),
+                ("w2", (HIDDEN, EXPERT_SIZE)),
+                ("w3", (EXPERT_SIZE, HIDDEN)),
+            )
+        },
+        **ATTENTION,
+    },
+    "granitemoe": {
+        f"{MIXTURE}.input_linear.weight": (EXPERTS, 2 * EXPERT_SIZE, HIDDEN),
+        f"{MIXTURE}.output_linear.weight": (EXPERTS, HIDDEN, EXPERT_SIZE),
+        f"{MIXTURE}.router.layer.weight": (EXPERTS, HIDDEN),
+        **ATTENTION,
+    },
+}
+"""The tensors of a layer, by model."""
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
 }
 LAUNCHER = """
 import json, os, sys, time
@@ -58,23 +93,20 @@ def size(shape):
     return count
 
 
-LAYER_BYTES = sum(map(size, LAYER.values()))
-
-
-def tensors(num_layers):
+def tensors(model, num_layers):
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     for layer in range(num_layers):
-        for name, shape in LAYER.items():
+        for name, shape in LAYERS[model].items():
             yield f"model.layers.{layer}.{name}", shape
     yield "model.norm.weight", (HIDDEN,)
     yield "lm_head.weight", (VOCABULARY, HIDDEN)
 
 
-def make(folder, num_layers):
-    """A bfloat16 Llama in 4 shards; its bytes are random, and differ from tensor to tensor."""
+def make(folder, model, num_layers):
+    """A bfloat16 model in 4 shards; its bytes are random, and differ from tensor to tensor."""
     folder.mkdir()
     noise = os.urandom(64 << 20)
-    names = list(tensors(num_layers))
+    names = list(tensors(model, num_layers))
     weight_map = {}
     for shard in range(4):
         mine = names[shard * len(names) // 4 : (shard + 1) * len(names) // 4]
@@ -97,15 +129,18 @@ def make(folder, num_layers):
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
+        "architectures": [CLASSES[model]], "model_type": model, "dtype": "bfloat16",
         "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCABULARY,
         "num_hidden_layers": num_layers, "num_attention_heads": 32, "num_key_value_heads": 32,
     }  # fmt: skip
+    if model != "llama":
+        mixed = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}
+        config |= {**mixed, "intermediate_size": EXPERT_SIZE}
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def digests(folder, rename=lambda name: name):
-    """The hash of every tensor, by name."""
+def digests(folder, rename=lambda name: name, parts=lambda _, length: [(0, length)]):
+    """The hash of every tensor, or of its parts in bytes, by the name that it gets."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -114,14 +149,50 @@ def digests(folder, rename=lambda name: name):
             for name, info in header.items():
                 if name == "__metadata__" or rename(name) is None:
                     continue
-                start, stop = info["data_offsets"]
-                file.seek(8 + length + start)
+                first, end = info["data_offsets"]
                 digest = hashlib.blake2b(digest_size=16)
-                while start < stop:
-                    digest.update(chunk := file.read(min(8 << 20, stop - start)))
-                    start += len(chunk)
+                for start, stop in parts(name, end - first):
+                    file.seek(8 + length + first + start)
+                    while start < stop:
+                        digest.update(chunk := file.read(min(8 << 20, stop - start)))
+                        start += len(chunk)
                 found[rename(name)] = digest.hexdigest()
     return found
+
+
+def without_layers(start, stop):
+    """The options of a cut of layers; and what it makes of a name, and of its bytes."""
+
+    def rename(name):
+        head, _, rest = name.partition("model.layers.")
+        number, _, tail = rest.partition(".")
+        if head or not rest or int(number) < start:
+            return name
+        place = int(number) - (stop - start)
+        return None if int(number) < stop else f"model.layers.{place}.{tail}"
+
+    return ["--drop", f"{start}:{stop}"], (rename,)
+
+
+def without_experts(num_layers):
+    """The same of a cut of experts."""
+
+    def rename(name):
+        head, single, rest = name.partition(".experts.")
+        number, _, tail = rest.partition(".")
+        if not single:
+            return name
+        return f"{head}{single}{KEPT.index(int(number))}.{tail}" if int(number) in KEPT else None
+
+    def parts(name, length):
+        if MIXTURE not in name or ".experts." in name:
+            return [(0, length)]
+        part = length // EXPERTS
+        return [(expert * part, (expert + 1) * part) for expert in KEPT]
+
+    gone = ",".join(map(str, DROPPED))
+    named = ";".join(f"{layer}:{gone}" for layer in range(num_layers))
+    return ["--drop-experts", named], (rename, parts)
 
 
 def forget(folder):
@@ -188,23 +259,17 @@ def summary(values, kept=None):
 
 def measure(options, root):
     """Make, check, time, kill."""
-    num_layers = max(4, round((options.gb * 1e9 - 4 * VOCABULARY * HIDDEN) / LAYER_BYTES))
-    start, stop = num_layers // 2, num_layers // 2 + num_layers // 4
+    layer_bytes = sum(map(size, LAYERS[options.model].values()))
+    num_layers = max(4, round((options.gb * 1e9 - 4 * VOCABULARY * HIDDEN) / layer_bytes))
     source, out, copied, kept = (root / name for name in ("source", "out", "copied", "kept"))
-    make(source, num_layers)
-    command = [sys.executable, "-m", "shallower", "prune", source, "--drop", f"{start}:{stop}"]
+    make(source, options.model, num_layers)
+    layers = (num_layers // 2, num_layers // 2 + num_layers // 4)
+    is_llama = options.model == "llama"
+    drop, wanted = without_layers(*layers) if is_llama else without_experts(num_layers)
+    command = [sys.executable, "-m", "shallower", "prune", source, *drop]
     command += ["--out", out, "--json"]
-
-    def rename(name):
-        head, _, rest = name.partition("model.layers.")
-        number, _, tail = rest.partition(".")
-        if head or not rest or int(number) < start:
-            return name
-        place = int(number) - (stop - start)
-        return None if int(number) < stop else f"model.layers.{place}.{tail}"
-
     run(command)
-    assert digests(out) == digests(source, rename), "the cut is not what should be left"
+    assert digests(out) == digests(source, *wanted), "the cut is not what should be left"
     out.rename(kept)
     num_bytes = sum(path.stat().st_size for path in kept.iterdir())
     print(f"bytes asserted: {num_bytes} stay", file=sys.stderr)
@@ -231,7 +296,7 @@ def measure(options, root):
     killed = kill_and_go_on(command, source, out, kept, min(cuts), options.kills)
     return {
         "num_layers": num_layers,
-        "dropped": [start, stop],
+        "dropped": list(layers) if is_llama else f"experts {DROPPED} of {EXPERTS} of every layer",
         "bytes_kept": num_bytes,
         "cut_s": summary(cuts, num_bytes),
         "cp_and_flush_s": summary(flushed, num_bytes),
@@ -244,6 +309,7 @@ def measure(options, root):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=LAYERS, default="llama")
     parser.add_argument("--gb", type=float, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=20)

@@ -1,6 +1,9 @@
 //! Errors of the input, each case with its culprit and the way out.
 
-use crate::limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MAX_THREADS, MIN_BATCH};
+use crate::limits::{
+    MAX_BATCH, MAX_EXPERT_VALUES, MAX_EXPERTS, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MAX_THREADS,
+    MIN_BATCH,
+};
 
 /// An input that the core refuses.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -176,6 +179,38 @@ pub enum Error {
     /// Stored sums for CKA that no minibatches can have.
     #[error("the stored sums for CKA are damaged")]
     DamagedCka,
+    /// Layers and experts that no model has.
+    #[error(
+        "{num_values} values of {experts} experts in each of {layers} layers: expected up to {VALUES} \
+         values, {STATES} layers, and {EXPERTS} experts in all",
+        VALUES = MAX_EXPERT_VALUES,
+        STATES = MAX_STATES,
+        EXPERTS = MAX_EXPERTS
+    )]
+    ExpertSizes {
+        /// Layers with experts.
+        layers: usize,
+        /// Experts of a layer.
+        experts: usize,
+        /// Values summed of an expert's tokens.
+        num_values: usize,
+    },
+    /// Texts that do not fit the sums of experts.
+    #[error(
+        "{counts} counts and {values} values for layer {layer} do not fit the sums of experts: \
+         expected one count of every text and expert, and all of its values"
+    )]
+    ExpertUpdate {
+        /// Place among the layers with experts.
+        layer: usize,
+        /// Counts given.
+        counts: usize,
+        /// Values given.
+        values: usize,
+    },
+    /// Stored sums that no tokens of experts can have.
+    #[error("the stored sums of experts are damaged")]
+    DamagedExperts,
     /// A number of threads that cannot be.
     #[error("threads must be 1 to {MAX}, got {0}", MAX = MAX_THREADS)]
     Threads(String),

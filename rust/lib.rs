@@ -15,6 +15,7 @@ mod cka;
 mod costs;
 mod error;
 mod exact;
+mod experts;
 pub mod gguf;
 mod gram;
 mod kernels;
@@ -35,9 +36,12 @@ pub use cka::Cka;
 pub use costs::Costs;
 pub use error::{Error, Reason, Rejection};
 pub use exact::ExactSum;
+pub use experts::{ExpertSums, Moment};
 pub use gram::Gram;
 pub use kernels::{TIER_VARIABLE, Tier};
-pub use limits::{MAX_BATCH, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH};
+pub use limits::{
+    MAX_BATCH, MAX_EXPERT_VALUES, MAX_EXPERTS, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH,
+};
 pub use metric::{Metric, Pair};
 pub use sequence::Lengths;
 pub use states::{Element, Order, States};

@@ -353,7 +353,11 @@ SCALES = {"rwkv": 1e-4}
 
 def random_model(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(name)).eval()
+    return small_weights(AutoModelForCausalLM.from_config(small_config(name)))
+
+
+def small_weights(model):
+    """Weights that keep all states of a size; biases and norms that are no zeros and ones."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -362,7 +366,7 @@ def random_model(name):
                 weight.copy_(noise / weight.shape[-1] ** 0.5)
             elif not any(part in key for part in ("A_log", "dt", "decay")):
                 weight.add_(0.2 * noise)
-    return model
+    return model.eval()
 
 
 if __name__ == "__main__":

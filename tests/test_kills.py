@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.conftest import tiny_llama, write_jsonl
+from tests.cutting.mixtures import mixture
 from tests.forks import Fork, command_with_checkpoints
 from tests.healing.cuts import documents
 from tests.written import MANY, write_prompts
@@ -30,6 +31,8 @@ COMMANDS = {
     "heal --answers": HEAL + "out --answers prompts.jsonl --answer-tokens 8 --original tiny",
     "merge": "merge adapters --out out",
     "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
+    "prune --drop-experts": "prune mixture --drop 2 --max-shard-size 8000 --out out --drop-experts "
+    + ";".join(f"{layer}:1,4" for layer in range(8) if layer != 2),
 }
 """Commands that go on where they were."""
 
@@ -68,6 +71,7 @@ def place(tmp_path_factory, words):
     folder = tmp_path_factory.mktemp("given")
     tiny_llama(5).save_pretrained(folder / "tiny")
     words.save_pretrained(folder / "tiny")
+    mixture("mixtral").save_pretrained(folder / "mixture")
     write_jsonl(folder / "texts.jsonl", documents(60, 0))
     write_jsonl(folder / "many.jsonl", documents(400, 0))
     write_jsonl(folder / "held_out.jsonl", documents(8, 1))
@@ -83,7 +87,7 @@ def begun(place, folder):
     """A folder of its own with what the commands are given."""
     folder.mkdir()
     files = [f"{name}.jsonl" for name in ("texts", "many", "held_out", "asked", "prompts")]
-    for name in ("tiny", "cut", "adapters", *files):
+    for name in ("tiny", "mixture", "cut", "adapters", *files):
         (folder / name).symlink_to(place / name)
     return folder
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__ as __version__
+    from .cutting.in_model import drop_experts as drop_experts
     from .cutting.in_model import drop_layers as drop_layers
     from .cutting.in_model import without_layers as without_layers
     from .cutting.prune import plan_prune as plan_prune
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import CacheError as CacheError
     from .errors import CostsError as CostsError
     from .errors import CriterionError as CriterionError
+    from .errors import ExpertsError as ExpertsError
     from .errors import InMemoryOnlyError as InMemoryOnlyError
     from .errors import LayersError as LayersError
     from .errors import MetricError as MetricError
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import Costs as Costs
     from .values.curve import Curve as Curve
+    from .values.experts import DroppedExperts as DroppedExperts
     from .values.gain import Gain as Gain
     from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
@@ -103,6 +106,8 @@ _HOMES = {
     "CriterionError": "errors",
     "Curve": "values.curve",
     "CurveSettings": "values.settings",
+    "DroppedExperts": "values.experts",
+    "ExpertsError": "errors",
     "Gain": "values.gain",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",
@@ -149,6 +154,7 @@ _HOMES = {
     "criteria": "judgement.criteria",
     "curve": "runs.curve",
     "deepest_block": "values.layers",
+    "drop_experts": "cutting.in_model",
     "drop_layers": "cutting.in_model",
     "evaluate_loss": "evaluation.loss",
     "evaluate_perplexity": "evaluation.perplexity",

@@ -17,6 +17,10 @@ class LayersError(ShallowerError):
     """Layers that a model does not have, or cannot do without."""
 
 
+class ExpertsError(ShallowerError):
+    """Experts that a layer does not have, or that its router cannot do without."""
+
+
 class PositionsError(ShallowerError):
     """Tokens of a text that cannot be chosen."""
 

@@ -1,6 +1,10 @@
 //! The tensors that go, and the names of the others afterwards.
 
+use std::iter;
+
 use super::error::Error;
+use super::experts::{Experts, Stays};
+use super::header::Tensor;
 
 /// The layers to keep of a checkpoint, and where their numbers are in the names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -8,6 +12,7 @@ pub struct Cut {
     prefixes: Vec<String>,
     num_layers: u64,
     survivors: Vec<u64>,
+    experts: Option<Experts>,
 }
 
 impl Cut {
@@ -33,7 +38,18 @@ impl Cut {
             prefixes,
             num_layers,
             survivors,
+            experts: None,
         })
+    }
+
+    /// The same cut, in which only some experts of the layers stay; layers are counted as
+    /// before the cut.
+    #[must_use]
+    pub fn with_experts(self, experts: Experts) -> Self {
+        Self {
+            experts: Some(experts),
+            ..self
+        }
     }
 
     /// Prefixes of the names of the layers' tensors.
@@ -51,19 +67,55 @@ impl Cut {
         &self.survivors
     }
 
+    /// The experts that stay, if any go.
+    pub fn experts(&self) -> Option<&Experts> {
+        self.experts.as_ref()
+    }
+
     /// The new name of a tensor, or `None` if it goes.
     ///
     /// # Errors
-    /// [`Error::NoSuchLayer`] for a number that is not below the number of layers, or that is
-    /// written otherwise than in plain digits.
+    /// [`Error::NoSuchLayer`] and [`Error::NoSuchExpert`] for a number that is not below the
+    /// number of layers or experts, or that is written otherwise than in plain digits.
     pub fn rename(&self, name: &str) -> Result<Option<String>, Error> {
+        let Some((prefix, layer, tail)) = self.locate(name)? else {
+            return Ok(Some(name.to_owned()));
+        };
+        let Ok(new) = self.survivors.binary_search(&layer) else {
+            return Ok(None);
+        };
+        let tail = match &self.experts {
+            Some(experts) => experts.rename(name, layer, tail)?,
+            None => Some(tail.to_owned()),
+        };
+        Ok(tail.map(|tail| format!("{prefix}{new}{tail}")))
+    }
+
+    /// What stays of a tensor that does not go.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchLayer`]; [`Error::Stack`] for a stack of experts that does not divide.
+    pub(super) fn stays(&self, tensor: &Tensor) -> Result<Stays, Error> {
+        let layer = self.locate(&tensor.name)?.map(|(_, layer, _)| layer);
+        let stack = match &self.experts {
+            Some(experts) => experts.parts(tensor, layer)?,
+            None => None,
+        };
+        Ok(stack.unwrap_or_else(|| Stays {
+            shape: tensor.shape.clone(),
+            parts: iter::once(0..tensor.len()).collect(),
+        }))
+    }
+
+    /// The prefix of a name, the number of its layer, and what follows; `None` of no layer.
+    fn locate<'a>(&'a self, name: &'a str) -> Result<Option<(&'a str, u64, &'a str)>, Error> {
         let Some((prefix, number, tail)) = self.prefixes.iter().find_map(|prefix| {
             let rest = name.strip_prefix(&**prefix)?;
             let (number, _) = rest.split_once('.').unwrap_or((rest, ""));
             let digits = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
-            digits.then(|| (prefix, number, &rest[number.len()..]))
+            digits.then(|| (&**prefix, number, &rest[number.len()..]))
         }) else {
-            return Ok(Some(name.to_owned()));
+            return Ok(None);
         };
         let plain = number == "0" || !number.starts_with('0');
         let layer = number
@@ -74,7 +126,6 @@ impl Cut {
                 name: name.to_owned(),
                 num_layers: self.num_layers,
             })?;
-        let place = self.survivors.binary_search(&layer).ok();
-        Ok(place.map(|new| format!("{prefix}{new}{tail}")))
+        Ok(Some((prefix, layer, tail)))
     }
 }

@@ -69,6 +69,40 @@ pub enum Error {
         /// Layers of the model.
         num_layers: u64,
     },
+    /// Experts to keep that are missing or out of order.
+    #[error(
+        "cannot keep the experts {kept:?} of {num_experts} in layer {layer}: expected ascending indices below {num_experts}, at least one"
+    )]
+    Experts {
+        /// The layer.
+        layer: u64,
+        /// The experts asked for.
+        kept: Vec<u64>,
+        /// Experts of the layer.
+        num_experts: u64,
+    },
+    /// A tensor of an expert that the layer does not have.
+    #[error(
+        "the tensor {name} is of an expert that the model does not have: a layer has {num_experts}"
+    )]
+    NoSuchExpert {
+        /// The tensor.
+        name: String,
+        /// Experts of a layer.
+        num_experts: u64,
+    },
+    /// A stack of experts that does not divide among them.
+    #[error(
+        "the tensor {name} of shape {shape:?} has not the same bytes for each of {num_experts} experts of a layer that loses some"
+    )]
+    Stack {
+        /// The tensor.
+        name: String,
+        /// Its axes.
+        shape: Vec<u64>,
+        /// Experts of a layer.
+        num_experts: u64,
+    },
     /// A shard size that nothing fits in, or whose header would be too long.
     #[error("cannot make shards of {size} bytes: {what}")]
     ShardSize {

@@ -11,6 +11,7 @@ use serde_json::json;
 use super::copy::{self, Piece, Progress};
 use super::cut::Cut;
 use super::error::Error;
+use super::experts::{Experts, Stays};
 use super::header::{Header, MAX_HEADER_BYTES, Tensor};
 use super::source::{Checkpoint, INDEX_FILE, SINGLE_FILE, Shard};
 
@@ -37,10 +38,10 @@ impl Output {
     }
 }
 
-/// A tensor that stays, under its new name, and its place in the source.
+/// A tensor that stays, under its new name and in its new shape, and its bytes in the source.
 struct Kept {
-    shard: usize,
     tensor: Tensor,
+    pieces: Vec<Piece>,
 }
 
 impl Job {
@@ -49,7 +50,7 @@ impl Job {
     /// inside of a shard those of wider dtypes first, so that each is aligned.
     ///
     /// # Errors
-    /// [`Error::NoSuchLayer`], [`Error::ShardSize`].
+    /// [`Error::NoSuchLayer`], [`Error::NoSuchExpert`], [`Error::Stack`], [`Error::ShardSize`].
     pub fn new(checkpoint: Arc<Checkpoint>, cut: Cut, max_shard_size: u64) -> Result<Self, Error> {
         if max_shard_size == 0 {
             let what = "expected at least 1".into();
@@ -60,7 +61,7 @@ impl Job {
         let count = groups.len();
         let outputs = groups.into_iter().enumerate().map(|(position, group)| {
             let name = shard_name(position, count);
-            output(&checkpoint, name, group, metadata.clone(), max_shard_size)
+            output(name, group, metadata.clone(), max_shard_size)
         });
         Ok(Self {
             outputs: outputs.collect::<Result<_, _>>()?,
@@ -100,6 +101,7 @@ impl Job {
             "prefixes": self.cut.prefixes(),
             "num_layers": self.cut.num_layers(),
             "survivors": self.cut.survivors(),
+            "experts": self.cut.experts().map(Experts::journal),
             "max_shard_size": self.max_shard_size,
         });
         format!("{journal:#}\n")
@@ -192,13 +194,27 @@ fn kept(checkpoint: &Checkpoint, cut: &Cut) -> Result<Vec<Kept>, Error> {
     let mut kept = Vec::new();
     for (shard, source) in checkpoint.shards.iter().enumerate() {
         for tensor in &source.header.tensors {
-            if let Some(name) = cut.rename(&tensor.name)? {
-                let tensor = Tensor {
-                    name,
-                    ..tensor.clone()
-                };
-                kept.push(Kept { shard, tensor });
-            }
+            let Some(name) = cut.rename(&tensor.name)? else {
+                continue;
+            };
+            let Stays { shape, parts } = cut.stays(tensor)?;
+            let first = source.position(tensor);
+            let pieces: Vec<_> = parts
+                .into_iter()
+                .map(|part| Piece {
+                    shard,
+                    start: first + part.start,
+                    len: part.end - part.start,
+                })
+                .collect();
+            let tensor = Tensor {
+                name,
+                dtype: tensor.dtype.clone(),
+                shape,
+                start: 0,
+                end: pieces.iter().map(|piece| piece.len).sum(),
+            };
+            kept.push(Kept { tensor, pieces });
         }
     }
     Ok(kept)
@@ -248,7 +264,6 @@ fn common_metadata(shards: &[Shard]) -> BTreeMap<String, String> {
 }
 
 fn output(
-    checkpoint: &Checkpoint,
     name: String,
     mut group: Vec<Kept>,
     metadata: BTreeMap<String, String>,
@@ -258,12 +273,20 @@ fn output(
     let mut pieces: Vec<Piece> = Vec::new();
     let mut tensors = Vec::with_capacity(group.len());
     let mut end = 0;
-    for Kept { shard, tensor } in group {
-        let (start, len) = (checkpoint.shards[shard].position(&tensor), tensor.len());
-        match pieces.last_mut() {
-            Some(last) if last.shard == shard && last.start + last.len == start => last.len += len,
-            _ if len > 0 => pieces.push(Piece { shard, start, len }),
-            _ => {}
+    for Kept {
+        tensor,
+        pieces: own,
+    } in group
+    {
+        let len = tensor.len();
+        for piece in own {
+            match pieces.last_mut() {
+                Some(last) if last.shard == piece.shard && last.start + last.len == piece.start => {
+                    last.len += piece.len;
+                }
+                _ if piece.len > 0 => pieces.push(piece),
+                _ => {}
+            }
         }
         tensors.push(Tensor {
             start: end,

@@ -1,12 +1,13 @@
-//! Cutting layers out of a checkpoint of safetensors on disk, without loading it.
+//! Cutting layers and experts out of a checkpoint of safetensors on disk, without loading it.
 //!
 //! [`Checkpoint`] reads and checks the headers, [`Cut`] says which tensors go and how the
-//! others are called, [`Job`] lays the output out and copies the bytes from file to file.
+//! others are called, [`Experts`] which parts of them stay, [`Job`] lays the output out and copies the bytes from file to file.
 //! It knows files and names of tensors; configs, models and formats of quantisation it does not.
 
 mod copy;
 mod cut;
 mod error;
+mod experts;
 mod header;
 mod index;
 mod job;
@@ -14,6 +15,7 @@ mod source;
 
 pub use cut::Cut;
 pub use error::Error;
+pub use experts::Experts;
 pub use header::{Header, MAX_HEADER_BYTES, Tensor};
 pub use index::Index;
 pub use job::Job;

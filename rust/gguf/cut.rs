@@ -4,11 +4,11 @@
 use std::io::{Read, Seek};
 
 use super::error::{GgufError, Result};
+use super::experts::Experts;
+use super::kept::{Kept, kept};
 use super::model::Gguf;
 use super::piece::{Piece, info, joined};
 use super::place::pad;
-use super::record::Tensor;
-use super::tensors::renamed;
 
 /// A new file, planned and not yet written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,35 +18,37 @@ pub struct Cut {
 }
 
 impl Gguf {
-    /// Plan the file that keeps the layers `survivors` alone.
+    /// Plan the file that keeps the layers `survivors` alone, and of them `experts` alone.
     ///
     /// # Errors
     ///
-    /// [`GgufError::Survivors`]; [`GgufError::Refused`] where the metadata cannot describe
-    /// them; [`GgufError::Read`] and [`GgufError::Damaged`].
-    pub fn cut(&self, source: &mut (impl Read + Seek), survivors: &[usize]) -> Result<Cut> {
-        let kept = self.kept(survivors)?;
-        self.check_quirks(&kept)?;
+    /// [`GgufError::Survivors`] and [`GgufError::Experts`]; [`GgufError::Refused`] where the
+    /// metadata cannot describe them; [`GgufError::Read`] and [`GgufError::Damaged`].
+    pub fn cut(
+        &self,
+        source: &mut (impl Read + Seek),
+        survivors: &[usize],
+        experts: Option<&Experts>,
+    ) -> Result<Cut> {
+        let kept = self.kept(survivors, experts)?;
+        if self.loses_layers(&kept) {
+            self.check_quirks(&kept.blocks)?;
+        }
         let mut pieces = vec![Piece::Bytes(self.preamble(&kept))];
         for entry in &self.header.entries {
             pieces.extend(self.entry(source, entry, &kept)?);
         }
-        let tensors: Vec<(String, &Tensor)> = self
-            .header
-            .tensors
-            .iter()
-            .filter_map(|tensor| Some((renamed(&tensor.name, &kept)?, tensor)))
-            .collect();
         let mut offset = 0;
-        for (name, tensor) in &tensors {
-            pieces.push(Piece::Bytes(info(name, tensor, offset)));
-            offset = pad(offset + tensor.size, self.header.alignment);
+        for tensor in &kept.tensors {
+            pieces.push(Piece::Bytes(info(tensor, offset)));
+            offset = pad(offset + tensor.size(), self.header.alignment);
         }
         let header_size = pieces.iter().map(Piece::size).sum();
         pieces.push(self.padding(header_size));
-        for (_, tensor) in &tensors {
-            pieces.push(Piece::Copy(tensor.start, tensor.start + tensor.size));
-            pieces.push(self.padding(tensor.size));
+        for tensor in &kept.tensors {
+            let ranges = tensor.ranges.iter();
+            pieces.extend(ranges.map(|&(start, end)| Piece::Copy(start, end)));
+            pieces.push(self.padding(tensor.size()));
         }
         Ok(Cut {
             pieces: joined(pieces),
@@ -54,28 +56,41 @@ impl Gguf {
         })
     }
 
-    /// The surviving blocks: the survivors, and the blocks beyond the layers.
-    fn kept(&self, survivors: &[usize]) -> Result<Vec<u64>> {
+    fn kept(&self, survivors: &[usize], experts: Option<&Experts>) -> Result<Kept> {
         let ascending = survivors.windows(2).all(|pair| pair[0] < pair[1]);
         let inside = survivors
             .last()
             .is_some_and(|&last| last < self.num_layers());
-        if !ascending || !inside || survivors.len() == self.num_layers() {
+        let all = survivors.len() == self.num_layers();
+        if !ascending || !inside || (all && experts.is_none()) {
             return Err(GgufError::Survivors {
                 survivors: survivors.to_vec(),
                 num_layers: self.num_layers(),
             });
         }
+        if let Some(experts) = experts {
+            self.check_experts(experts, survivors)?;
+        }
         let layers = survivors.iter().map(|&layer| layer as u64);
-        Ok(layers.chain(self.layers..self.blocks).collect())
+        let blocks: Vec<u64> = layers.chain(self.layers..self.blocks).collect();
+        let tensors = self.header.tensors.iter();
+        let new = tensors.filter_map(|tensor| kept(tensor, &blocks, experts).transpose());
+        Ok(Kept {
+            tensors: new.collect::<Result<_>>()?,
+            experts: experts.map(Experts::left),
+            blocks,
+        })
     }
 
-    fn preamble(&self, kept: &[u64]) -> Vec<u8> {
-        let names = self.header.tensors.iter();
-        let tensors = names.filter(|t| renamed(&t.name, kept).is_some()).count();
+    /// Whether any layer goes.
+    pub(super) fn loses_layers(&self, kept: &Kept) -> bool {
+        (kept.blocks.len() as u64) < self.blocks
+    }
+
+    fn preamble(&self, kept: &Kept) -> Vec<u8> {
         let mut bytes = b"GGUF".to_vec();
         bytes.extend(self.header.version.to_le_bytes());
-        bytes.extend((tensors as u64).to_le_bytes());
+        bytes.extend((kept.tensors.len() as u64).to_le_bytes());
         bytes.extend((self.header.entries.len() as u64).to_le_bytes());
         bytes
     }

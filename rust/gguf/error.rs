@@ -35,10 +35,13 @@ pub enum GgufError {
         /// The layers that there are.
         num_layers: usize,
     },
-    /// Metadata that cannot describe the survivors.
+    /// Experts that are missing, out of order, or not in the model.
+    #[error("cannot keep these experts: {0}")]
+    Experts(String),
+    /// Metadata or tensors that cannot describe what stays.
     #[error("cannot be cut so: {key} {reason}")]
     Refused {
-        /// The key, or the architecture.
+        /// The key, the tensor, the block or the architecture.
         key: String,
         /// Why, and the way out.
         reason: String,

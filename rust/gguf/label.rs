@@ -1,12 +1,12 @@
 //! The size label and the name of a file, true again after a cut.
 
-use super::record::Tensor;
+use super::kept::New;
 
 /// A size as llama.cpp names it, `135M` or `8x7B`: `size_label` of gguf-py, from the parameters
 /// that are there. Experts count once, and their number stands before.
-pub(super) fn size_label<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> String {
+pub(super) fn size_label(tensors: &[New]) -> String {
     let (mut shared, mut expert, mut experts, mut stacks) = (0_u64, 0_u64, 0_u64, 0_u64);
-    for Tensor { name, dims, .. } in tensors {
+    for New { name, dims, .. } in tensors {
         // The parser has held the product against the file.
         let size: u64 = dims.iter().product();
         let stacked = if name.contains(".bias") { 1 } else { 2 };
@@ -38,18 +38,40 @@ fn rounded(parameters: u64) -> String {
     format!("{scaled:.digits$}{suffix}")
 }
 
-/// A model's name with the number of layers that are left: `Smol (22 layers)`. A number that an
-/// earlier cut left there is replaced, so that cutting twice is cutting once.
-pub(super) fn name_with_layers(name: &str, before: usize, after: usize) -> String {
-    let name = name
-        .strip_suffix(&suffix(before))
-        .unwrap_or(name)
-        .trim_end();
-    format!("{name}{}", suffix(after))
+/// A number of things that a name may tell: what they are, and how many before and after a cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Count {
+    pub what: &'static str,
+    pub before: u64,
+    pub after: u64,
 }
 
-fn suffix(layers: usize) -> String {
-    format!(" ({layers} layer{})", if layers == 1 { "" } else { "s" })
+impl Count {
+    fn told(&self, number: u64) -> String {
+        let end = if number == 1 { "" } else { "s" };
+        format!("{number} {}{end}", self.what)
+    }
+}
+
+/// A model's name with the numbers of what is left: `Smol (22 layers)`. Numbers that an earlier
+/// cut left there are replaced, so that cutting twice is cutting once.
+pub(super) fn name_with_counts(name: &str, counts: &[Count]) -> String {
+    let before: Vec<String> = counts
+        .iter()
+        .map(|count| count.told(count.before))
+        .collect();
+    let earlier = name
+        .strip_suffix(')')
+        .and_then(|name| name.rsplit_once(" ("));
+    let earlier =
+        earlier.filter(|(_, told)| told.split(", ").all(|one| before.iter().any(|b| b == one)));
+    let (name, told) = earlier.unwrap_or((name, ""));
+    let told: Vec<&str> = told.split(", ").collect();
+    let left = counts.iter().zip(&before);
+    let left = left
+        .filter(|(count, before)| count.before != count.after || told.contains(&before.as_str()));
+    let left: Vec<String> = left.map(|(count, _)| count.told(count.after)).collect();
+    format!("{} ({})", name.trim_end(), left.join(", "))
 }
 
 #[cfg(test)]
@@ -99,12 +121,11 @@ mod tests {
 
     #[test]
     fn experts_count_once_and_stand_before() {
-        let tensor = |name: &str, dims: &[u64]| Tensor {
+        let tensor = |name: &str, dims: &[u64]| New {
             name: name.into(),
             dims: dims.into(),
             ggml_type: 0,
-            start: 0,
-            size: 0,
+            ranges: vec![],
         };
         let tensors = [
             tensor("token_embd.weight", &[1000, 3000]),
@@ -112,27 +133,71 @@ mod tests {
             tensor("blk.0.ffn_up_exps.bias", &[500, 8]),
             tensor("blk.1.ffn_up_exps.weight", &[1000, 500, 16]),
         ];
-        assert_eq!(size_label(tensors.iter()), "12x4.0M");
-        assert_eq!(size_label(tensors[..1].iter()), "3.0M");
-        assert_eq!(size_label([].iter()), "0.00K");
+        assert_eq!(size_label(&tensors), "12x4.0M");
+        assert_eq!(size_label(&tensors[..1]), "3.0M");
+        assert_eq!(size_label(&[]), "0.00K");
         let many = tensor("blk.0.x_exps.weight", &[i64::MAX as u64, 1, 1]);
         assert_eq!(
-            size_label([many.clone(), many.clone(), many].iter()),
+            size_label(&[many.clone(), many.clone(), many]),
             "1x18446744T"
         );
     }
 
     #[test]
-    fn a_name_tells_the_layers_that_are_left() {
-        assert_eq!(name_with_layers("Smol", 30, 22), "Smol (22 layers)");
+    fn a_name_tells_what_is_left() {
+        let layers = |before, after| Count {
+            what: "layer",
+            before,
+            after,
+        };
+        let experts = |before, after| Count {
+            what: "expert",
+            before,
+            after,
+        };
+        let told = |name, counts: &[Count]| name_with_counts(name, counts);
+        assert_eq!(told("Smol", &[layers(30, 22)]), "Smol (22 layers)");
+        assert_eq!(told("Smol (22 layers)", &[layers(22, 1)]), "Smol (1 layer)");
         assert_eq!(
-            name_with_layers("Smol (22 layers)", 22, 1),
-            "Smol (1 layer)"
-        );
-        assert_eq!(
-            name_with_layers("Smol (22 layers)", 30, 21),
+            told("Smol (22 layers)", &[layers(30, 21)]),
             "Smol (22 layers) (21 layers)"
         );
-        assert_eq!(name_with_layers("", 3, 2), " (2 layers)");
+        assert_eq!(told("", &[layers(3, 2)]), " (2 layers)");
+        for (name, layers, experts, expected) in [
+            ("Mix", layers(4, 4), experts(8, 6), "Mix (6 experts)"),
+            ("Mix", layers(4, 3), experts(8, 8), "Mix (3 layers)"),
+            (
+                "Mix",
+                layers(4, 3),
+                experts(8, 6),
+                "Mix (3 layers, 6 experts)",
+            ),
+            (
+                "Mix (3 layers)",
+                layers(3, 3),
+                experts(8, 6),
+                "Mix (3 layers, 6 experts)",
+            ),
+            (
+                "Mix (6 experts)",
+                layers(4, 3),
+                experts(6, 6),
+                "Mix (3 layers, 6 experts)",
+            ),
+            (
+                "Mix (3 layers, 6 experts)",
+                layers(3, 3),
+                experts(6, 1),
+                "Mix (3 layers, 1 expert)",
+            ),
+            (
+                "Mix (3 layers, 6 experts)",
+                layers(3, 2),
+                experts(8, 8),
+                "Mix (3 layers, 6 experts) (2 layers)",
+            ),
+        ] {
+            assert_eq!(told(name, &[layers, experts]), expected, "{name}");
+        }
     }
 }

@@ -4,15 +4,17 @@ use std::io::{Read, Seek};
 
 use super::error::{Result, damaged, refused};
 use super::header::integers;
-use super::label::{name_with_layers, size_label};
+use super::kept::Kept;
+use super::label::{Count, name_with_counts, size_label};
 use super::model::Gguf;
 use super::piece::{Piece, filtered, recounted, retold};
 use super::quirks::out_of_step;
 use super::record::{Entry, Value};
 use super::rules::{
-    INDICES, Meaning, NOT_PER_LAYER, OTHER_TOWERS, PER_LAYER_PREFIX, SCALARS, UNCUTTABLE,
+    EXPERT_COUNT, INDICES, Meaning, NOT_PER_LAYER, OTHER_TOWERS, PER_LAYER_PREFIX, SCALARS,
+    UNCUTTABLE,
 };
-use super::tensors::{place_of, renamed};
+use super::tensors::place_of;
 use super::told::text_of;
 use super::types::Kind;
 
@@ -22,13 +24,11 @@ impl Gguf {
         &self,
         source: &mut (impl Read + Seek),
         entry: &Entry,
-        kept: &[u64],
+        kept: &Kept,
     ) -> Result<Vec<Piece>> {
         let whole = vec![Piece::Copy(entry.start, entry.end)];
         if entry.key == "split.tensors.count" {
-            let names = self.header.tensors.iter();
-            let tensors = names.filter(|t| renamed(&t.name, kept).is_some()).count();
-            return recounted(entry, tensors as u64);
+            return recounted(entry, kept.tensors.len() as u64);
         }
         if let Some(text) = self.told_anew(source, entry, kept) {
             return Ok(retold(entry, &text));
@@ -39,6 +39,14 @@ impl Gguf {
             _ if entry.key.starts_with(PER_LAYER_PREFIX) => &entry.key,
             _ => return Ok(whole),
         };
+        if let Some(left) = kept.experts.filter(|_| suffix == EXPERT_COUNT) {
+            return recounted(entry, left);
+        }
+        self.check_array(entry, suffix, kept)?;
+        if !self.loses_layers(kept) {
+            return Ok(whole);
+        }
+        let kept = &kept.blocks;
         match entry.value {
             Value::Scalar(..) => match SCALARS.iter().find(|(name, _)| *name == suffix) {
                 Some((_, meaning)) => self.scalar(entry, *meaning, kept),
@@ -73,25 +81,54 @@ impl Gguf {
         &self,
         source: &mut (impl Read + Seek),
         entry: &Entry,
-        kept: &[u64],
+        kept: &Kept,
     ) -> Option<String> {
         let Value::Text(_) = entry.value else {
             return None;
         };
         match entry.key.as_str() {
-            "general.size_label" => {
-                let tensors = self.header.tensors.iter();
-                Some(size_label(
-                    tensors.filter(|tensor| renamed(&tensor.name, kept).is_some()),
-                ))
-            }
+            "general.size_label" => Some(size_label(&kept.tensors)),
             "general.name" => {
                 let name = text_of(source, entry)?;
-                let left = self.layers_of(kept).len();
-                Some(name_with_layers(&name, self.num_layers(), left))
+                Some(name_with_counts(&name, &self.counts(kept)))
             }
             _ => None,
         }
+    }
+
+    /// The layers, and the experts of a mixture, before the cut and after it.
+    fn counts(&self, kept: &Kept) -> Vec<Count> {
+        let layers = Count {
+            what: "layer",
+            before: self.layers,
+            after: self.layers_of(&kept.blocks).len() as u64,
+        };
+        let experts = self.num_experts().map(|before| Count {
+            what: "expert",
+            before,
+            after: kept.experts.unwrap_or(before),
+        });
+        [layers].into_iter().chain(experts).collect()
+    }
+
+    /// Refuse an array of numbers that might have one for every expert, if experts go.
+    fn check_array(&self, entry: &Entry, suffix: &str, kept: &Kept) -> Result<()> {
+        let Value::Array { kind, count } = entry.value else {
+            return Ok(());
+        };
+        let told = NOT_PER_LAYER.contains(&suffix) || INDICES.contains(&suffix);
+        let layered = count == self.blocks || count == self.layers;
+        let each = kept.experts.is_some() && Some(count) == self.num_experts();
+        if !each || told || layered || kind == Kind::Text {
+            return Ok(());
+        }
+        Err(refused(
+            &entry.key,
+            &format!(
+                "is an array of {count} elements, as many as there are experts, and no rule says \
+                 whether they are theirs: no expert can go"
+            ),
+        ))
     }
 
     fn scalar(&self, entry: &Entry, meaning: Meaning, kept: &[u64]) -> Result<Vec<Piece>> {

@@ -4,7 +4,8 @@ use std::io::{Read, Seek, SeekFrom};
 
 use super::error::{Result, refused, unreadable};
 use super::header::elements;
-use super::record::{Entry, Tensor, Value};
+use super::kept::New;
+use super::record::{Entry, Value};
 use super::types::Scalar;
 
 /// A part of the new file.
@@ -86,9 +87,9 @@ pub(super) fn filtered(
 }
 
 /// A tensor's entry in the header.
-pub(super) fn info(name: &str, tensor: &Tensor, offset: u64) -> Vec<u8> {
-    let mut bytes = (name.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(name.as_bytes());
+pub(super) fn info(tensor: &New, offset: u64) -> Vec<u8> {
+    let mut bytes = (tensor.name.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(tensor.name.as_bytes());
     bytes.extend((tensor.dims.len() as u32).to_le_bytes());
     for dim in &tensor.dims {
         bytes.extend(dim.to_le_bytes());

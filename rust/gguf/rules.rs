@@ -1,6 +1,6 @@
-//! The effect of a cut on the metadata, as tables: which keys count layers, name layers or repeat
-//! over layers, and which architectures make something of the layers' number or position
-//! that no key tells. The keys are those of the Python package gguf 0.19 and of llama.cpp's
+//! The effect of a cut, as tables: which keys count layers, name layers or repeat over layers,
+//! which architectures make something of the layers' number or position that no key tells, and
+//! which tensors hold experts. The keys and names are those of the Python package gguf 0.19 and of llama.cpp's
 //! `llama-arch.cpp`; the architectures' rules are those of llama.cpp's model loaders.
 //!
 //! Keys in none of the tables: a scalar stays; an array with an element a layer is filtered;
@@ -151,4 +151,74 @@ pub const QUIRKS: [(&str, Quirk); 31] = [
         "t5encoder",
         Never("shares one table of relative positions, in its first layer"),
     ),
+];
+
+/// The number of experts of a layer, a scalar.
+pub const EXPERT_COUNT: &str = "expert_count";
+
+const WEIGHTS: &[&str] = &["weight", "bias", "scale", "input_scale"];
+
+/// Tensors of a block with a part for every expert, one after the other in memory, and what may
+/// stand behind their name.
+pub const EXPERT_PARTS: [(&str, &[&str]); 7] = [
+    ("ffn_gate_exps", WEIGHTS),
+    ("ffn_up_exps", WEIGHTS),
+    ("ffn_gate_up_exps", WEIGHTS),
+    ("ffn_down_exps", WEIGHTS),
+    ("ffn_gate_inp", &["weight", "bias"]),
+    ("exp_probs_b", &["", "weight", "bias"]),
+    ("ffn_exp_probs_b", &["", "weight", "bias"]),
+];
+
+/// Tensors of one expert in old files, with its number behind the name.
+pub const ONE_EXPERT: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
+
+const CHUNK: &str = "holds experts that several others share";
+
+/// Tensors that speak of several experts together, and how.
+pub const SEVERAL_EXPERTS: [(&str, &str); 4] = [
+    ("ffn_gate_chexps", CHUNK),
+    ("ffn_up_chexps", CHUNK),
+    ("ffn_down_chexps", CHUNK),
+    (
+        "ffn_gate_tid2eid",
+        "sends tokens to experts by their number",
+    ),
+];
+
+/// Tensors of a block that hold nothing of its routed experts, whatever their dimensions; `*`
+/// stands for any ending. One of another name is refused if it has as many parts as there are
+/// experts.
+pub const NO_EXPERTS: [&str; 31] = [
+    "altup_*",
+    "attn_*",
+    "channel_mix_*",
+    "cross_attn_*",
+    "ffn",
+    "ffn_down",
+    "ffn_down_shexp",
+    "ffn_gate",
+    "ffn_gate_inp_shexp",
+    "ffn_gate_shexp",
+    "ffn_latent_down",
+    "ffn_latent_up",
+    "ffn_norm",
+    "ffn_norm_exps",
+    "ffn_sub_norm",
+    "ffn_up",
+    "ffn_up_shexp",
+    "hc_*",
+    "indexer",
+    "indexer_compressor_*",
+    "inp_gate",
+    "laurel_*",
+    "layer_output_*",
+    "nextn",
+    "post_*",
+    "pre_ffw_norm_2",
+    "proj",
+    "shortconv",
+    "ssm_*",
+    "time_mix_*",
+    "vis_*",
 ];

@@ -1,6 +1,6 @@
 //! Checkpoints in safetensors, cut without being read whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,10 +9,13 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::tell;
-use crate::checkpoint::{self, Checkpoint, Cut, Job};
+use crate::checkpoint::{self, Checkpoint, Cut, Experts, Job};
 
 /// Name, dtype, shape, first byte and the one past the last, counted from the header's end.
 type Tensor = (String, String, Vec<u64>, u64, u64);
+
+/// The experts of a layer, those that stay by layer, and the names of stacks of experts.
+type Mixture = (u64, BTreeMap<u64, Vec<u64>>, BTreeSet<String>);
 
 /// The free texts and the tensors, in the order of their bytes, of a safetensors header that
 /// `data_len` bytes follow; see `shallower.scanning.states_file`.
@@ -55,14 +58,19 @@ impl PyCheckpoint {
             .collect()
     }
 
+    #[pyo3(signature = (prefixes, num_layers, survivors, max_shard_size, experts=None))]
     fn cut(
         &self,
         prefixes: Vec<String>,
         num_layers: u64,
         survivors: Vec<u64>,
         max_shard_size: u64,
+        experts: Option<Mixture>,
     ) -> PyResult<PyJob> {
-        let cut = Cut::new(prefixes, num_layers, survivors)?;
+        let mut cut = Cut::new(prefixes, num_layers, survivors)?;
+        if let Some((num_experts, kept, stacks)) = experts {
+            cut = cut.with_experts(Experts::new(num_experts, kept, stacks)?);
+        }
         Ok(PyJob(Job::new(Arc::clone(&self.0), cut, max_shard_size)?))
     }
 }

@@ -12,6 +12,7 @@ pub(super) mod raised {
     import_exception!(shallower.errors, StatesError);
     import_exception!(shallower.errors, MetricError);
     import_exception!(shallower.errors, LayersError);
+    import_exception!(shallower.errors, ExpertsError);
     import_exception!(shallower.errors, CostsError);
     import_exception!(shallower.errors, ScanError);
     import_exception!(shallower.errors, ThreadsError);
@@ -34,6 +35,8 @@ impl From<Error> for PyErr {
             | Error::CkaBatch(_)
             | Error::NoCkaBatch
             | Error::CkaOverflow
+            | Error::ExpertSizes { .. }
+            | Error::ExpertUpdate { .. }
             | Error::NoSamples { .. } => raised::StatesError::new_err(message),
             Error::UnknownMetric { .. }
             | Error::MetricList(_)
@@ -45,6 +48,7 @@ impl From<Error> for PyErr {
             Error::Unmergeable { .. }
             | Error::DamagedSums { .. }
             | Error::DamagedCka
+            | Error::DamagedExperts
             | Error::DamagedNorms
             | Error::DamagedLengths
             | Error::StoredMark(_)
@@ -73,8 +77,11 @@ impl From<checkpoint::Error> for PyErr {
             | E::Changed(_)
             | E::EndedEarly(_)
             | E::Prefix(_)
-            | E::NoSuchLayer { .. } => raised::ModelError::new_err(message),
+            | E::NoSuchLayer { .. }
+            | E::NoSuchExpert { .. }
+            | E::Stack { .. } => raised::ModelError::new_err(message),
             E::Survivors { .. } => raised::LayersError::new_err(message),
+            E::Experts { .. } => raised::ExpertsError::new_err(message),
             E::ShardSize { .. } | E::Write { .. } | E::Cancelled => {
                 raised::OutputError::new_err(message)
             }

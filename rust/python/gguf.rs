@@ -1,5 +1,6 @@
 //! GGUF files, cut without being read whole.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,10 @@ use pyo3::types::PyDict;
 
 use super::errors::raised;
 use super::tell;
-use crate::gguf::{self, Gguf, GgufError, Told};
+use crate::gguf::{self, Cut, Experts, Gguf, GgufError, Told};
+
+/// The number of a layer's experts, and by layer those that stay.
+type KeptExperts = (u64, BTreeMap<u64, Vec<u64>>);
 
 /// A GGUF file, its header read; see `shallower.cutting.gguf`.
 #[pyclass(name = "Gguf", module = "shallower._core")]
@@ -22,6 +26,7 @@ fn gguf_error(path: &Path, error: &GgufError) -> PyErr {
     let message = format!("{} {error}", path.display());
     match error {
         GgufError::Survivors { .. } => raised::LayersError::new_err(message),
+        GgufError::Experts(_) => raised::ExpertsError::new_err(message),
         GgufError::Write(_) | GgufError::Stopped => raised::OutputError::new_err(message),
         GgufError::Read(_)
         | GgufError::Damaged { .. }
@@ -29,6 +34,17 @@ fn gguf_error(path: &Path, error: &GgufError) -> PyErr {
         | GgufError::Split(_)
         | GgufError::NoLayers(_)
         | GgufError::Refused { .. } => raised::ModelError::new_err(message),
+    }
+}
+
+impl PyGguf {
+    fn planned(&mut self, survivors: &[usize], experts: Option<KeptExperts>) -> PyResult<Cut> {
+        let Self { path, file, inner } = self;
+        let experts = experts.map(|(number, kept)| Experts::new(number, kept));
+        let planned = experts
+            .transpose()
+            .and_then(|experts| inner.cut(file, survivors, experts.as_ref()));
+        planned.map_err(|error| gguf_error(path, &error))
     }
 }
 
@@ -54,6 +70,11 @@ impl PyGguf {
         self.inner.num_layers()
     }
 
+    #[getter]
+    fn expert_layers(&self) -> Vec<usize> {
+        self.inner.expert_layers()
+    }
+
     fn metadata<'py>(
         &mut self,
         py: Python<'py>,
@@ -71,22 +92,22 @@ impl PyGguf {
         Ok(told)
     }
 
-    fn cut_size(&mut self, survivors: Vec<usize>) -> PyResult<u64> {
-        let cut = self.inner.cut(&mut self.file, &survivors);
-        Ok(cut.map_err(|error| gguf_error(&self.path, &error))?.size())
+    #[pyo3(signature = (survivors, experts=None))]
+    fn cut_size(&mut self, survivors: Vec<usize>, experts: Option<KeptExperts>) -> PyResult<u64> {
+        Ok(self.planned(&survivors, experts)?.size())
     }
 
-    #[pyo3(signature = (survivors, out, progress=None))]
+    #[pyo3(signature = (survivors, out, progress=None, *, experts=None))]
     fn cut(
         &mut self,
         py: Python<'_>,
         survivors: Vec<usize>,
         out: PathBuf,
         progress: Option<Py<PyAny>>,
+        experts: Option<KeptExperts>,
     ) -> PyResult<()> {
-        let Self { path, file, inner } = self;
-        let planned = inner.cut(file, &survivors);
-        let cut = planned.map_err(|error| gguf_error(path, &error))?;
+        let cut = self.planned(&survivors, experts)?;
+        let Self { path, file, .. } = self;
         let (total, mut raised) = (cut.size(), None);
         let told = |done| Python::attach(|py| tell(py, progress.as_ref(), done, total));
         let saved = py.detach(|| {

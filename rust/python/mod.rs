@@ -7,6 +7,7 @@ mod checkpoint;
 mod cka;
 mod costs;
 mod errors;
+mod experts;
 mod gguf;
 mod states;
 mod sums;
@@ -48,6 +49,9 @@ mod _core {
 
     #[pymodule_export]
     use super::costs::{PyCosts, bootstrap};
+
+    #[pymodule_export]
+    use super::experts::PyExpertSums;
 
     #[pymodule_export]
     use super::gguf::PyGguf;

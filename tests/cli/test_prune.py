@@ -7,6 +7,8 @@ import pytest
 from shallower import Plan
 from shallower.models import loading
 from tests.cli.documents import assert_cut, tree
+from tests.cutting.checkpoints import stored
+from tests.cutting.mixtures import mixture
 
 
 def test_prune_drops_the_layers_that_are_named(shallower, folder, tiny):
@@ -119,4 +121,93 @@ def test_prune_replaces_a_file_when_told_so(shallower, folder, tiny):
 def test_prune_does_not_replace_the_folder_that_one_is_in(shallower, folder, tiny):
     done = shallower("prune", tiny, "--drop", "1", "--out", ".", "--overwrite")
     assert "it is the current folder" in done.error
+    assert tree(folder) == {}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A random Mixtral of 8 layers with 6 experts each, two of them for a token."""
+    folder = tmp_path_factory.mktemp("mixed") / "mix"
+    mixture("mixtral").save_pretrained(folder)
+    return folder
+
+
+def experts_of(layers):
+    return ";".join(f"{layer}:1,4:6" for layer in layers)
+
+
+def test_prune_drops_experts(shallower, folder, mixed):
+    done = shallower("prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "cut")
+    assert done.status == 0
+    assert "plan: 0 of 8 layers, 3 of 6 experts" in done.out
+    assert json.loads((folder / "cut" / "config.json").read_text())["num_local_experts"] == 3
+    (folder / "experts.txt").write_text("".join(f"{i}: 1, 4:6  # last\n" for i in range(8)))
+    for options in (
+        ["--drop-experts", "experts.txt"],
+        ["--experts-plan", "cut"],
+        ["--plan", "cut"],
+    ):
+        name = options[-1].replace(".", "_") + options[0]
+        again = shallower("prune", mixed, *options, "--out", name, "--json")
+        assert again.json["experts"]["num_experts"] == 6
+        assert stored(folder / name) == stored(folder / "cut")
+
+
+def test_prune_drops_layers_and_experts_together(shallower, folder, mixed):
+    rest = [layer for layer in range(8) if layer not in (3, 4)]
+    command = ["prune", mixed, "--drop", "3:5"]
+    done = shallower(*command, "--drop-experts", experts_of(rest), "--out", "cut", "--json").json
+    assert (done["survivors"], done["experts"]["drop"]["7"]) == (rest, [1, 4, 5])
+    whole = shallower("prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "experts")
+    assert whole.status == 0
+    both = shallower(*command, "--experts-plan", "experts", "--out", "again")
+    assert both.status == 0
+    assert stored(folder / "again") == stored(folder / "cut")
+
+
+def test_prune_says_which_experts_it_would_drop(shallower, folder, mixed):
+    command = ["prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "cut"]
+    done = shallower(*command, "--dry-run", "--json").json
+    assert (done["drop"], done["drop_experts"]) == ("", experts_of(range(8)))
+    assert not any("mergekit" in name for name in done["write"])
+    assert tree(folder) == {}
+
+
+def test_an_earlier_cut_of_other_experts_is_not_said_again(shallower, folder, mixed):
+    command = ["prune", mixed, "--out", "cut", "--json", "--drop-experts"]
+    first = shallower(*command, experts_of(range(8))).json
+    assert shallower(*command, experts_of(range(8))).json == first
+    other = experts_of(range(8)).replace("1,", "0,")
+    assert "cut exists already" in shallower(*command, other).error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--drop-experts", "0:1"],
+            "layer 1 would keep all of its 6 experts, and a config has one",
+        ),
+        (["--drop-experts", "0:x"], "'x'"),
+        (["--drop-experts", "0:9;1:9"], "layer 0: "),
+        (["--drop-experts", "gone.txt"], "'gone.txt' is neither experts"),
+        (["--drop-experts", "0:1", "--experts-plan", "x"], "--drop-experts or --experts-plan, not"),
+        (["--experts-plan", "gone"], "cannot read the plan gone"),
+        (["--drop", "9", "--drop-experts", experts_of(range(8))], "9"),
+        (["--drop", "3", "--drop-experts", experts_of(range(8))], "layer 3 goes whole"),
+        (["--drop-experts", ";".join(f"{i}:0:5" for i in range(8))], "keep at least 2"),
+    ],
+)
+def test_experts_that_cannot_go_are_refused_in_a_sentence(shallower, folder, mixed, options, words):
+    message = shallower("prune", mixed, *options, "--out", "cut").error
+    assert words in message
+    assert tree(folder) == {}
+
+
+def test_a_dense_model_has_no_experts_to_drop(shallower, folder, tiny):
+    message = shallower("prune", tiny, "--drop-experts", "0:1", "--out", "cut").error
+    assert message.endswith("tiny has no layer with routed experts: drop whole layers instead")
+    in_memory = ["--dtype", "bfloat16"]
+    message = shallower("prune", tiny, "--drop-experts", "0:1", "--out", "cut", *in_memory).error
+    assert message.endswith("counts no routed experts: drop whole layers instead")
     assert tree(folder) == {}

@@ -14,6 +14,7 @@ from shallower import OutputError
 from shallower.cutting import checkpoint
 from shallower.storage import partial_folder
 from tests.cutting.checkpoints import DROPPED, stored
+from tests.cutting.mixtures import mixture
 from tests.folders import tree
 
 
@@ -88,7 +89,7 @@ def test_work_of_another_job_is_discarded(source, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def killed_while_it_cuts(source, out, *, patience, seconds):
+def killed_while_it_cuts(source, out, *, patience, seconds, **cut):
     """Whether a cut in a process of its own was killed, a while after it told of so much work."""
     reading, writing = os.pipe()
 
@@ -99,7 +100,7 @@ def killed_while_it_cuts(source, out, *, patience, seconds):
     child = os.fork()
     if not child:
         with suppress(BaseException):
-            sh.prune(source, DROPPED, out, max_shard_size=4000, progress=tell)
+            sh.prune(source, out=out, progress=tell, **cut)
         os._exit(0)
     os.close(writing)
     told = 0
@@ -113,20 +114,56 @@ def killed_while_it_cuts(source, out, *, patience, seconds):
     return status == -signal.SIGKILL
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A random Mixtral of 8 layers with 6 experts each."""
+    folder = tmp_path_factory.mktemp("mixed") / "mixture"
+    mixture("mixtral").save_pretrained(folder)
+    return folder
+
+
+CUTS = {
+    "source": {"what": DROPPED, "max_shard_size": 4000},
+    "mixed": {
+        "what": [2],
+        "experts": {layer: [1, 4] for layer in range(8) if layer != 2},
+        "max_shard_size": 8000,
+    },
+}
+
+
 @pytest.mark.filterwarnings("ignore:.* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(source, tmp_path, seed):
+@pytest.mark.parametrize("name", CUTS)
+def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(name, seed, tmp_path, request):
+    source, cut = request.getfixturevalue(name), CUTS[name]
     chance = random.Random(seed)
     out, whole = tmp_path / "cut", tmp_path / "whole"
-    sh.prune(source, DROPPED, whole, max_shard_size=4000)
+    sh.prune(source, out=whole, **cut)
     kills = 0
     for attempt in range(1, 200, 2):
         patience, seconds = attempt + chance.randrange(5), chance.random() * 0.004
-        kills += killed_while_it_cuts(source, out, patience=patience, seconds=seconds)
+        kills += killed_while_it_cuts(source, out, patience=patience, seconds=seconds, **cut)
         if out.exists():
             break
     assert kills >= 5
     assert tree(out) == tree(whole)
+
+
+def test_work_of_other_experts_is_discarded(mixed, tmp_path):
+    out, cut = tmp_path / "cut", CUTS["mixed"]
+    kept = {layer: [0, 4] for layer in range(8) if layer != 2}
+
+    def stop(done, total):
+        if done > total / 2:
+            raise InterruptedError
+
+    with pytest.raises(OutputError):
+        sh.prune(mixed, out=out, **cut, progress=stop)
+    assert list((partial_folder(out) / "folder").glob("model-*.safetensors"))
+    sh.prune(mixed, out=out, **{**cut, "experts": kept})
+    sh.prune(mixed, out=tmp_path / "whole", **{**cut, "experts": kept})
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_one_process_at_a_time(source, tmp_path):

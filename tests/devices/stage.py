@@ -7,6 +7,7 @@ Where a value is read, it gives an answer, so that code that reads a loss or a n
 1, or a little less than at any read before, as of a loss that falls.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -260,6 +261,15 @@ class Stage:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         for part in (model, model.model):
             part.register_forward_pre_hook(_require_inputs, with_kwargs=True)
+        apart = self.devices == 2 or self.offloading or self.streaming
+        return self.spread(model) if apart else model
+
+    def mixture(self, config):
+        """A mixture by its config, without values, in bfloat16, on the devices."""
+        config = copy.deepcopy(config)
+        config._experts_implementation = "batched_mm"  # without loops over what is chosen
+        with self.mode, self.first:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         apart = self.devices == 2 or self.offloading or self.streaming
         return self.spread(model) if apart else model
 

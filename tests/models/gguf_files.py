@@ -101,6 +101,7 @@ FAMILIES = {
     "nemotron": {},
     "qwen2": {},
     "qwen2moe": {"expert_count": 4, "expert_used_count": 2},
+    "qwen3moe": {"attention.key_length": 16, "expert_count": 4, "expert_used_count": 2},
     "qwen35": {
         "attention.key_length": 16, "ssm.time_step_rank": 4, "ssm.group_count": 2,
         "ssm.state_size": 16, "ssm.inner_size": 64, "ssm.conv_kernel": 4,
@@ -114,7 +115,7 @@ FAMILIES = {
 
 def write_family(path, architecture, **sizes):
     """Write a random model of an architecture, its matrices quantised."""
-    kind, sizes = GGMLQuantizationType.Q8_0, SIZES | FAMILIES[architecture] | sizes
+    kind, sizes = GGMLQuantizationType.Q8_0, SIZES | FAMILIES.get(architecture, {}) | sizes
     _written(_described(path, architecture, sizes), path)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
@@ -127,7 +128,7 @@ def write_family(path, architecture, **sizes):
             names[f"blk.{target.split('.')[2]}.ssm_dt.bias"] = target
     writer, rng = _described(path, architecture, sizes), np.random.default_rng(0)
     for name, target in names.items():
-        shape = _shape(name, architecture, tuple(model.get_parameter(target).shape))
+        shape = _shape(name, architecture, tuple(model.state_dict()[target].shape))
         array = rng.normal(0, 0.1, shape).astype(np.float32)
         if "ssm_a" in name:
             array = -np.exp(array)

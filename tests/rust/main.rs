@@ -4,6 +4,7 @@
 
 mod checkpoint;
 mod cka;
+mod experts;
 mod gguf;
 mod oracle;
 mod search;

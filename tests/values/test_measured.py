@@ -72,7 +72,10 @@ def test_shards_in_any_order_are_the_losses_of_all_texts_in_theirs(parts):
     assert (window.context, window.bos, window.num_rest) == (4, False, 2)
     assert window.by_window.sums.tolist() == loss.by_text.sums.tolist()
     assert found.inputs == {kind: {"model": {"machine": "here"}} for kind in SETTINGS}
-    assert found.dropped == {"base": (), "cut": (1, 2)}
+    assert {side: plan and plan.dropped for side, plan in found.cuts.items()} == {
+        "base": None,
+        "cut": (1, 2),
+    }
 
 
 def test_what_is_of_several_machines_is_found_by_none(parts):

@@ -68,7 +68,7 @@ COMMANDS = {
     ),
     "prune": Command(
         "prune",
-        "Drop layers, and save a standard checkpoint.",
+        "Drop layers or experts, and save a standard checkpoint.",
         "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut",
     ),
     "eval": Command(

@@ -91,6 +91,13 @@ def compare_command(
     eval_texts: EvalTexts = None,
     sizes: Sizes = "1,2,4,8",
     criteria: Criteria = None,
+    unit: Annotated[
+        Literal["layers", "experts"],
+        typer.Option(
+            help="What goes: layers, or experts, --n of each layer that has any, by criteria of "
+            "experts, beside a block of layers with as many parameters."
+        ),
+    ] = "layers",
     judge: Judge = "loss",
     options: Options = None,
     prompts: Prompts = None,
@@ -147,6 +154,7 @@ def compare_command(
     settings = CompareSettings(
         n=parse_sizes(sizes),
         criteria=_names(criteria),
+        unit=unit,
         judge=judge,
         options=options,
         prompts=prompts,

@@ -307,11 +307,9 @@ def _say(job: "EvalJob", results: "Results", names: dict[str, str], *, as_json: 
 def _described(
     job: "EvalJob", pair: "EvalPair | None", named: dict[str, str | None]
 ) -> dict[str, Any]:
-    from ..values.layers import ranges
-
     described: dict[str, Any] = {"eval": str(job.source)}
     if job.plan:
-        described["drop"] = ranges(job.plan.dropped)
+        described["drop"] = job.plan.words
     described |= {name: value for name, value in named.items() if value is not None}
     write = {} if job.file is None else {"write": [str(job.file)]}
     if pair is None:

@@ -161,6 +161,18 @@ PlanPath = Annotated[
     Path | None,
     typer.Option("--plan", metavar="PLAN", help="Plan to carry out: a file, or its folder."),
 ]
+DropExperts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="EXPERTS",
+        help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
+        "of such lines.",
+    ),
+]
+ExpertsPlan = Annotated[
+    Path | None,
+    typer.Option(metavar="PLAN", help="Plan of experts to drop: a file, or its folder."),
+]
 Sizes = Annotated[
     str, typer.Option("--n", metavar="SIZES", help="Block sizes to measure, as 1,2,4,8.")
 ]
@@ -233,6 +245,30 @@ def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":
     if (drop is None) == (plan is None):
         raise LayersError("name the layers to drop, either by --drop or by --plan")
     return load_plan(plan) if plan is not None else parse_layers(drop or "")
+
+
+def named_cut(
+    drop: str | None,
+    plan: Path | None,
+    experts: str | None,
+    *,
+    experts_plan: Path | None,
+) -> "tuple[Plan | list[Block], Plan | dict[int, tuple[int, ...]] | None]":
+    """Read layers, and experts of those that stay, before anything that takes long.
+
+    Raises as :func:`named_layers`, where no experts are named; ExpertsError if both options name
+    them or a text of them cannot be read, and PlanError if a plan of them is damaged.
+    """
+    from ..cutting.plans import load_plan
+    from ..errors import ExpertsError
+    from ..values.experts import parse_experts
+
+    if experts is not None and experts_plan is not None:
+        raise ExpertsError("name the experts to drop by --drop-experts or --experts-plan, not both")
+    if experts is None and experts_plan is None:
+        return named_layers(drop, plan), None
+    named = load_plan(experts_plan) if experts_plan is not None else parse_experts(experts or "")
+    return [] if drop is None and plan is None else named_layers(drop, plan), named
 
 
 def places(device_map: str | None, *, stream: bool) -> str | None:

@@ -141,6 +141,7 @@ def say_scan(
     scanned: "Scan", written: list[Path], as_json: bool, *, reading: "Reading | None" = None
 ) -> None:
     """Print the best block of every size, what was rejected, read from disk and written."""
+    from ..reporting.stories.experts import gathered
     from ..reporting.stories.stages import rejected, scan_table
 
     if as_json:
@@ -152,6 +153,7 @@ def say_scan(
         if scanned.distance is None:
             weights.append(f"{', '.join(scanned.metrics)} is no distance: it chooses no blocks")
         said = [str(one) for one in (scanned.settled, reading) if one is not None]
+        said += gathered(scanned.contents.experts)
         show(scan_table(scanned), *weights, *rejected(scanned), *said, *wrote)
 
 
@@ -205,11 +207,10 @@ def say_eval_shard(place: Path, as_json: bool) -> None:
 
 def eval_names(model: str, plan: "Plan | None") -> dict[str, str]:
     """Name the sides of an evaluation in words: the model alone, or all its layers and the cut."""
-    from ..values.layers import ranges
-
     if plan is None:
         return {"base": Path(model).name}
-    return {"base": "all layers", "cut": f"without {ranges(plan.dropped)}"}
+    whole = "all layers" if plan.experts is None else "whole model"
+    return {"base": whole, "cut": f"without {plan.words}"}
 
 
 def say_eval(
@@ -238,6 +239,7 @@ def _described(scanned: "Scan") -> dict[str, Any]:
     return {
         "samples": sum(texts.num_texts for texts in scanned.texts) or scanned.num_sequences,
         **settled,
+        **_experts(scanned),
         "num_layers": scanned.num_layers,
         "dtype": scanned.model and scanned.model.dtype,
         "positions": str(scanned.positions),
@@ -247,6 +249,16 @@ def _described(scanned: "Scan") -> dict[str, Any]:
         "rejections": [str(rejection) for rejection in scanned.rejections],
         "blocks": [{"n": len(block), **block.to_json()} for block in blocks],
     }
+
+
+def _experts(scanned: "Scan") -> dict[str, Any]:
+    """What a scan has of experts, if it has."""
+    found = scanned.contents.experts
+    if found is None:
+        return {}
+    unrouted = {str(layer): list(experts) for layer, experts in found.unrouted.items()}
+    of = {"num_experts": found.routing.num_experts, "layers": list(found.layers)}
+    return {"experts": {**of, "unrouted": unrouted, "left_out": found.left_out}}
 
 
 def quiet_bars() -> None:

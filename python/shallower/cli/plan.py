@@ -47,7 +47,25 @@ Bootstrap = Annotated[
 def plan_command(
     scans: Scans,
     *,
-    n: Annotated[int, typer.Option("--n", metavar="N", help="Number of layers to drop.")],
+    n: Annotated[
+        int | None, typer.Option("--n", metavar="N", help="Number of layers to drop.")
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Number of experts to drop of every layer that stays; for scans made with "
+            "--experts.",
+        ),
+    ] = None,
+    criterion: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Criterion that lets experts go: frequency, soft-frequency, ean, man, msan, reap, "
+            "easy-ep, reconstruction, aimer or random.",
+        ),
+    ] = "reap",
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder to write the plan to.")
     ] = None,
@@ -67,12 +85,15 @@ def plan_command(
         int, typer.Option(metavar="K", help="Also list the K best blocks of --n layers.", min=0)
     ] = 0,
     bootstrap: Bootstrap = 0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of --bootstrap.", min=0)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="Seed of --bootstrap, and of --criterion random.", min=0),
+    ] = 0,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Choose the layers to drop from a scan.
+    """Choose the layers or experts to drop from a scan.
 
     Writes shallower_plan.json for prune, eval and patch; without --out the plan is shown only.
     """
@@ -95,6 +116,8 @@ def plan_command(
         top=top,
         bootstrap=bootstrap,
         seed=seed,
+        experts=experts,
+        criterion=criterion,
     )
     if out is not None and not dry_run:
         chosen.plan.save(out / PLAN_FILE)
@@ -108,9 +131,12 @@ def plan_command(
 
 
 def _choice(chosen: "ScanChoice") -> list[Any]:
+    from ..reporting.stories.experts import experts_table, unrouted
     from ..reporting.stories.stages import plan_table, starts_table
 
     parts: list[Any] = [plan_table(chosen.plan)]
+    if chosen.experts:
+        parts += [experts_table(chosen), *unrouted(chosen)]
     if chosen.best:
         parts.append(starts_table(chosen.best, chosen.plan.metric, chosen.start))
     if chosen.start:

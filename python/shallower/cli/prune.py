@@ -10,7 +10,9 @@ from .options import (
     CutOut,
     DeviceMap,
     Drop,
+    DropExperts,
     DryRun,
+    ExpertsPlan,
     GgufFile,
     Json,
     Model,
@@ -18,7 +20,7 @@ from .options import (
     Overwrite,
     PlanPath,
     TrustRemoteCode,
-    named_layers,
+    named_cut,
 )
 from .output import print_json, reuse, say_dry_run, show
 
@@ -29,6 +31,8 @@ def prune_command(
     out: CutOut,
     drop: Drop = None,
     plan: PlanPath = None,
+    drop_experts: DropExperts = None,
+    experts_plan: ExpertsPlan = None,
     dtype: Annotated[
         DtypeName | None,
         typer.Option(help="Dtype of the weights; as stored in a folder by default, else bfloat16."),
@@ -56,13 +60,14 @@ def prune_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Drop layers, and save a standard checkpoint.
+    """Drop layers or experts, and save a standard checkpoint.
 
     A folder of safetensors is cut on disk, without loading it, unless --dtype asks for
     another dtype than the stored one; when interrupted, the same command goes on.
     With an --out that ends in .gguf, or with --as-gguf, a GGUF file is cut directly,
     without loading it.
-    A model card, mergekit's config and llama.cpp's list of layers lie beside every cut.
+    A model card lies beside every cut; mergekit's config and llama.cpp's list of layers
+    beside one of layers alone.
     """
     from ..cutting.plans import plan_file
     from ..cutting.prune import plan_prune
@@ -70,9 +75,10 @@ def prune_command(
     from ..runs.store import open_store
     from ..storage import check_apart
 
-    if plan is not None:
-        check_apart(out, [plan_file(plan)])
-    layers = named_layers(drop, plan)
+    for read in (plan, experts_plan):
+        if read is not None:
+            check_apart(out, [plan_file(read)])
+    layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_shard_size": max_shard_size,
@@ -82,10 +88,12 @@ def prune_command(
         "trust_remote_code": trust_remote_code,
         "verify": verify,
     }
-    output = cut_output(open_store(no_cache or dry_run), model, layers, out=out, **options)
+    output = cut_output(
+        open_store(no_cache or dry_run), model, layers, experts=experts, out=out, **options
+    )
     if reuse(output, lambda value: _say(_written_at(value, out), as_json)):
         return
-    planned = plan_prune(model, layers, out, overwrite=overwrite, **options)
+    planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
     if dry_run:
         say_dry_run(planned.to_json(), as_json)
         return

@@ -72,6 +72,14 @@ def scan_command(
             "times compared tokens times layers and one times their width; --dry-run counts them.",
         ),
     ] = None,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts",
+            help="Also gather statistics of a mixture's routed experts, over all tokens, for plan "
+            "--experts; takes the time of the experts twice.",
+        ),
+    ] = False,
     until: Annotated[
         float | None,
         typer.Option(
@@ -130,6 +138,7 @@ def scan_command(
         threads=threads,
         keep_samples=keep_samples,
         keep_states=keep_states,
+        experts=experts,
         until=_until(until, tolerance, n, exact=exact),
         overwrite=overwrite,
         device_memory=device_memory,

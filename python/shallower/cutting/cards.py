@@ -11,6 +11,7 @@ from typing import Any
 
 from ..storage import write_file
 from ..values.counts import counted
+from ..values.files import PLAN_FILE
 from ..values.layers import Block, drop_option, ranges
 from ..values.loss import Loss, with_error
 from ..values.plan import Plan
@@ -19,6 +20,7 @@ from .exports import (
     MERGEKIT_FILE,
     PRUNE_LAYERS_FILE,
     CutFacts,
+    export_files,
     mergekit_config,
     prune_layers,
     to_yaml,
@@ -26,7 +28,7 @@ from .exports import (
 from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, Source
 
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
-_TAGS = ("shallower", "layer-pruning")
+_LAYERS_TAG, _EXPERTS_TAG = "layer-pruning", "expert-pruning"
 
 _NOT_HEALED = """\
 **This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
@@ -36,9 +38,9 @@ _CARD = """\
 ---
 {metadata}---
 
-# {name} without layers {dropped}
+# {name} without {dropped}
 
-Whole decoder layers were cut out of {source}. They are counted from 0, and ranges are half-open.
+{what}. They are counted from 0, and ranges are half-open.
 
 {not_healed}
 
@@ -65,6 +67,10 @@ By vLLM and llama.cpp:
 
 ## The same cut by other tools
 
+{others}
+"""
+
+_OTHER_TOOLS = """\
 mergekit and llama.cpp cut the source, too, and are not needed for this model. They rename its
 tensors and count its layers anew; what else a config says of single layers, they may leave behind.
 
@@ -76,8 +82,11 @@ llama-quantize --prune-layers {prune_layers} source.gguf cut.gguf copy
 - mergekit 0.1.5 does not cut `layer_types`. For families whose config has that list, such as
   Qwen2, Qwen3, Gemma 2, Gemma 3, SmolLM3 and gpt-oss, it writes all tensors and then fails.
 - `--prune-layers` needs llama.cpp of August 2026 (commit 0c1e570) or later. Earlier builds look
-  tensors up by their new names, and drop the wrong layers or crash.
-"""
+  tensors up by their new names, and drop the wrong layers or crash."""
+
+_NO_OTHER_TOOLS = """\
+mergekit's configs and llama.cpp's list of layers name whole layers alone, so none of them lies
+beside this model."""
 
 _CUT_AGAIN = """\
 ## Making the cut again
@@ -140,12 +149,13 @@ llama-cli -m {gguf}"""
 
 
 def exports(facts: CutFacts) -> dict[str, str]:
-    """The texts beside a cut, by the names in ``EXPORT_FILES``."""
-    return {
-        CARD_FILE: cut_card(facts),
-        MERGEKIT_FILE: mergekit_config(facts),
-        PRUNE_LAYERS_FILE: prune_layers(facts.plan) + "\n",
+    """The texts beside a cut, by the names that :func:`.exports.export_files` gives."""
+    texts = {
+        CARD_FILE: lambda: cut_card(facts),
+        MERGEKIT_FILE: lambda: mergekit_config(facts),
+        PRUNE_LAYERS_FILE: lambda: prune_layers(facts.plan) + "\n",
     }
+    return {name: texts[name]() for name in export_files(facts.plan)}
 
 
 def cut_card(facts: CutFacts) -> str:
@@ -153,29 +163,51 @@ def cut_card(facts: CutFacts) -> str:
     plan, source, gguf = facts.plan, facts.source, facts.gguf
     quantised = gguf is not None or facts.dtype in ("nf4", "int8")
     quoted = shlex.quote(gguf or "")
+    mergekit = shlex.quote(facts.file(MERGEKIT_FILE))
+    tools = _OTHER_TOOLS.format(mergekit=mergekit, prune_layers=prune_layers(plan))
     card = _CARD.format(
         metadata=front_matter(
             source.inherited,
             base=source.hub,
             relation="quantized" if quantised else "finetune",
             library="gguf" if gguf else "transformers",
+            pruned=_pruned(plan),
         ),
         name=_inline(source.name),
-        dropped=ranges(plan.dropped),
+        dropped=_dropped(plan),
+        what=_what(plan, _described(source)),
         not_healed=_NOT_HEALED,
-        source=_described(source),
         rows=_table(_rows(facts)),
         again=_again(facts),
         loading=_LOADING,
         version=_VERSION if facts.needs_5 and not gguf else "",
         arguments=f'".", gguf_file={gguf!r}' if gguf else '"."',
         serve=_SERVE_GGUF.format(gguf=quoted) if gguf else _SERVE_FOLDER,
-        mergekit=shlex.quote(facts.mergekit_file),
-        prune_layers=prune_layers(plan),
+        others=tools if plan.experts is None else _NO_OTHER_TOOLS,
     )
     if source.text.strip():
         card += f"\n## The card of the source\n\n{source.text.strip()}\n"
     return card
+
+
+def _dropped(plan: Plan, its: str = "") -> str:
+    """What a cut is without, in a few words."""
+    layers = [f"{its}layers {ranges(plan.dropped)}"] if plan.blocks else []
+    experts = [f"{plan.experts.share} a layer"] if plan.experts else []
+    return " and ".join([*layers, *experts])
+
+
+def _what(plan: Plan, source: str) -> str:
+    """What was cut out of a source, in a sentence without its end."""
+    if plan.experts is None:
+        return f"Whole decoder layers were cut out of {source}"
+    what = "Whole decoder layers and routed experts" if plan.blocks else "Routed experts"
+    return f"{what} were cut out of {source}; `{PLAN_FILE}` names each of them"
+
+
+def _pruned(plan: Plan) -> list[str]:
+    layers = [_LAYERS_TAG] if plan.blocks else []
+    return [*layers, *([_EXPERTS_TAG] if plan.experts else [])]
 
 
 def front_matter(
@@ -184,6 +216,7 @@ def front_matter(
     base: str | None,
     relation: str,
     library: str,
+    pruned: Sequence[str] = (_LAYERS_TAG,),
     tags: Sequence[str] = (),
 ) -> str:
     """The lines between the two ``---`` of a cut's card, as the hub reads them.
@@ -191,7 +224,8 @@ def front_matter(
     From ``inherited``, the front matter of the source, license, languages, task and tags go over.
     ``base`` is the hub id of the source; where it has none, its own base model is the nearest
     ancestor that the hub knows. ``relation`` to it is ``finetune``, ``quantized`` or ``adapter``:
-    the hub's words, which has none for a model with fewer layers. ``library`` loads the cut.
+    the hub's words, which has none for a model with fewer layers. ``library`` loads the cut;
+    ``pruned`` and ``tags`` are tags of it.
     """
     base_model = base or inherited.get("base_model")
     theirs = inherited.get("tags", [])
@@ -202,7 +236,7 @@ def front_matter(
         "library_name": library,
         "pipeline_tag": inherited.get("pipeline_tag", "text-generation"),
         **{key: inherited.get(key) for key in _CARRIED_KEYS},
-        "tags": list(dict.fromkeys([*theirs, *_TAGS, *tags])),
+        "tags": list(dict.fromkeys([*theirs, "shallower", *pruned, *tags])),
     }
     return to_yaml({key: value for key, value in metadata.items() if value})
 
@@ -239,9 +273,14 @@ def _again(facts: CutFacts) -> str:
         names += _about_answers(command)
         lines = shell_lines(command)
         return _MADE_AGAIN.format(placeholder=known, names=names, command=lines)
-    drop = drop_option(facts.plan.blocks)
-    words = ["shallower", "prune", facts.source.place, "--drop", drop]
+    words = ["shallower", "prune", facts.source.place]
+    if facts.plan.experts is None:
+        words += ["--drop", drop_option(facts.plan.blocks)]
+    else:
+        words += ["--plan", facts.file(PLAN_FILE)]
     words += [*option_words(_arguments(facts)), "--out", facts.out]
+    if facts.plan.experts is not None:
+        placeholder += f"\n`{facts.file(PLAN_FILE)}` lies beside this card."
     return _CUT_AGAIN.format(
         placeholder=placeholder, command=shlex.join(words), python=_python(facts)
     )
@@ -253,15 +292,20 @@ def _about_answers(command: str) -> str:
 
 
 def _python(facts: CutFacts) -> str:
-    layers = [block.layers for block in facts.plan.blocks]
+    layers: Any = [block.layers for block in facts.plan.blocks]
+    if facts.plan.experts is not None:
+        layers = facts.file(PLAN_FILE)
     words = [f", {name}={value!r}" for name, value in _arguments(facts).items()]
-    return f"sh.prune({facts.source.place!r}, {layers}, {facts.out!r}{''.join(words)})"
+    return f"sh.prune({facts.source.place!r}, {layers!r}, {facts.out!r}{''.join(words)})"
 
 
 def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     plan = facts.plan
     kept = f"{ranges(plan.survivors)}, {len(plan.survivors)} of {plan.num_layers} layers"
     rows = [("removed", _scored(block, plan.metric)) for block in plan.blocks]
+    if plan.experts is not None:
+        which = f"{plan.experts.share} of each of the layers {ranges(tuple(plan.experts.by_layer))}"
+        rows.append(("experts removed", which))
     rows += [("kept", kept), ("why", plan.why)]
     rows += [("doubt", plan.doubt)] if plan.doubt else []
     rows += [
@@ -319,7 +363,7 @@ _ADAPTERS = """\
 
 # Healing of {name}
 
-Low-rank adapters for `{name}`, a model without its layers {dropped}. They belong to that very
+Low-rank adapters for `{name}`, a model without {dropped}. They belong to that very
 model, and to its plain weights or the same in 4 bits alike.
 
 {healed}
@@ -342,10 +386,15 @@ def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -
     inherited = {key: value for key, value in cut.inherited.items() if key != "base_model"}
     return _ADAPTERS.format(
         metadata=front_matter(
-            inherited, base=cut.hub, relation="adapter", library="peft", tags=["lora"]
+            inherited,
+            base=cut.hub,
+            relation="adapter",
+            library="peft",
+            pruned=_pruned(plan),
+            tags=["lora"],
         ),
         name=_inline(cut.name),
-        dropped=ranges(plan.dropped),
+        dropped=_dropped(plan, "its "),
         healed=_healed("low-rank adapters were trained.", rows),
     )
 

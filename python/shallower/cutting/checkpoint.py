@@ -1,16 +1,16 @@
-"""Cutting layers out of a checkpoint on disk, without loading its weights.
+"""Cutting layers and experts out of a checkpoint on disk, without loading its weights.
 
 The config is shortened as for a cut in memory: for the families of :mod:`.plain` from
 its JSON alone, in little memory; for others a model is built on the meta device and the cut is
-checked on it, which loads torch. The tensors of the layers that stay get their new numbers and
-are copied from file to file by the core, whatever they hold: quantised weights stay as they
-are, bit by bit.
+checked on it, which loads torch. The tensors of the layers and experts that stay get their new
+numbers and are copied from file to file by the core, whatever they hold: quantised weights stay
+as they are, bit by bit. Of stacks of experts it copies the ranges of bytes that stay.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +36,14 @@ from .checkpoint_files import (
     read_config,
     read_json,
 )
+from .description import Description
 from .exports import CutFacts
+from .mixture import StoredTensor, find_stacks, refuse_experts_outside
 from .plain import plain_model
-from .plans import agreed_plan, made_for
+from .plans import NamedExperts, agreed_plan, made_for
 from .source import find_source
 from .tensor_names import (
     QUANTISATION_KEYS,
-    Description,
     Renumbering,
     check_alike,
     find_prefix,
@@ -135,6 +136,7 @@ def prepare(
     source: str | Path,
     layers: Plan | Layers,
     *,
+    experts: NamedExperts | None = None,
     label: str = "",
     max_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
@@ -148,11 +150,18 @@ def prepare(
     folder = Path(source).expanduser().resolve()
     stored = Checkpoint(folder)
     raw = read_config(stored.resolve(CONFIG_FILE))
-    model = _describe(folder, raw, trust_remote_code)
-    total = model.shape[1]
-    wanted = agreed_plan(label or str(source), total, layers)
-    survivors = wanted.survivors
     weights = {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
+    mixed = experts is not None or (isinstance(layers, Plan) and layers.experts is not None)
+    model = _describe(folder, raw, trust_remote_code, experts_of=weights if mixed else None)
+    total = model.shape[1]
+    wanted = agreed_plan(
+        label or str(source),
+        total,
+        layers,
+        experts=experts,
+        count_experts=lambda: model.mixture().num_experts,
+    )
+    survivors = wanted.survivors
     more = _num_more(raw)
     prefix = find_prefix(weights, model.path, total, num_more=more)
     if more and not any(name.startswith(f"{prefix}{total}.") for name in weights):
@@ -160,11 +169,12 @@ def prepare(
     stored_survivors = (*survivors, *range(total, total + more))
     _check_layers(model.kinds, prefix, weights)
     paths = (model.path, prefix.removesuffix("."))
-    renumbering = Renumbering(paths, stored_survivors)
+    renumbering = Renumbering(paths, stored_survivors, wanted.experts)
     modules = {module_of(name) for name in weights if name.startswith(prefix)}
     named = {model.path + module.removeprefix(paths[1]) for module in modules} | modules
     files = dict(carried_files(stored))
-    texts = {CONFIG_FILE: _edited(model, raw, survivors, renumbering, named)}
+    mixture = _mixture(model, wanted, prefix, weights)
+    texts = {CONFIG_FILE: _edited(model, raw, wanted, renumbering, named)}
     for name in QUANTISATION_FILES:
         if name in files:
             texts[name] = _renumbered(read_json(files.pop(name)), renumbering, named)
@@ -182,7 +192,7 @@ def prepare(
     texts |= exports(facts)
     return PreparedCut(
         wanted,
-        stored.cut([prefix], total + more, list(stored_survivors), size),
+        stored.cut([prefix], total + more, list(stored_survivors), size, mixture),
         texts,
         {name: path for name, path in files.items() if name not in texts},
     )
@@ -198,11 +208,17 @@ def _num_more(raw: Mapping[str, Any]) -> int:
     return 0
 
 
-def _describe(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> Description:
-    plain = plain_model(folder, raw)
+def _describe(
+    folder: Path,
+    raw: Mapping[str, Any],
+    trust_remote_code: bool,
+    *,
+    experts_of: Iterable[str] | None,
+) -> Description:
+    plain = plain_model(folder, raw, experts_of)
     if plain is not None:
         return plain
-    from .twin import BuiltModel
+    from .built import BuiltModel
 
     return BuiltModel(folder, trust_remote_code)
 
@@ -216,24 +232,52 @@ class Stored(NamedTuple):
     start: int
 
 
-def _check_layers(kinds: Sequence[object], prefix: str, weights: Mapping[str, Stored]) -> None:
-    tensors: list[dict[str, str]] = [{} for _ in kinds]
+_Mixture = tuple[int, dict[int, list[int]], set[str]]
+
+
+def _mixture(
+    model: Description, plan: Plan, prefix: str, weights: Mapping[str, Stored]
+) -> _Mixture | None:
+    """The experts that stay, and the stacks that are divided, as the core takes them."""
+    dropped = plan.experts
+    if dropped is None:
+        return None
+    model.mixture().check(dropped, gone=plan.dropped)
+    refuse_experts_outside(weights, prefix, plan.num_layers)
+    tensors = [
+        [StoredTensor(name, one.dtype, one.shape) for name, one in layer.items()]
+        for layer in _by_layer(prefix, weights, plan.num_layers)
+    ]
+    stacks = find_stacks(dropped, model.stored_experts(plan), tensors)
+    kept = {layer: list(dropped.kept(layer)) for layer in dropped.by_layer}
+    return dropped.num_experts, kept, {f"{prefix}{layer}.{name}" for layer, name in stacks}
+
+
+def _by_layer(prefix: str, weights: Mapping[str, Stored], total: int) -> list[dict[str, Stored]]:
+    """Of every layer, its tensors by their names in it."""
+    layers: list[dict[str, Stored]] = [{} for _ in range(total)]
     for name, stored in weights.items():
         number, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdecimal() and int(number) < len(tensors):
-            tensors[int(number)][rest] = stored.dtype
-    check_alike(tensors, kinds)
+        if name.startswith(prefix) and number.isdecimal() and int(number) < total:
+            layers[int(number)][rest] = stored
+    return layers
+
+
+def _check_layers(kinds: Sequence[object], prefix: str, weights: Mapping[str, Stored]) -> None:
+    layers = _by_layer(prefix, weights, len(kinds))
+    dtypes = [{name: stored.dtype for name, stored in layer.items()} for layer in layers]
+    check_alike(dtypes, kinds)
 
 
 def _edited(
     model: Description,
     raw: Mapping[str, Any],
-    survivors: Sequence[int],
+    plan: Plan,
     renumbering: Renumbering,
     modules: set[str],
 ) -> str:
     """The text of the new config: the old one, with what the cut changes."""
-    edited = model.shortened(raw, survivors)
+    edited = model.shortened(raw, plan)
     for key in QUANTISATION_KEYS:
         if key in raw:
             edited[key] = json.loads(_renumbered(raw[key], renumbering, modules))
@@ -256,15 +300,19 @@ def _identify(
     """
     missing_head = (model.path + ".").removesuffix(prefix)
 
-    def read(name: str) -> bytes:
-        if name.startswith(model.path + "."):
+    def read(name: str, saved: str) -> bytes:
+        if name not in weights and saved in weights:
+            name = saved
+        elif name.startswith(model.path + "."):
             name = prefix + name.removeprefix(model.path + ".")
         elif name not in weights:
             name = name.removeprefix(missing_head)
         return _bfloat16_bits(weights[name])
 
     try:
-        hashed = fingerprint(model.shape, ((name, read(name)) for name in model.vectors()))
+        hashed = fingerprint(
+            model.shape, ((name, read(name, saved)) for name, saved in model.vectors())
+        )
     except KeyError:
         return None
     model_type, total, _, _ = model.shape

@@ -15,7 +15,13 @@ from .source import CARD_FILE, PLACEHOLDER, Source
 MERGEKIT_FILE = "mergekit.yaml"
 PRUNE_LAYERS_FILE = "prune_layers.txt"
 EXPORT_FILES = (CARD_FILE, MERGEKIT_FILE, PRUNE_LAYERS_FILE)
-"""The names of the files beside a cut."""
+"""The names of the files beside a cut of layers."""
+
+
+def export_files(plan: Plan) -> tuple[str, ...]:
+    """The names of the files beside a cut; no other tool's words can say which experts go."""
+    return EXPORT_FILES if plan.experts is None else (CARD_FILE,)
+
 
 _MERGEKIT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,12 +58,11 @@ class CutFacts:
             return Path(self.gguf).stem
         return self.gguf or "cut"
 
-    @property
-    def mergekit_file(self) -> str:
-        """The name of mergekit's config."""
+    def file(self, name: str) -> str:
+        """The name of a file beside the cut."""
         if self.gguf and not self.options.get("as_gguf"):
-            return export_path(Path(self.gguf), MERGEKIT_FILE).name
-        return MERGEKIT_FILE
+            return export_path(Path(self.gguf), name).name
+        return name
 
 
 def export_path(gguf: Path, name: str) -> Path:

@@ -1,7 +1,7 @@
-"""Cutting layers out of a GGUF file directly; sees the core, and neither torch nor gguf.
+"""Cutting layers and experts out of a GGUF file; sees the core, and neither torch nor gguf.
 
 Nothing is dequantised or loaded: the tensors that stay keep their bytes, and of the metadata
-only what speaks of layers, size and name changes. What it cannot describe is refused
+only what speaks of layers, experts, size and name changes. What it cannot describe is refused
 (``rust/gguf/rules.rs``).
 """
 
@@ -19,10 +19,15 @@ from ..storage import check_free, new_file, new_folder, write_file
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.plan import Plan
+from ..values.routing import Routing
 from .cards import exports
 from .exports import CutFacts, export_path
-from .plans import agreed_plan
+from .mixture import Mixture
+from .plans import NamedExperts, agreed_plan
 from .source import GGUF_KEYS, find_source
+
+EXPERT_KEYS = ("count", "used_count", "group_count", "group_used_count")
+"""The keys by which a GGUF file says how a token is sent to experts, behind ``ARCH.expert_``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,8 @@ class PreparedGguf:
             for path, carried in self.carried.items():
                 shutil.copyfile(carried, places[path])
             with track_copy(progress, self.num_bytes) as report:
-                self.source.cut(list(self.plan.survivors), places[self.gguf], report)
+                survivors, experts = list(self.plan.survivors), _kept_experts(self.plan)
+                self.source.cut(survivors, places[self.gguf], report, experts=experts)
 
 
 def prepare_gguf(
@@ -97,7 +103,8 @@ def prepare_gguf(
     beside = out.suffix == ".gguf"
     file = Gguf(at)
     wanted = agreed_plan(str(source), file.num_layers, layers)
-    num_bytes = file.cut_size(list(wanted.survivors))
+    _check_experts(file, wanted, named=str(source))
+    num_bytes = file.cut_size(list(wanted.survivors), _kept_experts(wanted))
     gguf = out if beside else out / f"{out.absolute().name}.gguf"
     known = find_source(at, metadata=file.metadata(list(GGUF_KEYS)))
     options = {} if beside else {"as_gguf": True}
@@ -113,12 +120,68 @@ def prepare_gguf(
     )
 
 
+def _kept_experts(plan: Plan) -> tuple[int, dict[int, tuple[int, ...]]] | None:
+    """The number of a layer's experts and those that stay, as the core takes them."""
+    dropped = plan.experts
+    if dropped is None:
+        return None
+    return dropped.num_experts, {layer: dropped.kept(layer) for layer in dropped.by_layer}
+
+
+def _check_experts(file: Gguf, plan: Plan, *, named: str) -> None:
+    """Refuse experts that the file has not, or that its router cannot do without."""
+    if plan.experts is None:
+        return
+    layers = file.expert_layers
+    if not layers:
+        raise ModelError(f"{named} has no layer with routed experts: drop whole layers instead")
+    mixture = Mixture(named, _routing(file, named), frozenset(layers))
+    mixture.check(plan.experts, gone=plan.dropped)
+
+
+def _routing(file: Gguf, named: str) -> Routing:
+    """How llama.cpp sends a token to experts, by the file's metadata."""
+    keys = [f"{file.architecture}.expert_{name}" for name in EXPERT_KEYS]
+    found = file.metadata(keys)
+    for key in keys[:2]:
+        if not isinstance(found.get(key), int):
+            raise ModelError(
+                f"{named}: {key} is missing, or not one whole number for all layers: no expert "
+                f"can go"
+            )
+    number, chosen, groups, groups_chosen = (found.get(key, 0) for key in keys)
+    if groups in (0, 1):
+        return Routing(number, chosen)
+    if not isinstance(groups, int) or number % groups or not isinstance(groups_chosen, int):
+        raise ModelError(
+            f"{named}: {keys[2]} is {groups} and {keys[3]} {groups_chosen}, expected groups of as "
+            f"many of the {number} experts, and how many groups are chosen"
+        )
+    return Routing(number, chosen, groups, groups_chosen, two_decide=True)
+
+
 def read_metadata(source: Path) -> dict[str, Any]:
     """The values of :data:`GGUF_KEYS` in a GGUF file; none of one whose layers cannot be cut."""
     try:
         return Gguf(source).metadata(list(GGUF_KEYS))
     except ModelError:
         return {}
+
+
+def plan_gguf(source: Path, layers: Plan | Layers, experts: NamedExperts) -> Plan:
+    """The plan that drops experts of a GGUF file, beside layers or alone.
+
+    ModelError: the file counts no experts. Else raises as :func:`.plans.agreed_plan`.
+    """
+    file = Gguf(source)
+
+    def count() -> int:
+        number = file.metadata([key := f"{file.architecture}.expert_count"]).get(key)
+        if type(number) is not int or number < 2:
+            raise ModelError(f"{source} counts no routed experts: drop whole layers instead")
+        return number
+
+    return agreed_plan(str(source), file.num_layers, layers, experts=experts, count_experts=count)
 
 
 def plan_path(out: str | Path) -> Path:

@@ -8,7 +8,7 @@ network than the one in memory.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,16 +23,19 @@ from ..models.architecture import (
     undo_rescaling,
 )
 from ..models.decoder import Decoder
+from ..models.experts import find_experts
 from ..models.identity import model_name
 from ..models.layer_config import layer_counts, shorten
+from ..values.experts import DroppedExperts, Experts
 from ..values.layers import Layers
 from ..values.plan import Plan
+from .experts import cut_experts
 from .plans import agreed_plan, made_for
 from .twin import PLACES, checked_twin
 
 
 def drop_layers(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
-    """Remove layers from a model, in place.
+    """Remove layers from a model, in place, and the experts that a plan names.
 
     Args:
         model: a Llama-like causal language model of transformers, quantised or not.
@@ -44,6 +47,7 @@ def drop_layers(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
 
     Raises:
         LayersError: a layer that is not there, is named twice, or is the last one left.
+        ExpertsError: experts that are not there, or that a router cannot do without.
         PlanError: a plan that was made for another model.
         ModelError: no list of decoder layers, or a config that cannot describe the
             survivors. The model is then as it was.
@@ -56,8 +60,36 @@ def drop_layers(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     decoder = Decoder.of(model)
     plan = agreed_plan(model_name(model), len(decoder), layers)
     plan = made_for(plan, decoder.identity)
-    _cut(model, decoder.layers, plan.survivors)
+    _cut(model, decoder.layers, plan)
     return plan
+
+
+def drop_experts(model: PreTrainedModel, experts: Experts | str) -> Plan:
+    """Remove routed experts from a mixture, in place, as many from every layer that has any.
+
+    Args:
+        model: a causal language model of transformers whose experts lie in stacked weights.
+        experts: by layer, 0-based, the indices of the experts that go; or a text of them, as
+            ``0:3,5;1:2,7``.
+
+    Returns:
+        The plan that was carried out, with the identity of the whole model.
+
+    Raises:
+        ExpertsError: an expert or layer that is not there, other numbers in other layers, or
+            experts that the router cannot do without.
+        ModelError: no layer has experts, or no config describes the cut. The model is then as it
+            was.
+
+    Example:
+        >>> plan = sh.drop_experts(mixture, {0: [3, 5], 1: [2, 7]})
+        >>> mixture.config.num_local_experts
+        6
+    """
+    decoder = Decoder.of(model)
+    number = find_experts(model, decoder.layers)[0].num_experts
+    plan = Plan(len(decoder), (), experts=DroppedExperts.of(number, experts))
+    return drop_layers(model, plan)
 
 
 @contextmanager
@@ -90,10 +122,11 @@ def without_layers(model: PreTrainedModel, layers: Plan | Layers) -> Iterator[No
     parts = layer_parts(model, found)
     ties = [(module, dict(_ties(module))) for module in model.modules()]
     device_map = copy.copy(getattr(model, "hf_device_map", None))
-    _cut(model, found, plan.survivors)
+    put_back = _cut(model, found, plan)
     try:
         yield
     finally:
+        put_back()
         undo_rescaling(model)
         setattr(found.owner, found.name, modules)
         for config, values in configs:
@@ -109,7 +142,20 @@ def without_layers(model: PreTrainedModel, layers: Plan | Layers) -> Iterator[No
             setattr(model, "hf_device_map", device_map)  # noqa: B010
 
 
-def _cut(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
+def _cut(model: PreTrainedModel, found: DecoderLayers, plan: Plan) -> Callable[[], None]:
+    """Carry out a plan, and give what puts its experts back."""
+    if plan.experts is None:
+        _cut_layers(model, found, plan.survivors)
+        return lambda: None
+    if plan.blocks:  # refused, if it is, before anything changes
+        checked_twin(model, found, plan.survivors)
+    put_back = cut_experts(model, plan.experts, gone=plan.dropped)
+    if plan.blocks:
+        _cut_layers(model, found, plan.survivors)
+    return put_back
+
+
+def _cut_layers(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:
     total = len(found)
     twin = checked_twin(model, found, survivors)[1]
     undo_rescaling(model)

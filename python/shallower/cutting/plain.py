@@ -3,18 +3,22 @@
 In these families every layer has the same parts, and layers differ in the few keys alone that
 follow the survivors here. What the table says of a family is what transformers
 builds: the tests cut every one of them both ways. Whatever is unusual is left to
-:class:`.twin.BuiltModel`.
+:class:`.built.BuiltModel`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 from ..errors import ModelError
 from ..models.layer_config import shorten
-from .tensor_names import edit_config
+from ..values.plan import Plan
+from ..values.routing import Routing
+from .mixture import Mixture, StoredLayer
+from .tensor_names import SINGLE_EXPERT, edit_config
 
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _NORMS_AFTER = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
@@ -68,16 +72,30 @@ _LISTS = {
 }
 """The lists with an entry for every layer."""
 
+_MIXTURES = {
+    "granitemoe": (
+        "num_local_experts",
+        "block_sparse_moe.input_linear.weight",
+        "block_sparse_moe.output_linear.weight",
+        "block_sparse_moe.router.layer.weight",
+    ),
+    "mixtral": ("num_local_experts", "block_sparse_moe.gate.weight"),
+    "olmoe": ("num_experts", "mlp.gate.weight"),
+}
+"""The key that counts the routed experts, and the tensors with a part for each that checkpoints
+hold beside those of single experts."""
+
 _KINDS = {"full_attention", "sliding_attention", 0, 1}
 
 
 @dataclass(frozen=True, slots=True)
 class PlainModel:
-    """A model of one of these families; a :class:`.tensor_names.Description`."""
+    """A model of one of these families; a :class:`.description.Description`."""
 
     name: str
     shape: tuple[str, int, int, int]
     defaults: Mapping[str, Any]
+    routing: Routing | None = None
 
     @property
     def path(self) -> str:
@@ -89,30 +107,56 @@ class PlainModel:
         """All layers are alike."""
         return (None,) * self.shape[1]
 
-    def vectors(self) -> Iterator[str]:
-        """The names of the one-dimensional weights, in the order of the modules."""
+    def vectors(self) -> Iterator[tuple[str, str]]:
+        """The names of the one-dimensional weights, in the order of the modules; stored alike."""
         for index in range(self.shape[1]):
-            yield from (f"{self.path}.{index}.{name}" for name in VECTORS[self.shape[0]])
-        yield "model.norm.weight"
+            for name in VECTORS[self.shape[0]]:
+                yield (f"{self.path}.{index}.{name}",) * 2
+        yield ("model.norm.weight",) * 2
 
-    def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
-        """The JSON of the config for the layers that stay, unknown keys included.
+    def mixture(self) -> Mixture:
+        """Its routed experts; ModelError if it has none."""
+        if self.routing is None:
+            raise ModelError(
+                f"{self.name} has no layer with routed experts: drop whole layers instead"
+            )
+        return Mixture(self.name, self.routing, frozenset(range(self.shape[1])))
+
+    def stored_experts(self, plan: Plan) -> Mapping[int, StoredLayer]:
+        """Of layers with routed experts, how a stock loader stores them."""
+        if plan.experts is None:
+            return {}
+        stacks = _MIXTURES[self.shape[0]][1:]
+        heads = frozenset(name.partition(".")[0] for name in stacks)
+        lengths = dict.fromkeys(stacks, plan.experts.num_experts)
+        return dict.fromkeys(plan.experts.by_layer, StoredLayer(lengths, frozenset(), heads))
+
+    def shortened(self, raw: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """The JSON of the config for what stays, unknown keys included.
 
         ModelError: a key of another family that the survivors do not fit.
         """
         before = {**self.defaults, **raw}
         after = SimpleNamespace(**before)
         try:
-            shorten(after, self.shape[1], survivors)
+            if plan.blocks:
+                shorten(after, self.shape[1], plan.survivors)
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ModelError(
-                f"the config cannot describe the layers {list(survivors)} alone: {error}"
+                f"the config cannot describe the layers {list(plan.survivors)} alone: {error}"
             ) from error
+        if plan.experts is not None:
+            setattr(after, _MIXTURES[self.shape[0]][0], plan.experts.num_kept)
         return edit_config(raw, before, vars(after), aliases={})
 
 
-def plain_model(folder: Path, raw: Mapping[str, Any]) -> PlainModel | None:
-    """The model of a config's JSON; None if it is of no plain family, or unusual in any way."""
+def plain_model(
+    folder: Path, raw: Mapping[str, Any], experts_of: Iterable[str] | None = None
+) -> PlainModel | None:
+    """The model of a config's JSON; None if it is of no plain family, or unusual in any way.
+
+    ``experts_of`` are the names of its tensors if experts of it will go.
+    """
     family = raw.get("model_type")
     total, width, vocabulary = (raw.get(key) for key in _SIZES)
     if not isinstance(family, str) or family not in VECTORS or not folder.name:
@@ -130,7 +174,24 @@ def plain_model(folder: Path, raw: Mapping[str, Any]) -> PlainModel | None:
             return None
         if any(not isinstance(kind, str | int) or kind not in _KINDS for kind in kinds):
             return None
-    return PlainModel(folder.name, (family, total, width, vocabulary), defaults)
+    model = PlainModel(folder.name, (family, total, width, vocabulary), defaults)
+    if experts_of is None or family not in _MIXTURES:
+        return model
+    routing = _routing(family, raw, experts_of)
+    return None if routing is None else replace(model, routing=routing)
+
+
+def _routing(family: str, raw: Mapping[str, Any], names: Iterable[str]) -> Routing | None:
+    """How tokens are sent to experts; None if these are stored or counted in an unusual way."""
+    key, *stacks = _MIXTURES[family]
+    inner = re.compile(r"(?:^|\.)layers\.\d+\.(?!self_attn\.|\w*layernorm\.)(.*)")
+    parts = {match[1] for name in names if (match := inner.search(name))}
+    if any(part not in stacks and not SINGLE_EXPERT.search(part) for part in parts):
+        return None
+    counts = [raw.get(name) for name in (key, "num_experts_per_tok")]
+    if not all(map(_is_size, counts)) or {"num_experts", "num_local_experts"} <= raw.keys():
+        return None
+    return Routing.of(SimpleNamespace(**raw), raw[key])
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")

@@ -1,12 +1,14 @@
-"""The plan that a cut carries out, from whatever names the layers."""
+"""The plan that a cut carries out, from whatever names the layers and the experts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import PlanError
+from ..errors import ExpertsError, PlanError
+from ..values.experts import DroppedExperts, Experts
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity
-from ..values.layers import Layers
+from ..values.layers import Layers, ranges
 from ..values.plan import Plan
 
 
@@ -21,12 +23,55 @@ def load_plan(path: str | Path) -> Plan:
     return Plan.load(plan_file(path))
 
 
-def agreed_plan(named: str, num_layers: int, layers: Plan | Layers) -> Plan:
+NamedExperts = Plan | DroppedExperts | Experts | str | Path
+"""A plan that drops nothing else, or what :meth:`.DroppedExperts.of` takes."""
+
+
+def agreed_plan(
+    named: str,
+    num_layers: int,
+    layers: Plan | Layers,
+    *,
+    experts: NamedExperts | None = None,
+    count_experts: Callable[[], int] = int,
+) -> Plan:
     """The plan for these layers of the model ``named``; a new one where only layers are given.
 
-    LayersError: a layer that is not there, is named twice, or is the last one left. PlanError: a
-    plan for another number of layers.
+    ``experts`` go of the layers that stay; the layers may be none then. ``count_experts`` gives
+    the number that a layer has, and is called where they are named without it.
+
+    LayersError: a layer that is not there, is named twice, or is the last one left. ExpertsError:
+    an expert that is not there. PlanError: a plan for another number of layers, or two plans that
+    name the same.
     """
+    if experts is None:
+        return _agreed_layers(named, num_layers, layers)
+    none = isinstance(layers, Sequence) and not layers
+    plan = None if none else _agreed_layers(named, num_layers, layers)
+    if plan is not None and plan.experts is not None:
+        raise ExpertsError("the plan names experts already: name no others beside it")
+    if isinstance(experts, Plan):
+        return _with_layers(_agreed_layers(named, num_layers, experts), plan)
+    if not isinstance(experts, DroppedExperts):
+        experts = DroppedExperts.of(count_experts(), experts)
+    return Plan(num_layers, (), experts=experts) if plan is None else replace(plan, experts=experts)
+
+
+def _with_layers(plan: Plan, layers: Plan | None) -> Plan:
+    """A plan of experts, with the layers of another one; those lose no experts then."""
+    if plan.experts is None:
+        raise PlanError("the plan names no experts: make one with experts, or leave it out")
+    if layers is None:
+        return plan
+    if plan.blocks:
+        raise PlanError(
+            f"the plan of experts drops the layers {ranges(plan.dropped)} already: name no others "
+            f"beside it"
+        )
+    return replace(plan, blocks=layers.blocks, experts=plan.experts.without(layers.dropped))
+
+
+def _agreed_layers(named: str, num_layers: int, layers: Plan | Layers) -> Plan:
     if isinstance(layers, Plan) and layers.num_layers != num_layers:
         raise PlanError(
             f"the plan is for {layers.num_layers} layers, {named} has {num_layers}: plan "

@@ -15,14 +15,15 @@ from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress
 from ..storage import check_apart, check_free, claimed
+from ..values.experts import parse_experts
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
 from .checkpoint import PreparedCut, prepare
 from .checkpoint_files import is_checkpoint, stored_dtype
-from .exports import EXPORT_FILES
-from .gguf import prepare_gguf, read_metadata
-from .plans import agreed_plan, load_plan, made_for, plan_file
+from .exports import export_files
+from .gguf import plan_gguf, prepare_gguf, read_metadata
+from .plans import NamedExperts, agreed_plan, load_plan, made_for, plan_file
 from .source import Source, find_source, hub_id
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def prune(
     what: Plan | Layers | str | Path,
     out: str | Path,
     *,
+    experts: NamedExperts | None = None,
     overwrite: bool = False,
     dtype: Dtype | None = None,
     max_shard_size: int | str | None = None,
@@ -49,7 +51,7 @@ def prune(
     verify: bool = False,
     progress: BytesProgress | bool | None = None,
 ) -> Plan:
-    """Drop layers from a model, and save a standard checkpoint with the plan beside it.
+    """Drop layers or experts from a model, and save a standard checkpoint with the plan beside it.
 
     A folder of safetensors is cut on disk, without loading it, unless ``dtype`` is another
     than the stored one; after an interruption the same call continues. A GGUF file is cut directly
@@ -58,9 +60,12 @@ def prune(
     Args:
         source: a local folder, a hub id, or a ``.gguf`` file.
         what: a plan, the path of a saved one or of its folder, or blocks, ranges or indices to
-            drop, 0-based.
+            drop, 0-based; ``()`` if only ``experts`` go.
         out: a folder that does not exist yet, or is empty; or a ``.gguf`` file, which only a GGUF
             file is cut into.
+        experts: routed experts that go of the layers that stay: by layer, 0-based, their indices;
+            a text of them, as ``0:3,5;1:2,7``, or a file with a layer a line; or a plan that drops
+            nothing else. As many of every layer that has any.
         overwrite: replace what is at ``out``, once the new files are complete.
         dtype: of the weights; by default as stored in a folder of safetensors, else bfloat16.
         max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``, which is
@@ -80,6 +85,7 @@ def prune(
 
     Raises:
         LayersError: a layer that is not there, is named twice, or is the last one left.
+        ExpertsError: experts that are not there, or that a router cannot do without.
         PlanError: a plan that is damaged, or was made for another model.
         ModelError: a model that is not there, is damaged or incomplete, or cannot be described
             without these layers; options that do not go together; with ``verify``, logits that
@@ -92,11 +98,13 @@ def prune(
         >>> len(plan.survivors)
         22
         >>> again = sh.prune("model.gguf", plan.blocks, "cut.gguf")
+        >>> plan = sh.prune("mixture", (), "mixture-cut", experts={0: [3, 5], 1: [2, 7]})
     """
     planned = plan_prune(
         source,
         what,
         out,
+        experts=experts,
         overwrite=overwrite,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -114,6 +122,7 @@ def plan_prune(
     what: Plan | Layers | str | Path,
     out: str | Path,
     *,
+    experts: NamedExperts | None = None,
     overwrite: bool = False,
     dtype: Dtype | None = None,
     max_shard_size: int | str | None = None,
@@ -129,6 +138,7 @@ def plan_prune(
         source: as for :func:`prune`, like all that follow.
         what: what to drop.
         out: the place of the cut.
+        experts: which experts go.
         overwrite: replace what is there.
         dtype: of the weights.
         max_shard_size: bytes of tensors in a file at most.
@@ -142,8 +152,8 @@ def plan_prune(
         The planned work, its way and the files; ``run()`` carries it out.
 
     Raises:
-        LayersError, PlanError, ModelError, OutputError, MissingExtraError: as :func:`prune`,
-            except what needs the weights.
+        LayersError, ExpertsError, PlanError, ModelError, OutputError, MissingExtraError: as
+            :func:`prune`, except what needs the weights.
     """
     if dtype is not None:
         check_dtype(dtype)
@@ -166,8 +176,13 @@ def plan_prune(
     if isinstance(what, str | Path):
         reads.append(plan_file(what))
         what = load_plan(what)
+    if isinstance(experts, Path):
+        reads.append(experts)
+    if isinstance(experts, str | Path):
+        experts = parse_experts(experts)
     check_apart(request.out, reads)
-    planned = _plan_gguf(request, what) if request.to_gguf else _plan_folder(request, what)
+    make = _plan_gguf if request.to_gguf else _plan_folder
+    planned = make(request, what, experts)
     for file in planned.files:
         check_apart(file, reads)
     return planned
@@ -199,7 +214,7 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The arguments of :func:`prune` but the layers.
+    """The arguments of :func:`prune` but the layers and experts.
 
     ``named`` is the source in the caller's words, for errors; ``source`` its resolved folder.
     """
@@ -255,6 +270,12 @@ class Request:
         """Count the decoder layers, by the config alone."""
         return self._loaded_from(as_stored=True).count_layers()
 
+    def count_experts(self) -> int:
+        """Count the routed experts of a layer, by the config alone; ModelError if it has none."""
+        from ..models.experts import counted_experts
+
+        return counted_experts(self._loaded_from(as_stored=True).read_config())
+
     def load(
         self, progress: BytesProgress | bool | None, *, as_stored: bool = False
     ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -267,7 +288,7 @@ class Request:
     def cut_in_memory(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan
     ) -> Plan:
-        """Save the whole model without the layers of a plan, which gets the model's identity."""
+        """Save the whole model as a plan cuts it, which gets the model's identity."""
         from ..models.identity import identify
         from .in_model import without_layers
         from .saving import save_cut
@@ -341,10 +362,13 @@ class PlannedPrune:
     def to_json(self) -> dict[str, Any]:
         """The planned work as plain JSON values."""
         size = {} if self.num_bytes is None else {"bytes": self.num_bytes}
+        experts = self.plan.experts
+        dropped = {} if experts is None else {"drop_experts": str(experts)}
         return {
             "prune": self._request.named,
             "drop": ranges(self.plan.dropped),
             "keep": ranges(self.plan.survivors),
+            **dropped,
             **size,
             "write": [str(path) for path in self.files],
         }
@@ -374,10 +398,12 @@ class PlannedPrune:
 
         cut = self.files[0] if self.way == "gguf" else request.out
         loaded = loaded or request.load(progress, as_stored=on_disk)
-        return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan.blocks))
+        return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan))
 
 
-def _plan_gguf(request: Request, layers: Plan | Layers) -> PlannedPrune:
+def _plan_gguf(
+    request: Request, layers: Plan | Layers, experts: NamedExperts | None
+) -> PlannedPrune:
     """A GGUF file into a GGUF file."""
     refused = {
         "dtype": request.dtype,
@@ -393,36 +419,49 @@ def _plan_gguf(request: Request, layers: Plan | Layers) -> PlannedPrune:
                 f"{name}={value!r} or {option} does not go with a GGUF file as out (--out), which "
                 f"is cut without being loaded: leave it out, or name a folder as out"
             )
+    if experts is not None:
+        layers = plan_gguf(path, layers, experts)
     cut = prepare_gguf(path, layers, request.out)
     cut.check_free(request.overwrite)
     return PlannedPrune("gguf", cut.plan, tuple(cut.files), cut.num_bytes, request, cut.write)
 
 
-def _plan_folder(request: Request, layers: Plan | Layers) -> PlannedPrune:
+def _plan_folder(
+    request: Request, layers: Plan | Layers, experts: NamedExperts | None
+) -> PlannedPrune:
     """Into a folder of safetensors: on disk where that can be, else in memory."""
     out = request.out
     check_free(out, request.overwrite)
-    cut = _prepared(request, layers) if request.on_disk else None
+    cut = _prepared(request, layers, experts) if request.on_disk else None
     if cut is not None:
         files = tuple(out / name for name in cut.files)
         write = partial(cut.write, out)
         return PlannedPrune("disk", cut.plan, files, cut.num_bytes, request, write)
-    plan = agreed_plan(request.named, request.count_layers(), layers)
+    plan = agreed_plan(
+        request.named,
+        request.count_layers(),
+        layers,
+        experts=experts,
+        count_experts=request.count_experts,
+    )
     if request.max_shard_size is not None:
         raise OutputError(
             "max_shard_size or --max-shard-size goes with a folder of safetensors that is cut as "
             "it is stored: leave it out, or leave out dtype (--dtype)"
         )
-    files = tuple(out / name for name in (*_SAVED, PLAN_FILE, *EXPORT_FILES))
+    files = tuple(out / name for name in (*_SAVED, PLAN_FILE, *export_files(plan)))
     return PlannedPrune("memory", plan, files, None, request)
 
 
-def _prepared(request: Request, layers: Plan | Layers) -> PreparedCut | None:
+def _prepared(
+    request: Request, layers: Plan | Layers, experts: NamedExperts | None
+) -> PreparedCut | None:
     """The cut on disk; None if this model must be cut in memory."""
     try:
         return prepare(
             request.source,
             layers,
+            experts=experts,
             label=request.named,
             max_shard_size=request.max_shard_size,
             trust_remote_code=request.trust_remote_code,

@@ -1,47 +1,25 @@
-"""Layers in the files of a checkpoint: in the names of tensors, and in the config.
+"""Layers and experts in the files of a checkpoint: in the names of tensors, and in the config.
 
 Plain names and JSON values; it knows no torch and opens no file. Quantisation configs differ
-from tool to tool, but all name modules in lists or as keys: a name that counts a layer is
-renumbered wherever it stands, and goes if the layer goes.
+from tool to tool, but all name modules in lists or as keys: a name that counts a layer or an
+expert is renumbered wherever it stands, and goes if that goes.
 """
 
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import ModelError
+from ..values.experts import DroppedExperts
 
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 """The keys of a config under which modules are named."""
 
+SINGLE_EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,9})(?=\.|$)")
+"""In the name of a tensor or module in a layer, the number of the one expert that it is of."""
+
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", *QUANTISATION_KEYS)
-
-
-class Description(Protocol):
-    """The model behind a checkpoint, for what the names of tensors do not say."""
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-
-    @property
-    def shape(self) -> tuple[str, int, int, int]:
-        """Model type, layers, hidden size, vocabulary size."""
-
-    @property
-    def path(self) -> str:
-        """Place of the layers in the model, such as ``model.layers``."""
-
-    @property
-    def kinds(self) -> Sequence[object]:
-        """For each layer, what layers that should be alike have in common."""
-
-    def vectors(self) -> Iterator[str]:
-        """Names of its one-dimensional weights, in the order of its modules."""
-
-    def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
-        """The JSON of the config for the layers that stay; ModelError if there is none."""
 
 
 def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: int = 0) -> str:
@@ -138,13 +116,14 @@ def edit_config(
     for name, value in after.items():
         if name in before and before[name] == value:
             continue
-        key = name
-        if name not in raw:
-            key = next((a for a, of in aliases.items() if of == name and a in raw), name)
-        if isinstance(value, dict) and isinstance(before.get(name), dict):
-            edited[key] = edit_config(raw.get(key) or {}, before[name], value, aliases=aliases)
-        else:
-            edited[key] = value
+        there = [
+            key for key in (name, *(a for a, of in aliases.items() if of == name)) if key in raw
+        ]
+        for key in there or [name]:  # under several names, all of which some loader reads
+            if isinstance(value, dict) and isinstance(before.get(name), dict):
+                edited[key] = edit_config(raw.get(key) or {}, before[name], value, aliases=aliases)
+            else:
+                edited[key] = value
     return edited
 
 
@@ -164,20 +143,31 @@ class Renumbering:
     """The names of modules after a cut.
 
     ``paths``: where the layers are, in the model and in the checkpoint. ``survivors`` ascend.
+    ``experts`` are those that go of them.
     """
 
-    def __init__(self, paths: Iterable[str], survivors: Sequence[int]) -> None:
+    def __init__(
+        self, paths: Iterable[str], survivors: Sequence[int], experts: DroppedExperts | None = None
+    ) -> None:
         tails = {f"{tail}." for path in paths for tail in _tails(path)}
         self._prefixes = sorted(tails, key=len, reverse=True)
         self._places = {str(old): new for new, old in enumerate(survivors)}
+        by_layer = {} if experts is None else {one: experts.kept(one) for one in experts.by_layer}
+        self._kept = {str(layer): kept for layer, kept in by_layer.items()}
 
     def rename(self, name: str) -> str | None:
-        """The new name of a module; None if its layer goes."""
+        """The new name of a module; None if its layer or expert goes."""
         for prefix in self._prefixes:
             number, dot, tail = name.removeprefix(prefix).partition(".")
             if not name.startswith(prefix) or not number.isdecimal():
                 continue
-            place = self._places.get(number)
+            place, kept = self._places.get(number), self._kept.get(number)
+            expert = SINGLE_EXPERT.search(tail) if kept else None
+            if kept and expert:
+                if int(expert[1]) not in kept:
+                    return None
+                new = kept.index(int(expert[1]))
+                tail = f"{tail[: expert.start(1)]}{new}{tail[expert.end(1) :]}"
             return None if place is None else f"{prefix}{place}{dot}{tail}"
         return name
 
@@ -207,10 +197,11 @@ class Renumbering:
         return edited
 
     def check_patterns(self, value: Any, modules: Iterable[str]) -> None:
-        """Refuse a quantisation config whose regexes would cover other layers: ModelError.
+        """Refuse a quantisation config whose regexes would cover other modules: ModelError.
 
         ``modules`` are the names of all modules before the cut.
         """
+        what = "experts" if self._kept else "layers"
         patterns = sorted(set(_patterns(value)))
         pairs = [(old, new) for old in modules if (new := self.rename(old)) not in (None, old)]
         for text in patterns if pairs else ():
@@ -221,7 +212,7 @@ class Renumbering:
             for old, new in pairs:
                 if bool(pattern.match(old)) != bool(pattern.match(new or "")):
                     raise ModelError(
-                        f"the regex {text!r} of the quantisation config distinguishes layers by "
+                        f"the regex {text!r} of the quantisation config distinguishes {what} by "
                         f"number: {old} would become {new}, which it treats otherwise; name the "
                         f"modules one by one instead"
                     )

@@ -6,8 +6,7 @@ made, so that no stock loader builds another network than the one in memory.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,22 +14,18 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import InMemoryOnlyError, ModelError
+from ..errors import ModelError
 from ..models.architecture import (
     DecoderLayers,
     adapter_lists,
     find_layers,
-    layer_parts,
     packed_tables,
     text_config,
 )
-from ..models.identity import model_name, shape_of, vectors_of
 from ..models.layer_config import shorten
-from ..models.loading import empty_model
 from ..values.layers import blocks_of
-from .tensor_names import edit_config, same_config
 
-_BUILDING_ERRORS = (
+BUILDING_ERRORS = (
     ValueError,
     TypeError,
     IndexError,
@@ -55,53 +50,6 @@ PLACES = (
     "store_full_length_kv",  # Gemma's: the last layer of a kind, whose keys others may use
 )
 """Attributes by which a module knows its place; none changes what a causal model computes."""
-
-
-class BuiltModel:
-    """The model of a folder's config, as its class builds it; a :class:`.tensor_names.Description`.
-
-    ModelError: it is not a causal language model, or has not one list of decoder layers.
-    """
-
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        self._model = empty_model(folder, trust_remote_code)
-        self.name = model_name(self._model)
-        self.shape = shape_of(self._model)
-        self._layers = find_layers(self._model)
-        self.path = self._layers.path
-
-    @property
-    def kinds(self) -> Sequence[object]:
-        """The names of every layer's parameters."""
-        modules = self._layers.modules
-        return [tuple(name for name, _ in layer.named_parameters()) for layer in modules]
-
-    def vectors(self) -> Iterator[str]:
-        """The names of the one-dimensional weights, in the order of the modules."""
-        return (f"{path}.{name}" for path, name in vectors_of(self._model))
-
-    def shortened(self, raw: Mapping[str, Any], survivors: Sequence[int]) -> dict[str, Any]:
-        """The JSON of the config for the layers that stay, unknown keys included.
-
-        InMemoryOnlyError: weights beside the layers would have to be cut as well. ModelError: a
-        stock loader would not build the layers that stay from it.
-        """
-        if parts := layer_parts(self._model, self._layers):
-            raise InMemoryOnlyError(
-                f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "
-                f"which is cut in memory only: use prune, or load_model, drop_layers and save_model"
-            )
-        shortened = shortened_config(self._model, tuple(survivors))
-        aliases = type(shortened.get_text_config(decoder=True)).attribute_map
-        after = shortened.to_dict()
-        edited = edit_config(raw, self._model.config.to_dict(), after, aliases=aliases)
-        read_back = type(shortened).from_dict(copy.deepcopy(edited))
-        if not same_config(read_back.to_dict(), after):
-            raise ModelError(
-                f"config.json of {type(self._model).__name__} cannot be edited so that it is read "
-                f"back as the shortened config: load the model and use drop_layers and save_model"
-            )
-        return edited
 
 
 def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
@@ -168,7 +116,7 @@ def _twin(
         with torch.device("meta"):
             twin = type(model)(type(config).from_dict(config.to_dict()))
         layers = find_layers(twin).modules
-    except _BUILDING_ERRORS as error:
+    except BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
             f"{' '.join(str(error).split())}"
@@ -270,7 +218,7 @@ def _difference(layer: nn.Module, twin: nn.Module, sharing: bool) -> str | None:
         other = twins[path]
         if type(module) is not type(other) and not isinstance(other, nn.Linear):
             return f"{path or 'the layer'} a {type(other).__name__}, not a {type(module).__name__}"
-        for name, value in _plain_attributes(module).items():
+        for name, value in plain_attributes(module).items():
             built = getattr(other, name, value)
             may_differ = name in PLACES and not (sharing and name == "store_full_length_kv")
             may_differ |= (type(module).__name__, name) in INITIAL
@@ -290,7 +238,8 @@ def _close(built: Any, expected: Any) -> bool:
     return both and math.isclose(built, expected, rel_tol=1e-12)
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The numbers, words and switches that a module holds beside its weights."""
     return {
         name: value
         for name, value in vars(module).items()

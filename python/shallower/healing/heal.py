@@ -372,7 +372,7 @@ class _Healer:
         assert job.original is not None
         model, tokenizer = job.original.load(job.recipe.dtype)
         decoder = Decoder.of(model)
-        with without_layers(model, job.plan.blocks), computing(job.recipe, decoder.device):
+        with without_layers(model, job.plan), computing(job.recipe, decoder.device):
             return self._loss(decoder, tokenizer, "loss, unpatched")
 
     def _loss(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, description: str) -> Loss:

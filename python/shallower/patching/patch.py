@@ -208,6 +208,11 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)
     plan.check_model(decoder.identity)
+    if plan.experts is not None:
+        raise PatchError(
+            f"a patch solves the matrices before layers that go, and this plan also drops "
+            f"{plan.experts.count} experts a layer: prune by it, and heal what is left"
+        )
     if plan.blocks[0].start == 0:
         raise no_layer_before(plan.blocks[0])
     return replace(plan, model=decoder.identity)

@@ -133,7 +133,7 @@ class CompareStudy(Study[CompareSettings]):
             raise ModelError(f"a model is named twice: {', '.join(names)}")
         _ = self.splits, self.items
         if self.entry is None:
-            _ = self.criteria
+            _ = self.names
         self.check()
 
     def check(self) -> None:
@@ -142,8 +142,25 @@ class CompareStudy(Study[CompareSettings]):
         if self.prompts:
             way_out = "leave out how the cuts speak (speech, --speech)"
             self.refuse_on_disk("every token of an answer", way_out)
-        if len(self.models) == 1 and self.entry is None:
+        if self.by_experts:
+            way_out = "cut them on disk (shallower prune --drop-experts)"
+            self.refuse_on_disk("the experts of every layer", way_out)
+        elif len(self.models) == 1 and self.entry is None:
             check_sizes(self.settings.n, self.model.count_layers())
+
+    @property
+    def by_experts(self) -> bool:
+        """Whether experts go, and not layers."""
+        return self.settings.unit == "experts"
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the criteria that take part."""
+        if not self.by_experts:
+            return tuple(criterion.name for criterion in self.criteria)
+        from .compare_experts import expert_criteria
+
+        return expert_criteria(self.settings.criteria)
 
     @cached_property
     def items(self) -> tuple[Items, Items]:
@@ -218,10 +235,16 @@ class CompareStudy(Study[CompareSettings]):
     def units(self) -> list[Unit]:
         """List the choices of every criterion, by model and texts."""
         return [
-            self.unit(criterion.name, n, "cut and patched", model=str(model), texts=texts)
+            self.unit(
+                name,
+                n,
+                "cut" if self.by_experts else "cut and patched",
+                model=str(model),
+                texts=texts,
+            )
             for model in self.models
             for texts in self.splits
-            for criterion in self.criteria
+            for name in self.names
             for n in self.settings.n
         ]
 
@@ -229,6 +252,11 @@ class CompareStudy(Study[CompareSettings]):
         """List the whole models, and the criteria on each with all their sizes: searches first."""
         from ..judgement.criterion import has_costs
 
+        if self.by_experts:
+            raise CriterionError(
+                "a comparison of experts is not shared: leave out shards and workers, or compare "
+                "each model by itself (--shard, --workers, --on)"
+            )
         (first, *_), settings = self.splits, self.settings
         whole = [WHOLE, SINGLE_LAYERS][: 1 + any(map(has_costs, self.criteria))]
         bare = replace(settings, criteria=())
@@ -252,6 +280,8 @@ class CompareStudy(Study[CompareSettings]):
         """Whether all criteria are of this package; a model that is not known has no results."""
         from ..judgement.criteria import BUILT_IN, criteria, is_built_in
 
+        if self.by_experts:
+            return True
         names = [criterion.name for criterion in BUILT_IN]
         whole = self.settings.criteria is not None or [*criteria] == names
         return whole and all(map(is_built_in, self.criteria))
@@ -297,10 +327,13 @@ class CompareStudy(Study[CompareSettings]):
 
     def _measure_one(self, model: ModelSource | InMemory) -> "Outcome":
         from ..memory.budget import limit
+        from .compare_experts import compare_experts_on
         from .compare_rows import compare_on
 
         store = ModelStore(self.store, self.of_models[str(model)], self.found)
         with limit(self.settings.device_memory):
+            if self.by_experts:
+                return compare_experts_on(self, model, criteria=self.names, store=store)
             return compare_on(self, model, criteria=self.criteria, store=store)
 
     def _joined(

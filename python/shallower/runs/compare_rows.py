@@ -76,7 +76,7 @@ def compare_on(
     loaded, tokenizer = study.load(model)
     measuring = Measuring(study, loaded, tokenizer, store=store)
     check_sizes(study.settings.n, len(measuring.decoder))
-    measured: list[_Measured] = []
+    measured: list[MeasuredRow] = []
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
     for texts in study.splits:
@@ -91,7 +91,7 @@ def compare_on(
             counts = compared.counts
     return Outcome(
         measuring.held_out.compared(str(model)),
-        tuple(_with_regrets(measured)),
+        tuple(with_regrets(measured)),
         skipped,
         {**counts, "report": measuring.judge.num_items},
         measuring.held_out.is_complete and not skipped,
@@ -110,7 +110,7 @@ class _Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
+class MeasuredRow:
     """A row without regrets; the judge's scores of its bare cut, and its patched losses by text."""
 
     row: Row
@@ -286,7 +286,7 @@ class _Choosing:
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
 
-    def measured(self, choices: Sequence[_Choice]) -> Iterator[_Measured]:
+    def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
         """Measure what was chosen, on the texts that report."""
         measuring, held_out = self.measuring, self.measuring.held_out
         measuring.judge_together([choice.plan.dropped for choice in choices], self.patch)
@@ -325,7 +325,7 @@ class _Choosing:
                 patched_difference=None if after is None else after.mean,
                 patched_difference_stderr=None if after is None else after.stderr,
             )
-            yield _Measured(replace(row, **self._speech(dropped)), judged, patched)
+            yield MeasuredRow(replace(row, **self._speech(dropped)), judged, patched)
 
     def _scores(self, dropped: Sequence[int]) -> tuple[Scores, Scores, Scores | None, str | None]:
         """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
@@ -430,7 +430,7 @@ def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float
     return tau if math.isfinite(tau) else None
 
 
-def _with_regrets(measured: Sequence[_Measured]) -> Iterator[Row]:
+def with_regrets(measured: Sequence[MeasuredRow]) -> Iterator[Row]:
     """Compare every row of one model with the best of its size, as bare cuts and as patched."""
     sizes = [one.row.n for one in measured]
     bare = _regrets(sizes, [one.judged for one in measured])

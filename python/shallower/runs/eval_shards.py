@@ -14,7 +14,6 @@ from ..errors import ProcessesError, SettingsError
 from ..storage import claimed, write_file
 from ..texts.sources import Texts, read_whole
 from ..values.files import EVAL_FILE
-from ..values.layers import ranges
 from ..values.measured import Evaluation, MeasuredShard, Part, gather_evaluation
 from ..values.plan import Plan
 from ..values.provenance import forward_versions
@@ -86,8 +85,8 @@ class EvalShards:
 
         found = {"base": self._losses(shard, f"shard {shard}", progress)}
         if self._plan:
-            name = f"without {ranges(self._plan.dropped)}, shard {shard}"
-            with without_layers(self._decoder.model, self._plan.blocks):
+            name = f"without {self._plan.words}, shard {shard}"
+            with without_layers(self._decoder.model, self._plan):
                 found["cut"] = self._losses(shard, name, progress)
         made_by = forward_versions()
         parts = {

@@ -16,9 +16,9 @@ from ..storage import check_apart
 from ..values.files import EVAL_FILE
 from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
-from ..values.layers import Block, ranges
+from ..values.layers import Block
 from ..values.memory import MemoryPlan
-from ..values.plan import Plan
+from ..values.plan import Plan, key_of
 from ..values.schema import read
 from ..values.tokens import Tokens
 from .given_models import ModelStore
@@ -50,10 +50,10 @@ class KnownResults:
     def __init__(self, store: Store, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
         self._store, self._measure, self.inputs = store, measure, inputs
 
-    def get(self, dropped: Sequence[int]) -> Result | None:
-        """Look a result up, by the layers that the model is without."""
+    def get(self, plan: Plan | None) -> Result | None:
+        """Look a result up, by what the model is without; None for the whole one."""
         kind = self._measure.kind
-        entry = self._store.find(kind, self._of(dropped))
+        entry = self._store.find(kind, self._of(plan))
         if entry is None:
             return None
         try:
@@ -62,14 +62,14 @@ class KnownResults:
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"an entry of the cache is no {kind}: {error}") from error
 
-    def keep(self, dropped: Sequence[int], value: Any, model: ModelIdentity) -> Result:
+    def keep(self, plan: Plan | None, value: Any, model: ModelIdentity) -> Result:
         """Keep a result that was just measured; ``model`` is the whole one."""
         record = {**self._measure.record(value), "model": asdict(model)}
-        self._store.put(self._measure.kind, self._of(dropped), record)
+        self._store.put(self._measure.kind, self._of(plan), record)
         return Result(value, model)
 
-    def _of(self, dropped: Sequence[int]) -> dict[str, Any] | None:
-        return None if self.inputs is None else {**self.inputs, "dropped": list(dropped)}
+    def _of(self, plan: Plan | None) -> dict[str, Any] | None:
+        return None if self.inputs is None else {**self.inputs, **key_of(plan)}
 
 
 Results = Mapping[str, Mapping[str, Result]]
@@ -125,7 +125,7 @@ class EvalJob:
             model = {name: one for name, one in inputs["model"].items() if name != "machine"}
             files = {name: one for name, one in model["model"].items() if name != "names"}
             found.append({**inputs, "model": {**model, "model": files}})
-        return hash_of([found, list(self.plan.dropped) if self.plan else []])
+        return hash_of([found, self.plan.key if self.plan else {}])
 
     @cached_property
     def results(self) -> dict[str, KnownResults]:
@@ -141,7 +141,7 @@ class EvalJob:
     @cached_property
     def whole(self) -> dict[str, Result | None]:
         """The results of the whole model by kind, where they are known."""
-        return {kind: known.get(()) for kind, known in self.results.items()}
+        return {kind: known.get(None) for kind, known in self.results.items()}
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -174,7 +174,7 @@ class EvalJob:
         for kind, known in self.results.items():
             sides = {"base": self.whole[kind]}
             if plan:
-                sides["cut"] = known.get(plan.dropped)
+                sides["cut"] = known.get(plan)
             found[kind] = {side: one for side, one in sides.items() if one}
             if len(found[kind]) < len(sides):
                 return None
@@ -193,7 +193,7 @@ class EvalJob:
         measures raise.
         """
         found = {
-            kind: {side: one for side, layers in self.sides.items() if (one := known.get(layers))}
+            kind: {side: one for side, plan in self.sides.items() if (one := known.get(plan))}
             for kind, known in self.results.items()
         }
         missing = [one for one in self.measures if len(found[one.kind]) < len(self.sides)]
@@ -208,9 +208,9 @@ class EvalJob:
         return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
 
     @property
-    def sides(self) -> dict[str, Sequence[int]]:
-        """The layers that are missing of what is measured, by its name."""
-        return {"base": ()} if self.plan is None else {"base": (), "cut": self.plan.dropped}
+    def sides(self) -> dict[str, Plan | None]:
+        """The cuts that are measured, by their name; None for the whole model."""
+        return {"base": None} if self.plan is None else {"base": None, "cut": self.plan}
 
     def _measured(
         self, missing: Sequence[Measure[Any]], found: dict[str, dict[str, Result]]
@@ -219,16 +219,15 @@ class EvalJob:
         from ..cutting.in_model import without_layers
 
         decoder, tokenizer = loaded = _loaded(self.source)
-        plan = self.plan
-        if plan:
-            plan.check_model(decoder.identity)
+        if self.plan:
+            self.plan.check_model(decoder.identity)
         for measure in missing:
             if measure.whole is None:
                 self._meet(measure, loaded, self.source)
         waiting = []  # until all layers are back, or the other model is loaded
-        for side, layers in self.sides.items():
-            name = f" without {ranges(layers)}" if layers else ""
-            with without_layers(decoder.model, plan.blocks) if plan and layers else nullcontext():
+        for side, plan in self.sides.items():
+            name = f" without {plan.words}" if plan else ""
+            with without_layers(decoder.model, plan) if plan else nullcontext():
                 for measure in missing:
                     if side in found[measure.kind]:
                         continue

@@ -12,7 +12,7 @@ from ..scanning.shards import gather
 from ..storage import check_apart, claimed, write_file
 from ..values.files import EVAL_FILE, SCAN_FILE
 from ..values.measured import Evaluation, gather_evaluation
-from ..values.plan import Plan
+from ..values.plan import Plan, key_of
 from .store import Store
 
 
@@ -64,5 +64,5 @@ def keep_evaluation(found: Evaluation, store: Store) -> None:
     for kind, sides in found.values.items():
         inputs = found.inputs[kind]
         for side, value in sides.items():
-            key = None if inputs is None else {**inputs, "dropped": list(found.dropped[side])}
+            key = None if inputs is None else {**inputs, **key_of(found.cuts[side])}
             store.put(kind, key, {kind: value.to_record(), "model": asdict(found.model)})

@@ -50,6 +50,7 @@ class ScanJob:
         keep_samples: keep the values of single samples.
         keep_states: a ``.safetensors`` file for the states, if they are to be kept.
         until: stop as soon as the best blocks are as sure as it says.
+        experts: also gather statistics of routed experts.
         overwrite: replace what is there, once the new is complete.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
         store: what is remembered of earlier scans.
@@ -70,6 +71,7 @@ class ScanJob:
     keep_samples: bool = False
     keep_states: Path | None = None
     until: Until | None = None
+    experts: bool = False
     overwrite: bool = False
     device_memory: str | None = None
     store: Store = field(default_factory=lambda: Store(None))
@@ -143,6 +145,7 @@ class ScanJob:
             "dtype": dtype,
             "texts": place_of_texts(self.texts) or "given",
             "positions": str(self.positions),
+            **({"experts": self.experts} if self.experts else {}),
             "memory": self.memory(self.source),
         }
         if self.until is not None:
@@ -224,6 +227,7 @@ class ScanJob:
             keep_samples=self.keep_samples,
             until=None if self.until is None else asdict(self.until),
             device_memory=self.device_memory,
+            **({"experts": self.experts} if self.experts else {}),
         )
 
     def _look_up(self) -> Known | None:
@@ -303,4 +307,5 @@ class ScanJob:
             keep_states=None if self._kept else self.keep_states,
             overwrite=self.overwrite,
             until=self.until,
+            experts=self.experts,
         )

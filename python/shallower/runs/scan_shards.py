@@ -67,6 +67,7 @@ class ShardJob(ScanJob):
                 positions=self.positions,
                 threads=self.threads,
                 keep_samples=self.keep_samples,
+                experts=self.experts,
                 job=self.job,
             )
             try:
@@ -136,6 +137,7 @@ class SharedScanJob(ScanJob):
                 "positions": asdict(self.positions),
                 "threads": self.threads,
                 "keep_samples": self.keep_samples,
+                "experts": self.experts,
             },
             expects={"texts": texts_inputs(self.texts, self.store)},
             on=self.on,
@@ -170,6 +172,7 @@ class OpenedScan(OpenedShards):
             positions=Positions(**described["positions"]),
             threads=described["threads"],
             keep_samples=described["keep_samples"],
+            experts=described["experts"],
             job=described["job"],
         )
         return self._shards

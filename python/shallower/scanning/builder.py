@@ -18,6 +18,7 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection, describe_rejections
 from ..values.positions import Positions
 from .cka import CkaBatches, check_batch
+from .expert_statistics import ExpertStatistics
 from .scan import Scan
 from .scan_file import Contents, Samples, joined
 
@@ -54,8 +55,9 @@ class Part:
 class ScanBuilder:
     """A scan in the making: parts go in one by one, and a :class:`Scan` comes out.
 
-    The threads of the core live as long as the builder, not as long as the scan. MetricError,
-    StatesError, ThreadsError: an argument is out of range.
+    The threads of the core live as long as the builder, not as long as the scan. ``experts`` are
+    statistics that grow elsewhere, and are part of the scan. MetricError, StatesError,
+    ThreadsError: an argument is out of range.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class ScanBuilder:
         keep_samples: bool = False,
         cka_batch: int | None = None,
         positions: Positions | None = None,
+        experts: ExpertStatistics | None = None,
     ) -> None:
         self._metrics = check_metrics(metrics)
         if cka_batch is not None:
@@ -82,6 +85,7 @@ class ScanBuilder:
         self._keep_samples = keep_samples
         self._model = model
         self._positions = positions
+        self._experts = experts
         self._last: tuple[np.int64, np.int64] | None = None  # the last sequence and its length
         self._cka = None
         if cka_batch is not None:
@@ -176,6 +180,11 @@ class ScanBuilder:
             kept = "keeps" if before.keeps_samples else "does not keep"
             raise ScanError(f"it {kept} the values of single samples")
         held = before.contents
+        if (held.experts is None) != (self._experts is None):
+            holds = "has no" if held.experts is None else "has"
+            raise ScanError(f"it {holds} statistics of experts")
+        if held.experts is not None and self._experts is not None:
+            self._experts.merge(held.experts)
         if held.samples is not None:
             self._samples.append(held.samples)
         self._accumulator.merge(held.sums)
@@ -231,6 +240,7 @@ class ScanBuilder:
                 joined(self._samples) if self._samples else None,
                 cka,
                 self._positions,
+                experts=self._experts,
             )
         )
 

@@ -1,8 +1,8 @@
 """The choice of the layers to drop: by a scan and one of the strategies."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..values.bootstrap import BootstrappedStart
 from ..values.files import SCAN_FILE
 from ..values.layers import Block, deepest_block
 from ..values.plan import Plan
+from .expert_criteria import DEFAULT, ChosenExperts, chosen_experts
 from .scan import Scan
 
 
@@ -24,6 +25,8 @@ class ScanChoice:
         start: the resampled start of the block; None without a resampling.
         num_resamples: how often it was resampled.
         seed: of the resampling.
+        experts: the experts that go, by layer, if any do.
+        unrouted: by layer, the experts that no token was sent to, if any go.
     """
 
     plan: Plan
@@ -31,9 +34,14 @@ class ScanChoice:
     start: BootstrappedStart | None = None
     num_resamples: int = 0
     seed: int = 0
+    experts: tuple[ChosenExperts, ...] = ()
+    unrouted: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the choice as plain JSON values: those of the plan, ``top`` and ``bootstrap``."""
+        """Give the choice as plain JSON values: those of the plan, ``top`` and ``bootstrap``.
+
+        Of experts by layer ``scores``, and ``unrouted``, those that no token was sent to.
+        """
         values = self.plan.to_json()
         if self.best:
             values["top"] = [block.to_json() for block in self.best]
@@ -45,6 +53,9 @@ class ScanChoice:
                 "probability": self.start.probability,
                 "distribution": self.start.distribution.tolist(),
             }
+        if self.experts:
+            values["scores"] = {str(one.layer): one.to_json() for one in self.experts}
+            values["unrouted"] = {str(layer): list(some) for layer, some in self.unrouted.items()}
         return values
 
     def sentence(self) -> str:
@@ -59,7 +70,7 @@ class ScanChoice:
 
 def choose(
     scanned: Scan,
-    n: int,
+    n: int | None,
     *,
     strategy: str = "similarity",
     metric: str | None = None,
@@ -69,19 +80,68 @@ def choose(
     top: int = 0,
     bootstrap: int = 0,
     seed: int = 0,
+    experts: int | None = None,
+    criterion: str = DEFAULT,
 ) -> ScanChoice:
-    """Choose the ``n`` layers of a scanned model to drop, all blocks together.
+    """Choose the ``n`` layers of a scanned model to drop, all blocks together, or experts, or both.
 
     The strategy is ``similarity``, by :meth:`Scan.best_plan`, or ``deepest``: the deepest layers
     but the last, whatever the scan says. ``top`` is the number of best blocks to name beside the
-    plan, ``bootstrap`` the number of resamples that show how sure its start is; 0 is none.
+    plan, ``bootstrap`` the number of resamples that show how sure its start is; 0 is none. So many
+    ``experts`` go of every layer that stays, by a criterion.
 
     Raises:
         PlanError: an unknown strategy.
         LayersError: options that do not go together, or layers that cannot be dropped.
         MetricError: the scan does not hold the metric.
-        ScanError: a bootstrap of a scan that keeps no samples.
+        ScanError: a bootstrap of a scan that keeps no samples, or experts of one without theirs.
+        ExpertsError: experts that cannot be dropped, or by a criterion that the scan has not.
     """
+    of_layers = (strategy, metric, max_blocks, protect_first, protect_last, top, bootstrap)
+    if n is not None:
+        chosen = _choose_layers(
+            scanned,
+            n,
+            strategy=strategy,
+            metric=metric,
+            max_blocks=max_blocks,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            top=top,
+            bootstrap=bootstrap,
+            seed=seed,
+        )
+        if experts is None:
+            return chosen
+        plan = scanned.with_experts(chosen.plan, experts, criterion=criterion, seed=seed)
+    elif experts is None:
+        raise LayersError("nothing is to go: name a number of layers (--n), or of experts")
+    elif of_layers != ("similarity", None, 1, 0, 0, 0, 0):
+        raise LayersError(
+            "how layers are chosen is said, and not how many go: name their number (n, --n), or "
+            "leave out all options but experts, criterion and seed"
+        )
+    else:
+        plan = scanned.with_experts(None, experts, criterion=criterion, seed=seed)
+        chosen = ScanChoice(plan, seed=seed)
+    assert plan.experts is not None
+    rows = chosen_experts(scanned.experts, plan.experts, seed)
+    return replace(chosen, plan=plan, experts=rows, unrouted=scanned.experts.unrouted)
+
+
+def _choose_layers(
+    scanned: Scan,
+    n: int,
+    *,
+    strategy: str,
+    metric: str | None,
+    max_blocks: int,
+    protect_first: int,
+    protect_last: int,
+    top: int,
+    bootstrap: int,
+    seed: int,
+) -> ScanChoice:
     one_block = (max_blocks, protect_first, protect_last) == (1, 0, 0)
     if strategy == "similarity":
         plan = scanned.best_plan(

@@ -8,7 +8,7 @@ batch runs (``models.transfers``).
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..models.transfers import Gathered, HostCopies, HostCopy
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .builder import Part
+from .expert_hooks import ExpertHooks
 
 LAST = Positions()
 
@@ -72,12 +73,14 @@ def stream(
     *,
     copies: HostCopies | None = None,
     halving: Halving | None = None,
+    experts: ExpertHooks | None = None,
 ) -> Generator[Part, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
 
     A part is given while the next batch runs, so that two batches' states are in memory at most;
     where layers wait on disk, those of as many batches as find room, by :func:`stream_by_layer`.
     ``copies`` and ``halving`` of earlier calls bring buffers, and how many texts the device takes.
+    ``experts`` count what runs meanwhile.
 
     Yields:
         A part for each batch, or several where the device has no memory for the whole. The states
@@ -94,7 +97,7 @@ def stream(
     if is_streamed(decoder):
         streamed = Streamed(Layerwise(decoder), progress=False)
         for group in streamed.groups([batch] for batch in batches):
-            yield from stream_by_layer(streamed, group, positions)
+            yield from stream_by_layer(streamed, group, positions, experts=experts)
         return
     copies, halving = copies or HostCopies(), halving or Halving()
     with ExitStack() as stack:
@@ -104,7 +107,8 @@ def stream(
 
         def forward(batch: Batch) -> tuple[list[Gathered], NDArray[np.int64]]:
             rows, columns = chosen_tokens(batch, positions)
-            return hooks.run(batch, rows, columns, decoder.device), batch.samples[rows]
+            with nullcontext() if experts is None else experts.watching(batch):
+                return hooks.run(batch, rows, columns, decoder.device), batch.samples[rows]
 
         for batch in batches:
             check_length(batch.input_ids.shape[1], decoder.positions)
@@ -118,7 +122,11 @@ def stream(
 
 
 def stream_by_layer(
-    streamed: Streamed, batches: Sequence[Batch], positions: Positions = LAST
+    streamed: Streamed,
+    batches: Sequence[Batch],
+    positions: Positions = LAST,
+    *,
+    experts: ExpertHooks | None = None,
 ) -> Generator[Part, None, None]:
     """Run batches through a model whose layers wait on disk, each read once.
 
@@ -138,8 +146,13 @@ def stream_by_layer(
         kept = found[place].to(torch.promote_types(found[place].dtype, states.dtype))
         kept[state] = states.flatten(0, 1)[places[place]]  # Mamba's are wider behind a layer
         found[place] = kept
+        if experts is not None:
+            experts.turn_to(batches[place])
+            experts.check_stream(state - 1, states)
 
     streamed.run(batches, look=look)
+    if experts is not None:
+        experts.turn_to(None)
     for batch, (rows, _), states in zip(batches, chosen, found, strict=True):
         yield _part(states, batch.samples[rows], len(batch), positions)
 

@@ -26,6 +26,7 @@ from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from ..values.until import Until
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
+from .expert_hooks import ExpertHooks
 from .hidden_states import forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import Settling
@@ -51,6 +52,7 @@ def scan(
     keep_states: str | Path | None = None,
     overwrite: bool = False,
     until: Until | None = None,
+    experts: bool = False,
 ) -> Scan:
     """Compare all L+1 states of a model, at one token of every text or more, in one pass.
 
@@ -87,6 +89,8 @@ def scan(
         until: stop as soon as the best blocks are as sure as it says; the scan is that of the
             texts so far, and its :attr:`Scan.settled` says which sizes were sure, and when. The
             values of single samples are kept meanwhile.
+        experts: also gather the statistics of a mixture's routed experts, over all tokens of the
+            texts, whichever are compared: :attr:`Scan.experts`. Experts take twice the time.
 
     Returns:
         The scan.
@@ -96,7 +100,8 @@ def scan(
         TextsError: no texts, or one that is not a string.
         StatesError: no text could be compared. Single texts without a token, or whose
             states hold NaN, infinity or only zeros, are counted and named, with a warning.
-        ModelError: the model has no list of decoder layers.
+        ModelError: the model has no list of decoder layers; or no routed experts that can be
+            observed, with ``experts``.
         LayersError, MetricError: ``until`` names sizes that the model cannot lose, or no metric
             with bounds decides; with bets, PositionsError for several tokens of a text.
         ScanError: ``checkpoint`` is of another model, of other texts or positions, stops otherwise,
@@ -122,6 +127,7 @@ def scan(
     tokens = fitting(decoder, Tokens(max_length, batch_size), forward(positions))
     batches = TokenBatches(tokenizer, texts, tokens)
     identity = decoder.identity
+    observed = ExpertHooks(decoder) if experts else None
     builder = ScanBuilder(
         len(decoder) + 1,
         metrics,
@@ -130,12 +136,15 @@ def scan(
         keep_samples=keep_samples or settling is not None,
         cka_batch=cka_batch,
         positions=positions,
+        experts=observed.statistics if observed else None,
     )
     if total is None:
         total = length_hint(texts) or None
     saved = time.monotonic()
     with ExitStack() as stack:
         advance = stack.enter_context(track("scan", total, progress))
+        if observed:
+            stack.enter_context(observed)
         kept = None
         if keep_states:
             kept = stack.enter_context(
@@ -146,9 +155,8 @@ def scan(
             of = f" of {total:,}" if total else ""
             say_goes_on(f"{batches.num_texts:,}{of} texts were scanned", progress)
             advance(batches.num_texts)
-        for states in states_of(
-            decoder, _unsettled(batches.windows(), settling), positions, progress=progress
-        ):
+        windows = _unsettled(batches.windows(), settling)
+        for states in states_of(decoder, windows, positions, progress=progress, experts=observed):
             with closing(states) as parts:
                 builder.take(parts, advance, also=kept.take if kept else None)
             builder.reject(*batches.take_rejections())
@@ -179,19 +187,22 @@ def states_of(
     positions: Positions,
     *,
     progress: bool | None = None,
+    experts: ExpertHooks | None = None,
 ) -> Iterator[Generator[Part, None, None]]:
     """The states of windows of batches; of a model whose layers wait on disk, of several at once.
 
-    Each is to be closed before the next is asked for.
+    Each is to be closed before the next is asked for. ``experts`` count what runs meanwhile.
     """
     copies, halving = HostCopies(), Halving()
     if not is_streamed(decoder):
         for window in windows:
-            yield stream(decoder, window, positions, copies=copies, halving=halving)
+            yield stream(
+                decoder, window, positions, copies=copies, halving=halving, experts=experts
+            )
         return
     streamed = Streamed(Layerwise(decoder), progress)
     for group in streamed.groups(windows):
-        yield stream_by_layer(streamed, group, positions)
+        yield stream_by_layer(streamed, group, positions, experts=experts)
 
 
 def _unsettled(windows: Iterator[list[Batch]], settling: Settling | None) -> Iterator[list[Batch]]:

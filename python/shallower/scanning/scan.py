@@ -4,6 +4,7 @@ The core's sums are exact: the same bits at any number of threads and in any ord
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from ..values.layers import Block
 from ..values.plan import Plan, Rejection
 from ..values.positions import Positions
 from ..values.until import Settled
+from .expert_criteria import DEFAULT, experts_to_drop
+from .expert_statistics import ExpertStatistics
 from .scan_file import Contents, merged, read_scan, write_scan
 
 NO_DISTANCE = "norm_ratio"
@@ -170,6 +173,16 @@ class Scan:
         return self.contents.cka
 
     @property
+    def experts(self) -> ExpertStatistics:
+        """Statistics of the routed experts; ScanError: the scan was made without ``experts``."""
+        if self.contents.experts is None:
+            raise ScanError(
+                "the scan holds no statistics of experts: scan a mixture with experts=True "
+                "(--experts), and merge only scans that do"
+            )
+        return self.contents.experts
+
+    @property
     def distance(self) -> str | None:
         """The metric that blocks are chosen by: the angle, or else the first distance held."""
         return deciding(self.metrics)
@@ -241,9 +254,45 @@ class Scan:
         self.samples(self._metric(metric))  # says how to keep them
         return self.costs(metric).bootstrap(num_resamples, seed, threads=threads)
 
-    def plan(self, n: int, metric: str | None = None) -> Plan:
-        """The plan to drop :meth:`best_block`."""
-        return self.best_plan(n, metric=metric)
+    def plan(
+        self,
+        n: int | None = None,
+        metric: str | None = None,
+        *,
+        experts: int | None = None,
+        criterion: str = DEFAULT,
+        seed: int = 0,
+    ) -> Plan:
+        """The plan to drop :meth:`best_block`, or so many experts of every layer, or both.
+
+        Experts go of the layers that stay, those that a criterion of ``scanning/expert_criteria``
+        thinks least of; ``seed`` is of ``random``. LayersError: neither is asked for. ExpertsError:
+        a criterion that is not known or not in the scan, or a number of experts that the router
+        cannot do without. ScanError: the scan has no statistics of experts.
+        """
+        if n is None and experts is None:
+            raise LayersError("nothing is to go: name a number of layers, or of experts")
+        plan = None if n is None else self.best_plan(n, metric=metric)
+        if experts is None and plan is not None:
+            return plan
+        assert experts is not None
+        return self.with_experts(plan, experts, criterion=criterion, seed=seed)
+
+    def with_experts(
+        self, plan: Plan | None, count: int, *, criterion: str = DEFAULT, seed: int = 0
+    ) -> Plan:
+        """A plan that drops ``count`` experts of every layer that stays, too; raises as
+        :meth:`plan`.
+
+        None is the plan to drop no layer.
+        """
+        gone = () if plan is None else plan.dropped
+        dropped = experts_to_drop(self.experts, count, criterion=criterion, seed=seed, gone=gone)
+        if plan is not None:
+            return replace(plan, experts=dropped)
+        return Plan(
+            self.num_layers, (), "experts", criterion, self.model, self.texts, experts=dropped
+        )
 
     def best_plan(
         self,

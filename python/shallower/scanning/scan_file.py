@@ -2,7 +2,8 @@
 
 A scan of some of the texts, a shard, is the same with an entry that says which it is. The file is
 safetensors: the core's own bytes (``sums``, and ``cka`` if there is one), the values of
-single samples if they are kept, and a header in JSON.
+single samples if they are kept, and a header in JSON. Statistics of experts are core's bytes
+(``experts``), ratios of weights, and an entry in the header.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import Cka, Sums
-from ..errors import MetricError, PositionsError, ScanError, StatesError, why
+from .._core import Cka, ExpertSums, Sums
+from ..errors import ExpertsError, MetricError, PositionsError, ScanError, StatesError, why
 from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
@@ -25,6 +26,7 @@ from ..values.positions import Positions
 from ..values.schema import of_type, read
 from ..values.shard import ShardOfScan
 from ..values.until import Settled
+from .expert_statistics import ExpertStatistics
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
@@ -32,10 +34,13 @@ FORMAT = "shallower.scan.4"
 SHARD_FORMAT = "shallower.shard.1"
 """The key of the metadata of a shard's file, which is a scan of some of its texts."""
 
-T = TypeVar("T", Sums, Cka)
+T = TypeVar("T", Sums, Cka, ExpertSums)
 
-SUMS, CKA = "sums", "cka"
+SUMS, CKA, EXPERTS = "sums", "cka", "experts"
 """The names of the core's bytes."""
+
+AIMER, PAIRS = "experts.aimer", "experts.pairs"
+"""The names of what the weights of experts say, and of the core's bytes of pairs of experts."""
 
 
 Samples = Mapping[str, NDArray[np.float32]]
@@ -56,6 +61,7 @@ class Contents:
         cka: the sums for CKA, if the scan has it.
         positions: which tokens of the texts were compared, if that is known.
         settled: what a scan that stops when it is sure goes on with; only while it is not done.
+        experts: the statistics of experts, if the scan has them.
     """
 
     sums: Sums
@@ -66,6 +72,7 @@ class Contents:
     cka: Cka | None = None
     positions: Positions | None = None
     settled: Settled | None = None
+    experts: ExpertStatistics | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejections", tuple(self.rejections[:NAMED_REJECTIONS]))
@@ -99,6 +106,7 @@ def merged(parts: Sequence[Contents]) -> Contents:
         joined([part.samples for part in parts]),
         _added(sums.num_states, [part.cka for part in parts]),
         first.positions,
+        experts=_experts([part.experts for part in parts]),
     )
 
 
@@ -117,6 +125,17 @@ def _added(num_states: int, parts: Sequence[Cka | None]) -> Cka | None:
         return None
     total = Cka(num_states, held[0].batch_size)
     for part in held:
+        total.merge(part)
+    return total
+
+
+def _experts(parts: Sequence[ExpertStatistics | None]) -> ExpertStatistics | None:
+    """The statistics of all parts; none, unless all have them."""
+    held = [part for part in parts if part is not None]
+    if len(held) < len(parts):
+        return None
+    total = held[0].copy()
+    for part in held[1:]:
         total.merge(part)
     return total
 
@@ -141,6 +160,12 @@ def scan_bytes(contents: Contents, shard: ShardOfScan | None = None) -> bytes:
     arrays: dict[str, NDArray[Any]] = {SUMS: np.frombuffer(contents.sums.to_bytes(), np.uint8)}
     if contents.cka is not None:
         arrays[CKA] = np.frombuffer(contents.cka.to_bytes(), np.uint8)
+    if contents.experts is not None:
+        header["experts"] = contents.experts.header()
+        arrays[EXPERTS] = np.frombuffer(contents.experts.sums.to_bytes(), np.uint8)
+        arrays[AIMER] = contents.experts.aimer
+        if contents.experts.pairs is not None:
+            arrays[PAIRS] = np.frombuffer(contents.experts.pairs.to_bytes(), np.uint8)
     for metric, values in (contents.samples or {}).items():
         arrays[_samples_name(metric)] = values
     if shard is not None:
@@ -185,6 +210,7 @@ def _read(path: str | Path, key: str) -> tuple[Contents, ShardOfScan | None]:
         AttributeError,
         OverflowError,
         RecursionError,
+        ExpertsError,
         StatesError,
         MetricError,
         PositionsError,
@@ -236,6 +262,18 @@ def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
         cka = _stored(Cka, CKA, arrays.pop(CKA))
         if cka.num_states != sums.num_states or cka.samples > sums.count:
             raise ValueError("its sums for CKA are not of its samples")
+    experts = None
+    if EXPERTS in arrays:
+        stored = _stored(ExpertSums, EXPERTS, arrays.pop(EXPERTS))
+        pairs = arrays.pop(PAIRS, None)
+        experts = ExpertStatistics.read(
+            header["experts"],
+            stored,
+            pairs=None if pairs is None else _stored(ExpertSums, PAIRS, pairs),
+            aimer=arrays.pop(AIMER),
+        )
+        if experts.layers[-1] >= sums.num_states - 1:
+            raise ValueError(f"it has experts of layer {experts.layers[-1]}, which it has not")
     model = read(ModelIdentity | None, header["model"])
     if model and model.num_layers != sums.num_states - 1:
         raise ValueError(f"it is of {sums.num_states - 1} layers, its model has {model.num_layers}")
@@ -248,6 +286,7 @@ def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
         cka,
         read(Positions | None, header["positions"]),
         read(Settled | None, header.get("settled")),
+        experts,
     )
     return contents, read(ShardOfScan, header["shard"]) if key == SHARD_FORMAT else None
 

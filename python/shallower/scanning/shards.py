@@ -6,7 +6,7 @@ runs its own. What shards have in common stands in each, and is compared when th
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from ..values.provenance import forward_versions
 from ..values.shard import Shard, ShardOfScan, read_shards
 from ..values.tokens import Tokens
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
+from .expert_statistics import ExpertStatistics
 from .scan import Scan
 from .scan_file import Contents, read_shard, scan_bytes
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..texts.batches import AnyTexts, Batch
+    from .expert_hooks import ExpertHooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class Shards:
         positions: Positions | None = None,
         threads: int | None = None,
         keep_samples: bool = False,
+        experts: bool = False,
         job: str | None = None,
     ) -> None:
         from ..models.decoder import Decoder
@@ -103,6 +106,7 @@ class Shards:
         self._tokens = Tokens(tokens.max_length, tokens.texts)
         self._positions = positions or Positions()
         self._metrics, self._threads, self._keep = metrics, threads, keep_samples
+        self._experts = experts
         self._job = job
         batches = TokenBatches(tokenizer, texts, self._tokens)
         self._batches = [batch for window in batches.unpadded() for batch in window]
@@ -139,6 +143,9 @@ class Shards:
 
         ScanError: what is at ``checkpoint`` is of other work.
         """
+        from .expert_hooks import ExpertHooks
+
+        observed = ExpertHooks(self._decoder) if self._experts else None
         builder = ScanBuilder(
             len(self._decoder) + 1,
             self._metrics,
@@ -146,6 +153,7 @@ class Shards:
             model=self._decoder.identity,
             keep_samples=self._keep,
             positions=self._positions,
+            experts=observed.statistics if observed else None,
         )
         mine, of = shard.of(self.num_batches), self._of(shard)
         if checkpoint is not None and checkpoint.exists():
@@ -154,9 +162,10 @@ class Shards:
         elif shard.index == 0:
             builder.reject(*self._rejected)  # once, however many shards there are
         saved = time.monotonic()
-        with track(f"scan, shard {shard}", self._num_texts(mine), progress) as advance:
+        bar = track(f"scan, shard {shard}", self._num_texts(mine), progress)
+        with bar as advance, observed or nullcontext():
             advance(self._num_texts(mine[: of.num_done]))
-            for num_batches in self._take(builder, mine[of.num_done :], advance):
+            for num_batches in self._take(builder, mine[of.num_done :], advance, experts=observed):
                 of = replace(of, num_done=of.num_done + num_batches)
                 if (
                     checkpoint is not None
@@ -170,7 +179,12 @@ class Shards:
         return sum(len(self._batches[batch]) for batch in batches)
 
     def _take(
-        self, builder: ScanBuilder, mine: range, advance: Callable[[int], None]
+        self,
+        builder: ScanBuilder,
+        mine: range,
+        advance: Callable[[int], None],
+        *,
+        experts: "ExpertHooks | None",
     ) -> Iterator[int]:
         """Add the states of batches; how many were added, each time work may be kept."""
         from .model import states_of
@@ -187,7 +201,10 @@ class Shards:
                 yield [padded(self._batches[batch]) for batch in window]
 
         added = 0
-        for states in states_of(self._decoder, windows(), self._positions, progress=False):
+        found = states_of(
+            self._decoder, windows(), self._positions, progress=False, experts=experts
+        )
+        for states in found:
             with closing(states) as parts:
                 builder.take(parts, advance)
             yield given - added
@@ -247,7 +264,8 @@ def _texts_of(contents: Contents) -> str:
 
 def _settings_of(contents: Contents) -> str:
     kept = "with" if contents.samples is not None else "without"
-    return f"{', '.join(contents.sums.metrics)} of {contents.positions}, {kept} samples"
+    experts = "" if contents.experts is None else ", with experts"
+    return f"{', '.join(contents.sums.metrics)} of {contents.positions}, {kept} samples{experts}"
 
 
 def _joined(shards: Sequence[ScannedShard]) -> Scan:
@@ -261,6 +279,7 @@ def _joined(shards: Sequence[ScannedShard]) -> Scan:
         model=first.model,
         keep_samples=first.samples is not None,
         positions=first.positions,
+        experts=first.experts and ExpertStatistics(first.experts.layers, first.experts.routing),
     )
     for shard in shards:
         builder.resume(Scan(replace(shard.contents, model=first.model)), *first.texts)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from .counts import counted
 from .identity import title_of
+from .layers import ranges
 from .loss import Loss
 from .schema import fields_of, of_type, row_to_json
 
@@ -78,6 +80,8 @@ class Row:
         acceptance_stderr: its standard error.
         repetition: share of repeated 4-grams in its own words.
         repetition_stderr: its standard error.
+        experts: of a comparison of experts those that go, as ``--drop-experts`` has them; ``n`` of
+            each layer. None for layers.
     """
 
     model: str
@@ -112,6 +116,19 @@ class Row:
     acceptance_stderr: float | None = None
     repetition: float | None = None
     repetition_stderr: float | None = None
+    experts: str | None = None
+
+    @property
+    def cut(self) -> tuple[tuple[int, ...], str | None]:
+        """What goes, to tell cuts apart."""
+        return self.dropped, self.experts
+
+    @property
+    def words(self) -> str:
+        """What goes, in words: ``[12, 20)``, or how many experts of each layer."""
+        if self.experts is None:
+            return ranges(self.dropped)
+        return f"{counted(self.n, 'expert')} a layer"
 
     @property
     def as_cut(self) -> Standing | None:
@@ -176,6 +193,7 @@ class ComparedModel:
         accuracy: that of the whole model.
         dtype: of its weights; empty where it is not known.
         parameters: their number; None where it is not known.
+        num_experts: routed experts of a layer, of a comparison of experts; None for one of layers.
     """
 
     name: str
@@ -186,6 +204,7 @@ class ComparedModel:
     accuracy: float | None = None
     dtype: str = ""
     parameters: int | None = None
+    num_experts: int | None = None
 
     @property
     def title(self) -> str:
@@ -203,6 +222,7 @@ class ComparedModel:
             "accuracy": self.accuracy,
             "dtype": self.dtype,
             "parameters": self.parameters,
+            "num_experts": self.num_experts,
         }
 
     @classmethod

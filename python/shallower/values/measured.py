@@ -16,7 +16,6 @@ from ..errors import ScanError, ShallowerError, why
 from .counts import counted
 from .hashing import hash_of
 from .identity import ModelIdentity
-from .layers import ranges
 from .loss import Loss, TextLoss
 from .perplexity import Perplexity
 from .plan import Plan
@@ -133,7 +132,7 @@ class MeasuredShard:
             "number of shards": self.shard.count,
             "versions": dict(self.versions),
             "model": str(replace(self.model, name="the model")),
-            "cut": "none" if self.plan is None else ranges(self.plan.dropped),
+            "cut": "none" if self.plan is None else str(self.plan.key),
             "measures": "; ".join(f"{kind}, {part}" for kind, part in parts),
             "texts": "; ".join(f"{part.num_items:,}, {part.fingerprint[:12]}" for _, part in parts),
             "inputs": self.job,
@@ -200,9 +199,9 @@ class Evaluation:
     inputs: Mapping[str, Mapping[str, Any] | None]
 
     @property
-    def dropped(self) -> dict[str, tuple[int, ...]]:
-        """The layers that each side is without, ascending."""
-        return {"base": ()} if self.plan is None else {"base": (), "cut": self.plan.dropped}
+    def cuts(self) -> dict[str, Plan | None]:
+        """The cut of each side; None for the whole model."""
+        return {"base": None} if self.plan is None else {"base": None, "cut": self.plan}
 
 
 def gather_evaluation(parts: Iterable[str | Path]) -> Evaluation:

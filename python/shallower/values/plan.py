@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LayersError, PlanError, PositionsError, why
+from ..errors import ExpertsError, LayersError, PlanError, PositionsError, why
 from ..storage import write_file
 from .counts import counted
+from .experts import DroppedExperts
 from .identity import ModelIdentity, TextsIdentity
-from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers
+from .layers import MAX_LAYERS, Block, Layers, blocks_of, dropped_layers, ranges
 from .positions import Positions
 from .provenance import versions
 from .schema import fields_of, of_type
@@ -47,6 +48,7 @@ STRATEGIES = {
     "search": "the best that the search named has found",
     "random": "drawn at random",
     "deepest": "the deepest layers but the last",
+    "experts": "experts go and no layer, those first that the criterion named thinks least of",
     "manual": "named by hand",
 }
 """Every way to choose layers, and what a card says of it."""
@@ -68,6 +70,7 @@ class Plan:
         texts: the calibration texts, if any.
         positions: which of their tokens were compared, if that is known.
         versions: the packages that made it.
+        experts: which experts go of the layers that stay; the blocks may be none then.
     """
 
     num_layers: int
@@ -78,18 +81,32 @@ class Plan:
     texts: tuple[TextsIdentity, ...] = ()
     positions: Positions | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
+    experts: DroppedExperts | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_layers <= MAX_LAYERS:
             raise LayersError(f"a plan is for 1 to {MAX_LAYERS} layers, not for {self.num_layers}")
-        if dropped_layers(self.num_layers, self.blocks) != self.dropped:
+        named = self.blocks or self.experts is None
+        if named and dropped_layers(self.num_layers, self.blocks) != self.dropped:
             raise LayersError("the blocks of a plan must be ascending")
+        if self.experts is not None:
+            self._check_experts(self.experts)
         if self.strategy not in STRATEGIES:
             raise PlanError(f"unknown strategy {self.strategy!r}: expected {', '.join(STRATEGIES)}")
         if self.model and self.model.num_layers != self.num_layers:
             raise PlanError(
                 f"the plan is for {self.num_layers} layers, its model has {self.model.num_layers}"
             )
+
+    def _check_experts(self, experts: DroppedExperts) -> None:
+        for layer in experts.by_layer:
+            if layer >= self.num_layers:
+                raise ExpertsError(
+                    f"experts of layer {layer}: the model's {self.num_layers} layers are "
+                    f"0 .. {self.num_layers - 1}"
+                )
+            if layer in self.dropped:
+                raise ExpertsError(f"layer {layer} goes whole: name none of its experts")
 
     @classmethod
     def of(cls, num_layers: int, layers: "Plan | Layers") -> "Plan":
@@ -139,6 +156,21 @@ class Plan:
         return tuple(layer for layer in range(self.num_layers) if layer not in gone)
 
     @property
+    def words(self) -> str:
+        """What goes, in words: ``[12, 20)``, ``2 of 8 experts a layer``, or both."""
+        parts = [ranges(self.dropped)] if self.blocks else []
+        if self.experts is not None:
+            parts.append(f"{self.experts.count} of {self.experts.num_experts} experts a layer")
+        return " and ".join(parts)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What goes, as a part of the key of a result."""
+        return {"dropped": list(self.dropped)} | (
+            {} if self.experts is None else {"experts": self.experts.to_json()}
+        )
+
+    @property
     def why(self) -> str:
         """How the layers were chosen, for a card."""
         if (self.strategy, self.metric) == ("search", VERIFIED):
@@ -159,7 +191,7 @@ class Plan:
         """Give the plan as plain JSON values, which :meth:`from_json` reads."""
         return {
             "format": "shallower.plan",
-            "version": 1,
+            "version": 1 if self.experts is None else 2,
             "num_layers": self.num_layers,
             "drop": [block.to_json() for block in self.blocks],
             "survivors": list(self.survivors),
@@ -169,6 +201,7 @@ class Plan:
             "texts": [asdict(texts) for texts in self.texts],
             "positions": asdict(self.positions) if self.positions else None,
             "versions": dict(self.versions),
+            **({} if self.experts is None else {"experts": self.experts.to_json()}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -206,6 +239,7 @@ class Plan:
             AttributeError,
             RecursionError,
             LayersError,
+            ExpertsError,
             PlanError,
             PositionsError,
         ) as error:
@@ -221,11 +255,14 @@ class Plan:
         PlanError or PositionsError for a plan that cannot be.
         """
         kind, version = of_type(dict, data).get("format"), data.get("version")
-        if kind != "shallower.plan" or version != 1:
+        if kind != "shallower.plan" or version not in (1, 2) or isinstance(version, bool):
             raise ValueError(
-                f"expected format shallower.plan version 1, got {kind!r} version {version!r}"
+                f"expected format shallower.plan version 1 or 2, got {kind!r} version {version!r}"
             )
-        plan = cls(**fields_of(cls, {"positions": None, **data, "blocks": data["drop"]}))
+        missing = {"positions": None, "experts": None}
+        plan = cls(**fields_of(cls, {**missing, **data, "blocks": data["drop"]}))
+        if (plan.experts is None) != (version == 1):
+            raise ValueError("plans of version 2, and no others, name experts")
         if list(plan.survivors) != data["survivors"]:
             raise ValueError("its survivors are not the layers that its ranges leave")
         return plan
@@ -245,3 +282,8 @@ class Plan:
                 f"{model.name} is another model ({model.fingerprint[:12]}): plan again, or name "
                 f"the layers yourself"
             )
+
+
+def key_of(plan: Plan | None) -> dict[str, Any]:
+    """What goes by a plan, as a part of the key of a result; nothing without one."""
+    return {"dropped": []} if plan is None else plan.key

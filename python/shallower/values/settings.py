@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, SettingsError, TextsError
 from .curve import STATES, State
@@ -359,6 +359,8 @@ class CompareSettings(StudySettings):
         n: how many layers are to go.
         criteria: names of the table ``shallower.criteria``, or criteria of your own; all by
             default.
+        unit: what goes: ``layers``, or ``experts``, ``n`` of every layer that has any, by criteria
+            of experts.
         judge: what chooses: ``loss``, the next-token loss; ``kl``, the divergence from the whole
             model's next-token distributions; ``options``, the margin of right options;
             ``speech``, the divergence from the whole model on its own words.
@@ -383,6 +385,7 @@ class CompareSettings(StudySettings):
     num_choosing: int = 16
     n: Sequence[int] = (1, 2, 4, 8)
     criteria: Sequence[Any] | None = None
+    unit: Literal["layers", "experts"] = "layers"
     judge: str = "loss"
     options: str | Path | None = None
     prompts: Prompts = None
@@ -392,6 +395,13 @@ class CompareSettings(StudySettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", _sizes(self.n, least=1))
+        if self.unit not in ("layers", "experts"):
+            raise CriterionError(f"unit {self.unit!r}: expected layers or experts (unit, --unit)")
+        if self.unit == "experts" and (self.speech or self.judge == "speech"):
+            raise CriterionError(
+                "how a model speaks without experts is not compared: measure it with shallower "
+                "eval --plan PLAN --speech (speech, judge)"
+            )
         self._take_places("options")
         object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not self.n:

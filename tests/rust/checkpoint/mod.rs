@@ -2,6 +2,7 @@
 //! the cut against a slow twin that reads every tensor.
 
 mod cuts;
+mod experts;
 mod files;
 mod folders;
 mod headers;

@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use proptest::prelude::*;
 use proptest::sample::select;
-use shallower_core::gguf::Gguf;
+use shallower_core::gguf::{Experts, Gguf};
 
 use crate::memory::bounded;
 use crate::strikes::{NUMBERS, Tokens};
@@ -21,7 +21,7 @@ pub const ARCHITECTURES: [&str; 10] = [
     "exaone4",
     "t5",
 ];
-pub const KEYS: [&str; 22] = [
+pub const KEYS: [&str; 23] = [
     "block_count",
     "nextn_predict_layers",
     "leading_dense_block_count",
@@ -43,6 +43,7 @@ pub const KEYS: [&str; 22] = [
     "residual_scale",
     "attention.q_lora_rank",
     "decoder_block_count",
+    "expert_count",
     "x",
 ];
 
@@ -80,6 +81,9 @@ pub fn gguf_words() -> Vec<Vec<u8>> {
         "general.architecture",
         "split.count",
         "xielu.alpha_p",
+        "blk.0.ffn_up_exps.weight",
+        "blk.1.ffn_gate.1.weight",
+        "blk.0.exp_probs_b",
         "",
     ];
     words.extend(names.map(gguf_text));
@@ -115,7 +119,8 @@ pub fn gguf() -> impl Strategy<Value = (Tokens, usize, Vec<u8>)> {
         let entry = (select(KEYS[1..].to_vec()), gguf_value(blocks));
         let entries = prop::collection::btree_map(entry.0, entry.1, 0..4);
         let tensors = prop::collection::vec((0..blocks, 1_u64..5, any::<u8>()), 0..6);
-        (entries, tensors).prop_map(move |(entries, tensors)| {
+        let with_experts = any::<bool>();
+        (entries, tensors, with_experts).prop_map(move |(entries, tensors, with_experts)| {
             let alignment = 1_usize << log;
             let number = |value: u32| value.to_le_bytes().to_vec();
             let mut tokens = vec![b"GGUF".to_vec(), number(3)];
@@ -153,9 +158,14 @@ pub fn gguf() -> impl Strategy<Value = (Tokens, usize, Vec<u8>)> {
                 tokens.extend(value);
             }
             let mut data = Vec::new();
-            let every = (0..blocks).map(|block| (block, 2, 7));
+            let every = (0..blocks).map(|block| (block, 3, 7));
             for (i, (block, len, byte)) in every.chain(tensors).enumerate() {
-                tokens.extend([gguf_text(&format!("blk.{block}.t{i}")), number(1)]);
+                let name = if with_experts && i < blocks as usize {
+                    "exp_probs_b.bias".into()
+                } else {
+                    format!("t{i}")
+                };
+                tokens.extend([gguf_text(&format!("blk.{block}.{name}")), number(1)]);
                 tokens.push(len.to_le_bytes().to_vec());
                 tokens.extend([number(0), (data.len() as u64).to_le_bytes().to_vec()]);
                 data.resize(data.len() + 4 * len as usize, byte);
@@ -176,7 +186,13 @@ pub fn gguf_survives(file: &[u8], bits: usize) -> bool {
     }
     let layers = read.num_layers().min(64);
     let survivors: Vec<usize> = (0..layers).filter(|layer| bits >> layer & 1 == 1).collect();
-    let Ok(cut) = bounded(file.len(), || read.cut(&mut source, &survivors)) else {
+    let experts = read.expert_layers().into_iter().take(64);
+    let kept = experts.map(|layer| (layer as u64, vec![bits as u64 % 3]));
+    let experts = Experts::new(3 + bits as u64 % 2, kept.collect()).ok();
+    bounded(file.len(), || {
+        read.cut(&mut source, &survivors, experts.as_ref()).is_ok()
+    });
+    let Ok(cut) = bounded(file.len(), || read.cut(&mut source, &survivors, None)) else {
         return false;
     };
     let mut out = Vec::new();

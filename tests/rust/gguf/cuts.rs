@@ -229,7 +229,7 @@ fn a_cut_stops_when_it_is_told_to() {
     let mut source = Cursor::new(&file[..]);
     let planned = Gguf::read(&mut source)
         .unwrap()
-        .cut(&mut source, &[1])
+        .cut(&mut source, &[1], None)
         .unwrap();
     let stopped = planned.write(&mut source, &mut Vec::new(), &mut |_| false);
     assert_eq!(stopped, Err(GgufError::Stopped));

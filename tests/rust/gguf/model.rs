@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Cursor;
 
-use shallower_core::gguf::{Gguf, GgufError};
+use shallower_core::gguf::{Experts, Gguf, GgufError};
 
 /// A value as the tests write and read it.
 #[derive(Debug, Clone, PartialEq)]
@@ -168,8 +168,25 @@ impl Model {
 }
 
 pub fn cut(file: &[u8], survivors: &[usize]) -> Result<Vec<u8>, GgufError> {
+    written(file, survivors, None)
+}
+
+/// A cut that keeps some of so many experts, by layer.
+pub fn cut_experts(
+    file: &[u8],
+    survivors: &[usize],
+    (number, kept): (u64, &BTreeMap<u64, Vec<u64>>),
+) -> Result<Vec<u8>, GgufError> {
+    written(file, survivors, Some(&Experts::new(number, kept.clone())?))
+}
+
+fn written(
+    file: &[u8],
+    survivors: &[usize],
+    experts: Option<&Experts>,
+) -> Result<Vec<u8>, GgufError> {
     let mut source = Cursor::new(file);
-    let planned = Gguf::read(&mut source)?.cut(&mut source, survivors)?;
+    let planned = Gguf::read(&mut source)?.cut(&mut source, survivors, experts)?;
     let mut out = Vec::new();
     planned.write(&mut source, &mut out, &mut |_| true)?;
     assert_eq!(out.len() as u64, planned.size());

@@ -5,7 +5,7 @@ use std::io::Cursor;
 use proptest::prelude::*;
 use shallower_core::gguf::Gguf;
 
-use super::model::{Model, V, cut, hostile, read, u32s};
+use super::model::{Model, V, cut, cut_experts, hostile, read, u32s};
 
 fn models() -> impl Strategy<Value = Model> {
     let sizes = (1_u64..40, 1_u64..4, any::<u8>());
@@ -14,8 +14,9 @@ fn models() -> impl Strategy<Value = Model> {
         0_u32..13,
         prop::collection::vec(sizes, 8),
         any::<bool>(),
+        any::<bool>(),
     )
-        .prop_map(|(blocks, log, sizes, dense)| {
+        .prop_map(|(blocks, log, sizes, dense, experts)| {
             let mut model = Model::new(blocks).aligned(1 << log);
             for (index, (row, rows, byte)) in sizes.iter().enumerate() {
                 let name = match index {
@@ -27,6 +28,15 @@ fn models() -> impl Strategy<Value = Model> {
             }
             let values: Vec<u32> = (10..10 + blocks).collect();
             model = model.with("llama.attention.head_count_kv", u32s(&values));
+            if experts {
+                model = model.with("llama.expert_count", V::U32(3));
+                for block in 0..blocks {
+                    let name = format!("blk.{block}.ffn_up_exps.weight");
+                    model
+                        .tensors
+                        .push((name, (1, vec![5, 2, 3], vec![block as u8; 60])));
+                }
+            }
             if dense {
                 model = model.with("llama.leading_dense_block_count", V::U32(blocks / 2));
             }
@@ -51,6 +61,15 @@ fn survives(file: &[u8]) {
             assert_eq!(self::read(&cut).unwrap().num_layers(), 1);
             assert!(cut.len() <= file.len() + (1 << 14));
         }
+    }
+    let layers: Vec<usize> = (0..read.num_layers()).collect();
+    let kept = read
+        .expert_layers()
+        .into_iter()
+        .map(|layer| (layer as u64, vec![1]));
+    if let Ok(cut) = cut_experts(file, &layers, (3, &kept.collect())) {
+        assert_eq!(self::read(&cut).unwrap().num_layers(), layers.len());
+        assert!(cut.len() <= file.len() + (1 << 14));
     }
 }
 

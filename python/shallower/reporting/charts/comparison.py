@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
-from ...values.layers import ranges
 from .drawing import Drawing, require_matplotlib
 from .plots import Axis, Line, Point, dot_chart, front_chart, line_chart, series_colour
 
@@ -144,6 +143,9 @@ def group_charts(group: Group, place: int) -> list[Drawing]:
 def loss_charts(group: Group, place: int) -> list[Drawing]:
     """Draw losses as cut, and after a quick patch, over the share of layers."""
     styles, model = styles_of([row.criterion for row in group.rows]), group.model
+    what = "layers" if model.num_experts is None else "parameters"
+    guess = math.log(model.whole.vocab_size)
+    most = guess if model.whole.nats < guess else math.inf
     states = (
         ("loss_over_dropped", "as cut", "before a patch", False),
         ("loss_over_dropped_patched", "after a quick patch", "after a quick patch", True),
@@ -157,14 +159,14 @@ def loss_charts(group: Group, place: int) -> list[Drawing]:
                 line_chart(
                     _named(name, place),
                     lines,
-                    title=f"Loss over the share of layers, {title}: {group.title}",
-                    text=f"Loss in nats a token over the share of layers that a criterion drops, "
+                    title=f"Loss over the share of {what}, {title}: {group.title}",
+                    text=f"Loss in nats a token over the share of {what} that a criterion drops, "
                     f"{when}, with bands of one standard error. Each line is a criterion, those "
                     f"of least mean regret {group.when} named first.",
-                    x=Axis("layers dropped", is_share=True),
+                    x=Axis(f"{what} dropped", is_share=True),
                     y=Axis("loss, nats a token"),
                     references=[(model.whole.nats, "whole model")],
-                    most=math.log(model.whole.vocab_size),
+                    most=most,
                 )
             )
     return found
@@ -203,7 +205,8 @@ def _line(group: Group, criterion: str, styles: Styles, patched: bool) -> Line:
         loss, stderr = (row.patched, row.patched_stderr) if patched else (row.loss, row.stderr)
         if loss is not None and not math.isnan(loss):
             error = math.nan if stderr is None else stderr
-            points.append(Point(row.layers_share, loss, error, f"without {ranges(row.dropped)}"))
+            share = row.layers_share if group.model.num_experts is None else row.parameters_share
+            points.append(Point(share, loss, error, f"without {row.words}"))
     colour, marker = styles[criterion]
     return Line(criterion, tuple(points), colour, "solid" if patched else "dashed", marker)
 
@@ -217,7 +220,7 @@ def _true_losses(group: Group, place: int) -> Drawing:
                 names.index(row.criterion),
                 standing.difference,
                 math.nan if standing.difference_stderr is None else standing.difference_stderr,
-                f"{row.criterion}, n = {n}, {ranges(row.dropped)}",
+                f"{row.criterion}, n = {n}, {row.words}",
             )
             for row, standing in group.ranked(n)
             if math.isfinite(standing.difference)

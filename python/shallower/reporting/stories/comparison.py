@@ -51,14 +51,17 @@ def comparison_story(
                 comparison.max_length,
                 _dtypes(comparison),
                 comparison.versions,
-                own=(
-                    "Patches are quick ones, one matrix a block; a full patch or a healing brings "
-                    "back more.",
-                ),
+                own=(_own(groups),),
             ),
         ),
         data=comparison.to_json(),
     )
+
+
+def _own(groups: Sequence[Group]) -> str:
+    if groups and groups[0].model.num_experts is not None:
+        return "Nothing is patched or healed behind experts that go; a healing brings back more."
+    return "Patches are quick ones, one matrix a block; a full patch or a healing brings back more."
 
 
 def _dtypes(comparison: CriteriaComparison) -> str | None:
@@ -87,13 +90,16 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     if group is None or not ranked:
         return "No criterion could be compared."
     (best, standing), total = ranked[0], group.model.num_layers
-    same = [row.criterion for row, _ in ranked[1:] if row.dropped == best.dropped]
+    same = [row.criterion for row, _ in ranked[1:] if row.cut == best.cut]
     tied = [row.criterion for row, one in ranked[1:] if one.tied and row.criterion not in same]
     leads = _leads(comparison, [best.criterion, *same])
     when = group.when if group.by_patch or same else "as a bare cut"
+    experts = group.model.num_experts
+    gone = f"{best.n} of {total} layers" if experts is None else _experts(best.n, experts)
+    without = f"without layers {ranges(best.dropped)} " if best.dropped else ""
     text = (
-        f"With {best.n} of {total} layers gone, {leads} {when}: "
-        f"without layers {ranges(best.dropped)} the model loses "
+        f"With {gone} gone, {leads} {when}: "
+        f"{without}the model loses "
         f"{Number.of(standing.difference, standing.difference_stderr, 2).text} nats a token "
         f"more than whole"
     )
@@ -103,6 +109,8 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     worst, last = ranked[-1]
     if last.regret > 0 and not last.tied:
         text += f"; {worst.criterion} comes last, {_behind(last, group.unit)}"
+    if experts is not None:
+        return f"{text}."
     bare = [row.criterion for row in group.rows if row.n == best.n and row.unpatched]
     if group.by_patch and bare:
         text += f"; the {'cuts' if len(bare) > 1 else 'cut'} of {_listed(bare)} cannot be patched"
@@ -150,6 +158,10 @@ def _in_the_other_state(group: Group, best: Row) -> str:
     return f"{text}, and {best.criterion} is {_behind(own, 'nats a token')}{tie}."
 
 
+def _experts(n: int, number: int) -> str:
+    return f"{n} of {number} experts of every layer"
+
+
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -164,6 +176,7 @@ def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
         )
         for group in groups[:3]
         for row, _ in _best(group)[-1:]
+        if row.dropped
     )
 
 
@@ -186,6 +199,13 @@ def _cost(group: Group) -> str:
     row, one = best[-1]
     ratio = math.exp(min(700.0, one.difference))
     other = ""
+    experts = group.model.num_experts
+    if experts is not None:
+        return (
+            f"The best cut of {_experts(row.n, experts)} has {ratio:.2f} times the perplexity of "
+            f"the whole model as a bare cut, and {100 * row.parameters_share:.0f} % of its "
+            f"parameters gone."
+        )
     if group.by_patch:
         other = f" As a bare cut it loses {Number.of(row.loss, row.stderr).text} nats a token."
     elif row.patched is not None:
@@ -204,6 +224,7 @@ def _savings(group: Group) -> tuple[Fact, ...]:
         Fact(name, Number.share(share), f"{COMPARISON_FILE}: rows, {row.criterion}, n = {row.n}")
         for row, _ in _best(group)[-1:]
         for name, share in (("layers", row.layers_share), ("parameters", row.parameters_share))
+        if share
     )
 
 
@@ -245,8 +266,9 @@ def _settings(comparison: CriteriaComparison) -> Section:
 
 def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool) -> Section:
     model = group.model
+    experts = f", some with {model.num_experts} routed experts" if model.num_experts else ""
     lines = [
-        f"{whole_words(model.whole)} It has {model.num_layers} layers.",
+        f"{whole_words(model.whole)} It has {model.num_layers} layers{experts}.",
         f"Judge: {judge_words(comparison.judge, comparison.unit)}; texts: "
         f"{splits_words(comparison.splits)}.",
     ]
@@ -255,7 +277,8 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
         right = Number.share(model.accuracy, 1).text
         lines.append(f"Accuracy of the whole model {right}{chance}.")
     sizes = sorted({row.n for row in group.rows})
-    tables = [_choices(comparison, group, n) for n in sizes]
+    make = _choices if model.num_experts is None else _expert_choices
+    tables = [make(comparison, group, n) for n in sizes]
     drawings = group_charts(group, place) if drawn else []
     return Section(
         f"{group.title}: criteria against true loss",
@@ -296,6 +319,51 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
         if group.by_patch
         else ("patched", "patch regret", *(["time"] if judged else [])),
     )
+
+
+def _expert_choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
+    """Tabulate which experts the criteria drop of one model, by regret as bare cuts."""
+    judged = "" if comparison.judge == "loss" else "score"
+    if any(row.accuracy is not None for row in group.rows):
+        judged = "accuracy"
+    rows = []
+    for row, standing in group.ranked(n):
+        cells: list[Cell] = [row.criterion, _dropped(row), _narrow(row.loss, row.stderr)]
+        if judged:
+            accuracy = Number.share(row.accuracy, 1)
+            cells.append(accuracy if judged == "accuracy" else _narrow(row.score, row.score_stderr))
+        rows.append(
+            (
+                *cells,
+                _narrow(row.regret, row.regret_stderr),
+                _verdict(standing),
+                Number.share(row.parameters_share, 1),
+                Number(_count(row.layer_forwards), row.layer_forwards),
+                Number(_duration(row.seconds), row.seconds),
+            )
+        )
+    head = ["criterion", "drop", "loss", "regret", "", "parameters", "layer forwards", "time"]
+    if judged:
+        head.insert(3, judged)
+    return Table(
+        f"n = {n}: {_experts(n, group.model.num_experts or 0)}",
+        tuple(head),
+        tuple(rows),
+        f"Loss in nats a token, regret in {group.unit}, paired with the best; parameters that go "
+        f"as a share of all. layers: the block of least angular distance with about as many "
+        f"parameters; exhaustive: the best of all sets by the loss on texts that choose.",
+    )
+
+
+MOST_NAMED = 24
+"""Characters of the experts that a table names; all are in the JSON and the CSV."""
+
+
+def _dropped(row: Row) -> Cell:
+    if row.experts is None:
+        return range_cell(row.dropped)
+    fits = len(row.experts) <= MOST_NAMED
+    return row.experts if fits else f"{row.experts[:MOST_NAMED]}…"
 
 
 def _spoken(group: Group) -> list[Table]:

@@ -55,8 +55,12 @@ def plan_table(plan: Plan) -> Table:
             "" if block.score is None else f"{distance_name(plan.metric)} {_distance(block).text}"
         )
         rows.append(("drop", _range(block), score))
-    rows.append(("keep", range_cell(plan.survivors), layer_count(len(plan.survivors))))
     title = f"plan: {len(plan.dropped)} of {plan.num_layers} layers"
+    if plan.experts is not None:
+        layers = range_cell(tuple(plan.experts.by_layer))
+        rows.append(("drop", layers, f"{plan.experts.share} of each"))
+        title += f", {plan.experts.share}"
+    rows.append(("keep", range_cell(plan.survivors), layer_count(len(plan.survivors))))
     return Table(title, ("", "", ""), tuple(rows), plan.doubt)
 
 

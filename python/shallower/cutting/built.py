@@ -1,0 +1,134 @@
+"""Any model as its class builds it from a folder's config, without weights."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..errors import InMemoryOnlyError, ModelError
+from ..models.architecture import find_layers, layer_parts
+from ..models.experts import count_keys, find_experts
+from ..models.identity import model_name, shape_of, vectors_of
+from ..models.loading import empty_model
+from ..values.plan import Plan
+from .experts import compare_layers, mixture_of, with_fewer_experts
+from .mixture import Mixture, StoredLayer, compare_stored
+from .tensor_names import edit_config, find_prefix, same_config
+from .twin import BUILDING_ERRORS, shortened_config
+
+
+class BuiltModel:
+    """The model of a folder's config, as its class builds it; a :class:`.description.Description`.
+
+    ModelError: it is not a causal language model, or has not one list of decoder layers.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self._model = empty_model(folder, trust_remote_code)
+        self.name = model_name(self._model)
+        self.shape = shape_of(self._model)
+        self._layers = find_layers(self._model)
+        self.path = self._layers.path
+
+    @property
+    def kinds(self) -> Sequence[object]:
+        """The names of every layer's parameters."""
+        modules = self._layers.modules
+        return [tuple(name for name, _ in layer.named_parameters()) for layer in modules]
+
+    def vectors(self) -> Iterator[tuple[str, str]]:
+        """The names of the one-dimensional weights, in the order of the modules.
+
+        Each in the model, and as a stock loader stores it.
+        """
+        tensors = self._model.state_dict()
+        stored = {id(tensor): name for name, tensor in _as_saved(self._model, tensors).items()}
+        for path, name in vectors_of(self._model):
+            full = f"{path}.{name}"
+            yield full, stored.get(id(tensors.get(full)), full)
+
+    def mixture(self) -> Mixture:
+        """Its routed experts; ModelError if it has none."""
+        return mixture_of(self._model, find_experts(self._model, self._layers))
+
+    def stored_experts(self, plan: Plan) -> Mapping[int, StoredLayer]:
+        """Of layers with routed experts, how a stock loader stores them.
+
+        By the names and shapes that transformers would save of the model, and of one with fewer
+        experts; or of their modules, whose names it loads as well. ModelError: it would not build
+        the model with the experts that stay. InMemoryOnlyError: they do not lie one after the
+        other.
+        """
+        if plan.experts is None:
+            return {}
+        twin = with_fewer_experts(self._model, plan.experts.num_kept)
+        compare_layers(self._model, self._layers, twin, num_kept=plan.experts.num_kept)
+        whole, fewer = (_stored(model, self.path) for model in (self._model, twin))
+        return {
+            layer: compare_stored(whole[layer], fewer[layer]) for layer in plan.experts.by_layer
+        }
+
+    def shortened(self, raw: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+        """The JSON of the config for what stays, unknown keys included.
+
+        InMemoryOnlyError: weights beside the layers would have to be cut as well. ModelError: a
+        stock loader would not build what stays from it.
+        """
+        if plan.blocks and (parts := layer_parts(self._model, self._layers)):
+            raise InMemoryOnlyError(
+                f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "
+                f"which is cut in memory only: use prune, or load_model, drop_layers and save_model"
+            )
+        shortened = copy.deepcopy(self._model.config)
+        if plan.blocks:
+            shortened = shortened_config(self._model, plan.survivors)
+        decoder = shortened.get_text_config(decoder=True)
+        if plan.experts is not None:
+            for config, name in count_keys(decoder, plan.experts.num_experts):
+                setattr(config, name, plan.experts.num_kept)
+        after = shortened.to_dict()
+        edited = edit_config(
+            raw, self._model.config.to_dict(), after, aliases=type(decoder).attribute_map
+        )
+        read_back = type(shortened).from_dict(
+            json.loads(json.dumps(edited), object_hook=_special_float)
+        )
+        if not same_config(read_back.to_dict(), after):
+            raise ModelError(
+                f"config.json of {type(self._model).__name__} cannot be edited so that it is read "
+                f"back as the shortened config: load the model and use drop_layers and save_model"
+            )
+        return edited
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """Infinity and NaN as transformers writes them in JSON."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
+def _as_saved(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """All tensors of a model, without values, by the names under which transformers saves them."""
+    try:
+        return revert_weight_conversion(model, dict(tensors))
+    except (*BUILDING_ERRORS, NotImplementedError):
+        return tensors
+
+
+def _stored(model: PreTrainedModel, path: str) -> list[dict[str, list[int]]]:
+    """By layer the names and shapes of tensors, as transformers saves and as it names them."""
+    layers: list[dict[str, list[int]]] = [{} for _ in find_layers(model).modules]
+    named = model.state_dict()
+    for tensors in (_as_saved(model, named), named):
+        prefix = find_prefix(tensors, path, len(layers))
+        for name, tensor in tensors.items():
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and number.isdecimal():
+                layers[int(number)][rest] = list(tensor.shape)
+    return layers

@@ -1,0 +1,238 @@
+"""Experts removed from a model in memory, checked against the one that a stock loader builds.
+
+Which tensors hold a part for every expert is found by comparison: a fresh model is built on the
+meta device from the config with fewer experts, and wherever its shapes are smaller the experts lie
+along that axis: stacked weights, rows of a router, biases of its choice. Anything else that differs
+is refused, and the model stays as it was.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..models.architecture import DecoderLayers, find_layers, text_config
+from ..models.experts import RoutedExperts, count_keys, find_experts, routing_of
+from ..values.experts import DroppedExperts
+from .mixture import Mixture
+from .twin import BUILDING_ERRORS, plain_attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A tensor in a layer that holds a part for every expert.
+
+    Attributes:
+        path: of its module in the layer.
+        name: in the module.
+        axis: along which the experts lie.
+    """
+
+    path: str
+    name: str
+    axis: int
+
+    def of(self, tensor: torch.Tensor, kept: Sequence[int], num_experts: int) -> torch.Tensor:
+        """The parts of the experts that stay, in a tensor of its own."""
+        parts = tensor.detach().unflatten(self.axis, (num_experts, -1))
+        places = torch.tensor(kept, device=tensor.device)
+        return parts.index_select(self.axis, places).flatten(self.axis, self.axis + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """What has to change in a layer: slices, and by module's path and name its new numbers."""
+
+    slices: tuple[Slice, ...]
+    numbers: dict[tuple[str, str], int]
+
+
+def cut_experts(
+    model: PreTrainedModel, dropped: DroppedExperts, gone: Sequence[int] = ()
+) -> Callable[[], None]:
+    """Remove experts from a model, in place, and give what puts them back.
+
+    ``gone`` are layers that go whole afterwards.
+
+    ExpertsError: other layers are named than those with experts, or the router could not choose
+    among those that stay. ModelError: no layer has experts, no config describes the cut, or the
+    weights are not there to be divided.
+    """
+    found = find_layers(model)
+    experts = find_experts(model, found)
+    mixture_of(model, experts).check(dropped, gone)
+    changes = checked_changes(model, found, dropped.num_kept)
+    undo: list[Callable[[], None]] = []
+    for one in experts:
+        if one.layer in dropped.by_layer:
+            kept = dropped.kept(one.layer)
+            undo += _divide(found.modules[one.layer], changes[one.layer], dropped, kept=kept)
+    for config, name in _counts(model, dropped.num_experts):
+        undo.append(_put(config, name, dropped.num_kept))
+
+    def restore() -> None:
+        for back in reversed(undo):
+            back()
+
+    return restore
+
+
+def mixture_of(model: nn.Module, experts: Sequence[RoutedExperts]) -> Mixture:
+    """The routed experts of a model, with weights or without, for the checks of a cut."""
+    routing = routing_of(model, experts[0].num_experts)
+    return Mixture(type(model).__name__, routing, frozenset(one.layer for one in experts))
+
+
+def checked_changes(
+    model: PreTrainedModel, found: DecoderLayers, num_kept: int
+) -> dict[int, ExpertLayer]:
+    """What has to change in every layer for a stock loader to build it; ModelError if it cannot."""
+    return compare_layers(model, found, with_fewer_experts(model, num_kept), num_kept=num_kept)
+
+
+def with_fewer_experts(model: PreTrainedModel, num_kept: int) -> PreTrainedModel:
+    """Build the model with so many experts a layer, without weights; ModelError if it cannot be."""
+    number = find_experts(model)[0].num_experts
+    config = copy.deepcopy(model.config)
+    for part, name in count_keys(config.get_text_config(decoder=True), number):
+        setattr(part, name, num_kept)
+    try:
+        with torch.device("meta"):
+            return type(model)(type(config).from_dict(config.to_dict()))
+    except BUILDING_ERRORS as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be built with {num_kept} experts a layer: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def compare_layers(
+    model: PreTrainedModel, found: DecoderLayers, twin: PreTrainedModel, *, num_kept: int
+) -> dict[int, ExpertLayer]:
+    """What a twin of fewer experts has otherwise in every layer; ModelError if that is too much."""
+    number = find_experts(model, found)[0].num_experts
+    built = find_layers(twin)
+    changes = {}
+    for one in find_experts(twin, built):
+        if one.num_experts != num_kept:
+            raise ModelError(
+                f"the config of {type(model).__name__} does not say how many experts a layer has: "
+                f"a stock loader would build {one.num_experts}, not {num_kept}"
+            )
+        pair = found.modules[one.layer], built.modules[one.layer]
+        changes[one.layer] = _changes(one, *pair, number=number, num_kept=num_kept)
+    return changes
+
+
+def _changes(
+    one: RoutedExperts, layer: nn.Module, built: nn.Module, *, number: int, num_kept: int
+) -> ExpertLayer:
+    """What differs between a layer and the one that a stock loader builds with fewer experts."""
+    slices, numbers = [], {}
+    others = dict(built.named_modules())
+    for path, module in layer.named_modules():
+        other = others[path]
+        for name, tensor, small in _tensors(module, other):
+            place = f"layer {one.layer}: {path}.{name}"
+            inside = path.startswith(one.block)
+            if inside and not (tensor.is_floating_point() or tensor.is_complex()):
+                raise ModelError(
+                    f"{place} holds integers beside the router, as a table that sends tokens to "
+                    f"experts by their number: no expert can go"
+                )
+            if tensor.shape == small:
+                continue
+            axes = [a for a, size in enumerate(tensor.shape) if size != small[a]]
+            size = tensor.shape[axes[0]]
+            if len(axes) > 1 or size % number or small[axes[0]] * number != size * num_kept:
+                raise ModelError(
+                    f"{place} of shape {tuple(tensor.shape)} has more than a part for each of "
+                    f"{number} experts, since with {num_kept} it would be {tuple(small)}: no "
+                    f"expert can go"
+                )
+            slices.append(Slice(path, name, axes[0]))
+        before_of = plain_attributes(module)
+        for name, value in plain_attributes(other).items():
+            before = before_of.get(name, value)
+            if before == value:
+                continue
+            if (
+                type(before) is not int
+                or type(value) is not int
+                or before * num_kept != value * number
+            ):
+                raise ModelError(
+                    f"layer {one.layer}: {path}.{name} is {before!r}, and a stock loader would "
+                    f"make it {value!r} with {num_kept} experts: no expert can go"
+                )
+            numbers[path, name] = value
+    return ExpertLayer(tuple(slices), numbers)
+
+
+def _tensors(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Size]]:
+    """The weights and buffers of a module, with their shapes in another one."""
+    for held, built in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+        for name, tensor in held.items():
+            if tensor is None:
+                continue
+            small = built.get(name)
+            if small is None or small.ndim != tensor.ndim:
+                raise ModelError(
+                    f"{name} of {type(module).__name__} is packed, or not as a stock loader builds "
+                    f"it: load the model in a plain dtype"
+                )
+            yield name, tensor, small.shape
+
+
+def _divide(
+    layer: nn.Module, change: ExpertLayer, dropped: DroppedExperts, *, kept: Sequence[int]
+) -> list[Callable[[], None]]:
+    """Carry out the changes of a layer; gives what takes each back."""
+    undo = []
+    for one in change.slices:
+        module = layer.get_submodule(one.path)
+        held: Any = module._parameters if one.name in module._parameters else module._buffers
+        whole = held[one.name]
+        if whole.is_meta:
+            raise ModelError(
+                f"{one.path}.{one.name} waits on disk: experts are cut in memory, or from folder "
+                f"to folder (prune)"
+            )
+        part = one.of(whole, kept, dropped.num_experts)
+        if isinstance(whole, nn.Parameter):
+            part = nn.Parameter(part, whole.requires_grad)
+        held[one.name] = part
+        undo.append(_holder(held, one.name, whole))
+    for (path, name), value in change.numbers.items():
+        undo.append(_put(layer.get_submodule(path), name, value))
+    return undo
+
+
+def _holder(held: dict[str, Any], name: str, whole: torch.Tensor) -> Callable[[], None]:
+    return lambda: held.update({name: whole})
+
+
+def _put(owner: Any, name: str, value: int) -> Callable[[], None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, before)
+
+
+def _counts(model: PreTrainedModel, number: int) -> list[tuple[Any, str]]:
+    """All keys that count experts, in the model's config and in the copies in its modules."""
+    main = text_config(model)
+    seen = {id(main): main}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and type(config) is type(main):
+            seen.setdefault(id(config), config)
+    found = {}
+    for config in seen.values():
+        for owner, name in count_keys(config, number):
+            found[id(owner), name] = owner, name
+    return list(found.values())

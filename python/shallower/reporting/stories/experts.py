@@ -1,0 +1,71 @@
+"""Tables of experts: those that go by a criterion, and those that nothing is known of."""
+
+from ...scanning.choice import ScanChoice
+from ...scanning.expert_criteria import CRITERIA
+from ...scanning.expert_statistics import ExpertStatistics
+from ...values.counts import counted
+from ...values.layers import blocks_of, drop_option
+from ..story import Number, Table
+
+MOST_UNROUTED = 5
+"""Layers whose experts without tokens are named; the others are only counted."""
+
+
+def experts_table(chosen: ScanChoice) -> Table:
+    """Tabulate the experts that go of each layer, with the scores between which the cut is."""
+    dropped = chosen.plan.experts
+    assert dropped is not None
+    name = str(dropped.criterion)
+    rows = tuple(
+        (
+            Number.count(one.layer),
+            _named(one.experts),
+            Number.of(*one.last, digits=4),
+            Number.of(*one.next, digits=4),
+        )
+        for one in chosen.experts
+    )
+    return Table(
+        f"experts: {dropped.count} of {dropped.num_experts} go of {counted(len(rows), 'layer')}, "
+        f"by {name}: {CRITERIA[name].what}",
+        ("layer", "drop", "the last to go", "the next"),
+        rows,
+    )
+
+
+def unrouted(chosen: ScanChoice) -> list[str]:
+    """Name the experts that no token was sent to, in a sentence, if there are any."""
+    if not chosen.unrouted:
+        return []
+    num = sum(map(len, chosen.unrouted.values()))
+    named = [
+        f"{layer}: {_named(some)}" for layer, some in list(chosen.unrouted.items())[:MOST_UNROUTED]
+    ]
+    more = len(chosen.unrouted) - len(named)
+    and_more = f"; and of {counted(more, 'more layer')}" if more > 0 else ""
+    said = "was sent no token" if num == 1 else "were sent no tokens"
+    return [
+        f"{counted(num, 'expert')} {said} by these texts (by layer {'; '.join(named)}{and_more})"
+    ]
+
+
+def gathered(statistics: ExpertStatistics | None) -> list[str]:
+    """Say of what experts a scan has statistics, in a sentence, if of any."""
+    if statistics is None:
+        return []
+    num = sum(map(len, statistics.unrouted.values()))
+    layers, experts = counted(len(statistics.layers), "layer"), statistics.routing.num_experts
+    left_out = (
+        f"; {counted(statistics.left_out, 'part')} of texts left out, which held NaN or infinity"
+        if statistics.left_out
+        else ""
+    )
+    return [
+        f"experts: {experts} in each of {layers}, {num} of which were sent no token{left_out}; "
+        f"choose by plan --experts K"
+    ]
+
+
+def _named(experts: tuple[int, ...]) -> str:
+    """Experts as ``--drop-experts`` names those of a layer."""
+    return drop_option(blocks_of(experts))

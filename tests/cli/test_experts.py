@@ -1,0 +1,111 @@
+"""The commands `scan --experts` and `plan --experts`."""
+
+import json
+
+import pytest
+
+import shallower as sh
+from tests.cutting.mixtures import mixture
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory, words):
+    folder = tmp_path_factory.mktemp("mixtures") / "mixtral"
+    mixture("mixtral").save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scanned(mixtral, jsonl, tmp_path_factory):
+    place = tmp_path_factory.mktemp("scans") / "scan.safetensors"
+    texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
+    sh.scan(*sh.load_model(mixtral, "float32"), texts, experts=True).save(place)
+    return place
+
+
+def test_scan_gathers_statistics_of_experts(shallower, mixtral, jsonl, folder, scanned):
+    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
+    done = shallower("scan", mixtral, *options)
+    assert done.status == 0
+    unrouted = sum(map(len, sh.Scan.load(scanned).experts.unrouted.values()))
+    assert f"experts: 6 in each of 8 layers, {unrouted} of which were sent no token" in done.out
+    assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
+
+
+def test_scan_describes_them_in_json(shallower, mixtral, jsonl, scanned):
+    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts", "--json")
+    found = shallower("scan", mixtral, *options).json["experts"]
+    assert (found["num_experts"], found["layers"]) == (6, [*range(8)])
+    unrouted = sh.Scan.load(scanned).experts.unrouted
+    assert found["unrouted"] == {str(layer): list(some) for layer, some in unrouted.items()}
+
+
+def test_a_dry_run_says_so(shallower, mixtral, jsonl):
+    options = ("--texts", jsonl, "--out", "out", "--dry-run", "--json")
+    assert shallower("scan", mixtral, *options, "--experts").json["experts"] is True
+    assert "experts" not in shallower("scan", mixtral, *options).json
+
+
+def test_shards_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
+    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
+    for shard in ("0/2", "1/2"):
+        assert shallower("scan", mixtral, *options, "--shard", shard).status == 0
+    assert shallower("gather", "out", "--out", "whole").status == 0
+    assert (folder / "whole" / "scan.safetensors").read_bytes() == scanned.read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
+    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
+    assert shallower("scan", mixtral, *options, "--threads", 1, "--workers", 2).status == 0
+    assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
+
+
+def test_plan_chooses_experts(shallower, scanned, folder):
+    done = shallower("plan", scanned, "--experts", 2, "--out", "out")
+    assert done.status == 0
+    plan = sh.Plan.load(folder / "out" / "shallower_plan.json")
+    assert plan == sh.Scan.load(scanned).plan(experts=2)
+    assert "experts: 2 of 6 go of 8 layers, by reap: mean g‖f‖" in done.out
+    assert "plan: 0 of 8 layers" in done.out
+    assert "Distance is not loss" not in done.out
+
+
+def test_plan_names_experts_without_tokens(shallower, scanned):
+    found = sh.Scan.load(scanned).experts
+    done = shallower("plan", scanned, "--experts", 1, "--criterion", "frequency")
+    said = [line for line in done.out.splitlines() if "by these texts" in line]
+    assert len(said) == bool(found.unrouted)
+    as_json = shallower("plan", scanned, "--experts", 1, "--criterion", "ean", "--json").json
+    assert as_json["unrouted"] == {str(k): list(v) for k, v in found.unrouted.items()}
+    for layer, one in as_json["scores"].items():
+        assert one["drop"] == as_json["experts"]["drop"][layer]
+        assert max(one["scores"]) <= one["next"]
+
+
+def test_plan_of_layers_and_experts(shallower, scanned, folder):
+    done = shallower("plan", scanned, "--n", 2, "--experts", 3, "--criterion", "aimer", "--json")
+    plan = sh.Scan.load(scanned).plan(2, experts=3, criterion="aimer")
+    assert sh.Plan.from_json(done.json) == plan
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "name a number of layers (--n), or of experts"),
+        (("--experts", 5), "keep at least 2"),
+        (("--experts", 2, "--criterion", "x"), "unknown criterion of experts 'x'"),
+        (("--experts", 2, "--max-blocks", 2), "name their number (n, --n)"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(shallower, scanned, options, said):
+    done = shallower("plan", scanned, *options)
+    assert done.status == 2
+    assert said in done.error
+
+
+def test_experts_of_a_scan_without_them_are_refused(shallower, scans):
+    done = shallower("plan", scans / "tiny", "--experts", 2)
+    assert done.status == 2
+    assert "the scan holds no statistics of experts" in done.error

@@ -1,0 +1,66 @@
+"""Experts cut out of every family, saved, and reloaded by stock transformers."""
+
+import copy
+
+import pytest
+import torch
+
+import shallower as sh
+from shallower.models.experts import find_experts
+from tests.cutting.mixtures import (
+    MIXTURES,
+    NUM_EXPERTS,
+    REFUSED,
+    mixture,
+    some_experts,
+    unchosen,
+)
+from tests.cutting.test_families import check_generation, generation, logits, reload
+from tests.families import SCALES
+
+FAST = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4_text", "mixtral", "qwen2_moe"]
+"""On every change: routers that differ most. All others are slow tests."""
+
+
+def check_mixture(name, tmp_path):
+    model = mixture(name)
+    tokens = torch.randint(3, 100, (2, 13), generator=torch.Generator().manual_seed(2))
+    dropped = some_experts(model)
+    whole = logits(model, tokens)
+    with unchosen(model, dropped):
+        wanted = logits(model, tokens)
+        said = generation(model, tokens[:1], True)
+    assert torch.isfinite(wanted).all()
+    assert torch.equal(logits(model, tokens), whole)
+    plan = sh.drop_experts(model, dropped)
+    assert plan.experts.by_layer == {layer: tuple(some) for layer, some in dropped.items()}
+    found = reload(model, tmp_path / "cut")
+    assert {one.num_experts for one in find_experts(found)} == {NUM_EXPERTS - 2}
+    scale = max(1.0, float(wanted.abs().max()))
+    tolerance = SCALES.get(name, 1e-5) * scale
+    torch.testing.assert_close(logits(model, tokens), wanted, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(found, tokens), wanted, rtol=0, atol=tolerance)
+    assert float((wanted - whole).abs().max()) > 100 * tolerance, "the experts do nothing"
+    check_generation(found, tokens[:1])
+    assert torch.equal(generation(found, tokens[:1], True).sequences, said.sequences)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_cut_is_the_mixture_whose_dropped_experts_cannot_be_chosen(name, tmp_path):
+    check_mixture(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(MIXTURES) - set(FAST)))
+def test_so_it_is_for_every_other_mixture(name, tmp_path):
+    check_mixture(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_routes_otherwise_is_refused_and_stays(name):
+    model = mixture(name)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(sh.ModelError, match=REFUSED[name]):
+        sh.drop_experts(model, {layer: [0] for layer in range(8)})
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -1,0 +1,66 @@
+"""What lies beside a cut of experts: a card that is true, and no list of another tool."""
+
+import pytest
+
+import shallower as sh
+from shallower.cutting.exports import EXPORT_FILES, export_files
+from shallower.values.experts import DroppedExperts
+from tests.cutting.card_tools import (
+    assert_same_weights,
+    blocks_of_code,
+    front,
+    stand_for,
+    tell_no_paths,
+    texts_of,
+    ways,
+)
+from tests.cutting.mixtures import mixture, some_experts
+
+
+@pytest.fixture
+def source(tmp_path, words):
+    folder = tmp_path / "of" / "somebody" / "mix"
+    sh.save_model(mixture("mixtral"), words, folder)
+    return folder
+
+
+@pytest.mark.parametrize("layers", [(), [2, 3]])
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}])
+def test_a_card_makes_the_cut_again(source, tmp_path, monkeypatch, shallower, layers, options):
+    first = tmp_path / "first"
+    dropped = {k: some for k, some in some_experts(mixture("mixtral")).items() if k not in layers}
+    plan = sh.prune(source, layers, first, experts=dropped, **options)
+    beside = {path.name for path in first.iterdir()} & {*EXPORT_FILES, "shallower_plan.json"}
+    assert beside == {"README.md", "shallower_plan.json"}
+    card = (first / "README.md").read_text()
+    tell_no_paths(first, tmp_path, "somebody")
+    for name, make in ways(card, shallower).items():
+        place = stand_for(tmp_path / name, source)
+        plan.save(place / "shallower_plan.json")
+        monkeypatch.chdir(place)
+        make()
+        assert_same_weights("cut", first)
+        assert sh.Plan.load("cut/shallower_plan.json") == plan
+
+
+def test_a_card_says_what_went():
+    experts = DroppedExperts(6, {layer: (0, layer) for layer in (1, 2, 4)})
+    plan = sh.Plan(6, (), experts=experts)
+    texts = texts_of(plan, dtype="bfloat16")
+    assert tuple(texts) == export_files(plan) == ("README.md",)
+    card = texts["README.md"]
+    assert "# a/tiny without 2 of 6 experts a layer\n" in card
+    assert "Routed experts were cut out of `a/tiny`; `shallower_plan.json` names each" in card
+    assert "| experts removed | 2 of 6 experts of each of the layers [1, 3) [4, 5) |" in card
+    assert "| kept | [0, 6), 6 of 6 layers |" in card
+    assert front(card)["tags"] == ["shallower", "expert-pruning"]
+    assert not any(word in card for word in ("mergekit-yaml", "--prune-layers"))
+    assert "--plan shallower_plan.json" in blocks_of_code(card, "sh")[0]
+
+
+def test_a_card_says_that_layers_went_too():
+    experts = DroppedExperts(6, {0: (0,), 3: (5,)})
+    text = texts_of(sh.Plan(4, (sh.Block(1, 3),), experts=experts))["README.md"]
+    assert "# a/tiny without layers [1, 3) and 1 of 6 experts a layer\n" in text
+    assert "Whole decoder layers and routed experts were cut out" in text
+    assert front(text)["tags"] == ["shallower", "layer-pruning", "expert-pruning"]

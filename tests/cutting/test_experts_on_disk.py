@@ -1,0 +1,210 @@
+"""Experts cut on disk, of every family, without loading it, and reloaded by stock transformers.
+
+Two oracles: the tensors of the cut in memory, bit by bit; and the logits of the uncut model in
+which dropped experts cannot be chosen."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import shallower as sh
+from shallower.cutting import checkpoint
+from shallower.cutting.prune import plan_prune
+from shallower.models.experts import find_experts
+from shallower.models.identity import identify
+from tests.cutting.checkpoints import read_json, stored
+from tests.cutting.mixtures import MIXTURES, NUM_EXPERTS, mixture, some_experts, unchosen
+from tests.cutting.test_checkpoint import FRESH
+from tests.cutting.test_experts import FAST
+from tests.cutting.test_families import logits
+from tests.families import SCALES
+from tests.folders import tree
+
+TOKENS = torch.randint(3, 100, (2, 13), generator=torch.Generator().manual_seed(2))
+PLAIN = ["granitemoe", "mixtral", "olmoe"]
+"""Whose checkpoints are cut by their config alone."""
+
+
+def stock(folder):
+    """A model as transformers loads it, with nothing missing and nothing left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def config(folder):
+    own = ("transformers_version", "_name_or_path")
+    return {k: v for k, v in read_json(folder / "config.json").items() if k not in own}
+
+
+def check_on_disk(name, tmp_path):
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "whole")
+    dropped = some_experts(model)
+    with unchosen(model, dropped):
+        wanted = logits(model, TOKENS)
+    plan = sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=dropped)
+    assert plan.experts.by_layer == {layer: tuple(some) for layer, some in dropped.items()}
+    assert plan.model.fingerprint == identify(model).fingerprint
+    sh.drop_experts(model, dropped)
+    sh.save_model(model, None, tmp_path / "memory")
+    assert stored(tmp_path / "cut") == stored(tmp_path / "memory")
+    assert config(tmp_path / "cut") == config(tmp_path / "memory")
+    found = stock(tmp_path / "cut")
+    assert {one.num_experts for one in find_experts(found)} == {NUM_EXPERTS - 2}
+    tolerance = SCALES.get(name, 1e-5) * max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(logits(found, TOKENS), wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", sorted({*FAST, "granitemoe"}))
+def test_a_cut_on_disk_is_the_cut_in_memory(name, tmp_path):
+    check_on_disk(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(MIXTURES) - {*FAST, "granitemoe"}))
+def test_so_it_is_for_every_other_mixture(name, tmp_path):
+    check_on_disk(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_checkpoint_in_the_names_of_the_model_is_cut_alike(name, tmp_path):
+    """Stacks where transformers saves single experts; it loads either."""
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "whole")
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    dropped = some_experts(model)
+    sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=dropped)
+    sh.drop_experts(model, dropped)
+    assert torch.equal(logits(stock(tmp_path / "cut"), TOKENS), logits(model, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "lara_mini", "llama4_text"])
+def test_a_checkpoint_of_single_experts_is_cut_alike(name, tmp_path):
+    """Where transformers saves stacks, whatever an expert's part is called."""
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "whole")
+    dropped = some_experts(model)
+    paths = {one.layer: one.path for one in find_experts(model)}
+    tensors = {}
+    for key, value in model.state_dict().items():
+        number, _, rest = key.removeprefix("model.layers.").partition(".")
+        path = paths.get(int(number)) if number.isdecimal() else None
+        if path and rest.startswith(f"{path}."):
+            for expert, part in enumerate(value):
+                single = key.replace(".experts.", f".experts.{expert}.")
+                tensors[single] = part.clone()
+        else:
+            tensors[key] = value.clone()
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=dropped)
+    sh.drop_experts(model, dropped)
+    cut = stored(tmp_path / "cut")
+    for layer, path in paths.items():
+        stacked = model.get_submodule(f"model.layers.{layer}.{path}").state_dict()
+        for key, value in stacked.items():
+            for expert, part in enumerate(value):
+                single = cut[f"model.layers.{layer}.{path}.{expert}.{key}"]
+                assert single.content == part.contiguous().numpy().tobytes()
+    kept = NUM_EXPERTS - 2
+    assert not any(f".experts.{kept}." in key for key in cut)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_layers_and_experts_go_in_one_plan(name, tmp_path):
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "whole", max_shard_size="60KB")
+    dropped = {k: some for k, some in some_experts(model).items() if k not in (3, 4)}
+    plan = sh.prune(tmp_path / "whole", [range(3, 5)], tmp_path / "cut", experts=dropped)
+    again = sh.prune(tmp_path / "whole", tmp_path / "cut", tmp_path / "again")
+    assert (plan.dropped, again) == ((3, 4), plan)
+    assert stored(tmp_path / "again") == stored(tmp_path / "cut")
+    sh.drop_layers(model, plan)
+    sh.save_model(model, None, tmp_path / "memory")
+    assert stored(tmp_path / "cut") == stored(tmp_path / "memory")
+    found = stock(tmp_path / "cut")
+    assert found.config.num_hidden_layers == 6
+    assert torch.equal(logits(found, TOKENS), logits(model, TOKENS))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_the_config_alone_says_is_what_the_model_says(name, tmp_path, monkeypatch):
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "whole")
+    dropped = some_experts(model)
+    raw = read_json(tmp_path / "whole" / "config.json")
+    names = stored(tmp_path / "whole")
+    assert checkpoint.plain_model(tmp_path / "whole", raw, names).routing is not None
+    sh.prune(tmp_path / "whole", [2], tmp_path / "plain", experts=_without(dropped, 2))
+    monkeypatch.setattr(checkpoint, "plain_model", lambda *_: None)
+    sh.prune(tmp_path / "whole", [2], tmp_path / "built", experts=_without(dropped, 2))
+    assert tree(tmp_path / "plain") == tree(tmp_path / "built")
+
+
+def _without(experts, layer):
+    return {index: some for index, some in experts.items() if index != layer}
+
+
+def test_what_is_stored_otherwise_is_looked_up_in_the_model(tmp_path):
+    model = mixture("mixtral")
+    model.save_pretrained(tmp_path)
+    raw = read_json(tmp_path / "config.json")
+    names = [*stored(tmp_path)]
+    strange = [*names, "model.layers.0.block_sparse_moe.bias"]
+    assert checkpoint.plain_model(tmp_path, raw, strange) is None
+    assert checkpoint.plain_model(tmp_path, raw | {"num_experts": 6}, names) is None
+    assert checkpoint.plain_model(tmp_path, raw | {"num_experts_per_tok": None}, names) is None
+
+
+def test_a_count_under_two_names_is_changed_under_both(tmp_path):
+    model = mixture("mixtral")
+    model.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace("{", '{"num_experts": 6, "of_someone": [6],', 1))
+    sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=some_experts(model))
+    edited = read_json(tmp_path / "cut" / "config.json")
+    assert (edited["num_experts"], edited["num_local_experts"]) == (4, 4)
+    assert edited["of_someone"] == [6]
+
+
+def test_a_mixture_in_another_dtype_is_cut_in_memory(tmp_path, words):
+    model = mixture("mixtral")
+    sh.save_model(model, words, tmp_path / "whole")
+    text = ";".join(f"{layer}:{some[0]},{some[1]}" for layer, some in some_experts(model).items())
+    options = {"experts": text, "dtype": "bfloat16"}
+    planned = plan_prune(tmp_path / "whole", (), tmp_path / "cut", **options)
+    assert planned.way == "memory"
+    plan = sh.prune(tmp_path / "whole", (), tmp_path / "cut", verify=True, **options)
+    assert str(plan.experts) == text
+    assert find_experts(stock(tmp_path / "cut"))[0].num_experts == 4
+    names = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert {path.name for path in planned.files if "*" not in path.name} <= names
+
+
+def test_a_cut_on_disk_is_verified(tmp_path, words):
+    model = mixture("qwen2_moe")
+    sh.save_model(model, words, tmp_path / "whole")
+    dropped = _without(some_experts(model), 2)
+    plan = sh.prune(tmp_path / "whole", [2], tmp_path / "cut", experts=dropped, verify=True)
+    assert plan.dropped == (2,)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_mixture_is_cut_without_torch_and_in_little_memory(name, tmp_path):
+    mixture(name).save_pretrained(tmp_path / "whole")
+    folders = f"{str(tmp_path / 'whole')!r}, (), {str(tmp_path / 'cut')!r}"
+    experts = {layer: [1, 4] for layer in range(8)}
+    call = f"import shallower; shallower.prune({folders}, experts={experts})"
+    code = textwrap.dedent(FRESH.replace("{}", call, 1))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, *heavy = done.stderr.splitlines()[-1].split()
+    assert heavy == []
+    assert float(peak) < 64
+    assert read_json(tmp_path / "cut" / "config.json")["hidden_size"] == 32
