@@ -40,7 +40,9 @@ def evaluation_json(values: Values) -> dict[str, Any]:
 
 def evaluation_record(values: Values, dtype: str, plan: Plan | None) -> dict[str, Any]:
     """Give :func:`evaluation_json` with the dtype of the weights, and what a cut is without."""
-    drop: dict[str, Any] = {} if plan is None else {"drop": [block.to_json() for block in plan.blocks]}
+    drop: dict[str, Any] = (
+        {} if plan is None else {"drop": [block.to_json() for block in plan.blocks]}
+    )
     if plan is not None and plan.experts is not None:
         drop["experts"] = plan.experts.to_json()
     return {**evaluation_json(values), "dtype": dtype, **drop}
