@@ -97,7 +97,7 @@ def gain(
     plan, after, room = subject.cut(drop)
     load = _Load(chosen, min(CONTEXT, room) if context is None else context, batch)
     found = replace(_forecast(subject, plan, after, load=load, devices=devices), acceptance=share)
-    return replace(found, measured=_measured(subject, found)) if measure else found
+    return replace(found, measured=_measured(subject, found, plan)) if measure else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +172,22 @@ class _Subject:
         """The plan that is carried out, the config of what it leaves, and the longest context."""
         import torch
 
+        from ..cutting.experts import mixture_of, with_fewer_experts
         from ..cutting.plans import agreed_plan
         from ..cutting.twin import shortened_config
         from ..memory.rehearsal import build_empty
         from ..models.architecture import find_layers
+        from ..models.experts import find_experts
         from ..savings.account import longest_context
 
         built = build_empty(self.config, torch.bfloat16)
         plan = agreed_plan(self.name, len(find_layers(built)), drop)
-        return plan, shortened_config(built, plan.survivors), longest_context(built)
+        context = longest_context(built)
+        if plan.experts is not None:
+            mixture_of(built, find_experts(built)).check(plan.experts, gone=plan.dropped)
+            built = with_fewer_experts(built, plan.experts.num_kept)
+        after = shortened_config(built, plan.survivors) if plan.blocks else built.config
+        return plan, after, context
 
     def load(self, dtype: Any) -> "PreTrainedModel":
         if self.loaded is not None:
@@ -222,16 +229,17 @@ def _forecast(
             for device in devices
         ),
         versions=versions(),
+        experts=plan.experts,
     )
 
 
-def _measured(subject: _Subject, found: Gain) -> Measured:
-    """Time the model with and without the layers in turns."""
+def _measured(subject: _Subject, found: Gain, plan: Plan) -> Measured:
+    """Time the model with and without what goes in turns."""
     from ..cutting.in_model import without_layers
     from ..savings.timing import time_in_turns
 
     model = subject.load(found.dtype)
-    cut = partial(without_layers, model, list(found.dropped))
+    cut = partial(without_layers, model, plan)
     return time_in_turns(model, cut, context=found.context, batch=found.batch)
 
 

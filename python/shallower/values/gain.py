@@ -6,7 +6,11 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from ..errors import ExpertsError
 from .draft import Draft
+from .experts import DroppedExperts
+from .layers import blocks_of
+from .plan import Plan
 from .schema import fields_of, of_type
 
 
@@ -171,6 +175,7 @@ class Gain:
         acceptance: the share of the cut's tokens that the whole model accepts, above 0, 1 at most,
             if that is known.
         acceptance_stderr: its standard error, if that is known.
+        experts: that go of the layers that stay, if any do.
     """
 
     model: str
@@ -186,6 +191,12 @@ class Gain:
     versions: Mapping[str, str] = field(default_factory=dict)
     acceptance: float | None = None
     acceptance_stderr: float | None = None
+    experts: DroppedExperts | None = None
+
+    @property
+    def words(self) -> str:
+        """What goes, in words, as :attr:`Plan.words`."""
+        return Plan(self.num_layers, blocks_of(self.dropped), experts=self.experts).words
 
     def on(self, device: str) -> Forecast:
         """The forecast for a device, as ``a100-80``; KeyError if there is none."""
@@ -226,6 +237,7 @@ class Gain:
             "versions": dict(self.versions),
             "acceptance": self.acceptance,
             "acceptance_stderr": self.acceptance_stderr,
+            "experts": self.experts and self.experts.to_json(),
             "drafts": {name: draft.to_json() for name, draft in self.drafts().items()},
         }
 
@@ -237,8 +249,11 @@ class Gain:
         """
         if of_type(dict, data).get("format") != "shallower.gain" or data["version"] != 1:
             raise ValueError("expected a gain of version 1")
-        unknown = {"acceptance": None, "acceptance_stderr": None}
-        gain = cls(**fields_of(cls, {**unknown, **data}))
+        unknown = {"acceptance": None, "acceptance_stderr": None, "experts": None}
+        try:
+            gain = cls(**fields_of(cls, {**unknown, **data}))
+        except ExpertsError as error:
+            raise ValueError(str(error)) from error
         tokens = [time for one in gain.forecasts for time in (one.decode_before, one.decode_after)]
         if not all(0 < time < math.inf for time in tokens):
             raise ValueError("expected times above 0")

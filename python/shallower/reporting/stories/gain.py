@@ -6,7 +6,6 @@ from statistics import median
 from ...values.counts import counted
 from ...values.draft import LONGEST, WORTHWHILE, Draft
 from ...values.gain import Forecast, Gain, Measured
-from ...values.layers import ranges
 from ..story import Cell, Number, Table
 
 Row = tuple[str, str, str, str]
@@ -24,7 +23,7 @@ def gain_table(gain: Gain) -> Table:
         rows += _measured(gain.measured)
         note += " Measured: medians, and the range of the paired ratios."
     return Table(
-        f"What it gains: {gain.model} without {ranges(gain.dropped)}, "
+        f"What it gains: {gain.model} without {gain.words}, "
         f"{texts} of {counted(gain.context, 'token')} in {gain.dtype}",
         ("", "before", "after", "ratio"),
         tuple(rows),

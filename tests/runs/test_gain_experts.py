@@ -1,0 +1,36 @@
+"""What a cut of experts gains."""
+
+import json
+
+import pytest
+
+import shallower as sh
+from shallower.memory.weights import num_parameters
+from shallower.values.gain import Gain
+from tests.cutting.mixtures import mixture, some_experts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mixture("qwen2_moe")
+
+
+def test_what_is_left_is_counted(model):
+    dropped = sh.DroppedExperts(6, some_experts(model))
+    for layers in ((), (2, 3)):
+        plan = sh.Plan.of(8, layers) if layers else sh.Plan(8, (), experts=dropped)
+        plan = sh.Plan(8, plan.blocks, experts=dropped.without(layers))
+        found = sh.gain(model, plan, device="a100-80", context=16)
+        with sh.without_layers(model, plan):
+            assert found.after.parameters == num_parameters(model)
+        assert found.before.parameters == num_parameters(model)
+        assert found.after.decode_flops < found.before.decode_flops or not layers
+        assert Gain.from_json(json.loads(json.dumps(found.to_json()))) == found
+        assert found.words == plan.words
+    assert found.words == "[2, 4) and 2 of 6 experts a layer"
+
+
+def test_experts_that_the_router_needs_stay(model):
+    dropped = sh.DroppedExperts(6, some_experts(model, 5))
+    with pytest.raises(sh.ExpertsError, match="keep at least 2"):
+        sh.gain(model, sh.Plan(8, (), experts=dropped), device="a100-80")
