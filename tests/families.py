@@ -269,6 +269,29 @@ FAST = [
 """On every change: structures that differ most. All others are slow tests."""
 
 
+MIXTURES = [
+    "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "dbrx",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note_text", "ernie4_5_moe",
+    "exaone_moe", "flex_olmo", "flint", "gemma4_text, experts", "glm4_moe", "glm4_moe_lite",
+    "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
+    "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_loop_text", "inkling2_text",
+    "jamba", "kimi_linear", "kolibri1", "laguna", "lara_mini", "lfm2_moe", "llama4_text", "mellum",
+    "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "nemotron_h",
+    "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_moe, every second",
+    "qwen3_next", "qwen4_exp_text", "sarvam_mla", "sarvam_moe", "solar_open",
+]  # fmt: skip
+"""The families whose experts can go."""
+
+EXPERTS_STAY = {
+    "deepseek_v4": "table that sends tokens to experts by their number",
+    "inkling_text": "more than a part for each of 6 experts",
+    "jetmoe": "expected one mixture a layer",
+    "longcat_flash": "no layer with routed experts",
+    "zaya": "more than a part for each of 6 experts",
+}
+"""The families whose experts stay, with a word of the reason."""
+
+
 def small_config(name: str) -> Any:
     """The config of a family or variant, small."""
     model_type, more = VARIANTS.get(name, (name, {}))
@@ -322,6 +345,24 @@ def table() -> str:
             for reason, titles in reasons.items()
         )
         lines.append(f"| {name} | {', '.join(_by_layer(name))} | {said} |")
+    lines += [
+        "",
+        "## Experts",
+        "",
+        f"Routed experts can go of {len(MIXTURES)} families and variants. "
+        "`tests/cutting/test_experts.py` cuts two of six of every layer that has any, saves and "
+        "reloads the cut, and compares its logits, and its generation, with those of the whole "
+        "model in which the same experts cannot be chosen; `tests/cutting/test_experts_on_disk.py` "
+        "does so on disk.",
+        "",
+        ", ".join(MIXTURES) + ".",
+        "",
+        "Those whose experts stay, each refused in a sentence before anything changes:",
+        "",
+        "| family | what stands in the way |",
+        "|---|---|",
+        *(f"| {name} | {reason} |" for name, reason in EXPERTS_STAY.items()),
+    ]
     lines += ["", "Not tested:", "", "| model type | why |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(UNTESTED.items())]
     return "\n".join(lines) + "\n"

@@ -15,28 +15,6 @@ from tests.families import small_config, small_weights
 
 NUM_EXPERTS = 6
 
-MIXTURES = [
-    "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "dbrx",
-    "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note_text", "ernie4_5_moe",
-    "exaone_moe", "flex_olmo", "flint", "gemma4_text, experts", "glm4_moe", "glm4_moe_lite",
-    "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
-    "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_loop_text", "inkling2_text",
-    "jamba", "kimi_linear", "kolibri1", "laguna", "lara_mini", "lfm2_moe", "llama4_text", "mellum",
-    "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "nemotron_h",
-    "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_moe, every second",
-    "qwen3_next", "qwen4_exp_text", "sarvam_mla", "sarvam_moe", "solar_open",
-]  # fmt: skip
-"""The families whose experts can go."""
-
-REFUSED = {
-    "deepseek_v4": "table that sends tokens to experts by their number",
-    "inkling_text": "more than a part for each of 6 experts",
-    "jetmoe": "expected one mixture a layer",
-    "longcat_flash": "no layer with routed experts",
-    "zaya": "more than a part for each of 6 experts",
-}
-"""The families whose experts stay, with a word of the reason."""
-
 
 def mixture(name, num_experts=NUM_EXPERTS, **changes):
     """A small random model of a family, with biases of the choice that decide."""

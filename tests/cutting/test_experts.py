@@ -7,16 +7,9 @@ import torch
 
 import shallower as sh
 from shallower.models.experts import find_experts
-from tests.cutting.mixtures import (
-    MIXTURES,
-    NUM_EXPERTS,
-    REFUSED,
-    mixture,
-    some_experts,
-    unchosen,
-)
+from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts, unchosen
 from tests.cutting.test_families import check_generation, generation, logits, reload
-from tests.families import SCALES
+from tests.families import EXPERTS_STAY, MIXTURES, SCALES
 
 FAST = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4_text", "mixtral", "qwen2_moe"]
 """On every change: routers that differ most. All others are slow tests."""
@@ -56,11 +49,11 @@ def test_so_it_is_for_every_other_mixture(name, tmp_path):
     check_mixture(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(EXPERTS_STAY))
 def test_what_routes_otherwise_is_refused_and_stays(name):
     model = mixture(name)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(sh.ModelError, match=REFUSED[name]):
+    with pytest.raises(sh.ModelError, match=EXPERTS_STAY[name]):
         sh.drop_experts(model, {layer: [0] for layer in range(8)})
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -18,11 +18,11 @@ from shallower.cutting.prune import plan_prune
 from shallower.models.experts import find_experts
 from shallower.models.identity import identify
 from tests.cutting.checkpoints import read_json, stored
-from tests.cutting.mixtures import MIXTURES, NUM_EXPERTS, mixture, some_experts, unchosen
+from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts, unchosen
 from tests.cutting.test_checkpoint import FRESH
 from tests.cutting.test_experts import FAST
 from tests.cutting.test_families import logits
-from tests.families import SCALES
+from tests.families import MIXTURES, SCALES
 from tests.folders import tree
 
 TOKENS = torch.randint(3, 100, (2, 13), generator=torch.Generator().manual_seed(2))

@@ -10,10 +10,11 @@ import shallower as sh
 from shallower.values.experts import DroppedExperts
 from tests.conftest import tiny_llama
 from tests.cutting.checkpoints import edit_json, read_json, stored
-from tests.cutting.mixtures import REFUSED, mixture, some_experts
+from tests.cutting.mixtures import mixture, some_experts
 from tests.cutting.test_checkpoint_formats import FORMATS
 from tests.cutting.test_experts_on_disk import TOKENS, stock
 from tests.cutting.test_families import logits
+from tests.families import EXPERTS_STAY
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
@@ -216,11 +217,11 @@ def test_experts_of_layers_for_multi_token_prediction_are_refused(tmp_path):
     sh.prune(source, [7], tmp_path / "layers")
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(EXPERTS_STAY))
 def test_what_routes_otherwise_is_refused_on_disk(name, tmp_path):
     mixture(name).save_pretrained(tmp_path / "source")
     experts = {layer: [0] for layer in range(8)}
-    assert_refused(sh.ModelError, REFUSED[name], tmp_path / "source", experts=experts)
+    assert_refused(sh.ModelError, EXPERTS_STAY[name], tmp_path / "source", experts=experts)
 
 
 @pytest.mark.parametrize(

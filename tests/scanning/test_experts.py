@@ -17,8 +17,9 @@ from shallower.scanning.expert_statistics import VALUES, ExpertStatistics
 from shallower.scanning.hidden_states import stream
 from shallower.texts.batches import Batch
 from shallower.values.routing import Routing
-from tests.cutting.mixtures import MIXTURES, mixture
+from tests.cutting.mixtures import mixture
 from tests.documents import documents
+from tests.families import MIXTURES
 
 FAST = ["dbrx", "deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen2_moe"]
 """Experts that are called otherwise, routers that differ, biases, shared experts."""
