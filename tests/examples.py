@@ -70,9 +70,12 @@ def fit_head(model, ids):
 def make_folder(folder, tokenizer):
     """What examples read: a model in a folder named as its hub id, a GGUF file, texts."""
     from tests.cutting.gguf_files import write
+    from tests.cutting.mixtures import mixture
 
     learned_llama(tokenizer, 30).save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)
+    mixture("mixtral", 8, num_hidden_layers=2).save_pretrained(folder / "mixture")
+    tokenizer.save_pretrained(folder / "mixture")
     write_jsonl(folder / "c4.jsonl", sentences(NUM_TEXTS, seed=1))
     write_jsonl(folder / "c4_eval.jsonl", sentences(NUM_HELD_OUT, seed=2))
     write(folder / "model.gguf", num_layers=30)

@@ -88,6 +88,7 @@ def names(folder):
         "torch": torch,
         "model": model,
         "tokenizer": tokenizer,
+        "mixture": sh.load_model(folder / "mixture", dtype="float32")[0],
         "texts": examples.sentences(examples.NUM_TEXTS, seed=1),
         "held_out": examples.sentences(examples.NUM_HELD_OUT, seed=2),
         "states": np.random.default_rng(0).standard_normal((64, 31, 32)).astype(np.float32),

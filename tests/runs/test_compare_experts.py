@@ -111,3 +111,10 @@ def test_the_command_leaves_a_page(shallower, tmp_path):
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [(row["n"], row["criterion"]) for row in rows][:2] == [(1, "reap"), (1, "frequency")]
     assert "7:1,4" in (out / "comparison.csv").read_text()
+
+
+def test_the_criteria_are_listed(shallower):
+    found = shallower("compare", "--list", "--unit", "experts", "--json")
+    assert found.status == 0
+    assert [one["name"] for one in found.json] == [*CRITERIA]
+    assert "one pass" in shallower("compare", "--list", "--unit", "experts").out

@@ -46,7 +46,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "plan",
-        "Choose the layers to drop from a scan.",
+        "Choose the layers or experts to drop from a scan.",
         "scans/smol --n 8 --out plans/smol-8",
     ),
     "compare": Command(

@@ -133,7 +133,7 @@ def compare_command(
     on: On = None,
     workers: Workers = None,
     list_criteria: Annotated[
-        bool, typer.Option("--list", help="List the criteria with what they cost, and stop.")
+        bool, typer.Option("--list", help="List the criteria of --unit with their cost, and stop.")
     ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -144,7 +144,7 @@ def compare_command(
     of several models could not be compared.
     """
     if list_criteria:
-        return _list(as_json)
+        return _list(as_json, of_experts=unit == "experts")
     from ..runs.compare import CompareStudy
     from ..runs.store import open_store
     from ..values.layers import parse_sizes
@@ -273,13 +273,18 @@ def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_j
     return 1 if comparison.failures else 0
 
 
-def _list(as_json: bool) -> int:
-    from ..judgement.criteria import criteria
+def _list(as_json: bool, *, of_experts: bool) -> int:
+    if of_experts:
+        from ..scanning.expert_criteria import criteria_rows
 
-    rows = [
-        {"name": criterion.name, "summary": criterion.summary, "cost": criterion.cost}
-        for criterion in criteria.values()
-    ]
+        rows = criteria_rows()
+    else:
+        from ..judgement.criteria import criteria
+
+        rows = [
+            {"name": criterion.name, "summary": criterion.summary, "cost": criterion.cost}
+            for criterion in criteria.values()
+        ]
     if as_json:
         print_json(rows)
         return 0

@@ -68,6 +68,20 @@ ALL_SETS = 8
 
 DEFAULT = "reap"
 
+_COSTS = {"weights": "reads the weights once", "drawn": "nothing"}
+
+
+def criteria_rows() -> list[dict[str, str]]:
+    """The criteria with what they go by and what they cost, a row each."""
+    return [
+        {
+            "name": name,
+            "summary": f"{row.what}{f' ({row.paper})' if row.paper else ''}",
+            "cost": _COSTS.get(row.kind, "one pass, experts twice"),
+        }
+        for name, row in CRITERIA.items()
+    ]
+
 
 def criterion_of(name: str) -> ExpertCriterion:
     """The row of a criterion; ExpertsError for an unknown name."""

@@ -132,11 +132,18 @@ class MeasuredShard:
             "number of shards": self.shard.count,
             "versions": dict(self.versions),
             "model": str(replace(self.model, name="the model")),
-            "cut": "none" if self.plan is None else str(self.plan.key),
+            "cut": self._cut,
             "measures": "; ".join(f"{kind}, {part}" for kind, part in parts),
             "texts": "; ".join(f"{part.num_items:,}, {part.fingerprint[:12]}" for _, part in parts),
             "inputs": self.job,
         }
+
+    @property
+    def _cut(self) -> str:
+        if self.plan is None:
+            return "none"
+        experts = self.plan.experts
+        return self.plan.words if experts is None else f"{self.plan.words}, {experts}"
 
     def to_bytes(self) -> bytes:
         """Give its file."""
