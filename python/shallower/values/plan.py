@@ -48,7 +48,7 @@ STRATEGIES = {
     "search": "the best that the search named has found",
     "random": "drawn at random",
     "deepest": "the deepest layers but the last",
-    "experts": "experts go and no layer, those first that the criterion named thinks least of",
+    "experts": "of every layer those experts go that the criterion named thinks least of",
     "manual": "named by hand",
 }
 """Every way to choose layers, and what a card says of it."""
@@ -175,6 +175,8 @@ class Plan:
         """How the layers were chosen, for a card."""
         if (self.strategy, self.metric) == ("search", VERIFIED):
             return "search: of many proposals that a judge has raced, it lost least"
+        if self.strategy == "experts":
+            return f"{self.metric}: of every layer those experts go that it thinks least of"
         return f"{self.strategy}: {STRATEGIES[self.strategy]}"
 
     @property

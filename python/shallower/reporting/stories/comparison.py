@@ -95,10 +95,12 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     leads = _leads(comparison, [best.criterion, *same])
     when = group.when if group.by_patch or same else "as a bare cut"
     experts = group.model.num_experts
-    gone = f"{best.n} of {total} layers" if experts is None else _experts(best.n, experts)
+    gone = f"With {best.n} of {total} layers gone"
+    if experts is not None:
+        gone = f"With {_experts(best.n, experts)} gone, or as many parameters of layers"
     without = f"without layers {ranges(best.dropped)} " if best.dropped else ""
     text = (
-        f"With {gone} gone, {leads} {when}: "
+        f"{gone}, {leads} {when}: "
         f"{without}the model loses "
         f"{Number.of(standing.difference, standing.difference_stderr, 2).text} nats a token "
         f"more than whole"
@@ -202,9 +204,9 @@ def _cost(group: Group) -> str:
     experts = group.model.num_experts
     if experts is not None:
         return (
-            f"The best cut of {_experts(row.n, experts)} has {ratio:.2f} times the perplexity of "
-            f"the whole model as a bare cut, and {100 * row.parameters_share:.0f} % of its "
-            f"parameters gone."
+            f"The best cut of {_experts(row.n, experts)}, or of layers of as many parameters, has "
+            f"{ratio:.2f} times the perplexity of the whole model as a bare cut, and "
+            f"{100 * row.parameters_share:.0f} % of its parameters gone."
         )
     if group.by_patch:
         other = f" As a bare cut it loses {Number.of(row.loss, row.stderr).text} nats a token."

@@ -58,7 +58,7 @@ def plan_table(plan: Plan) -> Table:
     title = f"plan: {len(plan.dropped)} of {plan.num_layers} layers"
     if plan.experts is not None:
         layers = range_cell(tuple(plan.experts.by_layer))
-        rows.append(("drop", layers, f"{plan.experts.share} of each"))
+        rows.append(("experts", layers, f"{plan.experts.share} of each go"))
         title += f", {plan.experts.share}"
     rows.append(("keep", range_cell(plan.survivors), layer_count(len(plan.survivors))))
     return Table(title, ("", "", ""), tuple(rows), plan.doubt)
