@@ -176,7 +176,8 @@ class _Choosing:
             except ExpertsError:
                 continue  # of groups that are not alike
             plan = Plan(self.scanned.num_layers, (), experts=dropped)
-            loss = self._scores(plan, self.judge).mean
+            with without_layers(self.measuring.model, plan):
+                loss = self._scores(self.judge).mean
             if loss < least:
                 least, best = loss, plan
         if best is None:
@@ -184,10 +185,9 @@ class _Choosing:
         forwards = count * self.scanned.num_layers * self.judge.num_items
         return best, time.perf_counter() - started, forwards
 
-    def _scores(self, plan: Plan, judge: Judge) -> Scores:
-        """The scores of a bare cut; the model is as before afterwards."""
-        with without_layers(self.measuring.model, plan):
-            return Trials(Layerwise(Decoder.of(self.measuring.model)), judge).scores(())
+    def _scores(self, judge: Judge) -> Scores:
+        """The scores of the model with what it has now."""
+        return Trials(Layerwise(Decoder.of(self.measuring.model)), judge).scores(())
 
     def _kept(self, plan: Plan) -> tuple[Scores, Scores, float]:
         """The judge's scores of a bare cut, its losses, and the share of parameters that go."""
@@ -196,10 +196,10 @@ class _Choosing:
         if known is not None:
             return recalled(_read, known, "a cut of experts")
         measuring = self.measuring
-        losses = self._scores(plan, measuring.judge)
         judge = measuring.held_out.scores.judge
-        judged = losses if judge is measuring.judge else self._scores(plan, judge)
         with without_layers(measuring.model, plan):
+            losses = self._scores(measuring.judge)
+            judged = losses if judge is measuring.judge else self._scores(judge)
             left = num_parameters(measuring.model)
         share = 1 - left / measuring.num_parameters
         plain = {"judged": _plain(judged), "losses": _plain(losses), "share": share}

@@ -160,7 +160,7 @@ class Plan:
         """What goes, in words: ``[12, 20)``, ``2 of 8 experts a layer``, or both."""
         parts = [ranges(self.dropped)] if self.blocks else []
         if self.experts is not None:
-            parts.append(f"{self.experts.count} of {self.experts.num_experts} experts a layer")
+            parts.append(f"{self.experts.share} a layer")
         return " and ".join(parts)
 
     @property
