@@ -40,6 +40,7 @@ from .output import print_json, reuse, say_dry_run, show
 if TYPE_CHECKING:
     from ..runs.answers import WantedAnswers
     from ..values.answers import Answer
+    from ..values.layers import Block
     from ..values.memory import MemoryPlan
     from ..values.plan import Plan
 
@@ -94,7 +95,7 @@ def patch_command(
     help is not saved. When interrupted, the same command goes on from the last of them. Patch,
     then heal, is the recommended way.
     """
-    from ..cutting.plans import agreed_plan, plan_file
+    from ..cutting.plans import plan_file
     from ..runs.done import output_of
     from ..runs.forecast import forecast_source
     from ..runs.store import open_store
@@ -125,7 +126,7 @@ def patch_command(
     if reuse(output, lambda value: _say(value, out, as_json)):
         return
     check_free(out, overwrite)
-    wanted = agreed_plan(model, place.count_layers(), named)
+    wanted = _patchable(model, place, named)
     plan_memory = partial(
         forecast_source,
         place,
@@ -170,6 +171,16 @@ def patch_command(
     )
     evaluated = {name: loss.to_json() for name, loss in losses.items()}
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
+
+
+def _patchable(model: str, place: ModelSource, named: "Plan | list[Block]") -> "Plan":
+    """The plan of the cut, before the model is loaded; PatchError if it drops experts."""
+    from ..cutting.plans import agreed_plan
+    from ..values.patch import refuse_experts
+
+    plan = agreed_plan(model, place.count_layers(), named)
+    refuse_experts(plan)
+    return plan
 
 
 def _asked(

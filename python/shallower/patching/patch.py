@@ -23,7 +23,7 @@ from ..texts.batches import AnyTexts
 from ..texts.sequences import check_answers, mixed
 from ..values.answers import Answer
 from ..values.layers import Layers
-from ..values.patch import Patch
+from ..values.patch import Patch, refuse_experts
 from ..values.plan import Plan
 from ..values.recipe import check_share
 from ..values.tokens import Tokens
@@ -208,11 +208,7 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)
     plan.check_model(decoder.identity)
-    if plan.experts is not None:
-        raise PatchError(
-            f"a patch solves the matrices before layers that go, and this plan also drops "
-            f"{plan.experts.count} experts a layer: prune by it, and heal what is left"
-        )
+    refuse_experts(plan)
     if plan.blocks[0].start == 0:
         raise no_layer_before(plan.blocks[0])
     return replace(plan, model=decoder.identity)

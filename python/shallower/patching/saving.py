@@ -31,7 +31,7 @@ from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
-from ..values.patch import Patch
+from ..values.patch import Patch, refuse_experts
 from ..values.plan import Plan
 from ..values.settings import option_words
 from .patch import patch
@@ -161,6 +161,7 @@ def patch_to_folder(
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)
     plan.check_model(decoder.identity)
+    refuse_experts(plan)
     held_out = [] if eval_texts is None else list(eval_texts)
     if eval_texts is not None:
         require_predictable(tokenizer, held_out, max_length)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import PatchError
 from .plan import Plan
 from .schema import fields_of, of_type
 
@@ -101,3 +102,12 @@ class Patch:
         """
         earlier = {"max_length": 0, "batch_size": 0, "most_tokens": 0, "share": None}
         return cls(**fields_of(cls, {**earlier, **of_type(dict, data)}))
+
+
+def refuse_experts(plan: Plan) -> None:
+    """Refuse to patch what drops experts: PatchError."""
+    if plan.experts is not None:
+        raise PatchError(
+            f"a patch solves the matrices before layers that go, and this plan also drops "
+            f"{plan.experts.count} experts a layer: prune by it, and heal what is left"
+        )
