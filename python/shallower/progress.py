@@ -4,6 +4,7 @@ Other packages' bars and notes are kept off it.
 """
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -12,19 +13,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from threading import Lock
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -63,13 +56,14 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
     if show is False:
         yield _Silence()
         return
-    console = Console(stderr=True)
-    if show is None and (console.is_dumb_terminal or not console.is_terminal):
+    if show is None and not _can_redraw():
         lines = _Lines(description, total)
         yield lines
         lines.end()
         return
-    with _bars(console) as bars:
+    from rich.console import Console
+
+    with _bars(Console(stderr=True)) as bars:
         bar = _Bar(bars, bars.add_task(description, total=total, note=""))
         yield bar
         if len(bars.tasks) > 1:  # it was a part of other work, whose bar goes on
@@ -79,13 +73,28 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
 _BESIDE_NAME = 30
 """Columns of a terminal that the bar, its count and its times need beside the name of the work."""
 
-_BARS: ContextVar[Progress | None] = ContextVar("_BARS", default=None)
+_BARS: ContextVar["Progress | None"] = ContextVar("_BARS", default=None)
 """The bars that are on the terminal; work within other work has one more."""
 
 
+def _can_redraw() -> bool:
+    """Whether standard error is a terminal that can; without rich, which takes long to import."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 @contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
+def _bars(console: "Console") -> Iterator["Progress"]:
     """Open bars on a terminal, or give those that are there."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column
+
     there = _BARS.get()
     if there is not None:
         yield there
@@ -133,7 +142,7 @@ def track_copy(progress: BytesProgress | bool | None, total: int) -> Iterator[By
 class _Bar:
     """A bar of rich."""
 
-    def __init__(self, bars: Progress, task: TaskID) -> None:
+    def __init__(self, bars: "Progress", task: "TaskID") -> None:
         self._bars, self.task = bars, task
 
     def __call__(self, steps: int, note: str = "", /) -> None:

@@ -285,7 +285,8 @@ FRESH = """
     import re, sys
     from pathlib import Path
     {}
-    heavy = sorted({"torch", "transformers", "accelerate", "safetensors"} & set(sys.modules))
+    slow = {"torch", "transformers", "accelerate", "safetensors", "rich.console"}
+    heavy = sorted(slow & set(sys.modules))
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     print(peak, *heavy, file=sys.stderr)
 """

@@ -23,8 +23,8 @@ from shallower.reporting.stories.stages import (
     scan_table,
 )
 from shallower.reporting.story import Number, Section, Story, Table, text_of
+from shallower.values.counts import with_error
 from shallower.values.layers import ranges
-from shallower.values.loss import with_error
 from tests.reporting.comparisons import comparison
 from tests.reporting.stories import curve, made_run
 from tests.values.test_gain import FORECAST, MEASURED, gain

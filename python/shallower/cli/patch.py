@@ -225,7 +225,8 @@ def _answers(
 def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
     from ..reporting.stories.stages import patch_table
-    from ..values.loss import Loss, with_error
+    from ..values.counts import with_error
+    from ..values.loss import Loss
     from ..values.patch import Patch
 
     if as_json:

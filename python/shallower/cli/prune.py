@@ -110,12 +110,12 @@ def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _say(done: dict[str, Any], as_json: bool) -> None:
     """Print a cut, from its JSON values."""
-    from ..reporting.stories.stages import plan_table
-    from ..values.plan import Plan
-
     if as_json:
         print_json(done)
         return
+    from ..reporting.stories.stages import plan_table
+    from ..values.plan import Plan
+
     difference, written = done["max_logits_difference"], done["written"]
     said = [] if difference is None else [f"logits differ by at most {difference:.2g}"]
     files = [written] if isinstance(written, str) else written

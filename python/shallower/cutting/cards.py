@@ -7,15 +7,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..storage import write_file
-from ..values.counts import counted
+from ..values.commands import option_words, shell_lines
+from ..values.counts import counted, with_error
 from ..values.files import PLAN_FILE
 from ..values.layers import Block, drop_option, ranges
-from ..values.loss import Loss, with_error
 from ..values.plan import Plan
-from ..values.settings import option_words, shell_lines
 from .exports import (
     MERGEKIT_FILE,
     PRUNE_LAYERS_FILE,
@@ -26,6 +25,9 @@ from .exports import (
     to_yaml,
 )
 from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, Source
+
+if TYPE_CHECKING:
+    from ..values.loss import Loss
 
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 _LAYERS_TAG, _EXPERTS_TAG = "layer-pruning", "expert-pruning"
@@ -327,7 +329,7 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     return [*rows, ("made with", made_with)]
 
 
-def _lost(losses: tuple[Loss, Loss]) -> str:
+def _lost(losses: "tuple[Loss, Loss]") -> str:
     before, after = losses
     tokens = f"{counted(after.num_tokens, 'token')} of {counted(after.num_texts, 'text')}"
     return f"{before} → {after} nats a token, {tokens}"
@@ -425,7 +427,7 @@ def healed_card(
     return f"---\n{metadata}---\n\n{healed}\n{text}"
 
 
-def state_loss(card: Path, losses: tuple[Loss, Loss]) -> None:
+def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
     """Write into a card what its model loses, which was measured after it was written."""
     text = card.read_text(encoding="utf-8")
     row = f"| held-out loss | {_lost(losses)} |"

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from .._core import Checkpoint, Job
 from ..errors import OutputError, why
 from ..progress import BytesProgress, say_goes_on, track_copy
@@ -321,12 +319,16 @@ def _identify(
 
 def _bfloat16_bits(stored: Stored) -> bytes:
     """The values of a small tensor rounded to bfloat16, ties to even; NaN to anything."""
-    kind, count = _NUMPY_DTYPES[stored.dtype], math.prod(stored.shape)
-    values = np.fromfile(stored.path, kind, count, offset=stored.start)
+    count = math.prod(stored.shape)
     if stored.dtype == "BF16":
-        return values.tobytes()
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            return file.read(2 * count)
+    import numpy as np
+
+    values = np.fromfile(stored.path, _NUMPY_DTYPES[stored.dtype], count, offset=stored.start)
     bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
 
 
-_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}

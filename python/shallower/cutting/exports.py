@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..values.layers import blocks_of
-from ..values.loss import Loss
 from ..values.plan import Plan
 from .source import CARD_FILE, PLACEHOLDER, Source
+
+if TYPE_CHECKING:
+    from ..values.loss import Loss
 
 MERGEKIT_FILE = "mergekit.yaml"
 PRUNE_LAYERS_FILE = "prune_layers.txt"
@@ -46,7 +48,7 @@ class CutFacts:
     source: Source
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
-    losses: tuple[Loss, Loss] | None = None
+    losses: "tuple[Loss, Loss] | None" = None
     gguf: str | None = None
     needs_5: bool = False
     command: str = ""

@@ -16,11 +16,11 @@ from ..errors import MissingExtraError, ModelError, OutputError, why
 from ..patching.saving import PATCH_FILE
 from ..reporting.charts.run import healing_chart
 from ..storage import check_apart, check_free, new_folder, write_file
+from ..values.commands import option_words
 from ..values.counts import counted
 from ..values.files import PLAN_FILE
 from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing
 from ..values.recipe import GLOBAL_BATCH
-from ..values.settings import option_words
 from .merging import Merging
 from .stored_adapters import read_adapter_config
 

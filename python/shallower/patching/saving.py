@@ -28,12 +28,12 @@ from ..storage import (
 )
 from ..texts.sources import place_of_texts
 from ..values.answers import Answer
+from ..values.commands import option_words
 from ..values.counts import counted
 from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
 from ..values.patch import Patch, refuse_experts
 from ..values.plan import Plan
-from ..values.settings import option_words
 from .patch import patch
 
 PATCH_FILE = "shallower_patch.json"

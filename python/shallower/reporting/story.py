@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..values.loss import with_error
+from ..values.counts import with_error
 from ..values.schema import finite
 from .charts.drawing import Drawing
 

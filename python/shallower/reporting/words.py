@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..values.commands import shell_lines
 from ..values.counts import counted
 from ..values.layers import blocks_of, ranges
 from ..values.loss import Loss
 from ..values.scores import Difference
-from ..values.settings import shell_lines
 from .story import Fact, Number, Section
 
 SMALL = 1_000_000_000

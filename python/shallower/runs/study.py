@@ -24,8 +24,9 @@ from ..storage import check_alone, check_apart, check_free, claimed, write_file
 from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
+from ..values.commands import option_words
 from ..values.hashing import hash_of
-from ..values.settings import StudySettings, option_words
+from ..values.settings import StudySettings
 from .given_models import InMemory, ModelStore, inputs_of_one
 from .inputs import texts_inputs
 from .items import Items
@@ -328,9 +329,7 @@ class Study(ABC, Generic[Settings]):
 
     @property
     def again_by_eval(self) -> str:
-        """The options by which ``shallower eval`` measures on the texts that report; none of texts
-        that are a part of those of calibration.
-        """
+        """The options of ``shallower eval`` for the texts that report, if they are others."""
         if self.eval_texts is None:
             return ""
         settings = self.settings

@@ -31,10 +31,10 @@ from ..progress import say_goes_on, track
 from ..reporting.results import JOB_FILES, is_sweep, read_job
 from ..storage import check_apart, check_free, claimed, is_held, raise_output_error, write_file
 from ..texts.sources import Texts
+from ..values.commands import option_words
 from ..values.files import SWEEP_FILE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
-from ..values.settings import option_words
 from ..values.sweep import JobKind, Sweep, SweepJob
 from .engines import workers_of
 from .inputs import check_made_by, inputs_of, made_by

@@ -1,6 +1,18 @@
-"""A count with its noun, in the number that it takes."""
+"""How numbers are printed: a count with its noun, a figure with its error."""
+
+import math
 
 
 def counted(count: int, noun: str, many: str | None = None) -> str:
     """``1 layer``, ``4 layers``, ``1,024 tokens``; ``2 passes`` by the word for many."""
     return f"{count:,} {noun if count == 1 else many or f'{noun}s'}"
+
+
+def with_error(
+    value: float | None, stderr: float | None, digits: int = 4, *, sign: bool = False
+) -> str:
+    """``0.1234 ± 0.0012``; without the error where there is none, ``–`` where there is no value."""
+    if value is None:
+        return "–"
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text if stderr is None or not math.isfinite(stderr) else f"{text} ± {stderr:.{digits}f}"

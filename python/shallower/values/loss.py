@@ -159,13 +159,3 @@ class Loss:
 
 FIGURES = tuple(one.name for one in fields(Loss) if one.compare)
 """Names of the figures of a loss, all that it has beside what is known by text."""
-
-
-def with_error(
-    value: float | None, stderr: float | None, digits: int = 4, *, sign: bool = False
-) -> str:
-    """``0.1234 ± 0.0012``; without the error where there is none, ``–`` where there is no value."""
-    if value is None:
-        return "–"
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
-    return text if stderr is None or not math.isfinite(stderr) else f"{text} ± {stderr:.{digits}f}"

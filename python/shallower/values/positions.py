@@ -5,16 +5,18 @@ Tokens are counted from 0 among those that are no padding.
 
 import re
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from ..errors import PositionsError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_COUNT = 2**20
 """The tokens of one text that the core's exact sums have room for."""
 
-GAMMA = np.uint64(0x9E3779B97F4A7C15)
+GAMMA = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +75,29 @@ class Positions:
         """True where no text can have more than one token."""
         return self.count == 1
 
-    def chosen(self, num_tokens: int, text: int) -> NDArray[np.int64]:
+    def chosen(self, num_tokens: int, text: int) -> "NDArray[np.int64]":
         """Choose tokens of one text: ascending indices, (K,) int64; all of a text that has fewer.
 
         ``num_tokens`` counts those that are no padding; the number of the ``text`` among all
         decides ``random``.
         """
+        import numpy as np  # here alone: a cut on disk, which has positions in its plan, needs none
+
         if self.kind == "all" or self.count >= num_tokens:
             return np.arange(num_tokens)
         if self.kind == "last":
             return np.arange(num_tokens - self.count, num_tokens)
         seed, index = (np.array([number], np.uint64) for number in (self.seed, text))
-        start = _mixed(_mixed(seed) + index * GAMMA)
-        keys = _mixed(start + np.arange(1, num_tokens + 1, dtype=np.uint64) * GAMMA)
+        step = np.uint64(GAMMA)
+        start = _mixed(_mixed(seed) + index * step)
+        keys = _mixed(start + np.arange(1, num_tokens + 1, dtype=np.uint64) * step)
         return np.sort(np.argsort(keys, kind="stable")[: self.count])
 
 
-def _mixed(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mixed(states: "NDArray[np.uint64]") -> "NDArray[np.uint64]":
     """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    import numpy as np
+
     states = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     states = (states ^ (states >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return states ^ (states >> np.uint64(31))

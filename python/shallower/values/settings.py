@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, SettingsError, TextsError
+from .commands import option_words
 from .curve import STATES, State
 from .layers import layer_number
 from .memory import parse_size
@@ -421,20 +422,6 @@ class CompareSettings(StudySettings):
                 f"prompts beside the judge {self.judge}: only the judge speech takes them, and "
                 f"speech (--judge speech, --speech, or no --prompts)"
             )
-
-
-def option_words(options: Mapping[str, Any]) -> list[str]:
-    """Write options by their names in Python for a shell; what is None or False is left out."""
-    words = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    return words
-
-
-def shell_lines(command: str) -> str:
-    """Break a long command line before its options."""
-    return command if len(command) <= 64 else command.replace(" --", " \\\n    --")
 
 
 def _plain(value: Any) -> Any:

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .counts import counted
+from .counts import counted, with_error
 from .layers import ranges
-from .loss import with_error
 from .plan import Plan
 from .schema import fields_of, finite
 from .scores import Difference

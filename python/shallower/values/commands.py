@@ -1,0 +1,18 @@
+"""The words of a command line of this package, as cards and pages print it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Write options by their names in Python for a shell; what is None or False is left out."""
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words
+
+
+def shell_lines(command: str) -> str:
+    """Break a long command line before its options."""
+    return command if len(command) <= 64 else command.replace(" --", " \\\n    --")
