@@ -19,7 +19,11 @@ _STYLES = {
     "magnitude": ("orange", "o"), "xmerge": ("orange", "s"), "weights": ("orange", "^"),
     "one_shot": ("pink", "o"), "mask_regression": ("pink", "s"), "taylor": ("pink", "^"),
     "greedy": ("violet", "o"), "exhaustive": ("violet", "s"), "evolution": ("violet", "^"),
-    "deepest": ("ink", "o"), "random": ("ink", "X"),
+    "deepest": ("ink", "o"), "random": ("ink", "X"), "layers": ("ink", "D"),
+    "frequency": ("blue", "o"), "soft-frequency": ("blue", "s"),
+    "ean": ("orange", "o"), "man": ("orange", "s"), "msan": ("orange", "^"),
+    "reap": ("green", "o"), "easy-ep": ("green", "s"),
+    "reconstruction": ("pink", "o"), "aimer": ("olive", "o"),
 }  # fmt: skip
 """Colours tell kinds of criteria apart, markers the criteria of one kind."""
 

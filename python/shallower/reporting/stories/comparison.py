@@ -268,7 +268,7 @@ def _settings(comparison: CriteriaComparison) -> Section:
 
 def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool) -> Section:
     model = group.model
-    experts = f", some with {model.num_experts} routed experts" if model.num_experts else ""
+    experts = f", {model.num_experts} experts a router" if model.num_experts else ""
     lines = [
         f"{whole_words(model.whole)} It has {model.num_layers} layers{experts}.",
         f"Judge: {judge_words(comparison.judge, comparison.unit)}; texts: "
