@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 
 use serde_json::json;
 
-use super::copy::{self, Piece, Progress};
+use super::copy::{self, Partial, Piece, Progress};
 use super::cut::Cut;
 use super::error::Error;
 use super::experts::{Experts, Stays};
@@ -123,13 +124,20 @@ impl Job {
                 std::ops::ControlFlow::Break(()) => Err(Error::Cancelled),
             }
         };
-        for output in &self.outputs {
-            if is_complete(&folder.join(&output.name), output) {
-                copied(output.data_len())?;
-            } else {
-                self.write_shard(folder, output, &mut copied)?;
+        // A shard is flushed while the next is copied: as fast as the copy of a whole folder.
+        thread::scope(|scope| {
+            let mut flushing: Option<thread::ScopedJoinHandle<'_, Result<(), Error>>> = None;
+            for output in &self.outputs {
+                if is_complete(&folder.join(&output.name), output) {
+                    copied(output.data_len())?;
+                    continue;
+                }
+                let filled = self.fill_shard(folder, output, &mut copied)?;
+                let next = scope.spawn(move || filled.finish());
+                flushing.replace(next).map_or(Ok(()), joined)?;
             }
-        }
+            flushing.map_or(Ok(()), joined)
+        })?;
         if self.outputs.len() > 1 {
             copy::write_whole(folder, INDEX_FILE, self.index().as_bytes())?;
         }
@@ -137,14 +145,14 @@ impl Job {
         opened.sync_all().map_err(Error::write(folder))
     }
 
-    fn write_shard(
+    fn fill_shard(
         &self,
         folder: &Path,
         output: &Output,
         copied: &mut dyn FnMut(u64) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    ) -> Result<Partial, Error> {
         let path = folder.join(&output.name);
-        copy::finish(folder, &output.name, |file| {
+        Partial::fill(folder, &output.name, |file| {
             file.write_all_at(&output.header, 0)
                 .map_err(Error::write(&path))?;
             copy::seek_end(file, &path)?;
@@ -178,6 +186,13 @@ impl Job {
         });
         format!("{index:#}\n")
     }
+}
+
+/// What a thread found, or its panic.
+fn joined(thread: thread::ScopedJoinHandle<'_, Result<(), Error>>) -> Result<(), Error> {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn describe(shard: &Shard) -> serde_json::Value {
