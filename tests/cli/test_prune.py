@@ -141,7 +141,8 @@ def test_prune_drops_experts(shallower, folder, mixed):
     assert done.status == 0
     assert "plan: 0 of 8 layers, 3 of 6 experts" in done.out
     assert json.loads((folder / "cut" / "config.json").read_text())["num_local_experts"] == 3
-    (folder / "experts.txt").write_text("".join(f"{i}: 1, 4:6  # last\n" for i in range(8)))
+    lines = "".join(f"{i}: 1, 4:6  # first; last\r\n" for i in range(8))
+    (folder / "experts.txt").write_text(lines, encoding="utf-8-sig")
     for options in (
         ["--drop-experts", "experts.txt"],
         ["--experts-plan", "cut"],
@@ -191,6 +192,8 @@ def test_an_earlier_cut_of_other_experts_is_not_said_again(shallower, folder, mi
         (["--drop-experts", "0:x"], "'x'"),
         (["--drop-experts", "0:9;1:9"], "layer 0: "),
         (["--drop-experts", "gone.txt"], "'gone.txt' is neither experts"),
+        (["--drop-experts", "0:1;" + "x" * 9999], f"'{59 * 'x'}: expected a layer"),
+        (["--drop-experts", "/"], "a plan is named by --experts-plan: is a directory"),
         (["--drop-experts", "0:1", "--experts-plan", "x"], "--drop-experts or --experts-plan, not"),
         (["--experts-plan", "gone"], "cannot read the plan gone"),
         (["--drop", "9", "--drop-experts", experts_of(range(8))], "9"),
