@@ -355,9 +355,10 @@ def _begin(work: Path, job: str) -> Path:
     strangers = [entry for entry in work.iterdir() if _JOURNAL not in entry.name]
     if found is None and strangers:
         raise OutputError(f"{work} is in the way, and was left by something else: move it away")
-    if found != job.encode():
+    wanted = job.encode(errors="surrogateescape")
+    if found != wanted:
         shutil.rmtree(folder, ignore_errors=True)
-        write_file(journal, job.encode())
+        write_file(journal, wanted)
     folder.mkdir(exist_ok=True)
     return folder
 
