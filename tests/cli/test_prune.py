@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import shallower as sh
 from shallower import Plan
 from shallower.models import loading
 from tests.cli.documents import assert_cut, tree
@@ -166,6 +167,17 @@ def test_prune_drops_layers_and_experts_together(shallower, folder, mixed):
     assert stored(folder / "again") == stored(folder / "cut")
 
 
+def test_a_cut_does_not_replace_the_file_that_names_its_experts(shallower, folder, mixed):
+    (folder / "cut").mkdir()
+    (folder / "cut" / "experts.txt").write_text(experts_of(range(8)).replace(";", "\n"))
+    before, words = tree(folder), "it holds cut/experts.txt, which is read"
+    options = ("--drop-experts", "cut/experts.txt", "--out", "cut", "--overwrite")
+    assert words in shallower("prune", mixed, *options).error
+    with pytest.raises(sh.OutputError, match=words):
+        sh.prune(mixed, (), "cut", experts="cut/experts.txt", overwrite=True)
+    assert tree(folder) == before
+
+
 def test_prune_says_which_experts_it_would_drop(shallower, folder, mixed):
     command = ["prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "cut"]
     done = shallower(*command, "--dry-run", "--json").json
@@ -193,7 +205,7 @@ def test_an_earlier_cut_of_other_experts_is_not_said_again(shallower, folder, mi
         (["--drop-experts", "0:9;1:9"], "layer 0: "),
         (["--drop-experts", "gone.txt"], "'gone.txt' is neither experts"),
         (["--drop-experts", "0:1;" + "x" * 9999], f"'{59 * 'x'}: expected a layer"),
-        (["--drop-experts", "/"], "a plan is named by --experts-plan: is a directory"),
+        (["--drop-experts", "/dev"], "a plan is named by --experts-plan: is a directory"),
         (["--drop-experts", "0:1", "--experts-plan", "x"], "--drop-experts or --experts-plan, not"),
         (["--experts-plan", "gone"], "cannot read the plan gone"),
         (["--drop", "9", "--drop-experts", experts_of(range(8))], "9"),

@@ -168,9 +168,8 @@ def parse_experts(text: str | Path) -> dict[int, tuple[int, ...]]:
 
     ExpertsError: a part is no such thing, a layer is named twice, or the file cannot be read.
     """
-    lines = text
-    if isinstance(text, Path) or (text and not re.search(r"[;\n]|^\s*\d+\s*:", text)):
-        lines = _file_of(Path(text))
+    file = experts_file(text)
+    lines = text if file is None else _text_of(file)
     found: dict[int, tuple[int, ...]] = {}
     for part in re.split(r"[;\n]", re.sub("#.*", "", str(lines))):
         part = part.strip()
@@ -199,7 +198,14 @@ def parse_experts(text: str | Path) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def _file_of(path: Path) -> str:
+def experts_file(text: str | Path) -> Path | None:
+    """The file of experts that is named; None if it is experts that are."""
+    if isinstance(text, Path) or (text and not re.search(r"[;\n]|^\s*\d+\s*:", text)):
+        return Path(text)
+    return None
+
+
+def _text_of(path: Path) -> str:
     try:
         with path.expanduser().open(encoding="utf-8-sig") as file:
             text = file.read(MAX_FILE_BYTES + 1)
