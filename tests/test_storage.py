@@ -178,6 +178,19 @@ def test_a_folder_appears_when_the_body_is_done(tmp_path):
     assert tree(path.parent).keys() == {"out", *(f"out/{name}" for name in FILLED)}
 
 
+@pytest.mark.parametrize("work", [new_folder, lambda path: resumable_folder(path, "job")])
+def test_what_a_killed_process_left_goes_with_the_next_work(tmp_path, work):
+    (tmp_path / ".out.partial.0123abcd").write_bytes(b"half")
+    (tmp_path / ".out.partial.abcd0123").mkdir()
+    fill(tmp_path / ".out.partial.abcd0123")
+    others = ["out.partial.0123abcd", ".other.partial.0123abcd", ".out.replaced.0123abcd"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with work(tmp_path / "out") as folder:
+        fill(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}
+
+
 def test_an_empty_folder_is_free(tmp_path):
     (tmp_path / "out").mkdir()
     with new_folder(tmp_path / "out") as partial:

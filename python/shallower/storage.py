@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: a temporary sibling, then a rename."""
 
 import fcntl
+import glob
 import hashlib
 import os
 import secrets
@@ -317,6 +318,7 @@ def _lock(work: Path, path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(work.stat(), os.fstat(descriptor)):
+                _clear(path)
                 return descriptor
         except FileNotFoundError:
             pass  # the process that held it has just finished
@@ -355,9 +357,10 @@ def _begin(work: Path, job: str) -> Path:
     strangers = [entry for entry in work.iterdir() if _JOURNAL not in entry.name]
     if found is None and strangers:
         raise OutputError(f"{work} is in the way, and was left by something else: move it away")
-    if found != job.encode():
+    wanted = job.encode(errors="surrogateescape")
+    if found != wanted:
         shutil.rmtree(folder, ignore_errors=True)
-        write_file(journal, job.encode())
+        write_file(journal, wanted)
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -366,7 +369,17 @@ _JOURNAL = "journal"
 
 
 def _sibling(path: Path, suffix: str) -> Path:
-    return _hidden(path, f"{secrets.token_hex(4)}.{suffix}")
+    return _hidden(path, f"{suffix}.{secrets.token_hex(4)}")
+
+
+def _clear(path: Path) -> None:
+    """Remove what a process that was killed left of a path, which this one holds now."""
+    name = _hidden(path, "partial").name
+    for left in path.absolute().parent.glob(f"{glob.escape(name)}.{'[0-9a-f]' * 8}"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import shallower as sh
 from shallower import Plan
 from shallower.models import loading
 from tests.cli.documents import assert_cut, tree
@@ -141,7 +142,8 @@ def test_prune_drops_experts(shallower, folder, mixed):
     assert done.status == 0
     assert "plan: 0 of 8 layers, 3 of 6 experts" in done.out
     assert json.loads((folder / "cut" / "config.json").read_text())["num_local_experts"] == 3
-    (folder / "experts.txt").write_text("".join(f"{i}: 1, 4:6  # last\n" for i in range(8)))
+    lines = "".join(f"{i}: 1, 4:6  # first; last\r\n" for i in range(8))
+    (folder / "experts.txt").write_text(lines, encoding="utf-8-sig")
     for options in (
         ["--drop-experts", "experts.txt"],
         ["--experts-plan", "cut"],
@@ -163,6 +165,17 @@ def test_prune_drops_layers_and_experts_together(shallower, folder, mixed):
     both = shallower(*command, "--experts-plan", "experts", "--out", "again")
     assert both.status == 0
     assert stored(folder / "again") == stored(folder / "cut")
+
+
+def test_a_cut_does_not_replace_the_file_that_names_its_experts(shallower, folder, mixed):
+    (folder / "cut").mkdir()
+    (folder / "cut" / "experts.txt").write_text(experts_of(range(8)).replace(";", "\n"))
+    before, words = tree(folder), "it holds cut/experts.txt, which is read"
+    options = ("--drop-experts", "cut/experts.txt", "--out", "cut", "--overwrite")
+    assert words in shallower("prune", mixed, *options).error
+    with pytest.raises(sh.OutputError, match=words):
+        sh.prune(mixed, (), "cut", experts="cut/experts.txt", overwrite=True)
+    assert tree(folder) == before
 
 
 def test_prune_says_which_experts_it_would_drop(shallower, folder, mixed):
@@ -191,6 +204,8 @@ def test_an_earlier_cut_of_other_experts_is_not_said_again(shallower, folder, mi
         (["--drop-experts", "0:x"], "'x'"),
         (["--drop-experts", "0:9;1:9"], "layer 0: "),
         (["--drop-experts", "gone.txt"], "'gone.txt' is neither experts"),
+        (["--drop-experts", "0:1;" + "x" * 9999], f"'{59 * 'x'}: expected a layer"),
+        (["--drop-experts", "/dev"], "a plan is named by --experts-plan: is a directory"),
         (["--drop-experts", "0:1", "--experts-plan", "x"], "--drop-experts or --experts-plan, not"),
         (["--experts-plan", "gone"], "cannot read the plan gone"),
         (["--drop", "9", "--drop-experts", experts_of(range(8))], "9"),

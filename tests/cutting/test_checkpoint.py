@@ -1,6 +1,7 @@
 """Cuts on disk against cuts in memory."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -359,6 +360,15 @@ def test_a_snapshot_of_the_hubs_cache_can_be_cut(source, tmp_path):
 
 
 # Plans.
+def test_names_that_are_no_unicode_are_those_of_a_model_too(copied, tmp_path):
+    edit_json(copied / "config.json", note="\ud800")
+    source, out = (tmp_path / os.fsdecode(name) for name in (b"mod\xe9le", b"coup\xe9"))
+    copied.rename(source)
+    sh.prune(source, DROPPED, out)
+    assert read_json(out / "config.json")["note"] == "\ud800"
+    assert "# mod?le without" in (out / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_plan_of_another_model_is_refused(source, tmp_path):
     other = tiny_llama(seed=1)
     torch.nn.init.uniform_(other.model.norm.weight)

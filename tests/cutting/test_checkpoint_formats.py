@@ -118,10 +118,12 @@ def test_modules_that_a_quantisation_config_names_are_renumbered(tmp_path):
     [
         {"ignore": [r"re:.*layers\.2\..*"]},
         {"dynamic": {r"-:model\.layers\.[0-2]\..*": {}}},
+        {"dynamic": {r".*\.2\..*down.*": {"bits": 8}}},
+        {"exclude_modules": ["lm_head", "model.layers.5*"]},
         {"config_groups": {"g": {"targets": [r"re:model\.layers\.5\.mlp.*"]}}},
     ],
 )
-def test_regexes_that_tell_layers_apart_are_refused(tmp_path, config):
+def test_patterns_that_tell_layers_apart_are_refused(tmp_path, config):
     source = make_quantised(tmp_path / "source", "gptq", config)
     assert_refused(ModelError, "distinguishes layers by number", source, tmp_path / "cut")
     sh.prune(source, [5], tmp_path / "cut")

@@ -1,12 +1,15 @@
 """Experts cut out of every family, saved, and reloaded by stock transformers."""
 
 import copy
+from itertools import count
 
 import pytest
 import torch
 
 import shallower as sh
+from shallower.cutting.experts import Slice
 from shallower.models.experts import find_experts
+from shallower.values.experts import DroppedExperts
 from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts, unchosen
 from tests.cutting.test_families import check_generation, generation, logits, reload
 from tests.families import EXPERTS_STAY, MIXTURES, SCALES
@@ -57,3 +60,22 @@ def test_what_routes_otherwise_is_refused_and_stays(name):
         sh.drop_experts(model, {layer: [0] for layer in range(8)})
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("cut", [sh.drop_layers, lambda *cut: sh.without_layers(*cut).__enter__()])
+def test_a_cut_without_room_for_its_parts_leaves_the_model_whole(cut, monkeypatch):
+    model = mixture("mixtral")
+    tensors, config = dict(model.named_parameters()), model.config.to_dict()
+    of, calls = Slice.of, count()
+
+    def part(*given):
+        if next(calls) == 7:
+            raise torch.OutOfMemoryError("no room")
+        return of(*given)
+
+    monkeypatch.setattr(Slice, "of", part)
+    plan = sh.Plan(8, (), experts=DroppedExperts(6, some_experts(model)))
+    with pytest.raises(torch.OutOfMemoryError):
+        cut(model, plan)
+    assert model.config.to_dict() == config
+    assert all(value is tensors[name] for name, value in model.named_parameters())

@@ -235,6 +235,9 @@ def test_what_routes_otherwise_is_refused_on_disk(name, tmp_path):
         ({}, "no expert is named"),
         (DroppedExperts(8, dict.fromkeys(range(8), (0,))), "for 8 experts a layer, and .* 6"),
         ("0:1;0:2", "layer 0 is named twice"),
+        ({"0": [1]}, r"expected them by layer, as .*, and not \{'0': \[1\]\}"),
+        ({0: 1}, "expected them by layer"),
+        ([1, 2], "expected them by layer"),
         ("nowhere.txt", "neither experts, as .* nor a file"),
     ],
 )

@@ -26,6 +26,7 @@ from shallower import (
     TextsIdentity,
 )
 from shallower.reporting.stories.stages import plan_table
+from shallower.values.experts import DroppedExperts
 from shallower.values.layers import blocks_of
 from shallower.values.plan import describe_rejections
 from tests.values.damage import damaged, peak_memory
@@ -35,6 +36,8 @@ TEXTS = TextsIdentity(24, 256, "0" * 64)
 PLAN = Plan(
     12, (Block(2, 4, 0.25, 0.125), Block(7, 8)), "similarity", "angular", MODEL, (TEXTS, TEXTS)
 )
+
+OF_EXPERTS = replace(PLAN, experts=DroppedExperts(6, {0: (1, 4), 4: (0, 5)}, "reap"))
 
 
 @pytest.fixture
@@ -100,6 +103,8 @@ def test_a_plan_comes_back_from_its_file(plan):
         path = Path(folder) / "plan.json"
         plan.save(path)
         back = Plan.load(path)
+        path.write_text(path.read_text(), encoding="utf-8-sig")  # as editors of Windows do
+        assert Plan.load(path) == plan
     assert back == plan
     assert [(b.score, b.stderr) for b in back.blocks] == [(b.score, b.stderr) for b in plan.blocks]
     assert back.to_json() == plan.to_json()
@@ -190,7 +195,7 @@ def test_a_damaged_plan_is_refused(plan_file, place, value):
         Plan.load(plan_file(changed(*keys, to=value)))
 
 
-@given(damaged(PLAN.to_json()))
+@given(damaged(PLAN.to_json()) | damaged(OF_EXPERTS.to_json()))
 def test_a_plan_damaged_anyhow_is_refused_or_of_use(data):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"

@@ -74,10 +74,10 @@ def prune_command(
     from ..runs.done import cut_output
     from ..runs.store import open_store
     from ..storage import check_apart
+    from ..values.experts import experts_file
 
-    for read in (plan, experts_plan):
-        if read is not None:
-            check_apart(out, [plan_file(read)])
+    reads = [plan_file(read) for read in (plan, experts_plan) if read is not None]
+    check_apart(out, [*reads, experts_file(drop_experts or "")])
     layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     options: dict[str, Any] = {
         "dtype": dtype,

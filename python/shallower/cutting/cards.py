@@ -157,7 +157,9 @@ def exports(facts: CutFacts) -> dict[str, str]:
         MERGEKIT_FILE: lambda: mergekit_config(facts),
         PRUNE_LAYERS_FILE: lambda: prune_layers(facts.plan) + "\n",
     }
-    return {name: texts[name]() for name in export_files(facts.plan)}
+    made = {name: texts[name]() for name in export_files(facts.plan)}
+    # Names of files that are no Unicode, which a system allows.
+    return {name: text.encode(errors="replace").decode() for name, text in made.items()}
 
 
 def cut_card(facts: CutFacts) -> str:

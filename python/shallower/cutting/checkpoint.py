@@ -281,12 +281,12 @@ def _edited(
             edited[key] = json.loads(_renumbered(raw[key], renumbering, modules))
     if Path(str(edited.get("_name_or_path"))).is_absolute():
         del edited["_name_or_path"]  # transformers 4 wrote where the model was loaded from
-    return json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(edited, indent=2) + "\n"
 
 
 def _renumbered(value: Any, renumbering: Renumbering, modules: set[str]) -> str:
     renumbering.check_patterns(value, modules)
-    return json.dumps(renumbering.edit(value), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(renumbering.edit(value), indent=2) + "\n"
 
 
 def _identify(

@@ -8,6 +8,7 @@ is refused, and the model stays as it was.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,19 +68,14 @@ def cut_experts(
     experts = find_experts(model, found)
     mixture_of(model, experts).check(dropped, gone)
     changes = checked_changes(model, found, dropped.num_kept)
-    undo: list[Callable[[], None]] = []
-    for one in experts:
-        if one.layer in dropped.by_layer:
-            kept = dropped.kept(one.layer)
-            undo += _divide(found.modules[one.layer], changes[one.layer], dropped, kept=kept)
-    for config, name in _counts(model, dropped.num_experts):
-        undo.append(_put(config, name, dropped.num_kept))
-
-    def restore() -> None:
-        for back in reversed(undo):
-            back()
-
-    return restore
+    with ExitStack() as undo:  # where a device has no room for the parts, too
+        for one in experts:
+            if one.layer in dropped.by_layer:
+                layer, kept = found.modules[one.layer], dropped.kept(one.layer)
+                _divide(layer, changes[one.layer], dropped, kept=kept, undo=undo)
+        for config, name in _counts(model, dropped.num_experts):
+            _put(config, name, dropped.num_kept, undo=undo)
+        return undo.pop_all().close
 
 
 def mixture_of(model: nn.Module, experts: Sequence[RoutedExperts]) -> Mixture:
@@ -190,10 +186,14 @@ def _tensors(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, torch.T
 
 
 def _divide(
-    layer: nn.Module, change: ExpertLayer, dropped: DroppedExperts, *, kept: Sequence[int]
-) -> list[Callable[[], None]]:
-    """Carry out the changes of a layer; gives what takes each back."""
-    undo = []
+    layer: nn.Module,
+    change: ExpertLayer,
+    dropped: DroppedExperts,
+    *,
+    kept: Sequence[int],
+    undo: ExitStack,
+) -> None:
+    """Carry out the changes of a layer; ``undo`` gets what takes each back."""
     for one in change.slices:
         module = layer.get_submodule(one.path)
         held: Any = module._parameters if one.name in module._parameters else module._buffers
@@ -207,20 +207,14 @@ def _divide(
         if isinstance(whole, nn.Parameter):
             part = nn.Parameter(part, whole.requires_grad)
         held[one.name] = part
-        undo.append(_holder(held, one.name, whole))
+        undo.callback(held.update, {one.name: whole})
     for (path, name), value in change.numbers.items():
-        undo.append(_put(layer.get_submodule(path), name, value))
-    return undo
+        _put(layer.get_submodule(path), name, value, undo=undo)
 
 
-def _holder(held: dict[str, Any], name: str, whole: torch.Tensor) -> Callable[[], None]:
-    return lambda: held.update({name: whole})
-
-
-def _put(owner: Any, name: str, value: int) -> Callable[[], None]:
-    before = getattr(owner, name)
+def _put(owner: Any, name: str, value: int, *, undo: ExitStack) -> None:
+    undo.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-    return lambda: setattr(owner, name, before)
 
 
 def _counts(model: PreTrainedModel, number: int) -> list[tuple[Any, str]]:

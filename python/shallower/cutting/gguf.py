@@ -79,14 +79,14 @@ class PreparedGguf:
             else:
                 folder = stack.enter_context(new_folder(self.out, overwrite))
                 places = {path: folder / path.name for path in self.files}
+            with track_copy(progress, self.num_bytes) as report:
+                survivors, experts = list(self.plan.survivors), _kept_experts(self.plan)
+                self.source.cut(survivors, places[self.gguf], report, experts=experts)
             self.plan.save(places[self._plan_path])
             for path, text in self.texts.items():
                 write_file(places[path], text.encode())
             for path, carried in self.carried.items():
                 shutil.copyfile(carried, places[path])
-            with track_copy(progress, self.num_bytes) as report:
-                survivors, experts = list(self.plan.survivors), _kept_experts(self.plan)
-                self.source.cut(survivors, places[self.gguf], report, experts=experts)
 
 
 def prepare_gguf(

@@ -9,7 +9,7 @@ network than the one in memory.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -149,10 +149,11 @@ def _cut(model: PreTrainedModel, found: DecoderLayers, plan: Plan) -> Callable[[
         return lambda: None
     if plan.blocks:  # refused, if it is, before anything changes
         checked_twin(model, found, plan.survivors)
-    put_back = cut_experts(model, plan.experts, gone=plan.dropped)
-    if plan.blocks:
-        _cut_layers(model, found, plan.survivors)
-    return put_back
+    with ExitStack() as undo:
+        undo.callback(cut_experts(model, plan.experts, gone=plan.dropped))
+        if plan.blocks:
+            _cut_layers(model, found, plan.survivors)
+        return undo.pop_all().close
 
 
 def _cut_layers(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> None:

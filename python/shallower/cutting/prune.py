@@ -15,7 +15,7 @@ from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress
 from ..storage import check_apart, check_free, claimed
-from ..values.experts import parse_experts
+from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
@@ -172,13 +172,12 @@ def plan_prune(
         trust_remote_code=trust_remote_code,
         verify=verify,
     )
-    reads = [Path(source, gguf_file or "")]
+    reads: list[Path | None] = [Path(source, gguf_file or "")]
     if isinstance(what, str | Path):
         reads.append(plan_file(what))
         what = load_plan(what)
-    if isinstance(experts, Path):
-        reads.append(experts)
     if isinstance(experts, str | Path):
+        reads.append(experts_file(experts))
         experts = parse_experts(experts)
     check_apart(request.out, reads)
     make = _plan_gguf if request.to_gguf else _plan_folder

@@ -6,6 +6,7 @@ expert is renumbered wherever it stands, and goes if that goes.
 """
 
 import copy
+import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -174,7 +175,7 @@ class Renumbering:
     def edit(self, value: Any) -> Any:
         """A copy of a quantisation config, or of a part, with the names of modules renumbered.
 
-        Lists and mappings lose what names layers that go. Regexes stay.
+        Lists and mappings lose what names layers that go. Patterns stay.
         """
         if isinstance(value, dict):
             named = ((self.rename(key), item) for key, item in value.items())
@@ -197,35 +198,44 @@ class Renumbering:
         return edited
 
     def check_patterns(self, value: Any, modules: Iterable[str]) -> None:
-        """Refuse a quantisation config whose regexes would cover other modules: ModelError.
+        """Refuse a quantisation config whose patterns would cover other modules: ModelError.
 
         ``modules`` are the names of all modules before the cut.
         """
         what = "experts" if self._kept else "layers"
-        patterns = sorted(set(_patterns(value)))
+        patterns = sorted({one for one in _patterns(value) if self.rename(one[0]) == one[0]})
         pairs = [(old, new) for old in modules if (new := self.rename(old)) not in (None, old)]
-        for text in patterns if pairs else ():
+        for text, regex in patterns if pairs else ():
             try:
-                pattern = re.compile(text.partition(":")[2])
+                pattern = re.compile(regex)
             except re.error as error:
                 raise ModelError(f"the regex {text!r} of the config is broken: {error}") from error
             for old, new in pairs:
                 if bool(pattern.match(old)) != bool(pattern.match(new or "")):
                     raise ModelError(
-                        f"the regex {text!r} of the quantisation config distinguishes {what} by "
+                        f"the pattern {text!r} of the quantisation config distinguishes {what} by "
                         f"number: {old} would become {new}, which it treats otherwise; name the "
                         f"modules one by one instead"
                     )
 
 
-def _patterns(value: Any) -> Iterator[str]:
-    """The regexes of compressed-tensors (``re:``) and GPTQModel (``+:``, ``-:``)."""
-    if isinstance(value, str) and value.startswith(("re:", "+:", "-:")):
-        yield value
+_PREFIXES = ("re:", "+:", "-:")
+"""Of the regexes of compressed-tensors and of GPTQModel."""
+
+
+def _patterns(value: Any) -> Iterator[tuple[str, str]]:
+    """The regexes and the patterns of file names, each as it stands there and as a regex."""
+    if isinstance(value, str):
+        if value.startswith(_PREFIXES):
+            yield value, value.partition(":")[2]
+        elif "*" in value:  # as ModelOpt has them
+            yield value, fnmatch.translate(value)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _patterns(key)
             yield from _patterns(item)
+        if isinstance(dynamic := value.get("dynamic"), dict):  # of GPTQModel, which needs no prefix
+            yield from ((key, key) for key in dynamic if not key.startswith(_PREFIXES))
     elif isinstance(value, list):
         for item in value:
             yield from _patterns(item)

@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 
 from ..errors import ExpertsError, LayersError, why
 from .counts import counted
-from .layers import MAX_LAYERS, drop_option, dropped_layers, parse_layers
+from .layers import MAX_LAYERS, drop_option, dropped_layers, layer_number, parse_layers
 from .layers import blocks_of as ranges_of
 from .schema import of_type
 
@@ -97,7 +97,13 @@ class DroppedExperts:
             return experts
         if isinstance(experts, str | Path):
             experts = parse_experts(experts)
-        named = {layer: tuple(some) for layer, some in experts.items()}
+        try:
+            named = {layer_number(layer): tuple(some) for layer, some in experts.items()}
+        except (AttributeError, TypeError, LayersError) as error:
+            raise ExpertsError(
+                f"cannot read the experts to drop: expected them by layer, as "
+                f"{{0: [3, 5], 1: [2, 7]}}, and not {experts!r:.60}"
+            ) from error
         return cls(num_experts, named)  # type: ignore[arg-type]  # checked there
 
     @property
@@ -162,19 +168,18 @@ def parse_experts(text: str | Path) -> dict[int, tuple[int, ...]]:
 
     ExpertsError: a part is no such thing, a layer is named twice, or the file cannot be read.
     """
-    lines = text
-    if isinstance(text, Path) or (text and not re.search(r"[;\n]|^\s*\d+\s*:", text)):
-        lines = _file_of(Path(text))
+    file = experts_file(text)
+    lines = text if file is None else _text_of(file)
     found: dict[int, tuple[int, ...]] = {}
-    for part in re.split(r"[;\n]", str(lines)):
-        part = part.partition("#")[0].strip()
+    for part in re.split(r"[;\n]", re.sub("#.*", "", str(lines))):
+        part = part.strip()
         if not part:
             continue
         match = re.fullmatch(r"([0-9]{1,9})\s*:\s*(.+)", part)
         if not match:
             raise ExpertsError(
-                f"cannot read {part!r}: expected a layer and its experts, as 0:3,5;1:2,8:10 "
-                f"(--drop-experts)"
+                f"cannot read {part!r:.60}: expected a layer and its experts, as 0:3,5;1:2,8:10 "
+                f"(--drop-experts), or a plan (--experts-plan)"
             )
         layer = int(match[1])
         if layer in found:
@@ -193,14 +198,21 @@ def parse_experts(text: str | Path) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def _file_of(path: Path) -> str:
+def experts_file(text: str | Path) -> Path | None:
+    """The file of experts that is named; None if it is experts that are."""
+    if isinstance(text, Path) or (text and not re.search(r"[;\n]|^\s*\d+\s*:", text)):
+        return Path(text)
+    return None
+
+
+def _text_of(path: Path) -> str:
     try:
-        with path.expanduser().open(encoding="utf-8") as file:
+        with path.expanduser().open(encoding="utf-8-sig") as file:
             text = file.read(MAX_FILE_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ExpertsError(
-            f"{str(path)!r} is neither experts, as 0:3,5;1:2,8:10, nor a file of such lines: "
-            f"{why(error, path)}"
+            f"{str(path)!r:.200} is neither experts, as 0:3,5;1:2,8:10, nor a file of such lines, "
+            f"and a plan is named by --experts-plan: {why(error, path)}"
         ) from error
     if len(text) > MAX_FILE_BYTES:
         raise ExpertsError(f"{path} is too large to be a list of experts")

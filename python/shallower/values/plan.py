@@ -231,7 +231,7 @@ class Plan:
             PlanError: the file cannot be read, is not JSON, or holds something else than a plan.
         """
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8-sig")))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {why(error, path)}") from error
         except (

@@ -1,7 +1,7 @@
 //! Headers, indexes and whole checkpoints of safetensors.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use proptest::sample::Index as Place;
 use serde_json::{Value, json};
 use shallower_core::checkpoint::{
-    Checkpoint, Cut, Header, INDEX_FILE, Index, Job, SINGLE_FILE, Tensor,
+    Checkpoint, Cut, Experts, Header, INDEX_FILE, Index, Job, SINGLE_FILE, Tensor,
 };
 
 use crate::memory::bounded;
@@ -70,6 +70,9 @@ pub fn json_words() -> Vec<Vec<u8>> {
         "model.layers.99.a",
         "model.layers.18446744073709551616.a",
         "model.layers..a",
+        "model.layers.0.experts.1.a",
+        "model.layers.1.experts.01.a",
+        "model.layers.0.experts.18446744073709551616",
         "model.layers.0",
         "F32",
         "F4",
@@ -107,7 +110,7 @@ pub type Shard = (Tokens, Vec<u8>);
 
 pub fn shards() -> impl Strategy<Value = Vec<Shard>> {
     let axes = prop::collection::vec(0_u64..4, 0..3);
-    let tensor = (0..DTYPES.len(), axes, 0_u64..3, 0..3_usize, any::<u8>());
+    let tensor = (0..DTYPES.len(), axes, 0_u64..3, 0..4_usize, any::<u8>());
     prop::collection::vec(prop::collection::vec(tensor, 0..8), 1..3).prop_map(|shards| {
         let mut count = 0;
         let shard = shards.into_iter().map(|tensors| {
@@ -121,9 +124,10 @@ pub fn shards() -> impl Strategy<Value = Vec<Shard>> {
                 }
                 let len = shape.iter().product::<u64>() * bits / 8;
                 let (start, end) = (data.len(), data.len() + len as usize);
-                data.resize(end, byte);
+                data.extend((start..end).map(|at| byte.wrapping_add(at as u8)));
                 let name = match part {
                     0 => format!("other.{count}"),
+                    1 => format!("model.layers.{layer}.experts.{}.{count}", count % 3),
                     _ => format!("model.layers.{layer}.part.{count}"),
                 };
                 let described =
@@ -205,19 +209,82 @@ pub fn checkpoint_survives(
         return false;
     };
     let checkpoint = Arc::new(checkpoint);
+    let kept: Vec<u64> = (0..3).filter(|expert| size >> expert & 1 == 1).collect();
+    if let Ok(experts) = some_experts(&checkpoint, survivors, &kept) {
+        cut_survives(
+            &checkpoint,
+            out,
+            &cut.clone().with_experts(experts),
+            (input, size),
+            &kept,
+        );
+    }
+    cut_survives(&checkpoint, out, &cut, (input, size), &[])
+}
+
+/// Three experts in every layer, of which some stay; stacks are all tensors that divide, and at
+/// times one that may not.
+fn some_experts(
+    checkpoint: &Checkpoint,
+    layers: &[u64],
+    kept: &[u64],
+) -> Result<Experts, shallower_core::checkpoint::Error> {
+    let tensors = checkpoint
+        .shards
+        .iter()
+        .flat_map(|shard| &shard.header.tensors);
+    let stacks = tensors.filter(|tensor| {
+        let outermost = tensor.shape.iter().find(|&&size| size != 1);
+        let layer = layers.iter().any(|layer| {
+            let head = format!("model.layers.{layer}.part");
+            tensor.name.starts_with(&head)
+        });
+        layer && (outermost == Some(&3) || tensor.name.ends_with('7'))
+    });
+    let kept = layers.iter().map(|&layer| (layer, kept.to_vec())).collect();
+    Experts::new(3, kept, stacks.map(|tensor| tensor.name.clone()).collect())
+}
+
+/// Makes a cut that is not refused, and compares it with the source; `kept` of three parts stay of
+/// each stack.
+fn cut_survives(
+    checkpoint: &Arc<Checkpoint>,
+    out: &Path,
+    cut: &Cut,
+    (input, size): (usize, u64),
+    kept: &[u64],
+) -> bool {
     let Ok(job) = bounded(input, || {
-        Job::new(Arc::clone(&checkpoint), cut.clone(), size)
+        Job::new(Arc::clone(checkpoint), cut.clone(), size)
     }) else {
         return false;
     };
+    let _ = fs::remove_dir_all(out);
+    fs::create_dir(out).unwrap();
     assert!(job.journal().contains("shallower.cut"));
     job.write(out, &mut |_, _| ControlFlow::Continue(()))
         .unwrap();
     for (name, len) in job.files() {
         assert_eq!(fs::metadata(out.join(name)).unwrap().len(), len);
     }
-    let expected = contents(&checkpoint).into_iter();
-    let expected = expected.filter_map(|(name, bytes)| Some((cut.rename(&name).unwrap()?, bytes)));
+    let stacks: Value = serde_json::from_str(&job.journal()).unwrap();
+    let stacks: BTreeSet<&str> = stacks["experts"]["stacks"]
+        .as_array()
+        .map_or_else(BTreeSet::new, |names| {
+            names.iter().filter_map(Value::as_str).collect()
+        });
+    let expected = contents(checkpoint)
+        .into_iter()
+        .filter_map(|(name, bytes)| {
+            let third = bytes.len() / 3;
+            let part = |&expert: &u64| &bytes[expert as usize * third..][..third];
+            let left = if stacks.contains(&*name) {
+                kept.iter().flat_map(part).copied().collect()
+            } else {
+                bytes.clone()
+            };
+            Some((cut.rename(&name).unwrap()?, left))
+        });
     assert!(contents(&Checkpoint::open(out).unwrap()) == expected.collect());
     true
 }
