@@ -25,7 +25,7 @@ from ..scanning.expert_criteria import CRITERIA, criterion_of
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..values.comparison import Row
-from ..values.experts import DroppedExperts
+from ..values.experts import DroppedExperts, check_counts
 from ..values.plan import Plan
 from ..values.scores import Scores
 from ..values.settings import CompareSettings
@@ -58,7 +58,7 @@ def compare_experts_on(
     """
     loaded, tokenizer = study.load(model)
     number = find_experts(loaded)[0].num_experts
-    _check_counts(study.settings.n, number)
+    check_counts(study.settings.n, number)
     measuring = Measuring(study, loaded, tokenizer, store=store)
     measured: list[MeasuredRow] = []
     skipped: dict[str, str] = {}
@@ -76,14 +76,6 @@ def compare_experts_on(
         {**counts, "report": measuring.judge.num_items},
         not skipped,
     )
-
-
-def _check_counts(counts: Sequence[int], number: int) -> None:
-    for n in counts:
-        if n >= number:
-            raise ExpertsError(
-                f"cannot drop {n} of {number} experts a layer: expected 1 to {number - 1} (n, --n)"
-            )
 
 
 @dataclass
