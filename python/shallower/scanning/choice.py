@@ -136,8 +136,9 @@ def choose(
     assert plan.experts is not None
     found = scanned.experts
     rows = chosen_experts(found, plan.experts, seed)
-    unknown = {"unrouted": found.unrouted, "left_out": found.left_out}
-    return replace(chosen, plan=plan, experts=rows, **unknown)
+    return replace(
+        chosen, plan=plan, experts=rows, unrouted=found.unrouted, left_out=found.left_out
+    )
 
 
 def _choose_layers(
