@@ -129,6 +129,8 @@ def test_compare_judges_by_the_words_of_the_whole_model(shallower, folder, asked
     done = shallower(*asked, *speech, "--json")
     assert (done.json["judge"], done.json["splits"]["choose"]) == ("speech", 6)
     assert all(row["score"] > 0 for row in done.json["rows"])
+    beside = shallower(*asked, "--speech", "--prompts", "asked.jsonl", "--json")
+    assert all(row["acceptance"] is not None for row in beside.json["rows"])
     shown = shallower(*asked, *speech)
     assert "speech, the divergence from the whole model on its own words, nats a" in shown.out
     assert "divergence" in shown.out

@@ -97,12 +97,40 @@ def test_plan_of_layers_and_experts(shallower, scanned, folder):
         (("--experts", 5), "keep at least 2"),
         (("--experts", 2, "--criterion", "x"), "unknown criterion of experts 'x'"),
         (("--experts", 2, "--max-blocks", 2), "name their number (n, --n)"),
+        (("--n", 2, "--criterion", "ean"), "name their number (experts, --experts)"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(shallower, scanned, options, said):
     done = shallower("plan", scanned, *options)
     assert done.status == 2
     assert said in done.error
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_what_a_config_refuses_is_not_loaded(shallower, tiny, mixtral, texts, dry):
+    files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
+    compare = ("compare", "--unit", "experts", *files, *dry)
+    for command, said in (
+        (("scan", tiny, *files[:2], "--out", "out", "--experts", *dry), "counts no routed experts"),
+        ((*compare, tiny, "--n", 1), "counts no routed experts"),
+        ((*compare, mixtral, "--n", 6), "cannot drop 6 of 6 experts a layer: expected 1 to 5"),
+    ):
+        done = shallower(*command)
+        assert done.status == 2
+        assert said in done.error
+        assert "load" not in done.err
+    if dry:
+        told = shallower(*compare, mixtral, "--n", 1, "--criteria", "reap,layers").out
+        assert "time: at most about" in told
+
+
+def test_what_is_left_out_of_a_scan_is_said_of_its_plan(shallower, scanned, folder):
+    found = sh.Scan.load(scanned)
+    found.experts.left_out = 3
+    found.save(folder / "damaged")
+    done = shallower("plan", "damaged", "--experts", 2)
+    assert "3 parts of texts left out, which held NaN or infinity" in done.out
+    assert shallower("plan", "damaged", "--experts", 2, "--json").json["left_out"] == 3
 
 
 def test_experts_of_a_scan_without_them_are_refused(shallower, scans):

@@ -227,7 +227,7 @@ def test_what_routes_otherwise_is_refused_on_disk(name, tmp_path):
 @pytest.mark.parametrize(
     ("experts", "words"),
     [
-        ({k: [0, 1, 2, 3, 4] for k in range(8)}, "1 experts would be left .* keep at least 2"),
+        ({k: [0, 1, 2, 3, 4] for k in range(8)}, "1 expert would be left .* keep at least 2"),
         ({k: [0] for k in range(7)}, "layer 7 would keep all of its 6 experts"),
         ({k: [0] for k in range(9)}, "experts of layer 8: the model's 8 layers are"),
         ({**DROPPED, 7: [1]}, "every layer must lose as many"),

@@ -38,6 +38,13 @@ def test_one_after_the_other_they_make_what_the_model_makes():
     assert torch.equal(found, logits(model, some))
 
 
+def test_a_model_of_nan_is_not_taken_for_one_of_several_streams():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0] = torch.nan
+    Layerwise(model).check(batch())
+
+
 def test_layers_that_are_not_run_pass_on_what_they_get():
     model, some = tiny_llama(), batch()
     layerwise = Layerwise(model)

@@ -363,6 +363,16 @@ def test_errors_are_by_text():
     assert np.isnan(parts[0].mean_stderr("norm")).all()
 
 
+def test_a_mean_over_one_text_of_several_has_no_error():
+    """A ratio of one text's sums has no residual, and that is no certainty."""
+    found = ExpertStatistics([0], Routing(2, 1))
+    values = np.random.default_rng(0).lognormal(size=(3, 2, len(VALUES)))
+    counts = np.array([[5, 2], [0, 4], [0, 0]])
+    found.add(0, counts, values * (counts > 0)[..., None])
+    assert np.array_equal(np.isnan(found.mean_stderr("norm")), [[True, False]])
+    assert np.isfinite(found.total_stderr("norm")).all()
+
+
 def test_a_forward_that_fails_counts_nothing():
     model = mixture("mixtral")
     fails = find_layers(model).modules[-1].register_forward_pre_hook(_fail_once([]))
@@ -404,6 +414,19 @@ def test_hooks_leave_nothing_behind():
 def test_a_model_without_experts_is_refused(llama, words):
     with pytest.raises(sh.ModelError, match="no layer with routed experts"):
         sh.scan(llama, words, documents(3), experts=True)
+
+
+@pytest.mark.parametrize(
+    ("factor", "whole"), [(1e30, False), (1e-30, False), (0, True), (torch.nan, True)]
+)
+def test_ratios_of_extreme_weights_can_be_stored(factor, whole):
+    one = find_experts(mixture("mixtral"))[0]
+    plain = weight_ratios(one.module, one.num_experts)[2]
+    with torch.no_grad():
+        for weight in one.module.parameters():
+            weight[2] *= factor
+    ratio = weight_ratios(one.module, one.num_experts)[2]
+    assert ratio == pytest.approx(1 if whole else plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from shallower import (
     Block,
     Costs,
+    DroppedExperts,
     LayersError,
     ModelIdentity,
     OutputError,
@@ -313,6 +314,15 @@ def test_many_rejections_are_counted_and_the_first_are_named():
 def test_few_rejections_are_all_named():
     described = describe_rejections(1, 20, [Rejection(7, "no token")])
     assert described == "1 of 20 samples rejected: sample 7: no token"
+
+
+def test_a_plan_is_known_by_what_goes_and_not_by_what_chose_it():
+    one, other = (
+        Plan(6, (), experts=DroppedExperts(4, {3: gone}, criterion))
+        for gone, criterion in (((1, 2), "reap"), ((2, 1), None))
+    )
+    assert one != other
+    assert one.key == other.key != Plan(6, (), experts=DroppedExperts(4, {3: (1, 3)})).key
 
 
 def test_a_plan_of_chosen_blocks_knows_what_chose_them():

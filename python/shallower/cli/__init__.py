@@ -207,7 +207,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     command = parser(name)
     usage_error = _usage_error()
     try:
-        words = _with_values(arguments)
+        words = _with_values(command, arguments)
         called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
     except ShallowerError as error:
         _fail(" ".join(str(error).split()))
@@ -239,17 +239,18 @@ def _end_interrupted(name: str, arguments: Sequence[str]) -> NoReturn:
     raise SystemExit(INTERRUPTED)
 
 
-def _with_values(arguments: Sequence[str]) -> list[str]:
+def _with_values(command: Any, arguments: Sequence[str]) -> list[str]:
     """Give options that may stand alone an empty value where they do, since typer wants one."""
-    behind = [*arguments, "--"][1:]
+    flags = {name for one in command.params if getattr(one, "is_flag", False) for name in one.opts}
+    alone, behind = {*ALONE} - flags, [*arguments, "--"][1:]
     return [
-        f"{word}=" if word in ALONE and after.startswith("-") else word
+        f"{word}=" if word in alone and after.startswith("-") else word
         for word, after in zip(arguments, behind, strict=True)
     ]
 
 
 ALONE = ("--speech", "--answers")
-"""Options with a value that may be left out."""
+"""Options whose value may be left out, of the commands where they have one."""
 
 
 def _has(arguments: Sequence[str], *options: str) -> bool:

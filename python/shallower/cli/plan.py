@@ -131,12 +131,12 @@ def plan_command(
 
 
 def _choice(chosen: "ScanChoice") -> list[Any]:
-    from ..reporting.stories.experts import experts_table, unrouted
+    from ..reporting.stories.experts import experts_table, unknown
     from ..reporting.stories.stages import plan_table, starts_table
 
     parts: list[Any] = [plan_table(chosen.plan)]
     if chosen.experts:
-        parts += [experts_table(chosen), *unrouted(chosen)]
+        parts += [experts_table(chosen), *unknown(chosen)]
     if chosen.best:
         parts.append(starts_table(chosen.best, chosen.plan.metric, chosen.start))
     if chosen.start:

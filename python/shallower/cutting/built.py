@@ -66,8 +66,8 @@ class BuiltModel:
         """
         if plan.experts is None:
             return {}
-        twin = with_fewer_experts(self._model, plan.experts.num_kept)
-        compare_layers(self._model, self._layers, twin, num_kept=plan.experts.num_kept)
+        twin = with_fewer_experts(self._model, plan.experts)
+        compare_layers(self._model, self._layers, twin, dropped=plan.experts)
         whole, fewer = (_stored(model, self.path) for model in (self._model, twin))
         return {
             layer: compare_stored(whole[layer], fewer[layer]) for layer in plan.experts.by_layer

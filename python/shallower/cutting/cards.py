@@ -196,9 +196,7 @@ def cut_card(facts: CutFacts) -> str:
 
 def _dropped(plan: Plan, its: str = "") -> str:
     """What a cut is without, in a few words."""
-    layers = [f"{its}layers {ranges(plan.dropped)}"] if plan.blocks else []
-    experts = [f"{plan.experts.share} a layer"] if plan.experts else []
-    return " and ".join([*layers, *experts])
+    return f"{its}layers {plan.words}" if plan.blocks else plan.words
 
 
 def _what(plan: Plan, source: str) -> str:

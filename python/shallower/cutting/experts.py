@@ -67,7 +67,7 @@ def cut_experts(
     found = find_layers(model)
     experts = find_experts(model, found)
     mixture_of(model, experts).check(dropped, gone)
-    changes = checked_changes(model, found, dropped.num_kept)
+    changes = checked_changes(model, found, dropped)
     with ExitStack() as undo:  # where a device has no room for the parts, too
         for one in experts:
             if one.layer in dropped.by_layer:
@@ -85,33 +85,36 @@ def mixture_of(model: nn.Module, experts: Sequence[RoutedExperts]) -> Mixture:
 
 
 def checked_changes(
-    model: PreTrainedModel, found: DecoderLayers, num_kept: int
+    model: PreTrainedModel, found: DecoderLayers, dropped: DroppedExperts
 ) -> dict[int, ExpertLayer]:
     """What has to change in every layer for a stock loader to build it; ModelError if it cannot."""
-    return compare_layers(model, found, with_fewer_experts(model, num_kept), num_kept=num_kept)
+    return compare_layers(model, found, with_fewer_experts(model, dropped), dropped=dropped)
 
 
-def with_fewer_experts(model: PreTrainedModel, num_kept: int) -> PreTrainedModel:
-    """Build the model with so many experts a layer, without weights; ModelError if it cannot be."""
-    number = find_experts(model)[0].num_experts
+def with_fewer_experts(model: PreTrainedModel, dropped: DroppedExperts) -> PreTrainedModel:
+    """Build the model without so many experts, and without weights; ModelError if it cannot be."""
     config = copy.deepcopy(model.config)
-    for part, name in count_keys(config.get_text_config(decoder=True), number):
-        setattr(part, name, num_kept)
+    for part, name in count_keys(config.get_text_config(decoder=True), dropped.num_experts):
+        setattr(part, name, dropped.num_kept)
     try:
         with torch.device("meta"):
             return type(model)(type(config).from_dict(config.to_dict()))
     except BUILDING_ERRORS as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be built with {num_kept} experts a layer: "
+            f"{type(model).__name__} cannot be built with {dropped.num_kept} experts a layer: "
             f"{' '.join(str(error).split())}"
         ) from error
 
 
 def compare_layers(
-    model: PreTrainedModel, found: DecoderLayers, twin: PreTrainedModel, *, num_kept: int
+    model: PreTrainedModel,
+    found: DecoderLayers,
+    twin: PreTrainedModel,
+    *,
+    dropped: DroppedExperts,
 ) -> dict[int, ExpertLayer]:
     """What a twin of fewer experts has otherwise in every layer; ModelError if that is too much."""
-    number = find_experts(model, found)[0].num_experts
+    number, num_kept = dropped.num_experts, dropped.num_kept
     built = find_layers(twin)
     changes = {}
     for one in find_experts(twin, built):

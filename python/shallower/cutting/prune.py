@@ -271,9 +271,7 @@ class Request:
 
     def count_experts(self) -> int:
         """Count the routed experts of a layer, by the config alone; ModelError if it has none."""
-        from ..models.experts import counted_experts
-
-        return counted_experts(self._loaded_from(as_stored=True).read_config())
+        return self._loaded_from(as_stored=True).count_experts()
 
     def load(
         self, progress: BytesProgress | bool | None, *, as_stored: bool = False

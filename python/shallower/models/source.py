@@ -126,6 +126,16 @@ class ModelSource:
         """
         return self.states_shape()[0] - 1
 
+    def count_experts(self) -> int:
+        """Count the routed experts of a layer by the model's config alone.
+
+        Raises:
+            ModelError: as :meth:`load`; or the config counts none.
+        """
+        from .experts import counted_experts
+
+        return counted_experts(self.read_config())
+
     def states_shape(self) -> tuple[int, int | None]:
         """Find the shape of a token's states by the model's config alone.
 

@@ -19,6 +19,7 @@ from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..texts.prompts import Prompt, prompts_fingerprint
 from ..values.comparison import CriteriaComparison
+from ..values.experts import check_counts
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
@@ -145,8 +146,11 @@ class CompareStudy(Study[CompareSettings]):
         if self.by_experts:
             way_out = "cut them on disk (shallower prune --drop-experts)"
             self.refuse_on_disk("the experts of every layer", way_out)
-        elif len(self.models) == 1 and self.entry is None:
-            check_sizes(self.settings.n, self.model.count_layers())
+        if len(self.models) == 1 and self.entry is None:
+            if self.by_experts:
+                check_counts(self.settings.n, self.model.count_experts())
+            else:
+                check_sizes(self.settings.n, self.model.count_layers())
 
     @property
     def by_experts(self) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..cutting.in_model import without_layers
 from ..errors import ExpertsError, LayersError, one_sentence
 from ..judgement.judges.judge import Judge, LossJudge, judged_batches
@@ -25,7 +27,7 @@ from ..scanning.expert_criteria import CRITERIA, criterion_of
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..values.comparison import Row
-from ..values.experts import DroppedExperts
+from ..values.experts import DroppedExperts, check_counts
 from ..values.plan import Plan
 from ..values.scores import Scores
 from ..values.settings import CompareSettings
@@ -58,7 +60,7 @@ def compare_experts_on(
     """
     loaded, tokenizer = study.load(model)
     number = find_experts(loaded)[0].num_experts
-    _check_counts(study.settings.n, number)
+    check_counts(study.settings.n, number)
     measuring = Measuring(study, loaded, tokenizer, store=store)
     measured: list[MeasuredRow] = []
     skipped: dict[str, str] = {}
@@ -76,14 +78,6 @@ def compare_experts_on(
         {**counts, "report": measuring.judge.num_items},
         not skipped,
     )
-
-
-def _check_counts(counts: Sequence[int], number: int) -> None:
-    for n in counts:
-        if n >= number:
-            raise ExpertsError(
-                f"cannot drop {n} of {number} experts a layer: expected 1 to {number - 1} (n, --n)"
-            )
 
 
 @dataclass
@@ -159,7 +153,7 @@ class _Choosing:
         """The best of all sets, by the loss on texts that choose; ExpertsError: too many."""
         statistics = self.scanned.experts
         number, layers = statistics.routing.num_experts, statistics.layers
-        count = math.comb(number, n) ** len(layers)
+        count = _num_sets(number, n, len(layers))
         if count > MOST_SETS:
             raise ExpertsError(
                 f"there are {math.comb(number, n):,} sets for each of {len(layers)} layers, and "
@@ -236,6 +230,20 @@ class _Choosing:
             experts=None if plan.experts is None else str(plan.experts),
         )
         return MeasuredRow(row, judged, None)
+
+
+def _num_sets(num_experts: int, n: int, num_layers: int) -> int:
+    return math.comb(num_experts, n) ** num_layers
+
+
+def num_forwards(model: PreTrainedModel, study: Study[CompareSettings]) -> tuple[int, int]:
+    """How often a whole model runs over all texts that report, and that choose, at most."""
+    experts, settings = find_experts(model), study.settings
+    names = expert_criteria(settings.criteria)
+    each = 1 if settings.judge == "loss" else 2
+    sets = [_num_sets(experts[0].num_experts, n, len(experts)) for n in settings.n]
+    tried = sum(some for some in sets if some <= MOST_SETS) if EXHAUSTIVE in names else 0
+    return each * (1 + len(names) * len(settings.n)), tried
 
 
 def _plain(scores: Scores) -> dict[str, list[float]]:

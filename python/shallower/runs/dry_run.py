@@ -48,6 +48,7 @@ from ..values.settings import CompareSettings, CurveSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
+from .compare_experts import num_forwards
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
 from .speed import Work, measure_speed
@@ -391,6 +392,10 @@ class _Model:
     def _of_comparison(self) -> Work:
         study, texts = self.study, self.texts
         assert isinstance(study, CompareStudy)
+        if study.by_experts:  # which a scan takes twice
+            reporting, choosing = num_forwards(self.empty, study)
+            scanned = self._scan(len(texts.fit)) * 2 + self._measured(0) * reporting
+            return scanned + _run(Forwards(self.layers, 1), texts.choose) * choosing
         work, chosen = self._measured(0) + self._spoken, study.criteria
         truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
         work += _run(truth, texts.report[:TRUTH_ITEMS])

@@ -185,7 +185,7 @@ class _Subject:
         context = longest_context(built)
         if plan.experts is not None:
             mixture_of(built, find_experts(built)).check(plan.experts, gone=plan.dropped)
-            built = with_fewer_experts(built, plan.experts.num_kept)
+            built = with_fewer_experts(built, plan.experts)
         after = shortened_config(built, plan.survivors) if plan.blocks else built.config
         return plan, after, context
 

@@ -49,6 +49,12 @@ class InMemory:
 
         return len(find_layers(self.model))
 
+    def count_experts(self) -> int:
+        """Count the routed experts of a layer; ModelError if no layer has any."""
+        from ..models.experts import find_experts
+
+        return find_experts(self.model)[0].num_experts
+
     def inputs(self, cache: Store) -> dict[str, Any] | None:
         """All that the model's results depend on, for the cache; None where it is off."""
         if cache.folder is None:

@@ -59,6 +59,7 @@ class ScanJob:
     Raises:
         OutputError: a place is taken, or is not one to write to.
         MetricError, TextsError, PositionsError, LayersError: an option that no scan has.
+        ModelError: experts are asked for, and the model's config counts none.
     """
 
     source: ModelSource
@@ -85,6 +86,8 @@ class ScanJob:
         if self.known is None:
             self._check_until()
             self._check_places()
+            if self.experts:
+                self.source.count_experts()  # a ModelError refuses a model that has none
         if isinstance(self.texts, Texts):
             self.texts.check()
 

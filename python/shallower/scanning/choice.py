@@ -26,7 +26,8 @@ class ScanChoice:
         num_resamples: how often it was resampled.
         seed: of the resampling.
         experts: the experts that go, by layer, if any do.
-        unrouted: by layer, the experts that no token was sent to, if any go.
+        unrouted: by layer, the experts of which no token counts, if any go.
+        left_out: experts' parts of texts that held NaN or infinity, if any go.
     """
 
     plan: Plan
@@ -36,11 +37,13 @@ class ScanChoice:
     seed: int = 0
     experts: tuple[ChosenExperts, ...] = ()
     unrouted: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Give the choice as plain JSON values: those of the plan, ``top`` and ``bootstrap``.
 
-        Of experts by layer ``scores``, and ``unrouted``, those that no token was sent to.
+        Of experts by layer ``scores``, ``unrouted``, those of which no token counts, and
+        ``left_out``.
         """
         values = self.plan.to_json()
         if self.best:
@@ -56,6 +59,7 @@ class ScanChoice:
         if self.experts:
             values["scores"] = {str(one.layer): one.to_json() for one in self.experts}
             values["unrouted"] = {str(layer): list(some) for layer, some in self.unrouted.items()}
+            values["left_out"] = self.left_out
         return values
 
     def sentence(self) -> str:
@@ -112,6 +116,11 @@ def choose(
             seed=seed,
         )
         if experts is None:
+            if criterion != DEFAULT:
+                raise LayersError(
+                    f"how experts are chosen is said ({criterion}), and not how many go: name "
+                    f"their number (experts, --experts), or leave out the criterion"
+                )
             return chosen
         plan = scanned.with_experts(chosen.plan, experts, criterion=criterion, seed=seed)
     elif experts is None:
@@ -125,8 +134,11 @@ def choose(
         plan = scanned.with_experts(None, experts, criterion=criterion, seed=seed)
         chosen = ScanChoice(plan, seed=seed)
     assert plan.experts is not None
-    rows = chosen_experts(scanned.experts, plan.experts, seed)
-    return replace(chosen, plan=plan, experts=rows, unrouted=scanned.experts.unrouted)
+    found = scanned.experts
+    rows = chosen_experts(found, plan.experts, seed)
+    return replace(
+        chosen, plan=plan, experts=rows, unrouted=found.unrouted, left_out=found.left_out
+    )
 
 
 def _choose_layers(

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExpertsError
-from ..values.experts import DroppedExperts
+from ..values.counts import counted
+from ..values.experts import DroppedExperts, check_counts
 from ..values.routing import Routing
 from ..values.schema import finite
 from .expert_statistics import ExpertStatistics
@@ -217,14 +218,10 @@ def _keys(scores: Array, criterion: str) -> Array:
 
 
 def _check_count(routing: Routing, count: int) -> None:
-    if not 1 <= count < routing.num_experts:
-        raise ExpertsError(
-            f"cannot drop {count} of {routing.num_experts} experts a layer: expected 1 to "
-            f"{routing.num_experts - 1}"
-        )
+    check_counts([count], routing.num_experts)
     if count % routing.num_groups:
         raise ExpertsError(
-            f"cannot drop {count} experts a layer: the router chooses among "
+            f"cannot drop {counted(count, 'expert')} a layer: the router chooses among "
             f"{routing.num_groups} groups first, which must stay as large as one another, so "
             f"drop a multiple of {routing.num_groups}"
         )

@@ -7,6 +7,7 @@ weight of one, so no family's experts are written a second time; the model's own
 its states, are as without the hooks. It takes the time of the experts twice.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -340,8 +341,8 @@ def _norms(states: torch.Tensor) -> torch.Tensor:
 def weight_ratios(module: nn.Module, num_experts: int) -> NDArray[np.float64]:
     """The mean of the magnitudes of each expert's weights over their root mean square, (E,).
 
-    Biases aside. 1, the most there is, for an expert of zeros alone; NaN where weights are not
-    in memory, or not in a plain dtype.
+    Biases aside. 1, the most there is, for an expert of zeros alone or with NaN or infinity; NaN
+    where weights are not in memory, or not in a plain dtype.
     """
     stacks = [
         weight.detach().unflatten(0, (num_experts, -1))
@@ -353,8 +354,10 @@ def weight_ratios(module: nn.Module, num_experts: int) -> NDArray[np.float64]:
         return ratios
     count = sum(stack[0].numel() for stack in stacks)
     for expert in range(num_experts):
-        parts = [stack[expert].float() for stack in stacks]
-        mean = sum(float(part.abs().sum(dtype=torch.float64)) for part in parts) / count
-        square = sum(float(part.square().sum(dtype=torch.float64)) for part in parts) / count
-        ratios[expert] = min(1.0, mean / square**0.5) if square else 1.0
+        magnitudes, length = (
+            [float(torch.linalg.vector_norm(s[expert], p, dtype=torch.float64)) for s in stacks]
+            for p in (1, 2)
+        )
+        ratio = sum(magnitudes) / (math.hypot(*length) * count**0.5 or math.nan)
+        ratios[expert] = min(1.0, ratio)  # which is 1 for a ratio of NaN
     return ratios

@@ -114,7 +114,7 @@ class ExpertStatistics:
             return np.sqrt(np.maximum(square - total**2 / texts, 0) * _bessel(texts))
 
     def mean_stderr(self, value: str) -> Array:
-        """The standard error of :meth:`mean`, (M, E), by text; NaN for one text.
+        """The standard error of :meth:`mean`, (M, E), by text; NaN where all tokens are of one.
 
         That of a ratio of sums over texts (Cochran, Sampling Techniques, ch. 6), R = X/N:
         √(G/(G-1) Σ (x_t - R n_t)²) / N over the G texts that were seen.
@@ -123,8 +123,10 @@ class ExpertStatistics:
         square, product = self.sums.squares()[..., place], self.sums.products()[..., place]
         mean, texts = self.mean(value), self._texts()
         with np.errstate(invalid="ignore", divide="ignore"):
-            spread = square - 2 * mean * product + mean**2 * self.sums.count_squares()
-            return np.sqrt(np.maximum(spread, 0) * _bessel(texts)) / self.counts
+            counts, squares = self.total("count"), self.sums.count_squares()
+            spread = square - 2 * mean * product + mean**2 * squares
+            spread[squares == counts**2] = np.nan  # of one text, which has no spread
+            return np.sqrt(np.maximum(spread, 0) * _bessel(texts)) / counts
 
     def products(self) -> Array:
         """The inner products of what experts add, summed over tokens, (M, E, E), symmetric.

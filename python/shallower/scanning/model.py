@@ -235,8 +235,8 @@ def _resume(
     kept: StatesWriter | None,
     settling: Settling | None,
 ) -> None:
-    before = Scan.load(checkpoint)
     try:
+        before = Scan.load(checkpoint)
         if settling:
             settling.resume(before.contents.settled)
         elif before.contents.settled is not None:

@@ -48,7 +48,10 @@ class DroppedExperts:
                 f"experts can go of layers that have 2 to {MAX_EXPERTS:,}, not {self.num_experts}"
             )
         if not self.by_layer:
-            raise ExpertsError("no expert is named: name at least one of every layer with experts")
+            raise ExpertsError(
+                "no expert is named of a layer that stays: name at least one of every layer that "
+                "has experts and stays, or drop whole layers alone"
+            )
         named = {}
         for layer, experts in self.by_layer.items():
             if not 0 <= layer < MAX_LAYERS:
@@ -155,6 +158,16 @@ class DroppedExperts:
         criterion = data.get("criterion")
         by = None if criterion is None else of_type(str, criterion)
         return cls(of_type(int, data["num_experts"]), by_layer, by)
+
+
+def check_counts(counts: Iterable[int], num_experts: int) -> None:
+    """Refuse numbers of experts that layers of so many cannot lose: ExpertsError."""
+    for n in counts:
+        if not 1 <= n < num_experts:
+            raise ExpertsError(
+                f"cannot drop {n} of {counted(num_experts, 'expert')} a layer: expected 1 to "
+                f"{num_experts - 1}"
+            )
 
 
 def _number(text: str) -> int:

@@ -5,7 +5,7 @@ Knows no model and no arithmetic; a plan can be printed, saved and loaded.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +165,11 @@ class Plan:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What goes, as a part of the key of a result."""
-        return {"dropped": list(self.dropped)} | (
-            {} if self.experts is None else {"experts": self.experts.to_json()}
-        )
+        """What goes, whatever it was chosen by, as a part of the key of a result."""
+        if self.experts is None:
+            return {"dropped": list(self.dropped)}
+        experts = replace(self.experts, criterion=None).to_json()
+        return {"dropped": list(self.dropped), "experts": experts}
 
     @property
     def why(self) -> str:

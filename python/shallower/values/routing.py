@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ExpertsError, ModelError
+from .counts import counted
 
 CHOSEN = (
     "num_experts_per_tok",
@@ -58,8 +59,8 @@ class Routing:
         """Refuse experts among which the router could not choose: ExpertsError says why."""
         if len(kept) < self.chosen:
             raise ExpertsError(
-                f"{len(kept)} experts would be left in layer {layer}, and its router sends a token "
-                f"to {self.chosen}: keep at least {self.chosen}"
+                f"{counted(len(kept), 'expert')} would be left in layer {layer}, and its router "
+                f"sends a token to {self.chosen}: keep at least {self.chosen}"
             )
         size = self.num_experts // self.num_groups
         groups = [sum(e // size == group for e in kept) for group in range(self.num_groups)]
@@ -76,7 +77,7 @@ class Routing:
             )
         if groups[0] * self.groups_chosen < self.chosen:
             raise ExpertsError(
-                f"layer {layer} would keep {groups[0]} experts of a group, and its router sends a "
-                f"token to {self.chosen} experts of {self.groups_chosen} groups: keep at least "
-                f"{-(-self.chosen // self.groups_chosen)} of each"
+                f"layer {layer} would keep {counted(groups[0], 'expert')} of a group, and its "
+                f"router sends a token to {self.chosen} experts of {self.groups_chosen} groups: "
+                f"keep at least {-(-self.chosen // self.groups_chosen)} of each"
             )

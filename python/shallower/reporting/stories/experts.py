@@ -33,10 +33,11 @@ def experts_table(chosen: ScanChoice) -> Table:
     )
 
 
-def unrouted(chosen: ScanChoice) -> list[str]:
-    """Name the experts that no token was sent to, in a sentence, if there are any."""
+def unknown(chosen: ScanChoice) -> list[str]:
+    """Name the experts that no token was sent to, and count what was left out, if there is any."""
+    left_out = [_left_out(chosen.left_out)] if chosen.left_out else []
     if not chosen.unrouted:
-        return []
+        return left_out
     num = sum(map(len, chosen.unrouted.values()))
     named = [
         f"{layer}: {_named(some)}" for layer, some in list(chosen.unrouted.items())[:MOST_UNROUTED]
@@ -45,7 +46,8 @@ def unrouted(chosen: ScanChoice) -> list[str]:
     and_more = f"; and of {counted(more, 'more layer')}" if more > 0 else ""
     said = "was sent no token" if num == 1 else "were sent no tokens"
     return [
-        f"{counted(num, 'expert')} {said} by these texts (by layer {'; '.join(named)}{and_more})"
+        f"{counted(num, 'expert')} {said} by these texts (by layer {'; '.join(named)}{and_more})",
+        *left_out,
     ]
 
 
@@ -55,15 +57,15 @@ def gathered(statistics: ExpertStatistics | None) -> list[str]:
         return []
     num = sum(map(len, statistics.unrouted.values()))
     layers, experts = counted(len(statistics.layers), "layer"), statistics.routing.num_experts
-    left_out = (
-        f"; {counted(statistics.left_out, 'part')} of texts left out, which held NaN or infinity"
-        if statistics.left_out
-        else ""
-    )
+    left_out = f"; {_left_out(statistics.left_out)}" if statistics.left_out else ""
     return [
         f"experts: {experts} in each of {layers}, {num} of which were sent no token{left_out}; "
         f"choose by plan --experts K"
     ]
+
+
+def _left_out(parts: int) -> str:
+    return f"{counted(parts, 'part')} of texts left out, which held NaN or infinity"
 
 
 def _named(experts: tuple[int, ...]) -> str:
