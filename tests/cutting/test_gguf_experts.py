@@ -206,7 +206,7 @@ def test_experts_that_the_router_cannot_do_without_are_refused(tmp_path):
     groups = [scalar(f"{arch}.expert_group_count", 4), scalar(f"{arch}.expert_group_used_count", 2)]
     source = write_mixture(tmp_path / "a.gguf", arch, groups)
     for dropped, words in [
-        (range(7), "1 experts would be left in layer 1, and its router sends a token to 2"),
+        (range(7), "1 expert would be left in layer 1, and its router sends a token to 2"),
         ((0, 1), "would keep 0, 2, 2, 2 experts of its 4 groups"),
         ((0, 2, 4, 6), "the two best of a group decide about it"),
     ]:

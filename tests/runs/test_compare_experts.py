@@ -8,8 +8,8 @@ import torch
 
 import shallower as sh
 from shallower.models.experts import find_experts
-from shallower.runs.compare_experts import EXHAUSTIVE, LAYERS
-from shallower.scanning.expert_criteria import CRITERIA
+from shallower.runs import compare_experts
+from shallower.scanning.expert_criteria import CRITERIA, EXHAUSTIVE, LAYERS
 from tests.conftest import word_tokenizer
 from tests.cutting.mixtures import mixture
 
@@ -94,6 +94,18 @@ def test_bad_input_is_one_sentence(words):
     assert "keep at least 2" in done.skipped["reap, n = 5"]
 
 
+def test_all_sets_are_tried_by_default_where_they_are_few(words, monkeypatch):
+    monkeypatch.setattr(compare_experts, "MOST_SETS", 14)
+    texts, options = documents(1, 24), {"unit": "experts", "n": [1, 2], "num_choosing": 8}
+    options |= {"cache": False, "progress": False}
+    done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
+    assert {row.n for row in done.rows if row.criterion == EXHAUSTIVE} == {1}
+    assert done.skipped == {}
+    options |= {"criteria": ["random", EXHAUSTIVE]}
+    done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
+    assert "at most 14 sets in all are tried" in done.skipped["exhaustive, n = 2"]
+
+
 def test_the_command_leaves_a_page(shallower, tmp_path):
     sh.save_model(sparse((1, 4)), word_tokenizer(), tmp_path / "model")
     for name, start, count in (("texts", 1, 24), ("held_out", 7, 12)):
@@ -116,5 +128,5 @@ def test_the_command_leaves_a_page(shallower, tmp_path):
 def test_the_criteria_are_listed(shallower):
     found = shallower("compare", "--list", "--unit", "experts", "--json")
     assert found.status == 0
-    assert [one["name"] for one in found.json] == [*CRITERIA]
+    assert [one["name"] for one in found.json] == [*CRITERIA, EXHAUSTIVE, LAYERS]
     assert "one pass" in shallower("compare", "--list", "--unit", "experts").out

@@ -27,7 +27,6 @@ from shallower import (
     TextsIdentity,
 )
 from shallower.reporting.stories.stages import plan_table
-from shallower.values.experts import DroppedExperts
 from shallower.values.layers import blocks_of
 from shallower.values.plan import describe_rejections
 from tests.values.damage import damaged, peak_memory

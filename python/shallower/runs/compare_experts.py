@@ -23,7 +23,7 @@ from ..models.experts import find_experts
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..progress import track
-from ..scanning.expert_criteria import CRITERIA, criterion_of
+from ..scanning.expert_criteria import CRITERIA, EXHAUSTIVE, LAYERS, MOST_SETS, criterion_of
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..values.comparison import Row
@@ -35,11 +35,6 @@ from .compare_rows import MeasuredRow, Outcome, with_regrets
 from .given_models import InMemory
 from .measuring import Measuring
 from .study import Study
-
-EXHAUSTIVE, LAYERS = "exhaustive", "layers"
-
-MOST_SETS = 1_000
-"""Sets of experts of which the best is searched, at most."""
 
 WITHOUT_TEXTS = ("weights", "drawn")
 """Kinds of criteria that read no text."""
@@ -111,10 +106,10 @@ class _Choosing:
 
     def measured(self) -> Iterator[MeasuredRow]:
         """Choose and measure, a row for each criterion and number of experts."""
-        names = [*self.criteria]
-        total = len(self.study.settings.n) * len(names)
+        taking_part = {n: self._names(n) for n in self.study.settings.n}
+        total = sum(map(len, taking_part.values()))
         with track(f"compare experts on {self.texts}", total, self.study.progress) as advance:
-            for n in self.study.settings.n:
+            for n, names in taking_part.items():
                 share = 0.0
                 for name in names:
                     advance(0, f"{name}, n = {n}")
@@ -127,6 +122,13 @@ class _Choosing:
                         share = row.row.parameters_share
                         yield row
                     advance(1)
+
+    def _names(self, n: int) -> list[str]:
+        """The criteria that are named; by default all but one that would try too many sets."""
+        experts = self.scanned.experts
+        sets = _num_sets(experts.routing.num_experts, n, len(experts.layers))
+        all_tried = sets <= MOST_SETS or self.study.settings.criteria is not None
+        return [name for name in self.criteria if all_tried or name != EXHAUSTIVE]
 
     def _choice(self, name: str, n: int, share: float) -> tuple[Plan, float, int]:
         """The plan of a criterion, its seconds and the layers that it runs, times texts."""

@@ -69,12 +69,18 @@ ALL_SETS = 8
 
 DEFAULT = "reap"
 
+EXHAUSTIVE, LAYERS = "exhaustive", "layers"
+"""What a comparison sets beside the criteria."""
+
+MOST_SETS = 1_000
+"""Sets of experts of which a comparison looks for the best, at most."""
+
 _COSTS = {"weights": "reads the weights once", "drawn": "nothing"}
 
 
 def criteria_rows() -> list[dict[str, str]]:
-    """The criteria with what they go by and what they cost, a row each."""
-    return [
+    """What takes part in a comparison, what it goes by and what it costs, a row each."""
+    rows = [
         {
             "name": name,
             "summary": f"{row.what}{f' ({row.paper})' if row.paper else ''}",
@@ -82,6 +88,11 @@ def criteria_rows() -> list[dict[str, str]]:
         }
         for name, row in CRITERIA.items()
     ]
+    beside = {
+        EXHAUSTIVE: ("loss of every set on texts that choose", f"all sets, {MOST_SETS:,} at most"),
+        LAYERS: ("least angular distance; as many parameters", "one pass"),
+    }
+    return rows + [{"name": name, "summary": by, "cost": c} for name, (by, c) in beside.items()]
 
 
 def criterion_of(name: str) -> ExpertCriterion:
