@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::error::Error;
 use super::source::Shard;
@@ -61,36 +61,22 @@ pub(super) fn seek_end(mut file: &File, path: &Path) -> Result<(), Error> {
 /// Writes a small file under a temporary name, flushes it, and gives it its name.
 pub(super) fn write_whole(folder: &Path, name: &str, content: &[u8]) -> Result<(), Error> {
     let path = folder.join(name);
-    let partial = Partial::fill(folder, name, |mut file| {
+    finish(folder, name, |mut file| {
         file.write_all(content).map_err(Error::write(&path))
-    })?;
-    partial.finish()
+    })
 }
 
-/// A file under a temporary name: one that has its name is complete, whenever the process dies.
-pub(super) struct Partial {
-    file: File,
-    place: PathBuf,
-    path: PathBuf,
-}
-
-impl Partial {
-    /// Fills a file under a temporary name.
-    pub(super) fn fill(
-        folder: &Path,
-        name: &str,
-        fill: impl FnOnce(&File) -> Result<(), Error>,
-    ) -> Result<Self, Error> {
-        let place = folder.join(format!(".{name}.partial"));
-        let file = File::create(&place).map_err(Error::write(&place))?;
-        fill(&file)?;
-        let path = folder.join(name);
-        Ok(Self { file, place, path })
-    }
-
-    /// Flushes the file, and gives it its name.
-    pub(super) fn finish(self) -> Result<(), Error> {
-        self.file.sync_all().map_err(Error::write(&self.place))?;
-        std::fs::rename(&self.place, &self.path).map_err(Error::write(self.path))
-    }
+/// Fills a file under a temporary name, flushes it, and gives it its name: a file that has its
+/// name is complete, whenever the process dies.
+pub(super) fn finish(
+    folder: &Path,
+    name: &str,
+    fill: impl FnOnce(&File) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let partial = folder.join(format!(".{name}.partial"));
+    let file = File::create(&partial).map_err(Error::write(&partial))?;
+    fill(&file)?;
+    file.sync_all().map_err(Error::write(&partial))?;
+    let path = folder.join(name);
+    std::fs::rename(&partial, &path).map_err(Error::write(path))
 }

@@ -5,11 +5,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
 
 use serde_json::json;
 
-use super::copy::{self, Partial, Piece, Progress};
+use super::copy::{self, Piece, Progress};
 use super::cut::Cut;
 use super::error::Error;
 use super::experts::{Experts, Stays};
@@ -124,20 +123,13 @@ impl Job {
                 std::ops::ControlFlow::Break(()) => Err(Error::Cancelled),
             }
         };
-        // A shard is flushed while the next is copied: as fast as the copy of a whole folder.
-        thread::scope(|scope| {
-            let mut flushing: Option<thread::ScopedJoinHandle<'_, Result<(), Error>>> = None;
-            for output in &self.outputs {
-                if is_complete(&folder.join(&output.name), output) {
-                    copied(output.data_len())?;
-                    continue;
-                }
-                let filled = self.fill_shard(folder, output, &mut copied)?;
-                let next = scope.spawn(move || filled.finish());
-                flushing.replace(next).map_or(Ok(()), joined)?;
+        for output in &self.outputs {
+            if is_complete(&folder.join(&output.name), output) {
+                copied(output.data_len())?;
+            } else {
+                self.write_shard(folder, output, &mut copied)?;
             }
-            flushing.map_or(Ok(()), joined)
-        })?;
+        }
         if self.outputs.len() > 1 {
             copy::write_whole(folder, INDEX_FILE, self.index().as_bytes())?;
         }
@@ -145,14 +137,14 @@ impl Job {
         opened.sync_all().map_err(Error::write(folder))
     }
 
-    fn fill_shard(
+    fn write_shard(
         &self,
         folder: &Path,
         output: &Output,
         copied: &mut dyn FnMut(u64) -> Result<(), Error>,
-    ) -> Result<Partial, Error> {
+    ) -> Result<(), Error> {
         let path = folder.join(&output.name);
-        Partial::fill(folder, &output.name, |file| {
+        copy::finish(folder, &output.name, |file| {
             file.write_all_at(&output.header, 0)
                 .map_err(Error::write(&path))?;
             copy::seek_end(file, &path)?;
@@ -186,13 +178,6 @@ impl Job {
         });
         format!("{index:#}\n")
     }
-}
-
-/// What a thread found, or its panic.
-fn joined(thread: thread::ScopedJoinHandle<'_, Result<(), Error>>) -> Result<(), Error> {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn describe(shard: &Shard) -> serde_json::Value {
