@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import threading
 from contextlib import contextmanager, suppress
@@ -176,6 +177,20 @@ def test_a_folder_appears_when_the_body_is_done(tmp_path):
         assert not path.exists()
     assert tree(path) == FILLED
     assert tree(path.parent).keys() == {"out", *(f"out/{name}" for name in FILLED)}
+
+
+def test_a_process_that_is_killed_while_it_tidies_up_is_in_nobodys_way(tmp_path, monkeypatch):
+    def begin(folder, **_):
+        next(Path(folder).rglob("journal")).unlink()
+
+    with monkeypatch.context() as killed, resumable_folder(tmp_path / "new", "job") as folder:
+        fill(folder)
+        (folder.parent / "kept").mkdir()
+        killed.setattr(shutil, "rmtree", begin)
+    shutil.rmtree(tmp_path / "new")
+    with resumable_folder(tmp_path / "new", "job") as folder:
+        fill(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("work", [new_folder, lambda path: resumable_folder(path, "job")])

@@ -280,7 +280,10 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
             yield folder
         finally:
             if not folder.is_dir() or not any(folder.iterdir()):
-                shutil.rmtree(work, ignore_errors=True)
+                gone = _sibling(path, "partial")  # whole or not at all, should this be killed
+                with suppress(OSError):
+                    work.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def partial_folder(path: Path) -> Path:
