@@ -102,7 +102,7 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     text = (
         f"{gone}, {leads} {when}: "
         f"{without}the model loses "
-        f"{Number.of(standing.difference, standing.difference_stderr, 2).text} nats a token "
+        f"{_nats(standing.difference, standing.difference_stderr)} nats a token "
         f"more than whole"
     )
     if tied:
@@ -131,7 +131,12 @@ def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
 
 
 def _behind(standing: Standing, unit: str) -> str:
-    return f"{Number.of(standing.regret, standing.regret_stderr, 2).text} {unit} behind"
+    return f"{_nats(standing.regret, standing.regret_stderr)} {unit} behind"
+
+
+def _nats(value: float, stderr: float) -> str:
+    """Two decimals, or three where the error would be none."""
+    return Number.of(value, stderr, 3 if stderr < 0.005 else 2).text
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
@@ -153,7 +158,7 @@ def _in_the_other_state(group: Group, best: Row) -> str:
         return f"{where} the same layers cost least{rest}{near}."
     own = next((one for row, one in others if row.criterion == best.criterion), None)
     text = f"{where} the order is another one: {leader.criterion} loses least, "
-    text += f"{Number.of(standing.difference, standing.difference_stderr, 2).text} more than whole"
+    text += f"{_nats(standing.difference, standing.difference_stderr)} more than whole"
     if own is None:
         return f"{text}, and {best.criterion} could not be patched."
     tie = ", a tie" if own.tied else ""
