@@ -91,10 +91,11 @@ class BuiltModel:
         if plan.experts is not None:
             for config, name in count_keys(decoder, plan.experts.num_experts):
                 setattr(config, name, plan.experts.num_kept)
-        after = shortened.to_dict()
-        edited = edit_config(
-            raw, self._model.config.to_dict(), after, aliases=type(decoder).attribute_map
-        )
+        before, after = self._model.config.to_dict(), shortened.to_dict()
+        # Of a model of more than text a stock loader may build this part alone; the rest stays.
+        is_part = raw.get("model_type") != before["model_type"] and "text_config" in raw
+        read = raw["text_config"] if is_part else raw
+        edited = edit_config(read, before, after, aliases=type(decoder).attribute_map)
         read_back = type(shortened).from_dict(
             json.loads(json.dumps(edited), object_hook=_special_float)
         )
@@ -103,7 +104,7 @@ class BuiltModel:
                 f"config.json of {type(self._model).__name__} cannot be edited so that it is read "
                 f"back as the shortened config: load the model and use drop_layers and save_model"
             )
-        return edited
+        return {**raw, "text_config": edited} if is_part else edited
 
 
 def _special_float(value: dict[str, Any]) -> Any:

@@ -134,9 +134,9 @@ def _behind(standing: Standing, unit: str) -> str:
     return f"{_nats(standing.regret, standing.regret_stderr)} {unit} behind"
 
 
-def _nats(value: float, stderr: float) -> str:
-    """Two decimals, or three where the error would be none."""
-    return Number.of(value, stderr, 3 if stderr < 0.005 else 2).text
+def _nats(value: float, stderr: float | None) -> str:
+    """Two decimals, or three where the error would look like none."""
+    return Number.of(value, stderr, 3 if stderr and stderr < 0.005 else 2).text
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
