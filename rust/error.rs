@@ -1,8 +1,8 @@
 //! Errors of the input, each case with its culprit and the way out.
 
 use crate::limits::{
-    MAX_BATCH, MAX_EXPERT_VALUES, MAX_EXPERTS, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MAX_THREADS,
-    MIN_BATCH,
+    MAX_BATCH, MAX_EXPERT_SUMS, MAX_EXPERT_VALUES, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES,
+    MAX_THREADS, MIN_BATCH,
 };
 
 /// An input that the core refuses.
@@ -182,10 +182,10 @@ pub enum Error {
     /// Layers and experts that no model has.
     #[error(
         "{num_values} values of {experts} experts in each of {layers} layers: expected up to {VALUES} \
-         values, {STATES} layers, and {EXPERTS} experts in all",
+         values, {STATES} layers, and {SUMS} sums in all, three of a value with errors",
         VALUES = MAX_EXPERT_VALUES,
         STATES = MAX_STATES,
-        EXPERTS = MAX_EXPERTS
+        SUMS = MAX_EXPERT_SUMS
     )]
     ExpertSizes {
         /// Layers with experts.

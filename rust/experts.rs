@@ -2,36 +2,16 @@
 //! text are made of.
 //!
 //! Of a text `t` an expert has `n_t` tokens, and of each of several values the sum `x_t` over
-//! them. Over texts are kept `Σ n_t` and `Σ n_t²` in integers, and `Σ x_t`, `Σ x_t²` and
-//! `Σ x_t n_t` in [`Superaccumulator`]s: the same bits in whatever order texts come, and of
+//! them. Over texts are kept `Σ n_t` and `Σ n_t²` in integers, and `Σ x_t` and, for errors, `Σ x_t²`
+//! and `Σ x_t n_t` in [`Superaccumulator`]s: the same bits in whatever order texts come, and of
 //! whatever parts the sums are merged.
 
 use crate::bytes::{Words, bytes, mark};
 use crate::error::Error;
-use crate::limits::{MAX_EXPERT_VALUES, MAX_EXPERTS, MAX_SAMPLES, MAX_STATES};
+use crate::limits::{MAX_EXPERT_SUMS, MAX_EXPERT_VALUES, MAX_SAMPLES, MAX_STATES};
 use crate::superaccumulator::Superaccumulator;
 
-const MARK: u64 = mark(*b"moe v.1.");
-
-/// Sums over the texts of one value of one expert.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Value {
-    sum: Superaccumulator,
-    square: Superaccumulator,
-    product: Superaccumulator,
-}
-
-impl Value {
-    fn add(&mut self, value: f64, count: f64) {
-        self.sum.add(value);
-        self.square.add(value * value);
-        self.product.add(value * count);
-    }
-
-    fn parts(&self) -> [&Superaccumulator; 3] {
-        [&self.sum, &self.square, &self.product]
-    }
-}
+const MARK: u64 = mark(*b"moe v.2.");
 
 /// The tokens of one expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,7 +20,7 @@ struct Count {
     square: u128,
 }
 
-/// Which of the sums over texts.
+/// Which of the sums over texts, in the order in which they are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Moment {
     /// `Σ x_t`.
@@ -57,25 +37,35 @@ pub struct ExpertSums {
     layers: usize,
     experts: usize,
     num_values: usize,
+    /// 3, or 1 where no errors are wanted.
+    num_moments: usize,
     /// Texts that each layer has seen.
     texts: Vec<u64>,
     /// By layer, then expert.
     counts: Vec<Count>,
-    /// By layer, then expert, then value.
-    values: Vec<Value>,
+    /// By layer, then expert, then value, then moment.
+    sums: Vec<Superaccumulator>,
 }
 
 impl ExpertSums {
-    /// No sums yet, of `num_values` values.
-    pub fn new(layers: usize, experts: usize, num_values: usize) -> Result<Self, Error> {
-        check_sizes(layers, experts, num_values)?;
+    /// No sums yet, of `num_values` values; without `errors` of [`Moment::Sum`] alone.
+    pub fn new(
+        layers: usize,
+        experts: usize,
+        num_values: usize,
+        errors: bool,
+    ) -> Result<Self, Error> {
+        check_sizes(layers, experts, num_values, errors)?;
+        let num_moments = num_moments(errors);
+        let num_sums = layers * experts * num_values * num_moments;
         Ok(Self {
             layers,
             experts,
             num_values,
+            num_moments,
             texts: vec![0; layers],
             counts: vec![Count::default(); layers * experts],
-            values: vec![Value::default(); layers * experts * num_values],
+            sums: vec![Superaccumulator::default(); num_sums],
         })
     }
 
@@ -128,9 +118,13 @@ impl ExpertSums {
             let cell = first + place % self.experts;
             self.counts[cell].sum += count;
             self.counts[cell].square += u128::from(count) * u128::from(count);
-            let sums = &mut self.values[cell * self.num_values..][..self.num_values];
-            for (sums, &value) in sums.iter_mut().zip(some) {
-                sums.add(value, tokens);
+            let first_sum = cell * self.num_sums();
+            let of_value = self.sums[first_sum..].chunks_exact_mut(self.num_moments);
+            for (sums, &value) in of_value.zip(some) {
+                let moments = [value, value * value, value * tokens];
+                for (sum, addend) in sums.iter_mut().zip(moments) {
+                    sum.add(addend);
+                }
             }
         }
         Ok(left_out)
@@ -138,7 +132,7 @@ impl ExpertSums {
 
     /// Adds another's texts; the same bits in whatever order.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
-        if self.shape() != other.shape() {
+        if self.shape() != other.shape() || self.num_moments != other.num_moments {
             let name = |sums: &Self| format!("{} layers of {}", sums.layers, sums.experts);
             return Err(Error::Unmergeable {
                 what: "different experts",
@@ -157,20 +151,25 @@ impl ExpertSums {
             mine.sum += theirs.sum;
             mine.square += theirs.square;
         }
-        for (mine, theirs) in self.values.iter_mut().zip(&other.values) {
-            mine.sum += &theirs.sum;
-            mine.square += &theirs.square;
-            mine.product += &theirs.product;
+        for (mine, theirs) in self.sums.iter_mut().zip(&other.sums) {
+            *mine += theirs;
         }
         Ok(())
     }
 
     /// Forgets what was summed of one value, as if it had been zero.
     pub fn clear(&mut self, value: usize) {
-        let of_value = self.values.iter_mut().skip(value).step_by(self.num_values);
+        let of_value = self.sums.chunks_exact_mut(self.num_moments).skip(value);
         if value < self.num_values {
-            of_value.for_each(|sums| *sums = Value::default());
+            of_value
+                .step_by(self.num_values)
+                .for_each(|sums| sums.fill(Superaccumulator::default()));
         }
+    }
+
+    /// The sums of one expert.
+    fn num_sums(&self) -> usize {
+        self.num_values * self.num_moments
     }
 
     /// `Σ n_t` of every expert, by layer.
@@ -186,28 +185,25 @@ impl ExpertSums {
             .collect()
     }
 
-    /// A sum over texts of every value of every expert, next to it in float64.
+    /// A sum over texts of every value of every expert, next to it in float64; NaN if not kept.
     pub fn moment(&self, moment: Moment) -> Vec<f64> {
-        let of = |value: &Value| match moment {
-            Moment::Sum => value.sum.value(),
-            Moment::Square => value.square.value(),
-            Moment::Product => value.product.value(),
+        let of = |sums: &[Superaccumulator]| {
+            sums.get(moment as usize)
+                .map_or(f64::NAN, Superaccumulator::value)
         };
-        self.values.iter().map(of).collect()
+        self.sums.chunks_exact(self.num_moments).map(of).collect()
     }
 
     /// The sums as bytes; of each sum the digits from the first to the last that is not zero.
     pub fn to_bytes(&self) -> Vec<u8> {
         let sizes = self.shape().map(|size| size as u64);
-        let mut words = vec![MARK, sizes[0], sizes[1], sizes[2]];
+        let errors = u64::from(self.num_moments > 1);
+        let mut words = vec![MARK, sizes[0], sizes[1], sizes[2], errors];
         words.extend(&self.texts);
-        for (count, values) in self
-            .counts
-            .iter()
-            .zip(self.values.chunks_exact(self.num_values))
-        {
+        let cells = self.sums.chunks_exact(self.num_sums());
+        for (count, sums) in self.counts.iter().zip(cells) {
             words.extend([count.sum, count.square as u64, (count.square >> 64) as u64]);
-            for sum in values.iter().flat_map(Value::parts) {
+            for sum in sums {
                 write_trimmed(sum, &mut words);
             }
         }
@@ -221,36 +217,36 @@ impl ExpertSums {
             what: "sums of experts",
             bytes: bytes.len(),
         };
-        let [mark, sizes @ ..] = words.take::<4>().ok_or_else(ended)?;
-        if mark != MARK {
+        let [mark, sizes @ .., errors] = words.take::<5>().ok_or_else(ended)?;
+        if mark != MARK || errors > 1 {
             return Err(Error::StoredMark("sums of experts"));
         }
         let [layers, experts, num_values] =
             sizes.map(|stored| usize::try_from(stored).unwrap_or(usize::MAX));
-        check_sizes(layers, experts, num_values)?;
-        let least = layers + layers * experts * (3 + 3 * num_values);
+        check_sizes(layers, experts, num_values, errors > 0)?;
+        let least = layers + layers * experts * (3 + num_values * num_moments(errors > 0));
         if words.left() < 8 * least {
             return Err(ended());
         }
-        let mut this = Self::new(layers, experts, num_values)?;
+        let mut this = Self::new(layers, experts, num_values, errors > 0)?;
         for texts in &mut this.texts {
             [*texts] = words.take().ok_or_else(ended)?;
             if *texts > MAX_SAMPLES {
                 return Err(Error::TooManySamples);
             }
         }
+        let (num_sums, num_moments) = (this.num_sums(), this.num_moments);
         let cells = this.counts.iter_mut().enumerate();
-        for ((place, count), values) in cells.zip(this.values.chunks_exact_mut(num_values)) {
+        for ((place, count), sums) in cells.zip(this.sums.chunks_exact_mut(num_sums)) {
             let [sum, low, high] = words.take().ok_or_else(ended)?;
             *count = Count {
                 sum,
                 square: u128::from(high) << 64 | u128::from(low),
             };
-            for value in values.iter_mut() {
-                value.sum = read_trimmed(&mut words).ok_or(Error::DamagedExperts)?;
-                value.square = read_trimmed(&mut words).ok_or(Error::DamagedExperts)?;
-                value.product = read_trimmed(&mut words).ok_or(Error::DamagedExperts)?;
+            for sum in sums.iter_mut() {
+                *sum = read_trimmed(&mut words).ok_or(Error::DamagedExperts)?;
             }
+            let values = sums.chunks_exact(num_moments);
             if !is_possible(*count, values, this.texts[place / experts]) {
                 return Err(Error::DamagedExperts);
             }
@@ -262,10 +258,21 @@ impl ExpertSums {
     }
 }
 
-fn check_sizes(layers: usize, experts: usize, num_values: usize) -> Result<(), Error> {
-    let is_some = (1..=MAX_STATES).contains(&layers) && experts > 0;
-    let all = layers.saturating_mul(experts);
-    if !is_some || all > MAX_EXPERTS || !(1..=MAX_EXPERT_VALUES).contains(&num_values) {
+fn num_moments(errors: bool) -> usize {
+    if errors { 3 } else { 1 }
+}
+
+fn check_sizes(
+    layers: usize,
+    experts: usize,
+    num_values: usize,
+    errors: bool,
+) -> Result<(), Error> {
+    let are_some = (1..=MAX_STATES).contains(&layers)
+        && experts > 0
+        && (1..=MAX_EXPERT_VALUES).contains(&num_values);
+    let all = layers.saturating_mul(experts).saturating_mul(num_values);
+    if !are_some || all > MAX_EXPERT_SUMS / num_moments(errors) {
         return Err(Error::ExpertSizes {
             layers,
             experts,
@@ -280,17 +287,25 @@ fn is_summable(value: f64, tokens: f64) -> bool {
 }
 
 /// Whether texts can have given the sums of an expert.
-fn is_possible(count: Count, values: &[Value], texts: u64) -> bool {
+fn is_possible(
+    count: Count,
+    mut values: std::slice::ChunksExact<'_, Superaccumulator>,
+    texts: u64,
+) -> bool {
     let most = u128::from(texts) * u128::from(MAX_SAMPLES);
     if count.sum == 0 {
-        return count.square == 0 && values.iter().all(|value| *value == Value::default());
+        let zero = Superaccumulator::default();
+        return count.square == 0 && values.all(|sums| sums.iter().all(|sum| *sum == zero));
     }
     u128::from(count.sum) <= most
         && count.square >= u128::from(count.sum)
         && count.square <= u128::from(count.sum) * u128::from(count.sum)
-        && values.iter().all(|value| {
-            let [sum, square, product] = value.parts().map(Superaccumulator::value);
-            sum.is_finite() && square.is_finite() && square >= 0.0 && product.is_finite()
+        && values.all(|sums| {
+            let found: Vec<f64> = sums.iter().map(Superaccumulator::value).collect();
+            found.iter().all(|value| value.is_finite())
+                && found
+                    .get(Moment::Square as usize)
+                    .is_none_or(|&square| square >= 0.0)
         })
 }
 

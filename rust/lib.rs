@@ -40,7 +40,7 @@ pub use experts::{ExpertSums, Moment};
 pub use gram::Gram;
 pub use kernels::{TIER_VARIABLE, Tier};
 pub use limits::{
-    MAX_BATCH, MAX_EXPERT_VALUES, MAX_EXPERTS, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH,
+    MAX_BATCH, MAX_EXPERT_SUMS, MAX_EXPERT_VALUES, MAX_SAMPLES, MAX_SEQUENCE, MAX_STATES, MIN_BATCH,
 };
 pub use metric::{Metric, Pair};
 pub use sequence::Lengths;

@@ -19,9 +19,9 @@ pub const MIN_BATCH: usize = 4;
 /// Samples in a minibatch for CKA at most: its products fit memory, and float64.
 pub const MAX_BATCH: usize = 1024;
 
-/// Experts of all layers that sums are kept for: several times what any model has, and few enough
-/// for the sums of a hostile file to fit in memory.
-pub const MAX_EXPERTS: usize = 1 << 16;
+/// Sums of experts in all: several times what any model has, or of all pairs of them in most, and
+/// few enough for those of a hostile file to fit in memory.
+pub const MAX_EXPERT_SUMS: usize = 3 << 19;
 
 /// Values that are summed of an expert's tokens.
 pub const MAX_EXPERT_VALUES: usize = 8;

@@ -21,8 +21,15 @@ fn shaped<'py, T: numpy::Element>(
 #[pymethods]
 impl PyExpertSums {
     #[new]
-    fn new(num_layers: usize, num_experts: usize, num_values: usize) -> PyResult<Self> {
-        Ok(Self(ExpertSums::new(num_layers, num_experts, num_values)?))
+    #[pyo3(signature = (num_layers, num_experts, num_values, *, errors = true))]
+    fn new(
+        num_layers: usize,
+        num_experts: usize,
+        num_values: usize,
+        errors: bool,
+    ) -> PyResult<Self> {
+        let sums = ExpertSums::new(num_layers, num_experts, num_values, errors)?;
+        Ok(Self(sums))
     }
 
     #[staticmethod]

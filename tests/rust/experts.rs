@@ -28,7 +28,7 @@ fn add(sums: &mut ExpertSums, text: &Text) -> u64 {
 }
 
 fn sums<'a>(texts: impl IntoIterator<Item = &'a Text>) -> ExpertSums {
-    let mut sums = ExpertSums::new(LAYERS, EXPERTS, VALUES).unwrap();
+    let mut sums = ExpertSums::new(LAYERS, EXPERTS, VALUES, true).unwrap();
     for text in texts {
         assert_eq!(add(&mut sums, text), 0);
     }
@@ -112,6 +112,21 @@ proptest! {
     }
 
     #[test]
+    fn without_errors_the_sums_are_the_same(texts in prop::collection::vec(text(), 0..5)) {
+        let with = sums(&texts);
+        let mut without = ExpertSums::new(LAYERS, EXPERTS, VALUES, false).unwrap();
+        for text in &texts {
+            add(&mut without, text);
+        }
+        prop_assert_eq!(without.moment(Moment::Sum), with.moment(Moment::Sum));
+        prop_assert_eq!(without.counts(), with.counts());
+        prop_assert!(without.moment(Moment::Square).iter().all(|square| square.is_nan()));
+        let stored = without.to_bytes();
+        prop_assert!(stored.len() < with.to_bytes().len());
+        prop_assert_eq!(ExpertSums::from_bytes(&stored), Ok(without));
+    }
+
+    #[test]
     fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         prop_assert!(ExpertSums::from_bytes(&bytes).is_err());
     }
@@ -119,7 +134,7 @@ proptest! {
 
 #[test]
 fn what_is_not_finite_is_left_out_and_counted() {
-    let mut sums = ExpertSums::new(1, EXPERTS, 1).unwrap();
+    let mut sums = ExpertSums::new(1, EXPERTS, 1, true).unwrap();
     let left_out = sums.update(0, &[1, 2, 0], &[f64::NAN, 3.0, f64::INFINITY]);
     assert_eq!(left_out, Ok(1));
     assert_eq!(sums.update(0, &[0, 1, 1], &[0.0, 1e200, 4.0]), Ok(1));
@@ -130,18 +145,23 @@ fn what_is_not_finite_is_left_out_and_counted() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let mut sums = ExpertSums::new(LAYERS, EXPERTS, VALUES).unwrap();
+    let mut sums = ExpertSums::new(LAYERS, EXPERTS, VALUES, true).unwrap();
     for (layer, counts, values) in [(2, 3, 6), (0, 4, 8), (0, 3, 5)] {
         let refused = sums.update(layer, &vec![0; counts], &vec![0.0; values]);
         assert!(matches!(refused, Err(Error::ExpertUpdate { .. })));
     }
     let many = sums.update(0, &[1 << 32, 0, 0], &[0.0; 6]);
     assert_eq!(many, Err(Error::TooManySamples));
-    assert_eq!(sums, ExpertSums::new(LAYERS, EXPERTS, VALUES).unwrap());
+    assert_eq!(
+        sums,
+        ExpertSums::new(LAYERS, EXPERTS, VALUES, true).unwrap()
+    );
     for sizes in [(0, 3, 1), (1, 0, 1), (1, 3, 0), (1, 3, 99), (4096, 4096, 1)] {
-        let refused = ExpertSums::new(sizes.0, sizes.1, sizes.2);
+        let refused = ExpertSums::new(sizes.0, sizes.1, sizes.2, false);
         assert!(matches!(refused, Err(Error::ExpertSizes { .. })));
     }
-    let other = ExpertSums::new(LAYERS, 4, VALUES).unwrap();
+    let other = ExpertSums::new(LAYERS, 4, VALUES, true).unwrap();
+    assert!(matches!(sums.merge(&other), Err(Error::Unmergeable { .. })));
+    let other = ExpertSums::new(LAYERS, EXPERTS, VALUES, false).unwrap();
     assert!(matches!(sums.merge(&other), Err(Error::Unmergeable { .. })));
 }

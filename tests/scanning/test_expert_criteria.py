@@ -228,7 +228,7 @@ def test_reconstruction_of_many_takes_one_after_the_other(seed, count, num_group
 
 
 def test_products_of_too_many_pairs_are_not_kept():
-    found = ExpertStatistics(range(20), Routing(128, 2))
+    found = ExpertStatistics(range(4), Routing(1024, 2))
     assert found.pairs is None
     with pytest.raises(sh.ExpertsError, match="choose another criterion than reconstruction"):
         experts_to_drop(found, 2, criterion="reconstruction")

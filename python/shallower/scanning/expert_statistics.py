@@ -20,7 +20,7 @@ VALUES = ("gate", "norm", "square", "gated", "gated_square", "moved")
 
 MOVED = VALUES.index("moved")
 
-MOST_PAIRS = 65_536
+MOST_PAIRS = 2**20
 """Pairs of experts of all layers whose products are summed; of a model with more none are."""
 
 Array = NDArray[np.float64]
@@ -61,7 +61,7 @@ class ExpertStatistics:
         self.sums = ExpertSums(len(self.layers), routing.num_experts, len(VALUES))
         num_pairs = routing.num_experts * (routing.num_experts + 1) // 2
         fits = len(self.layers) * num_pairs <= MOST_PAIRS
-        self.pairs = ExpertSums(len(self.layers), num_pairs, 1) if fits else None
+        self.pairs = ExpertSums(len(self.layers), num_pairs, 1, errors=False) if fits else None
         self.left_out = 0
         self.has_stream = True
         self.aimer = np.full((len(self.layers), routing.num_experts), np.nan)
