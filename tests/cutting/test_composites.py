@@ -69,3 +69,11 @@ def test_the_text_part_is_cut_and_all_else_stays(name, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(value, before[key]) for key, value in after.items())
     assert cut.config.vision_config.to_dict() == whole.config.vision_config.to_dict()
+
+
+def test_what_is_loaded_is_saved_without_the_rest_and_says_so(words, tmp_path):
+    config = AutoConfig.for_model("qwen3_5_moe", **MODELS["qwen3_5_moe"])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    words.save_pretrained(tmp_path / "whole")
+    with pytest.warns(UserWarning, match="gets the text part of .*whole alone.* to keep the rest"):
+        sh.prune(tmp_path / "whole", [1], tmp_path / "cut", dtype="bfloat16")

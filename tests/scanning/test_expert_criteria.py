@@ -151,6 +151,7 @@ def _even(some, size, num_groups=None):
     [
         (0, {}, "cannot drop 0 of 6 experts a layer: expected 1 to 5"),
         (6, {}, "cannot drop 6 of 6 experts a layer"),
+        (2.0, {}, "cannot drop 2.0 of 6 experts a layer"),
         (5, {}, "keep at least 2"),
         (2, {"criterion": "best"}, "unknown criterion of experts 'best': expected frequency"),
         (2, {"criterion": "random", "seed": -1}, "seed -1"),

@@ -4,6 +4,7 @@ A cut is planned first (:func:`plan_prune`), with every refusal made, and then c
 torch is loaded only where a model is.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
 from .checkpoint import PreparedCut, prepare
-from .checkpoint_files import is_checkpoint, stored_dtype
+from .checkpoint_files import CONFIG_FILE, is_checkpoint, read_json, stored_dtype
 from .exports import export_files
 from .gguf import plan_gguf, prepare_gguf, read_metadata
 from .plans import NamedExperts, agreed_plan, load_plan, made_for, plan_file
@@ -290,6 +291,14 @@ class Request:
         from .in_model import without_layers
         from .saving import save_cut
 
+        if is_checkpoint(self.source):
+            whole = read_json(Path(self.source).expanduser() / CONFIG_FILE)
+            if "text_config" in whole and whole.get("model_type") != model.config.model_type:
+                warnings.warn(
+                    f"{self.out} gets the text part of {self.named} alone, as it was loaded: cut "
+                    f"it as it is stored (without dtype, --dtype) to keep the rest",
+                    stacklevel=2,
+                )
         plan = made_for(plan, identify(model))
         with without_layers(model, plan):
             save_cut(

@@ -163,7 +163,7 @@ class DroppedExperts:
 def check_counts(counts: Iterable[int], num_experts: int) -> None:
     """Refuse numbers of experts that layers of so many cannot lose: ExpertsError."""
     for n in counts:
-        if not 1 <= n < num_experts:
+        if not isinstance(n, SupportsIndex) or not 1 <= n < num_experts:
             raise ExpertsError(
                 f"cannot drop {n} of {counted(num_experts, 'expert')} a layer: expected 1 to "
                 f"{num_experts - 1}"
