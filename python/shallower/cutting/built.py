@@ -16,6 +16,7 @@ from ..models.experts import count_keys, find_experts
 from ..models.identity import model_name, shape_of, vectors_of
 from ..models.loading import empty_model
 from ..values.plan import Plan
+from .checkpoint_files import text_part
 from .experts import compare_layers, mixture_of, with_fewer_experts
 from .mixture import Mixture, StoredLayer, compare_stored
 from .tensor_names import edit_config, find_prefix, same_config
@@ -92,10 +93,10 @@ class BuiltModel:
             for config, name in count_keys(decoder, plan.experts.num_experts):
                 setattr(config, name, plan.experts.num_kept)
         before, after = self._model.config.to_dict(), shortened.to_dict()
-        # Of a model of more than text a stock loader may build this part alone; the rest stays.
-        is_part = raw.get("model_type") != before["model_type"] and "text_config" in raw
-        read = raw["text_config"] if is_part else raw
-        edited = edit_config(read, before, after, aliases=type(decoder).attribute_map)
+        part = text_part(raw, before["model_type"])  # what is beside it stays
+        edited = edit_config(
+            raw if part is None else part, before, after, aliases=type(decoder).attribute_map
+        )
         read_back = type(shortened).from_dict(
             json.loads(json.dumps(edited), object_hook=_special_float)
         )
@@ -104,7 +105,7 @@ class BuiltModel:
                 f"config.json of {type(self._model).__name__} cannot be edited so that it is read "
                 f"back as the shortened config: load the model and use drop_layers and save_model"
             )
-        return {**raw, "text_config": edited} if is_part else edited
+        return edited if part is None else {**raw, "text_config": edited}
 
 
 def _special_float(value: dict[str, Any]) -> Any:

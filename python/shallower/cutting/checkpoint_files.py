@@ -88,6 +88,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def text_part(raw: Mapping[str, Any], model_type: str) -> Mapping[str, Any] | None:
+    """The part of a config for text, where a stock loader builds a model of it alone."""
+    part = raw.get("text_config")
+    is_alone = isinstance(part, dict) and raw.get("model_type") != model_type
+    return part if is_alone else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read the config of a checkpoint.
 

@@ -21,7 +21,7 @@ from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
 from .checkpoint import PreparedCut, prepare
-from .checkpoint_files import CONFIG_FILE, is_checkpoint, read_json, stored_dtype
+from .checkpoint_files import CONFIG_FILE, is_checkpoint, read_json, stored_dtype, text_part
 from .exports import export_files
 from .gguf import plan_gguf, prepare_gguf, read_metadata
 from .plans import NamedExperts, agreed_plan, load_plan, made_for, plan_file
@@ -292,8 +292,8 @@ class Request:
         from .saving import save_cut
 
         if is_checkpoint(self.source):
-            whole = read_json(Path(self.source).expanduser() / CONFIG_FILE)
-            if "text_config" in whole and whole.get("model_type") != model.config.model_type:
+            raw = read_json(Path(self.source).expanduser() / CONFIG_FILE)
+            if text_part(raw, model.config.model_type) is not None:
                 warnings.warn(
                     f"{self.out} gets the text part of {self.named} alone, as it was loaded: cut "
                     f"it as it is stored (without dtype, --dtype) to keep the rest",
