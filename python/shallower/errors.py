@@ -1,5 +1,8 @@
 """Errors that a user can cause, a class for each kind."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ShallowerError(Exception):
     """The base of every error that the user can cause; its text names the way out."""
@@ -90,6 +93,22 @@ class MissingExtraError(ShallowerError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}: pip install 'shallower[{extra}]'")
+
+
+MODEL_PACKAGES = ("torch", "transformers", "accelerate", "psutil", "scipy")
+"""Packages of the extra ``model``, by the names that they are imported by."""
+
+
+@contextmanager
+def naming_extras(purpose: str) -> Iterator[None]:
+    """Name the extra to install where the body asks for a package of ``MODEL_PACKAGES`` in vain."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in MODEL_PACKAGES:
+            raise
+        raise MissingExtraError(package, "model", purpose) from error
 
 
 class RejectedSamplesWarning(UserWarning):

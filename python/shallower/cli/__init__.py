@@ -193,7 +193,7 @@ def _meant(name: str) -> str:
 def _call(name: str, arguments: Sequence[str]) -> int:
     import warnings
 
-    from ..errors import ShallowerError
+    from ..errors import ShallowerError, naming_extras
     from ..processes import is_main_process
     from .output import quiet_bars, remember_call, warn
 
@@ -208,7 +208,8 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     usage_error = _usage_error()
     try:
         words = _with_values(command, arguments)
-        called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
+        with naming_extras(f"shallower {name}"):
+            called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
     except ShallowerError as error:
         _fail(" ".join(str(error).split()))
     except usage_error as error:

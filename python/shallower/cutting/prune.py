@@ -8,10 +8,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InMemoryOnlyError, ModelError, OutputError, why
+from ..errors import (
+    InMemoryOnlyError,
+    MissingExtraError,
+    ModelError,
+    OutputError,
+    naming_extras,
+    why,
+)
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress
@@ -118,6 +126,7 @@ def prune(
     return planned.run(progress).plan
 
 
+@naming_extras("a cut that loads the model")
 def plan_prune(
     source: str | Path,
     what: Plan | Layers | str | Path,
@@ -185,6 +194,8 @@ def plan_prune(
     planned = make(request, what, experts)
     for file in planned.files:
         check_apart(file, reads)
+    if planned.loads_model and find_spec("torch") is None:
+        raise MissingExtraError("torch", "model", "dtype (--dtype) or verify (--verify)")
     return planned
 
 

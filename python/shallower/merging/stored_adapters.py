@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..cutting.rewriting import StoredCheckpoint
 from ..errors import ModelError, why
@@ -28,6 +28,9 @@ from .low_rank import DTYPES, LowRank
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+_CHANGES_OF_PREFIX: Any = getattr(core_model_loading, "PrefixChange", ())
+"""Conversions that transformers has since 5.6."""
 
 _NEVER_MADE = {
     "use_dora": False,
@@ -186,7 +189,7 @@ class _Layout:
         self._stored, self._model = stored, model
         self._prefix = f"{model.base_model_prefix}."
         every = get_model_conversion_mapping(model, add_legacy=False)
-        plain = [one for one in every if not isinstance(one, PrefixChange)]
+        plain = [one for one in every if not isinstance(one, _CHANGES_OF_PREFIX)]
         self._ways = [plain] if len(plain) == len(every) else [plain, every]
 
     def pieces(self, name: str, shape: Sequence[int]) -> dict[str, "WeightProxy"] | None:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, naming_extras
 from ..models.dtypes import Dtype, check_dtype, choose_device_map, choose_dtype
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE, Device, find_device
@@ -27,6 +27,7 @@ GAIN_DEVICE = "a100-80"
 """The GPU that pages forecast the time of a token for."""
 
 
+@naming_extras("counting what a cut saves")
 def gain(
     model: "PreTrainedModel | PretrainedConfig | ModelSource | str | Path",
     drop: Plan | Layers,

@@ -1,0 +1,114 @@
+"""The install without extras: what works without torch, and what names the extra instead."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+
+from shallower import errors
+from tests.conftest import ROOT
+from tests.cutting import gguf_files
+
+WITHOUT = (*errors.MODEL_PACKAGES, "matplotlib", "gguf", "peft", "datasets", "pyarrow", "ray")
+CALLS = f"""\
+import contextlib, io, json, sys
+sys.modules.update(dict.fromkeys({WITHOUT!r}))  # each import of them fails
+from shallower.cli import main
+
+said = []
+for words in json.loads(sys.stdin.read()):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(words)
+        except SystemExit as end:
+            said.append((end.code, out.getvalue(), err.getvalue()))
+print(json.dumps(said))
+"""
+
+
+WORK = {
+    "analyse": "analyse states.npy --out scan",
+    "plan": "plan scan --n 2 --out plan",
+    "prune": "prune {tiny} --plan plan --out cut",
+    "prune, planned alone": "prune {tiny} --drop 1:3 --out nowhere --dry-run --json",
+    "prune a GGUF file": "prune whole.gguf --drop 1:3 --out cut.gguf",
+    "cache": "cache",
+    "info": "info --json",
+}
+"""Commands that need no model in memory, in an order in which each has what it reads."""
+
+ASKING = {
+    "scan": "scan {tiny} --texts texts.jsonl --out asked",
+    "eval": "eval {tiny} --texts texts.jsonl",
+    "gain": "gain {tiny} --drop 1:3",
+    "patch": "patch {tiny} --drop 1:3 --texts texts.jsonl --out asked",
+    "heal": "heal cut --texts texts.jsonl --out asked",
+    "prune in another dtype": "prune {tiny} --drop 1:3 --dtype float16 --out asked",
+    "prune, verified": "prune {tiny} --drop 1:3 --verify --out asked",
+    "prune GGUF to a folder": "prune whole.gguf --drop 1:3 --out asked",
+    "criteria": "compare --list",
+}
+"""Commands that need a model."""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, models):
+    """(status, output, error) of every command, in one process that has the core alone."""
+    folder = tmp_path_factory.mktemp("bare")
+    states = np.random.default_rng(0).standard_normal((16, 7, 8)).astype(np.float32)
+    np.save(folder / "states.npy", states)
+    gguf_files.write(folder / "whole.gguf")
+    (folder / "texts.jsonl").write_text('{"text": "w1 w2 w3"}\n{"text": "w4 w5 w6"}\n')
+    calls = {
+        name: command.format(tiny=models / "tiny").split()
+        for name, command in (WORK | ASKING).items()
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", CALLS],
+        input=json.dumps(list(calls.values())),
+        cwd=folder,
+        env={**os.environ, "SHALLOWER_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    made = {path.name for path in folder.iterdir()}
+    return dict(zip(calls, json.loads(process.stdout), strict=True)), made
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_what_needs_no_model_works_without_its_packages(done, name):
+    status, _, error = done[0][name]
+    assert status == 0, error
+
+
+def test_cuts_are_written_without_the_packages_of_a_model(done):
+    assert {"scan", "plan", "cut", "cut.gguf"} <= done[1]
+    assert "nowhere" not in done[1]
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_needs_a_model_names_the_extra_and_writes_nothing(done, name):
+    status, _, error = done[0][name]
+    assert status == 2
+    assert error.count("\n") == 1
+    assert error.endswith("pip install 'shallower[model]'\n")
+    assert "asked" not in done[1]
+
+
+def test_a_package_that_no_extra_has_is_not_explained_away():
+    with pytest.raises(ModuleNotFoundError, match="nowhere"), errors.naming_extras("work"):
+        import nowhere  # noqa: F401
+
+
+def test_every_package_of_the_extra_is_known():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = project["optional-dependencies"]["model"]
+    assert {re.match(r"[\w-]+", one)[0] for one in listed} == {*errors.MODEL_PACKAGES}
