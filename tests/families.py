@@ -1,6 +1,6 @@
 """Every family of decoder-only models in transformers as a small random model, as data."""
 
-import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +300,7 @@ def small_config(name: str) -> Any:
 
 def _small(model_type: str, more: dict[str, Any]) -> Any:
     cls = CONFIG_MAPPING[model_type]
-    keys = {field.name for field in dataclasses.fields(cls)}
+    keys = inspect.signature(cls).parameters
     given = {key: value for key, value in SIZES.items() if key in keys}
     given |= OVERRIDES.get(model_type, {}) | more
     inner = (getattr(cls, "sub_configs", None) or {}).get("text_config")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from shallower import errors
+from shallower.cli import COMMANDS
 from tests.conftest import ROOT
 from tests.cutting import gguf_files
 
@@ -112,3 +113,15 @@ def test_every_package_of_the_extra_is_known():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = project["optional-dependencies"]["model"]
     assert {re.match(r"[\w-]+", one)[0] for one in listed} == {*errors.MODEL_PACKAGES}
+
+
+def test_the_table_of_requirements_has_every_command_once():
+    text = (ROOT / "docs" / "requirements.md").read_text()
+    rows = text.partition("## Commands")[2].partition("##")[0].splitlines()[4:]
+    named = [
+        name
+        for row in rows
+        if row.count("|") > 2
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+    assert sorted(named) == sorted(COMMANDS)
