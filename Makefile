@@ -38,7 +38,7 @@ unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
 .PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs format demo families \
-	bench build-benches bench-check gpu-check fuzz sanitize release clean
+	bench build-benches bench-check gpu-check fuzz sanitize release release-check clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-20s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -148,6 +148,10 @@ release: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested
 	$(ALONE) -m pip install --quiet --only-binary :all: --group test dist/*.whl
 	$(ALONE) tests/wheel.py alone
 	$(ALONE) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py
+
+# Cheap checks first; then what these targets build. Each failure is printed, not the first alone.
+release-check:  ## All that must be so before a version is tagged, and what to do then
+	@$(PYTHON) tests/release.py dist/.audited docs
 
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist

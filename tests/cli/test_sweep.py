@@ -111,6 +111,12 @@ def test_a_file_without_keys_is_no_sweep(folder, text):
         read_sweep(Path("sweep.yaml"))
 
 
+def test_a_file_that_is_nested_too_deep_is_refused(folder):
+    (folder / "sweep.yaml").write_text("models: " + "[" * 3000)
+    with pytest.raises(SettingsError, match=r"cannot read the sweep sweep.yaml: maximum recursion"):
+        read_sweep(Path("sweep.yaml"))
+
+
 def test_places_that_are_read_or_taken_are_not_written_to(here, shallower):
     assert "tiny, which is read" in shallower("sweep", written(), "--out", "tiny/out").error
     (here / "out").mkdir()

@@ -293,10 +293,11 @@ def test_a_task_that_is_not_there(sharp, words, pick, monkeypatch):
 
 def test_a_task_file_that_is_no_yaml(sharp, words, pick):
     folder, _ = pick
-    (folder / "bad.yaml").write_text("task: [1, 2\n")
-    assert f"the task file {folder / 'bad.yaml'} is no YAML" in refused(
-        sharp, words, ["pick"], tasks_dir=folder
-    )
+    for text in ("task: [1, 2\n", f"task: {'[' * 3000}\n"):
+        (folder / "bad.yaml").write_text(text)
+        assert f"the task file {folder / 'bad.yaml'} is no YAML" in refused(
+            sharp, words, ["pick"], tasks_dir=folder
+        )
     (folder / "bad.yaml").write_text("just words\n")
     assert "is no task" in refused(sharp, words, ["pick"], tasks_dir=folder)
     (folder / "bad.yaml").write_text("include: gone.yaml\ntask: more\n")

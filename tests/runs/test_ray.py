@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -226,6 +227,25 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path, monkeypatch
         pass
     assert time.monotonic() - began < 10
     assert os.environ["RAY_ADDRESS"] == address
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"), [({}, "token"), ({"RAY_AUTH_MODE": "disabled"}, "disabled")]
+)
+def test_a_cluster_of_our_own_asks_for_a_token(tmp_path, monkeypatch, given, mode):
+    """Ray 2.52 would take code from every user of the machine otherwise."""
+    (tmp_path / "ray.py").write_text(
+        "import os\n\ndef init(**_): pass\n\nFOUND = dict(os.environ)\n"
+    )
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", *ray_workers.OWN_CLUSTER):
+        monkeypatch.setenv(name, "")  # and so as it was, behind the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "ray")
+    monkeypatch.syspath_prepend(tmp_path)
+    RayWorkers._join()
+    assert sys.modules["ray"].FOUND["RAY_AUTH_MODE"] == mode
 
 
 @pytest.mark.slow

@@ -297,7 +297,7 @@ def _read_yaml(path: Path) -> Any:
     Loader.add_multi_constructor("!", lambda *_: None)
     try:
         return yaml.load(path.read_bytes(), Loader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
         raise TextsError(f"the task file {path} is no YAML: {why(error, path)}") from error
 
 

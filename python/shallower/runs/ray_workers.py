@@ -74,6 +74,8 @@ class RayWorkers(Engine):
         else:
             for name, value in OWN_CLUSTER.items():
                 os.environ.setdefault(name, value)
+            if "ray" not in sys.modules:  # it reads the mode when it is imported
+                os.environ.setdefault("RAY_AUTH_MODE", "token")
             more = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
         import ray
 

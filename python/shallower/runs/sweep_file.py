@@ -115,7 +115,7 @@ class _Reader:
         except self._yaml.MarkedYAMLError as error:
             line = 1 + getattr(error.problem_mark, "line", 0)
             raise SettingsError(f"{self._path}, line {line}: {error.problem}") from error
-        except (self._yaml.YAMLError, OSError, ValueError) as error:
+        except (self._yaml.YAMLError, OSError, ValueError, RecursionError) as error:
             words = why(error, self._path)
             raise SettingsError(f"cannot read the sweep {self._path}: {words}") from error
 
