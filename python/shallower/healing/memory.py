@@ -18,7 +18,7 @@ from ..models.loading import layers_of
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from .losses import Teacher, TrainingLoss
-from .training import add_adapters
+from .training import RECOMPUTING, add_adapters
 
 MOST_KEPT, MOST_RECOMPUTED = 4, 8
 """Texts in one forward at most, without recomputation and with it."""
@@ -75,9 +75,9 @@ class HealingStep:
     def run(self, texts: int, recompute: bool) -> int:
         """Rehearse the step, and give the bytes at its peak beside weights and adapters."""
         if recompute:
-            self._model.activation_checkpointing_enable({"use_reentrant": False})
+            getattr(self._model, f"{RECOMPUTING}_enable")({"use_reentrant": False})
         else:
-            self._model.activation_checkpointing_disable()
+            getattr(self._model, f"{RECOMPUTING}_disable")()
 
         def step() -> None:
             ids = torch.zeros((texts, self.recipe.max_length), dtype=torch.long)

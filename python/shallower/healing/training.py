@@ -326,6 +326,14 @@ def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
     )
 
 
+RECOMPUTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+"""What transformers calls the recomputation of activations; it was renamed with 5.23."""
+
+
 class _Arguments(TrainingArguments):
     """The Trainer's settings; a process trains on one GPU, however many it sees."""
 
@@ -359,8 +367,10 @@ def trainer_arguments(training: Training) -> TrainingArguments:
         greater_is_better=False,
         train_sampling_strategy="sequential",
         seed=recipe.seed,
-        activation_checkpointing=recipe.recompute,
-        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.recompute else None,
+        **{
+            RECOMPUTING: recipe.recompute,
+            f"{RECOMPUTING}_kwargs": {"use_reentrant": False} if recipe.recompute else None,
+        },
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         label_names=["labels"],
