@@ -51,22 +51,25 @@ PROGRAMS = (
     "llama-server", "llama-quantize", "mergekit-yaml", "pip",
 )  # fmt: skip
 
-SLOW = {
-    *(
-        f"docs/how-to/{name}.md"
-        for name in (
-            "choose-by-your-task", "compare", "curve", "eval", "experts", "gain", "heal",
-            "heal-a-7b", "memory", "patch", "prune-heal-quantise", "run", "scan-a-70b",
-            "share-the-work", "sweep",
-        )
-    ),
+
+def how_to(*names):
+    """Pages by their names."""
+    return {f"docs/how-to/{name}.md" for name in names}
+
+
+SLOW = how_to(
+    "choose-by-your-task", "compare", "curve", "eval", "experts", "gain", "heal", "heal-a-7b",
+    "memory", "patch", "prune-heal-quantise", "run", "scan-a-70b", "share-the-work", "sweep",
+) | {
     "docs/how-much-is-20-percent.md",
     "compare", "curve", "evaluate_loss", "heal", "load_model", "memory_forecast",
     "patch", "report", "run", "sweep",
 }  # fmt: skip
 
-SHORTER = {"README.md", "report", "run"}
-"""Examples that recommend a cut, and do not tell of how many layers: they get 14 of the 30."""
+SHORTER = {"README.md", "report", "run"} | how_to(
+    "choose-by-your-task", "compare", "curve", "prune-heal-quantise", "run", "sweep"
+)
+"""Examples that measure many cuts, and do not tell of how many layers: they get 14 of the 30."""
 STUDIES = {"run", "report", "curve", "compare"}
 """Examples that measure many cuts: they get fewer texts."""
 
@@ -134,9 +137,9 @@ def write_files(folder, document):
 
 
 @pytest.mark.parametrize("document", in_turn(PYTHON))
-def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys, document):
+def test_python_of_a_document_runs_and_prints_what_it_says(folder, capsys, document):
     if document in SHORTER:
-        examples.shorten(folder, words)
+        examples.shorten(folder)
     write_files(folder, document)
     bound = names(folder)
     for kind, line, code, printed in examples.with_output(BLOCKS[document]):
@@ -151,9 +154,9 @@ def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys
 
 @pytest.mark.filterwarnings("default:no speech is measured:UserWarning")
 @pytest.mark.parametrize("document", in_turn(SHELL))
-def test_commands_of_a_document_run(folder, words, shallower, document):
+def test_commands_of_a_document_run(folder, shallower, document):
     if document in SHORTER:
-        examples.shorten(folder, words)
+        examples.shorten(folder)
     write_files(folder, document)
     for kind, line, code in BLOCKS[document]:
         if kind in ("python", examples.SHOWN):
@@ -179,10 +182,10 @@ DOCTESTS = dict(doctests())
 
 
 @pytest.mark.parametrize("name", in_turn(DOCTESTS))
-def test_the_example_of_a_docstring_runs(more, words, tmp_path, monkeypatch, name):
+def test_the_example_of_a_docstring_runs(more, tmp_path, monkeypatch, name):
     monkeypatch.chdir(examples.copy_folder(more, tmp_path))
     if name in SHORTER:
-        examples.shorten(tmp_path, words)
+        examples.shorten(tmp_path)
     test = DOCTESTS[name]
     test.globs = {**names(tmp_path), "scan": sh.Scan.load("scans/smol/scan.safetensors")}
     if name in STUDIES:
