@@ -38,6 +38,7 @@ SHELL = [
 ]
 
 NOT_RUN = {
+    "docs/gallery.md": ["shallower run", "shallower compare", "shallower curve"],
     "docs/how-to/gguf.md": ["llama-cli"],
     "docs/how-to/prune-heal-quantise.md": [
         "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
@@ -45,7 +46,8 @@ NOT_RUN = {
     "docs/how-to/share-the-work.md": ["srun shallower scan", "srun shallower eval"],
     "docs/how-to/vllm.md": ["vllm", "curl", "vllm"],
 }  # fmt: skip
-"""How the commands begin that are shown and not run: there is no vLLM, llama.cpp or SLURM here."""
+"""How the commands begin that are shown and not run: there is no vLLM, llama.cpp or SLURM here,
+and what the gallery shows takes half an hour."""
 PROGRAMS = (
     "shallower", "python", "torchrun", "srun", "sbatch", "vllm", "curl", "llama-cli",
     "llama-server", "llama-quantize", "mergekit-yaml", "pip",

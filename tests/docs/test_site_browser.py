@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
-PAGES = ["index", "tutorial", "reference/scan-and-plan", "gallery", "benchmarks"]
+PAGES = ["index", "tutorial", "how-to/run", "reference/scan-and-plan", "gallery", "benchmarks"]
 
 
 class Quiet(SimpleHTTPRequestHandler):
