@@ -1,6 +1,6 @@
 """The gallery: copy the pages of results, and draw the head of each in Chromium.
 
-`python -m tests.gallery FOLDER` takes them from FOLDER, where docs/gallery.md says how they are made.
+`python -m tests.gallery FOLDER` takes them from FOLDER; docs/gallery.md says how they are made.
 """
 
 import shutil
