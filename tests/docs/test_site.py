@@ -8,6 +8,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="module")
 def built():
+    pytest.importorskip("zensical", reason="needs the group docs")
     site.stage()
     site.write_commands()
     return site.build()

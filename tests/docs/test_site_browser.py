@@ -30,6 +30,7 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def address():
     """The site, served to this machine."""
+    pytest.importorskip("zensical", reason="needs the group docs")
     site.stage()
     site.write_commands()
     assert site.build() == []
