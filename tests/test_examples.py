@@ -12,9 +12,15 @@ from tests.conftest import ROOT, mostly_slow
 pytestmark = [
     pytest.mark.timeout(1200),
 ]
-"""A document is one test, and the guide alone takes four minutes of one core."""
+"""A document is one test, and some take minutes of one core."""
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {ROOT / "docs" / "tutorial.md"}
+"""Documents that are run on the real model as the site is made."""
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(set((ROOT / "docs").rglob("*.md")) - ELSEWHERE),
+]
 BLOCKS = {
     str(file.relative_to(ROOT)): examples.code_blocks(file.read_text(encoding="utf-8"))
     for file in DOCUMENTS
@@ -25,17 +31,47 @@ SHELL = [
     name
     for name, blocks in BLOCKS.items()
     if any(
-        any(examples.commands(code, "shallower")) for kind, _, code in blocks if kind != "python"
+        any(examples.commands(code, "shallower"))
+        for kind, _, code in blocks
+        if kind not in ("python", examples.SHOWN)
     )
 ]
 
-SLOW = {
-    "docs/guide.md", "compare", "curve", "evaluate_loss", "heal", "load_model", "memory_forecast",
+NOT_RUN = {
+    "docs/gallery.md": ["shallower run", "shallower compare", "shallower curve"],
+    "docs/how-to/gguf.md": ["llama-cli"],
+    "docs/how-to/prune-heal-quantise.md": [
+        "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
+    ],
+    "docs/how-to/share-the-work.md": ["srun shallower scan", "srun shallower eval"],
+    "docs/how-to/vllm.md": ["vllm", "curl", "vllm"],
+}  # fmt: skip
+"""How the commands begin that are shown and not run: there is no vLLM, llama.cpp or SLURM here,
+and what the gallery shows takes half an hour."""
+PROGRAMS = (
+    "shallower", "python", "torchrun", "srun", "sbatch", "vllm", "curl", "llama-cli",
+    "llama-server", "llama-quantize", "mergekit-yaml", "pip",
+)  # fmt: skip
+
+
+def how_to(*names):
+    """Pages by their names."""
+    return {f"docs/how-to/{name}.md" for name in names}
+
+
+SLOW = how_to(
+    "choose-by-your-task", "compare", "curve", "eval", "experts", "gain", "heal", "heal-a-7b",
+    "memory", "patch", "prune-heal-quantise", "run", "scan-a-70b", "share-the-work", "sweep",
+) | {
+    "docs/how-much-is-20-percent.md",
+    "compare", "curve", "evaluate_loss", "heal", "load_model", "memory_forecast",
     "patch", "report", "run", "sweep",
 }  # fmt: skip
 
-SHORTER = {"README.md", "report", "run"}
-"""Examples that recommend a cut, and do not tell of how many layers: they get 14 of the 30."""
+SHORTER = {"README.md", "report", "run"} | how_to(
+    "choose-by-your-task", "compare", "curve", "prune-heal-quantise", "run", "sweep"
+)
+"""Examples that measure many cuts, and do not tell of how many layers: they get 14 of the 30."""
 STUDIES = {"run", "report", "curve", "compare"}
 """Examples that measure many cuts: they get fewer texts."""
 
@@ -103,9 +139,9 @@ def write_files(folder, document):
 
 
 @pytest.mark.parametrize("document", in_turn(PYTHON))
-def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys, document):
+def test_python_of_a_document_runs_and_prints_what_it_says(folder, capsys, document):
     if document in SHORTER:
-        examples.shorten(folder, words)
+        examples.shorten(folder)
     write_files(folder, document)
     bound = names(folder)
     for kind, line, code, printed in examples.with_output(BLOCKS[document]):
@@ -120,12 +156,12 @@ def test_python_of_a_document_runs_and_prints_what_it_says(folder, words, capsys
 
 @pytest.mark.filterwarnings("default:no speech is measured:UserWarning")
 @pytest.mark.parametrize("document", in_turn(SHELL))
-def test_commands_of_a_document_run(folder, words, shallower, document):
+def test_commands_of_a_document_run(folder, shallower, document):
     if document in SHORTER:
-        examples.shorten(folder, words)
+        examples.shorten(folder)
     write_files(folder, document)
     for kind, line, code in BLOCKS[document]:
-        if kind == "python":
+        if kind in ("python", examples.SHOWN):
             continue
         for command in examples.commands(examples.quicker(code), "shallower"):
             done = shallower(*command)
@@ -148,10 +184,10 @@ DOCTESTS = dict(doctests())
 
 
 @pytest.mark.parametrize("name", in_turn(DOCTESTS))
-def test_the_example_of_a_docstring_runs(more, words, tmp_path, monkeypatch, name):
+def test_the_example_of_a_docstring_runs(more, tmp_path, monkeypatch, name):
     monkeypatch.chdir(examples.copy_folder(more, tmp_path))
     if name in SHORTER:
-        examples.shorten(tmp_path, words)
+        examples.shorten(tmp_path)
     test = DOCTESTS[name]
     test.globs = {**names(tmp_path), "scan": sh.Scan.load("scans/smol/scan.safetensors")}
     if name in STUDIES:
@@ -166,9 +202,30 @@ def test_the_example_of_a_docstring_runs(more, words, tmp_path, monkeypatch, nam
     assert runner.failures == 0, "".join(said)
 
 
+def test_commands_that_are_not_run_are_these():
+    found = {name: list(examples.shown(blocks, PROGRAMS)) for name, blocks in BLOCKS.items()}
+    assert {name for name, lines in found.items() if lines} == set(NOT_RUN)
+    for name, begins in NOT_RUN.items():
+        for (line, text), begin in zip(found[name], begins, strict=True):
+            assert text.startswith(begin), f"{name}:{line}: {text}"
+
+
+@pytest.mark.parametrize("document", [*BLOCKS, "ARCHITECTURE.md"])
+def test_links_within_the_repository_lead_somewhere(document):
+    file = ROOT / document
+    for link in examples.links(file.read_text(encoding="utf-8")):
+        place, _, anchor = link.partition("#")
+        target = file.parent / place if place else file
+        assert target.exists(), link
+        if anchor:
+            assert anchor in examples.anchors(target.read_text(encoding="utf-8")), link
+
+
 # The reader of Markdown
 MARKDOWN = """\
-Text, and `code` within.
+# A heading, `and` code
+
+Text with a [link](docs/maths.md#gain), and `code` within.
 
     shallower scan model \\
         --texts c4.jsonl  # why
@@ -181,6 +238,13 @@ y = 2
 ```
 
     $ shallower info
+
+```text
+sbatch array.sh
+srun shallower scan MODEL
+vllm serve ./cut
+wrote shallower-demo
+```
 """
 
 
@@ -192,7 +256,22 @@ def test_the_output_of_a_block_stands_below_it():
 
 def test_blocks_are_found():
     found = examples.code_blocks(MARKDOWN)
-    assert [(kind, line) for kind, line, _ in found] == [("", 3), ("python", 8), ("", 13)]
+    assert [(kind, line) for kind, line, _ in found] == [
+        ("", 5), ("python", 10), ("", 15), ("text", 18),
+    ]  # fmt: skip
     assert found[1][2] == "x = 1\n\ny = 2"
     words = [list(examples.commands(code, "shallower")) for _, _, code in found]
-    assert words == [[["scan", "model", "--texts", "c4.jsonl"]], [], [["info"]]]
+    assert words == [[["scan", "model", "--texts", "c4.jsonl"]], [], [["info"]], []]
+
+
+def test_commands_that_are_shown_are_found():
+    found = list(examples.shown(examples.code_blocks(MARKDOWN), ("shallower", "sbatch", "vllm")))
+    assert found == [
+        (18, "sbatch array.sh"), (19, "srun shallower scan MODEL"), (20, "vllm serve ./cut"),
+    ]  # fmt: skip
+
+
+def test_links_and_anchors_are_found():
+    assert examples.links(MARKDOWN) == ["docs/maths.md#gain"]
+    assert examples.links("```text\n[a](b.md)\n```\n[c](https://d.org) [e](#f)") == ["#f"]
+    assert examples.anchors(MARKDOWN) == {"a-heading-and-code"}

@@ -161,6 +161,7 @@ _HOMES = {
     "evaluate_speech": "evaluation.speech",
     "evaluate_tasks": "evaluation.tasks",
     "gain": "runs.gain",
+    "gather": "scanning.shards",
     "heal": "healing.heal",
     "load_model": "models.loading",
     "memory_forecast": "runs.forecast",

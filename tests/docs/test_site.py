@@ -1,0 +1,90 @@
+"""The site: built without a warning, whole, without a dead link or a page that none leads to."""
+
+import pytest
+
+from tests import site
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def built():
+    pytest.importorskip("zensical", reason="needs the group docs")
+    site.stage()
+    site.write_commands()
+    return site.build()
+
+
+def test_the_site_is_built_without_a_warning(built):
+    assert built == []
+
+
+def test_no_link_of_the_site_is_dead(built):
+    assert site.dead_links() == []
+
+
+def test_every_page_of_the_documentation_is_in_the_site_and_its_navigation(built):
+    pages = {page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")}
+    home = site.Page((site.SITE / "index.html").read_text(encoding="utf-8"))
+    links = {link.removeprefix("./") for link in home.links}
+    assert {str(page.with_suffix(".html")) for page in pages} - links == set()
+
+
+def test_every_command_has_its_help_in_the_site(built):
+    from shallower.cli import COMMANDS
+
+    page = (site.SITE / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert all(f'id="shallower-{name}"' in page for name in COMMANDS)
+    assert "--max-length" in page
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_pages_are_staged_with_what_they_link_to(tmp_path):
+    root, pages = tmp_path / "root", tmp_path / "pages"
+    write(
+        root,
+        {
+            "README.md": "",
+            "CHANGELOG.md": "[maths](docs/maths.md#x)",
+            "docs/maths.md": "[a [b]](#x) [home](../README.md) [folder](../benches/record/)",
+            "docs/how-to/one.md": "![a](../../benches/record/a.svg) [web](https://a.org) "
+            "[b](../../benches/README.md) [c](two.md)",
+            "benches/README.md": "[record](record/a.svg)",
+            "benches/record/a.svg": "drawn",
+            "benches/record/b.svg": "not linked",
+        },
+    )
+    site.stage(root, pages)
+    staged = {str(file.relative_to(pages)) for file in pages.rglob("*") if file.is_file()}
+    assert staged == {
+        "CHANGELOG.md", "maths.md", "how-to/one.md", "benches/README.md", "benches/record/a.svg",
+    }  # fmt: skip
+    assert (pages / "CHANGELOG.md").read_text() == "[maths](maths.md#x)"
+    assert (pages / "maths.md").read_text() == "[a [b]](#x) [home](index.md) folder"
+    assert (pages / "how-to/one.md").read_text() == (
+        "![a](../benches/record/a.svg) [web](https://a.org) [b](../benches/README.md) [c](two.md)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('<a href="b.html#there">', []),
+        ('<a href="https://example.org/x">', []),
+        ('<a href="c.html">', ["a.html: c.html"]),
+        ('<a href="b.html#nowhere">', ["a.html: b.html#nowhere"]),
+        ('<a href="#nowhere">', ["a.html: #nowhere"]),
+        ('<a href="https://nohost/x">', ["a.html: https://nohost/x"]),
+        ('<a href="javascript:x()">', ["a.html: javascript:x()"]),
+        ('<img src="d.png">', ["a.html loads d.png"]),
+        ('<img src="https://example.org/d.png">', ["a.html loads https://example.org/d.png"]),
+        ('<link rel="stylesheet" href="//a.org/x.css">', ["a.html loads //a.org/x.css"]),
+    ],
+)
+def test_dead_links_are_found(tmp_path, body, said):
+    write(tmp_path, {"a.html": body, "b.html": '<h1 id="there">'})
+    assert site.dead_links(tmp_path) == said

@@ -1,0 +1,60 @@
+"""The tutorial and the notebook, executed on the real model; outputs are those in the page."""
+
+import json
+
+import pytest
+
+from tests import tutorial
+from tests.conftest import ROOT
+
+NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
+
+pytestmark = pytest.mark.timeout(1200)
+"""A minute of one core, which others may want as well."""
+
+
+def test_the_tutorial_prints_what_it_says(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    differences = [
+        (block["code"], *lines)
+        for block, printed in tutorial.outputs(folder)
+        for lines in tutorial.different(block["printed"] or "", printed)
+    ]
+    assert differences == []
+    assert all((folder / made).is_file() for made in tutorial.PICTURES)
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_the_notebook_runs(folder, monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    bound = {}
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None), "outputs are cleared"
+            code = "".join(cell["source"]).replace("%pip install", "raise SystemExit #")
+            exec(compile(code, f"cell {number}", "exec"), bound)
+    said = capsys.readouterr().out
+    assert "4 layers: [12, 16), angular distance 0.12" in said
+    assert 0.3 < bound["more"].mean < 0.8
+    assert (folder / "smol-26-layers" / "README.md").is_file()
+
+
+PRINTED = "drop [12, 16) 0.1270 ± 0.0030\n63 % recovered, 1,008 tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("found", "number"),
+    [
+        (PRINTED, 0),
+        (PRINTED.replace("0.1270", "0.1280").replace("63", "65"), 0),
+        (PRINTED.replace("0.1270", "0.1370"), 1),
+        (PRINTED.replace("63", "70"), 1),
+        (PRINTED.replace("[12", "[13"), 1),
+        (PRINTED.replace("1,008", "1,009"), 1),
+        (f"{PRINTED}more\n", 1),
+        ("", 2),
+    ],
+)
+def test_outputs_may_differ_by_rounding_alone(found, number):
+    assert len(tutorial.different(PRINTED, found)) == number
