@@ -78,9 +78,13 @@ def test_one_at_a_time_writes_without_locks_of_unix(tmp_path):
 
 @pytest.mark.usefixtures("no_unix")
 def test_work_that_ends_early_goes_on_without_locks_of_unix(tmp_path):
-    with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "new", "job") as folder:
-        (folder / "a").write_bytes(b"a")
-        raise KeyboardInterrupt
+    def interrupted():
+        with resumable_folder(tmp_path / "new", "job") as folder:
+            (folder / "a").write_bytes(b"a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     with resumable_folder(tmp_path / "new", "job") as folder:
         assert tree(folder) == {"a": b"a"}
     assert tree(tmp_path) == {"new": None, "new/a": b"a"}

@@ -3,7 +3,6 @@
 So an interrupted save is never taken for a checkpoint.
 """
 
-import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
