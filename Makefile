@@ -15,13 +15,15 @@ BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
 BORDER := accuracy bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals threads
 RUST := Cargo.toml Cargo.lock $(shell find rust -type f)
-SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
+SOURCES := $(RUST) pyproject.toml README.md LICENSE LICENSE-THIRD-PARTY $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
 # Processes that share the tests, a file each at a time; torch has one thread in each.
 WORKERS ?= 2
 LINTED := python tests benches
 # What the wheel that is given away depends on, but for Python's files, which tests install as a wheel too.
-PACKAGING := rust Cargo.toml Cargo.lock pyproject.toml tests/wheel.py Makefile
+PACKAGING := rust Cargo.toml Cargo.lock LICENSE-THIRD-PARTY pyproject.toml tests/smoke.py tests/wheel.py Makefile
 ARM := aarch64-unknown-linux-gnu
+# The wheel for the processor of this machine, among those in dist/.
+NATIVE := dist/*_$(shell uname -m).whl
 
 # maturin installs into the environment that is active; this is always ours.
 export VIRTUAL_ENV := $(abspath $(VENV))
@@ -37,8 +39,8 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs format demo families docs tutorial \
-	bench build-benches bench-check gpu-check fuzz sanitize release release-check clean
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows format demo families docs tutorial \
+	bench build-benches bench-check gpu-check fuzz sanitize release release-check wheel wheel-arm test-arm old-cpus licences clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-20s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,8 +65,8 @@ ci:  ## All that must pass before anything lands
 	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target build-python-tests build-rust-tests lint build-benches
 	$(MAKE) $(MAKEOVERRIDES) test bench-check
 	@if git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD -- $(PACKAGING); \
-		then echo "skipped: no commit of the last day changes the core or the packaging; 'make release' builds and tests the wheel"; \
-		else $(MAKE) $(MAKEOVERRIDES) release; fi
+		then echo "skipped: no commit of the last day changes the core or the packaging; 'make wheel' builds and tests the wheel"; \
+		else $(MAKE) $(MAKEOVERRIDES) wheel; fi
 	@echo "tests, lint and benchmarks' assertions have passed"
 
 test:  ## All tests but the slow ones, Python's against the installed wheel
@@ -89,7 +91,7 @@ test-slow: install browser  ## The minutes-long tests too, with more examples; e
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 3600
 
-lint: lint-rust lint-python lint-stubs  ## Formats, lints and types; also run by pre-commit
+lint: lint-rust lint-python lint-stubs lint-workflows  ## Formats, lints and types; also run by pre-commit
 
 lint-rust:  ## Those of the core, on ARM too where its standard library is installed
 	cargo fmt --check
@@ -106,6 +108,9 @@ lint-python: $(VENV)/.packages  ## Those of the package, its tests and benchmark
 lint-stubs: $(VENV)/.packages $(CORE)  ## The types of the core against the core
 	rm -rf target/stubs && mkdir -p target/stubs && cp $(CORE) $(CORE:.abi3.so=.pyi) target/stubs
 	cd target/stubs && PYTHONPATH=. $(abspath $(BIN))/stubtest _core
+
+lint-workflows: $(VENV)/.packages  ## What a workflow should not do, or may be made to do
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github/workflows
 
 format: $(VENV)/.packages  ## Write what lint wants, where that can be done
 	cargo fmt
@@ -124,7 +129,7 @@ docs: $(VENV)/.dev $(CORE)  ## Build the site into target/site, without warnings
 tutorial: $(VENV)/.dev $(CORE)  ## Run docs/tutorial.md, and write its outputs and picture anew
 	$(BIN)/python -m tests.tutorial
 
-bench: release  ## Measure the wheel that is given away; asserts the answers first
+bench: wheel  ## Measure the wheel that is given away; asserts the answers first
 	cargo bench --locked
 	$(BARE)/bin/python -m pytest benches --benchmark-only
 
@@ -146,14 +151,42 @@ sanitize:  ## The core's tests with every access to memory checked, and the pars
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) cargo test --locked --quiet \
 		--lib --tests --no-fail-fast --target $(shell rustc --print host-tuple) --target-dir target/sanitize
 
-release: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested without compiler and Rust
+release: wheel wheel-arm  ## Wheels for any Linux since 2014, of x86-64 tested without compiler and Rust, of aarch64 audited
+
+wheel: dist/.audited $(VENV)/.dev  ## The one of this processor alone
 	rm -rf $(BARE)
 	$(BIN)/python -m venv --without-pip $(BARE)
+	$(BIN)/python -m pip --python $(BARE)/bin/python install --quiet --only-binary :all: $(NATIVE)
+	$(ALONE) tests/wheel.py small
+	$(ALONE) tests/smoke.py
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(BARE)/lib/python3*/site-packages)/lent.pth"
-	$(ALONE) -m pip install --quiet --only-binary :all: --force-reinstall --no-deps dist/*.whl
-	$(ALONE) -m pip install --quiet --only-binary :all: --group test dist/*.whl
+	$(ALONE) -m pip install --quiet --only-binary :all: --group test $(NATIVE)
 	$(ALONE) tests/wheel.py alone
 	$(ALONE) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py
+
+wheel-arm: dist/.audited  ## The one for aarch64, with a standard library of Rust's for it, or its source, within reach
+	@$(PYTHON) tests/cross.py $(ARM) $(MAKE) $(MAKEOVERRIDES) dist/.audited-arm
+
+dist/.audited-arm: dist/.audited
+	rm -f dist/*_aarch64.whl
+	PATH="$(abspath $(TOOLS))/bin:$$PATH" nice maturin build --quiet --release --zig --target $(ARM) --compatibility manylinux2014 --out dist
+	$(TOOLS)/bin/abi3audit --strict --summary dist/*_aarch64.whl
+	$(TOOLS)/bin/python tests/wheel.py audit dist/*_aarch64.whl
+	touch $@
+
+test-arm:  ## The core's tests on aarch64, by qemu-user and gcc-aarch64-linux-gnu; a quarter of an hour
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc PROPTEST_CASES=16 \
+		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		$(PYTHON) tests/cross.py $(ARM) cargo test --locked --quiet --target $(ARM) --lib --test core
+
+# qemu-user warns of instructions that neither it nor the tests use.
+old-cpus: wheel  ## The border's tests on that wheel as a Nehalem and as a Haswell, by qemu-user; most of an hour
+	for cpu in Nehalem:scalar Haswell:avx2; do \
+		as="$$(command -v qemu-x86_64) -cpu $${cpu%:*}"; \
+		$(ALONE:%/python=$$as %/python) -c "from shallower import _core; tier = _core.tier(); print('$$cpu', tier); assert tier == '$${cpu#*:}'" && \
+		$(ALONE:%/python=$$as %/python) -m pytest -q -p no:cacheprovider --timeout 3000 -m "not slow" \
+			$(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py || exit 1; \
+	done
 
 # Cheap checks first; then what these targets build. Each failure is printed, not the first alone.
 release-check:  ## All that must be so before a version is tagged, and what to do then
@@ -162,9 +195,12 @@ release-check:  ## All that must be so before a version is tagged, and what to d
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist
 	PATH="$(abspath $(TOOLS))/bin:$$PATH" maturin build --release --zig --compatibility manylinux2014 --out dist
-	$(TOOLS)/bin/abi3audit --strict --summary dist/*.whl
-	$(TOOLS)/bin/python tests/wheel.py audit dist/*.whl
+	$(TOOLS)/bin/abi3audit --strict --summary $(NATIVE)
+	$(TOOLS)/bin/python tests/wheel.py audit $(NATIVE)
 	touch $@
+
+licences:  ## Write LICENSE-THIRD-PARTY anew, of the crates that are in the wheel
+	$(PYTHON) tests/wheel.py licences
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

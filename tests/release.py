@@ -87,8 +87,7 @@ def wheels(folder, version):
     files = sorted(folder.glob("*.whl"))
     if not any(tuple(file.stem.split("-")[2:4]) in ABI3 for file in files):
         yield f"{folder} has no wheel {NAME}-{version}-cp311-abi3-….whl: 'make release' builds it"
-    audited = folder / ".audited"
-    since = audited.stat().st_mtime_ns if audited.is_file() else 0
+    since = max((file.stat().st_mtime_ns for file in folder.glob(".audited*")), default=0)
     for file in files:
         if file.stat().st_mtime_ns > since:
             yield f"{file.name} was not audited: 'make release' does it"
