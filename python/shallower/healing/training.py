@@ -326,11 +326,8 @@ def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
     )
 
 
-RECOMPUTING = (
-    "activation_checkpointing"
-    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
-    else "gradient_checkpointing"
-)
+_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+RECOMPUTING = f"{'activation' if _RENAMED else 'gradient'}_checkpointing"
 """What transformers calls the recomputation of activations; it was renamed with 5.23."""
 
 
