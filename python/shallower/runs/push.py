@@ -34,11 +34,6 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
     Raises:
         OutputError: there is no such folder, no token, or no right to write there; the repository
             has other weights; or the hub cannot be reached or breaks off.
-
-    Example:
-        >>> plan = sh.prune("HuggingFaceTB/SmolLM2-135M", [range(12, 20)], "smol-cut")
-        >>> sh.push("smol-cut", "me/smol-cut", private=True)
-        'https://huggingface.co/me/smol-cut'
     """
     return Push(repository, private).check().carry_out(Path(folder).expanduser())
 
