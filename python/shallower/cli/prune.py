@@ -105,7 +105,7 @@ def prune_command(
         return
     planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
     if pushing is not None:
-        pushing.check(str(file.relative_to(out)) for file in planned.files)
+        pushing.check_weights(str(file.relative_to(out)) for file in planned.files)
     if dry_run:
         say_dry_run({**planned.to_json(), **planned_push(pushing)}, as_json)
         return

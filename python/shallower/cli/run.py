@@ -212,6 +212,8 @@ def run_command(
     if push is not None and plan_only:
         raise OutputError("--push does not go with --plan-only, which saves no model")
     pushing = wanted_push(push, private=private)
+    if pushing is not None:
+        pushing.check_weights()
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
         ModelSource(model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code),

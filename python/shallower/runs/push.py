@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..errors import OutputError, why
@@ -45,12 +46,8 @@ class Push:
     repository: str
     private: bool = False
 
-    def check(self, weights: Iterable[str] = ("*",)) -> "Push":
-        """Refuse, before any work, what the hub would refuse after it.
-
-        ``weights`` are the names of the files that will be pushed, or patterns of them. OutputError
-        as :func:`push`.
-        """
+    def check(self) -> "Push":
+        """Refuse, before any work, what the hub would refuse after it; OutputError."""
         from huggingface_hub import HfApi, constants, get_token
 
         owner = self._owner()
@@ -58,14 +55,34 @@ class Push:
             raise self._refused("HF_HUB_OFFLINE is set: unset it, or leave the push out")
         if get_token() is None:
             raise self._refused("there is no token: run 'hf auth login', or set HF_TOKEN")
-        api = HfApi()
         try:
-            me = api.whoami()
+            me = HfApi().whoami()
         except Exception as error:  # its own, httpx's or requests', by version
             raise self._refused(why(error)) from error
         self._check_rights(me, owner)
-        self._check_there(api, tuple(weights))
         return self
+
+    def check_weights(self, ours: Iterable[str] = SAVED) -> None:
+        """Refuse a repository with weights that would stay beside ours, and be loaded for them.
+
+        ``ours`` are names of files that will be pushed, or patterns of them. OutputError.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        patterns = tuple(ours)
+        try:
+            siblings = HfApi().model_info(self.repository).siblings or ()
+        except RepositoryNotFoundError:
+            return
+        except Exception as error:
+            raise self._refused(why(error)) from error
+        for name in sorted(one.rfilename for one in siblings):
+            if name.endswith(_WEIGHTS) and not any(fnmatchcase(name, one) for one in patterns):
+                raise self._refused(
+                    f"it has {name}, which would stay beside what is pushed: name another "
+                    f"repository, or delete that file there"
+                )
 
     def carry_out(self, folder: Path) -> str:
         """Push all of a folder; gives the address. OutputError as :func:`push`."""
@@ -74,8 +91,8 @@ class Push:
         if not folder.is_dir():
             raise self._refused(f"there is no folder {folder}")
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        self.check_weights(names)
         api = HfApi()
-        self._check_there(api, tuple(names))
         # On a terminal the hub's own bars have what ours could not: bytes and files.
         show = False if sys.stderr.isatty() else None
         try:
@@ -90,7 +107,7 @@ class Push:
             cause = "" if error.__cause__ is None else f" {why(error.__cause__)}"
             raise OutputError(
                 f"pushing to {self.repository} broke off: {why(error)}{cause}; {folder} is whole, "
-                f"and 'hf upload {self.repository} {folder}' goes on"
+                f"and 'hf upload {self.repository} {quote(str(folder))}' goes on"
             ) from error
         return str(url)
 
@@ -129,23 +146,6 @@ class Push:
             )
         if roles.get(owner) == "read":
             raise self._refused(f"{me.get('name')} may only read what {owner} has")
-
-    def _check_there(self, api: Any, ours: tuple[str, ...]) -> None:
-        """Refuse a repository with weights that would stay beside ours, and be loaded for them."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        try:
-            siblings = api.model_info(self.repository).siblings or ()
-        except RepositoryNotFoundError:
-            return
-        except Exception as error:
-            raise self._refused(why(error)) from error
-        for name in sorted(one.rfilename for one in siblings):
-            if name.endswith(_WEIGHTS) and not any(fnmatchcase(name, one) for one in ours):
-                raise self._refused(
-                    f"it has {name}, which would stay beside what is pushed: name another "
-                    f"repository, or delete that file there"
-                )
 
     def _refused(self, reason: str) -> OutputError:
         return OutputError(f"cannot push to {self.repository}: {reason}")
