@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import InMemoryOnlyError, ModelError, OutputError, why
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
-from ..progress import BytesProgress
+from ..progress import BytesProgress, track
 from ..storage import check_apart, check_free, claimed
 from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
@@ -391,12 +391,14 @@ class PlannedPrune:
 
     def _run(self, progress: BytesProgress | bool | None) -> Pruned:
         request, plan, on_disk = self._request, self.plan, self.way == "disk"
+        show = False if callable(progress) else progress
         # Before the cut: what cannot be loaded is found before the work.
         loaded = request.load(progress) if self.loads_model and not on_disk else None
         if self._write is not None:
             self._write(overwrite=request.overwrite, progress=progress)
         elif loaded is not None:
-            plan = request.cut_in_memory(*loaded, plan)
+            with track("save the cut", show=show):
+                plan = request.cut_in_memory(*loaded, plan)
         written = self.files if request.out.suffix == ".gguf" else (request.out,)
         if not request.verify:
             return Pruned(plan, written)
@@ -404,7 +406,8 @@ class PlannedPrune:
 
         cut = self.files[0] if self.way == "gguf" else request.out
         loaded = loaded or request.load(progress, as_stored=on_disk)
-        return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan))
+        with track("verify the cut", show=show):
+            return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan))
 
 
 def _plan_gguf(
