@@ -124,7 +124,7 @@ COMMANDS = {
     ),
     "info": Command(
         "info",
-        "Show the core's instruction tiers and the packages' versions.",
+        "Show what a bug report needs: versions, tiers and the machine.",
         "--json",
     ),
 }
