@@ -234,7 +234,8 @@ def _call(name: str, arguments: Sequence[str]) -> int:
         words = _with_values(command, arguments)
         called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
     except ShallowerError as error:
-        _fail(" ".join(str(error).split()))
+        page = f" (see {error.page})" if error.page else ""
+        _fail(" ".join(str(error).split()) + page)
     except usage_error as error:
         said = error.format_message().replace("Value error, ", "").removesuffix(".")
         _fail(f"{said} (see shallower {name} --help)")

@@ -254,7 +254,8 @@ class Request:
         if path.suffix != ".gguf":
             raise ModelError(
                 f"{self.named} is not a .gguf file, and only such a one is cut into one: "
-                f"name a local file, or a folder as out (--out)"
+                f"name a local file, or a folder as out (--out)",
+                see="gguf",
             )
         return path
 
@@ -426,7 +427,8 @@ def _plan_gguf(
             option = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
             raise ModelError(
                 f"{name}={value!r} or {option} does not go with a GGUF file as out (--out), which "
-                f"is cut without being loaded: leave it out, or name a folder as out"
+                f"is cut without being loaded: leave it out, or name a folder as out",
+                see="gguf",
             )
     if experts is not None:
         layers = plan_gguf(path, layers, experts)

@@ -46,7 +46,8 @@ def read_plan(path: str) -> Plan:
     if found is None:
         raise PlanError(
             f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "
-            f"shallower prune MODEL --drop 12:20 --out cut"
+            f"shallower prune MODEL --drop 12:20 --out cut",
+            see="healing",
         )
     return Plan.load(found)
 
@@ -117,7 +118,8 @@ def require_healable(
     if dtype in ("nf4", "int8"):
         raise RecipeError(
             f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
-            f"--dtype bfloat16)"
+            f"--dtype bfloat16)",
+            see="order",
         )
     of_model = facts(model.config, len(find_layers(model)))
     resolved = recipe.resolve(of_model, auto=auto_dtype(), answers=answers)

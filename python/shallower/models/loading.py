@@ -362,7 +362,8 @@ def _call(load: Any, source: str, **options: Any) -> Any:
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"there is not enough memory to load {_name(source, options)}: quantise its weights "
-            f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)"
+            f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)",
+            see="streaming",
         ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
         absent = "" if Path(source).exists() else ", which is no folder here"
