@@ -73,6 +73,9 @@ class Hub:
         siblings = [{"rfilename": file} for file in self.repos[name]]
         return 200, {}, {"_id": "1", "id": name, "sha": COMMIT, "siblings": siblings, "tags": []}
 
+    def _folder(self, _body, _name):
+        return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "EntryNotFound"}
+
     def _tree(self, _body, name):
         files = self.repos[name].items()
         return 200, {}, [
@@ -130,7 +133,8 @@ class Hub:
         (r"GET /api/whoami-v2", _whoami),
         (r"POST /api/repos/create", _create),
         (r"POST /api/validate-yaml", _yaml),
-        (r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+(?:\?.*)?", _tree),
+        (r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+/.*", _folder),
+        (r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+", _tree),
         (r"GET /api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", _info),
         (r"POST /api/models/([^/]+/[^/]+)/preupload/main", _preupload),
         (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", _batch),

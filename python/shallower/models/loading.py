@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
+from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -367,6 +368,8 @@ def _call(load: Any, source: str, **options: Any) -> Any:
         ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
         absent = "" if Path(source).exists() else ", which is no folder here"
+        if absent and constants.HF_HUB_OFFLINE:
+            absent += " (HF_HUB_OFFLINE is set: only the hub's cache was looked in)"
         message = f"cannot load {_name(source, options)}{absent}: {why(error, source)}"
         raise ModelError(message) from error
 

@@ -104,7 +104,8 @@ class Push:
                 else:
                     self._upload(api, folder)
         except Exception as error:  # its own, httpx's, requests' or hf_xet's, by version
-            cause = "" if error.__cause__ is None else f" {why(error.__cause__)}"
+            bare = error.__cause__ if isinstance(error, RuntimeError) else None
+            cause = "" if bare is None else f" {why(bare)}"
             raise OutputError(
                 f"pushing to {self.repository} broke off: {why(error)}{cause}; {folder} is whole, "
                 f"and 'hf upload {self.repository} {quote(str(folder))}' goes on"
