@@ -87,7 +87,7 @@ def _candidates(before: Sequence[str], word: str) -> Candidates | None:
         if asked in NAMES:
             return _names(asked, begun, word)
         choices = _choices(name, options[asked].name)
-        files = None if _is_place(options[asked]) else []
+        files: Candidates | None = None if _is_place(options[asked]) else []
         return _starting(word, choices, begun) if choices else files
     if word.startswith("-"):
         used = {one.partition("=")[0] for one in given}

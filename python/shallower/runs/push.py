@@ -118,7 +118,8 @@ class Push:
 
     def _owner(self) -> str:
         """The user or organisation before the slash."""
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         owner, slash, _ = self.repository.partition("/")
         try:
