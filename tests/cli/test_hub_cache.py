@@ -22,22 +22,22 @@ def without_net(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_without_a_net_the_cache_is_enough(cached, shallower, monkeypatch, jsonl):
+    without_net(cached, monkeypatch)
+    for command in (
         "scan me/tiny --texts {texts} --out scanned",
+        "scan me/tiny --texts {texts} --out streamed --stream",
         "prune me/tiny --drop 1 --out again --verify",
         "eval me/tiny --texts {texts} --drop 1",
-        "scan me/tiny --texts {texts} --out streamed --stream",
-    ],
-)
-def test_without_a_net_the_cache_is_enough(cached, shallower, monkeypatch, jsonl, command):
-    without_net(cached, monkeypatch)
-    done = shallower(*command.format(texts=jsonl).split())
-    assert done.status == 0, done.err
+    ):
+        done = shallower(*command.format(texts=jsonl).split())
+        assert done.status == 0, done.err
     assert cached.requests == []
+    said = shallower("prune", "me/other", "--drop", "1", "--out", "other").error
+    assert said.startswith("cannot load me/other, which is no folder here (HF_HUB_OFFLINE is set: ")
 
 
+@pytest.mark.slow
 def test_a_cut_of_the_hub_is_healed_without_a_net(cached, shallower, monkeypatch, jsonl, texts):
     command = (
         "heal", "me/cut", "--texts", jsonl, "--eval-texts", texts / "held_out.jsonl",
@@ -52,9 +52,3 @@ def test_a_cut_of_the_hub_is_healed_without_a_net(cached, shallower, monkeypatch
     without_net(cached, monkeypatch)
     assert "heal done" in shallower(*command).err  # whether it helps such a model or not
     assert cached.requests == []
-
-
-def test_what_is_not_in_the_cache_is_missed_in_words(cached, shallower, monkeypatch):
-    without_net(cached, monkeypatch)
-    said = shallower("prune", "me/other", "--drop", "1", "--out", "other").error
-    assert said.startswith("cannot load me/other, which is no folder here (HF_HUB_OFFLINE is set: ")
